@@ -24,7 +24,7 @@ from metapl.apps.pictures import (
     View,
     Weak,
 )
-from metapl.apps.pictures.views import operations, randaugment
+from metapl.apps.pictures.views import base, operations, randaugment
 from metapl.data import draws
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
@@ -142,10 +142,12 @@ def test_directions_of_moves(degrees: float) -> None:
 
     got = ours(operations.rotation(degrees, height, width))
     assert torch.equal(got, each(lambda image: turned(image, degrees), images))
-    slope = degrees / 100
-    assert torch.equal(ours(operations.shear_x(slope)), each(lambda i: moved(i, (1, slope, 0, 0, 1, 0)), images))
-    assert torch.equal(ours(operations.shear_y(slope)), each(lambda i: moved(i, (1, 0, 0, slope, 1, 0)), images))
-    got = ours(operations.translation(3, -2))
+    slope, move = degrees / 100, randaugment._MOVES
+    sheared = ours(move["ShearX"](slope / 0.3, 1, height, width)), ours(move["ShearY"](slope / 0.3, 1, height, width))
+    assert torch.equal(sheared[0], each(lambda i: moved(i, (1, slope, 0, 0, 1, 0)), images))
+    assert torch.equal(sheared[1], each(lambda i: moved(i, (1, 0, 0, slope, 1, 0)), images))
+    right, down = move["TranslateX"](3 / width, 1, height, width), move["TranslateY"](-2 / height, 1, height, width)
+    got = operations.affine(ours(right), torch.tensor([operations.fixed_point(down)] * len(images)))
     assert torch.equal(got[:, :, :-2, 3:], images[:, :, 2:, :-3])
     assert (got[:, :, -2:] == 128).all()
     assert (got[:, :, :, :3] == 128).all()
@@ -180,7 +182,7 @@ def test_sample_pairing_of_a_lone_image_and_of_the_second_operation() -> None:
     # The partner comes from the batch as it was given, not as the first operation left it.
     twice = RandAugment(2, 10, operations=("Sample Pairing",), probability=(1, 1), cutout=0)
     got = call(twice, images).int()
-    rows = draws.uniform(0, 0, torch.arange(8), 9, stream=randaugment._OPERATIONS, dtype=torch.float64)
+    rows = draws.uniform(0, 0, torch.arange(8), 9, stream=base.OPERATIONS, dtype=torch.float64)
     other = [randaugment._others(torch.arange(8), rows[:, column]) for column in (4, 8)]
     expected = 0.36 * images + 0.24 * images[other[0]] + 0.4 * images[other[1]]
     assert (got - expected).abs().max() <= 2
@@ -471,6 +473,11 @@ def _wrapped(name: str, change: Callable[..., Any]) -> Fault:
     return lambda patch: patch.setattr(operations, name, lambda *arguments: change(real, *arguments))
 
 
+def _instead(table: dict[str, Any], name: str, change: Callable[..., Any]) -> Fault:
+    real = table[name]
+    return lambda patch: patch.setitem(table, name, lambda *arguments: change(real, *arguments))
+
+
 def _plan_by_place(patch: pytest.MonkeyPatch) -> None:
     real = RandAugment._plan
     patch.setattr(
@@ -492,8 +499,14 @@ FAULTS: dict[str, tuple[Fault, Callable[[], None]]] = {
         _wrapped("_luma", lambda real, x: x.float().mean(1, keepdim=True).round().to(torch.uint8)),
         _by_name("Contrast"),
     ),
-    "threshold_included": (_wrapped("solarize", lambda real, x, t: real(x, t + 1)), _by_name("Solarize")),
-    "one_bit_less": (_wrapped("posterize", lambda real, x, b: real(x, max(b - 1, 1))), _by_name("Posterize")),
+    "threshold_included": (
+        _instead(randaugment._RECOLORS, "Solarize", lambda real, x, level: real(x, level + 1 / 256)),
+        _by_name("Solarize"),
+    ),
+    "one_bit_less": (
+        _instead(randaugment._RECOLORS, "Posterize", lambda real, x, level: real(x, level - 1 / 4)),
+        _by_name("Posterize"),
+    ),
     "rotated_the_other_way": (
         _wrapped("rotation", lambda real, degrees, h, w: real(-degrees, h, w)),
         lambda: test_directions_of_moves(30),
@@ -503,18 +516,19 @@ FAULTS: dict[str, tuple[Fault, Callable[[], None]]] = {
         _by_name("Rotate"),
     ),
     "sheared_the_other_way": (
-        _wrapped("shear_x", lambda real, slope: real(-slope)),
+        _instead(randaugment._MOVES, "ShearX", lambda real, level, *rest: real(-level, *rest)),
         lambda: test_directions_of_moves(30),
     ),
     "pixels_at_their_corners": (
         _wrapped("fixed_point", lambda real, m: [math.floor(v * 65536 + 0.5) for v in m]),
         _by_name("ShearX"),
     ),
-    "axes_swapped": (_wrapped("translation", lambda real, x, y: real(y, x)), _by_name("TranslateX")),
+    "axes_swapped": (
+        _instead(randaugment._MOVES, "TranslateX", lambda real, *given: randaugment._MOVES["TranslateY"](*given)),
+        _by_name("TranslateX"),
+    ),
     "sign_never_drawn": (
-        lambda patch: patch.setattr(
-            randaugment, "_MOVES", {"ShearY": lambda level, *_: operations.shear_y(0.3 * abs(level))}
-        ),
+        _instead(randaugment._MOVES, "ShearY", lambda real, level, *rest: real(abs(level), *rest)),
         _by_name("ShearY"),
     ),
     "square_off_by_one": (

@@ -29,7 +29,7 @@ from metapl.apps.pictures import (
     UnlabeledBatches,
     View,
 )
-from metapl.apps.pictures.views import batched
+from metapl.apps.pictures.views import base
 from metapl.data import StepSampler, draws, feed
 from metapl.errors import MetaplError
 
@@ -87,7 +87,7 @@ def torchvision_affine(view: Affine, images: Tensor) -> Tensor:
     height, width = images.shape[2:]
     moved = []
     for image, (turn, shear, scale, right, down) in zip(
-        images, drawn(len(images), 5, batched._AFFINE).tolist(), strict=True
+        images, drawn(len(images), 5, base.AFFINE).tolist(), strict=True
     ):
         shift = [(2 * right - 1) * view.translate * width, (2 * down - 1) * view.translate * height]
         low, high = view.scale
@@ -126,7 +126,7 @@ def test_outside_stands_what_scipy_continues_the_picture_by(shape: tuple[int, in
     _, height, width = shape
     for view in (Affine(degrees=180, translate=1.2, scale=(0.3, 2), shear=50, fill=fill), Affine(shear=40, fill=fill)):
         rows, cols = np.mgrid[:height, :width]
-        for image, got, numbers in zip(images, call(view, images), drawn(32, 5, batched._AFFINE).numpy(), strict=True):
+        for image, got, numbers in zip(images, call(view, images), drawn(32, 5, base.AFFINE).numpy(), strict=True):
             theta, phi, right, down = (2 * numbers[[0, 1, 3, 4]] - 1) * np.array(
                 [np.radians(view.degrees), np.radians(view.shear), view.translate * width, view.translate * height]
             )
@@ -144,7 +144,7 @@ def test_outside_stands_what_scipy_continues_the_picture_by(shape: tuple[int, in
 
 def factors(count: int, view: Color) -> np.ndarray:
     """Brightness, contrast, saturation (each (B,)) and the angle in radians."""
-    u = drawn(count, 4, batched._COLOR).numpy()
+    u = drawn(count, 4, base.COLOR).numpy()
     ranges = np.array([view.brightness, view.contrast, view.saturation])
     low = np.maximum(0, 1 - ranges)
     return np.concatenate([low + (1 + ranges - low) * u[:, :3], (2 * u[:, 3:] - 1) * view.hue * 2 * np.pi], axis=1).T
@@ -198,7 +198,7 @@ def test_a_hole_covers_its_square_and_nothing_else(shape: tuple[int, int, int], 
     view = Hole((0.3, 0.9), fill=fill)
     covered = []
     for image, got, (size, row, column, level) in zip(
-        images, call(view, images), drawn(64, 4, batched._HOLE).tolist(), strict=True
+        images, call(view, images), drawn(64, 4, base.HOLE).tolist(), strict=True
     ):
         half = (0.3 + 0.6 * size) * min(height, width) / 2
         inside = torch.tensor(
@@ -244,7 +244,7 @@ def test_channels_change_places_and_light_turns_dark(
     """To the last bit, each picture by itself."""
     images, inverted = pictures(64, *shape).to(dtype), 0
     found = call(Recolor(permute, invert), images)
-    for image, got, (*places, chance) in zip(images, found, drawn(64, 4, batched._RECOLOR).tolist(), strict=True):
+    for image, got, (*places, chance) in zip(images, found, drawn(64, 4, base.RECOLOR).tolist(), strict=True):
         order = sorted(range(3), key=places.__getitem__) if permute and len(image) == 3 else range(len(image))
         expected = torch.stack([image[channel] for channel in order])
         inverted += chance < invert
@@ -336,8 +336,8 @@ def test_seed_step_and_example_each_change_the_draws(name: str) -> None:
 
 def test_the_numbers_of_one_picture_are_drawn_apart() -> None:
     """None of the views, and none of the numbers of one, follows from another."""
-    streams = [(batched._AFFINE, 5), (batched._COLOR, 4), (batched._HOLE, 4), (batched._FLIP, 2)]
-    streams.append((batched._RECOLOR, 4))
+    streams = [(base.AFFINE, 5), (base.COLOR, 4), (base.HOLE, 4), (base.FLIP, 2)]
+    streams.append((base.RECOLOR, 4))
     columns = torch.cat([drawn(20_000, count, stream) for stream, count in streams], dim=1)
     correlation = torch.corrcoef(columns.T) - torch.eye(19, dtype=torch.float64)
     assert correlation.abs().max() < 0.04

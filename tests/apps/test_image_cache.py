@@ -26,7 +26,7 @@ from metapl.apps.pictures import (
     read_image,
     replaced_files,
 )
-from metapl.apps.pictures.record import record_files
+from metapl.apps.pictures.store import record_files
 from metapl.data import StepSampler, loader
 from metapl.errors import MetaplError
 

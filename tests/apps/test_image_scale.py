@@ -33,7 +33,7 @@ from metapl.apps.pictures import hashes, verify
 from metapl.apps.pictures.check import check_folders
 from metapl.apps.pictures.folders import scan_labeled, scan_unlabeled
 from metapl.apps.pictures.hashes import hash_files
-from metapl.apps.pictures.record import replaced_files
+from metapl.apps.pictures.store import replaced_files
 from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
 

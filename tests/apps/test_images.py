@@ -33,9 +33,10 @@ from metapl.apps.pictures import (
     UnreadableImage,
     Weak,
     read_image,
+    reader,
     replaced_files,
 )
-from metapl.apps.pictures.reader import MAX_PIXELS, image_size, read_crops
+from metapl.apps.pictures.reader import image_size, read_crops
 from metapl.data import StepSampler, loader
 from metapl.errors import MetaplError
 
@@ -257,7 +258,7 @@ def test_crops_are_boxes_of_the_upright_picture(tmp_path: Path) -> None:
     assert distance(crop, chw(ramp(20, 30)[2:12, 4:14])) == 0
 
 
-@pytest.mark.parametrize("wrong", [{"size": (0, 4)}, {"max_pixels": 0}, {"max_pixels": MAX_PIXELS + 1}])
+@pytest.mark.parametrize("wrong", [{"size": (0, 4)}, {"size": (4, -1)}, {"center": 0.0}])
 def test_wrong_numbers(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(MetaplError, match="expected"):
         read_image(tmp_path / "a.png", **wrong)
@@ -293,12 +294,14 @@ def test_bombs_are_refused_by_their_header(
             read(path)
 
 
-def test_limit(tmp_path: Path) -> None:
+def test_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(ramp(20, 30)).save(path)
-    assert read_image(path, max_pixels=600).shape == (3, 20, 30)
+    monkeypatch.setattr(reader, "MAX_PIXELS", 600)
+    assert read_image(path).shape == (3, 20, 30)
+    monkeypatch.setattr(reader, "MAX_PIXELS", 599)
     with pytest.raises(UnreadableImage, match=r"more than the 599 pixels that are allowed \(30x20\)"):
-        read_image(path, max_pixels=599)
+        read_image(path)
 
 
 def test_a_thread_of_a_picture_stays_small(tmp_path: Path) -> None:

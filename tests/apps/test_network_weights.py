@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from metapl.apps.networks import create, load_weights
-from metapl.apps.networks.architecture import FAMILIES
+from metapl.apps.networks.families import FAMILIES
 from metapl.errors import MetaplError
 from metapl.models import wide_resnet
 
@@ -56,7 +56,7 @@ def test_a_head_of_other_classes_stays_fresh(
     torch.manual_seed(7)
     fresh = create("small_cnn", 3)
     torch.manual_seed(7)
-    with caplog.at_level(logging.INFO, "metapl.models"):
+    with caplog.at_level(logging.INFO, "metapl.apps.networks"):
         model = create("small_cnn", 3, weights=file)
     assert torch.equal(model.head.weight, fresh.head.weight)
     assert torch.equal(model.features[3].conv.weight, source.features[3].conv.weight)

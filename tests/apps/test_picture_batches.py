@@ -106,7 +106,7 @@ def test_view_keeps_the_dtype() -> None:
 
 def test_view_refuses_what_it_cannot_augment() -> None:
     examples = torch.arange(3)
-    with pytest.raises(MetaplError, match="negative field"):
+    with pytest.raises(MetaplError, match=r"noise -0\.1; expected a finite number of 0 or more"):
         ShiftNoiseCutout(noise=-0.1)
     with pytest.raises(MetaplError, match="uint8"):
         ShiftNoiseCutout()(images(3).byte(), seed=0, step=0, examples=examples)
@@ -283,9 +283,9 @@ def test_fewer_labels_lie_within_more(digits: DigitsSplit) -> None:
 def test_digits_refuse_what_they_do_not_have() -> None:
     with pytest.raises(MetaplError, match="labels_per_class is 0"):
         load_digits_split(0, seed=0)
-    with pytest.raises(MetaplError, match="expected at most"):
+    with pytest.raises(MetaplError, match=r"and at most 1\d+, the size of the smallest class"):
         load_digits_split(150, seed=0)
-    with pytest.raises(MetaplError, match="seed is -1"):
+    with pytest.raises(MetaplError, match=r"by seed -1 into .*'random_state' .*-1"):
         load_digits_split(2, seed=-1)
-    with pytest.raises(MetaplError, match="test 1790"):
+    with pytest.raises(MetaplError, match="1790 for test: "):
         load_digits_split(2, seed=0, test=1790)

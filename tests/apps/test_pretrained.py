@@ -13,7 +13,7 @@ import torch
 from torchvision.models import ResNet18_Weights
 
 from metapl.apps.experiments import settle
-from metapl.apps.networks.pretrained import fetch_imagenet_weights
+from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
 

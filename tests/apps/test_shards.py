@@ -112,6 +112,7 @@ def test_killed_at_any_moment_it_goes_on_and_leaves_nothing_beside_the_shards(
 ) -> None:
     """A process that writes six shards, which is killed some time after it began, again and again, in one folder."""
     whole, out, draw = tmp_path / "whole", tmp_path / "out", random.Random(kills)
+    write_shards(pictures, tmp_path / "first", 4)  # which imports what it needs, and takes longer
     begun = time.monotonic()
     write_shards(pictures, whole, 4)
     seconds, killed = time.monotonic() - begun, 0

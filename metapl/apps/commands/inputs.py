@@ -173,6 +173,6 @@ class TestFolder:
         except MetaplError as error:
             yield f"it is not known which of these pictures were trained on: {error}"
             return
-        for finding in find_copies(labeled, others, None, self.files, None, trained=True):
+        for finding in find_copies(labeled, others, None, self.files, trained=True):
             if finding.kind == "test copies":
                 yield finding.message

@@ -10,7 +10,6 @@ import tyro
 
 from metapl.apps.commands.parse import Switch
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
-from metapl.apps.pictures.shards import Manifest
 from metapl.errors import MetaplError, few
 from metapl.training.progress import counting
 from metapl.words import shown, tell
@@ -49,15 +48,10 @@ class Shards:
             else:
                 manifest = write_shards(self.folder, self.out, self.pictures, update, broken.append)
                 done, where = "are written", self.out
-        tell(f"{described(manifest)} {done}: {shown(where)}")
+        size = sum(shard.bytes for shard in manifest.shards)
+        shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards):,} shards"
+        tell(f"{manifest.pictures:,} pictures in {shards} of {size / 1e6:,.1f} MB together {done}: {shown(where)}")
         if broken:
             files = "1 file" if len(broken) == 1 else f"{len(broken):,} files"
             tell(f"{files} cannot be read as pictures, and will be left out of a training: {few(broken)}", wrap=True)
         return 0
-
-
-def described(manifest: Manifest) -> str:
-    """The number of pictures and shards, and the bytes."""
-    size = sum(shard.bytes for shard in manifest.shards)
-    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards):,} shards"
-    return f"{manifest.pictures:,} pictures in {shards} of {size / 1e6:,.1f} MB together"

@@ -26,7 +26,7 @@ from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.experiments.shares import check_runs
 from metapl.apps.experiments.summary import spoken_rounds, summary
 from metapl.apps.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
-from metapl.apps.pictures.record import record_files, replaced_files
+from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Recipe, Task
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.recipes.self_training import SelfTraining

@@ -9,7 +9,7 @@ from typing import Any
 
 from metapl.apps.experiments import budget
 from metapl.apps.experiments.looking import Look, look
-from metapl.apps.networks.pretrained import fetch_imagenet_weights
+from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.recipes.base import SELECTED_ON, require
 from metapl.apps.recipes.image_folders import OPEN, STORED, Changes, ImageFolders

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from metapl.apps.networks import own, timm_models, torchvision_models
-from metapl.apps.networks.family import Family, Sizes
+from metapl.apps.networks.families import FAMILIES, TIMM, Family, Sizes
 from metapl.apps.networks.weights import load_weights
 from metapl.errors import MetaplError
 from metapl.words import did_you_mean
-
-FAMILIES: dict[str, Family] = {**own.FAMILIES, **torchvision_models.FAMILIES}
-"""The networks by name; beside them, ``timm:NAME`` stands for every network of timm."""
 
 NAMES: tuple[str, ...] = tuple(FAMILIES)
 """What :func:`create` builds, beside ``timm:NAME``."""
@@ -69,7 +65,7 @@ class Architecture(Sizes):
     def family(self) -> Family:
         """What builds it."""
         if self.name.startswith("timm:") and self.name != "timm:":
-            return timm_models.FAMILY
+            return TIMM
         if self.name not in FAMILIES:
             # With a cutoff of 0 every name comes back, in the order of likeness.
             known = difflib.get_close_matches(self.name, NAMES, n=len(NAMES), cutoff=0.0)
@@ -160,11 +156,12 @@ def create(
 
     Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student, section 3.2, for 0.2 and dropout 0.5.
     """
-    return Architecture(
+    architecture = Architecture(
         name=name,
         num_classes=num_classes,
         dropout=dropout,
         stochastic_depth=stochastic_depth,
         in_channels=in_channels,
         image_size=image_size,
-    ).create(weights)
+    )
+    return architecture.create(weights)

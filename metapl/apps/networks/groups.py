@@ -40,9 +40,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool =
     if on_norms:
         return [{"params": list(module.parameters()), "weight_decay": weight_decay}]
     of_norms = {id(p) for m in module.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        (spared if parameter.ndim <= 1 or id(parameter) in of_norms else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    is_spared = {p: p.ndim <= 1 or id(p) in of_norms for p in module.parameters()}
+    decays = ((False, weight_decay), (True, 0.0))
+    groups = [{"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w} for spared, w in decays]
     return [group for group in groups if group["params"]]

@@ -1,4 +1,4 @@
-"""Pretrained weights from a local file."""
+"""Pretrained weights from a local file, ImageNet's as torchvision fetches them among these."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
@@ -75,16 +77,15 @@ def load_weights(
     """
     path = Path(file)
     state = _without_prefixes(_state_dict(path), module.state_dict().keys())
-    _check_finite(path, state)
     interpolated = () if adapt is None else adapt(module, state)
     own = module.state_dict()
+    fresh = _fresh(own, state, heads)
     # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
     optional = {name for name in own if name.endswith("num_batches_tracked")} - state.keys()
-    fresh = _fresh(own, state, heads)
     fits = {name: t for name, t in state.items() if name not in fresh}
     _check_fit(path, fits, {name: t for name, t in own.items() if name not in optional and name not in fresh})
     module.load_state_dict({**own, **fits})
-    return LoadedWeights(path, tuple(fits), fresh, interpolated)
+    return LoadedWeights(path, tuple(fits), tuple(fresh), interpolated)
 
 
 def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | None:
@@ -105,6 +106,39 @@ def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | No
     return next((len(state[name]) for name in names if name in state and state[name].ndim), None)
 
 
+def fetch_imagenet_weights(name: str) -> Path:
+    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache.
+
+    Args:
+        name: of a network, ``resnet18`` say.
+
+    Returns: a file for :func:`metapl.apps.networks.load_weights`, its hash checked by torch.
+
+    Raises:
+        MetaplError: torchvision has no weights of that network, or the file is not there and cannot be downloaded.
+    """
+    from torchvision.models import get_model_weights
+
+    try:
+        weights = get_model_weights(name).DEFAULT
+    except ValueError as error:
+        raise MetaplError(
+            f"torchvision has no ImageNet weights of {name!r}; take one of its networks, --network resnet18 say, or a "
+            "file: --weights FILE."
+        ) from error
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(urlparse(weights.url).path).name
+    if not file.exists():
+        try:
+            torch.hub.load_state_dict_from_url(weights.url, str(folder), check_hash=True, weights_only=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise MetaplError(
+                f"the ImageNet weights of {name} could not be downloaded ({error}). Download {weights.url} elsewhere "
+                f"and give it as --weights {file.name}, or leave --weights out."
+            ) from error
+    return file
+
+
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors in a file, by name."""
     if not path.is_file():
@@ -117,7 +151,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             "alone as torch.save(model.state_dict(), path) writes them."
         ) from error
     for _ in range(MOST_WRAPPED):
-        stored = (_wrapped(stored) if isinstance(stored, Mapping) else None) or stored
+        inside = [stored.get(key) for key in ("state_dict", "model")] if isinstance(stored, Mapping) else []
+        stored = next((part for part in inside if isinstance(part, Mapping)), stored)
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
         kind = f"a {type(stored).__name__}" if not isinstance(stored, Mapping) else f"the entries {few(stored)}"
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
@@ -128,12 +163,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} holds tensors that are sparse, quantized or without values: {few(without_values)}; expected dense "
             "ones, as tensor.to_dense() and tensor.dequantize() give them."
         )
+    if bad := [name for name, t in state.items() if not t.isfinite().all()]:
+        raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
     return state
-
-
-def _wrapped(stored: Mapping[Any, Any]) -> Mapping[Any, Any] | None:
-    """The state dict in what a training program stored."""
-    return next((stored[key] for key in ("state_dict", "model") if isinstance(stored.get(key), Mapping)), None)
 
 
 def _read(path: Path) -> Any:
@@ -154,36 +186,32 @@ def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[st
     return state
 
 
-def _check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
-    bad = [name for name, t in state.items() if not t.isfinite().all()]
-    if bad:
-        raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
-
-
-def _fresh(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], heads: Iterable[str]) -> tuple[str, ...]:
+def _fresh(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], heads: Iterable[str]) -> list[str]:
     """The tensors of heads that the file lacks or has for another number of classes."""
     fresh: list[str] = []
     for head in heads:
         names = [name for name in own if name.startswith(f"{head}.")]
         same = all(name in stored and stored[name].shape == own[name].shape for name in names)
         other_features = any(name in stored and stored[name].shape[1:] != own[name].shape[1:] for name in names)
-        if not same and not other_features:
-            fresh += names
-    return tuple(fresh)
+        fresh += [] if same or other_features else names
+    return fresh
 
 
 def _check_fit(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    faults = []
-    if missing := [name for name in expected if name not in stored]:
-        faults.append(f"it lacks {few(missing)}")
-    if foreign := [name for name in stored if name not in expected]:
-        faults.append(f"the network has no {few(foreign)}")
     common = [name for name in expected if name in stored]
-    if misshapen := [name for name in common if stored[name].shape != expected[name].shape]:
-        shapes = [f"{n} {tuple(stored[n].shape)} instead of {tuple(expected[n].shape)}" for n in misshapen]
-        faults.append(f"other shapes: {few(shapes)}")
-    if kinds := [n for n in common if stored[n].is_floating_point() != expected[n].is_floating_point()]:
-        faults.append(f"whole numbers for real ones or the reverse: {few(kinds)}")
+    kinds = {
+        "it lacks": [name for name in expected if name not in stored],
+        "the network has no": [name for name in stored if name not in expected],
+        "other shapes:": [
+            f"{n} {tuple(stored[n].shape)} instead of {tuple(expected[n].shape)}"
+            for n in common
+            if stored[n].shape != expected[n].shape
+        ],
+        "whole numbers for real ones or the reverse:": [
+            n for n in common if stored[n].is_floating_point() != expected[n].is_floating_point()
+        ],
+    }
+    faults = [f"{kind} {few(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise MetaplError(
             f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "

@@ -8,12 +8,11 @@ Normalization is not a view: it belongs to the network, which sees the same numb
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from metapl.apps.pictures.hashes import told
 from metapl.apps.pictures.reader import Box
 from metapl.apps.pictures.store import FileImages, Images, pick
 from metapl.apps.pictures.views.base import View
+from metapl.apps.pictures.views.crops import ResizedCrop
 from metapl.data import draws
 from metapl.data.sampler import StepSampler
 from metapl.data.steps import BatchT, StepBatches
@@ -30,16 +30,8 @@ from metapl.runs.fingerprints import as_values, fingerprint
 
 Fetched = tuple[Tensor, ...]
 
-# One derived seed per role, so that no two views of one step share their draws even under one seed.
-_LABELED, _WEAK, _STRONG = range(3)
-
-
-class RandomBoxes(Protocol):
-    """Boxes of images whose every draw is a function of (seed, step, example)."""
-
-    def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """(B, 4) top, left, height and width in pixels, and (B,) whether to mirror."""
-        ...
+ROLES = ("view", "weak", "strong")
+"""Fields that are views: one derived seed each, so that no two of one step share their draws even under one seed."""
 
 
 class ExampleBatches(StepBatches[BatchT]):
@@ -48,18 +40,19 @@ class ExampleBatches(StepBatches[BatchT]):
     images: Tensor | Images
     sampler: StepSampler
     seed: int
-    crop: RandomBoxes | None
-    roles: ClassVar[tuple[int, ...]]
+    crop: ResizedCrop | None
 
     @property
-    @abstractmethod
-    def views(self) -> tuple[View, ...]:
-        """How the images are seen, each with draws of its own."""
+    def views(self) -> dict[str, View]:
+        """How the images are seen, by role, each with draws of its own."""
+        held = {role: getattr(self, role, None) for role in ROLES}
+        return {role: view for role, view in held.items() if view is not None}
 
     @property
     def columns(self) -> dict[str, Tensor]:
         """What else a batch holds of the same examples, by name."""
-        return {}
+        held = {name: getattr(self, name, None) for name in ("labels", "stored")}
+        return {name: column for name, column in held.items() if column is not None}
 
     def batch(self, step: int) -> BatchT:
         return self.augment(step, self.fetch(step))
@@ -76,7 +69,7 @@ class ExampleBatches(StepBatches[BatchT]):
             "examples": sampler.pop("size"),
             **sampler,
             "view_seed": self.seed,
-            "views": [as_values(view) for view in self.views],
+            "views": [as_values(view) for view in self.views.values()],
             "fingerprint": fingerprint([told(self.images), [*self.columns.values()]]),
         }
 
@@ -102,7 +95,7 @@ class ExampleBatches(StepBatches[BatchT]):
         examples = self._examples(step)
         seen = (
             view(x, seed=seed, step=step, examples=examples)
-            for view, x, seed in zip(self.views, images, self._seeds(), strict=True)
+            for view, x, seed in zip(self.views.values(), images, self._seeds(), strict=True)
         )
         items = (*seen, *columns)
         batch: Any = items if len(items) > 1 else items[0]
@@ -128,14 +121,14 @@ class ExampleBatches(StepBatches[BatchT]):
         ], used
 
     def _seeds(self) -> list[int]:
-        return [draws.fold_in(self.seed, role) for role in self.roles[: len(self.views)]]
+        return [draws.fold_in(self.seed, ROLES.index(role)) for role in self.views]
 
     def _examples(self, step: int) -> Tensor:
         # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations apart. On the
         # CPU, wherever the images are: a view that plans there would otherwise wait for the device.
         return self.sampler.epochs(step) * self.sampler.size + self.sampler.indices(step)
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         name = type(self).__name__
         counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
         if set(counts.values()) != {self.sampler.size}:
@@ -207,20 +200,8 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
     view: View
     seed: int
     steps: int | None = None
-    crop: RandomBoxes | None = None
+    crop: ResizedCrop | None = None
     stored: Tensor | None = None
-    roles: ClassVar[tuple[int, ...]] = (_LABELED,)
-
-    def __post_init__(self) -> None:
-        self._check()
-
-    @property
-    def views(self) -> tuple[View, ...]:
-        return (self.view,)
-
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        return {"labels": self.labels, **_stored(self.stored)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,20 +237,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     strong: View | None
     seed: int
     steps: int | None = None
-    crop: RandomBoxes | None = None
+    crop: ResizedCrop | None = None
     stored: Tensor | None = None
-    roles: ClassVar[tuple[int, ...]] = (_WEAK, _STRONG)
-
-    def __post_init__(self) -> None:
-        self._check()
-
-    @property
-    def views(self) -> tuple[View, ...]:
-        return (self.weak,) if self.strong is None else (self.weak, self.strong)
-
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        return _stored(self.stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,10 +293,6 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
 
     def explain(self) -> str | None:
         return _dead_workers(self.images)
-
-
-def _stored(stored: Tensor | None) -> dict[str, Tensor]:
-    return {} if stored is None else {"stored": stored}
 
 
 def in_unit_range(images: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from metapl.apps.pictures.folders import Count, Files, FilesT, LabeledFiles, Progress, ask, digest
+from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, ask, digest, silent
 from metapl.apps.pictures.shards import open_picture, size_of
 from metapl.errors import few
 from metapl.words import shown
@@ -21,18 +20,10 @@ Kind = Literal["classes", "test copies", "validation copies", "labeled copies", 
 _PIECE = 4096
 
 LAYOUT = {
-    "labeled": "labeled",
-    "labelled": "labeled",
-    "train": "labeled",
-    "training": "labeled",
-    "unlabeled": "unlabeled",
-    "unlabelled": "unlabeled",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-    "heldout": "test",
+    **dict.fromkeys(("labeled", "labelled", "train", "training"), "labeled"),
+    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing", "heldout"), "test"),
 }
 """What folders are called that hold the parts of a data set, and the part."""
 
@@ -60,7 +51,7 @@ def check_folders(
     unlabeled: Files | None = None,
     validation: LabeledFiles | None = None,
     test: LabeledFiles | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> list[Finding]:
     """Find what would spoil a training with these folders.
 
@@ -83,61 +74,48 @@ def check_folders(
     Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
     same size, and beyond 4 KiB only where these agree too.
     """
-    others = {"unlabeled": unlabeled, "validation": validation, "test": test}
-    roots = {name: files.root for name, files in others.items() if files is not None}
-    findings = [*_class_findings(labeled), *find_inside(labeled, roots)]
-    around = find_around(labeled, {name: root for name, root in roots.items() if name != "unlabeled"})
-    findings += around.values()
-    # A folder around the labeled one has copies of all that lies in it, which says nothing more.
-    beside = {"validation": validation, "test": test} | dict.fromkeys(around)
-    findings += find_copies(labeled, unlabeled, beside["validation"], beside["test"], progress)
-    for name, held_out in (("validation", validation), ("test", test)):
-        if held_out is not None:
-            findings += find_other_classes(labeled, held_out, name)
+    held_out = {name: files for name, files in (("validation", validation), ("test", test)) if files is not None}
+    others = held_out if unlabeled is None else {"unlabeled": unlabeled, **held_out}
+    nested = find_nested(labeled, {name: files.root for name, files in others.items()})
+    # A held-out folder around the labeled one has copies of all that lies in it, which says nothing more.
+    beside = {name: files for name, files in held_out.items() if name not in nested}
+    findings = [
+        *_class_findings(labeled),
+        *_layout_findings(labeled),
+        *nested.values(),
+        *find_copies(labeled, unlabeled, beside.get("validation"), beside.get("test"), progress),
+        *(finding for name, files in held_out.items() for finding in find_other_classes(labeled, files, name)),
+    ]
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
 def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
     if len(labeled.classes) < 2:
         yield Finding("error", f"{labeled.root} has one class, {labeled.classes[0]!r}; expected two or more folders.")
-    counts = labeled.counts()
-    for name, count in counts.items():
+    by_case: defaultdict[str, list[str]] = defaultdict(list)
+    for label, (name, count) in enumerate(labeled.counts().items()):
+        by_case[name.casefold()].append(name)
         where = labeled.root / name
         if count == 0:
-            yield Finding(
-                "error",
-                f"class {name!r} has no picture in {shown(where)}; put some there, or remove the folder.",
-                (where,),
-            )
+            what = f"class {name!r} has no picture in {shown(where)}; put some there, or remove the folder."
+            yield Finding("error", what, (where,))
         elif count == 1:
-            files = tuple(labeled.path(i) for i, label in enumerate(labeled.labels) if labeled.classes[label] == name)
-            yield Finding(
-                "warning",
-                f"class {name!r} has one picture, {shown(files[0])}: it is trained on, so a validation split cannot "
-                "have any of this class; add more.",
-                files,
+            file = labeled.path(labeled.labels.index(label))
+            what = (
+                f"class {name!r} has one picture, {shown(file)}: it is trained on, so a validation split cannot have "
+                "any of this class; add more."
             )
-    by_case: defaultdict[str, list[str]] = defaultdict(list)
-    for name in labeled.classes:
-        by_case[name.casefold()].append(name)
-    for same in by_case.values():
-        if len(same) == 1:
-            continue
+            yield Finding("warning", what, (file,))
+    for same in (names for names in by_case.values() if len(names) > 1):
         names = " and ".join(map(repr, same))
-        folders = tuple(labeled.root / name for name in same)
-        yield Finding(
-            "warning",
-            f"classes {names} differ by case only and count as different classes; if not, merge them.",
-            folders,
-        )
+        what = f"classes {names} differ by case only and count as different classes; if not, merge them."
+        yield Finding("warning", what, tuple(labeled.root / name for name in same))
     if labeled.loose:
         yield Finding(
             "warning",
             f"{labeled.loose} pictures lie in {labeled.root} beside the class folders and are not used; move them into "
             "the folder of their class.",
         )
-
-    yield from _layout_findings(labeled)
 
 
 def _layout_findings(labeled: LabeledFiles) -> Iterator[Finding]:
@@ -149,14 +127,12 @@ def _layout_findings(labeled: LabeledFiles) -> Iterator[Finding]:
     deep = {name for name, files in pictures.items() if all("/" in file for file in files)}
     parts = {name: LAYOUT[plain] for name in labeled.classes if (plain := _plain(name)) in LAYOUT}
     if len({*parts.values()}) > 1:
-        above = next((name for name, part in parts.items() if part == "labeled"), None)
-        instead = "" if above is None else f": {shown(labeled.root / above)}"
-        is_layout = not deep.isdisjoint(parts)
-        verb = "are" if is_layout else "may be"
+        is_layout, instead = not deep.isdisjoint(parts), _trained_on(labeled)
         yield Finding(
             "error" if is_layout else "warning",
-            f"the classes in {labeled.root} are {few(labeled.classes)}, which {verb} the parts of a data set; expected "
-            f"one subfolder for each class. Name the folder with the classes{instead}",
+            f"the classes in {labeled.root} are {few(labeled.classes)}, which {'are' if is_layout else 'may be'} the "
+            "parts of a data set; expected one subfolder for each class. Name the folder with the classes"
+            + (f": {instead}" if instead else ""),
             tuple(labeled.root / name for name in parts),
         )
     elif deep and deep == {*pictures}:
@@ -179,38 +155,34 @@ def _plain(name: str) -> str:
     return "".join(filter(str.isalpha, name.casefold()))
 
 
-def find_inside(labeled: LabeledFiles, others: Mapping[str, Path]) -> Iterator[Finding]:
-    """The folders that lie inside that of the classes, where they would count as classes, or as pictures of one.
+def _trained_on(labeled: LabeledFiles) -> str:
+    """The folder among the classes that is called like one of labeled pictures, if any."""
+    return next((shown(labeled.root / name) for name in labeled.classes if LAYOUT.get(_plain(name)) == "labeled"), "")
+
+
+def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:
+    """By name, the folders inside that of the classes, where they would count as classes or as pictures of one, and
+    those of held-out pictures around it.
 
     Args:
         others: unlabeled, validation and test folders by name.
     """
-    root = labeled.root.resolve()
+    root, meant, found = labeled.root.resolve(), _trained_on(labeled), {}
     for name, other in others.items():
-        if root not in other.resolve().parents:
-            continue
-        above = next((one for one in labeled.classes if LAYOUT.get(_plain(one)) == "labeled"), None)
-        instead = "" if above is None else f" Did you mean {shown(labeled.root / above)}?"
-        yield Finding(
-            "error",
-            f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a class: "
-            f"{few(labeled.classes)}; expected a folder for the classes, and another one beside it.{instead}",
-            (other,),
-        )
-
-
-def find_around(labeled: LabeledFiles, held_out: Mapping[str, Path]) -> dict[str, Finding]:
-    """By name, the folders of held-out pictures in which the labeled folder lies."""
-    return {
-        name: Finding(
-            "error",
-            f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(root)}; expected the "
-            f"folder of the {name} pictures alone, with one subfolder for each class.",
-            (root,),
-        )
-        for name, root in held_out.items()
-        if root.resolve() in labeled.root.resolve().parents
-    }
+        message = ""
+        if root in other.resolve().parents:
+            message = (
+                f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a "
+                f"class: {few(labeled.classes)}; expected a folder for the classes, and another one beside it."
+            ) + (f" Did you mean {meant}?" if meant else "")
+        elif other.resolve() in root.parents and name != "unlabeled":
+            message = (
+                f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(other)}; expected the "
+                f"folder of the {name} pictures alone, with one subfolder for each class."
+            )
+        if message:
+            found[name] = Finding("error", message, (other,))
+    return found
 
 
 def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
@@ -220,8 +192,7 @@ def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str)
         name: of the held-out folder: validation or test.
     """
     counts = held_out.counts()
-    known = set(labeled.classes)
-    unknown = [label for label, count in counts.items() if label not in known and count]
+    unknown = [label for label, count in counts.items() if label not in labeled.classes and count]
     if unknown:
         yield Finding(
             "error",
@@ -231,10 +202,8 @@ def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str)
         )
     missing = [label for label in labeled.classes if not counts.get(label)]
     if missing:
-        yield Finding(
-            "warning",
-            f"the {name} folder {held_out.root} has no picture of {few(missing)}: nothing is measured there.",
-        )
+        what = f"the {name} folder {held_out.root} has no picture of {few(missing)}: nothing is measured there."
+        yield Finding("warning", what)
 
 
 class _File(NamedTuple):
@@ -250,7 +219,7 @@ def find_copies(
     unlabeled: Files | None,
     validation: LabeledFiles | None,
     test: LabeledFiles | None,
-    progress: Progress | None,
+    progress: Progress = silent,
     *,
     trained: bool = False,
 ) -> Iterator[Finding]:
@@ -266,40 +235,73 @@ def find_copies(
         if folder is not None
         for i, path in enumerate(folder.paths())
     ]
-    count = Count(progress)
-    groups = _same_bytes(files, partial(_findings_among, labeled=len(labeled)), count)
-    count.end()
+
+    def matter(groups: list[list[_File]]) -> list[list[_File]]:
+        # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
+        every_one = sum(map(_labeled_copies, groups)) == len(labeled)
+        usual = _USUAL[: 4 if every_one else 5]
+        return [group for group in groups if _contradict(group) or {file.side for file in group} not in usual]
+
+    groups = _same_bytes(files, matter, progress)
     for held_out, other in _LEAKS:
         pairs = [
             (file, copy)
             for group in groups
-            if (copy := next((file for file in group if file.side == other), None)) is not None
+            for copy in [file for file in group if file.side == other][:1]
             for file in group
             if file.side == held_out
         ]
         if pairs:
             yield _leak(held_out, other, pairs, mended=held_out if trained else other)
     if unlabeled is not None and sum(map(_labeled_copies, groups)) == len(labeled):
-        yield _used_twice(labeled, unlabeled)
-    contradictions = [files for group in groups if _contradict(files := [f for f in group if f.side == "labeled"])]
-    if contradictions:
-        shown = few([" and ".join(file.path for file in group) for group in contradictions])
+        # Usual in the papers, and of no use where there are no others.
+        note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
+        if len(unlabeled) > len(labeled):
+            note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
+        what = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
+        yield Finding("warning", what, kind="labeled copies")
+    twice = [[file for file in group if file.side == "labeled"] for group in groups if _contradict(group)]
+    if twice:
         yield Finding(
             "error",
-            f"{len(contradictions)} pictures are in two classes: {shown}; remove them from all classes but one.",
-            tuple(Path(file.path) for group in contradictions for file in group),
+            f"{len(twice)} pictures are in two classes: {few(' and '.join(file.path for file in g) for g in twice)}; "
+            "remove them from all classes but one.",
+            tuple(Path(file.path) for group in twice for file in group),
             kind="contradiction",
         )
+
+
+_USUAL = ({"labeled"}, {"unlabeled"}, {"validation"}, {"test"}, {"labeled", "unlabeled"})
+"""The sides that a picture may stand on."""
+
+_COPIES: dict[str, Kind] = {"test": "test copies", "validation": "validation copies"}
+
+_LEAKS = (
+    *((held_out, other) for held_out in ("test", "validation") for other in ("labeled", "unlabeled")),
+    ("test", "validation"),
+)
+
+
+def _leak(held_out: str, other: str, pairs: list[tuple[_File, _File]], mended: str) -> Finding:
+    harmless = other == "validation"
+    named = few([file.path + f" is {copy.path}" * (file.path != copy.path) for file, copy in pairs])
+    return Finding(
+        "warning" if harmless else "error",
+        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; "
+        + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
+        + f"remove them from the {mended} folder.",
+        tuple(Path(file.path) for pair in pairs for file in pair),
+        kind=_COPIES[held_out],
+    )
 
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
     """The paths in one folder, and those in another, of each picture that both have, by its bytes.
 
-    Cost: one question to the file system for each file. Bytes are read only of files that the other folder has with the
-    same size, and beyond 4 KiB only where these agree too.
+    Cost: as of :func:`check_folders`.
     """
-    sides = [_File(side, None, path) for side, of in (("own", files), ("other", others)) for path in of.paths()]
-    for group in _same_bytes(sides, lambda groups: [same for same in groups if len({file.side for file in same}) == 2]):
+    both = [_File(side, None, path) for side, of in (("own", files), ("other", others)) for path in of.paths()]
+    for group in _same_bytes(both, lambda groups: [g for g in groups if len({file.side for file in g}) == 2]):
         own = [file.path for file in group if file.side == "own"]
         yield own, [file.path for file in group if file.side == "other"]
 
@@ -310,42 +312,8 @@ def without_copies(files: FilesT, of: Files) -> FilesT:
     return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
 
 
-def _used_twice(labeled: LabeledFiles, unlabeled: Files) -> Finding:
-    """All labeled pictures are unlabeled too: usual in the papers, and of no use where there are no others."""
-    if len(unlabeled) > len(labeled):
-        note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
-    else:
-        note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
-    message = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
-    return Finding("warning", message, kind="labeled copies")
-
-
-_COPIES: dict[str, Kind] = {"test": "test copies", "validation": "validation copies"}
-
-_LEAKS = (
-    ("test", "labeled"),
-    ("test", "unlabeled"),
-    ("validation", "labeled"),
-    ("validation", "unlabeled"),
-    ("test", "validation"),
-)
-
-
-def _leak(held_out: str, other: str, pairs: Sequence[tuple[_File, _File]], mended: str) -> Finding:
-    harmless = (held_out, other) == ("test", "validation")
-    shown = few([str(file.path) + f" is {copy.path}" * (file.path != copy.path) for file, copy in pairs])
-    return Finding(
-        "warning" if harmless else "error",
-        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {shown}; "
-        + ("what is selected on them looks better than it is: " if harmless else "the result would be too good: ")
-        + f"remove them from the {mended} folder.",
-        tuple(Path(file.path) for pair in pairs for file in pair),
-        kind=_COPIES[held_out],
-    )
-
-
 def _same_bytes(
-    files: list[_File], that_matter: Callable[[list[list[_File]]], list[list[_File]]], count: Count | None = None
+    files: list[_File], matter: Callable[[list[list[_File]]], list[list[_File]]], progress: Progress = silent
 ) -> list[list[_File]]:
     """Groups of files with the same bytes.
 
@@ -354,49 +322,32 @@ def _same_bytes(
 
     Args:
         files: of all sides.
-        that_matter: of groups that are alike so far, those that are compared further.
-        count: counts the files whose bytes were compared.
+        matter: of groups that are alike so far, those that are compared further.
+        progress: called with the number of files whose bytes were compared.
     """
-    groups = [files]
+    groups, compared = [files], 0
     for key in (size_of, _middle, digest):
         alike: list[list[_File]] = []
         for group in groups:
             by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
             for file in group:
-                found: Hashable | None = ask(key, file.path)
-                if found is not None:
-                    by_key[found].append(file)
-                if count is not None and key is _middle:
-                    count.add()
+                by_key[ask(key, file.path)].append(file)
+                compared += key is _middle
+            by_key.pop(None, None)
             alike += (same for same in by_key.values() if len(same) > 1)
-        groups = that_matter(alike)
+            progress(compared)
+        groups = matter(alike)
     return groups
 
 
-def _findings_among(groups: list[list[_File]], labeled: int) -> list[list[_File]]:
-    """The groups, or files of them, that would be a finding if all in a group were the same picture."""
-    # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
-    all_copied = sum(map(_labeled_copies, groups)) == labeled
-    return [matter for same in groups if (matter := _that_matter(same, all_copied))]
-
-
-def _labeled_copies(files: Sequence[_File]) -> int:
+def _labeled_copies(group: list[_File]) -> int:
     """How many labeled files have the same bytes as an unlabeled one."""
-    sides = [file.side for file in files]
+    sides = [file.side for file in group]
     return sides.count("labeled") if "unlabeled" in sides else 0
 
 
-def _that_matter(files: list[_File], all_copied: bool) -> list[_File]:
-    """The files that would be a finding if all of them were the same picture."""
-    sides = {file.side for file in files}
-    if any(sides.issuperset(leak) for leak in _LEAKS) or (all_copied and sides >= {"labeled", "unlabeled"}):
-        return files
-    labeled = [file for file in files if file.side == "labeled"]
-    return labeled if _contradict(labeled) else []
-
-
-def _contradict(labeled: Sequence[_File]) -> bool:
-    return len({file.label for file in labeled}) > 1
+def _contradict(group: list[_File]) -> bool:
+    return len({file.label for file in group if file.side == "labeled"}) > 1
 
 
 def _middle(path: str) -> bytes:

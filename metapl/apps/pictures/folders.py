@@ -26,7 +26,9 @@ Progress = Callable[[int], None]
 FilesT = TypeVar("FilesT", bound="Files")
 T = TypeVar("T")
 
-_EVERY = 1000
+
+def silent(done: int) -> None:
+    """The progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class LabeledFiles(Files):
         return {name: counts[label] for label, name in enumerate(self.classes)}
 
 
-def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> Files:
+def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     """List the pictures of a folder and all folders in it.
 
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
@@ -104,7 +106,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
 
     Args:
         folder: any folder.
-        progress: called with the number of pictures so far, every 1,000 and at the end.
+        progress: called with the number of pictures so far, once a folder.
 
     Returns:
         The files, in an order that depends on their names alone.
@@ -122,17 +124,13 @@ def scan_unlabeled(folder: str | Path, progress: Progress | None = None) -> File
     ('b.jpg', 'deep/er/a.PNG')
     """
     root = _folder(folder)
-    count = Count(progress)
-    names, passed_over = _images(root, count)
+    names, passed_over = _images(_in_folders(root), progress)
     if not names and passed_over[SUFFIX]:
-        names, passed_over = _in_shards(root, count)
-    count.end()
-    if not names:
-        raise _no_image(root, passed_over)
-    return Files(root, names, passed_over)
+        names, passed_over = _images(_in_shards(root), progress)
+    return Files(root, _some(names, root, passed_over), passed_over)
 
 
-def scan_labeled(folder: str | Path, progress: Progress | None = None) -> LabeledFiles:
+def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFiles:
     """List the pictures of a folder that holds one folder a class; below those, any tree.
 
     Args, returns, cost: as :func:`scan_unlabeled`.
@@ -149,7 +147,6 @@ def scan_labeled(folder: str | Path, progress: Progress | None = None) -> Labele
     (('cat', 'dog'), (0, 1, 1))
     """
     root = _folder(folder)
-    count = Count(progress)
     inside, files = next((inside, files) for _, inside, files in _walk(root))
     classes = tuple(inside)
     if not classes:
@@ -157,18 +154,17 @@ def scan_labeled(folder: str | Path, progress: Progress | None = None) -> Labele
             f"{root} has no folder in it; expected one folder a class, with the pictures of the class in it: "
             f"{root / 'cat'}, {root / 'dog'}"
         )
-    loose, passed_over = _by_suffix(files)
+    loose, passed_over = _images([files], silent)
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        below, others = _images(root / name, count, above=root)
+        before = len(names)
+        below, others = _images(_in_folders(root / name, above=root), lambda done: progress(before + done))  # noqa: B023
         names += (f"{name}/{image}" for image in below)
         labels += [label] * len(below)
         passed_over.update(others)
-    count.end()
-    if not names:
-        raise _no_image(root, passed_over)
-    return LabeledFiles(root, tuple(names), dict(passed_over), classes, tuple(labels), len(loose))
+    found = _some(tuple(names), root, passed_over)
+    return LabeledFiles(root, found, dict(passed_over), classes, tuple(labels), len(loose))
 
 
 def _folder(folder: str | Path) -> Path:
@@ -179,27 +175,13 @@ def _folder(folder: str | Path) -> Path:
     return root
 
 
-def _no_image(root: Path, passed_over: Mapping[str, int]) -> MetaplError:
-    kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
-    others = f", only {kinds}" if kinds else ""
-    return MetaplError(f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}.")
-
-
-class Count:
-    """Counts files, and reports every thousandth and the last."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.done, self.reported, self.progress = 0, -1, progress
-
-    def add(self, number: int = 1) -> None:
-        before, self.done = self.done, self.done + number
-        if before // _EVERY != self.done // _EVERY:
-            self.end()
-
-    def end(self) -> None:
-        if self.reported != self.done and self.progress is not None:
-            self.progress(self.done)
-        self.reported = self.done
+def _some(names: tuple[str, ...], root: Path, passed_over: Mapping[str, int]) -> tuple[str, ...]:
+    """The names that a scan found."""
+    if not names:
+        kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
+        others = f", only {kinds}" if kinds else ""
+        raise MetaplError(f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}.")
+    return names
 
 
 def digest(path: str) -> bytes:
@@ -225,41 +207,44 @@ def ask(question: Callable[[str], T], path: str) -> T | None:
         return None
 
 
-def _images(root: Path, count: Count, above: Path | None = None) -> tuple[tuple[str, ...], Counter[str]]:
-    """The images below a folder, relative to it and sorted, and the suffixes of what else there is.
+def _images(listed: Iterable[Iterable[str]], progress: Progress) -> tuple[tuple[str, ...], Counter[str]]:
+    """The images among files that are listed bit by bit, sorted, and the suffixes of the others."""
+    names: list[str] = []
+    passed_over: Counter[str] = Counter()
+    for files in listed:
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                names.append(name)
+            else:
+                passed_over[suffix or "no suffix"] += 1
+        progress(len(names))
+    return tuple(sorted(names)), passed_over
+
+
+def _in_folders(root: Path, above: Path | None = None) -> Iterator[list[str]]:
+    """The files below a folder, relative to it.
 
     Args:
         above: a folder that a link inside does not lead back into: its other folders are other classes.
     """
-    names: list[str] = []
-    passed_over: Counter[str] = Counter()
     for folder, _, files in _walk(root, above):
-        images, others = _by_suffix(files)
         prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
-        names += (prefix + name for name in images)
-        passed_over.update(others)
-        count.add(len(images))
-    return tuple(sorted(names)), passed_over
+        yield [prefix + name for name in files]
 
 
-def _in_shards(root: Path, count: Count) -> tuple[tuple[str, ...], Counter[str]]:
-    """As :func:`_images`, of the members of the tar files below a folder."""
+def _in_shards(root: Path) -> Iterator[list[str]]:
+    """The members of the tar files below a folder, likewise."""
     manifest = Manifest.read(root)
     if manifest is not None:
-        manifest.check_files(root, whole=True)
-    names: list[str] = []
-    passed_over: Counter[str] = Counter()
+        manifest.check_files(root)
     for folder, _, files in _walk(root):
         for tar in (folder / name for name in files if name.endswith(SUFFIX)):
-            inside = [m.name for m in members(tar) if all(map(_is_visible, m.name.split("/")))]
+            inside = [name for name, _, _ in members(tar) if all(map(_is_visible, name.split("/")))]
             twice = [name for name, times in Counter(inside).items() if times > 1]
             if twice:
                 raise MetaplError(f"{shown(tar)} has {few(twice)} more than once; expected each name once.")
-            images, others = _by_suffix(inside)
-            names += (f"{tar.relative_to(root).as_posix()}/{name}" for name in images)
-            passed_over.update(others)
-            count.add(len(images))
-    return tuple(sorted(names)), passed_over
+            yield [f"{tar.relative_to(root).as_posix()}/{name}" for name in inside]
 
 
 def _walk(root: Path, above: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -324,16 +309,3 @@ def _refuse(error: OSError) -> None:
     raise MetaplError(
         f"{shown(error.filename)} cannot be listed: {error.strerror}; expected a folder that can be read."
     ) from error
-
-
-def _by_suffix(files: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The images among files, and the suffixes of the others."""
-    images: list[str] = []
-    others: Counter[str] = Counter()
-    for name in files:
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in SUFFIXES:
-            images.append(name)
-        else:
-            others[suffix or "no suffix"] += 1
-    return images, others

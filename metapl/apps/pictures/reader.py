@@ -73,12 +73,7 @@ class UnreadableImage(MetaplError):
 
 
 def read_image(
-    path: str | Path,
-    *,
-    mode: Literal["RGB", "L"] = "RGB",
-    size: tuple[int, int] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    center: float = 1.0,
+    path: str | Path, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int] | None = None, center: float = 1.0
 ) -> Tensor:
     """Read a picture as bytes.
 
@@ -88,11 +83,9 @@ def read_image(
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
-        mode: "RGB", or "L" for brightness (0.299 R + 0.587 G + 0.114 B).
-        size: (height, width) of the result; None: as the file has it. It is filled by the largest centered box of its
-            shape that the picture has, by antialiased bilinear resampling: nothing is distorted, and the side that is
-            too long loses both ends.
-        max_pixels: a file whose header claims more is refused before anything is decoded; at most ``MAX_PIXELS``.
+        mode: "RGB", or "L" for brightness.
+        size: (height, width), or None for the picture's own. The largest centered box of this shape is resized to it,
+            bilinearly over areas: a side that is too long loses both ends.
         center: share of the sides of that box that is used, about its center: 224/256 for ImageNet; needs a size.
 
     Returns:
@@ -102,9 +95,9 @@ def read_image(
     size, which is several times as fast; values then differ from those of full decoding by a few levels.
 
     Raises:
-        UnreadableImage: the file cannot be opened, is empty, truncated, no picture, too large, or of numbers whose
-            range is unknown (floating point, 32 bits).
-        MetaplError: a size or limit below 1; the memory does not suffice.
+        UnreadableImage: the file cannot be opened, is empty, truncated, no picture, of more than :data:`MAX_PIXELS`, or
+            of numbers whose range is unknown (floating point, 32 bits).
+        MetaplError: a size below 1, a center outside (0, 1]; the memory does not suffice.
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
@@ -115,44 +108,40 @@ def read_image(
     """
     if not 0 < center <= 1:
         raise MetaplError(f"read_image got center {center}; expected a share of the sides, above 0 and at most 1.")
-    return _read(path, mode, size, max_pixels, (None,), center)[0]
+    if size is not None:
+        return read_crops(path, [_centered(size, center)], size=size, mode=mode)[0]
+    with _opened(path) as image:
+        return _as_tensor(_plain(_turned(image), mode))
 
 
 def read_crops(
-    path: str | Path,
-    crops: Sequence[Crop],
-    *,
-    size: tuple[int, int],
-    mode: Literal["RGB", "L"] = "RGB",
-    max_pixels: int = MAX_PIXELS,
+    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Literal["RGB", "L"] = "RGB"
 ) -> list[Tensor]:
     """Read boxes of a picture, decoding it once.
 
     Args:
         crops: each says from the (height, width) of the upright picture which box of it to use.
         size: (height, width) that each box is brought to, whatever its shape.
-        path, mode, max_pixels, cost, raises: as :func:`read_image`.
+        path, mode, cost, raises: as :func:`read_image`.
 
     Returns:
         For each crop uint8 (3, H, W) or (1, H, W).
     """
-    return _read(path, mode, size, max_pixels, crops)
+    if min(size) < 1:
+        raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
+    with _opened(path) as image:
+        return [_as_tensor(x) for x in _decoded(image, mode, size, crops)]
 
 
-def _read(
-    path: str | Path,
-    mode: Literal["RGB", "L"],
-    size: tuple[int, int] | None,
-    max_pixels: int,
-    crops: Sequence[Crop | None],
-    center: float = 1.0,
-) -> list[Tensor]:
-    if not 1 <= max_pixels <= MAX_PIXELS or (size is not None and min(size) < 1):
-        raise MetaplError(
-            f"read_image got size {size} and max_pixels {max_pixels}; expected sides of 1 or more and 1 to {MAX_PIXELS}"
-        )
-    with _opened(path, max_pixels) as image:
-        return [_as_tensor(x) for x in _decoded(image, mode, size, crops, center)]
+def _centered(size: tuple[int, int], center: float) -> Crop:
+    """A share of the largest centered box of a shape."""
+
+    def box(height: int, width: int) -> Box:
+        scale = center * min(height / size[0], width / size[1])
+        left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
+        return left, top, width - left, height - top
+
+    return box
 
 
 def _as_tensor(image: Image) -> Tensor:
@@ -171,7 +160,7 @@ def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, 
         uint8 (3, H, W) or (1, H, W).
     """
     plain = _plain(image, mode)
-    return _as_tensor(_resized(plain, size, _part(plain.size, size, None, 1.0), plain.size))
+    return _as_tensor(_resized(plain, size, _centered(size, 1.0)(plain.height, plain.width), plain.size))
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
@@ -189,25 +178,25 @@ def gray_image(path: str | Path, size: int) -> Tensor:
     """
     from PIL import Image
 
-    with _opened(path, MAX_PIXELS) as image:
+    with _opened(path) as image:
         # Floats, so that the averages are not rounded to 8 bits.
         levels = Image.fromarray(numpy.asarray(_plain(_turned(image), "L"), dtype=numpy.float32))
         grid = numpy.array(levels.resize((size, size), Image.Resampling.BOX))
     return torch.from_numpy(grid / 255).clamp(0, 1)
 
 
-def image_size(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of a picture as its header has them, before any turning; nothing is decoded.
 
     Raises:
         UnreadableImage: as :func:`read_image`, for what the header shows.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path) as image:
         return image.height, image.width
 
 
 @contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
+def _opened(path: str | Path) -> Iterator[Image]:
     """The picture with its header read; whatever Pillow raises in the block says which file and why."""
     from PIL import Image, UnidentifiedImageError
 
@@ -217,49 +206,36 @@ def _opened(path: str | Path, max_pixels: int) -> Iterator[Image]:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open_picture(path) as file, Image.open(file, formats=_FORMATS) as image:
-                if image.width * image.height > max_pixels:
-                    raise UnreadableImage(path, _too_large(max_pixels, f"{image.width}x{image.height}"))
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError(f"{image.width}x{image.height}")
                 yield image
     except MetaplError:
         raise
     except MemoryError as error:
         raise MetaplError(
-            f"{path}: the memory does not suffice to decode it; expected room for a picture of {max_pixels:,} pixels: "
-            "lower max_pixels, or use fewer workers"
+            f"{path}: the memory does not suffice to decode it; expected room for a picture of {MAX_PIXELS:,} pixels: "
+            "use fewer workers"
         ) from error
     except UnidentifiedImageError:
         empty = size_of(path) == 0
         raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImage(path, _too_large(max_pixels, str(error))) from error
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EISDIR) and error.strerror:  # it is a pipe, a device or a folder
-            raise UnreadableImage(path, error.strerror) from error
-        raise _undecodable(path, error) from error
+        reason = f"the picture has more than the {MAX_PIXELS:,} pixels that are allowed ({error})"
+        raise UnreadableImage(path, reason) from error
     except Exception as error:  # each of Pillow's readers has exceptions of its own
-        raise _undecodable(path, error) from error
+        reason = reason_of(error)
+        if not isinstance(error, OSError) or error.errno not in (errno.EINVAL, errno.EISDIR) or not error.strerror:
+            fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
+            reason = f"the picture {fault} ({reason})"
+        raise UnreadableImage(path, reason) from error  # of a pipe, a device or a folder, the system's words
 
 
-def _undecodable(path: str | Path, error: Exception) -> UnreadableImage:
-    reason = reason_of(error)
-    fault = "is truncated" if "truncated" in reason.lower() else "cannot be decoded"
-    return UnreadableImage(path, f"the picture {fault} ({reason})")
-
-
-def _decoded(
-    image: Image,
-    mode: Literal["RGB", "L"],
-    size: tuple[int, int] | None,
-    crops: Sequence[Crop | None],
-    center: float,
-) -> list[Image]:
-    if size is None:
-        return [_plain(_turned(image), mode)]
+def _decoded(image: Image, mode: Literal["RGB", "L"], size: tuple[int, int], crops: Sequence[Crop]) -> list[Image]:
     is_jpeg = image.format in ("JPEG", "MPO")
     if not is_jpeg:
         image.load()  # which side is up may stand behind the pixels
     full = _upright_size(image)
-    parts = [_part(full, size, crop, center) for crop in crops]
+    parts = [crop(full[1], full[0]) for crop in crops]
     # Twice the resolution of the result, so that the resampling has something to average over.
     shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
     shrink = max(1.0, min(shrinks))
@@ -286,16 +262,6 @@ def _upright_size(image: Image) -> tuple[int, int]:
     except Exception:  # as in _turned
         turned = False
     return (image.height, image.width) if turned else image.size
-
-
-def _part(full: tuple[int, int], size: tuple[int, int], crop: Crop | None, center: float) -> Box:
-    """The box of an upright picture of the given (width, height) that is used."""
-    width, height = full
-    if crop is not None:
-        return crop(height, width)
-    scale = center * min(height / size[0], width / size[1])
-    left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
-    return left, top, width - left, height - top
 
 
 def _turned(image: Image) -> Image:
@@ -342,7 +308,3 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
     left, top, right, bottom = max(part[0] * x, 0), max(part[1] * y, 0), part[2] * x, part[3] * y
     box = (left, top, min(right, image.width), min(bottom, image.height))
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
-
-
-def _too_large(max_pixels: int, size: str) -> str:
-    return f"the picture has more than the {max_pixels:,} pixels that are allowed ({size})"

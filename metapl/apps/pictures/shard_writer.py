@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from metapl.apps.pictures.folders import Files, Progress, ask, digest, scan_unlabeled
+from metapl.apps.pictures.folders import Files, Progress, ask, digest, scan_unlabeled, silent
 from metapl.apps.pictures.reader import UnreadableImage, image_size
 from metapl.apps.pictures.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
 from metapl.apps.pictures.verify import verify_files
@@ -28,7 +28,7 @@ def write_shards(
     folder: str | Path,
     out: str | Path,
     per_shard: int = PER_SHARD,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     no_picture: Callable[[str], object] = lambda path: None,
 ) -> Manifest:
     """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
@@ -56,7 +56,13 @@ def write_shards(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     if per_shard < 1:
         raise MetaplError(f"write_shards got per_shard={per_shard}; expected 1 picture or more.")
-    files = _that_can_be_read(scan_unlabeled(folder), no_picture)
+    files = scan_unlabeled(folder)
+    verified = verify_files(files, "size")  # links may lead nowhere
+    for one in verified.skipped:
+        no_picture(str(files.root / one.name))
+    if not verified.sound:
+        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
+    files = files.keep(verified.sound)
     if out.resolve().is_relative_to(folder.resolve()):
         raise MetaplError(
             f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
@@ -71,10 +77,9 @@ def write_shards(
             manifest = _begun(out, Manifest(listing.hexdigest(), len(files), per_shard))
             for number in range(manifest.total):
                 rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
-                if number >= len(manifest.shards) or not _is_of(files, rows, out, manifest.shards[number]):
+                if not _is_there(files, rows, out, manifest.shards[number : number + 1]):
                     manifest = _write_one(files, rows, out, number, manifest, no_picture)
-                if progress is not None:
-                    progress(rows.stop)
+                progress(rows.stop)
     except OSError as error:
         raise MetaplError(
             f"{shown(out)} cannot be written: {error.strerror or error}; expected a folder with room for "
@@ -83,7 +88,7 @@ def write_shards(
     return manifest
 
 
-def check_shards(folder: str | Path, progress: Progress | None = None) -> Manifest:
+def check_shards(folder: str | Path, progress: Progress = silent) -> Manifest:
     """Compare the bytes of all shards with their checksums.
 
     Raises:
@@ -93,35 +98,19 @@ def check_shards(folder: str | Path, progress: Progress | None = None) -> Manife
     manifest = Manifest.read(folder)
     if manifest is None:
         raise MetaplError(f"{shown(folder)} has no {MANIFEST}; expected a folder that `metapl shards` wrote.")
-    manifest.check_files(folder, whole=True)
+    manifest.check_files(folder)
     done, wrong = 0, []
     for shard in manifest.shards:
         if not _is_whole(folder, shard):
             wrong.append(shard.file)
         done += shard.pictures
-        if progress is not None:
-            progress(done)
-    if done != manifest.pictures:
-        raise MetaplError(
-            f"{shown(folder)}: {MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard; copy the folder "
-            "again, or write the shards again."
-        )
-    if wrong:
-        raise MetaplError(
-            f"{shown(folder)}: the bytes of {few(wrong)} are not as they were written; copy the folder again, or write "
-            "the shards again."
-        )
+        progress(done)
+    if wrong or done != manifest.pictures:
+        fault = f"the bytes of {few(wrong)} are not as they were written"
+        if not wrong:
+            fault = f"{MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard"
+        raise MetaplError(f"{shown(folder)}: {fault}; copy the folder again, or write the shards again.")
     return manifest
-
-
-def _that_can_be_read(files: Files, no_picture: Callable[[str], object]) -> Files:
-    """Those that are files with something in them; links may lead nowhere."""
-    verified = verify_files(files, "size")
-    for one in verified.skipped:
-        no_picture(str(files.root / one.name))
-    if not verified.sound:
-        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
-    return files.keep(verified.sound) if verified.skipped else files
 
 
 def _begun(out: Path, wanted: Manifest) -> Manifest:
@@ -146,12 +135,9 @@ def _is_whole(folder: Path, shard: ShardFile) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
 
 
-def _is_of(files: Files, rows: range, folder: Path, shard: ShardFile) -> bool:
+def _is_there(files: Files, rows: range, out: Path, shard: Sequence[ShardFile]) -> bool:
     """Whether a shard is whole, and has the pictures as they are now."""
-    in_tar = (f"{folder / shard.file}/{files.names[row]}" for row in rows)
-    return _is_whole(folder, shard) and all(
-        ask(digest, str(files.path(row))) == ask(digest, inside) for row, inside in zip(rows, in_tar, strict=True)
-    )
+    return bool(shard) and shard[0] == _tarred(files, rows, shard[0].file) and _is_whole(out, shard[0])
 
 
 def _write_one(
@@ -160,11 +146,7 @@ def _write_one(
     """Write a shard; the manifest that has it."""
     path = out / f"{number:06d}{SUFFIX}"
     with replacing(path) as file:
-        hashed = _Hashed(file)
-        with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
-            for row in rows:
-                _add(tar, files.names[row], str(files.path(row)), no_picture)
-        shard = ShardFile(path.name, len(rows), hashed.written, hashed.digest.hexdigest())
+        shard = _tarred(files, rows, path.name, file, no_picture)
         before, after = manifest.shards[:number], manifest.shards[number + 1 :]
         manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
         # Before the shard has its name: a kill leaves no shard that the manifest does not have, and which could be of
@@ -174,11 +156,51 @@ def _write_one(
     return manifest
 
 
+def _tarred(
+    files: Files,
+    rows: range,
+    name: str,
+    file: BinaryIO | None = None,
+    no_picture: Callable[[str], object] | None = None,
+) -> ShardFile:
+    """Put pictures into a tar file, or only find out what it would be.
+
+    Args:
+        file: where its bytes go; None: nowhere.
+        no_picture: as in :func:`write_shards`.
+    """
+    hashed = _Hashed(file)
+    with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
+        for row in rows:
+            path = str(files.path(row))
+            picture = ask(open_picture, path)
+            if picture is None:
+                raise MetaplError(
+                    f"{shown(path)} cannot be read; was it removed just now? Make it readable, or remove it."
+                )
+            if no_picture is not None and _is_no_picture(path):
+                no_picture(path)
+            with picture:
+                member = tarfile.TarInfo(files.names[row])
+                member.size = picture.seek(0, os.SEEK_END)
+                picture.seek(0)
+                tar.addfile(member, picture)
+    return ShardFile(name, len(rows), hashed.written, hashed.digest.hexdigest())
+
+
+def _is_no_picture(path: str) -> bool:
+    try:
+        image_size(path)
+    except UnreadableImage:
+        return True
+    return False
+
+
 @dataclass
 class _Hashed:
     """A file for writing that hashes what it is given, whatever the disk makes of it."""
 
-    file: BinaryIO
+    file: BinaryIO | None
 
     def __post_init__(self) -> None:
         self.digest, self.written = hashlib.sha256(), 0
@@ -186,22 +208,7 @@ class _Hashed:
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.written += len(data)
-        return self.file.write(data)
+        return len(data) if self.file is None else self.file.write(data)
 
     def tell(self) -> int:
         return self.written
-
-
-def _add(tar: tarfile.TarFile, name: str, path: str, no_picture: Callable[[str], object]) -> None:
-    picture = ask(open_picture, path)
-    if picture is None:
-        raise MetaplError(f"{shown(path)} cannot be read; was it removed just now? Make it readable, or remove it.")
-    try:
-        image_size(path)
-    except UnreadableImage:
-        no_picture(path)
-    with picture:
-        member = tarfile.TarInfo(name)
-        member.size = picture.seek(0, os.SEEK_END)
-        picture.seek(0)
-        tar.addfile(member, picture)

@@ -244,15 +244,14 @@ def _read(path: Path) -> dict[str, Any]:
         fields = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError) as error:
         raise MetaplError(f"{path} cannot be read as a split ({error}); expected the file that was written.") from error
-    version = fields.pop("version", None) if isinstance(fields, dict) else None
-    if version != _VERSION:
+    fields = fields if isinstance(fields, dict) else {}
+    if fields.pop("version", None) != _VERSION:
         raise MetaplError(f"{path} is not a split of version {_VERSION}; expected what Split.save wrote.")
-    stored = fields.pop("hash", None)
-    if stored != _hash(fields):
+    if fields.pop("hash", None) != _hash(fields):
         raise MetaplError(f"{path} was changed after it was written: its hash does not match; draw the split anew.")
     hints = {"name": str, "seed": int, "labels_hash": str, **dict.fromkeys(_PARTS, list[int])}
     missing = [name for name in hints if name not in fields]
     fault = f"it has no {missing[0]}" if missing else misfit_entries(fields, hints)
     if fault is not None:
         raise MetaplError(f"{path} is not a split that was written as it is: {fault}; draw the split anew.")
-    return dict(fields)
+    return fields

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import mmap
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -16,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from metapl.apps.pictures.cache import Cache, shared_bytes
-from metapl.apps.pictures.reader import MAX_PIXELS, Crop, UnreadableImage, read_crops, read_image
-from metapl.apps.pictures.record import record_files
+from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
+from metapl.runs.locks import lock
+from metapl.runs.sealed import read_plain, refuse_irregular
 
 _IN_A_ROW = 32
 _WORKERS = 256
@@ -99,7 +102,6 @@ class FileImages:
         paths: of the files.
         size: (height, width) of every picture, see :func:`metapl.apps.pictures.reader.read_image`.
         mode: "RGB" or "L".
-        max_pixels: larger pictures count as unreadable.
         center: share of the centered box that is used where no other box is asked for, see ``read_image``.
         log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
             :func:`replaced_files`.
@@ -116,7 +118,6 @@ class FileImages:
         *,
         size: tuple[int, int],
         mode: Literal["RGB", "L"] = "RGB",
-        max_pixels: int = MAX_PIXELS,
         center: float = 1.0,
         log: Path | None = None,
     ) -> None:
@@ -127,7 +128,7 @@ class FileImages:
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([len(path) for path in encoded])
         self._indices = torch.arange(len(encoded))
-        self.size, self.mode, self.max_pixels, self.center, self.log = size, mode, max_pixels, center, log
+        self.size, self.mode, self.center, self.log = size, mode, center, log
         self._cache: Cache | None = None
         self._recorded = shared_bytes(len(encoded))
         # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
@@ -167,12 +168,23 @@ class FileImages:
         return Path(self._path(int(self._indices[index])))
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._whole(indices, lambda index: self._next_sound(index, ()))
+
+    def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
+        return self._whole(indices, lambda index: (self._try(index, ()), index))
+
+    def _whole(self, indices: Tensor, read: Callable[[int], tuple[list[Tensor] | None, int]]) -> tuple[Tensor, Tensor]:
+        """Whole pictures and their numbers, read where they are not kept; those that are None are left out."""
         if self._cache is None:
-            pictures, used = self.fetch_crops(indices, [()] * len(indices))
-            return pictures[0], used
+            sound = [(views[0], used) for views, used in map(read, indices.tolist()) if views is not None]
+            images = torch.stack([image for image, _ in sound]) if sound else torch.empty(0, *self.shape).byte()
+            return images, torch.tensor([index for _, index in sound], dtype=torch.int64)
         used = indices.clone()
         for row in self._cache.missing(self._indices[indices]):
-            _, used[row] = self._next_sound(int(indices[row]), ())
+            views, index = read(int(indices[row]))
+            used[row] = -1 if views is None else index
+        used = used[used >= 0]
         return self._cache.gather(self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
@@ -185,24 +197,9 @@ class FileImages:
         Returns:
             V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
         """
-        rows, used = [], []
-        for index, boxes in zip(indices.tolist(), crops, strict=True):
-            images, sound = self._next_sound(index, boxes)
-            rows.append(images)
-            used.append(sound)
-        return [torch.stack(list(view)) for view in zip(*rows, strict=True)], torch.tensor(used, dtype=torch.int64)
-
-    def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
-        if self._cache is not None:
-            is_sound = torch.ones(len(indices), dtype=torch.bool)
-            for row in self._cache.missing(self._indices[indices]):
-                is_sound[row] = self._try(int(indices[row]), ()) is not None
-            used = indices[is_sound]
-            return self._cache.gather(self._indices[used]), used
-        sound = [(index, views[0]) for index in indices.tolist() if (views := self._try(index, ())) is not None]
-        images = torch.stack([image for _, image in sound]) if sound else torch.empty(0, *self.shape).byte()
-        return images, torch.tensor([index for index, _ in sound], dtype=torch.int64)
+        found = [self._next_sound(index, boxes) for index, boxes in zip(indices.tolist(), crops, strict=True)]
+        views = zip(*(images for images, _ in found), strict=True)
+        return [torch.stack(view) for view in views], torch.tensor([used for _, used in found], dtype=torch.int64)
 
     def dead_readers(self) -> list[Path]:
         """The files that worker processes were reading when they died, each reported once.
@@ -244,12 +241,12 @@ class FileImages:
             return [known]
         path = self._path(number)
         worker = get_worker_info()
-        if worker is not None and worker.id < _WORKERS:
-            self._reading.numpy()[worker.id] = os.getpid(), number + 1
+        slot = self._reading.numpy()[worker.id] if worker is not None and worker.id < _WORKERS else np.zeros(2)
+        slot[:] = os.getpid(), number + 1
         try:
             if crops:
-                return read_crops(path, crops, size=self.size, mode=self.mode, max_pixels=self.max_pixels)
-            picture = read_image(path, size=self.size, mode=self.mode, max_pixels=self.max_pixels, center=self.center)
+                return read_crops(path, crops, size=self.size, mode=self.mode)
+            picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
             if self._cache is not None:
                 self._cache.put(number, picture)
             return [picture]
@@ -257,8 +254,7 @@ class FileImages:
             self._record(number, path, error.reason)
             return None
         finally:
-            if worker is not None and worker.id < _WORKERS:
-                self._reading.numpy()[worker.id, 1] = 0
+            slot[1] = 0
 
     def _path(self, number: int) -> str:
         start = 0 if number == 0 else int(self._ends[number - 1])
@@ -274,6 +270,71 @@ class FileImages:
             record_files(self.log, {path: reason})
 
 
+class Cache:
+    """Images by number in memory that is shared with forked processes: whoever reads one, reads it for all.
+
+    Two that read the same image at once write the same bytes, and an image counts as there when it is whole.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
+        memory = shared_bytes(count * (1 + math.prod(shape)))
+        self._there = memory[:count]
+        self._images = torch.from_numpy(memory[count:].reshape(count, *shape))
+
+    def missing(self, numbers: Tensor) -> list[int]:
+        """Rows in ``numbers`` of images that are not there: most in the first epoch, later broken ones."""
+        rows: list[int] = np.flatnonzero(self._there[numbers.numpy()] == 0).tolist()
+        return rows
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Images that are there, in one copy."""
+        return self._images.index_select(0, numbers)
+
+    def get(self, number: int) -> Tensor | None:
+        return self._images[number] if self._there[number] else None
+
+    def put(self, number: int, image: Tensor) -> None:
+        self._images[number] = image
+        self._there[number] = 1
+
+
+def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Zeros that this process shares with those forked from it; memory is taken where something is written."""
+    # Not torch's shared tensors, which are bounded by the size of /dev/shm.
+    return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+
+
 def pick(values: Tensor, indices: Tensor) -> Tensor:
     """values[indices] on the device of the values, with indices from the CPU and without waiting for the device."""
     return values.index_select(0, to_device(indices, values.device))  # on the CPU ten times as fast as values[indices]
+
+
+def record_files(log: Path, reasons: Mapping[str, str]) -> None:
+    """Add files that cannot be read to a record, each with the reason; a file is recorded once."""
+    if not reasons:
+        return
+    refuse_irregular(log)
+    with log.open("a+", encoding="utf-8", errors="surrogateescape") as file:
+        lock(file, wait=True)  # workers add to it too
+        file.seek(0)
+        before = file.read()
+        known = _recorded(before)
+        new = [{"file": path, "reason": reason} for path, reason in reasons.items() if path not in known]
+        torn = before and not before.endswith("\n")  # by a process that was killed
+        file.write(("\n" if torn else "") + "".join(json.dumps(entry) + "\n" for entry in new))
+
+
+def replaced_files(log: Path) -> dict[str, str]:
+    """The files that :class:`FileImages` recorded, each with the reason; empty where there is no such record."""
+    return _recorded(read_plain(log).decode("utf-8", "replace")) if log.exists() else {}
+
+
+def _recorded(lines: str) -> dict[str, str]:
+    reasons = {}
+    for line in lines.splitlines():
+        try:
+            entry = json.loads(line)
+            reasons[str(entry["file"])] = str(entry["reason"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue  # torn or damaged
+    return reasons

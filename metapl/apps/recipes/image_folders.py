@@ -17,8 +17,7 @@ from metapl.apps.labels.files import DESCRIPTION
 from metapl.apps.pictures.check import (
     Finding,
     check_folders,
-    find_around,
-    find_inside,
+    find_nested,
     find_other_classes,
     without_copies,
 )
@@ -352,8 +351,7 @@ class ImageFolders(ImageRecipe):
         """Refuse what can be seen of the folders at once, before anything is measured."""
         labeled, unlabeled = self.trained_on()
         held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
-        refuse_errors([*find_inside(labeled, {"unlabeled": unlabeled.root} | held_out)])
-        refuse_errors([*find_around(labeled, held_out).values()])
+        refuse_errors([*find_nested(labeled, {"unlabeled": unlabeled.root} | held_out).values()])
         for name, folder in held_out.items():
             refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
         if not verify_files(labeled).skipped:  # else the files that are left out are listed first

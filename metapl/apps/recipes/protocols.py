@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 import tyro
 
-from metapl.apps.pictures.sets.torchvision_sets import ImageData, SplitProtocol, load_image_data
+from metapl.apps.pictures.sets.torchvision_sets import ImageData, load_image_data
 from metapl.apps.pictures.splits import Split
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes.base import Feedback, Optimizer, Task, require
@@ -126,8 +126,7 @@ class Vision(ImageRecipe):
     def _split(self, data: ImageData) -> Split:
         if self.split is not None:
             return Split.load(self.split, data.train_labels, data.test_labels)
-        drawn = SplitProtocol(self.protocol, self.data, self.labels_per_class, self.validation)
-        return drawn.draw(data, self.seed)
+        return data.split(self.protocol, self.seed, self.labels_per_class, self.validation)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.pictures.splits import rank_in_class
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,22 +60,25 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0
     labels = torch.as_tensor(data.target, dtype=torch.int64)
-    _check(labels_per_class, seed, validation, test, len(labels))
-
-    order = list(range(len(labels)))
-    rest, test_index = train_test_split(order, test_size=test, stratify=labels, random_state=seed)
-    train_index, validation_index = train_test_split(
-        rest, test_size=validation, stratify=labels[rest], random_state=seed
-    )
+    try:
+        rest, test_index = train_test_split(range(len(labels)), test_size=test, stratify=labels, random_state=seed)
+        train_index, validation_index = train_test_split(
+            rest, test_size=validation, stratify=labels[rest], random_state=seed
+        )
+    except ValueError as error:  # sklearn's own, for numbers that are out of its range
+        raise MetaplError(
+            f"the {len(labels)} digits cannot be split by seed {seed} into {validation} for validation and {test} for "
+            f"test: {reason_of(error)}"
+        ) from error
     train = torch.tensor(train_index)
+    fewest = int(labels[train].bincount(minlength=10).min())
+    if not 1 <= labels_per_class <= fewest:
+        raise MetaplError(
+            f"labels_per_class is {labels_per_class}; expected 1 or more, and at most {fewest}, the size of the "
+            "smallest class outside validation and test: ask for fewer labels or make those smaller"
+        )
     # The split comes shuffled, so the first of each class are a random choice.
     chosen = rank_in_class(labels[train]) < labels_per_class
-    fewest = int(labels[train].bincount(minlength=10).min())
-    if labels_per_class > fewest:
-        raise MetaplError(
-            f"labels_per_class is {labels_per_class}; expected at most {fewest}, the size of the smallest class "
-            "outside validation and test: ask for fewer labels or make those smaller"
-        )
     labeled, unlabeled = train[chosen], train[~chosen]
     return DigitsSplit(
         labeled=(images[labeled], labels[labeled]),
@@ -84,15 +87,3 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
         validation=(images[validation_index], labels[validation_index]),
         test=(images[test_index], labels[test_index]),
     )
-
-
-def _check(labels_per_class: int, seed: int, validation: int, test: int, total: int) -> None:
-    if labels_per_class < 1:
-        raise MetaplError(f"labels_per_class is {labels_per_class}; expected 1 or more labeled images of each class")
-    if not 0 <= seed < 2**32:
-        raise MetaplError(f"seed is {seed}; expected 0 to 2**32 - 1, which is what scikit-learn takes")
-    if min(validation, test) < 10 or validation + test > total - 10:
-        raise MetaplError(
-            f"validation is {validation} and test {test}; expected at least 10 each, one per class, and together at "
-            f"most {total - 10} of the {total} images"
-        )

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from metapl.apps.pictures.splits import Split, draw_split
@@ -34,8 +33,8 @@ class ImageData:
         classes: names, in the order of the labels.
         train: pictures to train on; for SVHN, the core and then the extra ones.
         train_labels: int64 (n,).
-        core: number of training pictures at the beginning that labels are kept of; for SVHN, the core.
         test, test_labels: pictures to test on; for ImageNet, the validation pictures of ILSVRC 2012.
+        core: number of training pictures at the beginning that labels are kept of; for SVHN, the core; None: all.
         test_names: the files that these are in, below their class folder; None where they are in none.
     """
 
@@ -43,59 +42,15 @@ class ImageData:
     classes: tuple[str, ...]
     train: Images
     train_labels: Tensor
-    core: int
     test: Images
     test_labels: Tensor
+    core: int | None = None
     test_names: tuple[str, ...] | None = None
 
-
-@dataclass(frozen=True)
-class SplitProtocol:
-    """A way to split a data set: how many keep their labels, and how many are held out.
-
-    Args:
-        name: of the protocol.
-        data: name of the data set, as :func:`load_image_data` takes it.
-        labels_per_class: labeled training pictures of each class.
-        validation: training pictures that are not trained on.
-
-    The paper's section 3.2; it names no validation pictures, these are what its counts leave over.
-    """
-
-    name: str
-    data: str
-    labels_per_class: int
-    validation: int
-
-    def draw(self, data: ImageData, seed: int) -> Split:
-        """The split of a data set for a seed; see :func:`metapl.apps.pictures.draw_split`.
-
-        Raises:
-            MetaplError: another data set, or one that is too small for these numbers.
-        """
-        if data.name != self.data:
-            raise MetaplError(f"protocol {self.name!r} is for {self.data!r}; it got the data set {data.name!r}.")
-        return draw_split(
-            data.train_labels,
-            data.test_labels,
-            name=self.name,
-            seed=seed,
-            labels_per_class=self.labels_per_class,
-            validation=self.validation,
-            labeled_from=data.core,
-        )
-
-
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        SplitProtocol("cifar10-4k", "cifar10", labels_per_class=400, validation=5_000),
-        SplitProtocol("svhn-1k", "svhn", labels_per_class=100, validation=5_000),
-        SplitProtocol("imagenet-10pct", "imagenet", labels_per_class=128, validation=25_000),
-    )
-}
-"""CIFAR-10-4K (4,000 labeled, 41,000 not, 5,000 held out), SVHN-1K (1,000, the rest, 5,000) and ImageNet-10% (128,000,
-the rest, 25,000). ``dataclasses.replace`` makes smaller ones."""
+    def split(self, name: str, seed: int, labels_per_class: int, validation: int) -> Split:
+        """Which pictures keep their labels, and which are held out; see :func:`metapl.apps.pictures.draw_split`."""
+        given: dict[str, Any] = {"name": name, "seed": seed, "labels_per_class": labels_per_class}
+        return draw_split(self.train_labels, self.test_labels, validation=validation, labeled_from=self.core, **given)
 
 
 def load_image_data(
@@ -130,7 +85,15 @@ def load_image_data(
     if name in ("imagenet", "imagefolder"):
         classes, train, test = _imagenet(folder) if name == "imagenet" else _image_folder(folder)
         read = partial(FileImages, size=size, log=log, center=center, mode=mode)
-        return _of_folders(name, classes, train, test, read)
+        return ImageData(
+            name,
+            classes,
+            train=read(path for path, _ in train.samples),
+            train_labels=torch.tensor(train.targets),
+            test=read(path for path, _ in test.samples),
+            test_labels=torch.tensor(test.targets),
+            test_names=tuple("/".join(Path(path).parts[-2:]) for path, _ in test.samples),
+        )
     return _svhn(folder) if name == "svhn" else _cifar(name, folder)
 
 
@@ -143,33 +106,27 @@ def _cifar(name: str, root: Path) -> ImageData:
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     files = [root / kind.base_folder / file for file, _ in (*kind.train_list, *kind.test_list)]
     files.append(root / kind.base_folder / kind.meta["filename"])
-    command = _python(
-        f"from torchvision.datasets import {kind.__name__} as D; D({json.dumps(str(root))}, download=True)"
-    )
+    code = f"from torchvision.datasets import {kind.__name__} as D; D({json.dumps(str(root))}, download=True)"
+    command = f"python -c {shlex.quote(code)}"
     train, test = (_loaded(name, partial(kind, root, train=t), files, command) for t in (True, False))
-    return ImageData(
-        name=name,
-        classes=tuple(train.classes),
-        train=MemoryImages(_channels_first(train.data)),
-        train_labels=torch.tensor(train.targets),
-        core=len(train),
-        test=MemoryImages(_channels_first(test.data)),
-        test_labels=torch.tensor(test.targets),
+    train_images, test_images = (
+        MemoryImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()) for part in (train, test)
     )
+    labels = torch.tensor(train.targets), torch.tensor(test.targets)
+    return ImageData(name, tuple(train.classes), train_images, labels[0], test_images, labels[1])
 
 
 def _svhn(root: Path) -> ImageData:
     from torchvision.datasets import SVHN
 
-    command = _python(
+    code = (
         f"from torchvision.datasets import SVHN as D; "
         f'[D({json.dumps(str(root))}, split=s, download=True) for s in ("train", "extra", "test")]'
     )
-
-    def load(split: str) -> Any:
-        return _loaded("svhn", partial(SVHN, root, split=split), [root / SVHN.split_list[split][1]], command)
-
-    test, core, extra = load("test"), load("train"), load("extra")
+    core, extra, test = (
+        _loaded("svhn", partial(SVHN, root, split=s), [root / SVHN.split_list[s][1]], f"python -c {shlex.quote(code)}")
+        for s in ("train", "extra", "test")
+    )
     # torch.cat would hold the extra pictures, most of a gigabyte and a half, three times for a moment.
     pool = torch.empty(len(core) + len(extra), 3, 32, 32, dtype=torch.uint8)
     pool[: len(core)] = torch.from_numpy(core.data)
@@ -179,9 +136,9 @@ def _svhn(root: Path) -> ImageData:
         classes=tuple("0123456789"),
         train=MemoryImages(pool),
         train_labels=torch.from_numpy(np.concatenate([core.labels, extra.labels])),
-        core=len(core),
         test=MemoryImages(torch.from_numpy(test.data).contiguous()),
         test_labels=torch.from_numpy(test.labels),
+        core=len(core),
     )
 
 
@@ -218,21 +175,6 @@ def _image_folder(root: Path) -> tuple[tuple[str, ...], Any, Any]:
     return tuple(train.classes), train, test
 
 
-def _of_folders(
-    name: str, classes: tuple[str, ...], train: Any, test: Any, read: Callable[[Iterable[str]], FileImages]
-) -> ImageData:
-    return ImageData(
-        name=name,
-        classes=classes,
-        train=read(path for path, _ in train.samples),
-        train_labels=torch.tensor(train.targets),
-        core=len(train),
-        test=read(path for path, _ in test.samples),
-        test_labels=torch.tensor(test.targets),
-        test_names=tuple(f"{Path(path).parent.name}/{Path(path).name}" for path, _ in test.samples),
-    )
-
-
 def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str) -> Any:
     """What torchvision loads, or what is missing and how to get it."""
     missing = [path for path in files if not path.exists()]
@@ -262,11 +204,3 @@ def _distinct(names: Iterable[tuple[str, ...]], keys: Iterable[str]) -> tuple[st
     first = [name[0] for name in names]
     shared = Counter(first)
     return tuple(name if shared[name] == 1 else f"{name} ({key})" for name, key in zip(first, keys, strict=True))
-
-
-def _channels_first(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    return rearrange(torch.from_numpy(images), "n h w c -> n c h w").contiguous()
-
-
-def _python(code: str) -> str:
-    return f"python -c {shlex.quote(code)}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,11 @@ from metapl.errors import MetaplError
 WIDE = (torch.float32, torch.float64)
 FLOATING = (*WIDE, torch.float16, torch.bfloat16)
 FLOATING_OR_BYTES = (*FLOATING, torch.uint8)
+
+# The streams of draws, one for each use.
+GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES, SEEDED = range(
+    13
+)
 
 
 class View(Protocol):
@@ -63,41 +67,63 @@ class Chain:
         return images
 
 
-def check_images(view: object, images: Tensor, examples: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    """Refuse what is not a batch of images of one of the types, with an index for each."""
-    name = type(view).__name__
-    if images.ndim != 4 or images.dtype not in dtypes:
-        scaled = "" if torch.uint8 in dtypes else "images.float() / 255, and "
-        raise MetaplError(
-            f"{name} got images of shape {tuple(images.shape)} and dtype {images.dtype}; expected "
-            f"{' or '.join(map(str, dtypes))} (B, C, H, W): {scaled}images[:, None] where the channel is missing"
-        )
-    if examples.shape != images.shape[:1]:
-        raise MetaplError(
-            f"{name} got examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index per "
-            f"image, ({len(images)},): the indices that picked the images from the data set"
-        )
+class PictureView:
+    """A view of pictures of some types, which refuses all others.
+
+    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W) and ``examples`` (B,) int64, and returns
+    images of the same dtype on the same device. Neither the rest of the batch nor its order matters.
+
+    Raises:
+        MetaplError: a field outside its range; on the call, images of another kind, a number of examples other than B,
+            or, of views that change colors, neither 1 nor 3 channels, or values outside [0, 1]; these are looked for on
+            the CPU only, since elsewhere the check would hold the device up.
+    """
+
+    takes: ClassVar[tuple[torch.dtype, ...]] = WIDE
+    is_colored: ClassVar[bool] = False
+
+    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        name = type(self).__name__
+        if images.ndim != 4 or images.dtype not in self.takes:
+            scaled = "" if torch.uint8 in self.takes else "images.float() / 255, and "
+            raise MetaplError(
+                f"{name} got images of shape {tuple(images.shape)} and dtype {images.dtype}; expected "
+                f"{' or '.join(map(str, self.takes))} (B, C, H, W): {scaled}images[:, None] where the channel is "
+                "missing"
+            )
+        if examples.shape != images.shape[:1]:
+            raise MetaplError(
+                f"{name} got examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index "
+                f"per image, ({len(images)},): the indices that picked the images from the data set"
+            )
+        if self.is_colored and images.shape[1] not in (1, 3):
+            raise MetaplError(
+                f"{name} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue): take "
+                "transparency off first"
+            )
+        if self.is_colored and images.device.type == "cpu" and images.numel() and images.is_floating_point():
+            low, high = (bound.item() for bound in images.aminmax())
+            over = 0.5 / 255 if torch.uint8 in self.takes else 0.0  # a resized image may exceed 1 by a rounding
+            if not -over <= low <= high <= 1 + over:
+                raise MetaplError(
+                    f"{name} got images with values from {low:g} to {high:g}; expected 0 to 1: normalise after the "
+                    "views"
+                )
+        return self.see(images, seed, step, examples)
+
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        """The view of images that passed."""
+        raise NotImplementedError
+
+    def require(self, holds: bool, field: str, expected: str) -> None:
+        """Refuse a field."""
+        if not holds:
+            raise MetaplError(f"{type(self).__name__} got {field} {getattr(self, field)!r}; expected {expected}")
 
 
-def check_channels(view: object, images: Tensor) -> None:
-    """Refuse images that are neither grey nor in color."""
-    if images.shape[1] not in (1, 3):
-        raise MetaplError(
-            f"{type(view).__name__} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, "
-            "blue): take transparency off first"
-        )
-
-
-def check_range(view: object, images: Tensor, scale: float = 1.0) -> None:
-    """Refuse values outside [0, scale]; on the CPU only: elsewhere the check would hold the device up."""
-    if images.device.type != "cpu" or images.numel() == 0:
-        return
-    low, high = (bound.item() / scale for bound in images.aminmax())
-    if not 0 <= low <= high <= 1:
-        raise MetaplError(
-            f"{type(view).__name__} got images with values from {low:g} to {high:g}; expected 0 to 1: normalise after "
-            "the views"
-        )
+def is_range(value: object) -> bool:
+    """Whether it is (smallest, largest), not negative and finite."""
+    return isinstance(value, tuple | list) and len(value) == 2 and 0 <= value[0] <= value[1] < float("inf")
 
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:

@@ -18,19 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.apps.pictures.reader import LUMA
-from metapl.apps.pictures.views.base import WIDE, View, check_channels, check_images, check_range
+from metapl.apps.pictures.views import base
+from metapl.apps.pictures.views.base import PictureView, View, is_range
 from metapl.data import draws
-from metapl.errors import MetaplError
 from metapl.execution.device import to_device
-
-# Streams 0 to 5 are those of shift_noise_cutout.py, crops.py and randaugment.py.
-_AFFINE, _COLOR, _HOLE, _FLIP, _RECOLOR, _SOMETIMES = range(6, 12)
 
 _PADDING = {"border": "border", "reflect": "reflection"}
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(PictureView):
     """Turn, scale, shear and move each picture about its center, in one bilinear sampling.
 
     The pixel at p, from the center, is taken from M⁻¹(p − t), with M = s · R(θ) · [[1, −tan φ], [0, 1]]: torchvision's
@@ -66,15 +63,14 @@ class Affine:
     fill: float | Literal["border", "reflect"] = "border"
 
     def __post_init__(self) -> None:
-        _require(self, 0 <= self.degrees <= 180, "degrees", "0 to 180")
-        _require(self, 0 <= self.translate < math.inf, "translate", "a share of the side, 0 or more")
-        _require(self, _is_range(self.scale) and self.scale[0] > 0, "scale", "(smallest, largest), above 0")
-        _require(self, 0 <= self.shear < 90, "shear", "degrees, 0 or more and below 90")
+        self.require(0 <= self.degrees <= 180, "degrees", "0 to 180")
+        self.require(0 <= self.translate < math.inf, "translate", "a share of the side, 0 or more")
+        self.require(is_range(self.scale) and self.scale[0] > 0, "scale", "(smallest, largest), above 0")
+        self.require(0 <= self.shear < 90, "shear", "degrees, 0 or more and below 90")
         known = self.fill in _PADDING if isinstance(self.fill, str) else 0 <= self.fill <= 1
-        _require(self, known, "fill", '"border", "reflect" or a level from 0 to 1')
+        self.require(known, "fill", '"border", "reflect" or a level from 0 to 1')
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, WIDE)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self == Affine(fill=self.fill):
             return images
         height, width = images.shape[2:]
@@ -92,10 +88,9 @@ class Affine:
 
     def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
         """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
-        u_B5 = draws.uniform(seed, step, examples, 5, stream=_AFFINE, dtype=torch.float64)
+        u_B5 = draws.uniform(seed, step, examples, 5, stream=base.AFFINE, dtype=torch.float64)
         v_B5 = 2.0 * u_B5 - 1.0
-        half_turns = torch.tensor([self.degrees / 180, self.shear / 180], dtype=torch.float64, device=u_B5.device)
-        cos_B2, sin_B2 = draws.cosine_and_sine(v_B5[:, :2] * half_turns)
+        cos_B2, sin_B2 = draws.cosine_and_sine(v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180]))
         (cos, cos_shear), (sin, sin_shear) = cos_B2.unbind(1), sin_B2.unbind(1)
         slope = sin_shear / cos_shear
         low, high = self.scale
@@ -104,12 +99,11 @@ class Affine:
         a, b = (cos - sin * slope) / scale, (sin + cos * slope) / scale
         c, d = -sin / scale, cos / scale
         rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
-        sides = torch.tensor([width, height], dtype=torch.float64, device=u_B5.device)
-        return torch.stack(rows, dim=1).view(-1, 2, 3) / (sides[:, None] / 2.0)
+        return torch.stack(rows, dim=1).view(-1, 2, 3) / (u_B5.new_tensor([width, height])[:, None] / 2.0)
 
 
 @dataclass(frozen=True)
-class Color:
+class Color(PictureView):
     """Change each picture's brightness, contrast, saturation and hue.
 
     x ↦ s(c(bx) + (1 − c)m) + (1 − s)y, with m the mean luma of bx and y the luma of the picture so far; then the
@@ -124,14 +118,10 @@ class Color:
     Call: as :class:`Affine`, with 1 or 3 channels. Pictures of one channel have no saturation and no hue.
 
     Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Affine`, another number of channels, or, on the
-            CPU, values outside [0, 1].
-
-    >>> view = Color(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
+        MetaplError: as :class:`Affine`; another number of channels, or, on the CPU, values outside [0, 1].
     """
 
+    is_colored = True
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
@@ -139,13 +129,10 @@ class Color:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
-            _require(self, 0 <= getattr(self, name) < math.inf, name, "0 or more")
-        _require(self, 0 <= self.hue <= 0.5, "hue", "a share of a turn, 0 to 0.5")
+            self.require(0 <= getattr(self, name) < math.inf, name, "0 or more")
+        self.require(0 <= self.hue <= 0.5, "hue", "a share of a turn, 0 to 0.5")
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, WIDE)
-        check_channels(self, images)
-        check_range(self, images)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self == Color():
             return images
         plan_B5 = to_device(self._plan(seed, step, examples), images.device)
@@ -168,10 +155,9 @@ class Color:
 
     def _plan(self, seed: int, step: int, examples: Tensor) -> Tensor:
         """(B, 5) float64: weights of the turned picture, of its luma and of the mean luma, and two of the turn."""
-        u_B4 = draws.uniform(seed, step, examples, 4, stream=_COLOR, dtype=torch.float64)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.COLOR, dtype=torch.float64)
         ranges = [self.brightness, self.contrast, self.saturation]
-        low = torch.tensor([max(0.0, 1.0 - r) for r in ranges], dtype=torch.float64, device=u_B4.device)
-        high = torch.tensor([1.0 + r for r in ranges], dtype=torch.float64, device=u_B4.device)
+        low, high = u_B4.new_tensor([[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]])
         b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
         cos, sin = draws.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
         # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
@@ -180,7 +166,7 @@ class Color:
 
 
 @dataclass(frozen=True)
-class Hole:
+class Hole(PictureView):
     """Cover a square of each picture by one color.
 
     The center is uniform on the picture, so that a part of the square may lie outside.
@@ -189,33 +175,24 @@ class Hole:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
         fill: ``"mean"``, the mean color of the picture, or ``"grey"``, a grey that is uniform on [0, 1].
 
-    Call: as :class:`Affine`.
-
-    Raises:
-        MetaplError: as :class:`Affine`.
-
-    >>> view = Hole(side=(0.2, 0.5))
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
+    Call, raises: as :class:`Affine`.
     """
 
     side: tuple[float, float]
     fill: Literal["mean", "grey"] = "mean"
 
     def __post_init__(self) -> None:
-        _require(self, _is_range(self.side), "side", "(smallest, largest), shares of the shorter side, 0 or more")
-        _require(self, self.fill in ("mean", "grey"), "fill", '"mean" or "grey"')
+        self.require(is_range(self.side), "side", "(smallest, largest), shares of the shorter side, 0 or more")
+        self.require(self.fill in ("mean", "grey"), "fill", '"mean" or "grey"')
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, WIDE)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.side[1] == 0:
             return images
         height, width = images.shape[2:]
-        u_B4 = draws.uniform(seed, step, examples, 4, stream=_HOLE, dtype=torch.float64)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.HOLE, dtype=torch.float64)
         low, high = self.side
         half = (low + (high - low) * u_B4[:, :1]) * (min(height, width) / 2.0)
-        sides = torch.tensor([height, width], dtype=torch.float64, device=u_B4.device)
-        centers = (u_B4[:, 1:3] - 0.5) * sides
+        centers = (u_B4[:, 1:3] - 0.5) * u_B4.new_tensor([height, width])
         plan_B6 = to_device(torch.cat([centers - half, centers + half, u_B4[:, 3:]], dim=1), images.device)
         top, left, bottom, right, level = plan_B6.to(images.dtype)[:, :, None, None, None].unbind(1)
         y, x = _centered(height, images)[:, None], _centered(width, images)
@@ -226,39 +203,31 @@ class Hole:
 
 
 @dataclass(frozen=True)
-class Flip:
+class Flip(PictureView):
     """Mirror half of the pictures.
 
     Args:
         horizontal: left to right; not for digits and other writing.
         vertical: top to bottom, drawn independently.
 
-    Call: as :class:`Affine`.
-
-    Raises:
-        MetaplError: on the call, as :class:`Affine`.
-
-    >>> Flip()(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
+    Call, raises: as :class:`Affine`.
     """
 
     horizontal: bool = True
     vertical: bool = False
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, WIDE)
-        u_B2 = draws.uniform(seed, step, examples, 2, stream=_FLIP)
-        mirrored_B2 = to_device((u_B2 < 0.5).to(images.dtype), images.device)
-        for wanted, mirrored_B, axis in zip(
-            (self.horizontal, self.vertical), mirrored_B2[:, :, None, None, None].unbind(1), (3, 2), strict=True
-        ):
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        u_B2 = draws.uniform(seed, step, examples, 2, stream=base.FLIP)
+        mirrored_B2 = to_device((u_B2 < 0.5).to(images.dtype), images.device)[:, :, None, None, None]
+        for draw, (wanted, axis) in enumerate(((self.horizontal, 3), (self.vertical, 2))):
             if wanted:
-                images = (images * (1.0 - mirrored_B)).add_(images.flip(axis) * mirrored_B)
+                mirrored = mirrored_B2[:, draw]
+                images = (images * (1.0 - mirrored)).add_(images.flip(axis) * mirrored)
         return images
 
 
 @dataclass(frozen=True)
-class Recolor:
+class Recolor(PictureView):
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
     x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
@@ -269,27 +238,18 @@ class Recolor:
         permute: draw π; pictures of one channel have no order.
         invert: probability in [0, 1].
 
-    Call: as :class:`Affine`, with 1 or 3 channels.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Color`.
-
-    >>> view = Recolor(permute=True, invert=0.5)
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
+    Call, raises: as :class:`Color`.
     """
 
+    is_colored = True
     permute: bool = True
     invert: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self, 0 <= self.invert <= 1, "invert", "a probability, 0 to 1")
+        self.require(0 <= self.invert <= 1, "invert", "a probability, 0 to 1")
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, WIDE)
-        check_channels(self, images)
-        check_range(self, images)
-        u_B4 = draws.uniform(seed, step, examples, 4, stream=_RECOLOR, dtype=torch.float64)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.RECOLOR, dtype=torch.float64)
         if self.permute and images.shape[1] == 3:
             order_B3 = to_device(u_B4[:, :3].argsort(dim=1), images.device)
             images = images.gather(1, order_B3[:, :, None, None].expand_as(images))
@@ -300,7 +260,7 @@ class Recolor:
 
 
 @dataclass(frozen=True)
-class Sometimes:
+class Sometimes(PictureView):
     """Change a part of the pictures, and leave the others as they are.
 
     x ↦ view(x) with probability ``share``, and x otherwise. A network that predicts pictures as they are should have
@@ -310,25 +270,17 @@ class Sometimes:
         view: changes pictures and keeps their shape.
         share: probability in [0, 1] of changing a picture.
 
-    Call: as :class:`Affine`, if ``view`` takes such pictures.
-
-    Raises:
-        MetaplError: a share outside [0, 1]; on the call, as :class:`Affine` and as ``view``.
-
-    >>> view = Sometimes(Affine(degrees=15), share=0.5)
-    >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
-    torch.Size([2, 3, 32, 48])
+    Call, raises: as :class:`Affine` and as ``view``.
     """
 
     view: View
     share: float
 
     def __post_init__(self) -> None:
-        _require(self, 0 <= self.share <= 1, "share", "a probability, 0 to 1")
+        self.require(0 <= self.share <= 1, "share", "a probability, 0 to 1")
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, WIDE)
-        u_B = draws.uniform(seed, step, examples, 1, stream=_SOMETIMES)[:, 0]
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
         return torch.where(changed_B, self.view(images, seed=seed, step=step, examples=examples), images)
 
@@ -354,13 +306,3 @@ def _mean(images: Tensor) -> Tensor:
     raised = images.float() + 1.0
     mean: Tensor = raised.sum((2, 3), keepdim=True, dtype=torch.float64) / math.prod(images.shape[2:]) - 1.0
     return mean
-
-
-def _is_range(value: object) -> bool:
-    """Whether it is (smallest, largest), not negative."""
-    return isinstance(value, tuple | list) and len(value) == 2 and 0 <= value[0] <= value[1] < math.inf
-
-
-def _require(view: object, holds: bool, name: str, expected: str) -> None:
-    if not holds:
-        raise MetaplError(f"{type(view).__name__} got {name} {getattr(view, name)!r}; expected {expected}")

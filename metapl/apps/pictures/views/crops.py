@@ -1,4 +1,4 @@
-"""Views that cut images out and mirror them: the weak view of the paper's image protocols, and ImageNet's."""
+"""Views that move, cut out and mirror images: the weak view of the paper's protocols, ImageNet's and the digits'."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metapl.apps.pictures.views import operations
-from metapl.apps.pictures.views.base import FLOATING_OR_BYTES, below, check_images
+from metapl.apps.pictures.views import base, operations
+from metapl.apps.pictures.views.base import PictureView, below, is_range
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
-
-# Streams 0 and 1 are those of shift_noise_cutout.py.
-_CROP, _RESIZED_CROP = range(2, 4)
 
 GREY = operations.GREY / 255
 """The middle level, which fills what no pixel comes to."""
 
 
 @dataclass(frozen=True)
-class Weak:
+class Weak(PictureView):
     """Mirror half of the images, pad them all, and cut each to its size at a random place.
 
     x ↦ the (H, W) window of pad(flip(x)) at a corner uniform on {0, …, 2·pad}².
@@ -44,18 +41,16 @@ class Weak:
     torch.Size([2, 3, 32, 32])
     """
 
+    takes = base.FLOATING_OR_BYTES
     pad: int = 4
     flip: bool = True
     fill: float = GREY
 
     def __post_init__(self) -> None:
-        if self.pad < 0:
-            raise MetaplError(f"Weak got pad {self.pad}; expected 0 or more pixels")
+        self.require(self.pad >= 0, "pad", "0 or more pixels")
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, FLOATING_OR_BYTES)
-        u_B3 = draws.uniform(seed, step, examples, 3, stream=_CROP, dtype=torch.float64)
-        u_B3 = to_device(u_B3, images.device)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
         offsets_B2 = below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
         flip_B = (u_B3[:, 2] < 0.5) & self.flip
         fill = self.fill if images.is_floating_point() else round(255 * self.fill)
@@ -63,7 +58,7 @@ class Weak:
 
 
 @dataclass(frozen=True)
-class ResizedCrop:
+class ResizedCrop(PictureView):
     """Cut a random rectangle out of each image, bring it to one size, and mirror half of them.
 
     The rectangle has an area uniform on scale · HW and a ratio width : height log-uniform on ``ratio``, at a uniform
@@ -88,23 +83,19 @@ class ResizedCrop:
     torch.Size([2, 3, 24, 24])
     """
 
+    takes = base.FLOATING_OR_BYTES
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise MetaplError(f"ResizedCrop got size {self.size}; expected a side of 1 pixel or more")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise MetaplError(
-                f"ResizedCrop got scale {self.scale}; expected 0 < smallest <= largest <= 1, shares of area"
-            )
-        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise MetaplError(f"ResizedCrop got ratio {self.ratio}; expected 0 < smallest <= largest, width : height")
+        self.require(self.size >= 1, "size", "a side of 1 pixel or more")
+        shares = is_range(self.scale) and self.scale[0] > 0 and self.scale[1] <= 1
+        self.require(shares, "scale", "0 < smallest <= largest <= 1, shares of area")
+        self.require(is_range(self.ratio) and self.ratio[0] > 0, "ratio", "0 < smallest <= largest, width : height")
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, FLOATING_OR_BYTES)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
         result = images.new_empty((*images.shape[:2], self.size, self.size))
         for i, ((top, left, height, width), flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
@@ -125,7 +116,7 @@ class ResizedCrop:
         Returns:
             (B, 4) int64: top, left, height and width in pixels; and (B,) bool: whether to mirror.
         """
-        u = draws.uniform(seed, step, examples, 23, stream=_RESIZED_CROP, dtype=torch.float64)
+        u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         ratio = (low + (high - low) * u[:, 13:]).exp()
@@ -140,3 +131,49 @@ class ResizedCrop:
         sides, room = sides[at, first], room[at, first]
         corners = torch.where((first == 10)[:, None], room // 2, below(u[:, :2], room + 1))
         return torch.cat([corners, sides], dim=1), (u[:, 2] < 0.5) & self.flip
+
+
+@dataclass(frozen=True)
+class ShiftNoiseCutout(PictureView):
+    """Shift each image, add noise, and set one square to 0: the view of the digits.
+
+    x ↦ (x moved by (dy, dx) + σz) · [outside the square], with dy, dx uniform on {−shift, …, shift}, z standard normal
+    per value, and the square uniform over the places where it fits whole. What moves in is 0; values are not clipped.
+
+    Args:
+        shift: largest move along each axis in pixels, 0 or more.
+        noise: σ, 0 or more, in units of the images' range.
+        cutout: side of the square in pixels, 0 (none) or more.
+
+    Call: as :class:`Weak`, with float images.
+
+    Raises:
+        MetaplError: a negative field; on the call, as :class:`Weak`, or images smaller than the square.
+    """
+
+    takes = base.FLOATING
+    shift: int = 1
+    noise: float = 0.2
+    cutout: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "noise", "cutout"):
+            self.require(0 <= getattr(self, name) < math.inf, name, "a finite number of 0 or more, 0 to switch it off")
+
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        if self.cutout > min(images.shape[2:]):
+            raise MetaplError(
+                f"ShiftNoiseCutout got images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of "
+                f"{self.cutout}; expected the square to fit into the image: choose a smaller cutout"
+            )
+        examples = to_device(examples, images.device)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
+        offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
+        images = operations.crop_flip(images, offsets_B2, None, 0.0)
+        if self.noise > 0:
+            z = draws.normal(seed, step, examples, images[0].numel(), stream=base.NOISE)
+            images = images + self.noise * z.view_as(images).to(images.dtype)
+        if self.cutout > 0:
+            room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
+            images = operations.cutout(images, below(u_B4[:, 2:], room), self.cutout, 0.0)
+        return images

@@ -36,26 +36,6 @@ def equalize(levels: Tensor) -> Tensor:
     return equalized
 
 
-def invert(levels: Tensor) -> Tensor:
-    """255 − x. ``ImageOps.invert``."""
-    return 255 - levels
-
-
-def posterize(levels: Tensor, bits: int) -> Tensor:
-    """Keep the upper ``bits`` (1 … 8) bits of each value. ``ImageOps.posterize``."""
-    return levels & (256 - (1 << (8 - bits)))
-
-
-def solarize(levels: Tensor, threshold: int) -> Tensor:
-    """Invert the values from ``threshold`` (0 … 255) upwards. ``ImageOps.solarize``."""
-    return torch.where(levels < threshold, levels, 255 - levels)
-
-
-def brightness(levels: Tensor, factor: float) -> Tensor:
-    """Away from black by ``factor``: 0 is black, 1 the picture. ``ImageEnhance.Brightness``."""
-    return blend(torch.zeros_like(levels), levels, factor)
-
-
 def color(levels: Tensor, factor: float) -> Tensor:
     """Away from the grey picture by ``factor``; a picture of one channel stays. ``ImageEnhance.Color``."""
     return levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
@@ -113,21 +93,6 @@ def rotation(degrees: float, height: int, width: int) -> Affine:
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     # The center comes from itself.
     return cos, -sin, (width - cos * width + sin * height) / 2, sin, cos, (height - sin * width - cos * height) / 2
-
-
-def shear_x(slope: float) -> Affine:
-    """Rows move left by ``slope`` pixels per pixel of height."""
-    return 1, slope, 0, 0, 1, 0
-
-
-def shear_y(slope: float) -> Affine:
-    """Columns move up by ``slope`` pixels per pixel of width."""
-    return 1, 0, 0, slope, 1, 0
-
-
-def translation(right: float, down: float) -> Affine:
-    """Move by so many pixels."""
-    return 1, 0, -right, 0, 1, -down
 
 
 def fixed_point(matrix: Affine) -> list[int]:

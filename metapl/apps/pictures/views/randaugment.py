@@ -11,14 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metapl.apps.pictures.views import operations
-from metapl.apps.pictures.views.base import FLOATING_OR_BYTES, below, check_channels, check_images, check_range
+from metapl.apps.pictures.views import base, operations
+from metapl.apps.pictures.views.base import PictureView, below, is_range
 from metapl.data import draws
-from metapl.errors import MetaplError
 from metapl.execution.device import to_device
-
-# Streams 0 to 3 are those of shift_noise_cutout.py and crops.py.
-_OPERATIONS, _CUTOUT = range(4, 6)
 
 CIFAR_OPERATIONS = (
     "AutoContrast",
@@ -44,7 +40,7 @@ SVHN_OPERATIONS = tuple(name for name in CIFAR_OPERATIONS if name not in ("Sampl
 
 
 @dataclass(frozen=True)
-class RandAugment:
+class RandAugment(PictureView):
     """Change each image by operations drawn from a list, then grey out a square.
 
     x ↦ cutout(o_n(… o_1(x))), where o_i is uniform on ``operations``, with replacement, and takes place with a
@@ -97,6 +93,8 @@ class RandAugment:
     torch.Size([2, 3, 32, 32])
     """
 
+    takes = base.FLOATING_OR_BYTES
+    is_colored = True
     n: int = 2
     magnitude: float = 16
     scale: float = 10
@@ -106,31 +104,24 @@ class RandAugment:
     cutout: int = 16
 
     def __post_init__(self) -> None:
-        if self.n < 1 or min(self.magnitude, self.translate, self.cutout) < 0 or not self.scale > 0:
-            raise MetaplError(
-                f"{self} has a field out of range; expected n of 1 or more, magnitude, translate and cutout of 0 or "
-                "more, and a scale above 0"
-            )
-        unknown = [name for name in self.operations if name not in CIFAR_OPERATIONS]
-        if unknown or not self.operations:
-            raise MetaplError(
-                f"RandAugment got operations {list(self.operations)}; expected one or more of {list(CIFAR_OPERATIONS)}"
-            )
-        if not 0 <= self.probability[0] <= self.probability[1] <= 1:
-            raise MetaplError(
-                f"RandAugment got probability {self.probability}; expected 0 <= smallest <= largest <= 1, such as "
-                "(1, 1) for every operation to take place"
-            )
+        self.require(self.n >= 1, "n", "1 or more")
+        for name in ("magnitude", "translate", "cutout"):
+            self.require(getattr(self, name) >= 0, name, "0 or more")
+        self.require(self.scale > 0, "scale", "a number above 0")
+        known = bool(self.operations) and {*self.operations} <= {*CIFAR_OPERATIONS}
+        self.require(known, "operations", f"one or more of {list(CIFAR_OPERATIONS)}")
+        chances = is_range(self.probability) and self.probability[1] <= 1
+        self.require(chances, "probability", "0 <= smallest <= largest <= 1: (1, 1) for every operation to take place")
 
     @property
     def level(self) -> float:
         """ℓ."""
         return self.magnitude / self.scale
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, FLOATING_OR_BYTES)
-        check_channels(self, images)
-        levels = _to_levels(self, images)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        levels = images
+        if images.is_floating_point():
+            levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8)
         counts, rows = self._plan(seed, step, examples.cpu(), *images.shape[2:])
         rows = to_device(rows, images.device)
         changed = levels
@@ -139,7 +130,11 @@ class RandAugment:
         changed = changed[rows[-3]]
         if self.cutout > 0:
             changed = operations.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, operations.GREY)
-        return _from_levels(changed, images.dtype)
+        if not images.is_floating_point():
+            return changed
+        wide = torch.promote_types(images.dtype, torch.float32)
+        # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
+        return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=changed.device)).to(images.dtype)
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
         """All draws, on the CPU, where the host can read how many images each operation gets.
@@ -150,12 +145,20 @@ class RandAugment:
             the order before, the image to pair it with, and six numbers of an affine map. Then, in the order of the
             batch: where each stands in the last order, and row and column of the center of its square.
         """
-        u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=_OPERATIONS, dtype=torch.float64)
+        u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
         low, high = self.probability
         p_B = low + (high - low) * u[:, 0]
         groups = self._groups
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
-        maps = torch.tensor([self._maps(name, height, width) for name in self.operations])
+        maps = torch.tensor(
+            [
+                [
+                    operations.fixed_point(_MOVES.get(name, _stay)(level, self.translate, height, width))
+                    for level in (self.level, -self.level)
+                ]
+                for name in self.operations
+            ]
+        )
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
@@ -166,22 +169,13 @@ class RandAugment:
             rows += [place_B[order_B], _others(examples, u_other_B)[order_B], *matrices_B6[order_B].T]
             counts.append(torch.bincount(group_B, minlength=len(groups)).tolist())
             place_B = order_B.argsort()
-        u_B2 = draws.uniform(seed, step, examples, 2, stream=_CUTOUT, dtype=torch.float64)
+        u_B2 = draws.uniform(seed, step, examples, 2, stream=base.CUTOUT, dtype=torch.float64)
         return counts, torch.stack([*rows, place_B, *below(u_B2, torch.tensor([height, width])).T])
 
     @property
     def _groups(self) -> list[str]:
         """What happens to the images of one group at once: all moves are one."""
         return list(dict.fromkeys([_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]))
-
-    def _maps(self, name: str, height: int, width: int) -> list[list[int]]:
-        """The affine map of an operation for both signs; of no meaning where it does not move pixels."""
-        if name not in _MOVES:
-            return [[0] * 6] * 2
-        move = _MOVES[name]
-        return [
-            operations.fixed_point(move(level, self.translate, height, width)) for level in (self.level, -self.level)
-        ]
 
     def _operation(self, images: Tensor, originals: Tensor, counts: list[int], rows: Tensor) -> Tensor:
         """The images in the order of their groups, each group changed."""
@@ -204,24 +198,28 @@ _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"
 
 _RECOLORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "AutoContrast": lambda levels, level: operations.autocontrast(levels),
-    "Brightness": lambda levels, level: operations.brightness(levels, 0.1 + 1.8 * level),
+    "Brightness": lambda levels, level: operations.blend(torch.zeros_like(levels), levels, 0.1 + 1.8 * level),
     "Color": lambda levels, level: operations.color(levels, 0.1 + 1.8 * level),
     "Contrast": lambda levels, level: operations.contrast(levels, 0.1 + 1.8 * level),
     "Equalize": lambda levels, level: operations.equalize(levels),
-    "Invert": lambda levels, level: operations.invert(levels),
+    "Invert": lambda levels, level: 255 - levels,
     "Sharpness": lambda levels, level: operations.sharpness(levels, 0.1 + 1.8 * level),
-    "Posterize": lambda levels, level: operations.posterize(levels, min(max(int(4 * level), 1), 8)),
-    "Solarize": lambda levels, level: operations.solarize(levels, int(256 * level) % 256),
+    "Posterize": lambda levels, level: levels & (256 - (1 << (8 - min(max(int(4 * level), 1), 8)))),
+    "Solarize": lambda levels, level: torch.where(levels < int(256 * level) % 256, levels, 255 - levels),
 }
 
-# By signed level, share to translate by, height and width.
+# By signed level, share to translate by, height and width. Rows shear to the left, columns up.
 _MOVES: dict[str, Callable[[float, float, int, int], operations.Affine]] = {
     "Rotate": lambda level, share, height, width: operations.rotation(30 * level, height, width),
-    "ShearX": lambda level, share, height, width: operations.shear_x(0.3 * level),
-    "ShearY": lambda level, share, height, width: operations.shear_y(0.3 * level),
-    "TranslateX": lambda level, share, height, width: operations.translation(share * level * width, 0),
-    "TranslateY": lambda level, share, height, width: operations.translation(0, share * level * height),
+    "ShearX": lambda level, share, height, width: (1, 0.3 * level, 0, 0, 1, 0),
+    "ShearY": lambda level, share, height, width: (1, 0, 0, 0.3 * level, 1, 0),
+    "TranslateX": lambda level, share, height, width: (1, 0, -share * level * width, 0, 1, 0),
+    "TranslateY": lambda level, share, height, width: (1, 0, 0, 0, 1, -share * level * height),
 }
+
+
+def _stay(level: float, share: float, height: int, width: int) -> operations.Affine:
+    return 1, 0, 0, 0, 1, 0
 
 
 def _others(examples: Tensor, u_B: Tensor) -> Tensor:
@@ -230,20 +228,3 @@ def _others(examples: Tensor, u_B: Tensor) -> Tensor:
     order_B = examples.argsort(stable=True)
     rank_B = order_B.argsort()
     return order_B[(rank_B + 1 + below(u_B, max(batch - 1, 1))) % batch]
-
-
-def _to_levels(view: RandAugment, images: Tensor) -> Tensor:
-    if images.dtype == torch.uint8:
-        return images
-    levels = (255 * images.float()).round()
-    # Judged by the level, since a resized image may exceed 1 by a rounding.
-    check_range(view, levels, 255)
-    return levels.clamp(0, 255).to(torch.uint8)
-
-
-def _from_levels(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype == torch.uint8:
-        return levels
-    wide = torch.promote_types(dtype, torch.float32)
-    # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
-    return (levels.to(wide) / torch.full((), 255.0, dtype=wide, device=levels.device)).to(dtype)

@@ -11,16 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.apps.pictures.views.base import FLOATING_OR_BYTES, check_images
+from metapl.apps.pictures.views.base import FLOATING_OR_BYTES, SEEDED, PictureView
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 
-_SEEDED = 12  # streams 0 to 11 are those of the other views
-
 
 @dataclass(frozen=True)
-class Seeded:
+class Seeded(PictureView):
     """A transform of one image, such as those of ``torchvision.transforms.v2``, as a view.
 
     Before each image, the default generators of torch (on the CPU and, for images there, on CUDA), Python and numpy are
@@ -51,6 +49,7 @@ class Seeded:
     True
     """
 
+    takes = FLOATING_OR_BYTES
     transform: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
@@ -60,10 +59,9 @@ class Seeded:
                 "torchvision.transforms.v2.RandomHorizontalFlip()"
             )
 
-    def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        check_images(self, images, examples, FLOATING_OR_BYTES)
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         # 32 bits, which is what numpy takes.
-        keys = (draws.bits(seed, step, examples.cpu(), 1, stream=_SEEDED)[:, 0] & 0xFFFFFFFF).tolist()
+        keys = (draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF).tolist()
         seen = []
         with _as_they_were(images.device):
             for image, key in zip(images, keys, strict=True):
