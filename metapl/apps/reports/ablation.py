@@ -72,7 +72,7 @@ def _draw_modes(figure: Any, rows: Figures, found: Figures) -> None:
         axis.barh(range(len(names)), values, color=[_color(name, found) for name in names], height=0.7)
         _dress(axis, title, "x")
     axes[0].set_xscale("log")
-    axes[0].xaxis.set_major_locator(LogLocator(numticks=5))
+    axes[0].xaxis.set_major_locator(LogLocator(numticks=4))
     axes[0].xaxis.set_major_formatter(_plain)
     axes[0].set_xlim(left=SMALLEST / 3)
     axes[0].set_xlabel("error and noise of one draw, over the gradient's length", fontsize=8.5, loc="left")
