@@ -14,10 +14,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-PAGES = ("canvas", "curves", "gallery")
-"""The modules of the reports that count in dots."""
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _small_pages() -> Iterator[None]:
     """Pages of 30 dots an inch: of a run of a second, half is the picture that it ends with."""
@@ -36,5 +32,6 @@ def full_pages() -> Iterator[None]:
 
 
 def _drawn_at(patch: pytest.MonkeyPatch, dots: int) -> None:
-    for name in PAGES:
-        patch.setattr(f"metapl.apps.reports.{name}.DOTS_PER_INCH", dots)
+    from metapl.apps.reports.style import STYLE
+
+    patch.setitem(STYLE, "figure.dpi", dots)

@@ -16,8 +16,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from metapl.apps.reports import Gallery, draw_grid, draw_report
-from metapl.apps.reports.canvas import blank_page, drawing, png
-from metapl.apps.reports.fonts import BASE, families, letters_of, spelled
+from metapl.apps.reports.canvas import drawing, headed_page, png
+from metapl.apps.reports.fonts import BASE, drawable, families, letters_of
 
 pytestmark = pytest.mark.usefixtures("full_pages")
 
@@ -63,11 +63,11 @@ def test_a_font_is_taken_for_the_letters_that_the_usual_one_lacks(
     without_others: None, with_cats: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert families(["cat", "Katze", "кошка", "γάτα"]) == [BASE]
-    assert families(["cat", CAT]) == [BASE, with_cats]
     with drawing(["cat", CAT]) as explanation:
+        assert families(["cat", CAT]) == [BASE, with_cats]
         assert explanation == ""
-        assert spelled(f"{CAT} cat") == f"{CAT} cat"
-        figure = blank_page(2, 1)
+        assert drawable(f"{CAT} cat") == f"{CAT} cat"
+        figure = headed_page("", "", 2, 1)
         figure.text(0.2, 0.2, CAT, fontsize=20)
         drawn = numpy.asarray(Image.open(io.BytesIO(png(figure))).convert("L"))
     assert (drawn == 34).sum() > 0.9 * (20 / 72 * 150) ** 2  # the square, in ink
@@ -76,8 +76,8 @@ def test_a_font_is_taken_for_the_letters_that_the_usual_one_lacks(
 
 def test_what_no_font_has_is_spelled_out_and_said(without_others: None, tmp_path: Path) -> None:
     with drawing([CAT, NOWHERE]) as explanation:
-        assert spelled(f"a {CAT}{NOWHERE} b") == "a U+732B U+1E900 b"
-        assert spelled("a\U000e0001") == "a"  # a mark of a language is not seen itself
+        assert drawable(f"a {CAT}{NOWHERE} b") == "a U+732B U+1E900 b"
+        assert drawable("a\U000e0001") == "a"  # a mark of a language is not seen itself
         assert explanation == "No font here has 2 of the letters: they stand as codes, such as U+732B."
     drawn: list[str] = []
     with pytest.MonkeyPatch.context() as patched:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from metapl.apps.commands.evaluators import Evaluators, Measured, left_out
+from metapl.apps.commands.evaluators import Evaluators, Measured, left_out, write_evaluation
 from metapl.apps.commands.inputs import Network, TestFolder
 from metapl.apps.commands.parse import Run
 from metapl.apps.evaluation.imagenet import Pictures, Subject, is_imagenet
@@ -78,7 +78,7 @@ class Evaluate(Evaluators):
             tell(f"{run.heading(name)}{where}\n")
             tell(found.text(on.part, compared, run.recipe.classes))
         content = {**about, **({} if self.test is None else on_record), **found.to_json()}
-        self.write(content, f"{run.heading(name)}: accuracy on {on.part} pictures")
+        write_evaluation(self.out, content, f"{run.heading(name)}: accuracy on {on.part} pictures")
         return left_out(found.skipped)
 
     def _about(self, run: LoadedRun, name: str) -> dict[str, str | int]:

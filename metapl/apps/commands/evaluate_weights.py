@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl.apps.commands.evaluators import Evaluators, Measured, left_out
+from metapl.apps.commands.evaluators import Evaluators, Measured, left_out, write_evaluation
 from metapl.apps.commands.inputs import TestFolder
 from metapl.apps.commands.parse import Switch
 from metapl.apps.evaluation.imagenet import IMAGENET_OUTPUTS, Pictures, Subject, is_imagenet
@@ -66,7 +66,20 @@ class EvaluateWeights(Evaluators):
 
     def check(self) -> None:
         super().check()
-        self._check()
+        if self.test is None and not self.released:
+            raise MetaplError(
+                f"there is nothing to measure {self.weights} on: give --test DIR, a folder of pictures with one folder "
+                "a class, or --imagenet-a, --imagenet-c or --imagenet-p."
+            )
+        if self.test is None and (self.corruptions or self.attack or self.label_sets):
+            flag = "--corruptions" if self.corruptions else "--attack" if self.attack else "--label-sets"
+            raise MetaplError(f"{flag} is for the pictures of --test DIR, and that was not given.")
+        if bool(self.mean) != bool(self.std):
+            raise MetaplError("one of --mean and --std was given; expected both, with a number for each channel.")
+        if self.center is not None and not 0 < self.center <= 1:
+            raise MetaplError(f"--center {self.center:g}: expected a share of the sides, above 0 and at most 1.")
+        if self.image_size is not None and not 1 <= self.image_size <= LARGEST_SIDE:
+            raise MetaplError(f"--image-size {self.image_size}: expected 1 to {LARGEST_SIDE:,} pixels.")
 
     def measured(self) -> int:
         told = read_metadata(self.weights)
@@ -100,26 +113,10 @@ class EvaluateWeights(Evaluators):
         else:
             tell(f"{heading}\npictures of {pictures}; {scale}\n")
             tell(found.text("test", "", names or ()))
-        self.write(content, heading)
+        write_evaluation(self.out, content, heading)
         return left_out(found.skipped)
 
     # --------------------------------------------------------------------------------------------------- the network
-
-    def _check(self) -> None:
-        if self.test is None and not self.released:
-            raise MetaplError(
-                f"there is nothing to measure {self.weights} on: give --test DIR, a folder of pictures with one folder "
-                "a class, or --imagenet-a, --imagenet-c or --imagenet-p."
-            )
-        if self.test is None and (self.corruptions or self.attack or self.label_sets):
-            flag = "--corruptions" if self.corruptions else "--attack" if self.attack else "--label-sets"
-            raise MetaplError(f"{flag} is for the pictures of --test DIR, and that was not given.")
-        if bool(self.mean) != bool(self.std):
-            raise MetaplError("one of --mean and --std was given; expected both, with a number for each channel.")
-        if self.center is not None and not 0 < self.center <= 1:
-            raise MetaplError(f"--center {self.center:g}: expected a share of the sides, above 0 and at most 1.")
-        if self.image_size is not None and not 1 <= self.image_size <= LARGEST_SIDE:
-            raise MetaplError(f"--image-size {self.image_size}: expected 1 to {LARGEST_SIDE:,} pixels.")
 
     def _architecture(self, told: Mapping[str, Any]) -> tuple[Architecture, Mapping[str, Any]]:
         """What builds the network, and what its library says of its pictures."""

@@ -227,11 +227,6 @@ class Evaluators(ABC):
                 progress=update,
             )
 
-    def write(self, content: Mapping[str, Any], title: str) -> None:
-        """``evaluation.json`` and ``robustness.png``, where --out was given."""
-        if self.out is not None:
-            write_evaluation(self.out, content, title)
-
 
 def left_out(count: int) -> int:
     """Say how many files were left out; the exit code."""
@@ -284,10 +279,13 @@ DRAWN = ("corruptions", "attacks", "imagenet_a", "imagenet_c", "imagenet_p")
 """Keys of ``evaluation.json`` that ``robustness.png`` shows."""
 
 
-def write_evaluation(folder: Path, content: Mapping[str, Any], title: str) -> None:
-    """``evaluation.json``, and ``robustness.png`` where there is something to draw: both, or neither."""
+def write_evaluation(folder: Path | None, content: Mapping[str, Any], title: str) -> None:
+    """``evaluation.json``, and ``robustness.png`` where there is something to draw, if --out was given: both, or
+    neither."""
     from metapl.apps.reports.robustness import draw_robustness
 
+    if folder is None:
+        return
     with written_to(folder), written_last(folder / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode()):
         if any(key in content for key in DRAWN):
             draw_robustness(folder / PICTURE, content, title)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,15 +14,6 @@ from metapl.apps.reports import MOST_GROUPS, Gallery, draw_grid, pictures_a_grou
 
 NAMED = 5
 """Classes that are named where none was predicted for them."""
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One example that was taken for a class."""
-
-    probability: float
-    name: str
-    picture: Tensor
 
 
 class PredictionGrid:
@@ -39,13 +29,13 @@ class PredictionGrid:
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
         self.counts: Counter[int] = Counter()
-        self._seen: dict[int, list[_Seen]] = {}
+        self._seen: dict[int, list[tuple[float, str, Tensor]]] = {}  # probability, name, picture
 
     def add(self, index: int, probability: float, name: str, x: Tensor) -> None:
         """An example ``x`` (C, H, W), in [0, 1], that was taken for class ``index``."""
         picture = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         kept = self._seen.setdefault(index, [])
-        bisect.insort(kept, _Seen(probability, name, picture), key=lambda seen: -seen.probability)
+        bisect.insort(kept, (probability, name, picture), key=lambda seen: -seen[0])
         self.counts[index] += 1
         # More classes leave less room for each. What stands in the middle now stays there, whatever comes.
         for group in self._seen.values() if len(kept) == 1 else [kept]:
@@ -81,10 +71,11 @@ class PredictionGrid:
         return "; ".join(parts)
 
     def _group(self, index: int) -> Gallery:
-        seen, count = self._seen[index], self.counts[index]
+        count = self.counts[index]
+        probabilities, names, pictures = zip(*self._seen[index], strict=True)
         return Gallery(
             title=self.classes[index],
             note=f"{count:,} picture{'s' * (count != 1)}",
-            pictures=torch.stack([example.picture for example in seen]),
-            captions=tuple(f"{example.probability:.1%}\n{Path(example.name).name}" for example in seen),
+            pictures=torch.stack(pictures),
+            captions=tuple(f"{p:.1%}\n{Path(name).name}" for p, name in zip(probabilities, names, strict=True)),
         )

@@ -236,25 +236,11 @@ def jpeg_compression(x: Picture, level: int, drawn: Generator) -> Picture:
     return _by_pillow(x, saved)
 
 
+_NOISE, _BLUR = (gaussian_noise, shot_noise, impulse_noise), (defocus_blur, glass_blur, motion_blur, zoom_blur)
+_WEATHER, _DIGITAL = (snow, frost, fog, brightness), (contrast, elastic_transform, pixelate, jpeg_compression)
+
 CORRUPTIONS: dict[str, Callable[[Picture, int, Generator], Picture]] = {
-    damage.__name__: damage
-    for damage in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        defocus_blur,
-        glass_blur,
-        motion_blur,
-        zoom_blur,
-        snow,
-        frost,
-        fog,
-        brightness,
-        contrast,
-        elastic_transform,
-        pixelate,
-        jpeg_compression,
-    )
+    damage.__name__: damage for damage in (*_NOISE, *_BLUR, *_WEATHER, *_DIGITAL)
 }
 """By name, in the order of ImageNet-C: noise, blur, weather, digital. The place of a kind enters the seed of its draws:
 moving one changes the damage of all kinds that move with it."""
@@ -282,7 +268,8 @@ def _blurred(x: Picture, sigma: float, mode: str = "nearest", truncate: float = 
 def _filtered(x: Picture, kernel: Picture) -> Picture:
     from scipy.ndimage import convolve
 
-    return np.stack([convolve(x[..., c], kernel, mode="mirror") for c in range(x.shape[2])], axis=2)
+    filtered: Picture = convolve(x, kernel[..., None], mode="mirror")
+    return filtered
 
 
 def _disk(radius: float, edge: float) -> Picture:
@@ -315,14 +302,8 @@ def _zoomed(x: Picture, factor: float) -> Picture:
     from scipy.ndimage import affine_transform
 
     center = (np.array(x.shape[:2]) - 1) / 2
-    offset = center - center / factor
-    zoomed: Picture = np.stack(
-        [
-            affine_transform(x[..., c], np.full(2, 1 / factor), offset, order=1, mode="nearest")
-            for c in range(x.shape[2])
-        ],
-        axis=2,
-    )
+    matrix, offset = (1 / factor, 1 / factor, 1), (*(center - center / factor), 0)
+    zoomed: Picture = affine_transform(x, matrix, offset, order=1, mode="nearest")
     return zoomed
 
 

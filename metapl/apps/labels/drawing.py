@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metapl.apps.labels.queries import BINS, Statistics
-from metapl.apps.reports.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
+from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_heading, write_note, write_page
 from metapl.apps.reports.counts import MOST_NAMED, draw_by_size, dress_counts, name_rows
-from metapl.apps.reports.style import ABOVE_PANEL, MARGIN, PALETTE
+from metapl.apps.reports.style import MARGIN, PALETTE
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches.
-WIDTH, LEFT, BETWEEN, BELOW, BAR, LEAST, HISTOGRAM = 12.0, 1.75, 0.9, 0.5, 0.24, 2.4, 2.9
+WIDTH, BAR, LEAST = 12.0, 0.24, 3.7
+"""Inches of the page, of a named class, and of the panels at least."""
 
 
 def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: str) -> None:
@@ -45,20 +45,14 @@ def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: st
 
 
 def _figure(title: str, summary: str, content: Statistics, names: Sequence[str]) -> Figure:
-    panel = max(LEAST, BAR * len(names))
-    top = MARGIN + BELOW + panel
-    figure = headed_page(title, summary, WIDTH, top + ABOVE_PANEL)
-    wide = WIDTH - LEFT - 2 * (HISTOGRAM + BETWEEN) - MARGIN
-    _draw_classes(axes_at(figure, (LEFT, MARGIN + BELOW, wide, panel)), content, names)
+    body = max(LEAST, BAR * len(names) + 1.3)
+    figure = headed_page(title, summary, WIDTH, MARGIN + body)
+    lay_out(figure, MARGIN, MARGIN + body)
+    classes, confidence, entropy = figure.subplots(1, 3)
+    _draw_classes(classes, content, names)
+    _draw_histogram(confidence, "Confidence", "probability of the most probable class", content.confidence, 1.0)
     most = content.greatest_entropy
-    for number, (name, note, counts, upper) in enumerate(
-        (
-            ("Confidence", "probability of the most probable class", content.confidence, 1.0),
-            ("Entropy", f"in nats; evenly spread is {most:.2f}", content.entropy, most),
-        )
-    ):
-        left = LEFT + wide + BETWEEN + number * (HISTOGRAM + BETWEEN)
-        _draw_histogram(axes_at(figure, (left, top - LEAST, HISTOGRAM, LEAST)), name, note, counts, upper)
+    _draw_histogram(entropy, "Entropy", f"in nats; evenly spread is {most:.2f}", content.entropy, most)
     return figure
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapl.ablation.figures import SETTINGS
-from metapl.apps.reports.canvas import blank_page, drawing, write_page
-from metapl.apps.reports.style import INK, PALETTE, QUIET
-from metapl.apps.reports.text import wrap
+from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
+from metapl.apps.reports.style import INK, MARGIN, PALETTE, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,19 +40,17 @@ def draw_ablation(path: Path, found: Figures) -> None:
     sweeps = {n: s for n, s in found.get("stability", {}).items() if "reason" not in s and _drawable(s)}
     outcomes = {n: m for n, m in found.get("trainings", {}).get("modes", {}).items() if "reason" not in m}
     bars, lines, dots = 0.9 + 0.3 * len(rows), 4.6 * bool(sweeps), (1.0 + 0.3 * len(outcomes)) * bool(outcomes)
-    text = wrap(found["recommendation"], WIDTH - 0.5, 10)
-    head = 0.3 + 0.2 * len(text)
-    with drawing([*text, *rows]):
-        figure = blank_page(WIDTH, head + bars + lines + dots)
-        figure.set_layout_engine("constrained")
-        heights = [height for height in (bars, lines, dots) if height]
+    heights = [height for height in (bars, lines, dots) if height]
+    high = MARGIN + sum(heights)
+    with drawing([found["recommendation"], *rows]) as explanation:
+        figure = headed_page("", f"{found['recommendation']} {explanation}", WIDTH, high)
+        lay_out(figure, MARGIN, high)
         parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
         _draw_modes(next(parts), rows, found)
         if sweeps:
             _draw_sweeps(next(parts), sweeps)
         if outcomes:
             _draw_trainings(next(parts), outcomes, found)
-        figure.suptitle("\n".join(text), fontsize=10, x=0.01, ha="left")
         write_page(path, figure)
 
 
@@ -61,7 +58,9 @@ def _draw_modes(figure: Any, rows: Figures, found: Figures) -> None:
     names = list(rows)
     ran = {name: row for name, row in rows.items() if "reason" not in row}
     unit, one = ("s", 1.0) if max((row["seconds"] for row in ran.values()), default=0) >= 1 else ("ms", 1e-3)
-    axes = figure.subplots(1, 4, sharey=True)
+    from matplotlib.ticker import LogLocator
+
+    axes = figure.subplots(1, 4, sharey=True, width_ratios=(1.3, 1, 1, 1))
     panels: tuple[tuple[str, Callable[[Figures], float]], ...] = (
         ("distance from the exact gradient", lambda row: max(SMALLEST, _distance(row))),
         ("student passes", lambda row: row["passes"]),
@@ -73,6 +72,8 @@ def _draw_modes(figure: Any, rows: Figures, found: Figures) -> None:
         axis.barh(range(len(names)), values, color=[_color(name, found) for name in names], height=0.7)
         _dress(axis, title, "x")
     axes[0].set_xscale("log")
+    axes[0].xaxis.set_major_locator(LogLocator(numticks=4))
+    axes[0].xaxis.set_major_formatter(_plain)
     axes[0].set_xlim(left=SMALLEST / 3)
     axes[0].set_xlabel("error and noise of one draw, over the gradient's length", fontsize=8.5, loc="left")
     for number, name in enumerate(names):
@@ -106,16 +107,15 @@ def _draw_sweeps(figure: Any, sweeps: Figures) -> None:
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(FixedLocator(sweep["values"]))
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
+            axis.xaxis.set_major_formatter(_plain)
         axes[1][column].set_yscale("log")
+        axes[1][column].yaxis.set_major_formatter(_plain)
         axes[1][column].set_xlabel(SETTINGS.get(setting, setting).partition(",")[0], loc="left")
     rows = [row for sweep in sweeps.values() for row in sweep["modes"].values()]
     lowest = min((one["cosine"] for row in rows for one in row if "reason" not in one), default=0.0)
     axes[0][0].set_ylim(min(-0.05, lowest - 0.05), 1.05)  # shared by the row
     handles = [axes[0][0].plot([], [], marker="o", ms=4, color=colors[name])[0] for name in names]
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=min(6, len(names)), frameon=False, fontsize=9, labelcolor=INK
-    )
+    figure.legend(handles, names, loc="outside upper left", ncols=min(6, len(names)), fontsize=9)
 
 
 def _draw_trainings(figure: Any, outcomes: Figures, found: Figures) -> None:
@@ -145,6 +145,10 @@ def _draw_trainings(figure: Any, outcomes: Figures, found: Figures) -> None:
 def _dress(axis: Axes, title: str, grid: Any) -> None:
     axis.set_title(title, fontsize=10.5, loc="left")
     axis.grid(axis=grid)
+
+
+def _plain(value: float, position: int) -> str:
+    return f"{value:.3g}"
 
 
 def _color(name: str, found: Figures) -> str:

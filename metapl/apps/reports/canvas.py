@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.apps.reports.fonts import any_weight, explained, families
+from metapl.apps.reports.fonts import drawable, explained, families
 from metapl.apps.reports.style import (
-    DOTS_PER_INCH,
     MARGIN,
-    NOTE_ABOVE,
     NOTE_SIZE,
     PANEL_TITLE_SIZE,
     QUIET,
     STYLE,
     SUMMARY_LINE,
     SUMMARY_SIZE,
-    TITLE_ABOVE,
     TITLE_LINE,
     TITLE_SIZE,
 )
@@ -31,12 +29,12 @@ from metapl.words import shown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
+
+ABOVE_HEAD, BELOW_HEAD, AROUND_PANEL = 0.25, 0.15, 0.2
+"""Inches."""
 
 SOFTWARE = "metapl"
 """What a page says of who drew it."""
-
-Box = tuple[float, float, float, float]  # left, bottom, width, height in inches, from the lower left of the page
 
 
 @contextmanager
@@ -51,58 +49,65 @@ def drawing(texts: Iterable[str]) -> Iterator[str]:
     import matplotlib.style
 
     texts = list(texts)
-    # "default" first, so that a user's own matplotlibrc does not change the picture; both end with the block.
-    with matplotlib.style.context(["default", STYLE, {"font.family": families(texts)}]), any_weight():
-        yield explained(texts)
-
-
-def blank_page(width: float, height: float) -> Figure:
-    """A white page of so many inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    log = logging.getLogger("matplotlib.font_manager")  # that a family has no bold letters is no news to a user
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        # "default" first, so that a user's own matplotlibrc does not change the picture; both end with the block.
+        with matplotlib.style.context(["default", STYLE, {"font.family": families(texts)}]):
+            yield explained(texts)
+    finally:
+        log.setLevel(level)
 
 
 def headed_page(title: str, summary: str, width: float, below: float) -> Figure:
     """A white page that is so many inches wide, with ``below`` inches beneath its title and the sentences under it."""
-    room = width - 2 * MARGIN
-    title_lines = wrap(shown(title), room, TITLE_SIZE, "bold")
-    summary_lines = wrap(shown(summary, keep="\n"), room, SUMMARY_SIZE)
-    y = below + TITLE_LINE * len(title_lines) + SUMMARY_LINE * len(summary_lines)
-    figure = blank_page(width, y + MARGIN)
-    for line in title_lines:
-        write_at(figure, MARGIN, y - 0.1, line, fontsize=TITLE_SIZE, fontweight="bold", va="center")
-        y -= TITLE_LINE
-    for line in summary_lines:
-        write_at(figure, MARGIN, y - 0.1, line, fontsize=SUMMARY_SIZE, color=QUIET, va="center")
-        y -= SUMMARY_LINE
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    titles = wrap(shown(title), width - 2 * MARGIN, TITLE_SIZE, "bold")
+    sentences = wrap(shown(summary, keep="\n"), width - 2 * MARGIN, SUMMARY_SIZE)
+    y = below + BELOW_HEAD + TITLE_LINE * len(titles) + SUMMARY_LINE * len(sentences)
+    figure = Figure(figsize=(width, y + ABOVE_HEAD))
+    FigureCanvasAgg(figure)
+    y = write_lines(figure, MARGIN, y, titles, TITLE_LINE, fontsize=TITLE_SIZE, fontweight="bold")
+    write_lines(figure, MARGIN, y, sentences, SUMMARY_LINE, fontsize=SUMMARY_SIZE, color=QUIET)
     return figure
 
 
-def axes_at(figure: Figure, box: Box) -> Axes:
-    """A panel in a box of the page."""
+def lay_out(figure: Figure, low: float, high: float) -> None:
+    """Panels, by ``subplots`` or ``subfigures``, share the page between two heights in inches: matplotlib finds room
+    for all that is written at them."""
+    width, height = figure.get_size_inches()
+    figure.set_layout_engine("constrained", w_pad=AROUND_PANEL, h_pad=AROUND_PANEL / 2, wspace=0, hspace=0)
+    left = (MARGIN - AROUND_PANEL) / width
+    figure.get_layout_engine().set(rect=(left, low / height, 1 - 2 * left, (high - low) / height))  # type: ignore[union-attr,call-arg]  # constrained layout's own
+
+
+def axes_at(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
+    """A panel in a box of the page: left, bottom, width and height in inches from its lower left."""
     (page_width, page_height), (left, bottom, width, height) = figure.get_size_inches(), box
     return figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
 
 
-def write_at(figure: Figure, x: float, y: float, text: str, **look: Any) -> Text:
-    """Writes a line of text at inches from the lower left."""
-    width, height = figure.get_size_inches()
-    return figure.text(x / width, y / height, text, **look)
+def write_lines(figure: Figure, x: float, y: float, lines: Sequence[str], pitch: float, **look: Any) -> float:
+    """Writes lines downwards from inches from the lower left; where the next one would begin."""
+    for number, line in enumerate(lines):
+        # Centered within its pitch, whatever letters the line has.
+        figure.text(x, y - pitch * (number + 0.5), line, va="center_baseline", transform=figure.dpi_scale_trans, **look)
+    return y - pitch * len(lines)
 
 
 def write_heading(axes: Axes, title: str) -> None:
     """The title above a panel."""
-    axes.set_title(title, loc="left", fontsize=PANEL_TITLE_SIZE, fontweight="bold", pad=72 * TITLE_ABOVE)
+    axes.set_title(title, loc="left", fontsize=PANEL_TITLE_SIZE, fontweight="bold", pad=29)
 
 
 def write_note(axes: Axes, text: str) -> None:
     """The line between the title and the panel."""
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(text, (0, 1), (0, 72 * NOTE_ABOVE), fontsize=NOTE_SIZE, color=QUIET, **place)
+    # The title above makes room for it; the panel keeps its width where the line is longer.
+    axes.annotate(text, (0, 1), (0, 8), fontsize=NOTE_SIZE, color=QUIET, **place).set_in_layout(False)
 
 
 def png(figure: Figure) -> bytes:
@@ -110,7 +115,7 @@ def png(figure: Figure) -> bytes:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name such as "$5" is not a formula
+        text.set_text("\n".join(map(drawable, text.get_text().split("\n"))))
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": SOFTWARE})
     return file.getvalue()

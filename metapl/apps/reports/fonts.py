@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, lru_cache
+from collections.abc import Iterable
+from functools import cache
 
 BASE = "DejaVu Sans"
 """The font of all pictures, which matplotlib brings along."""
@@ -22,7 +20,7 @@ def families(texts: Iterable[str]) -> list[str]:
     """
     from matplotlib.font_manager import fontManager
 
-    chosen, missing = [BASE], set(_letters(texts)) - letters_of(BASE)
+    chosen, missing = [BASE], set(_lacking("".join(texts), [BASE]))
     names = sorted({entry.name for entry in fontManager.ttflist if not entry.name.startswith(PLACEHOLDERS)})
     while missing:
         best = max(names, key=lambda name: (len(missing & letters_of(name)), "Sans" in name, -len(name)))
@@ -33,33 +31,25 @@ def families(texts: Iterable[str]) -> list[str]:
     return chosen
 
 
-def undrawable(text: str) -> list[str]:
-    """The letters of a text that none of the current families has, each once."""
-    from matplotlib import rcParams
+def drawable(text: str) -> str:
+    r"""A text as one line that can be drawn: a name may hold line breaks, undecodable bytes, or letters that none of
+    the current families has, in whose place their codes stand, as Unicode writes them.
 
-    known = _letters_of_all(tuple(rcParams["font.family"]))
-    return [letter for letter in _letters([text]) if letter not in known]
-
-
-def spelled(text: str) -> str:
-    """A text with the codes of letters that cannot be drawn in their place, as Unicode writes them.
-
-    >>> spelled("cat"), spelled("a\\U0010fffd\\U0010fffdb")
-    ('cat', 'aU+10FFFD U+10FFFDb')
+    >>> drawable("a\nb \udcff"), drawable("a\U0010fffd\U0010fffdb")
+    ('a b ?', 'aU+10FFFD U+10FFFDb')
     """
-    missing = set(undrawable(text))
-    drawn, after_code = "", False
-    for letter in text:
-        if letter not in missing:
-            drawn, after_code = drawn + letter, False
-        elif unicodedata.category(letter) != "Cf":  # what joins or turns letters is not seen itself
-            drawn, after_code = f"{drawn}{' ' if after_code else ''}U+{ord(letter):04X}", True
-    return drawn
+    letters = "".join(" " if letter.isspace() or letter < " " else letter for letter in text)
+    letters = letters.encode("utf-8", "replace").decode()
+    missing = _lacking(letters)
+    for letter in missing:
+        # What joins or turns letters is not seen itself.
+        letters = letters.replace(letter, "" if unicodedata.category(letter) == "Cf" else f"\0U+{ord(letter):04X}\0")
+    return letters.replace("\0\0", " ").replace("\0", "")
 
 
 def explained(texts: Iterable[str]) -> str:
     """What a reader should know where letters are drawn as codes; empty where none is."""
-    codes = [letter for letter in undrawable("".join(texts)) if unicodedata.category(letter) != "Cf"]
+    codes = [letter for letter in _lacking("".join(texts)) if unicodedata.category(letter) != "Cf"]
     if not codes:
         return ""
     return f"No font here has {len(codes)} of the letters: they stand as codes, such as U+{ord(codes[0]):04X}."
@@ -70,38 +60,22 @@ def letters_of(family: str) -> frozenset[str]:
     """The letters that a family has, upright and bold alike; none where matplotlib cannot draw it."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    charmaps = []
-    for weight in ("normal", "bold"):
-        try:
-            with any_weight():
-                file = findfont(FontProperties(family=[family], weight=weight), fallback_to_default=False)
-            font = get_font(file)
-        except (OSError, RuntimeError, ValueError):  # gone, of an unknown kind, or not there
-            return frozenset()
-        if not font.scalable:  # pictures of fixed sizes, such as colored emoji
-            return frozenset()
-        charmaps.append(frozenset(map(chr, font.get_charmap())))
-    return charmaps[0] & charmaps[1]
-
-
-@contextmanager
-def any_weight() -> Iterator[None]:
-    """Within it matplotlib does not log that a family has no bold letters: it then takes the others, as it should."""
-    log = logging.getLogger("matplotlib.font_manager")
-    before = log.level
-    log.setLevel(logging.ERROR)
     try:
-        yield
-    finally:
-        log.setLevel(before)
+        properties = [FontProperties(family=[family], weight=weight) for weight in ("normal", "bold")]
+        fonts = [get_font(findfont(one, fallback_to_default=False)) for one in properties]
+    except (OSError, RuntimeError, ValueError):  # gone, of an unknown kind, or not there
+        return frozenset()
+    if not all(font.scalable for font in fonts):  # pictures of fixed sizes, such as colored emoji
+        return frozenset()
+    return frozenset.intersection(*(frozenset(map(chr, font.get_charmap())) for font in fonts))
 
 
-@lru_cache(maxsize=8)
-def _letters_of_all(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset().union(*map(letters_of, names))
+def _lacking(text: str, names: Iterable[str] | None = None) -> list[str]:
+    """The letters of a text that no family has, each once; surrogates are drawn as question marks."""
+    from matplotlib import rcParams
 
-
-def _letters(texts: Iterable[str]) -> Sequence[str]:
-    """Those that have to be drawn, each once; surrogates are drawn as question marks."""
-    seen = dict.fromkeys("".join(texts))
-    return [letter for letter in seen if not letter.isspace() and unicodedata.category(letter) not in ("Cc", "Cs")]
+    if text.isascii():
+        return []
+    known = [letters_of(name) for name in names or rcParams["font.family"]]
+    drawn = [x for x in dict.fromkeys(text) if not x.isspace() and unicodedata.category(x) not in ("Cc", "Cs")]
+    return [letter for letter in drawn if not any(letter in letters for letters in known)]

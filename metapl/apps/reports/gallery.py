@@ -10,24 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metapl.apps.reports.canvas import Box, write_at
+from metapl.apps.reports.canvas import write_lines
 from metapl.apps.reports.style import (
-    ABOVE_PANEL,
+    CAPTION_LINE,
     CAPTION_SIZE,
-    DOTS_PER_INCH,
     FRAME,
-    INK,
-    NOTE_ABOVE,
     NOTE_LINE,
     NOTE_SIZE,
+    PALETTE,
     PANEL_TITLE_LINE,
     PANEL_TITLE_SIZE,
     QUIET,
-    RIGHT,
-    TITLE_ABOVE,
-    WRONG,
 )
-from metapl.apps.reports.text import drawable, fitted, wrap
+from metapl.apps.reports.text import fitted, wrap
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 from metapl.words import shown
@@ -39,10 +34,10 @@ ROWS = 2
 CAPTION_LINES = 3
 
 # Inches.
-SMALLEST_PICTURE, LARGEST_PICTURE = 0.95, 1.5
+SMALLEST_PICTURE, LARGEST_PICTURE = 1.1, 1.5
 SMALLEST_GAP, LARGEST_GAP, ROW_GAP = 0.15, 0.6, 0.16
-ABOVE_TITLE, BELOW_NOTE = 0.05, 0.05
-CAPTION_ABOVE, CAPTION_LINE, BESIDE_CAPTION, SIGN_WIDTH = 0.06, 0.165, 0.12, 0.15
+ABOVE_TITLE, ABOVE_NOTE, BELOW_NOTE = 0.36, 0.05, 0.1
+CAPTION_ABOVE, BESIDE_CAPTION, SIGN_WIDTH = 0.06, 0.12, 0.15
 CAPTION_BEYOND = 0.25  # how far a caption may go on to the right of its picture: less than the page's margin
 
 TALLEST = 1.4
@@ -50,8 +45,8 @@ TALLEST = 1.4
 
 # (color and dashes of the frame, its points, the sign before the caption), so that marks differ in more than color.
 MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
-    True: (RIGHT, "-", 2.2, "✓"),
-    False: (WRONG, (0, (3.2, 1.6)), 2.2, "✗"),
+    True: (PALETTE[2], "-", 2.2, "✓"),
+    False: (PALETTE[1], (0, (3.2, 1.6)), 2.2, "✗"),
     None: (FRAME, "-", 0.8, ""),
 }
 
@@ -104,15 +99,15 @@ class Gallery:
 
     def lines(self, index: int) -> list[str]:
         """The lines beneath one of the pictures; what would be a fourth one goes on in the third."""
-        return [drawable(line) for line in self.captions[index].split("\n", CAPTION_LINES - 1)]
+        return self.captions[index].split("\n", CAPTION_LINES - 1)
 
 
 def _check_pictures(title: str, pictures: Any) -> None:
     expected = "expected (n, C, H, W) with C = 1 (grey) or 3 (colors), uint8 or floating point in [0, 1]"
-    if not isinstance(pictures, Tensor):
-        raise MetaplError(f"the pictures of {title!r} are {described(pictures)}; {expected}")
-    shape_fits = pictures.ndim == 4 and pictures.shape[1] in (1, 3) and min(pictures.shape[2:]) > 0
-    if not shape_fits or not (pictures.dtype == torch.uint8 or pictures.is_floating_point()):
+    fits = (
+        isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.shape[1] in (1, 3) and min(pictures.shape[2:])
+    )
+    if not fits or not (pictures.dtype == torch.uint8 or pictures.is_floating_point()):
         raise MetaplError(f"the pictures of {title!r} are {described(pictures)}; {expected}")
     if pictures.is_floating_point() and len(pictures):
         low, high = (float(value) for value in torch.aminmax(pictures.detach()))
@@ -124,12 +119,11 @@ def _check_pictures(title: str, pictures: Any) -> None:
 
 
 def _check_counts(title: str, pictures: int, captions: Sequence[str], marks: Sequence[bool | None] | None) -> None:
-    if len(captions) != pictures:
-        raise MetaplError(
-            f"{len(captions)} captions were given for the {pictures} pictures of {title!r}; expected one each"
-        )
-    if marks is not None and len(marks) != pictures:
-        raise MetaplError(f"{len(marks)} marks were given for the {pictures} pictures of {title!r}; expected one each")
+    for name, given in (("captions", captions), ("marks", marks)):
+        if given is not None and len(given) != pictures:
+            raise MetaplError(
+                f"{len(given)} {name} were given for the {pictures} pictures of {title!r}; expected one each"
+            )
     odd = [mark for mark in marks or () if not (mark is None or isinstance(mark, bool))]
     if odd:
         raise MetaplError(f"the marks of {title!r} hold {odd[0]!r}; expected True (right), False (wrong) or None")
@@ -154,7 +148,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Hanging:
-    """A gallery with all that decides its height."""
+    """A gallery with all that decides its height, in inches.
+
+    Args:
+        gallery: its first pictures are drawn.
+        columns: where they stand.
+        shown: how many.
+        title, note: lines above.
+    """
 
     gallery: Gallery
     columns: Columns
@@ -163,13 +164,19 @@ class Hanging:
     note: tuple[str, ...]
 
     @property
+    def above(self) -> float:
+        """Of the title and the note."""
+        lines = PANEL_TITLE_LINE * len(self.title) + NOTE_LINE * len(self.note)
+        return ABOVE_TITLE + lines + ABOVE_NOTE + BELOW_NOTE
+
+    @property
     def frame(self) -> float:
-        """Inches around a picture: the widest frame of the gallery, so that its pictures are of one size."""
+        """Around a picture: the widest one, so that all are of one size."""
         return max(MARKS[self.gallery.mark(index)][2] for index in range(self.shown)) / 72
 
     @property
     def picture_size(self) -> tuple[float, float]:
-        """Width and height in inches, without the frame."""
+        """Width and height, without the frame."""
         high, wide = self.gallery.pictures.shape[2:]
         room = self.columns.width - 2 * self.frame
         width = min(room, TALLEST * room * wide / high)
@@ -177,31 +184,40 @@ class Hanging:
 
     @property
     def row_height(self) -> float:
-        """Inches of a picture, its frame and caption and the gap below."""
+        """Of a picture, its frame and caption and the gap below."""
         lines = max(len(self.gallery.lines(index)) for index in range(self.shown))
         return self.picture_size[1] + 2 * self.frame + CAPTION_ABOVE + CAPTION_LINE * lines + ROW_GAP
 
     @property
-    def above(self) -> float:
-        """Inches of the title and the note; a little more than above a panel, for a picture is darker."""
-        if not self.title and not self.note:
-            return 0.0
-        lines = PANEL_TITLE_LINE * (len(self.title) - 1) + NOTE_LINE * (len(self.note) - 1)
-        return ABOVE_TITLE + ABOVE_PANEL + lines + BELOW_NOTE
-
-    @property
     def height(self) -> float:
-        """Inches of the whole."""
+        """Of the whole."""
         return self.above + math.ceil(self.shown / self.columns.count) * self.row_height - ROW_GAP
 
-    def boxes(self, left: float, top: float) -> list[Box]:
-        """The places of the pictures shown, where the whole begins at `left` and `top`."""
+    def draw(self, figure: Figure, left: float, top: float) -> None:
+        """Draws it from `left` and `top` on, in inches from the lower left of the page."""
+        y = top - ABOVE_TITLE
+        y = write_lines(figure, left, y, self.title, PANEL_TITLE_LINE, fontsize=PANEL_TITLE_SIZE, fontweight="bold")
+        write_lines(figure, left, y - ABOVE_NOTE, self.note, NOTE_LINE, fontsize=NOTE_SIZE, color=QUIET)
         width, height = self.picture_size
-        left, bottom = left + self.frame, top - self.above - self.frame - height
-        cells = (divmod(index, self.columns.count) for index in range(self.shown))
-        return [
-            (left + column * self.columns.pitch, bottom - row * self.row_height, width, height) for row, column in cells
-        ]
+        for index in range(self.shown):
+            row, column = divmod(index, self.columns.count)
+            x, y = left + column * self.columns.pitch, top - self.above - row * self.row_height
+            box = x + self.frame, y - self.frame - height, width, height
+            _draw_picture(figure, self.gallery.pictures[index], box, self.gallery.mark(index))
+            self._write_caption(figure, index, x, y - 2 * self.frame - height - CAPTION_ABOVE)
+
+    def _write_caption(self, figure: Figure, index: int, x: float, y: float) -> None:
+        room = min(self.columns.pitch - BESIDE_CAPTION, self.columns.width + CAPTION_BEYOND)
+        color, _, _, sign = MARKS[self.gallery.mark(index)]
+        first, *others = self.gallery.lines(index)
+        indent = SIGN_WIDTH if sign else 0.0
+        write_lines(
+            figure, x, y, [sign] * bool(sign), CAPTION_LINE, fontsize=CAPTION_SIZE, fontweight="bold", color=color
+        )
+        first = fitted(first, room - indent, CAPTION_SIZE)
+        y = write_lines(figure, x + indent, y, [first], CAPTION_LINE, fontsize=CAPTION_SIZE)
+        others = [fitted(line, room, CAPTION_SIZE) for line in others]
+        write_lines(figure, x, y, others, CAPTION_LINE, fontsize=CAPTION_SIZE, color=QUIET)
 
 
 def hang(galleries: Sequence[Gallery], room: float) -> list[Hanging]:
@@ -224,52 +240,23 @@ def hang(galleries: Sequence[Gallery], room: float) -> list[Hanging]:
 def draw_galleries(figure: Figure, hangings: Sequence[Hanging], left: float, top: float) -> None:
     """Draws galleries below each other, from `top` downwards."""
     for hanging in hangings:
-        draw_gallery(figure, hanging, left, top)
+        hanging.draw(figure, left, top)
         top -= hanging.height
 
 
-def draw_gallery(figure: Figure, hanging: Hanging, left: float, top: float) -> None:
-    """Draws a gallery whose title, frames and captions begin at `left`, in inches."""
-    gallery, columns = hanging.gallery, hanging.columns
-    room = min(columns.pitch - BESIDE_CAPTION, columns.width + CAPTION_BEYOND)
-    _write_heading(figure, hanging, left, top - hanging.above + BELOW_NOTE)
-    for index, box in enumerate(hanging.boxes(left, top)):
-        _draw_picture(figure, gallery.pictures[index], box, gallery.mark(index))
-        corner = box[0] - hanging.frame, box[1] - hanging.frame
-        _write_caption(figure, gallery.lines(index), corner, room, gallery.mark(index))
-
-
-def _write_heading(figure: Figure, hanging: Hanging, left: float, below: float) -> None:
-    """The title and the note, upwards from the pictures and as far from them as from a panel."""
-    for number, line in enumerate(reversed(hanging.note)):
-        write_at(figure, left, below + NOTE_ABOVE + NOTE_LINE * number, line, fontsize=NOTE_SIZE, color=QUIET)
-    below += TITLE_ABOVE + NOTE_LINE * (len(hanging.note) - 1)
-    for number, line in enumerate(reversed(hanging.title)):
-        y = below + PANEL_TITLE_LINE * number
-        write_at(figure, left, y, line, fontsize=PANEL_TITLE_SIZE, fontweight="bold")
-
-
-def _draw_picture(figure: Figure, picture: Tensor, box: Box, mark: bool | None) -> None:
+def _draw_picture(figure: Figure, picture: Tensor, box: tuple[float, float, float, float], mark: bool | None) -> None:
+    """A picture in a box of left, bottom, width and height in inches, and a frame around it."""
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import IdentityTransform
 
-    left, bottom = (round(DOTS_PER_INCH * start) for start in box[:2])
-    width, height = (max(1, round(DOTS_PER_INCH * length)) for length in box[2:])
+    left, bottom, width, height = (round(figure.dpi * length) for length in box)
     # Set down pixel by pixel: axes would resample it once more.
-    figure.figimage(_resized(picture, width, height), left, bottom)
+    figure.figimage(_resized(picture, max(1, width), max(1, height)), left, bottom)
     color, dashes, points, _ = MARKS[mark]
-    outside = points / 72 * DOTS_PER_INCH / 2
-    frame = Rectangle(
-        (left - outside, bottom - outside),
-        width + 2 * outside,
-        height + 2 * outside,
-        transform=IdentityTransform(),
-        fill=False,
-        edgecolor=color,
-        linewidth=points,
-        linestyle=dashes,
-    )
-    figure.add_artist(frame)
+    out = points / 72 * figure.dpi / 2
+    look: dict[str, Any] = {"edgecolor": color, "linewidth": points, "linestyle": dashes, "fill": False}
+    place = (left - out, bottom - out), max(1, width) + 2 * out, max(1, height) + 2 * out
+    figure.add_artist(Rectangle(*place, transform=IdentityTransform(), **look))
 
 
 def _resized(picture: Tensor, width: int, height: int) -> Any:
@@ -280,28 +267,12 @@ def _resized(picture: Tensor, width: int, height: int) -> Any:
     [[0, 0, 255, 255], [0, 0, 255, 255]]
     """
     import numpy
-    from einops import repeat
     from PIL import Image
 
-    picture = picture.detach().cpu()
-    if picture.is_floating_point():
-        picture = (255 * picture.float()).round().to(torch.uint8)
-    down, across = math.ceil(height / picture.shape[1]), math.ceil(width / picture.shape[2])
+    levels = picture.detach().cpu().expand(3, -1, -1)
+    levels = levels if levels.dtype == torch.uint8 else (255 * levels.float()).round().to(torch.uint8)
     # Enlarged by whole numbers and then brought down to size, so that all its pixels come out equally large.
-    large = repeat(picture.expand(3, -1, -1), "c h w -> (h down) (w across) c", down=down, across=across)
-    image = Image.fromarray(large.numpy())
+    for dim, pixels in ((1, height), (2, width)):
+        levels = levels.repeat_interleave(math.ceil(pixels / levels.shape[dim]), dim)
+    image = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
     return numpy.asarray(image.resize((width, height), Image.Resampling.HAMMING))
-
-
-def _write_caption(
-    figure: Figure, lines: Sequence[str], corner: tuple[float, float], room: float, mark: bool | None
-) -> None:
-    left, bottom = corner
-    color, _, _, sign = MARKS[mark]
-    for number, line in enumerate(lines):
-        x, y = left, bottom - CAPTION_ABOVE - CAPTION_LINE * (number + 1) + 0.04
-        if sign and number == 0:
-            write_at(figure, x, y, sign, fontsize=CAPTION_SIZE, fontweight="bold", color=color)
-            x += SIGN_WIDTH
-        text = fitted(line, left + room - x, CAPTION_SIZE)
-        write_at(figure, x, y, text, fontsize=CAPTION_SIZE, color=QUIET if number else INK)

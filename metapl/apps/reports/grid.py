@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metapl.apps.reports.canvas import drawing, headed_page, write_page
-from metapl.apps.reports.gallery import Columns, Gallery, Hanging, draw_gallery
+from metapl.apps.reports.gallery import Columns, Gallery, Hanging
 from metapl.apps.reports.style import MARGIN, NOTE_SIZE, PANEL_TITLE_SIZE
-from metapl.apps.reports.text import drawable, fitted
+from metapl.apps.reports.text import fitted
 from metapl.errors import MetaplError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MOST_GROUPS = 1000
 """Groups on a page: matplotlib draws at most 65,535 pixels from top to bottom."""
 
 # Inches.
-BELOW_HEAD, BETWEEN_GROUPS, BETWEEN_PICTURES = 0.1, 0.3, 0.22
+BETWEEN_GROUPS, BETWEEN_PICTURES = 0.3, 0.22
 NARROWEST = 5.0
 
 
@@ -67,22 +67,20 @@ def _figure(title: str, note: str, groups: Sequence[Gallery]) -> Figure:
     side, across = LARGE if len(groups) <= MOST_LARGE else SMALL
     pitch = side + BETWEEN_PICTURES
     count = min(max(map(len, groups)), across)
-    columns = Columns(count, side, pitch)
     beside = min(across // count, len(groups))
+    group_width = max(pitch * count - BETWEEN_PICTURES, pitch)
     group_pitch = count * pitch + (BETWEEN_GROUPS if beside > 1 else 0.0)
-    group_width = columns.pitch * (count - 1) + columns.width
-    width = max(2 * MARGIN + group_pitch * (beside - 1) + group_width, NARROWEST)
+    width = max(2 * MARGIN + group_pitch * (beside - 1) + pitch * count - BETWEEN_PICTURES, NARROWEST)
     hangings = []
     for group in groups:  # with a title and a note of one line each, so that the pictures of a band stand in line
-        group_title = fitted(drawable(group.title), max(group_width, pitch), PANEL_TITLE_SIZE, "bold")
-        group_note = fitted(drawable(group.note), max(group_width, pitch), NOTE_SIZE)
-        hangings.append(Hanging(group, columns, len(group), (group_title,), (group_note,)))
+        words = fitted(group.title, group_width, PANEL_TITLE_SIZE, "bold"), fitted(group.note, group_width, NOTE_SIZE)
+        hangings.append(Hanging(group, Columns(count, side, pitch), len(group), words[:1], words[1:]))
     bands = [hangings[start : start + beside] for start in range(0, len(hangings), beside)]
     heights = [max(hanging.height for hanging in band) for band in bands]
     top = MARGIN + sum(heights)
-    figure = headed_page(title, note, width, top + BELOW_HEAD)
+    figure = headed_page(title, note, width, top)
     for band, height in zip(bands, heights, strict=True):
         for number, hanging in enumerate(band):
-            draw_gallery(figure, hanging, MARGIN + number * group_pitch, top)
+            hanging.draw(figure, MARGIN + number * group_pitch, top)
         top -= height
     return figure

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from metapl.apps.reports.canvas import Box, axes_at, drawing, headed_page, write_page
-from metapl.apps.reports.curves import PANELS, Curves, Panel, draw_panel, has_figures
+from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
+from metapl.apps.reports.curves import PANELS, Curves, draw_panel, has_figures
 from metapl.apps.reports.gallery import Gallery, draw_galleries, hang
-from metapl.apps.reports.matrix import Matrix, checked_counts, draw_matrix
-from metapl.apps.reports.style import ABOVE_PANEL, MARGIN, PALETTE, SUMMARY_SIZE
-from metapl.apps.reports.text import drawable
+from metapl.apps.reports.matrix import checked_counts, draw_matrix, room
+from metapl.apps.reports.style import MARGIN, PALETTE, SUMMARY_SIZE
+from metapl.apps.reports.text import fitted, text_width
 from metapl.errors import MetaplError
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Inches.
-PANEL_WIDTH, PANEL_HEIGHT = 3.8, 2.3
-LEFT_OF_PANEL, RIGHT_OF_PANEL, BELOW_PANEL = 0.55, 0.65, 0.5
-CELL_WIDTH = LEFT_OF_PANEL + PANEL_WIDTH + RIGHT_OF_PANEL
-METHODS_LINE = 0.34
+PANEL_WIDTH, PANEL_HEIGHT, METHODS_LINE = 5.0, 3.6, 0.26
+"""Inches of a panel with all that is written around it, and of a line of the legend."""
 
 
 def draw_report(
@@ -71,65 +68,46 @@ def draw_report(
         raise MetaplError(
             "there is nothing to draw: no row has a step and a figure of a known name, no confusion and no picture"
         )
-    names = [str(name) for name in (classes if classes is not None else range(len(counts or ())))]
+    names = classes if classes is not None else [str(label) for label in range(0 if counts is None else len(counts))]
     texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
     with drawing(texts) as explanation:
-        matrix = None if counts is None else Matrix.of(counts, names)
-        write_page(path, _figure(title, f"{summary} {explanation}", curves, panels, matrix, galleries, along))
+        columns = 1 if counts is not None and len(panels) == 2 else min(len(panels), 2)
+        rows = math.ceil(len(panels) / max(columns, 1))
+        matrix_width, matrix_height = (0.0, 0.0) if counts is None else room(names)
+        # A page of nothing but pictures is as wide as two panels.
+        width = 2 * MARGIN + PANEL_WIDTH * (columns if panels or counts is not None else 2) + matrix_width
+        body = max(rows * PANEL_HEIGHT, matrix_height)
+        hangings = hang(galleries, width - 2 * MARGIN)
+        low = MARGIN + sum(hanging.height for hanging in hangings)
+        methods = [fitted(name, width - 2 * MARGIN - 0.5, SUMMARY_SIZE) for name in curves] if len(curves) > 1 else []
+        beside = max(
+            1, int((width - 2 * MARGIN) / max((text_width(m, SUMMARY_SIZE) + 0.5 for m in methods), default=1))
+        )
+        top = low + body + METHODS_LINE * math.ceil(len(methods) / beside) + 0.1 * bool(methods)
+        figure = headed_page(title, f"{summary} {explanation}", width, top)
+        _draw_methods(figure, methods, beside, MARGIN / width, (top - 0.05) / figure.get_figheight())
+        draw_galleries(figure, hangings, MARGIN, low)
+        if panels or counts is not None:
+            lay_out(figure, low, low + body)
+            widths = [share for share in (PANEL_WIDTH * columns, matrix_width) if share]
+            parts = list(figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0])
+            if counts is not None:
+                draw_matrix(parts.pop().subplots(), counts, names)
+            if panels:
+                # The last one of an odd number takes the whole row rather than leave a hole beside it.
+                places = [*range(len(panels)), *[len(panels) - 1] * (len(panels) % columns)]
+                mosaic = [places[start : start + columns] for start in range(0, len(places), columns)]
+                for number, axes in parts.pop().subplot_mosaic(mosaic).items():
+                    draw_panel(axes, panels[number], curves, along, body / rows)
+        write_page(path, figure)
 
 
-def _figure(
-    title: str,
-    summary: str,
-    curves: Curves,
-    panels: Sequence[Panel],
-    matrix: Matrix | None,
-    galleries: Sequence[Gallery],
-    along: str,
-) -> Figure:
-    """Panels in two columns on the left, or in one where there are two beside a matrix; the matrix on the right; the
-    galleries below, from the panels' left edge to the right edge of what is above."""
-    columns = 1 if matrix and len(panels) == 2 else min(len(panels), 2)
-    rows = math.ceil(len(panels) / columns) if columns else 0
-    # A page of nothing but pictures is as wide as two panels.
-    cells = CELL_WIDTH * (columns if panels or matrix else 2)
-    width = 2 * MARGIN + cells + (matrix.left + matrix.side + matrix.right if matrix else 0.0)
-    body = rows * (ABOVE_PANEL + PANEL_HEIGHT + BELOW_PANEL)
-    if matrix:
-        body = max(body, ABOVE_PANEL + matrix.side + matrix.below)
-    left = MARGIN + (LEFT_OF_PANEL if panels else 0.0)
-    right = MARGIN + (matrix.right if matrix else RIGHT_OF_PANEL if panels else 0.0)
-    hangings = hang(galleries, width - left - right)
-    low = MARGIN + sum(hanging.height for hanging in hangings)
-    top = low + body + (METHODS_LINE if len(curves) > 1 else 0.0)
-    figure = headed_page(title, summary, width, top)
-    if len(curves) > 1:
-        _draw_methods(figure, MARGIN / width, (top - 0.15) / figure.get_figheight(), list(curves))
-    for panel, box in zip(panels, _panel_boxes(len(panels), columns, low, body / max(rows, 1)), strict=True):
-        draw_panel(axes_at(figure, box), panel, curves, along)
-    if matrix:
-        corner = MARGIN + cells + matrix.left, low + body - ABOVE_PANEL - matrix.side
-        draw_matrix(figure, (*corner, matrix.side, matrix.side), matrix)
-    draw_galleries(figure, hangings, left, low)
-    return figure
-
-
-def _panel_boxes(panels: int, columns: int, low: float, row_height: float) -> Iterator[Box]:
-    """From the upper left, row by row; the last row begins at `low`."""
-    for index in range(panels):
-        row, column = divmod(index, columns)
-        below = math.ceil(panels / columns) - 1 - row
-        # The last one of an odd number takes the whole row rather than leave a hole beside it.
-        wide = PANEL_WIDTH + (CELL_WIDTH if index == panels - 1 and column == 0 and columns == 2 else 0.0)
-        left = MARGIN + column * CELL_WIDTH + LEFT_OF_PANEL
-        yield left, low + below * row_height + BELOW_PANEL, wide, row_height - ABOVE_PANEL - BELOW_PANEL
-
-
-def _draw_methods(figure: Figure, left: float, y: float, methods: Sequence[str]) -> None:
+def _draw_methods(figure: Figure, methods: Sequence[str], beside: int, left: float, top: float) -> None:
     """The legend of colors, once for all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=PALETTE[index], linewidth=4.5) for index in range(len(methods))]
-    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (left, y), "borderpad": 0, "borderaxespad": 0}
+    handles = [Line2D([], [], color=color, linewidth=4.5) for color in PALETTE[: len(methods)]]
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (left, top), "borderpad": 0, "borderaxespad": 0}
     look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.8}
-    figure.legend(handles, [*map(drawable, methods)], ncols=len(methods), frameon=False, **place, **look)
+    if methods:
+        figure.legend(handles, methods, ncols=beside, **place, **look)

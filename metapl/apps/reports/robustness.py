@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.apps.reports.canvas import blank_page, drawing, write_page
-from metapl.apps.reports.style import INK, PALETTE, QUIET
-from metapl.apps.reports.text import wrap
+from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
+from metapl.apps.reports.style import INK, MARGIN, PALETTE, QUIET
+from metapl.apps.reports.text import fitted
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ GROUPS = {
 Curves = dict[str, dict[float, float]]
 """Accuracies by severity or ε, by name."""
 
-PANEL, HEIGHT, IN_A_ROW = 3.0, 4.0, 5
-"""Inches of a panel with its legend, and how many stand beside each other."""
+PANEL, HEIGHT, IN_A_ROW, LEGEND_LINE = 3.2, 4.0, 5, 0.25
+"""Inches of a panel with its legend, how many stand beside each other, and inches of a line of the page's legend."""
 
 MOST_NUMBERS, LEAST_ROWS = 24, 6
 """Bars that have room for their numbers; rows below which bars would be thick."""
@@ -141,29 +141,29 @@ def _bars_of(
 
 
 def _page(path: Path, panels: Sequence[Panel], title: str, legend: Sequence[str] = ()) -> None:
+    from matplotlib.patches import Patch
+
     drawn = [(name, draw) for name, draw in panels if draw is not None]
     columns = min(len(drawn), IN_A_ROW)
     rows = math.ceil(len(drawn) / columns)
     # The names of bars stand beside them, in the first column and in others that have bars.
     width = max(PANEL * columns, 2 * PANEL) + 1.2
-    lines = wrap(shown(title), width - 0.5, 11)
-    with drawing([*lines, *legend]):
-        figure = blank_page(width, HEIGHT * rows + 0.25 * (len(lines) + len(legend)))
-        figure.set_layout_engine("constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        places = [axes for row in grid for axes in row]
-        for axes, (name, draw) in zip(places, drawn, strict=False):
-            axes.set_title(name, fontsize=10.5, loc="left", color=INK)
+    with drawing([title, *legend]) as explanation:
+        low = MARGIN + LEGEND_LINE * len(legend)
+        figure = headed_page(title, explanation, width, low + HEIGHT * rows)
+        lay_out(figure, low, low + HEIGHT * rows)
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for (name, draw), axes in zip(drawn, places, strict=False):
+            axes.set_title(name, fontsize=10.5, loc="left")
             axes.grid()
             draw(axes)
-        for axes in places[len(drawn) :]:
+        for axes in places:
             axes.set_visible(False)
-        figure.suptitle("\n".join(lines), fontsize=11, x=0.01, ha="left")
-        if legend:
-            from matplotlib.patches import Patch
-
-            marks = [Patch(color=color, label=name) for name, color in zip(legend, PALETTE, strict=False)]
-            figure.legend(handles=marks, frameon=False, fontsize=9.5, loc="outside lower left", labelcolor=INK)
+        marks = [
+            Patch(color=color, label=fitted(name, width - 2, 9.5)) for name, color in zip(legend, PALETTE, strict=False)
+        ]
+        if marks:
+            figure.legend(handles=marks, fontsize=9.5, loc="lower left", bbox_to_anchor=(0.02, 0.02))
         write_page(path, figure)
 
 
@@ -183,7 +183,7 @@ def _curves(
         clean, chance: accuracies.
         colors: by name, where the page has a legend of its own; an evaluation without this curve keeps its color.
     """
-    colors = dict(zip(curves, PALETTE, strict=False)) if colors is None else colors
+    page_legend, colors = bool(colors), colors or dict(zip(curves, PALETTE, strict=False))
 
     def draw(axes: Axes) -> None:
         for name, curve in curves.items():
@@ -198,10 +198,8 @@ def _curves(
         axes.set_ylim(0, 100)
         axes.set_ylabel("accuracy, %")
         axes.set_xlabel(label, loc="left")
-        # Below the panel, where no curve can run through it.
-        axes.legend(
-            frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.2), labelcolor=INK, borderaxespad=0
-        )
+        if not page_legend:  # below the panel, where no curve can run through it
+            axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.02, -0.2), borderaxespad=0)
 
     return draw
 

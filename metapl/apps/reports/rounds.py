@@ -6,18 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metapl.apps.reports.canvas import axes_at, drawing, headed_page, write_heading, write_note, write_page
+from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_heading, write_note, write_page
 from metapl.apps.reports.counts import MOST_NAMED, draw_by_size, name_rows
 from metapl.apps.reports.gallery import Gallery, draw_galleries, hang
-from metapl.apps.reports.style import ABOVE_PANEL, MARGIN, PALETTE
+from metapl.apps.reports.style import MARGIN, PALETTE
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches.
-WIDTH, LEFT, PANEL, BETWEEN, BELOW, BAR, LEAST = 12.5, 0.7, 4.4, 1.75, 0.5, 0.3, 2.6
+WIDTH, BAR, LEAST = 12.5, 0.3, 3.9
+"""Inches of the page, of a named class, and of the panels at least."""
 
 ACCURACIES = {"test_accuracy": ("test", "-"), "validation_accuracy": ("validation", (0, (4, 1.8)))}
 """What is drawn of each round, with its name and dashes."""
@@ -56,18 +56,17 @@ def _figure(
     names: Sequence[str],
     galleries: Sequence[Gallery],
 ) -> Figure:
-    panel = max(LEAST, BAR * len(names) if len(names) <= MOST_NAMED else 0.0)
-    hangings = hang(galleries, WIDTH - MARGIN - LEFT - MARGIN)
+    hangings = hang(galleries, WIDTH - 2 * MARGIN)
     low = MARGIN + sum(hanging.height for hanging in hangings)
-    top = low + BELOW + panel
-    figure = headed_page(title, summary, WIDTH, top + ABOVE_PANEL)
-    left, before = MARGIN + LEFT, 0.0
-    if any(accuracies(rounds, name) for name in ACCURACIES):
-        before = PANEL + BETWEEN
-        _draw_accuracies(axes_at(figure, (left, top - LEAST, PANEL, LEAST)), rounds)
-    classes = axes_at(figure, (left + before, top - panel, WIDTH - left - before - MARGIN, panel))
+    body = max(LEAST, BAR * len(names) + 1.3 if len(names) <= MOST_NAMED else 0.0)
+    figure = headed_page(title, summary, WIDTH, low + body)
+    draw_galleries(figure, hangings, MARGIN, low)
+    lay_out(figure, low, low + body)
+    measured = any(accuracies(rounds, name) for name in ACCURACIES)
+    *before, classes = figure.subplots(1, 1 + measured, squeeze=False)[0]
+    for axes in before:
+        _draw_accuracies(axes, rounds)
     _draw_classes(classes, rounds[-1], names)
-    draw_galleries(figure, hangings, left, low)
     return figure
 
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-DOTS_PER_INCH = 150
-
 # Okabe and Ito's palette without its yellow, which is too pale for a line on white; the color-blind can distinguish
 # the others.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK, QUIET, GRID = "#222222", "#6B6B6B", "#E4E4E4"
-RIGHT, WRONG, FRAME = PALETTE[2], PALETTE[1], "#BDBDBD"
+INK, QUIET, FRAME = "#222222", "#6B6B6B", "#BDBDBD"
 
-# Inches. Above a panel, a matrix or a gallery stand its title and a line that says what is drawn.
 MARGIN = 0.4
-ABOVE_PANEL = 0.8
-TITLE_ABOVE, NOTE_ABOVE = 29 / 72, 8 / 72
-TITLE_LINE, SUMMARY_LINE, PANEL_TITLE_LINE, NOTE_LINE = 0.36, 0.26, 0.24, 0.19
+"""Inches around a page."""
 
-# Points.
+TITLE_LINE, SUMMARY_LINE, PANEL_TITLE_LINE, NOTE_LINE, CAPTION_LINE = 0.36, 0.26, 0.24, 0.19, 0.165
+"""Inches from one line of letters to the next."""
+
 TITLE_SIZE, SUMMARY_SIZE, PANEL_TITLE_SIZE, NOTE_SIZE, CAPTION_SIZE = 18.0, 11.5, 12.5, 10.0, 9.0
+"""Points of letters."""
 
 STYLE: dict[str, Any] = {
+    "figure.dpi": 150,
+    "savefig.dpi": "figure",
+    "figure.facecolor": "white",
     "font.size": 10,
     "axes.edgecolor": "#9A9A9A",
     "axes.labelcolor": QUIET,
@@ -29,7 +29,10 @@ STYLE: dict[str, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": GRID,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.9,
     "xtick.major.size": 0,
     "xtick.minor.size": 0,
     "ytick.major.size": 0,
@@ -41,4 +44,6 @@ STYLE: dict[str, Any] = {
     "xtick.labelsize": 9.5,
     "ytick.labelsize": 9.5,
     "text.color": INK,
+    "text.parse_math": False,  # a name such as "$5" is not a formula
 }
+"""As matplotlib's own settings, beside its defaults."""

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from functools import cache
+from itertools import accumulate
 
-from metapl.apps.reports.fonts import spelled
+from metapl.apps.reports.fonts import drawable
 
 LONGEST_NAME = 18
 
 
-def drawable(text: str) -> str:
-    """A text as one line that can be drawn: a name may hold line breaks, undecodable bytes, or letters that no font
-    has.
-
-    >>> drawable("a\\nb \\udcff")
-    'a b ?'
-    """
-    letters = text.encode("utf-8", "replace").decode()
-    return spelled("".join(" " if letter.isspace() or letter < " " else letter for letter in letters))
-
-
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that a line takes."""
+    """Inches that a line takes, letter by letter: letters that are joined take a little less."""
+    from matplotlib import rcParams
+
+    return sum(_width(letter, weight, *rcParams["font.family"]) for letter in text) * size / 72
+
+
+@cache  # letters of the fonts of this machine
+def _width(letter: str, weight: str, *families: str) -> float:
+    """Of a letter, in units of its size."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    font = FontProperties(size=size, weight=weight)
-    return float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+    font = FontProperties(family=families, size=72, weight=weight)
+    return float(text_to_path.get_text_width_height_descent(letter, font, ismath=False)[0]) / 72
 
 
 def wrap(text: str, width: float, size: float, weight: str = "normal") -> tuple[str, ...]:
@@ -48,26 +46,20 @@ def short_name(name: str) -> str:
     'a species…genus 12'
     """
     name = drawable(name)
-    return name if len(name) <= LONGEST_NAME else without_middle(name, LONGEST_NAME - 1)
-
-
-def without_middle(text: str, kept: int) -> str:
-    """The first and the last letters of a text, `kept` of them.
-
-    >>> without_middle("a species of the genus 12", 5)
-    'a s…12'
-    """
-    return f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return name if len(name) <= LONGEST_NAME else f"{name[:9]}…{name[-8:]}"
 
 
 def fitted(text: str, width: float, size: float, weight: str = "normal") -> str:
-    """The text, or as much of its ends as `width` inches have room for.
+    """The text as it can be drawn, or as much of its ends as `width` inches have room for.
 
     >>> fitted("a species of the genus 12", 1.0, 9.0)
     'a speci…nus 12'
     """
+    text = drawable(text)
     if text_width(text, size, weight) <= width:
         return text
-    lengths = range(1, len(text))
-    fits = bisect_right(lengths, width, key=lambda kept: text_width(without_middle(text, kept), size, weight))
-    return without_middle(text, fits)
+    room = width - text_width("…", size, weight)
+    turns = zip(text, reversed(text), strict=True)  # the first letter, the last one, the second one ...
+    widths = accumulate(text_width(letter, size, weight) for pair in turns for letter in pair)
+    kept = max(1, sum(one <= room for one, _ in zip(widths, text, strict=False)))
+    return f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
