@@ -195,7 +195,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digit",), "did you mean digits"),
         (("digits", "--mesh.shard", "0"), "--mesh.shard 0: expected a number of processes"),
         (("digits", "--mesh.shard", "3"), "labeled_batch of 64, which 3 ranks do not share equally"),
-        (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* use mode=\"difference\""),
+        (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* mode 'difference'"),
         (("cifar10-4k", "--mesh.tensor", "2"), "has no two linear layers"),
         (("digits", "--mesh.spatial", "3"), "pictures of 8 pixels, which cannot be cut into 3"),
         (("digits", "--mesh.spatial", "2"), "does not run: .* networks are made of convolutions, norms and pooling"),
