@@ -1,4 +1,4 @@
-"""Ranges and choices as types: the fields of a frozen value, held against their annotations."""
+"""Ranges and choices as types: values of users and of files, held against annotations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -59,10 +60,15 @@ class Range:
         return f"{name} above {low}" if self.least is None else f"{name}{',' if self.of else ' of'} {low} or more"
 
 
+AtLeastOne = Annotated[int, Range(1)]
+AtLeastZero = Annotated[int, Range(0)]
+
+
 def check_fields(value: Any) -> None:
     """Refuse a dataclass one of whose fields is not as annotated; called by its ``__post_init__``.
 
-    Looked at are fields whose annotation has a :class:`Range` or a ``Literal``, alone, in a union or in a tuple.
+    Looked at are switches, whole numbers and fields whose annotation has a :class:`Range` or a ``Literal``,
+    alone, in a union or in a tuple.
 
     >>> @dataclass(frozen=True)
     ... class Smoothed:
@@ -80,41 +86,86 @@ def check_fields(value: Any) -> None:
     kind: Any = type(value)
     for name, hint in _limited(kind).items():
         given = getattr(value, name)
-        if not _fits(given, hint):
+        if misfit(given, hint) is not None:
             expected = _words(hint)
             raise FieldError(f"{type(value).__name__}({name}={given!r}): expected {expected}.", name, given, expected)
 
 
+def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
+    """What is wrong with a value that a user or a file gave, in words; None where it fits.
+
+    Args:
+        value: of dicts, lists, numbers, texts, switches and None.
+        hint: a type as in an annotation, ``Annotated`` with a :class:`Range` where not all numbers will do. A list fits
+            a tuple, a dict fits a dataclass whose fields its entries fit, a whole number fits a float; NaN and infinite
+            numbers fit nothing.
+        where: what messages call the value.
+
+    >>> misfit(3, int), misfit("3", int | None, "steps"), misfit(0, AtLeastOne, "steps")
+    (None, "steps is '3'; expected a whole number or None", 'steps is 0; expected a whole number of 1 or more')
+    >>> misfit({"a": [1, "x"]}, dict[str, tuple[int, ...]], "counts")
+    "counts.a.1 is 'x'; expected a whole number"
+    """
+    ranges, kind = [], hint
+    if get_origin(hint) is Annotated:
+        kind, *said = get_args(hint)  # such as to the command line
+        ranges = [one for one in said if isinstance(one, Range)]
+    if _fits_plainly(value, kind):
+        return None if all(one.holds(value) for one in ranges) else _unexpected(value, hint, where)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        faults = [misfit(value, part, where) for part in parts]
+        # Of a text that may be left out, say, the fault of the text itself says nothing of None.
+        deeper = [fault for fault in faults if fault is not None and not fault.startswith(f"{where} is ")]
+        return None if None in faults else deeper[0] if deeper else _unexpected(value, hint, where)
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        ellipsis = origin is list or (len(parts) == 2 and parts[1] is Ellipsis)
+        hints = [parts[0]] * len(value) if ellipsis else list(parts)
+        if len(hints) != len(value):
+            return f"{where} has {len(value)} entries; expected {len(hints)}"
+        return _first(misfit(entry, hints[i], f"{where}.{i}") for i, entry in enumerate(value))
+    if isinstance(value, Mapping):
+        if origin is not None and issubclass(origin, Mapping):
+            return _first(misfit(entry, parts[1], f"{where}.{name}") for name, entry in value.items())
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            return misfit_entries(value, typing.get_type_hints(kind, include_extras=True), where)
+    return _unexpected(value, hint, where)
+
+
+def misfit_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "it") -> str | None:
+    """The same of the entries of a dict that have a hint, by name; ``where=""`` leaves them their bare names."""
+    above = f"{where}." if where else ""
+    return _first(misfit(value, hints[name], f"{above}{name}") for name, value in values.items() if name in hints)
+
+
 @cache
 def _limited(kind: Any) -> dict[str, Any]:
-    """The annotations of a dataclass's fields that say more than a type."""
+    """The annotations of a dataclass's fields that are looked at."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {each.name: hints[each.name] for each in dataclasses.fields(kind) if _says_more(hints[each.name])}
+    return {each.name: hints[each.name] for each in dataclasses.fields(kind) if _is_plain(hints[each.name])}
 
 
-def _says_more(hint: Any) -> bool:
+def _is_plain(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
-        return any(isinstance(note, Range) for note in hint.__metadata__) or _says_more(hint.__origin__)
-    return get_origin(hint) is Literal or any(map(_says_more, get_args(hint)))
+        return any(isinstance(note, Range) for note in hint.__metadata__) or _is_plain(hint.__origin__)
+    return hint in (bool, int) or get_origin(hint) is Literal or any(map(_is_plain, get_args(hint)))
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        ranges = [note for note in hint.__metadata__ if isinstance(note, Range)]
-        return _fits(value, parts[0]) and all(each.holds(value) for each in ranges)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)
-    if origin is tuple and isinstance(value, tuple | list):
-        hints = parts[:1] * len(value) if parts[1:] == (...,) else parts
-        return len(hints) == len(value) and all(map(_fits, value, hints))
-    if hint in (int, float):
-        whole = isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-        return whole and _is_finite(value)
-    plain = origin or hint
-    return not isinstance(plain, type) or isinstance(value, plain)
+def _fits_plainly(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is int:
+        return not isinstance(value, bool) and isinstance(value, Integral)
+    if hint is float:
+        return not isinstance(value, bool) and isinstance(value, Real) and _is_finite(value)
+    if hint in (str, bool):
+        return type(value) is hint
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(one) and value == one for one in get_args(hint))
+    plain = get_origin(hint) or hint
+    return isinstance(plain, type) and plain not in (list, tuple, dict) and isinstance(value, plain)
 
 
 def _is_finite(value: Any) -> bool:
@@ -122,6 +173,16 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # a whole number that no float reaches
         return False
+
+
+def _first(faults: Iterable[str | None]) -> str | None:
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _unexpected(value: Any, hint: Any, where: str) -> str:
+    shown = repr(value)
+    expected = "an object" if dataclasses.is_dataclass(hint) else _words(hint)
+    return f"{where} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}; expected {expected}"
 
 
 def _words(hint: Any) -> str:
@@ -138,7 +199,7 @@ def _words(hint: Any) -> str:
         return f"several, each {_words(parts[0])}" if parts[1:] == (...,) else f"({', '.join(map(_words, parts))})"
     if hint is type(None):
         return "None"
-    return _NAMES.get(hint, str(hint))
+    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _choices(hint: Any) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from metapl.runs.atomic import replacing
-from metapl.runs.sealed import misfit_entries, read_plain, refuse_irregular
+from metapl.runs.fields import misfit_entries
+from metapl.runs.sealed import read_plain, refuse_irregular
 
 
 class Metrics:

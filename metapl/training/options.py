@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from metapl.errors import MetaplError
-from metapl.runs.sealed import AtLeastOne, Range, check_fields
+from metapl.runs.fields import AtLeastOne, Range, check_fields
 from metapl.training.contract import Stepwise
 from metapl.words import did_you_mean
 
@@ -56,10 +56,10 @@ class FitOptions:
 
     steps: AtLeastOne
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
-    decay_every: Annotated[float, Range(0, ends="()")] | None = None
+    decay_every: Annotated[float, Range(above=0)] | None = None
     warmup: int = 0
     wait: int = 0
-    ema_decay: Annotated[float, Range(0, 1, "[)")] | None = None
+    ema_decay: Annotated[float, Range(0, 1)] | None = None
     warm_start: bool = False
     select: bool = True
     validate_every: AtLeastOne = 100
@@ -68,7 +68,7 @@ class FitOptions:
     exact_every: AtLeastOne | None = None
     keep: AtLeastOne = 2
     split_batches: bool = False
-    num_workers: Annotated[int, Range(0, MOST_WORKERS)] = 0
+    num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     phase: str = "fit"
 
     def __post_init__(self) -> None:

@@ -14,8 +14,8 @@ from metapl.errors import MetaplError
 from metapl.execution.layout import reshard
 from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
+from metapl.runs.fields import AtLeastZero, misfit_entries
 from metapl.runs.fingerprints import as_values, network_record, unwrapped
-from metapl.runs.sealed import AtLeastZero, misfit_entries
 from metapl.training.contract import Stepwise
 from metapl.training.options import Rates
 

@@ -18,8 +18,8 @@ from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
 from metapl.apps.commands import main
 from metapl.apps.recipes.base import Optimizer, from_dict
 from metapl.errors import MetaplError
+from metapl.runs.fields import misfit
 from metapl.runs.folder import WEIGHTS
-from metapl.runs.sealed import misfit
 
 SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 
@@ -177,7 +177,7 @@ def test_values_and_types(value: Any, hint: Any, fits: bool) -> None:
 
 
 def test_a_recipe_of_other_types_is_refused_by_the_name_of_the_field() -> None:
-    with pytest.raises(MetaplError, match=r"Optimizer\.lr is '0\.1'; expected float"):
+    with pytest.raises(MetaplError, match=r"Optimizer\.lr is '0\.1'; expected a number"):
         from_dict(Optimizer, {"lr": "0.1"})
 
 

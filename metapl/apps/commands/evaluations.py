@@ -22,7 +22,8 @@ from metapl.apps.reports.style import PALETTE
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.atomic import written_last
-from metapl.runs.sealed import misfit_entries, read_plain
+from metapl.runs.fields import misfit_entries
+from metapl.runs.sealed import read_plain
 from metapl.words import short, table
 
 COMPARED, PICTURE = "compared.json", "compared.png"

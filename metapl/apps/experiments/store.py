@@ -12,8 +12,8 @@ from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
+from metapl.runs.fields import misfit, misfit_entries
 from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
-from metapl.runs.sealed import misfit, misfit_entries
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
 """What every ``result.json`` says of the networks in its folder."""

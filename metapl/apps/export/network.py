@@ -26,7 +26,7 @@ from metapl.apps.export.programs import ONNX, PROGRAM, programs
 from metapl.apps.networks import Architecture, Normalized, normalized
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
-from metapl.runs.sealed import misfit_entries
+from metapl.runs.fields import misfit_entries
 
 _REQUIRED = ("recipe", "data_hash", "metrics")
 _OPTIONAL = ("title", "classes", "notes", "center")

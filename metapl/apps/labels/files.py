@@ -30,7 +30,8 @@ import numpy as np
 
 from metapl.errors import MetaplError, few, require_extra
 from metapl.runs.atomic import is_temporary
-from metapl.runs.sealed import misfit_entries, open_plain, read_plain
+from metapl.runs.fields import misfit_entries
+from metapl.runs.sealed import open_plain, read_plain
 from metapl.words import shown
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from torch import Tensor
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.runs.atomic import write_whole
-from metapl.runs.sealed import misfit_entries, read_plain
+from metapl.runs.fields import misfit_entries
+from metapl.runs.sealed import read_plain
 
 _VERSION = 1
 _PARTS = ("labeled", "unlabeled", "validation", "test")

@@ -24,7 +24,7 @@ from metapl.errors import FieldError, MetaplError
 from metapl.metrics import chance_level
 from metapl.problems import PseudoLabels
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.runs.sealed import misfit_entries
+from metapl.runs.fields import misfit_entries
 from metapl.training import FitOptions, Say
 
 SELECTED_ON = 50
