@@ -36,7 +36,7 @@ from metapl.runs.ownership import LOCK, owned
 from metapl.runs.plain_files import read_plain
 from metapl.runs.typed import misfit_entries
 
-FORMAT = 2
+FORMAT = 3
 """The layout of run folders that this version writes and reads."""
 
 SPEED_ALONE = ("num_workers",)

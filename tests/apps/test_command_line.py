@@ -137,8 +137,9 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
     ],
 )
 def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.apps.commands import parse
     from metapl.apps.commands.help import entries_in
+
+    from metapl.apps.commands import parse
 
     told: list[str] = []
     monkeypatch.setattr(parse, "readable", lambda text: told.append(text) or "")

@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from command import refused, said
+from flat import known, made
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -225,15 +226,15 @@ def test_a_method_without_a_student_may_warm_up_for_longer_than_a_student_would_
     chosen = {"image_size": 8, "grey": True, "network_name": "small_cnn", "val_fraction": 0.0, "precision": "float32"}
     shares = {"mean": (0.5,), "std": (0.2,), "uda_prior": (0.5, 0.5)}
     for method in ("uda", "supervised", "mpl"):  # a student that waits warms up over its share of these steps
-        ImageFolders(**one_of(one), **chosen, **shares, method=method)
+        made(ImageFolders, method, **known(ImageFolders, method, one_of(one) | chosen | shares)).scheduled(8)
     with pytest.raises(MetaplError, match="warmup=9"):
-        ImageFolders(**one_of(one) | {"warmup": 9}, **chosen, **shares, method="uda")
+        made(ImageFolders, "uda", **one_of(one) | {"warmup": 9}, **chosen, **shares)
 
 
 def one_of(recipe: ImageFolders) -> dict[str, Any]:
     """What of a recipe goes with its number of steps."""
-    names = ("labeled", "unlabeled", "steps", "wait", "warmup", "uda_ramp", "uda_start", "validate_every")
-    return {name: getattr(recipe, name) for name in names}
+    names = ("labeled", "unlabeled", "steps", "warmup", "uda_ramp", "uda_start", "validate_every")
+    return {name: getattr(recipe, name, getattr(recipe.method, name, None)) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------------- export

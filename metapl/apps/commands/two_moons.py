@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,6 @@ import tyro
 from torch import distributed as dist
 
 from metapl.apps.commands.folders import run_folder
-from metapl.apps.commands.idle import Rule, explained
 from metapl.apps.commands.parse import Switch, paragraph
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.two_moons import (
@@ -143,20 +142,6 @@ class TrainTwoMoons:
                 return _Stopped(stopped).code
         code: int = methods
         return code
-
-    def check_flags(self, given: Sequence[str]) -> None:
-        """Refuse flags that are given and change nothing.
-
-        Args:
-            given: their names; see :func:`metapl.apps.commands.idle.given_flags`.
-        """
-        unused = explained(given, self._rules())
-        if unused:
-            raise MetaplError(unused)
-
-    def _rules(self) -> Iterator[Rule]:
-        if not self.recipe.uda_weight:
-            yield Rule("uda-temperature", "with --uda-weight 0", "give a weight above 0")
 
     def _outcomes(self, seeds: Sequence[int], methods: Sequence[Method]) -> dict[Method, Outcome]:
         """All runs by each method, of which this process trains its share."""
