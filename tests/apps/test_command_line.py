@@ -83,45 +83,52 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--lableed", "a", "--unlabeled", "b"), "there is no --lableed; did you mean --labeled"),
-        (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
-        (("--labelled", "a"), "missing: --unlabeled DIR."),
-        (("--unlabelled", "a"), "missing: --labeled DIR."),
+        (("--lableed", "a", "--unlabeled", "b"), "Missing from metapl train images --method uda: --labeled DIR"),
+        (("--labeled", "a", "--unlabeled", "b", "--lr", "3"), "Unrecognized options: --lr, 3"),
+        (("--labelled", "a"), ": --unlabeled DIR. See metapl train images --method uda --help."),
+        (("--unlabelled", "a"), ": --labeled DIR. See metapl train images --method uda --help."),
         (("--labelled", "nowhere", "--unlabelled", "b", "--gray"), "nowhere"),
-        (("--xyzzy",), "there is no --xyzzy. See metapl train images --help."),
     ],
 )
-def test_flags_that_do_not_exist_are_refused_with_what_was_meant(
+def test_flags_that_do_not_exist_are_refused(
     flags: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, "train", "images", *flags)
 
 
-@pytest.mark.parametrize("recipe", ["digits", "images", "torchvision", "cifar10-4k"])
-def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from metapl.apps.commands.help import OTHERS
-
+def helped(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ``--help`` prints."""
     with contextlib.suppress(SystemExit):
-        main(["train", recipe, "--help"])
-    text = capsys.readouterr().out
-    blocks = {block.partition(":\n")[0]: block.splitlines()[1:] for block in text.split("\n\n")}
-    # A new flag is put into a group in metapl/apps/commands/help.py.
-    assert "".join(blocks[OTHERS]).split()[:2] == ["-h,", "--help"]
-    assert len(re.findall(r"^  -", "\n".join(blocks[OTHERS]), re.MULTILINE)) == 1
-    flags = re.findall(r"^  --(?:no-)?([\w.-]+)", text, re.MULTILINE)
-    assert len(flags) == len(set(flags))
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
-    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
-    hidden |= {"teacher-run", "label-store", "labeled-label-store"}  # --teacher, --labels, --labeled-labels
-    hidden |= {"self-training"}  # whose fields are flags of metapl noisy-student
-    hidden |= {"data"} if recipe.startswith("cifar") else set()
-    assert fields - hidden <= set(flags)
-    assert all(len(block) > 0 for block in blocks.values() if block)
-    if recipe == "images":
-        required = [line.split()[0] for line in blocks["required"] if line.startswith("  -")]
-        assert required == ["--labeled", "--unlabeled"]
-        assert text.index("required:") < text.index("data:")
-        assert "resnet18" in " ".join("".join(blocks["network"]).split())
+        main([*command.split(), "--help"])
+    return capsys.readouterr().out
+
+
+OF_METHODS = [
+    *(("images", name) for name in RECIPES["images"].known),
+    *(("digits", name) for name in ("mpl", "uda", "noisy_student")),
+    *(("noisy", name) for name in ("example_weights", "plain")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "method"), OF_METHODS)
+def test_the_help_of_a_method_has_its_own_flags(recipe: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every field of it, and none that another method alone has."""
+    text = helped(f"train {recipe} --method {method}", capsys)
+    flags = {flag.removeprefix("no-") for flag in re.findall(r"--([\w-]+)", text)}
+    kind = RECIPES[recipe]
+
+    def fields(name: str) -> set[str]:
+        own = {field.name for field in dataclasses.fields(kind.known[name])}
+        return {name.replace("_", "-") for name in own - NESTED}
+
+    assert fields(method) <= flags
+    alone = set().union(*(fields(name) for name in kind.known)) - fields(method)
+    assert alone & flags <= {"teacher", "student"}
+    assert max(map(len, text.split("╭" if "╭" in text else "+-")[-1].splitlines())) <= 80
+
+
+NESTED = {"feedback", "self_training", "student", "teacher", "teacher_run", "label_store", "labeled_label_store"}
+"""Fields whose flags have other names."""
 
 
 @pytest.mark.parametrize(
@@ -136,19 +143,13 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan", "noisy-student")),
     ],
 )
-def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.apps.commands.help import entries_in
-
-    from metapl.apps.commands import parse
-
-    told: list[str] = []
-    monkeypatch.setattr(parse, "readable", lambda text: told.append(text) or "")
-    with contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
-    entries = list(entries_in("".join(told)))
-    assert entries
-    silent = re.compile(r"\((default: .*|on by default.*)\)|\(required\)")
-    assert [entry.name for entry in entries if not silent.sub("", entry.help).strip()] == []
+def test_every_flag_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip("│|").rstrip() for line in helped(command, capsys).splitlines()]
+    flags = [number for number, line in enumerate(lines) if re.match(r" (-h, )?--[a-z]", line)]
+    assert flags
+    for number, after in zip(flags, [*flags[1:], len(lines)], strict=True):
+        words = " ".join([lines[number].partition("  ")[2], *lines[number + 1 : after]])
+        assert re.sub(r"\((default: .*|required)\)|[╭╮╰╯─+-]", "", words).strip(), lines[number]
 
 
 # ------------------------------------------------------------------------------------------------ images and CSV files

@@ -209,7 +209,7 @@ def test_the_settings_are_the_published_ones() -> None:
 )
 def test_wrong_fields_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(MetaplError, match=words):
-        Cifar10(data_root="somewhere", **fields)
+        made(Cifar10, data_root="somewhere", **fields)
 
 
 def test_missing_data_ends_with_the_command_that_gets_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

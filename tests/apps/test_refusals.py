@@ -62,7 +62,9 @@ def content(folder: Path) -> dict[str, str]:
     ],
 )
 def test_without_arguments(command: tuple[str, ...], missing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"missing: {missing}. See metapl {' '.join(command)} --help." in refused(capsys, *command)
+    said = refused(capsys, *command)
+    assert said.startswith(f"metapl: Missing from metapl {' '.join(command)}")
+    assert f": {missing}. See metapl {' '.join(command)}" in said
 
 
 def test_predict_replaces_no_file_that_it_reads(
@@ -138,7 +140,7 @@ def test_a_result_of_another_version(damaged: Path, pictures: Path, capsys: pyte
 
 def test_a_recipe_without_a_network(damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"labeled": "a", "unlabeled": "b", "network_name": None}
-    edited(damaged / "recipe.json", recipe={"name": "images", "fields": fields})
+    edited(damaged / "recipe.json", recipe={"name": "images", "method": "uda", "fields": fields})
     for command in (
         ("predict", damaged, pictures / "0.png"),
         ("train", "images", "--labeled", pictures, "--unlabeled", pictures, "--out", damaged, "--resume"),

@@ -49,7 +49,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         MetaplError: a wrong flag or value, in one line.
         SystemExit: 0, after ``--help``.
     """
-    arguments = _with_true(respelled(arguments))
+    arguments = _with_true(respelled(arguments), getattr(kind, "open_switches", ()))
     for before, word in zip([program, *arguments], arguments, strict=False):
         if word == "" or (word.startswith("--") and word.endswith("=")):
             raise MetaplError(
@@ -84,8 +84,8 @@ def in_a_line(text: str) -> str:
     >>> in_a_line("╭─ Wrong ─────╮\\n│ Unrecognized: -x │\\n│ ────── │\\n│ For full help │\\n╰─────╯")
     'Unrecognized: -x.'
     """
-    lines = [line.strip("│").rstrip() for line in text.splitlines() if line.strip("│╭╮╰╯─ ")]
-    text = " ".join(line.strip() for line in lines if not line.startswith((" " * 8, "╭")))
+    lines = [line.strip("│|").rstrip() for line in text.splitlines() if line.strip("│|╭╮╰╯─+- ")]
+    text = " ".join(line.strip() for line in lines if not line.startswith((" " * 8, "╭", "+")))
     for end in ("For full help", "Argument helptext"):
         text = text.partition(end)[0]
     return f"{text.rstrip(' .!')}."
@@ -118,16 +118,16 @@ def _is_left_empty(value: Any, flag: str) -> bool:
     return False
 
 
-def _with_true(arguments: list[str]) -> list[str]:
+def _with_true(arguments: list[str], switches: Collection[str]) -> list[str]:
     """
-    >>> _with_true(["--grey", "--pad", "2", "--changes.recolor", "False"])
+    >>> _with_true(["--grey", "--pad", "2", "--changes.recolor", "False"], OPEN_SWITCHES)
     ['--grey', 'True', '--pad', '2', '--changes.recolor', 'False']
     """
     following = [*arguments[1:], ""][: len(arguments)]
     return [
         part
         for word, after in zip(arguments, following, strict=True)
-        for part in ([word, "True"] if word in OPEN_SWITCHES and after not in ("True", "False") else [word])
+        for part in ([word, "True"] if word in switches and after not in ("True", "False") else [word])
     ]
 
 
@@ -160,6 +160,8 @@ def on_recipe(
     ]
     made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
     made.__doc__ = about
+    switches: Any = made
+    switches.open_switches = OPEN_SWITCHES if kind.looks else ()
     return made
 
 

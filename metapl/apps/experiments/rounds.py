@@ -219,7 +219,7 @@ class Rounds:
             f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from{copies}, by "
             f"labels of the network of round {number - 1}{tested}"
         )
-        if self.records[-1]["threshold"] not in (None, self.settings.threshold):
+        if self.records[-1]["threshold"] not in (None, getattr(self.settings, "threshold", None)):
             self.say(
                 f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
                 "kept; it may need more --steps"
