@@ -57,15 +57,15 @@ def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
         ((*IMAGES, "--precision", "bloat16"), "Expected one of ('float32', 'bfloat16')"),
         (
             (*IMAGES, "--compare", "--methods", "udda"),
-            "invalid choice 'udda' for argument '--methods'. Expected one of (",
+            "invalid choice 'udda' for argument '--methods'.",
         ),
         (
             ("evaluate", "run", "--network", "techer"),
-            "Expected one of ('delivered', 'student', 'finetuned', 'teacher')",
+            "Expected one of ('delivered', 'student', ",
         ),
         (
             ("train", "digits", "--mode", "xyz"),
-            "invalid choice 'xyz' for argument '--mode'. Expected one of ('unrolled', ",
+            "invalid choice 'xyz' for argument '--mode'. Expected one of (",
         ),
         (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3"),
         (("train", "digits", "--steps", "x"), "Error parsing --steps: invalid literal for int() with base 10: 'x'"),

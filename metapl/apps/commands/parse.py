@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -55,12 +57,14 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
             raise MetaplError(
                 f"nothing was given after {word.rstrip('=') or before}; expected a value. See {program} --help."
             )
-    message = io.StringIO()
+    message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(message), contextlib.redirect_stdout(help_text):
             value = tyro.cli(kind, prog=program, args=arguments, config=CONFIG)
     except SystemExit as stop:
         if not stop.code:
+            help_text.seek(0)
+            _print_help(help_text.read())
             raise
         with flags_named(arguments):
             raise _refusal(stop, message.getvalue(), program) from stop
@@ -68,6 +72,13 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
         if flag.startswith("--") and after.startswith("--") and _is_left_empty(value, flag):
             raise MetaplError(f"nothing was given after {flag}; expected a value. See {program} --help.")
     return value
+
+
+def _print_help(text: str) -> None:
+    """What tyro says, whose paragraphs are lines of any length, in lines that fit."""
+    width = shutil.get_terminal_size().columns
+    for line in text.splitlines():
+        print(textwrap.fill(line, width, break_on_hyphens=False) if len(line) > width else line.rstrip())
 
 
 def _refusal(stop: SystemExit, message: str, program: str) -> MetaplError:
@@ -84,8 +95,11 @@ def in_a_line(text: str) -> str:
     >>> in_a_line("╭─ Wrong ─────╮\\n│ Unrecognized: -x │\\n│ ────── │\\n│ For full help │\\n╰─────╯")
     'Unrecognized: -x.'
     """
-    lines = [line.strip("│|").rstrip() for line in text.splitlines() if line.strip("│|╭╮╰╯─+- ")]
-    text = " ".join(line.strip() for line in lines if not line.startswith((" " * 8, "╭", "+")))
+    rows = text.splitlines()
+    if "│" not in text:  # where it draws no frames, a line is under the title
+        rows = rows[1 + next((n for n, row in enumerate(rows) if row.strip() and not row.strip("- ")), -1) :]
+    lines = [row.strip("│").rstrip() for row in rows if row.strip("│╭╮╰╯─- ")]
+    text = " ".join(line.strip() for line in lines if not line.startswith((" " * 8, "╭")))
     for end in ("For full help", "Argument helptext"):
         text = text.partition(end)[0]
     return f"{text.rstrip(' .!')}."
