@@ -126,7 +126,7 @@ def test_the_help_of_a_method_has_its_own_flags(recipe: str, method: str, capsys
 
     assert fields(method) <= flags
     alone = set().union(*(fields(name) for name in kind.known)) - fields(method)
-    assert alone & flags <= {"teacher", "student"}
+    assert alone & flags <= {"teacher", "student", "labels"}
     options = text[text.index(" options") :]
     assert max(map(len, options.splitlines())) <= 80
 
@@ -161,7 +161,7 @@ def test_every_flag_has_help(command: str, capsys: pytest.CaptureFixture[str]) -
     flags = [number for number, line in enumerate(lines) if re.match(r" {1,2}(-h, )?--[a-z]", line)]
     assert flags
     for number in flags:
-        below = itertools.takewhile(lambda line: line.startswith(" " * 3), lines[number + 1 :])
+        below = itertools.takewhile(lambda line: line and not re.match(r" {1,2}--|[╭╰]", line), lines[number + 1 :])
         words = " ".join([lines[number].strip().partition("  ")[2], *below])
         assert re.sub(r"\((default: .*|required)\)", "", words).strip(), lines[number]
 

@@ -222,7 +222,7 @@ def test_rows_after_a_step_are_cut_off_and_phases_stay_in_order(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"steps": 0}, r"Digits\(steps=0\): expected 1 or more"),
+        ({"steps": 0}, r"Digits\(steps=0\): expected 1 to 1,000,000,000"),
         ({"dropout": 1.0}, r"dropout=1\.0"),
         ({"hidden": (0,)}, "hidden"),
         ({"seed": -1}, "seed=-1"),
