@@ -134,14 +134,15 @@ def recipe_of(job: Job, size: Size) -> Digits:
         seed=job.seed,
         labels_per_class=job.labels_per_class,
         steps=size.steps,
+        ema_decay=EMA_DECAY if job.final else None,
+        finetune_steps=size.finetune_steps,
+        log_every=size.steps,
+    ).with_method(
         feedback=told,
         label_smoothing=config.get("label_smoothing", 0.0),
         uda_weight=config.get("uda_weight", 0.0),
         student=Optimizer(lr=config.get("student_lr", 0.5)),
         teacher=Optimizer(lr=config.get("teacher_lr", 0.06), momentum=0.9),
-        ema_decay=EMA_DECAY if job.final else None,
-        finetune_steps=size.finetune_steps,
-        log_every=size.steps,
     )
 
 
@@ -166,8 +167,9 @@ def one_run(job: Job, size: Size) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     task = drawn(job.seed, job.labels_per_class, size)
     task = dataclasses.replace(task, **{"validation" if job.final else "test": None})
-    run = Experiment(recipe, None, progress=False)  # type: ignore[arg-type]  # no folder is written to
-    trained, result = run.train(ENTRIES[job.method].method, task, recipe.network(), recipe.network())
+    recipe = recipe.by(ENTRIES[job.method].method)
+    run = Experiment(recipe, None, progress=False).train(task)  # type: ignore[arg-type]  # no folder is written to
+    trained, result = run.trainer, run.result
     found = _tested(trained, task, recipe) if job.final else {"validation_accuracy": result.validation_accuracy}
     return dataclasses.asdict(job) | found | {"seconds": round(time.perf_counter() - since, 2)}
 

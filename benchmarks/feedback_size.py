@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results, write_between_marks
 
-from metapl.apps.recipes import Digits, Feedback, Optimizer
+from metapl.apps.recipes import Digits
 from metapl.runs.environment import environment
 from metapl.training.trainer import BilevelTrainer
 
@@ -41,18 +41,17 @@ SIZES: dict[str, tuple[float, ...]] = {
 def one_run(setting: str, kind: str, size: float, seed: int, steps: int) -> dict[str, Any]:
     """The student's best validation accuracy."""
     torch.set_num_threads(1)
-    recipe = Digits(
-        seed=seed, steps=steps, log_every=steps, feedback=Feedback(), student=Optimizer(lr=1.0), **SETTINGS[setting]
-    )
+    recipe = Digits(seed=seed, steps=steps, log_every=steps, **SETTINGS[setting])
+    method: Any = recipe.method
     torch.manual_seed(seed)
     task, teacher, student = recipe.task(), recipe.network(), recipe.network()
     trainer = BilevelTrainer(
         teacher,
         student,
         "forward",
-        inner_optimizer=recipe.student.build(student),
-        outer_optimizer=recipe.teacher.build(teacher),
-        teacher_losses=recipe.teacher_losses(),
+        inner_optimizer=method.student.build(student),
+        outer_optimizer=method.teacher.build(teacher),
+        teacher_losses=method.teacher_losses(),
         **{f"feedback_{kind}": size},
     )
     result = trainer.fit(

@@ -154,10 +154,10 @@ def digits_run(method: str, seed: int, weight: float, steps: int) -> Row:
     from metapl.runs.folder import RunFolder
 
     torch.set_num_threads(1)
-    recipe = Digits(method=method, seed=seed, steps=steps, feedback=Feedback(feedback_weight=weight))
+    recipe = Digits(seed=seed, steps=steps).with_method(feedback=Feedback(feedback_weight=weight)).by(method)
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment(recipe, RunFolder(Path(folder)), progress=False, say=lambda text: None)
-        content = experiment.run(method)
+        content = experiment.run()
     parts = ("validation", "test") if seed in SEEDS else ("validation",)
     return {f"{name}_{part}": content[f"{name}_{part}_accuracy"] for name in READOUTS for part in parts}
 

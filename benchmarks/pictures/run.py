@@ -73,9 +73,12 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
 
 
 def _with(recipe: Any, settings: Row) -> Any:
-    """The recipe with other fields; FIELD may be PART.FIELD."""
+    """The recipe with other fields, its own or its method's; FIELD may be PART.FIELD."""
     for name, value in settings.items():
         first, dot, rest = name.partition(".")
+        if not hasattr(recipe, first):
+            recipe = dataclasses.replace(recipe, method=_with(recipe.method, {name: value}))
+            continue
         inner = _with(getattr(recipe, first), {rest: value}) if dot else value
         recipe = dataclasses.replace(recipe, **{first: inner})
     return recipe

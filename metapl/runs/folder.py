@@ -36,7 +36,7 @@ from metapl.runs.environment import environment
 from metapl.runs.ownership import LOCK, owned
 from metapl.runs.sealed import read_json, read_sealed
 
-FORMAT = 2
+FORMAT = 3
 """The layout of run folders that this version writes and reads."""
 
 SPEED_ALONE = ("num_workers",)

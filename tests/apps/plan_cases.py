@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.apps.experiments.methods import bilevel_trainer
 from metapl.apps.recipes.base import ROLES, Recipe
+from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.distributed import Mesh, shard
 from metapl.execution.shards import local
 from metapl.metrics.cost import peak_bytes
@@ -26,7 +26,7 @@ def measured(recipe: Recipe, mesh: Mesh) -> int:
     if mesh.size > 1:
         example = torch.rand(2, *recipe.input_shape) if mesh.spatial > 1 else None
         networks = [shard(network, mesh, example=example) for network in networks]
-    trainer = bilevel_trainer(recipe, *networks)
+    trainer = bilevel_trainer(recipe, *networks, recipe.method)
     labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
     *sides, width = recipe.input_shape
     shape = (*sides, width // mesh.spatial)

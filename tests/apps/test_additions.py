@@ -81,6 +81,31 @@ except metapl.MetaplError as error:
 """
 
 
+METHOD = """
+from dataclasses import dataclass
+
+from metapl.apps.recipes.methods.alone import Alone
+from metapl.problems.losses import CrossEntropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heavier(Alone):
+    \'\'\'The labeled examples alone, each counting more.
+
+    Args:
+        factor: how much more.
+    \'\'\'
+
+    name = "heavier"
+    title = "supervised, heavier"
+
+    factor: float = 2.0
+
+    def losses(self):
+        return (CrossEntropy(weight=self.factor),)
+"""
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     shutil.copytree(Path(metapl.__file__).parent, tmp_path / "metapl", ignore=shutil.ignore_patterns("__pycache__"))
@@ -117,3 +142,23 @@ def test_the_command_line_offers_the_new_mode(package: Path) -> None:
     done = run(package, "-m", "metapl", "train", "digits", *settings)
     assert done.returncode == 0, done.stderr
     assert '"doubled"' in (package / "run/recipe.json").read_text()
+
+
+@pytest.mark.long
+def test_a_method_is_a_file_and_a_line_of_the_registry(package: Path) -> None:
+    methods = package / "metapl/apps/recipes/methods"
+    (methods / "heavier.py").write_text(METHOD)
+    registry = methods / "__init__.py"
+    line = '    "supervised": Supervised,\n'
+    text = registry.read_text()
+    assert line in text
+    imported = "from metapl.apps.recipes.methods.heavier import Heavier\n"
+    text = text.replace(line, line + '    "heavier": Heavier,\n')
+    first = "from metapl.apps.recipes.methods.label_noise"
+    registry.write_text(text.replace(first, imported + first))
+    settings = ("train", "digits", "--steps", "2", "--out", "run", "--method", "heavier", "--factor", "3")
+    done = run(package, "-m", "metapl", *settings)
+    assert done.returncode == 0, done.stderr
+    assert '"factor": 3.0' in (package / "run/recipe.json").read_text()
+    refused = run(package, "-m", "metapl", "train", "digits", "--factor", "3")
+    assert (refused.returncode, "--factor" in refused.stderr) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import re
 
@@ -61,7 +62,7 @@ def test_what_the_library_logs_is_shown_once(
     ("arguments", "expected"),
     [
         (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--netwrok"], "there is no --netwrok; did you mean --network?"),
+        (["evaluate", "none", "--netwrok"], "Unrecognized options: --netwrok Perhaps you meant: --network"),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:
@@ -77,51 +78,70 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
     assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
     assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
     assert "no recipe was named" in refused(capsys, "train")
-    assert "--steps 0: expected 1 or more" in refused(capsys, "train", "digits", "--steps", "0")
+    assert "--steps 0: expected 1 to 1,000,000,000" in refused(capsys, "train", "digits", "--steps", "0")
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--lableed", "a", "--unlabeled", "b"), "there is no --lableed; did you mean --labeled"),
-        (("--lr", "3"), "there is no --lr; did you mean --student.lr or --teacher.lr or --finetune.lr?"),
-        (("--labelled", "a"), "missing: --unlabeled DIR."),
-        (("--unlabelled", "a"), "missing: --labeled DIR."),
+        (("--lableed", "a", "--unlabeled", "b"), "Missing from metapl train images --method uda: --labeled DIR"),
+        (("--labeled", "a", "--unlabeled", "b", "--lr", "3"), "Unrecognized options: --lr, 3"),
+        (("--labelled", "a"), ": --unlabeled DIR. See metapl train images --method uda --help."),
+        (("--unlabelled", "a"), ": --labeled DIR. See metapl train images --method uda --help."),
         (("--labelled", "nowhere", "--unlabelled", "b", "--gray"), "nowhere"),
-        (("--xyzzy",), "there is no --xyzzy. See metapl train images --help."),
     ],
 )
-def test_flags_that_do_not_exist_are_refused_with_what_was_meant(
+def test_flags_that_do_not_exist_are_refused(
     flags: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in refused(capsys, "train", "images", *flags)
 
 
-@pytest.mark.parametrize("recipe", ["digits", "images", "torchvision", "cifar10-4k"])
-def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from metapl.apps.commands.help import OTHERS
-
+def helped(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ``--help`` prints."""
     with contextlib.suppress(SystemExit):
-        main(["train", recipe, "--help"])
-    text = capsys.readouterr().out
-    blocks = {block.partition(":\n")[0]: block.splitlines()[1:] for block in text.split("\n\n")}
-    # A new flag is put into a group in metapl/apps/commands/help.py.
-    assert "".join(blocks[OTHERS]).split()[:2] == ["-h,", "--help"]
-    assert len(re.findall(r"^  -", "\n".join(blocks[OTHERS]), re.MULTILINE)) == 1
-    flags = re.findall(r"^  --(?:no-)?([\w.-]+)", text, re.MULTILINE)
-    assert len(flags) == len(set(flags))
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(RECIPES[recipe])}
-    hidden = {"class-names", "network-name", "strong", "feedback", "student", "teacher", "finetune", "view", "changes"}
-    hidden |= {"teacher-run", "label-store", "labeled-label-store"}  # --teacher, --labels, --labeled-labels
-    hidden |= {"self-training"}  # whose fields are flags of metapl noisy-student
-    hidden |= {"data"} if recipe.startswith("cifar") else set()
-    assert fields - hidden <= set(flags)
-    assert all(len(block) > 0 for block in blocks.values() if block)
-    if recipe == "images":
-        required = [line.split()[0] for line in blocks["required"] if line.startswith("  -")]
-        assert required == ["--labeled", "--unlabeled"]
-        assert text.index("required:") < text.index("data:")
-        assert "resnet18" in " ".join("".join(blocks["network"]).split())
+        main([*command.split(), "--help"])
+    return capsys.readouterr().out
+
+
+OF_METHODS = [
+    *(("images", name) for name in RECIPES["images"].known),
+    *(("digits", name) for name in ("mpl", "uda", "noisy_student")),
+    *(("noisy", name) for name in ("example_weights", "plain")),
+]
+
+
+@pytest.mark.parametrize(("recipe", "method"), OF_METHODS)
+def test_the_help_of_a_method_has_its_own_flags(recipe: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every field of it, and none that another method alone has."""
+    text = helped(f"train {recipe} --method {method}", capsys)
+    flags = {*re.findall(r"^[│ ]{1,3}--(?:no-)?([\w-]+)", text, re.MULTILINE)}
+    kind = RECIPES[recipe]
+
+    def fields(name: str) -> set[str]:
+        made = kind.by_name(name)
+        parts = [made, *(part for part in (getattr(made, "self_training", None),) if part is not None)]
+        own = {field.name for part in parts for field in dataclasses.fields(part)}
+        return {name.replace("_", "-") for name in own - NESTED}
+
+    assert fields(method) <= flags
+    alone = set().union(*(fields(name) for name in kind.known)) - fields(method)
+    assert alone & flags <= {"teacher", "student", "labels"}
+    options = text[text.index(" options") :]
+    assert max(map(len, options.splitlines())) <= 80
+
+
+NESTED = {
+    "feedback",
+    "self_training",
+    "first",
+    "student",
+    "teacher",
+    "teacher_run",
+    "label_store",
+    "labeled_label_store",
+}
+"""Fields whose flags have other names."""
 
 
 @pytest.mark.parametrize(
@@ -136,18 +156,14 @@ def test_the_help_of_a_recipe_is_in_groups(recipe: str, capsys: pytest.CaptureFi
         *(command for command in COMMANDS if command not in ("train", "ablate", "labels", "plan", "noisy-student")),
     ],
 )
-def test_every_flag_has_help(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.apps.commands import parse
-    from metapl.apps.commands.help import entries_in
-
-    told: list[str] = []
-    monkeypatch.setattr(parse, "readable", lambda text: told.append(text) or "")
-    with contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
-    entries = list(entries_in("".join(told)))
-    assert entries
-    silent = re.compile(r"\((default: .*|on by default.*)\)|\(required\)")
-    assert [entry.name for entry in entries if not silent.sub("", entry.help).strip()] == []
+def test_every_flag_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip("│").rstrip() for line in helped(command, capsys).splitlines()]
+    flags = [number for number, line in enumerate(lines) if re.match(r" {1,2}(-h, )?--[a-z]", line)]
+    assert flags
+    for number in flags:
+        below = itertools.takewhile(lambda line: line and not re.match(r" {1,2}--|[╭╰]", line), lines[number + 1 :])
+        words = " ".join([lines[number].strip().partition("  ")[2], *below])
+        assert re.sub(r"\((default: .*|required)\)", "", words).strip(), lines[number]
 
 
 # ------------------------------------------------------------------------------------------------ images and CSV files

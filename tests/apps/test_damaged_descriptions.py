@@ -21,12 +21,12 @@ from tiny_runs import TINY, color_folders, run, tiny  # noqa: F401 - fixtures
 from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
 from metapl.apps.evaluation.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
-from metapl.apps.experiments.noisy_student import networks_of
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
 from metapl.apps.networks import Architecture, load_weights
 from metapl.apps.pictures.reader import UnreadableImage
 from metapl.apps.recipes import Digits
+from metapl.apps.recipes.methods.noisy_student import networks_of
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.reports.robustness import draw_evaluations
 from metapl.errors import MetaplError
@@ -303,7 +303,7 @@ def test_more_warm_steps_than_steps() -> None:
     """The rate that ends where others end would begin at ten to the power of fifty."""
     settings = SelfTraining(warm_start=True, warm_steps=1000)
     with pytest.raises(MetaplError, match=r"--warm-steps 1,000: .* expected 1 to 30, or more --steps"):
-        networks_of(Digits(steps=30, schedule="exponential", self_training=settings), settings)
+        networks_of(Digits(steps=30, schedule="exponential"), settings)
 
 
 def test_a_noisy_student_whose_result_was_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from command import result
+from flat import made
 from tiny_runs import color_folders
 from torch import nn
 
@@ -20,13 +21,13 @@ from metapl.apps.experiments.accuracies import Comparison
 from metapl.apps.experiments.equal_cost import _by_phase, at_equal_cost, operations, with_steps
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.experiments.methods import compared
-from metapl.apps.experiments.noisy_student import first_teacher
 from metapl.apps.experiments.rounds import FOLDER, LABELS
 from metapl.apps.experiments.settle import settled
 from metapl.apps.experiments.side_by_side import _draw
 from metapl.apps.recipes import Digits, ImageFolders
-from metapl.apps.recipes.image_folders import OpenOptimizer
+from metapl.apps.recipes.methods.noisy_student import first_teacher
 from metapl.apps.recipes.self_training import FirstTeacher, SelfTraining
+from metapl.apps.recipes.settings import OpenOptimizer
 from metapl.apps.reports.rounds import _figure
 from metapl.runs.rows import Metrics
 from metapl.training.loss_trainer import LossTrainer
@@ -36,7 +37,8 @@ PER_EXAMPLE = 2 * (2 * 64 * 16) + 3 * (2 * 16 * 10)
 
 
 def digits(settings: SelfTraining) -> Digits:
-    return Digits(steps=10, labeled_batch=8, hidden=(16,), schedule="exponential", self_training=settings)
+    fields = {"steps": 10, "labeled_batch": 8, "hidden": (16,), "schedule": "exponential"}
+    return made(Digits, "noisy_student", **fields, self_training=settings)
 
 
 def test_steps_before_uda_begins_are_counted_as_they_are(tmp_path: Path) -> None:
@@ -51,15 +53,16 @@ def test_steps_before_uda_begins_are_counted_as_they_are(tmp_path: Path) -> None
         "device": "cpu",
     }
     recipe = settled(ImageFolders(**folders, **given, labeled_batch=4, unlabeled_batch=8))
-    task, at_once = recipe.task(), dataclasses.replace(recipe, uda_start=0)
+    task, at_once = recipe.task(), recipe.with_method(uda_start=0)
     assert isinstance(at_once, ImageFolders)
-    early = recipe.uda_start / recipe.steps
+    start = recipe.method.uda_start
+    early = start / recipe.steps
     assert 0.2 < early < 0.8
     plain, dear = operations(recipe, "supervised", task), operations(at_once, "uda", task)
     assert dear > 2 * plain
     assert operations(recipe, "uda", task) == pytest.approx(early * plain + (1 - early) * dear, rel=1e-9)
     # A teacher of Meta Pseudo Labels has UDA too, and its student waits longer than UDA does.
-    assert recipe.wait > recipe.uda_start
+    assert recipe.by("none").method.wait > start
     assert operations(recipe, "none", task) < operations(at_once, "none", task)
     sized = at_equal_cost(recipe, ["supervised", "uda"], task)
     assert sized["supervised"] == recipe
@@ -70,7 +73,7 @@ def test_the_steps_of_a_warm_start_follow_those_of_the_method() -> None:
     recipe = digits(SelfTraining(rounds=3, ratio=3, warm_start=True, warm_steps=5))
     task = recipe.task()
     assert operations(recipe, "noisy_student", task) == 8 * PER_EXAMPLE * (10 + 3 * 5 * 4)
-    assert with_steps(recipe, 40).self_training.warm_steps == 20
+    assert with_steps(recipe, 40).method.self_training.warm_steps == 20
     sized = at_equal_cost(recipe, ["noisy_student", "noisy_student_once", "supervised"], task)
     for method, own in sized.items():
         cost = operations(own, method, task)
@@ -98,7 +101,8 @@ def test_the_other_methods_train_noisy_students_last_network(tmp_path: Path) -> 
     (first,) = {result(out / name / "seed-0")["rounds"][0]["store_sha256"] for name in methods[:3]}
     assert result(out)["stores"] == {name: [first] for name in methods[:3]}
     steps = {name: result(out / name / "seed-0")["steps"] for name in methods}
-    recipe = Digits(steps=2, labeled_batch=8, hidden=(4,), self_training=SelfTraining(rounds=2, networks=names))
+    settings = SelfTraining(rounds=2, networks=names)
+    recipe = made(Digits, "noisy_student", steps=2, labeled_batch=8, hidden=(4,), self_training=settings)
     cost = operations(recipe, "noisy_student", recipe.task())
     per_step = 8 * (2 * 2 * 64 * 8 + 3 * (2 * 8 * 8 + 2 * 8 * 10))
     assert steps["supervised"] == round(cost / per_step)
@@ -200,8 +204,8 @@ def test_the_first_teacher_counts_at_its_own_steps(first: str) -> None:
     for method, own in sized.items():
         cost = operations(own, method, task)
         assert cost == pytest.approx(operations(recipe, first, task), rel=0.02)
-    assert len({sized[name].self_training.first for name in TEACHING}) == 1
-    given = sized["mpl_filtered"].self_training.first
+    assert len({sized[name].method.self_training.first for name in TEACHING}) == 1
+    given = sized["mpl_filtered"].method.self_training.first
     assert given is not None
     assert _by_phase(sized["mpl_filtered"], "mpl_filtered", task)["round-0"] == given.steps * 8 * PER_EXAMPLE
 
@@ -211,7 +215,7 @@ def test_the_first_teacher_of_pictures_is_that_of_every_method(tmp_path: Path) -
     root = color_folders(tmp_path)
     folders: dict[str, Any] = {name: str(root / name) for name in ("labeled", "unlabeled", "test")}
     settings = SelfTraining(rounds=1, networks=("small_cnn", "resnet18"))
-    rate = ImageFolders(**folders).for_network("resnet18").teacher.lr
+    rate = ImageFolders(**folders).for_network("resnet18").method.teacher.lr
     assert rate is not None
     given: dict[str, Any] = {
         "network_name": "small_cnn",
@@ -225,10 +229,11 @@ def test_the_first_teacher_of_pictures_is_that_of_every_method(tmp_path: Path) -
         "grey": False,
         "precision": "float32",
     }
-    recipe = settled(ImageFolders(**folders, **given, **shown, steps=200, self_training=settings))
+    given |= {"steps": 200, "self_training": settings}
+    recipe = settled(made(ImageFolders, "noisy_student", **folders, **given, **shown))
     assert recipe.warmup > 0
-    own, first = first_teacher(recipe.by("noisy_student", 0))
-    assert (own.teacher.lr, own.network_name) == (rate, "small_cnn")
+    own, first = first_teacher(recipe)
+    assert (own.method.teacher.lr, own.network_name) == (rate, "small_cnn")
     assert first == FirstTeacher(
         steps=200,
         warmup=recipe.warmup,
@@ -240,11 +245,13 @@ def test_the_first_teacher_of_pictures_is_that_of_every_method(tmp_path: Path) -
     shared = dataclasses.replace(settings, first=first)
     for method in TEACHING:
         for steps in (37, 200):
-            of_method = dataclasses.replace(with_steps(recipe, steps), self_training=shared)
+            of_method = with_steps(recipe, steps).with_method(self_training=shared)
             found, trained = first_teacher(compared(of_method, method, 0))
             assert trained == first
-            for name in ("network_name", "teacher", "clip_norm", "weights", "label_smoothing"):
+            for name in ("network_name", "clip_norm", "weights"):
                 assert getattr(found, name) == getattr(own, name)
+            for name in ("teacher", "label_smoothing"):
+                assert getattr(found.method, name) == getattr(own.method, name)
 
 
 def linears(network: nn.Module) -> list[nn.Linear]:

@@ -30,8 +30,7 @@ TINY = Digits(
     log_every=1,
     save_every=3,
     dropout=0.2,
-    student=Optimizer(lr=0.3, momentum=0.5),
-)
+).with_method(student=Optimizer(lr=0.3, momentum=0.5))
 
 
 def copied(module: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +88,7 @@ def test_without_feedback_the_loop_sees_the_same_batches_and_first_weights(
     labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode: Any = "forward" if labels == "soft" else "reinforce"
-    recipe = dataclasses.replace(TINY, feedback=Feedback(mode=mode))
+    recipe = TINY.with_method(feedback=Feedback(mode=mode))
     found = {}
     for method in ("mpl", "none"):
         with monkeypatch.context() as patch:
@@ -158,7 +157,7 @@ def test_controls_alter_the_feedback_of_the_first_step_and_nothing_else_in_it(
 
 
 def test_controls_alter_hard_labels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = dataclasses.replace(TINY, feedback=Feedback(mode="reinforce_per_example"))
+    recipe = TINY.with_method(feedback=Feedback(mode="reinforce_per_example"))
     seen = watched("class_means", tmp_path, monkeypatch, recipe)
     report = seen.reports[0][0]
     assert isinstance(seen.trainers[0].mode.base, ReinforcePerExample)
@@ -183,7 +182,7 @@ def test_every_method_is_compared_or_a_control_or_asked_for_by_name() -> None:
 def test_headroom_and_label_smoothing_train_on_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = watched("supervised_everything", tmp_path / "a", monkeypatch)
     task = TINY.task()
-    assert everything.trainers[0].losses == TINY.teacher_losses(uda=False)
+    assert everything.trainers[0].losses == (CrossEntropy(),)
     labels = torch.cat([task.everything[t][1] for t in range(19)])
     assert len(task.everything.images) == 1200
     assert labels.bincount().min() > 5 * TINY.labels_per_class
@@ -194,7 +193,7 @@ def test_headroom_and_label_smoothing_train_on_what_they_say(tmp_path: Path, mon
 
 
 def test_headroom_needs_the_labels_of_all(tmp_path: Path) -> None:
-    run = Experiment(TINY, RunFolder(tmp_path))
+    run = Experiment(TINY.by("supervised_everything"), RunFolder(tmp_path))
     task = dataclasses.replace(TINY.task(), everything=None)
     with pytest.raises(MetaplError, match="true labels of all examples"):
-        run.train("supervised_everything", task, TINY.network(), TINY.network())
+        run.train(task)

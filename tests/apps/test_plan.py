@@ -13,6 +13,7 @@ import plan_cases
 import pytest
 import torch
 from command import refused, said
+from flat import made
 from ranks import Ranks
 from torch import distributed as dist
 
@@ -35,13 +36,14 @@ ADAMW = Optimizer(algorithm="adamw", lr=1e-3)
 
 
 def digits(mode: str = "forward", width: int = 256, **fields: Any) -> Digits:
-    return Digits(feedback=Feedback(mode=mode), hidden=(width, width), **fields)
+    return made(Digits, feedback=Feedback(mode=mode), hidden=(width, width), **fields)
 
 
 def pictures(network: str, mode: str = "forward", **fields: Any) -> Cifar10:
     names = tuple(map(str, range(10)))
     sizes: dict[str, Any] = {"labeled_batch": 8, "unlabeled_batch": 16, **fields}
-    return Cifar10(data_root="", class_names=names, network_name=network, feedback=Feedback(mode=mode), **sizes)
+    feedback = Feedback(mode=mode)
+    return made(Cifar10, data_root="", class_names=names, network_name=network, feedback=feedback, **sizes)
 
 
 def planned(recipe: Recipe, **mesh: int) -> Plan:
@@ -233,7 +235,7 @@ def test_every_recipe_is_built_without_data() -> None:
             kind, {"steps": 100_000}, 3 if name == "images" else None, "none" if with_feedback else None
         )
         assert changed.steps == 100_000
-        assert not with_feedback or changed.feedback.mode == "none"
+        assert not with_feedback or changed.method.feedback.mode == "none"
         with torch.device("meta"):
             network = recipe.network()
         assert sum(p.numel() for p in network.parameters()) > 1000
@@ -251,7 +253,7 @@ def test_nothing_is_left_behind() -> None:
     assert before[:3] == after[:3]
     assert torch.equal(before[3], after[3])
     assert not dist.is_initialized()
-    assert "feedback" in vars(type(Digits().feedback.estimator()))
+    assert "feedback" in vars(type(Digits().method.feedback.estimator()))
 
 
 def test_storages_are_counted_while_they_live() -> None:

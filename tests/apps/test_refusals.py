@@ -15,6 +15,7 @@ import numpy
 import pytest
 import torch
 from command import refused, said
+from flat import known, made
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -61,7 +62,9 @@ def content(folder: Path) -> dict[str, str]:
     ],
 )
 def test_without_arguments(command: tuple[str, ...], missing: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"missing: {missing}. See metapl {' '.join(command)} --help." in refused(capsys, *command)
+    said = refused(capsys, *command)
+    assert said.startswith(f"metapl: Missing from metapl {' '.join(command)}")
+    assert f": {missing}. See metapl {' '.join(command)}" in said
 
 
 def test_predict_replaces_no_file_that_it_reads(
@@ -137,7 +140,7 @@ def test_a_result_of_another_version(damaged: Path, pictures: Path, capsys: pyte
 
 def test_a_recipe_without_a_network(damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"labeled": "a", "unlabeled": "b", "network_name": None}
-    edited(damaged / "recipe.json", recipe={"name": "images", "fields": fields})
+    edited(damaged / "recipe.json", recipe={"name": "images", "method": "uda", "fields": fields})
     for command in (
         ("predict", damaged, pictures / "0.png"),
         ("train", "images", "--labeled", pictures, "--unlabeled", pictures, "--out", damaged, "--resume"),
@@ -225,15 +228,15 @@ def test_a_method_without_a_student_may_warm_up_for_longer_than_a_student_would_
     chosen = {"image_size": 8, "grey": True, "network_name": "small_cnn", "val_fraction": 0.0, "precision": "float32"}
     shares = {"mean": (0.5,), "std": (0.2,), "uda_prior": (0.5, 0.5)}
     for method in ("uda", "supervised", "mpl"):  # a student that waits warms up over its share of these steps
-        ImageFolders(**one_of(one), **chosen, **shares, method=method)
+        made(ImageFolders, method, **known(ImageFolders, method, one_of(one) | chosen | shares)).scheduled(8)
     with pytest.raises(MetaplError, match="warmup=9"):
-        ImageFolders(**one_of(one) | {"warmup": 9}, **chosen, **shares, method="uda")
+        made(ImageFolders, "uda", **one_of(one) | {"warmup": 9}, **chosen, **shares)
 
 
 def one_of(recipe: ImageFolders) -> dict[str, Any]:
     """What of a recipe goes with its number of steps."""
-    names = ("labeled", "unlabeled", "steps", "wait", "warmup", "uda_ramp", "uda_start", "validate_every")
-    return {name: getattr(recipe, name) for name in names}
+    names = ("labeled", "unlabeled", "steps", "warmup", "uda_ramp", "uda_start", "validate_every")
+    return {name: getattr(recipe, name, getattr(recipe.method, name, None)) for name in names}
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -117,7 +117,6 @@ def _dispatch(given: list[str]) -> int:
 
 def _chosen(command: str, given: list[str]) -> int:
     """A command whose first word says which recipe, or what to do."""
-    from metapl.apps.commands.idle import given_flags
     from metapl.apps.commands.parse import did_you_mean, flags_named, parse, respelled
     from metapl.errors import MetaplError
 
@@ -125,17 +124,20 @@ def _chosen(command: str, given: list[str]) -> int:
     if given and given[0] in ("-h", "--help"):
         print(help_of(command), end="")
         return 0
-    if (words := " ".join([command, *given[:1]])) in GONE:
-        raise MetaplError(f"there is no metapl {words}: {GONE[words]}.")
+    if (gone := " ".join([command, *given[:1]])) in GONE:
+        raise MetaplError(f"there is no metapl {gone}: {GONE[gone]}.")
     if not given or given[0] not in known:
         named = choice.unknown.format(repr(given[0])) if given else choice.nothing
         meant = (did_you_mean(given[0], list(known)) if given else "") or "."
         raise MetaplError(f"{named}{meant} Expected one of {', '.join(known)}: metapl {command} {choice.example}.")
-    with flags_named():
+    words = respelled(given[1:])
+    with flags_named(words):
         try:
-            chosen = parse(known[given[0]], f"metapl {command} {given[0]}", given[1:])
-            if hasattr(chosen, "check_flags"):
-                chosen.check_flags(given_flags(respelled(given[1:])))
+            kind, program = known[given[0]], f"metapl {command} {given[0]}"
+            flags = kind.given(words, program) if hasattr(kind, "given") else kind
+            chosen = parse(flags, getattr(flags, "program", program), words)
+            if hasattr(chosen, "made"):
+                chosen = chosen.made()
         except MetaplError:
             from metapl.distributed.launch import is_first, left_to_first
 

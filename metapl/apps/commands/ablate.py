@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +14,12 @@ import tyro
 from metapl.ablation import ablate
 from metapl.apps.commands.factory import made_by
 from metapl.apps.commands.folders import held, written_to
-from metapl.apps.commands.idle import by_ablation, refuse_idle
-from metapl.apps.commands.parse import Switch, on_recipe, paragraph
+from metapl.apps.commands.parse import Switch, on_recipe, paragraph, recipe_of
 from metapl.apps.experiments.accuracies import parse_seeds
-from metapl.apps.experiments.methods import bilevel_trainer
 from metapl.apps.experiments.settle import settled
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
+from metapl.apps.recipes.base import Recipe, Unasked
+from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.apps.reports.ablation import draw_ablation
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
@@ -117,22 +117,24 @@ class Ablate(Looking):
 
     Args:
         recipe: whose networks, data and optimizers are used.
+        settings: of Meta Pseudo Labels.
     """
 
-    recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
+    recipe: Unasked[Any]
+    settings: Unasked[Any]
 
-    def check_flags(self, given: Sequence[str]) -> None:
-        """Refuse flags that are given and change nothing."""
-        refuse_idle(given, by_ablation(self.recipe))
+    def made(self) -> Ablate:
+        """With the recipe that the flags make."""
+        return dataclasses.replace(self, recipe=recipe_of(self))
 
     def subject(self) -> dict[str, Any]:
         """By the recipe, Meta Pseudo Labels."""
         recipe: Any = self.recipe
-        recipe = settled(recipe, None, print) if isinstance(recipe, ImageFolders) else recipe.settled()
+        recipe = settled(recipe, None, print) if recipe.looks else recipe.settled()
         torch.manual_seed(recipe.seed)
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
-        trainer = bilevel_trainer(recipe, teacher, student)
+        trainer = bilevel_trainer(recipe, teacher, student, recipe.method)
         sources = {"labeled": task.labeled, "unlabeled": task.unlabeled, "validation": task.validation}
         return {"trainer": trainer, "steps": recipe.steps, **sources}
 
@@ -176,9 +178,17 @@ def _kind(made: Any) -> str:
     return "None" if made is None else f"a value of type {type(made).__name__}"
 
 
-COMMANDS: dict[str, type[Ablate]] = {
-    Digits.name: Ablate,
-    ImageFolders.name: on_recipe(Ablate, ImageFolders, Ablate.__doc__),
-    **{kind.name: on_recipe(Ablate, kind, Ablate.__doc__) for kind in PROTOCOL_RECIPES},
-}
+OF_RUNS = (
+    *("schedule", "warmup", "wait", "warm_start", "ema_decay", "validate_every", "log_every", "save_every", "keep"),
+    *("exact_every", "num_workers", "finetune_steps", "finetune_batch", "finetune"),
+)
+"""Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run."""
+
+
+def _on(kind: type[Recipe]) -> type[Ablate]:
+    return on_recipe(Ablate, kind, kind.by_name("mpl"), Ablate.__doc__, OF_RUNS)
+
+
+_KINDS: tuple[type[Recipe], ...] = (Digits, ImageFolders, *PROTOCOL_RECIPES)
+COMMANDS: dict[str, type[Ablate]] = {kind.name: _on(kind) for kind in _KINDS}
 """The recipes whose networks can be looked at, by name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, 
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import stored_data, stored_result
 from metapl.apps.recipes import ImageFolders, Recipe
+from metapl.apps.recipes.base import as_dict
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, paired_test
 from metapl.runs.folder import RunFolder, flat
@@ -150,7 +150,7 @@ def _entries(run: LoadedRun) -> Iterator[Entry]:
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
-    fields = flat(dataclasses.asdict(recipe)) | dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
+    fields = flat(as_dict(recipe)) | dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
@@ -239,16 +239,23 @@ def _ranges(seeds: Sequence[int]) -> str:
 # ------------------------------------------------------------------------------------------------------ what is tested
 
 
+def _values(entries: list[Entry], field: str) -> list[str]:
+    """What the entries have there; methods have fields of their own."""
+    return list(dict.fromkeys(str(entry.fields[field]) for entry in entries if field in entry.fields))
+
+
 def _verdict(entries: list[Entry]) -> str:
     """Whether the feedback helps, where that was run, else each against the first; or why they are not paired."""
-    values = {name: list(dict.fromkeys(str(e.fields.get(name)) for e in entries)) for name in entries[0].fields}
-    differing = {name: found for name, found in values.items() if len(found) > 1}
+    names = dict.fromkeys(name for entry in entries for name in entry.fields)
+    differing = {name: values for name in names if len(values := _values(entries, name)) > 1}
     if "labels_per_class" in differing:
         counts = ", ".join(differing["labels_per_class"])
         return f"Not paired: the runs have different numbers of labels (labels_per_class {counts})."
     variants: dict[str, dict[int, Entry]] = {}
     for entry in entries:
-        name = ", ".join([entry.method, *(f"{field} {entry.fields[field]}" for field in differing)])
+        name = ", ".join(
+            [entry.method, *(f"{field} {entry.fields[field]}" for field in differing if field in entry.fields)]
+        )
         if entry.seed in variants.setdefault(name, {}):
             return f"Not paired: {name} with seed {entry.seed} is there twice."
         variants[name][entry.seed] = entry

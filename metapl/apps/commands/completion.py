@@ -39,7 +39,11 @@ def _choice(command: str) -> Any:
 
     def chosen(choice: Any) -> None: ...
 
-    chosen.__annotations__["choice"] = Annotated[_one_of(kinds(command)), tyro.conf.arg(name="")]
+    known = {
+        name: kind.given((), f"metapl {command} {name}") if hasattr(kind, "given") else kind
+        for name, kind in kinds(command).items()
+    }
+    chosen.__annotations__["choice"] = Annotated[_one_of(known), tyro.conf.arg(name="")]
     return chosen
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from metapl.apps.commands.parse import did_you_mean
 from metapl.errors import MetaplError
+from metapl.words import did_you_mean
 
 
 def made_by(name: str) -> Any:

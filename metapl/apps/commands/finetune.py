@@ -19,7 +19,7 @@ from metapl.apps.experiments.experiment import Experiment, Network, delivered
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import stored_result
 from metapl.apps.recipes.base import Recipe
-from metapl.apps.recipes.methods import EVERY_METHOD, titled
+from metapl.apps.recipes.methods import titled
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.folder import RunFolder
@@ -59,7 +59,7 @@ class Finetune:
         if run.is_comparison:
             run_folder = self.run / run.result["method"] / f"seed-{run.result['seed']}"
             raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
-        if EVERY_METHOD[run.result["method"]].settings(run.recipe).finetune_size is not None:
+        if run.finetuned_larger:
             raise MetaplError(
                 f"{self.run} was finetuned at a larger size, which is a part of its training; expected another run: "
                 "metapl noisy-student with other --finetune-steps or --finetune.lr."

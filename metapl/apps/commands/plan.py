@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from metapl.ablation.recommend import size
-from metapl.apps.planning.plan import NAMES, Plan, bytes_of, plan, propose
+from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.apps.recipes.base import MOST_STEPS, Mode, Recipe
 from metapl.apps.recipes.large import IMAGENET_CLASSES, LARGE_RECIPES
@@ -130,7 +130,7 @@ def lines(found: Plan) -> list[str]:
         head = [f"{recipe.name}, a step of Noisy Student, on {_ranks(mesh)}"]
         head += [f"{student} weights in the student; the teacher's labels are stored"]
     else:
-        head = [f"{recipe.name}, mode {recipe.feedback.mode}, on {_ranks(mesh)}"]
+        head = [f"{recipe.name}, mode {pair(recipe).feedback.mode}, on {_ranks(mesh)}"]
         head += [f"{teacher} weights in the teacher, {student} in the student"]
     return [
         *head,
@@ -233,8 +233,10 @@ def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mo
         flag = "network" if name == "network_name" else name.replace("_", "-")
         raise MetaplError(f"{kind.name} has no {flag}; leave --{flag} out.")
     recipe = kind(**_in_place_of_data(kind, classes), **(USUAL if own_pictures else {}) | given)
+    if own_pictures and classes is not None:
+        recipe = recipe.with_method(uda_prior=(1 / classes,) * classes)
     if mode is not None:
-        recipe = dataclasses.replace(recipe, feedback=_by(recipe, mode))
+        recipe = recipe.with_method(feedback=_by(recipe, mode))
     return recipe.for_network(recipe.network_name).scheduled(recipe.steps) if own_pictures else recipe
 
 
@@ -254,14 +256,14 @@ def _in_place_of_data(kind: type[Any], classes: int | None) -> dict[str, Any]:
         "val_fraction": 0.0,
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
-        "uda_prior": (1 / classes,) * classes,
     }
 
 
 def _by(recipe: Recipe, mode: str) -> Any:
     """The recipe's feedback by another mode, without what is of its own mode alone."""
     plain: dict[str, Any] = {"labels": None, "normalization": None, "baseline": None}
-    return dataclasses.replace(recipe.feedback, mode=mode, **plain if mode != recipe.feedback.mode else {})
+    feedback = pair(recipe).feedback
+    return dataclasses.replace(feedback, mode=mode, **plain if mode != feedback.mode else {})
 
 
 def _refuse_idle(kind: type[NoisyImagenet], given: dict[str, Any], mode: str | None) -> None:

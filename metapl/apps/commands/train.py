@@ -6,19 +6,19 @@ import dataclasses
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
 
 from metapl.apps.commands.folders import run_folder
-from metapl.apps.commands.idle import Rule, by_choice, by_method, explained, noisy_by_method
-from metapl.apps.commands.parse import Switch, did_you_mean, on_recipe, paragraph
+from metapl.apps.commands.parse import Switch, on_recipe, paragraph, recipe_of
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.jobs import Job, Trial, aloud
@@ -28,9 +28,9 @@ from metapl.apps.experiments.shares import check_runs, check_shares
 from metapl.apps.experiments.side_by_side import compare
 from metapl.apps.experiments.store import stored
 from metapl.apps.experiments.summary import summary
-from metapl.apps.recipes import RECIPES, Digits, ImageFolders, NoisyFolders
-from metapl.apps.recipes.base import Recipe
-from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS, NOISY_METHODS, Method, title
+from metapl.apps.recipes import RECIPES, Digits
+from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
+from metapl.apps.recipes.methods import title
 from metapl.distributed.launch import (
     Lead,
     check_started,
@@ -47,43 +47,109 @@ from metapl.runs.folder import RunFolder
 from metapl.training import Interrupted
 from metapl.words import tell
 
-METHODS_HELP = (
-    f"with --compare: these methods alone, of {', '.join(METHODS)}; supervised_everything is for recipes "
-    "that know the labels of all examples."
+METHOD_HELP = (
+    "how it is trained, one of {}. Each has flags of its own, which --help shows beside --method: "
+    "{} --method mpl --help."
 )
+METHODS_HELP = "with --compare: these methods alone, of {}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a student with Meta Pseudo Labels; with --compare, say whether the teacher's feedback helped.
+    """Train a network; with --compare, train by other methods too, and say which is better.
+
+    With --compare, the flags are those of --method, and the other methods take those that they have too.
 
     Args:
         recipe: what is trained, and how.
+        settings: of the method.
         out: run folder; by default the next free one in runs/.
         resume: continue the run in the folder; it ends bit for bit as without the interruption.
-        compare: train by the other methods too, one of them the same loop without feedback, and compare them.
+        compare: train by the other methods too, and compare them: of a teacher with feedback, one is the same loop
+            without it.
         seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
-        controls: with --compare: train with altered feedback too.
+        controls: with --compare: train with altered feedback too, which tells whether it matters which example it is
+            of.
         jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
         mesh: processes that train together, started by torchrun.
     """
 
-    known: ClassVar[Mapping[str, Method]] = METHODS
-    """The methods that the recipes can be trained by."""
+    kind: ClassVar[type[Recipe]] = Digits
+    """Of the recipe."""
+    own: ClassVar[str | None] = None
+    """The method that trains it unless another is named; None: the recipe's own."""
+    program: ClassVar[str] = "metapl train"
+    """How its help is asked for."""
     equal_cost: ClassVar[bool] = False
     """Whether compared methods take as many steps as cost the same; otherwise they take as many steps."""
 
-    recipe: Annotated[Digits, tyro.conf.arg(name="")] = field(default_factory=Digits)
+    recipe: Unasked[Any]
+    settings: Unasked[Any]
+    method: Unasked[str]
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     resume: Switch = False
     compare: Switch = False
-    seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint="")] = None
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint=""), SEEDS] = None
     controls: Switch = False
-    methods: Annotated[
-        tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help=METHODS_HELP, help_behavior_hint="")
-    ] = None
+    methods: Unasked[Any] = None
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     mesh: Mesh = field(default_factory=Mesh)
+
+    @classmethod
+    def offered(cls) -> Mapping[str, str]:
+        """What ``--method`` takes, and the methods that these are."""
+        return {name: name for name in cls.kind.known}
+
+    @classmethod
+    def compares(cls) -> Sequence[str]:
+        """What ``--methods`` takes."""
+        return [name for name, method in cls.kind.known.items() if not method.selects]
+
+    @classmethod
+    def given(cls, words: Sequence[str], program: str) -> type[Train]:
+        """The command whose flags are those of the method that is named in a command line, or of the recipe's own."""
+        offered, own = cls.offered(), cls.own or cls.kind.own
+        named = [after for word, after in pairwise([*words, ""]) if word == "--method"]
+        named += [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
+        name = next((name for name in named if name in offered), own)
+        settings = cls.usual(cls.kind.by_name(offered[name]))
+        hidden = [] if "--compare" in words else [*settings.hidden(words)]
+        if "randaugment" in cls.kind.__dataclass_fields__:
+            hidden += ["changes"] if "--randaugment" in words else ["pad", "strong"]
+        how = tyro.conf.arg(metavar="METHOD", help=METHOD_HELP.format(", ".join(offered), program))
+        several = tyro.conf.arg(
+            metavar="METHOD ...", help=METHODS_HELP.format(", ".join(cls.compares())), help_behavior_hint=""
+        )
+        some: Any = Literal[tuple(cls.compares())]
+        one: Any = Literal[tuple(offered)]
+        made = on_recipe(
+            cls,
+            cls.kind,
+            settings,
+            cls.about(),
+            hidden,
+            method=(Annotated[one, how], name),
+            methods=(Annotated[tuple[some, ...] | None, several], None),
+        )
+        made.program = f"{program} --method {name}"
+        return made
+
+    @classmethod
+    def usual(cls, method: Method) -> Method:
+        """A method with the command's defaults."""
+        return method
+
+    @classmethod
+    def about(cls) -> str:
+        """What the help says."""
+        said, _, _ = (cls.kind.__doc__ or "").partition("    Args:")
+        _, _, flags = (Train.__doc__ or "").partition("    Args:")
+        note = "With --compare, the flags are those of --method, and other methods take those that they have too."
+        return f"{said.rstrip()}\n\n    {note}\n\n    Args:{flags}"
+
+    def made(self) -> Train:
+        """With the recipe that the flags make."""
+        return dataclasses.replace(self, recipe=recipe_of(self))
 
     def __call__(self) -> int:
         try:
@@ -127,18 +193,18 @@ class Train:
 
     def _settled(self, folder: RunFolder, lead: Lead) -> Any:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
-        recipe: Recipe = self.recipe
-        if not isinstance(recipe, ImageFolders):
+        recipe: Any = self.recipe
+        if not recipe.looks:
             return recipe.settled()
         torch.set_num_threads(default_threads())
-        before = stored(folder)[0] if self.resume and folder.exists else None
-        return settled(recipe, before if isinstance(before, ImageFolders) else None, aloud, partial(self._try, lead))
+        before: Any = stored(folder)[0] if self.resume and folder.exists else None
+        return settled(recipe, before if before is not None and before.looks else None, aloud, partial(self._try, lead))
 
     def _try(self, lead: Lead, recipe: Recipe) -> None:
         """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
         self._check_shares(recipe)
         if self.mesh.together > 1:
-            trial = Trial(recipe, self._own_method())
+            trial = Trial(recipe, recipe.method.name)
             with lead.together(trial):
                 trial.run(self.mesh)
 
@@ -160,33 +226,29 @@ class Train:
             if getattr(self, name) and not self.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
         if self.controls and self.methods:
-            controls = " ".join(self._controls())
+            controls = " ".join(self.recipe.controls(self.recipe.method.name))
             raise MetaplError(f"--controls has no effect beside --methods: add {controls} to the methods.")
-        unknown = [name for name in self.methods or () if name not in self.known]
-        if unknown:
-            meant = did_you_mean(unknown[0], [*self.known]) or "."
-            raise MetaplError(
-                f"--methods {' '.join(unknown)}: there is no {unknown[0]}{meant} "
-                f"Expected some of {', '.join(self.known)}."
-            )
         if self.seeds:
             parse_seeds(self.seeds)
         if self.jobs is not None and self.jobs < 1:
             raise MetaplError(f"--jobs {self.jobs}: expected 1 or more.")
         recipe: Recipe = self.recipe
-        check_runs(recipe, self.mesh, self._methods() if self.compare else (self._own_method(),))
-        if self.compare and isinstance(recipe, ImageFolders) and recipe.test is None:
+        check_runs(recipe, self.mesh, self._methods() if self.compare else (recipe.method.name,))
+        if self.compare and getattr(recipe, "test", "") is None:
             raise MetaplError(
                 "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
                 "labeled pictures for it."
             )
+        check_labels_given(recipe)
+        if recipe.complete and not self.compare:
+            recipe.method.check_networks(recipe)
 
     # ------------------------------------------------------------------------------------------------------ one run
 
     def _train(self, folder: RunFolder, lead: Lead) -> int:
         out = folder.path
         finished = self.resume and (out / "result.json").exists()
-        method = self._own_method()
+        method = self.recipe.method.name
         if not finished:
             tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
         job = Job(self.recipe, method, out, self.resume)
@@ -200,10 +262,6 @@ class Train:
         if method == "mpl":
             tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
         return 0
-
-    def _own_method(self) -> str:
-        """That of a single run."""
-        return self.recipe.own_method
 
     # --------------------------------------------------------------------------------------------------- a comparison
 
@@ -228,99 +286,15 @@ class Train:
     def _methods(self) -> tuple[str, ...]:
         """Those that are compared."""
         # The recipe's own method first: it is delivered where validation cannot tell.
-        own = self.recipe.own_method
-        others = tuple(name for name in COMPARED if name != own) + (self._controls() if self.controls else ())
-        return self.methods or (own, *others)
-
-    def _controls(self) -> tuple[str, ...]:
-        """Those with altered feedback."""
-        return CONTROLS
+        recipe, own = self.recipe, self.recipe.method.name
+        return self.methods or (own, *recipe.rivals(own), *(recipe.controls(own) if self.controls else ()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainImages(Train):
-    """Train a classifier on your own pictures: a few with labels, in one folder for each class, and many without.
-
-    The teacher's flags are also those of the one network that the methods uda, fixmatch and supervised train.
-
-    Args:
-        recipe: what is trained, and how.
-    """
-
-    recipe: Annotated[ImageFolders, tyro.conf.arg(name="")]  # type: ignore[assignment]  # another recipe, run alike
-
-    def _check(self) -> None:
-        super()._check()
-        check_labels_given(self.recipe)
-
-    def check_flags(self, given: Sequence[str]) -> None:
-        """Refuse flags that are given and change nothing; see :func:`metapl.apps.commands.idle.given_flags`."""
-        refused = explained(given, by_choice(self.recipe, seeds=bool(self.seeds)))
-        methods = self._methods() if self.compare else (self.recipe.method,)
-        unused = explained(given, self._rules(methods))
-        if refused or (unused and not self.compare):
-            raise MetaplError(" ".join(filter(None, (refused, unused))))
-        if unused:  # comparisons of other methods are run with the same flags
-            tell(f"note: {unused}", wrap=True)
-
-    def _rules(self, methods: Sequence[str]) -> Iterator[Rule]:
-        """What none of the methods makes use of."""
-        return by_method(self.recipe, methods)
+def _on(kind: type[Recipe]) -> type[Train]:
+    return type("Train", (Train,), {"kind": kind})
 
 
-NOISY_METHODS_HELP = f"with --compare: these methods alone, of {', '.join(NOISY_METHODS)}."
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainNoisy(TrainImages):
-    """Train a classifier on your own pictures, some of them in the folder of a wrong class, and list the suspects.
-
-    A few pictures with clean labels say what helps. The run folder then has suspects.csv, all of the other pictures
-    with the class that they probably are of, the most suspicious first, and suspects.png, a page of the first of them.
-
-    Args:
-        recipe: what is trained, and how.
-        compare: train by plain training on all labels and on the clean ones too, and compare.
-        controls: with --compare: train with altered feedback too, which tells whether what is learned about labels
-            depends on whose label it is.
-    """
-
-    known: ClassVar[Mapping[str, Method]] = NOISY_METHODS
-
-    recipe: Annotated[NoisyFolders, tyro.conf.arg(name="")]
-    compare: Switch = False
-    controls: Switch = False
-    methods: Annotated[
-        tuple[str, ...] | None, tyro.conf.arg(metavar="METHOD ...", help=NOISY_METHODS_HELP, help_behavior_hint="")
-    ] = None
-
-    def _methods(self) -> tuple[str, ...]:
-        own = self.recipe.own_method
-        plain = tuple(name for name in ("plain", "clean") if name != own)
-        return self.methods or (own, *plain, *(self._controls() if self.controls else ()))
-
-    def _controls(self) -> tuple[str, ...]:
-        method = NOISY_METHODS[self.recipe.own_method]
-        return tuple(
-            name
-            for name, control in NOISY_METHODS.items()
-            if control.place == "control" and control.doubting == method.doubting
-        )
-
-    def _rules(self, methods: Sequence[str]) -> Iterator[Rule]:
-        return noisy_by_method(self.recipe, methods)
-
-
-def _train_on(kind: type[Recipe]) -> type[Train]:
-    """The command that trains by a recipe; its help begins with what the recipe says of itself."""
-    about, _, _ = (kind.__doc__ or "").partition("    Args:")
-    return on_recipe(Train, kind, f"{about.rstrip()}\n\n    Args:\n        recipe: what is trained, and how.\n    ")
-
-
-_OWN: dict[str, type[Train]] = {Digits.name: Train, ImageFolders.name: TrainImages, NoisyFolders.name: TrainNoisy}
-"""Commands that say or do more than that of any recipe."""
-
-COMMANDS: dict[str, type[Train]] = {name: _OWN.get(name) or _train_on(kind) for name, kind in RECIPES.items()}
+COMMANDS: dict[str, type[Train]] = {name: _on(kind) for name, kind in RECIPES.items()}
 """The recipes that can be trained, by name."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -14,10 +13,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from metapl.apps.experiments.methods import rehearse
-from metapl.apps.experiments.reducing import even_labels
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_folders import ImageFolders
@@ -58,7 +56,7 @@ def _seconds_of_a_step(
 ) -> float:
     """Averaged over the run: steps differ before and after UDA begins, and while a student waits. Each kind is timed,
     and counts as often as it comes."""
-    begins = min(recipe.uda_start, recipe.steps)
+    begins = min(getattr(recipe.method, "uda_start", None) or 0, recipe.steps)
     seconds = 0.0
     with ExitStack() as opened:
         feeds = []
@@ -90,7 +88,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
     def timed(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
         """A fit of a few steps, which are timed."""
         sources = [labeled] if unlabeled is None else [labeled, unlabeled]
-        waits = options.get("wait", recipe.wait)
+        waits = options.get("wait", 0)
         share: float = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run
         seconds.append(share * _seconds_of_a_step(recipe, trainer, sources, waits, clock))
         return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
@@ -104,9 +102,7 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
             classes=recipe.classes,
             record={},
         )
-        if recipe.teacher_run is not None or recipe.label_store is not None:
-            task = dataclasses.replace(task, stored=even_labels(task)(nn.Identity()))
-        rehearse(recipe.method, recipe, task, timed, recipe.torch_device())
+        rehearse(recipe, task, timed, recipe.torch_device())
     return sum(seconds)
 
 

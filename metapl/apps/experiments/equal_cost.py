@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from metapl.apps.experiments.methods import compared, rehearse
-from metapl.apps.experiments.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import EVERY_METHOD
+from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
+from metapl.apps.recipes.self_training import Selection
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
 from metapl.metrics.cost import flops
@@ -45,7 +46,7 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
         if phase.endswith(FINETUNED):
             return FitResult(None, 0, {})
         batches = [None if source is None else _on(source[0], trainer.device) for source in (labeled, unlabeled)]
-        steps, wait = over.get("steps", recipe.steps), over.get("wait", getattr(recipe, "wait", 0))
+        steps, wait = over.get("steps", recipe.steps), over.get("wait", 0)
         waits = min(wait, steps) if trainer.teacher is not None else 0
         begins = [min(start, steps) for start in trainer.late_starts]
         # Steps differ while a student waits, and before a loss such as UDA begins: one of each kind is counted.
@@ -56,7 +57,7 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
         return FitResult(None, 0, {})
 
     own = compared(recipe, method, recipe.seed)
-    rehearse(method, own, task, count, recipe.torch_device())
+    rehearse(own, task, count, recipe.torch_device())
     return spent
 
 
@@ -82,14 +83,15 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
             raise MetaplError(f"{method}: {error}") from error
     totals = {method: sum(cost.values()) for method, cost in costs.items()}
     whole = totals[methods[0]]
-    sized = {method: with_steps(recipe, _steps(recipe, whole / total)) for method, total in totals.items()}
+    own = {method: compared(recipe, method, recipe.seed) for method in methods}
+    sized = {method: with_steps(own[method], _steps(recipe, whole / total)) for method, total in totals.items()}
     teaching = [method for method in methods if EVERY_METHOD[method].selects]
     for method in teaching:
         shared = first_teacher(sized[teaching[0]])[1]
         on_it = costs[method][FIRST] * shared.steps / recipe.steps
-        of_rest = with_steps(recipe, _steps(recipe, (whole - on_it) / (totals[method] - costs[method][FIRST])))
-        given = dataclasses.replace(of_rest.self_training, first=shared)
-        sized[method] = dataclasses.replace(of_rest, self_training=given)
+        of_rest = with_steps(own[method], _steps(recipe, (whole - on_it) / (totals[method] - costs[method][FIRST])))
+        rounds: Selection = getattr(of_rest.method, "self_training")  # noqa: B009  # a field of these methods
+        sized[method] = of_rest.with_method(self_training=dataclasses.replace(rounds, first=shared))
     return sized
 
 
@@ -101,13 +103,17 @@ def _steps(recipe: Recipe, share: float) -> int:
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with another number of steps, and its phases and validations in proportion."""
     share = steps / recipe.steps
-    given = {name: getattr(recipe, name, None) for name in SHARES}
-    changed: dict[str, Any] = {name: round(share * value) for name, value in given.items() if value}
-    if "wait" in changed:
-        changed["wait"] = min(changed["wait"], steps - 1)
-    warm = recipe.self_training.warm_steps
-    if warm is not None:
-        warm = max(1, round(share * warm))
-        changed["self_training"] = dataclasses.replace(recipe.self_training, warm_steps=warm)
-    every = max(1, round(share * recipe.validate_every))
-    return dataclasses.replace(recipe, steps=steps, validate_every=every, **changed)
+    of_recipe, method = (
+        {name: round(share * value) for name in SHARES if (value := getattr(one, name, None))}
+        for one in (recipe, recipe.method)
+    )
+    if "wait" in method:
+        method["wait"] = min(method["wait"], steps - 1)
+    changed: dict[str, Any] = {**method}
+    rounds: Any = getattr(recipe.method, "self_training", None)
+    if getattr(rounds, "warm_steps", None) is not None:
+        warm = max(1, round(share * rounds.warm_steps))
+        changed["self_training"] = dataclasses.replace(rounds, warm_steps=warm)
+    every, own = max(1, round(share * recipe.validate_every)), dataclasses.replace(recipe.method, **changed)
+    fields: dict[str, Any] = {**of_recipe, "steps": steps, "validate_every": every, "method": own}
+    return dataclasses.replace(recipe, **fields)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,21 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from metapl.apps.experiments.fits import finetuning_options
 from metapl.apps.experiments.galleries import FILE as GALLERIES
 from metapl.apps.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.apps.experiments.labels_given import labels_given
-from metapl.apps.experiments.larger import at_larger_size, finetuned_larger
+from metapl.apps.experiments.larger import finetuned_larger
 from metapl.apps.experiments.methods import train
-from metapl.apps.experiments.noisy_student import networks_of
 from metapl.apps.experiments.reducing import label_by
-from metapl.apps.experiments.rounds import Rounds
+from metapl.apps.experiments.rounds import Chosen, Rounds
 from metapl.apps.experiments.shares import check_runs
 from metapl.apps.experiments.summary import spoken_rounds, summary
 from metapl.apps.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.apps.pictures.store import record_files, replaced_files
-from metapl.apps.recipes.base import ROLES, SELECTED_ON, Recipe, Task
-from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
-from metapl.apps.recipes.self_training import SelfTraining
+from metapl.apps.recipes.base import ROLES, SELECTED_ON, Recipe, Stored, Task, as_dict
+from metapl.apps.recipes.methods import EVERY_METHOD, title
+from metapl.apps.recipes.methods.noisy_student import networks_of
+from metapl.apps.recipes.self_training import Selection
 from metapl.apps.reports import Gallery
 from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
@@ -56,51 +56,60 @@ class Experiment:
     say: Say = print
     mesh: Mesh = field(default_factory=Mesh)
 
-    def run(self, method: str) -> dict[str, Any]:
-        """Train by ``method``, finetune, evaluate on the test set once, and write the folder's files.
+    def run(self, method: str | None = None) -> dict[str, Any]:
+        """Train, finetune, evaluate on the test set once, and write the folder's files.
+
+        Args:
+            method: in the place of the recipe's own.
 
         Returns: what ``result.json`` holds: the accuracies of each network on validation and on the test set, where
         there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
         later, with its own as ``validation_accuracy``, ``test_accuracy`` and ``evaluation``.
         """
-        check_runs(self.recipe, self.mesh, [method])
+        if method not in (None, self.recipe.method.name):
+            return dataclasses.replace(self, recipe=self.recipe.by(str(method))).run()
+        check_runs(self.recipe, self.mesh, [self.recipe.method.name])
         torch.manual_seed(self.recipe.seed)
-        task, place = self.recipe.task(self.say, self.progress, self.skipped), self.recipe.torch_device()
+        task = self.recipe.task(self.say, self.progress, self.skipped)
         self.record(task)
-        task = dataclasses.replace(task, label=label_by(self.recipe, self.folder.path, task, self.say))
-        teacher, student = self.laid_out_for(method, place)
-        if EVERY_METHOD[method].selects:
-            task = dataclasses.replace(task, rounds=self.rounds(method, task))
-        if EVERY_METHOD[method].reduced:
-            task = dataclasses.replace(task, stored=labels_given(self.recipe, task, self.folder.path, self.say))
-        trained, result = self.train(method, task, teacher, student)
+        return self.deliver(task, self.train(task))
+
+    def train(self, task: Task) -> Training:
+        """The recipe's method, phase by phase, and the networks that it keeps."""
+        run = Training(self, task, *self.laid_out_for(self.recipe.torch_device()))
+        run.trainer, run.result = train(run, self.fit)
+        return run
+
+    def deliver(self, task: Task, run: Training) -> dict[str, Any]:
+        """Write what a training ended with: pictures, networks, figures and ``result.json``, which is returned."""
+        trained, method = run.trainer, self.recipe.method
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
-        galleries = draw_galleries(task, labeler, trained.student, titled(method, "student"))
+        galleries = draw_galleries(task, labeler, trained.student, method.networks["student"])
         galleries += self.suspects(task, trained)
-        changed = [] if task.rounds is None else task.rounds.galleries()
+        changed = run.rounds.galleries() if method.selects else []
         sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
-        networks = self.networks(method, task, trained, result)
-        name = delivered(method, networks, self.selects(task))
+        networks = {network.name: network for network in method.kept(run)}
+        name = delivered(method.name, networks, self.selects(task))
         for network in networks.values():
             sealed[network.file] = self.folder.write_weights(network.file, network.weights)
         chosen = networks[name]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
-            "method": method,
+            "method": method.name,
             "seed": self.recipe.seed,
             "steps": self.recipe.steps,
-            "best_step": result.step,
+            "best_step": run.result.step,
             "validation_size": task.validation_size,
             "validation_chance": task.validation_chance,
             "delivered_by": "validation" if self.selects(task) else "rule",
-            **({} if task.rounds is None else {"rounds": task.rounds.records}),
+            **({"rounds": run.rounds.records} if method.selects else {}),
             "sha256": sealed,
             **chosen.as_delivered(),
         }
         for network in networks.values():
             content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
-        if task.rounds is not None:
+        if method.selects:
             self.report_rounds(content, changed)
         self.folder.write_json("result.json", content)
         unread = replaced_files(self.skipped)
@@ -120,20 +129,17 @@ class Experiment:
         )
         return [suspects_gallery(found, task)]
 
-    def built(self, method: str, place: torch.device) -> list[nn.Module]:
-        """The teacher and the student with fresh weights; Noisy Student builds a network when its round begins."""
-        if EVERY_METHOD[method].is_noisy_student:
-            return [nn.Identity(), nn.Identity()]
-        return [self.recipe.network(role).to(place) for role in ROLES]
-
-    def laid_out_for(self, method: str, place: torch.device) -> list[nn.Module]:
+    def laid_out_for(self, place: torch.device) -> list[nn.Module]:
         """The teacher and the student with fresh weights, over the processes that train together."""
-        teacher, student = self.built(method, place)
+        method = self.recipe.method
+        if method.is_noisy_student:  # builds a network when its round begins
+            return [nn.Identity(), nn.Identity()]
+        teacher, student = (self.recipe.network(role).to(place) for role in ROLES)
         if self.mesh.size == 1:
             return [teacher, student]
-        if EVERY_METHOD[method].doubting is None:
-            return self.laid_out(teacher, student)
-        return [teacher, *self.laid_out(student)]  # what is learned about labels is built later
+        if method.doubting:  # what is learned about labels is built later
+            return [teacher, *self.laid_out(student)]
+        return self.laid_out(teacher, student)
 
     def laid_out(self, *networks: nn.Module, labels: tuple[Tensor, ...] = ()) -> list[nn.Module]:
         """Networks over the processes that train together; they take images, and perhaps two labels of these."""
@@ -171,51 +177,6 @@ class Experiment:
         if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
             torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
 
-    def train(self, method: str, task: Task, teacher: nn.Module, student: nn.Module) -> tuple[Trainer, FitResult]:
-        """Train by ``method``; the returned trainer's student is the network that is kept."""
-        return train(EVERY_METHOD[method], self.recipe, task, teacher, student, self.fit, self.beside)
-
-    def networks(self, method: str, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
-        """The student, the student finetuned and, where one was trained beside it, the teacher.
-
-        Of Noisy Student, the last student and its teacher.
-        """
-        if EVERY_METHOD[method].is_noisy_student:
-            return self.last_round(task, trained, result)
-        networks = [self.network("student", task, trained.student, result.validation_accuracy, result.weights)]
-        teacher = trained.teacher
-        if result.teacher_weights is not None and EVERY_METHOD[method].teaches and teacher is not None:
-            accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
-            networks.append(self.network("teacher", task, teacher, accuracy, result.teacher_weights))
-        networks.append(self.finetuned(task, trained.as_given, result))
-        return {network.name: network for network in networks}
-
-    def last_round(self, task: Task, trained: Trainer, result: FitResult) -> dict[str, Network]:
-        """The student of the last round, its teacher, and the student finetuned at a larger size if it is."""
-        (teacher,) = task.rounds.teachers
-        accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
-        networks = [
-            self.network("student", task, trained.student, result.validation_accuracy, result.weights),
-            self.network("teacher", task, teacher, accuracy, weights_of(teacher)),
-        ]
-        settings: SelfTraining = task.rounds.settings
-        if settings.finetune_size is not None:
-            larger = at_larger_size(networks_of(self.recipe, settings)[-1], settings)
-            seen = larger.task(None, self.progress, self.skipped)
-            tuned = finetuned_larger(larger, settings, trained.student, seen, self.fit)
-            networks.append(self.network("finetuned", seen, trained.student, tuned.validation_accuracy, tuned.weights))
-        return {network.name: network for network in networks}
-
-    def rounds(self, method: str, task: Task) -> Rounds:
-        """What labels and selects the unlabeled examples, in the run's folder."""
-
-        def measure(network: nn.Module) -> dict[str, float]:
-            parts = {"validation_accuracy": task.validation, "test_accuracy": task.test}
-            return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
-
-        settings = EVERY_METHOD[method].settings(self.recipe)
-        return Rounds(self.recipe, self.folder.path, task, settings, EVERY_METHOD[method].filtered, measure, self.say)
-
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
         """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
@@ -245,7 +206,7 @@ class Experiment:
                 "back as they were, or start another run with another --out."
             )
         if self.folder.exists:
-            self.folder.relocate(dataclasses.asdict(self.recipe))
+            self.folder.relocate(as_dict(self.recipe))
         self.folder.path.mkdir(parents=True, exist_ok=True)
         if task.split is not None:
             task.split.save(self.folder.path / "split.json")
@@ -293,7 +254,7 @@ class Experiment:
             task.finetuning,
             optimizer=self.recipe.finetune.build(student),
             **self.recipe.trainer_options(),
-            **self.options(task) | {"truth": None} | finetuning_options(self.recipe),
+            **self.options(task) | {"truth": None} | self.recipe.finetune_options(),
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
             load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
@@ -318,7 +279,7 @@ class Experiment:
         """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
         from metapl.apps.reports.rounds import draw_rounds
 
-        what = "" if EVERY_METHOD[content["method"]].filtered else "rounds of "
+        what = "rounds of " if self.recipe.method.is_noisy_student else ""
         draw_rounds(
             self.folder.path / "rounds.png",
             content["rounds"],
@@ -328,10 +289,85 @@ class Experiment:
         )
 
 
+@dataclass
+class Training:
+    """A training under way in the folder of a run: what its method asks for, and what it ended with.
+
+    Args:
+        task: the data.
+        teacher, student: networks with fresh weights, laid out.
+    """
+
+    experiment: Experiment
+    task: Task
+    teacher: nn.Module
+    student: nn.Module
+    trainer: Trainer = field(init=False)
+    result: FitResult = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recipe, self.data = self.experiment.recipe, self.task
+
+    def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+        return self.experiment.beside(teacher, reads_inputs)
+
+    def labels_given(self) -> Stored | None:
+        return labels_given(self.recipe, self.task, self.experiment.folder.path, self.experiment.say)
+
+    def label(self, teacher: nn.Module) -> Stored:
+        return label_by(teacher, self.recipe, self.experiment.folder.path, self.task, self.experiment.say)
+
+    @cached_property
+    def rounds(self) -> Rounds:
+        """What labels and selects the unlabeled examples, in the run's folder."""
+
+        def measure(network: nn.Module) -> dict[str, float]:
+            parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
+            return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
+
+        settings: Selection = getattr(self.recipe.method, "self_training")  # noqa: B009  # of methods that select
+        any_class, folder = not self.recipe.method.is_noisy_student, self.experiment.folder.path
+        return Rounds(self.recipe, folder, self.data, settings, any_class, measure, self.experiment.say)
+
+    def select(self, number: int, teacher: nn.Module) -> Chosen:
+        return self.rounds.choose(number, teacher)
+
+    def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
+        self.rounds.trained(number, network, result)
+
+    # --------------------------------------------------------------------------------------- the networks that it keeps
+
+    def network(self, name: str, module: nn.Module, accuracy: float | None, weights: Mapping[str, Tensor]) -> Network:
+        return self.experiment.network(name, self.data, module, accuracy, weights)
+
+    def keep_student(self) -> Network:
+        accuracy = self.result.validation_accuracy
+        return self.network("student", self.trainer.student, accuracy, self.result.weights)
+
+    def keep_teacher(self) -> Network:
+        noisy_student = self.recipe.method.is_noisy_student
+        teacher = self.rounds.teachers[-1] if noisy_student else self.trainer.teacher
+        assert teacher is not None
+        weights = weights_of(teacher) if noisy_student else self.result.teacher_weights
+        assert weights is not None
+        accuracy = None if self.data.validation is None else evaluated(teacher, self.data.validation).accuracy
+        return self.network("teacher", teacher, accuracy, weights)
+
+    def keep_finetuned(self) -> Network:
+        return self.experiment.finetuned(self.data, self.trainer.as_given, self.result)
+
+    def keep_larger(self, size: int) -> Network:
+        experiment, settings = self.experiment, self.rounds.settings
+        larger = networks_of(self.recipe, settings)[-1].at_size(size)
+        seen = larger.task(None, experiment.progress, experiment.skipped)
+        phase = finetuned_larger(larger, settings, self.trainer.student, seen)
+        tuned = experiment.fit(phase.trainer, phase.labeled, None, seen, phase=phase.name, **phase.options)
+        return experiment.network("finetuned", seen, self.trainer.student, tuned.validation_accuracy, tuned.weights)
+
+
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    last = EVERY_METHOD[content["method"]].is_noisy_student
-    phase = f"round-{len(content['rounds'])}" if last else "fit"
+    phase = EVERY_METHOD[content["method"]].last_phase(len(content.get("rounds", ())))
     return Metrics(folder / "metrics.jsonl").rows(phase)
 
 
@@ -369,21 +405,8 @@ class Network:
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:
-    """The name of the network that a run delivers.
-
-    Args:
-        select: whether validation can tell them apart; it is then the best by it, in the order of ``networks``. Of
-            Noisy Student it is the last student, finetuned or not, of equals finetuned, and never its teacher.
-            Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
-    """
-    if EVERY_METHOD[method].is_noisy_student:
-        networks = {name: network for name, network in networks.items() if name != "teacher"}
-        if not select:
-            return [*networks][-1]
-        networks = dict(reversed([*networks.items()]))
-    if select:
-        return max(networks, key=lambda name: networks[name].validation_accuracy or 0.0)
-    return EVERY_METHOD[method].delivers
+    """The name of the network that a run delivers; see :meth:`metapl.apps.recipes.base.Method.delivered`."""
+    return EVERY_METHOD[method].delivered({name: one.validation_accuracy for name, one in networks.items()}, select)
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:

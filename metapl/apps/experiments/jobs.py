@@ -69,15 +69,16 @@ class Job:
         """
         folder = within or RunFolder(self.folder)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
-        with folder.claimed(describe(self.recipe, method=self.method), resume=self.resume):
+        recipe = self.recipe.by(self.method)
+        with folder.claimed(describe(recipe), resume=self.resume):
             say = _silent if quiet else aloud
-            experiment = Experiment(self.recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
+            experiment = Experiment(recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
             if self.finished:
                 result = stored_result(folder)
                 if folder.places() != places(self.recipe):  # the data have moved: are they the same?
                     experiment.record(self.recipe.task())
                 return result
-            return experiment.run(self.method)
+            return experiment.run()
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ class Trial:
         place = self.recipe.torch_device()
         with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
             torch.manual_seed(self.recipe.seed)
-            experiment = Experiment(self.recipe, RunFolder(Path()), mesh=mesh)
-            experiment.laid_out_for(self.method, place)
+            Experiment(self.recipe.by(self.method), RunFolder(Path()), mesh=mesh).laid_out_for(place)
 
 
 def _silent(text: str) -> None:

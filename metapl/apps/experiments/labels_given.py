@@ -11,44 +11,45 @@ from metapl.apps.experiments.reducing import FOLDER, rows_of
 from metapl.apps.labels import LabelStore
 from metapl.apps.pictures.folders import scan_unlabeled
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes import ImageFolders
 from metapl.apps.recipes.base import Recipe, Stored, Task
 from metapl.errors import MetaplError, few
 from metapl.training import Say
 
+PARTS = {"labels": "unlabeled", "labeled_labels": "labeled"}
+"""The folder whose pictures each store has labels of."""
 
-def check_labels_given(recipe: ImageFolders) -> None:
+
+def check_labels_given(recipe: Recipe) -> None:
     """Refuse a store or a run that is of other classes, or of other pictures, or is damaged; nothing is written."""
-    if recipe.teacher_run is not None:
-        _check_classes(recipe, f"the run {recipe.teacher_run}", load_run(Path(recipe.teacher_run)).recipe.classes)
-    for place, folder in ((recipe.label_store, recipe.unlabeled), (recipe.labeled_label_store, recipe.labeled)):
-        if place is not None:
-            store, files = LabelStore(place), scan_unlabeled(folder)
-            _check_classes(recipe, f"the store {place}", store.classes)
+    given: Any = recipe  # labels are given of folders alone
+    for name, place in recipe.method.labels_from.items():
+        if place is not None and name == "teacher":
+            _check_classes(given, f"the run {place}", load_run(Path(place)).recipe.classes)
+        elif place is not None:
+            store, files = LabelStore(place), scan_unlabeled(getattr(given, PARTS[name]))
+            _check_classes(given, f"the store {place}", store.classes)
             file = dict(zip(files.names, files.paths(), strict=True)).get
             refuse_other_pictures(store.digests(), file, store.folder, tell_progress=True)
 
 
 def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
-    """The labels that the recipe names; None where its teacher is to be trained first.
+    """The labels that the recipe's method names; None where its teacher is to be trained first.
 
     Those that the network of another run gives are stored in ``folder``, which is that of this run.
     """
-    if not isinstance(recipe, ImageFolders) or (recipe.teacher_run is None and recipe.label_store is None):
+    given = {name: place for name, place in recipe.method.labels_from.items() if place is not None}
+    if not given:
         return None
-    names = {
-        "unlabeled": _names(task.unlabeled.images, recipe.unlabeled),
-        "labeled": _names(task.labeled.images, recipe.labeled),
-    }
+    folders = {part: getattr(recipe, part) for part in PARTS.values()}
+    names = {part: _names(getattr(task, part).images, folders[part]) for part in folders}
     stores: dict[str, LabelStore] = {}
-    if recipe.teacher_run is not None:
-        run = load_run(Path(recipe.teacher_run))
+    if "teacher" in given:
+        run = load_run(Path(given["teacher"]))
         say(f"labels are those of {run.heading(run.name('delivered'))}")
         for part in names:
-            stores[part] = _label(run, getattr(recipe, part), folder / FOLDER / part, say)
+            stores[part] = _label(run, folders[part], folder / FOLDER / part, say)
     else:
-        given = {"unlabeled": recipe.label_store, "labeled": recipe.labeled_label_store}
-        stores = {part: LabelStore(place) for part, place in given.items() if place is not None}
+        stores = {PARTS[name]: LabelStore(place) for name, place in given.items()}
         if "labeled" not in stores:
             say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
     for part, store in stores.items():
@@ -74,7 +75,7 @@ def _names(images: Any, folder: str) -> list[str]:
     return [images.path(number).relative_to(root).as_posix() for number in range(len(images))]
 
 
-def _check_classes(recipe: ImageFolders, what: str, classes: tuple[str, ...]) -> None:
+def _check_classes(recipe: Any, what: str, classes: tuple[str, ...]) -> None:
     if classes != recipe.classes:
         raise MetaplError(
             f"{what} has the classes {few(classes)}; expected those of {recipe.labeled}, in this order: "

@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from metapl.apps.experiments.larger import at_larger_size
+from metapl.apps.experiments.methods import compared
 from metapl.apps.experiments.store import stored, stored_result
 from metapl.apps.recipes import ImageRecipe, Recipe
 from metapl.apps.recipes.base import Role
-from metapl.apps.recipes.methods import EVERY_METHOD, titled
+from metapl.apps.recipes.methods import titled
+from metapl.apps.recipes.self_training import SelfTraining
 from metapl.errors import MetaplError
 from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
 
@@ -75,14 +76,25 @@ class LoadedRun:
                 f"--network {asked}: {self.folder.path} has no {weights_file(asked)}; expected one of its networks: "
                 f"{', '.join(self.networks)}."
             )
-        settings = EVERY_METHOD[self.result["method"]].settings(self.recipe)
         other = "finetuned" in (asked, self.result["delivered"]) and asked != self.result["delivered"]
-        if other and settings.finetune_size is not None:
+        if other and self.finetuned_larger:
             raise MetaplError(
                 f"--network {asked}: it takes pictures of another size than the network that {self.folder.path} "
                 f"delivers; expected --network {self.result['delivered']}, or none."
             )
         return asked
+
+    @property
+    def finetuned_larger(self) -> bool:
+        """Whether its last student was finetuned on larger pictures."""
+        method = self.recipe.method
+        return method.is_noisy_student and self.settings.finetune_size is not None
+
+    @property
+    def settings(self) -> SelfTraining:
+        """The rounds of a run of Noisy Student."""
+        settings: SelfTraining = getattr(self.recipe.method, "self_training")  # noqa: B009  # a field of this method
+        return settings
 
     def network(self, name: str) -> nn.Module:
         """One of the run's networks, with its weights.
@@ -94,7 +106,7 @@ class LoadedRun:
             MetaplError: the weights are missing, damaged, or of another network.
         """
         torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
-        role: Role = "teacher" if name == "teacher" else EVERY_METHOD[self.result["method"]].built_as
+        role: Role = "teacher" if name == "teacher" else self.recipe.method.built_as
         # What it was started from need not be there any more.
         fresh = self.recipe_of(name)
         if isinstance(fresh, ImageRecipe):
@@ -114,11 +126,10 @@ class LoadedRun:
 
     def recipe_of(self, name: str) -> Recipe:
         """The recipe with the architecture of one of its networks, which Noisy Student can change between rounds."""
-        method = EVERY_METHOD[self.result["method"]]
-        if not method.is_noisy_student or name != "teacher":
+        if not self.recipe.method.is_noisy_student or name != "teacher":
             return self.recipe
-        sized: Recipe = stored(self.folder)[0]
-        named = method.settings(sized).network(len(self.result["rounds"]) - 1)
+        sized: Recipe = stored(self.folder)[0].by(self.result["method"])
+        named = self.settings.network(len(self.result["rounds"]) - 1)
         return sized if named is None else sized.with_network(named)
 
     def titled(self, name: str) -> str:
@@ -150,19 +161,19 @@ def load_run(path: Path) -> LoadedRun:
             "--resume."
         )
     result = stored_result(folder)
-    delivered: Recipe = dataclasses.replace(recipe, seed=result["seed"])
-    method = EVERY_METHOD[result["method"]]
-    if method.is_noisy_student:
-        rounds, told = method.settings(recipe).rounds, len(result.get("rounds", ()))
+    run = LoadedRun(folder, compared(recipe, result["method"], result["seed"]), description, result)
+    if run.recipe.method.is_noisy_student:
+        rounds, told = run.settings.rounds, len(result.get("rounds", ()))
         if told != rounds:
             raise MetaplError(
                 f"{path / 'result.json'} is damaged: it tells of {told} rounds, and recipe.json of {rounds}."
             )
-        last = method.settings(recipe).network(rounds)
-        delivered = delivered if last is None else delivered.with_network(last)
-        if result["delivered"] == "finetuned" and method.settings(recipe).finetune_size is not None:
-            delivered = at_larger_size(delivered, method.settings(recipe))
-    return LoadedRun(folder, delivered, description, result)
+        last = run.settings.network(rounds)
+        own = run.recipe if last is None else run.recipe.with_network(last)
+        if result["delivered"] == "finetuned" and run.finetuned_larger:
+            own = own.at_size(run.settings.finetune_size or 0)
+        run = dataclasses.replace(run, recipe=own)
+    return run
 
 
 def _missing(path: Path) -> str:

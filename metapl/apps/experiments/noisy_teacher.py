@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from metapl.apps.experiments.labeling import Read, SourcePictures
 from metapl.apps.pictures.views.base import View
-from metapl.apps.recipes.base import Task
 from metapl.data.draws import fold_in
 from metapl.problems.self_training import with_model_noise
-
-
-def noisy_view(task: Task) -> View:
-    """The augmentation that a student meets."""
-    view: View = task.unlabeled.weak if task.unlabeled.strong is None else task.unlabeled.strong
-    return view
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

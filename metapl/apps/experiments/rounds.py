@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from metapl.apps.experiments.galleries import SHOWN, gallery_of
 from metapl.apps.experiments.labeling import Labeled, SourcePictures, provenance, store_labels
-from metapl.apps.experiments.noisy_teacher import Augmented, Noised, noisy_view
+from metapl.apps.experiments.noisy_teacher import Augmented, Noised
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
 from metapl.apps.pictures.store import Images
 from metapl.apps.recipes.base import Recipe, Task
-from metapl.apps.recipes.self_training import SelfTraining
+from metapl.apps.recipes.methods.noisy_student import noisy_view
 from metapl.apps.reports import Gallery
 from metapl.data.draws import fold_in
 from metapl.runs.fingerprints import fingerprint
@@ -72,7 +72,8 @@ class Rounds:
         recipe: of the run.
         folder: of the run.
         task: its data.
-        settings: how labels are made and selected.
+        settings: how labels are made and selected, a :class:`~metapl.apps.recipes.self_training.SelfTraining`, or with
+            ``any_class`` a :class:`~metapl.apps.recipes.self_training.Selection`.
         any_class: select as Meta Pseudo Labels does: for each class, the examples that are most probably of it.
         measure: what a network reaches, by the names of ``result.json``.
         say: takes what a user should know.
@@ -84,7 +85,7 @@ class Rounds:
     recipe: Recipe
     folder: Path
     task: Task
-    settings: SelfTraining
+    settings: Any
     any_class: bool
     measure: Callable[[nn.Module], dict[str, float]]
     say: Say
@@ -218,7 +219,7 @@ class Rounds:
             f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from{copies}, by "
             f"labels of the network of round {number - 1}{tested}"
         )
-        if self.records[-1]["threshold"] not in (None, self.settings.threshold):
+        if self.records[-1]["threshold"] not in (None, getattr(self.settings, "threshold", None)):
             self.say(
                 f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
                 "kept; it may need more --steps"
@@ -246,15 +247,7 @@ def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
     return ids, labels, confidences
 
 
-@dataclass(frozen=True)
-class Rehearsed:
-    """Rounds without a teacher's labels, for a rehearsal of the training: each keeps all examples, with even labels."""
-
-    task: Task
-
-    def choose(self, number: int, teacher: nn.Module) -> Chosen:
-        every = torch.arange(len(self.task.unlabeled.images))
-        return Chosen(every, None, every, len(self.task.classes), {})
-
-    def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
-        """Nothing is kept."""
+def even_rows(task: Task) -> Chosen:
+    """All examples, with even labels, for a rehearsal of the training."""
+    every = torch.arange(len(task.unlabeled.images))
+    return Chosen(every, None, every, len(task.classes), {})

@@ -12,9 +12,9 @@ from metapl.apps.experiments.looking import Look, look
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.recipes.base import SELECTED_ON, require
-from metapl.apps.recipes.image_folders import OPEN, STORED, Changes, ImageFolders
+from metapl.apps.recipes.image_folders import Changes, ImageFolders
 from metapl.apps.recipes.image_recipe import IMAGENET, whole
-from metapl.apps.recipes.methods import EVERY_METHOD
+from metapl.apps.recipes.settings import OPEN
 from metapl.training import Say
 
 SET_ASIDE = 0.2
@@ -61,11 +61,13 @@ def settled(
         check: refuses the recipe before any step of it is measured; the number of steps may be open still.
     """
     given, say = recipe, say or (lambda text: None)
-    places: dict[str, Any] = {name: whole(getattr(given, name)) for name in (*given.places, *STORED)}
+    places: dict[str, Any] = {name: whole(getattr(given, name)) for name in given.places}
     labeled, unlabeled = given.trained_on()
-    recipe = dataclasses.replace(given, **places, weights=_weights(given), class_names=labeled.classes)
+    own = {"weights": _weights(given), "class_names": labeled.classes, "method": given.method.whole()}
+    recipe = dataclasses.replace(given, **{**places, **own})
     if before is not None:
         kept = {name: getattr(before, name) for name in (*given.chosen, "minutes") if getattr(given, name) is None}
+        kept["method"] = recipe.method.settled(vars(before.method))
         recipe = dataclasses.replace(recipe, **kept, changes=given.changes.settled(bool(before.changes.recolor)))
         return recipe.for_network(recipe.network_name)
     given.check_first()
@@ -115,7 +117,7 @@ def _with_steps(recipe: ImageFolders) -> ImageFolders:
         # The minutes of a recipe whose steps were given decide nothing: they stay open.
         return dataclasses.replace(recipe.scheduled(recipe.steps), minutes=OPEN)
     # Phases that were given in steps do not grow with the number of steps: it is measured again with what fits.
-    asked = max(recipe.wait or 0, recipe.uda_start or 0)
+    asked = max(getattr(recipe.method, name, 0) or 0 for name in ("wait", "uda_start"))
     minutes = recipe.minutes or MINUTES
     steps = budget.steps_within(recipe.scheduled(2 * asked or REHEARSED), minutes)
     for _ in range(AGAIN if asked else 0):
@@ -144,11 +146,11 @@ def fitted(recipe: ImageFolders, seen: Look) -> ImageFolders:
         "network_name": PRETRAINED_NETWORK if recipe.weights else "pooled_cnn",
         # Too few to select on train better.
         "val_fraction": SET_ASIDE if aside >= SELECTED_ON else 0.0,
-        "uda_prior": seen.shares,
         "mean": mean,
         "std": std,
     }
     missing = {name: value for name, value in choices.items() if getattr(recipe, name) is None}
+    missing["method"] = recipe.method.settled({"uda_prior": seen.shares})
     recipe = dataclasses.replace(recipe, **missing, changes=recipe.changes.settled(seen.exchangeable))
     for name in ("mean", "std"):
         expected = f"{channels} for {'grey' if grey else 'color'} pictures"
@@ -158,7 +160,7 @@ def fitted(recipe: ImageFolders, seen: Look) -> ImageFolders:
 
 def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     """What was chosen, in a line, and what pictures that were looked at lose by it; each has a flag."""
-    optimizer = recipe.teacher if EVERY_METHOD[recipe.method].built_as == "teacher" else recipe.student
+    optimizer = recipe.method.optimizers()[recipe.method.built_as]
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"
     if recipe.randaugment:
         mirrored = "not mirrored" if recipe.strong.writing else "mirrored (not with --strong.writing)"
@@ -166,7 +168,7 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     else:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
-    of_rounds = recipe.self_training.networks if EVERY_METHOD[recipe.method].is_noisy_student else ()
+    of_rounds = getattr(recipe.method, "self_training").networks if recipe.method.is_noisy_student else ()  # noqa: B009
     networks = ", then ".join(of_rounds) or recipe.network_name
     return (
         f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "

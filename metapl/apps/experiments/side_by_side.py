@@ -60,7 +60,7 @@ def compare(
         if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
-                check_method(compared(recipe, method, seeds[0]), method, task)
+                check_method(compared(recipe, method, seeds[0]), task)
             if equal_cost:
                 sized = at_equal_cost(recipe, methods, task)
                 aloud(_spoken_steps(sized))
@@ -132,7 +132,8 @@ def run_jobs(
 def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
     """The steps that methods take at equal cost, in words."""
     counts = ", ".join(f"{method} {recipe.steps:,}" for method, recipe in sized.items())
-    shared = {recipe.self_training.first for recipe in sized.values()} - {None}
+    rounds = [getattr(recipe.method, "self_training", None) for recipe in sized.values()]
+    shared = {each.first for each in rounds if each is not None} - {None}
     first = "".join(f"; the first teacher of each that has one {each.steps:,}" for each in shared if each is not None)
     return f"steps at equal cost: {counts}{first}"
 

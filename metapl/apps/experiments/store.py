@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 from metapl.apps.experiments.accuracies import READOUTS
-from metapl.apps.recipes import RECIPES, ImageFolders, from_dict
-from metapl.apps.recipes.base import Recipe
+from metapl.apps.recipes import RECIPES, ImageFolders
+from metapl.apps.recipes.base import Recipe, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.errors import MetaplError
@@ -52,8 +51,8 @@ DATA: dict[str, Any] = {
 
 
 def describe(recipe: Recipe, **run_by: Any) -> dict[str, Any]:
-    """A recipe as plain values, with its name and how it is run."""
-    return {"name": recipe.name, **run_by, "fields": dataclasses.asdict(recipe)}
+    """A recipe and its method as plain values, with their names and how they are run."""
+    return {"name": recipe.name, "method": recipe.method.name, **run_by, "fields": as_dict(recipe)}
 
 
 def places(recipe: Recipe) -> dict[str, Any]:
@@ -65,10 +64,12 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a run folder, and its whole description."""
     file = folder.path / "recipe.json"
     description = folder.recipe()
-    fault = misfit_entries(description, {"name": str, "fields": dict[str, Any]}, "its recipe")
+    fault = misfit_entries(description, {"name": str, "method": str, "fields": dict[str, Any]}, "its recipe")
     lacks = [name for name in ("name", "fields") if name not in description]
     if fault or lacks:
         raise MetaplError(f"{file} is damaged: {fault or f'it does not say {lacks[0]}'}.")
+    if "method" not in description:
+        raise MetaplError(f"{file} is damaged: it does not say method.")
     known: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
     kind = known.get(description["name"])
     if kind is None:
@@ -77,7 +78,7 @@ def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
             f"has {', '.join(known)}."
         )
     try:
-        recipe: Recipe = from_dict(kind, description["fields"])
+        recipe = recipe_from_dict(kind, description["method"], description["fields"])
     except MetaplError as error:
         raise MetaplError(f"{file} is damaged or of another version: {error}") from error
     except TypeError as error:  # a field without a default is missing

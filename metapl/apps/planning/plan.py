@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from metapl.apps.experiments.methods import bilevel_trainer
 from metapl.apps.experiments.shares import check_shares
 from metapl.apps.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
 from metapl.apps.recipes.base import ROLES, Recipe, Role
-from metapl.apps.recipes.methods import EVERY_METHOD
+from metapl.apps.recipes.methods.beside import Pair, bilevel_trainer
+from metapl.apps.recipes.methods.noisy_student import NoisyStudent
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.shards import local
@@ -98,7 +98,7 @@ class Plan:
             "recipe": recipe.name,
             "mesh": asdict(self.mesh),
             "ranks": self.mesh.size,
-            "mode": None if self.by_stored_labels else recipe.feedback.mode,
+            "mode": None if self.by_stored_labels else pair(recipe).feedback.mode,
             "labeled_batch": recipe.labeled_batch,
             "unlabeled_batch": recipe.unlabeled_batch,
             "teacher_parameters": self.parameters["teacher"],
@@ -130,7 +130,7 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
         MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.
     """
     if self_trained(recipe):
-        changed: dict[str, Any] = {"unlabeled_batch": recipe.self_training.ratio * recipe.labeled_batch}
+        changed: dict[str, Any] = {"unlabeled_batch": rounds(recipe).self_training.ratio * recipe.labeled_batch}
         recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
     with torch.device("meta"):
@@ -140,7 +140,9 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
         networks = [laid_out(network, mesh) for network in networks]
         with unset_fake_temporarily():
             trainer = (
-                _of_stored_labels(recipe, *networks) if self_trained(recipe) else bilevel_trainer(recipe, *networks)
+                _of_stored_labels(recipe, *networks)
+                if self_trained(recipe)
+                else bilevel_trainer(recipe, networks[0], networks[1], pair(recipe))
             )
         average = [torch.empty_like(local(t)) for t in _tensors(networks[-1])] if recipe.ema_decay is not None else []
         batches = _batches(recipe, mesh)
@@ -153,14 +155,27 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
 
 def _of_stored_labels(recipe: Recipe, student: nn.Module) -> LossTrainer:
     """The trainer of a student of Noisy Student, whose teacher's labels are stored."""
-    settings = recipe.self_training
-    loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=recipe.label_smoothing)
-    return LossTrainer(student, (loss,), optimizer=recipe.teacher.build(student), **recipe.trainer_options())
+    method = rounds(recipe)
+    settings = method.self_training
+    loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=method.label_smoothing)
+    return LossTrainer(student, (loss,), optimizer=method.teacher.build(student), **recipe.trainer_options())
 
 
 def self_trained(recipe: Recipe) -> bool:
     """Whether the recipe's own method is Noisy Student."""
-    return EVERY_METHOD[recipe.own_method].is_noisy_student
+    return recipe.method.is_noisy_student
+
+
+def rounds(recipe: Recipe) -> NoisyStudent:
+    """The recipe's method, which is Noisy Student."""
+    assert isinstance(recipe.method, NoisyStudent)
+    return recipe.method
+
+
+def pair(recipe: Recipe) -> Pair:
+    """The recipe's method, which is of a teacher and a student."""
+    assert isinstance(recipe.method, Pair)
+    return recipe.method
 
 
 def roles(recipe: Recipe) -> tuple[Role, ...]:

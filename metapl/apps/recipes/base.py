@@ -1,31 +1,66 @@
-"""What recipes are made of: frozen configurations, validated when they are made."""
+"""What recipes are made of: frozen configurations, validated when they are made, and the methods that train them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl import feedback
-from metapl.apps.networks import Architecture, parameter_groups
+from metapl.apps.networks import Architecture
 from metapl.apps.pictures.splits import Split
-from metapl.apps.recipes.self_training import SelfTraining
-from metapl.errors import FieldError, MetaplError
+from metapl.apps.recipes.ranges import (
+    MOST_IN_A_BATCH,
+    MOST_STEPS,
+    Batch,
+    Share,
+    SomeSteps,
+    Steps,
+    Within,
+    check_ranges,
+    require,
+    require_within,
+)
+from metapl.apps.recipes.self_training import Selection
+from metapl.apps.recipes.settings import Feedback, Mode, Optimizer, Softness
+from metapl.errors import MetaplError
 from metapl.metrics import chance_level
-from metapl.problems import PseudoLabels
-from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import misfit_entries
-from metapl.training import FitOptions, Say
+from metapl.training import FitOptions, FitResult, Say, Trainer
+
+__all__ = [
+    "MOST_IN_A_BATCH",
+    "MOST_STEPS",
+    "ROLES",
+    "SEEDS",
+    "SELECTED_ON",
+    "Doubtful",
+    "Ended",
+    "Feedback",
+    "Method",
+    "Mode",
+    "Optimizer",
+    "Phase",
+    "Phases",
+    "Place",
+    "Recipe",
+    "Role",
+    "Run",
+    "Selected",
+    "Stored",
+    "Task",
+    "Unasked",
+    "from_dict",
+    "require",
+    "require_within",
+]
 
 SELECTED_ON = 50
 """The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
@@ -34,10 +69,8 @@ Role = Literal["teacher", "student"]
 
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
-if TYPE_CHECKING:
-    Mode = str
-else:
-    Mode = Literal[feedback.MODES]  # what the command line offers
+SEEDS = tyro.conf.create_mutex_group(required=False)
+"""Flags that say which seeds, of which one is given."""
 
 Asked = TypeVar("Asked")
 Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]
@@ -45,115 +78,6 @@ Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]
 
 
 FIT_OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name not in ("steps", "phase"))
-
-
-MOST_STEPS = 10**9
-
-MOST_IN_A_BATCH = 2**20
-"""Greatest values of options beyond which a machine would be asked for more than any has."""
-
-
-def require(recipe: object, condition: bool, field: str, expected: str) -> None:
-    """Refuse a recipe whose ``field``, which may be one of a field, is not as ``expected``."""
-    if not condition:
-        value = operator.attrgetter(field)(recipe)
-        text = f"{type(recipe).__name__}({field}={value!r}): expected {expected}."
-        raise FieldError(text, field, value, expected)
-
-
-def require_within(recipe: object, field: str, least: int, most: int) -> None:
-    """Refuse a recipe whose ``field`` is less or more than that; None is neither."""
-    value = getattr(recipe, field)
-    require(recipe, value is None or value >= least, field, f"{least} or more")
-    require(recipe, value is None or value <= most, field, f"{most:,} at most")
-
-
-def require_finite(recipe: object) -> None:
-    """Refuse a recipe with a field that is infinite or not a number."""
-    for name in [each.name for each in dataclasses.fields(recipe)]:  # type: ignore[arg-type]  # a recipe, or a part
-        value = getattr(recipe, name)
-        require(recipe, not isinstance(value, float) or math.isfinite(value), name, "a finite number")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """An optimizer of ``torch.optim``.
-
-    Args:
-        algorithm: sgd is stochastic gradient descent; adamw is AdamW with decay rates 0.9 and 0.999.
-        lr: base learning rate, which the schedule multiplies.
-        momentum: momentum of sgd; 0 is none.
-        nesterov: Nesterov's momentum instead of the usual one (sgd).
-        weight_decay: weight of the L2 penalty; adamw shrinks the weights by it directly.
-        decay_norms: apply weight decay to normalization layers and biases too.
-    """
-
-    algorithm: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    decay_norms: bool = True
-
-    def __post_init__(self) -> None:
-        require_finite(self)
-        require(self, self.lr > 0, "lr", "a number above 0")
-        require(self, 0 <= self.momentum < 1, "momentum", "a number in [0, 1)")
-        require(self, self.momentum > 0 or not self.nesterov, "momentum", "a number above 0 beside nesterov")
-        require(self, self.weight_decay >= 0, "weight_decay", "a number of 0 or more")
-        adaptive = self.algorithm == "adamw"
-        require(self, not (adaptive and self.momentum), "momentum", "0 with adamw, which has its own")
-
-    def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over a module's parameters."""
-        groups = parameter_groups(module, self.weight_decay, on_norms=self.decay_norms)
-        if self.algorithm == "adamw":
-            return torch.optim.AdamW(groups, lr=self.lr)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Feedback:
-    """How the teacher learns from the student.
-
-    Args:
-        mode: how the gradient of the feedback is computed; see ``metapl.MODES``.
-        labels: soft or hard pseudo-labels, if not what the mode needs.
-        feedback_weight: weight of the feedback beside the teacher's own losses.
-        normalization: what the feedback h is divided by, if not as in the mode: nothing (gradient), the learning rate,
-            or ‖w‖‖g‖ (cosine).
-        baseline: decay of a moving average to subtract from h (reinforce, loss_difference).
-        temperature: temperature of the softmax that makes the pseudo-labels.
-        pseudo_label_smoothing: label smoothing of the pseudo-labels in the student's loss.
-    """
-
-    mode: Mode = "forward"
-    labels: Annotated[Literal["soft", "hard"] | None, tyro.conf.arg(name="pseudo-labels")] = None
-    feedback_weight: float = 1.0
-    normalization: Literal["gradient", "learning_rate", "cosine"] | None = None
-    baseline: float | None = None
-    temperature: float = 1.0
-    pseudo_label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_finite(self)
-        self.problem().for_modes(self.estimator().labels, self.mode)
-
-    def estimator(self) -> feedback.Estimator:
-        """The mode with the fields that are set."""
-        plain = feedback.estimator(self.mode)
-        fields: dict[str, Any] = {"baseline": self.baseline}
-        cosine = self.normalization == "cosine" and isinstance(plain, feedback.Reinforce)
-        fields |= {"similarity": "cosine"} if cosine else {"normalization": self.normalization}
-        fields = {name: value for name, value in fields.items() if value is not None}
-        known = {f.name for f in dataclasses.fields(plain)}  # type: ignore[arg-type]  # every registered mode is one
-        for name in fields.keys() - known:
-            raise MetaplError(f"mode '{self.mode}' has no {name}; leave {name} out, or take a mode that has it.")
-        return dataclasses.replace(plain, **fields)  # type: ignore[type-var]  # as above
-
-    def problem(self) -> PseudoLabels:
-        """The pseudo-labels."""
-        return PseudoLabels(kind=self.labels, temperature=self.temperature, label_smoothing=self.pseudo_label_smoothing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,9 +124,6 @@ class Task:
         sample: some unlabeled examples as they are, (inputs, anything) or batches of these, for the report.
         test_names: what the test examples are called, such as their files; None where they have no names.
         doubtful: examples whose labels may be wrong, for the list of suspects; None where labels are right or unknown.
-        stored: labels of a teacher that was trained before; None where there are none.
-        label: stores the labels that a network gives the examples; None where there is no place for them.
-        rounds: label and select the unlabeled examples, see :mod:`metapl.apps.experiments.rounds`; None likewise.
         split: how the examples were divided, for the run folder's ``split.json``.
         skipped: files that are left out, each with the reason.
         record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
@@ -221,9 +142,6 @@ class Task:
     sample: Any = None
     test_names: tuple[str, ...] | None = None
     doubtful: Doubtful | None = None
-    stored: Stored | None = None
-    label: Callable[[nn.Module], Stored] | None = None
-    rounds: Any = None
     split: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -244,6 +162,231 @@ class Task:
         return labels
 
 
+# --------------------------------------------------------------------------------------------------------- the methods
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """A fit, as a part of a training.
+
+    Args:
+        trainer: what is fitted.
+        labeled, unlabeled: sources of batches.
+        task: its validation and truth are looked at.
+        name: of the phase, in files.
+        options: of the fit, in the place of the recipe's.
+    """
+
+    trainer: Trainer
+    labeled: Any
+    unlabeled: Any
+    task: Task
+    name: str = "fit"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Phases = Generator[Phase, FitResult, None]
+"""One phase after another; each is fitted before the next one is asked for, and what it ended with is sent back."""
+
+
+class Selected(Protocol):
+    """Unlabeled examples that were selected, with their labels; :class:`metapl.apps.experiments.rounds.Chosen`."""
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 (n,), their numbers among all unlabeled examples, each as often as it counts."""
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 (n,), where the labels of each are."""
+
+    def labels(self, rows: Tensor) -> Tensor:
+        """The distributions of rows, float32 (B, C)."""
+
+    def of(self, images: Any) -> Any:
+        """The selected ones of all unlabeled examples."""
+
+
+class Ended(Protocol):
+    """A training that has ended, of which networks are kept; each is given with what it reaches."""
+
+    def keep_student(self) -> Any:
+        """The network that was trained last."""
+
+    def keep_teacher(self) -> Any:
+        """Its teacher."""
+
+    def keep_finetuned(self) -> Any:
+        """The student, finetuned on the labeled examples."""
+
+    def keep_larger(self, size: int) -> Any:
+        """The student, finetuned on larger labeled pictures."""
+
+
+class Run(Protocol):
+    """What a method trains in: a run of its own, or a rehearsal of it.
+
+    ``teacher`` and ``student`` have fresh weights and are laid out over the processes that train together.
+    """
+
+    recipe: Recipe
+    task: Task
+    teacher: nn.Module
+    student: nn.Module
+
+    def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
+        """Another teacher than the given one, laid out."""
+
+    def labels_given(self) -> Stored | None:
+        """The labels that a user gave; None where a teacher is to be trained first."""
+
+    def label(self, teacher: nn.Module) -> Stored:
+        """Store and give the labels of the examples by a network."""
+
+    def select(self, number: int, teacher: nn.Module) -> Selected:
+        """Store the labels of the unlabeled examples by the network of the round before, and select from them."""
+
+    def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
+        """Keep what the network of a round reaches."""
+
+
+Place = Literal["compared", "control", "headroom"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to train a recipe: a type with its own fields, which are flags, and the phases that it goes through."""
+
+    name: ClassVar[str]
+    """In commands and files."""
+    title: ClassVar[str]
+    """In words."""
+    place: ClassVar[Place] = None
+    """In a comparison: compared by default, a control of the feedback, or the headroom, which trains on the true labels
+    of all examples. None: only if it is named."""
+    control: ClassVar[str | None] = None
+    """The method that it is tested against."""
+    delivers: ClassVar[Literal["student", "finetuned"]] = "finetuned"
+    """The network that is delivered where validation cannot tell them apart."""
+    networks: ClassVar[Mapping[str, str]] = {
+        "student": "student",
+        "finetuned": "finetuned student",
+        "teacher": "teacher",
+    }
+    """The networks of a run in words, by their names in files."""
+    one_network: ClassVar[bool] = False
+    """Whether there is neither teacher nor student, but a network that is trained by itself."""
+    built_as: ClassVar[Role] = "student"
+    """Which of the recipe's two networks the trained one is built as."""
+    teaches: ClassVar[bool] = False
+    """Whether a teacher learns beside the student; it is then one of the run's networks."""
+    reduced: ClassVar[bool] = False
+    """Whether a small network adjusts stored labels."""
+    doubting: ClassVar[bool] = False
+    """Whether given labels may be wrong."""
+    selects: ClassVar[bool] = False
+    """Whether a network's stored labels decide which unlabeled examples are learned from."""
+    is_noisy_student: ClassVar[bool] = False
+    """Whether students learn from stored labels one after another."""
+    indexed: ClassVar[bool] = False
+    """Whether its batches say which examples they have."""
+    idle: ClassVar[tuple[str, ...]] = ()
+    """Fields of recipes that it has no use for."""
+    forced: ClassVar[Mapping[str, Any]] = {}
+    """Fields of the rounds that a control has of its own."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    @classmethod
+    def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
+        """Fields of recipes that are no flags beside it, and beside others that are given."""
+        return cls.idle
+
+    @abstractmethod
+    def phases(self, run: Run) -> Phases:
+        """The fits, the last of which ends with the network that is kept."""
+
+    def kept(self, ended: Ended) -> list[Any]:
+        """The networks of a run: the student, the teacher beside it if there is one, and the student finetuned."""
+        return [ended.keep_student(), *([ended.keep_teacher()] if self.teaches else []), ended.keep_finetuned()]
+
+    @classmethod
+    def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
+        """The name of the network that a run delivers.
+
+        Args:
+            accuracies: on validation, by network.
+            select: whether validation can tell them apart; it is then the best by it, the first of equals. Otherwise
+                it is what the method delivers, which did better on the seen half of benchmarks/pictures.
+        """
+        return max(accuracies, key=lambda name: accuracies[name] or 0.0) if select else cls.delivers
+
+    @classmethod
+    def last_phase(cls, rounds: int) -> str:
+        """The name of the main phase."""
+        return "fit"
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """Of its networks."""
+        return {role: getattr(self, role) for role in ROLES if hasattr(self, role)}
+
+    @property
+    def labels_from(self) -> Mapping[str, str | None]:
+        """Where the labels of a teacher come from that a user gave: a run, and stores of labels."""
+        return {}
+
+    def whole(self) -> Self:
+        """With whole paths, as it can be stored."""
+        return self
+
+    def options(self, recipe: Recipe) -> dict[str, Any]:
+        """Options of the main phase in which it differs from the recipe's."""
+        return {}
+
+    def check(self, recipe: Recipe) -> None:  # noqa: B027  # most have none that do not
+        """Refuse fields that do not go with the recipe; nothing is read."""
+
+    def with_forced(self) -> Self:
+        """With the fields that a control has of its own."""
+        return self
+
+    def check_networks(self, recipe: Recipe) -> None:  # noqa: B027  # likewise
+        """Refuse networks that do not go together; they are built without weights."""
+
+    def settled(self, names: Mapping[str, Any]) -> Self:
+        """With these values for fields that were left open."""
+        known = {each.name for each in dataclasses.fields(self)}
+        missing: dict[str, Any] = {name: names[name] for name in known & names.keys() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def for_rate(self, rate: float) -> Self:
+        """With this learning rate of the networks, where none was given."""
+        return dataclasses.replace(self, **{name: one.with_rate(rate) for name, one in self.optimizers().items()})
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From the fields of another method, or of a recipe's defaults, as far as it has such fields."""
+        hints = typing.get_type_hints(cls)
+        known = {each.name for each in dataclasses.fields(cls)} & values.keys()
+        return cls(**{name: _narrowed(values[name], hints[name]) for name in known})
+
+
+def _narrowed(value: Any, hint: Any) -> Any:
+    """How a teacher labels, with feedback or without, and what is selected by its labels."""
+    if not isinstance(value, Softness | Selection) or type(value) is hint:
+        return value
+    return hint(**{f.name: getattr(value, f.name) for f in dataclasses.fields(hint) if hasattr(value, f.name)})
+
+
+# --------------------------------------------------------------------------------------------------------- the recipes
+
+if TYPE_CHECKING:
+    OwnMethod = Method
+else:
+    OwnMethod = Unasked[Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """A frozen configuration that can be run: data, networks, losses, optimizers, how long.
@@ -254,13 +397,6 @@ class Recipe(ABC):
         labeled_batch: labeled examples in a batch.
         unlabeled_batch: unlabeled examples in a batch.
         dropout: dropout rate of the networks.
-        label_smoothing: label smoothing of the teacher's supervised loss.
-        uda_weight: weight of the UDA loss; 0 leaves it out.
-        uda_temperature: temperature of UDA's targets; a value below 1 sharpens them.
-        uda_threshold: UDA leaves out examples whose greatest probability is not above this.
-        feedback: how the teacher learns from the student.
-        student: its optimizer.
-        teacher: its optimizer.
         schedule: how both learning rates change over the steps: to 0 (cosine), not at all (constant), or by 0.97 for
             every 145th part of the steps, as in Noisy Student (exponential).
         warmup: steps over which both learning rates grow from 0.
@@ -271,10 +407,8 @@ class Recipe(ABC):
         validate_every: steps between validations.
         log_every: steps between rows in metrics.jsonl.
         save_every: steps between checkpoints.
-        exact_every: steps between measurements of the cosine between the mode's gradient and the exact one; by default
-            it is not measured.
         keep: number of checkpoints to keep.
-        self_training: how Noisy Student goes from a teacher to its students.
+        method: how it is trained; by default the recipe's own method with the recipe's settings of it.
     """
 
     name: ClassVar[str]
@@ -282,49 +416,79 @@ class Recipe(ABC):
     """Suffixes of the files that :meth:`read` finds in a folder."""
     batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "unlabeled_batch", "finetune_batch")
     """Fields, where there are such, with the sizes of batches that several processes share."""
+    known: ClassVar[Mapping[str, type[Method]]]
+    """The methods that it can be trained by."""
+    own: ClassVar[str] = "mpl"
+    """The method that trains it, unless another is asked for."""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """Fields of methods in which its defaults differ from theirs."""
+    looks: ClassVar[bool] = False
+    """Whether what is left open is chosen by looking at pictures."""
 
-    seed: int = 0
-    steps: int = 600
-    labeled_batch: int = 32
-    unlabeled_batch: int = 64
-    dropout: float = 0.0
-    label_smoothing: float = 0.1
-    uda_weight: float = 1.0
-    uda_temperature: float = 0.7
-    uda_threshold: float = 0.6
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
-    student: Optimizer = field(default_factory=Optimizer)
-    teacher: Optimizer = field(default_factory=Optimizer)
+    seed: Annotated[int, Within(0, 2**32 - 1), SEEDS] = 0
+    steps: Steps = 600
+    labeled_batch: Batch = 32
+    unlabeled_batch: Batch = 64
+    dropout: Share = 0.0
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     warmup: int = 0
     ema_decay: float | None = None
-    finetune_steps: int = 200
+    finetune_steps: SomeSteps = 200
     finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-3))
     validate_every: int = 100
     log_every: int = 20
     save_every: int = 500
-    exact_every: int | None = None
     keep: int = 2
-    self_training: Unasked[SelfTraining] = field(default_factory=SelfTraining)
+    method: OwnMethod = None  # type: ignore[assignment]  # a name, or none, stands for one
 
     def __post_init__(self) -> None:
-        require_finite(self)
-        for name, most in (
-            ("steps", MOST_STEPS),
-            ("labeled_batch", MOST_IN_A_BATCH),
-            ("unlabeled_batch", MOST_IN_A_BATCH),
-        ):
-            require_within(self, name, 1, most)
-        require_within(self, "finetune_steps", 0, MOST_STEPS)
-        require(self, 0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1")
-        require(self, 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
-        require(self, 0 <= self.label_smoothing < 1, "label_smoothing", "a number in [0, 1)")
-        require(self, self.uda_weight >= 0, "uda_weight", "0 or more")
-        require(self, self.uda_temperature >= 0, "uda_temperature", "a number of 0 or more")
-        require(self, 0 <= self.uda_threshold < 1, "uda_threshold", "a number in [0, 1)")
-        self.teacher_losses(uda=True)
+        given: Any = self.method
+        if not isinstance(given, Method):
+            object.__setattr__(self, "method", self.by_name(given or self.own))
+        check_ranges(self)
+        self.method.check(self)
         if self.complete:
-            FitOptions(steps=self.steps, **self.fit_options())
+            FitOptions(steps=self.steps, **self.fit_options() | self.method.options(self))
+
+    @classmethod
+    def by_name(cls, name: str, **fields: Any) -> Method:
+        """A method with the recipe's defaults.
+
+        Args:
+            name: of ``known``.
+            fields: that are not as in the defaults.
+        """
+        if name not in cls.known:
+            raise MetaplError(f"{cls.name} cannot be trained by {name!r}; expected one of {', '.join(cls.known)}.")
+        return dataclasses.replace(cls.known[name].of(cls.settings), **fields)
+
+    def by(self, method: str, seed: int | None = None) -> Self:
+        """The recipe by a method, which takes the fields that it has in common with the recipe's own."""
+        own = {each.name: getattr(self.method, each.name) for each in dataclasses.fields(self.method)}
+        kind = self.known[method]
+        made = self.method if type(self.method) is kind else kind.of({**self.settings, **own})
+        if kind.forced:
+            made = made.with_forced()
+        return dataclasses.replace(self, method=made, seed=self.seed if seed is None else seed)
+
+    @classmethod
+    def rivals(cls, own: str) -> tuple[str, ...]:
+        """What a method is compared with."""
+        return tuple(name for name, method in cls.known.items() if method.place == "compared" and name != own)
+
+    @classmethod
+    def controls(cls, own: str) -> tuple[str, ...]:
+        """Methods with altered feedback that a method is compared with, where that is asked for."""
+        return tuple(name for name, method in cls.known.items() if method.place == "control")
+
+    def with_method(self, **fields: Any) -> Self:
+        """The recipe with other values of fields of its method."""
+        return dataclasses.replace(self, method=dataclasses.replace(self.method, **fields))
+
+    @property
+    def own_method(self) -> str:
+        """The name of its method."""
+        return self.method.name
 
     @property
     def complete(self) -> bool:
@@ -359,6 +523,14 @@ class Recipe(ABC):
             name: as ``--networks`` of ``metapl noisy-student`` takes it.
         """
 
+    def at_size(self, size: int) -> Self:
+        """The recipe with larger pictures.
+
+        Raises:
+            MetaplError: it has no pictures of other sizes, or its network is built for one size.
+        """
+        raise MetaplError(f"--finetune-size {size}: the pictures of {self.name} have one size; leave it out.")
+
     def architecture(self) -> Architecture | None:
         """What builds the student without metapl's wrappers; None for a network that has no name."""
         return None
@@ -381,15 +553,6 @@ class Recipe(ABC):
     def input_note(self) -> str:
         """How the network's input is made of a file, in a sentence."""
 
-    @property
-    def own_method(self) -> str:
-        """The method that trains it, unless another is asked for."""
-        return "mpl"
-
-    def by(self, method: str, seed: int) -> Self:
-        """The recipe for a run of a comparison."""
-        return dataclasses.replace(self, seed=seed)
-
     def decided_by_minutes(self) -> tuple[str, ...]:
         """Fields that follow from a time for training, by way of the number of steps."""
         return ()
@@ -398,31 +561,22 @@ class Recipe(ABC):
         """The recipe as it can be stored: whole paths, and the classes that are found."""
         return self
 
-    def uda(self) -> UDA:
-        """The consistency loss, whether or not the teacher has it; its weight is then 1."""
-        return UDA(self.uda_temperature, self.uda_threshold, self.uda_weight or 1.0)
-
-    def teacher_losses(self, uda: bool | None = None) -> tuple[TeacherLoss, ...]:
-        """The teacher's own losses; ``uda`` overrides whether UDA is among them."""
-        supervised = CrossEntropy(self.label_smoothing)
-        wanted = self.uda_weight > 0 if uda is None else uda
-        return (supervised, self.uda()) if wanted else (supervised,)
-
     def fit_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` but ``steps`` and ``phase``."""
         return {name: getattr(self, name) for name in FIT_OPTIONS if hasattr(self, name)}
 
+    def warmup_after(self, wait: int) -> int:
+        """The steps of warming up where a student waits first."""
+        return self.warmup
+
     def finetune_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` in which finetuning differs from the rest."""
-        return {}
+        steps = self.finetune_steps
+        return {"steps": steps, "ema_decay": None, "warmup": 0, "validate_every": max(1, steps // 10)}
 
     def trainer_options(self) -> dict[str, Any]:
         """Options of every trainer, finetuning included: clipping, micro-batches, precision, compilation."""
         return {}
-
-    def feedback_options(self) -> dict[str, float]:
-        """The option of :class:`metapl.BilevelTrainer` that sets the size of the feedback."""
-        return {"feedback_weight": self.feedback.feedback_weight}
 
     def torch_device(self) -> torch.device:
         """Where it runs."""
@@ -432,27 +586,48 @@ class Recipe(ABC):
 R = TypeVar("R")
 
 
-def from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
-    """A recipe from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a recipe and of its method by the names that they have on the command line, as plain values."""
+    fields = dataclasses.asdict(recipe)
+    of_method: dict[str, Any] = fields.pop("method")
+    return {**fields, **of_method}
+
+
+def recipe_from_dict(kind: type[Recipe], method: str, values: Mapping[str, Any]) -> Recipe:
+    """A recipe from what :func:`as_dict` made of it, by way of JSON."""
+    if method not in kind.known:
+        raise MetaplError(f"{kind.__name__} has no method {method}")
+    usual = kind.by_name(method)
+    names = {each.name for each in dataclasses.fields(usual)}
+    # An optimizer is one of those that this recipe has.
+    kinds = {name: type(one) for name in names if dataclasses.is_dataclass(one := getattr(usual, name))}
+    made = from_dict(type(usual), {name: values[name] for name in names & values.keys()}, kinds)
+    rest = {name: value for name, value in values.items() if name not in names}
+    if missing := names - values.keys():
+        raise MetaplError(f"{kind.__name__} by {method} has no value for {', '.join(sorted(missing))}.")
+    return dataclasses.replace(from_dict(kind, rest | {"method": None}), method=made)
+
+
+def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None) -> R:
+    """A dataclass from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
+
+    Args:
+        kinds: of fields, where they are not as the type says.
 
     >>> from_dict(Optimizer, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
     0.9
     """
-    hints = _hints(kind)
     if not isinstance(values, Mapping):
         raise MetaplError(f"{kind.__name__} is stored as {values!r:.60}; expected an object.")
-    unknown = values.keys() - hints.keys()
-    if unknown:
+    hints = typing.get_type_hints(kind) | dict(kinds or {})
+    names = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    if unknown := values.keys() - names:
         raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")
     fault = misfit_entries(values, hints, kind.__name__)
     if fault is not None:
         raise MetaplError(f"{fault}.")
     built = {name: _rebuilt(hints[name], value) for name, value in values.items()}
     return kind(**built)
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    return {f.name: hint for f in dataclasses.fields(kind) if (hint := typing.get_type_hints(kind)[f.name])}
 
 
 def _rebuilt(hint: Any, value: Any) -> Any:

@@ -5,27 +5,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
 from metapl.apps.pictures.hashes import hashes
 from metapl.apps.pictures.reader import SUFFIXES, gray_image
 from metapl.apps.pictures.tables import csv_rows
-from metapl.apps.recipes.base import Optimizer, Recipe, Role, Task, require, require_within
-from metapl.apps.recipes.methods import METHODS, SELF_TRAINING_METHODS
+from metapl.apps.recipes.base import Optimizer, Recipe, Role, Task, require
+from metapl.apps.recipes.methods import OF_PICTURES
+from metapl.apps.recipes.ranges import Within
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
 from metapl.training import Say
-
-if TYPE_CHECKING:
-    Method = str
-else:
-    Method = Literal[(*METHODS, *SELF_TRAINING_METHODS)]  # what the command line offers
 
 MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
 
@@ -38,10 +33,6 @@ class Digits(Recipe):
     augmented images. The feedback's weight is in units of the true gradient, which carries η/B.
 
     Args:
-        method: how it is trained. mpl trains a teacher and a student with feedback, none does so without feedback.
-            reduced_mpl trains a teacher first and stores its labels, which a small network then adjusts by the
-            student's feedback. Others are supervised, pseudo_labels, uda and fixmatch, those of --methods, and
-            noisy_student, whose settings are flags of metapl noisy-student.
         labels_per_class: labeled images of each class.
         hidden: widths of the hidden layers of teacher and student.
         view: how the student's, and the teacher's labeled, images are altered.
@@ -54,25 +45,26 @@ class Digits(Recipe):
     input_shape: ClassVar[tuple[int, int, int]] = (1, 8, 8)
     input_note: ClassVar[str] = "Its input is (B, 1, 8, 8), ink from 0 to 1: scikit-learn's digits, divided by 16."
 
-    method: Annotated[Method, tyro.conf.arg(metavar="METHOD")] = "mpl"
-    labels_per_class: int = 2
+    known = OF_PICTURES
+    settings: ClassVar[dict[str, Any]] = {
+        "label_smoothing": 0.0,
+        "uda_weight": 0.0,
+        "uda_temperature": 1.0,
+        "uda_threshold": 0.0,
+        "student": Optimizer(lr=1.0),
+        "teacher": Optimizer(lr=0.06, momentum=0.9),
+    }
+
+    labels_per_class: Annotated[int, Within(1)] = 2
     steps: int = 6000
     labeled_batch: int = 64
     hidden: tuple[int, ...] = (32, 32)
     view: ShiftNoiseCutout = field(default_factory=ShiftNoiseCutout)
-    label_smoothing: float = 0.0
-    uda_weight: float = 0.0
-    uda_temperature: float = 1.0
-    uda_threshold: float = 0.0
-    student: Optimizer = field(default_factory=lambda: Optimizer(lr=1.0))
-    teacher: Optimizer = field(default_factory=lambda: Optimizer(lr=0.06, momentum=0.9))
     finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=0.02))
-    threads: int = 1
+    threads: Annotated[int, Within(1, MOST_THREADS)] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, self.labels_per_class >= 1, "labels_per_class", "1 or more")
-        require_within(self, "threads", 1, MOST_THREADS)
         # A square, or a shift, of the picture's side would leave nothing of it.
         side = min(self.input_shape[1:])
         for name in ("shift", "cutout"):
@@ -81,13 +73,6 @@ class Digits(Recipe):
         require(self, all(width >= 1 for width in self.hidden), "hidden", "widths of 1 or more")
         wide = len(self.hidden) > MOST_LAYERS or max(self.hidden, default=0) > WIDEST
         require(self, not wide, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
-
-    @property
-    def own_method(self) -> str:
-        return self.method
-
-    def by(self, method: str, seed: int) -> Digits:
-        return dataclasses.replace(self, method=method, seed=seed)
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         split = load_digits_split(self.labels_per_class, self.seed)

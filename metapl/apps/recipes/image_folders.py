@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, Self, TypeVar
 
 import torch
 import tyro
@@ -29,14 +29,17 @@ from metapl.apps.pictures.verify import verify_files
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.apps.pictures.views.crops import ResizedCrop
-from metapl.apps.recipes.base import ROLES, Optimizer, Task, require
-from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Views
-from metapl.apps.recipes.methods import EVERY_METHOD, SELF_TRAINING_METHODS
+from metapl.apps.recipes.base import Optimizer, Task, require
+from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
+from metapl.apps.recipes.ranges import Share, Steps, Weight, Within, check_ranges
+from metapl.apps.recipes.settings import OPEN, OpenOptimizer
 from metapl.errors import MetaplError, few
-from metapl.problems.losses import UDA
 from metapl.runs.sealed import read_plain
 from metapl.training import Say
 from metapl.training.progress import counting
+
+MOST_MINUTES = 60 * 24 * 366
+"""A year."""
 
 IN_MEMORY = 2**30
 """Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
@@ -44,51 +47,40 @@ IN_MEMORY = 2**30
 HUE = 0.1
 """Share of a turn by which colors are changed that do not tell classes apart."""
 
-WAIT, WARMUP, START, RAMP = 0.75, 0.05, 0.4, 0.1
-"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, and
-of its ramp."""
+WAIT, WARMUP, START, RAMP, WARM = 0.75, 0.05, 0.4, 0.1, 0.2
+"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, of
+its ramp, and on labels as they are given before anything is learned about them."""
+
+Minutes = Annotated[float, Within(0, MOST_MINUTES, above=True)]
+
+LONG, SELECTED = (tyro.conf.create_mutex_group(required=False) for _ in range(2))
+"""Flags of which one is given: how long it takes, and what is selected on."""
 
 FINETUNED_ON_CHANGED = 0.5
 """Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
 may take away what a class is told by: a hole covers one of the things to be counted."""
-
-MOST_MINUTES = 60 * 24 * 366
-"""A year."""
 
 CHOSEN = (
     "steps",
     "image_size",
     "grey",
     "network_name",
-    "wait",
     "warmup",
-    "uda_ramp",
-    "uda_start",
     "validate_every",
     "val_fraction",
     "mean",
     "std",
-    "uda_prior",
 )
 """Fields that a recipe chooses for itself where they are None."""
 
+OF_METHOD = ("wait", "uda_start", "uda_ramp", "uda_prior", "warm_steps")
+"""Fields of methods, where they have such, that it chooses likewise."""
+
 T = TypeVar("T")
-OPEN: Any = None
 if TYPE_CHECKING:
     Open = Annotated[T, "chosen when the recipe is settled"]
 else:
     Open = Optional
-
-STORED = ("teacher_run", "label_store", "labeled_label_store")
-"""Fields of :class:`ImageFolders` that say where the labels of a teacher come from."""
-
-OFFERED = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels", "reduced_mpl")
-"""What ``metapl train images`` names; it takes those of Noisy Student too, whose flags metapl noisy-student has."""
-
-if TYPE_CHECKING:
-    Method = str
-else:
-    Method = Literal[(*OFFERED, *SELF_TRAINING_METHODS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +105,18 @@ class Changes:
 
     degrees: float = 20.0
     translate: float = 0.125
-    zoom: float = 1.33
+    zoom: Annotated[float, Within(1)] = 1.33
     shear: float = 10.0
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float | None = None
-    hole: float = 0.5
+    hole: Weight = 0.5
     mirror: bool = False
-    recolor: bool | None = None
+    recolor: tyro.conf.FlagConversionOff[bool | None] = None
 
     def __post_init__(self) -> None:
-        require(self, self.zoom >= 1, "zoom", "a factor of 1 or more")
-        require(self, 0 <= self.hole < math.inf, "hole", "a share of the side, 0 or more")
+        check_ranges(self)
         self.strong()
 
     def strong(self) -> View:
@@ -158,43 +149,9 @@ class Changes:
         return dataclasses.replace(self, recolor=recolor, hue=hue)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenOptimizer(Optimizer):
-    """An optimizer whose learning rate is chosen for the network if it is not given.
-
-    Args:
-        lr: base learning rate, which the schedule multiplies. The default of adamw depends on the network, such as 0.01
-            for pooled_cnn and 0.001 for resnet18; that of sgd is 0.01.
-    """
-
-    algorithm: Literal["sgd", "adamw"] = "adamw"
-    lr: Open[float] = OPEN
-    weight_decay: float = 0.05
-    decay_norms: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lr is OPEN:
-            _with_rate(self, OTHER_RATE)  # every other field is checked
-        else:
-            super().__post_init__()
-
-
-OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
-
-
-def _with_rate(optimizer: OptimizerT, rate: float) -> OptimizerT:
-    """The optimizer with this learning rate for adamw, if none was given."""
-    if optimizer.lr is not OPEN:
-        return optimizer
-    return dataclasses.replace(optimizer, lr=rate if optimizer.algorithm == "adamw" else SGD_RATE)
-
-
 RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
 OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
 """Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
-
-SGD_RATE = 1e-2
-"""Learning rate of SGD, whatever the network."""
 
 CLIPPED, NOT_CLIPPED = 1.0, 0.0
 """Greatest norm of a gradient in networks other than pooled_cnn and small_cnn, some of which diverge at first without
@@ -220,21 +177,9 @@ class ImageFolders(ImageRecipe):
         network_name: pooled_cnn (the default), small_cnn, wide_resnet28_2, resnet18 (the default with --weights), 34,
             50, ..., efficientnet_b0 to b7, vit_b_16, ..., or timm:NAME. After an unknown name, the error lists all.
         weights: file with pretrained weights of the network; imagenet downloads those of torchvision.
-        method: uda and fixmatch train one network, on the labeled pictures and on its own labels of pictures that it
-            is sure of. mpl trains a teacher and a student with feedback; none does so without feedback. supervised uses
-            the labeled pictures alone. pseudo_labels trains a student on the labels of a teacher that learned from the
-            labeled pictures alone. reduced_mpl trains a teacher first and stores its labels, which a small network
-            then adjusts by the student's feedback.
-        teacher_run: with --method reduced_mpl: the run whose network labels the pictures, instead of a teacher that is
-            trained first.
-        label_store: with --method reduced_mpl: a store of the labels of --unlabeled, written by metapl label. Without
-            --labeled-labels, the network that adjusts them learns from the student's feedback alone.
-        labeled_label_store: with --labels: a store of the labels of --labeled, likewise.
         minutes: how long training may take: as many steps are taken as fit by a short measurement on this machine. By
             default 5; --steps replaces it. With --compare, every method takes the steps of --method.
         steps: number of training steps; by default as many as fit into --minutes.
-        wait: steps in which only the teacher trains, before the student starts (mpl and none); by default 75 % of all.
-        warm_start: let the student start from the teacher's weights (mpl and none).
         warmup: steps over which the learning rates grow from 0; by default 5 %. With mpl and none, both networks take
             the same share of the student's steps, which are those after --wait.
         val_fraction: share of each class that is set aside for validation if --val is not given; 0 sets none aside.
@@ -244,12 +189,6 @@ class ImageFolders(ImageRecipe):
         std: standard deviation of each channel, likewise.
         clip_norm: greatest norm of either network's gradient; 0 turns clipping off. By default 0 for pooled_cnn and
             small_cnn, and 1 for other networks.
-        uda_align: how far UDA moves the shares of its labels over the classes towards uda_prior: 0 leaves them as the
-            network has them, 1 moves them all the way.
-        uda_prior: share of each class, in the order of the folders; by default the shares in --labeled, with one
-            picture more in each class.
-        uda_start: steps on the labeled pictures alone, before UDA begins; these are fast. By default 40 % of all.
-        uda_ramp: steps over which the weight of UDA then grows from 0; by default 10 % of all.
         validate_every: steps between validations; by default 5 % of all.
         changes: how pictures are changed before they are learned from.
         pad: with --randaugment: greatest shift of the weak view, in pixels.
@@ -265,79 +204,75 @@ class ImageFolders(ImageRecipe):
     """Fields that the recipe chooses for itself where they are None."""
     batch_of_few: ClassVar[str] = "labeled_batch"
     """The field with the number of pictures in a batch of those whose labels are right."""
+    looks = True
+    own: ClassVar[str] = "uda"
+    settings: ClassVar[dict[str, Any]] = {
+        "label_smoothing": 0.0,
+        "uda_temperature": 0.5,
+        "uda_threshold": 0.85,
+        "uda_align": 0.5,
+        "uda_start": OPEN,
+        "uda_ramp": OPEN,
+        "wait": OPEN,
+        "warm_start": True,
+        "student": OpenOptimizer(),
+        "teacher": OpenOptimizer(),
+    }
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     unlabeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    val: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    val: Annotated[str | None, tyro.conf.arg(metavar="DIR"), SELECTED] = None
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    method: Annotated[Method, tyro.conf.arg(metavar=f"{{{','.join(OFFERED)}}}")] = "uda"
-    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
-    label_store: Annotated[str | None, tyro.conf.arg(name="labels", metavar="STORE")] = None
-    labeled_label_store: Annotated[str | None, tyro.conf.arg(name="labeled-labels", metavar="STORE")] = None
-    minutes: Open[float] = OPEN
-    steps: Open[int] = OPEN
-    image_size: Open[int] = OPEN
-    grey: Open[bool] = OPEN
+    minutes: Annotated[Open[Minutes], LONG] = OPEN
+    steps: Annotated[Open[Steps], LONG] = OPEN
+    image_size: Open[Annotated[int, Within(1, LARGEST_SIDE)]] = OPEN
+    grey: tyro.conf.FlagConversionOff[Open[bool]] = OPEN
     network_name: Annotated[Open[str], tyro.conf.arg(name="network")] = OPEN
-    wait: Open[int] = OPEN
     warmup: Open[int] = OPEN
-    uda_ramp: Open[int] = OPEN
-    uda_start: Open[int] = OPEN
     validate_every: Open[int] = OPEN
-    val_fraction: float | None = None
+    val_fraction: Annotated[Share | None, SELECTED] = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    uda_prior: tuple[float, ...] | None = None
     changes: Changes = field(default_factory=Changes)
     randaugment: bool = False
     channels_last: bool = True
     labeled_batch: int = 32
     unlabeled_batch: int = 32
-    label_smoothing: float = 0.0
-    uda_temperature: float = 0.5
-    uda_threshold: float = 0.85
-    uda_align: float = 0.5
-    warm_start: bool = True
-    clip_norm: Open[float] = OPEN
-    student: OpenOptimizer = field(default_factory=OpenOptimizer)
-    teacher: OpenOptimizer = field(default_factory=OpenOptimizer)
+    clip_norm: Open[Weight] = OPEN
     ema_decay: float | None = 0.99
     finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-2))
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        possible = self.minutes is None or 0 < self.minutes <= MOST_MINUTES
-        require(self, possible, "minutes", f"a number above 0, {MOST_MINUTES:,} at most")
-        clip = self.clip_norm
-        require(self, clip is None or 0 <= clip < math.inf, "clip_norm", "a number above 0, or 0 for no clipping")
-        fraction = self.val_fraction
-        require(self, fraction is None or 0 <= fraction < 1, "val_fraction", "a number in [0, 1)")
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
-        require(self, 0 <= self.uda_align <= 1, "uda_align", "a number in [0, 1]")
-        require(self, self.uda_start is None or self.uda_start >= 0, "uda_start", "0 or more steps")
         super().__post_init__()
 
-    def for_network(self, name: str) -> ImageFolders:
+    def for_network(self, name: str) -> Self:
         """The recipe with the rates and the clipping with which such a network trains, where none were given."""
         family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
         rate = PRETRAINED_RATE if self.weights else family
         clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
-        student, teacher = (_with_rate(optimizer, rate) for optimizer in (self.student, self.teacher))
-        return dataclasses.replace(self, student=student, teacher=teacher, clip_norm=clip)
+        return dataclasses.replace(self, method=self.method.for_rate(rate), clip_norm=clip)
 
-    def with_network(self, name: str) -> ImageFolders:
+    def with_network(self, name: str) -> Self:
         """The recipe with another network; rates and clipping that are as where none were given become those of it."""
         if name == self.network_name or self.network_name is None:
             return super().with_network(name)
-        opened: dict[str, Any] = {role: dataclasses.replace(getattr(self, role), lr=OPEN) for role in ROLES}
-        opened["clip_norm"] = OPEN
-        usual = dataclasses.replace(self, **opened).for_network(self.network_name)
-        derived = {field: value for field, value in opened.items() if getattr(self, field) == getattr(usual, field)}
-        return dataclasses.replace(super().with_network(name), **derived).for_network(name)
+        changed, usual = super().with_network(name), {}
+        method = self.method
+        for role, optimizer in method.optimizers().items():
+            usual[role] = dataclasses.replace(optimizer, lr=OPEN)
+        fresh = dataclasses.replace(self, method=dataclasses.replace(method, **usual), clip_norm=OPEN)
+        fresh = fresh.for_network(self.network_name)
+        derived = {role: one for role, one in usual.items() if getattr(method, role) == getattr(fresh.method, role)}
+        clip = OPEN if self.clip_norm == fresh.clip_norm else self.clip_norm
+        changed = dataclasses.replace(changed, method=dataclasses.replace(method, **derived), clip_norm=clip)
+        return changed.for_network(name)
 
     @property
     def complete(self) -> bool:
-        return all(getattr(self, name) is not None for name in self.chosen)
+        of_method = all(getattr(self.method, name, 0) is not None for name in OF_METHOD)
+        return of_method and all(getattr(self, name) is not None for name in self.chosen)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -357,46 +292,43 @@ class ImageFolders(ImageRecipe):
         if not verify_files(labeled).skipped:  # else the files that are left out are listed first
             refuse_errors(check_folders(labeled))
 
-    def scheduled(self, steps: int) -> ImageFolders:
+    def scheduled(self, steps: int) -> Self:
         """The recipe with this number of steps, and with the phases that are a share of it."""
         shares = self._shares(steps)
-        missing: dict[str, Any] = {name: value for name, value in shares.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, steps=steps, **missing)
+        own = ("warmup", "validate_every")
+        missing: dict[str, Any] = {name: shares[name] for name in own if getattr(self, name) is None}
+        return dataclasses.replace(self, steps=steps, method=self.method.settled(shares), **missing)
 
     def _hashes_of_labels(self) -> dict[str, str]:
         """SHA-256 of what describes the stored labels: it has the hashes of their parts, or of a run's weights."""
-        files = {
-            "teacher": self.teacher_run and Path(self.teacher_run) / "result.json",
-            "labels": self.label_store and Path(self.label_store) / DESCRIPTION,
-            "labeled_labels": self.labeled_label_store and Path(self.labeled_label_store) / DESCRIPTION,
-        }
-        return {name: hashlib.sha256(read_plain(file)).hexdigest() for name, file in files.items() if file}
+        given = {name: Path(place) for name, place in self.method.labels_from.items() if place}
+        files = {name: place / ("result.json" if name == "teacher" else DESCRIPTION) for name, place in given.items()}
+        return {name: hashlib.sha256(read_plain(file)).hexdigest() for name, file in files.items()}
 
     def _shares(self, steps: int) -> dict[str, int]:
         """What is a share of the steps."""
-        # A method without a student does not wait, whatever stands here: a comparison has one recipe for all methods.
         return {
             "wait": min(round(WAIT * steps), steps - 1),
             "warmup": round(WARMUP * steps),
             "uda_ramp": round(RAMP * steps),
             "uda_start": round(START * steps),
+            "warm_steps": round(WARM * steps),
             "validate_every": max(1, round(steps / 20)),
         }
 
-    @property
-    def own_method(self) -> str:
-        return self.method
-
-    def by(self, method: str, seed: int) -> ImageFolders:
-        changed: dict[str, Any] = {"method": method, "seed": seed}
-        return dataclasses.replace(self, **changed)
+    def by(self, method: str, seed: int | None = None) -> Self:
+        made = super().by(method, seed)
+        if made.steps is not OPEN:
+            made = made.scheduled(made.steps)
+        return made if self.network_name is OPEN else made.for_network(self.network_name)
 
     def decided_by_minutes(self) -> tuple[str, ...]:
         """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
         if self.minutes is OPEN:
             return ()
         shares = self._shares(self.steps).items()
-        return "steps", *(name for name, value in shares if getattr(self, name) == value)
+        have = {**vars(self), **vars(self.method)}
+        return "steps", *(name for name, value in shares if name in have and have[name] == value)
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         assert self.mean is not None  # settled
@@ -412,15 +344,9 @@ class ImageFolders(ImageRecipe):
         strong = self.changes.strong()
         return Views(self.changes.weak(), strong, strong, finetuned=Sometimes(strong, FINETUNED_ON_CHANGED))
 
-    def uda(self) -> UDA:
-        return dataclasses.replace(super().uda(), align=self.uda_align, prior=self.uda_prior, start=self.uda_start or 0)
-
-    def fit_options(self) -> dict[str, Any]:
-        # A student that waits has fewer steps, and warms up over the same share of them. So the recipe of a comparison
-        # is that of each of its methods.
-        wait = self.wait if EVERY_METHOD[self.method].teaches else 0
-        warmup = round((self.steps - wait) / self.steps * self.warmup)
-        return super().fit_options() | {"wait": wait, "warm_start": self.warm_start and wait > 0, "warmup": warmup}
+    def warmup_after(self, wait: int) -> int:
+        # A student that waits has fewer steps, and warms up over the same share of them.
+        return round((self.steps - wait) / self.steps * self.warmup)
 
     def trainer_options(self) -> dict[str, Any]:
         return super().trainer_options() | {"clip_norm": self.clip_norm or None}

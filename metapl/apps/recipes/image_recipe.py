@@ -19,10 +19,11 @@ from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.crops import ResizedCrop, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
-from metapl.apps.recipes.base import MOST_IN_A_BATCH, Optimizer, Recipe, Role, require, require_within
+from metapl.apps.recipes.base import Optimizer, Recipe, Role, require
+from metapl.apps.recipes.methods import OF_PICTURES
+from metapl.apps.recipes.ranges import Batch, Within
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
-from metapl.problems.losses import UDA
 from metapl.training.options import MOST_WORKERS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -127,18 +128,14 @@ class ImageRecipe(Recipe):
         network_name: small_cnn, wide_resnet28_2, resnet18, 34, 50, ..., efficientnet_b0 to b7, vit_b_16, ..., or
             timm:NAME. After an unknown name, the error lists all names.
         weights: file with pretrained weights of the network.
-        teacher_dropout: dropout rate of the teacher, if not the same.
+        teacher_dropout: dropout rate of the teacher, or of the one network, if not the same.
         stochastic_depth: probability of dropping the last block, for networks that support it.
         channels_last: store the networks in the channels-last format, which is faster on tensor cores.
         compile: compile the networks with torch.compile.
-        wait: steps in which only the teacher trains, before the student starts.
         pad: greatest shift of the weak view, in pixels.
         resized_crop: cut a random part out of each picture, as is usual for photographs, instead of shifting it. Every
             step then reads its pictures from their files.
         strong: the student's view.
-        uda_ramp: steps over which the weight of UDA grows from 0.
-        feedback_ratio: norm of the feedback's gradient relative to that of the teacher's own losses, at every step. It
-            replaces --feedback-weight.
         clip_norm: greatest norm of either network's gradient; None turns clipping off.
         accumulate: number of parts that a batch is split into, to save memory.
         precision: bfloat16 runs the networks under autocast, which is faster where the device computes in it.
@@ -151,7 +148,10 @@ class ImageRecipe(Recipe):
     center: ClassVar[float] = 1.0
     """Share of a picture's sides that is looked at when it is evaluated."""
 
-    image_size: int = 32
+    known = OF_PICTURES
+    settings: ClassVar[dict[str, Any]] = {"uda_ramp": 200, "student": NESTEROV, "teacher": NESTEROV}
+
+    image_size: Annotated[int, Within(1, LARGEST_SIDE)] = 32
     grey: bool = False
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "small_cnn"
     weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -159,35 +159,19 @@ class ImageRecipe(Recipe):
     stochastic_depth: float = 0.0
     channels_last: bool = False
     compile: bool = False
-    wait: int = 0
-    pad: int = 4
+    pad: Annotated[int, Within(0, LARGEST_SIDE)] = 4
     resized_crop: bool = False
     strong: Strong = field(default_factory=Strong)
-    uda_ramp: int = 200
-    feedback_ratio: float | None = None
-    student: Optimizer = field(default_factory=lambda: NESTEROV)
-    teacher: Optimizer = field(default_factory=lambda: NESTEROV)
     clip_norm: float | None = None
-    accumulate: int = 1
+    accumulate: Batch = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float | None = 0.995
-    finetune_batch: int | None = None
-    num_workers: int = 0
+    finetune_batch: Batch | None = None
+    num_workers: Annotated[int, Within(0, MOST_WORKERS)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bounds = {
-            "image_size": (1, LARGEST_SIDE),
-            "accumulate": (1, MOST_IN_A_BATCH),
-            "finetune_batch": (1, MOST_IN_A_BATCH),
-            "num_workers": (0, MOST_WORKERS),
-            "pad": (0, LARGEST_SIDE),
-        }
-        for name, (least, most) in bounds.items():
-            require_within(self, name, least, most)
-        ratio = self.feedback_ratio
-        require(self, ratio is None or ratio >= 0, "feedback_ratio", "a number of 0 or more")
         whole = self.finetune_batch is None or self.finetune_batch % self.accumulate == 0
         require(self, whole, "finetune_batch", f"a multiple of accumulate={self.accumulate}")
         self.strong.view(Identity())
@@ -292,6 +276,29 @@ class ImageRecipe(Recipe):
         changed: dict[str, Any] = {"network_name": name, "weights": None}  # a file is of one network
         return dataclasses.replace(self, **changed)
 
+    def at_size(self, size: int) -> Self:
+        if size <= (self.image_size or 0):
+            raise MetaplError(
+                f"--finetune-size {size}: expected more pixels than the {self.image_size} of --image-size, which the "
+                "student is trained on."
+            )
+        if self.finetune_steps < 1:
+            raise MetaplError(f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or more.")
+        changed: dict[str, Any] = {"image_size": size}
+        larger = dataclasses.replace(self, **changed)
+        _ = self.classes  # some recipes read their data for them, which must not be done on the meta device
+        with torch.device("meta"):
+            shapes = [
+                {name: value.shape for name, value in sized.network("teacher").state_dict().items()}
+                for sized in (self, larger)
+            ]
+        if shapes[0] != shapes[1]:
+            raise MetaplError(
+                f"--finetune-size {size}: {self.network_name} is built for pictures of one size; expected a network "
+                "that takes any, such as small_cnn, a resnet or an efficientnet."
+            )
+        return larger
+
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         """Mean and standard deviation that pictures are normalized by, of each channel in [0, 1]."""
         channels = 1 if self.grey else 3
@@ -299,18 +306,12 @@ class ImageRecipe(Recipe):
 
     # -------------------------------------------------------------------------------------------------- the training
 
-    def uda(self) -> UDA:
-        return dataclasses.replace(super().uda(), ramp=self.uda_ramp or 0)
-
     def finetune_options(self) -> dict[str, Any]:
         """A rate that stays: section 2.3 of the paper."""
-        return {"schedule": "constant"}
+        return {**super().finetune_options(), "schedule": "constant"}
 
     def trainer_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
-
-    def feedback_options(self) -> dict[str, float]:
-        return super().feedback_options() if self.feedback_ratio is None else {"feedback_ratio": self.feedback_ratio}
 
     def torch_device(self) -> torch.device:
         """A GPU where there is one, if wanted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -32,6 +32,13 @@ class ImagenetL2(ImageRecipe):
 
     name: ClassVar[str] = "imagenet-l2"
     classes: ClassVar[tuple[str, ...]] = IMAGENET_CLASSES
+    settings: ClassVar[dict[str, Any]] = {
+        **ImageRecipe.settings,
+        "uda_weight": 20.0,
+        "uda_temperature": 0.5,
+        "uda_ramp": 50_000,
+        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
+    }
 
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "efficientnet_l2"
     image_size: int = 512
@@ -42,12 +49,6 @@ class ImagenetL2(ImageRecipe):
     labeled_batch: int = 2_048
     unlabeled_batch: int = 16_384
     strong: Strong = field(default_factory=lambda: Strong(magnitude=17, cutout=0, translate=100 / 224))
-    uda_weight: float = 20.0
-    uda_temperature: float = 0.5
-    uda_ramp: int = 50_000
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1)
-    )
     warmup: int = 5_000
     clip_norm: float | None = 5.0
     ema_decay: float | None = 0.999
@@ -81,13 +82,16 @@ class Vit1B(ImagenetL2):
     """
 
     name: ClassVar[str] = "vit-1b"
+    settings: ClassVar[dict[str, Any]] = {
+        **ImagenetL2.settings,
+        "student": ADAMW,
+        "teacher": ADAMW,
+    }
 
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "vit_1b_14"
     image_size: int = 224
     dropout: float = 0.0
     stochastic_depth: float = 0.0
-    student: Optimizer = field(default_factory=lambda: ADAMW)
-    teacher: Optimizer = field(default_factory=lambda: ADAMW)
 
 
 LARGE_RECIPES: tuple[type[ImagenetL2], ...] = (ImagenetL2, ImagenetB6Wide, Vit1B)

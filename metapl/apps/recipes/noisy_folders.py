@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -15,38 +15,19 @@ from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
 from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import Files, LabeledFiles, scan_labeled
 from metapl.apps.pictures.hashes import hash_files
-from metapl.apps.recipes.base import MOST_IN_A_BATCH, Doubtful, Feedback, Optimizer, Task, require, require_within
+from metapl.apps.recipes.base import Doubtful, Task, require
 from metapl.apps.recipes.image_folders import (
-    CHOSEN,
-    OPEN,
     ImageFolders,
     Look,
-    Open,
-    OpenOptimizer,
     refuse_errors,
     spoken_classes,
 )
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
-from metapl.apps.recipes.methods import LEARNED, Doubting
+from metapl.apps.recipes.methods import NOISY_METHODS
+from metapl.apps.recipes.ranges import Batch
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.training import Say
-
-NoisyMethod = Literal["example_weights", "meta_weight_net", "label_correction", "noise_transition", "plain", "clean"]
-
-WARM = 0.2
-"""Share of the steps on the labels as they are given, before anything is learned about them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelOptimizer(OpenOptimizer):
-    """The optimizer of what is learned about labels.
-
-    Args:
-        lr: learning rate; by default 0.1 for example_weights, 0.05 for noise_transition, and 0.001 for the others.
-    """
-
-    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,88 +51,51 @@ class NoisyFolders(ImageFolders):
             may be in --labeled too.
         val: more pictures whose labels are right, to select on, in a folder like --labeled.
         test: more pictures whose labels are right, in a folder like --labeled; the accuracy on them is reported.
-        method: what is learned about the labels, from what helps on --clean. example_weights gives each picture a
-            weight, meta_weight_net makes the weight a function of the network's loss. label_correction trains another
-            network that corrects labels. noise_transition learns how often each class is taken for each other one.
-            plain learns from all labels as they are, clean from those of --clean alone.
         steps: number of training steps; by default as many as fit into --minutes.
-        warm_steps: steps on all labels as they are, before anything is learned about them; by default 20 % of all.
-            Methods plain and clean have none.
         warmup: steps over which the learning rate grows from 0; by default 5 %.
         labeled_batch: pictures of --labeled in a batch.
         clean_batch: pictures of --clean in a batch.
-        mode: how the gradient of what is learned about labels is found: forward is exact; difference is for networks
-            that forward-mode differentiation does not know.
-        student: the network's optimizer.
-        teacher: the optimizer of what is learned about labels.
 
     Raises:
         MetaplError: a value out of its range; later, folders that cannot be read, that overlap, or of other classes.
 
-    Source: the papers that the problems of :data:`metapl.apps.recipes.methods.LEARNED` name.
+    Source: the papers that the problems of :mod:`metapl.apps.recipes.methods.label_noise` name.
     """
 
     name: ClassVar[str] = "noisy"
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
-    chosen: ClassVar[tuple[str, ...]] = (*CHOSEN, "warm_steps")
     batch_of_few: ClassVar[str] = "clean_batch"
     batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "clean_batch", "finetune_batch")
+    known = NOISY_METHODS
+    own: ClassVar[str] = "example_weights"
+    settings: ClassVar[dict[str, Any]] = {}
 
     labeled: Annotated[str, tyro.conf.arg(metavar="DIR")]
     clean: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    method: NoisyMethod = "example_weights"
-    warm_steps: Open[int] = OPEN
     labeled_batch: int = 64
-    clean_batch: int = 32
-    mode: Literal["forward", "difference"] = "forward"
-    teacher: LabelOptimizer = field(default_factory=LabelOptimizer)
+    clean_batch: Batch = 32
 
     # What nothing here makes use of.
     unlabeled: tyro.conf.Suppress[str] = ""
-    teacher_run: tyro.conf.Suppress[str | None] = None
-    label_store: tyro.conf.Suppress[str | None] = None
-    labeled_label_store: tyro.conf.Suppress[str | None] = None
     val_fraction: tyro.conf.Suppress[float | None] = 0.0
     unlabeled_batch: tyro.conf.Suppress[int] = 1
-    feedback: tyro.conf.Suppress[Feedback] = field(default_factory=Feedback)
-    feedback_ratio: tyro.conf.Suppress[float | None] = None
-    exact_every: tyro.conf.Suppress[int | None] = None
-    wait: tyro.conf.Suppress[int] = 0
-    warm_start: tyro.conf.Suppress[bool] = False
     teacher_dropout: tyro.conf.Suppress[float | None] = None
-    label_smoothing: tyro.conf.Suppress[float] = 0.0
-    uda_weight: tyro.conf.Suppress[float] = 0.0
-    uda_temperature: tyro.conf.Suppress[float] = 1.0
-    uda_threshold: tyro.conf.Suppress[float] = 0.0
-    uda_align: tyro.conf.Suppress[float] = 0.0
-    uda_prior: tyro.conf.Suppress[tuple[float, ...] | None] = None
-    uda_start: tyro.conf.Suppress[int] = 0
-    uda_ramp: tyro.conf.Suppress[int] = 0
     pad: tyro.conf.Suppress[int] = 0
     randaugment: tyro.conf.Suppress[bool] = False
     strong: tyro.conf.Suppress[Strong] = field(default_factory=Strong)
 
+    @classmethod
+    def rivals(cls, own: str) -> tuple[str, ...]:
+        return tuple(name for name in ("plain", "clean") if name != own)
+
+    @classmethod
+    def controls(cls, own: str) -> tuple[str, ...]:
+        return tuple(name for name in super().controls(own) if issubclass(cls.known[name], cls.known[own]))
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_within(self, "clean_batch", 1, MOST_IN_A_BATCH)
-        warm, steps = self.warm_steps, self.steps
-        fits = warm is None or (warm >= 0 and (steps is None or warm < steps))
-        require(self, fits, "warm_steps", f"0 or more, and fewer than steps={steps}")
         both = self.labeled_batch % self.accumulate == 0 and self.clean_batch % self.accumulate == 0
         require(self, both, "accumulate", "a divisor of labeled_batch and clean_batch")
-
-    def _shares(self, steps: int) -> dict[str, int]:
-        return super()._shares(steps) | {"warm_steps": round(WARM * steps)}
-
-    def beside(self, what: Doubting) -> Optimizer:
-        """The optimizer of what is learned about labels; a comparison has one recipe for all methods."""
-        return self.teacher if self.teacher.lr is not None else dataclasses.replace(self.teacher, lr=LEARNED[what].rate)
-
-    def for_network(self, name: str) -> ImageFolders:
-        return dataclasses.replace(super().for_network(name), teacher=self.teacher)
-
-    def fit_options(self) -> dict[str, Any]:
-        return super().fit_options() | {"warmup": self.warmup, "warm_start": False, "wait": 0}
 
     # ------------------------------------------------------------------------------------------------------ the data
 
@@ -214,7 +158,7 @@ class NoisyFolders(ImageFolders):
     def batches(self, pictures: ImageParts) -> dict[str, Any]:
         views, many = self.views(), pictures.many
         given = pictures.given if pictures.given is not None else torch.zeros(len(many), dtype=torch.int64)
-        kind = IndexedBatches if self.method.startswith("example_weights") else LabeledBatches
+        kind = IndexedBatches if self.method.indexed else LabeledBatches
         sampler = StepSampler(len(many), self.labeled_batch, seed=self.seed, stream=1)
         noisy = kind(many, given, sampler, views.labeled, self.seed + 2, crop=views.crop)
         clean = dataclasses.replace(self, labeled_batch=self.clean_batch)

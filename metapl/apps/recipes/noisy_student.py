@@ -16,7 +16,7 @@ import tyro
 from metapl.apps.pictures.folders import scan_unlabeled
 from metapl.apps.pictures.hashes import hash_files, hashes
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes.base import Optimizer, Task, Unasked, require
+from metapl.apps.recipes.base import Optimizer, Task, require
 from metapl.apps.recipes.image_recipe import ImageParts, Strong, whole
 from metapl.apps.recipes.protocols import Names, Vision
 from metapl.apps.recipes.self_training import SelfTraining
@@ -57,6 +57,7 @@ class NoisyVision(Vision):
     """A data set that torchvision loads, of which a few training pictures keep their labels, by Noisy Student."""
 
     name: ClassVar[str] = "torchvision"
+    own: ClassVar[str] = "noisy_student"
 
     schedule: Schedule = "exponential"
 
@@ -77,6 +78,13 @@ class NoisyImagenet(Vision):
 
     name: ClassVar[str] = "imagenet"
     protocol: ClassVar[str] = "imagenet-10pct"
+    own: ClassVar[str] = "noisy_student"
+    settings: ClassVar[dict[str, Any]] = {
+        **Vision.settings,
+        "student": _sgd(LABELED_BATCH),
+        "teacher": _sgd(LABELED_BATCH),
+        "self_training": SelfTraining(per_class=130_000, ratio=1),
+    }
 
     data: tyro.conf.Suppress[Names] = "imagenet"
     unlabeled: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
@@ -92,18 +100,11 @@ class NoisyImagenet(Vision):
     labeled_batch: int = LABELED_BATCH
     unlabeled_batch: int = LABELED_BATCH
     strong: Strong = field(default_factory=lambda: noise(27))
-    student: Optimizer = field(default_factory=lambda: _sgd(LABELED_BATCH))
-    teacher: Optimizer = field(default_factory=lambda: _sgd(LABELED_BATCH))
     ema_decay: float | None = 0.999
     validate_every: int = 5_000
     log_every: int = 100
     save_every: int = 5_000
     num_workers: int = 8
-    self_training: Unasked[SelfTraining] = field(default_factory=lambda: SelfTraining(per_class=130_000, ratio=1))
-
-    @property
-    def own_method(self) -> str:
-        return "noisy_student"
 
     def settled(self) -> NoisyImagenet:
         changed: dict[str, Any] = {**vars(super().settled()), "unlabeled": whole(self.unlabeled)}
@@ -186,14 +187,13 @@ from B7, and then twice from itself (its last round took a ratio of 28, and its 
 
 def _protocol(model: str, protocol: Protocol) -> type[NoisyImagenet]:
     """The recipe of a protocol."""
-    settings = SelfTraining(rounds=protocol.rounds, networks=protocol.networks, per_class=130_000, ratio=protocol.ratio)
+    rounds = SelfTraining(rounds=protocol.rounds, networks=protocol.networks, per_class=130_000, ratio=protocol.ratio)
     network = Annotated[str, tyro.conf.arg(name="network")]
     fields: list[tuple[str, Any, Any]] = [
         ("network_name", network, f"efficientnet_{model}"),
         ("image_size", int, protocol.image_size),
         ("steps", int, steps_of(protocol.epochs)),
         ("unlabeled_batch", int, protocol.ratio * LABELED_BATCH),
-        ("self_training", Unasked[SelfTraining], settings),
     ]
     name = f"noisy-imagenet-{model}"
     return dataclasses.make_dataclass(
@@ -202,7 +202,12 @@ def _protocol(model: str, protocol: Protocol) -> type[NoisyImagenet]:
         bases=(NoisyImagenet,),
         frozen=True,
         kw_only=True,
-        namespace={"name": name, "__module__": __name__, "__doc__": NoisyImagenet.__doc__},
+        namespace={
+            "name": name,
+            "settings": {**NoisyImagenet.settings, "self_training": rounds},
+            "__module__": __name__,
+            "__doc__": NoisyImagenet.__doc__,
+        },
     )
 
 

@@ -21,6 +21,7 @@ from metapl.apps.pictures.splits import Split
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes.base import Feedback, Optimizer, Task, require
 from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
+from metapl.apps.recipes.ranges import Within
 from metapl.training import Say
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
@@ -58,16 +59,14 @@ class Vision(ImageRecipe):
 
     data: Names
     data_root: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    labels_per_class: int = 400
-    validation: int = 5000
+    labels_per_class: Annotated[int, Within(1)] = 400
+    validation: Annotated[int, Within(1)] = 5000
     split: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "wide_resnet28_2"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, self.labels_per_class >= 1, "labels_per_class", "1 or more")
-        require(self, self.validation >= 1, "validation", "1 or more: the best student is chosen on them")
         if self.data not in ("imagenet", "imagefolder"):
             what = f"False: {self.data} is held in memory, and it is for pictures in files"
             require(self, not self.resized_crop, "resized_crop", what)
@@ -140,22 +139,23 @@ class Cifar10(Vision):
 
     name: ClassVar[str] = "cifar10-4k"
     protocol: ClassVar[str] = "cifar10-4k"
+    settings: ClassVar[dict[str, Any]] = {
+        **Vision.settings,
+        "wait": 3_000,
+        "label_smoothing": 0.15,
+        "uda_weight": 8.0,
+        "uda_ramp": 5_000,
+        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.15),
+        "student": _nesterov(0.025, 5e-4),
+        "teacher": _nesterov(0.025, 5e-4),
+    }
 
     data: tyro.conf.Suppress[Names] = "cifar10"
     dropout: float = 0.2
     steps: int = 300_000
-    wait: int = 3_000
     labeled_batch: int = 128
     unlabeled_batch: int = 7 * 128
     strong: Strong = field(default_factory=lambda: Strong(magnitude=16, cutout=16, again=True))
-    label_smoothing: float = 0.15
-    uda_weight: float = 8.0
-    uda_ramp: int = 5_000
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.15)
-    )
-    student: Optimizer = field(default_factory=lambda: _nesterov(0.025, 5e-4))
-    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.025, 5e-4))
     warmup: int = 5_000
     finetune_steps: int = 1_000
     finetune_batch: int | None = 512
@@ -176,19 +176,22 @@ class Cifar10Paper(Cifar10):
     """
 
     name: ClassVar[str] = "cifar10-4k-paper"
+    settings: ClassVar[dict[str, Any]] = {
+        **Cifar10.settings,
+        "wait": 0,
+        "label_smoothing": 0.1,
+        "uda_weight": 1.0,
+        "uda_temperature": 0.8,
+        "uda_threshold": 0.0,
+        "uda_ramp": 0,
+        "feedback": ALGORITHM_1,
+        "student": _nesterov(0.3, 5e-4),
+        "teacher": _nesterov(0.125, 5e-4),
+    }
 
     dropout: float = 0.35
     teacher_dropout: float | None = 0.5
     steps: int = 1_000_000
-    wait: int = 0
-    label_smoothing: float = 0.1
-    uda_weight: float = 1.0
-    uda_temperature: float = 0.8
-    uda_threshold: float = 0.0
-    uda_ramp: int = 0
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: ALGORITHM_1)
-    student: Optimizer = field(default_factory=lambda: _nesterov(0.3, 5e-4))
-    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.125, 5e-4))
     warmup: int = 2_000
 
 
@@ -203,16 +206,19 @@ class Svhn(Cifar10Paper):
 
     name: ClassVar[str] = "svhn-1k"
     protocol: ClassVar[str] = "svhn-1k"
+    settings: ClassVar[dict[str, Any]] = {
+        **Cifar10Paper.settings,
+        "uda_weight": 2.5,
+        "uda_temperature": 1.25,
+        "student": _nesterov(0.15, 5e-4),
+        "teacher": _nesterov(0.05, 5e-4),
+    }
 
     data: tyro.conf.Suppress[Names] = "svhn"
     labels_per_class: int = 100
     dropout: float = 0.45
     teacher_dropout: float | None = 0.65
     strong: Strong = field(default_factory=lambda: Strong(magnitude=16, cutout=16, again=True, writing=True))
-    uda_weight: float = 2.5
-    uda_temperature: float = 1.25
-    student: Optimizer = field(default_factory=lambda: _nesterov(0.15, 5e-4))
-    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.05, 5e-4))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +233,16 @@ class Imagenet10(Vision):
 
     name: ClassVar[str] = "imagenet-10pct"
     protocol: ClassVar[str] = "imagenet-10pct"
+    settings: ClassVar[dict[str, Any]] = {
+        **Vision.settings,
+        "wait": 20_000,
+        "uda_weight": 20.0,
+        "uda_temperature": 0.5,
+        "uda_ramp": 50_000,
+        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
+        "student": _nesterov(1.6, 1e-4),
+        "teacher": _nesterov(2.4, 1e-4),
+    }
 
     data: tyro.conf.Suppress[Names] = "imagenet"
     labels_per_class: int = 128
@@ -237,18 +253,9 @@ class Imagenet10(Vision):
     dropout: float = 0.1
     channels_last: bool = True
     steps: int = 700_000
-    wait: int = 20_000
     labeled_batch: int = 1_024
     unlabeled_batch: int = 15 * 1_024
     strong: Strong = field(default_factory=lambda: Strong(magnitude=17, cutout=0, translate=100 / 224))
-    uda_weight: float = 20.0
-    uda_temperature: float = 0.5
-    uda_ramp: int = 50_000
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1)
-    )
-    student: Optimizer = field(default_factory=lambda: _nesterov(1.6, 1e-4))
-    teacher: Optimizer = field(default_factory=lambda: _nesterov(2.4, 1e-4))
     warmup: int = 5_000
     clip_norm: float | None = 5.0
     ema_decay: float | None = 0.999
@@ -270,18 +277,21 @@ class Imagenet10Paper(Imagenet10):
     """
 
     name: ClassVar[str] = "imagenet-10pct-paper"
+    settings: ClassVar[dict[str, Any]] = {
+        **Imagenet10.settings,
+        "wait": 0,
+        "uda_weight": 16.0,
+        "uda_temperature": 0.75,
+        "uda_threshold": 0.0,
+        "uda_ramp": 0,
+        "feedback": ALGORITHM_1,
+        "student": _nesterov(0.8, 2e-4),
+        "teacher": _nesterov(0.5, 2e-4),
+    }
 
     steps: int = 500_000
-    wait: int = 0
     labeled_batch: int = 2_048
     unlabeled_batch: int = 15 * 2_048
-    uda_weight: float = 16.0
-    uda_temperature: float = 0.75
-    uda_threshold: float = 0.0
-    uda_ramp: int = 0
-    feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=lambda: ALGORITHM_1)
-    student: Optimizer = field(default_factory=lambda: _nesterov(0.8, 2e-4))
-    teacher: Optimizer = field(default_factory=lambda: _nesterov(0.5, 2e-4))
     warmup: int = 1_000
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from metapl.errors import FieldError
+from metapl.apps.recipes.ranges import Share, Steps, Within, check_ranges, require
 
 MOST_ROUNDS = 1000
 
@@ -41,7 +41,42 @@ class FirstTeacher:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelfTraining:
+class Selection:
+    """Which unlabeled examples are learned from, by the labels of a teacher that was trained on the labeled ones.
+
+    Args:
+        networks: the network of each round, beginning with the first teacher's; the last one named serves all later
+            rounds, and with --compare the other methods. Names of networks, and for the digits widths of hidden layers
+            such as 32x32. By default every round has the network of the recipe.
+        per_class: the most examples of a class that are kept, the most confident ones; by default all.
+        noisy_teacher: let the teacher label augmented examples, with dropout and stochastic depth.
+        first: how the first teacher is trained, if not as the recipe says; comparisons set it.
+    """
+
+    networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    per_class: Steps | None = None
+    noisy_teacher: bool = False
+    first: tyro.conf.Suppress[tyro.conf.Fixed[FirstTeacher | None]] = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    def network(self, number: int) -> str | None:
+        """The network of a round by its name; None is the recipe's own.
+
+        >>> [Selection(networks=("a", "b")).network(number) for number in range(4)]
+        ['a', 'b', 'b', 'b']
+        """
+        return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
+
+    @property
+    def last(self) -> str | None:
+        """The network of the last round, likewise."""
+        return self.networks[-1] if self.networks else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTraining(Selection):
     """What a run of Noisy Student does beyond training a network on labeled examples.
 
     In round 0 a teacher is trained on the labeled examples. In each later round the network of the round before labels
@@ -49,14 +84,10 @@ class SelfTraining:
 
     Args:
         rounds: how many students are trained, each on the labels of the network before it.
-        networks: the network of each round, beginning with the first teacher's; the last one named serves all later
-            rounds, and with --compare the other methods. Names of networks, and for the digits widths of hidden layers
-            such as 32x32. By default every round has the network of the recipe.
         allow_smaller: let a student have fewer parameters than its teacher, which is distillation and not Noisy
             Student.
         labels: learn the teacher's class distributions (soft), or the most probable class of each (hard).
         threshold: keep unlabeled examples of which the teacher is more confident than this.
-        per_class: the most examples of a class that are kept, the most confident ones; by default all.
         balance: repeat examples of smaller classes until all classes count the same.
         ratio: unlabeled examples in a batch for each labeled one.
         loss: the mean over the whole batch of labeled and unlabeled examples (mean), or the sum of the two means, as
@@ -68,58 +99,34 @@ class SelfTraining:
         warm_steps: steps of a student that begins so; by default as many as others.
         unlabeled_noise: what the student meets on unlabeled examples: augmentation, dropout and stochastic depth
             (all), dropout and stochastic depth (model), or nothing (none). On labeled ones it always meets all.
-        noisy_teacher: let the teacher label augmented examples, with dropout and stochastic depth.
         finetune_size: side in pixels, larger than in training, of the pictures that the last student is finetuned on
             for --finetune-steps: labeled ones, not augmented, with its first layers frozen. It is then measured and
             used at this size (FixRes). By default it is not.
         frozen: share of the layers that are frozen then, the first ones.
-        first: how the first teacher is trained, if not as the recipe says; comparisons set it.
     """
 
-    rounds: int = 3
-    networks: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    rounds: Annotated[int, Within(1, MOST_ROUNDS)] = 3
     allow_smaller: bool = False
     labels: Literal["soft", "hard"] = "soft"
-    threshold: float = 0.3
-    per_class: int | None = None
+    threshold: Share = 0.3
     balance: bool = True
-    ratio: int = 3
+    ratio: Annotated[int, Within(1, MOST_RATIO)] = 3
     loss: Literal["mean", "two_means"] = "mean"
     training: Literal["joint", "pretrain_finetune", "pretrain"] = "joint"
     warm_start: bool = False
-    warm_steps: int | None = None
+    warm_steps: Steps | None = None
     unlabeled_noise: Literal["all", "model", "none"] = "all"
-    noisy_teacher: bool = False
-    finetune_size: int | None = None
-    frozen: float = 0.5
-    first: tyro.conf.Suppress[tyro.conf.Fixed[FirstTeacher | None]] = None
+    finetune_size: Steps | None = None
+    frozen: Share = 0.5
 
     def __post_init__(self) -> None:
-        self._require(1 <= self.rounds <= MOST_ROUNDS, "rounds", f"1 to {MOST_ROUNDS:,}")
-        self._require(0 <= self.threshold < 1, "threshold", "a confidence in [0, 1)")
-        self._require(self.per_class is None or self.per_class >= 1, "per_class", "1 or more")
-        self._require(1 <= self.ratio <= MOST_RATIO, "ratio", f"1 to {MOST_RATIO:,}")
-        self._require(self.warm_steps is None or self.warm_steps >= 1, "warm_steps", "1 or more")
-        self._require(self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
-        self._require(self.finetune_size is None or self.finetune_size >= 1, "finetune_size", "1 or more")
-        self._require(0 <= self.frozen < 1, "frozen", "a share in [0, 1)")
-        most = self.rounds + 1
-        self._require(
-            len(self.networks) <= most, "networks", f"{most} names at most: the first teacher's, then one a round"
-        )
-
-    def _require(self, condition: bool, field: str, expected: str) -> None:
-        if not condition:
-            value = getattr(self, field)
-            raise FieldError(f"SelfTraining({field}={value!r}): expected {expected}.", field, value, expected)
-
-    def network(self, number: int) -> str | None:
-        """The network of a round by its name; None is the recipe's own.
-
-        >>> [SelfTraining(networks=("a", "b")).network(number) for number in range(4)]
-        ['a', 'b', 'b', 'b']
-        """
-        return self.networks[min(number, len(self.networks) - 1)] if self.networks else None
+        super().__post_init__()
+        require(self, self.warm_steps is None or self.warm_start, "warm_steps", "None without warm_start")
+        joint = self.training == "joint"
+        require(self, joint or self.loss == "mean", "loss", f"mean with training={self.training}, which has no sum")
+        require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "a finetune_size beside it")
+        most = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
+        require(self, len(self.networks) <= self.rounds + 1, "networks", most)
 
     def smaller(self, parameters: Sequence[int]) -> int | None:
         """The first round whose network has fewer parameters than the one before it; None where there is none."""

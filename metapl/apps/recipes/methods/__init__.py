@@ -1,0 +1,84 @@
+"""The methods that a recipe can be trained by: a type each, in :data:`METHODS` and the registries beside it.
+
+To add one, write a file with a type of its own, and enter it here.
+"""
+
+from __future__ import annotations
+
+from metapl.apps.recipes.base import Method
+from metapl.apps.recipes.methods.alone import ByUda, Everything, FixMatch, LabelSmoothing, Supervised
+from metapl.apps.recipes.methods.beside import (
+    ClassMeans,
+    MetaPseudoLabels,
+    Permuted,
+    PseudoLabeled,
+    PseudoLabeledHard,
+    RandomSign,
+    WithoutFeedback,
+)
+from metapl.apps.recipes.methods.label_noise import ALTERED, LEARNED, Clean, Plain
+from metapl.apps.recipes.methods.noisy_student import (
+    FilteredMetaPseudoLabels,
+    FilteredWithoutFeedback,
+    NoisyStudent,
+    Once,
+    Uneven,
+    WithoutNoise,
+)
+from metapl.apps.recipes.methods.reduced import ReducedMetaPseudoLabels, ReducedWithoutFeedback
+
+Methods = dict[str, type[Method]]
+
+METHODS: Methods = {
+    "mpl": MetaPseudoLabels,
+    "none": WithoutFeedback,
+    "supervised": Supervised,
+    "label_smoothing": LabelSmoothing,
+    "supervised_everything": Everything,
+    "pseudo_labels": PseudoLabeled,
+    "pseudo_labels_hard": PseudoLabeledHard,
+    "reduced_mpl": ReducedMetaPseudoLabels,
+    "reduced_none": ReducedWithoutFeedback,
+    "uda": ByUda,
+    "fixmatch": FixMatch,
+    "permuted": Permuted,
+    "class_means": ClassMeans,
+    "random_sign": RandomSign,
+}
+"""Meta Pseudo Labels, the same loop without feedback, the baselines, and altered feedback, by name."""
+
+COMPARED = tuple(name for name, method in METHODS.items() if method.place == "compared")
+CONTROLS = tuple(name for name, method in METHODS.items() if method.place == "control")
+
+_OF_NOISY_LABELS: tuple[type[Method], ...] = (*LEARNED, Plain, Clean, *ALTERED)
+NOISY_METHODS: Methods = {kind.name: kind for kind in _OF_NOISY_LABELS}
+"""Methods for labels that may be wrong, by name."""
+
+SELF_TRAINING_METHODS: Methods = {
+    "noisy_student": NoisyStudent,
+    "noisy_student_clean": WithoutNoise,
+    "noisy_student_uneven": Uneven,
+    "noisy_student_once": Once,
+    "mpl_filtered": FilteredMetaPseudoLabels,
+    "none_filtered": FilteredWithoutFeedback,
+}
+"""Noisy Student, its controls, and Meta Pseudo Labels on examples that are selected in its way, by name."""
+
+OF_PICTURES: Methods = METHODS | SELF_TRAINING_METHODS
+"""What any recipe with labeled and unlabeled examples can be trained by."""
+
+EVERY_METHOD: Methods = OF_PICTURES | NOISY_METHODS
+
+
+def titled(method: str, network: str) -> str:
+    """A network of a run by a method in words.
+
+    >>> titled("mpl", "finetuned"), titled("uda", "finetuned"), titled("uda", "student")
+    ('finetuned student', 'finetuned network', 'network')
+    """
+    return EVERY_METHOD[method].networks[network]
+
+
+def title(method: str) -> str:
+    """A method in words."""
+    return EVERY_METHOD[method].title if method in EVERY_METHOD else method

@@ -1,0 +1,236 @@
+"""Labels that may be wrong, with a few that are right: what is learned about them, or which are learned from.
+
+Where something is learned about the given labels, they are learned from as they are first: while the network knows
+nothing yet, whatever it learns from helps it, and all weights would grow. A task's ``labeled`` batches are clean, its
+``unlabeled`` ones have the given labels, and ``everything`` has both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task, require
+from metapl.apps.recipes.methods.alone import ONE, alone
+from metapl.apps.recipes.ranges import SomeSteps
+from metapl.apps.recipes.settings import OpenOptimizer, Optimizer
+from metapl.feedback import Altered, Estimator, estimator
+from metapl.models.corrector import Corrector
+from metapl.problems import (
+    ExampleWeights,
+    LabelCorrection,
+    MetaWeightNet,
+    NoiseTransition,
+    Problem,
+    Table,
+    WeightNet,
+)
+from metapl.problems.losses import CrossEntropy
+from metapl.training.trainer import BilevelTrainer
+
+TRUSTED = 4.0
+"""Logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first."""
+
+PLAIN = (CrossEntropy(),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptimizer(OpenOptimizer):
+    """The optimizer of what is learned about labels.
+
+    Args:
+        lr: learning rate; by default 0.1 for example_weights, 0.05 for noise_transition, and 0.001 for the others.
+    """
+
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubting(Method):
+    """A network, some of whose labels may be wrong.
+
+    Args:
+        student: the network's optimizer.
+    """
+
+    doubting = True
+    place = "compared"
+
+    student: Optimizer = field(default_factory=OpenOptimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Doubting):
+    """All labels as they are."""
+
+    name = "plain"
+    title = "plain, given and clean labels"
+    networks = ONE
+    one_network = True
+    idle: ClassVar[tuple[str, ...]] = ("clean_batch",)
+
+    def source(self, task: Task) -> Any:
+        """The batches that are learned from."""
+        return task.everything
+
+    def phases(self, run: Run) -> Phases:
+        yield alone(run.recipe, run.task, run.student, self.student, PLAIN, labeled=self.source(run.task))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clean(Plain):
+    """The clean labels alone."""
+
+    name = "clean"
+    title = "plain, clean labels alone"
+    idle = ()
+
+    def source(self, task: Task) -> Any:
+        return task.labeled
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedLabels(Doubting):
+    """Something about labels is learned from what helps on the clean ones.
+
+    Args:
+        teacher: the optimizer of what is learned about labels.
+        mode: how the gradient of what is learned about labels is found: forward is exact; difference is for networks
+            that forward-mode differentiation does not know.
+        warm_steps: steps on all labels as they are, before anything is learned about them; by default 20 % of all.
+    """
+
+    control = "plain"
+    rate: ClassVar[float] = 1e-3
+    """The learning rate of what is learned, where that is left open."""
+    problem: ClassVar[type[Problem]]
+    """The losses."""
+    alteration: ClassVar[Literal["permuted", "random_sign"] | None] = None
+    """How a control changes the feedback."""
+
+    teacher: Optimizer = field(default_factory=LabelOptimizer)
+    mode: Literal["forward", "difference"] = "forward"
+    warm_steps: SomeSteps | None = None
+
+    def optimizer(self) -> Optimizer:
+        """Of what is learned."""
+        return dataclasses.replace(self.teacher, lr=self.teacher.lr or self.rate)
+
+    @abstractmethod
+    def learned(self, run: Run) -> nn.Module:
+        """What is learned, as it is at first."""
+
+    def check(self, recipe: Recipe) -> None:
+        fits = self.warm_steps is None or recipe.steps is None or self.warm_steps < recipe.steps
+        require(self, fits, "warm_steps", f"0 or more, and fewer than steps={recipe.steps}")
+
+    def for_rate(self, rate: float) -> LearnedLabels:
+        return dataclasses.replace(self, student=self.student.with_rate(rate))
+
+    def phases(self, run: Run) -> Phases:
+        recipe, task, student = run.recipe, run.task, run.student
+        problem, warm = self.problem(), self.warm_steps or 0
+        device = next(student.parameters()).device
+        plain = alone(recipe, task, student, self.student, PLAIN, labeled=task.everything)
+        teacher = run.beside(self.learned(run).to(device), problem.teacher_reads_inputs)
+        outer = self.optimizer().build(teacher)
+        if warm:
+            first = {"steps": warm, "schedule": "constant", "select": False, "warmup": min(recipe.warmup, warm)}
+            yield dataclasses.replace(plain, name="warm", options=first)
+        mode: Estimator = estimator(self.mode)
+        if self.alteration is not None:
+            mode = Altered(mode, self.alteration, seed=recipe.seed)
+        trainer = BilevelTrainer(
+            teacher,
+            student,
+            mode,
+            problem=problem,
+            inner_optimizer=self.student.build(student),
+            outer_optimizer=outer,
+            teacher_losses=(),
+            **recipe.trainer_options(),
+        )
+        rest = {"steps": recipe.steps - warm, "warmup": 0 if warm else recipe.warmup}
+        yield Phase(trainer, task.labeled, task.unlabeled, task, options=rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedWeights(LearnedLabels):
+    """A weight for each picture."""
+
+    name = "example_weights"
+    title = "learned weights of examples"
+    indexed = True
+    rate = 0.1
+    problem = ExampleWeights
+
+    def learned(self, run: Run) -> nn.Module:
+        assert run.task.doubtful is not None
+        return Table(torch.zeros(len(run.task.doubtful.given)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOfLosses(LearnedLabels):
+    """A weight for each picture, as a function of the network's loss."""
+
+    name = "meta_weight_net"
+    title = "weights learned from losses"
+    problem = MetaWeightNet
+
+    def learned(self, run: Run) -> nn.Module:
+        return WeightNet()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrected(LearnedLabels):
+    """Another network that corrects labels."""
+
+    name = "label_correction"
+    title = "learned corrections of labels"
+    problem = LabelCorrection
+
+    def learned(self, run: Run) -> nn.Module:
+        return Corrector(run.recipe.network("teacher"), len(run.task.classes), TRUSTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseMatrix(LearnedLabels):
+    """How often each class is taken for each other one."""
+
+    name = "noise_transition"
+    title = "a learned matrix of label noise"
+    rate = 0.05
+    problem = NoiseTransition
+
+    def learned(self, run: Run) -> nn.Module:
+        return Table(TRUSTED * torch.eye(len(run.task.classes)))
+
+
+LEARNED: tuple[type[LearnedLabels], ...] = (LearnedWeights, WeightsOfLosses, Corrected, NoiseMatrix)
+
+_WORDS = {"permuted": "permuted", "random_sign": "with random signs"}
+
+
+def _altered(kind: type[LearnedLabels], how: str) -> type[LearnedLabels]:
+    """The control of a method, whose feedback is altered."""
+    fields: dict[str, Any] = {
+        "name": f"{kind.name}_{how}",
+        "title": f"{kind.title}, feedback {_WORDS[how]}",
+        "place": "control",
+        "control": None,
+        "delivers": "student",
+        "alteration": how,
+        "__doc__": f"A control of {kind.name}.",
+        "__module__": __name__,
+    }
+    return dataclass(frozen=True, kw_only=True)(type(f"{kind.__name__}_{how}", (kind,), fields))
+
+
+ALTERED = tuple(_altered(kind, how) for kind in LEARNED for how in _WORDS)
+
+globals().update({kind.__name__: kind for kind in ALTERED})  # a worker process finds them by name

@@ -1,0 +1,390 @@
+"""Noisy Student: a teacher labels, students learn from its labels with noise, and each labels for the next one.
+
+The phases are fits of their own, ``round-0``, ``round-1``, …, and between them the run stores labels and selects. Each
+is a function of what was before it and of the seed, and each goes on where it was stopped, so a run that is resumed
+goes through them from the first one and ends bit for bit as one that was not stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Protocol, Self
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
+from metapl.apps.pictures.batches import Fetched
+from metapl.apps.pictures.views.base import Identity, View
+from metapl.apps.recipes.base import Ended, Method, Phase, Phases, Place, Recipe, Run, Selected, Task
+from metapl.apps.recipes.methods.alone import Losses, Smoothed
+from metapl.apps.recipes.methods.beside import MetaPseudoLabels, WithoutFeedback
+from metapl.apps.recipes.self_training import FirstTeacher, Selection, SelfTraining
+from metapl.apps.recipes.settings import Optimizer
+from metapl.data.draws import fold_in
+from metapl.data.sampler import StepSampler
+from metapl.errors import MetaplError
+from metapl.problems.losses import CrossEntropy
+from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.options import DECAY, decay_interval
+
+FIRST = "round-0"
+"""The phase that trains the first teacher."""
+
+FINETUNED = "-finetune"
+"""Ends the name of the phase that finetunes a student, after the name of its round."""
+
+Rounds = Annotated[SelfTraining, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PseudoLabeledBatches(UnlabeledBatches):
+    """Batches (x, stored) of selected examples; the stored distributions are read from the store as they are needed.
+
+    Args:
+        chosen: the examples.
+    """
+
+    chosen: Selected
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"rows": self.chosen.rows}
+
+    def fetch(self, step: int) -> Fetched:
+        *images, rows = super().fetch(step)
+        return (*images, self.chosen.labels(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyStudent(Smoothed):
+    """A teacher labels, a student learns its labels with noise, and becomes the teacher.
+
+    Args:
+        teacher: the optimizer of all networks.
+        label_smoothing: label smoothing of the labels of labeled examples.
+        self_training: what happens in the rounds.
+    """
+
+    name = "noisy_student"
+    title = "Noisy Student"
+    control: ClassVar[str | None] = "mpl_filtered"
+    delivers = "student"
+    networks: ClassVar[Mapping[str, str]] = Method.networks
+    one_network = False
+    selects = True
+    is_noisy_student = True
+    idle = ("unlabeled_batch",)
+
+    @classmethod
+    def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
+        finetunes = "pretrain_finetune" in " ".join(words) or any("finetune-size" in word for word in words)
+        return cls.idle if finetunes else (*cls.idle, "finetune_steps", "finetune_batch", "finetune")
+
+    self_training: Rounds = field(default_factory=SelfTraining)
+
+    def losses(self) -> Losses:
+        return self.supervised()
+
+    def with_forced(self) -> Self:
+        given = self.self_training
+        rounds = dataclasses.replace(given, **{**self.forced, "networks": ()})
+        rounds = dataclasses.replace(rounds, networks=given.networks[: rounds.rounds + 1])
+        return dataclasses.replace(self, self_training=rounds)
+
+    def check_networks(self, recipe: Recipe) -> None:
+        networks_of(recipe, self.self_training)
+
+    def kept(self, ended: Ended) -> list[Any]:
+        """The last student, its teacher, and the student finetuned at a larger size if it is."""
+        size = self.self_training.finetune_size
+        return [ended.keep_student(), ended.keep_teacher(), *([] if size is None else [ended.keep_larger(size)])]
+
+    @classmethod
+    def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
+        """The last student, finetuned or not, of equals finetuned, and never its teacher."""
+        students = {name: accuracies[name] for name in reversed([*accuracies]) if name != "teacher"}
+        return super().delivered(students, True) if select else next(iter(students))
+
+    @classmethod
+    def last_phase(cls, rounds: int) -> str:
+        return f"round-{rounds}"
+
+    def phases(self, run: Run) -> Phases:
+        recipe, task, settings = run.recipe, run.task, self.self_training
+        _, *others = networks_of(recipe, settings)
+        phase = _first_teacher(recipe, task)
+        yield phase
+        teacher = phase.trainer.student
+        for number, sized in enumerate(others, 1):
+            chosen = run.select(number, teacher)
+            torch.manual_seed(fold_in(recipe.seed, number))  # whatever was drawn before
+            network = sized.network("teacher").to(recipe.torch_device())
+            optimizer, steps = _own(sized).teacher, recipe.steps
+            if settings.warm_start:
+                network.load_state_dict(teacher.state_dict())
+                steps = settings.warm_steps or steps
+                optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * end_matched(steps, recipe.steps))
+            losses, labeled, unlabeled = self._sources(recipe, task, number, chosen)
+            trainer = LossTrainer(network, losses, optimizer=optimizer.build(network), **recipe.trainer_options())
+            options = {"steps": steps, "warmup": min(recipe.warmup, steps), **_decay(recipe, recipe.steps)}
+            result = yield Phase(trainer, labeled, unlabeled, task, f"round-{number}", options)
+            if settings.training == "pretrain_finetune":
+                result = yield _finetuned(sized, network, task, number)
+            run.trained(number, network, result)
+            teacher = network
+
+    def _sources(self, recipe: Recipe, task: Task, number: int, chosen: Selected) -> tuple[Losses, Any, Any]:
+        """The losses of a student, and its sources of labeled and of unlabeled batches."""
+        settings = self.self_training
+        pairs = _pseudo_labeled(settings, recipe, task, number, chosen)
+        hard, model_noise = settings.labels == "hard", settings.unlabeled_noise != "none"
+        if settings.training == "joint":
+            loss = NoisyStudentLoss(settings.loss, hard, model_noise, self.label_smoothing)
+            return (loss,), _with_noise(recipe, task, number), pairs
+        return (StoredLabelLoss(hard, model_noise),), pairs, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithoutNoise(NoisyStudent):
+    """A control: students meet unlabeled examples as they are."""
+
+    name = "noisy_student_clean"
+    title = "Noisy Student, no noise on unlabeled"
+    control = None
+    forced: ClassVar[dict[str, Any]] = {"unlabeled_noise": "none"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uneven(NoisyStudent):
+    """A control: classes count as they come."""
+
+    name = "noisy_student_uneven"
+    title = "Noisy Student, not balanced"
+    control = None
+    forced: ClassVar[dict[str, Any]] = {"balance": False, "per_class": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Once(NoisyStudent):
+    """A control: one round."""
+
+    name = "noisy_student_once"
+    title = "Noisy Student, one round"
+    control = None
+    forced: ClassVar[dict[str, Any]] = {"rounds": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filtered(Method):
+    """A teacher and a student on examples that are selected by the labels of Noisy Student's first teacher.
+
+    For each class, the unlabeled examples are taken that are most probably of it.
+
+    Args:
+        self_training: how they are selected.
+
+    Source: Meta Pseudo Labels, section 3.3.
+    """
+
+    selects = True
+
+    self_training: Annotated[Selection, tyro.conf.arg(name="")] = field(default_factory=Selection)
+
+    def phases(self, run: Run) -> Phases:
+        # The first teacher of Noisy Student by the same recipe, so both have the same labels.
+        phase = _first_teacher(run.recipe, run.task)
+        yield phase
+        chosen, source = run.select(1, phase.trainer.student), run.task.unlabeled
+        sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
+        unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)
+        run.task = dataclasses.replace(run.task, unlabeled=unlabeled, truth=None)
+        torch.manual_seed(run.recipe.seed)  # whatever was drawn for the labels
+        yield from super().phases(run)  # type: ignore[safe-super]  # of the method that it is mixed into
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilteredMetaPseudoLabels(Filtered, MetaPseudoLabels):
+    """Meta Pseudo Labels on unlabeled examples that are selected by a teacher's labels."""
+
+    name = "mpl_filtered"
+    title = "Meta Pseudo Labels, unlabeled examples selected"
+    place: ClassVar[Place] = None
+    control = "none_filtered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilteredWithoutFeedback(Filtered, WithoutFeedback):
+    """The same without feedback."""
+
+    name = "none_filtered"
+    title = "same loop, no feedback, unlabeled examples selected"
+    place: ClassVar[Place] = None
+    control = None
+
+
+def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
+    """The recipe with the network of each round, beginning with the first teacher's.
+
+    Raises:
+        MetaplError: a student has fewer parameters than its teacher, and that was not asked for; or is to begin with
+            weights of another network.
+    """
+    names = [settings.network(number) for number in range(settings.rounds + 1)]
+    recipes = [recipe if name is None else recipe.with_network(name) for name in names]
+    sizes = {name: _parameters(sized) for name, sized in zip(names, recipes, strict=True)}
+    smaller = settings.smaller([sizes[name] for name in names])
+    if smaller is not None and not settings.allow_smaller:
+        raise MetaplError(
+            f"the student of round {smaller} is {names[smaller]} with {sizes[names[smaller]]:,} parameters, and its "
+            f"teacher {names[smaller - 1]} has {sizes[names[smaller - 1]]:,}: Noisy Student's students are equal or "
+            "larger. Give --networks in the order of their sizes, or --allow-smaller to distill into a smaller one."
+        )
+    if settings.warm_start and len(set(names)) > 1:
+        raise MetaplError(
+            f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are "
+            "not the same; expected one network, or students from scratch."
+        )
+    if settings.warm_start and recipe.schedule != "exponential":
+        raise MetaplError(
+            f"--warm-start takes a learning rate that ends where that of a student from scratch would end, and "
+            f"--schedule {recipe.schedule} ends where it does whatever it begins with; expected --schedule exponential."
+        )
+    steps = recipe.steps
+    if settings.warm_steps is not None and steps is not None and settings.warm_steps > steps:
+        raise MetaplError(
+            f"--warm-steps {settings.warm_steps:,}: a student that begins with the weights of its teacher takes at "
+            f"most as many steps as one from scratch, {steps:,}; expected 1 to {steps:,}, or more --steps."
+        )
+    if settings.finetune_size is not None:
+        recipes[-1].at_size(settings.finetune_size)
+    return recipes
+
+
+def _parameters(recipe: Recipe) -> int:
+    _ = recipe.classes  # some recipes read their data for them, which must not be done on the meta device
+    with torch.device("meta"):
+        return sum(p.numel() for p in recipe.network("teacher").parameters())
+
+
+class _HasTeacher(Protocol):
+    """A method with a first teacher."""
+
+    @property
+    def teacher(self) -> Optimizer: ...
+
+    @property
+    def label_smoothing(self) -> float: ...
+
+    @property
+    def self_training(self) -> Selection: ...
+
+
+def _own(recipe: Recipe) -> _HasTeacher:
+    """The recipe's method, which has a first teacher."""
+    method: Any = recipe.method
+    own: _HasTeacher = method
+    return own
+
+
+def _first_teacher(recipe: Recipe, task: Task) -> Phase:
+    """The network of round 0, which learns from the labeled examples alone, with noise.
+
+    It is a function of the task, the seed and what :func:`first_teacher` gives, whatever method the run is by.
+    """
+    own, settings = first_teacher(recipe)
+    torch.manual_seed(fold_in(own.seed, 0))
+    network = own.network("teacher").to(own.torch_device())
+    method = _own(own)
+    optimizer, losses = method.teacher.build(network), (CrossEntropy(method.label_smoothing),)
+    trainer = LossTrainer(network, losses, optimizer=optimizer, **own.trainer_options())
+    options: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "warmup", "validate_every")}
+    options |= _decay(own, settings.steps)
+    return Phase(trainer, _with_noise(own, task, 0), None, task, FIRST, options)
+
+
+def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
+    """The recipe with the network and the optimizer of the first teacher, and how it is trained."""
+    given, name = _own(recipe).self_training.first, _own(recipe).self_training.network(0)
+    own = recipe if name is None else recipe.with_network(name)
+    if given is None:
+        beside = {name: getattr(own, name, None) for name in ("clip_norm", "weights")}
+        return own, FirstTeacher(
+            steps=own.steps,
+            warmup=min(own.warmup, own.steps),
+            validate_every=own.validate_every,
+            lr=_own(own).teacher.lr,
+            **beside,
+        )
+    changed = {name: getattr(given, name) for name in ("clip_norm", "weights") if hasattr(own, name)}
+    own = own.with_method(teacher=dataclasses.replace(_own(own).teacher, lr=given.lr))
+    return dataclasses.replace(own, **changed), given
+
+
+def _decay(recipe: Recipe, steps: int) -> dict[str, float]:
+    """The interval of the exponential schedule of so many steps, where the recipe has this schedule."""
+    return {"decay_every": decay_interval(steps)} if recipe.schedule == "exponential" else {}
+
+
+def end_matched(steps: int, usual: int) -> float:
+    """The factor of the first learning rate with which a fit of ``steps`` ends at the rate where ``usual`` steps end.
+
+    Both follow the exponential schedule of the usual number.
+
+    >>> [f"{0.128 * end_matched(epochs, 350):.3g}" for epochs in (35, 70, 140, 280, 350)]  # study 8
+    ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']
+    """
+    return float(DECAY ** ((usual - steps) / decay_interval(usual)))
+
+
+def _with_noise(recipe: Recipe, task: Task, number: int) -> LabeledBatches:
+    """The labeled batches of a round, augmented as the unlabeled ones are."""
+    labeled, seed = task.labeled, fold_in(recipe.seed, number)
+    assert isinstance(labeled, LabeledBatches)
+    sampler = dataclasses.replace(labeled.sampler, seed=seed)
+    return dataclasses.replace(labeled, view=noisy_view(task), sampler=sampler, seed=seed)
+
+
+def _pseudo_labeled(
+    settings: SelfTraining, recipe: Recipe, task: Task, number: int, chosen: Selected
+) -> PseudoLabeledBatches:
+    """Batches (x, stored) of selected examples as the student meets them."""
+    source, seed = task.unlabeled, fold_in(recipe.seed, number)
+    assert isinstance(source, UnlabeledBatches)
+    augmented = settings.unlabeled_noise == "all"
+    return PseudoLabeledBatches(
+        chosen.of(source.images),
+        StepSampler(len(chosen.positions), settings.ratio * recipe.labeled_batch, seed=seed, stream=1),
+        noisy_view(task) if augmented else Identity(),
+        None,
+        seed,
+        crop=source.crop if augmented else None,
+        chosen=chosen,
+    )
+
+
+def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int) -> Phase:
+    """A student that learned from pseudo-labels alone, finetuned on labeled examples; each round draws its own."""
+    torch.manual_seed(fold_in(recipe.seed + 1, number))  # whatever was drawn before
+    labeled = task.finetuning
+    assert isinstance(labeled, LabeledBatches)
+    sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
+    labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
+    return finetuning(recipe, network, labeled, task, f"round-{number}{FINETUNED}")
+
+
+def finetuning(recipe: Recipe, network: nn.Module, labeled: Any, task: Task, name: str) -> Phase:
+    """Finetune a student of Noisy Student where it is, on labeled batches."""
+    optimizer = recipe.finetune.build(network)
+    trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
+    return Phase(trainer, labeled, None, task, name, {"schedule": "cosine", **recipe.finetune_options()})
+
+
+def noisy_view(task: Task) -> View:
+    """The augmentation that a student meets."""
+    view: View = task.unlabeled.weak if task.unlabeled.strong is None else task.unlabeled.strong
+    return view
