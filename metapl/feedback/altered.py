@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -46,6 +46,8 @@ class Altered(Estimator):
 
     def __post_init__(self) -> None:
         check_choice(self, "alteration", ("permuted", "class_means", "random_sign"))
+        for name in ("credits", "keep_graph", "looks_ahead"):
+            object.__setattr__(self, name, getattr(self.base, name))
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(
                 f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
@@ -61,16 +63,8 @@ class Altered(Estimator):
         return self.base.labels
 
     @property
-    def keep_graph(self) -> bool:
-        return self.base.keep_graph
-
-    @property
     def keep_every(self) -> int:
         return self.base.keep_every
-
-    @property
-    def looks_ahead(self) -> bool:
-        return self.base.looks_ahead
 
     @property
     def one_process(self) -> bool:
@@ -79,10 +73,6 @@ class Altered(Estimator):
     @property
     def forward_mode(self) -> bool:
         return self.base.forward_mode
-
-    @property
-    def credits(self) -> Credits:
-        return self.base.credits
 
     @property
     def normalization(self) -> Normalization:

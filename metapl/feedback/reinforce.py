@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Credits, Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.base import Estimator, Feedback, State, check_choice, divisor
+from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 

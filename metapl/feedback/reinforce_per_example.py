@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, check_choice, divisor
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, check_choice, divisor
 from metapl.feedback.credit import example_feedback, forward_tangent
 from metapl.feedback.difference import Difference
+from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.agreement import check_recomputed
 from metapl.execution.batch import length
-from metapl.execution.buffers import Slots, State, given_unchanged, inputs_unchanged
+from metapl.execution.buffers import Slots, State, unchanged
 from metapl.execution.compiled import runs_compiled
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path
-from metapl.execution.layout import is_block
 from metapl.execution.ranks import ALONE, Ranks, rows_shared
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.shards import is_sharded
-from metapl.execution.writes import journal, weights_watched
-from metapl.problems.base import Problem, Signal, kind_of
+from metapl.execution.writes import journal, tensors_in, weights_watched
+from metapl.problems.base import Problem, Signal, check_signal, kind_of
 
 
 class TeacherPass:
@@ -34,6 +32,7 @@ class TeacherPass:
             the signal enters its input.
         generator: for drawing labels.
         ranks: the processes that share the batch.
+        slots: of the teacher; None: to be found.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
     """
@@ -47,13 +46,15 @@ class TeacherPass:
         generator: torch.Generator | None,
         recompute: bool,
         ranks: Ranks = ALONE,
+        slots: Slots | None = None,
     ) -> None:
         self.ranks = ranks
         self.teacher, self.problem, self.batch = teacher, problem, batch
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self.rows = length(batch) if student_outputs is None else len(student_outputs)
-        self.device = next(t.device for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
-        self._slots = Slots(teacher)
+        given = tensors_in(batch)[0]
+        self.device, self._on_host = given.device, not checks.waits(given)
+        self._slots = Slots(teacher) if slots is None else slots
         if recompute:
             self._random = RandomState.now(self.device)
             self._state = State(self._slots.parts)
@@ -77,15 +78,13 @@ class TeacherPass:
         return again
 
     def _run(self) -> Signal:
-        with (
-            inputs_unchanged(self.batch, "teacher"),
-            given_unchanged("the problem's signal()", student_outputs=self.student_outputs),
-            rows_shared(self.ranks),
-            self.watched(),
-        ):
-            outputs: Any = self.student_outputs
+        outputs: Any = self.student_outputs
+        who, given = "the problem's signal()", {"student_outputs": outputs}
+        with rows_shared(self.ranks), self.watched(self.batch):
             try:
-                return self.problem.signal(self.teacher, self.batch, outputs, generator=self.generator)
+                signal = unchanged(
+                    who, given, self.problem.signal, self.teacher, self.batch, outputs, generator=self.generator
+                )
             except (AttributeError, TypeError) as error:
                 if outputs is not None or "NoneType" not in str(error):
                     raise
@@ -95,20 +94,22 @@ class TeacherPass:
                     "run yet and student_outputs is None; expected a signal of the teacher and the batch alone, or "
                     f"student_input(batch). ({error})"
                 ) from error
+        return check_signal(signal, self.problem)
 
     @property
     def has_frozen(self) -> bool:
         """Whether the teacher has parameters that it does not learn, which a pass may move."""
         return self._slots.has_frozen
 
-    def watched(self) -> AbstractContextManager[object]:
+    def watched(self, inputs: Any = None) -> AbstractContextManager[object]:
         """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
-        sharded = any(is_block(part) for part in self._slots.parts)
-        if sharded or any(is_sharded(p) for _, _, p in self._slots.parameters):
-            return nullcontext()
-        by_host = self.device.type == "cpu" or self.has_frozen
-        looking = by_host and not runs_compiled(self.teacher)
-        return weights_watched(self._slots.by_part, "teacher", looking=looking)
+        if self._slots.spread:
+            return weights_watched([], "teacher", inputs, looking=False)
+        frozen = self._slots.has_frozen
+        eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
+        values = eager and self._on_host and self._slots.small and self._slots.looked_at and not frozen
+        looking = eager and not values and (self._on_host or frozen)
+        return weights_watched(self._slots.by_part, "teacher", inputs, looking=looking, values=values)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +14,8 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.batch import labeled_pair, micro_batches, plain
+from metapl.execution.buffers import step_guard
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import step_guard, types_explained
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
@@ -114,8 +115,9 @@ class LossTrainer(Trainer):
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
-        with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
-            others = () if unlabeled is None else (unlabeled,)
+        others = () if unlabeled is None else (unlabeled,)
+        explain = partial(checks.explain_types, labeled, others, {self.role: self.student})
+        with step_guard(self.student, optimizer=self.optimizer, device=self.device, explain=explain) as fault:
             check_batches(labeled, others, self.device, self.ranks)
             with self.ranks.agreed():
                 refuse_ignored_labels(self.losses_for(unlabeled), labeled, self.accumulate, self.ranks)
@@ -124,7 +126,7 @@ class LossTrainer(Trainer):
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            with types_explained(labeled, others, **{self.role: self.student}), self._autocast(), self.compiled():
+            with self._autocast(), self.compiled():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
             self.clip()
             self.optimizer.step()

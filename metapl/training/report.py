@@ -73,9 +73,10 @@ class StepReport(Report):
     problem: Problem = field(repr=False)
     ranks: Ranks = field(default=ALONE, repr=False)
 
-    def __post_init__(self) -> None:
-        if not self.ranks.alone:  # all ranks are here now; later one may read the report alone
-            self.__dict__["_exchanged"] = self._columns()
+    def exchanged(self) -> StepReport:
+        """The same, when all ranks are here: later one may read the report alone."""
+        self.__dict__["_exchanged"] = self._columns()
+        return self
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.scalars, **(self._columns() if self.ranks.alone else self.__dict__["_exchanged"])}

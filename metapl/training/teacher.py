@@ -16,9 +16,9 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.kernels import overwritten_explained
-from metapl.execution.modules import trainable
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import rows_shared
+from metapl.execution.ranks import Ranks, rows_shared
+from metapl.execution.writes import tensors_in
 from metapl.feedback import Feedback
 from metapl.feedback.teacher_pass import TeacherPass
 from metapl.problems.base import Signal, has_rows
@@ -60,19 +60,22 @@ class TeacherLosses:
     sizes: dict[str, Tensor]
 
 
-def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int) -> dict[str, Tensor]:
+def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int, ranks: Ranks) -> dict[str, Tensor]:
     """The scalars of a step: means over its micro-batches, and ``feedback_ratio``, NaN without own losses.
 
     Args:
         objectives: of the micro-batches of all inner batches. The last ``parts`` of them hold the own losses. These are
             means over a micro-batch; the feedback is a sum.
         parts: the number of micro-batches in a batch.
+        ranks: the processes over which these are means too.
     """
     last = objectives[-parts:]
     feedback = _norm([objective.sizes["feedback"] for objective in objectives])
     own = _norm([objective.sizes["own"] for objective in last])
     ratio = torch.where(own > 0, feedback / own, torch.nan)
-    return {**means([objective.scalars for objective in last]), "feedback_ratio": ratio}
+    scalars = last[0].scalars if parts == 1 else means([objective.scalars for objective in last])
+    found = {**scalars, "feedback_ratio": ratio}
+    return found if ranks.alone else ranks.mean_scalars(found)
 
 
 def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -90,9 +93,9 @@ class TeacherStep(TeacherPass):
 
     def __init__(self, teacher: nn.Module, *given: Any) -> None:
         self._outputs: list[Tensor] = []
-        self._is_shared = False
-        self._weights = {id(p) for p in trainable(teacher).values()}
+        self._is_shared = self._nested = False
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
+        self._weights = {id(p) for p in self._slots.learned.values()}
 
     def _run(self) -> Signal:
         with self._recording():
@@ -119,7 +122,8 @@ class TeacherStep(TeacherPass):
                 step=step,
                 kind="teacher loss",
             )
-        check_copies([*terms.values()], "losses of the teacher", self.ranks)
+        if self.ranks.copies > 1:
+            check_copies([*terms.values()], "losses of the teacher", self.ranks)
         own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(signal)
         if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks
@@ -145,15 +149,26 @@ class TeacherStep(TeacherPass):
         teacher's weights other than through these outputs, and where the processes hold shares of one gradient, whose
         norm is not found from theirs.
         """
-        sizes = {"feedback": self._size(from_feedback, "the signal", scale)}
-        sizes["own"] = self._size(from_own, "a teacher loss", scale)
+        of_feedback = self._reached(from_feedback, "the signal", scale)
+        of_own = self._reached(from_own, "a teacher loss", scale)
+        # An output of one loss alone has the gradient of that loss in the pass that is taken anyway.
+        on_the_way = not (
+            scale.relative or self._nested or any(t is u for t in of_feedback or () for u in of_own or ())
+        )
+        if on_the_way:
+            loss = scale.value * from_feedback + from_own
+            found = _backward_measured(loss, [of_feedback, of_own])
+            factor: Tensor | float = 1.0
+        else:
+            found = [_measured(from_feedback, of_feedback), _measured(from_own, of_own)]
         # The norms over the rows of all ranks; both are in units of a mean over the ranks.
-        sizes = {n: size * torch.nan if self._is_shared else self.ranks.pooled(size) for n, size in sizes.items()}
-        factor = scale.factor(sizes["feedback"], sizes["own"])
-        loss = factor * from_feedback + from_own
-        if loss.requires_grad:
-            loss.backward()
-        return {**sizes, "feedback": factor * sizes["feedback"]}
+        found = [size * torch.nan if self._is_shared else self.ranks.pooled(size) for size in found]
+        if not on_the_way:
+            factor = scale.factor(*found)
+            loss = factor * from_feedback + from_own
+            if loss.requires_grad:
+                loss.backward()
+        return {"feedback": factor * found[0], "own": found[1]}
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -163,13 +178,14 @@ class TeacherStep(TeacherPass):
             # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that
             # of the losses alone.
             views: dict[int, Tensor] = {}
+            self._nested |= any(t.requires_grad for t in tensors_in(args))
 
-            def viewed(t: Tensor) -> Tensor:
+            def viewed(t: Any) -> Any:
                 if not t.requires_grad:
                     return t
                 return views.setdefault(id(t), t.view_as(t) if t.layout == torch.strided and not t.is_nested else t)
 
-            output = pytree.tree_map_only(Tensor, viewed, output)
+            output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
             self._outputs.extend(t for t in views.values() if t.requires_grad)  # a weight has none under no_grad
             return output
 
@@ -179,10 +195,9 @@ class TeacherStep(TeacherPass):
         finally:
             handle.remove()
 
-    def _size(self, loss: Tensor, name: str, scale: FeedbackScale) -> Tensor:
-        """The norm of a loss's gradient at the outputs that it depends on, a scalar like the loss; NaN, or with a
-        relative scale an error, if it depends on a weight in another way. Cost: a backward pass through the head only.
-        """
+    def _reached(self, loss: Tensor, name: str, scale: FeedbackScale) -> list[Tensor] | None:
+        """The teacher's outputs that a loss depends on; None, or with a relative scale an error, if it depends on a
+        weight in another way."""
         collected = {(t.grad_fn, t.output_nr): t for t in self._outputs}
         outputs: list[Tensor] = []
         seen: set[tuple[Node | None, int]] = set()
@@ -201,20 +216,52 @@ class TeacherStep(TeacherPass):
                         "on the teacher's weights in another way, such as through another method or an output that is "
                         "not a tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
                     )
-                return loss.new_full((), torch.nan)
+                return None
             else:
                 edges.extend(edge[0].next_functions)
-        sizes = [loss.new_zeros(())]
+        return outputs
 
-        def measure(g: Tensor) -> Tensor:
-            sizes.append(torch.linalg.vector_norm(wide(g)).to(loss.dtype))
-            return torch.zeros_like(g)  # of an output that is computed from another, nothing flows on to that one
 
-        handles = [t.register_hook(measure) for t in outputs]
-        try:
-            if outputs:
-                torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return _norm(sizes)
+def _backward_measured(loss: Tensor, groups: Sequence[list[Tensor] | None]) -> list[Tensor]:
+    """Take the gradient of a loss; the norms of it at groups of tensors, NaN for None."""
+    sizes = [[loss.new_zeros(())] for _ in groups]
+    handles = [
+        t.register_hook(lambda g, found=found: found.append(_length(g, loss)))
+        for found, outputs in zip(sizes, groups, strict=True)
+        for t in outputs or ()
+    ]
+    try:
+        if loss.requires_grad:
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        loss.new_full((), torch.nan) if outputs is None else _norm(found)
+        for found, outputs in zip(sizes, groups, strict=True)
+    ]
+
+
+def _measured(loss: Tensor, outputs: list[Tensor] | None) -> Tensor:
+    """The norm of a loss's gradient at outputs, NaN for None. Cost: a backward pass through the head only."""
+    if outputs is None:
+        return loss.new_full((), torch.nan)
+    sizes = [loss.new_zeros(())]
+
+    def measure(g: Tensor) -> Tensor:
+        sizes.append(_length(g, loss))
+        return torch.zeros_like(g)  # of an output that is computed from another, nothing flows on to that one
+
+    handles = [t.register_hook(measure) for t in outputs]
+    try:
+        if outputs:
+            torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _norm(sizes)
+
+
+def _length(g: Tensor, loss: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(wide(g)).to(loss.dtype)
+    return length
