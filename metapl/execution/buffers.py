@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
+from metapl.execution.batch import inputs_of
 from metapl.execution.layout import is_block
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import wide
@@ -404,3 +405,31 @@ def step_guard(
                 random.restore()
             if failed and generator is not None and drawn is not None:
                 generator.set_state(drawn)
+
+
+def explain_types(
+    labeled: Any, unlabeled: Sequence[Any], networks: Mapping[str, nn.Module | None], error: BaseException
+) -> None:
+    """Turn an error about inputs of another type than the weights, or in one argument for several, into one that names
+    batch and network.
+
+    Args:
+        labeled: the outer batch.
+        unlabeled: the inner ones.
+        networks: by role; None: no such network.
+        error: what a step raised.
+    """
+    if isinstance(error, checks.WRONG_CALL) and not isinstance(error, MetaplError):
+        checks.explain_call(error, **networks)
+    cause = error.__cause__ if isinstance(error, MetaplError) else error
+    if not isinstance(cause, RuntimeError):
+        return
+    batches = [("labeled", inputs_of(labeled)), *(("unlabeled", inputs_of(batch)) for batch in unlabeled)]
+    if cause is not error:
+        # Of a feedback pass: the student's own pass has taken the unlabeled batch, and inputs like it.
+        taken = [checks.types(inputs) for _, inputs in batches[1:]]
+        batches = [] if checks.types(batches[0][1]) in taken else batches[:1]
+    for role, network in networks.items():
+        weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
+        for name, inputs in batches:
+            checks.explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")

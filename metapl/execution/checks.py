@@ -217,36 +217,6 @@ def explain_call(error: Exception, **networks: nn.Module | None) -> None:
         ) from error
 
 
-def explain_types(
-    labeled: Any, unlabeled: Sequence[Any], networks: Mapping[str, nn.Module | None], error: BaseException
-) -> None:
-    """Turn an error about inputs of another type than the weights, or in one argument for several, into one that names
-    batch and network.
-
-    Args:
-        labeled: the outer batch.
-        unlabeled: the inner ones.
-        networks: by role; None: no such network.
-        error: what a step raised.
-    """
-    if isinstance(error, WRONG_CALL) and not isinstance(error, MetaplError):
-        explain_call(error, **networks)
-    cause = error.__cause__ if isinstance(error, MetaplError) else error
-    if not isinstance(cause, RuntimeError):
-        return
-    from metapl.execution.batch import inputs_of  # which has checks from here
-
-    batches = [("labeled", inputs_of(labeled)), *(("unlabeled", inputs_of(batch)) for batch in unlabeled)]
-    if cause is not error:
-        # Of a feedback pass: the student's own pass has taken the unlabeled batch, and inputs like it.
-        taken = [types(inputs) for _, inputs in batches[1:]]
-        batches = [] if types(batches[0][1]) in taken else batches[:1]
-    for role, network in networks.items():
-        weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
-        for name, inputs in batches:
-            explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")
-
-
 def _could_be_spread(network: nn.Module, inputs: Any) -> bool:
     named = inputs if isinstance(inputs, Mapping) else {}
     listed = inputs if isinstance(inputs, tuple | list) else ()

@@ -111,7 +111,7 @@ class NotByThisMode(MetaplError):
 
 
 @cache
-def _load_forward_mode() -> None:
+def load_forward_mode() -> None:
     """Create the first dual number, for which PyTorch loads its rules with a deprecation warning, silenced here."""
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning):  # the second from older releases
@@ -127,7 +127,7 @@ def forward_mode() -> Iterator[None]:
     ``torch.no_grad()`` in a network's forward ends the derivatives of forward mode too, as it ends those of reverse
     mode: state that a pass moves there, such as the average of a momentum encoder, is a constant in both.
     """
-    _load_forward_mode()
+    load_forward_mode()
     enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
     enabled: list[bool] = []
 

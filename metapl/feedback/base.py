@@ -19,7 +19,6 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.kernels import NotByThisMode
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
 from metapl.feedback.path import Path
@@ -136,12 +135,7 @@ class Estimator(ABC):
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
-        try:
-            feedback, state = self.feedback(path, state)  # line 4: h
-        except (NotByThisMode, RuntimeError) as error:
-            from metapl.feedback.instead import explained  # which tries other estimators
-
-            raise explained(self, path, error) from (error.__cause__ if isinstance(error, MetaplError) else error)
+        feedback, state = self.feedback(path, state)  # line 4: h
         with path.student.ranks.agreed():
             if not any(found.read for found in feedback):
                 raise MetaplError(unread_signal(path.problem))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.buffers import step_guard
+from metapl.execution.buffers import explain_types, step_guard
 from metapl.execution.kernels import checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.sharded import by_backward
@@ -28,9 +28,10 @@ from metapl.feedback.compatible import (
     prepare,
 )
 from metapl.feedback.inner_step import outer_batch
+from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
 from metapl.feedback.path import take_steps
-from metapl.feedback.teacher_pass import TeacherPass
+from metapl.feedback.teacher import TeacherPass
 from metapl.problems.base import BilevelProblem, Problem, Signal, revises
 from metapl.updates import update_of
 
@@ -142,7 +143,7 @@ def hypergradient(
     check_batches(labeled, batches, device, of_student.ranks)
     passes: list[TeacherPass] = []
     reader = teacher if problem.teacher_reads_inputs else None
-    explain = partial(checks.explain_types, labeled, batches, {"student": student, "teacher": reader})
+    explain = partial(explain_types, labeled, batches, {"student": student, "teacher": reader})
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = recompute_teacher or accumulate > 1
@@ -168,7 +169,8 @@ def hypergradient(
             credits=estimate.credits,
             first=True,
         )
-        feedback, _ = estimate.checked_feedback(path, estimate.init())
+        with others_named(estimate, path):
+            feedback, _ = estimate.checked_feedback(path, estimate.init())
         pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
         grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -23,20 +24,25 @@ AGREES_TO = 0.05
 _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)
 
 
-def explained(mode: Estimator, path: Path, error: Exception) -> Exception:
-    """The error that a mode cannot run on the student of a path, with its name and those of modes that can; any other
-    error as it is."""
-    if isinstance(error, NotByThisMode):
-        why = str(error)
-    elif _DTYPES.search(str(error)):
+@contextmanager
+def others_named(mode: Estimator, path: Path) -> Iterator[None]:
+    """Name the mode in the error that it cannot run on the student of a path, and those that can."""
+    try:
+        yield
+    except NotByThisMode as error:
+        raise type(error)(_named(mode, path, str(error))) from error.__cause__
+    except RuntimeError as error:
+        if not _DTYPES.search(str(error)):
+            raise
         why = (
             "it runs the student in float32, and a cast inside the student does not go along "
             f'({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" instead of casts.'
         )
-    else:
-        return error
-    kind = type(error) if isinstance(error, NotByThisMode) else NotByThisMode
-    return kind(f"mode '{mode.name}' cannot run here: {why} {_mend(mode, path)}")
+        raise NotByThisMode(_named(mode, path, why)) from error
+
+
+def _named(mode: Estimator, path: Path, why: str) -> str:
+    return f"mode '{mode.name}' cannot run here: {why} {_mend(mode, path)}"
 
 
 def _mend(mode: Estimator, path: Path) -> str:

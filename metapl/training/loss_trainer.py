@@ -14,12 +14,13 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.batch import labeled_pair, micro_batches, plain
-from metapl.execution.buffers import step_guard
+from metapl.execution.buffers import explain_types, step_guard
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
 from metapl.feedback.compatible import check_batches
+from metapl.feedback.teacher import mean_scalars
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
     CrossEntropy,
@@ -32,7 +33,7 @@ from metapl.problems.losses import (
 )
 from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
-from metapl.training.report import Report, means
+from metapl.training.report import Report
 from metapl.training.states import check_state, names_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")
@@ -116,7 +117,7 @@ class LossTrainer(Trainer):
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
         others = () if unlabeled is None else (unlabeled,)
-        explain = partial(checks.explain_types, labeled, others, {self.role: self.student})
+        explain = partial(explain_types, labeled, others, {self.role: self.student})
         with step_guard(self.student, optimizer=self.optimizer, device=self.device, explain=explain) as fault:
             check_batches(labeled, others, self.device, self.ranks)
             with self.ranks.agreed():
@@ -132,7 +133,7 @@ class LossTrainer(Trainer):
             self.optimizer.step()
             self.layout.agree_on_buffers()
             self.steps_done += 1
-            return Report(self.steps_done - 1, self.ranks.mean_scalars(means(parts)), fault)
+            return Report(self.steps_done - 1, self.ranks.mean_scalars(mean_scalars(parts)), fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -98,10 +97,3 @@ class StepReport(Report):
     def counts(self) -> dict[str, list[int]]:
         """The counts of the problem."""
         return self.problem.counts(self.signal, self.student_outputs)
-
-
-def means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scalars of a step: the means over its micro-batches."""
-    if len(scalars) == 1:
-        return dict(scalars[0])
-    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import micro_batches, plain
-from metapl.execution.buffers import Slots, step_guard
+from metapl.execution.buffers import Slots, explain_types, step_guard, step_lock
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.kernels import checkpoints_without_reentry
 from metapl.execution.layout import Layout, layouts
@@ -34,8 +34,10 @@ from metapl.feedback.compatible import (
 )
 from metapl.feedback.hypergradient import Hypergradient, check_ahead, hypergradient
 from metapl.feedback.inner_step import outer_batch
+from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path, take_steps
+from metapl.feedback.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fingerprints import built_with, settings_of
@@ -44,7 +46,6 @@ from metapl.training.finetuning import finetune
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.report import Report, StepReport
 from metapl.training.states import check_state, names_of
-from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
 from metapl.updates import Clipped, parameters_of, refuse_missing, runs_others_code, update_of
 
 
@@ -174,7 +175,7 @@ class BilevelTrainer(Trainer):
         self._known: LocalStudent | None = None
         self._looked = False
         self._kind: tuple[Any, ...] = ()
-        self._asked = nn.Module() if teacher is None else teacher  # for the signal
+        self._nobody = nn.Module()
         self._slots = Slots(self._asked)
         self._spread = [layout for layout in self._layouts if layout.kind != "plain"]
 
@@ -223,7 +224,8 @@ class BilevelTrainer(Trainer):
                     keep_every=self.mode.keep_every,
                     credits=self.mode.credits,
                 )
-                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
+                with others_named(self.mode, path):
+                    feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
@@ -355,6 +357,11 @@ class BilevelTrainer(Trainer):
     @property
     def _layouts(self) -> list[Layout]:
         return [layout for layout in (self.teacher_layout, self.layout) if layout is not None]
+
+    @property
+    def _asked(self) -> nn.Module:
+        """The module that the problem's signal is asked of: an empty one for a problem without a teacher."""
+        return self._nobody if self.teacher is None else self.teacher
 
     @property
     def _scale(self) -> FeedbackScale:
@@ -566,38 +573,36 @@ class BilevelTrainer(Trainer):
         Yields: the fault of the step's report, and whether to look closer at the networks.
         """
         checks.no_inference_mode()
-        for layout in self._spread:
-            layout.begin_step()
-        closer = self._look_closer()
         networks = {"student": self.student, "teacher": self.teacher if self.problem.teacher_reads_inputs else None}
-        explain = partial(checks.explain_types, labeled, batches, networks)
-        slots = [self._slots, *([] if self._known is None else [self._known.slots])]
+        explain = partial(explain_types, labeled, batches, networks)
         outer, generator = self.outer_optimizer, self.generator
-        with (
-            step_guard(*slots, device=self.device, optimizer=outer, generator=generator, explain=explain) as fault,
-            checkpoints_without_reentry(),
-        ):
-            if self.ranks.alone:
-                checks.batches(labeled, batches, self.device)
-            else:
-                check_batches(labeled, batches, self.device, self.ranks)
-            if (self.mode, len(batches)) != self._checked:
-                check_ahead(self.mode, len(batches), self.problem, self.layout)
-                self._checked = self.mode, len(batches)
-            if outer is not None:
-                refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
-            if self.feedback_ratio is not None and len(batches) > 1:
-                raise MetaplError(
-                    "feedback_ratio is measured on one inner batch, and a Lookahead of "
-                    f"{len(batches)} was given; use feedback_weight."
-                )
-            yield fault, closer
-            self._looked = self._slots.looked_at = True
+        with step_lock, checkpoints_without_reentry():
+            for layout in self._spread:
+                layout.begin_step()
+            closer = self._look_closer()
+            slots = [self._slots, *([] if self._known is None else [self._known.slots])]
+            with step_guard(*slots, device=self.device, optimizer=outer, generator=generator, explain=explain) as fault:
+                if self.ranks.alone:
+                    checks.batches(labeled, batches, self.device)
+                else:
+                    check_batches(labeled, batches, self.device, self.ranks)
+                if (self.mode, len(batches)) != self._checked:
+                    check_ahead(self.mode, len(batches), self.problem, self.layout)
+                    self._checked = self.mode, len(batches)
+                if outer is not None:
+                    refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
+                if self.feedback_ratio is not None and len(batches) > 1:
+                    raise MetaplError(
+                        "feedback_ratio is measured on one inner batch, and a Lookahead of "
+                        f"{len(batches)} was given; use feedback_weight."
+                    )
+                yield fault, closer
+                self._looked = self._slots.looked_at = True
 
     def _look_closer(self) -> bool:
         """Whether this is the first step, or a network has changed since the last one; what was found out about the
         student otherwise stands."""
-        if not self._slots.hold():
+        if self._slots.module is not self._asked or not self._slots.hold():
             self._slots = Slots(self._asked)
         known, sharded = self._known, self.layout.kind == "sharded"  # whose weights come and go
         if known is not None and not sharded and known.double_backward == self.mode.keep_graph and known.holds():
