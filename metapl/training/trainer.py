@@ -18,7 +18,7 @@ from metapl.execution import checks
 from metapl.execution.batch import micro_batches, plain
 from metapl.execution.buffers import Slots, explain_types, step_guard, step_lock
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.kernels import checkpoints_without_reentry
+from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.modules import trainable
@@ -224,8 +224,11 @@ class BilevelTrainer(Trainer):
                     keep_every=self.mode.keep_every,
                     credits=self.mode.credits,
                 )
-                with others_named(self.mode, path):
+                try:
                     feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
+                except (NotByThisMode, RuntimeError):
+                    with others_named(self.mode, path):
+                        raise
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
