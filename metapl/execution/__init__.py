@@ -5,14 +5,13 @@ runs the network once more, with the random numbers and the buffers of a pass of
 outputs of a replay are compared with those of its pass of record.
 
 local      a network on one device: passes of record, replays, and passes at other weights
-buffers    the parameters and buffers of a module: replaced for a block, copied, restored
+buffers    the parameters and state of a module: replaced for a block, copied, restored; the block around a step
 rng        the default random number generators: saved, restored, branched
 agreement  whether a replay agrees with its pass of record, and processes that hold the same rows with each other
 kernels    which kernels a pass uses: attention, activation checkpoints, missing derivatives
 compiled   forward passes through ``torch.compile``
-guards     the lock and the restoration around a step
+writes     what a pass does besides: writes to weights, hooks on gradients, tensors that it reads from elsewhere
 sharded    a network of which this process holds a part
-choice     which of the two a student is
 layout     how a network that was handed over is laid out, found by looking at it
 ranks      the processes that share a batch, or the columns of its images: means, sums and agreement over them
 shards     weights of which this process holds a part: norms and products over all parts

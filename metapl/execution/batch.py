@@ -33,6 +33,8 @@ def plain(batch: Any) -> Any:
     >>> plain((UserDict(ids=[1, 2]), "labels"))
     ({'ids': [1, 2]}, 'labels')
     """
+    if isinstance(batch, Tensor):
+        return batch
     if isinstance(batch, Mapping):
         return {name: plain(value) for name, value in batch.items()}
     if type(batch) in (tuple, list):
@@ -193,7 +195,7 @@ def _from_dict(batch: dict[str, Any], name: str, mend: str) -> tuple[dict[str, A
 
 def holds_tensors(inputs: Any) -> bool:
     """Whether there is a tensor in a network's inputs."""
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+    return isinstance(inputs, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
 
 
 def _same_structure(first: Any, second: Any) -> bool:

@@ -9,49 +9,83 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import FrozenInstanceError
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.nn.utils import parametrize
 
 from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import inputs_of
+from metapl.execution.layout import is_block
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState
-from metapl.execution.writes import Journal, journal, memory_of
+from metapl.execution.shards import is_sharded
+from metapl.execution.writes import Journal, journal, memory_of, tensors_in
 
 Held = tuple[dict[str, Any], str, Tensor]
 """A slot of a module, as its dictionary and name, and a tensor for it."""
 
 
 class Slots:
-    """Every place where a module holds a parameter; one may be held in several."""
+    """Every place where a module holds a parameter; one may be held in several.
+
+    Attributes:
+        learned: the parameters that require a gradient, by their first name.
+        has_frozen: whether a parameter is not learned.
+        small: whether comparing all of them costs less than looking at the operators of a pass.
+        spread: whether several processes hold parts of them.
+        looked_at: whether the operators of a pass have been looked at.
+    """
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.named_parts = named_parts(module)
         self.parts = [part for _, part in self.named_parts]
-        self.parameters = [held for part in self.parts for held in _held(part._parameters)]
+        named = [(part._parameters, prefix, n, p) for prefix, part in self.named_parts for n, p in _held(part)]
+        self.parameters = [(table, name, p) for table, _, name, p in named]
+        by_id: dict[int, tuple[str, Any]] = {}
+        for _, prefix, name, p in named:
+            if p.requires_grad:
+                by_id.setdefault(id(p), (prefix + name, p))
+        self.learned: dict[str, nn.Parameter] = dict(by_id.values())
         self.by_part = [
-            (prefix, part._parameters, frozenset(n for n, p in part._parameters.items() if _learns(p)))
+            (prefix, part._parameters, frozenset(n for n, p in _held(part) if p.requires_grad))
             for prefix, part in self.named_parts
         ]
+        self.has_frozen = not all(t.requires_grad for _, _, t in self.parameters)
+        self.small = sum(t.numel() for _, _, t in self.parameters) <= SMALL and all(
+            type(t) is nn.Parameter and t.layout is torch.strided for _, _, t in self.parameters
+        )
+        self.spread = any(is_sharded(t) for _, _, t in self.parameters) or any(map(is_block, self.parts))
+        self.looked_at = False
+        self._seen = self._now()
 
-    @property
-    def has_frozen(self) -> bool:
-        """Whether a parameter is not learned."""
-        return not all(t.requires_grad for _, _, t in self.parameters)
+    def hold(self) -> bool:
+        """Whether the module is as it was found: the same parts, in the same modes, with the same parameters."""
+        return self._seen == self._now()
+
+    def _now(self) -> list[Any]:
+        """Identities: of objects that are held here, so that no other has theirs."""
+        found: list[Any] = [t.requires_grad for _, _, t in self.parameters]
+        for part in self.parts:
+            parts, parameters = part._modules, part._parameters
+            found += [part.training, *parts, *map(id, parts.values()), *parameters, *map(id, parameters.values())]
+        return found
 
 
-def _learns(p: Tensor | None) -> bool:
-    return p is not None and p.requires_grad
+SMALL = 1 << 16
+"""Weights."""
 
 
-def _held(tensors: dict[str, Any]) -> list[Held]:
-    return [(tensors, name, t) for name, t in tensors.items() if t is not None]
+def _held(part: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in part._parameters.items() if p is not None]
 
 
 def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
@@ -76,44 +110,32 @@ def swapped(held: Sequence[Held]) -> Iterator[None]:
             tensors[name] = t
 
 
-@contextmanager
-def inputs_unchanged(inputs: Any, who: str) -> Iterator[None]:
-    """Refuse a network that writes to its inputs in this block, by PyTorch's version counters."""
-    before = _versions(inputs)
-    yield
-    if _versions(inputs) != before:
-        raise MetaplError(
-            f"the {who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input "
-            "itself), so later passes would read another batch; expected an unchanged input: begin its forward with "
-            "x = x.clone(). The given batch now holds the changed values."
-        )
-
-
-@contextmanager
-def given_unchanged(who: str, **given: Any) -> Iterator[None]:
-    """Refuse a function of the user's that writes to what it is given in this block.
+def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """What a function of the user's returns; refuse one that writes to what it is given.
 
     Args:
         who: the function, as the subject of a sentence.
         given: trees of what may be written to, by name.
+        function, args, named: the call.
     """
-    before = {name: _versions(tree) for name, tree in given.items()}
+    before = [(name, t, t._version) for name, tree in given.items() for t in tensors_in(tree)]
     try:
-        yield
-        changed = [name for name, tree in given.items() if _versions(tree) != before[name]]
+        result = function(*args, **named)
     except RuntimeError as error:  # autograd's own refusal, where a signal is the leaf that a gradient is taken in
-        leaves = [name for name, tree in given.items() if any(t.requires_grad and t.is_leaf for t in _tensors(tree))]
-        changed = leaves if "leaf Variable that requires grad" in str(error) else []
-        if not changed:
-            raise
+        leaves = dict.fromkeys(name for name, t, _ in before if t.requires_grad and t.is_leaf)
+        if leaves and "leaf Variable that requires grad" in str(error):
+            raise changed_in_place(who, list(leaves)) from None
+        raise
     except FrozenInstanceError as error:
         raise MetaplError(
             f"{who} assigns to a field of what it is given ({error}), which other passes read too; expected it "
             "unchanged: keep the new value in a variable of its own, or in a copy by "
             "dataclasses.replace(signal, value=...)."
         ) from error
+    changed = dict.fromkeys([name for name, t, version in before if t._version != version])
     if changed:
-        raise changed_in_place(who, changed)
+        raise changed_in_place(who, list(changed))
+    return result
 
 
 def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
@@ -123,14 +145,6 @@ def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
         "is given), and other passes read the same tensors, so the gradients would be wrong; expected them unchanged: "
         "write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch that was given keeps the changed values."
     )
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def _versions(tree: Any) -> list[int]:
-    return [t._version for t in _tensors(tree) if not t.is_inference()]
 
 
 # ---------------------------------------------------------------------------------------------------------- state
@@ -202,9 +216,8 @@ class State:
                 for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True)
             ]
         )
-        stand_ins = [(table, name, t.clone()) for table, name, t in self.parameters.slots(slots.parameters)]
-        if upcast:
-            stand_ins = [(table, name, wide(t)) for table, name, t in stand_ins]
+        frozen = self.parameters.slots(slots.parameters) if slots.has_frozen else []
+        stand_ins = [(table, name, wide(t.clone()) if upcast else t.clone()) for table, name, t in frozen]
         try:
             with journal() as moved, swapped(stand_ins):
                 try:
@@ -227,7 +240,12 @@ class State:
 
     def _now(self) -> Contents:
         return [
-            (dict(part._buffers), dict(part._modules), dict(held), {n: dict(held[n]) for n in _HOOKS if held[n]})
+            (
+                part._buffers.copy(),
+                part._modules.copy(),
+                held.copy(),
+                {n: dict(held[n]) for n in _HOOKS if held[n]} if any(map(held.__getitem__, _HOOKS)) else {},
+            )
             for part, held in [(part, vars(part)) for part in self._parts]
         ]
 
@@ -240,8 +258,8 @@ class State:
                     for name in table.keys() - values.keys():
                         del table[name]
                         part._non_persistent_buffers_set.discard(name)
-            for name in _HOOKS:
-                if attributes[name] or name in hooks:
+            if hooks or any(map(attributes.__getitem__, _HOOKS)):
+                for name in _HOOKS:
                     attributes[name].clear()
                     attributes[name].update(hooks.get(name, ()))
 
@@ -310,20 +328,108 @@ def _write_back(t: Tensor, before: Tensor) -> None:
         t.data.copy_(before)  # but not into an expanded tensor, which nothing can write to
 
 
+def parts_of(network: nn.Module | Slots) -> list[nn.Module]:
+    """A network's submodules and the network itself, once each."""
+    return network.parts if isinstance(network, Slots) else [part for _, part in named_parts(network)]
+
+
 @contextmanager
-def nothing_moved(*modules: nn.Module, random: RandomState | None = None, on_success: bool = False) -> Iterator[None]:
-    """Restore state, and the random number generators, if the block fails; with ``on_success``, restore the state in
-    any case."""
-    saved = [State([part for _, part in named_parts(module)]) for module in modules]
-    failed = True
+def nothing_moved(network: nn.Module) -> Iterator[None]:
+    """Restore a network's state after this block."""
+    state = State(parts_of(network))
     with journal() as parameters:
         try:
             yield
-            failed = False
         finally:
-            if failed or on_success:
+            parameters.put_back()
+            state.restore()
+
+
+step_lock = RLock()
+"""Held while a step runs: replays set PyTorch's default generators and global switches, so other threads wait."""
+
+
+@contextmanager
+def step_guard(
+    *networks: nn.Module | Slots,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+    generator: torch.Generator | None = None,
+    moves: bool = True,
+    explain: Callable[[BaseException], None] | None = None,
+) -> Iterator[checks.Fault]:
+    """Run a step in this block; if it fails, restore buffers, gradients and generators.
+
+    Args:
+        networks: their state is restored.
+        device: the networks' device.
+        optimizer: the gradients of its parameters are cleared before and after; if the step fails, those that were
+            there are put back. None: no network fills any.
+        generator: the user's generator, if the step draws from one.
+        moves: whether the step moves state and may tell its errors later; else state is restored in any case, and the
+            host waits for what is to be checked.
+
+        explain: raises a better error than the one that it is given, if it knows one.
+
+    Yields: the fault of the step's report, which collects checks of values on the device.
+    """
+    checks.no_inference_mode()
+    fault = checks.Fault()
+    with step_lock, checks.deferred_to(fault) if moves else nullcontext(), torch.enable_grad(), journal() as parameters:
+        saved = [State(parts_of(network)) for network in networks]
+        random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
+        # Parametrized weights are computed anew: those of ``parametrize.cached()`` are of other weights.
+        enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
+        grads = [p.grad for p in filled]
+        failed = True
+        try:
+            for p in filled:
+                p.grad = None
+            yield fault
+            failed, grads = False, [None] * len(filled)
+        except BaseException as error:
+            if explain is not None:
+                explain(error)
+            raise
+        finally:
+            for p, grad in zip(filled, grads, strict=True):
+                p.grad = grad
+            parametrize._cache_enabled, parametrize._cache = enabled, {}
+            torch.clear_autocast_cache()  # it may hold casts of weights from before the step
+            if failed or not moves:
                 parameters.put_back()
                 for state in saved:
                     state.restore()
-            if failed and random is not None:
+            if failed:
                 random.restore()
+            if failed and generator is not None and drawn is not None:
+                generator.set_state(drawn)
+
+
+def explain_types(
+    labeled: Any, unlabeled: Sequence[Any], networks: Mapping[str, nn.Module | None], error: BaseException
+) -> None:
+    """Turn an error about inputs of another type than the weights, or in one argument for several, into one that names
+    batch and network.
+
+    Args:
+        labeled: the outer batch.
+        unlabeled: the inner ones.
+        networks: by role; None: no such network.
+        error: what a step raised.
+    """
+    if isinstance(error, checks.WRONG_CALL) and not isinstance(error, MetaplError):
+        checks.explain_call(error, **networks)
+    cause = error.__cause__ if isinstance(error, MetaplError) else error
+    if not isinstance(cause, RuntimeError):
+        return
+    batches = [("labeled", inputs_of(labeled)), *(("unlabeled", inputs_of(batch)) for batch in unlabeled)]
+    if cause is not error:
+        # Of a feedback pass: the student's own pass has taken the unlabeled batch, and inputs like it.
+        taken = [checks.types(inputs) for _, inputs in batches[1:]]
+        batches = [] if checks.types(batches[0][1]) in taken else batches[:1]
+    for role, network in networks.items():
+        weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
+        for name, inputs in batches:
+            checks.explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")

@@ -107,7 +107,7 @@ def described(value: Any) -> str:
 def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
     """Refuse batches that are empty, of uneven length, on another device than the networks, or not finite."""
     for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
-        leaves = pytree.tree_leaves(batch)
+        leaves = _leaves(batch)
         if any(isinstance(leaf, np.ndarray) for leaf in leaves):
             raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
         tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -123,9 +123,18 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
             )
 
 
+def _leaves(tree: Any) -> list[Any]:
+    """As pytree finds them, several times as fast for the usual batches."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) in (tuple, list, dict):
+        return [leaf for part in (tree.values() if type(tree) is dict else tree) for leaf in _leaves(part)]
+    return pytree.tree_leaves(tree)
+
+
 def dense(batch: Any, which: str) -> None:
     """Refuse sparse tensors, where rows are taken or values compared; ``which`` begins the sentence."""
-    for t in pytree.tree_leaves(batch):
+    for t in _leaves(batch):
         if isinstance(t, Tensor) and t.layout not in (torch.strided, torch.jagged):
             raise MetaplError(f"{which} {described(t)}; expected dense tensors: x.to_dense().")
 

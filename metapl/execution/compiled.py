@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -58,9 +58,13 @@ class CompiledPasses:
             yield
 
 
+def uncompiled(network: nn.Module) -> AbstractContextManager[None]:
+    """Run the passes of a network in this block eagerly, such as those in forward mode."""
+    return _eager() if isinstance(network.forward, _CompiledForward) else nullcontext()
+
+
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run the passes in this block eagerly, such as those in forward mode."""
+def _eager() -> Iterator[None]:
     token = _uncompiled.set(True)
     try:
         yield
@@ -132,7 +136,7 @@ class _CompiledForward:
         unsaved = torch.autograd.graph.saved_tensors_hooks(*hooks)
         parts = [(prefix, part._parameters, frozenset(part._parameters)) for prefix, part in named_parts(self.network)]
         watched = weights_watched(parts, f"compiled {type(self.network).__name__}", looking=True)
-        with nothing_moved(self.network, on_success=True), unsaved, watched:
+        with nothing_moved(self.network), unsaved, watched:
             expected = self.eager(*args, **kwargs)
         end = RandomState.now(start.device)
         start.restore()

@@ -121,9 +121,13 @@ def load_forward_mode() -> None:
 
 
 @contextmanager
-def constant_without_gradient() -> Iterator[None]:
-    """``torch.no_grad()`` in a network's forward ends the derivatives of forward mode too, as it ends those of reverse
-    mode: state that a pass moves there, such as the average of a momentum encoder, is a constant in both."""
+def forward_mode() -> Iterator[None]:
+    """A pass in forward mode, on kernels that have it.
+
+    ``torch.no_grad()`` in a network's forward ends the derivatives of forward mode too, as it ends those of reverse
+    mode: state that a pass moves there, such as the average of a momentum encoder, is a constant in both.
+    """
+    load_forward_mode()
     enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
     enabled: list[bool] = []
 
@@ -136,11 +140,12 @@ def constant_without_gradient() -> Iterator[None]:
         torch._C._set_fwd_grad_enabled(enabled.pop())
         leave(self, *error)
 
-    torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.no_grad.__enter__, torch.no_grad.__exit__ = enter, leave  # type: ignore[method-assign]
+    with torch.no_grad(), forward_ad.dual_level(), only_math_attention(), explained():
+        torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.no_grad.__enter__, torch.no_grad.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:

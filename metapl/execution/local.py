@@ -18,19 +18,15 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
-from metapl.execution.buffers import Slots, State, inputs_unchanged, stand_ins, swapped
+from metapl.execution.buffers import Slots, State, stand_ins, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
-from metapl.execution.hooks import Changing, refuse_hooks, refuse_late_hooks
 from metapl.execution.kernels import (
-    checkpoints_without_reentry,
-    constant_without_gradient,
     explained,
-    load_forward_mode,
+    forward_mode,
     no_fast_path,
     only_math_attention,
     refuse_once_differentiable,
 )
-from metapl.execution.modules import trainable
 from metapl.execution.numerics import (
     WHOLE,
     Space,
@@ -43,9 +39,20 @@ from metapl.execution.numerics import (
     wide_tree,
 )
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.execution.reach import Made, has_own_functions, refuse_stranger, stranger
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.writes import Watch, journal, weights_watched
+from metapl.execution.writes import (
+    Changing,
+    Made,
+    Watch,
+    has_own_functions,
+    journal,
+    refuse_hooks,
+    refuse_stranger,
+    stranger,
+    weights_watched,
+)
+
+NOTHING: AbstractContextManager[Any] = nullcontext()
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
@@ -64,7 +71,13 @@ class LocalStudent:
         space: products of trees of its weights.
         first: look closer: at its operators for writes to its weights, where these are otherwise compared after each
             pass.
+
+    Attributes:
+        half: whether a weight is in half precision.
+        narrowed: the types of numbers that passes rounded to from wider ones, as far as they were looked at.
     """
+
+    pass_type: type[Pass]
 
     def __init__(
         self,
@@ -76,24 +89,37 @@ class LocalStudent:
         space: Space = WHOLE,
         first: bool = False,
     ) -> None:
-        self.module, self.double_backward, self.first = module, double_backward, first
-        self.own = {id(p) for p in module.parameters()}
-        self.ranks, self.space = ranks, space
-        self.parameters = trainable(module) if parameters is None else parameters
-        refuse_late_hooks(self.parameters)
-        checks.real_weights(self.parameters)
-        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
-        self.device = next(iter(self.params.values())).device
+        self.module, self.double_backward, self.ranks, self.space = module, double_backward, ranks, space
         self.slots = Slots(module)
-        # On an accelerator the host is busy starting operators.
-        self.looking = first or self.device.type == "cpu" or self.slots.has_frozen
+        self.parameters = self.slots.learned if parameters is None else parameters
+        self.weights: Tree = dict(self.parameters)
+        checks.real_weights(self.parameters)
+        self.own = {id(p) for _, _, p in self.slots.parameters}
+        self.device = next(iter(self.parameters.values())).device
+        self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
+        self.narrowed: frozenset[torch.dtype] = frozenset()
+        self._autocast = torch.is_autocast_enabled(self.device.type)
+        self.begin(first=first)
+
+    def holds(self) -> bool:
+        """Whether all that was found out about the network still stands."""
+        return self.slots.hold() and self._autocast == torch.is_autocast_enabled(self.device.type)
+
+    def begin(self, *, first: bool = False) -> None:
+        """Begin a step, at the weights as they are now."""
+        self.first = first
+        refuse_hooks(self.parameters, late=True)
+        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
 
     def run(self, params: Tree, inputs: Any) -> Pass:
         """S(x; θ) as a pass of record: it moves buffers and generators as training does.
 
         At the student's own weights (``params is self.params``) the module itself runs; others are swapped in.
         """
-        return Pass(self, params, inputs)
+        record = self.pass_type(self, params, inputs)
+        with record.running(forward=True), self.watched(inputs) as watch, self.made(inputs) as made:
+            outputs = checks.logits(self.module(inputs), "student")  # z = S(x; θ)
+        return record.ran(outputs, watch, made)
 
     def loss(
         self,
@@ -113,7 +139,7 @@ class LocalStudent:
         """
         params = as_leaves(params) if learned else {name: p.detach() for name, p in params.items()}
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
-        with torch.enable_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
+        with no_fast_path(), self._beside(params, start):
             values = [loss(self._outputs(params, x), params) for x, loss in zip(batches, losses, strict=True)]
             for value, _ in values:
                 if value.requires_grad and not learned:
@@ -125,12 +151,11 @@ class LocalStudent:
     ) -> tuple[Tensor, Tree]:
         """The value of :meth:`loss`, and its gradient."""
         at = as_leaves(params)
-        math = only_math_attention() if self.double_backward else nullcontext()
         values: list[tuple[Tensor, Tensor | float]] = []
         gradients: list[Tree] = []
         reached = False
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with torch.enable_grad(), checkpoints_without_reentry(), math, self._beside(at, start):
+        with only_math_attention() if self.double_backward else NOTHING, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self._outputs(at, x), self.for_loss(at))
                 v = self.gradient(value, at) if value.requires_grad else {}
@@ -162,7 +187,7 @@ class LocalStudent:
         """The gradient of a scalar in the weights that it reaches, the mean over the ranks; refused where it reaches
         the student's own although others stand in for them."""
         wanted = {name: p for name, p in at.items() if p.requires_grad}
-        own = {name: p for name, p in self.parameters.items() if at.get(name) is not p}
+        own = {} if at is self.weights else {n: p for n, p in self.parameters.items() if at.get(n) is not p}
         tensors = [*wanted.values(), *own.values()]
         with self.backward_watched():
             found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
@@ -186,7 +211,7 @@ class LocalStudent:
 
     def forward(self, inputs: Any, *, replay: bool = True) -> Tensor:
         """The outputs as the student is now, in float32 or wider; ``replay``: see :meth:`watched`."""
-        with inputs_unchanged(inputs, "student"), flags_unchanged(()), self.watched(replay=replay):
+        with self.watched(inputs, replay=replay):
             return wide(checks.logits(self.module(inputs), "student"))
 
     def _outputs(self, at: Tree, inputs: Any) -> Tensor:
@@ -195,9 +220,17 @@ class LocalStudent:
         self.refuse_strangers(outputs, at, inputs, made)
         return outputs
 
+    def runs_compiled(self) -> bool:
+        """Whether a pass would be compiled here."""
+        return "forward" in vars(self.module) and runs_compiled(self.module)
+
+    def eagerly(self) -> AbstractContextManager[None]:
+        """Run the passes in this block eagerly."""
+        return uncompiled(self.module) if "forward" in vars(self.module) else NOTHING
+
     def made(self, inputs: Any) -> AbstractContextManager[Made | None]:
         """What the student's forward makes in this block, on the first step; a compiled pass is not looked into."""
-        return Made(inputs) if self.first and not runs_compiled(self.module) else nullcontext()
+        return Made(inputs) if self.first and not self.runs_compiled() else NOTHING
 
     def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
         """Refuse outputs that depend on tensors other than these weights and inputs; after the first step, on
@@ -207,25 +240,23 @@ class LocalStudent:
         found = stranger([outputs], known, self.own, made, parameters_alone=not self.first)
         refuse_stranger("the student's forward", found, remedy)
 
-    def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
+    def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
-        looking = self.looking and not runs_compiled(self.module) and forward_ad._current_level < 0
-        return weights_watched(self.slots.by_part, "student", looking=looking, replay=replay)
+        # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
+        eager = forward_ad._current_level < 0 and not self.runs_compiled()
+        on_host = not checks.waits(next(iter(self.params.values())))
+        values = eager and on_host and self.slots.small and not self.slots.has_frozen and not self.first
+        looking = eager and not values and (self.first or on_host or self.slots.has_frozen)
+        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay, values=values)
 
     def backward_watched(self) -> AbstractContextManager[Watch | None]:
         """Keep what hooks move of frozen parameters in a backward pass, as :meth:`watched` does in a forward one."""
-        return self.watched(replay=False) if self.slots.has_frozen else nullcontext()
+        return self.watched() if self.slots.has_frozen else NOTHING
 
     def held_at(self, params: Tree) -> list[Any]:
         """The student's slots with these weights in them."""
         return stand_ins(self.slots.parameters, {id(self.parameters[name]): p for name, p in params.items()})
-
-    @contextmanager
-    def as_trained(self) -> Iterator[None]:
-        """What a pass of record and its backward pass run under."""
-        with checkpoints_without_reentry(), only_math_attention() if self.double_backward else nullcontext():
-            yield
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
@@ -252,45 +283,56 @@ class Pass:
         self._state = State(student.slots.parts)
         self._hooks = Changing(student.parameters, student.slots.named_parts)
         if params is student.params:
-            self._at: Tree = dict(student.parameters)
+            self._at: Tree = student.weights
             self._held: list[Any] = []
         else:
             refuse_hooks(student.parameters)
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
-        with (
-            torch.enable_grad(),
-            student.as_trained(),
-            swapped(self._held),
-            inputs_unchanged(inputs, "student"),
-            flags_unchanged([*student.parameters.values(), *self._at.values()]),
-            self._hooks.noted(forward=True),
-            journal(self._state.parameters),
-            student.watched(replay=False) as watch,
-            student.made(inputs) as made,
-        ):
-            outputs = checks.logits(student.module(inputs), "student")
+
+    def ran(self, outputs: Tensor, watch: Watch | None, made: Made | None) -> Pass:
+        """The outputs of this pass, and what was seen on the way."""
+        student, inputs = self.student, self.inputs
         self._state.refuse_other_parts("student")
         student.refuse_strangers(outputs, self._at, inputs, made)
         self.after = RandomState.now(student.device)
-        self.narrowed, self.cut = (frozenset(), False) if watch is None else (frozenset(watch.narrowed), watch.cut)
+        if watch is not None:
+            student.narrowed |= watch.narrowed
+        self.narrowed, self.cut = student.narrowed, watch is not None and watch.cut
         # Processes exchange by Functions of their own.
         looked_into = student.first and watch is not None and student.ranks.alone
         self.own_functions = looked_into and has_own_functions([outputs])
         self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
+        return self
+
+    def running(self, *, forward: bool = False) -> AbstractContextManager[Any]:
+        """What this pass, or its backward pass, runs in."""
+        frozen, math = self.student.slots.has_frozen, self.student.double_backward
+        if not (self._held or frozen or math or forward or self._hooks.any):
+            return NOTHING
+        return self._running(frozen, math, forward)
+
+    @contextmanager
+    def _running(self, frozen: bool, math: bool, forward: bool) -> Iterator[None]:
+        with (
+            only_math_attention() if math else NOTHING,
+            swapped(self._held) if self._held else NOTHING,
+            self._hooks.noted(forward=forward),
+            journal(self._state.parameters) if frozen else NOTHING,
+        ):
+            yield
 
     def gradient(self, loss: Loss) -> tuple[Tensor, Tree]:
         """A loss of this pass and its gradient, of the weights that it reaches; the graph is gone afterwards."""
         if self.graph is None:
             raise RuntimeError("a pass learns once")
-        with torch.enable_grad():
-            value = loss(self.graph, self.student.for_loss(self._at))
+        value = loss(self.graph, self.student.for_loss(self._at))
         if not value.requires_grad:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
-        with self.student.as_trained(), swapped(self._held), self._hooks.noted(), journal(self._state.parameters):
+        with self.running():
             grads = self.student.gradient(value, self._at, create_graph=keep)
         if not grads:
             raise checks.without_gradient("student")
@@ -320,7 +362,7 @@ class Pass:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self._refuse_ranks()
         self.params, at = params, as_leaves(params)
-        with torch.enable_grad(), uncompiled(), checkpoints_without_reentry(), self._again(self.student.held_at(at)):
+        with self.student.eagerly(), self._again(self.student.held_at(at)):
             outputs = self.student.forward(self.inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             return self.student.gradient(loss(outputs, at), at)
@@ -329,7 +371,7 @@ class Pass:
         """The derivatives of ⟨u, S(x; θ)⟩ along w by its gradient, for cotangents u: a forward pass, and a backward
         pass each."""
         at = as_leaves(self.params)
-        with torch.enable_grad(), uncompiled(), checkpoints_without_reentry(), self._again(self.student.held_at(at)):
+        with self.student.eagerly(), self._again(self.student.held_at(at)):
             outputs = self.student.forward(self.inputs)
             found = [
                 torch.autograd.grad(outputs, [at[n] for n in w], u, retain_graph=True, materialize_grads=True)
@@ -339,16 +381,7 @@ class Pass:
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
-        load_forward_mode()
-        with (
-            torch.no_grad(),
-            uncompiled(),
-            forward_ad.dual_level(),
-            only_math_attention(),
-            checkpoints_without_reentry(),
-            explained(),
-            constant_without_gradient(),
-        ):
+        with self.student.eagerly(), forward_mode():
             duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
             with self._again(self.student.held_at(duals)):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
@@ -381,7 +414,6 @@ class Pass:
             torch.autocast(student.device.type, enabled=False),
             full_float32(student.device),
             no_fast_path(),
-            checkpoints_without_reentry(),
             explained(),
             self._again(held, upcast=True),
         ):
@@ -450,10 +482,8 @@ class Pass:
         self._refuse_ranks()
         at = as_leaves(self.params)
         with (
-            torch.enable_grad(),
-            uncompiled(),
+            self.student.eagerly(),
             only_math_attention(),
-            checkpoints_without_reentry(),
             explained(),
             self._again(self.student.held_at(at)),
         ):
@@ -490,29 +520,7 @@ class Pass:
         return replayed(self._before)
 
 
-@contextmanager
-def flags_unchanged(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Refuse a forward that changes the ``requires_grad`` of these weights, or tries to of weights with a graph."""
-    before = [t.requires_grad for t in weights]
-    changed = False
-    cause: RuntimeError | None = None
-    try:
-        yield
-    except RuntimeError as error:
-        if "change requires_grad flags of leaf variables" not in str(error):
-            raise
-        cause = error
-    finally:
-        for t, flag in zip(weights, before, strict=True):
-            if t.requires_grad != flag:
-                t.requires_grad_(flag)
-                changed = True
-    if changed or cause is not None:
-        raise MetaplError(
-            "the student's forward changes requires_grad of its weights, by which metapl knows what it learns; "
-            "expected a forward that leaves them as they are. To keep a gradient from a weight, compute with "
-            "weight.detach(); freeze weights before the trainer is built."
-        ) from cause
+LocalStudent.pass_type = Pass
 
 
 def gradient_through(
@@ -525,7 +533,7 @@ def gradient_through(
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
     state = State(student.slots.parts)
-    with student.as_trained(), state.again(student.slots, once=True), student.backward_watched():
+    with only_math_attention(), state.again(student.slots, once=True), student.backward_watched():
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +57,7 @@ class Ranks:
         """How many processes there are."""
         return math.prod(group.size() for group in self.groups)
 
-    @property
+    @cached_property
     def alone(self) -> bool:
         return self.processes == 1
 
@@ -171,16 +171,16 @@ class Ranks:
         """Whether something is so on any rank; the host waits for the answer."""
         return here if self.alone else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
 
-    @contextmanager
-    def agreed(self, *, waiting: bool = False) -> Iterator[None]:
+    def agreed(self, *, waiting: bool = False) -> AbstractContextManager[None]:
         """If this block fails on one rank, fail on all of them, with the message of the first that failed.
 
         A rank that waits for another inside the block waits on. On an accelerator, where the host would wait for the
         answer, only if ``waiting``: else an error ends its own rank, and whoever started the ranks ends the others.
         """
-        if self.alone or not (waiting or self.device.type == "cpu"):
-            yield
-            return
+        return _NOTHING if self.alone or not (waiting or self.device.type == "cpu") else self._agreed()
+
+    @contextmanager
+    def _agreed(self) -> Iterator[None]:
         failed: Exception | None = None
         try:
             yield
@@ -195,15 +195,17 @@ class Ranks:
             raise Agreed(text if same else f"rank {rank}: {text}") from failed
 
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
 _sharing: ContextVar[Ranks | None] = ContextVar("sharing", default=None)
 
 
-@contextmanager
-def rows_shared(ranks: Ranks) -> Iterator[None]:
+def rows_shared(ranks: Ranks) -> AbstractContextManager[None]:
     """Let :func:`draw_classes` in this block draw for the rows of all ranks."""
-    if ranks.alone:
-        yield
-        return
+    return _NOTHING if ranks.alone else _shared(ranks)
+
+
+@contextmanager
+def _shared(ranks: Ranks) -> Iterator[None]:
     token = _sharing.set(ranks)
     try:
         yield

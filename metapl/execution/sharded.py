@@ -26,24 +26,19 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import State
-from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import (
     NotByThisMode,
     checkpoints_without_reentry,
-    constant_without_gradient,
-    explained,
-    load_forward_mode,
+    forward_mode,
     no_fast_path,
-    only_math_attention,
 )
 from metapl.execution.layout import Layout, compute_dtype, parts_of
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree, full_float32, wide_tree
-from metapl.execution.reach import Made
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, is_sharded, local, whole
-from metapl.execution.writes import Watch, weights_watched
+from metapl.execution.writes import Made, Watch, weights_watched
 
 
 class ShardedStudent(LocalStudent):
@@ -54,11 +49,6 @@ class ShardedStudent(LocalStudent):
         super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
         self.layout = layout
         self.params: Tree = parts_of(self.parameters)
-
-    def run(self, params: Tree, inputs: Any) -> Pass:
-        if params is not self.params:
-            raise RuntimeError("a pass of record of a sharded student is at its own weights")
-        return ShardedPass(self, params, inputs)
 
     def loss(
         self,
@@ -80,9 +70,9 @@ class ShardedStudent(LocalStudent):
     def for_loss(self, at: Tree) -> Tree:
         return UNREADABLE
 
-    def watched(self, *, replay: bool) -> AbstractContextManager[Watch | None]:
+    def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
-        return weights_watched([("", self.params, frozenset(self.params))], "student", looking=False)
+        return weights_watched([("", self.params, frozenset(self.params))], "student", inputs, looking=False)
 
     def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
         """Nothing: the gathered weights that the graph begins at come and go."""
@@ -134,6 +124,21 @@ class ShardedStudent(LocalStudent):
             self.layout.reshard()
 
 
+def student_of(
+    network: nn.Module | Layout,
+    parameters: dict[str, nn.Parameter] | None = None,
+    *,
+    double_backward: bool = False,
+    first: bool = False,
+) -> LocalStudent:
+    """A student as it is laid out, a module of this process alone or any other; for the arguments see
+    :class:`metapl.execution.local.LocalStudent`."""
+    layout = network if isinstance(network, Layout) else Layout(network)
+    if layout.is_sharded:
+        return ShardedStudent(layout, parameters)
+    return LocalStudent(layout.network, parameters, double_backward=double_backward, first=first, ranks=layout.ranks)
+
+
 class ShardedPass(Pass):
     """One pass of record of a sharded student, and its replays."""
 
@@ -142,16 +147,7 @@ class ShardedPass(Pass):
     def tangent(self, w: Tree) -> Tensor:
         if self.student.layout.product_ranks > 1:
             raise NotByThisMode("PyTorch has no forward mode through the exchanges of parallelize_module.")
-        load_forward_mode()
-        with (
-            torch.no_grad(),
-            uncompiled(),
-            forward_ad.dual_level(),
-            only_math_attention(),
-            checkpoints_without_reentry(),
-            explained(),
-            constant_without_gradient(),
-        ):
+        with self.student.eagerly(), forward_mode():
             with self._again([]), self.student.along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             tolerance = BY_FORWARD_MODE[self.rounded_to].outputs
@@ -182,6 +178,9 @@ class ShardedPass(Pass):
     def ran_in_full_precision(self) -> bool:
         half = any(dtype in (torch.float16, torch.bfloat16) for dtype in self.student.formats())
         return not half and super().ran_in_full_precision()
+
+
+ShardedStudent.pass_type = ShardedPass
 
 
 class _Unreadable(dict[str, Tensor]):

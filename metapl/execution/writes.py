@@ -1,24 +1,30 @@
-"""Writes to the parameters of a network in its own forward pass.
+"""What a network does besides computing outputs of its inputs and weights: it writes, changes gradients, reads others'.
 
 A pass that moves a trainable weight is no function of the weights: its replays, the labeled pass and the step would be
 at other weights than the gradient. It is refused before the write. A *frozen* parameter (``requires_grad`` False) that
-a pass moves, such as the average of a momentum encoder, is state, as buffers are.
+a pass moves, such as the average of a momentum encoder, is state, as buffers are. Hooks that change gradients are not
+called where a pass is run again, and of tensors that are neither weights nor signal the feedback knows nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError
+from metapl.execution.checks import described
 
 Slot = tuple[dict[str, Any], str, Any]
 
@@ -171,81 +177,141 @@ Parameters = list[tuple[str, dict[str, Any], frozenset[str]]]
 
 
 @contextmanager
-def weights_watched(parts: Parameters, role: str, *, looking: bool, replay: bool = False) -> Iterator[Watch | None]:
-    """Refuse a network that moves the weights that its parts hold now in a pass of this block.
+def weights_watched(
+    parts: Parameters,
+    role: str,
+    inputs: Any = None,
+    *,
+    looking: bool,
+    replay: bool = False,
+    values: bool = False,
+) -> Iterator[Watch | None]:
+    """Refuse a network that moves its inputs, or the weights that its parts hold now, in a pass of this block.
 
     Args:
         parts: the network's.
         role: the network's, as errors call it.
+        inputs: of the pass.
         looking: look at every operator, so that a write is refused before it happens and frozen parameters are state.
             Otherwise all parameters are compared afterwards, by PyTorch's version counters and their memory.
         replay: of a pass that was looked at; frozen parameters that this moved are copies.
+        values: compare the values too, and put them back: as good as ``looking`` where nothing is frozen.
     """
-    before = [(table, dict(table)) for _, table, _ in parts]
+    tables = [(prefix, table, learned, dict(table)) for prefix, table, learned in parts]
     held = [
-        (prefix + name, t, name in learned)
-        for (prefix, _, learned), (_, contents) in zip(parts, before, strict=True)
+        (prefix + name, t, t.data, t._version, t.requires_grad, name in learned)
+        for prefix, _, learned, contents in tables
         for name, t in contents.items()
         if t is not None
     ]
-    data = [t.data for _, t, _ in held]
-    marks = [(memory_of(t), t._version) for _, t, _ in held]
-    not_learned = {name for (name, t, _) in held if isinstance(t, nn.Parameter) and not t.requires_grad}
+    copies = [data.clone() for _, _, data, *_ in held] if values else []
+    place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of  # the first is of plain ones only
+
+    def refuse(name: str | None, cause: BaseException | None = None) -> None:
+        frozen = {n for n, t, *_ in held if isinstance(t, nn.Parameter) and not t.requires_grad}
+        _refuse(role, name, frozen, cause=cause)
+
     watch: Watch | None = None
     if looking:
-        places = [(memory, entry) for (memory, _), entry in zip(marks, held, strict=True) if memory is not None]
+        memory = [(memory_of(t), name, t, learned) for name, t, *_, learned in held]
         watch = Watch(
-            lambda name: _refuse(role, name, not_learned),
-            {memory: name for memory, (name, _, learned) in places if learned},
-            {memory: t for memory, (_, t, learned) in places if not learned},
+            refuse,
+            {place: name for place, name, _, learned in memory if learned and place is not None},
+            {place: t for place, _, t, learned in memory if not learned and place is not None},
         )
 
-    def moved() -> str | None:
-        """Put exchanged weights back, and note frozen ones; the name of the first that may not move."""
+    def exchanged() -> list[str]:
+        """Put exchanged weights back, and note frozen ones; the names of those that may not move."""
         found: list[str] = []
-        for (prefix, table, learned), (_, contents) in zip(parts, before, strict=True):
-            if table.keys() == contents.keys() and not any(map(is_not, table.values(), contents.values())):
+        for prefix, table, learned, contents in tables:
+            if len(table) == len(contents) and not any(map(is_not, table.values(), contents.values())):
                 continue
             others = [n for n in {**contents, **table} if table.get(n) is not contents.get(n)]
             if not any(n in learned or not _frozen(contents.get(n), table.get(n)) for n in others):
-                if looking:
-                    for one in _journals.get():
-                        for n in others:
-                            one.note_exchanged(table, n, contents[n])
+                for one in _journals.get() if looking else ():
+                    for n in others:
+                        one.note_exchanged(table, n, contents[n])
                 if looking or replay:
                     continue
             found += [prefix + n for n in others]
             table.clear()
             table.update(contents)
-        for (name, t, is_learned), values, (memory, version) in zip(held, data, marks, strict=True):
-            if replay and not is_learned:
+        return found
+
+    flags: list[str] = []
+    given = tensors_in(inputs)
+    versions = [t._version for t in given]
+
+    def moved() -> str | None:
+        found = exchanged()
+        for i, (name, t, data, version, flag, learned) in enumerate(held):
+            if replay and not learned:
                 continue
-            if memory_of(t) != memory:
-                if looking and not is_learned:
+            if learned and t.requires_grad != flag and role == "student":
+                t.requires_grad_(flag)
+                flags.append(name)
+            if place(t) != place(data) or t.shape != data.shape:
+                if looking and not learned:
                     for one in _journals.get():
-                        one.note(t, values)
+                        one.note(t, data)
                     continue
-                t.data = values
+                t.data = data
                 found.append(name)
             elif not looking and t._version != version:
+                found.append(name)
+            if values and not torch.equal(data, copies[i]) and not _both_nan(data, copies[i]):
+                data.copy_(copies[i])
                 found.append(name)
         return found[0] if found else None
 
     try:
-        with watch or nullcontext():
-            yield watch
+        if watch is None:
+            yield None
+        else:
+            with watch:
+                yield watch
     except BaseException as error:
         moved()
         if isinstance(error, RuntimeError) and _LEAF.search(str(error)):
-            _refuse(role, None, cause=error)
+            refuse(None, error)
+        if isinstance(error, RuntimeError) and "change requires_grad flags of leaf variables" in str(error):
+            raise MetaplError(_FLAGS.format(role)) from error
         raise
     name = moved()
+    if flags:
+        raise MetaplError(_FLAGS.format(role))
     if name is not None:
-        _refuse(role, name, not_learned)
+        refuse(name)
+    if versions != [t._version for t in given]:
+        raise MetaplError(
+            f"the {role} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input "
+            "itself), so later passes would read another batch; expected an unchanged input: begin its forward with "
+            "x = x.clone(). The given batch now holds the changed values."
+        )
+
+
+_FLAGS = (
+    "the {}'s forward changes requires_grad of its weights, by which metapl knows what it learns; expected a forward "
+    "that leaves them as they are. To keep a gradient from a weight, compute with weight.detach(); freeze weights "
+    "before the trainer is built."
+)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a tree that may be written to."""
+    if isinstance(tree, Tensor):
+        return [] if tree.is_inference() else [tree]
+    if type(tree) in (tuple, list, dict):  # as pytree finds them, several times as fast
+        return [t for part in (tree.values() if type(tree) is dict else tree) for t in tensors_in(part)]
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and not t.is_inference()]
 
 
 def _frozen(*given: Any) -> bool:
     return all(isinstance(p, Tensor) and not p.requires_grad for p in given)
+
+
+def _both_nan(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
 
 
 _LEAF = re.compile(r"leaf Variable that requires grad (is being|has been) used in an in-place operation")
@@ -267,3 +333,186 @@ def _refuse(role: str, name: str | None, frozen: Collection[str] = (), *, cause:
         "where the first batch initializes them, run it before; what forward moves and no optimizer learns belongs in "
         "a buffer (register_buffer) or has requires_grad=False."
     ) from cause
+
+
+# ------------------------------------------------------------------------------------------------ hooks on gradients
+
+_GLOBAL: tuple[dict[int, Any], ...] = (modules._global_backward_hooks, modules._global_backward_pre_hooks)
+
+
+class Changing:
+    """Notes which hooks on gradients change what they are given, while they run in :meth:`noted` blocks.
+
+    Args:
+        parameters: the student's, by name.
+        parts: of the student, with the prefixes of their names.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[tuple[str, nn.Module]]) -> None:
+        self.found: str | None = None
+        self._tables: list[tuple[str, Any]] = [
+            (f"its parameter {name}", p._backward_hooks) for name, p in parameters.items() if p._backward_hooks
+        ]
+        for prefix, part in parts:
+            if part._backward_hooks or part._backward_pre_hooks:
+                where = f"its module {prefix.rstrip('.') or type(part).__name__}"
+                self._tables += [(where, part._backward_hooks), (where, part._backward_pre_hooks)]
+        self._tables += [("all modules", table) for table in _GLOBAL if table]
+        self.any = bool(self._tables)
+
+    @contextmanager
+    def noted(self, *, forward: bool = False) -> Iterator[None]:
+        """Note hooks that run in this block, and in a ``forward`` pass those that it puts on tensors."""
+        if not self._tables and not forward:
+            yield
+            return
+        with ExitStack() as stack:
+            for where, table in self._tables:
+                stack.callback(table.update, dict(table))
+                table.update({key: self._noting(where, hook) for key, hook in table.items()})
+            if forward:
+                register = Tensor.register_hook
+                stack.callback(setattr, Tensor, "register_hook", register)
+
+                def registered(t: Tensor, hook: Any) -> Any:
+                    return register(t, self._noting("a tensor of its forward", hook))  # type: ignore[no-untyped-call]
+
+                Tensor.register_hook = registered  # type: ignore[method-assign]  # put back
+            yield
+
+    def _noting(self, where: str, hook: Any) -> Any:
+        def called(*given: Any) -> Any:
+            tensors = [t for g in given for t in (g if isinstance(g, tuple) else (g,)) if isinstance(t, Tensor)]
+            versions = [t._version for t in tensors]
+            result = hook(*given)
+            new = result if isinstance(result, tuple) else (result,)
+            if any(t is not None and not any(t is old for old in tensors) for t in new) or versions != [
+                t._version for t in tensors
+            ]:
+                self.found = self.found or where
+            return result
+
+        return called
+
+    def refuse(self) -> None:
+        """Refuse to run a pass again, or to differentiate it twice, where a hook changed its gradient."""
+        if self.found is not None:
+            raise MetaplError(
+                f"the student has a hook on {self.found} that changes gradients (register_hook, "
+                "register_full_backward_hook), which a pass that is run again does not have, so the feedback would be "
+                "wrong. Remove the hook: clip by clip_norm=, and scale a gradient in forward. Or look one step ahead "
+                'with mode="unrolled", or "reinforce", which take the gradient as the hook leaves it.'
+            )
+
+
+def refuse_hooks(parameters: Mapping[str, nn.Parameter], *, late: bool = False) -> None:
+    """Refuse hooks of parameters in whose places other tensors stand; ``late``: those that wait for ``.grad``, which
+    no pass here fills."""
+    register = "register_post_accumulate_grad_hook" if late else "register_hook"
+    hooked = [n for n, p in parameters.items() if (p._post_accumulate_grad_hooks if late else p._backward_hooks)]
+    if not hooked:
+        return
+    why = (
+        "would never be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
+        "register_hook, which is called with the gradient."
+        if late
+        else "is not called where other tensors stand in for the parameters: from the second student step on, and in a "
+        "step that is taken again on a revised signal. Remove the hook, or look one step ahead with a problem that "
+        "revises no signal."
+    )
+    raise MetaplError(f"the student's parameter {hooked[0]} has a hook of {register}, which {why}")
+
+
+# ------------------------------------------------------------------------------------- tensors that a value reaches
+
+
+class Made(TorchFunctionMode):
+    """Notes the memory that the functions of a block make, or are given as ``inputs``: a leaf there, such as
+    ``x.clone().requires_grad_()``, which a network differentiates in, is its own."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__()
+        self.memory = _memory(inputs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.memory |= _memory(result) - _memory((args, kwargs))  # a view of a weight is not made here
+        return result
+
+
+def _memory(tree: Any) -> set[int | None]:
+    return {memory_of(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
+
+
+def has_own_functions(values: Iterable[Tensor]) -> bool:
+    """Whether the graph of the values has an ``autograd.Function``, whose derivatives are its author's."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [value.grad_fn for value in values]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, BackwardCFunction):
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def stranger(
+    values: Iterable[Tensor],
+    known: Iterable[Tensor],
+    leaves: Collection[int] = (),
+    made: Made | None = None,
+    *,
+    parameters_alone: bool = False,
+) -> Tensor | None:
+    """A tensor that requires a gradient and that the values depend on other than through known ones; None: there is
+    none.
+
+    Args:
+        values: where the walk over their graph begins.
+        known: where it ends.
+        leaves: the ids of further tensors where it ends, such as parameters.
+        made: what was made on the way, where leaves may be made.
+        parameters_alone: other leaves may be made, and what was is not known.
+
+    Cost: a few microseconds for each operation between the values and the known tensors.
+    """
+    stops = list(known)
+    ends = {(t.grad_fn, t.output_nr) for t in stops if t.grad_fn is not None}
+    allowed = {*leaves, *(id(t) for t in stops if t.grad_fn is None)}
+    seen: set[Any] = set()
+    edges: list[tuple[Any, int]] = []
+    for value in values:
+        if value.grad_fn is not None:
+            edges.append((value.grad_fn, value.output_nr))
+        elif value.requires_grad and id(value) not in allowed:
+            return value
+    while edges:
+        edge = edges.pop()
+        node = edge[0]
+        if node is None or node in seen or edge in ends:
+            continue
+        seen.add(node)
+        leaf: Tensor | None = getattr(node, "variable", None)
+        if leaf is None or id(leaf) in allowed or (made is not None and memory_of(leaf) in made.memory):
+            edges.extend(node.next_functions)
+        elif not parameters_alone or isinstance(leaf, nn.Parameter):
+            return leaf
+    return None
+
+
+def refuse_stranger(who: str, found: Tensor | None, remedy: str) -> None:
+    """Refuse what depends on a tensor that the feedback knows nothing of.
+
+    Args:
+        who: reads it, as the subject of a sentence.
+        found: the tensor; None: there is none.
+        remedy: how to mend it.
+    """
+    if found is not None:
+        raise MetaplError(
+            f"{who} reads {described(found)}, that requires a gradient and is no weight of the student, such as a "
+            "weight of the teacher or a parameter of the problem. The feedback is on the signal alone, so this "
+            f"gradient would be lost; {remedy} Where it is meant as a constant, write .detach()."
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution.capabilities import Capability
-from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State
+from metapl.feedback.base import Estimator, Feedback, Normalization, State
 from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -48,6 +48,8 @@ class Altered(Estimator):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("credits", "keep_graph", "looks_ahead"):
+            object.__setattr__(self, name, getattr(self.base, name))
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(
                 f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
@@ -63,24 +65,12 @@ class Altered(Estimator):
         return self.base.labels
 
     @property
-    def keep_graph(self) -> bool:
-        return self.base.keep_graph
-
-    @property
     def keep_every(self) -> int:
         return self.base.keep_every
 
     @property
-    def looks_ahead(self) -> bool:
-        return self.base.looks_ahead
-
-    @property
     def requires(self) -> frozenset[Capability]:
         return self.base.requires
-
-    @property
-    def credits(self) -> Credits:
-        return self.base.credits
 
     @property
     def normalization(self) -> Normalization:

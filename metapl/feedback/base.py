@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,16 +20,14 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.capabilities import ONE_PROCESS, Capability
-from metapl.execution.guards import casts_explained
 from metapl.execution.numerics import Tree
-from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal
 from metapl.runs.fields import Range
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
-Credits = Literal["signal", "example", "batch", "nothing"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
@@ -43,11 +41,13 @@ class Feedback:
         part: ``"value"`` for a differentiable signal; ``"log_prob"`` for sampled labels, by their score;
             ``"probs"`` for sampled labels whose expectation is taken; None: no feedback.
         others: the feedback on other fields of a differentiable signal that the inner loss depends on, by name.
+        read: whether the inner loss depends on the signal at all.
     """
 
     h: Tensor
     part: Literal["value", "log_prob", "probs"] | None
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    read: bool = True
 
     def teacher_loss(self, signal: Signal) -> Tensor:
         """−Σ stopgrad(h)·signal, a scalar with the teacher's graph; its gradient is the hypergradient dL(θ′)/dθ_T.
@@ -73,7 +73,9 @@ class Feedback:
 
     def divided_by(self, divisor: Tensor | float) -> Feedback:
         """h divided by a positive number."""
-        return Feedback(self.h / divisor, self.part, {name: h / divisor for name, h in self.others.items()})
+        if isinstance(divisor, float) and divisor == 1.0:
+            return self
+        return replace(self, h=self.h / divisor, others={name: h / divisor for name, h in self.others.items()})
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of ``parts`` micro-batches."""
@@ -89,6 +91,14 @@ class Feedback:
 class Estimator(ABC):
     """A way to compute the feedback: a frozen value. What changes between steps is passed in and out as state."""
 
+    credits: ClassVar[Credits] = "signal"
+    """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or
+    ``"nothing"``."""
+    keep_graph: ClassVar[bool] = False
+    """Whether the inner gradient must stay differentiable with respect to the signal."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether it takes more than one student step."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -100,30 +110,14 @@ class Estimator(ABC):
         """The kinds of signal that it takes, ``"soft"`` (differentiable) and ``"hard"`` (sampled), by preference."""
 
     @property
-    def credits(self) -> Credits:
-        """What gets a number of its own: each entry of the ``"signal"``, each ``"example"``, the ``"batch"``, or
-        ``"nothing"``."""
-        return "signal"
-
-    @property
     def exact(self) -> bool:
         """Whether the feedback on a differentiable signal is the whole gradient, but for rounding."""
-        return False
-
-    @property
-    def keep_graph(self) -> bool:
-        """Whether the inner gradient must stay differentiable with respect to the signal."""
         return False
 
     @property
     def keep_every(self) -> int:
         """Every so many steps of a look-ahead, one is kept with its weights; the others are computed again."""
         return 1
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether it takes more than one student step."""
-        return False
 
     @property
     def requires(self) -> frozenset[Capability]:
@@ -140,11 +134,12 @@ class Estimator(ABC):
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
-        with casts_explained():
-            feedback, state = self.feedback(path, state)
+        feedback, state = self.feedback(path, state)  # line 4: h
         with path.student.ranks.agreed():
-            for step_feedback in feedback:
-                step_feedback.check_finite()
+            if not any(found.read for found in feedback):
+                raise MetaplError(unread_signal(path.problem))
+            for found in feedback:
+                found.check_finite()
         return feedback, state
 
 
@@ -157,7 +152,11 @@ def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
         return torch.zeros_like(getattr(signal, name))
 
     return [
-        Feedback(zeros(step.signal, part or "value"), part, {name: zeros(step.signal, name) for name in others})
+        replace(
+            feedback[0],
+            h=zeros(step.signal, part or "value"),
+            others={name: zeros(step.signal, name) for name in others},
+        )
         for step in skipped
     ] + list(feedback)
 

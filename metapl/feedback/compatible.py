@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +14,8 @@ from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.capabilities import ONE_PROCESS, THROUGH_INPUT, Capability
 from metapl.execution.layout import Layout
-from metapl.execution.local import as_leaves
 from metapl.execution.ranks import Ranks
-from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import MODES, Estimator, estimator, modes_for
-from metapl.feedback.inner_step import InnerStep
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, kind_of, revises
 
@@ -144,89 +140,3 @@ def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:
         f"student's input, where they act on others too, and not linearly; expected one of the modes "
         f"{', '.join(fitting)}, or a differentiable signal (without log_prob)."
     )
-
-
-def refuse_random_loss(step: InnerStep) -> None:
-    """Refuse an inner loss that draws random numbers: its derivatives are taken of it a second time."""
-    start = RandomState.now(step.outputs.device)
-    with replayed(start), torch.no_grad():
-        step.inner_losses(step.outputs, step.signal, step.student.for_loss(step.params))
-        drew = not RandomState.now(start.device).same(start)
-    if drew:
-        raise MetaplError(
-            "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes its "
-            "derivatives in a second pass over it, which would draw others. Draw them in signal(), and give them to "
-            "the loss in a field of the signal, or drop out in the student."
-            + (' mode="unrolled" takes the loss as it is.' if not step.signal.sampled else "")
-        )
-
-
-def refuse_other_fields(step: InnerStep) -> None:
-    """Refuse an inner loss that depends on fields of a sampled signal for which there is no feedback."""
-    signal = step.signal
-    if not signal.sampled:
-        return
-    for name in dict.fromkeys(name for entry in step.entries for name in entry.read()):
-        raise _other_field("student_input", name)
-    fields = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
-    leaves = {n: t.detach().requires_grad_() for n, t in fields.items() if t is not None and t.is_floating_point()}
-    if not leaves:
-        return
-    params = step.student.for_loss({name: p.detach() for name, p in step.params.items()})
-    with replayed(RandomState.now(step.outputs.device)), torch.enable_grad():
-        losses = step.inner_losses(step.outputs, replace(signal.detached(), **leaves), params)
-    grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-    for name, g in zip(leaves, grads, strict=True):
-        if g is not None:
-            raise _other_field("inner_loss", name)
-
-
-def _other_field(method: str, name: str) -> MetaplError:
-    return MetaplError(
-        f"{method} has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
-        f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
-        f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
-    )
-
-
-def refuse_unread_signal(step: InnerStep) -> None:
-    """Refuse an inner loss whose gradient in the student does not depend on the signal: there is no feedback on it."""
-    unread = _sampled_is_unread(step) if step.signal.sampled else torch.tensor(not _fields_are_read(step))
-    checks.refuse(
-        unread,
-        f"the gradient of the inner loss of {kind_of(step.problem)} in the student's weights does not depend on its "
-        "signal, so there is no feedback on it and the teacher would learn nothing; expected an inner_loss in which "
-        "the signal acts on the student's outputs, such as signal.value * losses, without .detach(), argmax or a "
-        'comparison of the signal. To train without feedback, take mode="none".',
-    )
-
-
-def _fields_are_read(step: InnerStep) -> bool:
-    """Whether ∂ℓ/∂(z, θ) has a graph to a field of the signal."""
-    if any(entry.read() for entry in step.entries):
-        return True
-    z = step.outputs.clone().requires_grad_()
-    theta = as_leaves(step.params)
-    leaves = as_leaves(step.signal.differentiable())
-    with replayed(RandomState.now(z.device)), torch.enable_grad():
-        losses = step.inner_losses(z, replace(step.signal, **leaves), step.student.for_loss(theta))
-        found = torch.autograd.grad(losses.sum(), [z, *theta.values()], create_graph=True, allow_unused=True)
-        slopes = [g.sum() for g in found if g is not None and g.requires_grad]
-        if not slopes:
-            return False
-        in_fields = torch.autograd.grad(torch.stack(slopes).sum(), list(leaves.values()), allow_unused=True)
-    return any(g is not None for g in in_fields)
-
-
-def _sampled_is_unread(step: InnerStep) -> Tensor:
-    """Whether the losses and the student's input are the same for the drawn values of other examples."""
-    rolled = replace(step.signal, value=step.signal.value.roll(1, 0))
-    start = RandomState.now(step.outputs.device)
-    params = step.student.for_loss(step.params)
-    found = []
-    with torch.no_grad():
-        for signal in (step.signal, rolled):
-            with replayed(start):
-                found.append([step.inner_losses(step.outputs, signal, params), *step.inputs_of(signal)])
-    same = torch.stack([(a == b).all() for a, b in zip(*found, strict=True)]).all()
-    return same & (rolled.value != step.signal.value).any()  # else this batch cannot tell

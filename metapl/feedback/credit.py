@@ -101,7 +101,8 @@ def feedback_from_gradients(signal: Signal, gradients: Mapping[str, Tensor | Non
     part: Literal["probs", "value"] = "probs" if signal.sampled else "value"
     h = {name: -g for name, g in gradients.items() if g is not None}
     value = h.pop("value", None)
-    return Feedback(torch.zeros_like(getattr(signal, part)) if value is None else value, part, h)
+    read = value is not None or bool(h)
+    return Feedback(torch.zeros_like(getattr(signal, part)) if value is None else value, part, h, read)
 
 
 def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:

@@ -1,9 +1,10 @@
-"""The teacher's gradient through student steps, as a function; and the look-ahead that it shares with the trainer."""
+"""The teacher's gradient through student steps, as a function."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,9 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.buffers import nothing_moved
-from metapl.execution.guards import parametrized_anew, restored_on_failure, step_lock, types_explained
-from metapl.execution.kernels import checkpoints_without_reentry, overwritten_explained, refuse_once_differentiable
+from metapl.execution.buffers import explain_types, step_guard
+from metapl.execution.kernels import checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
-from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import (
@@ -24,17 +23,14 @@ from metapl.feedback.compatible import (
     check_mode,
     check_teacher,
     prepare,
-    refuse_other_fields,
-    refuse_random_loss,
-    refuse_unread_signal,
 )
 from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
-from metapl.feedback.path import Path, Teach, take_steps
-from metapl.feedback.teacher_pass import TeacherPass
-from metapl.problems.base import BilevelProblem, Problem, Signal, check_signal, revises
-from metapl.updates import Update, update_of
+from metapl.feedback.path import take_steps
+from metapl.feedback.teacher import TeacherPass
+from metapl.problems.base import BilevelProblem, Problem, Signal, revises
+from metapl.updates import update_of
 
 
 @dataclass(frozen=True)
@@ -60,62 +56,14 @@ class Hypergradient:
     inner_state: Any
 
 
-def look_ahead(
-    student: Layout,
-    update: Update,
-    problem: Problem,
-    mode: Estimator,
-    *,
-    labeled: Any,
-    unlabeled: Any,
-    teach: Teach,
-    parts: int = 1,
-    first: bool = True,
-) -> Path:
-    """The student's steps on the teacher's signals; refuse steps and signals that the mode cannot differentiate.
-
-    Args:
-        student, update, problem, mode: the network, its update U, the losses and the estimator.
-        labeled, unlabeled: the outer batch, and the inner one or a :class:`metapl.Lookahead`.
-        teach: makes the teacher's signal about a micro-batch.
-        parts: the number of micro-batches in a batch.
-        first: look closer: see :func:`metapl.feedback.path.take_steps`.
-    """
-    batches = inner_batches(unlabeled)
-    check_mode(mode, len(batches), problem, student)
+def check_ahead(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
+    """Refuse steps of the student that the mode cannot differentiate."""
+    check_mode(mode, steps, problem, student)
     if revises(problem) and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
             'of the feedback; leave it at "gradient".'
         )
-
-    def teach_checked(batch: Any, outputs: Tensor | None) -> Signal:
-        signal = check_signal(teach(batch, outputs), problem)
-        check_kind(signal, mode, problem, len(batches))
-        return signal
-
-    path = take_steps(
-        student,
-        update,
-        problem,
-        labeled=labeled,
-        batches=batches,
-        teach=teach_checked,
-        parts=parts,
-        keep_graph=mode.keep_graph,
-        keep_every=mode.keep_every,
-        first=first,
-    )
-    # On every step: a student and a loss may change in training, such as at the end of a warm-up.
-    if mode.keep_graph:
-        with others_named(mode, path):
-            refuse_once_differentiable(path.steps[-1].grads.values())  # whose graph has those of the steps before
-    if mode.credits != "nothing":
-        refuse_other_fields(path.steps[0])
-        refuse_unread_signal(path.steps[0])
-    if mode.credits in ("signal", "example") and not mode.keep_graph:
-        refuse_random_loss(path.steps[0])
-    return path
 
 
 def hypergradient(
@@ -179,44 +127,41 @@ def hypergradient(
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
-    checks.no_inference_mode()
     of_teacher, of_student, device = layouts(teacher, student)
     student = of_student.network
     teacher = None if of_teacher is None else of_teacher.network
     asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     labeled, unlabeled = outer_batch(problem, labeled), plain_inner(unlabeled)
-    check_batches(labeled, inner_batches(unlabeled), device, of_student.ranks)
+    batches = inner_batches(unlabeled)
+    check_batches(labeled, batches, device, of_student.ranks)
     passes: list[TeacherPass] = []
+    reader = teacher if problem.teacher_reads_inputs else None
+    explain = partial(explain_types, labeled, batches, {"student": student, "teacher": reader})
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = recompute_teacher or accumulate > 1
         passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
+        check_kind(passes[-1].signal, estimate, problem, len(batches))
         return passes[-1].signal
 
     with (
-        step_lock,
-        parametrized_anew(),
-        restored_on_failure(generator),
-        nothing_moved(asked, student, random=RandomState.now(device), on_success=True),
-        torch.enable_grad(),
+        step_guard(asked, student, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
-        types_explained(
-            labeled,
-            inner_batches(unlabeled),
-            student=student,
-            teacher=teacher if problem.teacher_reads_inputs else None,
-        ),
     ):
-        path = look_ahead(
+        check_ahead(estimate, len(batches), problem, of_student)
+        path = take_steps(
             of_student,
             update,
             problem,
-            estimate,
             labeled=labeled,
-            unlabeled=unlabeled,
+            batches=batches,
             teach=teach,
             parts=accumulate,
+            keep_graph=estimate.keep_graph,
+            keep_every=estimate.keep_every,
+            credits=estimate.credits,
+            first=True,
         )
         with others_named(estimate, path):
             feedback, _ = estimate.checked_feedback(path, estimate.init())

@@ -23,21 +23,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
-from metapl.execution.buffers import changed_in_place, given_unchanged
+from metapl.execution.buffers import changed_in_place, unchanged
 from metapl.execution.checks import described
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
-from metapl.execution.reach import refuse_stranger, stranger
+from metapl.execution.rng import RandomState, replayed
+from metapl.execution.writes import refuse_stranger, stranger, tensors_in
 from metapl.problems.base import Problem, Signal, has_rows, kind_of
 from metapl.updates import Cotangents, Parameters, Update
+
+Credits = Literal["signal", "example", "batch", "nothing"]
 
 
 class Entry:
@@ -58,10 +62,9 @@ class Entry:
         self.graph = student_input(problem, batch, replace(signal, **self.fields), list(self.fields.values()))
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
 
-    @property
-    def inputs(self) -> Any:
-        """The input, without its graph."""
-        return pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
+    def given(self, in_graph: bool) -> Any:
+        """The input, with its graph or without."""
+        return self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
     def as_leaves(self, widened: bool) -> tuple[list[Tensor], Any]:
         """The tensors of the input that depend on the signal, as leaves, and the input with these in their places.
@@ -175,7 +178,7 @@ class InnerStep:
         """θ′ and s′, with a graph if the path keeps it."""
         given = self.params, self.grads, self.state
         moved = self.update.update(*given)
-        if not self._half or not any(g.requires_grad for g in self.grads.values()):
+        if not self.student.half or not any(g.requires_grad for g in self.grads.values()):
             return moved
         # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
         found: tuple[Tree, Any] = pytree.tree_map(_with_graph_of, moved, self.update.update(*_double(given)))
@@ -256,7 +259,11 @@ class InnerStep:
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
         given = self.params, self.gradient, self.state, v
-        return self._as_params(self.update.pullback(*_double(given))) if self._half else self.update.pullback(*given)
+        return (
+            self._as_params(self.update.pullback(*_double(given)))
+            if self.student.half
+            else self.update.pullback(*given)
+        )
 
     def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
         """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision, in float64.
@@ -264,14 +271,10 @@ class InnerStep:
         Where its terms nearly cancel, as in the first steps of Adam, it would be rounding alone in half precision.
         """
         given = self.params, self.gradient, self.state, v, state_cotangent
-        if not self._half:
+        if not self.student.half:
             return self.update.vjp(*given)
         bar = self.update.vjp(*_double(given))
         return Cotangents(self._as_params(bar.gradient), self._as_params(bar.params), bar.state)
-
-    @property
-    def _half(self) -> bool:
-        return any(wide(p).dtype != p.dtype for p in self.params.values())
 
     def _as_params(self, tree: Tree) -> Tree:
         return {name: t.to(self.params[name].dtype) for name, t in tree.items()}
@@ -350,7 +353,7 @@ class InnerStep:
         return [first for first, _ in results], [second for _, second in results]
 
     def _loss(self, signal: Signal, batch: Any) -> Loss:
-        return mean_inner_loss(self.problem, signal, batch, self.student)
+        return InnerLoss(self.problem, signal, batch, self.student)
 
     @property
     def _batches(self) -> list[Any]:
@@ -398,16 +401,11 @@ def student_input(problem: Problem, batch: Any, signal: Signal | None = None, kn
         signal: for a problem that makes the input from the signal.
         known: the signal's tensors that may require a gradient.
     """
-    make: Callable[..., Any] = problem.student_input
-    name = f"{kind_of(problem)}.student_input"
-    if signal is None:
-        with given_unchanged(name, batch=batch):
-            inputs = make(batch)
-    else:
-        with given_unchanged(name, batch=batch, signal=vars(signal)):
-            inputs = make(batch, signal)
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    found = stranger(tensors, known)
+    name, make = f"{kind_of(problem)}.student_input", problem.student_input
+    args = (batch,) if signal is None else (batch, signal)
+    given = {"batch": batch} if signal is None else {"batch": batch, "signal": vars(signal)}
+    inputs = unchanged(name, given, make, *args)
+    found = stranger(tensors_in(inputs), known)
     if found is not None:
         raise MetaplError(
             f"{name} returned an input that depends on {described(found)}, that requires a gradient, such as a weight "
@@ -424,16 +422,14 @@ IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teach
 
 def outer_batch(problem: Problem, batch: Any) -> Any:
     """The outer batch as the problem reads it."""
-    with given_unchanged(f"{kind_of(problem)}.outer_batch", batch=batch):
-        return problem.outer_batch(batch)
+    return unchanged(f"{kind_of(problem)}.outer_batch", {"batch": batch}, problem.outer_batch, batch)
 
 
 def outer_input(problem: Problem, batch: Any) -> Any:
     """The student's input in an outer batch, refused if it requires a gradient."""
     name = f"{kind_of(problem)}.outer_input"
-    with given_unchanged(name, batch=batch):
-        inputs = problem.outer_input(batch)
-    found = stranger([t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)], ())
+    inputs = unchanged(name, {"batch": batch}, problem.outer_input, batch)
+    found = stranger(tensors_in(inputs), ())
     if found is not None:
         raise MetaplError(
             f"{name} returned an input that depends on {described(found)}, that requires a gradient. The feedback is "
@@ -471,16 +467,46 @@ class CopiedParams(dict[str, Tensor]):
         return {name: self[name] for name in self}
 
 
-def mean_inner_loss(problem: Problem, signal: Signal, batch: Any, student: LocalStudent) -> Loss:
-    """The mean of ℓ_i as a function of outputs and weights."""
-    given = vars(signal)
+class InnerLoss:
+    """The mean of ℓ_i as a function of outputs and weights.
 
-    def loss(outputs: Tensor, params: Tree) -> Tensor:
+    Args:
+        problem, signal, batch: whose, and of what.
+        student: whose weights it may depend on.
+        credits: what gets the feedback. Refused is a loss with a derivative in what has none, and a loss that draws
+            random numbers where it is to be taken a second time.
+
+    Attributes:
+        losses: ℓ_i, (B,), of the last call, without a graph.
+        drew: whether that drew random numbers.
+    """
+
+    def __init__(
+        self, problem: Problem, signal: Signal, batch: Any, student: LocalStudent, credits: Credits = "nothing"
+    ) -> None:
+        self.problem, self.batch, self.student = problem, batch, student
+        self.credits: Credits = credits
+        self.others: Tree = {}
+        if credits != "nothing" and signal.sampled:
+            others = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
+            self.others = as_leaves({n: t for n, t in others.items() if t is not None and t.is_floating_point()})
+            signal = replace(signal, **self.others)
+        self.signal = signal
+        self.losses: Tensor = signal.value
+        self.drew = False
+
+    def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
+        given = vars(self.signal)
         weights = params if type(params) is dict else {}  # those of a sharded student cannot be read
         handed = CopiedParams(weights) if weights else params
-        who, changeable = "the problem's inner_loss", {"outputs": outputs, "signal": given, "batch": batch}
-        with given_unchanged(who, **changeable, params=weights):
-            losses = problem.inner_loss(outputs, signal, batch, handed)
+        who = "the problem's inner_loss"
+        changeable = {"outputs": outputs, "signal": given, "batch": self.batch, "params": weights}
+        start = RandomState.now(outputs.device) if self.credits != "nothing" else None
+        losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, handed)
+        if start is not None:
+            self.drew = not RandomState.now(outputs.device).same(start)
+            if self.drew and self.credits in ("signal", "example") and not self.student.double_backward:
+                raise _random_loss(self.signal)
         if isinstance(handed, CopiedParams) and any(t._version for t in handed.copies.values()):
             raise changed_in_place(who, ["params"])
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
@@ -489,9 +515,65 @@ def mean_inner_loss(problem: Problem, signal: Signal, batch: Any, student: Local
                 f"inner_loss returned {found} for a batch of {len(outputs)}; expected one loss per example, "
                 f"({len(outputs)},): leave the mean to metapl."
             )
-        fields = [t for t in given.values() if isinstance(t, Tensor)]
-        known = [outputs, *weights.values(), *fields]
-        refuse_stranger("the problem's inner_loss", stranger([losses], known, student.own), IN_THE_SIGNAL)
+        fields = [t for name, t in given.items() if isinstance(t, Tensor) and name not in self.others]
+        other = stranger([losses], [outputs, *weights.values(), *fields], self.student.own)
+        for name, t in self.others.items():
+            if other is t:
+                raise _other_field("inner_loss", name)
+        refuse_stranger(who, other, IN_THE_SIGNAL)
+        self.losses = losses.detach()
         return losses.mean()
 
-    return loss
+
+def _random_loss(signal: Signal) -> MetaplError:
+    return MetaplError(
+        "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes its "
+        "derivatives in a second pass over it, which would draw others. Draw them in signal(), and give them to "
+        "the loss in a field of the signal, or drop out in the student."
+        + (' mode="unrolled" takes the loss as it is.' if not signal.sampled else "")
+    )
+
+
+def _other_field(method: str, name: str) -> MetaplError:
+    return MetaplError(
+        f"{method} has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
+        f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
+        f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
+    )
+
+
+def unread_signal(problem: Problem) -> str:
+    """Of an inner loss whose gradient in the student does not depend on the signal: there is no feedback on it."""
+    return (
+        f"the gradient of the inner loss of {kind_of(problem)} in the student's weights does not depend on its "
+        "signal, so there is no feedback on it and the teacher would learn nothing; expected an inner_loss in which "
+        "the signal acts on the student's outputs, such as signal.value * losses, without .detach(), argmax or a "
+        'comparison of the signal. To train without feedback, take mode="none".'
+    )
+
+
+def refuse_unread_labels(step: InnerStep, taken: Sequence[InnerLoss]) -> None:
+    """Refuse a loss, and an input, that are the same for the labels drawn for other examples; a differentiable signal
+    that is not read shows in its feedback."""
+    signal = step.signal
+    if not signal.sampled:
+        return
+    for name in dict.fromkeys(name for entry in step.entries for name in entry.read()):
+        raise _other_field("student_input", name)
+    rolled = replace(signal, value=signal.value.roll(1, 0))
+    start, params = RandomState.now(step.outputs.device), step.student.for_loss(step.params)
+
+    def at(signal: Signal) -> list[Tensor]:
+        with replayed(start), torch.no_grad():
+            return [step.inner_losses(step.outputs, signal, params), *step.inputs_of(signal)]
+
+    again = step.entries or any(loss.drew for loss in taken)
+    here = at(signal) if again else [joined([loss.losses for loss in taken])]
+    pairs = list(zip(here, at(rolled), strict=True))
+    if not checks.waits(signal.value):
+        unread = all(torch.equal(a, b) for a, b in pairs) and not torch.equal(rolled.value, signal.value)
+        if unread:  # where no two labels differ, this batch cannot tell
+            raise MetaplError(unread_signal(step.problem))
+        return
+    same = torch.stack([(a == b).all() for a, b in pairs]).all()
+    checks.refuse(same & (rolled.value != signal.value).any(), unread_signal(step.problem))

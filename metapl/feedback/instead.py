@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,13 +22,28 @@ AGREES_TO = 0.05
 """How far the feedback of a mode may be from that of double backward, relative to its norm, for it to be named."""
 
 
+_DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)
+
+
 @contextmanager
 def others_named(mode: Estimator, path: Path) -> Iterator[None]:
     """Name the mode in the error that it cannot run on the student of a path, and those that can."""
     try:
         yield
     except NotByThisMode as error:
-        raise type(error)(f"mode '{mode.name}' cannot run here: {error} {_mend(mode, path)}") from error.__cause__
+        raise type(error)(_named(mode, path, str(error))) from error.__cause__
+    except RuntimeError as error:
+        if not _DTYPES.search(str(error)):
+            raise
+        why = (
+            "it runs the student in float32, and a cast inside the student does not go along "
+            f'({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" instead of casts.'
+        )
+        raise NotByThisMode(_named(mode, path, why)) from error
+
+
+def _named(mode: Estimator, path: Path, why: str) -> str:
+    return f"mode '{mode.name}' cannot run here: {why} {_mend(mode, path)}"
 
 
 def _mend(mode: Estimator, path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,19 +16,30 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
 from metapl.execution.batch import micro_batches
-from metapl.execution.buffers import given_unchanged
-from metapl.execution.choice import student_of
-from metapl.execution.hooks import refuse_hooks
-from metapl.execution.kernels import refuse_checkpoints
+from metapl.execution.buffers import unchanged
+from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
 from metapl.execution.numerics import Tree, mean_tree
-from metapl.execution.reach import refuse_stranger, stranger
+from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback.inner_step import IN_THE_SIGNAL, Entry, InnerStep, mean_inner_loss, outer_input, student_input
+from metapl.execution.sharded import student_of
+from metapl.execution.writes import refuse_hooks, refuse_stranger, stranger
+from metapl.feedback.inner_step import (
+    IN_THE_SIGNAL,
+    Credits,
+    Entry,
+    InnerLoss,
+    InnerStep,
+    outer_input,
+    refuse_unread_labels,
+    student_input,
+)
 from metapl.feedback.means import MeanCheck
-from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, joined_signals, revises, sum_and_weight
 from metapl.updates import Update
+
+NOTHING = nullcontext()
 
 REPEATS = 3
 """A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
@@ -120,6 +131,9 @@ class Path:
             truncate: the number of last steps; None: all.
         """
         v, state_cotangent = self.outer_gradient(), None
+        if len(self.steps) == 1:
+            yield self.steps[0], self.steps[0].pullback(v), None
+            return
         first = 0 if truncate is None else max(0, len(self.steps) - truncate)
         for number, step in self._backwards(first):
             if number > first:
@@ -149,7 +163,7 @@ class Path:
     def forget(self) -> None:
         """Drop the weights, gradient and optimizer state of the last step but one, unless it is to be kept."""
         number = len(self.steps) - 2
-        if number >= 0 and self.keep_every > 1:
+        if number >= 0:
             step = self.steps[number]
             # A copy of a step that is kept has nothing cached.
             self.steps[number] = replace(step) if number % self.keep_every == 0 else step.forgotten()
@@ -164,15 +178,18 @@ class Path:
         """
         counted = self.steps[-(truncate or 0) :]
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
+        refuse_once_differentiable(self.steps[-1].grads.values())  # whose graph has those of the steps before
         gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
         return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
 
     def revised(self, h: Tensor) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
         where it makes none."""
+        if not revises(self.problem):
+            return self
         given = self.steps[-1].signal
-        with given_unchanged("the problem's revised_signal", signal=vars(given), h=h):
-            signal = self.problem.revised_signal(given, h)
+        name, changeable = "the problem's revised_signal", {"signal": vars(given), "h": h}
+        signal = unchanged(name, changeable, self.problem.revised_signal, given, h)
         if signal is None:
             return self
         refuse_hooks(self.student.parameters)
@@ -211,8 +228,9 @@ class Path:
         def loss(outputs: Tensor, params: Tree) -> tuple[Tensor, Tensor | float]:
             name = "the problem's outer_loss"
             # With a graph from the outputs on also where the student runs without one, so that another way is seen.
-            with torch.enable_grad(), given_unchanged(name, outputs=outputs, batch=batch):
-                value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+            with torch.enable_grad():
+                given = {"outputs": outputs, "batch": batch}
+                value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
             found = stranger([value], [outputs])
             if id(found) in self.student.own:
                 raise MetaplError(
@@ -227,7 +245,8 @@ class Path:
                     "the problem's outer_loss returned a scalar on one micro-batch and (sum, weight) on another; "
                     "expected the same of all: where nothing is left to judge, a sum and a weight of 0."
                 )
-            check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
+            if self.student.ranks.copies > 1:
+                check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
             if check is not None:
                 with replayed(RandomState.now(outputs.device)):
                     check.look(outputs, batch)
@@ -267,7 +286,7 @@ class Path:
 
 
 def take_steps(
-    student: nn.Module | Layout,
+    student: nn.Module | Layout | LocalStudent,
     update: Update,
     problem: Problem,
     *,
@@ -277,6 +296,7 @@ def take_steps(
     parts: int = 1,
     keep_graph: bool = False,
     keep_every: int = 1,
+    credits: Credits = "nothing",
     first: bool = False,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
@@ -284,102 +304,89 @@ def take_steps(
     Buffers and generators advance as in training; the weights do not move.
 
     Args:
-        student, update, problem: the network as it is laid out, U and the losses.
+        student, update, problem: the network as it is laid out, or one that has begun a step; U and the losses.
         labeled: the outer batch.
         batches: the inner batches, one for each step.
-        teach: called once for each micro-batch, after the student's pass on it.
+        teach: called once for each micro-batch, after the student's pass on it; before, where the signal enters its
+            input.
         parts: the number of micro-batches in a batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_every: see :class:`Path`.
+        credits: what gets the feedback; refuse an inner loss for which it would be wrong.
         first: look closer: warn if a loss is not a mean over examples (see :class:`Path`), and look at the student's
             operators on an accelerator too.
     """
-    own = student_of(student, update.parameters, double_backward=keep_graph, first=first)
-    pieces = micro_batches(labeled, parts, "labeled")
-    shared = first and max(own.ranks.size, parts) > 1
-    path = Path(problem, own, update, pieces, keep_every=keep_every, check_mean=shared)
+    if not isinstance(student, LocalStudent):
+        student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
+    ranks, entering, shared = student.ranks, enters_input(problem), first and max(student.ranks.size, parts) > 1
+    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), [], keep_every, shared)
     several = keep_graph and len(batches) > 1
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params, state = as_leaves(own.params) if several else own.params, update.read_state()
+    params, state = as_leaves(student.params) if several else student.params, update.read_state()
     for batch in batches:
         if path.steps:
             params, state = path.steps[-1].moved
-        path.steps.append(_step(path, batch, params, state, teach, refuse_checkpoints if several else nullcontext))
-        path.forget()
+        pieces = micro_batches(batch, parts, "unlabeled")
+        passes: list[Pass] = []
+        losses: list[InnerLoss] = []
+        found: list[tuple[Tensor, Tree]] = []
+        entries: list[Entry] = []
+        signals = [_asked(teach, x, None, ranks) for x in pieces] if entering else []
+        whole = _leaf(signals, keep_graph) if entering else None
+        told = signals if whole is None else whole.chunks(parts)
+        for i, x in enumerate(pieces):
+            if entering:
+                entries.append(Entry(problem, x, told[i], keep_graph))
+            inputs = entries[i].given(keep_graph) if entering else student_input(problem, x)
+            with refuse_checkpoints() if several else NOTHING:
+                passes.append(student.run(params, inputs))  # z = S(x_u; θ)
+            _check(problem, passes[i].outputs, path.labeled[i], x, ranks)
+            if not entering:
+                signals.append(_asked(teach, x, passes[i].outputs, ranks))  # line 2: ŷ ~ T(x), or the soft label
+            if entering or not keep_graph:
+                losses.append(InnerLoss(problem, told[i], x, student, credits))
+                found.append(passes[i].gradient(losses[i]))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+        if whole is None:
+            whole = _leaf(signals, keep_graph)
+        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
+            for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
+                losses.append(InnerLoss(problem, part, x, student, credits))
+                found.append(record.gradient(losses[-1]))
+        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
+        checks.dense_gradients(grads)
+        path.steps.append(InnerStep(problem, update, passes, batch, whole, inner_loss, grads, state, entries))
+        if len(path.steps) == 1 and credits != "nothing":
+            refuse_unread_labels(path.steps[0], losses)
+        if keep_every > 1:
+            path.forget()
         if shared and len(path.steps) == 1:
             path.look_at_inner_losses()
-        for record in path.steps[-1].passes if several else ():
+        for record in passes if several else ():
             record.refuse_later_graphs()
     return path
 
 
-def _step(
-    path: Path, batch: Any, params: Tree, state: Any, teach: Teach, around: Callable[[], AbstractContextManager[None]]
-) -> InnerStep:
-    """One step; ``around``: what the student's passes run in."""
-    passes: list[Pass] = []
-    signals: list[Signal] = []
-    entries: list[Entry] = []
-    losses: list[Tensor] = []
-    grads: list[Tree] = []
-    batches = micro_batches(batch, len(path.labeled), "unlabeled")
-    pairs = list(zip(batches, path.labeled, strict=True))
+def _asked(teach: Teach, x: Any, outputs: Tensor | None, ranks: Ranks) -> Signal:
+    with ranks.agreed():
+        signal = teach(x, outputs).detached()
+    if ranks.copies > 1:
+        check_copies(list(signal.fields().values()), "signals of the teacher", ranks)
+    return signal
 
-    def run(x: Any, labeled: Any, inputs: Any) -> None:
-        with around():
-            record = path.student.run(params, inputs)
-        check_copies([record.outputs], "outputs of the student", path.student.ranks)
-        with path.student.ranks.agreed():
-            with given_unchanged("the problem's check", outputs=record.outputs, labeled=labeled, unlabeled=x):
-                path.problem.check(record.outputs, labeled, x)
-            checks.finite_student(record.outputs)
-        passes.append(record)
 
-    def ask(x: Any, outputs: Tensor | None) -> None:
-        with path.student.ranks.agreed():
-            signal = teach(x, outputs).detached()  # line 2: ŷ ~ T(x), or the soft label
-        check_copies([t for t in vars(signal).values() if t is not None], "signals of the teacher", path.student.ranks)
-        signals.append(signal)
+def _leaf(signals: Sequence[Signal], keep_graph: bool) -> Signal:
+    """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
+    whole = joined_signals(signals)
+    for t in whole.differentiable().values() if keep_graph else ():
+        t.requires_grad_()
+    return whole
 
-    def learn(record: Pass, signal: Signal, x: Any) -> None:
-        loss, gradient = record.gradient(mean_inner_loss(path.problem, signal, x, path.student))  # line 3: g
-        checks.dense_gradients(gradient)
-        losses.append(loss)
-        grads.append(gradient)
 
-    def joined_leaf() -> Signal:
-        # The whole signal is the leaf that the path is differentiated with respect to; no graph is freed before anyway.
-        whole = joined_signals(signals)
-        for t in whole.differentiable().values() if path.student.double_backward else ():
-            t.requires_grad_()
-        return whole
-
-    if enters_input(path.problem):
-        for x in batches:
-            ask(x, None)
-        signal = joined_leaf()
-        for (x, labeled), part in zip(pairs, signal.chunks(len(batches)), strict=True):
-            entries.append(Entry(path.problem, x, part, path.student.double_backward))
-            run(x, labeled, entries[-1].graph if path.student.double_backward else entries[-1].inputs)
-            learn(passes[-1], part, x)
-    else:
-        for x, labeled in pairs:
-            run(x, labeled, student_input(path.problem, x))
-            ask(x, passes[-1].outputs)
-            if not path.student.double_backward:
-                learn(passes[-1], signals[-1], x)
-        signal = joined_leaf()
-        if path.student.double_backward:
-            for record, part, x in zip(passes, signal.chunks(len(passes)), batches, strict=True):
-                learn(record, part, x)
-    return InnerStep(
-        path.problem,
-        path.update,
-        passes,
-        batch,
-        signal,
-        mean_of(losses),
-        mean_tree(grads),
-        state,
-        entries,
-    )
+def _check(problem: Problem, outputs: Tensor, labeled: Any, unlabeled: Any, ranks: Ranks) -> None:
+    """Refuse outputs of the student that are wrong on a rank, or do not go with the batches."""
+    if ranks.copies > 1:
+        check_copies([outputs], "outputs of the student", ranks)
+    with ranks.agreed():
+        given = {"outputs": outputs, "labeled": labeled, "unlabeled": unlabeled}
+        unchanged("the problem's check", given, problem.check, *given.values())
+        checks.finite_student(outputs)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.execution.capabilities import FORWARD_AD, Capability
-from metapl.feedback.base import Credits, Estimator, Feedback, Normalization, State, divisor
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
 from metapl.feedback.credit import example_feedback, forward_tangent
 from metapl.feedback.difference import Difference
+from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import check_fields

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +306,19 @@ def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
 
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: whether ``student_input`` takes one."""
+    function = getattr(problem.student_input, "__func__", problem.student_input)
+    with suppress(TypeError, KeyError):  # it is asked at every step
+        return _entering[function]
+    entering = _takes_signal(problem)
+    with suppress(TypeError):
+        _entering[function] = entering
+    return entering
+
+
+_entering: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def _takes_signal(problem: Problem) -> bool:
     signature = inspect.signature(problem.student_input)
     with suppress(TypeError):
         signature.bind(None)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
-from metapl.execution.buffers import given_unchanged
+from metapl.execution.buffers import unchanged
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks, log_mean_of_rows
 from metapl.problems.base import Signal
@@ -180,10 +180,11 @@ def sum_of_terms(
         kind: the name of a loss in errors.
     """
     terms: dict[str, Tensor] = {}
+    given = {"labeled": labeled, "unlabeled": unlabeled}
     for loss in losses:
-        with given_unchanged(f"the {kind} {loss.name!r}", labeled=labeled, unlabeled=unlabeled, signal=vars(signal)):
-            value = loss(network, labeled=labeled, unlabeled=unlabeled, signal=signal, step=step)
-        checks.scalar_loss(value, f"the {kind} {loss.name!r}")
+        name, changeable = f"the {kind} {loss.name!r}", {**given, "signal": vars(signal)}
+        value = unchanged(name, changeable, loss, network, **given, signal=signal, step=step)
+        checks.scalar_loss(value, name)
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,12 +14,13 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.batch import labeled_pair, micro_batches, plain
+from metapl.execution.buffers import explain_types, step_guard
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import step_guard, types_explained
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
 from metapl.feedback.compatible import check_batches
+from metapl.feedback.teacher import mean_scalars
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
     CrossEntropy,
@@ -33,7 +35,7 @@ from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
 from metapl.training.loop import FitResult
 from metapl.training.options import refuse_unknown
-from metapl.training.report import Report, means
+from metapl.training.report import Report
 from metapl.training.states import check_state, names_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")
@@ -116,8 +118,9 @@ class LossTrainer(Trainer):
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
-        with step_guard(self.student, optimizer=self.optimizer, device=self.device) as fault:
-            others = () if unlabeled is None else (unlabeled,)
+        others = () if unlabeled is None else (unlabeled,)
+        explain = partial(explain_types, labeled, others, {self.role: self.student})
+        with step_guard(self.student, optimizer=self.optimizer, device=self.device, explain=explain) as fault:
             check_batches(labeled, others, self.device, self.ranks)
             with self.ranks.agreed():
                 refuse_ignored_labels(self.losses_for(unlabeled), labeled, self.accumulate, self.ranks)
@@ -126,13 +129,13 @@ class LossTrainer(Trainer):
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            with types_explained(labeled, others, **{self.role: self.student}), self._autocast(), self.compiled():
+            with self._autocast(), self.compiled():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
             self.clip()
             self.optimizer.step()
             self.layout.agree_on_buffers()
             self.steps_done += 1
-            return Report(self.steps_done - 1, self.ranks.mean_scalars(means(parts)), fault)
+            return Report(self.steps_done - 1, self.ranks.mean_scalars(mean_scalars(parts)), fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""

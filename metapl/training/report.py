@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,9 +72,10 @@ class StepReport(Report):
     problem: Problem = field(repr=False)
     ranks: Ranks = field(default=ALONE, repr=False)
 
-    def __post_init__(self) -> None:
-        if not self.ranks.alone:  # all ranks are here now; later one may read the report alone
-            self.__dict__["_exchanged"] = self._columns()
+    def exchanged(self) -> StepReport:
+        """The same, when all ranks are here: later one may read the report alone."""
+        self.__dict__["_exchanged"] = self._columns()
+        return self
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**self.scalars, **(self._columns() if self.ranks.alone else self.__dict__["_exchanged"])}
@@ -97,10 +97,3 @@ class StepReport(Report):
     def counts(self) -> dict[str, list[int]]:
         """The counts of the problem."""
         return self.problem.counts(self.signal, self.student_outputs)
-
-
-def means(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scalars of a step: the means over its micro-batches."""
-    if len(scalars) == 1:
-        return dict(scalars[0])
-    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}

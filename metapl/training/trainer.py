@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,25 +15,29 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import micro_batches
+from metapl.execution.batch import micro_batches, plain
+from metapl.execution.buffers import Slots, explain_types, step_guard, step_lock
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.guards import step_guard, types_explained
+from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
 from metapl.execution.layout import Layout, layouts
+from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import (
     check_batches,
-    check_mode,
+    check_kind,
     check_teacher,
     prepare,
 )
-from metapl.feedback.hypergradient import Hypergradient, hypergradient, look_ahead
+from metapl.feedback.hypergradient import Hypergradient, check_ahead, hypergradient
 from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
-from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
-from metapl.feedback.path import Path
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import Path, take_steps
+from metapl.feedback.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fingerprints import built_with, settings_of
@@ -40,7 +45,6 @@ from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.report import Report, StepReport
 from metapl.training.states import check_state, names_of
-from metapl.training.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
 from metapl.updates import Clipped, parameters_of, refuse_missing, runs_others_code, update_of
 
 
@@ -167,7 +171,12 @@ class BilevelTrainer(Trainer):
             self._teacher_trainer = _TeacherTrainer(self, wrapped, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
-        self._looked_closer = False
+        self._known: LocalStudent | None = None
+        self._looked = False
+        self._kind: tuple[Any, ...] = ()
+        self._nobody = nn.Module()
+        self._slots = Slots(self._asked)
+        self._spread = [layout for layout in self._layouts if layout.kind != "plain"]
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
@@ -184,23 +193,54 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        labeled, unlabeled = outer_batch(self.problem, labeled), plain_inner(unlabeled)
-        with self._guard(labeled, unlabeled) as fault:
-            with self._autocast(), self.compiled():
-                path, teacher_steps = self._look_ahead(labeled, unlabeled)  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                with others_named(self.mode, path):
+        labeled, ahead = outer_batch(self.problem, labeled), isinstance(unlabeled, Lookahead)
+        batches = [plain(batch) for batch in (unlabeled.batches if ahead else [unlabeled])]
+        teacher_steps: list[TeacherStep] = []
+
+        def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
+            recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit
+            given = self.problem, batch, outputs, self.generator, recompute, self.ranks, self._slots
+            step = TeacherStep(self._asked, *given)
+            kind = self.mode, len(batches), step.signal.sampled, *step.signal.differentiable()
+            if kind != self._kind:
+                check_kind(step.signal, self.mode, self.problem, len(batches))
+                self._kind = kind
+            teacher_steps.append(step)
+            return step.signal
+
+        with self._guard(labeled, batches) as (fault, closer):
+            with self._passes:
+                path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
+                    self._known or self.layout,
+                    self.update,
+                    self.problem,
+                    labeled=labeled,
+                    batches=batches,
+                    teach=teach,
+                    parts=self.accumulate,
+                    first=closer,
+                    keep_graph=self.mode.keep_graph,
+                    keep_every=self.mode.keep_every,
+                    credits=self.mode.credits,
+                )
+                try:
                     feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
+                except (NotByThisMode, RuntimeError):
+                    with others_named(self.mode, path):
+                        raise
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
-                report = self._report(path, known, feedback, objectives, unlabeled, fault)
-            if self._teacher_trainer is not None:
+                report = self._report(path, known, feedback, objectives, ahead, fault)
+            if self._teacher_trainer is not None and (self._spread or self.clip_norm is not None):
                 self._teacher_trainer.clip()
+            elif self.outer_optimizer is not None:
+                checks.sparse_gradients(self.outer_optimizer, self._asked)
             with self._both_or_none(first=path.student.first):
                 path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
                 if self.outer_optimizer is not None:
                     self.outer_optimizer.step()  # line 8: θ_T′
-            for layout in self._layouts:
+            for layout in self._spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
@@ -218,7 +258,7 @@ class BilevelTrainer(Trainer):
             runs_others_code(outer)
             or (first and type(outer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
         )
-        if outer is None or not may_fail or any(one.is_sharded for one in self._layouts):
+        if outer is None or not may_fail or any(one.is_sharded for one in self._spread):
             yield
             return
         parameters = self.layout.parameters()
@@ -237,31 +277,6 @@ class BilevelTrainer(Trainer):
             outer.state.update(held)
             raise
 
-    def _look_ahead(self, labeled: Any, unlabeled: Any) -> tuple[Path, list[TeacherStep]]:
-        """The student's steps, and the teacher's passes that made their signals, one for each micro-batch."""
-        teacher_steps: list[TeacherStep] = []
-
-        def teach(batch: Any, outputs: Tensor | None) -> Signal:
-            recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all micro-batches would not fit
-            step = TeacherStep(self._asked, self.problem, batch, outputs, self.generator, recompute, self.ranks)
-            teacher_steps.append(step)
-            return step.signal
-
-        self.update.follow(self.layout.parameters())
-        path = look_ahead(
-            self.layout,
-            self.update,
-            self.problem,
-            self.mode,
-            labeled=labeled,
-            unlabeled=unlabeled,
-            teach=teach,
-            parts=self.accumulate,
-            first=not self._looked_closer,
-        )
-        self._looked_closer = True
-        return path, teacher_steps
-
     def _teacher_backward(
         self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
     ) -> list[TeacherLosses]:
@@ -278,9 +293,7 @@ class BilevelTrainer(Trainer):
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
-            objectives.append(
-                step.backward(h, self._feedback_scale, losses, labeled_parts[i % parts], self.steps_done, parts)
-            )
+            objectives.append(step.backward(h, self._scale, losses, labeled_parts[i % parts], self.steps_done, parts))
         return objectives
 
     def _report(
@@ -289,23 +302,24 @@ class BilevelTrainer(Trainer):
         known: dict[str, Tensor],
         feedback: Sequence[Feedback],
         objectives: Sequence[TeacherLosses],
-        unlabeled: Any,
+        ahead: bool,
         fault: checks.Fault,
     ) -> StepReport:
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         scalars = {"inner_loss": path.inner_loss, **known}
         # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
         signal, outputs = path.steps[-1].signal, path.steps[-1].outputs.clone()
-        return StepReport(
+        report = StepReport(
             self.steps_done,
-            scalars | self.ranks.mean_scalars(teacher_scalars(objectives, self.accumulate) if objectives else {}),
+            scalars | (teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}),
             fault,
             ranks=self.ranks,
-            feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+            feedback=h if ahead else h[0],
             signal=replace(signal, **{name: t.clone() for name, t in signal.fields().items()}),
             student_outputs=outputs,
             problem=self.problem,
         )
+        return report if self.ranks.alone else report.exchanged()
 
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
@@ -333,16 +347,26 @@ class BilevelTrainer(Trainer):
         return report
 
     @property
+    def _passes(self) -> AbstractContextManager[None]:
+        """What the networks' passes run in."""
+        return self._run_otherwise() if self.compiled.forwards or self.precision != "float32" else NOTHING
+
+    @contextmanager
+    def _run_otherwise(self) -> Iterator[None]:
+        with self._autocast(), self.compiled():
+            yield
+
+    @property
     def _layouts(self) -> list[Layout]:
         return [layout for layout in (self.teacher_layout, self.layout) if layout is not None]
 
     @property
     def _asked(self) -> nn.Module:
         """The module that the problem's signal is asked of: an empty one for a problem without a teacher."""
-        return nn.Module() if self.teacher is None else self.teacher
+        return self._nobody if self.teacher is None else self.teacher
 
     @property
-    def _feedback_scale(self) -> FeedbackScale:
+    def _scale(self) -> FeedbackScale:
         if self.feedback_ratio is None:
             return FeedbackScale(self.feedback_weight)
         return FeedbackScale(self.feedback_ratio, relative=True)
@@ -359,7 +383,8 @@ class BilevelTrainer(Trainer):
             )
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
         checks.whole_number(self.lookahead, f"lookahead={self.lookahead!r}", "a number of student steps")
-        check_mode(self.mode, self.lookahead, self.problem, self.layout)
+        check_ahead(self.mode, self.lookahead, self.problem, self.layout)
+        self._checked = self.mode, self.lookahead
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
@@ -543,24 +568,54 @@ class BilevelTrainer(Trainer):
             )
 
     @contextmanager
-    def _guard(self, labeled: Any, unlabeled: Any) -> Iterator[checks.Fault]:
-        """Check the batches; if the step is refused or fails, restore everything."""
-        with step_guard(
-            self._asked, self.student, optimizer=self.outer_optimizer, device=self.device, generator=self.generator
-        ) as fault:
-            for layout in self._layouts:
+    def _guard(self, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, bool]]:
+        """Begin a step: look at what has changed since the last one, and check the batches. If the step is refused or
+        fails, restore everything.
+
+        Yields: the fault of the step's report, and whether to look closer at the networks.
+        """
+        checks.no_inference_mode()
+        networks = {"student": self.student, "teacher": self.teacher if self.problem.teacher_reads_inputs else None}
+        explain = partial(explain_types, labeled, batches, networks)
+        outer, generator = self.outer_optimizer, self.generator
+        with step_lock, checkpoints_without_reentry():
+            for layout in self._spread:
                 layout.begin_step()
-            check_batches(labeled, inner_batches(unlabeled), self.device, self.ranks)
-            if self.outer_optimizer is not None:
-                refuse_missing("outer_optimizer", self.outer_optimizer, trainable(self._asked), "teacher")
-            if self.feedback_ratio is not None and len(inner_batches(unlabeled)) > 1:
-                raise MetaplError(
-                    "feedback_ratio is measured on one inner batch, and a Lookahead of "
-                    f"{len(inner_batches(unlabeled))} was given; use feedback_weight."
-                )
-            reader = self.teacher if self.problem.teacher_reads_inputs else None
-            with types_explained(labeled, inner_batches(unlabeled), student=self.student, teacher=reader):
-                yield fault
+            closer = self._look_closer()
+            slots = [self._slots, *([] if self._known is None else [self._known.slots])]
+            with step_guard(*slots, device=self.device, optimizer=outer, generator=generator, explain=explain) as fault:
+                if self.ranks.alone:
+                    checks.batches(labeled, batches, self.device)
+                else:
+                    check_batches(labeled, batches, self.device, self.ranks)
+                if (self.mode, len(batches)) != self._checked:
+                    check_ahead(self.mode, len(batches), self.problem, self.layout)
+                    self._checked = self.mode, len(batches)
+                if outer is not None:
+                    refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
+                if self.feedback_ratio is not None and len(batches) > 1:
+                    raise MetaplError(
+                        "feedback_ratio is measured on one inner batch, and a Lookahead of "
+                        f"{len(batches)} was given; use feedback_weight."
+                    )
+                yield fault, closer
+                self._looked = self._slots.looked_at = True
+
+    def _look_closer(self) -> bool:
+        """Whether this is the first step, or a network has changed since the last one; what was found out about the
+        student otherwise stands."""
+        if self._slots.module is not self._asked or not self._slots.hold():
+            self._slots = Slots(self._asked)
+        known, sharded = self._known, self.layout.kind == "sharded"  # whose weights come and go
+        if known is not None and not sharded and known.double_backward == self.mode.keep_graph and known.holds():
+            self.update.follow(known.parameters)
+            known.begin(first=not self._looked)
+        else:
+            self.update.follow(self.layout.parameters())
+            self._looked = self._looked and sharded
+            keep_graph, first = self.mode.keep_graph, not self._looked
+            self._known = student_of(self.layout, self.update.parameters, double_backward=keep_graph, first=first)
+        return not self._looked
 
 
 class _TeacherTrainer(LossTrainer):

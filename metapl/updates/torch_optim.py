@@ -89,6 +89,8 @@ class TorchUpdate(Update):
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer, self._compared = optimizer, False
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._held: list[list[int]] = []
         for option in ("differentiable", "capturable"):
             if any(group.get(option) for group in optimizer.param_groups):
                 raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
@@ -122,11 +124,16 @@ class TorchUpdate(Update):
                 f"does not differentiate; expected that of {described(self.optimizer)}: del optimizer.step (to clip "
                 "gradients, use clip_norm)."
             )
+        held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+        known = self._parameters.keys() == parameters.keys() and all(
+            self._parameters[n] is p for n, p in parameters.items()
+        )
+        if known and held == self._held and not any(isinstance(g["lr"], Tensor) for g in self.optimizer.param_groups):
+            return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
-        groups = enumerate(self.optimizer.param_groups)
-        group_of = {id(p): number for number, group in groups for p in group["params"]}
+        group_of = {i: number for number, ids in enumerate(held) for i in ids}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self._parameters = dict(parameters)
+        self._parameters, self._held = dict(parameters), held
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
     @property

@@ -27,9 +27,9 @@ from metapl.training.loss_trainer import LossTrainer
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "unique_dim")
 PACKAGE = Path(metapl.__file__).parent
 IN_A_STEP = (
-    *("training/trainer", "training/teacher", "training/loss_trainer", "execution/numerics", "feedback/hypergradient"),
+    *("training/trainer", "feedback/teacher", "training/loss_trainer", "execution/numerics"),
     *("execution/local", "execution/buffers", "execution/kernels", "execution/agreement", "execution/rng"),
-    *("execution/guards", "execution/hooks", "execution/writes"),
+    *("execution/writes", "feedback/hypergradient", "feedback/path", "feedback/inner_step"),
     *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base", "feedback/lookahead"),
     *("feedback/credit", "feedback/unrolled", "feedback/forward", "feedback/difference", "feedback/reinforce"),
     *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
+from metapl.execution import writes
 
 RULE = OPTIMISERS["torch_sgd_nesterov"]
 TYPES = [torch.float32, torch.float64]
@@ -705,6 +706,59 @@ def test_writes_in_a_replay_alone(mode: str) -> None:
         trainer.step(**problem.data())
     assert len(counts) == 3
     assert alike(before, state_of(problem.teacher, problem.student))
+
+
+class Later(Writing):
+    """Writes when it is told to."""
+
+    late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.late else self.head(self.body(x.flatten(1)).tanh())
+
+
+@pytest.mark.parametrize(
+    "write", [name for name in WRITES if name not in ("first batch", "set")]
+)  # this leaves the values
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce"])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_writes_that_begin_after_the_first_step(role: str, mode: str, write: str) -> None:
+    """Small networks are compared then, and not looked at operator by operator; the weights are as they were."""
+    torch.manual_seed(5)
+    later = Later(WRITES[write])
+    problem = case(later if role == "student" else mlp(), torch.float32, later if role == "teacher" else None)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode])
+    trainer.step(**problem.data())
+    later.late = True
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=rf"the {role} writes to its parameter body\.(weight|bias)"):
+        trainer.step(**problem.data())
+    assert alike(before, state_of(problem.teacher, problem.student))
+    later.late = False
+    trainer.step(**problem.data())
+
+
+def test_a_network_that_is_changed_is_looked_at_again() -> None:
+    """Its parts are others than on the first step: as on that one, every operator is looked at."""
+    problem = case(nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES)), torch.float64)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
+    seen = []
+    watch = writes.Watch.__init__
+
+    def counted(*given: Any) -> None:
+        seen.append(given[1:])
+        watch(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writes.Watch, "__init__", counted)
+        for looked in (True, False, False):
+            seen.clear()
+            trainer.step(**problem.data())
+            assert bool(seen) == looked
+        problem.student[2] = nn.ReLU()
+        seen.clear()
+        trainer.step(**problem.data())
+        assert seen
 
 
 @pytest.mark.parametrize("recompute", [False, True])

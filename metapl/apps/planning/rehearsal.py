@@ -31,6 +31,7 @@ from metapl.execution.ranks import Columns, Ranks, set_columns
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
@@ -192,13 +193,13 @@ def _tensors_in(values: Any) -> list[Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------- the phases
 
-Seam = tuple[type, str, str | None, str | None]
-"""A method by its class and name, the phase that it is, and what it returns is for."""
+Seam = tuple[Any, str, str | None, str | None]
+"""A function by its class or module and its name, the phase that it is, and what it returns is for."""
 
 
 def _seams(trainer: BilevelTrainer) -> list[Seam]:
     return [
-        (BilevelTrainer, "_look_ahead", STUDENT, None),
+        (trainers, "take_steps", STUDENT, None),
         (Pass, "gradient", None, "gradients"),
         (Path, "outer_gradient", LABELED, FOR_FEEDBACK),
         (Path, "_outer_loss_at", LABELED, None),
@@ -221,7 +222,7 @@ def _seams_alone(trainer: LossTrainer) -> list[Seam]:
     ]
 
 
-def _watched(held: Held, seam: Seam) -> tuple[type, str, Callable[..., Any]]:
+def _watched(held: Held, seam: Seam) -> tuple[Any, str, Callable[..., Any]]:
     """A method that tells ``held`` its phase, and names what it returns."""
     kind, method_name, phase, name = seam
     method = getattr(kind, method_name)
