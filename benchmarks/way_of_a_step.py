@@ -11,6 +11,7 @@ processor, on one thread: metapl and the same by hand take turns, a step each, a
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -165,6 +166,19 @@ def times(mode: str, steps: int) -> dict[str, float]:
     return {f"ms_{name}": ms for name, ms in medians.items()} | {"ratio": medians["metapl"] / medians["by_hand"]}
 
 
+def table(result: dict[str, Any]) -> str:
+    """A row for each mode."""
+    lines = [
+        "| mode | files | functions | in `hypergradient` | calls to the first pass | ms | times by hand |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for mode, row in result["modes"].items():
+        calls = len(row["calls_to_the_first_pass"]) - 1
+        cells = row["files"], row["functions"], row["hypergradient_functions"], calls
+        lines.append(f"| `{mode}` | {' | '.join(map(str, cells))} | {row['ms_metapl']:.2f} | {row['ratio']:.2f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULT)
     parser.add_argument("--steps", type=int, default=600)
@@ -178,12 +192,7 @@ def main() -> None:
     steps = 5 if given.miniature else given.steps
     result = {mode: {**counts(mode), **times(mode, steps)} for mode in BESIDE}
     write_json(given.out, {"modes": result, "steps": steps, "note": given.note, "measured_on": described("cpu")})
-    for mode, row in result.items():
-        print(
-            f"{mode:10} {row['files']} files, {row['functions']} functions ({row['hypergradient_functions']} in "
-            f"hypergradient), {len(row['calls_to_the_first_pass']) - 1} calls to the first pass, "
-            f"{row['ms_metapl']:.2f} ms: {row['ratio']:.2f} times by hand"
-        )
+    print(table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ MEASUREMENTS = (
     "scale",
     "step",
     "throughput",
+    "way_of_a_step",
 )
 LONG = ("endurance", "peers", "reduced")
 
