@@ -68,15 +68,17 @@ class Slots:
         self._seen = self._now()
 
     def hold(self) -> bool:
-        """Whether the module is as it was found: the same parts, in the same modes, with the same parameters."""
+        """Whether the module is as it was found: the same parts, in the same modes, with the same parameters, of the
+        same types, and with the same forward methods and hooks."""
         return self._seen == self._now()
 
     def _now(self) -> list[Any]:
-        """Identities: of objects that are held here, so that no other has theirs."""
-        found: list[Any] = [t.requires_grad for _, _, t in self.parameters]
+        """Identities: of objects that are held here, so that no other has theirs; hooks have numbers of their own."""
+        found: list[Any] = [(t.requires_grad, t.dtype) for _, _, t in self.parameters]
         for part in self.parts:
             parts, parameters = part._modules, part._parameters
             found += [part.training, *parts, *map(id, parts.values()), *parameters, *map(id, parameters.values())]
+            found += [type(part), vars(part).get("forward"), *part._forward_hooks, *part._forward_pre_hooks]
         return found
 
 

@@ -174,9 +174,20 @@ class BilevelTrainer(Trainer):
         self._known: LocalStudent | None = None
         self._looked = False
         self._kind: tuple[Any, ...] = ()
+        self._problem = self.problem
         self._nobody = nn.Module()
         self._slots = Slots(self._asked)
         self._spread = [layout for layout in self._layouts if layout.kind != "plain"]
+        self._built = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _BUILT_WITH and "_built" in vars(self) and value is not getattr(self, name):
+            raise MetaplError(
+                f"{name} of a BilevelTrainer was assigned, and other parts of the trainer were built with the one that "
+                f"it has; expected it as it was given: build a new BilevelTrainer(..., {name}=...), in which networks "
+                "and optimizers go on from their states."
+            )
+        super().__setattr__(name, value)
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
@@ -201,7 +212,7 @@ class BilevelTrainer(Trainer):
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit
             given = self.problem, batch, outputs, self.generator, recompute, self.ranks, self._slots
             step = TeacherStep(self._asked, *given)
-            kind = self.mode, len(batches), step.signal.sampled, *step.signal.differentiable()
+            kind = len(batches), step.signal.sampled, *step.signal.differentiable()
             if kind != self._kind:
                 check_kind(step.signal, self.mode, self.problem, len(batches))
                 self._kind = kind
@@ -341,6 +352,7 @@ class BilevelTrainer(Trainer):
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
                 "expected teacher losses, or wait=0."
             )
+        self._follow_problem()
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
@@ -384,16 +396,16 @@ class BilevelTrainer(Trainer):
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
         checks.whole_number(self.lookahead, f"lookahead={self.lookahead!r}", "a number of student steps")
         check_ahead(self.mode, self.lookahead, self.problem, self.layout)
-        self._checked = self.mode, self.lookahead
+        self._checked = self.lookahead
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
                 "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
                 'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.'
             )
         if self.feedback_ratio is not None:
-            self._check_ratio(self.feedback_ratio)
+            self._check_ratio(self.feedback_ratio, self.lookahead)
 
-    def _check_ratio(self, ratio: float) -> None:
+    def _check_ratio(self, ratio: float, steps: int) -> None:
         if not 0 <= ratio < float("inf"):
             raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
         if self.feedback_weight != 1.0:
@@ -403,7 +415,7 @@ class BilevelTrainer(Trainer):
                 "feedback_ratio was given, and there are no teacher losses to measure the feedback by; expected "
                 "teacher_losses=(...), or feedback_weight instead."
             )
-        whole = [f"{name}={n}" for name, n in (("accumulate", self.accumulate), ("lookahead", self.lookahead)) if n > 1]
+        whole = [f"{name}={n}" for name, n in (("accumulate", self.accumulate), ("lookahead", steps)) if n > 1]
         if whole:
             raise MetaplError(
                 f"feedback_ratio is measured on one whole inner batch and does not go with {whole[0]}; use "
@@ -588,18 +600,23 @@ class BilevelTrainer(Trainer):
                     checks.batches(labeled, batches, self.device)
                 else:
                     check_batches(labeled, batches, self.device, self.ranks)
-                if (self.mode, len(batches)) != self._checked:
+                self._follow_problem()
+                if len(batches) != self._checked:
                     check_ahead(self.mode, len(batches), self.problem, self.layout)
-                    self._checked = self.mode, len(batches)
+                    self._checked = len(batches)
                 if outer is not None:
                     refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
-                if self.feedback_ratio is not None and len(batches) > 1:
-                    raise MetaplError(
-                        "feedback_ratio is measured on one inner batch, and a Lookahead of "
-                        f"{len(batches)} was given; use feedback_weight."
-                    )
+                if self.feedback_ratio is not None:
+                    self._check_ratio(self.feedback_ratio, len(batches))
                 yield fault, closer
                 self._looked = self._slots.looked_at = True
+
+    def _follow_problem(self) -> None:
+        """Ask again what depends on the problem, where another was assigned."""
+        if self.problem is not self._problem:
+            self._problem, self._checked, self._kind = self.problem, 0, ()
+            if self._teacher_trainer is not None:
+                self._teacher_trainer.problem = self.problem
 
     def _look_closer(self) -> bool:
         """Whether this is the first step, or a network has changed since the last one; what was found out about the
@@ -607,7 +624,7 @@ class BilevelTrainer(Trainer):
         if self._slots.module is not self._asked or not self._slots.hold():
             self._slots = Slots(self._asked)
         known, sharded = self._known, self.layout.kind == "sharded"  # whose weights come and go
-        if known is not None and not sharded and known.double_backward == self.mode.keep_graph and known.holds():
+        if known is not None and not sharded and known.holds():
             self.update.follow(known.parameters)
             known.begin(first=not self._looked)
         else:
@@ -616,6 +633,11 @@ class BilevelTrainer(Trainer):
             keep_graph, first = self.mode.keep_graph, not self._looked
             self._known = student_of(self.layout, self.update.parameters, double_backward=keep_graph, first=first)
         return not self._looked
+
+
+_NETWORKS = ("teacher", "student", "inner_optimizer", "outer_optimizer")
+_BUILT_WITH = frozenset((*_NETWORKS, "accumulate", "clip_norm", "compile", "mode", "precision", "teacher_losses"))
+"""What parts of a trainer are made of; the other options are read at every step."""
 
 
 class _TeacherTrainer(LossTrainer):

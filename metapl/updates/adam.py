@@ -23,7 +23,7 @@ class Adam(TorchUpdate):
     constant. In float16 that is above many a real n̂, and such weights are refused.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
+    def follow(self, parameters: Parameters) -> None:
         half = [name for name, p in parameters.items() if p.dtype == torch.float16]
         if half:
             raise MetaplError(
@@ -31,7 +31,7 @@ class Adam(TorchUpdate):
                 "second moments, so the feedback would be that of another step; expected weights in float32, with "
                 'precision="bfloat16" where passes are to be short.'
             )
-        super().__init__(optimizer, parameters)
+        super().follow(parameters)
 
     @staticmethod
     def rule(

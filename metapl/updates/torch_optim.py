@@ -91,9 +91,6 @@ class TorchUpdate(Update):
         self.optimizer, self._compared = optimizer, False
         self._parameters: dict[str, nn.Parameter] = {}
         self._held: list[list[int]] = []
-        for option in ("differentiable", "capturable"):
-            if any(group.get(option) for group in optimizer.param_groups):
-                raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
         self.follow(parameters)
         own = {id(p) for p in parameters.values()}
         foreign = [p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in own]
@@ -112,6 +109,9 @@ class TorchUpdate(Update):
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
 
     def follow(self, parameters: Parameters) -> None:
+        for option in ("differentiable", "capturable"):
+            if any(group.get(option) for group in self.optimizer.param_groups):
+                raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
         if has_hooks(self.optimizer):
             raise MetaplError(
                 "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, or of "

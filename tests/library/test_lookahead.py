@@ -217,7 +217,7 @@ def test_a_lookahead_of_anything_but_a_list_of_batches_is_refused(given: Any) ->
 def test_a_ratio_is_refused() -> None:
     problem = toy("mlp")
     trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", feedback_ratio=0.1)
-    with pytest.raises(MetaplError, match="feedback_ratio is measured on one inner batch"):
+    with pytest.raises(MetaplError, match="feedback_ratio is measured on one whole inner batch"):
         trainer.step(problem.labeled, Lookahead(batches(2, problem)))
 
 

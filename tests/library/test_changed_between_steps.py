@@ -1,0 +1,159 @@
+"""What changes between steps: the step is that of a trainer that is built anew there, or it is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems_zoo import Toy, noisy_teacher, toy
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import metapl
+from metapl import MetaplError
+
+BUILT_WITH = {
+    "accumulate": 2,
+    "clip_norm": 0.05,
+    "compile": True,
+    "inner_optimizer": None,
+    "mode": "none",
+    "outer_optimizer": None,
+    "precision": "bfloat16",
+    "student": None,
+    "teacher": None,
+    "teacher_losses": (),
+}
+
+
+def in_training(mode: Any = "forward", kind: type[torch.optim.Optimizer] = torch.optim.Adam) -> tuple[Toy, Any]:
+    """Two steps into training."""
+    case = toy("batch_norm", teacher=noisy_teacher)
+    trainer = metapl.BilevelTrainer(
+        **case.networks(),
+        mode=mode,
+        inner_optimizer=kind(case.student.parameters(), lr=0.01),
+        outer_optimizer=torch.optim.SGD(case.teacher.parameters(), lr=0.1),
+    )
+    for _ in range(2):
+        trainer.step(**case.data())
+    return case, trainer
+
+
+@pytest.mark.parametrize("name", BUILT_WITH)
+def test_what_a_trainer_is_built_with_is_not_exchanged(name: str) -> None:
+    """The step would go on with the old one in some of its parts, or in all."""
+    _, trainer = in_training()
+    before, value = getattr(trainer, name), BUILT_WITH[name]
+    value = copy.deepcopy(before) if value is None else value
+    with pytest.raises(MetaplError, match=f"{name} of a BilevelTrainer was assigned"):
+        setattr(trainer, name, value)
+    assert getattr(trainer, name) is before
+    setattr(trainer, name, before)
+
+
+def test_a_ratio_that_is_assigned_beside_a_weight_is_refused() -> None:
+    case, trainer = in_training()
+    trainer.feedback_weight, trainer.feedback_ratio = 3.0, 0.5
+    with pytest.raises(MetaplError, match="feedback_weight and feedback_ratio were both given"):
+        trainer.step(**case.data())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce"])
+def test_networks_that_are_cast_take_the_step_of_a_new_trainer(mode: str, kind: type[torch.optim.Optimizer]) -> None:
+    """Of weights in half precision, the adjoint of the update is computed in float64."""
+    case, trainer = in_training(mode, kind)
+    for network in case.networks().values():
+        network.bfloat16()
+    for state in (trainer.inner_optimizer.state, trainer.outer_optimizer.state):
+        for held in state.values():
+            held.update({k: t.bfloat16() for k, t in held.items() if isinstance(t, Tensor) and k != "step"})
+    data = {k: pytree.tree_map(cast, value) for k, value in case.data().items()}
+    twin, inner, outer = copy.deepcopy((case.networks(), trainer.inner_optimizer, trainer.outer_optimizer))
+    again = metapl.BilevelTrainer(**twin, mode=mode, inner_optimizer=inner, outer_optimizer=outer)
+    ends = []
+    for one, networks in ((trainer, case.networks()), (again, twin)):
+        torch.manual_seed(3)
+        report = one.step(**data)
+        ends.append([report.feedback, *(p.detach() for net in networks.values() for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def cast(t: Tensor) -> Tensor:
+    return t.bfloat16() if t.is_floating_point() else t
+
+
+def growing(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Another function at every pass, which no state of the module tells of."""
+    calls.append(1)
+    return output * (1 + 0.1 * len(calls))
+
+
+calls: list[int] = []
+
+
+def by_hook(student: nn.Module) -> None:
+    student.register_forward_hook(growing)
+
+
+def by_method(student: nn.Module) -> None:
+    before = student.forward
+    student.forward = lambda x: growing(student, x, before(x))  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [by_hook, by_method])
+def test_a_student_with_another_forward_is_looked_at_as_on_the_first_step(change: Callable[[nn.Module], None]) -> None:
+    case, trainer = in_training("loss_difference")
+    change(case.student)
+    with pytest.raises(MetaplError, match="has another value when it is evaluated again"):
+        trainer.step(**case.data())
+
+
+@pytest.mark.parametrize("option", ["capturable", "differentiable"])
+def test_an_option_that_is_refused_at_construction_is_refused_later(option: str) -> None:
+    case, trainer = in_training()
+    trainer.inner_optimizer.param_groups[0][option] = True
+    with pytest.raises(MetaplError, match=f"{option}=True"):
+        trainer.step(**case.data())
+
+
+def test_adam_is_refused_for_weights_that_are_cast_to_float16() -> None:
+    case, trainer = in_training()
+    case.student.half()
+    with pytest.raises(MetaplError, match="is in float16"):
+        trainer.step(**case.data())
+
+
+class Entering(metapl.PseudoLabels):
+    """The label enters the student's input."""
+
+    def student_input(self, batch: Any, signal: Any) -> Tensor:  # type: ignore[override]
+        return torch.cat([super().student_input(batch)[:, :1] * 0 + signal.value[:, None], batch[:, 1:]], 1)
+
+
+def test_a_problem_that_is_assigned_is_asked_what_the_first_one_was() -> None:
+    """Labels that enter the input are not credited apart; the default losses are those of the new problem."""
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    data = {"labeled": (torch.randn(5, 4), torch.arange(5) % 3), "unlabeled": torch.randn(6, 4)}
+    trainer = metapl.BilevelTrainer(teacher, student, mode="reinforce_per_example")
+    trainer.step(**data)
+    trainer.problem = Entering(kind="hard")
+    with pytest.raises(MetaplError, match="credits each label apart"):
+        trainer.step(**data)
+
+
+class Silent(metapl.PseudoLabels):
+    """Without losses of the teacher's own."""
+
+    def default_teacher_losses(self, batch: Any) -> tuple[Any, ...]:
+        return ()
+
+
+def test_the_teachers_losses_are_those_of_the_problem_that_is_assigned() -> None:
+    case, trainer = in_training()
+    trainer.problem = Silent(kind="soft")
+    assert trainer.step(**case.data()).teacher_loss == 0
