@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from metapl.distributed.dropout import drops_by_itself
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, micro_batches
 from metapl.execution.shards import gathered, load_whole
@@ -376,6 +375,8 @@ class FitRun:
         checkpoint = self._newest()
         if checkpoint is None:
             return 0
+        from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
+
         state, file = checkpoint.state, checkpoint.path
         whole_batches = self.options.split_batches
         try:

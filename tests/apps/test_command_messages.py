@@ -67,8 +67,9 @@ def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
             ("train", "digits", "--mode", "xyz"),
             "invalid choice 'xyz' for argument '--mode'. Expected one of (",
         ),
+        (("train", "digits", "--student.lr", "x"), "metapl: --student.lr: expected a number, got 'x'. See"),
         (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3"),
-        (("train", "digits", "--steps", "x"), "Error parsing --steps: invalid literal for int() with base 10: 'x'"),
+        (("train", "digits", "--steps", "x"), "metapl: --steps: expected a whole number, got 'x'. See"),
     ],
 )
 def test_what_the_parser_refuses_is_a_line_too(

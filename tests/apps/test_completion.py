@@ -37,7 +37,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("tr", {"train"}),
         ("train dig", {"digits"}),
-        ("train digits --feedback-", {"--feedback-weight"}),
+        ("train digits --feedback-", {"--feedback-weight", "--feedback-ratio"}),
         ("train digits --mode ", {"forward", "reinforce", "none"}),
         ("train images --changes.mir", {"--changes.mirror"}),
         ("train noi", {"noisy"}),

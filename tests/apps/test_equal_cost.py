@@ -65,7 +65,7 @@ def test_steps_before_uda_begins_are_counted_as_they_are(tmp_path: Path) -> None
     assert recipe.by("none").method.wait > start
     assert operations(recipe, "none", task) < operations(at_once, "none", task)
     sized = at_equal_cost(recipe, ["supervised", "uda"], task)
-    assert sized["supervised"] == recipe
+    assert sized["supervised"] == recipe.by("supervised")
     assert operations(sized["uda"], "uda", task) == pytest.approx(plain, rel=0.05)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import tyro
@@ -14,7 +15,7 @@ import tyro
 from metapl.ablation import ablate
 from metapl.apps.commands.factory import made_by
 from metapl.apps.commands.folders import held, written_to
-from metapl.apps.commands.parse import Switch, on_recipe, paragraph, recipe_of
+from metapl.apps.commands.parse import Switch, of_other_views, on_recipe, paragraph, recipe_of
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.settle import settled
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
@@ -120,8 +121,17 @@ class Ablate(Looking):
         settings: of Meta Pseudo Labels.
     """
 
+    kind: ClassVar[type[Recipe]] = Digits
+    """Of the recipe."""
+
     recipe: Unasked[Any]
     settings: Unasked[Any]
+
+    @classmethod
+    def given(cls, words: Sequence[str], program: str) -> type[Ablate]:
+        """The command whose flags have an effect beside the others of a command line."""
+        hidden = (*OF_RUNS, *of_other_views(cls.kind, words))
+        return on_recipe(cls, cls.kind, cls.kind.by_name("mpl"), Ablate.__doc__, hidden)
 
     def made(self) -> Ablate:
         """With the recipe that the flags make."""
@@ -186,7 +196,7 @@ OF_RUNS = (
 
 
 def _on(kind: type[Recipe]) -> type[Ablate]:
-    return on_recipe(Ablate, kind, kind.by_name("mpl"), Ablate.__doc__, OF_RUNS)
+    return type("Ablate", (Ablate,), {"kind": kind})
 
 
 _KINDS: tuple[type[Recipe], ...] = (Digits, ImageFolders, *PROTOCOL_RECIPES)

@@ -205,8 +205,12 @@ def command_class(command: str, given: Sequence[str]) -> Any:
     )
 
 
+_MORE = "raise --accumulate, or take --precision bfloat16"
+
 LESS_MEMORY = {
-    **dict.fromkeys(("train", "noisy-student", "ablate"), LESS),
+    "train": LESS,
+    "noisy-student": f"lower --labeled-batch, --ratio, --image-size or --num-workers, {_MORE}",
+    "ablate": f"lower --labeled-batch, --unlabeled-batch or --image-size, {_MORE}",
     "label": "lower --batch or --num-workers",
 }
 """What takes less memory, by a command's first word; the others have no flag for it."""

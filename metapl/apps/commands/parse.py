@@ -9,9 +9,11 @@ import re
 import shutil
 import sys
 import textwrap
+import types
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import tyro
 
@@ -31,6 +33,36 @@ Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 """Off unless given."""
 
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+"""How words become numbers, with refusals in words of ours."""
+
+
+@REGISTRY.primitive_rule
+def _number(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Of a number, which may be left out."""
+    kinds: Any = {of.type}
+    if of.type_origin in (Union, types.UnionType) and tyro.conf.DisallowNone in of.markers:
+        kinds = {get_args(one)[0] if get_origin(one) is Annotated else one for one in get_args(of.type)} - {NoneType}
+    if kinds not in ({int}, {float}):
+        return None
+    (read,) = kinds
+
+    def number(words: list[str]) -> Any:
+        try:
+            return read(words[0])
+        except ValueError as error:
+            expected = "a whole number" if read is int else "a number"
+            raise ValueError(f"expected {expected}, got {words[0]!r}") from error
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=read.__name__.upper(),
+        instance_from_str=number,
+        is_instance=lambda value: isinstance(value, (int, read)) or (value is None and of.type is not read),
+        str_from_instance=lambda value: [str(value)],
+    )
+
 
 ANY: Any = Annotated[Any, tyro.conf.Suppress, tyro.conf.Fixed]
 """A field that is no flag."""
@@ -60,7 +92,7 @@ def parse(kind: type[T], program: str, arguments: list[str]) -> T:
     message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(help_text):
-            value = tyro.cli(kind, prog=program, args=arguments, config=CONFIG)
+            value = tyro.cli(kind, prog=program, args=arguments, config=CONFIG, registry=REGISTRY)
     except SystemExit as stop:
         if not stop.code:
             help_text.seek(0)
@@ -102,6 +134,7 @@ def in_a_line(text: str) -> str:
     text = " ".join(line.strip() for line in lines if not line.startswith((" " * 8, "╭")))
     for end in ("For full help", "Argument helptext"):
         text = text.partition(end)[0]
+    text = text.removeprefix("Error parsing ")
     return f"{text.rstrip(' .!')}."
 
 
@@ -177,6 +210,13 @@ def on_recipe(
     switches: Any = made
     switches.open_switches = OPEN_SWITCHES if kind.looks else ()
     return made
+
+
+def of_other_views(kind: type[Recipe], words: Collection[str]) -> tuple[str, ...]:
+    """Fields of the views that a command line does not choose."""
+    if "randaugment" not in kind.__dataclass_fields__:
+        return ()
+    return ("changes",) if "--randaugment" in words else ("pad", "strong")
 
 
 def recipe_of(parsed: Any) -> Recipe:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from metapl.apps.commands.folders import run_folder
-from metapl.apps.commands.parse import Switch, on_recipe, paragraph, recipe_of
+from metapl.apps.commands.parse import Switch, of_other_views, on_recipe, paragraph, recipe_of
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.jobs import Job, Trial, aloud
@@ -113,9 +113,7 @@ class Train:
         named += [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
         name = next((name for name in named if name in offered), own)
         settings = cls.usual(cls.kind.by_name(offered[name]))
-        hidden = [] if "--compare" in words else [*settings.hidden(words)]
-        if "randaugment" in cls.kind.__dataclass_fields__:
-            hidden += ["changes"] if "--randaugment" in words else ["pad", "strong"]
+        hidden = () if "--compare" in words else settings.hidden(words)
         how = tyro.conf.arg(metavar="METHOD", help=METHOD_HELP.format(", ".join(offered), program))
         several = tyro.conf.arg(
             metavar="METHOD ...", help=METHODS_HELP.format(", ".join(cls.compares())), help_behavior_hint=""
@@ -127,7 +125,7 @@ class Train:
             cls.kind,
             settings,
             cls.about(),
-            hidden,
+            (*hidden, *of_other_views(cls.kind, words)),
             method=(Annotated[one, how], name),
             methods=(Annotated[tuple[some, ...] | None, several], None),
         )
