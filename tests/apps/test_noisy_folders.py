@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(method: str, folders: tuple[Pa
 @pytest.mark.parametrize("method", ["meta_weight_net", "noise_transition", "plain", "clean"])
 def test_every_method_leaves_a_list(method: str, folders: tuple[Path, set[str]], tmp_path: Path) -> None:
     root, _ = folders
-    teacher = [] if NOISY_METHODS[method].feedback is None else ["--mode", "difference"]
+    teacher = [] if NOISY_METHODS[method].one_network else ["--mode", "difference"]
     flags = FLAGS.replace("--warm-steps 6", "").replace("--clean-batch 6", "").split()
     command = ["train", "noisy", *given(root), "--method", method, *flags, *teacher, "--out", str(tmp_path / "run")]
     assert main(command) == 0
@@ -283,8 +283,9 @@ def test_folders_that_would_spoil_it_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--method plain --teacher.lr 0.1", "--teacher.lr has no effect with --method plain"),
-        ("--method clean --clean-batch 3", "--clean-batch has no effect with --method clean"),
+        ("--method plain --teacher.lr 0.1", "Unrecognized options: --teacher.lr, 0.1"),
+        ("--method plain --clean-batch 3", "Unrecognized options: --clean-batch, 3"),
+        ("--method clean --warm-steps 3", "Unrecognized options: --warm-steps, 3"),
         ("--steps 5 --minutes 2", "--minutes has no effect beside --steps"),
         ("--steps 5 --warm-steps 5", "--warm-steps 5: expected 0 or more, and fewer than steps=5"),
         ("--clean-batch 0", "--clean-batch 0: expected 1 or more"),

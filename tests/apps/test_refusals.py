@@ -24,6 +24,7 @@ from metapl.apps.experiments import budget
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.export.programs import programs
 from metapl.apps.recipes import ImageFolders
+from metapl.apps.recipes.base import as_dict
 from metapl.errors import MetaplError
 
 
@@ -140,12 +141,18 @@ def test_a_result_of_another_version(damaged: Path, pictures: Path, capsys: pyte
 
 def test_a_recipe_without_a_network(damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"labeled": "a", "unlabeled": "b", "network_name": None}
-    edited(damaged / "recipe.json", recipe={"name": "images", "method": "uda", "fields": fields})
-    for command in (
-        ("predict", damaged, pictures / "0.png"),
-        ("train", "images", "--labeled", pictures, "--unlabeled", pictures, "--out", damaged, "--resume"),
+    recipe = ImageFolders(labeled="a", unlabeled="b", method=ImageFolders.by_name("uda"))
+    whole = as_dict(recipe) | {"network_name": None}
+    for stored, words in (
+        (fields, "recipe.json is damaged or of another version: ImageFolders by uda has no value for label_smoo"),
+        (whole, "recipe.json is damaged: it has no value for steps, image_size, grey, network_name, "),
     ):
-        assert "recipe.json is damaged: it has no value for" in refused(capsys, *command)
+        edited(damaged / "recipe.json", recipe={"name": "images", "method": "uda", "fields": stored})
+        for command in (
+            ("predict", damaged, pictures / "0.png"),
+            ("train", "images", "--labeled", pictures, "--unlabeled", pictures, "--out", damaged, "--resume"),
+        ):
+            assert words in refused(capsys, *command)
 
 
 # -------------------------------------------------------------------------------------------------------- wrong values
@@ -168,7 +175,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (("--minutes", "inf"), "--minutes inf: expected a number above 0"),
+        (("--minutes", "inf"), "--minutes inf: expected a finite number"),
         (("--minutes", "1e308"), "--minutes 1e+308: expected"),
         (("--compare", "--seeds", "²"), "seeds='²': expected numbers and ranges"),
         (("--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"), "expected 1 for grey pictures"),

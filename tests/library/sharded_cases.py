@@ -19,6 +19,7 @@ import metapl
 from metapl.distributed.dropout import KeyedDropout
 from metapl.errors import MetaplError
 from metapl.execution import sharded
+from metapl.execution.buffers import swapped
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.shards import ShardedSpace
@@ -404,7 +405,7 @@ def _stale_root(patch: pytest.MonkeyPatch) -> None:
 
 def _weights_swapped(patch: pytest.MonkeyPatch) -> None:
     """θ′ is swapped in, as on one device, where sharded modules read their gathered weights."""
-    patch.setattr(sharded.ShardedStudent, "moved_to", lambda self, params: sharded.swapped(self.held_at(dict(params))))
+    patch.setattr(sharded.ShardedStudent, "moved_to", lambda self, params: swapped(self.held_at(dict(params))))
 
 
 def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
