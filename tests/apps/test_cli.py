@@ -437,7 +437,7 @@ def test_export_takes_the_student_that_a_comparison_delivers(
     assert whole - one == {compared_with}
     assert one <= whole
     (tmp_path / "file").write_text("")
-    assert "could not be written" in refused(capsys, "export", compared, "--out", tmp_path / "file")
+    assert "is a file; expected a folder" in refused(capsys, "export", compared, "--out", tmp_path / "file")
 
 
 @pytest.mark.long

@@ -605,14 +605,15 @@ def recipe_from_dict(kind: type[Recipe], method: str, values: Mapping[str, Any])
     rest = {name: value for name, value in values.items() if name not in names}
     if missing := names - values.keys():
         raise MetaplError(f"{kind.__name__} by {method} has no value for {', '.join(sorted(missing))}.")
-    return dataclasses.replace(from_dict(kind, rest | {"method": None}), method=made)
+    return from_dict(kind, rest, method=made)
 
 
-def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None) -> R:
+def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None, **made: Any) -> R:
     """A dataclass from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
 
     Args:
         kinds: of fields, where they are not as the type says.
+        made: further fields, as they are.
 
     >>> from_dict(Optimizer, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
     0.9
@@ -627,7 +628,7 @@ def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type
     if fault is not None:
         raise MetaplError(f"{fault}.")
     built = {name: _rebuilt(hints[name], value) for name, value in values.items()}
-    return kind(**built)
+    return kind(**built, **made)
 
 
 def _rebuilt(hint: Any, value: Any) -> Any:
