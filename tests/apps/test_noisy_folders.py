@@ -286,14 +286,14 @@ def test_folders_that_would_spoil_it_are_refused_before_anything_is_written(
         ("--method plain --teacher.lr 0.1", "Unrecognized options: --teacher.lr, 0.1"),
         ("--method plain --clean-batch 3", "Unrecognized options: --clean-batch, 3"),
         ("--method clean --warm-steps 3", "Unrecognized options: --warm-steps, 3"),
-        ("--steps 5 --minutes 2", "--minutes has no effect beside --steps"),
+        ("--steps 5 --minutes 2", "Arguments --steps and --minutes are not allowed together"),
         ("--steps 5 --warm-steps 5", "--warm-steps 5: expected 0 or more, and fewer than steps=5"),
-        ("--clean-batch 0", "--clean-batch 0: expected 1 or more"),
-        ("--clean-batch 100000000000", "--clean-batch 100000000000: expected 1,048,576 at most"),
+        ("--clean-batch 0", "--clean-batch 0: expected 1 to 1,048,576."),
+        ("--clean-batch 100000000000", "--clean-batch 100000000000: expected 1 to 1,048,576."),
         ("--accumulate 5", "--accumulate 5: expected a divisor of labeled_batch and clean_batch"),
         ("--controls", "--controls goes with --compare"),
         ("--compare", "--compare reports on pictures that nothing was selected on"),
-        ("--compare --test x --methods mpl", "--methods mpl: there is no mpl. Expected some of example_weights"),
+        ("--compare --test x --methods mpl", "invalid choice 'mpl' for argument '--methods'. Expected one of ("),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(
