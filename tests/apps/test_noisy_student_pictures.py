@@ -112,7 +112,7 @@ def test_imagenet_keeps_all_labels_beside_a_folder_of_other_pictures(
     (only,) = rounds_of(run)
     assert {*only["copies_per_class"].values()} <= {0, 5}
     recipe = load_run(run).recipe
-    assert (recipe.dropout, recipe.self_training.ratio) == (0.5, 1)
+    assert (recipe.dropout, recipe.method.self_training.ratio) == (0.5, 1)
 
 
 def test_the_last_student_is_finetuned_at_a_larger_size_with_its_first_layers_frozen(
@@ -162,7 +162,7 @@ def test_the_last_student_is_finetuned_at_a_larger_size_with_its_first_layers_fr
             ("--finetune-size", "32", "--network", "pooled_cnn", "--image-size", "16"),
             "is built for pictures of one size",
         ),
-        (("--frozen", "0.2"), "--frozen has no effect without --finetune-size"),
+        (("--frozen", "0.2"), "--frozen 0.2: expected a finetune_size beside it."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,9 @@ def test_the_store_has_the_labels_of_the_trained_teacher(whole: Path, monkeypatc
     teachers = []
     label_by = experiment.label_by
 
-    def noted(*given: Any) -> Callable[..., Any]:
-        label = label_by(*given)
-        return lambda teacher: (teachers.append(teacher), label(teacher))[1]
+    def noted(teacher: torch.nn.Module, *given: Any) -> Any:
+        teachers.append(teacher)
+        return label_by(teacher, *given)
 
     monkeypatch.setattr(experiment, "label_by", noted)
     run = whole.with_name("again")
