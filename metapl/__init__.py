@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-_ON_FIRST_USE = ("ablation", "apps", "data", "metrics")
+_ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics")
 
 
 def __getattr__(name: str) -> Any:

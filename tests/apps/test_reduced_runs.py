@@ -206,11 +206,18 @@ def test_labels_of_other_pictures_are_refused_before_anything_is_written(
     assert main(command) == 0
 
 
+BESIDE = "expected --teacher, or --labels and perhaps --labeled-labels beside it"
 REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("--method", "uda", "--labels", "STORE"), "Unrecognized options: --labels"),
     (("--method", "uda", "--teacher", "RUN"), "Unrecognized options: --teacher"),
-    (("--method", "reduced_mpl", "--teacher", "RUN", "--labels", "STORE"), "expected --teacher, or --labels and perhaps --labeled-labels beside it"),
-    (("--method", "reduced_mpl", "--labeled-labels", "STORE"), "expected --teacher, or --labels and perhaps --labeled-labels beside it"),
+    (
+        ("--method", "reduced_mpl", "--teacher", "RUN", "--labels", "STORE"),
+        BESIDE,
+    ),
+    (
+        ("--method", "reduced_mpl", "--labeled-labels", "STORE"),
+        BESIDE,
+    ),
     (("--method", "reduced_mpl", "--labels", "PICTURES"), "is not a store of labels"),
     (("--method", "reduced_mpl", "--labels", "OTHER"), "has the classes a, b; expected those of"),
     (("--method", "reduced_mpl", "--teacher", "nowhere"), "there is no folder"),

@@ -11,14 +11,15 @@ import sys
 import textwrap
 import types
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import field
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
 from metapl import words
-from metapl.apps.recipes.base import Method, Recipe
+from metapl.apps.recipes.base import Method, Recipe, Unasked
 from metapl.errors import FieldError, MetaplError
 
 WIDTH = 80
@@ -63,9 +64,6 @@ def _number(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
         str_from_instance=lambda value: [str(value)],
     )
 
-
-ANY: Any = Annotated[Any, tyro.conf.Suppress, tyro.conf.Fixed]
-"""A field that is no flag."""
 
 OPEN_SWITCHES = ("--grey", "--changes.recolor")
 """Switches that can also be left open; alone they are True."""
@@ -156,11 +154,11 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
 
 def _is_left_empty(value: Any, flag: str) -> bool:
     """Whether a flag takes values, got none, and so says no more than if it were not there."""
-    for field in dataclasses.fields(value):
-        own = getattr(value, field.name)
+    for each in dataclasses.fields(value):
+        own = getattr(value, each.name)
         if dataclasses.is_dataclass(own) and _is_left_empty(own, flag):
             return True
-        if own == () and field.default in ((), None) and flag[2:].replace("-", "_") == field.name:
+        if own == () and each.default in ((), None) and flag[2:].replace("-", "_") == each.name:
             return True
     return False
 
@@ -202,7 +200,7 @@ def on_recipe(
     own = _flags(type(settings), hidden)
     fields: list[Any] = [
         ("recipe", Annotated[_flags(kind, {*hidden, "method"}), tyro.conf.arg(name="")]),
-        ("settings", Annotated[own, tyro.conf.arg(name="")], dataclasses.field(default=own(**vars(settings)))),
+        ("settings", Annotated[own, tyro.conf.arg(name="")], field(default=own(**vars(settings)))),
         *((name, hint, default) for name, (hint, default) in defaults.items()),
     ]
     made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
@@ -228,8 +226,9 @@ def recipe_of(parsed: Any) -> Recipe:
 
 def _flags(kind: type, hidden: Collection[str]) -> type[Any]:
     """A dataclass as flags: without those that are hidden, and validated when all of it is known."""
+    hints, unasked = get_type_hints(kind, include_extras=True), cast(Any, Unasked)
     fields = [
-        (each.name, ANY, dataclasses.field(default=each.default, default_factory=each.default_factory))
+        (each.name, unasked[hints[each.name]], field(default=each.default, default_factory=each.default_factory))
         for each in dataclasses.fields(kind)
         if each.name in hidden
     ]
