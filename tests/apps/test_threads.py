@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,8 @@ from metapl.apps.experiments import jobs
 from metapl.apps.experiments.jobs import Job
 from metapl.apps.experiments.store import describe
 from metapl.apps.recipes import Digits
+from metapl.apps.recipes.base import Method
+from metapl.apps.recipes.methods import MetaPseudoLabels
 from metapl.runs.folder import RunFolder
 
 
@@ -40,9 +42,7 @@ def test_a_run_goes_on_with_as_many_threads_as_it_was_started_with(
     recipe: Any = Silent()
     before = torch.get_num_threads()
     folder = RunFolder(tmp_path)
-    monkeypatch.setattr(
-        "metapl.apps.experiments.experiment.Experiment.run", lambda self, method: torch.get_num_threads()
-    )
+    monkeypatch.setattr("metapl.apps.experiments.experiment.Experiment.run", lambda self: torch.get_num_threads())
     try:
         torch.set_num_threads(3)
         with folder.claimed(describe(recipe, method="mpl"), resume=False):
@@ -61,6 +61,10 @@ class Silent:
 
     name: ClassVar[str] = "silent"
     seed: int = 0
+    method: Method = field(default_factory=MetaPseudoLabels)
+
+    def by(self, name: str) -> Silent:
+        return self
 
 
 def _killed(job: Job) -> None:

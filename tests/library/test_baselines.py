@@ -99,7 +99,8 @@ def test_finetune_is_the_baseline_on_the_trainers_own_student(tmp_path: Path) ->
 class Steps:
     """An estimator whose feedback is known."""
 
-    name, labels, keep_graph, credits = "known", ("soft",), False, "signal"
+    name, labels, credits = "known", ("soft",), "signal"
+    keep_graph = looks_ahead = False
 
     def __init__(self, h: Tensor, part: Any = "value") -> None:
         self.h, self.part = h, part
