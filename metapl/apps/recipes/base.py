@@ -508,7 +508,7 @@ class Recipe(ABC):
             say: takes what a user should know of them.
             progress: show how far it is, where it takes long.
             log: where files are recorded that turn out to be unreadable later; see
-            :class:`metapl.apps.pictures.FileImages`.
+                :class:`metapl.apps.pictures.FileImages`.
         """
 
     @abstractmethod
