@@ -15,7 +15,7 @@ from metapl.apps.experiments.methods import compared, rehearse
 from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
-from metapl.apps.recipes.self_training import Selection
+from metapl.apps.recipes.self_training import SelfTraining
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
 from metapl.metrics.cost import flops
@@ -90,7 +90,8 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
         shared = first_teacher(sized[teaching[0]])[1]
         on_it = costs[method][FIRST] * shared.steps / recipe.steps
         of_rest = with_steps(own[method], _steps(recipe, (whole - on_it) / (totals[method] - costs[method][FIRST])))
-        rounds: Selection = getattr(of_rest.method, "self_training")  # noqa: B009  # a field of these methods
+        rounds = of_rest.method.selection
+        assert rounds is not None  # they select
         sized[method] = of_rest.with_method(self_training=dataclasses.replace(rounds, first=shared))
     return sized
 
@@ -110,8 +111,8 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     if "wait" in method:
         method["wait"] = min(method["wait"], steps - 1)
     changed: dict[str, Any] = {**method}
-    rounds: Any = getattr(recipe.method, "self_training", None)
-    if getattr(rounds, "warm_steps", None) is not None:
+    rounds = recipe.method.selection
+    if isinstance(rounds, SelfTraining) and rounds.warm_steps is not None:
         warm = max(1, round(share * rounds.warm_steps))
         changed["self_training"] = dataclasses.replace(rounds, warm_steps=warm)
     every, own = max(1, round(share * recipe.validate_every)), dataclasses.replace(recipe.method, **changed)

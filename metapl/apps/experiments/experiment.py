@@ -29,7 +29,6 @@ from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Recipe, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title
 from metapl.apps.recipes.methods.noisy_student import networks_of
-from metapl.apps.recipes.self_training import Selection
 from metapl.apps.reports import Gallery
 from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
@@ -325,7 +324,8 @@ class Training:
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
             return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
 
-        settings: Selection = getattr(self.recipe.method, "self_training")  # noqa: B009  # of methods that select
+        settings = self.recipe.method.selection
+        assert settings is not None  # methods that select ask for rounds
         any_class, folder = not self.recipe.method.is_noisy_student, self.experiment.folder.path
         return Rounds(self.recipe, folder, self.data, settings, any_class, measure, self.experiment.say)
 

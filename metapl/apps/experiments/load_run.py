@@ -93,7 +93,8 @@ class LoadedRun:
     @property
     def settings(self) -> SelfTraining:
         """The rounds of a run of Noisy Student."""
-        settings: SelfTraining = getattr(self.recipe.method, "self_training")  # noqa: B009  # a field of this method
+        settings = self.recipe.method.selection
+        assert isinstance(settings, SelfTraining)
         return settings
 
     def network(self, name: str) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import nn
 from metapl.apps.experiments.reducing import even_labels
 from metapl.apps.experiments.rounds import even_rows
 from metapl.apps.recipes.base import ROLES, Recipe, Run, Selected, Stored, Task
-from metapl.apps.recipes.self_training import Selection
 from metapl.errors import MetaplError
 from metapl.training import FitOptions, FitResult, Trainer
 
@@ -112,6 +111,6 @@ def compared(recipe: Recipe, method: str, seed: int) -> Recipe:
     ((16, 16), (32, 32))
     """
     own = recipe.by(method, seed)
-    settings: Selection | None = getattr(recipe.method, "self_training", None)
+    settings = recipe.method.selection
     last = None if settings is None else settings.last
     return own if last is None or own.method.is_noisy_student else own.with_network(last)

@@ -14,6 +14,7 @@ from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.recipes.base import SELECTED_ON, require
 from metapl.apps.recipes.image_folders import Changes, ImageFolders
 from metapl.apps.recipes.image_recipe import IMAGENET, whole
+from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.recipes.settings import OPEN
 from metapl.training import Say
 
@@ -168,8 +169,8 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     else:
         colors = f"{'light and dark' if recipe.grey else 'colors'} {'exchanged' if recipe.changes.recolor else 'kept'}"
         changed = f"{colors}, {'mirrored' if recipe.changes.mirror else 'not mirrored'}"
-    of_rounds = getattr(recipe.method, "self_training").networks if recipe.method.is_noisy_student else ()  # noqa: B009
-    networks = ", then ".join(of_rounds) or recipe.network_name
+    rounds = recipe.method.selection
+    networks = (", then ".join(rounds.networks) if isinstance(rounds, SelfTraining) else "") or recipe.network_name
     return (
         f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
         f"{optimizer.algorithm} at {optimizer.lr:g}, {recipe.precision}, {recipe.steps:,} steps"

@@ -132,7 +132,7 @@ def run_jobs(
 def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
     """The steps that methods take at equal cost, in words."""
     counts = ", ".join(f"{method} {recipe.steps:,}" for method, recipe in sized.items())
-    rounds = [getattr(recipe.method, "self_training", None) for recipe in sized.values()]
+    rounds = [recipe.method.selection for recipe in sized.values()]
     shared = {each.first for each in rounds if each is not None} - {None}
     first = "".join(f"; the first teacher of each that has one {each.steps:,}" for each in shared if each is not None)
     return f"steps at equal cost: {counts}{first}"

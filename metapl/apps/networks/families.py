@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class Family(ABC):
     """How networks of one kind are built, and what they have.
 
     Args:
@@ -46,14 +47,14 @@ class Family:
     stochastic_depth: bool = False
     patch: int | None = None
 
+    @abstractmethod
     def build(self, a: Sizes) -> nn.Module:
         """Make one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def code(self, a: Sizes) -> list[str]:
         """The lines of Python that make one by ``library`` alone, as ``model``; noise, which has no weights, is left
         out."""
-        raise NotImplementedError
 
     def heads(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the layers that turn features into classes."""

@@ -298,6 +298,12 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check_ranges(self)
 
+    @property
+    def selection(self) -> Selection | None:
+        """How stored labels decide which unlabeled examples are learned from, where they do."""
+        found: Selection | None = getattr(self, "self_training", None)
+        return found
+
     @classmethod
     def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
         """Fields of recipes that are no flags beside it, and beside others that are given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -67,7 +68,7 @@ class Chain:
         return images
 
 
-class PictureView:
+class PictureView(ABC):
     """A view of pictures of some types, which refuses all others.
 
     Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W) and ``examples`` (B,) int64, and returns
@@ -111,9 +112,9 @@ class PictureView:
                 )
         return self.see(images, seed, step, examples)
 
+    @abstractmethod
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         """The view of images that passed."""
-        raise NotImplementedError
 
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Refuse a field."""
