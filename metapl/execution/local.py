@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,9 +42,11 @@ from metapl.execution.numerics import (
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
+    GLOBAL,
     Changing,
     Made,
     Watch,
+    Weights,
     has_own_functions,
     journal,
     refuse_hooks,
@@ -96,9 +99,11 @@ class LocalStudent:
         checks.real_weights(self.parameters)
         self.own = {id(p) for _, _, p in self.slots.parameters}
         self.device = next(iter(self.parameters.values())).device
+        self.waits = checks.waits(next(iter(self.parameters.values())))
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
         self.narrowed: frozenset[torch.dtype] = frozenset()
         self._autocast = torch.is_autocast_enabled(self.device.type)
+        refuse_hooks(self.parameters, late=True)
         self.begin(first=first)
 
     def holds(self) -> bool:
@@ -107,8 +112,7 @@ class LocalStudent:
 
     def begin(self, *, first: bool = False) -> None:
         """Begin a step, at the weights as they are now."""
-        self.first = first
-        refuse_hooks(self.parameters, late=True)
+        self.first, self.slots.looked_at = first, not first
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
 
     def run(self, params: Tree, inputs: Any) -> Pass:
@@ -116,10 +120,7 @@ class LocalStudent:
 
         At the student's own weights (``params is self.params``) the module itself runs; others are swapped in.
         """
-        record = self.pass_type(self, params, inputs)
-        with record.running(forward=True), self.watched(inputs) as watch, self.made(inputs) as made:
-            outputs = checks.logits(self.module(inputs), "student")  # z = S(x; θ)
-        return record.ran(outputs, watch, made)
+        return self.pass_type(self, params, inputs).run()
 
     def loss(
         self,
@@ -242,13 +243,13 @@ class LocalStudent:
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
+        if self.slots.weights is not None:
+            return NOTHING  # they are compared at the end of the step
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
         # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
         eager = forward_ad._current_level < 0 and not self.runs_compiled()
-        on_host = not checks.waits(next(iter(self.params.values())))
-        values = eager and on_host and self.slots.small and not self.slots.has_frozen and not self.first
-        looking = eager and not values and (self.first or on_host or self.slots.has_frozen)
-        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay, values=values)
+        looking = eager and (self.first or not self.waits or self.slots.has_frozen)
+        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay)
 
     def backward_watched(self) -> AbstractContextManager[Watch | None]:
         """Keep what hooks move of frozen parameters in a backward pass, as :meth:`watched` does in a forward one."""
@@ -261,9 +262,14 @@ class LocalStudent:
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""
-        state = State(self.slots.parts)
-        with replayed(start), state.again(self.slots, once=True), swapped(self.held_at(params)):
+        state, at = State(self.slots.parts), self.held_at(params)
+        guard = None
+        if self.slots.weights is not None:
+            guard = Weights([("", params, frozenset(params))], "student", values=not self.waits)
+        with replayed(start), state.again(self.slots, once=True), swapped(at):
             yield
+        if guard is not None:
+            guard.check()
 
 
 class Pass:
@@ -281,7 +287,9 @@ class Pass:
         self.student, self.params, self.inputs = student, params, inputs
         self._before = RandomState.now(student.device)
         self._state = State(student.slots.parts)
-        self._hooks = Changing(student.parameters, student.slots.named_parts)
+        self._hooks: Changing | None = None
+        if student.slots.weights is None or student.slots.hooked or any(GLOBAL):
+            self._hooks = Changing(student.parameters, student.slots.named_parts)
         if params is student.params:
             self._at: Tree = student.weights
             self._held: list[Any] = []
@@ -290,9 +298,11 @@ class Pass:
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
 
-    def ran(self, outputs: Tensor, watch: Watch | None, made: Made | None) -> Pass:
-        """The outputs of this pass, and what was seen on the way."""
+    def run(self) -> Pass:
+        """z = S(x; θ), and what is seen on the way."""
         student, inputs = self.student, self.inputs
+        with self.running(forward=True), student.watched(inputs) as watch, student.made(inputs) as made:
+            outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
         student.refuse_strangers(outputs, self._at, inputs, made)
         self.after = RandomState.now(student.device)
@@ -302,15 +312,20 @@ class Pass:
         # Processes exchange by Functions of their own.
         looked_into = student.first and watch is not None and student.ranks.alone
         self.own_functions = looked_into and has_own_functions([outputs])
-        self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
+        self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
         return self
 
+    @cached_property
+    def rounded_to(self) -> torch.dtype:
+        """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
+        return coarsest([self._dtype, *self.narrowed, *self.student.formats()], self.student.device)
+
     def running(self, *, forward: bool = False) -> AbstractContextManager[Any]:
         """What this pass, or its backward pass, runs in."""
-        frozen, math = self.student.slots.has_frozen, self.student.double_backward
-        if not (self._held or frozen or math or forward or self._hooks.any):
+        frozen, math, hooks = self.student.slots.has_frozen, self.student.double_backward, self._hooks
+        if not (self._held or frozen or math or (hooks is not None and (forward or hooks.any))):
             return NOTHING
         return self._running(frozen, math, forward)
 
@@ -319,7 +334,7 @@ class Pass:
         with (
             only_math_attention() if math else NOTHING,
             swapped(self._held) if self._held else NOTHING,
-            self._hooks.noted(forward=forward),
+            NOTHING if self._hooks is None else self._hooks.noted(forward=forward),
             journal(self._state.parameters) if frozen else NOTHING,
         ):
             yield
@@ -347,12 +362,13 @@ class Pass:
 
     def refuse_hooks(self) -> None:
         """Refuse hooks that changed the gradient of this pass."""
-        self._hooks.refuse()
+        if self._hooks is not None:
+            self._hooks.refuse()
 
     def refuse_later_graphs(self) -> None:
         """Refuse what makes a graph of this pass and later ones wrong."""
         self.refuse_hooks()
-        if self._state.parameters.any_written:
+        if self._state.parameters.written:
             raise MetaplError(
                 "the student's forward writes to a frozen parameter, which the graphs that mode 'unrolled' keeps of "
                 'earlier steps may have saved; use mode="forward", which is as exact, or look one step ahead.'

@@ -27,6 +27,8 @@ from metapl.feedback.base import Feedback
 from metapl.problems.base import Problem, Signal, check_signal, has_rows, kind_of
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
+NOTHING: AbstractContextManager[Any] = nullcontext()
+
 
 class TeacherPass:
     """The teacher's signal about one inner batch, at θ_T from before the step.
@@ -109,13 +111,13 @@ class TeacherPass:
 
     def watched(self, inputs: Any = None) -> AbstractContextManager[object]:
         """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
+        if self._slots.weights is not None:
+            return NOTHING  # they are compared at the end of the step
         if self._slots.spread:
             return weights_watched([], "teacher", inputs, looking=False)
-        frozen = self._slots.has_frozen
         eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
-        values = eager and self._on_host and self._slots.small and self._slots.looked_at and not frozen
-        looking = eager and not values and (self._on_host or frozen)
-        return weights_watched(self._slots.by_part, "teacher", inputs, looking=looking, values=values)
+        looking = eager and (self._on_host or self._slots.has_frozen)
+        return weights_watched(self._slots.by_part, "teacher", inputs, looking=looking)
 
 
 @contextmanager

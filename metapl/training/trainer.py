@@ -25,6 +25,7 @@ from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
+from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import (
     check_batches,
@@ -247,6 +248,7 @@ class BilevelTrainer(Trainer):
                 self._teacher_trainer.clip()
             elif self.outer_optimizer is not None:
                 checks.sparse_gradients(self.outer_optimizer, self._asked)
+            self._refuse_moves()
             with self._both_or_none(first=path.student.first):
                 path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
                 if self.outer_optimizer is not None:
@@ -593,7 +595,7 @@ class BilevelTrainer(Trainer):
         with step_lock, checkpoints_without_reentry():
             for layout in self._spread:
                 layout.begin_step()
-            closer = self._look_closer()
+            closer = self._look_closer(len(batches))
             slots = [self._slots, *([] if self._known is None else [self._known.slots])]
             with step_guard(*slots, device=self.device, optimizer=outer, generator=generator, explain=explain) as fault:
                 if self.ranks.alone:
@@ -608,8 +610,18 @@ class BilevelTrainer(Trainer):
                     refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
                 if self.feedback_ratio is not None:
                     self._check_ratio(self.feedback_ratio, len(batches))
+                self._given = [(t, t._version) for t in tensors_in((labeled, batches))]
                 yield fault, closer
                 self._looked = self._slots.looked_at = True
+
+    def _refuse_moves(self) -> None:
+        """Refuse a step whose passes have moved weights or batches."""
+        for slots in (self._slots, self._known.slots):
+            if slots.weights is not None:
+                slots.weights.check()
+                slots.weights = None
+        if any(t._version != version for t, version in self._given):
+            raise changed_input("a network of the step")
 
     def _follow_problem(self) -> None:
         """Ask again what depends on the problem, where another was assigned."""
@@ -618,7 +630,7 @@ class BilevelTrainer(Trainer):
             if self._teacher_trainer is not None:
                 self._teacher_trainer.problem = self.problem
 
-    def _look_closer(self) -> bool:
+    def _look_closer(self, steps: int) -> bool:
         """Whether this is the first step, or a network has changed since the last one; what was found out about the
         student otherwise stands."""
         if self._slots.module is not self._asked or not self._slots.hold():
@@ -632,6 +644,8 @@ class BilevelTrainer(Trainer):
             self._looked = self._looked and sharded
             keep_graph, first = self.mode.keep_graph, not self._looked
             self._known = student_of(self.layout, self.update.parameters, double_backward=keep_graph, first=first)
+        for role, slots in (("teacher", self._slots), ("student", self._known.slots)):
+            slots.weights = slots.compared(role, self._known.waits) if steps == 1 else None
         return not self._looked
 
 
