@@ -83,6 +83,8 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
 
 def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks = ALONE) -> None:
     """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass."""
+    if ranks.alone and not checks.waits(inner) and torch.equal(replay, inner):
+        return
     gap, size, again = ranks.norm(replay - inner), ranks.norm(inner), ranks.norm(replay)
     _refuse(
         gap,
@@ -140,7 +142,10 @@ def check_loss(again: Tensor, first: Tensor, size: Tensor, ranks: Ranks = ALONE)
         again, first: the values, of this rank.
         size: of the terms that they are means of, to which their rounding is proportional.
     """
-    gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
+    if ranks.alone and not checks.waits(again):
+        gap, bound = abs(float(again) - float(first)), abs(float(size)) + abs(float(first))
+    else:
+        gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
     _refuse(
         gap,
         SAME_LOSS[again.dtype] * bound,
@@ -298,10 +303,13 @@ def _norm_of(derivatives: Derivatives) -> Tensor:
     return size
 
 
-def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:
+Figure = Tensor | float
+
+
+def _refuse(gap: Figure, limit: Figure, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Figure) -> None:
     """Raise ``text`` if the gap exceeds the limit (not for NaN), with the figures if the host can read them."""
     bad = gap > limit
-    if checks.waits(bad):
+    if isinstance(bad, Tensor) and checks.waits(bad):
         checks.refuse(bad, text.format(gap=_Unread(), **dict.fromkeys(figures, _Unread())))
     elif bad:
         raise kind(text.format(gap=float(gap), **{name: float(t) for name, t in figures.items()}))

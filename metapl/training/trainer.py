@@ -38,7 +38,7 @@ from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path, take_steps
-from metapl.feedback.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
+from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fingerprints import built_with, settings_of
@@ -292,7 +292,7 @@ class BilevelTrainer(Trainer):
 
     def _teacher_backward(
         self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
-    ) -> list[TeacherLosses]:
+    ) -> list[Objective]:
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         if self._teacher_trainer is None:
             return []
@@ -306,7 +306,8 @@ class BilevelTrainer(Trainer):
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
-            objectives.append(step.backward(h, self._scale, losses, labeled_parts[i % parts], self.steps_done, parts))
+            given = self.feedback_weight, self.feedback_ratio, losses, labeled_parts[i % parts], self.steps_done, parts
+            objectives.append(step.backward(h, *given))
         return objectives
 
     def _report(
@@ -314,7 +315,7 @@ class BilevelTrainer(Trainer):
         path: Path,
         known: dict[str, Tensor],
         feedback: Sequence[Feedback],
-        objectives: Sequence[TeacherLosses],
+        objectives: Sequence[Objective],
         ahead: bool,
         fault: checks.Fault,
     ) -> StepReport:
@@ -378,12 +379,6 @@ class BilevelTrainer(Trainer):
     def _asked(self) -> nn.Module:
         """The module that the problem's signal is asked of: an empty one for a problem without a teacher."""
         return self._nobody if self.teacher is None else self.teacher
-
-    @property
-    def _scale(self) -> FeedbackScale:
-        if self.feedback_ratio is None:
-            return FeedbackScale(self.feedback_weight)
-        return FeedbackScale(self.feedback_ratio, relative=True)
 
     def _check_options(self) -> None:
         """Refuse options that are wrong, or do not go together."""
