@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from threading import RLock
 from typing import Any
@@ -394,7 +394,7 @@ def step_guard(
     """
     checks.no_inference_mode()
     fault = checks.Fault()
-    with step_lock, checks.deferred_to(fault) if moves else nullcontext(), torch.enable_grad(), journal() as parameters:
+    with step_lock, torch.enable_grad(), journal() as parameters:
         slots = [network for network in networks if isinstance(network, Slots)]
         saved = [
             State(one.parts if isinstance(one, Slots) else [part for _, part in named_parts(one)]) for one in networks
@@ -404,6 +404,7 @@ def step_guard(
         enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
         filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
         grads = [p.grad for p in filled]
+        deferred = checks.deferred.set(fault) if moves else None
         failed = True
         try:
             for p in filled:
@@ -420,6 +421,8 @@ def step_guard(
         finally:
             for p, grad in zip(filled, grads, strict=True):
                 p.grad = grad
+            if deferred is not None:
+                checks.deferred.reset(deferred)
             parametrize._cache_enabled, parametrize._cache = enabled, {}
             torch.clear_autocast_cache()  # it may hold casts of weights from before the step
             if failed or not moves:

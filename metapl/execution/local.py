@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -52,6 +51,7 @@ from metapl.execution.writes import (
     refuse_hooks,
     refuse_stranger,
     stranger,
+    tensors_in,
     weights_watched,
 )
 
@@ -99,7 +99,6 @@ class LocalStudent:
         checks.real_weights(self.parameters)
         self.own = {id(p) for _, _, p in self.slots.parameters}
         self.device = next(iter(self.parameters.values())).device
-        self.waits = checks.waits(next(iter(self.parameters.values())))
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
         self.narrowed: frozenset[torch.dtype] = frozenset()
         self._autocast = torch.is_autocast_enabled(self.device.type)
@@ -114,6 +113,7 @@ class LocalStudent:
         """Begin a step, at the weights as they are now."""
         self.first, self.slots.looked_at = first, not first
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
+        self.waits = checks.waits(next(iter(self.parameters.values())))
 
     def run(self, params: Tree, inputs: Any) -> Pass:
         """S(x; θ) as a pass of record: it moves buffers and generators as training does.
@@ -164,13 +164,20 @@ class LocalStudent:
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
                 values.append((value.detach(), weight))
         if not reached:
-            raise checks.without_outer_gradient()
+            raise MetaplError(
+                "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from. "
+                "Likely causes: outer_loss does not use the student's outputs, or detaches them (.detach(), .data, "
+                "numpy), or the student's weights that they depend on have requires_grad=False; to train without "
+                "feedback, take mode='none'."
+            )
         mean, weight = self.mean_of_all(values)
         v = mean_tree(gradients)
         return mean, scaled(v, len(values) / weight) if isinstance(weight, Tensor) else v
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
+        if len(values) == 1 and self.ranks.alone and values[0][1] == 1.0 and not isinstance(values[0][1], Tensor):
+            return values[0][0].detach(), 1.0
         total = torch.stack([value.detach() for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
         if not self.ranks.alone:
@@ -236,7 +243,7 @@ class LocalStudent:
     def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
         """Refuse outputs that depend on tensors other than these weights and inputs; after the first step, on
         parameters of others."""
-        known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
+        known = [*at.values(), *tensors_in(inputs)]
         remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
         found = stranger([outputs], known, self.own, made, parameters_alone=not self.first)
         refuse_stranger("the student's forward", found, remedy)

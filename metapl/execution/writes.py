@@ -183,7 +183,7 @@ class Weights:
         self._place: Callable[[Tensor], int | None] = (
             Tensor.data_ptr if values else memory_of
         )  # the first of plain ones
-        self._values = _flat([data for _, _, data, *_ in self._held]) if values and self._held else None
+        self._values = _flat([held[2] for held in self._held]) if values and self._held else None
 
     def watch(self) -> Watch:
         """The mode that looks at the operators of a pass."""
@@ -215,7 +215,7 @@ class Weights:
         for _, t, data, version, flag, _ in self._held:
             if t._version != version or t.requires_grad != flag or self._place(t) != self._place(data):
                 return False
-        return self._values is None or torch.equal(_flat([data for _, _, data, *_ in self._held]), self._values)
+        return self._values is None or torch.equal(_flat([held[2] for held in self._held]), self._values)
 
     def _moved(self) -> tuple[list[str], bool]:
         """Put back what was moved, and note frozen parameters; the names of those that may not move, and whether
@@ -317,7 +317,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)
+    return flat if len(tensors) > 1 else flat.clone()
 
 
 def _frozen(*given: Any) -> bool:

@@ -169,7 +169,7 @@ class InnerStep:
     @cached_property
     def gradient(self) -> Tree:
         """g, without a graph."""
-        return {name: g.detach() for name, g in self.grads.items()}
+        return {name: g.detach() if g.requires_grad else g for name, g in self.grads.items()}
 
     @cached_property
     def moved(self) -> tuple[Tree, Any]:
@@ -187,7 +187,7 @@ class InnerStep:
         """θ′, without a graph. Unlike :attr:`moved`, it does not keep s′, which one step of the student never reads."""
         kept = "moved" in self.__dict__ or any(g.requires_grad for g in self.grads.values())
         params = self.moved[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
-        return {name: p.detach() for name, p in params.items()}
+        return {name: p.detach() if p.requires_grad else p for name, p in params.items()}
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""

@@ -388,4 +388,4 @@ def _check(problem: Problem, outputs: Tensor, labeled: Any, unlabeled: Any, rank
     with ranks.agreed():
         given = {"outputs": outputs, "labeled": labeled, "unlabeled": unlabeled}
         unchanged("the problem's check", given, problem.check, *given.values())
-        checks.finite_student(outputs)
+        checks.refuse_not_finite(outputs, checks.DIVERGED.format("student"))
