@@ -111,7 +111,7 @@ class LocalStudent:
 
     def begin(self, *, first: bool = False) -> None:
         """Begin a step, at the weights as they are now."""
-        self.first, self.slots.looked_at = first, not first
+        self.first = first
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
 
