@@ -45,11 +45,13 @@ class Slots:
         hooked: whether there are hooks on gradients.
         looked_at: whether the operators of a pass have been looked at.
         weights: what the weights are compared with at the end of the step, where not in each pass.
+        state: at the beginning of the step, until a pass moves it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.looked_at = module, False
         self.weights: Weights | None = None
+        self.state: State | None = None
         self.named_parts = named_parts(module)
         self.parts = [part for _, part in self.named_parts]
         self.parameters: list[tuple[dict[str, Any], str, nn.Parameter]] = []
@@ -201,13 +203,16 @@ class State:
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
         self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
+        plain = len(_OTHERS)
         for buffers, _, attributes, _ in self._contents:
-            for b in buffers.values():
+            for b in buffers.values() if buffers else ():
                 if b is not None:
                     self._tensors.setdefault(id(b), b)
-            own = attributes.keys() - _OTHERS if len(attributes) > len(_OTHERS) else ()
-            self._deep.append([n for n in own if type(attributes[n]) not in _PLAIN])
-            for name in self._deep[-1]:
+            deep = []
+            if len(attributes) > plain:
+                deep = [n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN]
+            self._deep.append(deep)
+            for name in deep:
                 self._keep(attributes[name])
         self._before = _copies(self._tensors) if self._tensors else {}
 
@@ -271,15 +276,16 @@ class State:
         contents = []
         for part in self._parts:
             held = part.__dict__
-            hooks = {n: dict(held[n]) for n in _HOOKS if held[n]}
-            contents.append((held["_buffers"].copy(), held["_modules"].copy(), held.copy(), hooks))
+            hooks = {n: dict(held[n]) for n in _HOOKS if held[n]} if any(map(held.get, _HOOKS)) else {}
+            contents.append((dict(held["_buffers"]), dict(held["_modules"]), dict(held), hooks))
         return contents
 
     def _put(self, contents: Contents) -> None:
         for part, (buffers, parts, attributes, hooks) in zip(self._parts, contents, strict=True):
             tables = (part._buffers, buffers), (part._modules, parts), (part.__dict__, attributes)
             for table, values in tables:
-                table.update(values)
+                if values:
+                    table.update(values)
                 if len(table) > len(values):
                     for name in table.keys() - values.keys():
                         del table[name]
@@ -396,9 +402,11 @@ def step_guard(
     fault = checks.Fault()
     with step_lock, torch.enable_grad(), journal() as parameters:
         slots = [network for network in networks if isinstance(network, Slots)]
-        saved = [
-            State(one.parts if isinstance(one, Slots) else [part for _, part in named_parts(one)]) for one in networks
-        ]
+        saved = []
+        for one in networks:
+            saved.append(State(one.parts if isinstance(one, Slots) else [part for _, part in named_parts(one)]))
+            if isinstance(one, Slots):
+                one.state = saved[-1]
         random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
         # Parametrized weights are computed anew: those of ``parametrize.cached()`` are of other weights.
         enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0

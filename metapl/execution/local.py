@@ -293,7 +293,8 @@ class Pass:
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._before = RandomState.now(student.device)
-        self._state = State(student.slots.parts)
+        self._state = student.slots.state or State(student.slots.parts)
+        student.slots.state = None
         self._hooks: Changing | None = None
         if student.slots.weights is None or student.slots.hooked or any(GLOBAL):
             self._hooks = Changing(student.parameters, student.slots.named_parts)

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from operator import is_not
 from typing import Any
 
 import torch
@@ -184,6 +183,7 @@ class Weights:
             Tensor.data_ptr if values else memory_of
         )  # the first of plain ones
         self._values = _flat([held[2] for held in self._held]) if values and self._held else None
+        self._seen = self._now()
 
     def watch(self) -> Watch:
         """The mode that looks at the operators of a pass."""
@@ -196,7 +196,10 @@ class Weights:
 
     def check(self, error: BaseException | None = None) -> None:
         """Put back what was moved, and refuse it; ``error``: what the pass failed by."""
-        moved, flags = ([], False) if self._same() else self._moved()
+        same = self._seen == self._now()
+        if same and self._values is not None:
+            same = torch.equal(_flat([held[2] for held in self._held]), self._values)
+        moved, flags = ([], False) if same else self._moved()
         text = str(error) if isinstance(error, RuntimeError) else ""
         if flags or "change requires_grad flags of leaf variables" in text:
             raise MetaplError(
@@ -207,15 +210,11 @@ class Weights:
         if moved or _LEAF.search(text):
             self._refuse(moved[0] if moved else None, error)
 
-    def _same(self) -> bool:
-        """Whether nothing has moved, for sure."""
-        for _, table, _, contents in self._tables:
-            if len(table) != len(contents) or any(map(is_not, table.values(), contents.values())):
-                return False
-        for _, t, data, version, flag, _ in self._held:
-            if t._version != version or t.requires_grad != flag or self._place(t) != self._place(data):
-                return False
-        return self._values is None or torch.equal(_flat([held[2] for held in self._held]), self._values)
+    def _now(self) -> list[Any]:
+        """What tells that weights have moved, but for writes by ``.data``."""
+        found: list[Any] = [id(t) for _, table, *_ in self._tables for t in table.values()]
+        found += [(t._version, t.requires_grad, self._place(t)) for _, t, *_ in self._held]
+        return found
 
     def _moved(self) -> tuple[list[str], bool]:
         """Put back what was moved, and note frozen parameters; the names of those that may not move, and whether
@@ -489,10 +488,14 @@ def stranger(
         if node is None or node in seen or edge in ends:
             continue
         seen.add(node)
+        following = node.next_functions
+        if following:
+            edges += following
+            continue
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is None or id(leaf) in allowed or (made is not None and memory_of(leaf) in made.memory):
-            edges.extend(node.next_functions)
-        elif not parameters_alone or isinstance(leaf, nn.Parameter):
+            continue
+        if not parameters_alone or isinstance(leaf, nn.Parameter):
             return leaf
     return None
 

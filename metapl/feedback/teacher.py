@@ -272,8 +272,11 @@ class TeacherStep(TeacherPass):
             if edge in seen or edge[0] is None:
                 continue
             seen.add(edge)
+            following = edge[0].next_functions
             if edge in known:
                 outputs.append(known[edge])
+            elif following:
+                edges += following
             elif id(getattr(edge[0], "variable", None)) in weights:
                 if ratio is not None:
                     raise MetaplError(
@@ -282,8 +285,6 @@ class TeacherStep(TeacherPass):
                         "not a tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
                     )
                 return None
-            else:
-                edges.extend(edge[0].next_functions)
         return outputs
 
 
