@@ -282,10 +282,11 @@ class State:
 
     def _put(self, contents: Contents) -> None:
         for part, (buffers, parts, attributes, hooks) in zip(self._parts, contents, strict=True):
-            tables = (part._buffers, buffers), (part._modules, parts), (part.__dict__, attributes)
-            for table, values in tables:
-                if values:
-                    table.update(values)
+            held = part.__dict__
+            for table, values in ((held["_buffers"], buffers), (held["_modules"], parts), (held, attributes)):
+                if not values and not table:
+                    continue
+                table.update(values)
                 if len(table) > len(values):
                     for name in table.keys() - values.keys():
                         del table[name]

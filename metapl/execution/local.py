@@ -364,10 +364,6 @@ class Pass:
             self._at, self._held = {}, []
         return self.student.ranks.mean(self.loss), grads
 
-    def forget(self) -> None:
-        """Drop θ, until :meth:`gradient_again` gives it back."""
-        self.params = {}
-
     def refuse_hooks(self) -> None:
         """Refuse hooks that changed the gradient of this pass."""
         if self._hooks is not None:
@@ -385,23 +381,29 @@ class Pass:
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self._refuse_ranks()
-        self.params, at = params, as_leaves(params)
-        with self.student.eagerly(), self._again(self.student.held_at(at)):
-            outputs = self.student.forward(self.inputs)
-            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+        self.params = params
+        with self._replay(self.inputs) as (at, outputs):
             return self.student.gradient(loss(outputs, at), at)
 
     def slopes(self, w: Tree, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """The derivatives of ⟨u, S(x; θ)⟩ along w by its gradient, for cotangents u: a forward pass, and a backward
         pass each."""
-        at = as_leaves(self.params)
-        with self.student.eagerly(), self._again(self.student.held_at(at)):
-            outputs = self.student.forward(self.inputs)
+        with self._replay(self.inputs) as (at, outputs):
             found = [
                 torch.autograd.grad(outputs, [at[n] for n in w], u, retain_graph=True, materialize_grads=True)
                 for u in cotangents
             ]
         return [torch.stack([(g * t).sum() for g, t in zip(grads, w.values(), strict=True)]).sum() for grads in found]
+
+    @contextmanager
+    def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+        """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
+        block, for checkpoints run the student again in it."""
+        at = as_leaves(self.params)
+        with self.student.eagerly(), self._again(self.student.held_at(at)):
+            outputs = self.student.forward(inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            yield at, outputs
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
@@ -430,7 +432,12 @@ class Pass:
     def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
         """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         student = self.student
-        self._refuse_half()
+        half = self.narrowed & {torch.float16, torch.bfloat16}
+        if half and not (torch.is_autocast_enabled(student.device.type) or half & set(student.formats())):
+            raise MetaplError(
+                f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
+                'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
+            )
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
         held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
@@ -442,16 +449,6 @@ class Pass:
             self._again(held, upcast=True),
         ):
             yield moved
-
-    def _refuse_half(self) -> None:
-        """Refuse casts to half precision that neither autocast nor half weights explain, which a shifted pass keeps."""
-        half = self.narrowed & {torch.float16, torch.bfloat16}
-        explained = torch.is_autocast_enabled(self.student.device.type) or half & set(self.student.formats())
-        if half and not explained:
-            raise MetaplError(
-                f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
-                'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
-            )
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
@@ -504,15 +501,7 @@ class Pass:
         """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
         θ or on leaves of the loss and of the inputs are left out."""
         self._refuse_ranks()
-        at = as_leaves(self.params)
-        with (
-            self.student.eagerly(),
-            only_math_attention(),
-            explained(),
-            self._again(self.student.held_at(at)),
-        ):
-            outputs = self.student.forward(inputs)
-            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+        with only_math_attention(), explained(), self._replay(inputs) as (at, outputs):
             again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
             check_loss(again, self.loss, again)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)

@@ -112,6 +112,8 @@ class Watch(TorchDispatchMode):
 
     def _before_write(self, t: Tensor) -> None:
         memory = memory_of(t)
+        if memory is None:
+            return
         if memory in self.learned:
             self.refuse(self.learned[memory])
         if memory in self.frozen:
@@ -179,9 +181,7 @@ class Weights:
             for name, t in contents.items()
             if t is not None
         ]
-        self._place: Callable[[Tensor], int | None] = (
-            Tensor.data_ptr if values else memory_of
-        )  # the first of plain ones
+        self._place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of
         self._values = _flat([held[2] for held in self._held]) if values and self._held else None
         self._seen = self._now()
 

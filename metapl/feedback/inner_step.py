@@ -206,8 +206,8 @@ class InnerStep:
         """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
         parts = len(self.passes)
         # Outputs that the loss keeps have a graph, by which an outer loss that reads them is refused.
-        chunks = outputs.chunk(parts) if parts > 1 else (outputs,)
-        chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in chunks]
+        given = outputs.chunk(parts) if parts > 1 else (outputs,)
+        chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in given]
         pieces = zip(chunks, signal.chunks(parts), self._batches, strict=True)
         params = params if type(params) is not dict else CopiedParams(params)
         with torch.enable_grad():

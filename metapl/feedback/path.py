@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -203,7 +203,7 @@ class Path:
             self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
-            self.update.commit(self.student.parameters, step.gradient, lambda step=step: step.moved)
+            self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "moved"))
 
     def _outer_loss_at(self, params: Tree) -> Tensor:
         return self.student.loss(params, *self._outer_pass())
