@@ -128,7 +128,7 @@ def swapped(held: Sequence[Held]) -> Iterator[None]:
 def own_code(function: Any) -> bool:
     """Whether a function is one of the library's own, which write to nothing that they are given and read nothing
     else; a problem of the user's stands behind some methods of :mod:`metapl.problems.base`."""
-    module = getattr(function, "__module__", None)
+    module = None if hasattr(function, "__wrapped__") else getattr(function, "__module__", None)
     if module in ("metapl.problems.pseudo_labels", "metapl.problems.losses"):
         return True
     return module == "metapl.problems.base" and function.__name__ not in ("signal", "inner_loss", "outer_loss")
@@ -430,6 +430,8 @@ def step_guard(
         finally:
             for p, grad in zip(filled, grads, strict=True):
                 p.grad = grad
+            for one in slots:
+                one.state = None
             if deferred is not None:
                 checks.deferred.reset(deferred)
             parametrize._cache_enabled, parametrize._cache = enabled, {}

@@ -600,7 +600,11 @@ class BilevelTrainer(Trainer):
                 if self.feedback_ratio is not None:
                     self._check_ratio(self.feedback_ratio, len(batches))
                 self._given = [(t, t._version) for t in tensors_in((labeled, batches))]
-                yield fault, student
+                try:
+                    yield fault, student
+                except RuntimeError as error:  # autograd's own, where a graph has saved what was changed
+                    self._refuse_changed_batches(error)
+                    raise
                 student.slots.looked_at = self._slots.looked_at = True
 
     def _looked_at(self) -> LocalStudent:
@@ -626,8 +630,11 @@ class BilevelTrainer(Trainer):
             if slots.weights is not None:
                 slots.weights.check()
                 slots.weights = None
+        self._refuse_changed_batches()
+
+    def _refuse_changed_batches(self, cause: Exception | None = None) -> None:
         if any(t._version != version for t, version in self._given):
-            raise changed_input("a network or a function of the step")
+            raise changed_input("a network or a function of the step") from cause
 
 
 _NETWORKS = ("teacher", "student", "inner_optimizer", "outer_optimizer")
