@@ -83,35 +83,34 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
 
 def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks = ALONE) -> None:
     """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass."""
+    if ranks.alone and not checks.waits(inner) and torch.equal(replay, inner):
+        return
     gap, size, again = ranks.norm(replay - inner), ranks.norm(inner), ranks.norm(replay)
     _refuse(
         gap,
         tolerance * (size + again),
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
-        "feedback would be wrong. Usual causes: random numbers from Python's random, from numpy or from a generator "
-        "of the module (use torch's default generator); state in an object that the module refers to (keep it in "
-        "buffers, or in attributes that are numbers or tensors); attention dropout drawn by another kernel (train "
-        'under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). mode="unrolled" and "reinforce" repeat no pass and '
-        "take the student as it is; its pass on the labeled batch, too, then moves such a source on.",
+        f"feedback would be wrong. Usual causes: {_CAUSES}; attention dropout drawn by another kernel (train under "
+        'torch.nn.attention.sdpa_kernel(SDPBackend.MATH)). mode="unrolled" and "reinforce" repeat no pass and take the '
+        "student as it is; its pass on the labeled batch, too, then moves such a source on.",
         size=size,
     )
 
+
+_CAUSES = (
+    "random numbers from Python's random, from numpy or from a generator of the module (use torch's default "
+    "generator); state in an object that the module refers to (keep it in buffers, or in attributes that are numbers "
+    "or tensors)"
+)
 
 _SLOPES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7))
 """Of the waves that tensors are compared by: their products with a difference are about as large as its norm."""
 
 
 def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
-    """Refuse, on all ranks, tensors that differ between processes that hold the same rows.
-
-    Args:
-        tensors: of this process.
-        what: they are, as the object of a sentence.
-        ranks: the processes that share the batch.
-
-    Cost: one exchange of a few numbers for each share of the rows, where rows are held in copies.
-    """
+    """Refuse, on all ranks, tensors (``what`` they are, in a sentence) that differ between processes that hold the same
+    rows; cost: one exchange of a few numbers for each share of the rows, where rows are held in copies."""
     if ranks.copies == 1 or not tensors:
         return
     t = torch.cat([t.detach().double().flatten() for t in tensors])
@@ -134,21 +133,22 @@ def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
 
 
 def check_loss(again: Tensor, first: Tensor, size: Tensor, ranks: Ranks = ALONE) -> None:
-    """Refuse, on all ranks, an inner loss that has another value at the same outputs, signal, batch and weights.
-
-    Args:
-        again, first: the values, of this rank.
-        size: of the terms that they are means of, to which their rounding is proportional.
-    """
-    gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
+    """Refuse, on all ranks, an inner loss that has another value at the same outputs, signal, batch and weights; its
+    rounding is proportional to the ``size`` of the terms that it is a mean of."""
+    gap: Figure
+    bound: Figure
+    if ranks.alone and not checks.waits(again):
+        gap, bound = abs(float(again) - float(first)), abs(float(size)) + abs(float(first))
+    else:
+        gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
     _refuse(
         gap,
         SAME_LOSS[again.dtype] * bound,
         "the problem's inner_loss has another value when it is evaluated again at the same outputs, signal, batch and "
         "weights (the difference is {gap:.2g}, of {bound:.2g}), as the feedback requires, so the feedback would be "
-        "that of another loss. Usual causes: state of its own, such as a running mean, a counter or a schedule. Keep "
-        "such state in signal(), which is called once a step, and give it to the loss in a field of the signal. A mode "
-        'that evaluates no inner loss twice takes it as it is: mode="unrolled", or "reinforce".',
+        "that of another loss. Keep state of its own, such as a running mean, a counter or a schedule, in signal(), "
+        "which is called once a step, and give it to the loss in a field of the signal. A mode that evaluates no inner "
+        'loss twice takes it as it is: mode="unrolled", or "reinforce".',
         bound=bound,
     )
 
@@ -161,10 +161,8 @@ def check_outer_loss(again: Tensor, first: Tensor, tolerance: float) -> None:
         tolerance * size,
         "the outer loss has another value when it is evaluated again at the same weights, buffers and default random "
         "generators (the difference is {gap:.2g}, of {size:.2g}), so the decrease of the loss would be that of another "
-        "function. Usual causes: random numbers from Python's random, from numpy or from a generator of the student "
-        "(use torch's default generator); state in an object that the student or the problem refers to (keep it in "
-        "buffers, or in attributes that are numbers or tensors); a forward that asks whether its weights require a "
-        'gradient (ask self.training). mode="reinforce" evaluates the outer loss once and takes it as it is.',
+        f"function. Usual causes: {_CAUSES}, which may be the problem's too; a forward that asks whether its weights "
+        'require a gradient (ask self.training). mode="reinforce" evaluates the outer loss once and takes it as it is.',
         size=size,
     )
 
@@ -175,29 +173,24 @@ SAME_LOSS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 1e-2, tor
 
 def check_recomputed(second: Tensor, first: Tensor) -> None:
     """Refuse a teacher whose second pass differs from its first."""
-    if not second.is_floating_point():
-        _refuse(
-            (second != first).any().double(),
-            torch.zeros((), dtype=torch.float64, device=second.device),
-            "the problem's signal has drawn other labels when the teacher's pass on the unlabeled batch was repeated, "
-            "as recompute_teacher and accumulate do, so the feedback would be credited to labels that the student "
-            "never saw. Draw from the generator that signal() is given, or from torch's default generators; or leave "
-            "recompute_teacher and accumulate out.",
+    if second.is_floating_point():
+        tolerance = BY_FORWARD_MODE[coarsest([second.dtype], second.device)].outputs
+        gap, size, again = (torch.linalg.vector_norm(t) for t in (second - first, first, second))
+        limit = tolerance * (size + again)
+        text = (
+            "the teacher does not return the same outputs when its pass on the unlabeled batch is repeated with the "
+            "same batch, weights, buffers and default random generators (the difference has norm {gap:.2g}, the "
+            f"outputs {{size:.2g}}). Usual causes: {_CAUSES}."
         )
-        return
-    tolerance = BY_FORWARD_MODE[coarsest([second.dtype], second.device)].outputs
-    gap, size = torch.linalg.vector_norm(second - first), torch.linalg.vector_norm(first)
-    _refuse(
-        gap,
-        tolerance * (size + torch.linalg.vector_norm(second)),
-        "the teacher does not return the same outputs when its pass on the unlabeled batch is repeated with the same "
-        "batch, weights, buffers and default random generators (the difference has norm {gap:.2g}, the outputs "
-        "{size:.2g}), as recompute_teacher and accumulate do. Usual causes: random numbers from Python's random, from "
-        "numpy or from a generator of the module (use torch's default generator); state in an object that the module "
-        "refers to (keep it in buffers, or in attributes that are numbers or tensors). Or leave recompute_teacher and "
-        "accumulate out.",
-        size=size,
-    )
+    else:
+        gap, size = (second != first).any().double(), first.new_zeros((), dtype=torch.float64)
+        limit = size
+        text = (
+            "the problem's signal has drawn other labels when the teacher's pass on the unlabeled batch was repeated, "
+            "so the feedback would be credited to labels that the student never saw. Draw from the generator that "
+            "signal() is given, or from torch's default generators."
+        )
+    _refuse(gap, limit, f"{text} Or leave recompute_teacher and accumulate out, which repeat it.", size=size)
 
 
 def check_linear(drawn: Tensor, expected: Tensor, ranks: Ranks = ALONE) -> None:
@@ -227,7 +220,7 @@ def check_slopes(
     Args:
         forward: ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, a scalar.
         backward: ⟨g, w⟩, a scalar.
-        spread: the root of the sum of squares of the terms of the two sums, to which their rounding is proportional.
+        spread: the size of the terms of the two sums, to which their rounding is proportional.
         tolerance: of the difference, relative to ``spread + |backward|``.
         rounding: a bound on the rounding error of the two.
         what: has the derivative, and the gradient g.
@@ -247,14 +240,10 @@ def check_slopes(
 
 
 def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ranks: Ranks = ALONE) -> None:
-    """Refuse, on all ranks, outputs at θ ± δ that differ by little more than their bend over θ.
+    """Refuse, on all ranks, outputs ``ahead`` and ``behind``, at θ ± δ, that differ by little more than their bend.
 
     Outputs that jump on the way differ by the jump, however short the way, and all of it is bend. The slopes may agree
     nevertheless: they weigh an output by the loss's derivative in it, which is small where the label is met.
-
-    Args:
-        ahead, here, behind: the outputs.
-        rounding: of them, the norm.
     """
     bend, moved = ranks.norm(ahead - 2 * here + behind), ranks.norm(ahead - behind)
     _refuse(
@@ -280,7 +269,10 @@ def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, e
     """
     if all(t is None for t in moved.values()):
         return
-    size, gap, whole = (_norm_of(t) for t in (moved, bend, here))
+    size, gap, whole = (
+        torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in fields.values() if t is not None]))
+        for fields in (moved, bend, here)
+    )
     _refuse(
         gap + eps * whole,
         0.05 * size,
@@ -292,16 +284,13 @@ def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, e
     )
 
 
-def _norm_of(derivatives: Derivatives) -> Tensor:
-    norms = [torch.linalg.vector_norm(t) for t in derivatives.values() if t is not None]
-    size: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return size
+Figure = Tensor | float
 
 
-def _refuse(gap: Tensor, limit: Tensor, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Tensor) -> None:
+def _refuse(gap: Figure, limit: Figure, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Figure) -> None:
     """Raise ``text`` if the gap exceeds the limit (not for NaN), with the figures if the host can read them."""
     bad = gap > limit
-    if checks.waits(bad):
+    if isinstance(bad, Tensor) and checks.waits(bad):
         checks.refuse(bad, text.format(gap=_Unread(), **dict.fromkeys(figures, _Unread())))
     elif bad:
         raise kind(text.format(gap=float(gap), **{name: float(t) for name, t in figures.items()}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from threading import RLock
 from typing import Any
@@ -27,10 +27,13 @@ from metapl.execution.modules import named_parts
 from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import is_sharded
-from metapl.execution.writes import Journal, journal, memory_of, tensors_in
+from metapl.execution.writes import Journal, Parameters, Weights, journal, memory_of, tensors_in
 
 Held = tuple[dict[str, Any], str, Tensor]
 """A slot of a module, as its dictionary and name, and a tensor for it."""
+
+SMALL = 1 << 16
+"""The number of weights up to which comparing all of them costs less than looking at the operators of a pass."""
 
 
 class Slots:
@@ -39,32 +42,37 @@ class Slots:
     Attributes:
         learned: the parameters that require a gradient, by their first name.
         has_frozen: whether a parameter is not learned.
-        small: whether comparing all of them costs less than looking at the operators of a pass.
-        spread: whether several processes hold parts of them.
+        hooked: whether there are hooks on gradients.
         looked_at: whether the operators of a pass have been looked at.
+        weights: what the weights are compared with at the end of the step, where not in each pass.
+        state: at the beginning of the step, until a pass moves it.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.looked_at = module, False
+        self.weights: Weights | None = None
+        self.state: State | None = None
         self.named_parts = named_parts(module)
         self.parts = [part for _, part in self.named_parts]
-        named = [(part._parameters, prefix, n, p) for prefix, part in self.named_parts for n, p in _held(part)]
-        self.parameters = [(table, name, p) for table, _, name, p in named]
-        by_id: dict[int, tuple[str, Any]] = {}
-        for _, prefix, name, p in named:
-            if p.requires_grad:
-                by_id.setdefault(id(p), (prefix + name, p))
-        self.learned: dict[str, nn.Parameter] = dict(by_id.values())
-        self.by_part = [
-            (prefix, part._parameters, frozenset(n for n, p in _held(part) if p.requires_grad))
-            for prefix, part in self.named_parts
-        ]
-        self.has_frozen = not all(t.requires_grad for _, _, t in self.parameters)
-        self.small = sum(t.numel() for _, _, t in self.parameters) <= SMALL and all(
-            type(t) is nn.Parameter and t.layout is torch.strided for _, _, t in self.parameters
-        )
-        self.spread = any(is_sharded(t) for _, _, t in self.parameters) or any(map(is_block, self.parts))
-        self.looked_at = False
+        self.parameters: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        self.learned: dict[str, nn.Parameter] = {}
+        self.by_part: Parameters = []
+        first: dict[int, str] = {}
+        for prefix, part in self.named_parts:
+            table = part._parameters
+            held = {n: p for n, p in table.items() if p is not None}
+            self.parameters += [(table, n, p) for n, p in held.items()]
+            self.by_part.append((prefix, table, frozenset(n for n, p in held.items() if p.requires_grad)))
+            for n, p in held.items():
+                if p.requires_grad and first.setdefault(id(p), prefix + n) == prefix + n:
+                    self.learned[prefix + n] = p
+        own = [p for _, _, p in self.parameters]
+        self.has_frozen = not all(p.requires_grad for p in own)
+        self._plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
+        self._small = self._plain and sum(p.numel() for p in own) <= SMALL
+        self.spread = any(map(is_sharded, own)) or any(map(is_block, self.parts))
+        self.hooked = any(p._backward_hooks for p in own)
+        self.hooked |= any(part._backward_hooks or part._backward_pre_hooks for part in self.parts)
         self._seen = self._now()
 
     def hold(self) -> bool:
@@ -74,20 +82,25 @@ class Slots:
 
     def _now(self) -> list[Any]:
         """Identities: of objects that are held here, so that no other has theirs; hooks have numbers of their own."""
-        found: list[Any] = [(t.requires_grad, t.dtype) for _, _, t in self.parameters]
+        found: list[Any] = []
+        for _, _, p in self.parameters:
+            found += [p.requires_grad, p.dtype, not p._backward_hooks, not p._post_accumulate_grad_hooks]
         for part in self.parts:
-            parts, parameters = part._modules, part._parameters
-            found += [part.training, *parts, *map(id, parts.values()), *parameters, *map(id, parameters.values())]
-            found += [type(part), vars(part).get("forward"), *part._forward_hooks, *part._forward_pre_hooks]
+            held = part.__dict__
+            parts, parameters = held["_modules"], held["_parameters"]
+            found += [type(part), held["training"], held.get("forward"), *parts, *map(id, parts.values()), *parameters]
+            found += [*map(id, parameters.values()), *held["_forward_hooks"], *held["_forward_pre_hooks"]]
+            found += [*held["_backward_hooks"], *held["_backward_pre_hooks"]]
         return found
 
+    def compared(self, role: str, waits: bool) -> Weights | None:
+        """The weights, to be compared at the end of the step; None where passes are looked at one by one: on the first
+        step, and where looking at operators costs less than comparing, or frozen parameters are state.
 
-SMALL = 1 << 16
-"""Weights."""
-
-
-def _held(part: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, p) for name, p in part._parameters.items() if p is not None]
+        On an accelerator the host is busy starting operators; there the values are not compared.
+        """
+        whole = self.looked_at and self._plain and not (self.has_frozen or self.spread)
+        return Weights(self.by_part, role, values=not waits) if whole and (waits or self._small) else None
 
 
 def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
@@ -112,6 +125,15 @@ def swapped(held: Sequence[Held]) -> Iterator[None]:
             tensors[name] = t
 
 
+def own_code(function: Any) -> bool:
+    """Whether a function is one of the library's own, which write to nothing that they are given and read nothing
+    else; a problem of the user's stands behind some methods of :mod:`metapl.problems.base`."""
+    module = None if hasattr(function, "__wrapped__") else getattr(function, "__module__", None)
+    if module in ("metapl.problems.pseudo_labels", "metapl.problems.losses"):
+        return True
+    return module == "metapl.problems.base" and function.__name__ not in ("signal", "inner_loss", "outer_loss")
+
+
 def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], *args: Any, **named: Any) -> Any:
     """What a function of the user's returns; refuse one that writes to what it is given.
 
@@ -120,6 +142,8 @@ def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], 
         given: trees of what may be written to, by name.
         function, args, named: the call.
     """
+    if own_code(function):
+        return function(*args, **named)
     before = [(name, t, t._version) for name, tree in given.items() for t in tensors_in(tree)]
     try:
         result = function(*args, **named)
@@ -179,14 +203,18 @@ class State:
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
         self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
+        plain = len(_OTHERS)
         for buffers, _, attributes, _ in self._contents:
-            for b in buffers.values():
+            for b in buffers.values() if buffers else ():
                 if b is not None:
                     self._tensors.setdefault(id(b), b)
-            self._deep.append([n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN])
-            for name in self._deep[-1]:
+            deep = []
+            if len(attributes) > plain:
+                deep = [n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN]
+            self._deep.append(deep)
+            for name in deep:
                 self._keep(attributes[name])
-        self._before = _copies(self._tensors)
+        self._before = _copies(self._tensors) if self._tensors else {}
 
     def restore(self) -> None:
         """Put everything back: which objects the modules hold, and what these hold."""
@@ -203,29 +231,33 @@ class State:
 
         Args:
             slots: of the network.
-            once: the snapshot is not needed afterwards.
+            once: the snapshot was just made, and is not needed afterwards.
             upcast: copies in float32 or wider.
         """
-        memo: dict[int, Any] = dict(self._before if once else _copies(self._before, upcast))
+        now = self._contents if once else self._now()
+        if not once or self._tensors or self._copies:
+            memo: dict[int, Any] = dict(self._before if once else _copies(self._before, upcast))
 
-        def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-            return {**held, **{name: self._fresh(held[name], memo) for name in names}}
+            def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+                return {**held, **{name: self._fresh(held[name], memo) for name in names}} if names else held
 
-        now = self._now()
-        self._put(
-            [
-                (fresh(buffers, buffers) if buffers else buffers, parts, fresh(others, deep) if deep else others, hooks)
-                for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True)
-            ]
-        )
-        frozen = self.parameters.slots(slots.parameters) if slots.has_frozen else []
-        stand_ins = [(table, name, wide(t.clone()) if upcast else t.clone()) for table, name, t in frozen]
+            self._put(
+                [
+                    (fresh(buffers, buffers), parts, fresh(others, deep), hooks)
+                    for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True)
+                ]
+            )
         try:
-            with journal() as moved, swapped(stand_ins):
+            if not slots.has_frozen:
+                yield
+                return
+            frozen = self.parameters.slots(slots.parameters)
+            copies = [(table, name, wide(t.clone()) if upcast else t.clone()) for table, name, t in frozen]
+            with journal() as moved, swapped(copies):
                 try:
                     yield
                 finally:
-                    moved.put_back(but={id(t) for _, _, t in stand_ins})  # copies, which a graph may have saved
+                    moved.put_back(but={id(t) for _, _, t in copies})  # copies, which a graph may have saved
         finally:
             self._put(now)
 
@@ -241,20 +273,19 @@ class State:
                 )
 
     def _now(self) -> Contents:
-        return [
-            (
-                part._buffers.copy(),
-                part._modules.copy(),
-                held.copy(),
-                {n: dict(held[n]) for n in _HOOKS if held[n]} if any(map(held.__getitem__, _HOOKS)) else {},
-            )
-            for part, held in [(part, vars(part)) for part in self._parts]
-        ]
+        contents = []
+        for part in self._parts:
+            held = part.__dict__
+            hooks = {n: dict(held[n]) for n in _HOOKS if held[n]} if any(map(held.get, _HOOKS)) else {}
+            contents.append((dict(held["_buffers"]), dict(held["_modules"]), dict(held), hooks))
+        return contents
 
     def _put(self, contents: Contents) -> None:
         for part, (buffers, parts, attributes, hooks) in zip(self._parts, contents, strict=True):
-            tables = (part._buffers, buffers), (part._modules, parts), (vars(part), attributes)
-            for table, values in tables:
+            held = part.__dict__
+            for table, values in ((held["_buffers"], buffers), (held["_modules"], parts), (held, attributes)):
+                if not values and not table:
+                    continue
                 table.update(values)
                 if len(table) > len(values):
                     for name in table.keys() - values.keys():
@@ -291,12 +322,11 @@ class State:
                 for key, element in new.items() if isinstance(new, dict) else enumerate(before):
                     if type(element) not in _PLAIN:
                         new[key] = self._fresh(element, memo)
-        elif _is_tuple(value):
+            return new
+        if _is_tuple(value):
             elements = [self._fresh(element, memo) for element in value]
             return type(value)(*elements) if hasattr(value, "_fields") else tuple(elements)
-        else:
-            return value
-        return memo[id(value)]
+        return value
 
 
 def _copies(tensors: Mapping[int, Tensor], upcast: bool = False) -> dict[int, Tensor]:
@@ -330,15 +360,10 @@ def _write_back(t: Tensor, before: Tensor) -> None:
         t.data.copy_(before)  # but not into an expanded tensor, which nothing can write to
 
 
-def parts_of(network: nn.Module | Slots) -> list[nn.Module]:
-    """A network's submodules and the network itself, once each."""
-    return network.parts if isinstance(network, Slots) else [part for _, part in named_parts(network)]
-
-
 @contextmanager
 def nothing_moved(network: nn.Module) -> Iterator[None]:
     """Restore a network's state after this block."""
-    state = State(parts_of(network))
+    state = State([part for _, part in named_parts(network)])
     with journal() as parameters:
         try:
             yield
@@ -363,27 +388,32 @@ def step_guard(
     """Run a step in this block; if it fails, restore buffers, gradients and generators.
 
     Args:
-        networks: their state is restored.
+        networks: their state is restored, and weights that are compared at the end of the step (:meth:`Slots.watch`).
         device: the networks' device.
         optimizer: the gradients of its parameters are cleared before and after; if the step fails, those that were
             there are put back. None: no network fills any.
         generator: the user's generator, if the step draws from one.
         moves: whether the step moves state and may tell its errors later; else state is restored in any case, and the
             host waits for what is to be checked.
-
         explain: raises a better error than the one that it is given, if it knows one.
 
     Yields: the fault of the step's report, which collects checks of values on the device.
     """
     checks.no_inference_mode()
     fault = checks.Fault()
-    with step_lock, checks.deferred_to(fault) if moves else nullcontext(), torch.enable_grad(), journal() as parameters:
-        saved = [State(parts_of(network)) for network in networks]
+    with step_lock, torch.enable_grad(), journal() as parameters:
+        slots = [network for network in networks if isinstance(network, Slots)]
+        saved = []
+        for one in networks:
+            saved.append(State(one.parts if isinstance(one, Slots) else [part for _, part in named_parts(one)]))
+            if isinstance(one, Slots):
+                one.state = saved[-1]
         random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
         # Parametrized weights are computed anew: those of ``parametrize.cached()`` are of other weights.
         enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
         filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
         grads = [p.grad for p in filled]
+        deferred = checks.deferred.set(fault) if moves else None
         failed = True
         try:
             for p in filled:
@@ -391,12 +421,19 @@ def step_guard(
             yield fault
             failed, grads = False, [None] * len(filled)
         except BaseException as error:
+            for one in slots:
+                if one.weights is not None:
+                    one.weights.check(error)
             if explain is not None:
                 explain(error)
             raise
         finally:
             for p, grad in zip(filled, grads, strict=True):
                 p.grad = grad
+            for one in slots:
+                one.state = None
+            if deferred is not None:
+                checks.deferred.reset(deferred)
             parametrize._cache_enabled, parametrize._cache = enabled, {}
             torch.clear_autocast_cache()  # it may hold casts of weights from before the step
             if failed or not moves:

@@ -11,8 +11,7 @@ import inspect
 import math
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -43,17 +42,8 @@ class Fault:
                 )
 
 
-_fault: ContextVar[Fault | None] = ContextVar("fault", default=None)
-
-
-@contextmanager
-def deferred_to(fault: Fault) -> Iterator[None]:
-    """Collect in ``fault`` the checks that would have to wait for a device."""
-    token = _fault.set(fault)
-    try:
-        yield
-    finally:
-        _fault.reset(token)
+deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
+"""What collects the checks that would have to wait for a device; None: the host waits."""
 
 
 def waits(t: Tensor) -> bool:
@@ -63,7 +53,7 @@ def waits(t: Tensor) -> bool:
 
 def refuse(bad: Tensor, text: str) -> None:
     """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
-    fault = _fault.get()
+    fault = deferred.get()
     if fault is not None and waits(bad):
         fault.findings.append((bad, text))
     elif bool(bad):
@@ -72,16 +62,17 @@ def refuse(bad: Tensor, text: str) -> None:
 
 def refuse_not_finite(t: Tensor, text: str) -> None:
     """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
+    t = t.detach() if t.requires_grad else t
     # On the host a sum is several times cheaper than isfinite; finite values may overflow in it, but seldom do.
-    if waits(t) or not math.isfinite(t.detach().sum()):
-        refuse(~torch.isfinite(_stored(t.detach())).all(), text)
+    if waits(t) or not math.isfinite(t.sum()):
+        refuse(~_finite(t), text)
 
 
-def _stored(t: Tensor) -> Tensor:
-    """The values of a tensor; of a sparse one those that are stored."""
-    if t.layout == torch.strided:
-        return t
-    return t._values() if t.layout == torch.sparse_coo else t.values()
+def _finite(t: Tensor) -> Tensor:
+    """Whether the values of a tensor are finite; of a sparse one those that are stored."""
+    if t.layout != torch.strided:
+        t = t._values() if t.layout == torch.sparse_coo else t.values()
+    return torch.isfinite(t).all()
 
 
 def whole_number(value: Any, given: str, expected: str) -> None:
@@ -104,29 +95,62 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
 def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
     """Refuse batches that are empty, of uneven length, on another device than the networks, or not finite."""
     for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
-        leaves = _leaves(batch)
-        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
-            raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
-        tensors = [t for t in leaves if isinstance(t, Tensor)]
-        if not tensors:
+        lengths = []
+        for t in _leaves(batch):
+            if isinstance(t, np.ndarray):
+                raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
+            if not isinstance(t, Tensor):
+                continue
+            if t.is_nested or t.ndim == 0 or len(t) == 0 or t.device != device or t.is_inference() or t.requires_grad:
+                for is_wrong, text in _WRONG:
+                    if is_wrong(t, device):
+                        raise MetaplError(f"the {name} batch {text.format(t=described(t), at=t.device, device=device)}")
+            if t.is_floating_point():
+                refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+            lengths.append(len(t))
+        if not lengths:
             raise MetaplError(f"{name} is {described(batch)}; expected tensors, in any nesting of dicts and tuples.")
-        for t in tensors:
-            _tensor(name, t, device)
-        lengths = {len(t) for t in tensors}
-        if len(lengths) > 1:
+        if min(lengths) != max(lengths):
             raise MetaplError(
-                f"the tensors of the {name} batch have lengths {', '.join(str(len(t)) for t in tensors)}; "
-                "expected one row per example in each."
+                f"the tensors of the {name} batch have lengths {', '.join(map(str, lengths))}; expected one row per "
+                "example in each."
             )
 
 
-def _leaves(tree: Any) -> list[Any]:
+_WRONG: tuple[tuple[Callable[[Tensor, torch.device], bool], str], ...] = (
+    (
+        lambda t, _: t.is_nested and t.layout == torch.strided,
+        "holds a nested tensor, whose rows differ in length; expected rows of one length: x.to_padded_tensor(0.0).",
+    ),
+    (lambda t, _: t.ndim == 0 or len(t) == 0, "is empty: {t}; expected at least one example."),
+    (
+        lambda t, device: t.device != device,
+        "is on {at}, the networks are on {device}; move it there with .to('{device}').",
+    ),
+    (
+        lambda t, _: t.is_inference(),
+        "was made inside torch.inference_mode(), and no gradient can be taken through such a tensor; make it under "
+        "torch.no_grad(), or copy it outside of that block: x.clone().",
+    ),
+    (
+        lambda t, _: t.requires_grad,
+        "requires a gradient ({t}), and none is taken in it; expected x.detach(). Inputs that the teacher makes for "
+        "the student are made in the problem: student_input(batch, signal).",
+    ),
+)
+"""What may be wrong with a tensor of a batch, its values aside."""
+
+
+def _leaves(tree: Any) -> Iterable[Any]:
     """As pytree finds them, several times as fast for the usual batches."""
     if isinstance(tree, Tensor):
-        return [tree]
+        return (tree,)
     if type(tree) in (tuple, list, dict):
         return [leaf for part in (tree.values() if type(tree) is dict else tree) for leaf in _leaves(part)]
     return pytree.tree_leaves(tree)
@@ -142,7 +166,7 @@ def dense(batch: Any, which: str) -> None:
 def finite_on_host(batch: Any) -> None:
     """Refuse a batch on the host with NaN or infinite values; tensors on an accelerator are not checked."""
     for t in pytree.tree_leaves(batch):
-        if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not torch.isfinite(_stored(t)).all():
+        if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not _finite(t):
             raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
 
 
@@ -174,7 +198,14 @@ def explain_call(error: Exception, **networks: nn.Module | None) -> None:
         given: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
         if network is None or len(given) != 1 or not isinstance(given[0], Mapping | tuple | list):
             continue
-        if _could_be_spread(network, given[0]):
+        named = given[0] if isinstance(given[0], Mapping) else {}
+        listed = () if named else given[0]
+        try:
+            inspect.signature(network.forward).bind(*listed, **named)
+            spread = bool(given[0])
+        except TypeError:
+            spread = False
+        if spread:
             mend = f"it takes them one by one, so wrap it: {role} = metapl.models.Logits({role})"
         elif role == "student" and type(given[0]).__name__ in str(error):
             mend = (
@@ -189,16 +220,6 @@ def explain_call(error: Exception, **networks: nn.Module | None) -> None:
         ) from error
 
 
-def _could_be_spread(network: nn.Module, inputs: Any) -> bool:
-    named = inputs if isinstance(inputs, Mapping) else {}
-    listed = inputs if isinstance(inputs, tuple | list) else ()
-    try:
-        inspect.signature(network.forward).bind(*listed, **named)
-    except TypeError:
-        return False
-    return bool(named or listed)
-
-
 def no_inference_mode() -> None:
     """Refuse to take gradients under ``torch.inference_mode()``."""
     if torch.is_inference_mode_enabled():
@@ -208,55 +229,29 @@ def no_inference_mode() -> None:
         )
 
 
-def _tensor(name: str, t: Tensor, device: torch.device) -> None:
-    fault = _fault_of(t, device)
-    if fault is not None:
-        raise MetaplError(f"the {name} batch {fault}")
-    if t.is_floating_point():
-        refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
-
-
-def _fault_of(t: Tensor, device: torch.device) -> str | None:
-    """What is wrong with a tensor of a batch, its values aside."""
-    if t.is_nested and t.layout == torch.strided:
-        return (
-            "holds a nested tensor, whose rows differ in length; expected rows of one length: x.to_padded_tensor(0.0)."
-        )
-    if t.ndim == 0 or len(t) == 0:
-        return f"is empty: {described(t)}; expected at least one example."
-    if t.device != device:
-        return f"is on {t.device}, the networks are on {device}; move it there with .to({str(device)!r})."
-    if t.is_inference():
-        return (
-            "was made inside torch.inference_mode(), and no gradient can be taken through such a tensor; make it under "
-            "torch.no_grad(), or copy it outside of that block: x.clone()."
-        )
-    if t.requires_grad:
-        return (
-            f"requires a gradient ({described(t)}), and none is taken in it; expected x.detach(). Inputs that the "
-            "teacher makes for the student are made in the problem: student_input(batch, signal)."
-        )
-    return None
+# ------------------------------------------------------------------------------------------------- outputs and labels
 
 
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a tensor."""
-    if isinstance(outputs, Tensor):
-        if outputs.is_complex():
-            raise MetaplError(
-                f"the {who} returned {described(outputs)}, and losses are differentiated in real numbers; expected "
-                "real outputs, such as torch.view_as_real(outputs) or outputs.abs()."
-            )
-        if type(outputs) is not Tensor and hasattr(outputs, "device_mesh"):
-            raise MetaplError(
-                f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain "
-                "tensor with the logits of this process's rows: give the last layer output_layouts=Replicate() and "
-                "use_local_output=True, or call .full_tensor() at the end of forward."
-            )
+    if type(outputs) is Tensor and not outputs.is_complex():
         return outputs
-    has_logits = isinstance(logits_in(outputs), Tensor)
-    mend = f"wrap it: {who} = metapl.models.Logits({who})" if has_logits else "write a module that returns one"
-    raise MetaplError(f"the {who} returned {described(outputs)}; expected a tensor of logits; {mend}.")
+    if not isinstance(outputs, Tensor):
+        has_logits = isinstance(logits_in(outputs), Tensor)
+        mend = f"wrap it: {who} = metapl.models.Logits({who})" if has_logits else "write a module that returns one"
+        raise MetaplError(f"the {who} returned {described(outputs)}; expected a tensor of logits; {mend}.")
+    if outputs.is_complex():
+        raise MetaplError(
+            f"the {who} returned {described(outputs)}, and losses are differentiated in real numbers; expected real "
+            "outputs, such as torch.view_as_real(outputs) or outputs.abs()."
+        )
+    if hasattr(outputs, "device_mesh"):
+        raise MetaplError(
+            f"the {who} returned a DTensor laid out as {getattr(outputs, 'placements', '')}; expected a plain tensor "
+            "with the logits of this process's rows: give the last layer output_layouts=Replicate() and "
+            "use_local_output=True, or call .full_tensor() at the end of forward."
+        )
+    return outputs
 
 
 def logits_in(outputs: Any) -> Any:
@@ -286,14 +281,10 @@ def finite(logits_NC: Tensor) -> None:
 def class_labels(labels: Any, classes: int) -> None:
     """Refuse labels that are not integers in [0, classes)."""
     dense(labels, "the labels are")
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
-            f"the labels are {described(labels)}; expected integers (int64), one class index per example: "
+            f"the labels are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
             "labels.long()."
-        )
-    if labels.ndim != 1:
-        raise MetaplError(
-            f"the labels have shape {tuple(labels.shape)}; expected one class index per example, (batch,)."
         )
     _in_range(labels, classes, "the labels", ("hold", "run"), f"the networks have {classes} classes")
 
@@ -320,11 +311,11 @@ def row_indices(index: Any, rows: int, who: str) -> Tensor:
 def _in_range(numbers: Tensor, count: int, what: str, verbs: tuple[str, str], why: str) -> None:
     """Refuse numbers outside 0..count - 1."""
     low, high = numbers.aminmax()
-    why = f"{why}: expected 0..{count - 1}."
     if waits(numbers):
-        refuse((low < 0) | (high >= count), f"{what} {verbs[0]} a value outside 0..{count - 1}; {why}")
-    elif low < 0 or high >= count:
-        raise MetaplError(f"{what} {verbs[1]} from {int(low)} to {int(high)}; {why}")
+        text = f"{what} {verbs[0]} a value outside 0..{count - 1}; {why}: expected 0..{count - 1}."
+        refuse((low < 0) | (high >= count), text)
+    elif int(low) < 0 or int(high) >= count:
+        raise MetaplError(f"{what} {verbs[1]} from {int(low)} to {int(high)}; {why}: expected 0..{count - 1}.")
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:
@@ -340,51 +331,10 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
             f"the teacher's outputs have shape {tuple(teacher_outputs.shape)}, the student's "
             f"{tuple(student_outputs.shape)}; expected the same batch and the same number of classes."
         )
-    refuse_not_finite(
-        teacher_outputs,
-        "the teacher's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
-    )
+    refuse_not_finite(teacher_outputs, DIVERGED.format("teacher"))
 
 
-def sparse_gradients(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """Refuse sparse gradients for an optimizer that would fail on them in the middle of its step."""
-    for group in optimizer.param_groups:
-        if isinstance(optimizer, torch.optim.SparseAdam) or (
-            isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad) and not group["weight_decay"]
-        ):
-            continue
-        sparse = {id(p) for p in group["params"] if p.grad is not None and p.grad.is_sparse}
-        if sparse:
-            name = next((name for name, p in network.named_parameters() if id(p) in sparse), "a parameter")
-            raise MetaplError(
-                f"the gradient of {name} is sparse, which {type(optimizer).__name__} with these options cannot "
-                "use; build the embedding with sparse=False, or take torch.optim.SparseAdam, or SGD without weight "
-                "decay."
-            )
-
-
-def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
-    """Refuse a student with sparse gradients."""
-    sparse = [name for name, g in grads.items() if g is not None and g.layout != torch.strided]
-    if sparse:
-        raise MetaplError(
-            f"the gradient of the student's {sparse[0]} is sparse, and the student's update is differentiated with "
-            "dense ones; build the embedding with sparse=False."
-        )
-
-
-def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
-    """Refuse a loss that is not a real scalar."""
-    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
-        raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
-
-
-def finite_student(outputs: Tensor) -> None:
-    """Refuse a student whose outputs would make the feedback, and so the teacher, NaN."""
-    refuse_not_finite(
-        outputs,
-        "the student's outputs are NaN or infinite; its weights have probably diverged: lower its learning rate.",
-    )
+DIVERGED = "the {}'s outputs are NaN or infinite; its weights have probably diverged: lower its learning rate."
 
 
 def finite_feedback(h: Tensor) -> None:
@@ -396,15 +346,13 @@ def finite_feedback(h: Tensor) -> None:
     )
 
 
-def real_weights(parameters: Mapping[str, Tensor]) -> None:
-    """Refuse complex weights of a student."""
-    for name, p in parameters.items():
-        if p.is_complex():
-            raise MetaplError(
-                f"the student's {name} is complex ({described(p)}), and its step is differentiated in real numbers; "
-                "hold real and imaginary parts in one real parameter, torch.view_as_real(w), and join them in forward: "
-                "torch.view_as_complex(self.weight)."
-            )
+# --------------------------------------------------------------------------------- losses, gradients and optimizers
+
+
+def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
+    """Refuse a loss that is not a real scalar."""
+    if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
+        raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
 
 
 def learns(loss: Tensor, who: str) -> None:
@@ -422,13 +370,40 @@ def without_gradient(who: str) -> MetaplError:
     )
 
 
-def without_outer_gradient() -> MetaplError:
-    """The error for an outer loss that depends on none of the student's weights."""
-    return MetaplError(
-        "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from. Likely "
-        "causes: outer_loss does not use the student's outputs, or detaches them (.detach(), .data, numpy), or the "
-        "student's weights that they depend on have requires_grad=False; to train without feedback, take mode='none'."
-    )
+def real_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse complex weights of a student."""
+    for name, p in parameters.items():
+        if p.is_complex():
+            raise MetaplError(
+                f"the student's {name} is complex ({described(p)}), and its step is differentiated in real numbers; "
+                "hold real and imaginary parts in one real parameter, torch.view_as_real(w), and join them in forward: "
+                "torch.view_as_complex(self.weight)."
+            )
+
+
+def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
+    """Refuse a student with sparse gradients."""
+    sparse = [name for name, g in grads.items() if g is not None and g.layout != torch.strided]
+    if sparse:
+        raise MetaplError(
+            f"the gradient of the student's {sparse[0]} is sparse, and the student's update is differentiated with "
+            "dense ones; build the embedding with sparse=False."
+        )
+
+
+def sparse_gradients(optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Refuse sparse gradients for an optimizer that would fail on them in the middle of its step."""
+    for group in optimizer.param_groups:
+        sparse = {id(p) for p in group["params"] if p.grad is not None and p.grad.is_sparse}
+        takes = isinstance(optimizer, torch.optim.SparseAdam) or (
+            isinstance(optimizer, torch.optim.SGD | torch.optim.Adagrad) and not group["weight_decay"]
+        )
+        if sparse and not takes:
+            name = next((name for name, p in network.named_parameters() if id(p) in sparse), "a parameter")
+            raise MetaplError(
+                f"the gradient of {name} is sparse, which {type(optimizer).__name__} with these options cannot use; "
+                "build the embedding with sparse=False, or take torch.optim.SparseAdam, or SGD without weight decay."
+            )
 
 
 def steps_alone(optimizer: torch.optim.Optimizer) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -41,14 +41,17 @@ from metapl.execution.numerics import (
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
+    GLOBAL,
     Changing,
     Made,
     Watch,
+    Weights,
     has_own_functions,
     journal,
     refuse_hooks,
     refuse_stranger,
     stranger,
+    tensors_in,
     weights_watched,
 )
 
@@ -99,6 +102,7 @@ class LocalStudent:
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
         self.narrowed: frozenset[torch.dtype] = frozenset()
         self._autocast = torch.is_autocast_enabled(self.device.type)
+        refuse_hooks(self.parameters, late=True)
         self.begin(first=first)
 
     def holds(self) -> bool:
@@ -108,18 +112,15 @@ class LocalStudent:
     def begin(self, *, first: bool = False) -> None:
         """Begin a step, at the weights as they are now."""
         self.first = first
-        refuse_hooks(self.parameters, late=True)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
+        self.waits = checks.waits(next(iter(self.parameters.values())))
 
     def run(self, params: Tree, inputs: Any) -> Pass:
         """S(x; θ) as a pass of record: it moves buffers and generators as training does.
 
         At the student's own weights (``params is self.params``) the module itself runs; others are swapped in.
         """
-        record = self.pass_type(self, params, inputs)
-        with record.running(forward=True), self.watched(inputs) as watch, self.made(inputs) as made:
-            outputs = checks.logits(self.module(inputs), "student")  # z = S(x; θ)
-        return record.ran(outputs, watch, made)
+        return self.pass_type(self, params, inputs).run()
 
     def loss(
         self,
@@ -163,13 +164,20 @@ class LocalStudent:
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
                 values.append((value.detach(), weight))
         if not reached:
-            raise checks.without_outer_gradient()
+            raise MetaplError(
+                "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from. "
+                "Likely causes: outer_loss does not use the student's outputs, or detaches them (.detach(), .data, "
+                "numpy), or the student's weights that they depend on have requires_grad=False; to train without "
+                "feedback, take mode='none'."
+            )
         mean, weight = self.mean_of_all(values)
         v = mean_tree(gradients)
         return mean, scaled(v, len(values) / weight) if isinstance(weight, Tensor) else v
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
+        if len(values) == 1 and self.ranks.alone and values[0][1] == 1.0 and not isinstance(values[0][1], Tensor):
+            return values[0][0].detach(), 1.0
         total = torch.stack([value.detach() for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)
         if not self.ranks.alone:
@@ -235,20 +243,20 @@ class LocalStudent:
     def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
         """Refuse outputs that depend on tensors other than these weights and inputs; after the first step, on
         parameters of others."""
-        known = [*at.values(), *(t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))]
+        known = [*at.values(), *tensors_in(inputs)]
         remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
         found = stranger([outputs], known, self.own, made, parameters_alone=not self.first)
         refuse_stranger("the student's forward", found, remedy)
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
+        if self.slots.weights is not None:
+            return NOTHING  # they are compared at the end of the step
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
         # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
         eager = forward_ad._current_level < 0 and not self.runs_compiled()
-        on_host = not checks.waits(next(iter(self.params.values())))
-        values = eager and on_host and self.slots.small and not self.slots.has_frozen and not self.first
-        looking = eager and not values and (self.first or on_host or self.slots.has_frozen)
-        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay, values=values)
+        looking = eager and (self.first or not self.waits or self.slots.has_frozen)
+        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay)
 
     def backward_watched(self) -> AbstractContextManager[Watch | None]:
         """Keep what hooks move of frozen parameters in a backward pass, as :meth:`watched` does in a forward one."""
@@ -261,9 +269,14 @@ class LocalStudent:
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""
-        state = State(self.slots.parts)
-        with replayed(start), state.again(self.slots, once=True), swapped(self.held_at(params)):
+        state, at = State(self.slots.parts), self.held_at(params)
+        guard = None
+        if self.slots.weights is not None:
+            guard = Weights([("", params, frozenset(params))], "student", values=not self.waits)
+        with replayed(start), state.again(self.slots, once=True), swapped(at):
             yield
+        if guard is not None:
+            guard.check()
 
 
 class Pass:
@@ -280,8 +293,11 @@ class Pass:
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._before = RandomState.now(student.device)
-        self._state = State(student.slots.parts)
-        self._hooks = Changing(student.parameters, student.slots.named_parts)
+        self._state = student.slots.state or State(student.slots.parts)
+        student.slots.state = None
+        self._hooks: Changing | None = None
+        if student.slots.weights is None or student.slots.hooked or any(GLOBAL):
+            self._hooks = Changing(student.parameters, student.slots.named_parts)
         if params is student.params:
             self._at: Tree = student.weights
             self._held: list[Any] = []
@@ -290,9 +306,11 @@ class Pass:
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
 
-    def ran(self, outputs: Tensor, watch: Watch | None, made: Made | None) -> Pass:
-        """The outputs of this pass, and what was seen on the way."""
+    def run(self) -> Pass:
+        """z = S(x; θ), and what is seen on the way."""
         student, inputs = self.student, self.inputs
+        with self.running(forward=True), student.watched(inputs) as watch, student.made(inputs) as made:
+            outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
         student.refuse_strangers(outputs, self._at, inputs, made)
         self.after = RandomState.now(student.device)
@@ -302,15 +320,20 @@ class Pass:
         # Processes exchange by Functions of their own.
         looked_into = student.first and watch is not None and student.ranks.alone
         self.own_functions = looked_into and has_own_functions([outputs])
-        self.rounded_to = coarsest([outputs.dtype, *self.narrowed, *student.formats()], student.device)
+        self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
         return self
 
+    @cached_property
+    def rounded_to(self) -> torch.dtype:
+        """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
+        return coarsest([self._dtype, *self.narrowed, *self.student.formats()], self.student.device)
+
     def running(self, *, forward: bool = False) -> AbstractContextManager[Any]:
         """What this pass, or its backward pass, runs in."""
-        frozen, math = self.student.slots.has_frozen, self.student.double_backward
-        if not (self._held or frozen or math or forward or self._hooks.any):
+        frozen, math, hooks = self.student.slots.has_frozen, self.student.double_backward, self._hooks
+        if not (self._held or frozen or math or (hooks is not None and (forward or hooks.any))):
             return NOTHING
         return self._running(frozen, math, forward)
 
@@ -319,7 +342,7 @@ class Pass:
         with (
             only_math_attention() if math else NOTHING,
             swapped(self._held) if self._held else NOTHING,
-            self._hooks.noted(forward=forward),
+            NOTHING if self._hooks is None else self._hooks.noted(forward=forward),
             journal(self._state.parameters) if frozen else NOTHING,
         ):
             yield
@@ -341,18 +364,15 @@ class Pass:
             self._at, self._held = {}, []
         return self.student.ranks.mean(self.loss), grads
 
-    def forget(self) -> None:
-        """Drop θ, until :meth:`gradient_again` gives it back."""
-        self.params = {}
-
     def refuse_hooks(self) -> None:
         """Refuse hooks that changed the gradient of this pass."""
-        self._hooks.refuse()
+        if self._hooks is not None:
+            self._hooks.refuse()
 
     def refuse_later_graphs(self) -> None:
         """Refuse what makes a graph of this pass and later ones wrong."""
         self.refuse_hooks()
-        if self._state.parameters.any_written:
+        if self._state.parameters.written:
             raise MetaplError(
                 "the student's forward writes to a frozen parameter, which the graphs that mode 'unrolled' keeps of "
                 'earlier steps may have saved; use mode="forward", which is as exact, or look one step ahead.'
@@ -361,23 +381,29 @@ class Pass:
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self._refuse_ranks()
-        self.params, at = params, as_leaves(params)
-        with self.student.eagerly(), self._again(self.student.held_at(at)):
-            outputs = self.student.forward(self.inputs)
-            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+        self.params = params
+        with self._replay(self.inputs) as (at, outputs):
             return self.student.gradient(loss(outputs, at), at)
 
     def slopes(self, w: Tree, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """The derivatives of ⟨u, S(x; θ)⟩ along w by its gradient, for cotangents u: a forward pass, and a backward
         pass each."""
-        at = as_leaves(self.params)
-        with self.student.eagerly(), self._again(self.student.held_at(at)):
-            outputs = self.student.forward(self.inputs)
+        with self._replay(self.inputs) as (at, outputs):
             found = [
                 torch.autograd.grad(outputs, [at[n] for n in w], u, retain_graph=True, materialize_grads=True)
                 for u in cotangents
             ]
         return [torch.stack([(g * t).sum() for g, t in zip(grads, w.values(), strict=True)]).sum() for grads in found]
+
+    @contextmanager
+    def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+        """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
+        block, for checkpoints run the student again in it."""
+        at = as_leaves(self.params)
+        with self.student.eagerly(), self._again(self.student.held_at(at)):
+            outputs = self.student.forward(inputs)
+            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+            yield at, outputs
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
@@ -406,7 +432,12 @@ class Pass:
     def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
         """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         student = self.student
-        self._refuse_half()
+        half = self.narrowed & {torch.float16, torch.bfloat16}
+        if half and not (torch.is_autocast_enabled(student.device.type) or half & set(student.formats())):
+            raise MetaplError(
+                f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
+                'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
+            )
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
         frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
         held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
@@ -418,16 +449,6 @@ class Pass:
             self._again(held, upcast=True),
         ):
             yield moved
-
-    def _refuse_half(self) -> None:
-        """Refuse casts to half precision that neither autocast nor half weights explain, which a shifted pass keeps."""
-        half = self.narrowed & {torch.float16, torch.bfloat16}
-        explained = torch.is_autocast_enabled(self.student.device.type) or half & set(self.student.formats())
-        if half and not explained:
-            raise MetaplError(
-                f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
-                'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
-            )
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
@@ -480,15 +501,7 @@ class Pass:
         """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
         θ or on leaves of the loss and of the inputs are left out."""
         self._refuse_ranks()
-        at = as_leaves(self.params)
-        with (
-            self.student.eagerly(),
-            only_math_attention(),
-            explained(),
-            self._again(self.student.held_at(at)),
-        ):
-            outputs = self.student.forward(inputs)
-            check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
+        with only_math_attention(), explained(), self._replay(inputs) as (at, outputs):
             again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
             check_loss(again, self.loss, again)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)

@@ -23,11 +23,11 @@ class RandomState:
     def now(device: torch.device) -> RandomState:
         """The current state; on CUDA it is kept on the host, so this does not wait for the device."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return RandomState(device, torch.get_rng_state(), accelerator)
+        return RandomState(device, torch.default_generator.get_state(), accelerator)
 
     def restore(self) -> None:
         """Restore this state."""
-        torch.set_rng_state(self.cpu)
+        torch.default_generator.set_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 

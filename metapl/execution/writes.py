@@ -1,18 +1,18 @@
 """What a network does besides computing outputs of its inputs and weights: it writes, changes gradients, reads others'.
 
 A pass that moves a trainable weight is no function of the weights: its replays, the labeled pass and the step would be
-at other weights than the gradient. It is refused before the write. A *frozen* parameter (``requires_grad`` False) that
-a pass moves, such as the average of a momentum encoder, is state, as buffers are. Hooks that change gradients are not
-called where a pass is run again, and of tensors that are neither weights nor signal the feedback knows nothing.
+at other weights than the gradient. It is refused before the write, or put back. A *frozen* parameter (``requires_grad``
+False) that a pass moves, such as the average of a momentum encoder, is state, as buffers are. Hooks that change
+gradients are not called where a pass is run again, and of tensors that are neither weights nor signal the feedback
+knows nothing.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from operator import is_not
 from typing import Any
 
 import torch
@@ -33,38 +33,23 @@ class Journal:
     """The frozen parameters that passes have moved, as they were before."""
 
     def __init__(self) -> None:
-        self._written: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # with their memory, and a copy of it
-        self._exchanged: dict[tuple[int, str], Slot] = {}
-
-    def note(self, p: Tensor, data: Tensor, before: Tensor | None = None) -> None:
-        """A parameter, its memory before, and a copy of it where that is about to be written to."""
-        self._written.setdefault(id(p), (p, data, before))
-
-    @property
-    def any_written(self) -> bool:
-        return bool(self._written)
-
-    def knows(self, p: Tensor) -> bool:
-        return id(p) in self._written
-
-    def note_exchanged(self, table: dict[str, Any], name: str, p: Tensor) -> None:
-        """Another object is held in the place of a parameter."""
-        self._exchanged.setdefault((id(table), name), (table, name, p))
+        self.written: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # with their memory, and a copy of it
+        self.exchanged: dict[tuple[int, str], Slot] = {}
 
     def slots(self, parameters: Sequence[Slot]) -> list[Slot]:
         """The slots, of these, whose parameter has moved, with its values before."""
-        places = {(id(table), name): (table, name, p) for table, name, p in parameters if id(p) in self._written}
-        return [(table, name, self._before(p)) for table, name, p in (places | self._exchanged).values()]
-
-    def _before(self, p: Tensor) -> Tensor:
-        _, data, before = self._written.get(id(p), (p, p.data, None))
-        return data if before is None else before
+        places = {(id(table), name): (table, name, p) for table, name, p in parameters if id(p) in self.written}
+        found = []
+        for table, name, p in (places | self.exchanged).values():
+            _, data, before = self.written.get(id(p), (p, p.data, None))
+            found.append((table, name, data if before is None else before))
+        return found
 
     def put_back(self, but: Collection[int] = ()) -> None:
         """Put everything back, except the values of parameters with these ids."""
-        for table, name, p in self._exchanged.values():
+        for table, name, p in self.exchanged.values():
             table[name] = p
-        for p, data, before in (entry for i, entry in self._written.items() if i not in but):
+        for p, data, before in (entry for i, entry in self.written.items() if i not in but):
             if before is not None:
                 data.copy_(before)
             p.data = data
@@ -133,22 +118,19 @@ class Watch(TorchDispatchMode):
             self.refuse(self.learned[memory])
         if memory in self.frozen:
             p = self.frozen[memory]
-            unknown = [one for one in _journals.get() if not one.knows(p)]
+            unknown = [one for one in _journals.get() if id(p) not in one.written]
             if unknown:
                 data, before = p.data, p.detach().clone()
                 for one in unknown:
-                    one.note(p, data, before)
+                    one.written[id(p)] = p, data, before
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
 _ROUNDING = {
     getattr(torch.ops.aten, name).default for name in ("round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside")
 }
 _CUTTING = {torch.ops.aten.detach.default, torch.ops.aten._local_scalar_dense.default, *_ROUNDING}
-
 _written: dict[Any, tuple[tuple[int, str], ...]] = {}
-
 _UNDECLARED = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
 """Operators that write to the running statistics that they are given, and do not say so."""
 
@@ -176,125 +158,152 @@ Parameters = list[tuple[str, dict[str, Any], frozenset[str]]]
 """Of each part of a network: the prefix of its names, the dictionary of its parameters, and those that are learned."""
 
 
-@contextmanager
-def weights_watched(
-    parts: Parameters,
-    role: str,
-    inputs: Any = None,
-    *,
-    looking: bool,
-    replay: bool = False,
-    values: bool = False,
-) -> Iterator[Watch | None]:
-    """Refuse a network that moves its inputs, or the weights that its parts hold now, in a pass of this block.
+class Weights:
+    """The parameters that the parts of a network hold now, to refuse passes that move them.
 
     Args:
         parts: the network's.
         role: the network's, as errors call it.
-        inputs: of the pass.
-        looking: look at every operator, so that a write is refused before it happens and frozen parameters are state.
-            Otherwise all parameters are compared afterwards, by PyTorch's version counters and their memory.
+        looking: every operator is looked at, so that a write is refused before it happens and frozen parameters are
+            state. Otherwise all parameters are compared afterwards, by PyTorch's version counters and their memory.
         replay: of a pass that was looked at; frozen parameters that this moved are copies.
         values: compare the values too, and put them back: as good as ``looking`` where nothing is frozen.
     """
-    tables = [(prefix, table, learned, dict(table)) for prefix, table, learned in parts]
-    held = [
-        (prefix + name, t, t.data, t._version, t.requires_grad, name in learned)
-        for prefix, _, learned, contents in tables
-        for name, t in contents.items()
-        if t is not None
-    ]
-    copies = [data.clone() for _, _, data, *_ in held] if values else []
-    place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of  # the first is of plain ones only
 
-    def refuse(name: str | None, cause: BaseException | None = None) -> None:
-        frozen = {n for n, t, *_ in held if isinstance(t, nn.Parameter) and not t.requires_grad}
-        _refuse(role, name, frozen, cause=cause)
+    def __init__(
+        self, parts: Parameters, role: str, *, looking: bool = False, replay: bool = False, values: bool = False
+    ) -> None:
+        self.role, self.looking, self.replay = role, looking, replay
+        self._tables = [(prefix, table, learned, table.copy()) for prefix, table, learned in parts]
+        self._held = [
+            (prefix + name, t, t.data, t._version, t.requires_grad, name in learned)
+            for prefix, _, learned, contents in self._tables
+            for name, t in contents.items()
+            if t is not None
+        ]
+        self._place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of
+        self._values = _flat([held[2] for held in self._held]) if values and self._held else None
+        self._seen = self._now()
 
-    watch: Watch | None = None
-    if looking:
-        memory = [(memory_of(t), name, t, learned) for name, t, *_, learned in held]
-        watch = Watch(
-            refuse,
+    def watch(self) -> Watch:
+        """The mode that looks at the operators of a pass."""
+        memory = [(memory_of(t), name, t, learned) for name, t, *_, learned in self._held]
+        return Watch(
+            self._refuse,
             {place: name for place, name, _, learned in memory if learned and place is not None},
             {place: t for place, _, t, learned in memory if not learned and place is not None},
         )
 
-    def exchanged() -> list[str]:
-        """Put exchanged weights back, and note frozen ones; the names of those that may not move."""
-        found: list[str] = []
-        for prefix, table, learned, contents in tables:
-            if len(table) == len(contents) and not any(map(is_not, table.values(), contents.values())):
+    def check(self, error: BaseException | None = None) -> None:
+        """Put back what was moved, and refuse it; ``error``: what the pass failed by."""
+        same = self._seen == self._now()
+        if same and self._values is not None:
+            same = torch.equal(_flat([held[2] for held in self._held]), self._values)
+        moved, flags = ([], False) if same else self._moved()
+        text = str(error) if isinstance(error, RuntimeError) else ""
+        if flags or "change requires_grad flags of leaf variables" in text:
+            raise MetaplError(
+                f"the {self.role}'s forward changes requires_grad of its weights, by which metapl knows what it "
+                "learns; expected a forward that leaves them as they are. To keep a gradient from a weight, compute "
+                "with weight.detach(); freeze weights before the trainer is built."
+            ) from error
+        if moved or _LEAF.search(text):
+            self._refuse(moved[0] if moved else None, error)
+
+    def _now(self) -> list[Any]:
+        """What tells that weights have moved, but for writes by ``.data``."""
+        found: list[Any] = [id(t) for _, table, *_ in self._tables for t in table.values()]
+        found += [(t._version, t.requires_grad, self._place(t)) for _, t, *_ in self._held]
+        return found
+
+    def _moved(self) -> tuple[list[str], bool]:
+        """Put back what was moved, and note frozen parameters; the names of those that may not move, and whether
+        ``requires_grad`` of one has changed."""
+        moved, flags, at = self._exchanged(), False, 0
+        for name, t, data, version, flag, learned in self._held:
+            before = None if self._values is None else self._values[at : at + data.numel()].view(data.shape)
+            at += data.numel()
+            if self.replay and not learned:
                 continue
+            if learned and t.requires_grad != flag and self.role == "student":
+                t.requires_grad_(flag)
+                flags = True
+            if self._place(t) != self._place(data) or t.shape != data.shape:
+                if self.looking and not learned:
+                    for one in _journals.get():
+                        one.written.setdefault(id(t), (t, data, None))
+                    continue
+                t.data = data
+                moved.append(name)
+            elif not self.looking and t._version != version:
+                moved.append(name)
+            if before is not None and not _alike(data, before.to(data.dtype)):
+                data.copy_(before)
+                moved.append(name)
+        return moved, flags
+
+    def _exchanged(self) -> list[str]:
+        found: list[str] = []
+        for prefix, table, learned, contents in self._tables:
             others = [n for n in {**contents, **table} if table.get(n) is not contents.get(n)]
+            if not others:
+                continue
             if not any(n in learned or not _frozen(contents.get(n), table.get(n)) for n in others):
-                for one in _journals.get() if looking else ():
+                for one in _journals.get() if self.looking else ():
                     for n in others:
-                        one.note_exchanged(table, n, contents[n])
-                if looking or replay:
+                        one.exchanged.setdefault((id(table), n), (table, n, contents[n]))
+                if self.looking or self.replay:
                     continue
             found += [prefix + n for n in others]
             table.clear()
             table.update(contents)
         return found
 
-    flags: list[str] = []
+    def _refuse(self, name: str | None, cause: BaseException | None = None) -> None:
+        if name in {n for n, t, *_ in self._held if isinstance(t, nn.Parameter) and not t.requires_grad}:
+            raise MetaplError(
+                f"the {self.role} writes to its frozen parameter {name} in its forward, of which the feedback passes "
+                "need the values before; a sharded network or a compiled pass keeps none. Hold it in a buffer "
+                "(register_buffer), or leave compile out."
+            )
+        which = "one of its parameters" if name is None else f"its parameter {name}"
+        raise MetaplError(
+            f"the {self.role} writes to {which} in its forward, so its passes would be at different weights and the "
+            "gradients wrong. Expected a forward that leaves the weights as they are. For a mask, a clamp or a norm of "
+            "a weight, compute with the changed value and leave the weight (F.linear(x, self.weight * self.mask), or "
+            "torch.nn.utils.parametrize); change weights between the steps (in place of nn.Embedding(max_norm=...), "
+            "too); where the first batch initializes them, run it before; what forward moves and no optimizer learns "
+            "belongs in a buffer (register_buffer) or has requires_grad=False."
+        ) from cause
+
+
+@contextmanager
+def weights_watched(
+    parts: Parameters, role: str, inputs: Any = None, *, looking: bool, replay: bool = False
+) -> Iterator[Watch | None]:
+    """Refuse a network that moves its inputs, or its weights, in a pass of this block; see :class:`Weights`."""
+    weights = Weights(parts, role, looking=looking, replay=replay)
     given = tensors_in(inputs)
     versions = [t._version for t in given]
-
-    def moved() -> str | None:
-        found = exchanged()
-        for i, (name, t, data, version, flag, learned) in enumerate(held):
-            if replay and not learned:
-                continue
-            if learned and t.requires_grad != flag and role == "student":
-                t.requires_grad_(flag)
-                flags.append(name)
-            if place(t) != place(data) or t.shape != data.shape:
-                if looking and not learned:
-                    for one in _journals.get():
-                        one.note(t, data)
-                    continue
-                t.data = data
-                found.append(name)
-            elif not looking and t._version != version:
-                found.append(name)
-            if values and not torch.equal(data, copies[i]) and not _both_nan(data, copies[i]):
-                data.copy_(copies[i])
-                found.append(name)
-        return found[0] if found else None
-
+    watch: Any = weights.watch() if looking else nullcontext()
     try:
-        if watch is None:
-            yield None
-        else:
-            with watch:
-                yield watch
+        with watch as watching:
+            yield watching
     except BaseException as error:
-        moved()
-        if isinstance(error, RuntimeError) and _LEAF.search(str(error)):
-            refuse(None, error)
-        if isinstance(error, RuntimeError) and "change requires_grad flags of leaf variables" in str(error):
-            raise MetaplError(_FLAGS.format(role)) from error
+        weights.check(error)
         raise
-    name = moved()
-    if flags:
-        raise MetaplError(_FLAGS.format(role))
-    if name is not None:
-        refuse(name)
+    weights.check()
     if versions != [t._version for t in given]:
-        raise MetaplError(
-            f"the {role} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input "
-            "itself), so later passes would read another batch; expected an unchanged input: begin its forward with "
-            "x = x.clone(). The given batch now holds the changed values."
-        )
+        raise changed_input(f"the {role}")
 
 
-_FLAGS = (
-    "the {}'s forward changes requires_grad of its weights, by which metapl knows what it learns; expected a forward "
-    "that leaves them as they are. To keep a gradient from a weight, compute with weight.detach(); freeze weights "
-    "before the trainer is built."
-)
+def changed_input(who: str) -> MetaplError:
+    """The error about a pass that has written to what it was given."""
+    return MetaplError(
+        f"{who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input itself), "
+        "so later passes would read another batch; expected an unchanged input: begin its forward with x = x.clone(). "
+        "The given batch now holds the changed values."
+    )
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -306,38 +315,26 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and not t.is_inference()]
 
 
+def _flat(tensors: list[Tensor]) -> Tensor:
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)
+    return flat if len(tensors) > 1 else flat.clone()
+
+
 def _frozen(*given: Any) -> bool:
     return all(isinstance(p, Tensor) and not p.requires_grad for p in given)
 
 
-def _both_nan(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether they are equal, NaN where the other is NaN."""
+    return torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 _LEAF = re.compile(r"leaf Variable that requires grad (is being|has been) used in an in-place operation")
 
 
-def _refuse(role: str, name: str | None, frozen: Collection[str] = (), *, cause: BaseException | None = None) -> None:
-    if name in frozen:
-        raise MetaplError(
-            f"the {role} writes to its frozen parameter {name} in its forward, of which the feedback passes need the "
-            "values before; a sharded network or a compiled pass keeps none. Hold it in a buffer (register_buffer), or "
-            "leave compile out."
-        )
-    which = "one of its parameters" if name is None else f"its parameter {name}"
-    raise MetaplError(
-        f"the {role} writes to {which} in its forward, so its passes would be at different weights and the gradients "
-        "wrong. Expected a forward that leaves the weights as they are. For a mask, a clamp or a norm of a weight, "
-        "compute with the changed value and leave the weight (F.linear(x, self.weight * self.mask), or "
-        "torch.nn.utils.parametrize); change weights between the steps (in place of nn.Embedding(max_norm=...), too); "
-        "where the first batch initializes them, run it before; what forward moves and no optimizer learns belongs in "
-        "a buffer (register_buffer) or has requires_grad=False."
-    ) from cause
-
-
 # ------------------------------------------------------------------------------------------------ hooks on gradients
 
-_GLOBAL: tuple[dict[int, Any], ...] = (modules._global_backward_hooks, modules._global_backward_pre_hooks)
+GLOBAL: tuple[dict[int, Any], ...] = (modules._global_backward_hooks, modules._global_backward_pre_hooks)
 
 
 class Changing:
@@ -357,15 +354,12 @@ class Changing:
             if part._backward_hooks or part._backward_pre_hooks:
                 where = f"its module {prefix.rstrip('.') or type(part).__name__}"
                 self._tables += [(where, part._backward_hooks), (where, part._backward_pre_hooks)]
-        self._tables += [("all modules", table) for table in _GLOBAL if table]
+        self._tables += [("all modules", table) for table in GLOBAL if table]
         self.any = bool(self._tables)
 
     @contextmanager
     def noted(self, *, forward: bool = False) -> Iterator[None]:
         """Note hooks that run in this block, and in a ``forward`` pass those that it puts on tensors."""
-        if not self._tables and not forward:
-            yield
-            return
         with ExitStack() as stack:
             for where, table in self._tables:
                 stack.callback(table.update, dict(table))
@@ -408,19 +402,19 @@ class Changing:
 def refuse_hooks(parameters: Mapping[str, nn.Parameter], *, late: bool = False) -> None:
     """Refuse hooks of parameters in whose places other tensors stand; ``late``: those that wait for ``.grad``, which
     no pass here fills."""
-    register = "register_post_accumulate_grad_hook" if late else "register_hook"
     hooked = [n for n, p in parameters.items() if (p._post_accumulate_grad_hooks if late else p._backward_hooks)]
-    if not hooked:
-        return
-    why = (
-        "would never be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
-        "register_hook, which is called with the gradient."
-        if late
-        else "is not called where other tensors stand in for the parameters: from the second student step on, and in a "
-        "step that is taken again on a revised signal. Remove the hook, or look one step ahead with a problem that "
-        "revises no signal."
-    )
-    raise MetaplError(f"the student's parameter {hooked[0]} has a hook of {register}, which {why}")
+    if hooked and late:
+        raise MetaplError(
+            f"the student's parameter {hooked[0]} has a hook of register_post_accumulate_grad_hook, which would never "
+            "be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
+            "register_hook, which is called with the gradient."
+        )
+    if hooked:
+        raise MetaplError(
+            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called where other tensors "
+            "stand in for the parameters: from the second student step on, and in a step that is taken again on a "
+            "revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
+        )
 
 
 # ------------------------------------------------------------------------------------- tensors that a value reaches
@@ -494,10 +488,14 @@ def stranger(
         if node is None or node in seen or edge in ends:
             continue
         seen.add(node)
+        following = node.next_functions
+        if following:
+            edges += following
+            continue
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is None or id(leaf) in allowed or (made is not None and memory_of(leaf) in made.memory):
-            edges.extend(node.next_functions)
-        elif not parameters_alone or isinstance(leaf, nn.Parameter):
+            continue
+        if not parameters_alone or isinstance(leaf, nn.Parameter):
             return leaf
     return None
 

@@ -64,7 +64,7 @@ class Feedback:
                 "would be lost: it was detached, or made under torch.no_grad(). Keep its graph, or use "
                 'mode="none", which gives no feedback.'
             )
-        return torch.stack(terms).sum()
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
     def check_finite(self) -> None:
         """Refuse feedback that would make the teacher NaN."""

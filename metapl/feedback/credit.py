@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_linear, check_loss, check_slopes
-from metapl.execution.local import mean_of
+from metapl.execution.buffers import own_code
+from metapl.execution.local import as_leaves, mean_of
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
@@ -135,21 +136,22 @@ def _slope(
         factors: (B,); None: 1.
         check: refuse ż if the derivative is not ⟨w, g⟩, and a loss with another value than in the student's step.
     """
-    z = step.outputs.clone().requires_grad_()
-    theta = {name: p.detach().requires_grad_() for name, p in step.params.items()}
+    ranks = step.student.ranks
+    z = step.outputs.detach().requires_grad_()
+    theta = {} if own_code(step.problem.inner_loss) else as_leaves(step.params)  # which reads no weights
     with torch.enable_grad():
         losses = step.inner_losses(z, signal, step.student.for_loss(theta))
-        mean = step.mean_over_batch(losses if factors is None else factors * losses)
+        mean = (losses if factors is None else factors * losses).mean()
+        mean = mean if ranks.alone else mean / ranks.size  # the shares of the ranks add up to the mean
     if check:
-        of_record = mean_of([part.loss for part in step.passes])
-        check_loss(losses.detach().mean(), of_record, losses.detach().abs().mean(), step.student.ranks)
+        of_record, again = mean_of([part.loss for part in step.passes]), losses.detach()
+        check_loss(again.mean(), of_record, again.abs().mean(), ranks)
     grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
     directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
     terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
-    slope = torch.stack([term.sum() for term in terms]).sum()
+    slope = terms[0].sum() if len(terms) == 1 else torch.stack([term.sum() for term in terms]).sum()
     if check:
-        steepness = mean.new_zeros(()) if grads[0] is None else torch.linalg.vector_norm(grads[0].detach())
-        _check_slope(step, slope, terms, steepness, w, tangent)
+        _check_slope(step, slope, terms, grads[0], w, tangent)
     return slope
 
 
@@ -161,9 +163,9 @@ def check_projections(step: InnerStep, w: Tree, tangent: Tangent) -> None:
     """
     parts, ranks = step.passes, step.student.ranks
     if tangent.rounding is None:
-        tolerance, rounding = BY_FORWARD_MODE[step.rounded_to].slope, step.inner_loss.new_zeros(())
+        tolerance, rounding = BY_FORWARD_MODE[parts[0].rounded_to].slope, step.inner_loss.new_zeros(())
     else:  # these terms do not cancel as those of a loss do
-        tolerance, rounding = BY_DIFFERENCE[step.rounded_to].slope / 5, tangent.rounding
+        tolerance, rounding = BY_DIFFERENCE[parts[0].rounded_to].slope / 5, tangent.rounding
     draw = torch.Generator().manual_seed(0)
     for part, z_dot in zip(parts, tangent.z_dot.chunk(len(parts)), strict=True):
         suspect = part.own_functions or (part.cut and tangent.rounding is not None)  # forward mode knows of detach
@@ -181,22 +183,27 @@ PROJECTIONS = 8
 
 
 def _check_slope(
-    step: InnerStep, slope: Tensor, terms: list[Tensor], steepness: Tensor, w: Tree, tangent: Tangent
+    step: InnerStep, slope: Tensor, terms: list[Tensor], in_outputs: Tensor | None, w: Tree, tangent: Tangent
 ) -> None:
     """Refuse ż if the derivative of the inner loss along w differs between the outputs and the gradient."""
-    ranks = step.student.ranks
-    by_gradient, of_gradient = step.space.slope(step.gradient, w)
-    spread = torch.stack([*(ranks.norm(t.detach()) for t in terms), of_gradient]).sum()
-    if tangent.rounding is None:
-        tolerance, rounding = BY_FORWARD_MODE[step.rounded_to].slope, slope.new_zeros(())
-    elif checks.waits(slope):  # no second try at a smaller step: units that switch may spoil a difference by all of it
-        tolerance, rounding = 1.0, steepness * tangent.rounding
-    else:
-        tolerance, rounding = BY_DIFFERENCE[step.rounded_to].slope, steepness * tangent.rounding
+    ranks, space, dtype = step.student.ranks, step.space, step.passes[0].rounded_to
+    by_gradient, of_gradient = space.slope(step.gradient, w)
+    forward, spread = ranks.sum(slope.detach()), of_gradient
+    for term in terms:
+        spread = spread + ranks.norm(term.detach())
+    waits = checks.waits(slope)
+    tolerance, rounding = BY_FORWARD_MODE[dtype].slope, slope.new_zeros(())
+    if tangent.rounding is not None:
+        # No second try at a smaller step where reading waits: units that switch may spoil a difference by all of it.
+        tolerance = 1.0 if waits else BY_DIFFERENCE[dtype].slope
+        if in_outputs is not None:
+            rounding = torch.linalg.vector_norm(in_outputs.detach()) * tangent.rounding
+    if not waits and ranks.alone and float((forward - by_gradient).abs()) <= tolerance * float(spread):
+        return
     # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero but for rounding, a
     # first step of Adam makes the whole direction.
-    cancelled = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
-    check_slopes(ranks.sum(slope.detach()), by_gradient, spread, tolerance, ranks.sum(rounding) + cancelled)
+    cancelled = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * space.norm(step.gradient) * space.norm(w)
+    check_slopes(forward, by_gradient, spread, tolerance, ranks.sum(rounding) + cancelled)
 
 
 ROUNDINGS = 10.0

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
-from metapl.execution.buffers import changed_in_place, unchanged
+from metapl.execution.buffers import changed_in_place, own_code, unchanged
 from metapl.execution.checks import described
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import refuse_stranger, stranger, tensors_in
 from metapl.problems.base import Problem, Signal, has_rows, kind_of
-from metapl.updates import Cotangents, Parameters, Update
+from metapl.updates import Cotangents, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
 
@@ -48,12 +48,8 @@ class Entry:
     """The student's input in a micro-batch where the signal enters it: the input once, and its graph from the signal.
 
     Feedback passes take the derivative in the input itself, and the graph takes it on to the signal. So nothing is made
-    a second time, and ``student_input`` may draw noise.
-
-    Args:
-        problem, batch: ``student_input`` of this problem, on this micro-batch.
-        signal: the signal about it.
-        in_graph: the input is made from the signal's own tensors, in their graph; else from leaves in their places.
+    a second time, and ``student_input`` may draw noise. ``in_graph``: the input is made from the signal's own tensors,
+    in their graph; else from leaves in their places.
     """
 
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
@@ -61,17 +57,11 @@ class Entry:
         self.fields = floating if in_graph else as_leaves(floating)
         self.graph = student_input(problem, batch, replace(signal, **self.fields), list(self.fields.values()))
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
-
-    def given(self, in_graph: bool) -> Any:
-        """The input, with its graph or without."""
-        return self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
+        self.given = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
     def as_leaves(self, widened: bool) -> tuple[list[Tensor], Any]:
-        """The tensors of the input that depend on the signal, as leaves, and the input with these in their places.
-
-        Args:
-            widened: leaves in float32 or wider.
-        """
+        """The tensors of the input that depend on the signal, as leaves (``widened``: in float32 or wider), and the
+        input with these in their places."""
         leaves = [(wide(t) if widened else t).detach().requires_grad_() for t in self._entering]
         places = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
         return leaves, pytree.tree_map_only(Tensor, lambda t: places.get(id(t), t), self.graph)
@@ -87,9 +77,8 @@ class Entry:
 
     def read(self) -> list[str]:
         """The fields that the input depends on."""
-        return [
-            name for name, t in self.in_fields([torch.ones_like(t) for t in self._entering]).items() if t is not None
-        ]
+        found = self.in_fields([torch.ones_like(t) for t in self._entering])
+        return [name for name, t in found.items() if t is not None]
 
 
 @dataclass(frozen=True)
@@ -105,6 +94,9 @@ class InnerStep:
         grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
         entries: how the signal enters the student's input, micro-batch by micro-batch; empty where it does not.
+
+    Attributes:
+        student: whose step this is.
     """
 
     problem: Problem
@@ -117,6 +109,25 @@ class InnerStep:
     state: Any
     entries: Sequence[Entry] = ()
 
+    @cached_property
+    def student(self) -> LocalStudent:
+        return self.passes[0].student
+
+    @property
+    def params(self) -> Tree:
+        """θ."""
+        return self.passes[0].params
+
+    @property
+    def space(self) -> Space:
+        """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
+        return self.student.space
+
+    @property
+    def learning_rate(self) -> float | None:
+        """η, or None if the optimizer does not expose it."""
+        return self.update.learning_rate
+
     @property
     def kept(self) -> bool:
         """Whether θ, g and the state are there; :meth:`again` computes them again."""
@@ -125,7 +136,7 @@ class InnerStep:
     def forgotten(self) -> InnerStep:
         """The step without θ, g and the optimizer's state."""
         for part in self.passes:
-            part.forget()
+            part.params = {}
         return replace(self, grads={}, state=None)
 
     def again(self, params: Tree, state: Any) -> InnerStep:
@@ -139,14 +150,6 @@ class InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
         step = replace(self, signal=signal, grads={}).again(self.params, self.state)
         return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
-
-    def inputs_of(self, signal: Signal) -> list[Tensor]:
-        """The tensors of the student's inputs on another signal; empty where the signal does not enter them."""
-        if not self.entries:
-            return []
-        pieces = zip(self._batches, signal.chunks(len(self.passes)), strict=True)
-        inputs = [student_input(self.problem, x, part) for x, part in pieces]
-        return [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -166,12 +169,7 @@ class InnerStep:
     @cached_property
     def gradient(self) -> Tree:
         """g, without a graph."""
-        return {name: g.detach() for name, g in self.grads.items()}
-
-    @property
-    def params(self) -> Tree:
-        """θ."""
-        return self.passes[0].params
+        return {name: g.detach() if g.requires_grad else g for name, g in self.grads.items()}
 
     @cached_property
     def moved(self) -> tuple[Tree, Any]:
@@ -189,26 +187,7 @@ class InnerStep:
         """θ′, without a graph. Unlike :attr:`moved`, it does not keep s′, which one step of the student never reads."""
         kept = "moved" in self.__dict__ or any(g.requires_grad for g in self.grads.values())
         params = self.moved[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
-        return {name: p.detach() for name, p in params.items()}
-
-    def commit(self, parameters: Parameters) -> None:
-        """Take the step, from the parameters and the optimizer's state as they are now."""
-        self.update.commit(parameters, self.gradient, lambda: self.moved)
-
-    @property
-    def student(self) -> LocalStudent:
-        """The student whose step this is."""
-        return self.passes[0].student
-
-    @property
-    def space(self) -> Space:
-        """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
-        return self.student.space
-
-    @property
-    def learning_rate(self) -> float | None:
-        """η, or None if the optimizer does not expose it."""
-        return self.update.learning_rate
+        return {name: p.detach() if p.requires_grad else p for name, p in params.items()}
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
@@ -227,22 +206,13 @@ class InnerStep:
         """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
         parts = len(self.passes)
         # Outputs that the loss keeps have a graph, by which an outer loss that reads them is refused.
-        chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in outputs.chunk(parts)]
+        given = outputs.chunk(parts) if parts > 1 else (outputs,)
+        chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in given]
         pieces = zip(chunks, signal.chunks(parts), self._batches, strict=True)
         params = params if type(params) is not dict else CopiedParams(params)
         with torch.enable_grad():
             losses = joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
         return losses if torch.is_grad_enabled() else losses.detach()
-
-    def mean_over_batch(self, losses: Tensor) -> Tensor:
-        """This rank's share of (1/B) Σ ℓ_i, B being the rows of all ranks: the shares add up to the mean."""
-        ranks = self.student.ranks
-        return losses.mean() if ranks.alone else losses.mean() / ranks.size
-
-    @property
-    def rounded_to(self) -> torch.dtype:
-        """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
-        return self.passes[0].rounded_to
 
     @property
     def shifted_dtype(self) -> torch.dtype:
@@ -259,11 +229,9 @@ class InnerStep:
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
         given = self.params, self.gradient, self.state, v
-        return (
-            self._as_params(self.update.pullback(*_double(given)))
-            if self.student.half
-            else self.update.pullback(*given)
-        )
+        if self.student.half:
+            return self._as_params(self.update.pullback(*_double(given)))
+        return self.update.pullback(*given)
 
     def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
         """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision, in float64.
@@ -287,12 +255,8 @@ class InnerStep:
             yield lambda w: mean_tree([product(w) for product in products])
 
     def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
-        """The adjoint of this step, from the cotangents of θ′ and s′.
-
-        Args:
-            v, state_cotangent: the cotangents of θ′ and s′; None: zero.
-            fields: the fields of the signal, with the values at which the mixed derivatives are taken.
-        """
+        """The adjoint of this step, from the cotangents of θ′ and s′ (None: zero); the mixed derivatives are taken at
+        these values of the signal's fields."""
         bar = self.vjp(v, state_cotangent)
         hessian, in_signal = self.second_derivatives(bar.gradient, fields)
         params = {name: t + hessian[name] for name, t in bar.params.items()}
@@ -335,13 +299,8 @@ class InnerStep:
     def _by_parts(
         self, derive: Callable[..., tuple[Any, Any]], fields: Mapping[str, Tensor], *, widened: bool = False
     ) -> tuple[list[Any], list[Any]]:
-        """The results of a function of each pass, its loss, the leaves of the fields and of the input, and the input.
-
-        Args:
-            derive: the function, of a pass and these.
-            fields: the fields of the signal, with the values at which derivatives are taken.
-            widened: leaves in float32 or wider.
-        """
+        """The results of a function of each pass, its loss, the leaves of the fields (``widened``: in float32 or wider)
+        and of the input, and the input."""
         parts = len(self.passes)
         results = []
         for i, (part, signal, x) in enumerate(self.pieces()):
@@ -360,16 +319,9 @@ class InnerStep:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
 
 
-@dataclass(frozen=True)
-class Adjoint:
-    """The result of :meth:`InnerStep.adjoint`.
-
-    Args:
-        w: the cotangent of g.
-        params, state: the cotangents of θ, including the Hessian product, and of the state before the step.
-        in_signal: the derivative of ⟨g, w⟩ in each field of the signal, which is minus the feedback; None for a field
-            that the inner loss does not depend on.
-    """
+class Adjoint(NamedTuple):
+    """The cotangents w of g, of θ (with the Hessian product) and of the state before a step; and the derivative of
+    ⟨g, w⟩ in each field of the signal, which is minus the feedback, None where the inner loss does not depend on it."""
 
     w: Tree
     params: Tree
@@ -394,30 +346,16 @@ def _joined_mean(pieces: Sequence[Tensor | None], parts: int) -> Tensor | None:
 
 
 def student_input(problem: Problem, batch: Any, signal: Signal | None = None, known: Sequence[Tensor] = ()) -> Any:
-    """The student's input in an inner batch, refused if it depends on tensors other than known ones.
-
-    Args:
-        problem, batch: whose.
-        signal: for a problem that makes the input from the signal.
-        known: the signal's tensors that may require a gradient.
-    """
-    name, make = f"{kind_of(problem)}.student_input", problem.student_input
-    args = (batch,) if signal is None else (batch, signal)
+    """The student's input in an inner batch, refused if it depends on tensors other than known ones: those of the
+    ``signal``, where it is made from it, that may require a gradient."""
     given = {"batch": batch} if signal is None else {"batch": batch, "signal": vars(signal)}
-    inputs = unchanged(name, given, make, *args)
-    found = stranger(tensors_in(inputs), known)
-    if found is not None:
-        raise MetaplError(
-            f"{name} returned an input that depends on {described(found)}, that requires a gradient, such as a weight "
-            "of the teacher or a parameter of the problem. The feedback is on the signal alone, so this gradient would "
-            "be lost; expected student_input(batch, signal), which makes the input from what signal() returned (the "
-            "feedback goes through it), or an input without a gradient: x.detach()."
-        )
-    return inputs
-
-
-IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
-"""The remedy for a loss that reads a tensor that the feedback knows nothing of."""
+    mend = (
+        "such as a weight of the teacher or a parameter of the problem. The feedback is on the signal alone, so this "
+        "gradient would be lost; expected student_input(batch, signal), which makes the input from what signal() "
+        "returned (the feedback goes through it), or an input without a gradient: x.detach()."
+    )
+    args = (batch,) if signal is None else (batch, signal)
+    return _made_input(problem, "student_input", given, known, mend, *args)
 
 
 def outer_batch(problem: Problem, batch: Any) -> Any:
@@ -427,16 +365,31 @@ def outer_batch(problem: Problem, batch: Any) -> Any:
 
 def outer_input(problem: Problem, batch: Any) -> Any:
     """The student's input in an outer batch, refused if it requires a gradient."""
-    name = f"{kind_of(problem)}.outer_input"
-    inputs = unchanged(name, {"batch": batch}, problem.outer_input, batch)
-    found = stranger(tensors_in(inputs), ())
+    mend = (
+        "The feedback is on the signal about the inner batch alone, so this gradient would be lost; expected an input "
+        "without one: x.detach()."
+    )
+    return _made_input(problem, "outer_input", {"batch": batch}, (), mend, batch)
+
+
+def _made_input(
+    problem: Problem, method: str, given: Mapping[str, Any], known: Sequence[Tensor], mend: str, *args: Any
+) -> Any:
+    make = getattr(problem, method)
+    if own_code(make):
+        return make(*args)
+    name = f"{kind_of(problem)}.{method}"
+    inputs = unchanged(name, given, make, *args)
+    found = stranger(tensors_in(inputs), known)
     if found is not None:
         raise MetaplError(
-            f"{name} returned an input that depends on {described(found)}, that requires a gradient. The feedback is "
-            "on the signal about the inner batch alone, so this gradient would be lost; expected an input without one: "
-            "x.detach()."
+            f"{name} returned an input that depends on {described(found)}, that requires a gradient. {mend}"
         )
     return inputs
+
+
+IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
+"""The remedy for a loss that reads a tensor that the feedback knows nothing of."""
 
 
 class CopiedParams(dict[str, Tensor]):
@@ -485,9 +438,9 @@ class InnerLoss:
         self, problem: Problem, signal: Signal, batch: Any, student: LocalStudent, credits: Credits = "nothing"
     ) -> None:
         self.problem, self.batch, self.student = problem, batch, student
-        self.credits: Credits = credits
+        self.credits: Credits = "nothing" if own_code(problem.inner_loss) else credits
         self.others: Tree = {}
-        if credits != "nothing" and signal.sampled:
+        if self.credits != "nothing" and signal.sampled:
             others = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
             self.others = as_leaves({n: t for n, t in others.items() if t is not None and t.is_floating_point()})
             signal = replace(signal, **self.others)
@@ -496,17 +449,26 @@ class InnerLoss:
         self.drew = False
 
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
+        if own_code(self.problem.inner_loss):  # which reads the outputs and the signal's value
+            losses = self.problem.inner_loss(outputs, self.signal, self.batch)
+            self.losses = losses.detach()
+            return losses.mean()
         given = vars(self.signal)
         weights = params if type(params) is dict else {}  # those of a sharded student cannot be read
         handed = CopiedParams(weights) if weights else params
         who = "the problem's inner_loss"
-        changeable = {"outputs": outputs, "signal": given, "batch": self.batch, "params": weights}
+        changeable = {"outputs": outputs, "signal": given, "batch": self.batch}
         start = RandomState.now(outputs.device) if self.credits != "nothing" else None
         losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, handed)
         if start is not None:
             self.drew = not RandomState.now(outputs.device).same(start)
             if self.drew and self.credits in ("signal", "example") and not self.student.double_backward:
-                raise _random_loss(self.signal)
+                raise MetaplError(
+                    "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode "
+                    "takes its derivatives in a second pass over it, which would draw others. Draw them in signal(), "
+                    "and give them to the loss in a field of the signal, or drop out in the student."
+                    + (' mode="unrolled" takes the loss as it is.' if not self.signal.sampled else "")
+                )
         if isinstance(handed, CopiedParams) and any(t._version for t in handed.copies.values()):
             raise changed_in_place(who, ["params"])
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
@@ -523,15 +485,6 @@ class InnerLoss:
         refuse_stranger(who, other, IN_THE_SIGNAL)
         self.losses = losses.detach()
         return losses.mean()
-
-
-def _random_loss(signal: Signal) -> MetaplError:
-    return MetaplError(
-        "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes its "
-        "derivatives in a second pass over it, which would draw others. Draw them in signal(), and give them to "
-        "the loss in a field of the signal, or drop out in the student."
-        + (' mode="unrolled" takes the loss as it is.' if not signal.sampled else "")
-    )
 
 
 def _other_field(method: str, name: str) -> MetaplError:
@@ -556,7 +509,7 @@ def refuse_unread_labels(step: InnerStep, taken: Sequence[InnerLoss]) -> None:
     """Refuse a loss, and an input, that are the same for the labels drawn for other examples; a differentiable signal
     that is not read shows in its feedback."""
     signal = step.signal
-    if not signal.sampled:
+    if not signal.sampled or (own_code(step.problem.inner_loss) and not step.entries):
         return
     for name in dict.fromkeys(name for entry in step.entries for name in entry.read()):
         raise _other_field("student_input", name)
@@ -565,7 +518,10 @@ def refuse_unread_labels(step: InnerStep, taken: Sequence[InnerLoss]) -> None:
 
     def at(signal: Signal) -> list[Tensor]:
         with replayed(start), torch.no_grad():
-            return [step.inner_losses(step.outputs, signal, params), *step.inputs_of(signal)]
+            pieces = zip(step._batches, signal.chunks(len(step.passes)), strict=True)
+            made = [student_input(step.problem, x, part) for x, part in pieces] if step.entries else []
+            inputs = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
+            return [step.inner_losses(step.outputs, signal, params), *inputs]
 
     again = step.entries or any(loss.drew for loss in taken)
     here = at(signal) if again else [joined([loss.losses for loss in taken])]

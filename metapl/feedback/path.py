@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
 from metapl.execution.batch import micro_batches
-from metapl.execution.buffers import unchanged
+from metapl.execution.buffers import own_code, unchanged
 from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
-from metapl.execution.local import LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
@@ -38,8 +37,6 @@ from metapl.feedback.inner_step import (
 from metapl.feedback.means import MeanCheck
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, revises, sum_and_weight
 from metapl.updates import Update
-
-NOTHING = nullcontext()
 
 REPEATS = 3
 """A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
@@ -96,13 +93,17 @@ class Path:
         loss = self._outer_loss_at(self.student.params)
         for _ in range(REPEATS if self.student.first else 0):
             again = self.student.loss(self.student.params, *self._outer_pass(), learned=True)
-            check_outer_loss(again, loss, SAME_LOSS[self.steps[0].rounded_to])
+            check_outer_loss(again, loss, SAME_LOSS[self.steps[0].passes[0].rounded_to])
         return loss
 
     def known_outer_loss(self) -> dict[str, Tensor]:
         """``{"outer_loss": L(θ′)}`` if an estimator has computed it, else an empty dict."""
         known = "_outer" in self.__dict__ or "outer_loss" in self.__dict__
         return {"outer_loss": self.outer_loss} if known else {}
+
+    @cached_property
+    def _outer(self) -> tuple[Tensor, Tree]:
+        return self.student.loss_and_gradient(self.params, *self._outer_pass())
 
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
@@ -202,11 +203,7 @@ class Path:
             self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
-            step.commit(self.student.parameters)
-
-    @cached_property
-    def _outer(self) -> tuple[Tensor, Tree]:
-        return self.student.loss_and_gradient(self.params, *self._outer_pass())
+            self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "moved"))
 
     def _outer_loss_at(self, params: Tree) -> Tensor:
         return self.student.loss(params, *self._outer_pass())
@@ -226,25 +223,28 @@ class Path:
         """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
 
         def loss(outputs: Tensor, params: Tree) -> tuple[Tensor, Tensor | float]:
-            name = "the problem's outer_loss"
-            # With a graph from the outputs on also where the student runs without one, so that another way is seen.
-            with torch.enable_grad():
-                given = {"outputs": outputs, "batch": batch}
-                value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
-            found = stranger([value], [outputs])
-            if id(found) in self.student.own:
-                raise MetaplError(
-                    "the problem's outer_loss reads a weight of the student from elsewhere, or what another pass has "
-                    "made of it, such as outputs that inner_loss kept, so the feedback would be wrong; expected a loss "
-                    "of the outputs and the batch that it is given."
-                )
-            refuse_stranger(name, found, IN_THE_SIGNAL)
-            kinds.add(isinstance(weight, Tensor))
-            if len(kinds) > 1:
-                raise MetaplError(
-                    "the problem's outer_loss returned a scalar on one micro-batch and (sum, weight) on another; "
-                    "expected the same of all: where nothing is left to judge, a sum and a weight of 0."
-                )
+            if own_code(self.problem.outer_loss):
+                value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+            else:
+                name = "the problem's outer_loss"
+                # With a graph from the outputs on also where the student runs without one, so that another way is seen.
+                with torch.enable_grad():
+                    given = {"outputs": outputs, "batch": batch}
+                    value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
+                found = stranger([value], [outputs])
+                if id(found) in self.student.own:
+                    raise MetaplError(
+                        f"{name} reads a weight of the student from elsewhere, or what another pass has made of it, "
+                        "such as outputs that inner_loss kept, so the feedback would be wrong; expected a loss of the "
+                        "outputs and the batch that it is given."
+                    )
+                refuse_stranger(name, found, IN_THE_SIGNAL)
+                kinds.add(isinstance(weight, Tensor))
+                if len(kinds) > 1:
+                    raise MetaplError(
+                        f"{name} returned a scalar on one micro-batch and (sum, weight) on another; expected the same "
+                        "of all: where nothing is left to judge, a sum and a weight of 0."
+                    )
             if self.student.ranks.copies > 1:
                 check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
             if check is not None:
@@ -321,6 +321,21 @@ def take_steps(
     ranks, entering, shared = student.ranks, enters_input(problem), first and max(student.ranks.size, parts) > 1
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), [], keep_every, shared)
     several = keep_graph and len(batches) > 1
+
+    def asked(x: Any, outputs: Tensor | None) -> Signal:  # line 2: ŷ ~ T(x), or the soft label
+        with ranks.agreed():
+            signal = teach(x, outputs).detached()
+        if ranks.copies > 1:
+            check_copies(list(signal.fields().values()), "signals of the teacher", ranks)
+        return signal
+
+    def joined(signals: Sequence[Signal]) -> Signal:
+        """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
+        whole = joined_signals(signals)
+        for t in whole.differentiable().values() if keep_graph else ():
+            t.requires_grad_()
+        return whole
+
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
     for batch in batches:
@@ -331,23 +346,23 @@ def take_steps(
         losses: list[InnerLoss] = []
         found: list[tuple[Tensor, Tree]] = []
         entries: list[Entry] = []
-        signals = [_asked(teach, x, None, ranks) for x in pieces] if entering else []
-        whole = _leaf(signals, keep_graph) if entering else None
+        signals = [asked(x, None) for x in pieces] if entering else []
+        whole = joined(signals) if entering else None
         told = signals if whole is None else whole.chunks(parts)
         for i, x in enumerate(pieces):
             if entering:
                 entries.append(Entry(problem, x, told[i], keep_graph))
-            inputs = entries[i].given(keep_graph) if entering else student_input(problem, x)
+            inputs = entries[i].given if entering else student_input(problem, x)
             with refuse_checkpoints() if several else NOTHING:
-                passes.append(student.run(params, inputs))  # z = S(x_u; θ)
+                passes.append(student.run(params, inputs))  # z = S(x; θ)
             _check(problem, passes[i].outputs, path.labeled[i], x, ranks)
             if not entering:
-                signals.append(_asked(teach, x, passes[i].outputs, ranks))  # line 2: ŷ ~ T(x), or the soft label
+                signals.append(asked(x, passes[i].outputs))
             if entering or not keep_graph:
                 losses.append(InnerLoss(problem, told[i], x, student, credits))
                 found.append(passes[i].gradient(losses[i]))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
         if whole is None:
-            whole = _leaf(signals, keep_graph)
+            whole = signals[0] if parts == 1 and not keep_graph else joined(signals)
         if not found:  # no graph is freed before the path is differentiated in the signal as a whole
             for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
                 losses.append(InnerLoss(problem, part, x, student, credits))
@@ -366,22 +381,6 @@ def take_steps(
     return path
 
 
-def _asked(teach: Teach, x: Any, outputs: Tensor | None, ranks: Ranks) -> Signal:
-    with ranks.agreed():
-        signal = teach(x, outputs).detached()
-    if ranks.copies > 1:
-        check_copies(list(signal.fields().values()), "signals of the teacher", ranks)
-    return signal
-
-
-def _leaf(signals: Sequence[Signal], keep_graph: bool) -> Signal:
-    """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
-    whole = joined_signals(signals)
-    for t in whole.differentiable().values() if keep_graph else ():
-        t.requires_grad_()
-    return whole
-
-
 def _check(problem: Problem, outputs: Tensor, labeled: Any, unlabeled: Any, ranks: Ranks) -> None:
     """Refuse outputs of the student that are wrong on a rank, or do not go with the batches."""
     if ranks.copies > 1:
@@ -389,4 +388,4 @@ def _check(problem: Problem, outputs: Tensor, labeled: Any, unlabeled: Any, rank
     with ranks.agreed():
         given = {"outputs": outputs, "labeled": labeled, "unlabeled": unlabeled}
         unchanged("the problem's check", given, problem.check, *given.values())
-        checks.finite_student(outputs)
+        checks.refuse_not_finite(outputs, checks.DIVERGED.format("student"))

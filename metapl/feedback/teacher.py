@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from metapl.execution.batch import length
 from metapl.execution.buffers import Slots, State, unchanged
 from metapl.execution.compiled import runs_compiled
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path, overwritten_explained
+from metapl.execution.local import NOTHING
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks, rows_shared
 from metapl.execution.rng import RandomState, replayed
@@ -37,10 +38,10 @@ class TeacherPass:
         student_outputs: S(x_u; θ_S), detached; the signal may depend on them. None: the student has not run, because
             the signal enters its input.
         generator: for drawing labels.
-        ranks: the processes that share the batch.
-        slots: of the teacher; None: to be found.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
+        ranks: the processes that share the batch.
+        slots: of the teacher; None: to be found.
     """
 
     def __init__(
@@ -57,27 +58,31 @@ class TeacherPass:
         self.ranks = ranks
         self.teacher, self.problem, self.batch = teacher, problem, batch
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
-        self.rows = length(batch) if student_outputs is None else len(student_outputs)
-        given = tensors_in(batch)[0]
-        self.device, self._on_host = given.device, not checks.waits(given)
         self._slots = Slots(teacher) if slots is None else slots
-        if recompute:
-            self._random = RandomState.now(self.device)
-            self._state = State(self._slots.parts)
-            self._generator_state = None if generator is None else generator.get_state()
-            kept = journal()
-            with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
-                self.signal = self._run()
-        else:
+        if not recompute:
+            self.signal = self._run()
+            return
+        self._random = RandomState.now(tensors_in(batch)[0].device)
+        self._state = State(self._slots.parts)
+        self._generator_state = None if generator is None else generator.get_state()
+        kept = journal()
+        with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
             self.signal = self._run()
 
     def with_graph(self) -> Signal:
         """The signal with the teacher's graph, computed again if it was made without."""
         if not self.recompute:
             return self.signal
-        label_draws = _replayed_generator(self.generator, self._generator_state)
-        with replayed(self._random), label_draws, self._state.again(self._slots):
-            again = self._run()
+        generator, drawn = self.generator, self._generator_state
+        before = None if generator is None else generator.get_state()
+        try:
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+            with replayed(self._random), self._state.again(self._slots):
+                again = self._run()
+        finally:
+            if generator is not None and before is not None:
+                generator.set_state(before)
         for name, t in vars(self.signal).items():
             if t is not None:
                 check_recomputed(getattr(again, name).detach(), t.detach())
@@ -94,79 +99,33 @@ class TeacherPass:
             except (AttributeError, TypeError) as error:
                 if outputs is not None or "NoneType" not in str(error):
                     raise
+                kind = kind_of(self.problem)
                 raise MetaplError(
-                    f"{kind_of(self.problem)}.signal reads the student's outputs, and {kind_of(self.problem)}."
-                    "student_input(batch, signal) makes the student's input from the signal, so the student has not "
-                    "run yet and student_outputs is None; expected a signal of the teacher and the batch alone, or "
-                    f"student_input(batch). ({error})"
+                    f"{kind}.signal reads the student's outputs, and {kind}.student_input(batch, signal) makes the "
+                    "student's input from the signal, so the student has not run yet and student_outputs is None; "
+                    f"expected a signal of the teacher and the batch alone, or student_input(batch). ({error})"
                 ) from error
         return check_signal(signal, self.problem)
 
-    @property
-    def has_frozen(self) -> bool:
-        """Whether the teacher has parameters that it does not learn, which a pass may move."""
-        return self._slots.has_frozen
-
     def watched(self, inputs: Any = None) -> AbstractContextManager[object]:
         """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
-        if self._slots.spread:
+        slots = self._slots
+        if slots.weights is not None:
+            return NOTHING  # they are compared at the end of the step
+        if slots.spread:
             return weights_watched([], "teacher", inputs, looking=False)
-        frozen = self._slots.has_frozen
         eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
-        values = eager and self._on_host and self._slots.small and self._slots.looked_at and not frozen
-        looking = eager and not values and (self._on_host or frozen)
-        return weights_watched(self._slots.by_part, "teacher", inputs, looking=looking, values=values)
+        on_host = inputs is None or not checks.waits(tensors_in(inputs)[0])
+        looking = eager and (on_host or slots.has_frozen)
+        return weights_watched(slots.by_part, "teacher", inputs, looking=looking)
 
 
-@contextmanager
-def _replayed_generator(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
-    """Draw from ``state`` in this block; afterwards the generator is as it was before."""
-    if generator is None or state is None:
-        yield
-        return
-    before = generator.get_state()
-    generator.set_state(state)
-    try:
-        yield
-    finally:
-        generator.set_state(before)
+Objective = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
+them; and the norms of the gradients of the feedback and of these at the teacher's outputs."""
 
 
-@dataclass(frozen=True)
-class FeedbackScale:
-    """How much the feedback counts beside the teacher's own losses.
-
-    Args:
-        value: the factor of the feedback; with ``relative``, the ratio of the norms of the gradients of the feedback
-            and of the own losses, at the teacher's outputs.
-        relative: see ``value``.
-    """
-
-    value: float
-    relative: bool = False
-
-    def factor(self, feedback: Tensor, own: Tensor) -> Tensor | float:
-        """The factor of the feedback, from the two norms, which stay on the device."""
-        if not self.relative:
-            return self.value
-        factor = self.value * own / feedback.clamp_min(torch.finfo(feedback.dtype).tiny)
-        return torch.where(feedback > 0, factor, 0.0)
-
-
-@dataclass(frozen=True)
-class TeacherLosses:
-    """The teacher's objective in its parts, without a graph.
-
-    Args:
-        scalars: ``teacher_loss``, the sum of the teacher's own losses, and ``teacher_<name>`` for each of them.
-        sizes: the norms of the gradients at the teacher's outputs: ``feedback``, and ``own`` losses.
-    """
-
-    scalars: dict[str, Tensor]
-    sizes: dict[str, Tensor]
-
-
-def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int, ranks: Ranks) -> dict[str, Tensor]:
+def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
     """The scalars of a step: means over its micro-batches, and ``feedback_ratio``, NaN without own losses.
 
     Args:
@@ -176,18 +135,17 @@ def teacher_scalars(objectives: Sequence[TeacherLosses], parts: int, ranks: Rank
         ranks: the processes over which these are means too.
     """
     last = objectives[-parts:]
-    feedback = _norm([objective.sizes["feedback"] for objective in objectives])
-    own = _norm([objective.sizes["own"] for objective in last])
-    ratio = torch.where(own > 0, feedback / own, torch.nan)
-    scalars = last[0].scalars if parts == 1 else mean_scalars([objective.scalars for objective in last])
-    found = {**scalars, "feedback_ratio": ratio}
-    return found if ranks.alone else ranks.mean_scalars(found)
+    feedback, own = _norm([feedback for _, feedback, _ in objectives]), _norm([own for *_, own in last])
+    scalars = mean_scalars([scalars for scalars, *_ in last])
+    scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
+    return scalars if ranks.alone else ranks.mean_scalars(scalars)
 
 
-def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
-    if not terms:
-        return torch.zeros_like(like)
-    return terms[0] if len(terms) == 1 else torch.stack(list(terms)).sum()
+def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The scalars of a step: the means over its micro-batches."""
+    if len(scalars) == 1:
+        return dict(scalars[0])
+    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
 
 
 def _norm(sizes: Sequence[Tensor]) -> Tensor:
@@ -199,112 +157,113 @@ class TeacherStep(TeacherPass):
 
     def __init__(self, teacher: nn.Module, *given: Any) -> None:
         self._outputs: list[Tensor] = []
-        self._is_shared = self._nested = False
+        self._nested = False
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
-        self._weights = {id(p) for p in self._slots.learned.values()}
 
     def _run(self) -> Signal:
-        with self._recording():
+        recording = self.teacher.register_forward_hook(self._record)
+        try:
             return super()._run()
+        finally:
+            recording.remove()
+
+    def _record(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Collect the outputs of the teacher: the gradients of its losses are measured at these."""
+        # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that of
+        # the losses alone.
+        views: dict[int, Tensor] = {}
+        self._nested |= any(t.requires_grad for t in tensors_in(args))
+
+        def viewed(t: Any) -> Any:
+            if t.requires_grad and id(t) not in views:
+                views[id(t)] = t.view_as(t) if t.layout == torch.strided and not t.is_nested else t
+            return views.get(id(t), t)
+
+        output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
+        # A weight that is returned as it is has no gradient under no_grad.
+        self._outputs += [t for t in views.values() if t.requires_grad]
+        return output
 
     def backward(
         self,
         feedback: Feedback,
-        scale: FeedbackScale,
+        weight: float,
+        ratio: float | None,
         losses: Sequence[TeacherLoss],
         labeled: Any,
         step: int,
         parts: int = 1,
-    ) -> TeacherLosses:
-        """Algorithm 1, lines 5-7: add the gradient of scale·(−Σ h·signal) + Σ own losses / parts to the weights'."""
+    ) -> Objective:
+        """Algorithm 1, lines 5-7: add the gradient of weight·(−Σ h·signal) + Σ own losses / parts to the weights'.
+
+        With a ``ratio``, the weight is the one at which this is the ratio of the norms of the gradients of the feedback
+        and of the own losses at the teacher's outputs.
+
+        The norms are NaN for a loss that also depends on the teacher's weights other than through these outputs, and
+        where the processes hold shares of one gradient, whose norm is not found from theirs.
+        """
         signal = self.with_graph()
-        with self._recording(), rows_shared(self.ranks), self.watched() if self.has_frozen else nullcontext():
-            terms = sum_of_terms(
-                self.teacher,
-                losses,
-                labeled=labeled,
-                unlabeled=self.batch,
-                signal=signal,
-                step=step,
-                kind="teacher loss",
-            )
+        recording = self.teacher.register_forward_hook(self._record)
+        try:
+            with rows_shared(self.ranks), self.watched() if self._slots.has_frozen else NOTHING:
+                terms = sum_of_terms(
+                    self.teacher,
+                    losses,
+                    labeled=labeled,
+                    unlabeled=self.batch,
+                    signal=signal,
+                    step=step,
+                    kind="teacher loss",
+                )
+        finally:
+            recording.remove()
         if self.ranks.copies > 1:
             check_copies([*terms.values()], "losses of the teacher", self.ranks)
-        own = {f"teacher_{name}": term for name, term in terms.items()}
         from_feedback = feedback.teacher_loss(signal)
         if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks
             from_feedback = self.ranks.size * from_feedback
-        from_own = _sum(list(own.values()), from_feedback)
+        own = [*terms.values()] or [torch.zeros_like(from_feedback)]
+        from_own = own[0] if len(own) == 1 else torch.stack(own).sum()
         checks.learns(from_own, "teacher")
-        scalars = {name: value.detach() for name, value in own.items()} | {"teacher_loss": from_own.detach()}
-        if (parts > 1 or self.ranks.size > 1) and not has_rows(self.problem, signal, self.rows):
-            if scale.relative:
-                raise MetaplError(
-                    "feedback_ratio is measured row by row at the teacher's outputs, and this signal, which is one for "
-                    "all examples, gets its feedback from several processes; use feedback_weight."
-                )
-            self._is_shared = True
+        scalars = {f"teacher_{name}": term.detach() for name, term in terms.items()}
+        scalars["teacher_loss"] = from_own.detach()
+        from_own = from_own / parts if parts > 1 else from_own
+        rows = length(self.batch) if self.student_outputs is None else len(self.student_outputs)
+        shared = (parts > 1 or self.ranks.size > 1) and not has_rows(self.problem, signal, rows)
+        if shared and ratio is not None:
+            raise MetaplError(
+                "feedback_ratio is measured row by row at the teacher's outputs, and this signal, which is one for "
+                "all examples, gets its feedback from several processes; use feedback_weight."
+            )
+        at_feedback = self._reached(from_feedback, "the signal", ratio)
+        at_own = self._reached(from_own, "a teacher loss", ratio)
+
+        def pooled(size: Tensor) -> Tensor:
+            """Over the rows of all ranks; both sizes are in units of a mean over the ranks."""
+            return size * torch.nan if shared else self.ranks.pooled(size)
+
         with overwritten_explained("teacher"):
-            sizes = self._descend(from_feedback, from_own / parts if parts > 1 else from_own, scale)
-        return TeacherLosses(scalars, sizes)
+            # An output of one loss alone has the gradient of that loss in the pass that is taken anyway.
+            if ratio is None and not self._nested and not {*map(id, at_feedback or ())} & {*map(id, at_own or ())}:
+                total = (from_feedback if weight == 1 else weight * from_feedback) + from_own
+                sizes = _measured(total, [at_feedback, at_own])
+                return scalars, pooled(sizes[0]), pooled(sizes[1])
+            of_feedback = pooled(_measured(from_feedback, [at_feedback], apart=True)[0])
+            of_own = pooled(_measured(from_own, [at_own], apart=True)[0])
+            factor: Tensor | float = weight
+            if ratio is not None:
+                factor = ratio * of_own / of_feedback.clamp_min(torch.finfo(of_feedback.dtype).tiny)
+                factor = torch.where(of_feedback > 0, factor, 0.0)
+            total = factor * from_feedback + from_own
+            if total.requires_grad:
+                total.backward()
+            return scalars, factor * of_feedback, of_own
 
-    def _descend(self, from_feedback: Tensor, from_own: Tensor, scale: FeedbackScale) -> dict[str, Tensor]:
-        """Take the gradient of both losses.
-
-        Returns: the norms of their gradients at the teacher's outputs; NaN for a loss that also depends on the
-        teacher's weights other than through these outputs, and where the processes hold shares of one gradient, whose
-        norm is not found from theirs.
-        """
-        of_feedback = self._reached(from_feedback, "the signal", scale)
-        of_own = self._reached(from_own, "a teacher loss", scale)
-        # An output of one loss alone has the gradient of that loss in the pass that is taken anyway.
-        on_the_way = not (
-            scale.relative or self._nested or any(t is u for t in of_feedback or () for u in of_own or ())
-        )
-        if on_the_way:
-            loss = scale.value * from_feedback + from_own
-            found = _backward_measured(loss, [of_feedback, of_own])
-            factor: Tensor | float = 1.0
-        else:
-            found = [_measured(from_feedback, of_feedback), _measured(from_own, of_own)]
-        # The norms over the rows of all ranks; both are in units of a mean over the ranks.
-        found = [size * torch.nan if self._is_shared else self.ranks.pooled(size) for size in found]
-        if not on_the_way:
-            factor = scale.factor(*found)
-            loss = factor * from_feedback + from_own
-            if loss.requires_grad:
-                loss.backward()
-        return {"feedback": factor * found[0], "own": found[1]}
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Collect the outputs of the teacher in this block: the gradients of its losses are measured at these."""
-
-        def collect(module: nn.Module, args: Any, output: Any) -> Any:
-            # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that
-            # of the losses alone.
-            views: dict[int, Tensor] = {}
-            self._nested |= any(t.requires_grad for t in tensors_in(args))
-
-            def viewed(t: Any) -> Any:
-                if not t.requires_grad:
-                    return t
-                return views.setdefault(id(t), t.view_as(t) if t.layout == torch.strided and not t.is_nested else t)
-
-            output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
-            self._outputs.extend(t for t in views.values() if t.requires_grad)  # a weight has none under no_grad
-            return output
-
-        handle = self.teacher.register_forward_hook(collect)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _reached(self, loss: Tensor, name: str, scale: FeedbackScale) -> list[Tensor] | None:
-        """The teacher's outputs that a loss depends on; None, or with a relative scale an error, if it depends on a
-        weight in another way."""
-        collected = {(t.grad_fn, t.output_nr): t for t in self._outputs}
+    def _reached(self, loss: Tensor, name: str, ratio: float | None) -> list[Tensor] | None:
+        """The teacher's outputs that a loss depends on; None, or with a ratio an error, if it depends on a weight in
+        another way."""
+        weights = {id(p) for p in self._slots.learned.values()}
+        known = {(t.grad_fn, t.output_nr): t for t in self._outputs}
         outputs: list[Tensor] = []
         seen: set[tuple[Node | None, int]] = set()
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
@@ -313,68 +272,42 @@ class TeacherStep(TeacherPass):
             if edge in seen or edge[0] is None:
                 continue
             seen.add(edge)
-            if edge in collected:
-                outputs.append(collected[edge])
-            elif id(getattr(edge[0], "variable", None)) in self._weights:
-                if scale.relative:
+            following = edge[0].next_functions
+            if edge in known:
+                outputs.append(known[edge])
+            elif following:
+                edges += following
+            elif id(getattr(edge[0], "variable", None)) in weights:
+                if ratio is not None:
                     raise MetaplError(
                         f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends "
                         "on the teacher's weights in another way, such as through another method or an output that is "
                         "not a tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
                     )
                 return None
-            else:
-                edges.extend(edge[0].next_functions)
         return outputs
 
 
-def _backward_measured(loss: Tensor, groups: Sequence[list[Tensor] | None]) -> list[Tensor]:
-    """Take the gradient of a loss; the norms of it at groups of tensors, NaN for None."""
-    sizes = [[loss.new_zeros(())] for _ in groups]
-    handles = [
-        t.register_hook(lambda g, found=found: found.append(_length(g, loss)))
-        for found, outputs in zip(sizes, groups, strict=True)
-        for t in outputs or ()
-    ]
+def _measured(loss: Tensor, groups: Sequence[list[Tensor] | None], *, apart: bool = False) -> list[Tensor]:
+    """Take the gradient of a loss; the norms of it at groups of outputs, NaN for None. ``apart``: at the outputs alone,
+    by a backward pass through the head only."""
+    sizes: list[list[Tensor]] = [[] for _ in groups]
+
+    def measure(g: Tensor, found: list[Tensor]) -> Tensor | None:
+        found.append(torch.linalg.vector_norm(wide(g)).to(loss.dtype))
+        return torch.zeros_like(g) if apart else None  # from an output to one that it is computed from, nothing flows
+
+    pairs = [(t, found) for found, outputs in zip(sizes, groups, strict=True) for t in outputs or ()]
+    handles = [t.register_hook(partial(measure, found=found)) for t, found in pairs]
     try:
-        if loss.requires_grad:
+        if apart and pairs:
+            torch.autograd.grad(loss, [t for t, _ in pairs], retain_graph=True, allow_unused=True)
+        elif not apart and loss.requires_grad:
             loss.backward()
     finally:
         for handle in handles:
             handle.remove()
     return [
-        loss.new_full((), torch.nan) if outputs is None else _norm(found)
+        loss.new_full((), torch.nan) if outputs is None else _norm(found) if found else loss.new_zeros(())
         for found, outputs in zip(sizes, groups, strict=True)
     ]
-
-
-def _measured(loss: Tensor, outputs: list[Tensor] | None) -> Tensor:
-    """The norm of a loss's gradient at outputs, NaN for None. Cost: a backward pass through the head only."""
-    if outputs is None:
-        return loss.new_full((), torch.nan)
-    sizes = [loss.new_zeros(())]
-
-    def measure(g: Tensor) -> Tensor:
-        sizes.append(_length(g, loss))
-        return torch.zeros_like(g)  # of an output that is computed from another, nothing flows on to that one
-
-    handles = [t.register_hook(measure) for t in outputs]
-    try:
-        if outputs:
-            torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _norm(sizes)
-
-
-def _length(g: Tensor, loss: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(wide(g)).to(loss.dtype)
-    return length
-
-
-def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scalars of a step: the means over its micro-batches."""
-    if len(scalars) == 1:
-        return dict(scalars[0])
-    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}

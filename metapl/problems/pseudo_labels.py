@@ -79,8 +79,7 @@ class PseudoLabels(Problem):
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
         """Cross-entropy, and UDA where the inner batch has two views: Algorithm 1, lines 6-7."""
-        supervised = CrossEntropy(label_smoothing=0.1)
-        return (supervised, UDA()) if len(views(batch)) == 2 else (supervised,)
+        return LOSSES if len(views(batch)) == 2 else LOSSES[:1]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels that are not classes of the student's outputs."""
@@ -108,3 +107,7 @@ class PseudoLabels(Problem):
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean CE on the labeled batch."""
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
+
+
+LOSSES: tuple[TeacherLoss, ...] = (CrossEntropy(label_smoothing=0.1), UDA())
+"""The teacher's own losses where the inner batch has two views."""

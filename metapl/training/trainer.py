@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
+from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import (
     check_batches,
@@ -37,7 +38,7 @@ from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path, take_steps
-from metapl.feedback.teacher import FeedbackScale, TeacherLosses, TeacherStep, teacher_scalars
+from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal, has_default_losses
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fingerprints import built_with, settings_of
@@ -171,12 +172,12 @@ class BilevelTrainer(Trainer):
             self._teacher_trainer = _TeacherTrainer(self, wrapped, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
-        self._known: LocalStudent | None = None
-        self._looked = False
-        self._kind: tuple[Any, ...] = ()
         self._problem = self.problem
-        self._nobody = nn.Module()
+        # What was found out about the networks stands until they change; a problem without a teacher gets an empty one.
+        self._known: LocalStudent | None = None
+        self._asked = nn.Module() if teacher is None else teacher
         self._slots = Slots(self._asked)
+        self._kind: tuple[Any, ...] = ()
         self._spread = [layout for layout in self._layouts if layout.kind != "plain"]
         self._built = True
 
@@ -219,17 +220,18 @@ class BilevelTrainer(Trainer):
             teacher_steps.append(step)
             return step.signal
 
-        with self._guard(labeled, batches) as (fault, closer):
-            with self._passes:
+        with self._guard(labeled, batches) as (fault, student):
+            first = not student.slots.looked_at
+            with self._run_otherwise() if self.compiled.forwards or self.precision != "float32" else NOTHING:
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                    self._known or self.layout,
+                    student,
                     self.update,
                     self.problem,
                     labeled=labeled,
                     batches=batches,
                     teach=teach,
                     parts=self.accumulate,
-                    first=closer,
+                    first=first,
                     keep_graph=self.mode.keep_graph,
                     keep_every=self.mode.keep_every,
                     credits=self.mode.credits,
@@ -247,7 +249,8 @@ class BilevelTrainer(Trainer):
                 self._teacher_trainer.clip()
             elif self.outer_optimizer is not None:
                 checks.sparse_gradients(self.outer_optimizer, self._asked)
-            with self._both_or_none(first=path.student.first):
+            self._refuse_moves(student)
+            with self._both_or_none() if self._may_fail(first) else NOTHING:
                 path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
                 if self.outer_optimizer is not None:
                     self.outer_optimizer.step()  # line 8: θ_T′
@@ -257,21 +260,19 @@ class BilevelTrainer(Trainer):
             self.steps_done += 1
             return report
 
-    @contextmanager
-    def _both_or_none(self, *, first: bool) -> Iterator[None]:
-        """Put both networks and their optimizers' states back if this block fails.
-
-        Cost: a copy of all of these where the outer optimizer's step may fail: where code of others runs in it, and on
-        the first step where it is none of the best known. Sharded networks are not put back.
-        """
+    def _may_fail(self, first: bool) -> bool:
+        """Whether the outer optimizer's step may fail: where code of others runs in it, and on the first step where it
+        is none of the best known. Sharded networks are not put back."""
         outer = self.outer_optimizer
-        may_fail = outer is not None and (
-            runs_others_code(outer)
-            or (first and type(outer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW))
-        )
-        if outer is None or not may_fail or any(one.is_sharded for one in self._spread):
-            yield
-            return
+        if outer is None or any(one.is_sharded for one in self._spread):
+            return False
+        known = type(outer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+        return (first and not known) or runs_others_code(outer)
+
+    @contextmanager
+    def _both_or_none(self) -> Iterator[None]:
+        """Put both networks and their optimizers' states back if this block fails; cost: a copy of all of these."""
+        outer: Any = self.outer_optimizer
         parameters = self.layout.parameters()
         params = {name: p.detach().clone() for name, p in parameters.items()}
         state = pytree.tree_map_only(Tensor, Tensor.clone, self.update.read_state())
@@ -290,7 +291,7 @@ class BilevelTrainer(Trainer):
 
     def _teacher_backward(
         self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
-    ) -> list[TeacherLosses]:
+    ) -> list[Objective]:
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         if self._teacher_trainer is None:
             return []
@@ -304,7 +305,8 @@ class BilevelTrainer(Trainer):
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
             in_last_batch = i >= len(teacher_steps) - parts
             losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
-            objectives.append(step.backward(h, self._scale, losses, labeled_parts[i % parts], self.steps_done, parts))
+            given = self.feedback_weight, self.feedback_ratio, losses, labeled_parts[i % parts], self.steps_done, parts
+            objectives.append(step.backward(h, *given))
         return objectives
 
     def _report(
@@ -312,7 +314,7 @@ class BilevelTrainer(Trainer):
         path: Path,
         known: dict[str, Tensor],
         feedback: Sequence[Feedback],
-        objectives: Sequence[TeacherLosses],
+        objectives: Sequence[Objective],
         ahead: bool,
         fault: checks.Fault,
     ) -> StepReport:
@@ -352,16 +354,11 @@ class BilevelTrainer(Trainer):
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
                 "expected teacher losses, or wait=0."
             )
-        self._follow_problem()
+        self._teacher_trainer.problem = self.problem
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
         return report
-
-    @property
-    def _passes(self) -> AbstractContextManager[None]:
-        """What the networks' passes run in."""
-        return self._run_otherwise() if self.compiled.forwards or self.precision != "float32" else NOTHING
 
     @contextmanager
     def _run_otherwise(self) -> Iterator[None]:
@@ -371,17 +368,6 @@ class BilevelTrainer(Trainer):
     @property
     def _layouts(self) -> list[Layout]:
         return [layout for layout in (self.teacher_layout, self.layout) if layout is not None]
-
-    @property
-    def _asked(self) -> nn.Module:
-        """The module that the problem's signal is asked of: an empty one for a problem without a teacher."""
-        return self._nobody if self.teacher is None else self.teacher
-
-    @property
-    def _scale(self) -> FeedbackScale:
-        if self.feedback_ratio is None:
-            return FeedbackScale(self.feedback_weight)
-        return FeedbackScale(self.feedback_ratio, relative=True)
 
     def _check_options(self) -> None:
         """Refuse options that are wrong, or do not go together."""
@@ -580,11 +566,11 @@ class BilevelTrainer(Trainer):
             )
 
     @contextmanager
-    def _guard(self, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, bool]]:
+    def _guard(self, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, LocalStudent]]:
         """Begin a step: look at what has changed since the last one, and check the batches. If the step is refused or
         fails, restore everything.
 
-        Yields: the fault of the step's report, and whether to look closer at the networks.
+        Yields: the fault of the step's report, and the student.
         """
         checks.no_inference_mode()
         networks = {"student": self.student, "teacher": self.teacher if self.problem.teacher_reads_inputs else None}
@@ -593,14 +579,19 @@ class BilevelTrainer(Trainer):
         with step_lock, checkpoints_without_reentry():
             for layout in self._spread:
                 layout.begin_step()
-            closer = self._look_closer()
-            slots = [self._slots, *([] if self._known is None else [self._known.slots])]
+            student = self._looked_at()
+            slots = self._slots, student.slots
+            for role, one in zip(("teacher", "student"), slots, strict=True):
+                one.weights = one.compared(role, student.waits) if len(batches) == 1 else None
             with step_guard(*slots, device=self.device, optimizer=outer, generator=generator, explain=explain) as fault:
                 if self.ranks.alone:
                     checks.batches(labeled, batches, self.device)
                 else:
                     check_batches(labeled, batches, self.device, self.ranks)
-                self._follow_problem()
+                if self.problem is not self._problem:  # another was assigned
+                    self._problem, self._checked, self._kind = self.problem, 0, ()
+                    if self._teacher_trainer is not None:
+                        self._teacher_trainer.problem = self.problem
                 if len(batches) != self._checked:
                     check_ahead(self.mode, len(batches), self.problem, self.layout)
                     self._checked = len(batches)
@@ -608,31 +599,42 @@ class BilevelTrainer(Trainer):
                     refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
                 if self.feedback_ratio is not None:
                     self._check_ratio(self.feedback_ratio, len(batches))
-                yield fault, closer
-                self._looked = self._slots.looked_at = True
+                self._given = [(t, t._version) for t in tensors_in((labeled, batches))]
+                try:
+                    yield fault, student
+                except RuntimeError as error:  # autograd's own, where a graph has saved what was changed
+                    self._refuse_changed_batches(error)
+                    raise
+                student.slots.looked_at = self._slots.looked_at = True
 
-    def _follow_problem(self) -> None:
-        """Ask again what depends on the problem, where another was assigned."""
-        if self.problem is not self._problem:
-            self._problem, self._checked, self._kind = self.problem, 0, ()
-            if self._teacher_trainer is not None:
-                self._teacher_trainer.problem = self.problem
-
-    def _look_closer(self) -> bool:
-        """Whether this is the first step, or a network has changed since the last one; what was found out about the
-        student otherwise stands."""
-        if self._slots.module is not self._asked or not self._slots.hold():
+    def _looked_at(self) -> LocalStudent:
+        """The student at the beginning of a step. It is looked at closely on the first one, and where it has changed
+        since the last one; what was found out about it otherwise stands."""
+        if not self._slots.hold():
             self._slots = Slots(self._asked)
         known, sharded = self._known, self.layout.kind == "sharded"  # whose weights come and go
         if known is not None and not sharded and known.holds():
             self.update.follow(known.parameters)
-            known.begin(first=not self._looked)
-        else:
-            self.update.follow(self.layout.parameters())
-            self._looked = self._looked and sharded
-            keep_graph, first = self.mode.keep_graph, not self._looked
-            self._known = student_of(self.layout, self.update.parameters, double_backward=keep_graph, first=first)
-        return not self._looked
+            known.begin(first=not known.slots.looked_at)
+            return known
+        self.update.follow(self.layout.parameters())
+        looked_at = sharded and known is not None and known.slots.looked_at
+        keep_graph = self.mode.keep_graph
+        self._known = student_of(self.layout, self.update.parameters, double_backward=keep_graph, first=not looked_at)
+        self._known.slots.looked_at = looked_at
+        return self._known
+
+    def _refuse_moves(self, student: LocalStudent) -> None:
+        """Refuse a step whose passes have moved weights or batches."""
+        for slots in (self._slots, student.slots):
+            if slots.weights is not None:
+                slots.weights.check()
+                slots.weights = None
+        self._refuse_changed_batches()
+
+    def _refuse_changed_batches(self, cause: Exception | None = None) -> None:
+        if any(t._version != version for t, version in self._given):
+            raise changed_input("a network or a function of the step") from cause
 
 
 _NETWORKS = ("teacher", "student", "inner_optimizer", "outer_optimizer")

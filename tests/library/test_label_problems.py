@@ -270,8 +270,9 @@ def test_a_table_of_anything_but_rows_of_numbers_is_refused(initial: Any) -> Non
 def test_a_row_that_is_not_there_is_told_later_where_reading_it_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "waits", lambda t: True)
     table, fault = Table(torch.arange(3.0)), checks.Fault()
-    with checks.deferred_to(fault):
-        assert table(torch.tensor([-1, 7])).tolist() == [0.0, 2.0]
+    token = checks.deferred.set(fault)
+    assert table(torch.tensor([-1, 7])).tolist() == [0.0, 2.0]
+    checks.deferred.reset(token)
     with pytest.raises(MetaplError, match=r"outside 0\.\.2; Table has 3 rows"):
         fault.raise_if_found()
     monkeypatch.undo()

@@ -738,6 +738,55 @@ def test_writes_that_begin_after_the_first_step(role: str, mode: str, write: str
     trainer.step(**problem.data())
 
 
+class Changed(Later):
+    """Writes to its input when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda net: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(1.0) if self.late else x)
+
+
+class LaterInTheLabeledPass(Late):
+    """As it is told to, in the labeled pass alone, where other tensors stand in for its weights."""
+
+    late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.late else self.head(self.body(x.flatten(1)).tanh())
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_writes_in_the_labeled_pass_that_begin_after_the_first_step(mode: str) -> None:
+    torch.manual_seed(5)
+    later = LaterInTheLabeledPass(WRITES["data"])
+    problem = case(later, torch.float32)
+    x, y = problem.labeled
+    problem = Toy(problem.teacher, later, (x + 100, y), problem.unlabeled, 0)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode])
+    trainer.step(**problem.data())
+    later.late = True
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=r"the student writes to its parameter body\.weight"):
+        trainer.step(**problem.data())
+    assert alike(before, state_of(problem.teacher, problem.student))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_an_input_that_is_changed_in_place_after_the_first_step(role: str) -> None:
+    torch.manual_seed(5)
+    later = Changed()
+    problem = case(later if role == "student" else mlp(), torch.float32, later if role == "teacher" else None)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="reinforce")
+    trainer.step(**problem.data())
+    later.late = True
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match="changed its input in place"):
+        trainer.step(**problem.data())
+    assert alike(before, state_of(problem.teacher, problem.student))
+
+
 def test_a_network_that_is_changed_is_looked_at_again() -> None:
     """Its parts are others than on the first step: as on that one, every operator is looked at."""
     problem = case(nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES)), torch.float64)
