@@ -41,8 +41,7 @@ class LabelAdjuster(nn.Module):
         """Logits (B, C) of the adjusted distributions."""
         if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
             raise MetaplError(
-                f"label_adjuster was given {described(stored_BC)}; expected stored distributions of shape (batch, "
-                f"{self.num_classes})."
+                f"label_adjuster was given {described(stored_BC)}; expected distributions (B, {self.num_classes})."
             )
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()
@@ -59,10 +58,8 @@ def label_adjuster(num_classes: int, hidden: int = 128, layers: int = 5) -> Labe
         hidden: the width of the hidden layers.
         layers: the number of linear layers.
 
-    Returns: the network, a :class:`LabelAdjuster`.
-
+    Returns: a :class:`LabelAdjuster`.
     Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
-
     Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
