@@ -10,7 +10,7 @@ computed (:meth:`InnerStep.tangent` or a difference of outputs), and what gets t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -71,21 +71,19 @@ class Feedback:
         for h in (self.h, *self.others.values()):
             checks.finite_feedback(h)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Feedback:
+        """The same with h, and that on other fields, changed."""
+        return replace(self, h=change(self.h), others={name: change(h) for name, h in self.others.items()})
+
     def divided_by(self, divisor: Tensor | float) -> Feedback:
         """h divided by a positive number."""
-        if isinstance(divisor, float) and divisor == 1.0:
-            return self
-        return replace(self, h=self.h / divisor, others={name: h / divisor for name, h in self.others.items()})
+        return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda h: h / divisor)
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of ``parts`` micro-batches."""
         if self.h.ndim == 0 or parts == 1:
             return [self] * parts
-        others = {name: h.chunk(parts) for name, h in self.others.items()}
-        return [
-            Feedback(h, self.part, {name: chunks[i] for name, chunks in others.items()})
-            for i, h in enumerate(self.h.chunk(parts))
-        ]
+        return [self.mapped(lambda h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
 
 
 class Estimator(ABC):
@@ -145,20 +143,16 @@ class Estimator(ABC):
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
-    skipped = path.steps[: len(path.steps) - len(feedback)]
-    part, others = feedback[0].part, feedback[0].others
-
-    def zeros(signal: Signal, name: str) -> Tensor:
-        return torch.zeros_like(getattr(signal, name))
-
-    return [
+    first = feedback[0]
+    zeros = [
         replace(
-            feedback[0],
-            h=zeros(step.signal, part or "value"),
-            others={name: zeros(step.signal, name) for name in others},
+            first,
+            h=torch.zeros_like(getattr(step.signal, first.part or "value")),
+            others={name: torch.zeros_like(getattr(step.signal, name)) for name in first.others},
         )
-        for step in skipped
-    ] + list(feedback)
+        for step in path.steps[: len(path.steps) - len(feedback)]
+    ]
+    return [*zeros, *feedback]
 
 
 def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
