@@ -41,7 +41,7 @@ class LabelAdjuster(nn.Module):
         """Logits (B, C) of the adjusted distributions."""
         if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
             raise MetaplError(
-                f"label_adjuster was given {described(stored_BC)}; expected distributions (B, {self.num_classes})."
+                f"label_adjuster got {described(stored_BC)}; expected stored distributions (B, {self.num_classes})."
             )
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()

@@ -1,14 +1,8 @@
-r"""Reduced Meta Pseudo Labels: the labels of a teacher that is no longer there, adjusted by a small network.
+"""Reduced Meta Pseudo Labels: the labels of a teacher that is no longer there, adjusted by a small network.
 
 A large teacher is trained first, and its class distributions q on the unlabeled examples are stored. Then a small
 network T adjusts each of them, and plays the teacher's part in Algorithm 1: the student learns the adjusted label, and
 T learns from the labeled loss of the student afterwards. Only the student and T are in memory.
-
-.. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
-          h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
-          = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
-
-The feedback is that of :class:`metapl.PseudoLabels`; T reads q in the place of the input.
 """
 
 from __future__ import annotations
@@ -31,7 +25,9 @@ from metapl.problems.pseudo_labels import PseudoLabels
 class ReducedLabels(PseudoLabels):
     r"""The student learns stored labels as a small network adjusts them.
 
-    .. math:: \ell_i = \mathrm{CE}\big(\mathrm{softmax}(T(q_i)/\tau), S(x_i; \theta)\big)
+    .. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
+              h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
+              = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
 
     An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B, C) of the same
     examples; without the teacher's supervised loss the outer one may be (x, y). The teacher maps stored distributions

@@ -20,10 +20,8 @@ from metapl.runs.fields import Range, check_fields
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
-    """The modules of a network that draw at random while it is trained: dropout and stochastic depth.
-
-    Some of timm's networks call dropout as a function, in a module with a ``drop_rate``: these modules are among them.
-    What lies inside them is not, unless it draws too.
+    """The modules of a network that draw at random while it is trained: dropout and stochastic depth, and modules of
+    timm's with a ``drop_rate``, which call dropout as a function.
 
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']

@@ -45,8 +45,8 @@ class TransformUpdate(Update):
         changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
         if changed:
             raise MetaplError(
-                f"{few(changed, 3)} of the student's trainable parameters were added, removed or replaced since the "
-                "state of the TorchOpt transform was made; build a new BilevelTrainer, or use a torch.optim inner "
+                f"the student's trainable parameters {few(changed, 3)} were added, removed or replaced since the state "
+                "of the TorchOpt transform was made; build a new BilevelTrainer, or use a torch.optim inner "
                 "optimizer and its add_param_group."
             )
 
