@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from metapl.execution.numerics import wide
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]
 """The kind of a signal: differentiable, or sampled."""
+Random = torch.Generator | None
 OuterLoss = Tensor | tuple[Tensor, Tensor | float]
 """A mean over the examples of a batch; or a sum, and the weight that it is to be divided by."""
 
@@ -117,25 +118,23 @@ class BilevelProblem(Protocol):
     defaults.
     """
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    @abstractmethod
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal
         enters the student's input (see :meth:`metapl.problems.Problem.student_input`)."""
-        ...
 
+    @abstractmethod
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """ℓ_i, shape (B,), without the mean over the batch, which metapl takes."""
-        ...
 
+    @abstractmethod
     def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
         """L of the student's outputs on the labeled ``batch``: a scalar, which is a mean over examples, or a pair
         (sum, weight) of scalars for any other mean, such as one over tokens. L is Σ sum / Σ weight over the
         micro-batches and processes that share the batch; the weight carries no gradient."""
-        ...
 
 
-class Problem(ABC):
+class Problem(BilevelProblem):
     """A :class:`BilevelProblem` with defaults for the optional methods."""
 
     teacher_classifies: ClassVar[bool] = False
@@ -151,20 +150,6 @@ class Problem(ABC):
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
-
-    @abstractmethod
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
-        """As in :class:`BilevelProblem`."""
-
-    @abstractmethod
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """As in :class:`BilevelProblem`."""
-
-    @abstractmethod
-    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
-        """As in :class:`BilevelProblem`."""
 
     def student_input(self, batch: Any) -> Any:
         """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple.
@@ -203,7 +188,7 @@ class Problem(ABC):
         """
         return None
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027  # a default, not a duty
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse, with a :class:`metapl.MetaplError`, batches that do not fit the student's outputs; called before
         anything moves."""
 
@@ -247,8 +232,8 @@ class _Completed(Problem):
 
     def __init__(self, given: BilevelProblem) -> None:
         self.given = given
-        for name in {name for name in vars(Problem) if not name.startswith("_")} - {"for_modes"}:
-            if hasattr(given, name):
+        for name in {*vars(Problem), *vars(BilevelProblem)} - {"for_modes"}:
+            if hasattr(given, name) and not name.startswith("_"):
                 setattr(self, name, getattr(given, name))
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:

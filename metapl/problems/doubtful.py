@@ -23,7 +23,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Kind, Params, Problem, Signal
+from metapl.problems.base import Kind, Params, Problem, Random, Signal
 from metapl.runs.memory import out_of_memory
 
 
@@ -74,9 +74,7 @@ class Classification(Problem):
         checks.class_outputs(outputs, "student")
         return F.cross_entropy(outputs, safe_labels(outputs, batch))
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """What the teacher makes of :attr:`asks`, as :meth:`made`; refuse one that takes, or returns, other things."""
         given = self.asked(teacher, batch, student_outputs)
         expected = f"expected a module that maps {self.maps}"
@@ -223,9 +221,7 @@ class LearningToReweight(Weighted):
             )
         return self
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """ε = 0, (B,)."""
         return Signal(student_outputs.new_zeros(len(student_outputs)))
 
@@ -246,14 +242,6 @@ class ExampleWeights(Weighted):
     (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one for each of n examples, all at weight 1/2.
 
     Cost: a step of the student, and what the mode adds. Bias: that of the mode.
-
-    >>> import metapl
-    >>> weights, student = Table(torch.zeros(20)), torch.nn.Linear(4, 3)
-    >>> trainer = metapl.BilevelTrainer(weights, student, "forward", problem=ExampleWeights())
-    >>> x, y, index = torch.randn(6, 4), torch.arange(6) % 3, torch.tensor([3, 0, 19, 7, 8, 5])
-    >>> trainer.step(labeled=(x, y), unlabeled=(x, y, index)).feedback.shape
-    torch.Size([6])
-
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018), data hyper-cleaning.
     """
@@ -277,15 +265,6 @@ class ExampleLabels(Relabeled):
     (B, C), such as ``Table(2 * one_hot(given_labels))``.
 
     Cost: a step of the student, and what the mode adds. Bias: that of the mode.
-
-    >>> import metapl
-    >>> given = torch.arange(20) % 3
-    >>> labels, student = Table(2.0 * torch.nn.functional.one_hot(given)), torch.nn.Linear(4, 3)
-    >>> trainer = metapl.BilevelTrainer(labels, student, "forward", problem=ExampleLabels())
-    >>> x, y, index = torch.randn(6, 4), torch.arange(6) % 3, torch.tensor([3, 0, 19, 7, 8, 5])
-    >>> trainer.step(labeled=(x, y), unlabeled=(x, index)).feedback.shape
-    torch.Size([6, 3])
-
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
@@ -306,15 +285,6 @@ class LabelCorrection(Relabeled):
 
     Cost: a step of the student, a forward and a backward pass of the corrector, and what the mode adds. Bias: that of
     the mode.
-
-    >>> import metapl
-    >>> from metapl.models.corrector import Corrector
-    >>> teacher, student = Corrector(torch.nn.Linear(4, 3), classes=3), torch.nn.Linear(4, 3)
-    >>> trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=LabelCorrection())
-    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
-    >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
-    torch.Size([6, 3])
-
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """
@@ -335,14 +305,6 @@ class NoiseTransition(Classification):
     begins near the identity, "no noise".
 
     Cost: a step of the student, and what the mode adds. Bias: that of the mode.
-
-    >>> import metapl
-    >>> matrix, student = Table(4 * torch.eye(3)), torch.nn.Linear(4, 3)
-    >>> trainer = metapl.BilevelTrainer(matrix, student, "forward", problem=NoiseTransition())
-    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
-    >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
-    torch.Size([3, 3])
-
     Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,
     "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Signal
+from metapl.problems.base import Random, Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels
 
@@ -65,9 +64,7 @@ class ReducedLabels(PseudoLabels):
         """x."""
         return self._pair(batch)[0]
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
         inputs, stored = self._pair(batch)
         return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
