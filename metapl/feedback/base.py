@@ -163,8 +163,6 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     over the batch (of sampled labels) is then the cosine between the student's step and the labeled gradient, in
     [−1, 1]; within a step the teacher's gradient keeps its direction, but its sizes in different steps change.
     """
-    if normalization == "gradient":
-        return 1.0
     if normalization == "learning_rate":
         eta = step.learning_rate
         if eta is None:
@@ -173,6 +171,8 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
                 'use a torch.optim inner optimizer, or normalization="gradient".'
             )
         return eta if eta > 0 else 1.0
+    if normalization == "gradient":
+        return 1.0
     if w is None:
         raise MetaplError(f"normalization={normalization!r} needs a direction w, which this mode does not compute.")
     return (step.space.norm(w) * step.space.norm(step.gradient)).clamp_min(1e-30)

@@ -47,15 +47,13 @@ class Update(ABC):
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
     """
 
+    parameters: dict[str, nn.Parameter]
+    """The student's trainable parameters, as last given to :meth:`follow`."""
+
     @property
     def learning_rate(self) -> float | None:
         """η of the first param group, for feedback in units of it; None if the optimizer does not expose it."""
         return None
-
-    @property
-    @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The student's trainable parameters, as last given to :meth:`follow`."""
 
     @abstractmethod
     def follow(self, parameters: Parameters) -> None:
@@ -130,6 +128,11 @@ def _pulled(outputs: Iterable[tuple[Any, Tensor]], *inputs: dict[Any, Tensor]) -
     return [{name: next(found) for name in tree} for tree in inputs]
 
 
+def _inner(name: str) -> Any:
+    """An attribute or a method of the update inside."""
+    return property(lambda self: getattr(self.inner, name))
+
+
 class Clipped(Update):
     r"""θ′ = U(θ, c(g)·g), c = min(1, m/(‖g‖ + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``.
 
@@ -137,8 +140,9 @@ class Clipped(Update):
               , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
     """
 
-    parameters: Any = property(lambda self: self.inner.parameters)
-    learning_rate: Any = property(lambda self: self.inner.learning_rate)
+    parameters, learning_rate = _inner("parameters"), _inner("learning_rate")
+    follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
+    state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
         if not max_norm > 0:
@@ -174,18 +178,3 @@ class Clipped(Update):
         along = torch.where(scale < 1, along, torch.zeros_like(scale))
         clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
         return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}
-
-    def follow(self, parameters: Parameters) -> None:
-        self.inner.follow(parameters)
-
-    def read_state(self) -> Any:
-        return self.inner.read_state()
-
-    def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
-        self.inner.write(parameters, params, state)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state)

@@ -83,7 +83,7 @@ class TorchUpdate(Update):
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer, self._compared = optimizer, False
-        self._parameters: dict[str, nn.Parameter] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
         self._held: list[list[int]] = []
         self.follow(parameters)
         own, held = {id(p) for p in parameters.values()}, parameters_of(optimizer)
@@ -119,27 +119,22 @@ class TorchUpdate(Update):
         if what:
             raise MetaplError(f"inner_optimizer has {what}; metapl does not differentiate through that.")
         held = [[id(p) for p in group["params"]] for group in groups]
-        known = self._parameters.keys() == parameters.keys() and all(
-            self._parameters[n] is p for n, p in parameters.items()
-        )
+        own = self.parameters
+        known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
         if known and held == self._held and not any(isinstance(group["lr"], Tensor) for group in groups):
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         group_of = {i: number for number, ids in enumerate(held) for i in ids}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self._parameters, self._held = dict(parameters), held
+        self.parameters, self._held = dict(parameters), held
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
     @property
     def learning_rate(self) -> float | None:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self._parameters
-
     def read_state(self) -> States:
-        states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self._parameters.items()}
+        states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self.parameters.items()}
         if self._sharded:
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states

@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
@@ -31,7 +31,7 @@ class TransformUpdate(Update):
     """
 
     def __init__(self, transform: Any, parameters: Parameters, state: Any) -> None:
-        self.transform, self._parameters = transform, dict(parameters)
+        self.transform, self.parameters = transform, dict(parameters)
         theta = {name: p.detach() for name, p in parameters.items()}
         fresh = transform.init(theta)
         transform.update({name: torch.zeros_like(t) for name, t in theta.items()}, fresh, params=theta, inplace=False)
@@ -41,7 +41,7 @@ class TransformUpdate(Update):
             _checked.add(transform.update)
 
     def follow(self, parameters: Parameters) -> None:
-        known = self._parameters
+        known = self.parameters
         changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
         if changed:
             raise MetaplError(
@@ -49,10 +49,6 @@ class TransformUpdate(Update):
                 "of the TorchOpt transform was made; build a new BilevelTrainer, or use a torch.optim inner "
                 "optimizer and its add_param_group."
             )
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self._parameters
 
     def read_state(self) -> Any:
         return self.state

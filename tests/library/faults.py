@@ -78,7 +78,7 @@ def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A TorchOpt transform built anew takes its first call for the first step."""
 
     def init(self: Any, transform: Any, parameters: Any, state: Any) -> None:
-        self._parameters = dict(parameters)
+        self.parameters = dict(parameters)
         self.transform = transform
         fresh = self.transform.init({name: p.detach() for name, p in parameters.items()})
         self.state = fresh if state is None else state
