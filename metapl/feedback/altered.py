@@ -15,7 +15,6 @@ from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Altered(Estimator):
     normalization: ClassVar[Normalization] = "gradient"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(
                 f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal
-from metapl.runs.fields import Range
+from metapl.runs.fields import Range, check_fields
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
@@ -96,6 +97,10 @@ class Estimator(ABC):
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
+
+    def __post_init__(self) -> None:
+        with suppress(NameError):  # annotations that cannot be read hold nothing
+            check_fields(self)
 
     @property
     @abstractmethod

@@ -26,7 +26,7 @@ from metapl.feedback.base import Estimator, Feedback, State
 from metapl.feedback.credit import exact_feedback
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import Range, check_fields
+from metapl.runs.fields import Range
 
 Product = Callable[[Tree], Tree]
 """(H + damping) x = v is solved from products with H alone."""
@@ -75,9 +75,6 @@ class Implicit(Estimator):
     name: ClassVar[str] = "implicit"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         (step,) = path.steps
