@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -70,7 +71,7 @@ class Altered(Estimator):
         count = int(state["altered"])
         feedback, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
         pairs = zip(feedback, path.steps, strict=True)
-        altered = [found.mapped(lambda h, step=step: self._alter(h, step, count)) for found, step in pairs]  # type: ignore[misc]
+        altered = [found.mapped(partial(self._alter, step=step, count=count)) for found, step in pairs]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:

@@ -82,9 +82,11 @@ class Feedback:
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of ``parts`` micro-batches."""
-        if self.h.ndim == 0 or parts == 1:
-            return [self] * parts
-        return [self.mapped(lambda h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
+
+        def piece(number: int) -> Feedback:
+            return self.mapped(lambda h: h.chunk(parts)[number])
+
+        return [self] * parts if self.h.ndim == 0 or parts == 1 else list(map(piece, range(parts)))
 
 
 class Estimator(ABC):

@@ -162,22 +162,15 @@ class UDA:
 
 
 def sum_of_terms(
-    network: nn.Module,
-    losses: Sequence[TeacherLoss],
-    *,
-    labeled: Any,
-    unlabeled: Any,
-    signal: Signal,
-    step: int,
-    kind: str = "loss",
+    network: nn.Module, losses: Sequence[TeacherLoss], *, kind: str = "loss", **given: Any
 ) -> dict[str, Tensor]:
     """The losses by name, each a scalar with the network's graph; losses with the same name are added. ``kind`` is the
-    name of a loss in errors; the other arguments are those of a :class:`TeacherLoss`."""
+    name of a loss in errors; ``given`` are the arguments of a :class:`TeacherLoss`."""
     terms: dict[str, Tensor] = {}
-    given = {"labeled": labeled, "unlabeled": unlabeled}
+    changeable = {"labeled": given["labeled"], "unlabeled": given["unlabeled"], "signal": vars(given["signal"])}
     for loss in losses:
-        name, changeable = f"the {kind} {loss.name!r}", {**given, "signal": vars(signal)}
-        value = unchanged(name, changeable, loss, network, **given, signal=signal, step=step)
+        name = f"the {kind} {loss.name!r}"
+        value = unchanged(name, changeable, loss, network, **given)
         checks.scalar_loss(value, name)
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms

@@ -93,14 +93,7 @@ class StoredCrossEntropy(CrossEntropy):
         label_smoothing: α in [0, 1).
         weight: the factor of this term.
 
-    Raises: :class:`metapl.MetaplError` for a smoothing out of its range, a labeled batch without stored distributions,
-    and labels that are not classes.
-
-    >>> import metapl, torch
-    >>> loss, labeled = StoredCrossEntropy(), (torch.randn(2, 4), torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))
-    >>> teacher, signal = metapl.models.label_adjuster(3), Signal(torch.zeros(2, 3))
-    >>> round(loss(teacher, labeled=labeled, unlabeled=None, signal=signal, step=0).item(), 4)  # ln 3
-    1.0986
+    Raises: :class:`metapl.MetaplError` for batches without stored distributions, and labels that are no classes.
     """
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
