@@ -24,11 +24,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def shown(text: object, keep: str = "") -> str:
-    r"""A name or a message as it is shown: control characters, turns of direction and bytes that are not UTF-8 escaped.
-
-    Args:
-        text: any value; its text counts.
-        keep: characters that stay as they are, such as newlines of a message.
+    r"""A name or a message as it is shown: control characters, turns of direction and bytes that are not UTF-8 escaped,
+    but for those to ``keep``, such as newlines of a message.
 
     >>> shown("a\x1b[2Jb\n"), shown("caf\udce9"), shown("größe 猫")
     ('a\\x1b[2Jb\\n', 'caf\\xe9', 'größe 猫')
@@ -56,14 +53,10 @@ def short(name: str, most: int = 30) -> str:
 
 
 def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
-    """Print a message, with what must not be shown escaped.
+    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given.
 
-    Args:
-        parts: their texts are joined by spaces.
-        file: where it goes; standard output unless it is given.
-        end: what follows it.
-        wrap: break its lines where ``file`` is not so wide; not for tables. What goes to standard error is broken on a
-            terminal only: who reads it from a pipe or a log looks for one line.
+    ``wrap`` breaks its lines where the file is not so wide; not for tables. What goes to standard error is broken on a
+    terminal only: who reads it from a pipe or a log looks for one line.
     """
     to = file or sys.stdout
     text = " ".join(shown(part, keep="\n") for part in parts)

@@ -79,11 +79,8 @@ def batches_of(data: Any, device: torch.device, name: str = "the labeled data") 
 
 
 def input_batches(data: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """The inputs of data without labels, or with labels that are left out, in batches.
-
-    Args:
-        data: a tensor, an array or a dict of these; a tuple that begins with such inputs; or an iterable of all these.
-        dtype: what floating-point arrays of numpy become; tensors stay as they are.
+    """The inputs of data in batches, labels left out: of a tensor, an array or a dict of these, a tuple that begins
+    with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay as they are.
     """
     whole = _is_array(data) or isinstance(plain(data), dict | tuple)
     for batch in iterated(data, "the data to predict", whole):

@@ -179,13 +179,8 @@ class Problem(BilevelProblem):
         return None
 
     def revised_signal(self, signal: Signal, h: Tensor) -> Signal | None:
-        """The signal of the student's real step, made from the feedback on a first signal; None: the step that was
-        looked ahead at is the real one. It costs a forward and a backward pass more, and goes with one student step.
-
-        Args:
-            signal: the one that was looked ahead with, without the teacher's graph.
-            h: the feedback on it.
-        """
+        """The signal of the student's real step, made from the feedback h on the signal that was looked ahead with,
+        which has no graph; None: that step is the real one. Costs a forward and a backward pass more; one step only."""
         return None
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:

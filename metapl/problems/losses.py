@@ -117,11 +117,8 @@ class UDA:
             raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
 
     def target(self, logits: Tensor) -> Tensor:
-        """The target of the strong view: class probabilities (B, C), zeros for examples that are left out.
-
-        Args:
-            logits: (B, C), of the weak view.
-        """
+        """The target of the strong view, from the logits (B, C) of the weak one: class probabilities (B, C), zeros for
+        examples that are left out."""
         log_p = F.log_softmax(logits, -1)
         if self.align:
             classes = log_p.shape[-1]

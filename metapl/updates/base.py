@@ -90,13 +90,8 @@ class Update(ABC):
         return Cotangents(*_pulled(pairs, at_grads, at_params, at_state))
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
-        """Take one step: move the parameters, and the optimizer's state.
-
-        Args:
-            parameters: the student's.
-            grads: g, for a step of the optimizer itself.
-            moved: returns θ′ and s′, for an update that is a function and no more.
-        """
+        """Move the student's parameters and the optimizer's state: by the optimizer's own step on g or, for an update
+        that is a function and no more, to the θ′ and s′ that ``moved`` returns."""
         self.write(parameters, *moved())
 
     @abstractmethod
