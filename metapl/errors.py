@@ -17,14 +17,8 @@ class MetaplError(ValueError):
 
 
 class FieldError(MetaplError):
-    """A field of a recipe that is not as expected; a command that has it as a flag says so by the flag.
-
-    Args:
-        text: the message.
-        field: its name.
-        value: what was given.
-        expected: what was not.
-    """
+    """A field of a recipe that is not as expected: a command says so by the flag, for its name, value and what was
+    expected are kept beside the message."""
 
     def __init__(self, text: str, field: str = "", value: object = None, expected: str = "") -> None:
         super().__init__(text)
@@ -35,10 +29,9 @@ def require_extra(extra: str, need: str, *packages: str) -> None:
     """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise MetaplError(
-            f"{need} {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; get it by: "
-            f"pip install 'metapl[{extra}]'"
-        )
+        are = "is" if len(missing) == 1 else "are"
+        which = " and ".join(missing)
+        raise MetaplError(f"{need} {which}, which {are} not installed; get it by: pip install 'metapl[{extra}]'")
 
 
 def reason_of(error: BaseException) -> str:

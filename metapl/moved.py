@@ -74,31 +74,27 @@ def _warn(old: str, new: str, above: int) -> None:
         warnings.warn(text, DeprecationWarning, stacklevel=above + 1)
 
 
-class _Module(Loader):
+class _Old(MetaPathFinder, Loader):
     """Gives a module under its old name too."""
 
-    def __init__(self, old: str) -> None:
-        self.old, self.new = old, named_now(old)
-        self.spec: ModuleSpec | None = None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        _warn(self.old, self.new, 2)
-        module = import_module(self.new)
-        self.spec = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec  # which the import system has just replaced
-
-
-class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return None if named_now(name) == name else ModuleSpec(name, _Module(name))
+        return None if named_now(name) == name else ModuleSpec(name, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        new = named_now(spec.name)
+        _warn(spec.name, new, 2)
+        module = import_module(new)
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # The import system has just put the old name's in the place of the module's own.
+        module.__spec__ = None if module.__spec__ is None else module.__spec__.loader_state
 
 
 def install() -> None:
     """Let old names be imported."""
     # Before the others: they would load a module inside of an old package once more.
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Old())

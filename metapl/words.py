@@ -8,7 +8,6 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from functools import partial
 from typing import TextIO
 
 WIDTH, NARROWEST = 80, 40
@@ -25,19 +24,22 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def shown(text: object, keep: str = "") -> str:
-    r"""A name or a message as it is shown: control characters, turns of direction and bytes that are not UTF-8 escaped.
-
-    Args:
-        text: any value; its text counts.
-        keep: characters that stay as they are, such as newlines of a message.
+    r"""A name or a message as it is shown: control characters, turns of direction and bytes that are not UTF-8 escaped,
+    but for those to ``keep``, such as newlines of a message.
 
     >>> shown("a\x1b[2Jb\n"), shown("caf\udce9"), shown("größe 猫")
     ('a\\x1b[2Jb\\n', 'caf\\xe9', 'größe 猫')
     """
     text = str(text)
-    if text.isprintable() and text.isascii():
-        return text
-    return "".join(letter if letter in keep or not _is_escaped(letter) else _escape(letter) for letter in text)
+    return text if text.isprintable() and text.isascii() else "".join(c if c in keep else _escaped(c) for c in text)
+
+
+def _escaped(letter: str) -> str:
+    if letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs"):
+        return letter
+    if 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is not UTF-8, as Python has it in names of files
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def short(name: str, most: int = 30) -> str:
@@ -46,22 +48,15 @@ def short(name: str, most: int = 30) -> str:
     >>> short("crane (n02012849)", 12)
     'crane...849)'
     """
-    name = shown(name)
-    if len(name) <= most:
-        return name
-    tail = (most - 3) // 2
-    return f"{name[: most - 3 - tail]}...{name[-tail:]}"
+    name, tail = shown(name), (most - 3) // 2
+    return name if len(name) <= most else f"{name[: most - 3 - tail]}...{name[-tail:]}"
 
 
 def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
-    """Print a message, with what must not be shown escaped; standard output unless ``file`` is given.
+    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given.
 
-    Args:
-        parts: their texts are joined by spaces.
-        file: where it goes.
-        end: what follows it.
-        wrap: break its lines where ``file`` is not so wide; not for tables. What goes to standard error is broken on a
-            terminal only: who reads it from a pipe or a log looks for one line.
+    ``wrap`` breaks its lines where the file is not so wide; not for tables. What goes to standard error is broken on a
+    terminal only: who reads it from a pipe or a log looks for one line.
     """
     to = file or sys.stdout
     text = " ".join(shown(part, keep="\n") for part in parts)
@@ -90,23 +85,13 @@ def wrapped(text: str, width: int = WIDTH) -> str:
       than a screen,
       which was set in
     """
-    return "\n".join(map(partial(_broken, width=width), text.split("\n")))
-
-
-def _broken(line: str, width: int) -> str:
-    if len(line) <= width:
-        return line
-    indent = " " * (len(line) - len(line.lstrip(" ")))
-    pieces = textwrap.wrap(
-        line,
-        width,
-        subsequent_indent=indent,
-        break_on_hyphens=False,
-        break_long_words=False,
-        replace_whitespace=False,
-        expand_tabs=False,
-    )
-    return "\n".join(pieces)
+    lines = []
+    for line in text.split("\n"):
+        breaks = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
+        breaks.expand_tabs = False
+        breaks.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
+        lines.append(line if len(line) <= width else breaks.fill(line))
+    return "\n".join(lines)
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
@@ -136,22 +121,9 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     cat    97.5%
     dog     8.0%
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _is_escaped(letter: str) -> bool:
-    return letter in TURNS or unicodedata.category(letter) in ("Cc", "Cs")
-
-
-def _escape(letter: str) -> str:
-    code = ord(letter)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as Python has it in names of files
-        return f"\\x{code - 0xDC00:02x}"
-    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
+    columns = [
+        [text.ljust(width) if index < left else text.rjust(width) for text in column]
+        for index, column in enumerate(zip(*rows, strict=True))
+        for width in [max(map(len, column))]
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))

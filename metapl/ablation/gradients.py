@@ -1,8 +1,9 @@
-"""A mode's gradients of the teacher beside the exact one, and what a call costs."""
+"""A mode's gradients of the teacher beside the exact one, what a call costs, and the same over varied settings."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,20 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from metapl.ablation.figures import Distance, ModeCost
+from metapl.ablation.results import Distance, Sweep
 from metapl.errors import MetaplError
+from metapl.execution.batch import length, rows
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Altered, Estimator
+from metapl.feedback import Altered, Estimator, Lookahead
+from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.inner_step import student_input
 from metapl.feedback.lookahead import inner_batches
 from metapl.metrics.cost import flops, peak_bytes
+from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.memory import out_of_memory
 from metapl.training.trainer import BilevelTrainer
-
-Gradient = Tensor
-"""The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal."""
 
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
 """Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed."""
@@ -36,6 +38,12 @@ SAME = (
     *("recompute_teacher", "generator", "clip_norm", "precision", "accumulate", "compile"),
 )
 """What a :func:`sibling` has in common with a trainer."""
+
+STEPS, TEMPERATURES = (0.01, 0.1, 1.0, 10.0), (0.25, 0.5, 1.0, 2.0)
+"""Of a sweep: times the step size that a mode has, and times the problem's temperature."""
+
+PARTS = (8, 4, 2, 1)
+"""Of the unlabeled batch; no part has fewer than two examples, which batch statistics need."""
 
 
 class CannotRun(MetaplError):
@@ -62,13 +70,8 @@ def sibling(
 ) -> BilevelTrainer:
     """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
     options: dict[str, Any] = {name: getattr(trainer, name) for name in SAME}
-    made = BilevelTrainer(
-        trainer.teacher,
-        trainer.student,
-        trainer.mode if mode is None else mode,
-        problem=trainer.given_problem if problem is None else problem,
-        **options,
-    )
+    options |= {"problem": trainer.given_problem if problem is None else problem}
+    made = BilevelTrainer(trainer.teacher, trainer.student, trainer.mode if mode is None else mode, **options)
     made.update.load_state_dict(copy.deepcopy(trainer.update.state_dict()))
     return made
 
@@ -81,16 +84,18 @@ class Point:
     labeled: Any
     unlabeled: Any
 
-    def gradient(self, mode: str | Estimator, generator: torch.Generator | None = None) -> Gradient:
-        """Of labels drawn from a generator, the first of its seed where none is given."""
+    def gradient(self, mode: str | Estimator, generator: torch.Generator | None = None) -> Tensor:
+        """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal.
+
+        Labels are drawn from the generator, the first of its seed where none is given.
+        """
         generator = torch.Generator(self.trainer.device).manual_seed(0) if generator is None else generator
         found = self.trainer.hypergradient(self.labeled, self.unlabeled, mode, generator=generator)
-        # Without a teacher, the gradient is that in the signal.
         feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)
         parts = found.grads.values() if self.trainer.teacher is not None else [-h for h in feedback]
         return torch.cat([part.flatten().double() for part in parts])
 
-    def exact(self) -> Gradient:
+    def exact(self) -> Tensor:
         """Of the soft step, by double backward, or by forward mode where the student has no second derivative."""
         problem = self.trainer.problem.exact()
         point = self if problem is None else replace(self, trainer=sibling(self.trainer, "forward", problem))
@@ -106,15 +111,11 @@ class Point:
             why = f"by double backward and by forward mode, {refusals[0]}"
         raise MetaplError(f"there is no exact gradient to compare with: {why}")
 
-    def distance(self, mode: Estimator, exact: Gradient, draws: int) -> tuple[Distance, bool]:
-        """Of a mode from the exact gradient, by that many draws, and whether anything is drawn at all;
-        :class:`CannotRun` where it cannot run.
-
-        Labels are drawn from the generator that is given, so whether they are is seen by its state: draws of a
-        confident teacher may well be equal.
-        """
+    def distance(self, mode: Estimator, exact: Tensor, draws: int) -> tuple[Distance, bool]:
+        """Of a mode from the exact gradient, by that many draws, and whether anything is drawn at all, which is seen
+        by the generator's state (draws of a confident teacher may be equal); :class:`CannotRun` where it cannot run."""
         altered = isinstance(mode, Altered) and mode.alteration != "class_means"
-        gradients: list[Gradient] = []
+        gradients: list[Tensor] = []
         with reasons_told():
             for seed in range(draws):
                 generator = torch.Generator(self.trainer.device).manual_seed(seed)
@@ -155,36 +156,91 @@ class Point:
             for name, run in calls.items():
                 seconds[name].append(_seconds(run, trainer.device))
         return {
-            name: (
-                flops(run) / one if one else math.nan,
-                min(seconds[name]),  # other work on the machine only ever adds
-                peak_bytes(run, trainer.device),
-            )
+            name: (flops(run) / one if one else math.nan, min(seconds[name]), peak_bytes(run, trainer.device))
             for name, run in calls.items()
         }
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """What a call takes, in seconds: on a CPU the processor's time where that is less than the time that passes.
+    """What a call takes, in seconds: on a CPU the processor's time where that is less than the time that passes, for a
+    call of milliseconds on a busy machine waits longer than it computes. With several threads it is the greater."""
 
-    A call of a few milliseconds on a busy machine waits for the cores longer than it computes, and the modes would be
-    told apart by who had to wait. With several threads the processor's time is the greater one, and does not count.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
     start, computed = time.perf_counter(), time.process_time()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     passed = time.perf_counter() - start
     return min(passed, time.process_time() - computed) if device.type == "cpu" else passed
 
 
-def over_points(distances: Sequence[Distance], passes: float, seconds: float, peak: int) -> ModeCost:
-    """The distances at several points as one, with the costs."""
-    cosine = sum(d.cosine for d in distances) / len(distances)
-    squares = [
-        math.sqrt(sum(getattr(d, name) ** 2 for d in distances) / len(distances))
-        for name in ("relative_error", "noise_to_signal")
-    ]
-    return ModeCost(cosine, squares[0], squares[1], passes, seconds, peak)
+Setting = tuple[float, Point, Sequence[Estimator]]
+"""A value of what is varied, and where and by which modes it is measured."""
+
+
+def sweeps(
+    point: Point, modes: Iterable[Estimator], draws: int, done: Callable[[], None] = lambda: None
+) -> dict[str, Sweep | str]:
+    """The modes over step sizes, temperatures and batch sizes, each against the exact gradient with the same setting.
+
+    The modes have run there before; ``done`` is called after each setting.
+    """
+    modes = [mode for mode in modes if mode.name != "none"]  # zero is as far from any gradient
+    found: dict[str, Sweep | str] = {}
+    for name, varied in (("epsilon", _over_steps), ("temperature", _over_temperatures), ("batch_size", _over_sizes)):
+        settings = varied(point, modes)
+        if isinstance(settings, str):
+            found[name] = settings
+        else:
+            rows: dict[str, tuple[Distance | str, ...]] = {mode.name: () for mode in settings[0][2]}
+            for _, at, by in settings:
+                exact = at.exact()
+                for mode in by:
+                    try:
+                        cell: Distance | str = at.distance(mode, exact, draws)[0]
+                    except CannotRun as error:
+                        cell = str(error)
+                    rows[mode.name] += (cell,)
+            found[name] = Sweep(tuple(value for value, *_ in settings), rows)
+        done()
+    return found
+
+
+def _over_steps(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str:
+    """Modes with a ``relative_step``, as :class:`metapl.feedback.Difference` has."""
+    with_step: list[Any] = [mode for mode in modes if hasattr(mode, "relative_step") and dataclasses.is_dataclass(mode)]
+    if not with_step:
+        return "none of the modes takes a finite difference, so there is no step size."
+    dtype = torch.promote_types(next(point.trainer.student.parameters()).dtype, torch.float32)
+    own = with_step[0].relative_step or RELATIVE_STEP[dtype]
+    steps = [own * factor for factor in STEPS if own * factor < 1]
+    return [(step, point, [replace(mode, relative_step=step) for mode in with_step]) for step in steps]
+
+
+def _over_temperatures(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str:
+    problem: Any = PseudoLabels() if point.trainer.given_problem is None else point.trainer.given_problem
+    if not dataclasses.is_dataclass(problem) or not hasattr(problem, "temperature"):
+        return f"the problem {type(problem).__name__} has no temperature."
+    settings: list[Setting] = []
+    for value in (problem.temperature * factor for factor in TEMPERATURES):
+        changed: Any = replace(problem, temperature=value)  # type: ignore[type-var]  # an instance
+        settings.append((value, replace(point, trainer=sibling(point.trainer, problem=changed)), modes))
+    return settings
+
+
+def _over_sizes(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str:
+    batches, parts = inner_batches(point.unlabeled), point.trainer.accumulate
+    whole = length(batches[0])
+    leaves = [leaf for leaf in pytree.tree_leaves(batches) if isinstance(leaf, Tensor)]
+    if whole < 4 * parts or any(leaf.ndim == 0 or len(leaf) != whole for leaf in leaves):
+        of = "" if parts == 1 else f" in each of its {parts} micro-batches"
+        return f"the unlabeled batch has fewer than four examples{of}, or tensors without a row for each example."
+    settings: list[Setting] = []
+    for size in sorted({n for n in (whole // part for part in PARTS) if n % parts == 0 and n // parts >= 2}):
+        first = [rows(batch, 0, size) for batch in batches]
+        part = Lookahead(first) if isinstance(point.unlabeled, Lookahead) else first[0]
+        settings.append((float(size), replace(point, unlabeled=part), modes))
+    return settings

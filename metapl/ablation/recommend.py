@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from metapl.ablation.figures import ModeCost
+from metapl.ablation.results import ModeCost
 from metapl.feedback import MODES, Estimator, Implicit, estimator
 
 TRUSTED = 0.1
@@ -58,55 +58,52 @@ def recommendation(
     ran = {n: m for n, m in modes.items() if isinstance(m, ModeCost) and n not in never}
     if not ran:
         return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
-    without_noise = {name: mode for name, mode in ran.items() if mode.noise_to_signal == 0}
-    exact = {n: mode for n, mode in without_noise.items() if n in exact_modes and mode.relative_error <= TRUSTED}
-    near = {name: mode for name, mode in ran.items() if mode.of_one_draw <= NEAR}
+    off = {name: mode.of_one_draw for name, mode in ran.items()}
+    sure = {n: m for n, m in ran.items() if n in exact_modes and m.noise_to_signal == 0}
+    exact = {n: m for n, m in sure.items() if m.relative_error <= TRUSTED}
+    near = {name: mode for name, mode in ran.items() if off[name] <= NEAR}
     if exact:
         name, decided = _cheapest(exact)
-        rounding = max(mode.of_one_draw for mode in exact.values())
+        rounding = max(off[name] for name in exact)
         told = f" (which is {rounding:.1g} of its length here)" if rounding > TOLD else ""
         why = f"its gradient is the exact one to rounding{told}, without noise"
         why += f", {decided}" if decided else "; no other of these modes is exact to rounding"
     elif near:
         name, decided = _cheapest(near)
-        why = (
-            "none of these modes is exact to rounding; its gradient is within "
-            f"{near[name].of_one_draw:.1g} of the exact one{f', {decided}' if decided else ''}"
-        )
+        why = f"none of these modes is exact to rounding; its gradient is within {off[name]:.1g} of the exact one"
+        why += f", {decided}" if decided else ""
     else:
-        name = min(ran, key=lambda name: ran[name].of_one_draw)
+        name = min(ran, key=off.__getitem__)
         why = (
             "none of these modes is exact, or nearly; of one draw of labels its gradient is the nearest to the exact "
             f"one (error {ran[name].relative_error:.2g}, noise {ran[name].noise_to_signal:.2g} of its length)"
         )
-    text = [f"Take {name}: {why}. A call takes {duration(ran[name].seconds)} and {size(ran[name].peak_bytes)}."]
-    clearly = {n: m for n, m in near.items() if n not in exact and m.seconds * (1 + EQUAL) < ran[name].seconds}
+    text = f"Take {name}: {why}. A call takes {duration(ran[name].seconds)} and {size(ran[name].peak_bytes)}."
+    clearly = {n: m.seconds for n, m in near.items() if m.seconds * (1 + EQUAL) < ran[name].seconds and n not in exact}
     if exact and clearly:
-        other, mode = min(clearly.items(), key=lambda one: one[1].seconds)
-        text.append(f"{other} is within {mode.of_one_draw:.1g} of it and takes {duration(mode.seconds)}.")
+        other = min(clearly, key=clearly.__getitem__)
+        text += f" {other} is within {off[other]:.1g} of it and takes {duration(clearly[other])}."
     if "reinforce" in ran and name != "reinforce":
-        scalar = ran["reinforce"]
-        text.append(
-            f"Algorithm 1's scalar (reinforce) takes {duration(scalar.seconds)}, and error and noise of one draw are "
-            f"{scalar.of_one_draw:.2g} times the signal."
+        text += (
+            f" Algorithm 1's scalar (reinforce) takes {duration(ran['reinforce'].seconds)}, and error and noise of one "
+            f"draw are {off['reinforce']:.2g} times the signal."
         )
-    return name, " ".join(text)
+    return name, text
 
 
 def _cheapest(modes: Mapping[str, ModeCost]) -> tuple[str, str]:
     """The mode that costs least, and what decided, as part of a sentence; nothing where there is one."""
     if len(modes) == 1:
         return next(iter(modes)), ""
-    fastest = _least({name: mode.seconds for name, mode in modes.items()})
+    seconds = {name: mode.seconds for name, mode in modes.items()}
+    fastest, next_one = _least(seconds)
     if len(fastest) == 1:
-        next_one = min(mode.seconds for name, mode in modes.items() if name not in fastest)
-        times = f"{duration(modes[fastest[0]].seconds)}; next {duration(next_one)}"
+        times = f"{duration(seconds[fastest[0]])}; next {duration(next_one)}"
         return fastest[0], f"and of {_listed(modes)} it is the fastest ({times})"
-    smallest = _least({name: float(modes[name].peak_bytes) for name in fastest})
+    smallest, next_one = _least({name: modes[name].peak_bytes for name in fastest})
     of_all = f"of {_listed(modes)}, " if len(fastest) < len(modes) else ""
     tied = f"and as {of_all}{_listed(fastest)} take the same time within {100 * EQUAL:.0f} %"
     if len(smallest) == 1:
-        next_one = min(modes[name].peak_bytes for name in fastest if name not in smallest)
         needs = f"{size(modes[smallest[0]].peak_bytes)}; next {size(next_one)}"
         return smallest[0], f"{tied}, the least memory decided ({needs})"
     if PREFERRED in smallest:
@@ -115,17 +112,15 @@ def _cheapest(modes: Mapping[str, ModeCost]) -> tuple[str, str]:
     return nearest, f"{tied}, and memory too, the nearest to the exact gradient is taken"
 
 
-def _least(values: Mapping[str, float]) -> list[str]:
-    """The names whose value is the least, or equal to it within the tolerance."""
-    least = min(values.values())
-    return [name for name, value in values.items() if value <= least * (1 + EQUAL)]
+def _least(values: Mapping[str, float]) -> tuple[list[str], float]:
+    """The names whose value is the least, or equal to it within the tolerance; and the least of the others."""
+    most = min(values.values()) * (1 + EQUAL)
+    names = [name for name, value in values.items() if value <= most]
+    return names, min((value for value in values.values() if value > most), default=0.0)
 
 
 def _listed(names: Iterable[str]) -> str:
-    """
-    >>> _listed(["a", "b", "c"])
-    'a, b and c'
-    """
+    """a, b and c."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -138,12 +133,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """
     >>> size(184_320), size(264_000_000), size(2_640_000_000)
     ('184 KB', '264 MB', '2.64 GB')
     """
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if count >= 0.9995 * unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1000:.3g} KB"
+    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB")) if count >= 0.9995 * one[0]), (1e3, "KB"))
+    return f"{count / unit:.3g} {name}"

@@ -1,21 +1,109 @@
-"""What an ablation returns: the figures of every mode, as JSON and in lines of a terminal."""
+"""What an ablation finds: the figures of the modes as values, as JSON and in lines of a terminal."""
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from metapl.ablation.figures import SETTINGS, Distance, ModeCost, Outcome, Sweep, Trainings, spread
 from metapl.words import table
 
 WIDTH = 80
 """Columns of a terminal."""
 
 CONTROLS = "altered feedback, as a control:"
+
+SETTINGS = {
+    "epsilon": "step size of the finite difference, over a typical weight",
+    "temperature": "temperature of the pseudo-labels",
+    "batch_size": "examples in the unlabeled batch",
+}
+"""What is varied, by its key in the results."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a mode's gradient is from the exact one.
+
+    Args:
+        cosine: of its gradient, averaged over the draws, with the exact one.
+        relative_error: ‖mean − exact‖/‖exact‖.
+        noise_to_signal: √(Σ ‖draw − mean‖² / (n − 1))/‖exact‖ of n draws; 0 for a mode that draws nothing.
+    """
+
+    cosine: float
+    relative_error: float
+    noise_to_signal: float
+
+    @property
+    def of_one_draw(self) -> float:
+        """Error and noise together, the distance of one draw; at most √(1 + 1/n) times too large, for the error holds
+        1/n of the noise already."""
+        return math.hypot(self.relative_error, self.noise_to_signal)
+
+
+@dataclass(frozen=True)
+class ModeCost(Distance):
+    """What was found of one mode.
+
+    Args:
+        cosine: as in :class:`Distance`; the mean over the points.
+        relative_error, noise_to_signal: as in :class:`Distance`; root mean squares over the points.
+        passes: floating-point operations over those of a forward pass of the student on the unlabeled batch.
+        seconds: a call, the least of interleaved rounds, for other work on the machine only adds; on a CPU the time
+            that it had of the processor, where that is less.
+        peak_bytes: what a call holds at its fullest, beyond what was held before.
+    """
+
+    passes: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The modes over the values of one setting.
+
+    Args:
+        values: of the setting.
+        modes: by name: for each value the distance, or the reason why the mode could not run with it.
+    """
+
+    values: tuple[float, ...]
+    modes: dict[str, tuple[Distance | str, ...]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What short trainings by one mode ended with, a number for each seed.
+
+    Args:
+        outer_loss: of the student on the labeled batch that comes next, in eval mode.
+        validation_loss, accuracy: on the validation data; None without them.
+    """
+
+    outer_loss: tuple[float, ...]
+    validation_loss: tuple[float, ...] | None = None
+    accuracy: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Short trainings from the same start.
+
+    Args:
+        steps: of each.
+        seeds: of the order of batches, dropout and drawn labels.
+        modes: by name: what they ended with, or the reason why a mode could not train.
+    """
+
+    steps: int
+    seeds: tuple[int, ...]
+    modes: dict[str, Outcome | str]
 
 
 @dataclass(frozen=True)
@@ -44,25 +132,15 @@ class Ablation:
     def as_dict(self) -> dict[str, Any]:
         """``modes``, ``recommendation``, ``recommended``, ``points``, ``altered``; and ``stability`` and ``trainings``
         where they were asked for. In the place of figures that could not be had stands ``{"reason": ...}``."""
-        content = {
-            "modes": _plain(self.modes),
-            "recommendation": self.recommendation,
-            "recommended": self.recommended,
-            "points": list(self.points),
-            "altered": _plain(self.altered),
-        }
-        if self.stability:
-            content["stability"] = _plain(self.stability)
-        if self.trainings is not None:
-            content["trainings"] = asdict(self.trainings) | {
-                "seeds": list(self.trainings.seeds),
-                "modes": _plain(self.trainings.modes),
-            }
-        return content
+        content = {"modes": _plain(self.modes), "recommendation": self.recommendation, "recommended": self.recommended}
+        content |= {"points": list(self.points), "altered": _plain(self.altered)}
+        asked = {"stability": self.stability, "trainings": self.trainings}
+        return content | {name: _plain(found) for name, found in asked.items() if found}
 
     def to_json(self) -> str:
         """:meth:`as_dict` as text; what is not a finite number is null."""
-        return json.dumps(_finite(self.as_dict()), indent=1, ensure_ascii=False) + "\n"
+        finite = json.loads(json.dumps(self.as_dict()), parse_constant=lambda name: None)
+        return json.dumps(finite, indent=1, ensure_ascii=False) + "\n"
 
     def table(self) -> str:
         """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
@@ -78,26 +156,26 @@ class Ablation:
 
 
 def _plain(found: Any) -> Any:
-    """Figures by name, as dicts and lists; a text among them is the reason why there are none."""
+    """Figures as dicts and lists; a text among them is the reason why there are none."""
     if isinstance(found, str):
         return {"reason": found}
-    if isinstance(found, dict):
-        return {name: _plain(one) for name, one in found.items()}
-    if isinstance(found, tuple):
-        return [_plain(one) for one in found]
-    if isinstance(found, Sweep):
-        return {"values": list(found.values), "modes": _plain(found.modes)}
     if isinstance(found, Outcome):
         return {name: None if values is None else spread(values) for name, values in vars(found).items()}
-    return asdict(found)
+    if is_dataclass(found):
+        return _plain(vars(found))
+    if isinstance(found, dict):
+        return {name: _plain(one) for name, one in found.items()}
+    return list(map(_plain, found)) if isinstance(found, tuple) else found
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard error (None for one value) and the values.
+
+    >>> spread([1.0, 2.0, 3.0])["standard_error"] == 1 / 3**0.5
+    True
+    """
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
 
 
 def _filled(text: str, indent: str = "") -> str:
@@ -105,63 +183,50 @@ def _filled(text: str, indent: str = "") -> str:
 
 
 def _mark(reason: str, notes: list[str]) -> str:
-    """What stands in a table for a reason, which is said once, by its number.
-
-    >>> notes = []
-    >>> [_mark(reason, notes) for reason in ("too large", "too small", "too large")]
-    ['[1]', '[2]', '[1]']
-    """
+    """What stands in a table for a reason, which is said once, by its number."""
     if reason not in notes:
         notes.append(reason)
     return f"[{notes.index(reason) + 1}]"
 
 
+def _with_controls(rows: Sequence[Sequence[str]], controls: Collection[str], more: Mapping[str, str]) -> str:
+    """A table that says what its controls are; ``more`` stands in the place of figures, by the name of the row."""
+    head, *lines = table(rows).splitlines()
+    width, shown = max(len(row[0]) for row in rows), [head]
+    for (name, *_), line in zip(rows[1:], lines, strict=True):
+        if name in controls and CONTROLS not in shown:
+            shown.append(CONTROLS)
+        shown.append(f"{name:<{width}}  {more[name]}" if name in more else line)
+    return "\n".join(shown)
+
+
 def _modes(found: Ablation, notes: list[str]) -> str:
     every = {**found.modes, **found.altered}
-    ran = [mode for mode in every.values() if isinstance(mode, ModeCost)]
-    time_unit, time = _unit([mode.seconds for mode in ran], {"s": 1.0, "ms": 1e-3})
-    peak_unit, peak = _unit([mode.peak_bytes for mode in ran], {"GB": 1e9, "MB": 1e6, "KB": 1e3})
-    width = max(len(name) for name in ("mode", *every))
-    head = ("mode".ljust(width), "cosine", "rel. error", "noise", "passes", f"time, {time_unit}", f"peak, {peak_unit}")
-    rows = [
-        (
-            name,
-            f"{mode.cosine:.3f}",
-            _short(mode.relative_error),
-            _short(mode.noise_to_signal),
-            f"{mode.passes:.1f}",
-            _short(mode.seconds / time),
-            _short(mode.peak_bytes / peak),
-        )
-        for name, mode in every.items()
-        if isinstance(mode, ModeCost)
-    ]
-    first, *lines = table([head, *rows]).splitlines()
-    left = iter(lines)
-    lines = [
-        f"{name:<{width}}  cannot run on this model {_mark(mode, notes)}" if isinstance(mode, str) else next(left)
-        for name, mode in every.items()
-    ]
-    return "\n".join([first, *_with_controls(lines, len(found.modes))])
-
-
-def _with_controls(lines: list[str], first: int) -> list[str]:
-    """The lines with what is said before those of altered feedback, which begin at ``first``."""
-    return [*lines[:first], *[CONTROLS] * (first < len(lines)), *lines[first:]]
+    ran = {name: mode for name, mode in every.items() if isinstance(mode, ModeCost)}
+    seconds, peaks = ([getattr(mode, key) for mode in ran.values()] for key in ("seconds", "peak_bytes"))
+    time_unit, time = _unit(seconds, {"s": 1.0, "ms": 1e-3})
+    peak_unit, peak = _unit(peaks, {"GB": 1e9, "MB": 1e6, "KB": 1e3})
+    rows = [["mode", "cosine", "rel. error", "noise", "passes", f"time, {time_unit}", f"peak, {peak_unit}"]]
+    for name in every:
+        rows.append([name, *[""] * 6])
+        if name in ran:
+            mode = ran[name]
+            shares = mode.relative_error, mode.noise_to_signal, mode.seconds / time, mode.peak_bytes / peak
+            error, noise, took, held = map(_short, shares)
+            rows[-1] = [name, f"{mode.cosine:.3f}", error, noise, f"{mode.passes:.1f}", took, held]
+    reasons = {n: f"cannot run on this model {_mark(m, notes)}" for n, m in every.items() if isinstance(m, str)}
+    return _with_controls(rows, found.altered, reasons)
 
 
 def _sweep(title: str, sweep: Sweep | str, notes: list[str]) -> str:
     if isinstance(sweep, str):
         return _filled(f"{title}: not varied, {sweep}")
-    rows = [("mode", *(_short(value) for value in sweep.values))]
-    rows += [(mode, *(_cell(one, notes) for one in row)) for mode, row in sweep.modes.items()]
+
+    def cell(found: Distance | str) -> str:
+        return _mark(found, notes) if isinstance(found, str) else f"{found.cosine:.2f} {_short(found.of_one_draw):>5}"
+
+    rows = [["mode", *map(_short, sweep.values)], *([mode, *map(cell, row)] for mode, row in sweep.modes.items())]
     return "\n".join([title, table(rows)])
-
-
-def _cell(found: Distance | str, notes: list[str]) -> str:
-    if isinstance(found, str):
-        return _mark(found, notes)
-    return f"{found.cosine:.2f} {_short(found.of_one_draw):>5}"
 
 
 def _trainings(made: Trainings, controls: Collection[str], notes: list[str]) -> str:
@@ -169,26 +234,17 @@ def _trainings(made: Trainings, controls: Collection[str], notes: list[str]) -> 
     title = f"trainings of {made.steps:,} steps from the same start, {seeds}: mean ± standard error"
     outcomes = {name: mode for name, mode in made.modes.items() if isinstance(mode, Outcome)}
     validated = any(outcome.accuracy is not None for outcome in outcomes.values())
-    head = ("mode", "outer loss", *(("val. loss", "accuracy, %", "minus none") if validated else ()))
-    none = outcomes.get("none")
-    rows: list[tuple[str, ...]] = [head]
+    rows = [["mode", "outer loss", *(["val. loss", "accuracy, %", "minus none"] if validated else [])]]
+    none = outcomes.get("none", Outcome(())).accuracy
     for name, mode in made.modes.items():
-        if isinstance(mode, str):
-            rows.append((name, _mark(mode, notes), *[""] * (len(head) - 2)))
-            continue
-        row: tuple[str, ...] = (name, _spread(mode.outer_loss))
-        if mode.validation_loss is not None and mode.accuracy is not None:
-            against = "" if none is None or none.accuracy is None or mode is none else _gain(mode, none.accuracy)
-            row = (*row, _spread(mode.validation_loss), _spread([100 * a for a in mode.accuracy], 1), against)
-        rows.append(row)
-    head_line, *lines = table(rows).splitlines()
-    first = next((number for number, name in enumerate(made.modes) if name in controls), len(lines))
-    return "\n".join([title, head_line, *_with_controls(lines, first)])
-
-
-def _gain(mode: Outcome, none: Sequence[float]) -> str:
-    """The gain in accuracy over no feedback, seed by seed, in points."""
-    return _spread([100 * (a - b) for a, b in zip(mode.accuracy or (), none, strict=True)], 1, sign="+")
+        row = [name, _mark(mode, notes) if isinstance(mode, str) else _spread(mode.outer_loss)]
+        if name in outcomes and outcomes[name].accuracy is not None:
+            loss, accuracy = outcomes[name].validation_loss or (), outcomes[name].accuracy or ()
+            row += [_spread(loss), _spread([100 * a for a in accuracy], 1)]
+            if none is not None and name != "none":  # the gain over no feedback, seed by seed, in points
+                row.append(_spread([100 * (a - b) for a, b in zip(accuracy, none, strict=True)], 1, sign="+"))
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    return "\n".join([title, _with_controls(rows, controls, {})])
 
 
 def _spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:

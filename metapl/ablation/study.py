@@ -1,25 +1,30 @@
-"""Every mode on a model: `ablate`."""
+"""Every mode on a model: `ablate`, with short trainings by each."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Annotated, Any, Literal, get_args
 
-from metapl.ablation.batches import pairs, refuse_single_use
-from metapl.ablation.figures import Distance, ModeCost
-from metapl.ablation.gradients import CannotRun, Point, over_points
+import torch
+from torch import Tensor
+
+from metapl.ablation.gradients import CannotRun, Point, reasons_told, sibling, sweeps
 from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, recommendation
-from metapl.ablation.results import Ablation
-from metapl.ablation.stability import sweeps
-from metapl.ablation.trainings import short_trainings
+from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Trainings
 from metapl.errors import MetaplError
+from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
-from metapl.execution.rng import RandomState
-from metapl.feedback import MODES, Altered, Estimator, estimator
+from metapl.execution.rng import RandomState, replayed
+from metapl.feedback import MODES, Altered, Estimator, Lookahead, estimator
+from metapl.feedback.inner_step import outer_batch
+from metapl.metrics import evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of, eval_mode
+from metapl.problems.base import sum_and_weight
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, misfit_entries
 from metapl.training.progress import counting
 from metapl.training.selection import Selection
 from metapl.training.trainer import BilevelTrainer
@@ -27,8 +32,13 @@ from metapl.training.trainer import BilevelTrainer
 Alteration = Literal["permuted", "class_means", "random_sign"]
 ALTERATIONS: tuple[Alteration, ...] = get_args(Alteration)
 
-LEAST = {"steps": 0, "train_steps": 0, "draws": 2}
-"""Of the numbers that are given; 1 of the others. Of one draw no noise can be seen."""
+NUMBERS: dict[str, Any] = {
+    "steps": AtLeastZero,
+    "draws": Annotated[int, Range(2)],  # of one draw no noise can be seen
+    "rounds": AtLeastOne | None,
+    "train_steps": AtLeastZero,
+    "train_seeds": tuple[Annotated[int, Range(0, below=2**63)], ...],
+}
 
 
 def ablate(
@@ -94,117 +104,101 @@ def ablate(
     """
     if not isinstance(trainer, BilevelTrainer):
         raise MetaplError(f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer.")
-    _check_numbers(steps=steps, draws=draws, rounds=rounds, train_steps=train_steps)
+    numbers: dict[str, Any] = {"steps": steps, "draws": draws, "rounds": rounds, "train_steps": train_steps}
+    listed = isinstance(train_seeds, Sequence) and not isinstance(train_seeds, str)
+    seeds: Any = tuple(train_seeds) if listed else train_seeds
+    wrong = misfit_entries(numbers | ({"train_seeds": seeds} if train_steps else {}), NUMBERS, "ablate")
+    if not wrong and train_steps and len(set(seeds)) < max(1, len(seeds)):
+        wrong = f"ablate.train_seeds is {seeds}; expected one or more, none twice"
+    if wrong:
+        raise MetaplError(f"{wrong}.")
     if train_steps:
-        _check_seeds(train_seeds)
-        refuse_single_use(labeled=labeled, unlabeled=unlabeled, validation=validation)
+        for name, source in (("labeled", labeled), ("unlabeled", unlabeled), ("validation", validation)):
+            if isinstance(source, Iterator):
+                raise MetaplError(
+                    f"{name} is an iterator ({type(source).__name__}), which can be read once, and short trainings by "
+                    "each mode read it again; expected a DataLoader, a list of batches, or metapl.data's step batches."
+                )
     Selection(validation, None, trainer.device).check(trainer.student)
     estimates, points = _by_name(modes), tuple(sorted({0, steps // 2, steps}))
-    look = _Look(draws)
+
+    distances: dict[str, list[Distance]] = {}
+    reasons: dict[str, str] = {}
+    drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
+
+    def running() -> list[Estimator]:
+        """The modes that ran at every point."""
+        return [mode for name, mode in estimates.items() if name not in reasons]
+
+    def look(by: Iterable[Estimator], point: Point, exact: Tensor) -> None:
+        for mode in by:
+            try:
+                found, draws_any = point.distance(mode, exact, draws)
+            except CannotRun as error:
+                reasons[mode.name] = str(error)
+            else:
+                distances.setdefault(mode.name, []).append(found)
+                drawing.update([mode.name] * draws_any)
+
     sweep, trainings = {}, None
     with _put_back(trainer) as start:
         with _counted("steps looked at", progress, len(points)) as done:
             for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, steps + 1)):
                 if t in points:
-                    look.at(Point(trainer, x_l, x_u), look.estimates or estimates)
+                    point = Point(trainer, x_l, x_u)
+                    exact = point.exact()
+                    look(running(), point, exact)
                     if altered and t == 0:
-                        look.at(Point(trainer, x_l, x_u), look.alterations())
+                        controls = [mode for mode in _alterations(running()) if mode.name not in estimates]
+                        estimates |= {mode.name: mode for mode in controls}
+                        look(controls, point, exact)
                     done()
                 if t < steps:
                     trainer.step(x_l, x_u)
-            measured = look.figures(look.point.costs(look.running, rounds))
+            costs = point.costs(running(), rounds)
         if stability:
             with _counted("settings varied", progress, 3) as done:
-                true = [estimate for estimate in look.running if not isinstance(estimate, Altered)]
-                sweep = sweeps(look.point, true, draws, done)
+                sweep = sweeps(point, [mode for mode in running() if not isinstance(mode, Altered)], draws, done)
         if train_steps:
-            with _counted("trainings", progress, len(look.running) * len(train_seeds)) as done:
-                seen = {"steps": train_steps, "seeds": train_seeds, "validation": validation, "done": done}
-                trainings = short_trainings(trainer, start, look.running, labeled, unlabeled, **seen)
-    controls = {name: mode for name, mode in measured.items() if isinstance(look.estimates[name], Altered)}
-    compared = {name: mode for name, mode in measured.items() if name not in controls}
-    exact = [name for name in compared if look.estimates[name].exact and name not in look.drawing]
-    never = [name for name in compared if not gives_the_gradient_of_a_step(look.estimates[name])]
-    name, text = recommendation(compared, exact, never)
-    return Ablation(compared, text, points, controls, sweep, trainings, name)
+            with _counted("trainings", progress, len(running()) * len(seeds)) as done:
+                given = {"steps": train_steps, "seeds": seeds, "validation": validation, "done": done}
+                trainings = _trainings(trainer, start, running(), labeled, unlabeled, **given)
 
-
-class _Look:
-    """The distances of the modes at several points, the last of which is ``point``, or why they cannot run."""
-
-    point: Point
-
-    def __init__(self, draws: int) -> None:
-        self.draws = draws
-        self.estimates: dict[str, Estimator] = {}
-        self.distances: dict[str, list[Distance]] = {}
-        self.reasons: dict[str, str] = {}
-        self.drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
-
-    @property
-    def running(self) -> list[Estimator]:
-        """The modes that ran at every point."""
-        return [estimate for name, estimate in self.estimates.items() if name not in self.reasons]
-
-    def at(self, point: Point, estimates: Mapping[str, Estimator]) -> None:
-        """Look by these modes too."""
-        self.point, exact = point, point.exact()
-        self.estimates |= estimates
-        for name in [name for name in estimates if name not in self.reasons]:
-            try:
-                found, draws_any = point.distance(estimates[name], exact, self.draws)
-            except CannotRun as error:
-                self.reasons[name] = str(error)
-            else:
-                self.distances.setdefault(name, []).append(found)
-                self.drawing |= {name} if draws_any else set()
-
-    def alterations(self) -> dict[str, Estimator]:
-        """Of the first mode that runs and that they can be made of, best of the preferred one."""
-        fit = [mode for mode in self.running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
-        base = next((mode for mode in fit if mode.name == PREFERRED), fit[0] if fit else None)
-        made = [] if base is None else [Altered(base, alteration) for alteration in ALTERATIONS]
-        return {one.name: one for one in made if one.name not in self.estimates}
-
-    def figures(self, cost: Mapping[str, tuple[float, float, int]]) -> dict[str, ModeCost | str]:
-        """By name, with the costs."""
-        return {
-            name: self.reasons[name] if name in self.reasons else over_points(self.distances[name], *cost[name])
-            for name in self.estimates
-        }
+    compared: dict[str, ModeCost | str] = {}
+    changed: dict[str, ModeCost | str] = {}
+    for name, mode in estimates.items():
+        into = changed if isinstance(mode, Altered) else compared
+        into[name] = reasons[name] if name in reasons else ModeCost(*_over_points(distances[name]), *costs[name])
+    sure = [name for name in compared if estimates[name].exact and name not in drawing]
+    never = [name for name in compared if not gives_the_gradient_of_a_step(estimates[name])]
+    taken, text = recommendation(compared, sure, never)
+    return Ablation(compared, text, points, changed, sweep, trainings, taken)
 
 
 def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
     if isinstance(modes, str | Estimator):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of modes: [{modes!r}].")
     estimates = [estimator(mode) for mode in (MODES if modes is None else modes)]
-    names = [estimate.name for estimate in estimates]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        given = f"{twice[0]} more than once" if twice else "no mode"
+    by_name = {estimate.name: estimate for estimate in estimates}
+    if not estimates or len(by_name) < len(estimates):
+        twice = next((name for name in by_name if [e.name for e in estimates].count(name) > 1), None)
+        given = f"{twice} more than once" if twice else "no mode"
         raise MetaplError(f"ablate was given {given}; expected one or more modes, each name once.")
-    return dict(zip(names, estimates, strict=True))
+    return by_name
 
 
-def _check_numbers(**numbers: Any) -> None:
-    for name, number in numbers.items():
-        least = LEAST.get(name, 1)
-        if (number is not None or name != "rounds") and not _is_whole(number, least):
-            raise MetaplError(f"ablate({name}={number!r}): expected {least} or more, a whole number.")
+def _alterations(running: Iterable[Estimator]) -> list[Estimator]:
+    """Of the first mode that they can be made of, best of the preferred one."""
+    fit = [mode for mode in running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
+    fit.sort(key=lambda mode: mode.name != PREFERRED)
+    return [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
 
 
-def _check_seeds(seeds: Any) -> None:
-    if not isinstance(seeds, Sequence) or not seeds or not all(_is_whole(seed, 0, 2**63) for seed in seeds):
-        expected = "one or more whole numbers of 0 or more"
-    elif len(set(seeds)) < len(seeds):
-        expected = "seeds, none twice"
-    else:
-        return
-    raise MetaplError(f"ablate(train_seeds={seeds!r}): expected a list of {expected}.")
-
-
-def _is_whole(number: Any, least: int, beyond: float = math.inf) -> bool:
-    return not isinstance(number, bool) and isinstance(number, Integral) and least <= int(number) < beyond
+def _over_points(distances: Sequence[Distance]) -> tuple[float, float, float]:
+    """The mean cosine, and the root mean squares of error and noise."""
+    cosines, errors, noises = zip(*((d.cosine, d.relative_error, d.noise_to_signal) for d in distances), strict=True)
+    n = len(distances)
+    return sum(cosines) / n, math.hypot(*errors) / math.sqrt(n), math.hypot(*noises) / math.sqrt(n)
 
 
 @contextmanager
@@ -224,3 +218,96 @@ def _put_back(trainer: BilevelTrainer) -> Iterator[dict[str, Any]]:
     finally:
         trainer.load_state_dict(state)
         random.restore()
+
+
+def pairs(
+    trainer: BilevelTrainer, labeled: Any, unlabeled: Any, count: int, *, first: int = 0, seed: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """``count`` pairs of a labeled batch and an unlabeled one, or a look-ahead where the trainer takes several steps.
+
+    They begin with the ``first`` of sources whose batches are numbered; ``seed`` is of the order of other sources.
+    """
+    from metapl.data.feed import feed
+
+    several = trainer.lookahead if not isinstance(unlabeled, Lookahead) else 1
+    one_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
+    sources = {
+        "labeled": ([labeled] if is_whole(labeled) else labeled, 1),
+        "unlabeled": ([unlabeled] if one_batch else unlabeled, several),
+    }
+    feeds = {}
+    try:
+        for name, (source, each) in sources.items():
+            stop = (first + count) * each
+            feeds[name] = feed(source, name=name, stop=stop, device=trainer.device, seed=seed)
+            if first and feeds[name].state().get("kind") in ("sequence", "steps"):
+                feeds[name].restore({**feeds[name].state(), "position": first * each})
+        for _ in range(count):
+            inner = [feeds["unlabeled"].next() for _ in range(several)]
+            yield feeds["labeled"].next(), inner[0] if several == 1 else Lookahead(inner)
+    finally:
+        for one in feeds.values():
+            one.close()
+
+
+def _trainings(
+    trainer: BilevelTrainer,
+    start: Mapping[str, Any],
+    modes: Iterable[Estimator],
+    labeled: Any,
+    unlabeled: Any,
+    *,
+    steps: int,
+    seeds: Sequence[int],
+    validation: Any,
+    done: Callable[[], None],
+) -> Trainings:
+    """Train by each mode for a few steps at the optimizers' present rates, without selection or averaging.
+
+    The seed is that of everything drawn: labels, dropout, and the order of batches. Sources with numbered batches
+    (lists, step batches) are read from batch ``seed · steps`` on, so that seeds see different batches and all modes
+    see the same. Every training begins in the state ``start``; the caller puts the trainer back.
+    """
+
+    def ended(mode: Estimator, seed: int) -> tuple[float, ...]:
+        """Outer loss, and validation loss and accuracy if there is validation data."""
+        trained = sibling(trainer, mode=replace(mode, seed=seed) if isinstance(mode, Altered) else mode)
+        own = {"mode": trained.mode.name, "mode_state": trained.mode.init(), "generator": None}
+        trained.load_state_dict({**start, **own})
+        torch.manual_seed(seed)
+        if trained.generator is not None:
+            trained.generator.manual_seed(seed)
+        # One pair more than is trained on: the outer loss is measured on the next labeled batch.
+        for t, (x_l, x_u) in enumerate(pairs(trained, labeled, unlabeled, steps + 1, first=seed * steps, seed=seed)):
+            if t < steps:
+                trained.step(x_l, x_u)
+            else:
+                outer = outer_loss_of(trained, x_l)
+        if validation is None:
+            return (outer,)
+        with replayed(RandomState.now(trained.device)):
+            found = evaluate_logits(*predict_logits(trained.student, batches_of(validation, trained.device)))
+        return outer, found.negative_log_likelihood, found.accuracy
+
+    found: dict[str, Outcome | str] = {}
+    for mode in modes:
+        ends = []
+        try:
+            for seed in seeds:
+                with reasons_told():
+                    ends.append(ended(mode, seed))
+                done()
+        except CannotRun as error:
+            found[mode.name] = str(error)
+        else:
+            found[mode.name] = Outcome(*zip(*ends, strict=True))
+    return Trainings(steps, tuple(seeds), found)
+
+
+def outer_loss_of(trainer: BilevelTrainer, labeled: Any) -> float:
+    """L of the student as it stands, in eval mode."""
+    batch = outer_batch(trainer.problem, labeled)
+    with eval_mode(trainer.student), torch.no_grad():
+        outputs = trainer.student(trainer.problem.outer_input(batch))
+        total, weight = sum_and_weight(trainer.problem.outer_loss(outputs, batch))
+        return float(total / weight)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from metapl.feedback.forward import Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -46,36 +46,23 @@ class Altered(Estimator):
     alteration: Literal["permuted", "class_means", "random_sign"] = "permuted"
     seed: int = 0
 
+    name: ClassVar[str] = "altered"
+    labels: ClassVar[tuple[Kind, ...]] = ()
+    keep_every: ClassVar[int] = 1
+    requires: ClassVar[frozenset[Capability]] = frozenset()
+    normalization: ClassVar[Normalization] = "gradient"
+
     def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("credits", "keep_graph", "looks_ahead"):
-            object.__setattr__(self, name, getattr(self.base, name))
+        super().__post_init__()
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(
                 f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
                 f'"signal" or "example", such as Forward(); that of {self.base.name} is "{self.base.credits}".'
             )
-
-    @property
-    def name(self) -> str:
-        return f"{self.base.name}_{self.alteration}"
-
-    @property
-    def labels(self) -> tuple[Kind, ...]:
-        return self.base.labels
-
-    @property
-    def keep_every(self) -> int:
-        return self.base.keep_every
-
-    @property
-    def requires(self) -> frozenset[Capability]:
-        return self.base.requires
-
-    @property
-    def normalization(self) -> Normalization:
-        """The base's normalization, or ``"gradient"`` if it has none."""
-        return getattr(self.base, "normalization", "gradient")
+        for name in ("labels", "credits", "keep_graph", "looks_ahead", "keep_every", "requires"):
+            object.__setattr__(self, name, getattr(self.base, name))
+        object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))
+        object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")
 
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}
@@ -83,14 +70,8 @@ class Altered(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         count = int(state["altered"])
         feedback, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
-        altered = [
-            replace(
-                f,
-                h=self._alter(f.h, step, count),
-                others={name: self._alter(h, step, count) for name, h in f.others.items()},
-            )
-            for f, step in zip(feedback, path.steps, strict=True)
-        ]
+        pairs = zip(feedback, path.steps, strict=True)
+        altered = [found.mapped(partial(self._alter, step=step, count=count)) for found, step in pairs]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
     def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
@@ -103,21 +84,17 @@ class Altered(Estimator):
         if not step.signal_has_rows:  # every rank and micro-batch has a share of the feedback on all of a matrix
             return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
         ranks = step.student.ranks
-        values = ranks.all_rows(step.signal.value) if step.signal.sampled else None
-        return ranks.own_rows(self._altered(ranks.all_rows(h), values, count))
+        drawn = ranks.all_rows(step.signal.value) if step.signal.sampled else None
+        return ranks.own_rows(self._altered(ranks.all_rows(h), drawn, count))
 
     def _altered(self, h: Tensor, drawn: Tensor | None, count: int) -> Tensor:
         if self.alteration == "class_means":
-            return _class_means(h, drawn)
+            if h.ndim > 1 or drawn is None or drawn.is_floating_point():  # values that are not classes
+                return h.mean(0, keepdim=True).expand_as(h)
+            same = (drawn[:, None] == drawn[None, :]).to(h)
+            return (same @ h) / same.sum(1)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + count)
         if self.alteration == "permuted":
             return h[torch.randperm(len(h), generator=generator).to(h.device)]
         coins = torch.randint(0, 2, (len(h),), generator=generator).to(h) * 2 - 1
         return h * coins.reshape(-1, *[1] * (h.ndim - 1))
-
-
-def _class_means(h: Tensor, drawn: Tensor | None) -> Tensor:
-    if h.ndim > 1 or drawn is None or drawn.is_floating_point():  # values that are not classes
-        return h.mean(0, keepdim=True).expand_as(h)
-    same = (drawn[:, None] == drawn[None, :]).to(h)
-    return (same @ h) / same.sum(1)

@@ -10,7 +10,8 @@ computed (:meth:`InnerStep.tangent` or a difference of outputs), and what gets t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal
-from metapl.runs.fields import Range
+from metapl.runs.fields import Range, check_fields
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
@@ -71,21 +72,21 @@ class Feedback:
         for h in (self.h, *self.others.values()):
             checks.finite_feedback(h)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Feedback:
+        """The same with h, and that on other fields, changed."""
+        return replace(self, h=change(self.h), others={name: change(h) for name, h in self.others.items()})
+
     def divided_by(self, divisor: Tensor | float) -> Feedback:
         """h divided by a positive number."""
-        if isinstance(divisor, float) and divisor == 1.0:
-            return self
-        return replace(self, h=self.h / divisor, others={name: h / divisor for name, h in self.others.items()})
+        return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda h: h / divisor)
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of ``parts`` micro-batches."""
-        if self.h.ndim == 0 or parts == 1:
-            return [self] * parts
-        others = {name: h.chunk(parts) for name, h in self.others.items()}
-        return [
-            Feedback(h, self.part, {name: chunks[i] for name, chunks in others.items()})
-            for i, h in enumerate(self.h.chunk(parts))
-        ]
+
+        def piece(number: int) -> Feedback:
+            return self.mapped(lambda h: h.chunk(parts)[number])
+
+        return [self] * parts if self.h.ndim == 0 or parts == 1 else list(map(piece, range(parts)))
 
 
 class Estimator(ABC):
@@ -98,6 +99,10 @@ class Estimator(ABC):
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
+
+    def __post_init__(self) -> None:
+        with suppress(NameError):  # annotations that cannot be read hold nothing
+            check_fields(self)
 
     @property
     @abstractmethod
@@ -145,20 +150,16 @@ class Estimator(ABC):
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
-    skipped = path.steps[: len(path.steps) - len(feedback)]
-    part, others = feedback[0].part, feedback[0].others
-
-    def zeros(signal: Signal, name: str) -> Tensor:
-        return torch.zeros_like(getattr(signal, name))
-
-    return [
+    first = feedback[0]
+    zeros = [
         replace(
-            feedback[0],
-            h=zeros(step.signal, part or "value"),
-            others={name: zeros(step.signal, name) for name in others},
+            first,
+            h=torch.zeros_like(getattr(step.signal, first.part or "value")),
+            others={name: torch.zeros_like(getattr(step.signal, name)) for name in first.others},
         )
-        for step in skipped
-    ] + list(feedback)
+        for step in path.steps[: len(path.steps) - len(feedback)]
+    ]
+    return [*zeros, *feedback]
 
 
 def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tensor | float:
@@ -169,8 +170,6 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     over the batch (of sampled labels) is then the cosine between the student's step and the labeled gradient, in
     [−1, 1]; within a step the teacher's gradient keeps its direction, but its sizes in different steps change.
     """
-    if normalization == "gradient":
-        return 1.0
     if normalization == "learning_rate":
         eta = step.learning_rate
         if eta is None:
@@ -179,6 +178,8 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
                 'use a torch.optim inner optimizer, or normalization="gradient".'
             )
         return eta if eta > 0 else 1.0
+    if normalization == "gradient":
+        return 1.0
     if w is None:
         raise MetaplError(f"normalization={normalization!r} needs a direction w, which this mode does not compute.")
     return (step.space.norm(w) * step.space.norm(step.gradient)).clamp_min(1e-30)

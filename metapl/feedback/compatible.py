@@ -24,9 +24,8 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     """The problem (default: pseudo-labels) with a kind of signal that the mode takes."""
     problem = PseudoLabels() if problem is None else problem
     if isinstance(problem, type):
-        raise MetaplError(
-            f"problem is the class {problem.__name__}; expected an instance: problem={problem.__name__}()."
-        )
+        name = problem.__name__
+        raise MetaplError(f"problem is the class {name}; expected an instance: problem={name}().")
     if not isinstance(problem, BilevelProblem):
         raise MetaplError(
             f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
@@ -43,62 +42,59 @@ def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) ->
         raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")
     if teacher is not None and not problem.has_teacher:
         raise MetaplError(f"a teacher was given, and {kind} has none; expected teacher=None.")
-    for name, is_given in given.items():
-        if teacher is None and is_given:
-            raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
+    for name in (name for name, is_given in given.items() if is_given and teacher is None):
+        raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
 
 
 def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, ranks: Ranks) -> None:
-    """Refuse batches that are wrong, on one rank or on all, and ranks with unequal shares of a batch."""
+    """Refuse batches that are wrong, on one rank or on all, ranks with unequal shares of a batch, and processes that
+    should have the same rows and have others."""
     with ranks.agreed():
         checks.batches(labeled, unlabeled, device)
-    if not ranks.alone:
-        lengths = [len(next(t for t in pytree.tree_leaves(b) if isinstance(t, Tensor))) for b in (labeled, *unlabeled)]
-        ranks.equal(
-            lengths,
-            "the ranks have unequal shares of a batch (rows of the labeled batch, then of the unlabeled: {counts}); "
-            "expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
-        )
-        _check_same_rows((labeled, *unlabeled), ranks)
-
-
-def _check_same_rows(batches: Sequence[Any], ranks: Ranks) -> None:
-    """Refuse, in processes that have the same rows, batches that differ; columns of images cannot be compared."""
-    if ranks.copies == 1:
+    if ranks.alone:
         return
-    leaves = [t for t in pytree.tree_leaves(list(batches)) if isinstance(t, Tensor)]
-    leaves = [t for t in leaves if t.ndim < 3 or not ranks.columns]
-    check_copies([t for t in leaves if not t.is_floating_point()], "labels, or other whole numbers of a batch,", ranks)
-    check_copies([t for t in leaves if t.is_floating_point()], "rows of a batch", ranks)
+    leaves = [[t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)] for batch in (labeled, *unlabeled)]
+    ranks.equal(
+        [len(tensors[0]) for tensors in leaves],
+        "the ranks have unequal shares of a batch (rows of the labeled batch, then of the unlabeled: {counts}); "
+        "expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
+    )
+    if ranks.copies > 1:  # columns of images cannot be compared
+        rows = [t for tensors in leaves for t in tensors if t.ndim < 3 or not ranks.columns]
+        whole = "labels, or other whole numbers of a batch,"
+        check_copies([t for t in rows if not t.is_floating_point()], whole, ranks)
+        check_copies([t for t in rows if t.is_floating_point()], "rows of a batch", ranks)
 
 
 def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
     """Refuse more steps than the mode or the problem takes, and what the student's layout does not offer."""
-    kind = kind_of(problem)
+    kind, mend = kind_of(problem), "give one batch (lookahead=1)"
     if steps > 1 and revises(problem):
         raise MetaplError(
             f"{kind} takes the student's step again on a signal that it makes of the feedback, and this goes with one "
-            f"step, but {steps} were given; give one batch (lookahead=1)."
+            f"step, but {steps} were given; {mend}."
         )
     if steps > 1 and not mode.looks_ahead:
+        fitting = ", ".join(modes_for(looks_ahead=True))
         raise MetaplError(
-            f"mode '{mode.name}' looks one student step ahead, and {steps} were given; give one batch (lookahead=1), "
-            f"or use a mode that takes several: {', '.join(modes_for(looks_ahead=True))}."
+            f"mode '{mode.name}' looks one student step ahead, and {steps} were given; {mend}, or use a mode that "
+            f"takes several: {fitting}."
         )
     if enters_input(problem) and revises(problem):
         raise MetaplError(
-            f"{kind} has revised_signal and student_input(batch, signal), and a step that is taken again on a revised "
-            "signal has the first one's input; expected one of the two."
+            f"{kind} has revised_signal and student_input(batch, signal), and a step that is taken again has the "
+            "first one's input; expected one of the two."
         )
     if mode.credits == "example" and enters_input(problem):
         raise _labels_enter(mode, problem)
     for need, who in _required(mode, steps, problem).items():
         if need not in student.offers:
-            fitting = [m for m in map(estimator, MODES) if not _required(m, 1, problem).keys() - student.offers]
-            there = f"With one student step, mode {' or '.join(repr(m.name) for m in fitting)} runs there; else train"
+            fitting = " or ".join(
+                repr(m.name) for m in map(estimator, MODES) if not _required(m, 1, problem).keys() - student.offers
+            )
+            there = f"With one student step, mode {fitting} runs there; else train" if fitting else "Train"
             raise MetaplError(
-                f"{who} does not run on a student that is {student.how}: it takes {need.value}. "
-                f"{there if fitting else 'Train'} in one process."
+                f"{who} does not run on a student that is {student.how}: it takes {need.value}. {there} in one process."
             )
 
 
@@ -125,18 +121,18 @@ def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) ->
         raise _labels_enter(mode, problem)
     kind: Kind = "hard" if signal.sampled else "soft"
     if kind not in mode.labels:
-        if signal.sampled:
-            kinds = "is for differentiable signals, and the problem's signal is sampled (it carries log_prob)"
-        else:
-            kinds = "is for sampled signals, and the problem's signal is differentiable (it carries no log_prob)"
-        fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
-        raise MetaplError(f"mode '{mode.name}' {kinds}; expected one of the modes {fitting}.")
+        words = {"soft": ("differentiable", "it carries no log_prob"), "hard": ("sampled", "it carries log_prob")}
+        (own, why), (other, _) = words.pop(kind), *words.values()
+        raise MetaplError(
+            f"mode '{mode.name}' is for {other} signals, and the problem's signal is {own} ({why}); expected one of "
+            f"the modes {', '.join(modes_for(kind, looks_ahead=steps > 1))}."
+        )
 
 
 def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:
     fitting = [m.name for m in map(estimator, MODES) if "hard" in m.labels and m.credits in ("batch", "nothing")]
     return MetaplError(
         f"mode {mode.name!r} credits each label apart, and the sampled labels of {kind_of(problem)} enter the "
-        f"student's input, where they act on others too, and not linearly; expected one of the modes "
-        f"{', '.join(fitting)}, or a differentiable signal (without log_prob)."
+        f"student's input, where they act on others too; expected one of the modes {', '.join(fitting)}, or a "
+        "differentiable signal (without log_prob)."
     )

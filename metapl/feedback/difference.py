@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,7 +18,7 @@ from metapl.feedback.credit import Tangent, check_projections, signal_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import Range, check_fields
+from metapl.runs.fields import Range
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,6 @@ class Difference(Estimator):
     name: ClassVar[str] = "difference"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         h = self.feedback_along(w, step, signal_feedback)
@@ -79,17 +75,16 @@ class Difference(Estimator):
         Fewer units switch within a smaller δ. A student whose passes are not of one function is refused at every δ: the
         tolerance for rounding does not grow as δ falls.
         """
-        for reduction in REDUCTIONS[:-1]:
-            with suppress(SlopesDisagree):
-                return self._checked(step, w, credit, reduction)
-        return self._checked(step, w, credit, REDUCTIONS[-1])
-
-    def _checked(self, step: InnerStep, w: Tree, credit: Credit, reduction: float) -> Feedback:
-        tangent = self.tangent(step, w, reduction)
-        feedback = credit(step, w, tangent)
-        if step.student.first and not checks.waits(tangent.z_dot):
-            check_projections(step, w, tangent)
-        return feedback
+        for reduction in REDUCTIONS:
+            try:
+                tangent = self.tangent(step, w, reduction)
+                feedback = credit(step, w, tangent)
+                if step.student.first and not checks.waits(tangent.z_dot):
+                    check_projections(step, w, tangent)
+                return feedback
+            except SlopesDisagree as error:
+                disagree = error
+        raise disagree
 
     def tangent(self, step: InnerStep, w: Tree, reduction: float = 1.0) -> Tangent:
         """ż along w, by moves of length δ/``reduction``; exactly zero for w = 0."""

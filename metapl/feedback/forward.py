@@ -23,7 +23,6 @@ from metapl.feedback.base import Estimator, Feedback, Normalization, State, Step
 from metapl.feedback.credit import credited_fields, exact_feedback, feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,6 @@ class Forward(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     looks_ahead: ClassVar[bool] = True
     requires: ClassVar[frozenset[Capability]] = frozenset({FORWARD_AD})
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def exact(self) -> bool:

@@ -11,19 +11,27 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, Capability
-from metapl.execution.numerics import Tree, scaled
+from metapl.execution.numerics import WHOLE, Tree, scaled
 from metapl.feedback.base import Estimator, Feedback, State
 from metapl.feedback.credit import exact_feedback
-from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
-from metapl.feedback.solvers import Product, conjugate_gradient, neumann
 from metapl.problems.base import Kind
-from metapl.runs.fields import Range, check_fields
+from metapl.runs.fields import Range
+
+Product = Callable[[Tree], Tree]
+"""(H + damping) x = v is solved from products with H alone."""
+
+dot, norm = WHOLE.dot, WHOLE.norm
 
 
 @dataclass(frozen=True)
@@ -68,26 +76,85 @@ class Implicit(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         (step,) = path.steps
         v = path.outer_gradient_before()
         if self.solver == "identity":
             w = scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
-        else:
-            with step.hessian() as product:
-                w = scaled(self._solved(product, v, step), -1.0)
-        return [exact_feedback(step, w)], state
-
-    def _solved(self, product: Product, v: Tree, step: InnerStep) -> Tree:
-        if self.solver == "cg":
-            return conjugate_gradient(product, v, self.iterations, float(self.damping))
-        step_size = step.learning_rate if self.step_size is None else self.step_size
-        if not step_size:
+            return [exact_feedback(step, w)], state
+        step_size = step.learning_rate if self.step_size is None else float(self.step_size)
+        if self.solver == "neumann" and not step_size:
             raise MetaplError(
                 'Implicit(solver="neumann") takes the student\'s learning rate for its step_size, and this optimizer '
                 "has none above 0; give step_size=..., below 2 over the greatest eigenvalue of the inner loss."
             )
-        return neumann(product, v, self.iterations, float(step_size), float(self.damping))
+        with step.hessian() as product:
+            if self.solver == "cg":
+                x = conjugate_gradient(product, v, self.iterations, float(self.damping))
+            else:
+                x = neumann(product, v, self.iterations, float(step_size or 0), float(self.damping))
+        return [exact_feedback(step, scaled(x, -1.0))], state
+
+
+def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
+    """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues.
+
+    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding:
+    further iterations would only enlarge what is left. On an accelerator those after the end are run too, so that the
+    host need not wait.
+    """
+    rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
+    types = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in v.values()}))
+    x = scaled(v, 0.0)
+    r, p = v, v
+    rr = first = dot(r, r)
+    tiny = torch.finfo(rr.dtype).tiny
+    largest = torch.zeros_like(rr)
+    ended = rr <= 0
+    for number in range(iterations):
+        if not checks.waits(ended) and bool(ended):
+            break
+        q = _plus(product(p), p, damping)
+        curvature, p_norm, q_norm = dot(p, q), norm(p), norm(q)
+        checks.refuse(
+            ~q_norm.isfinite() & ~ended,
+            f"a product of Implicit's conjugate gradients is not finite in {types}: damping={damping:g} is too "
+            "large for it, or the student has diverged; expected a damping of about the size of the eigenvalues of the "
+            "inner loss's second derivative, such as 0.01.",
+        )
+        largest = torch.maximum(largest, q_norm / p_norm.clamp_min(tiny))  # at most the greatest eigenvalue
+        flat = curvature <= rounding * p_norm * q_norm
+        negative = flat if number == 0 else curvature < -rounding * largest * p_norm**2  # v itself must be curved
+        checks.refuse(
+            negative & ~ended,
+            "the inner loss has no positive curvature along a direction that conjugate gradients take, so the student "
+            "is not near an optimum of it; train it longer, add a penalty on its weights to the inner loss, or give "
+            'Implicit a larger damping, or solver="neumann" or "identity".',
+        )
+        ended = ended | flat
+        alpha = torch.where(ended, 0.0, rr / curvature.clamp_min(tiny))
+        x, r = _plus(x, p, alpha), _plus(r, q, -alpha)
+        rr, before = dot(r, r), rr
+        ended = ended | (rr <= rounding**2 * first)
+        p = _plus(r, p, torch.where(ended, 0.0, rr / before.clamp_min(tiny)))
+    return x
+
+
+def neumann(product: Product, v: Tree, iterations: int, step_size: float, damping: float) -> Tree:
+    """The Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, …, iterations."""
+    x = term = scaled(v, step_size)
+    for _ in range(iterations):
+        term = _plus(term, _plus(product(term), term, damping), -step_size)
+        x = _plus(x, term, 1.0)
+    checks.refuse(
+        ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
+        f"the Neumann series diverges with step_size={step_size:g} and damping={damping:g}: its last term is longer "
+        "than its first. Give Implicit a step_size below 2 over the greatest eigenvalue of the inner loss's second "
+        "derivative plus damping; where that loss curves downwards, a larger damping, or a student that is nearer to "
+        "an optimum of it.",
+    )
+    return x
+
+
+def _plus(a: Tree, b: Tree, factor: Tensor | float) -> Tree:
+    return {n: t + (factor.to(t.dtype) if isinstance(factor, Tensor) else factor) * b[n] for n, t in a.items()}

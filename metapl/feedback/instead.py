@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from metapl.feedback.path import Path
 AGREES_TO = 0.05
 """How far the feedback of a mode may be from that of double backward, relative to its norm, for it to be named."""
 
-
 _DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)
 
 
@@ -31,26 +30,37 @@ def others_named(mode: Estimator, path: Path) -> Iterator[None]:
     try:
         yield
     except NotByThisMode as error:
-        raise type(error)(_named(mode, path, str(error))) from error.__cause__
+        raise type(error)(f"mode '{mode.name}' cannot run here: {error} {_mend(mode, path)}") from error.__cause__
     except RuntimeError as error:
         if not _DTYPES.search(str(error)):
             raise
-        why = (
-            "it runs the student in float32, and a cast inside the student does not go along "
-            f'({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" instead of casts.'
-        )
-        raise NotByThisMode(_named(mode, path, why)) from error
-
-
-def _named(mode: Estimator, path: Path, why: str) -> str:
-    return f"mode '{mode.name}' cannot run here: {why} {_mend(mode, path)}"
+        raise NotByThisMode(
+            f"mode '{mode.name}' cannot run here: it runs the student in float32, and a cast inside the student does "
+            f'not go along ({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" '
+            f"instead of casts. {_mend(mode, path)}"
+        ) from error
 
 
 def _mend(mode: Estimator, path: Path) -> str:
+    """The modes that run, and agree with double backward where that does."""
     if mode.name == "implicit":  # the gradient of an optimum, which no other mode takes
         return "Write that part of the student otherwise."
-    sampled, one_step = path.steps[-1].signal.sampled, len(path.steps) == 1
-    fitting = list(_exact(mode, path, sampled, one_step))
+    step, one_step, fitting = path.steps[-1], len(path.steps) == 1, []
+    sampled = step.signal.sampled
+
+    def by_double_backward() -> Tensor:
+        adjoint = step.adjoint(path.outer_gradient(), None, credited_fields(step.signal))
+        return feedback_from_gradients(step.signal, adjoint.in_signal).h
+
+    expected = _tried(by_double_backward)
+    if expected is not None and not sampled and not mode.keep_graph:
+        fitting.append('mode="unrolled"' + " (with accumulate=1)" * (len(path.labeled) > 1))
+    own = None if mode.keep_graph else "forward" if FORWARD_AD in mode.requires else "difference"
+    for other in (Forward(), Difference())[: 1 + one_step]:
+        found = None if other.name == own else _tried(partial(_last, other, path))
+        if found is not None and (expected is None or (found - expected).norm() <= AGREES_TO * expected.norm()):
+            by_example = f'metapl.feedback.ReinforcePerExample(tangent="{other.name}")'
+            fitting.append(by_example if mode.credits == "example" else f'mode="{other.name}"')
     if sampled and one_step:
         fitting.append('mode="reinforce"')
     if fitting:
@@ -60,36 +70,12 @@ def _mend(mode: Estimator, path: Path) -> str:
     return "Look one step ahead, where the modes that take plain passes only can be used."
 
 
-def _exact(mode: Estimator, path: Path, sampled: bool, one_step: bool) -> Iterator[str]:
-    """The modes without noise for this signal and so many steps that run, and agree with double backward where that
-    does."""
-    expected = _tried(_by_double_backward, path)
-    if expected is not None and not sampled and not mode.keep_graph:
-        yield 'mode="unrolled"' + " (with accumulate=1)" * (len(path.labeled) > 1)
-    tangents = [("forward", Forward()), ("difference", Difference())] if one_step else [("forward", Forward())]
-    own = None if mode.keep_graph else "forward" if FORWARD_AD in mode.requires else "difference"
-    for name, estimate in tangents:
-        found = None if name == own else _tried(_by, path, estimate)
-        if found is not None and expected is not None:
-            found = found if (found - expected).norm() <= AGREES_TO * expected.norm() else None
-        if found is not None:
-            by_example = f'metapl.feedback.ReinforcePerExample(tangent="{name}")'
-            yield by_example if mode.credits == "example" else f'mode="{name}"'
+def _last(other: Estimator, path: Path) -> Tensor:
+    return other.feedback(path, other.init())[0][-1].h
 
 
-def _by_double_backward(path: Path) -> Tensor:
-    """The feedback on the last signal."""
-    step = path.steps[-1]
-    adjoint = step.adjoint(path.outer_gradient(), None, credited_fields(step.signal))
-    return feedback_from_gradients(step.signal, adjoint.in_signal).h
-
-
-def _by(path: Path, estimate: Estimator) -> Tensor:
-    return estimate.feedback(path, estimate.init())[0][-1].h
-
-
-def _tried(trial: Callable[..., Tensor], *given: Any) -> Tensor | None:
+def _tried(trial: Callable[[], Tensor]) -> Tensor | None:
     try:
-        return trial(*given)
+        return trial()
     except (RuntimeError, MetaplError):
         return None

@@ -29,11 +29,10 @@ class Lookahead:
     batches: Sequence[Any]
 
     def __post_init__(self) -> None:
-        given = self.batches
-        if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+        if not isinstance(self.batches, Sequence) or isinstance(self.batches, str | bytes) or not self.batches:
             raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(given)}; expected a list of batches, one for "
-                "each student step, such as metapl.Lookahead([u1, u2])."
+                f"Lookahead was given batches that are {checks.described(self.batches)}; expected a list of batches, "
+                "one for each student step, such as metapl.Lookahead([u1, u2])."
             )
 
     def __len__(self) -> int:

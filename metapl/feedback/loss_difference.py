@@ -10,7 +10,6 @@ from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.feedback.reinforce import init_baseline, subtract_baseline
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,6 @@ class LossDifference(Estimator):
     name: ClassVar[str] = "loss_difference"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "batch"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def init(self) -> State:
         return init_baseline(self.baseline)

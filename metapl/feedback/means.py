@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from metapl.execution.batch import joined, rows
 from metapl.execution.ranks import Ranks
 
-Weighted = tuple[Tensor, Tensor | float]
-"""The sum of a loss over rows, and their weight."""
+TOLERANCE = 1e-3
+"""Of values, and of gradients in the outputs: far above rounding, also under bfloat16 where a loss runs in float32."""
 
 
 class MeanCheck:
@@ -25,7 +25,9 @@ class MeanCheck:
     warning.
     """
 
-    def __init__(self, name: str, loss: Callable[[Tensor, Any], Weighted], ranks: Ranks, parts: int, mend: str) -> None:
+    def __init__(
+        self, name: str, loss: Callable[[Tensor, Any], tuple[Any, Any]], ranks: Ranks, parts: int, mend: str
+    ) -> None:
         self.name, self.loss, self.ranks, self.mend = name, loss, ranks, mend
         self.where = " and ".join(["the ranks' rows"] * (ranks.size > 1) + ["micro-batches"] * (parts > 1))
         self._first: tuple[Tensor, Any] | None = None
@@ -36,8 +38,7 @@ class MeanCheck:
         if self._told:
             return
         first, self._first = self._first, self._first or (outputs.detach(), batch)
-        own = self._found(first, (outputs.detach(), batch))
-        text = next((text for text in self.ranks.gathered(own) if text is not None), None)
+        text = next(filter(None, self.ranks.gathered(self._found(first, (outputs.detach(), batch)))), None)
         if text is not None:
             self._told = True
             if self.ranks.first:
@@ -55,12 +56,12 @@ class MeanCheck:
             sums, weights, slopes = zip(*(self._at(*given) for given in (both, one, other)), strict=True)
         except Exception:  # a loss that takes batches of its own number of rows alone is not looked at
             return None
-        if 0 in (weights[0], weights[1] + weights[2]):  # nothing to judge in these rows
+        weight = weights[1] + weights[2]
+        if 0 in (weights[0], weight):  # nothing to judge in these rows
             return None
-        value, mean = sums[0] / weights[0], (sums[1] + sums[2]) / (weights[1] + weights[2])
-        slope, of_parts = slopes[0] / weights[0], joined(slopes[1:]) / (weights[1] + weights[2])
-        gap = torch.linalg.vector_norm(slope - of_parts)
-        size = torch.linalg.vector_norm(slope) + torch.linalg.vector_norm(of_parts)
+        value, mean = sums[0] / weights[0], (sums[1] + sums[2]) / weight
+        slope, of_parts = slopes[0] / weights[0], joined(slopes[1:]) / weight
+        gap, size = (slope - of_parts).norm(), slope.norm() + of_parts.norm()
         if not (abs(value - mean) > TOLERANCE * (abs(value) + abs(mean)) + 1e-6 or gap > TOLERANCE * size):
             return None
         return (
@@ -76,7 +77,3 @@ class MeanCheck:
             total, weight = self.loss(z, batch)
         slope = torch.autograd.grad(total, z, materialize_grads=True)[0] if total.requires_grad else torch.zeros_like(z)
         return float(total.detach()), float(weight), slope
-
-
-TOLERANCE = 1e-3
-"""Of values, and of gradients in the outputs: far above rounding, also under bfloat16 where a loss runs in float32."""

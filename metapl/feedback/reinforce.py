@@ -13,7 +13,6 @@ from metapl.feedback.base import Decay, Estimator, Feedback, State, divisor
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Reinforce(Estimator):
     credits: ClassVar[Credits] = "batch"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if self.similarity == "cosine" and self.normalization != "gradient":
             raise MetaplError(
                 'Reinforce(similarity="cosine", normalization="learning_rate"): a cosine does not depend on the '

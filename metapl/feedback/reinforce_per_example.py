@@ -12,7 +12,6 @@ from metapl.feedback.difference import Difference
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,6 @@ class ReinforcePerExample(Estimator):
     @property
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()

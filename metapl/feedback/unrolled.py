@@ -10,7 +10,6 @@ from metapl.feedback.base import Estimator, Feedback, State, Steps, padded
 from metapl.feedback.credit import feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
-from metapl.runs.fields import check_fields
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,6 @@ class Unrolled(Estimator):
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
     keep_graph: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def exact(self) -> bool:

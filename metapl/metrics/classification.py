@@ -43,10 +43,8 @@ class Evaluation:
         """The same figures as dicts, lists and numbers, ready for `json.dumps`."""
         # Not asdict, which copies a million counts of a thousand classes one by one.
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["per_class"] = list(self.per_class)
-        plain["confusion"] = [list(row) for row in self.confusion]
-        plain["classes"] = None if self.classes is None else list(self.classes)
-        return plain
+        lists = {"per_class": list(self.per_class), "confusion": [list(row) for row in self.confusion]}
+        return plain | lists | {"classes": None if self.classes is None else list(self.classes)}
 
 
 def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
@@ -63,12 +61,9 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
         labels_N: (N,) integers from 0 to C−1.
         classes: C names.
 
-    Returns:
-        the figures. Between equal logits, the first class wins.
-
-    Raises:
-        MetaplError: shapes, dtypes or values are not as above; a model that has diverged gives logits that are not
-            finite, and no accuracy of it means anything.
+    Returns: the figures. Between equal logits, the first class wins.
+    Raises: :class:`metapl.MetaplError` where shapes, dtypes or values are not as above; a model that has diverged gives
+        logits that are not finite, and no accuracy of it means anything.
 
     >>> evaluation = evaluate_logits(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]]), torch.tensor([0, 1, 1]))
     >>> round(evaluation.accuracy, 4), evaluation.per_class, evaluation.confusion
@@ -84,41 +79,34 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
     predicted_N = logits_NC.detach().cpu().max(dim=1).indices
     confusion_CC = torch.bincount(labels_N * width + predicted_N, minlength=width * width).reshape(width, width)
     correct_N = predicted_N == labels_N
+    confidence_N = log_p_NC.amax(dim=1).exp()
+    bin_N = (confidence_N * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
+    # n_b / N · |acc_b − conf_b| = |Σ of the gaps in bin b| / N, so no bin is divided by its count.
+    gap_N = correct_N.to(torch.float64) - confidence_N
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bin_N, gap_N)
+    first_five_N = (log_p_NC.topk(5, dim=1).indices == labels_N[:, None]).any(dim=1) if width > 5 else None
     return Evaluation(
         n=count,
-        accuracy=_share(correct_N),
-        top5=_share((log_p_NC.topk(5, dim=1).indices == labels_N[:, None]).any(dim=1)) if width > 5 else None,
+        accuracy=int(correct_N.sum()) / count,
+        top5=None if first_five_N is None else int(first_five_N.sum()) / count,
         negative_log_likelihood=float(-log_p_NC.gather(1, labels_N[:, None]).mean()),
-        expected_calibration_error=_calibration_error(log_p_NC.amax(dim=1).exp(), correct_N),
+        expected_calibration_error=float(gaps.abs().sum() / count),
         per_class=tuple(row[index] / sum(row) if sum(row) else None for index, row in enumerate(confusion_CC.tolist())),
         confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
         classes=None if classes is None else tuple(classes),
     )
 
 
-def _calibration_error(confidence_N: Tensor, correct_N: Tensor) -> float:
-    bin_N = (confidence_N * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    gap_N = correct_N.to(torch.float64) - confidence_N
-    # n_b / N · |acc_b − conf_b| = |Σ of the gaps in bin b| / N, so no bin is divided by its count.
-    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bin_N, gap_N)
-    return float(gaps.abs().sum() / len(gap_N))
-
-
-def _share(hit_N: Tensor) -> float:
-    return int(hit_N.sum()) / len(hit_N)
-
-
 def _check(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None) -> None:
-    shapes = f"logits {tuple(logits_NC.shape)} and labels {tuple(labels_N.shape)}"
+    given = f"logits {tuple(logits_NC.shape)} and labels {tuple(labels_N.shape)}"
     if logits_NC.ndim != 2 or labels_N.ndim != 1 or len(logits_NC) != len(labels_N) or logits_NC.numel() == 0:
-        raise MetaplError(f"{shapes} were given; expected (N, C) and (N,) with N and C at least 1")
+        raise MetaplError(f"{given} were given; expected (N, C) and (N,) with N and C at least 1")
     if not logits_NC.is_floating_point():
         raise MetaplError(f"the logits are {logits_NC.dtype}; expected floating-point numbers")
     if labels_N.is_floating_point() or labels_N.is_complex() or labels_N.dtype == torch.bool:
         raise MetaplError(f"the labels are {labels_N.dtype}; expected integers, the index of each class")
     dense(labels_N, "the labels are")
-    width = logits_NC.shape[1]
-    low, high = int(labels_N.min()), int(labels_N.max())
+    width, low, high = logits_NC.shape[1], int(labels_N.min()), int(labels_N.max())
     if low < 0 or high >= width:
         raise MetaplError(f"the labels run from {low} to {high}; {width} logits allow 0 to {width - 1}")
     if classes is not None and len(classes) != width:

@@ -13,11 +13,9 @@ from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry, shape_wrapper
 
 
-def _convolution_backward(
-    grad_out: Any, x: Any, weight: Any, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
-    _output_padding: Any, _groups: int, wanted: Any, **_: Any,
-) -> int:  # fmt: skip
+def _convolution_backward(*given: Any, **shapes: Any) -> int:
     """Either gradient takes as many as the pass forward; PyTorch's own formula does not divide by the groups."""
+    grad_out, x, weight, *_, transposed, _padding, _groups, wanted = given
     return int(sum(wanted[:2]) * conv_flop_count(x, weight, grad_out, transposed))
 
 
@@ -25,20 +23,6 @@ _OWN = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {name: shape_wrapper(own) for name, own in _OWN.items()}
 """Floating-point operations by operator: PyTorch's, with grouped convolutions counted right."""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the profiler's library writes of its own start and end, past Python, on standard error."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def flops(run: Callable[[], Any]) -> int:
@@ -65,3 +49,17 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's library writes of its own start and end, past Python, on standard error."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -27,14 +27,10 @@ def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> t
         model: gives logits (B, C); the batches are moved to the device of its first parameter.
         batches: pairs (x, y) with y of shape (B,); x is a tensor, or a dict or tuple of tensors.
 
-    Returns:
-        logits (N, C) and labels (N,), on the CPU, in the order of the batches. Every submodule is in the mode (train
-        or eval) that it had, whatever happens.
-
+    Returns: logits (N, C) and labels (N,), on the CPU, in the order of the batches. Every submodule is in the mode
+        (train or eval) that it had, whatever happens.
     Cost: one forward pass per example; the logits of all examples in memory.
-
-    Raises:
-        MetaplError: there are no batches.
+    Raises: :class:`metapl.MetaplError` where there are no batches.
 
     >>> model = torch.nn.Linear(3, 2)
     >>> logits, labels = predict_logits(model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))])
@@ -77,22 +73,35 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
 def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
     """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such; ``name`` is that of the
     data in errors."""
-    whole = is_whole(data)
-    for batch in [data] if whole else iterated(data, name):
+    for batch in iterated(data, name, whole := is_whole(data)):
         inputs, labels = labeled_pair(batch, batch_name(data, name))[:2]
         yield from _pieces((to_device(inputs, device), to_device(labels, device)), whole)
 
 
 def input_batches(data: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """The inputs of data without labels, or with labels that are left out, in batches.
-
-    Args:
-        data: a tensor, an array or a dict of these; a tuple that begins with such inputs; or an iterable of all these.
-        dtype: what floating-point arrays of numpy become; tensors stay as they are.
+    """The inputs of data in batches, labels left out: of a tensor, an array or a dict of these, a tuple that begins
+    with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay as they are.
     """
     whole = _is_array(data) or isinstance(plain(data), dict | tuple)
-    for batch in [data] if whole else iterated(data, "the data to predict"):
+    for batch in iterated(data, "the data to predict", whole):
         yield from _pieces(_tensors(inputs_of(batch), dtype), whole)
+
+
+def iterated(data: Any, name: str, whole: bool = False) -> Iterator[Any]:
+    """The batches of an iterable, or of what has them by position, or data that is ``whole`` as one; other data are
+    refused."""
+    try:
+        batches: Iterator[Any] = iter([data] if whole else data)
+    except TypeError as error:
+        expected = "expected tensors, or an iterable of batches of them"
+        raise MetaplError(f"{name} is {checks.described(data)}; {expected}.") from error
+    return batches
+
+
+def batch_name(data: Any, name: str) -> str:
+    """A batch of data in errors: data that is not one pair is read as batches, and who gave it may not know that."""
+    read = f"{name} is {checks.described(data)}, which is read as batches, and a batch of it"
+    return name if is_whole(data) else read
 
 
 def _pieces(batch: Any, whole: bool) -> Iterator[Any]:
@@ -100,27 +109,8 @@ def _pieces(batch: Any, whole: bool) -> Iterator[Any]:
     count = length(batch)
     if not whole or count <= ROWS:
         yield batch
-        return
-    for start in range(0, count, ROWS):
-        yield rows(batch, start, start + ROWS)
-
-
-def batch_name(data: Any, name: str) -> str:
-    """A batch of data in errors: data that is not one pair is read as batches, and who gave it may not know that."""
-    return (
-        name if is_whole(data) else f"{name} is {checks.described(data)}, which is read as batches, and a batch of it"
-    )
-
-
-def iterated(data: Any, name: str) -> Iterator[Any]:
-    """The batches of an iterable, or of what has them by position; other data are refused."""
-    try:
-        batches: Iterator[Any] = iter(data)
-    except TypeError as error:
-        raise MetaplError(
-            f"{name} is {checks.described(data)}; expected tensors, or an iterable of batches of them."
-        ) from error
-    return batches
+    else:
+        yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
 
 
 def _is_array(data: Any) -> bool:
@@ -135,14 +125,13 @@ def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
         return {name: _tensors(value, dtype) for name, value in inputs.items()}
     if isinstance(inputs, tuple | list) and inputs:
         return tuple(_tensors(value, dtype) for value in inputs)
-    if not _is_array(inputs):
+    array = np.asarray(inputs) if _is_array(inputs) else None
+    if array is None or array.dtype.kind not in "biuf":
+        given = checks.described(inputs) if array is None else f"an array of {array.dtype}"
         raise MetaplError(
-            f"the inputs to predict are {checks.described(inputs)}; expected a tensor, a numpy array, a dict or tuple "
-            "of these, or an iterable of batches."
+            f"the inputs to predict are {given}; expected numbers: a tensor, a numpy array, a dict or tuple of these, "
+            "or an iterable of batches."
         )
-    array = np.asarray(inputs)
-    if array.dtype.kind not in "biuf":
-        raise MetaplError(f"the inputs to predict are an array of {array.dtype}; expected numbers.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -36,7 +36,7 @@ def with_chance(accuracy: float, n: int, chance: float) -> str:
 
 
 def interval(correct: int, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of an accuracy, by Wilson's score.
+    """The 95 % confidence interval of an accuracy, by Wilson's score; for few examples and extreme accuracies too.
 
         (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n),   p̂ = correct / n,   z = 1.96
 
@@ -44,11 +44,8 @@ def interval(correct: int, n: int) -> tuple[float, float]:
         correct: number of examples that are right, from 0 to n.
         n: number of examples, at least 1; independent draws of what the accuracy is about.
 
-    Returns:
-        both ends as fractions between 0 and 1. It holds for few examples and for accuracies near 0 and 1 too.
-
-    Raises:
-        MetaplError: the numbers are not as above.
+    Returns: both ends as fractions between 0 and 1.
+    Raises: :class:`metapl.MetaplError` where the numbers are not as above.
 
     >>> [round(end, 3) for end in interval(131, 150)]
     [0.811, 0.917]
@@ -64,18 +61,7 @@ def interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def spoken(accuracy: float, n: int, chance: float | None) -> str:
-    """An accuracy in words, with what it takes to judge it: n, its 95 % interval, and what guessing gives.
-
-    Args:
-        accuracy: a fraction between 0 and 1.
-        n: number of examples, at least 1.
-        chance: what guessing reaches, a fraction; see :func:`chance_level`. None: not known, and left out.
-
-    Returns:
-        one line of text, in percent.
-
-    Raises:
-        MetaplError: the numbers are not as above.
+    """An accuracy in words, with its number of examples n, its 95 % interval, and what guessing reaches where known.
 
     >>> spoken(131 / 150, 150, 0.1)
     '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'
@@ -116,47 +102,39 @@ def paired_test(a: Sequence[float], b: Sequence[float]) -> PairedTest:
     Args:
         a, b: n scores each, finite; a_i and b_i belong to the same seed.
 
-    Returns:
-        the test. With n = 1 only the mean is defined. With equal differences the t-test is not, for it divides by
-        their spread: `p` and `interval` are None, `p_permutation` still stands. The latter is exact and needs no
-        normal distribution, but cannot fall below 2/2ⁿ; it is None for n > 16.
-
+    Returns: the test. With n = 1 only the mean is defined. With equal differences the t-test is not, for it divides by
+        their spread: `p` and `interval` are None, `p_permutation` still stands. The latter is exact and needs no normal
+        distribution, but cannot fall below 2/2ⁿ; it is None for n > 16.
     Cost: at most 2¹⁶ sums of 16 numbers.
-
-    Raises:
-        MetaplError: the lengths differ, are 0, or a score is not finite.
+    Raises: :class:`metapl.MetaplError` where the lengths differ, are 0, or a score is not finite.
 
     >>> test = paired_test([0.97, 0.96, 0.98, 0.97], [0.95, 0.95, 0.95, 0.96])
     >>> f"{test.mean:.4f} ± {test.std:.4f}, p = {test.p:.3f}, exact p = {test.p_permutation}"
     '0.0175 ± 0.0096, p = 0.035, exact p = 0.125'
     """
     if len(a) != len(b) or not len(a):
-        raise MetaplError(
-            f"{len(a)} and {len(b)} scores were given; expected as many of one as of the other, from 1 up"
-        )
-    differences = [float(left) - float(right) for left, right in zip(a, b, strict=True)]
-    if not all(map(math.isfinite, differences)):
+        raise MetaplError(f"{len(a)} and {len(b)} scores were given; expected as many of one as of the other")
+    d = [float(left) - float(right) for left, right in zip(a, b, strict=True)]
+    if not all(map(math.isfinite, d)):
         raise MetaplError("a score is not finite; leave out that pair of runs, and say so beside the result")
-    n, mean = len(differences), math.fsum(differences) / len(differences)
+    n, total = len(d), math.fsum(d)
+    mean = total / n
     if n == 1:
         return PairedTest(mean, None, 1, None, None, None)
-    std = math.sqrt(math.fsum((difference - mean) ** 2 for difference in differences) / (n - 1))
+    std = math.sqrt(math.fsum((one - mean) ** 2 for one in d) / (n - 1))
+    interval, p, p_permutation = None, None, None
     # 0.3 − 0.2 and 0.2 − 0.1 differ by rounding alone; a spread of that size is none.
-    interval, p = None, None
     if std > 4e-16 * max(abs(float(score)) for score in (*a, *b)):
         import scipy.stats
 
         test = scipy.stats.ttest_rel(a, b)
         ends, p = test.confidence_interval(0.95), float(test.pvalue)
         interval = float(ends.low), float(ends.high)
-    return PairedTest(mean, std, n, interval, p, _permutation_p(differences) if n <= LARGEST_EXACT else None)
-
-
-def _permutation_p(differences: Sequence[float]) -> float:
-    """In milliseconds, where scipy's ``permutation_test`` takes seconds for 16 pairs."""
-    sums = np.zeros(1)
-    for difference in map(abs, differences):
-        sums = np.concatenate([sums + difference, sums - difference])
-    # The same sum in another order may round to less; such a tie counts as reached.
-    reached = abs(math.fsum(differences)) * (1 - 1e-12) - 1e-15 * math.fsum(map(abs, differences))
-    return float((abs(sums) >= reached).mean())
+    if n <= LARGEST_EXACT:  # in milliseconds, where scipy's permutation_test takes seconds for 16 pairs
+        sums = np.zeros(1)
+        for one in map(abs, d):
+            sums = np.concatenate([sums + one, sums - one])
+        # The same sum in another order may round to less; such a tie counts as reached.
+        reached = abs(total) * (1 - 1e-12) - 1e-15 * math.fsum(map(abs, d))
+        p_permutation = float((abs(sums) >= reached).mean())
+    return PairedTest(mean, std, n, interval, p, p_permutation)

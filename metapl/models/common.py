@@ -1,10 +1,13 @@
-"""What the networks for pictures have in common."""
+"""What the networks have in common."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
+from metapl.runs.fields import AtLeastOne, Range, misfit_entries
 
 
 class PooledFeatures(nn.Module):
@@ -22,10 +25,9 @@ class PooledFeatures(nn.Module):
         return logits
 
 
-def check_numbers(name: str, dropout: float, example: str, **sizes: int) -> None:
-    """Refuse sizes below 1 and a dropout that is not a probability."""
-    if min(sizes.values()) < 1:
-        *given, last = (f"{field} {size}" for field, size in sizes.items())
-        raise MetaplError(f"{name} got {', '.join(given)} and {last}; expected each to be 1 or more: {example}")
-    if not 0.0 <= dropout < 1.0:
-        raise MetaplError(f"{name} got dropout {dropout}; expected a probability in [0, 1): dropout=0.3, say")
+def check_sizes(network: str, dropout: float = 0.0, **sizes: int) -> None:
+    """Refuse sizes below 1 and a dropout that is not a probability in [0, 1)."""
+    hints = dict.fromkeys(sizes, AtLeastOne) | {"dropout": Annotated[float, Range(0, 1, of="a probability")]}
+    wrong = misfit_entries({**sizes, "dropout": dropout}, hints, network)
+    if wrong:
+        raise MetaplError(f"{wrong}.")

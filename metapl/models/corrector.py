@@ -19,8 +19,7 @@ class Corrector(nn.Module):
         classes: C.
         trusted: how much is added to the logit of the given label at first.
 
-    Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1, and
-    for fewer than two classes.
+    Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1, and fewer than two classes.
 
     >>> Corrector(nn.Linear(4, 3), classes=3)(torch.zeros(2, 4), torch.tensor([0, 2])).argmax(1)
     tensor([0, 2])

@@ -17,11 +17,26 @@ LEAST = 1e-8
 
 
 class LabelAdjuster(nn.Module):
-    r"""Adjusted logits of stored class distributions.
+    r"""Adjusted logits of stored class distributions, (B, C) to (B, C); first the identity.
 
     .. math:: T(q) = \log q + f\big(q, \log q / \log(1/\epsilon)\big)
 
     f is a network of linear layers with ReLUs, whose last layer begins at zero, so that softmax T(q) = q at first.
+
+    Args:
+        num_classes: C.
+        hidden: the width of the hidden layers.
+        layers: the number of linear layers.
+
+    Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
+    Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
+
+    >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
+    >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
+    True
+
+    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers and width 128; the
+    identity at the start is ours.
     """
 
     def __init__(self, num_classes: int, hidden: int = 128, layers: int = 5) -> None:
@@ -41,8 +56,7 @@ class LabelAdjuster(nn.Module):
         """Logits (B, C) of the adjusted distributions."""
         if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
             raise MetaplError(
-                f"label_adjuster was given {described(stored_BC)}; expected stored distributions of shape (batch, "
-                f"{self.num_classes})."
+                f"label_adjuster got {described(stored_BC)}; expected stored distributions (B, {self.num_classes})."
             )
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()
@@ -51,25 +65,5 @@ class LabelAdjuster(nn.Module):
         return log_q + correction
 
 
-def label_adjuster(num_classes: int, hidden: int = 128, layers: int = 5) -> LabelAdjuster:
-    """A network that maps stored class distributions (B, C) to logits (B, C) of adjusted ones; first the identity.
-
-    Args:
-        num_classes: C.
-        hidden: the width of the hidden layers.
-        layers: the number of linear layers.
-
-    Returns: the network, a :class:`LabelAdjuster`.
-
-    Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
-
-    Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
-
-    >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
-    >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
-    True
-
-    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers and width 128; the
-    identity at the start is ours.
-    """
-    return LabelAdjuster(num_classes, hidden, layers)
+label_adjuster = LabelAdjuster
+"""The name beside those of the other networks."""

@@ -22,18 +22,13 @@ class Logits(nn.Module):
     Args:
         network: is held, not copied: what is trained are its own weights.
 
-    Raises:
-        MetaplError: the network is not a module; on a call, the network returns neither, or not logits (B, C).
+    Raises: :class:`metapl.MetaplError` where the network is not a module; on a call, where it returns neither, or not
+        logits (B, C).
 
     >>> import torch
-    >>> from types import SimpleNamespace
     >>> class Scorer(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
     ...     def forward(self, input_ids, attention_mask):
-    ...         kept = self.embed(input_ids) * attention_mask[..., None]
-    ...         return SimpleNamespace(logits=self.head(kept.sum(1)))
+    ...         return {"logits": torch.ones(len(input_ids), 3) * attention_mask[:, :1]}
     >>> batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5)}
     >>> Logits(Scorer())(batch).shape
     torch.Size([2, 3])
@@ -52,22 +47,17 @@ class Logits(nn.Module):
             outputs = self.network(*inputs)
         else:
             outputs = self.network(inputs)
-        if isinstance(outputs, Tensor):
-            return self._checked(outputs, inputs)
-        logits = logits_in(outputs)
+        logits = outputs if isinstance(outputs, Tensor) else logits_in(outputs)
+        who = f"the {type(self.network).__name__} in metapl.models.Logits returned"
         if not isinstance(logits, Tensor):
             raise MetaplError(
-                f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} without a "
-                "tensor of logits; expected a tensor, an object with .logits or a dict with 'logits'."
+                f"{who} {described(outputs)} without a tensor of logits; expected a tensor, an object with .logits or "
+                "a dict with 'logits'."
             )
-        return self._checked(logits, inputs)
-
-    def _checked(self, logits: Tensor, inputs: Any) -> Tensor:
         rows = length(inputs)
         if logits.ndim != 2 or not logits.is_floating_point() or (rows and logits.shape[0] != rows):
             raise MetaplError(
-                f"the {type(self.network).__name__} in metapl.models.Logits returned {described(logits)} for "
-                f"{rows} examples; expected floating-point logits of shape (examples, classes). For other outputs, "
-                "such as a language model's, write a module whose forward returns network(**inputs).logits."
+                f"{who} {described(logits)} for {rows} examples; expected floating-point logits (examples, classes). "
+                "For other outputs, such as a language model's, write a module that returns network(**inputs).logits."
             )
         return logits

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from metapl.errors import MetaplError
-from metapl.models.common import check_numbers
+from metapl.models.common import check_sizes
 
 
 class _Block(nn.Module):
@@ -35,12 +35,10 @@ class _Block(nn.Module):
 class _WideResNet(nn.Module):
     def __init__(self, depth: int, widen: int, num_classes: int, dropout: float, in_channels: int) -> None:
         super().__init__()
-        blocks_per_group = (depth - 4) // 6
         self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        channels = 16
-        blocks: list[nn.Module] = []
+        channels, blocks = 16, []
         for width, first_stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
-            for i in range(blocks_per_group):
+            for i in range((depth - 4) // 6):
                 blocks.append(_Block(channels, width, first_stride if i == 0 else 1, dropout))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
@@ -77,13 +75,10 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 
         dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
         in_channels: channels of a picture: 3 for color, 1 for grey.
 
-    Returns:
-        A module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).
-
+    Returns: a module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).
     Cost: 1,467,610 weights for WRN-28-2 and 36.5 million for WRN-28-10, with 10 classes.
-
-    Raises:
-        MetaplError: a depth that is not 6n + 4 with n ≥ 1, a size below 1, or a dropout outside [0, 1).
+    Raises: :class:`metapl.MetaplError` for a depth that is not 6n + 4 with n ≥ 1, a size below 1, or a dropout outside
+        [0, 1).
 
     >>> import torch
     >>> wide_resnet(10, 1, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape
@@ -92,11 +87,8 @@ def wide_resnet(depth: int, widen: int, num_classes: int = 10, dropout: float = 
     Zagoruyko and Komodakis, arXiv:1605.07146, table 1.
     """
     if depth < 10 or (depth - 4) % 6 != 0:
-        raise MetaplError(
-            f"wide_resnet got depth {depth}; expected 6n + 4 with n blocks a group: 10, 16, 22, 28, 34 or 40, say"
-        )
-    example = "wide_resnet(28, 2, num_classes=10)"
-    check_numbers("wide_resnet", dropout, example, widen=widen, num_classes=num_classes, in_channels=in_channels)
+        raise MetaplError(f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, 28, say")
+    check_sizes("wide_resnet", dropout, widen=widen, num_classes=num_classes, in_channels=in_channels)
     return _WideResNet(depth, widen, num_classes, dropout, in_channels)
 
 
@@ -110,11 +102,5 @@ def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
 
 
 def wide_resnet28_10(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
-    """Build WRN-28-10, the widest network in common use on 32x32 images; see :func:`wide_resnet`.
-
-    >>> import torch
-    >>> with torch.device("meta"):
-    ...     sum(p.numel() for p in wide_resnet28_10().parameters())
-    36479194
-    """
+    """Build WRN-28-10, the widest network in common use on 32x32 images; see :func:`wide_resnet`."""
     return wide_resnet(28, 10, num_classes, dropout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from metapl.execution.numerics import wide
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]
 """The kind of a signal: differentiable, or sampled."""
+Random = torch.Generator | None
 OuterLoss = Tensor | tuple[Tensor, Tensor | float]
 """A mean over the examples of a batch; or a sum, and the weight that it is to be divided by."""
 
@@ -46,10 +47,7 @@ class Signal:
 
     def differentiable(self) -> dict[str, Tensor]:
         """The fields that an inner loss may be differentiated with respect to; none if ``value`` was sampled."""
-        if self.sampled:
-            return {}
-        fields = {"value": self.value, "probs": self.probs, "outputs": self.outputs}
-        return {name: t for name, t in fields.items() if t is not None and t.is_floating_point()}
+        return {} if self.sampled else {name: t for name, t in self.fields().items() if t.is_floating_point()}
 
     @property
     def sampled(self) -> bool:
@@ -74,7 +72,7 @@ class Signal:
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
-    name, value, returned = kind_of(problem), getattr(signal, "value", None), None
+    name, value, returned = kind_of(problem), getattr(signal, "value", None), ""
     if not isinstance(signal, Signal):
         tensors = isinstance(signal, Tensor | tuple | list | dict)
         returned = described(signal) if tensors else f"a {type(signal).__name__}"
@@ -82,7 +80,7 @@ def check_signal(signal: Any, problem: Any) -> Signal:
         returned = f"a Signal whose value is {described(value)}"
     elif signal.log_prob is not None and signal.log_prob.shape != value.shape[:1]:
         returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
-    if returned is not None:
+    if returned:
         raise MetaplError(
             f"{name}.signal returned {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor with a "
             "row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, where it "
@@ -105,8 +103,8 @@ def joined_signals(signals: Sequence[Signal]) -> Signal:
             "the problem's signal is a scalar, and a batch is taken in micro-batches (accumulate), each with a signal "
             "of its own; expected accumulate=1, or a value with a dimension, such as signal.value[None]."
         )
-    columns = {name: [getattr(signal, name) for signal in signals] for name in vars(signals[0])}
-    return Signal(**{name: joined(parts) for name, parts in columns.items() if parts[0] is not None})
+    columns = {name: [getattr(signal, name) for signal in signals] for name in signals[0].fields()}
+    return Signal(**{name: joined(parts) for name, parts in columns.items()})
 
 
 @runtime_checkable
@@ -120,25 +118,23 @@ class BilevelProblem(Protocol):
     defaults.
     """
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    @abstractmethod
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal
         enters the student's input (see :meth:`metapl.problems.Problem.student_input`)."""
-        ...
 
+    @abstractmethod
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """ℓ_i, shape (B,), without the mean over the batch, which metapl takes."""
-        ...
 
+    @abstractmethod
     def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
         """L of the student's outputs on the labeled ``batch``: a scalar, which is a mean over examples, or a pair
         (sum, weight) of scalars for any other mean, such as one over tokens. L is Σ sum / Σ weight over the
         micro-batches and processes that share the batch; the weight carries no gradient."""
-        ...
 
 
-class Problem(ABC):
+class Problem(BilevelProblem):
     """A :class:`BilevelProblem` with defaults for the optional methods."""
 
     teacher_classifies: ClassVar[bool] = False
@@ -154,20 +150,6 @@ class Problem(ABC):
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
-
-    @abstractmethod
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
-        """As in :class:`BilevelProblem`."""
-
-    @abstractmethod
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        """As in :class:`BilevelProblem`."""
-
-    @abstractmethod
-    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
-        """As in :class:`BilevelProblem`."""
 
     def student_input(self, batch: Any) -> Any:
         """The student's input in an inner batch: a tensor or a dict itself, the first element of a tuple.
@@ -197,16 +179,11 @@ class Problem(ABC):
         return None
 
     def revised_signal(self, signal: Signal, h: Tensor) -> Signal | None:
-        """The signal of the student's real step, made from the feedback on a first signal; None: the step that was
-        looked ahead at is the real one. It costs a forward and a backward pass more, and goes with one student step.
-
-        Args:
-            signal: the one that was looked ahead with, without the teacher's graph.
-            h: the feedback on it.
-        """
+        """The signal of the student's real step, made from the feedback h on the signal that was looked ahead with,
+        which has no graph; None: that step is the real one. Costs a forward and a backward pass more; one step only."""
         return None
 
-    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:  # noqa: B027  # a default, not a duty
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse, with a :class:`metapl.MetaplError`, batches that do not fit the student's outputs; called before
         anything moves."""
 
@@ -225,11 +202,10 @@ class Problem(ABC):
             return {}
         q = signal.probs if signal.sampled else signal.value
         q = wide(logits).softmax(-1) if q is None else q
-        agree = logits.argmax(-1) == outputs.argmax(-1)
         return {
             "pseudo_label_confidence": q.amax(-1).mean(),
             "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
-            "agreement": agree.double().mean(),
+            "agreement": (logits.argmax(-1) == outputs.argmax(-1)).double().mean(),
         }
 
     def counts(self, signal: Signal, outputs: Tensor) -> dict[str, list[int]]:
@@ -242,39 +218,75 @@ class Problem(ABC):
         return {"pseudo_label_classes": torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).tolist()}
 
 
+class _Completed(Problem):
+    """An object with the three methods of a problem, whose other methods override the defaults of :class:`Problem`."""
+
+    signal: Any = None  # these three are the given object's
+    inner_loss: Any = None
+    outer_loss: Any = None
+
+    def __init__(self, given: BilevelProblem) -> None:
+        self.given = given
+        for name in {*vars(Problem), *vars(BilevelProblem)} - {"for_modes"}:
+            if hasattr(given, name) and not name.startswith("_"):
+                setattr(self, name, getattr(given, name))
+
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
+        choose = getattr(self.given, "for_modes", None)
+        return self if choose is None else as_problem(choose(labels, mode))
+
+
 def as_problem(problem: BilevelProblem) -> Problem:
     """The problem with the optional methods of :class:`Problem`."""
     return problem if isinstance(problem, Problem) else _Completed(problem)
 
 
-REQUIRED = {"signal", "inner_loss", "outer_loss"}
-"""The methods without a default."""
+def kind_of(problem: Any) -> str:
+    """The name of a problem's class, as its author wrote it."""
+    return type(problem.given if isinstance(problem, _Completed) else problem).__name__
 
 
-class _Completed(Problem):
-    """An object with the three methods of a problem; its other methods override the defaults of :class:`Problem`."""
+def has_own(problem: Problem, method: str) -> bool:
+    """Whether a problem has this method from elsewhere than the defaults."""
+    own = problem.given if isinstance(problem, _Completed) else problem
+    return getattr(type(own), method, None) not in (None, getattr(Problem, method))
 
-    def __init__(self, given: BilevelProblem) -> None:
-        self.given = given
-        own = {name for name in vars(Problem) if not name.startswith("_")} - REQUIRED - {"for_modes"}
-        for name in own:
-            if hasattr(given, name):
-                setattr(self, name, getattr(given, name))
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
-        return self.given.signal(teacher, batch, student_outputs, generator=generator)
+def revises(problem: Problem) -> bool:
+    """Whether a problem may take the student's step again on another signal."""
+    return has_own(problem, "revised_signal")
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
-        return self.given.inner_loss(outputs, signal, batch, params)
 
-    def outer_loss(self, outputs: Tensor, batch: Any) -> OuterLoss:
-        return self.given.outer_loss(outputs, batch)
+def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
+    """Whether a signal has a row for each of so many examples."""
+    if signal.value.ndim == 0 or problem.signal_has_rows is not None:
+        return bool(signal.value.ndim and problem.signal_has_rows)
+    return len(signal.value) == rows
 
-    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
-        choose = getattr(self.given, "for_modes", None)
-        return self if choose is None else as_problem(choose(labels, mode))
+
+_entering: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""By ``student_input``, which is asked at every step."""
+
+
+def enters_input(problem: Problem) -> bool:
+    """Whether the signal enters the student's input: whether ``student_input`` takes one."""
+    function = getattr(problem.student_input, "__func__", problem.student_input)
+    with suppress(TypeError, KeyError):
+        return _entering[function]
+    signature, entering = inspect.signature(problem.student_input), True
+    with suppress(TypeError):
+        signature.bind(None)
+        entering = "signal" in signature.parameters  # another parameter with a default is the problem's own
+    try:
+        signature.bind(*[None] * (1 + entering))
+    except TypeError:
+        raise MetaplError(
+            f"{kind_of(problem)}.student_input has the parameters {signature}; expected (batch), or (batch, signal) "
+            "for an input that is made from the teacher's signal."
+        ) from None
+    with suppress(TypeError):
+        _entering[function] = entering
+    return entering
 
 
 def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
@@ -295,60 +307,3 @@ def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
             "expected a number, or a tensor without dimensions and without a gradient, such as mask.sum()."
         )
     return wide(total), weight.to(wide(total))
-
-
-def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
-    """Whether a signal has a row for each of so many examples."""
-    if signal.value.ndim == 0 or problem.signal_has_rows is not None:
-        return bool(signal.value.ndim and problem.signal_has_rows)
-    return len(signal.value) == rows
-
-
-def enters_input(problem: Problem) -> bool:
-    """Whether the signal enters the student's input: whether ``student_input`` takes one."""
-    function = getattr(problem.student_input, "__func__", problem.student_input)
-    with suppress(TypeError, KeyError):  # it is asked at every step
-        return _entering[function]
-    entering = _takes_signal(problem)
-    with suppress(TypeError):
-        _entering[function] = entering
-    return entering
-
-
-_entering: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
-def _takes_signal(problem: Problem) -> bool:
-    signature = inspect.signature(problem.student_input)
-    with suppress(TypeError):
-        signature.bind(None)
-        if "signal" not in signature.parameters:
-            return False  # a second parameter with a default is the problem's own
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        raise MetaplError(
-            f"{kind_of(problem)}.student_input has the parameters {signature}; expected (batch), or (batch, signal) "
-            "for an input that is made from the teacher's signal."
-        ) from None
-    return True
-
-
-def kind_of(problem: Any) -> str:
-    """The name of a problem's class, as its author wrote it."""
-    return type(problem.given if isinstance(problem, _Completed) else problem).__name__
-
-
-def has_default_losses(problem: Problem) -> bool:
-    """Whether a problem has default teacher losses of its own."""
-    return _has_own(problem, "default_teacher_losses")
-
-
-def revises(problem: Problem) -> bool:
-    """Whether a problem may take the student's step again on another signal."""
-    return _has_own(problem, "revised_signal")
-
-
-def _has_own(problem: Problem, method: str) -> bool:
-    own = problem.given if isinstance(problem, _Completed) else problem
-    return getattr(type(own), method, None) not in (None, getattr(Problem, method))

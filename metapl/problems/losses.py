@@ -21,6 +21,9 @@ from metapl.execution.ranks import Ranks, log_mean_of_rows
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range, check_fields
 
+IGNORED = -100
+"""The label that PyTorch's cross-entropy leaves out."""
+
 
 @runtime_checkable
 class TeacherLoss(Protocol):
@@ -114,32 +117,25 @@ class UDA:
             raise MetaplError(f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1.")
 
     def target(self, logits: Tensor) -> Tensor:
-        """The target of the strong view: class probabilities (B, C), zeros for examples that are left out.
-
-        Args:
-            logits: (B, C), of the weak view.
-        """
+        """The target of the strong view, from the logits (B, C) of the weak one: class probabilities (B, C), zeros for
+        examples that are left out."""
         log_p = F.log_softmax(logits, -1)
         if self.align:
+            classes = log_p.shape[-1]
+            if self.prior is not None and len(self.prior) != classes:
+                raise MetaplError(
+                    f"UDA has a prior of {len(self.prior)} shares and the network {classes} classes; expected as many."
+                )
             # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
             # class is 0; such a class is not aligned.
             log_mean_C = log_mean_of_rows(log_p)
-            log_ratio_C = self._log_prior(log_p) - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
+            log_prior_C = 0 if self.prior is None else _log(self.prior, log_p.dtype, log_p.device)
+            log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()
         confident = p.amax(-1, keepdim=True) > self.threshold
         sharp = F.softmax(log_p / self.temperature, -1) if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1])
         return sharp.to(p.dtype) * confident
-
-    def _log_prior(self, log_p: Tensor) -> Tensor:
-        classes = log_p.shape[-1]
-        if self.prior is None:
-            return log_p.new_zeros(classes)
-        if len(self.prior) != classes:
-            raise MetaplError(
-                f"UDA has a prior of {len(self.prior)} shares and the network {classes} classes; expected as many."
-            )
-        return _log(self.prior, log_p.dtype, log_p.device)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         pair = views(unlabeled)
@@ -163,51 +159,33 @@ class UDA:
 
 
 def sum_of_terms(
-    network: nn.Module,
-    losses: Sequence[TeacherLoss],
-    *,
-    labeled: Any,
-    unlabeled: Any,
-    signal: Signal,
-    step: int,
-    kind: str = "loss",
+    network: nn.Module, losses: Sequence[TeacherLoss], *, kind: str = "loss", **given: Any
 ) -> dict[str, Tensor]:
-    """The losses by name, each a scalar with the network's graph; losses with the same name are added.
-
-    Args:
-        network, losses: the network, and its losses.
-        labeled, unlabeled, signal, step: see :class:`TeacherLoss`.
-        kind: the name of a loss in errors.
-    """
+    """The losses by name, each a scalar with the network's graph; losses with the same name are added. ``kind`` is the
+    name of a loss in errors; ``given`` are the arguments of a :class:`TeacherLoss`."""
     terms: dict[str, Tensor] = {}
-    given = {"labeled": labeled, "unlabeled": unlabeled}
+    changeable = {"labeled": given["labeled"], "unlabeled": given["unlabeled"], "signal": vars(given["signal"])}
     for loss in losses:
-        name, changeable = f"the {kind} {loss.name!r}", {**given, "signal": vars(signal)}
-        value = unchanged(name, changeable, loss, network, **given, signal=signal, step=step)
+        name = f"the {kind} {loss.name!r}"
+        value = unchanged(name, changeable, loss, network, **given)
         checks.scalar_loss(value, name)
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
 
 
 def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
-    """The losses as a tuple; refuse anything other than a sequence of losses.
-
-    Args:
-        given: the value of the user's argument.
-        name: the argument's name.
-    """
-    expected = "expected a tuple of losses, such as (metapl.CrossEntropy(), metapl.UDA())"
+    """The losses as a tuple; refuse anything other than a sequence of losses. ``name`` is that of the argument."""
+    wrong, expected = "", "expected a tuple of losses, such as (metapl.CrossEntropy(), metapl.UDA())"
     if not isinstance(given, Sequence) or isinstance(given, str):
-        kind = checks.described(given) if not isinstance(given, TeacherLoss) else f"{given!r} alone"
-        raise MetaplError(f"{name} is {kind}; {expected}; with one loss, ({type(given).__name__}(),).")
-    for loss in given:
+        kind = f"{given!r} alone" if isinstance(given, TeacherLoss) else checks.described(given)
+        wrong = f"is {kind}; {expected}; with one loss, ({type(given).__name__}(),)"
+    for loss in () if wrong else given:
         if isinstance(loss, type):
-            raise MetaplError(f"{name} holds the class {loss.__name__}; {expected}: write {loss.__name__}().")
-        if not isinstance(loss, TeacherLoss):
-            raise MetaplError(
-                f"{name} holds a value {checks.described(loss)}; {expected}, or callables with a name "
-                "(metapl.problems.losses.TeacherLoss)."
-            )
+            wrong = f"holds the class {loss.__name__}; {expected}: write {loss.__name__}()"
+        elif not isinstance(loss, TeacherLoss):
+            wrong = f"holds a value {checks.described(loss)}; {expected}, or callables with a name (TeacherLoss)"
+    if wrong:
+        raise MetaplError(f"{name} {wrong}.")
     return tuple(given)
 
 
@@ -233,15 +211,10 @@ def refuse_ignored_labels(losses: Sequence[TeacherLoss], labeled: Any, accumulat
     if max(accumulate, ranks.size) > 1 and own and isinstance(labels, Tensor) and not labels.is_floating_point():
         checks.refuse(
             (labels == IGNORED).any(),
-            f"the labels hold {IGNORED}, which CrossEntropy() leaves out of its mean, and the batch is shared by "
-            f"micro-batches (accumulate={accumulate}) or processes ({ranks.size}): a mean of their means would be "
-            "another loss; expected accumulate=1 in one process, or a loss of your own that divides by one number of "
-            "labels, the same in all parts.",
+            f"the labels hold {IGNORED}, which CrossEntropy() leaves out of its mean, and a mean of the means of "
+            f"micro-batches (accumulate={accumulate}) or processes ({ranks.size}) is another loss; expected "
+            "accumulate=1 in one process, or a loss of your own that divides by one number of labels in all parts.",
         )
-
-
-IGNORED = -100
-"""The label that PyTorch's cross-entropy leaves out."""
 
 
 def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:

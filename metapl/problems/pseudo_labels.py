@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +14,7 @@ from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import draw_classes
-from metapl.problems.base import Kind, Params, Problem, Signal
+from metapl.problems.base import Kind, Params, Problem, Random, Signal
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
 
@@ -86,9 +85,7 @@ class PseudoLabels(Problem):
         checks.class_outputs(outputs, "student")
         checks.class_labels(labeled[1], outputs.shape[1])
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
         logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
         if student_outputs is not None:  # not so of a problem whose signal enters the student's input

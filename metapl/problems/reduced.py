@@ -1,14 +1,8 @@
-r"""Reduced Meta Pseudo Labels: the labels of a teacher that is no longer there, adjusted by a small network.
+"""Reduced Meta Pseudo Labels: the labels of a teacher that is no longer there, adjusted by a small network.
 
 A large teacher is trained first, and its class distributions q on the unlabeled examples are stored. Then a small
 network T adjusts each of them, and plays the teacher's part in Algorithm 1: the student learns the adjusted label, and
 T learns from the labeled loss of the student afterwards. Only the student and T are in memory.
-
-.. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
-          h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
-          = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
-
-The feedback is that of :class:`metapl.PseudoLabels`; T reads q in the place of the input.
 """
 
 from __future__ import annotations
@@ -16,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.numerics import in_type_of, wide
-from metapl.problems.base import Signal
+from metapl.problems.base import Random, Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss
 from metapl.problems.pseudo_labels import PseudoLabels
 
@@ -31,7 +24,9 @@ from metapl.problems.pseudo_labels import PseudoLabels
 class ReducedLabels(PseudoLabels):
     r"""The student learns stored labels as a small network adjusts them.
 
-    .. math:: \ell_i = \mathrm{CE}\big(\mathrm{softmax}(T(q_i)/\tau), S(x_i; \theta)\big)
+    .. math:: \tilde q = \mathrm{softmax}(T(q)/\tau), \quad \ell_i = \mathrm{CE}(\tilde q_i, S(x_i; \theta)), \quad
+              h_{ik} = -\frac{\partial L(\theta')}{\partial \tilde q_{ik}}
+              = \frac1B \frac{d}{d\varepsilon} \log S_{ik}(\theta + \varepsilon w)
 
     An inner batch is (x, stored), the outer one (x, y, stored), with the stored distributions (B, C) of the same
     examples; without the teacher's supervised loss the outer one may be (x, y). The teacher maps stored distributions
@@ -69,9 +64,7 @@ class ReducedLabels(PseudoLabels):
         """x."""
         return self._pair(batch)[0]
 
-    def signal(
-        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: torch.Generator | None
-    ) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
         inputs, stored = self._pair(batch)
         return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
@@ -100,14 +93,7 @@ class StoredCrossEntropy(CrossEntropy):
         label_smoothing: α in [0, 1).
         weight: the factor of this term.
 
-    Raises: :class:`metapl.MetaplError` for a smoothing out of its range, a labeled batch without stored distributions,
-    and labels that are not classes.
-
-    >>> import metapl, torch
-    >>> loss, labeled = StoredCrossEntropy(), (torch.randn(2, 4), torch.tensor([0, 1]), torch.full((2, 3), 1 / 3))
-    >>> teacher, signal = metapl.models.label_adjuster(3), Signal(torch.zeros(2, 3))
-    >>> round(loss(teacher, labeled=labeled, unlabeled=None, signal=signal, step=0).item(), 4)  # ln 3
-    1.0986
+    Raises: :class:`metapl.MetaplError` for batches without stored distributions, and labels that are no classes.
     """
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:

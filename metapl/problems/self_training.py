@@ -20,10 +20,8 @@ from metapl.runs.fields import Range, check_fields
 
 
 def model_noise(network: nn.Module) -> list[nn.Module]:
-    """The modules of a network that draw at random while it is trained: dropout and stochastic depth.
-
-    Some of timm's networks call dropout as a function, in a module with a ``drop_rate``: these modules are among them.
-    What lies inside them is not, unless it draws too.
+    """The modules of a network that draw at random while it is trained: dropout and stochastic depth, and modules of
+    timm's with a ``drop_rate``, which call dropout as a function.
 
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']
@@ -73,16 +71,6 @@ class NoisyStudentLoss:
     Raises: :class:`metapl.MetaplError` for a smoothing out of its range, batches without stored distributions, and
         labels that are not classes.
     Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and its section on training (``"mean"``).
-
-    >>> network, x = nn.Linear(2, 2), torch.ones(1, 2)
-    >>> batches = {"labeled": (x, torch.tensor([0])), "unlabeled": (x.repeat(3, 1), torch.full((3, 2), 0.5))}
-    >>> one, two = (
-    ...     NoisyStudentLoss(form)(network, **batches, signal=Signal(torch.zeros(0)), step=0)
-    ...     for form in ("mean", "two_means")
-    ... )
-    >>> labeled = F.cross_entropy(network(x), torch.tensor([0]))
-    >>> torch.allclose(4 * one, labeled + 3 * (two - labeled))
-    True
     """
 
     form: Literal["mean", "two_means"] = "mean"

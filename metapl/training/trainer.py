@@ -39,7 +39,7 @@ from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path, take_steps
 from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
-from metapl.problems.base import BilevelProblem, Signal, has_default_losses
+from metapl.problems.base import BilevelProblem, Signal, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
@@ -411,7 +411,7 @@ class BilevelTrainer(Trainer):
     @property
     def _has_losses(self) -> bool:
         given = self.teacher_losses
-        return has_default_losses(self.problem) if given is None else bool(given)
+        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     @property
     def late_starts(self) -> list[int]:

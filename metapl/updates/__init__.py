@@ -9,10 +9,9 @@ import torch
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
 from metapl.updates.adam import Adam
-from metapl.updates.base import Cotangents, Parameters, Update, described
-from metapl.updates.clip import Clipped
+from metapl.updates.base import Clipped, Cotangents, Parameters, Update
 from metapl.updates.sgd import SGD
-from metapl.updates.torch_optim import TorchUpdate, parameters_of, refuse_missing, runs_others_code
+from metapl.updates.torch_optim import TorchUpdate, described, parameters_of, refuse_missing, runs_others_code
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
 __all__ = [
@@ -52,18 +51,13 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
             )
         return TransformUpdate(optimizer, parameters, state)
     kind = _UPDATES.get(type(optimizer))
-    inside = getattr(optimizer, "optimizer", None)
-    if kind is None and type(inside) in _UPDATES:
-        raise MetaplError(
-            f"inner_optimizer is {described(optimizer)}, a wrapper around {described(inside)} that may do more at a "
-            "step than metapl can differentiate (skip it, scale gradients, average weights); give what it wraps: "
-            "inner_optimizer=optimizer.optimizer."
-        )
     if kind is None:
+        inside = getattr(optimizer, "optimizer", None)
+        wraps = f", a wrapper around {described(inside)}: give inner_optimizer=optimizer.optimizer"
         raise MetaplError(
-            f"inner_optimizer is {described(optimizer)}, whose update metapl cannot differentiate; expected "
-            "torch.optim.SGD, Adam or AdamW (these classes themselves), or a TorchOpt transform such as "
-            "torchopt.sgd(0.1, momentum=0.9)."
+            f"inner_optimizer is {described(optimizer)}{wraps if type(inside) in _UPDATES else ''}; its update cannot "
+            "be differentiated; expected torch.optim.SGD, Adam or AdamW (these classes themselves), or a TorchOpt "
+            "transform such as torchopt.sgd(0.1, momentum=0.9)."
         )
     if state is not None:
         raise MetaplError(

@@ -12,7 +12,7 @@ For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enoug
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.execution.numerics import Tree
+from metapl.errors import MetaplError
+from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
 
@@ -32,12 +33,12 @@ class Cotangents:
     Args:
         gradient: w, the cotangent of g, for the parameters that have a gradient.
         params: the cotangent of θ.
-        state: the cotangent of s, in the update's own form, for the ``vjp`` of the step before; None: zero.
+        state: the cotangent of s by the number of its leaf, for the ``vjp`` of the step before; None: zero.
     """
 
     gradient: Tree
     params: Tree
-    state: Any
+    state: dict[int, Tensor] | None
 
 
 class Update(ABC):
@@ -46,15 +47,13 @@ class Update(ABC):
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
     """
 
+    parameters: dict[str, nn.Parameter]
+    """The student's trainable parameters, as last given to :meth:`follow`."""
+
     @property
     def learning_rate(self) -> float | None:
         """η of the first param group, for feedback in units of it; None if the optimizer does not expose it."""
         return None
-
-    @property
-    @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The student's trainable parameters, as last given to :meth:`follow`."""
 
     @abstractmethod
     def follow(self, parameters: Parameters) -> None:
@@ -70,20 +69,29 @@ class Update(ABC):
 
     def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v. Cost: the update and its backward pass, a few operations per weight."""
-        return self._vjp(params, grads, state, v, None, only_gradient=True).gradient
+        at = _leaves(grads)
+        with torch.enable_grad():
+            moved, _ = self.update(params, at, state)
+        return _pulled(((moved[name], bar) for name, bar in v.items()), at)[0]
 
-    def vjp(self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None) -> Cotangents:
+    def vjp(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
+    ) -> Cotangents:
         """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
-        return self._vjp(params, grads, state, v, state_cotangent, only_gradient=False)
+        leaves, structure = pytree.tree_flatten(state)
+        numbers = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
+        at_grads, at_params, at_state = _leaves(grads), _leaves(params), _leaves(numbers)
+        with torch.enable_grad():
+            before = pytree.tree_unflatten([at_state.get(i, t) for i, t in enumerate(leaves)], structure)
+            moved, new_state = self.update(at_params, at_grads, before)
+        after = pytree.tree_leaves(new_state)
+        pairs = [(moved[name], bar) for name, bar in v.items()]
+        pairs += [(after[i], bar) for i, bar in (state_cotangent or {}).items()]
+        return Cotangents(*_pulled(pairs, at_grads, at_params, at_state))
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
-        """Take one step: move the parameters, and the optimizer's state.
-
-        Args:
-            parameters: the student's.
-            grads: g, for a step of the optimizer itself.
-            moved: returns θ′ and s′, for an update that is a function and no more.
-        """
+        """Move the student's parameters and the optimizer's state: by the optimizer's own step on g or, for an update
+        that is a function and no more, to the θ′ and s′ that ``moved`` returns."""
         self.write(parameters, *moved())
 
     @abstractmethod
@@ -98,51 +106,70 @@ class Update(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of :meth:`state_dict`."""
 
-    def _vjp(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any, *, only_gradient: bool
-    ) -> Cotangents:
-        """By autograd through :meth:`update`; the cotangent of the state is a list with an entry per leaf."""
-        at_grads = _leaves(grads)
-        leaves, structure = pytree.tree_flatten(state)
-        if only_gradient:
-            at_params, at_leaves = params, leaves
-        else:
-            at_params = _leaves(params)
-            at_leaves = [t.detach().requires_grad_() if _is_continuous(t) else t for t in leaves]
-        with torch.enable_grad():
-            moved, new_state = self.update(at_params, at_grads, pytree.tree_unflatten(at_leaves, structure))
-        outputs, cotangents = [moved[name] for name in v], list(v.values())
-        if state_cotangent is not None:
-            pairs = zip(pytree.tree_leaves(new_state), state_cotangent, strict=True)
-            kept = [(t, bar) for t, bar in pairs if bar is not None and isinstance(t, Tensor) and t.requires_grad]
-            outputs, cotangents = outputs + [t for t, _ in kept], cotangents + [bar for _, bar in kept]
-        reached = [(t, bar) for t, bar in zip(outputs, cotangents, strict=True) if t.requires_grad]
-        inputs = list(at_grads.values())
-        if not only_gradient:
-            inputs += [*at_params.values(), *(t for t in at_leaves if _is_continuous(t))]
-        cotangents_of_inputs = iter(
-            torch.autograd.grad([t for t, _ in reached], inputs, [bar for _, bar in reached], materialize_grads=True)
-            if reached
-            else [torch.zeros_like(t) for t in inputs]
-        )
-        gradient = {name: next(cotangents_of_inputs) for name in at_grads}
-        if only_gradient:
-            return Cotangents(gradient, {}, None)
-        of_params = {name: next(cotangents_of_inputs) for name in at_params}
-        return Cotangents(
-            gradient, of_params, [next(cotangents_of_inputs) if _is_continuous(t) else None for t in leaves]
-        )
 
-
-def _leaves(tree: Tree) -> Tree:
+def _leaves(tree: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return {name: t.detach().requires_grad_() for name, t in tree.items()}
 
 
-def _is_continuous(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.is_floating_point()
+def _pulled(outputs: Iterable[tuple[Any, Tensor]], *inputs: dict[Any, Tensor]) -> list[dict[Any, Tensor]]:
+    """The cotangents of trees of inputs, from outputs with theirs."""
+    reached = [(t, bar) for t, bar in outputs if isinstance(t, Tensor) and t.requires_grad]
+    flat = [t for tree in inputs for t in tree.values()]
+    bars: Iterable[Tensor] = map(torch.zeros_like, flat)
+    if reached:
+        ends, of_ends = zip(*reached, strict=True)
+        bars = torch.autograd.grad(ends, flat, of_ends, materialize_grads=True)
+    found = iter(bars)
+    return [{name: next(found) for name in tree} for tree in inputs]
 
 
-def described(optimizer: Any) -> str:
-    """An optimizer in words, by its class."""
-    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    return f"{'the class ' if isinstance(optimizer, type) else ''}{kind.__module__}.{kind.__qualname__}"
+def _inner(name: str) -> Any:
+    """An attribute or a method of the update inside."""
+    return property(lambda self: getattr(self.inner, name))
+
+
+class Clipped(Update):
+    r"""θ′ = U(θ, c(g)·g), c = min(1, m/(‖g‖ + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``.
+
+    .. math:: w = c\,\tilde w - [c < 1]\, \frac{c}{\|g\| + 10^{-6}} \Big\langle \tilde w, \tfrac{g}{\|g\|} \Big\rangle g
+              , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
+    """
+
+    parameters, learning_rate = _inner("parameters"), _inner("learning_rate")
+    follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
+    state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
+
+    def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
+        if not max_norm > 0:
+            raise MetaplError(f"clip_norm={max_norm}: expected a number above 0, or None.")
+        self.inner, self.max_norm, self.space = inner, max_norm, space
+
+    def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        return self.inner.update(params, self._clip(grads), state)
+
+    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
+        return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v), grads)
+
+    def vjp(
+        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
+    ) -> Cotangents:
+        bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
+        return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
+
+    def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
+        self.inner.commit(parameters, self._clip(grads), moved)
+
+    def _scale(self, grads: Tree) -> tuple[Tensor, Tensor]:
+        length = self.space.norm(grads)
+        return (self.max_norm / (length + 1e-6)).clamp(max=1.0), length
+
+    def _clip(self, grads: Tree) -> Tree:
+        scale, _ = self._scale(grads)
+        return {name: g * scale.to(g.dtype) for name, g in grads.items()}
+
+    def _through_clip(self, w: Tree, grads: Tree) -> Tree:
+        scale, length = self._scale(grads)
+        along = scale / (length + 1e-6) * self.space.dot(w, grads) / length
+        along = torch.where(scale < 1, along, torch.zeros_like(scale))
+        clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
+        return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}

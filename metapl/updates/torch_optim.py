@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.numerics import Tree, wide
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Parameters, Update, described
+from metapl.updates.base import Parameters, Update
 
 State = dict[str, Any]
 """The state of one parameter, as in ``torch.optim.Optimizer.state``."""
@@ -29,22 +29,15 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
-    """Refuse an optimizer that does not hold all of a network's trainable parameters.
-
-    Args:
-        name: the name of the optimizer's argument, for the error.
-        optimizer: the optimizer.
-        parameters: the network's trainable parameters, by name.
-        network: ``"teacher"`` or ``"student"``.
-    """
+    """Refuse an optimizer that does not hold all trainable parameters of a network, ``"teacher"`` or ``"student"``;
+    ``name`` is that of its argument."""
     known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if missing:
         raise MetaplError(
             f"{name} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of which "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} are not held, so they would not be "
-            f"trained; build it as torch.optim.SGD({network}.parameters(), ...) from the {network} that is trained. "
-            f"Parameters that are new, such as a head put in later, are added by {name}.add_param_group."
+            f"{few(missing, 3)} are not held, so they would not be trained; build it from {network}.parameters(), and "
+            f"add new ones, such as a head put in later, by {name}.add_param_group."
         )
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor) and group["lr"].ndim:
@@ -54,23 +47,24 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             )
 
 
-def replaced_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's ``step`` is not its class's, nor that in the wrapper of PyTorch's schedulers."""
-    step = vars(optimizer).get("step", type(optimizer).step)
-    while getattr(step, "_wrapped_by_lr_sched", False):
-        step = step.__wrapped__
-    return getattr(step, "__func__", step) is not type(optimizer).step
-
-
-def _some(value: Any) -> Any:
-    """A copy of the first values of a tensor, by which an elementwise rule is compared without its memory."""
-    return value.detach().flatten()[:64].clone() if isinstance(value, Tensor) and value.ndim else value
+def described(optimizer: Any) -> str:
+    """An optimizer in words, by its class."""
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    return f"{'the class ' if isinstance(optimizer, type) else ''}{kind.__module__}.{kind.__qualname__}"
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether something else runs before or after an optimizer's step."""
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
+
+
+def replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's ``step`` is not its class's, nor that in the wrapper of PyTorch's schedulers."""
+    step = vars(optimizer).get("step", type(optimizer).step)
+    while getattr(step, "_wrapped_by_lr_sched", False):
+        step = step.__wrapped__
+    return getattr(step, "__func__", step) is not type(optimizer).step
 
 
 def runs_others_code(optimizer: torch.optim.Optimizer) -> bool:
@@ -89,16 +83,15 @@ class TorchUpdate(Update):
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer, self._compared = optimizer, False
-        self._parameters: dict[str, nn.Parameter] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
         self._held: list[list[int]] = []
         self.follow(parameters)
-        own = {id(p) for p in parameters.values()}
-        foreign = [p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in own]
+        own, held = {id(p) for p in parameters.values()}, parameters_of(optimizer)
+        foreign = sum(p.requires_grad and id(p) not in own for p in held)
         if foreign:
             raise MetaplError(
-                f"inner_optimizer holds {len(parameters_of(optimizer))} tensors, the student has {len(parameters)} "
-                f"trainable parameters; {len(foreign)} of the tensors are not the student's. Build it as "
-                "torch.optim.SGD(student.parameters(), ...) from the student that is trained."
+                f"inner_optimizer holds {len(held)} tensors, the student has {len(parameters)} trainable parameters; "
+                f"{foreign} of the tensors are not the student's. Build it from student.parameters()."
             )
 
     @staticmethod
@@ -109,43 +102,39 @@ class TorchUpdate(Update):
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
 
     def follow(self, parameters: Parameters) -> None:
+        groups, what = self.optimizer.param_groups, ""
         for option in ("differentiable", "capturable"):
-            if any(group.get(option) for group in self.optimizer.param_groups):
-                raise MetaplError(f"inner_optimizer has {option}=True, which metapl does not support; leave it out.")
+            if any(group.get(option) for group in groups):
+                what = f"{option}=True: leave it out"
         if has_hooks(self.optimizer):
-            raise MetaplError(
-                "inner_optimizer has a hook of register_step_pre_hook or register_step_post_hook, or of "
-                "register_optimizer_step_pre_hook or _post_hook for all optimizers, which may change the student's "
-                "step in a way that metapl does not differentiate; remove it (to clip gradients, use clip_norm)."
+            what = (
+                "a hook of register_step_pre_hook or register_step_post_hook, or of register_optimizer_step_pre_hook "
+                "or _post_hook for all optimizers: remove it (to clip gradients, use clip_norm)"
             )
         if replaced_step(self.optimizer):
-            raise MetaplError(
-                f"inner_optimizer has a step of its own (its method was replaced: optimizer.step = ...), which metapl "
-                f"does not differentiate; expected that of {described(self.optimizer)}: del optimizer.step (to clip "
-                "gradients, use clip_norm)."
+            what = (
+                "a step of its own (its method was replaced: optimizer.step = ...): del optimizer.step (to clip "
+                "gradients, use clip_norm)"
             )
-        held = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
-        known = self._parameters.keys() == parameters.keys() and all(
-            self._parameters[n] is p for n, p in parameters.items()
-        )
-        if known and held == self._held and not any(isinstance(g["lr"], Tensor) for g in self.optimizer.param_groups):
+        if what:
+            raise MetaplError(f"inner_optimizer has {what}; metapl does not differentiate through that.")
+        held = [[id(p) for p in group["params"]] for group in groups]
+        own = self.parameters
+        known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
+        if known and held == self._held and not any(isinstance(group["lr"], Tensor) for group in groups):
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         group_of = {i: number for number, ids in enumerate(held) for i in ids}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
-        self._parameters, self._held = dict(parameters), held
+        self.parameters, self._held = dict(parameters), held
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
     @property
     def learning_rate(self) -> float | None:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self._parameters
-
     def read_state(self) -> States:
-        states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self._parameters.items()}
+        states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self.parameters.items()}
         if self._sharded:
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states
@@ -153,12 +142,18 @@ class TorchUpdate(Update):
     def update(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
         for group, names in self.groups(grads):
-            moved, states = self.rule(
-                [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names], group
-            )
+            given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
+            moved, states = self.rule(*given, group)
             new_params.update(zip(names, moved, strict=True))
             new_state.update(zip(names, states, strict=True))
         return new_params, new_state
+
+    def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """The param groups, each with the names of its parameters that have a gradient."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            names = [name for name in grads if self.group_of[name] == number]
+            if names:
+                yield group, names
 
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
@@ -198,9 +193,8 @@ class TorchUpdate(Update):
             checks.refuse(
                 gap > 1e-3 * moved + 4 * torch.finfo(was.dtype).eps * size,
                 f"inner_optimizer moved the student's {name} elsewhere than the step of {described(self.optimizer)} "
-                "does, by whose rule the feedback is found, so the feedback would be wrong. Usual causes: a step that "
-                "was replaced or wrapped, and one that does more, such as clipping (use clip_norm) or projecting "
-                "weights. The weights have moved by it.",
+                "does, by whose rule the feedback is found. Usual causes: a step that was replaced or wrapped, or does "
+                "more, such as clipping (use clip_norm) or projecting weights. The weights have moved by it.",
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,9 +203,7 @@ class TorchUpdate(Update):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
 
-    def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """The param groups, each with the names of its parameters that have a gradient."""
-        for number, group in enumerate(self.optimizer.param_groups):
-            names = [name for name in grads if self.group_of[name] == number]
-            if names:
-                yield group, names
+
+def _some(value: Any) -> Any:
+    """A copy of the first values of a tensor, by which an elementwise rule is compared without its memory."""
+    return value.detach().flatten()[:64].clone() if isinstance(value, Tensor) and value.ndim else value

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import metapl
-from metapl.problems.classification import Classification
+from metapl.problems.doubtful import Classification
 
 pytestmark = pytest.mark.docs
 

@@ -19,6 +19,7 @@ from metapl.problems import PseudoLabels
 from metapl.problems import pseudo_labels as module
 from metapl.problems.base import Signal
 from metapl.updates import torchopt as transforms
+from metapl.updates.base import Clipped, Update
 from metapl.updates.sgd import SGD
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -77,8 +78,8 @@ def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A TorchOpt transform built anew takes its first call for the first step."""
 
     def init(self: Any, transform: Any, parameters: Any, state: Any) -> None:
-        self._parameters = dict(parameters)
-        self.transform = transforms._with_differentiable_clip(transform)
+        self.parameters = dict(parameters)
+        self.transform = transform
         fresh = self.transform.init({name: p.detach() for name, p in parameters.items()})
         self.state = fresh if state is None else state
 
@@ -86,9 +87,13 @@ def transforms_velocity_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
-    """TorchOpt's own clip, whose norm autograd does not see; the check of every transform would see it first."""
-    patch.setattr(transforms, "_refuse_wrong_vjp", lambda transform, like: None)
-    patch.setattr(transforms, "_with_differentiable_clip", lambda transform: transform)
+    """The pullback of a clip takes its factor for a constant."""
+
+    def through_clip(self: Any, w: Any, grads: Any) -> Any:
+        scale, _ = self._scale(grads)
+        return {name: scale * t for name, t in w.items()}
+
+    patch.setattr(Clipped, "_through_clip", through_clip)
 
 
 def statistics_updated_twice(patch: pytest.MonkeyPatch) -> None:
@@ -164,9 +169,9 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
 
 def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
     """Over several steps, what the momentum carries on is forgotten."""
-    real = SGD.vjp
+    real = Update.vjp
     patch.setattr(
-        SGD, "vjp", lambda self, params, grads, state, v, state_cotangent=None: real(self, params, grads, state, v)
+        Update, "vjp", lambda self, params, grads, state, v, state_cotangent=None: real(self, params, grads, state, v)
     )
 
 

@@ -128,19 +128,25 @@ NO_SEEDS: tuple[Any, ...] = (None, 3, "01", [1.5], [math.nan], ["a"], [2**70], [
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"steps": -1}, r"steps=-1\): expected 0 or more"),
-        ({"draws": 1}, r"draws=1\): expected 2 or more"),
-        ({"rounds": 0}, r"rounds=0\): expected 1 or more"),
-        ({"train_steps": -1}, r"train_steps=-1\): expected 0 or more"),
+        ({"steps": -1}, r"^ablate.steps is -1; expected a whole number of 0 or more"),
+        ({"draws": 1}, r"draws is 1; expected a whole number of 2 or more"),
+        ({"rounds": 0}, r"rounds is 0; expected a whole number of 1 or more"),
+        ({"train_steps": -1}, r"train_steps is -1; expected a whole number of 0 or more"),
         ({"train_steps": 1, "train_seeds": (1, 1)}, "none twice"),
         ({"modes": ["forward", metapl.feedback.Forward()]}, "forward more than once"),
         ({"modes": []}, "no mode"),
         ({"modes": "forward"}, r"modes='forward'; expected a list of modes: \['forward'\]"),
-        *(({name: 1.5}, rf"{name}=1.5\): expected . or more, a whole number") for name in NUMBERS),
-        *(({name: "3"}, rf"{name}='3'\): expected . or more, a whole number") for name in NUMBERS),
-        ({"train_steps": math.nan}, r"train_steps=nan\): expected 0 or more, a whole number"),
-        ({"train_steps": None}, r"train_steps=None\): expected 0 or more, a whole number"),
-        *(({"train_steps": 1, "train_seeds": seeds}, r"train_seeds=.*expected a list of one") for seeds in NO_SEEDS),
+        *(({name: 1.5}, rf"{name} is 1\.5; expected a whole number of . or more") for name in NUMBERS),
+        *(({name: "3"}, rf"{name} is '3'; expected a whole number of . or more") for name in NUMBERS),
+        ({"train_steps": math.nan}, r"train_steps is nan; expected a whole number of 0"),
+        ({"train_steps": None}, r"train_steps is None; expected a whole number of 0"),
+        *(
+            (
+                {"train_steps": 1, "train_seeds": seeds},
+                r"train_seeds.* is .*; expected (one or more|several|a whole number)",
+            )
+            for seeds in NO_SEEDS
+        ),
     ],
 )
 def test_wrong_numbers_are_refused(options: dict[str, Any], text: str) -> None:

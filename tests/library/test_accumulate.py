@@ -16,7 +16,7 @@ from trainers import refused
 
 import metapl
 from metapl import UDA, CrossEntropy
-from metapl.ablation import trainings
+from metapl.ablation import study
 from metapl.feedback import Difference, Reinforce
 from metapl.problems.losses import TeacherLoss
 from metapl.training import loss_trainer
@@ -304,7 +304,7 @@ def test_what_modes_are_compared_by_after_short_trainings_is_the_same_mean() -> 
     teacher, student, labeled, _ = _words(torch.float64)
     trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=Language(), teacher_losses=())
     expected = F.cross_entropy(student(labeled[0]).mT, labeled[1])
-    assert trainings._outer_loss(trainer, labeled) == pytest.approx(float(expected.detach()))
+    assert study.outer_loss_of(trainer, labeled) == pytest.approx(float(expected.detach()))
 
 
 class Returns(Language):

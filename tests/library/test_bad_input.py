@@ -171,7 +171,7 @@ SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
     ),
     "rmsprop": (
         lambda c: {"inner_optimizer": torch.optim.RMSprop(c.student.parameters())},
-        r"RMSprop.*cannot differentiate.*SGD, Adam or AdamW",
+        r"RMSprop.*cannot be differentiated.*SGD, Adam or AdamW",
     ),
     "torchopt_object": (
         lambda c: {"inner_optimizer": torchopt.Adam(c.student.parameters(), lr=0.1)},

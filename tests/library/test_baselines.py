@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
 from metapl.execution.ranks import ALONE
-from metapl.feedback import Altered
+from metapl.feedback import Altered, Estimator
 from metapl.training.loss_trainer import LossTrainer
 
 
@@ -96,17 +96,13 @@ def test_finetune_is_the_baseline_on_the_trainers_own_student(tmp_path: Path) ->
 # --------------------------------------------------------------------------------------------------- altered feedback
 
 
-class Steps:
+class Steps(Estimator):
     """An estimator whose feedback is known."""
 
-    name, labels, credits = "known", ("soft",), "signal"
-    keep_graph = looks_ahead = False
+    name, labels = "known", ("soft",)
 
     def __init__(self, h: Tensor, part: Any = "value") -> None:
         self.h, self.part = h, part
-
-    def init(self) -> dict[str, Tensor]:
-        return {}
 
     def feedback(self, path: Any, state: Any) -> Any:
         return [metapl.feedback.base.Feedback(self.h, self.part)], state
@@ -121,7 +117,7 @@ def altered(
     step = type(
         "Step", (), {"signal": signal, "signal_has_rows": True, "student": type("Student", (), {"ranks": ALONE})}
     )
-    estimator = Altered(Steps(h), how, seed)  # type: ignore[arg-type]
+    estimator = Altered(Steps(h), how, seed)
     state, found = estimator.init(), []
     for _ in range(4):
         (feedback,), state = estimator.feedback(type("Path", (), {"steps": [step]}), state)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from reference import error
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.ablation import recommendation
-from metapl.ablation.figures import ModeCost
+from metapl.ablation.results import ModeCost
 from metapl.feedback import Altered, Difference, Estimator, Forward, Reinforce, Unrolled, estimator
 from metapl.problems import LearningToReweight
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import test_exact
+import test_fit
 import test_relations
 import test_replays
 import test_sampled
@@ -96,10 +97,14 @@ CAUGHT: dict[str, dict[str, Check]] = {
         ),
     },
     "clip_without_derivative": {
-        "forward_is_exact": exact("forward", optimiser="torchopt_clip"),
-        "unrolled_is_exact": exact("unrolled", optimiser="torchopt_clip"),
-        "central_difference_of_the_real_update": lambda patch: (
-            test_updates.test_the_pullback_agrees_with_central_differences_of_the_real_update("torchopt_clip", 0)
+        "the_update_behind_a_clip": lambda patch: (
+            test_updates.test_an_update_behind_a_clip_is_that_of_clipped_gradients(0.5, "torch_sgd_nesterov")
+        ),
+        "adjoints_over_three_steps": lambda patch: (
+            test_updates.test_adjoints_over_three_steps_are_those_of_the_rule_unrolled("torch_adamw", 3, 0.5)
+        ),
+        "the_students_clip_is_part_of_its_update": lambda patch: (
+            test_fit.test_the_students_clip_is_part_of_its_update_and_the_teachers_is_torchs()
         ),
     },
     "statistics_updated_twice": {

@@ -23,7 +23,7 @@ from fits import (
     same,
     single,
 )
-from problems_zoo import ANYWHERE, toy
+from problems_zoo import ANYWHERE, clip_by_norm, toy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -198,7 +198,7 @@ def test_the_students_clip_is_part_of_its_update_and_the_teachers_is_torchs() ->
     limit, ends = 0.05, []
     for clipped in (True, False):
         case = toy("mlp")
-        chain = torchopt.chain(torchopt.clip_grad_norm(limit), torchopt.sgd(0.3))
+        chain = torchopt.chain(clip_by_norm(limit), torchopt.sgd(0.3))
         inner: Any = torch.optim.SGD(case.student.parameters(), lr=0.3) if clipped else chain
         trainer = metapl.BilevelTrainer(
             **case.networks(),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import MetaplError
-from metapl.feedback import Implicit, solvers
+from metapl.feedback import Implicit
+from metapl.feedback import implicit as solvers
 
 N, D = 12, 4
 

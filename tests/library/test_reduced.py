@@ -65,7 +65,7 @@ def test_the_adjuster_begins_as_the_identity(classes: int, layers: int) -> None:
 def test_sizes_that_are_no_network_are_refused(given: dict[str, int]) -> None:
     with pytest.raises(MetaplError, match="expected two classes or more"):
         label_adjuster(**given)
-    with pytest.raises(MetaplError, match=r"shape \(2, 4\).*expected stored distributions of shape \(batch, 3\)"):
+    with pytest.raises(MetaplError, match=r"shape \(2, 4\).*expected stored distributions \(B, 3\)"):
         label_adjuster(3)(torch.rand(2, 4))
 
 

@@ -147,20 +147,6 @@ def test_dampening_of_a_transform_damps_the_first_step_too() -> None:
     assert error(moved, {n: p - 0.3 * 0.6 * g[n] for n, p in values(student).items()}) < 1e-14
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
-@pytest.mark.parametrize("max_norm", [0.05, 1e6])
-def test_the_clip_is_torchopts_and_has_its_derivative(max_norm: float, norm_type: float) -> None:
-    """TorchOpt computes the norm outside autograd; the values must be its, the derivative the true one."""
-    student = toy("mlp").student
-    theta, g = values(student), gradients(student)
-    plain = torchopt.clip_grad_norm(max_norm, norm_type)
-    expected, _ = plain.update(g, plain.init(theta), params=theta, inplace=False)
-    functional = update_of(torchopt.clip_grad_norm(max_norm, norm_type), trainable(student))
-    moved, _ = functional.update(theta, g, functional.read_state())
-    assert error(moved, {n: theta[n] + expected[n] for n in g}) < 1e-14
-    check_pullback(functional, student)
-
-
 @pytest.mark.parametrize("name", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov"])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_an_update_behind_a_clip_is_that_of_clipped_gradients(max_norm: float, name: str) -> None:

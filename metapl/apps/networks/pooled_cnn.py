@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from metapl.models.common import PooledFeatures, check_numbers
+from metapl.models.common import PooledFeatures, check_sizes
 
 WIDTHS = (32, 64, 128, 192)
 """Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
@@ -78,8 +78,7 @@ def pooled_cnn(
     torch.Size([2, 7])
     """
     side = 32 if image_size is None else image_size
-    example = "pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
-    check_numbers("pooled_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels, image_size=side)
+    check_sizes("pooled_cnn", dropout, num_classes=num_classes, in_channels=in_channels, image_size=side)
     plan = _plan(side)
     skipped = max(0, 3 - len(plan))
     widths = [WIDTHS[min(skipped + stage, len(WIDTHS) - 1)] for stage in range(len(plan))]

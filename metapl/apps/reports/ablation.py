@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.ablation.figures import SETTINGS
+from metapl.ablation.results import SETTINGS
 from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
 from metapl.apps.reports.style import INK, MARGIN, PALETTE, QUIET
 

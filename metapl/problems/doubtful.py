@@ -1,0 +1,376 @@
+r"""Training on doubtful labels: some labels of the inner batch are wrong, and those of the outer one are trusted.
+
+The signal is a weight a_i of each example or its corrected label q_i. For a weight,
+
+.. math:: \ell_i = a_i\, \mathrm{CE}(y_i, S(x_i;\theta)), \qquad
+          h_i = -\frac{\partial L(\theta')}{\partial a_i}
+          = -\frac1B \Big\langle \nabla_\theta \mathrm{CE}(y_i, S(x_i;\theta)), w \Big\rangle
+
+so the feedback on an example is positive if a step on that example lowers the loss on the trusted labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import holds_tensors
+from metapl.execution.numerics import in_type_of, wide
+from metapl.problems.base import Kind, Params, Problem, Random, Signal
+from metapl.runs.memory import out_of_memory
+
+
+class Classification(Problem):
+    """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
+
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
+    """The parts of an inner batch, by name."""
+
+    asks: ClassVar[tuple[str, ...]] = ("indices",)
+    """The parts that the teacher is given."""
+
+    maps: ClassVar[str] = ""
+    """What the teacher takes and returns, for errors."""
+
+    shape: ClassVar[str] = "B"
+    """The shape of what it returns: B for the examples, C for the classes."""
+
+    def parts_of(self, batch: Any) -> dict[str, Any]:
+        """The parts of an inner batch by name; refuse a batch with more or fewer."""
+        if not isinstance(batch, tuple | list) or len(batch) != len(self.inner_batch):
+            raise MetaplError(
+                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
+                f"({', '.join(self.inner_batch)}) as unlabeled=."
+            )
+        return dict(zip(self.inner_batch, batch, strict=True))
+
+    def student_input(self, batch: Any) -> Any:
+        """The inputs in an inner batch; refuse a batch of other parts before the student is given any."""
+        inputs = self.parts_of(batch)["inputs"]
+        if not holds_tensors(inputs):
+            raise MetaplError(
+                f"the inputs of the inner batch of {type(self).__name__} are {checks.described(inputs)}; expected a "
+                "tensor, or a dict or tuple of tensors."
+            )
+        return inputs
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        """Refuse labels, of either batch, that are not classes of the student's outputs."""
+        checks.class_outputs(outputs, "student")
+        checks.class_labels(labeled[1], outputs.shape[1])
+        parts = self.parts_of(unlabeled)
+        if "labels" in parts:
+            checks.class_labels(parts["labels"], outputs.shape[1])
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Mean cross-entropy on the trusted labels."""
+        checks.class_outputs(outputs, "student")
+        return F.cross_entropy(outputs, safe_labels(outputs, batch))
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """What the teacher makes of :attr:`asks`, as :meth:`made`; refuse one that takes, or returns, other things."""
+        given = self.asked(teacher, batch, student_outputs)
+        expected = f"expected a module that maps {self.maps}"
+        try:
+            answer = teacher(*given)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, MetaplError) or out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            taken = " and ".join(map(checks.described, given)) or "a call without arguments"
+            raise MetaplError(
+                f"the teacher {type(teacher).__name__} cannot take {taken}: {reason}; {expected}."
+            ) from error
+        sizes = dict(zip("BC", student_outputs.shape, strict=True))
+        shape, device = tuple(sizes[letter] for letter in self.shape), student_outputs.device
+        tensor = isinstance(answer, Tensor)
+        if not tensor or answer.shape != shape or not answer.is_floating_point() or answer.device != device:
+            returned = checks.described(answer) if tensor else type(answer).__name__
+            raise MetaplError(
+                f"the teacher returned {returned}; {expected}: floating point, of shape {shape}, on {device}."
+            )
+        return self.made(answer)
+
+    def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
+        """What the teacher is given."""
+        parts = self.parts_of(batch)
+        return tuple(parts[name] for name in self.asks)
+
+    def made(self, answer: Tensor) -> Signal:
+        """The signal, of what the teacher returned."""
+        return Signal(wide(answer))
+
+
+def safe_labels(outputs: Tensor, batch: Any) -> Tensor:
+    """The labels of a batch; on a device, within the range of classes."""
+    return checks.safe_labels(batch[1], outputs.shape[1])
+
+
+class Weighted(Classification):
+    """Problems whose signal is a weight a_i for each example, (B,)."""
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """a_i CE_i, (B,)."""
+        return signal.value * F.cross_entropy(outputs, safe_labels(outputs, batch), reduction="none")
+
+
+class Relabeled(Classification):
+    """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""
+
+    shape: ClassVar[str] = "BC"
+
+    def made(self, answer: Tensor) -> Signal:
+        """q = softmax(t), (B, C)."""
+        return Signal(wide(answer).softmax(-1), outputs=answer)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """CE against q, (B,)."""
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+
+@dataclass(frozen=True)
+class MetaWeightNet(Weighted):
+    r"""The weight of an example is a function of the student's loss on it.
+
+    .. math:: a_i = V(\mathrm{CE}(y_i, S(x_i;\theta)))
+
+    An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
+    :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
+
+    Cost: a step of the student, and what the mode adds; V's part is nothing. Bias: that of the mode; the dependence of
+    the weight on θ, through the loss, is left out, as in the paper.
+
+    >>> import metapl
+    >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
+    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
+    >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
+    torch.Size([6])
+
+    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
+    Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
+    """
+
+    teacher_reads_inputs: ClassVar[bool] = False
+    maps: ClassVar[str] = "losses (B,) to weights (B,), such as metapl.problems.WeightNet()"
+
+    def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
+        """The losses (B,), in the type of its weights."""
+        losses = F.cross_entropy(student_outputs, safe_labels(student_outputs, batch), reduction="none")
+        return (in_type_of(teacher, losses),)
+
+
+@dataclass(frozen=True)
+class LearningToReweight(Weighted):
+    r"""The weights of a batch are what one gradient step on them makes of zero; there is no teacher.
+
+    .. math:: \hat\theta = U(\theta, \nabla_\theta \tfrac1B \textstyle\sum_i \varepsilon_i \mathrm{CE}_i)
+              \text{ at } \varepsilon = 0, \qquad
+              h_i = -\frac{\partial L(\hat\theta)}{\partial \varepsilon_i}, \qquad
+              w_i = \frac{\max(h_i, 0)}{\sum_j \max(h_j, 0)}, \qquad
+              \theta' = U(\theta, \nabla_\theta \textstyle\sum_i w_i \mathrm{CE}_i)
+
+    The student looks ahead with weights of zero; h_i is positive if a little of example i in that step lowers the loss
+    on the trusted labels. Its real step then takes the weights w, which sum to 1. Where no example helps, all w_i are 0
+    and the gradient of the real step is 0, while momentum and weight decay go on. An inner batch is (x, y), the outer
+    one (x, y) with trusted labels.
+
+    Scale: the signal of the real step, in reports too, is a = B·w, so that metapl's mean over the batch of a_i CE_i is
+    the paper's sum of w_i CE_i: the step is as long as on a batch whose labels are all right. The scale of h, and with
+    it the learning rate of the look-ahead, cancels in w.
+
+    Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in its present state,
+    in both steps. The paper looks ahead by plain SGD whatever the optimizer: θ̂ is then θ, and w compares the gradient
+    of each example with that of the trusted ones. That is SGD without momentum here, or, for any optimizer,
+    ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a gradient of 0 is
+    of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
+
+    The ``outer_loss`` of a step's report is L(θ̂); its ``inner_loss`` is of the real step.
+
+    Cost: one forward and one backward pass of the student beyond those of the mode.
+
+    >>> import metapl
+    >>> student = torch.nn.Linear(4, 3)
+    >>> trainer = metapl.BilevelTrainer(None, student, "forward", problem=LearningToReweight())
+    >>> batch = torch.randn(6, 4), torch.arange(6) % 3
+    >>> report = trainer.step(labeled=batch, unlabeled=batch)
+    >>> report.feedback.shape, round(report.signal.value.mean().item(), 4)
+    (torch.Size([6]), 1.0)
+
+    Raises: :class:`metapl.MetaplError` for batches of other shapes, for a teacher and the options that are for one, for
+    modes without feedback on each example, and for more than one student step.
+    Source: Ren, Zeng, Yang and Urtasun, "Learning to reweight examples for robust deep learning" (ICML 2018), its
+    Algorithm 1 and eqs. (12)-(14).
+    """
+
+    has_teacher: ClassVar[bool] = False
+
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> LearningToReweight:
+        """This problem; refuse modes without feedback on each example."""
+        if "soft" not in labels or mode == "none":
+            raise MetaplError(
+                f"mode '{mode}' was given, and LearningToReweight makes its weights from the feedback on each example, "
+                "which this mode does not give; use 'forward', 'difference', 'unrolled' or "
+                'metapl.feedback.Implicit(solver="identity").'
+            )
+        return self
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """ε = 0, (B,)."""
+        return Signal(student_outputs.new_zeros(len(student_outputs)))
+
+    def revised_signal(self, signal: Signal, h: Tensor) -> Signal:
+        """a = B·w, (B,)."""
+        helpful = h.clamp_min(0)
+        total = helpful.sum()
+        return Signal(len(h) * helpful / torch.where(total > 0, total, torch.ones_like(total)))
+
+
+@dataclass(frozen=True)
+class ExampleWeights(Weighted):
+    r"""Each training example has a weight of its own: data hyper-cleaning.
+
+    .. math:: a_i = \sigma(t_{\mathrm{index}_i})
+
+    An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to numbers
+    (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one for each of n examples, all at weight 1/2.
+
+    Cost: a step of the student, and what the mode adds. Bias: that of the mode.
+    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
+    Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018), data hyper-cleaning.
+    """
+
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
+    teacher_reads_inputs: ClassVar[bool] = False
+    maps: ClassVar[str] = "indices (B,) to numbers (B,), such as metapl.problems.Table(torch.zeros(n)) for n examples"
+
+    def made(self, answer: Tensor) -> Signal:
+        """a = σ(t), (B,)."""
+        return Signal(wide(answer).sigmoid())
+
+
+@dataclass(frozen=True)
+class ExampleLabels(Relabeled):
+    r"""Each training example has a soft label of its own.
+
+    .. math:: q_i = \mathrm{softmax}(t_{\mathrm{index}_i}), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
+
+    An inner batch is (x, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to logits
+    (B, C), such as ``Table(2 * one_hot(given_labels))``.
+
+    Cost: a step of the student, and what the mode adds. Bias: that of the mode.
+    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
+    Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
+    """
+
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
+    teacher_reads_inputs: ClassVar[bool] = False
+    maps: ClassVar[str] = "indices (B,) to logits (B, C), such as metapl.problems.Table(torch.zeros(n, C)) for n rows"
+
+
+@dataclass(frozen=True)
+class LabelCorrection(Relabeled):
+    r"""A corrector maps an input and its noisy label to a distribution over labels.
+
+    .. math:: q_i = \mathrm{softmax}(T(x_i, y_i)), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
+
+    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
+    logits (B, C), such as a :class:`metapl.models.corrector.Corrector`.
+
+    Cost: a step of the student, a forward and a backward pass of the corrector, and what the mode adds. Bias: that of
+    the mode.
+    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
+    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
+    """
+
+    asks: ClassVar[tuple[str, ...]] = ("inputs", "labels")
+    maps: ClassVar[str] = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.corrector.Corrector"
+
+
+@dataclass(frozen=True)
+class NoiseTransition(Classification):
+    r"""The student learns the true label behind the noisy one, through a matrix of label noise.
+
+    .. math:: M_{jk} = \mathrm{softmax}(T)_{jk} = P(\text{given } k \mid \text{true } j), \qquad
+              \ell_i = -\log \sum_j \mathrm{softmax}(S(x_i;\theta))_j\, M_{j y_i}
+
+    An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher takes no argument
+    and returns logits (C, C), whose rows become the distributions of the given label; ``Table(4 * torch.eye(C))``
+    begins near the identity, "no noise".
+
+    Cost: a step of the student, and what the mode adds. Bias: that of the mode.
+    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
+    Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,
+    "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
+    """
+
+    teacher_reads_inputs: ClassVar[bool] = False
+    signal_has_rows: ClassVar[bool | None] = False
+    asks: ClassVar[tuple[str, ...]] = ()
+    maps: ClassVar[str] = "nothing to logits (C, C), such as metapl.problems.Table(4 * torch.eye(C))"
+    shape: ClassVar[str] = "CC"
+
+    def made(self, answer: Tensor) -> Signal:
+        """M, (C, C)."""
+        return Signal(wide(answer).softmax(-1))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """−log of the probability of the given label, (B,)."""
+        # Column y_i of the matrix, in logarithms: (B, C).
+        log_M = signal.value.T[safe_labels(outputs, batch)].clamp_min(1e-30).log()
+        return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
+
+
+class Table(nn.Module):
+    """Learned numbers: the rows of the given indices, or all rows without an argument.
+
+    Args:
+        initial: the initial values, (n, ...), floating point.
+
+    Raises: :class:`metapl.MetaplError` for initial values without rows, and for indices outside 0..n − 1.
+
+    >>> Table(torch.zeros(5, 3))(torch.tensor([4, 0])).shape, Table(torch.zeros(5))().shape
+    (torch.Size([2, 3]), torch.Size([5]))
+    """
+
+    def __init__(self, initial: Tensor) -> None:
+        super().__init__()
+        if not isinstance(initial, Tensor) or not initial.is_floating_point() or initial.ndim == 0:
+            raise MetaplError(
+                f"Table was given initial values that are {checks.described(initial)}; expected a tensor of floating "
+                "point with a row for each example, such as torch.zeros(n) or torch.zeros(n, classes)."
+            )
+        self.values = nn.Parameter(initial.detach().clone())
+
+    def forward(self, index: Tensor | None = None) -> Tensor:
+        """The rows of ``index``, (B, ...)."""
+        return self.values if index is None else self.values[checks.row_indices(index, len(self.values), "Table")]
+
+
+class WeightNet(nn.Module):
+    """Losses (B,) to weights (B,) in (0, 1): the network of Meta-Weight-Net, with one hidden layer.
+
+    Args:
+        hidden: the width of the hidden layer.
+
+    Raises: :class:`metapl.MetaplError` for a width that is not a whole number above 0.
+
+    >>> WeightNet()(torch.tensor([0.1, 2.0])).shape
+    torch.Size([2])
+    """
+
+    def __init__(self, hidden: int = 100) -> None:
+        checks.whole_number(hidden, f"WeightNet(hidden={hidden!r})", "a width")
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """A weight for each loss."""
+        weights: Tensor = self.layers(losses[:, None])[:, 0]
+        return weights
