@@ -44,7 +44,7 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
     """
     for _, part in named_parts(network):
         for name, layer in part._modules.items():
-            if layer is not None and (keyed := _keyed(layer, share)) is not None:
+            if (keyed := _keyed(layer, share)) is not None:
                 part._modules[name] = keyed
     return network
 
@@ -52,17 +52,21 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
 def drops_by_itself(network: nn.Module) -> bool:
     """Whether a network drops something by the default generator of its process, row after row, as far as its layers
     and their ``drop_rate`` tell."""
-    parts = [part for _, part in named_parts(network)]
-    return any((drop_rate(part) and not isinstance(part, KeyedDropout)) or may_drop_by_function(part) for part in parts)
+    return bool(_drops(network)) or _by_function(network)
 
 
 def can_be_keyed(network: nn.Module) -> bool:
     """Whether :func:`keyed_dropout` has a form for everything that a network drops; dropout that is called as a
     function, as in some of timm's networks, has none."""
-    if any(may_drop_by_function(part) for _, part in named_parts(network)):
-        return False
-    layers = [part for _, part in named_parts(network) if drop_rate(part) and not isinstance(part, KeyedDropout)]
-    return all(_keyed(layer, 0) is not None for layer in layers)
+    return not _by_function(network) and all(_keyed(layer, 0) is not None for layer in _drops(network))
+
+
+def _drops(network: nn.Module) -> list[nn.Module]:
+    return [part for _, part in named_parts(network) if drop_rate(part) and not isinstance(part, KeyedDropout)]
+
+
+def _by_function(network: nn.Module) -> bool:
+    return any(may_drop_by_function(part) for _, part in named_parts(network))
 
 
 class KeyedDropout(nn.Module):
@@ -97,29 +101,26 @@ class KeyedDropout(nn.Module):
         shape = list(x.shape)
         if self.shared_from is not None:
             shape[self.shared_from :] = [1] * (x.ndim - self.shared_from)
-        key = int(torch.randint(2**62, ()))
         cut = not self.of_images or (x.ndim == 4 and x.shape[-1] > 1)
-        kept = hashed(key, self._places(shape, x.device, *((self.part, self.parts) if cut else (0, 1))), _BITS)
-        mask = (kept >= int(self.p * 2**_BITS)).to(x.dtype)
-        return x * (mask / (1 - self.p) if self.scaled and self.p < 1 else mask)
-
-    def _places(self, shape: list[int], device: torch.device, part: int, parts: int) -> Tensor:
-        """The numbers of the whole batch's entries that this process has, as a tensor of this shape."""
+        part, parts = (self.part, self.parts) if cut else (0, 1)
         *outer, last = shape
         rows = math.prod(outer)
-        row = torch.arange(rows, device=device) + self.share * rows
-        column = torch.arange(last, device=device) + part * last
-        return (row[:, None] * (last * parts) + column).view(shape)
+        row = torch.arange(rows, device=x.device) + self.share * rows
+        column = torch.arange(last, device=x.device) + part * last
+        places = (row[:, None] * (last * parts) + column).view(shape)  # in the whole batch
+        kept = hashed(int(torch.randint(2**62, ())), places, _BITS)
+        mask = (kept >= int(self.p * 2**_BITS)).to(x.dtype)
+        return x * (mask / (1 - self.p) if self.scaled and self.p < 1 else mask)
 
 
 def _keyed(layer: Any, share: int) -> KeyedDropout | None:
     """What drops the same share as a layer, by places; None for one that drops nothing, or in another way."""
-    kind, rate = type(layer), drop_rate(layer)
     known: dict[Any, tuple[bool, int | None]] = {
         nn.Dropout: (True, None),
         **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), (True, 2)),
         "StochasticDepth": (getattr(layer, "mode", None) == "row", 1),
         "DropPath": (hasattr(layer, "scale_by_keep"), 1),
     }
+    kind, rate = type(layer), 0.0 if layer is None else drop_rate(layer)
     takes, shared_from = known.get(kind, known.get(kind.__name__, (False, None)))
     return KeyedDropout(rate, share, shared_from, getattr(layer, "scale_by_keep", True)) if rate and takes else None

@@ -30,14 +30,10 @@ def sum_over(t: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def with_halo(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
-    """This process's columns of images, and columns of its neighbors beside them.
+    """This process's columns of images, (..., W), and ``left`` and ``right`` columns of its neighbors beside them.
 
-    Args:
-        t: (..., W), the columns of this process; the processes of the group hold the images from left to right.
-        left, right: numbers of columns of the neighbor on either side, W or less; zeros at the images' edges.
-        group: the processes that hold parts of the same images.
-
-    Returns: (..., left + W + right).
+    The processes of the group hold the images from left to right; there are zeros at the images' edges. No more than W
+    columns of a neighbor. Returns (..., left + W + right).
     """
     if not left and not right:
         return t
@@ -74,8 +70,7 @@ def _summed(t: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gathered(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
-    width = t.shape[-1]
-    of_left, of_right = _swapped(t[..., :right], t[..., width - left :], left, right, group)
+    of_left, of_right = _swapped(t[..., :right], t[..., t.shape[-1] - left :], group)
     return torch.cat([of_left, t, of_right], dim=-1)
 
 
@@ -84,17 +79,17 @@ def _returned(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Ten
     width = t.shape[-1] - left - right
     own = t[..., left : left + width].clone()
     # What a process holds of its left neighbor are that one's last columns.
-    of_left, of_right = _swapped(t[..., :left], t[..., left + width :], right, left, group)
+    of_left, of_right = _swapped(t[..., :left], t[..., left + width :], group)
     own[..., :right] += of_left
     own[..., width - left :] += of_right
     return own
 
 
-def _swapped(
-    to_left: Tensor, to_right: Tensor, from_left: int, from_right: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Send columns to both neighbors, and receive so many from each; zeros where there is none."""
-    received = [to_left.new_zeros((*to_left.shape[:-1], count)) for count in (from_left, from_right)]
+def _swapped(to_left: Tensor, to_right: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Send columns to both neighbors; what the left one sends to its right, and the other to its left, of which zeros
+    stand where there is none."""
+    # Every process sends as many columns as any other.
+    received = to_right.new_zeros(to_right.shape), to_left.new_zeros(to_left.shape)
     operations = []
     for there, sent, buffer in zip((group.rank() - 1, group.rank() + 1), (to_left, to_right), received, strict=True):
         if 0 <= there < group.size():
@@ -103,4 +98,4 @@ def _swapped(
             operations += [dist.P2POp(dist.irecv, buffer, peer, group)] * bool(buffer.numel())
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
-    return received[0], received[1]
+    return received

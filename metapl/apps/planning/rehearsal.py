@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.apps.planning.held import FOR_FEEDBACK, OTHER, Held
 from metapl.distributed.mesh import Mesh, shard
-from metapl.distributed.spatial import _split_layer
+from metapl.distributed.spatial import split_layer
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.local import Pass
@@ -127,7 +127,7 @@ def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
     """As :func:`metapl.distributed.spatial.spatial`, but for its comparison of outputs, which have no values here."""
     columns = Columns(mesh.columns("cpu"))
     for name, layer in list(module.named_modules()):
-        split = _split_layer(name, layer, columns)
+        split = split_layer(name, layer, columns)
         if split is not None:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, split)
