@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from metapl.data.draws import hashed
 from metapl.execution.modules import drop_rate, may_drop_by_function, named_parts
 
-_BITS = 31
-"""Of the numbers that a probability is compared with."""
+_BITS = 31  # of the numbers that a probability is compared with
 
 
 def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
@@ -52,21 +51,21 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
 def drops_by_itself(network: nn.Module) -> bool:
     """Whether a network drops something by the default generator of its process, row after row, as far as its layers
     and their ``drop_rate`` tell."""
-    return bool(_drops(network)) or _by_function(network)
+    layers, by_function = _dropping(network)
+    return bool(layers) or by_function
 
 
 def can_be_keyed(network: nn.Module) -> bool:
     """Whether :func:`keyed_dropout` has a form for everything that a network drops; dropout that is called as a
     function, as in some of timm's networks, has none."""
-    return not _by_function(network) and all(_keyed(layer, 0) is not None for layer in _drops(network))
+    layers, by_function = _dropping(network)
+    return not by_function and all(_keyed(layer, 0) is not None for layer in layers)
 
 
-def _drops(network: nn.Module) -> list[nn.Module]:
-    return [part for _, part in named_parts(network) if drop_rate(part) and not isinstance(part, KeyedDropout)]
-
-
-def _by_function(network: nn.Module) -> bool:
-    return any(may_drop_by_function(part) for _, part in named_parts(network))
+def _dropping(network: nn.Module) -> tuple[list[nn.Module], bool]:
+    parts = [part for _, part in named_parts(network)]
+    layers = [part for part in parts if drop_rate(part) and not isinstance(part, KeyedDropout)]
+    return layers, any(map(may_drop_by_function, parts))
 
 
 class KeyedDropout(nn.Module):

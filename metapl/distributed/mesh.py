@@ -116,8 +116,10 @@ class Mesh:
         built: dict[Any, Any] = self.__dict__.setdefault("_meshes", {})
         key = (kind, *sizes)
         if key not in built:
+            from torch.distributed.device_mesh import init_device_mesh
+
             self.check_processes()
-            built[key] = dist.init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            built[key] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return built[key]
 
     @property

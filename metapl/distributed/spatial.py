@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,10 +25,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from metapl.distributed.dropout import KeyedDropout
-from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import Columns, columns_of, set_columns
+from metapl.execution.ranks import Columns, columns_of
 from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -101,22 +101,33 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
         expected = [_run(module, given, weights, training) for training in modes]
         try:
             for path, layer in layers:
-                if made[layer] is not None:
-                    module.set_submodule(path, made[layer])
+                if (new := made[layer]) is not None:
+                    module.set_submodule(path, new)
             parts = (split_width(given[0], group), *given[1:])
             for training, whole in zip(modes, expected, strict=True):
                 try:
-                    _check_same(_run(module, parts, weights, training), whole, group, training)
+                    found = _run(module, parts, weights, training)
                 except dist.DistError:
                     raise
                 except RuntimeError as error:
                     raise MetaplError(f"{_OTHER_OUTPUTS} It failed with: {error}") from error
+                same = found.shape == whole.shape
+                if same:
+                    found, whole = wide(found), wide(whole)
+                    # Outputs have much in common for all images, such as biases; errors are measured by what they have
+                    # not. Batch norms of few numbers enlarge rounding.
+                    spread = (whole - whole.mean(0)).norm() if len(whole) > 1 else whole.norm()
+                    share, rounding = (1e-6, 1e-12) if whole.dtype == torch.float64 else (1e-3, 1e-5)
+                    most = (20 * share if training else share) * spread + rounding * whole.norm()
+                    same = bool((found - whole).norm() <= most)
+                if sum_over(torch.tensor(float(not same), device=found.device), group):
+                    raise MetaplError(_DRAWN_OTHERWISE if training else _OTHER_OUTPUTS)
         except BaseException:
             for path, layer in layers:
                 if made[layer] is not None:
                     module.set_submodule(path, layer)
             raise
-    set_columns(module, Columns(group))
+    vars(module)["split_columns"] = Columns(group)
     return module
 
 
@@ -176,20 +187,6 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict
     return {layer for layer, whole in seen.items() if whole}
 
 
-def _check_same(found: Tensor, expected: Tensor, group: dist.ProcessGroup, training: bool) -> None:
-    """Refuse, on every process, outputs that differ on one of them."""
-    same = found.shape == expected.shape
-    if same:
-        found, expected = wide(found), wide(expected)
-        # Outputs have much in common for all images, such as biases; errors are measured by what they have not.
-        norm, spread = expected.norm(), (expected - expected.mean(0)).norm() if len(expected) > 1 else expected.norm()
-        share, rounding = (1e-6, 1e-12) if expected.dtype == torch.float64 else (1e-3, 1e-5)
-        # Batch norms of few numbers enlarge rounding.
-        same = bool((found - expected).norm() <= (20 * share if training else share) * spread + rounding * norm)
-    if sum_over(torch.tensor(float(not same), device=found.device), group):
-        raise MetaplError(_DRAWN_OTHERWISE if training else _OTHER_OUTPUTS)
-
-
 _DRAWN_OTHERWISE = (
     "the network makes the outputs of whole images of the columns of its processes in evaluation and others in "
     "training: a layer, or its own code, draws for single pixels (torch.nn.RReLU, AlphaDropout, F.dropout) or takes "
@@ -215,14 +212,15 @@ def split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | No
             keyed.part, keyed.parts, keyed.of_images = columns.group.rank(), columns.group.size(), True
         return keyed
     form, fits = _FORMS.get(type(layer), (None, None))
-    if form is None and not isinstance(layer, _WITHOUT_FORM):
+    drops_alike = isinstance(layer, nn.Dropout) and layer.p > 0  # in every process
+    if form is None and not isinstance(layer, _WITHOUT_FORM) and not drops_alike:
         return None
     if form is None or (fits is not None and not fits(layer)):
         raise MetaplError(
             f"{name or 'the module'}, {type(layer).__name__}({layer.extra_repr()}), has no form for images cut along "
             "their width; expected Conv2d padded by zeros, MaxPool2d and AvgPool2d without dilation and ceil_mode, "
-            "AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work on each pixel. Share the network with "
-            "Mesh(shard=...) instead."
+            "AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm, layers that work on each pixel, and of dropout nn.Dropout2d "
+            "or metapl.distributed.keyed_dropout(network). Share the network with Mesh(shard=...) instead."
         )
     made = form.__new__(form)
     made.__dict__.update(layer.__dict__, columns=columns, name=name)
@@ -295,21 +293,6 @@ class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
         return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.columns.group) / self.columns.group.size()
 
 
-class SpatialDropout(nn.Dropout):
-    """Dropout of what every process holds whole; of parts of images it is refused, as all would drop alike."""
-
-    name: str
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.p and x.ndim == 4 and x.shape[-1] > 1:
-            raise MetaplError(
-                f"{self.name} drops single pixels of images that are cut along their width, and every process would "
-                "drop the same; expected nn.Dropout2d, which drops channels, dropout after the global pooling, or "
-                "metapl.distributed.keyed_dropout(network) before the network is laid out."
-            )
-        return super().forward(x)
-
-
 class SpatialBatchNorm2d(nn.BatchNorm2d):
     """Batch norm by the statistics of the whole images in this group's share of the batch."""
 
@@ -369,19 +352,100 @@ _FORMS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool] | Non
     nn.AdaptiveAvgPool2d: (SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
     nn.BatchNorm2d: (SpatialBatchNorm2d, None),
     nn.GroupNorm: (SpatialGroupNorm, None),
-    nn.Dropout: (SpatialDropout, None),
 }
 
 _WITHOUT_FORM = (
-    nn.modules.conv._ConvNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.MultiheadAttention,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-)
+    nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.LayerNorm, nn.Upsample,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.batchnorm._NormBase,
+    nn.MultiheadAttention, nn.PixelShuffle, nn.PixelUnshuffle,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- exchanges
+
+# PyTorch's own collectives drop or skip the tangent of a dual number without a word, so every exchange in a network's
+# forward pass is one of these. Each is linear: its derivative along a direction is the exchange of the direction, and
+# its backward pass is the adjoint exchange, which is one of this kind again.
+
+
+def sum_over(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of a tensor over the processes of a group, the same on every one.
+
+    The backward pass sums the gradients: what every process computes of the sum counts as often as there are processes,
+    so that the *mean* of the processes' parameter gradients is the gradient of one process with everything.
+    """
+    summed = partial(_summed, group=group)
+    result: Tensor = Exchange.apply(t, summed, summed)
+    return result
+
+
+def with_halo(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
+    """This process's columns of images, (..., W), and ``left`` and ``right`` columns of its neighbors beside them.
+
+    The processes of the group hold the images from left to right; there are zeros at the images' edges. No more than W
+    columns of a neighbor. Returns (..., left + W + right).
+    """
+    if not left and not right:
+        return t
+    sides: dict[str, Any] = {"left": left, "right": right, "group": group}
+    result: Tensor = Exchange.apply(t, partial(_gathered, **sides), partial(_returned, **sides))
+    return result
+
+
+class Exchange(torch.autograd.Function):
+    """A linear exchange of a tensor, given with its adjoint."""
+
+    @staticmethod
+    def forward(t: Tensor, exchange: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+        return exchange(t.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.exchange, ctx.adjoint = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return Exchange.apply(gradient, ctx.adjoint, ctx.exchange), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        exchanged: Tensor = ctx.exchange(tangent.detach())
+        return exchanged
+
+
+def _summed(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = t.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _gathered(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
+    of_left, of_right = _swapped(t[..., :right], t[..., t.shape[-1] - left :], group)
+    return torch.cat([of_left, t, of_right], dim=-1)
+
+
+def _returned(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
+    """The adjoint: the columns beside a process's own go back to the neighbors that they are of, who add them."""
+    width = t.shape[-1] - left - right
+    own = t[..., left : left + width].clone()
+    # What a process holds of its left neighbor are that one's last columns.
+    of_left, of_right = _swapped(t[..., :left], t[..., left + width :], group)
+    own[..., :right] += of_left
+    own[..., width - left :] += of_right
+    return own
+
+
+def _swapped(to_left: Tensor, to_right: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Send columns to both neighbors; what the left one sends to its right, and the other to its left, of which zeros
+    stand where there is none."""
+    # Every process sends as many columns as any other.
+    received = to_right.new_zeros(to_right.shape), to_left.new_zeros(to_left.shape)
+    operations = []
+    for there, sent, buffer in zip((group.rank() - 1, group.rank() + 1), (to_left, to_right), received, strict=True):
+        if 0 <= there < group.size():
+            peer = dist.get_global_rank(group, there)
+            operations += [dist.P2POp(dist.isend, sent.contiguous(), peer, group)] * bool(sent.numel())
+            operations += [dist.P2POp(dist.irecv, buffer, peer, group)] * bool(buffer.numel())
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return received

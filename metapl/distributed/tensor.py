@@ -55,7 +55,26 @@ def parallel(module: nn.Module, mesh: Any, plan: Plan | None = None) -> nn.Modul
 
     pairs, layers = list(_pairs(module)), dict(module.named_modules(remove_duplicate=False))
     if plan is None:
-        _check(module, pairs, layers, mesh.size())
+        if not pairs:
+            raise MetaplError(
+                f"mesh.tensor={mesh.size()}: a {type(module).__name__} has no two linear layers with an activation "
+                "between them, whose products several processes could compute together; expected such a network (mlp, "
+                "vit_b_16, timm:vit_tiny_patch16_224), a plan= for parallelize_module, or more of mesh.shard in the "
+                "place of mesh.tensor (mesh.spatial for convolutions). A teacher that has nothing to cut, beside a "
+                "student that is cut: shard(teacher, Mesh(replicate=...)) over as many processes."
+            )
+        for first, *between, _ in pairs:
+            outputs = layers[first].out_features
+            if outputs % mesh.size():
+                raise MetaplError(
+                    f"mesh.tensor={mesh.size()} does not divide the {outputs} outputs of {first}; expected a divisor."
+                )
+            if dropped := [name for name in between if isinstance(layers[name], nn.Dropout) and layers[name].p]:
+                raise MetaplError(
+                    f"{dropped[0]} drops some of what {mesh.size()} processes compute together, and all would drop "
+                    "alike; call metapl.distributed.keyed_dropout(network, mesh.share) before the network is laid out, "
+                    "or leave dropout out."
+                )
         plan = {first: ColwiseParallel() for first, *_ in pairs} | {pair[-1]: RowwiseParallel() for pair in pairs}
     unknown = [key for key in plan if not any(fnmatchcase(name, key) for name in layers)]
     if unknown:
@@ -88,26 +107,3 @@ def _pairs(module: nn.Module) -> Iterator[list[str]]:
                 found.append(prefix + name)
             else:
                 found = []
-
-
-def _check(module: nn.Module, pairs: list[list[str]], layers: Mapping[str, Any], processes: int) -> None:
-    if not pairs:
-        raise MetaplError(
-            f"mesh.tensor={processes}: a {type(module).__name__} has no two linear layers with an activation between "
-            "them, whose products several processes could compute together; expected such a network (mlp, vit_b_16, "
-            "timm:vit_tiny_patch16_224), a plan= for parallelize_module, or more of mesh.shard in the place of "
-            "mesh.tensor (mesh.spatial for convolutions). A teacher that has nothing to cut, beside a student that is "
-            "cut: shard(teacher, Mesh(replicate=...)) over as many processes."
-        )
-    for first, *between, _ in pairs:
-        if layers[first].out_features % processes:
-            raise MetaplError(
-                f"mesh.tensor={processes} does not divide the {layers[first].out_features} outputs of {first}; "
-                "expected a divisor of them."
-            )
-        if dropped := [name for name in between if isinstance(layers[name], nn.Dropout) and layers[name].p]:
-            raise MetaplError(
-                f"{dropped[0]} drops some of what {processes} processes compute together, and all would drop alike; "
-                "call metapl.distributed.keyed_dropout(network, mesh.share) before the network is laid out, or leave "
-                "dropout out."
-            )

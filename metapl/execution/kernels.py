@@ -148,7 +148,7 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
     reaches it: it comes out as zero.
     """
     seen: set[Any] = {None}
-    nodes = [g.grad_fn for g in gradients]
+    nodes: list[Any] = [g.grad_fn for g in gradients]
     while nodes:
         node = nodes.pop()
         if node in seen:

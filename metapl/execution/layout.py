@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -184,29 +183,20 @@ def _beside(teacher: Layout, student: Layout) -> Layout:
     A teacher that is not cut, beside a student whose processes hold the same rows in ``copies``, computes the same in
     each of these: its gradient is the mean over all processes, in which each share of the rows counts ``copies`` times.
     """
-    if teacher.processes != student.processes:
-        over = [
-            f"{it.how} over the processes {', '.join(map(str, it.processes))}" if it.processes else it.how
-            for it in (teacher, student)
-        ]
-        raise MetaplError(
-            f"the teacher is {over[0]}, the student {over[1]}; expected both to share their batches with the same "
-            "processes: wrap both in DistributedDataParallel, or shard both with fully_shard over meshes of the same "
-            "processes, in the same order."
-        )
     own = student.ranks
-    if own.copies > 1 and teacher.ranks.copies == 1:
+    together = teacher.processes == student.processes
+    if together and own.copies > 1 and teacher.ranks.copies == 1:
         return replace(teacher, ranks=replace(teacher.ranks, rank=own.rank, copies=own.copies, columns=own.columns))
-    for what, of_teacher, of_student in (
-        ("products are shared by {} process{}", teacher.product_ranks, student.product_ranks),
-        ("images are split for {} process{}", teacher.ranks.copies, own.copies),
-    ):
-        if of_teacher != of_student:
-            raise MetaplError(
-                f"{what.format(of_teacher, 'es' if of_teacher > 1 else '')} in the teacher and {of_student} in the "
-                "student; expected the same number in both, or a teacher that is not cut, beside a student that is: in "
-                f"DistributedDataParallel over all processes, shard(teacher, Mesh(replicate={len(student.processes)}))."
-            )
+    if not together or (teacher.product_ranks, teacher.ranks.copies) != (student.product_ranks, own.copies):
+        described = []
+        for it in (teacher, student):
+            over = f" over the processes {', '.join(map(str, it.processes))}" * bool(it.processes)
+            described.append(it.how + over + f", of which {it.ranks.copies} share each row" * (it.ranks.copies > 1))
+        raise MetaplError(
+            f"the teacher is {described[0]}, the student {described[1]}; expected both over the same processes in the "
+            "same order: both in DistributedDataParallel or in fully_shard, and cut in the same way, or a teacher that "
+            f"is not cut, beside a student that is: shard(teacher, Mesh(replicate={len(student.processes)}))."
+        )
     return teacher
 
 
@@ -215,7 +205,19 @@ def layout_of(name: str, network: Any) -> Layout:
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
     if isinstance(network, DistributedDataParallel):
-        return _replicated(name, network)
+        wrapper, network = network, network.module
+        _refuse(_not_averageable(name, network))
+        if getattr(wrapper, "_comm_hooks", None):
+            raise MetaplError(
+                f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would "
+                "not be called: metapl averages the gradients itself. Leave the hook out."
+            )
+        processes, device = (
+            tuple(dist.get_process_group_ranks(wrapper.process_group)),
+            next(network.parameters()).device,
+        )
+        ranks = _ranks(name, network, [wrapper.process_group], processes, processes, device)
+        return Layout(network, "replicated", ranks, processes=processes)
     if _is_spread(network):
         return _sharded(name, network)
     if columns_of(network) is not None:
@@ -225,20 +227,6 @@ def layout_of(name: str, network: Any) -> Layout:
             f"shard({name}, Mesh(spatial=...), example=...) does both."
         )
     return Layout(network)
-
-
-def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
-    network = wrapper.module
-    _refuse(_not_averageable(name, network))
-    if getattr(wrapper, "_comm_hooks", None):
-        raise MetaplError(
-            f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would not "
-            "be called: metapl averages the gradients itself. Leave the hook out."
-        )
-    processes = tuple(dist.get_process_group_ranks(wrapper.process_group))
-    device = next(network.parameters()).device
-    ranks = _ranks(name, network, [wrapper.process_group], processes, processes, device)
-    return Layout(network, "replicated", ranks, processes=processes)
 
 
 def _sharded(name: str, network: nn.Module) -> Layout:
@@ -336,17 +324,6 @@ def without_gradients(network: nn.Module) -> Iterator[None]:
     reshard(network)
 
 
-def compute_dtype(block: Any) -> Any:
-    """The type that a block's mixed-precision policy computes in; None where it is the type of its weights."""
-    policy = getattr(block._get_fsdp_state(), "_mp_policy", None)
-    return getattr(policy, "param_dtype", None)
-
-
-def parts_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """This rank's parts of parameters, sharing their memory."""
-    return {name: local(p) if is_sharded(p) else p.detach() for name, p in parameters.items()}
-
-
 def _processes(mesh: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in mesh.mesh.flatten().tolist())
 
@@ -367,31 +344,20 @@ def _refuse(faults: Iterator[str]) -> None:
         raise MetaplError(fault)
 
 
-_WRAPPERS = {
-    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
-    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
-    "FSDPModule": "shards the weights of a network inside another wrapper",
-    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
-    "ScriptModule": "has weights that cannot be replaced for a pass",
-}
-"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
-
-
-@cache
-def _wrapper(classes: tuple[type, ...]) -> str | None:
-    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
-    return next((name for name in _WRAPPERS if name in names), None)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
+"""PyTorch classes around or inside a network that do not let a pass run at other weights."""
 
 
 def _not_replayable(name: str, layout: Layout) -> Iterator[str]:
     """Why a network cannot be trained, or not be run again at other weights."""
     for prefix, part in named_parts(layout.network):
-        wrapper = _wrapper(type(part).__mro__)
+        names = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch.")]
+        wrapper = next((name for name in _WRAPPERS if name in names), None)
         if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
             where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
             yield (
-                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
-                "in DistributedDataParallel or sharded by fully_shard."
+                f"the {name} {where}, which does not let a pass run at other weights; expected the plain module, or "
+                "one that is as a whole in DistributedDataParallel or sharded by fully_shard."
             )
     for path, t in named_tensors(layout.network):
         which = f"the {name}'s {path}"
@@ -400,10 +366,7 @@ def _not_replayable(name: str, layout: Layout) -> Iterator[str]:
         elif t.is_inference():
             yield f"{which} was made inside torch.inference_mode(), and cannot be trained; build it outside of that."
         elif not layout.is_sharded and "DTensor" in (type(t).__name__, type(t.data).__name__):
-            yield (
-                f"{which} is a DTensor inside another wrapper; expected the plain module, or one that is as a whole "
-                "sharded by fully_shard or parallelize_module."
-            )
+            yield f"{which} is a DTensor inside another wrapper; expected no wrapper around what is sharded."
     if not trainable(layout.network):
         yield f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
 

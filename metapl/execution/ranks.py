@@ -259,9 +259,4 @@ class Columns:
 
 def columns_of(network: nn.Module) -> Columns | None:
     """How the images of a network are split, if they are."""
-    return network.__dict__.get("_metapl_columns")
-
-
-def set_columns(network: nn.Module, columns: Columns) -> None:
-    """Note how the images of a network are split."""
-    network.__dict__["_metapl_columns"] = columns
+    return vars(network).get("split_columns")
