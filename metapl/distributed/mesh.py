@@ -189,37 +189,29 @@ def shard(
         )
     norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
     sharded = next((path for path, t in named_tensors(module) if is_sharded(t)), None)
-    scalar = next((path for path, t in named_tensors(module) if isinstance(t, nn.Parameter) and not t.ndim), None)
-    weights_cut = mesh.shard * mesh.spatial > 1
-    for wrong, text in (
-        (not _learns(module), "shard was given a module without parameters; expected a network."),
-        (sharded, f"{sharded} is sharded already; expected a module on one device."),
-        (precision not in ("float32", "bfloat16"), f"precision={precision!r}: expected 'float32' or 'bfloat16'."),
-        (
-            precision == "bfloat16" and mesh.shard == 1,
-            "precision='bfloat16' gathers the parts of weights in bfloat16, and with mesh.shard=1 every process holds "
-            "them whole; expected mesh.shard above 1, or BilevelTrainer(precision='bfloat16').",
+    scalar = next((path for path, p in module.named_parameters() if not p.ndim), None)
+    cut = mesh.shard * mesh.spatial
+    refusals = {
+        "shard was given a module without parameters; expected a network.": not any(True for _ in module.parameters()),
+        f"{sharded} is sharded already; expected a module on one device.": sharded,
+        f"precision={precision!r}: expected 'float32' or 'bfloat16'.": precision not in ("float32", "bfloat16"),
+        "precision='bfloat16' gathers the parts of weights in bfloat16, and with mesh.shard=1 every process holds them "
+        "whole; expected mesh.shard above 1, or BilevelTrainer(precision='bfloat16').": (
+            precision == "bfloat16" and mesh.shard == 1
         ),
-        (
-            scalar and weights_cut,
-            f"{scalar} is a parameter without dimensions, which fully_shard does not take; expected one of shape (1,): "
-            "torch.nn.Parameter(torch.ones(1)), or Mesh(replicate=...).",
+        f"{scalar} is a parameter without dimensions, which fully_shard does not take; expected one of shape (1,): "
+        "torch.nn.Parameter(torch.ones(1)), or Mesh(replicate=...).": scalar and cut > 1,
+        "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
+        "running statistics; leave checkpoint out, or take a network without batch norm.": checkpoint and norms,
+        f"shard was given mesh.spatial={mesh.spatial} and {'no' if example is None else 'an'} example; expected "
+        "example= with whole images where they are cut along their width, and only there.": (
+            (mesh.spatial > 1) != (example is not None)
         ),
-        (
-            checkpoint and norms,
-            "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
-            "running statistics; leave checkpoint out, or take a network without batch norm.",
+        "shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.": (
+            plan is not None and mesh.tensor == 1
         ),
-        (
-            (mesh.spatial > 1) != (example is not None),
-            f"shard was given mesh.spatial={mesh.spatial} and {'no' if example is None else 'an'} example; expected "
-            "example= with whole images where they are cut along their width, and only there.",
-        ),
-        (
-            plan is not None and mesh.tensor == 1,
-            "shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.",
-        ),
-    ):
+    }
+    for text, wrong in refusals.items():
         if wrong:
             raise MetaplError(text)
     kind = next(module.parameters()).device.type
@@ -230,7 +222,7 @@ def shard(
     if any(id(block) not in own for block in chosen):
         raise MetaplError("blocks returned a module that is not inside the network; expected its submodules.")
     tied = next((block for block in chosen if not _untied(module, [block])), None)
-    if tied is not None and weights_cut:
+    if tied is not None and cut > 1:
         raise MetaplError(
             f"blocks returned a {type(tied).__name__} that shares a weight with a part of the network outside of it, "
             "and one of the two would learn a copy; expected blocks that hold all places of their weights."
@@ -249,11 +241,16 @@ def shard(
         mesh.check_processes()
         return nn.parallel.DistributedDataParallel(module)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    def placement(p: nn.Parameter) -> Shard:
+        """Along a dimension that the shards divide, so that nothing is padded."""
+        return Shard(next((dim for dim, n in enumerate(local(p).shape) if n and n % cut == 0), 0))
 
     module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     half = precision == "bfloat16"
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
-    options = {"mesh": mesh.devices(kind), "shard_placement_fn": _placement(mesh.shard * mesh.spatial)}
+    options = {"mesh": mesh.devices(kind), "shard_placement_fn": placement}
     for norm in norms if half else ():
         if norm.affine and not any(norm is block for block in chosen):
             fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)
@@ -280,27 +277,13 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
         for child in part.children():
             inside = list(child.children())
             outer = isinstance(child, containers) and any(list(inner.children()) for inner in inside)
-            if isinstance(part, containers) and _learns(child) and not outer:
+            if isinstance(part, containers) and any(True for _ in child.parameters()) and not outer:
                 (composite if inside else layers).append(child)
             else:
                 collect(child)
 
     collect(module)
     return composite or layers
-
-
-def _learns(part: nn.Module) -> bool:
-    return any(True for _ in part.parameters())
-
-
-def _placement(shards: int) -> Callable[[nn.Parameter], Any]:
-    """Along which dimension a parameter is split: one that the shards divide, so that nothing is padded."""
-    from torch.distributed.tensor import Shard
-
-    def placement(p: nn.Parameter) -> Any:
-        return Shard(next((dim for dim, n in enumerate(local(p).shape) if n and n % shards == 0), 0))
-
-    return placement
 
 
 def _untied(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:

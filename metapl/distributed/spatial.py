@@ -92,7 +92,13 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
         raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
     given = (example,) if isinstance(example, Tensor) else example
     with torch.no_grad():
-        weights = _seen_weights(module)
+        # Other values for weights that are about zero, as at the start of many heads and branches: what they are
+        # multiplied with would not be seen in the outputs.
+        draw, weights = torch.Generator().manual_seed(0), {}
+        for name, p in module.named_parameters():
+            if p.is_floating_point() and p.numel() and p.abs().max() < FAINT:
+                values = torch.rand(p.shape, generator=draw, dtype=torch.float64) + 0.5
+                weights[name] = (values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1)).to(p)
         kept = _of_whole_rows(module, given, weights)
         layers = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False) if layer not in kept]
         made = {layer: split_layer(path, layer, Columns(group)) for path, layer in reversed(layers)}
@@ -131,18 +137,6 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
     return module
 
 
-def _seen_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Other values for weights that are about zero, as at the start of many heads and branches: what they are
-    multiplied with would not be seen in the outputs."""
-    draw = torch.Generator().manual_seed(0)
-    found = {}
-    for name, p in module.named_parameters():
-        if p.is_floating_point() and p.numel() and p.abs().max() < FAINT:
-            values = torch.rand(p.shape, generator=draw, dtype=torch.float64) + 0.5
-            found[name] = (values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1)).to(p)
-    return found
-
-
 def _run(module: nn.Module, inputs: tuple[Tensor, ...], weights: dict[str, Tensor], training: bool) -> Tensor:
     """Outputs in training or evaluation, on draws that are the same for whole images and parts; nothing is moved."""
     before = [(part, part.training) for part in module.modules()]
@@ -177,9 +171,9 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict
             raise
         shapes, why = ", ".join(str(tuple(t.shape)) for t in example), str(error).partition("\n")[0]
         raise MetaplError(
-            f"the {type(module).__name__} cannot take the example of shape {shapes}: {why} "
-            "Expected what it is given in training, as a tuple where that is more than images. A teacher that takes no "
-            f"images, and has nothing to cut: shard(teacher, Mesh(replicate={dist.get_world_size()}))."
+            f"the {type(module).__name__} cannot take the example of shape {shapes}: {why} Expected what it is given "
+            "in training, as a tuple where that is more than images. A teacher that takes no images, and has nothing "
+            f"to cut: shard(teacher, Mesh(replicate={dist.get_world_size()}))."
         ) from error
     finally:
         for handle in handles:
@@ -190,14 +184,12 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict
 _DRAWN_OTHERWISE = (
     "the network makes the outputs of whole images of the columns of its processes in evaluation and others in "
     "training: a layer, or its own code, draws for single pixels (torch.nn.RReLU, AlphaDropout, F.dropout) or takes "
-    "statistics there. Expected nn.Dropout2d, which drops channels, or metapl.distributed.keyed_dropout(network) "
-    "before the network is laid out; or Mesh(shard=...) instead."
+    "statistics there. Expected nn.Dropout2d, metapl.distributed.keyed_dropout(network), or Mesh(shard=...) instead."
 )
 
 _OTHER_OUTPUTS = (
     "the network makes other outputs of the columns of its processes than of whole images: its own code reads across "
-    "the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
-    "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
+    "the width (x.mean((2, 3)), flatten). Expected layers, as torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...)."
 )
 
 

@@ -204,47 +204,64 @@ def layout_of(name: str, network: Any) -> Layout:
     """The layout of a network as it was handed over; ``name`` is its role."""
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
+    found: dict[str, Any] = {"kind": "replicated"}
     if isinstance(network, DistributedDataParallel):
-        wrapper, network = network, network.module
-        _refuse(_not_averageable(name, network))
-        if getattr(wrapper, "_comm_hooks", None):
+        if getattr(network, "_comm_hooks", None):
             raise MetaplError(
                 f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would "
                 "not be called: metapl averages the gradients itself. Leave the hook out."
             )
-        processes, device = (
-            tuple(dist.get_process_group_ranks(wrapper.process_group)),
-            next(network.parameters()).device,
-        )
-        ranks = _ranks(name, network, [wrapper.process_group], processes, processes, device)
-        return Layout(network, "replicated", ranks, processes=processes)
-    if _is_spread(network):
-        return _sharded(name, network)
-    if columns_of(network) is not None:
+        groups, network = [network.process_group], network.module
+        own = processes = tuple(dist.get_process_group_ranks(groups[0]))
+    elif _is_spread(network):
+        groups, processes, own, found = _sharded(name, network)
+    elif columns_of(network) is None:
+        return Layout(network)
+    else:
         raise MetaplError(
             f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
             f"that hold the parts; expected it in DistributedDataParallel, or in fully_shard, over these: "
             f"shard({name}, Mesh(spatial=...), example=...) does both."
         )
-    return Layout(network)
+    for prefix, part in named_parts(network):
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (part.max_norm is not None or part.sparse):
+            raise MetaplError(
+                f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__} with max_norm="
+                f"{part.max_norm} and sparse={part.sparse}; over several ranks expected max_norm=None, which else "
+                "changes the weights by the rows of one rank, and sparse=False: sparse gradients are not averaged."
+            )
+    columns, number = columns_of(network), processes.index(dist.get_rank())
+    share, copies = own.index(dist.get_rank()), len(processes) // len(own)
+    if columns is not None:
+        members = tuple(dist.get_process_group_ranks(columns.group))
+        share, start = number // len(members), number - number % len(members)
+        if copies > 1 or processes[start : start + len(members)] != members:
+            raise MetaplError(
+                f"the {name}'s images are split over the processes {', '.join(map(str, members))}, and its batch is "
+                f"shared by {', '.join(map(str, processes))}, of which {copies} compute products together; expected "
+                "neighbors among these, and no parallelize_module."
+            )
+        copies = len(members)
+    device = local(next(network.parameters())).device
+    ranks = Ranks(groups, share, device, copies, number == 0, columns is not None)
+    return Layout(network, ranks=ranks, processes=processes, **found)
 
 
-def _sharded(name: str, network: nn.Module) -> Layout:
-    """A network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
+def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """The groups and numbers of all processes, those among which the rows are shared, and what else a layout holds, of
+    a network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
     reshard(network)
     blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
     if blocks:
-        _refuse(_not_averageable(name, network))
         _refuse(_not_of_all_rows(name, network, blocks))
     parameters: dict[str, Any] = {path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks}
     # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
     mesh = max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
     processes = _processes(mesh)
     own = _processes(next(_param_groups(blocks)).mesh_info.mesh) if blocks else (dist.get_rank(),)
-    together = len(processes) // len(own)
     for path, p in parameters.items():
         placements = getattr(p, "placements", ())
-        if together > 1:
+        if len(processes) > len(own):
             fits = not is_sharded(p) or {*_processes(p.device_mesh)} <= {*processes}
             fits = fits and not any(placement.is_partial() for placement in placements)
         else:
@@ -259,38 +276,9 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     # One group where it is all processes.
     everywhere = list(processes) == list(range(dist.get_world_size()))
     groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
-    device = local(next(iter(parameters.values()))).device
-    ranks = _ranks(name, network, groups, processes, own, device)
-    space = ShardedSpace(parameters, groups, len(processes))
-    return Layout(network, "sharded", ranks, space, processes, together, blocks, parameters)
-
-
-def _ranks(
-    name: str,
-    network: nn.Module,
-    groups: Sequence[Any],
-    processes: tuple[int, ...],
-    own: tuple[int, ...],
-    device: torch.device,
-) -> Ranks:
-    """The ranks over which a network is laid out: all processes, and those among which its rows are shared."""
-    columns, number = columns_of(network), processes.index(dist.get_rank())
-    share, copies = own.index(dist.get_rank()), len(processes) // len(own)
-    if columns is not None:
-        members = tuple(dist.get_process_group_ranks(columns.group))
-        share, start = number // len(members), number - number % len(members)
-        if copies > 1:
-            raise MetaplError(
-                f"the {name} runs on columns of images and was given to parallelize_module too, which is not built "
-                "yet; expected one of the two."
-            )
-        if processes[start : start + len(members)] != members:
-            raise MetaplError(
-                f"the {name}'s images are split over the processes {', '.join(map(str, members))}, which do not follow "
-                f"each other among those that share the batch, {', '.join(map(str, processes))}; expected neighbors."
-            )
-        copies = len(members)
-    return Ranks(groups, share, device, copies, number == 0, columns is not None)
+    space, together = ShardedSpace(parameters, groups, len(processes)), len(processes) // len(own)
+    more = {"kind": "sharded", "space": space, "product_ranks": together, "blocks": blocks, "sharded": parameters}
+    return groups, processes, own, more
 
 
 # ------------------------------------------------------------------------------------------------- what is looked at
@@ -369,17 +357,6 @@ def _not_replayable(name: str, layout: Layout) -> Iterator[str]:
             yield f"{which} is a DTensor inside another wrapper; expected no wrapper around what is sharded."
     if not trainable(layout.network):
         yield f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-
-
-def _not_averageable(name: str, network: nn.Module) -> Iterator[str]:
-    """Embeddings that write to their weights for the rows of one rank, or whose gradients cannot be averaged."""
-    for prefix, part in named_parts(network):
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (part.max_norm is not None or part.sparse):
-            yield (
-                f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__} with max_norm="
-                f"{part.max_norm} and sparse={part.sparse}; over several ranks expected max_norm=None, which else "
-                "changes the weights by the rows of one rank, and sparse=False: sparse gradients are not averaged."
-            )
 
 
 def _not_averaged(name: str, blocks: Sequence[Any]) -> Iterator[str]:
