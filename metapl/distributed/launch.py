@@ -181,46 +181,32 @@ def _of_an_exchange(error: BaseException) -> bool:
 def _end(rank: int, error: MetaplError | None) -> None:
     """Show what ended the run, in one process, and leave when it is shown: ``torchrun`` ends all when one leaves.
 
-    An error of one process is shown by that one, one of several by the first of them; that a process was lost, only
-    where nobody has another error. Nothing: the first process says it.
+    The first process shows its error, if it has one, or else another; that a process was lost is shown only where
+    nobody has another error. Nothing: the first process says it.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends to all as soon as one has failed
-    store, others = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
-    own = "" if error is None or isinstance(error, ProcessLost) else str(error)
-    quiet = error is None or (isinstance(error, Agreed) and rank > 0)
+    store: Any = dist.distributed_c10d._get_default_store()
+    lost, quiet = isinstance(error, ProcessLost), error is None or (isinstance(error, Agreed) and rank > 0)
 
-    def wait(ready: Callable[[], bool], seconds: float) -> None:
+    def wait_for(keys: list[str], seconds: float) -> None:
         until = time.monotonic() + seconds
-        while not ready() and time.monotonic() < until:
+        while not store.check(keys) and time.monotonic() < until:
             time.sleep(0.02)
 
-    def told(r: int) -> str | None:
-        key = f"metapl/error/{r}"
-        return store.get(key).decode() if store.check([key]) else None
-
-    def said_elsewhere() -> bool:
-        texts = [None if r == rank else told(r) for r in others]
-        return own in texts[:rank] or (not own and (any(texts) or store.check(["metapl/said"])))
-
-    def heard() -> bool:
-        """Whether nothing that others may tell could change who speaks."""
-        return said_elsewhere() or all(told(r) is not None for r in others[: rank if own else None])
-
     try:
-        store.set(f"metapl/error/{rank}", own)
-        if not quiet:
-            wait(heard, HEARD_WITHIN)
-            quiet = said_elsewhere()
+        if not quiet and (rank or lost):
+            wait_for(["metapl/says"], HEARD_WITHIN + lost)
+        speaks = not quiet and store.add("metapl/says", 1) == 1
     except RuntimeError:  # the process that kept the store has ended
-        quiet = quiet or not own
-    if not quiet:
+        speaks = not quiet and not lost
+    if speaks:
         sys.stdout.flush()
         tell(f"metapl: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, wrap=True)
     with suppress(RuntimeError):
-        if not quiet:
+        if speaks:
             store.set("metapl/said", "")
-        wait(lambda: store.check(["metapl/said"]), SAID_WITHIN)
+        wait_for(["metapl/said"], SAID_WITHIN)
         store.set(f"metapl/gone/{rank}", "")
         if not rank:  # which may keep the store
-            wait(lambda: store.check([f"metapl/gone/{r}" for r in others]), HEARD_WITHIN)
+            wait_for([f"metapl/gone/{r}" for r in range(dist.get_world_size())], HEARD_WITHIN)

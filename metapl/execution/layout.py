@@ -172,32 +172,27 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
     of_teacher, of_student = known.get("teacher"), known["student"]
-    if of_teacher is not None:
-        of_teacher = _beside(of_teacher, of_student)
-    return of_teacher, of_student, devices["student"].pop()
-
-
-def _beside(teacher: Layout, student: Layout) -> Layout:
-    """The teacher's layout beside a student over the same processes; refuse one that is cut where the student is not.
-
-    A teacher that is not cut, beside a student whose processes hold the same rows in ``copies``, computes the same in
-    each of these: its gradient is the mean over all processes, in which each share of the rows counts ``copies`` times.
-    """
-    own = student.ranks
-    together = teacher.processes == student.processes
-    if together and own.copies > 1 and teacher.ranks.copies == 1:
-        return replace(teacher, ranks=replace(teacher.ranks, rank=own.rank, copies=own.copies, columns=own.columns))
-    if not together or (teacher.product_ranks, teacher.ranks.copies) != (student.product_ranks, own.copies):
+    device, own = devices["student"].pop(), of_student.ranks
+    if of_teacher is None:
+        return None, of_student, device
+    together = of_teacher.processes == of_student.processes
+    if together and own.copies > 1 and of_teacher.ranks.copies == 1:
+        # A teacher that is not cut computes the same in all processes that hold the same rows: its gradient is the mean
+        # over all processes, in which each share of the rows counts as often as there are copies of it.
+        ranks = replace(of_teacher.ranks, rank=own.rank, copies=own.copies, columns=own.columns)
+        return replace(of_teacher, ranks=ranks), of_student, device
+    cut = {(layout.product_ranks, layout.ranks.copies) for layout in known.values()}
+    if not together or len(cut) > 1:
         described = []
-        for it in (teacher, student):
+        for it in known.values():
             over = f" over the processes {', '.join(map(str, it.processes))}" * bool(it.processes)
             described.append(it.how + over + f", of which {it.ranks.copies} share each row" * (it.ranks.copies > 1))
         raise MetaplError(
             f"the teacher is {described[0]}, the student {described[1]}; expected both over the same processes in the "
             "same order: both in DistributedDataParallel or in fully_shard, and cut in the same way, or a teacher that "
-            f"is not cut, beside a student that is: shard(teacher, Mesh(replicate={len(student.processes)}))."
+            f"is not cut, beside a student that is: shard(teacher, Mesh(replicate={len(of_student.processes)}))."
         )
-    return teacher
+    return of_teacher, of_student, device
 
 
 def layout_of(name: str, network: Any) -> Layout:
