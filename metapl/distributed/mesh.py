@@ -100,19 +100,16 @@ class Mesh:
 
     def devices(self, kind: str) -> Any:
         """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
-        mesh = self._over(kind)
+        mesh = self._built(kind, replicate=self.replicate, shard=self.shard * self.spatial, tensor=self.tensor)
         return mesh if self.tensor == 1 else mesh[("replicate", "shard") if self.replicate > 1 else "shard"]
 
     def products(self, kind: str) -> Any:
         """The mesh of the devices that compute products together with this one."""
-        return self._over(kind)["tensor"]
-
-    def _over(self, kind: str) -> Any:
-        sizes = {"replicate": self.replicate, "shard": self.shard * self.spatial, "tensor": self.tensor}
-        return self._built(kind, **{name: size for name, size in sizes.items() if size > 1 or name == "shard"})
+        return self._built(kind, replicate=self.replicate, shard=self.shard, tensor=self.tensor)["tensor"]
 
     def _built(self, kind: str, **sizes: int) -> Any:
-        """A mesh of devices with these dimensions; built once, for every mesh has its groups."""
+        """A mesh of devices with these dimensions, those of 1 left out; built once, for every mesh has its groups."""
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name in ("shard", "spatial")}
         built: dict[Any, Any] = self.__dict__.setdefault("_meshes", {})
         key = (kind, *sizes)
         if key not in built:
