@@ -1,7 +1,7 @@
 """Networks laid out over several processes, and what these exchange.
 
 tensor    products of layers that several processes compute together
-spatial   images cut along their width; its exchanges are in ``exchange``
+spatial   images cut along their width, and exchanges that autograd knows of
 dropout   masks that do not depend on the layout
 mesh      :class:`Mesh` and :func:`shard`, which lay a network out
 launch    processes that ``torchrun`` has started

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from metapl.data.draws import hashed
 from metapl.execution.modules import drop_rate, may_drop_by_function, named_parts
 
-_BITS = 31
-"""Of the numbers that a probability is compared with."""
+_BITS = 31  # of the numbers that a probability is compared with
 
 
 def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
@@ -44,7 +43,7 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
     """
     for _, part in named_parts(network):
         for name, layer in part._modules.items():
-            if layer is not None and (keyed := _keyed(layer, share)) is not None:
+            if (keyed := _keyed(layer, share)) is not None:
                 part._modules[name] = keyed
     return network
 
@@ -52,17 +51,21 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
 def drops_by_itself(network: nn.Module) -> bool:
     """Whether a network drops something by the default generator of its process, row after row, as far as its layers
     and their ``drop_rate`` tell."""
-    parts = [part for _, part in named_parts(network)]
-    return any((drop_rate(part) and not isinstance(part, KeyedDropout)) or may_drop_by_function(part) for part in parts)
+    layers, by_function = _dropping(network)
+    return bool(layers) or by_function
 
 
 def can_be_keyed(network: nn.Module) -> bool:
     """Whether :func:`keyed_dropout` has a form for everything that a network drops; dropout that is called as a
     function, as in some of timm's networks, has none."""
-    if any(may_drop_by_function(part) for _, part in named_parts(network)):
-        return False
-    layers = [part for _, part in named_parts(network) if drop_rate(part) and not isinstance(part, KeyedDropout)]
-    return all(_keyed(layer, 0) is not None for layer in layers)
+    layers, by_function = _dropping(network)
+    return not by_function and all(_keyed(layer, 0) is not None for layer in layers)
+
+
+def _dropping(network: nn.Module) -> tuple[list[nn.Module], bool]:
+    parts = [part for _, part in named_parts(network)]
+    layers = [part for part in parts if drop_rate(part) and not isinstance(part, KeyedDropout)]
+    return layers, any(map(may_drop_by_function, parts))
 
 
 class KeyedDropout(nn.Module):
@@ -97,29 +100,26 @@ class KeyedDropout(nn.Module):
         shape = list(x.shape)
         if self.shared_from is not None:
             shape[self.shared_from :] = [1] * (x.ndim - self.shared_from)
-        key = int(torch.randint(2**62, ()))
         cut = not self.of_images or (x.ndim == 4 and x.shape[-1] > 1)
-        kept = hashed(key, self._places(shape, x.device, *((self.part, self.parts) if cut else (0, 1))), _BITS)
-        mask = (kept >= int(self.p * 2**_BITS)).to(x.dtype)
-        return x * (mask / (1 - self.p) if self.scaled and self.p < 1 else mask)
-
-    def _places(self, shape: list[int], device: torch.device, part: int, parts: int) -> Tensor:
-        """The numbers of the whole batch's entries that this process has, as a tensor of this shape."""
+        part, parts = (self.part, self.parts) if cut else (0, 1)
         *outer, last = shape
         rows = math.prod(outer)
-        row = torch.arange(rows, device=device) + self.share * rows
-        column = torch.arange(last, device=device) + part * last
-        return (row[:, None] * (last * parts) + column).view(shape)
+        row = torch.arange(rows, device=x.device) + self.share * rows
+        column = torch.arange(last, device=x.device) + part * last
+        places = (row[:, None] * (last * parts) + column).view(shape)  # in the whole batch
+        kept = hashed(int(torch.randint(2**62, ())), places, _BITS)
+        mask = (kept >= int(self.p * 2**_BITS)).to(x.dtype)
+        return x * (mask / (1 - self.p) if self.scaled and self.p < 1 else mask)
 
 
 def _keyed(layer: Any, share: int) -> KeyedDropout | None:
     """What drops the same share as a layer, by places; None for one that drops nothing, or in another way."""
-    kind, rate = type(layer), drop_rate(layer)
     known: dict[Any, tuple[bool, int | None]] = {
         nn.Dropout: (True, None),
         **dict.fromkeys((nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), (True, 2)),
         "StochasticDepth": (getattr(layer, "mode", None) == "row", 1),
         "DropPath": (hasattr(layer, "scale_by_keep"), 1),
     }
+    kind, rate = type(layer), 0.0 if layer is None else drop_rate(layer)
     takes, shared_from = known.get(kind, known.get(kind.__name__, (False, None)))
     return KeyedDropout(rate, share, shared_from, getattr(layer, "scale_by_keep", True)) if rate and takes else None

@@ -16,7 +16,7 @@ from metapl.distributed.spatial import Example, spatial
 from metapl.distributed.tensor import Plan, parallel
 from metapl.errors import MetaplError
 from metapl.execution.modules import named_parts, named_tensors
-from metapl.execution.shards import local
+from metapl.execution.shards import is_sharded, local
 from metapl.runs.fields import Range, check_fields
 
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
@@ -99,32 +99,23 @@ class Mesh:
         return self._built(kind, share=self.shares, spatial=self.spatial).get_group("spatial")
 
     def devices(self, kind: str) -> Any:
-        """The mesh of the devices among which ``fully_shard`` cuts weights.
-
-        Args:
-            kind: ``"cpu"`` or ``"cuda"``.
-        """
-        mesh = self._over(kind)
-        if self.tensor == 1:
-            return mesh
-        return mesh["replicate", "shard"] if self.replicate > 1 else mesh["shard"]
+        """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
+        mesh = self._built(kind, replicate=self.replicate, shard=self.shard * self.spatial, tensor=self.tensor)
+        return mesh if self.tensor == 1 else mesh[("replicate", "shard") if self.replicate > 1 else "shard"]
 
     def products(self, kind: str) -> Any:
         """The mesh of the devices that compute products together with this one."""
-        return self._over(kind)["tensor"]
-
-    def _over(self, kind: str) -> Any:
-        sizes = {"replicate": self.replicate, "shard": self.shard * self.spatial, "tensor": self.tensor}
-        return self._built(kind, **{name: size for name, size in sizes.items() if size > 1 or name == "shard"})
+        return self._built(kind, replicate=self.replicate, shard=self.shard, tensor=self.tensor)["tensor"]
 
     def _built(self, kind: str, **sizes: int) -> Any:
-        """A mesh of devices with these dimensions; built once, for every mesh has its groups."""
+        """A mesh of devices with these dimensions, those of 1 left out; built once, for every mesh has its groups."""
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name in ("shard", "spatial")}
         built: dict[Any, Any] = self.__dict__.setdefault("_meshes", {})
         key = (kind, *sizes)
         if key not in built:
-            self.check_processes()
             from torch.distributed.device_mesh import init_device_mesh
 
+            self.check_processes()
             built[key] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         return built[key]
 
@@ -141,11 +132,11 @@ class Mesh:
                 f"a mesh of {self.size} processes was given, and this process knows of no others; start the script "
                 f"with torchrun --nproc-per-node={self.size} and call torch.distributed.init_process_group() first."
             )
-        if dist.get_world_size() != self.size:
+        if (world := dist.get_world_size()) != self.size:
             factors = " x ".join(f"{name}={size}" for name, size in self.factors.items())
             raise MetaplError(
-                f"the mesh is of {self.size} processes ({factors}), and "
-                f"{dist.get_world_size()} were started; expected a product of {dist.get_world_size()}."
+                f"the mesh is of {self.size} processes ({factors}), and {world} were started; expected a product of "
+                f"{world}."
             )
 
 
@@ -188,19 +179,51 @@ def shard(
 
     Raises: :class:`metapl.MetaplError` before anything is sharded.
     """
-    _check(module, mesh, precision, checkpoint)
-    if (mesh.spatial > 1) != (example is not None):
-        given = "and no example" if example is None else "and an example"
+    if not isinstance(module, nn.Module) or not isinstance(mesh, Mesh):
         raise MetaplError(
-            f"shard was given mesh.spatial={mesh.spatial} {given}; expected example= with whole images where they are "
-            "cut along their width, and only there."
+            f"shard was given {type(module).__name__} and {type(mesh).__name__}; expected a torch.nn.Module and a "
+            "metapl.distributed.Mesh(shard=...)."
         )
-    if plan is not None and mesh.tensor == 1:
-        raise MetaplError("shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.")
+    norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
+    sharded = next((path for path, t in named_tensors(module) if is_sharded(t)), None)
+    scalar = next((path for path, p in module.named_parameters() if not p.ndim), None)
+    cut = mesh.shard * mesh.spatial
+    refusals = {
+        "shard was given a module without parameters; expected a network.": not any(True for _ in module.parameters()),
+        f"{sharded} is sharded already; expected a module on one device.": sharded,
+        f"precision={precision!r}: expected 'float32' or 'bfloat16'.": precision not in ("float32", "bfloat16"),
+        "precision='bfloat16' gathers the parts of weights in bfloat16, and with mesh.shard=1 every process holds them "
+        "whole; expected mesh.shard above 1, or BilevelTrainer(precision='bfloat16').": (
+            precision == "bfloat16" and mesh.shard == 1
+        ),
+        f"{scalar} is a parameter without dimensions, which fully_shard does not take; expected one of shape (1,): "
+        "torch.nn.Parameter(torch.ones(1)), or Mesh(replicate=...).": scalar and cut > 1,
+        "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
+        "running statistics; leave checkpoint out, or take a network without batch norm.": checkpoint and norms,
+        f"shard was given mesh.spatial={mesh.spatial} and {'no' if example is None else 'an'} example; expected "
+        "example= with whole images where they are cut along their width, and only there.": (
+            (mesh.spatial > 1) != (example is not None)
+        ),
+        "shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.": (
+            plan is not None and mesh.tensor == 1
+        ),
+    }
+    for text, wrong in refusals.items():
+        if wrong:
+            raise MetaplError(text)
+    kind = next(module.parameters()).device.type
     if example is not None:
-        spatial(module, mesh.columns(_device(module).type), example)
+        spatial(module, mesh.columns(kind), example)
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
-    _check_blocks(module, chosen, mesh)
+    own = {id(part) for _, part in named_parts(module)} - {id(module)}
+    if any(id(block) not in own for block in chosen):
+        raise MetaplError("blocks returned a module that is not inside the network; expected its submodules.")
+    tied = next((block for block in chosen if not _untied(module, [block])), None)
+    if tied is not None and cut > 1:
+        raise MetaplError(
+            f"blocks returned a {type(tied).__name__} that shares a weight with a part of the network outside of it, "
+            "and one of the two would learn a copy; expected blocks that hold all places of their weights."
+        )
     if checkpoint:
         from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
 
@@ -208,25 +231,28 @@ def shard(
             checkpointed(block)
     if mesh.tensor > 1:
         mesh.check_processes()
-        parallel(module, mesh.products(_device(module).type), plan)
+        parallel(module, mesh.products(kind), plan)
         if mesh.shares == 1:
             return module
     elif mesh.shard == 1:
         mesh.check_processes()
         return nn.parallel.DistributedDataParallel(module)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    def placement(p: nn.Parameter) -> Shard:
+        """Along a dimension that the shards divide, so that nothing is padded."""
+        return Shard(next((dim for dim, n in enumerate(local(p).shape) if n and n % cut == 0), 0))
 
     module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     half = precision == "bfloat16"
     policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
-    options = {"mesh": mesh.devices(_device(module).type), "shard_placement_fn": _placement(mesh.shard * mesh.spatial)}
-    if half:
-        for norm in [part for _, part in named_parts(module) if isinstance(part, _BatchNorm) and part.affine]:
-            if not any(part is norm for part in chosen):
-                fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)
-    for block in chosen:
+    options = {"mesh": mesh.devices(kind), "shard_placement_fn": placement}
+    for norm in norms if half else ():
+        if norm.affine and not any(norm is block for block in chosen):
+            fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)
+    for block in [*chosen, module]:
         fully_shard(block, mp_policy=policy, **options)
-    fully_shard(module, mp_policy=policy, **options)
     return module
 
 
@@ -240,96 +266,28 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     >>> len(blocks_of(metapl.models.wide_resnet28_2())), len(blocks_of(metapl.models.mlp([4, 8, 3])))
     (12, 2)
     """
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     composite: list[nn.Module] = []
     layers: list[nn.Module] = []
-    _collect(module, composite, layers)
-    found = composite or layers
-    return [part for part in found if part is not module]
 
+    def collect(part: nn.Module) -> None:
+        for child in part.children():
+            inside = list(child.children())
+            outer = isinstance(child, containers) and any(list(inner.children()) for inner in inside)
+            if isinstance(part, containers) and any(True for _ in child.parameters()) and not outer:
+                (composite if inside else layers).append(child)
+            else:
+                collect(child)
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _collect(part: nn.Module, composite: list[nn.Module], layers: list[nn.Module]) -> None:
-    for child in part.children():
-        if isinstance(part, _CONTAINERS) and _learns(child):
-            if not list(child.children()):
-                layers.append(child)
-                continue
-            if not (isinstance(child, _CONTAINERS) and any(list(inner.children()) for inner in child.children())):
-                composite.append(child)
-                continue
-        _collect(child, composite, layers)
-
-
-def _learns(part: nn.Module) -> bool:
-    return any(True for _ in part.parameters())
-
-
-def _placement(shards: int) -> Callable[[nn.Parameter], Any]:
-    """Along which dimension a parameter is split: one that the shards divide, so that nothing is padded."""
-    from torch.distributed.tensor import Shard
-
-    def placement(p: nn.Parameter) -> Any:
-        fitting = [dim for dim, length in enumerate(local(p).shape) if length and length % shards == 0]
-        return Shard(fitting[0]) if fitting else Shard(0)
-
-    return placement
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _check(module: nn.Module, mesh: Mesh, precision: str, checkpoint: bool) -> None:
-    if not isinstance(module, nn.Module):
-        raise MetaplError(f"shard was given {type(module).__name__}; expected a torch.nn.Module.")
-    if not isinstance(mesh, Mesh):
-        raise MetaplError(f"mesh is of type {type(mesh).__name__}; expected metapl.distributed.Mesh(shard=...).")
-    if not _learns(module):
-        raise MetaplError("shard was given a module without parameters; expected a network.")
-    if precision not in ("float32", "bfloat16"):
-        raise MetaplError(f"precision={precision!r}: expected 'float32' or 'bfloat16'.")
-    if precision == "bfloat16" and mesh.shard == 1:
-        raise MetaplError(
-            "precision='bfloat16' gathers the parts of weights in bfloat16, and with mesh.shard=1 every process holds "
-            "them whole; expected mesh.shard above 1, or BilevelTrainer(precision='bfloat16')."
-        )
-    for path, t in named_tensors(module):
-        if hasattr(t, "device_mesh"):
-            raise MetaplError(f"{path} is sharded already; expected a module on one device.")
-    scalars = [path for path, t in named_tensors(module) if isinstance(t, nn.Parameter) and not t.ndim]
-    if scalars and mesh.shard * mesh.spatial > 1:
-        raise MetaplError(
-            f"{scalars[0]} is a parameter without dimensions, which fully_shard does not take; expected one of shape "
-            "(1,): torch.nn.Parameter(torch.ones(1)), or Mesh(replicate=...)."
-        )
-    if checkpoint and any(isinstance(part, _BatchNorm) for _, part in named_parts(module)):
-        raise MetaplError(
-            "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
-            "running statistics; leave checkpoint out, or take a network without batch norm."
-        )
-
-
-def _check_blocks(module: nn.Module, blocks: list[nn.Module], mesh: Mesh) -> None:
-    own = {id(part) for _, part in named_parts(module)}
-    if any(id(block) not in own or block is module for block in blocks):
-        raise MetaplError("blocks returned a module that is not inside the network; expected its submodules.")
-    kept = {id(block) for block in _untied(module, blocks)}
-    tied = [type(block).__name__ for block in blocks if id(block) not in kept]
-    if tied and mesh.shard * mesh.spatial > 1:
-        raise MetaplError(
-            f"blocks returned a {tied[0]} that shares a weight with a part of the network outside of it, and one of "
-            "the two would learn a copy; expected blocks that hold all places of their weights."
-        )
+    collect(module)
+    return composite or layers
 
 
 def _untied(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The blocks whose weights have no place outside of them."""
-    places = _places(module)
-    return [block for block in blocks if all(places[t] == count for t, count in _places(block).items())]
 
+    def places(part: nn.Module) -> Counter[int]:
+        return Counter(id(t) for _, t in named_tensors(part) if isinstance(t, nn.Parameter))
 
-def _places(module: nn.Module) -> Counter[int]:
-    """How many places hold each parameter, by its ``id``."""
-    return Counter(id(t) for _, t in named_tensors(module) if isinstance(t, nn.Parameter))
+    everywhere = places(module).items()
+    return [block for block in blocks if places(block).items() <= everywhere]

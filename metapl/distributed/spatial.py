@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from metapl.distributed.dropout import KeyedDropout
-from metapl.distributed.exchange import sum_over, with_halo
 from metapl.errors import MetaplError
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import Columns, columns_of, set_columns
+from metapl.execution.ranks import Columns, columns_of
 from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -34,12 +35,12 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Example = Tensor | tuple[Tensor, ...]
 """Whole images (B, C, H, W), or these and what else a network takes with them, a row for each."""
 
+FAINT = 1e-2
+"""A weight all of whose numbers are smaller counts as about zero."""
+
 
 def split_width(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This process's columns of images.
-
-    Args:
-        x: (..., W), the whole images, the same on every process of the group.
+    """This process's columns of images (..., W), which are whole and the same on every process of the group.
 
     Raises:
         MetaplError: the processes do not divide the width.
@@ -47,8 +48,14 @@ def split_width(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     width, size = x.shape[-1], group.size()
     if width % size:
         raise MetaplError(f"images of width {width} cannot be cut for {size} processes; expected a multiple of {size}.")
-    own = width // size
-    return x[..., group.rank() * own : (group.rank() + 1) * own]
+    return x.chunk(size, dim=-1)[group.rank()]
+
+
+def takes_whole_images(network: nn.Module) -> None:
+    """Let a network that is split take whole images, the same in every process, and cut out its own columns; what else
+    it takes stays as it is."""
+    columns: Any = columns_of(network)
+    network.register_forward_pre_hook(lambda _, inputs: (split_width(inputs[0], columns.group), *inputs[1:]))
 
 
 def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> ModuleT:
@@ -83,72 +90,56 @@ def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> Modu
         raise MetaplError("spatial was given a network whose images are split already; expected a whole one.")
     if type(module) in _FORMS:
         raise MetaplError(f"spatial was given a {type(module).__name__} alone; expected a network around it.")
-    columns = Columns(group)
     given = (example,) if isinstance(example, Tensor) else example
-    rows = len(given[0])
     with torch.no_grad():
-        weights = _seen_weights(module)
+        # Other values for weights that are about zero, as at the start of many heads and branches: what they are
+        # multiplied with would not be seen in the outputs.
+        draw, weights = torch.Generator().manual_seed(0), {}
+        for name, p in module.named_parameters():
+            if p.is_floating_point() and p.numel() and p.abs().max() < FAINT:
+                values = torch.rand(p.shape, generator=draw, dtype=torch.float64) + 0.5
+                weights[name] = (values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1)).to(p)
         kept = _of_whole_rows(module, given, weights)
         layers = [(path, layer) for path, layer in module.named_modules(remove_duplicate=False) if layer not in kept]
-        made = {layer: _split_layer(path, layer, columns) for path, layer in reversed(layers)}
-        replaced = [(path, layer, new) for path, layer in layers if (new := made[layer]) is not None]
+        made = {layer: split_layer(path, layer, Columns(group)) for path, layer in reversed(layers)}
         # Of a single example, batch norm has no statistics.
-        expected = {training: _run(module, given, weights, training) for training in (False, True)[:rows]}
+        modes = (False, True)[: len(given[0])]
+        expected = [_run(module, given, weights, training) for training in modes]
         try:
-            for path, _, new in replaced:
-                _put(module, path, new)
-            for training, whole in expected.items():
+            for path, layer in layers:
+                if (new := made[layer]) is not None:
+                    module.set_submodule(path, new)
+            parts = (split_width(given[0], group), *given[1:])
+            for training, whole in zip(modes, expected, strict=True):
                 try:
-                    found = _run(module, (split_width(given[0], group), *given[1:]), weights, training)
+                    found = _run(module, parts, weights, training)
+                except dist.DistError:
+                    raise
                 except RuntimeError as error:
-                    if isinstance(error, dist.DistError):
-                        raise
-                    raise MetaplError(_OTHER_OUTPUTS + f" It failed with: {error}") from error
-                _check_same(found, whole, group, training)
+                    raise MetaplError(f"{_OTHER_OUTPUTS} It failed with: {error}") from error
+                same = found.shape == whole.shape
+                if same:
+                    found, whole = wide(found), wide(whole)
+                    # Outputs have much in common for all images, such as biases; errors are measured by what they have
+                    # not. Batch norms of few numbers enlarge rounding.
+                    spread = (whole - whole.mean(0)).norm() if len(whole) > 1 else whole.norm()
+                    share, rounding = (1e-6, 1e-12) if whole.dtype == torch.float64 else (1e-3, 1e-5)
+                    most = (20 * share if training else share) * spread + rounding * whole.norm()
+                    same = bool((found - whole).norm() <= most)
+                if sum_over(torch.tensor(float(not same), device=found.device), group):
+                    raise MetaplError(_DRAWN_OTHERWISE if training else _OTHER_OUTPUTS)
         except BaseException:
-            for path, layer, _ in replaced:
-                _put(module, path, layer)
+            for path, layer in layers:
+                if made[layer] is not None:
+                    module.set_submodule(path, layer)
             raise
-    set_columns(module, columns)
+    vars(module)["split_columns"] = Columns(group)
     return module
-
-
-def takes_whole_images(network: nn.Module) -> None:
-    """Let a network that is split take whole images, the same in every process, and cut out its own columns; what else
-    it takes stays as it is."""
-    network.register_forward_pre_hook(_own_columns)
-
-
-def _own_columns(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    columns = columns_of(network)
-    assert columns is not None
-    return (split_width(inputs[0], columns.group), *inputs[1:])
-
-
-def _put(module: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent), child, layer)
-
-
-def _seen_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Other values for weights that are about zero, as at the start of many heads and branches: what they are
-    multiplied with would not be seen in the outputs."""
-    draw = torch.Generator().manual_seed(0)
-    found = {}
-    for name, p in module.named_parameters():
-        if p.is_floating_point() and p.numel() and p.abs().max() < FAINT:
-            values = torch.rand(p.shape, generator=draw, dtype=torch.float64) + 0.5
-            found[name] = (values / math.sqrt(max(1, p.numel() // len(p)) if p.ndim else 1)).to(p)
-    return found
-
-
-FAINT = 1e-2
-"""A weight all of whose numbers are smaller counts as about zero."""
 
 
 def _run(module: nn.Module, inputs: tuple[Tensor, ...], weights: dict[str, Tensor], training: bool) -> Tensor:
     """Outputs in training or evaluation, on draws that are the same for whole images and parts; nothing is moved."""
-    modes = [(part, part.training) for part in module.modules()]
+    before = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:
         with torch.random.fork_rng():
@@ -157,19 +148,18 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], weights: dict[str, Tenso
             outputs: Tensor = functional_call(module, weights | buffers, inputs)
             return outputs
     finally:
-        for part, before in modes:
-            part.training = before
+        for part, mode in before:
+            part.training = mode
 
 
 def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict[str, Tensor]) -> set[nn.Module]:
     """The layers that run after the global pooling alone, on what every process has whole; they stay as they are."""
-    whole: set[nn.Module] = set()
-    cut: set[nn.Module] = set()
+    seen: dict[nn.Module, bool] = {}
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         rows = all(len(t) == len(example[0]) and (t.ndim == 2 or t.shape[-1] == 1) for t in given if t.ndim)
-        (whole if given and rows else cut).add(layer)
+        seen[layer] = seen.get(layer, True) and rows and bool(given)
 
     # What holds layers is told by these.
     leaves = [part for part in module.modules() if not list(part.children())]
@@ -181,62 +171,48 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict
             raise
         shapes, why = ", ".join(str(tuple(t.shape)) for t in example), str(error).partition("\n")[0]
         raise MetaplError(
-            f"the {type(module).__name__} cannot take the example of shape {shapes}: {why} "
-            "Expected what it is given in training, as a tuple where that is more than images. A teacher that takes no "
-            f"images, and has nothing to cut: shard(teacher, Mesh(replicate={dist.get_world_size()}))."
+            f"the {type(module).__name__} cannot take the example of shape {shapes}: {why} Expected what it is given "
+            "in training, as a tuple where that is more than images. A teacher that takes no images, and has nothing "
+            f"to cut: shard(teacher, Mesh(replicate={dist.get_world_size()}))."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return whole - cut
-
-
-def _check_same(found: Tensor, expected: Tensor, group: dist.ProcessGroup, training: bool) -> None:
-    """Refuse, on every process, outputs that differ on one of them."""
-    same = found.shape == expected.shape
-    if same:
-        found, expected = wide(found), wide(expected)
-        # Outputs have much in common for all images, such as biases; errors are measured by what they have not.
-        norm, spread = expected.norm(), (expected - expected.mean(0)).norm() if len(expected) > 1 else expected.norm()
-        share, rounding = (1e-6, 1e-12) if expected.dtype == torch.float64 else (1e-3, 1e-5)
-        # Batch norms of few numbers enlarge rounding.
-        same = bool((found - expected).norm() <= (20 * share if training else share) * spread + rounding * norm)
-    flag = torch.tensor(float(not same), device=found.device)
-    dist.all_reduce(flag, group=group)
-    if flag:
-        raise MetaplError(_DRAWN_OTHERWISE if training else _OTHER_OUTPUTS)
+    return {layer for layer, whole in seen.items() if whole}
 
 
 _DRAWN_OTHERWISE = (
     "the network makes the outputs of whole images of the columns of its processes in evaluation and others in "
     "training: a layer, or its own code, draws for single pixels (torch.nn.RReLU, AlphaDropout, F.dropout) or takes "
-    "statistics there. Expected nn.Dropout2d, which drops channels, or metapl.distributed.keyed_dropout(network) "
-    "before the network is laid out; or Mesh(shard=...) instead."
+    "statistics there. Expected nn.Dropout2d, metapl.distributed.keyed_dropout(network), or Mesh(shard=...) instead."
 )
 
 _OTHER_OUTPUTS = (
     "the network makes other outputs of the columns of its processes than of whole images: its own code reads across "
-    "the width (x.mean((2, 3)), flatten, an upsampling). Expected layers for it, such as "
-    "torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...) instead."
+    "the width (x.mean((2, 3)), flatten). Expected layers, as torch.nn.AdaptiveAvgPool2d(1), or Mesh(shard=...)."
 )
 
 
-def _split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
+# ------------------------------------------------------------------------------------------------------------ layers
+
+
+def split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
     """What takes a layer's place, with the same tensors and settings; None for one that works as it is."""
     if isinstance(layer, KeyedDropout):  # by the places in whole images
         keyed = KeyedDropout(layer.p, layer.share, layer.shared_from, layer.scaled)
         if layer.shared_from is None:
-            keyed.part, keyed.parts, keyed.of_images = columns.number, columns.count, True
+            keyed.part, keyed.parts, keyed.of_images = columns.group.rank(), columns.group.size(), True
         return keyed
     form, fits = _FORMS.get(type(layer), (None, None))
-    if form is None and not isinstance(layer, _WITHOUT_FORM):
+    drops_alike = isinstance(layer, nn.Dropout) and layer.p > 0  # in every process
+    if form is None and not isinstance(layer, _WITHOUT_FORM) and not drops_alike:
         return None
     if form is None or (fits is not None and not fits(layer)):
         raise MetaplError(
             f"{name or 'the module'}, {type(layer).__name__}({layer.extra_repr()}), has no form for images cut along "
             "their width; expected Conv2d padded by zeros, MaxPool2d and AvgPool2d without dilation and ceil_mode, "
-            "AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm and layers that work on each pixel. Share the network with "
-            "Mesh(shard=...) instead."
+            "AdaptiveAvgPool2d(1), BatchNorm2d, GroupNorm, layers that work on each pixel, and of dropout nn.Dropout2d "
+            "or metapl.distributed.keyed_dropout(network). Share the network with Mesh(shard=...) instead."
         )
     made = form.__new__(form)
     made.__dict__.update(layer.__dict__, columns=columns, name=name)
@@ -260,8 +236,28 @@ class _Window:
     fill: float = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        group, width, padding = self.columns.group, x.shape[-1], self.beside
         kernel, stride, dilation = (_pair(getattr(self, v, 1))[1] for v in ("kernel_size", "stride", "dilation"))
-        x = _extended(x, self.name, (kernel, stride, self.beside, dilation), self.columns.group, self.fill)
+        left, right = padding, dilation * (kernel - 1) - padding - stride + 1
+        whole, size = width * group.size(), group.size()
+        if width % stride or (whole + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 != whole // stride:
+            raise MetaplError(
+                f"{self.name} (kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}) makes of "
+                f"{whole} columns a number that {size} processes with {width} each do not share evenly; expected a "
+                "width of the images that every stride divides on every process, and paddings that keep it: a larger "
+                "image, or fewer processes."
+            )
+        if max(left, right) > width:
+            raise MetaplError(
+                f"{self.name} needs {max(left, right)} columns beside its own, and each process has {width}; expected "
+                "larger images, or fewer processes."
+            )
+        x = with_halo(x, left, max(right, 0), group)
+        if right < 0:  # columns that no window reads; they may still be a neighbor's halo
+            x = x[..., :right]
+        edges = left * (group.rank() == 0), max(right, 0) * (group.rank() == size - 1)
+        if self.fill and any(edges):
+            x = F.pad(x[..., edges[0] : x.shape[-1] - edges[1]], edges, value=self.fill)
         result: Tensor = super().forward(x)  # type: ignore[misc]  # of the layer beside this class
         return result
 
@@ -286,22 +282,7 @@ class SpatialGlobalPool2d(nn.AdaptiveAvgPool2d):
     columns: Columns
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.columns.group) / self.columns.count
-
-
-class SpatialDropout(nn.Dropout):
-    """Dropout of what every process holds whole; of parts of images it is refused, as all would drop alike."""
-
-    name: str
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and self.p and x.ndim == 4 and x.shape[-1] > 1:
-            raise MetaplError(
-                f"{self.name} drops single pixels of images that are cut along their width, and every process would "
-                "drop the same; expected nn.Dropout2d, which drops channels, dropout after the global pooling, or "
-                "metapl.distributed.keyed_dropout(network) before the network is laid out."
-            )
-        return super().forward(x)
+        return sum_over(x.mean(dim=(-2, -1), keepdim=True), self.columns.group) / self.columns.group.size()
 
 
 class SpatialBatchNorm2d(nn.BatchNorm2d):
@@ -312,26 +293,15 @@ class SpatialBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return super().forward(x)
-        n = x.numel() // x.shape[1] * self.columns.count
-        values = wide(x)  # sums over so many pixels are not taken in half precision
-        mean = sum_over(values.sum(dim=(0, 2, 3)), self.columns.group) / n
-        centered = values - mean[:, None, None]
-        variance = sum_over(centered.square().sum(dim=(0, 2, 3)), self.columns.group) / n
+        y, mean, variance, n = _standardized(x, (0, 2, 3), self.eps, self.columns)
         if self.training and self.track_running_stats and self.running_mean is not None:
-            self._follow(mean.detach(), variance.detach(), n)
-        scale = (variance + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight
-        y = centered * scale[:, None, None]
-        return (y if self.bias is None else y + self.bias[:, None, None]).to(x.dtype)
-
-    def _follow(self, mean: Tensor, variance: Tensor, n: int) -> None:
-        """Move the running statistics, as PyTorch does: by the unbiased variance."""
-        held: dict[str, Any] = self._buffers
-        with torch.no_grad():
-            held["num_batches_tracked"].add_(1)
-            share = 1 / float(held["num_batches_tracked"]) if self.momentum is None else self.momentum
-            held["running_mean"].lerp_(mean, share)
-            held["running_var"].lerp_(variance * (n / max(n - 1, 1)), share)
+            held: dict[str, Any] = self._buffers
+            with torch.no_grad():  # as PyTorch does: by the unbiased variance
+                held["num_batches_tracked"].add_(1)
+                share = 1 / float(held["num_batches_tracked"]) if self.momentum is None else self.momentum
+                held["running_mean"].lerp_(mean.detach().flatten(), share)
+                held["running_var"].lerp_(variance.detach().flatten() * (n / max(n - 1, 1)), share)
+        return _scaled(self, y).to(x.dtype)
 
 
 class SpatialGroupNorm(nn.GroupNorm):
@@ -340,42 +310,24 @@ class SpatialGroupNorm(nn.GroupNorm):
     columns: Columns
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = wide(x).reshape(len(x), self.num_groups, -1)
-        n = grouped.shape[-1] * self.columns.count
-        centered = grouped - sum_over(grouped.sum(-1, keepdim=True), self.columns.group) / n
-        variance = sum_over(centered.square().sum(-1, keepdim=True), self.columns.group) / n
-        y = (centered * (variance + self.eps).rsqrt()).reshape(x.shape)
-        y = y if self.weight is None else y * self.weight[:, None, None] + self.bias[:, None, None]
-        return y.to(x.dtype)
+        grouped = x.unflatten(1, (self.num_groups, -1))
+        y, *_ = _standardized(grouped, (2, 3, 4), self.eps, self.columns)
+        return _scaled(self, y.flatten(1, 2)).to(x.dtype)
 
 
-def _extended(x: Tensor, name: str, window: tuple[int, int, int, int], group: dist.ProcessGroup, fill: float) -> Tensor:
-    """The columns that a window (kernel, stride, padding, dilation) reads, for the output columns of this process."""
-    kernel, stride, padding, dilation = window
-    width = x.shape[-1]
-    left, right = padding, dilation * (kernel - 1) - padding - stride + 1
-    whole, size = width * group.size(), group.size()
-    if width % stride or (whole + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 != whole // stride:
-        raise MetaplError(
-            f"{name} (kernel {kernel}, stride {stride}, padding {padding}, dilation {dilation}) makes of {whole} "
-            f"columns a number that {size} processes with {width} each do not share evenly; expected a width of the "
-            "images that every stride divides on every process, and paddings that keep it: a larger image, or fewer "
-            "processes."
-        )
-    if max(left, right) > width:
-        raise MetaplError(
-            f"{name} needs {max(left, right)} columns beside its own, and each process has {width}; expected larger "
-            "images, or fewer processes."
-        )
-    # Columns that no window reads may still be a neighbor's halo, so they are left out afterwards.
-    x = with_halo(x, left, max(right, 0), group)
-    if right < 0:
-        x, right = x[..., :right], 0
-    if fill and group.rank() == 0 and left:
-        x = torch.cat([torch.full_like(x[..., :left], fill), x[..., left:]], dim=-1)
-    if fill and group.rank() == size - 1 and right:
-        x = torch.cat([x[..., : x.shape[-1] - right], torch.full_like(x[..., :right], fill)], dim=-1)
-    return x
+def _standardized(x: Tensor, dims: tuple[int, ...], eps: float, columns: Columns) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Values by their mean and variance over these dimensions and all processes; both, and of how many they are."""
+    x = wide(x)  # sums over so many pixels are not taken in half precision
+    n = math.prod(x.shape[dim] for dim in dims) * columns.group.size()
+    mean = sum_over(x.sum(dims, keepdim=True), columns.group) / n
+    centered = x - mean
+    variance = sum_over(centered.square().sum(dims, keepdim=True), columns.group) / n
+    return centered * (variance + eps).rsqrt(), mean, variance, n
+
+
+def _scaled(norm: Any, y: Tensor) -> Tensor:
+    y = y if norm.weight is None else y * norm.weight[:, None, None]
+    return y if norm.bias is None else y + norm.bias[:, None, None]
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -392,19 +344,100 @@ _FORMS: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], bool] | Non
     nn.AdaptiveAvgPool2d: (SpatialGlobalPool2d, lambda p: p.output_size in (1, (1, 1))),
     nn.BatchNorm2d: (SpatialBatchNorm2d, None),
     nn.GroupNorm: (SpatialGroupNorm, None),
-    nn.Dropout: (SpatialDropout, None),
 }
 
 _WITHOUT_FORM = (
-    nn.modules.conv._ConvNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.MultiheadAttention,
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-)
+    nn.modules.conv._ConvNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.LayerNorm, nn.Upsample,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.batchnorm._NormBase,
+    nn.MultiheadAttention, nn.PixelShuffle, nn.PixelUnshuffle,
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- exchanges
+
+# PyTorch's own collectives drop or skip the tangent of a dual number without a word, so every exchange in a network's
+# forward pass is one of these. Each is linear: its derivative along a direction is the exchange of the direction, and
+# its backward pass is the adjoint exchange, which is one of this kind again.
+
+
+def sum_over(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of a tensor over the processes of a group, the same on every one.
+
+    The backward pass sums the gradients: what every process computes of the sum counts as often as there are processes,
+    so that the *mean* of the processes' parameter gradients is the gradient of one process with everything.
+    """
+    summed = partial(_summed, group=group)
+    result: Tensor = Exchange.apply(t, summed, summed)
+    return result
+
+
+def with_halo(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
+    """This process's columns of images, (..., W), and ``left`` and ``right`` columns of its neighbors beside them.
+
+    The processes of the group hold the images from left to right; there are zeros at the images' edges. No more than W
+    columns of a neighbor. Returns (..., left + W + right).
+    """
+    if not left and not right:
+        return t
+    sides: dict[str, Any] = {"left": left, "right": right, "group": group}
+    result: Tensor = Exchange.apply(t, partial(_gathered, **sides), partial(_returned, **sides))
+    return result
+
+
+class Exchange(torch.autograd.Function):
+    """A linear exchange of a tensor, given with its adjoint."""
+
+    @staticmethod
+    def forward(t: Tensor, exchange: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+        return exchange(t.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.exchange, ctx.adjoint = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return Exchange.apply(gradient, ctx.adjoint, ctx.exchange), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        exchanged: Tensor = ctx.exchange(tangent.detach())
+        return exchanged
+
+
+def _summed(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = t.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _gathered(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
+    of_left, of_right = _swapped(t[..., :right], t[..., t.shape[-1] - left :], group)
+    return torch.cat([of_left, t, of_right], dim=-1)
+
+
+def _returned(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
+    """The adjoint: the columns beside a process's own go back to the neighbors that they are of, who add them."""
+    width = t.shape[-1] - left - right
+    own = t[..., left : left + width].clone()
+    # What a process holds of its left neighbor are that one's last columns.
+    of_left, of_right = _swapped(t[..., :left], t[..., left + width :], group)
+    own[..., :right] += of_left
+    own[..., width - left :] += of_right
+    return own
+
+
+def _swapped(to_left: Tensor, to_right: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Send columns to both neighbors; what the left one sends to its right, and the other to its left, of which zeros
+    stand where there is none."""
+    # Every process sends as many columns as any other.
+    received = to_right.new_zeros(to_right.shape), to_left.new_zeros(to_left.shape)
+    operations = []
+    for there, sent, buffer in zip((group.rank() - 1, group.rank() + 1), (to_left, to_right), received, strict=True):
+        if 0 <= there < group.size():
+            peer = dist.get_global_rank(group, there)
+            operations += [dist.P2POp(dist.isend, sent.contiguous(), peer, group)] * bool(sent.numel())
+            operations += [dist.P2POp(dist.irecv, buffer, peer, group)] * bool(buffer.numel())
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return received

@@ -19,9 +19,8 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
             as the output of a tokenizer, comes back as a dict.
         device: where to.
 
-    Returns:
-        The batch with its tensors on the device; those that are there already, and what is no tensor, are the same
-        objects.
+    Returns: the batch with its tensors on the device; those that are there already, and what is no tensor, are the same
+    objects.
 
     Cost: to CUDA, the copy is queued and not waited for; what is not in pinned memory is copied there first.
 
@@ -30,17 +29,12 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     (device(type='meta'), True)
     """
     device = torch.device(device)
-    return pytree.tree_map(lambda leaf: _moved(leaf, device) if isinstance(leaf, Tensor) else leaf, plain(batch))
 
+    def moved(t: Tensor) -> Tensor:
+        # Towards the CPU, a copy that is not waited for could be read before it is there.
+        queued = device.type == "cuda" and t.device.type == "cpu" and t.layout == torch.strided
+        if queued and not t.is_pinned():  # not Tensor.pin_memory, which refuses what expand() makes
+            t = torch.empty_like(t, pin_memory=True).copy_(t)
+        return t.to(device, non_blocking=queued)
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.layout == torch.strided:
-        return _pinned(tensor).to(device, non_blocking=True)
-    # Towards the CPU, a copy that is not waited for could be read before it is there.
-    return tensor.to(device)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    """The tensor in pinned memory: from elsewhere, a copy waits for all that the device has been given to do."""
-    # Not Tensor.pin_memory, which refuses what expand() makes.
-    return tensor if tensor.is_pinned() else torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return pytree.tree_map_only(Tensor, moved, plain(batch))

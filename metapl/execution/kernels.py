@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
 from metapl.errors import MetaplError
+
+
+class NotByThisMode(MetaplError):
+    """A student that one mode cannot take, and others may (:mod:`metapl.feedback.instead` names them)."""
 
 
 @contextmanager
@@ -49,10 +53,10 @@ class _WithoutReentry:
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
         if not torch.is_grad_enabled():
             return function(*args)
+        if any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
         with torch.no_grad():  # as the reentrant kind: no gradient, not even for its weights
             return function(*args)
 
@@ -85,39 +89,29 @@ def checkpoints_without_reentry() -> Iterator[None]:
 @contextmanager
 def refuse_checkpoints() -> Iterator[None]:
     """Refuse activation checkpoints in this block, which would be recomputed at other weights."""
-    real = saved_tensors_hooks.__enter__
-
-    def entered(hooks: saved_tensors_hooks) -> Any:
-        if isinstance(hooks, save_on_cpu):
-            return real(hooks)
-        raise MetaplError(
-            "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, which "
-            "mode 'unrolled' would recompute at the weights of another step; use mode=\"forward\", which needs the "
-            "memory of one step only, or look one step ahead."
-        )
-
-    saved_tensors_hooks.__enter__ = entered  # type: ignore[method-assign]
+    text = (
+        "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, which "
+        "mode 'unrolled' would recompute at the weights of another step; use mode=\"forward\", which needs the "
+        "memory of one step only, or look one step ahead."
+    )
     try:
-        yield
-    finally:
-        saved_tensors_hooks.__enter__ = real  # type: ignore[method-assign]
+        with disable_saved_tensors_hooks(text):
+            yield
+    except RuntimeError as error:
+        if text not in str(error):
+            raise
+        raise MetaplError(text) from None
 
 
 # --------------------------------------------------------------------------------------------- missing derivatives
 
 
-class NotByThisMode(MetaplError):
-    """A student that one mode cannot take, and others may (:mod:`metapl.feedback.instead` names them)."""
-
-
 @cache
 def load_forward_mode() -> None:
     """Create the first dual number, for which PyTorch loads its rules with a deprecation warning, silenced here."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):  # the second from older releases
-            warnings.simplefilter("ignore", category)
-        with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore")
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 @contextmanager
@@ -129,15 +123,14 @@ def forward_mode() -> Iterator[None]:
     """
     load_forward_mode()
     enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
-    enabled: list[bool] = []
+    ended: list[Any] = []
 
     def entered(self: torch.no_grad) -> None:
         enter(self)
-        enabled.append(torch._C._is_fwd_grad_enabled())
-        torch._C._set_fwd_grad_enabled(False)
+        ended.append(forward_ad._set_fwd_grad_enabled(False))
 
     def left(self: torch.no_grad, *error: Any) -> None:
-        torch._C._set_fwd_grad_enabled(enabled.pop())
+        ended.pop().__exit__(*error)
         leave(self, *error)
 
     with torch.no_grad(), forward_ad.dual_level(), only_math_attention(), explained():
@@ -154,11 +147,11 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
     PyTorch puts a node into the graph that raises when it is reached, but a derivative in the signal alone never
     reaches it: it comes out as zero.
     """
-    seen: set[Any] = set()
-    nodes = [g.grad_fn for g in gradients]
+    seen: set[Any] = {None}
+    nodes: list[Any] = [g.grad_fn for g in gradients]
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if node.name().endswith("autograd::Error"):
@@ -169,29 +162,18 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
         nodes.extend(following for following, _ in node.next_functions)
 
 
-_NO_DERIVATIVE = re.compile(
-    r"forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for",
-    re.IGNORECASE,
-)
-_OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
-_OVERWRITTEN = re.compile("has been modified by an inplace operation")
-_WITHOUT_GRAPH = re.compile("element 0 of tensors does not require grad")
-_SPARSE_TANGENT = re.compile(r"_efficientzerotensor.*Sparse", re.DOTALL)
-
-
-@contextmanager
-def overwritten_explained(role: str) -> Iterator[None]:
-    """Turn autograd's error about a saved tensor that was written to into one that says how to mend it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _OVERWRITTEN.search(str(error)):
-            raise
-        raise MetaplError(
-            f"the {role}'s graph has saved a tensor that the same pass or a later one wrote to in place, such as a "
-            "buffer or a frozen parameter; expected what a graph reads to stay as it is: assign a new one (self.mean = "
-            "0.9 * self.mean + ...), or read a copy (h * self.mean.clone())."
-        ) from error
+_OVERWRITTEN = "has been modified by an inplace operation"
+_OBSTACLES = {
+    r"(?s)_efficientzerotensor.*Sparse": "the batch holds a sparse tensor, for which PyTorch has no forward-mode "
+    "derivative; expected a dense one, x.to_dense().",
+    _OVERWRITTEN: "its graph has saved a tensor that a later pass wrote to in place, such as a buffer; assign a new "
+    "one (self.mean = 0.9 * self.mean + ...).",
+    "element 0 of tensors does not require grad": "its forward differentiates (torch.autograd.grad), and runs without "
+    "a graph here; expected that within torch.enable_grad().",
+}
+"""What stands in the way of a derivative, by what autograd says of it."""
+_LACKING = r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for"
+_OPERATION = r"(?:forward AD with|derivative for) '?([\w:.]+)'?"
 
 
 @contextmanager
@@ -200,26 +182,28 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        if _SPARSE_TANGENT.search(str(error)):
-            raise NotByThisMode(
-                "the batch holds a sparse tensor, for which PyTorch has no forward-mode derivative; expected a dense "
-                "one, x.to_dense()."
-            ) from error
-        if _OVERWRITTEN.search(str(error)):
-            raise NotByThisMode(
-                "its graph has saved a tensor that a later pass wrote to in place, such as a buffer; assign a new one "
-                "(self.mean = 0.9 * self.mean + ...)."
-            ) from error
-        if _WITHOUT_GRAPH.search(str(error)):
-            raise NotByThisMode(
-                "its forward differentiates (torch.autograd.grad), and runs without a graph here; expected that within "
-                "torch.enable_grad()."
-            ) from error
-        if not _NO_DERIVATIVE.search(str(error)):
+        said = str(error)
+        why = next((why for pattern, why in _OBSTACLES.items() if re.search(pattern, said)), None)
+        if why is None and not re.search(_LACKING, said):
             raise
-        match = _OPERATION.search(str(error))
-        operation = match.group(1) if match else "one of the student's operations"
-        hint = ' Networks of Hugging Face do without: experts_implementation="eager".' * ("grouped_mm" in operation)
-        raise NotByThisMode(
-            f"{operation} lacks a derivative that it needs ({str(error).splitlines()[0].rstrip('.')}).{hint}"
+        if why is None:
+            match = re.search(_OPERATION, said)
+            operation = match.group(1) if match else "one of the student's operations"
+            hint = ' Networks of Hugging Face do without: experts_implementation="eager".' * ("grouped_mm" in operation)
+            why = f"{operation} lacks a derivative that it needs ({said.splitlines()[0].rstrip('.')}).{hint}"
+        raise NotByThisMode(why) from error
+
+
+@contextmanager
+def overwritten_explained(role: str) -> Iterator[None]:
+    """Turn autograd's error about a saved tensor that was written to into one that says how to mend it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _OVERWRITTEN not in str(error):
+            raise
+        raise MetaplError(
+            f"the {role}'s graph has saved a tensor that the same pass or a later one wrote to in place, such as a "
+            "buffer or a frozen parameter; expected what a graph reads to stay as it is: assign a new one (self.mean = "
+            "0.9 * self.mean + ...), or read a copy (h * self.mean.clone())."
         ) from error

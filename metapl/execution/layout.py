@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +26,14 @@ from metapl.execution.modules import named_parts, named_tensors, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
+
+_KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
+    "plain": ("a plain module", EVERY),
+    "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD})),
+    "sharded": ("sharded", frozenset({FORWARD_AD})),
+    "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
+}
+"""The kinds of layouts in words, and what estimators and problems may require of them."""
 
 
 @dataclass(eq=False)
@@ -60,26 +67,13 @@ class Layout:
     moving: tuple[str, ...] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        known = {} if self.ranks.alone else _buffers(self.network)
-        self.versions = {name: (id(t), t._version) for name, t in known.items()}
+        known = () if self.ranks.alone else self.network.named_buffers()
+        self.versions = {name: (id(t), t._version) for name, t in known}
+        self.how, self.offers = _KINDS["products" if self.product_ranks > 1 else self.kind]
 
     @property
     def is_sharded(self) -> bool:
         return self.kind == "sharded"
-
-    @property
-    def offers(self) -> frozenset[Capability]:
-        """What estimators and problems may require of it; PyTorch has no forward mode through shared products."""
-        if self.kind == "plain":
-            return EVERY
-        return frozenset({FORWARD_AD} if self.product_ranks == 1 else ())
-
-    @property
-    def how(self) -> str:
-        """Its kind, in words."""
-        if self.product_ranks > 1:
-            return "sharded by parallelize_module"
-        return {"plain": "a plain module", "replicated": "in DistributedDataParallel"}.get(self.kind, "sharded")
 
     def compilable(self) -> list[nn.Module]:
         """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
@@ -114,19 +108,16 @@ class Layout:
     def begin_step(self) -> None:
         """:meth:`reshard`, and refuse blocks that have been switched since this layout was found."""
         with self.ranks.agreed():
-            for block in self.blocks:
-                _check_reduction("network", block)
+            _refuse(_not_averaged("network", self.blocks))
         self.reshard()
 
     def mean_gradients(self) -> None:
         """Average ``.grad`` over the ranks; a sharded network's backward pass has done so."""
-        if self.kind != "replicated":
-            return
-        parameters = self.parameters()
-        like = {name: p.detach() for name, p in parameters.items()}
-        means = self.ranks.mean_tree({n: p.grad for n, p in parameters.items() if p.grad is not None}, like)
-        for name, mean in means.items():
-            parameters[name].grad = mean
+        if self.kind == "replicated":
+            parameters = self.parameters()
+            grads = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+            for name, mean in self.ranks.mean_tree(grads, {n: p.detach() for n, p in parameters.items()}).items():
+                parameters[name].grad = mean
 
     def agree_on_buffers(self) -> None:
         """Give the buffers that a step moves the same values on all ranks, each of which has seen its own rows.
@@ -138,35 +129,29 @@ class Layout:
         """
         if self.ranks.alone:
             return
-        parts = [part for _, part in named_parts(self.network) if part.training]
-        norms = [part for part in parts if isinstance(part, _NormBase)]
-        held = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
-        if held:
-            tree = {str(i): t for i, t in enumerate(held)}
-            for name, mean in self.ranks.mean_tree(tree, tree).items():
-                tree[name].copy_(mean)
+        norms = [part for _, part in named_parts(self.network) if part.training and isinstance(part, _NormBase)]
+        running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+        tree = {str(i): t for i, t in enumerate(running)}
+        for name, mean in self.ranks.mean_tree(tree, tree).items():
+            tree[name].copy_(mean)
         known = {id(t) for norm in norms for t in norm._buffers.values()}
-        others = {name: t for name, t in _buffers(self.network).items() if id(t) not in known}
+        others = {name: t for name, t in self.network.named_buffers() if id(t) not in known}
         if self.moving is None:
             own = [name for name, t in others.items() if self.versions.get(name) != (id(t), t._version)]
-            agreed = {name for names in self.ranks.gathered(own) for name in names}
+            agreed = set().union(*self.ranks.gathered(own))
             self.moving = tuple(name for name in others if name in agreed)
-        for name in self.moving or ():
+        for name in self.moving:
             others[name].copy_(self.ranks.of_first(others[name]))
 
     def as_parameters(self, tree: Tree) -> Tree:
         """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
-        if not self.is_sharded:
-            return tree
-        return {name: as_sharded(part, self.sharded[name]) for name, part in tree.items()}
+        return {name: as_sharded(part, self.sharded.get(name)) for name, part in tree.items()}
 
     def clip_gradients(self, most: float) -> None:
         """Clip ``.grad`` to a global norm, as ``torch.nn.utils.clip_grad_norm_``, which takes one mesh only."""
-        grads = {name: p.grad for name, p in self.parameters().items() if p.grad is not None}
         if not self.is_sharded:
             nn.utils.clip_grad_norm_(self.network.parameters(), most)
-        elif grads:
-            parts = {name: local(g) for name, g in grads.items()}
+        elif parts := {name: local(p.grad) for name, p in self.parameters().items() if p.grad is not None}:
             scale = (most / (self.space.norm(parts) + 1e-6)).clamp(max=1.0)
             for part in parts.values():
                 part.mul_(scale.to(part.dtype))
@@ -176,125 +161,132 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
     """The layouts of two networks and their device; refuse networks that cannot be trained together."""
     networks = {"teacher": teacher, "student": student}
     known = {name: layout_of(name, network) for name, network in networks.items() if network is not None}
-    learned = {}
+    learned, devices = [], {}
     for name, layout in known.items():
-        _check_plain(name, layout)
-        learned[name] = trainable(layout.network)
-        if not learned[name]:
-            raise MetaplError(
-                f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-            )
-    of_teacher, of_student = known.get("teacher"), known["student"]
-    if of_teacher is not None and {*map(id, learned["teacher"].values())} & {*map(id, learned["student"].values())}:
+        _refuse(_not_replayable(name, layout))
+        learned.append({id(p) for p in trainable(layout.network).values()})
+        devices[name] = {p.device for p in layout.network.parameters()}
+    if len(learned) == 2 and learned[0] & learned[1]:
         raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
-    devices = {
-        name: {t.device for _, t in named_tensors(layout.network) if isinstance(t, nn.Parameter)}
-        for name, layout in known.items()
-    }
     if len(set().union(*devices.values())) > 1:
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
-    if of_teacher is not None and of_teacher.processes != of_student.processes:
+    of_teacher, of_student = known.get("teacher"), known["student"]
+    device, own = devices["student"].pop(), of_student.ranks
+    if of_teacher is None:
+        return None, of_student, device
+    together = of_teacher.processes == of_student.processes
+    if together and own.copies > 1 and of_teacher.ranks.copies == 1:
+        # A teacher that is not cut computes the same in all processes that hold the same rows: its gradient is the mean
+        # over all processes, in which each share of the rows counts as often as there are copies of it.
+        ranks = replace(of_teacher.ranks, rank=own.rank, copies=own.copies, columns=own.columns)
+        return replace(of_teacher, ranks=ranks), of_student, device
+    cut = {(layout.product_ranks, layout.ranks.copies) for layout in known.values()}
+    if not together or len(cut) > 1:
+        described = []
+        for it in known.values():
+            over = f" over the processes {', '.join(map(str, it.processes))}" * bool(it.processes)
+            described.append(it.how + over + f", of which {it.ranks.copies} share each row" * (it.ranks.copies > 1))
         raise MetaplError(
-            f"the teacher is {_described(of_teacher)}, the student {_described(of_student)}; expected both to share "
-            "their batches with the same processes: wrap both in DistributedDataParallel, or shard both with "
-            "fully_shard over meshes of the same processes, in the same order."
+            f"the teacher is {described[0]}, the student {described[1]}; expected both over the same processes in the "
+            "same order: both in DistributedDataParallel or in fully_shard, and cut in the same way, or a teacher that "
+            f"is not cut, beside a student that is: shard(teacher, Mesh(replicate={len(of_student.processes)}))."
         )
-    if of_teacher is not None:
-        of_teacher = _beside(of_teacher, of_student)
-    return of_teacher, of_student, devices["student"].pop()
-
-
-_WRAPPERS = {
-    "DistributedDataParallel": "averages gradients over processes only where it is around the whole network",
-    "FullyShardedDataParallel": "shards the weights in a way that they cannot be replaced in (use fully_shard)",
-    "FSDPModule": "shards the weights of a network inside another wrapper",
-    "DataParallel": "copies the network on every call, so that it cannot be run at other weights",
-    "ScriptModule": "has weights that cannot be replaced for a pass",
-}
-"""PyTorch classes around or inside a network, and why feedback cannot be computed through them."""
-
-
-@cache
-def _wrapper(classes: tuple[type, ...]) -> str | None:
-    names = [kind.__name__ for kind in classes if kind.__module__.startswith("torch.")]
-    return next((name for name in _WRAPPERS if name in names), None)
-
-
-def _check_plain(name: str, layout: Layout) -> None:
-    """Refuse a network that cannot be run again at other weights, naming the obstacle."""
-    for prefix, part in named_parts(layout.network):
-        wrapper = _wrapper(type(part).__mro__)
-        if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
-            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
-            raise MetaplError(
-                f"the {name} {where}, which {_WRAPPERS[wrapper]}; expected the plain module, or one that is as a whole "
-                "in DistributedDataParallel or sharded by fully_shard."
-            )
-    for path, t in named_tensors(layout.network):
-        fault = None
-        if nn.parameter.is_lazy(t):
-            fault = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
-        elif t.is_inference():
-            fault = "was made inside torch.inference_mode(), and cannot be trained; build it outside of that block."
-        elif not layout.is_sharded and (type(t).__name__ == "DTensor" or type(t.data).__name__ == "DTensor"):
-            fault = (
-                "is a DTensor inside another wrapper; expected the plain module, or one that is as a whole sharded by "
-                "fully_shard or parallelize_module."
-            )
-        if fault is not None:
-            raise MetaplError(f"the {name}'s {path} {fault}")
-
-
-def _beside(teacher: Layout, student: Layout) -> Layout:
-    """The teacher's layout beside a student over the same processes; refuse one that is cut where the student is not.
-
-    A teacher that is not cut, beside a student whose processes hold the same rows in ``copies``, computes the same in
-    each of these: its gradient is the mean over all processes, in which each share of the rows counts ``copies`` times.
-    """
-    copies = student.ranks.copies
-    if copies > 1 and teacher.ranks.copies == 1:
-        own = student.ranks
-        return replace(teacher, ranks=replace(teacher.ranks, rank=own.rank, copies=copies, columns=own.columns))
-    for what, many, of_teacher, of_student in (
-        ("products are shared by {} process{} in the teacher", "es", teacher.product_ranks, student.product_ranks),
-        ("images are split into {} part{} for the teacher", "s", teacher.ranks.copies, copies),
-    ):
-        if of_teacher != of_student:
-            counted = what.format(of_teacher, many if of_teacher > 1 else "")
-            raise MetaplError(
-                f"{counted} and {of_student} in the student; expected the same number in both, or a "
-                "teacher that is not cut, beside a student that is: in DistributedDataParallel over all processes, "
-                f"shard(teacher, Mesh(replicate={len(student.processes)}))."
-            )
-    return teacher
+    return of_teacher, of_student, device
 
 
 def layout_of(name: str, network: Any) -> Layout:
     """The layout of a network as it was handed over; ``name`` is its role."""
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
+    found: dict[str, Any] = {"kind": "replicated"}
     if isinstance(network, DistributedDataParallel):
-        return _replicated(name, network)
-    if any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network)):
-        return _sharded(name, network)
-    if columns_of(network) is not None:
+        if getattr(network, "_comm_hooks", None):
+            raise MetaplError(
+                f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would "
+                "not be called: metapl averages the gradients itself. Leave the hook out."
+            )
+        groups, network = [network.process_group], network.module
+        own = processes = tuple(dist.get_process_group_ranks(groups[0]))
+    elif _is_spread(network):
+        groups, processes, own, found = _sharded(name, network)
+    elif columns_of(network) is None:
+        return Layout(network)
+    else:
         raise MetaplError(
             f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
             f"that hold the parts; expected it in DistributedDataParallel, or in fully_shard, over these: "
             f"shard({name}, Mesh(spatial=...), example=...) does both."
         )
-    return Layout(network)
+    for prefix, part in named_parts(network):
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (part.max_norm is not None or part.sparse):
+            raise MetaplError(
+                f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__} with max_norm="
+                f"{part.max_norm} and sparse={part.sparse}; over several ranks expected max_norm=None, which else "
+                "changes the weights by the rows of one rank, and sparse=False: sparse gradients are not averaged."
+            )
+    columns, number = columns_of(network), processes.index(dist.get_rank())
+    share, copies = own.index(dist.get_rank()), len(processes) // len(own)
+    if columns is not None:
+        members = tuple(dist.get_process_group_ranks(columns.group))
+        share, start = number // len(members), number - number % len(members)
+        if copies > 1 or processes[start : start + len(members)] != members:
+            raise MetaplError(
+                f"the {name}'s images are split over the processes {', '.join(map(str, members))}, and its batch is "
+                f"shared by {', '.join(map(str, processes))}, of which {copies} compute products together; expected "
+                "neighbors among these, and no parallelize_module."
+            )
+        copies = len(members)
+    device = local(next(network.parameters())).device
+    ranks = Ranks(groups, share, device, copies, number == 0, columns is not None)
+    return Layout(network, ranks=ranks, processes=processes, **found)
 
 
-def _buffers(network: nn.Module) -> dict[str, Tensor]:
-    return {name: t for name, t in named_tensors(network) if not isinstance(t, nn.Parameter)}
+def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """The groups and numbers of all processes, those among which the rows are shared, and what else a layout holds, of
+    a network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
+    reshard(network)
+    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
+    if blocks:
+        _refuse(_not_of_all_rows(name, network, blocks))
+    parameters: dict[str, Any] = {path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks}
+    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
+    mesh = max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
+    processes = _processes(mesh)
+    own = _processes(next(_param_groups(blocks)).mesh_info.mesh) if blocks else (dist.get_rank(),)
+    for path, p in parameters.items():
+        placements = getattr(p, "placements", ())
+        if len(processes) > len(own):
+            fits = not is_sharded(p) or {*_processes(p.device_mesh)} <= {*processes}
+            fits = fits and not any(placement.is_partial() for placement in placements)
+        else:
+            kinds = [type(placement).__name__ for placement in placements]
+            fits = p.device_mesh == mesh and kinds in (["Shard"], ["Replicate", "Shard"])
+        if not fits:
+            raise MetaplError(
+                f"the {name}'s {path} is laid out as {tuple(placements)} over {getattr(p, 'device_mesh', 'one')}, "
+                f"beside parameters over {mesh}; expected one mesh for all: of fully_shard, with one dimension, or "
+                "two, replicas and the shards of each; or one whose dimensions it shares with parallelize_module."
+            )
+    # One group where it is all processes.
+    everywhere = list(processes) == list(range(dist.get_world_size()))
+    groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
+    space, together = ShardedSpace(parameters, groups, len(processes)), len(processes) // len(own)
+    more = {"kind": "sharded", "space": space, "product_ranks": together, "blocks": blocks, "sharded": parameters}
+    return groups, processes, own, more
+
+
+# ------------------------------------------------------------------------------------------------- what is looked at
 
 
 def is_block(part: nn.Module) -> bool:
     """Whether ``fully_shard`` gathers the weights of a module while it runs."""
     # By name: the class itself takes seconds to import, and one process has no such block.
     return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
+
+
+def _is_spread(network: nn.Module) -> bool:
+    return any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
 
 
 def reshard(network: nn.Module) -> None:
@@ -310,175 +302,61 @@ def without_gradients(network: nn.Module) -> Iterator[None]:
 
     In inference mode a sharded network would gather its weights into tensors that no later pass could fill again.
     """
-    spread = any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
-    with torch.no_grad() if spread else torch.inference_mode():
+    with torch.no_grad() if _is_spread(network) else torch.inference_mode():
         yield
     reshard(network)
-
-
-def _replicated(name: str, wrapper: DistributedDataParallel) -> Layout:
-    network = wrapper.module
-    _check_embeddings(name, network)
-    if getattr(wrapper, "_comm_hooks", None):
-        raise MetaplError(
-            f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would not "
-            "be called: metapl averages the gradients itself. Leave the hook out."
-        )
-    group = wrapper.process_group
-    processes = tuple(dist.get_process_group_ranks(group))
-    ranks = _ranks(name, network, [group], processes, next(network.parameters()).device)
-    return Layout(network, "replicated", ranks, processes=processes)
-
-
-def _sharded(name: str, network: nn.Module) -> Layout:
-    """A network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
-    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
-    if blocks:
-        _check_blocks(name, network, blocks)
-    parameters = {path: p for path, p in _parameters(network).items() if is_sharded(p) or not blocks}
-    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
-    mesh = max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
-    processes, rank = _processes(mesh), dist.get_rank()
-    own = _processes(next(g for b in blocks for g in _param_groups(b)).mesh_info.mesh) if blocks else (rank,)
-    together = len(processes) // len(own)
-    _check_parameters(name, parameters, mesh, together)
-    # One group where it is all processes.
-    everywhere = list(processes) == list(range(dist.get_world_size()))
-    groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
-    device = local(next(iter(parameters.values()))).device
-    if together == 1:
-        ranks = _ranks(name, network, groups, processes, device)
-    elif columns_of(network) is None:
-        ranks = Ranks(groups, own.index(rank), device, together, processes[0] == rank)
-    else:
-        raise MetaplError(
-            f"the {name} runs on columns of images and was given to parallelize_module too, which is not built yet; "
-            "expected one of the two."
-        )
-    space = ShardedSpace(parameters, groups, len(processes))
-    return Layout(network, "sharded", ranks, space, processes, together, blocks, parameters)
 
 
 def _processes(mesh: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in mesh.mesh.flatten().tolist())
 
 
-def _parameters(network: nn.Module) -> dict[str, Any]:
-    """All parameters, each with its first name."""
-    found: dict[int, tuple[str, Any]] = {}
-    for path, t in named_tensors(network):
-        if isinstance(t, nn.Parameter):
-            found.setdefault(id(t), (path, t))
-    return dict(found.values())
-
-
-def _param_groups(block: Any) -> list[Any]:
-    """What a block gathers; nothing where all of its weights belong to blocks inside it."""
-    state = block._get_fsdp_state()
-    groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
-
-
-def _ranks(
-    name: str, network: nn.Module, groups: Sequence[Any], processes: tuple[int, ...], device: torch.device
-) -> Ranks:
-    """The ranks over which a network is laid out; those that hold parts of the same images share their rows."""
-    number = processes.index(dist.get_rank())
-    columns = columns_of(network)
-    if columns is None:
-        return Ranks(groups, number, device, first=number == 0)
-    members = tuple(dist.get_process_group_ranks(columns.group))
-    start = number - number % len(members)
-    if processes[start : start + len(members)] != members:
-        raise MetaplError(
-            f"the {name}'s images are split over the processes {', '.join(map(str, members))}, which do not follow "
-            f"each other among those that share the batch, {', '.join(map(str, processes))}; expected neighbors."
-        )
-    return Ranks(groups, number // len(members), device, len(members), number == 0, columns=True)
-
-
-def _check_blocks(name: str, network: nn.Module, blocks: Sequence[Any]) -> None:
-    """Refuse weights that would learn from this rank's rows alone, or be two where one is meant."""
-    _check_embeddings(name, network)
-    if not is_block(network):
-        raise MetaplError(
-            f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
-            f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
-        )
+def _param_groups(blocks: Sequence[Any]) -> Iterator[Any]:
+    """What blocks gather; nothing where all weights of a block belong to blocks inside it."""
     for block in blocks:
-        block.reshard()
-        _check_reduction(name, block)
-    _check_ties(name, blocks)
-    learned = [(path, p) for path, p in _parameters(network).items() if p.requires_grad]
-    if not learned:
-        raise MetaplError(
-            f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-        )
-    for path, p in learned:
-        if not is_sharded(p):
-            raise MetaplError(
-                f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
-                "so it would learn from this rank's share of the batch alone; expected every parameter with "
-                "requires_grad=True to be sharded."
+        state = block._get_fsdp_state()
+        groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        yield from (group for group in groups if group is not None)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def _refuse(faults: Iterator[str]) -> None:
+    for fault in faults:
+        raise MetaplError(fault)
+
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
+"""PyTorch classes around or inside a network that do not let a pass run at other weights."""
+
+
+def _not_replayable(name: str, layout: Layout) -> Iterator[str]:
+    """Why a network cannot be trained, or not be run again at other weights."""
+    for prefix, part in named_parts(layout.network):
+        names = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch.")]
+        wrapper = next((name for name in _WRAPPERS if name in names), None)
+        if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
+            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
+            yield (
+                f"the {name} {where}, which does not let a pass run at other weights; expected the plain module, or "
+                "one that is as a whole in DistributedDataParallel or sharded by fully_shard."
             )
+    for path, t in named_tensors(layout.network):
+        which = f"the {name}'s {path}"
+        if nn.parameter.is_lazy(t):
+            yield f"{which} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
+        elif t.is_inference():
+            yield f"{which} was made inside torch.inference_mode(), and cannot be trained; build it outside of that."
+        elif not layout.is_sharded and "DTensor" in (type(t).__name__, type(t.data).__name__):
+            yield f"{which} is a DTensor inside another wrapper; expected no wrapper around what is sharded."
+    if not trainable(layout.network):
+        yield f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
 
 
-def _check_parameters(name: str, parameters: Mapping[str, Any], mesh: Any, together: int) -> None:
-    """Refuse parameters that are laid out over several meshes, or in another way than products of them are taken."""
-    processes = {*_processes(mesh)}
-    for path, p in parameters.items():
-        placements = getattr(p, "placements", ())
-        if together > 1:
-            fits = not is_sharded(p) or {*_processes(p.device_mesh)} <= processes
-            fits = fits and not any(placement.is_partial() for placement in placements)
-        else:
-            kinds = [type(placement).__name__ for placement in placements]
-            fits = p.device_mesh == mesh and kinds in (["Shard"], ["Replicate", "Shard"])
-        if not fits:
-            raise MetaplError(
-                f"the {name}'s {path} is laid out as {tuple(placements)} over {getattr(p, 'device_mesh', 'one')}, "
-                f"beside parameters over {mesh}; expected one mesh for all: of fully_shard, with one dimension, or "
-                "two, replicas and the shards of each; or one whose dimensions it shares with parallelize_module."
-            )
-
-
-def _check_embeddings(name: str, network: nn.Module) -> None:
-    """Refuse embeddings that write to their weights for the rows of one rank, or whose gradients cannot be averaged."""
-    for prefix, part in named_parts(network):
-        if not isinstance(part, nn.Embedding | nn.EmbeddingBag):
-            continue
-        where = f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__}"
-        if part.max_norm is not None:
-            raise MetaplError(
-                f"{where} with max_norm={part.max_norm}, which changes its weights in each pass, on each rank for its "
-                "own rows only; expected max_norm=None (weight_decay of the optimizer also keeps weights small)."
-            )
-        if part.sparse:
-            raise MetaplError(
-                f"{where} with sparse=True, and sparse gradients are not averaged; expected sparse=False."
-            )
-
-
-def _check_ties(name: str, blocks: Sequence[Any]) -> None:
-    """Refuse a weight of several places that two blocks gather: ``fully_shard`` has made two weights of it."""
-    seen: set[int] = set()
-    held = {id(p): p for block in blocks for group in _param_groups(block) for p in group.fsdp_params}
-    for p in held.values():
-        number = getattr(p, "_orig_param_uid", id(p))
-        if number in seen:
-            info = p._module_info
-            kind = type(info.module).__name__.removeprefix("FSDP")
-            raise MetaplError(
-                f"the {name} shares the {info.param_name} of a {kind} between two blocks that "
-                "fully_shard was called on, and each would learn a copy; expected both in one call, "
-                "fully_shard([first, second]), or outside of all blocks."
-            )
-        seen.add(number)
-
-
-def _check_reduction(name: str, block: Any) -> None:
-    """Refuse a block whose gradients are not the mean over the ranks."""
-    for group in _param_groups(block):
+def _not_averaged(name: str, blocks: Sequence[Any]) -> Iterator[str]:
+    """Blocks whose gradients are not the mean over the ranks."""
+    for group in _param_groups(blocks):
         for attribute, usual, call in (
             ("gradient_divide_factor", None, "set_gradient_divide_factor"),
             ("reduce_grads", True, "set_requires_gradient_sync(False)"),
@@ -486,24 +364,38 @@ def _check_reduction(name: str, block: Any) -> None:
             ("_all_reduce_hook", None, "set_all_reduce_hook"),
         ):
             if getattr(group, attribute, usual) is not usual:
-                raise MetaplError(
+                yield (
                     f"{call} was called on the {name}, so its gradients would not be the mean over the ranks, as the "
                     "feedback takes them to be; leave it out (scale the loss itself; accumulate=... of the trainer "
                     "takes a batch in parts)."
                 )
 
 
-def compute_dtype(block: Any) -> Any:
-    """The type that a block's mixed-precision policy computes in; None where it is the type of its weights."""
-    policy = getattr(block._get_fsdp_state(), "_mp_policy", None)
-    return getattr(policy, "param_dtype", None)
-
-
-def _described(layout: Layout) -> str:
-    where = f" over the processes {', '.join(map(str, layout.processes))}" if layout.processes else ""
-    return layout.how + where
-
-
-def parts_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """This rank's parts of parameters, sharing their memory."""
-    return {name: local(p) if is_sharded(p) else p.detach() for name, p in parameters.items()}
+def _not_of_all_rows(name: str, network: nn.Module, blocks: Sequence[Any]) -> Iterator[str]:
+    """Weights that would learn from this rank's rows alone, or be two where one is meant."""
+    if not is_block(network):
+        yield (
+            f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
+            f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
+        )
+    yield from _not_averaged(name, blocks)
+    seen: set[int] = set()
+    for p in {id(p): p for group in _param_groups(blocks) for p in group.fsdp_params}.values():
+        number = getattr(p, "_orig_param_uid", id(p))
+        if number in seen:
+            info = p._module_info
+            yield (
+                f"the {name} shares the {info.param_name} of a {type(info.module).__name__.removeprefix('FSDP')} "
+                "between two blocks that fully_shard was called on, and each would learn a copy; expected both in one "
+                "call, fully_shard([first, second]), or outside of all blocks."
+            )
+        seen.add(number)
+    for path, p in network.named_parameters():
+        if p.requires_grad and not is_sharded(p):
+            yield (
+                f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
+                "so it would learn from this rank's share of the batch alone; expected every parameter with "
+                "requires_grad=True to be sharded."
+            )
+    if not any(map(is_sharded, network.parameters())):
+        yield f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."

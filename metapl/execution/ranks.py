@@ -65,14 +65,22 @@ class Ranks:
         """The sum over the shares, the same number on every rank."""
         if self.alone:
             return t
-        total = t.detach().clone(memory_format=torch.contiguous_format)
-        for group in self.groups:
-            dist.all_reduce(total, group=group)
+        total = self._reduced(t)
         return total if self.copies == 1 else total / self.copies
 
     def mean(self, t: Tensor) -> Tensor:
         """The mean over the ranks."""
         return t if self.alone else self.sum(t) / self.size
+
+    def greatest(self, t: Tensor) -> Tensor:
+        """The greatest number on any rank, in each place of a tensor."""
+        return self._reduced(t, dist.ReduceOp.MAX)
+
+    def _reduced(self, t: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+        total = t.detach().clone(memory_format=torch.contiguous_format)
+        for group in self.groups:
+            dist.all_reduce(total, how, group=group)
+        return total
 
     def of_first(self, t: Tensor) -> Tensor:
         """What the first rank has in the place of a tensor of this shape and type."""
@@ -83,11 +91,7 @@ class Ranks:
 
     def mean_of_copies(self, t: Tensor) -> Tensor:
         """The mean of a small tensor over the processes that hold this process's rows."""
-        if self.copies == 1:
-            return t
-        held = t.new_zeros(self.size, *t.shape)
-        held[self.rank] = t
-        return self.sum(held)[self.rank]
+        return t if self.copies == 1 else self.all_rows(t[None])[self.rank]
 
     def mean_scalars(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means of scalars, in one exchange; every rank has the same names."""
@@ -108,14 +112,11 @@ class Ranks:
             names = [name for name, t in like.items() if t.dtype == dtype]
             pieces = [tree[n].flatten() if n in tree else torch.zeros_like(like[n]).flatten() for n in names]
             present = torch.tensor([float(n in tree) for n in names], dtype=dtype, device=pieces[0].device)
-            total = self.sum(torch.cat([*pieces, present]))
-            found = total.split([len(piece) for piece in pieces] + [len(names)])
+            *found, held = self.sum(torch.cat([*pieces, present])).split([*map(len, pieces), len(names)])
             # Where this rank lacks none, the others' need not be read, for which the host would wait.
-            somewhere = [True] * len(names) if all(n in tree for n in names) else (found[-1] > 0).tolist()
-            for name, t, known in zip(names, found, somewhere, strict=False):
-                if known:
-                    means[name] = (t / self.size).view_as(like[name])
-        return {name: means[name] for name in like if name in means}
+            somewhere = [True] * len(names) if all(n in tree for n in names) else (held > 0).tolist()
+            means |= {n: t for n, t, known in zip(names, found, somewhere, strict=True) if known}
+        return {name: (means[name] / self.size).view_as(t) for name, t in like.items() if name in means}
 
     def all_rows(self, t: Tensor) -> Tensor:
         """The rows of all ranks, of which this one has these."""
@@ -131,8 +132,7 @@ class Ranks:
 
     def norm(self, t: Tensor) -> Tensor:
         """The norm of a tensor of which each rank holds some rows, a scalar."""
-        local = torch.linalg.vector_norm(t)
-        return local if self.alone else self.pooled(local)
+        return self.pooled(torch.linalg.vector_norm(t))
 
     def pooled(self, norm: Tensor) -> Tensor:
         """The norm of what has these norms on the ranks: the root of the sum of their squares."""
@@ -142,10 +142,7 @@ class Ranks:
         """Refuse, on every rank, counts that differ between ranks; in ``text``, ``{counts}`` are those of all."""
         if self.alone:
             return
-        given = torch.tensor([*counts, *(-n for n in counts)], device=self.device)
-        for group in self.groups:
-            dist.all_reduce(given, dist.ReduceOp.MAX, group=group)
-        most, least = given.split(len(counts))
+        most, least = self.greatest(torch.tensor([*counts, *(-n for n in counts)], device=self.device)).chunk(2)
         bad = (most != -least).any()
         if checks.waits(bad):
             checks.refuse(bad, text.format(counts="not read here"))
@@ -156,7 +153,7 @@ class Ranks:
     @property
     def number(self) -> int:
         """This process's number among all of them, as in :meth:`gathered`."""
-        return self.gathered(dist.get_rank()).index(dist.get_rank()) if not self.alone else 0
+        return 0 if self.alone else self.gathered(dist.get_rank()).index(dist.get_rank())
 
     def gathered(self, value: Any) -> list[Any]:
         """A small value of every rank, in their order."""
@@ -186,17 +183,20 @@ class Ranks:
             yield
         except Exception as error:
             failed = error
-        if self.any(failed is not None):
-            texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
-            if failed is not None and not isinstance(failed, MetaplError):
-                raise failed
-            rank, text = next((i, text) for i, text in enumerate(texts) if text is not None)
-            same = all(t == text for t in texts)
-            raise Agreed(text if same else f"rank {rank}: {text}") from failed
+        if not self.any(failed is not None):
+            return
+        texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
+        if failed is not None and not isinstance(failed, MetaplError):
+            raise failed
+        rank, text = next((i, text) for i, text in enumerate(texts) if text is not None)
+        raise Agreed(text if len({*texts}) == 1 else f"rank {rank}: {text}") from failed
 
+
+ALONE = Ranks()
+"""This process alone."""
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
-_sharing: ContextVar[Ranks | None] = ContextVar("sharing", default=None)
+_sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
 
 
 def rows_shared(ranks: Ranks) -> AbstractContextManager[None]:
@@ -220,18 +220,15 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
     generators the labels are those that one process would draw, and with any generators they are independent.
     """
     ranks = _sharing.get()
-    if ranks is None:
+    if ranks.alone:
         return torch.multinomial(probabilities, 1, generator=generator)
-    rows = len(probabilities)
-    own = slice(ranks.rank * rows, (ranks.rank + 1) * rows)
-    every = probabilities.new_ones(ranks.size * rows, probabilities.shape[1])  # other ranks' rows do not matter here
-    every[own] = probabilities
-    drawn = torch.multinomial(every, 1, generator=generator)[own]
+    every = probabilities.new_ones(ranks.size * len(probabilities), probabilities.shape[1])
+    ranks.own_rows(every).copy_(probabilities)  # other ranks' rows do not matter here
+    drawn = ranks.own_rows(torch.multinomial(every, 1, generator=generator))
     if ranks.copies > 1:
-        held = drawn.squeeze(-1).to(every.dtype)
-        differ = (ranks.mean_of_copies(held) != held).any()
+        held = drawn.to(every.dtype)
         checks.refuse(
-            differ,
+            (ranks.mean_of_copies(held) != held).any(),
             "processes that have the same rows, such as those that hold parts of the same images, have drawn different "
             "labels for them; seed their default generators alike, or give all of them a generator in the same state "
             "(generator=).",
@@ -243,17 +240,11 @@ def log_mean_of_rows(log_p: Tensor) -> Tensor:
     """The logarithms of the means of probabilities, (B, C), over the rows of all ranks that share a batch."""
     log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
     ranks = _sharing.get()
-    if ranks is None:
+    if ranks.alone:
         return log_mean_C
-    greatest = log_mean_C.detach().clone()
-    for group in ranks.groups:
-        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=group)
+    greatest = ranks.greatest(log_mean_C)
     greatest = greatest.masked_fill(greatest == -math.inf, 0)  # of a class that is impossible everywhere
     return ranks.mean((log_mean_C - greatest).exp()).log() + greatest
-
-
-ALONE = Ranks()
-"""This process alone."""
 
 
 @dataclass(frozen=True)
@@ -262,25 +253,10 @@ class Columns:
 
     group: dist.ProcessGroup
 
-    @property
-    def count(self) -> int:
-        """The number of parts."""
-        return self.group.size()
-
-    @property
-    def number(self) -> int:
-        """The part that this process holds, from the left."""
-        return self.group.rank()
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Columns:
         return self  # a process group cannot be copied
 
 
 def columns_of(network: nn.Module) -> Columns | None:
     """How the images of a network are split, if they are."""
-    return network.__dict__.get("_metapl_columns")
-
-
-def set_columns(network: nn.Module, columns: Columns) -> None:
-    """Note how the images of a network are split."""
-    network.__dict__["_metapl_columns"] = columns
+    return vars(network).get("split_columns")

@@ -15,7 +15,7 @@ would be silently wrong here and are kept in this file:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,19 +26,29 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import State
-from metapl.execution.kernels import (
-    NotByThisMode,
-    checkpoints_without_reentry,
-    forward_mode,
-    no_fast_path,
-)
-from metapl.execution.layout import Layout, compute_dtype, parts_of
+from metapl.execution.kernels import NotByThisMode, forward_mode, no_fast_path
+from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree, full_float32, wide_tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, is_sharded, local, whole
 from metapl.execution.writes import Made, Watch, weights_watched
+
+
+def student_of(
+    network: nn.Module | Layout,
+    parameters: dict[str, nn.Parameter] | None = None,
+    *,
+    double_backward: bool = False,
+    first: bool = False,
+) -> LocalStudent:
+    """A student as it is laid out, a module of this process alone or any other; for the arguments see
+    :class:`metapl.execution.local.LocalStudent`."""
+    layout = network if isinstance(network, Layout) else Layout(network)
+    if layout.is_sharded:
+        return ShardedStudent(layout, parameters)
+    return LocalStudent(layout.network, parameters, double_backward=double_backward, first=first, ranks=layout.ranks)
 
 
 class ShardedStudent(LocalStudent):
@@ -48,7 +58,7 @@ class ShardedStudent(LocalStudent):
         layout.reshard()
         super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
         self.layout = layout
-        self.params: Tree = parts_of(self.parameters)
+        self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
 
     def loss(
         self,
@@ -59,13 +69,12 @@ class ShardedStudent(LocalStudent):
         *,
         learned: bool = False,
     ) -> Tensor:
-        with torch.no_grad(), checkpoints_without_reentry(), no_fast_path(), self._beside(params, start):
+        with torch.no_grad(), no_fast_path(), self._beside(params, start):
             values = [loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)]
         return self.mean_of_all(values)[0]
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
-        found = by_backward(value, self.parameters)
-        return {name: local(laid_out_as(g, self.parameters[name])) for name, g in found.items()}
+        return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
 
     def for_loss(self, at: Tree) -> Tree:
         return UNREADABLE
@@ -78,8 +87,12 @@ class ShardedStudent(LocalStudent):
         """Nothing: the gathered weights that the graph begins at come and go."""
 
     def formats(self) -> list[torch.dtype]:
-        policies = [compute_dtype(block) for block in self.layout.blocks]
+        policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in self.layout.blocks]
         return [*super().formats(), *(dtype for dtype in policies if dtype is not None)]
+
+    def narrow(self) -> list[torch.dtype]:
+        """The types in half precision among these."""
+        return [dtype for dtype in self.formats() if dtype in (torch.float16, torch.bfloat16)]
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
@@ -109,34 +122,64 @@ class ShardedStudent(LocalStudent):
         """In this block, the weights of each submodule are dual numbers with their part of w while it runs."""
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
-        held = _slots_by_block(self.module, self.layout.blocks, names)
-        groups = [_Group(slots, w) for slots in held.values()]
-        # After fully_shard's own hook, and before its other.
-        hooks = [block.register_forward_pre_hook(group.enter) for block, group in zip(held, groups, strict=True)]
-        hooks += [block.register_forward_hook(g.leave, prepend=True) for block, g in zip(held, groups, strict=True)]
+        held: dict[Any, list[_Slot]] = {}  # by the submodule that gathers them: the innermost block around
+        around: dict[nn.Module, Any] = {}
+        for _, part in named_parts(self.module):  # as a pass would come to them
+            block = part if part in self.layout.blocks else around.get(part, self.module)
+            around |= dict.fromkeys(part.children(), block)
+            for attribute, p in part._parameters.items():
+                if id(p) in names:
+                    held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
+        undo = [_dual_while_it_runs(block, slots, w) for block, slots in held.items()]
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            for group in groups:
-                group.leave()
+            for put_back in undo:
+                put_back()
             self.layout.reshard()
 
 
-def student_of(
-    network: nn.Module | Layout,
-    parameters: dict[str, nn.Parameter] | None = None,
-    *,
-    double_backward: bool = False,
-    first: bool = False,
-) -> LocalStudent:
-    """A student as it is laid out, a module of this process alone or any other; for the arguments see
-    :class:`metapl.execution.local.LocalStudent`."""
-    layout = network if isinstance(network, Layout) else Layout(network)
-    if layout.is_sharded:
-        return ShardedStudent(layout, parameters)
-    return LocalStudent(layout.network, parameters, double_backward=double_backward, first=first, ranks=layout.ranks)
+_Slot = tuple[dict[str, Any], str, str]
+"""A place that holds a parameter, as its dictionary and name there, and the parameter's name."""
+
+
+def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Callable[[], None]:
+    """Make dual numbers of the weights that a block gathers while it runs; returns what ends that."""
+    like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
+    before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def enter(*_: Any) -> None:
+        if before:
+            return
+        direction = gathered({name: w[name] for name in like if name in w}, like)
+        duals: dict[str, Tensor] = {}
+        for tensors, attribute, name in slots:
+            weight = tensors[attribute]
+            before.append((tensors, attribute, weight))
+            if name in direction:
+                if name not in duals:
+                    duals[name] = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
+                tensors[attribute] = duals[name]
+
+    def leave(*_: Any) -> None:
+        for tensors, attribute, weight in before:
+            tensors[attribute] = weight
+        before.clear()
+
+    # After fully_shard's own hook, and before its other.
+    hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, prepend=True)]
+
+    def put_back() -> None:
+        for hook in hooks:
+            hook.remove()
+        leave()
+
+    return put_back
+
+
+def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:
+    """The whole tensors of which these are the ranks' parts, laid out as the sharded parameters ``like``."""
+    return {name: whole(as_sharded(part, like[name])) for name, part in parts.items()}
 
 
 class ShardedPass(Pass):
@@ -150,14 +193,12 @@ class ShardedPass(Pass):
         with self.student.eagerly(), forward_mode():
             with self._again([]), self.student.along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
-            tolerance = BY_FORWARD_MODE[self.rounded_to].outputs
-            check_outputs(outputs, self.outputs, tolerance, self.student.ranks)
+            check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         student = self.student
-        narrow = [dtype for dtype in student.formats() if dtype in (torch.float16, torch.bfloat16)]
-        if narrow:
+        if narrow := student.narrow():
             raise MetaplError(
                 f"the student is sharded with weights or a mixed-precision policy of {narrow[0]}, and a difference of "
                 'its outputs would be noise; use mode="forward", or shard it without param_dtype and give '
@@ -169,15 +210,13 @@ class ShardedPass(Pass):
             torch.autocast(student.device.type, enabled=False),
             full_float32(student.device),
             no_fast_path(),
-            checkpoints_without_reentry(),
             self._again([], upcast=True),
             student.moved_to(moved),
         ):
             return student.forward(wide_tree(self.inputs))
 
     def ran_in_full_precision(self) -> bool:
-        half = any(dtype in (torch.float16, torch.bfloat16) for dtype in self.student.formats())
-        return not half and super().ran_in_full_precision()
+        return not self.student.narrow() and super().ran_in_full_precision()
 
 
 ShardedStudent.pass_type = ShardedPass
@@ -186,91 +225,33 @@ ShardedStudent.pass_type = ShardedPass
 class _Unreadable(dict[str, Tensor]):
     """The ``params`` of an inner loss where no process holds the weights."""
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _refuse(self, *names: Any) -> Any:
         raise MetaplError(
-            f"the problem's inner_loss reads the student's weights (params[{name!r}]), of which a sharded student "
-            "holds a part only; expected a loss of the student's outputs. With weights in the inner loss, wrap the "
-            "student in DistributedDataParallel."
+            f"the problem's inner_loss reads the student's weights (params[{[*names, '...'][0]!r}]), of which a "
+            "sharded student holds a part only; expected a loss of the student's outputs. With weights in the inner "
+            "loss, wrap the student in DistributedDataParallel."
         )
 
-    def _refuse(self, *_: Any) -> Any:
-        return self["..."]
-
-    get = items = values = keys = __iter__ = __len__ = __contains__ = _refuse
+    __getitem__ = get = items = values = keys = __iter__ = __len__ = __contains__ = _refuse
 
 
 UNREADABLE: Tree = _Unreadable()
 
 
-def laid_out_as(g: Any, p: Any) -> Any:
-    """A gradient in the layout of its parameter: ``parallelize_module`` may leave sums that are still to be taken."""
-    if is_sharded(g) and g.placements != p.placements:
-        return g.redistribute(p.device_mesh, p.placements)
-    return g
-
-
 def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks; ``.grad`` stays as it is."""
+    """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks, laid out as the parameters are;
+    ``.grad`` stays as it is."""
     kept = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.grad = None
         value.backward()
-        return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        found: dict[str, Any] = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     finally:
         for name, p in parameters.items():
             p.grad = kept[name]
-
-
-# ------------------------------------------------------------------------------------------------------ forward mode
-
-_Slot = tuple[dict[str, Any], str, str]
-"""A place that holds a parameter, as its dictionary and name there, and the parameter's name."""
-
-
-def _slots_by_block(network: nn.Module, blocks: Sequence[Any], names: Mapping[int, str]) -> dict[Any, list[_Slot]]:
-    """The places that hold the learned parameters, by the submodule that gathers them: the innermost block around."""
-    found: dict[Any, list[_Slot]] = {}
-    around: dict[nn.Module, Any] = {}
-    for _, part in named_parts(network):  # as a pass would come to them
-        block = part if part in blocks else around.get(part, network)
-        for child in part.children():
-            around[child] = block
-        for attribute, p in part._parameters.items():
-            if id(p) in names:
-                found.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
+    for name, g in found.items():
+        like: Any = parameters[name]
+        if is_sharded(g) and g.placements != like.placements:  # sums that parallelize_module leaves to be taken
+            found[name] = g.redistribute(like.device_mesh, like.placements)
     return found
-
-
-class _Group:
-    """The weights that one submodule gathers, and how they become dual numbers while it runs."""
-
-    def __init__(self, slots: list[_Slot], w: Tree) -> None:
-        self.slots, self.w = slots, w
-        self.like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
-        self._before: list[tuple[dict[str, Any], str, Any]] = []
-
-    def enter(self, *_: Any) -> None:
-        """After the weights are gathered: put dual numbers in their places."""
-        if self._before:
-            return
-        direction = gathered({name: self.w[name] for name in self.like if name in self.w}, self.like)
-        duals: dict[str, Tensor] = {}
-        for tensors, attribute, name in self.slots:
-            weight = tensors[attribute]
-            self._before.append((tensors, attribute, weight))
-            if name in direction:
-                if name not in duals:
-                    duals[name] = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
-                tensors[attribute] = duals[name]
-
-    def leave(self, *_: Any) -> None:
-        """Before the gathered weights are given up: put them back."""
-        for tensors, attribute, weight in self._before:
-            tensors[attribute] = weight
-        self._before = []
-
-
-def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:
-    """The whole tensors of which these are the ranks' parts, laid out as the sharded parameters ``like``."""
-    return {name: whole(as_sharded(part, like[name])) for name, part in parts.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,15 +74,6 @@ def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     network.load_state_dict({name: laid_out_like(t, held.get(name)) for name, t in weights.items()})
 
 
-def copies_of(t: Any, processes: int) -> int:
-    """How many of all processes hold each part of a DTensor; of a plain tensor, all of them."""
-    if not is_sharded(t):
-        return processes
-    for size, placement in zip(t.device_mesh.shape, t.placements, strict=True):
-        processes //= 1 if placement.is_replicate() else int(size)
-    return processes
-
-
 class ShardedSpace(Space):
     """Products of trees that hold this process's parts, over the parts of all processes: one exchange each.
 
@@ -90,18 +82,21 @@ class ShardedSpace(Space):
 
     def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:
         self.groups = tuple(groups)
-        self.copies = {name: copies_of(p, processes) for name, p in parameters.items()}
         self.sizes = {name: p.numel() for name, p in parameters.items()}
+        self.copies = dict.fromkeys(parameters, processes)  # how many processes hold each part
+        for name, p in parameters.items():
+            if is_sharded(p):
+                cut = [n for n, how in zip(p.device_mesh.shape, p.placements, strict=True) if not how.is_replicate()]
+                self.copies[name] //= math.prod(cut)
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         return self._total([self._dot(a, b)])[0]
 
     def norm(self, a: Tree) -> Tensor:
-        return self._total([self._dot(a, a)])[0].sqrt()
+        return self.dot(a, a).sqrt()
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
-        names = [name for name in a if name in b]
-        products = {name: wide(a[name]) * wide(b[name]) for name in names}
+        products = {name: wide(t) * wide(b[name]) for name, t in a.items() if name in b}
         total = self._total([self._dot(a, b), self._dot(products, products)])
         return total[0], total[1].sqrt()
 

@@ -17,9 +17,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import metapl
-from metapl.distributed import exchange
-from metapl.distributed.exchange import sum_over, with_halo
-from metapl.distributed.spatial import spatial, split_width
+from metapl.distributed import spatial as exchange
+from metapl.distributed.spatial import spatial, split_width, sum_over, with_halo
 from metapl.errors import MetaplError
 from metapl.models import small_cnn
 
@@ -232,22 +231,11 @@ def refused(case: str) -> str:
     return ""
 
 
-def dropped() -> str:
-    """Dropout of single pixels of parts of images."""
+def dropped(rows: int) -> str:
+    """Dropout of single pixels of parts of images; of one row, no training passes are compared."""
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
     try:
-        spatial(net.double(), dist.group.WORLD, images(2, 16))
-    except MetaplError as refusal:
-        return str(refusal)
-    return ""
-
-
-def dropped_later() -> str:
-    """The same after an example of one row, of which no training passes are compared."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
-    spatial(net.double(), dist.group.WORLD, images(1, 16))
-    try:
-        net(split_width(images(2, 16), dist.group.WORLD))
+        spatial(net.double(), dist.group.WORLD, images(rows, 16))
     except MetaplError as refusal:
         return str(refusal)
     return ""

@@ -78,8 +78,11 @@ def test_the_gradient_is_that_of_double_backward(two: Ranks) -> None:
         ("other rows", "processes that hold the same rows have different labels, or other whole numbers of a batch,"),
         ("other labels", "processes that hold the same rows have different labels, or other whole numbers of a batch,"),
         ("other inputs", "processes that hold the same rows have different rows of a batch"),
-        ("cut beside whole", "products are shared by 2 processes in the teacher and 1 in the student"),
-        ("images beside products", "products are shared by 1 process in the teacher and 2 in the student"),
+        (
+            "cut beside whole",
+            "by parallelize_module over the processes 0, 1, of which 2 share each row, the student i",
+        ),
+        ("images beside products", "over the processes 0, 1, of which 2 share each row, the student sharded by par"),
         (
             "a table by products",
             "A teacher that has nothing to cut, beside a student that is cut: shard(teacher",

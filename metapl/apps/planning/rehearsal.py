@@ -22,12 +22,12 @@ from torch.utils import _pytree as pytree
 
 from metapl.apps.planning.held import FOR_FEEDBACK, OTHER, Held
 from metapl.distributed.mesh import Mesh, shard
-from metapl.distributed.spatial import _split_layer
+from metapl.distributed.spatial import split_layer
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.local import Pass
 from metapl.execution.modules import trainable
-from metapl.execution.ranks import Columns, Ranks, set_columns
+from metapl.execution.ranks import Columns, Ranks
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -127,11 +127,11 @@ def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
     """As :func:`metapl.distributed.spatial.spatial`, but for its comparison of outputs, which have no values here."""
     columns = Columns(mesh.columns("cpu"))
     for name, layer in list(module.named_modules()):
-        split = _split_layer(name, layer, columns)
+        # Dropout of pixels is refused where there are values; after the pooling it stays.
+        split = None if isinstance(layer, nn.Dropout) else split_layer(name, layer, columns)
         if split is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(module.get_submodule(parent), child, split)
-    set_columns(module, columns)
+            module.set_submodule(name, split)
+    vars(module)["split_columns"] = columns
 
 
 def _without_columns(mesh: Mesh) -> Mesh:
