@@ -117,8 +117,8 @@ class Records:
         if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
             return None
-        for skipped in newest.skipped:
-            say(f"passed over {skipped.path.name}: {skipped.reason}")
+        for path, reason in newest.skipped:
+            say(f"passed over {path.name}: {reason}")
         return newest
 
     def refuse_another_run(self) -> None:
