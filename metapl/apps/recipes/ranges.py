@@ -17,7 +17,7 @@ MOST_IN_A_BATCH = 2**20
 """Greatest values of options beyond which a machine would be asked for more than any has."""
 
 
-def Within(least: float, most: float | None = None, *, above: bool = False) -> Range:  # noqa: N802 - as a type
+def Within(least: float, most: float | None = None, *, above: bool = False) -> Range:
     """From the least to the greatest, or ``above`` the least."""
     return Range(least=None if above else least, above=least if above else None, most=most)
 
