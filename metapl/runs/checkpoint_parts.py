@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from functools import cache, partial
@@ -74,7 +74,7 @@ class PartsWriter:
             return {"dict": [[ELSEWHERE, said]]}
 
         job = folder / place, folder / name, step, parts, Packed(state, instead)
-        self._under_way = done = Future()
+        self._under_way = done = Future[Path]()
         threading.Thread(target=self._finish, args=(done, *job), daemon=True).start()
 
     def settle(self) -> Path | None:
@@ -141,7 +141,7 @@ class PartsWriter:
         return every[0][0] if first else [found for found, _ in every]
 
 
-def named(state: dict[str, Any]) -> dict[str, Any]:
+def named(state: Mapping[str, Any]) -> dict[str, Any]:
     """The sharded tensors of a state by the names that they have in the parts."""
     found: dict[str, Any] = {}
 
@@ -203,7 +203,8 @@ def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict
                 pieces.setdefault(name, []).append(piece)
 
         def read(said: list[Any]) -> Tensor:
-            return _read(*said, pieces.get(said[0], []), like)
+            name, shape, dtype = said
+            return _read(name, shape, dtype, pieces.get(name, []), like)
 
         state: dict[str, Any] = unpacked(rest.packed, cache(rest.tensor), read)["state"]
     return state

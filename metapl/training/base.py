@@ -19,8 +19,8 @@ from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.runs import checkpoint
-from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.ownership import Folder
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions, refuse_unknown
@@ -43,7 +43,7 @@ class Trainer(Stepwise):
         steps: int | None = None,
         validation: Any = None,
         truth: Any = None,
-        out: str | RunFolder | None = None,
+        out: str | Folder | None = None,
         resume: bool = False,
         allow_changes: Sequence[str] = (),
         progress: bool = True,
@@ -101,7 +101,7 @@ class Trainer(Stepwise):
         fit_options = FitOptions(steps=steps, **options)
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
-        folder = RunFolder(out) if isinstance(out, str | Path) else out
+        folder = Folder(out) if isinstance(out, str | Path) else out
         allowed = check_allowed(allow_changes)
         run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks, allowed)
         return run.run(labeled, unlabeled, resume)

@@ -21,9 +21,9 @@ from metapl.execution.shards import gathered, load_whole
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint_parts import PartsWriter, check, load
-from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
+from metapl.runs.ownership import Folder
 from metapl.training.average import Average
 from metapl.training.contract import Say, Stepwise
 from metapl.training.options import FitOptions, Rates
@@ -69,7 +69,7 @@ class FitRun:
         self,
         trainer: Stepwise,
         options: FitOptions,
-        out: RunFolder | None,
+        out: Folder | None,
         validation: Any,
         truth: Any,
         shown: bool,

@@ -10,7 +10,7 @@ from typing import Any
 
 from metapl.errors import MetaplError, few
 from metapl.runs import checkpoint
-from metapl.runs.folder import RunFolder
+from metapl.runs.ownership import Folder
 from metapl.runs.rows import Metrics
 from metapl.runs.tensorboard import Events
 from metapl.training.contract import Say
@@ -25,7 +25,7 @@ class Records:
         options: the phase, and how many checkpoints stay.
     """
 
-    def __init__(self, out: RunFolder | None, options: FitOptions) -> None:
+    def __init__(self, out: Folder | None, options: FitOptions) -> None:
         self.out, self.phase = out, options.phase
         self.checkpoints = None if out is None else out.checkpoints(options.phase, options.keep)
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")

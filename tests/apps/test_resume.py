@@ -22,8 +22,8 @@ import pytest
 from fits import events, rows
 from forked import Forked, Point
 
+from metapl.apps.experiments.folder import WEIGHTS
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.runs.folder import WEIGHTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and /proc as Linux has them")
 
