@@ -24,7 +24,7 @@ from metapl.runs.ownership import Folder
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions, refuse_unknown
-from metapl.training.resuming import check_allowed
+from metapl.training.resuming import check_allowed, going_on_from
 from metapl.training.stopping import Callback
 from metapl.words import tell
 
@@ -155,15 +155,11 @@ class Trainer(Stepwise):
         before = rng_state()
         set_rng_state(state["rng"])  # or nothing has moved
         try:
-            self.load_state_dict(state["trainer"])
-        except Exception as error:
+            with going_on_from(path):
+                self.load_state_dict(state["trainer"])
+        except MetaplError:
             set_rng_state(before)
-            if isinstance(error, MetaplError):
-                raise MetaplError(f"{path}: {error}") from error
-            raise MetaplError(
-                f"{path} is whole, but is not of such a trainer ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
-            ) from error
+            raise
 
     def _refuse_parts(self, name: str) -> None:
         networks = [network for network in (self.student, self.teacher) if network is not None]

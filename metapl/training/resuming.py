@@ -176,16 +176,18 @@ def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps:
 
 
 @contextmanager
-def going_on_from(file: Path | str) -> Iterator[None]:
+def going_on_from(file: object) -> Iterator[None]:
     """Name the file where something cannot go on from what it holds."""
     try:
         yield
     except MetaplError as error:
-        raise error if str(error).startswith(str(file)) else MetaplError(f"{file}: {error}") from error
+        if str(error).startswith(str(file)):
+            raise
+        raise MetaplError(f"{file}: {error}") from error
     except Exception as error:
         raise MetaplError(
-            f"{file} is whole, but this trainer cannot go on with it ({type(error).__name__}: {reason_of(error):.200}); "
-            "build networks and optimizers as they were built before."
+            f"{file} is whole, but this trainer cannot go on with it ({type(error).__name__}: "
+            f"{reason_of(error):.200}); build networks and optimizers as they were built before."
         ) from error
 
 

@@ -66,7 +66,7 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
     for name, value in own.items():
         given, where = state.get(name), f"its {name}"
         if name in optimizers:
-            yield from _optimizer_faults(where, given, optimizers[name], kinds and kinds.get(name), kinds is None)
+            yield from _optimizer_faults(where, given, optimizers[name], (kinds or {}).get(name), kinds is None)
         elif name == "steps_done":
             if type(given) is not int or given < 0:
                 yield f"{where} is {given!r:.60}, and no number of steps"
@@ -142,8 +142,9 @@ def _optimizer_faults(where: str, given: Any, optimizer: Any, is_of: str | None,
     Cost: a step of the optimizer's class on zeros of each parameter's shape, on the host, one parameter at a time.
     """
     kind, own = type(optimizer).__name__, optimizer.param_groups
-    groups = given.get("param_groups") if isinstance(given, Mapping) and isinstance(given.get("state"), Mapping) else 0
-    numbers = [group.get("params") if isinstance(group, Mapping) else 0 for group in groups or ()]
+    is_state = isinstance(given, Mapping) and isinstance(given.get("state"), Mapping)
+    groups: Any = given.get("param_groups") if is_state else None
+    numbers = [group.get("params") if isinstance(group, Mapping) else None for group in groups or ()]
     if not isinstance(groups, list) or not all(
         isinstance(of, list) and all(type(i) is int for i in of) for of in numbers
     ):
@@ -155,7 +156,7 @@ def _optimizer_faults(where: str, given: Any, optimizer: Any, is_of: str | None,
     if sizes != own_sizes:
         yield f"{where} is of an optimizer over groups of {sizes} parameters, and the trainer's are {own_sizes}"
         return
-    of_number = {}
+    of_number: dict[int, Any] = {}
     for number, (group, own_group) in enumerate(zip(groups, own, strict=True)):
         other = (group.keys() ^ own_group.keys()) - OF_VERSIONS
         if other and not any_class:
