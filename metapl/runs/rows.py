@@ -33,12 +33,11 @@ class Metrics:
 
     def cut(self, phase: str, step: int) -> None:
         """Forget damaged lines and rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
-        rows = self.rows()
-        others = [row for row in rows if row["phase"] != phase]
-        kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
+        rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
+        kept = [row for row in rows if row["phase"] != phase or row["step"] <= step]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
