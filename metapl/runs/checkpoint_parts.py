@@ -58,8 +58,7 @@ class PartsWriter:
         Raises: :class:`CheckpointError` on every process where the checkpoint before this one could not be written.
         """
         self.settle()
-        folder, parts = self.checkpoints.folder, dict[str, Any]()
-        name, place = self._agreed(folder / f"step-{step:08d}.parts", partial(self._make, step), first=True)
+        folder, parts, packed = self.checkpoints.folder, dict[str, Any](), list[Packed]()
 
         def instead(name: str, t: Any) -> Any:
             if not is_sharded(t):
@@ -73,7 +72,10 @@ class PartsWriter:
             said = [name, [*t.shape], str(t.dtype).removeprefix("torch.")]
             return {"dict": [[ELSEWHERE, said]]}
 
-        job = folder / place, folder / name, step, parts, Packed(state, instead)
+        path = folder / f"step-{step:08d}.parts"
+        self._agreed(path, lambda: packed.append(Packed(state, instead)))
+        name, place = self._agreed(path, partial(self._make, step), first=True)
+        job = folder / place, folder / name, step, parts, *packed
         self._under_way = done = Future[Path]()
         threading.Thread(target=self._finish, args=(done, *job), daemon=True).start()
 

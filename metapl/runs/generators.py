@@ -54,11 +54,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         ) from error
     saved, present = len(state["cuda"]), len(before["cuda"])
     if saved != present:
-        _LOG.warning(
-            "the random number generators of %d CUDA device(s) were saved and %d are present; "
-            "what runs on CUDA will draw other numbers than before",
-            *(saved, present),
-        )
+        text = "the random number generators of %d CUDA device(s) were saved and %d are present; "
+        _LOG.warning(f"{text}what runs on CUDA will draw other numbers than before", saved, present)
 
 
 def _set(state: Mapping[str, Any]) -> None:
