@@ -61,7 +61,7 @@ MOMENTS = [
     (*STEP, 7),
     ("metapl.training.selection", "predict_logits", 1),
     (*TUNING, 3),
-    ("metapl.runs.folder:RunFolder", "write_weights", 1),
+    ("metapl.apps.experiments.folder:RunFolder", "write_weights", 1),
 ]
 
 
