@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,11 @@ class Trainer(Stepwise):
         refuse_unknown(options, self.fit)
         if steps is None:
             raise MetaplError("fit() was not told how many steps to take; expected steps=1000, say.")
-        fit_options = FitOptions(steps=steps, **options)
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = Folder(out) if isinstance(out, str | Path) else out
-        allowed = check_allowed(allow_changes)
-        run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks, allowed)
+        how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
+        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, *how)
         return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
@@ -162,7 +162,7 @@ class Trainer(Stepwise):
             raise
 
     def _refuse_parts(self, name: str) -> None:
-        networks = [network for network in (self.student, self.teacher) if network is not None]
+        networks = [self.student, *([] if self.teacher is None else [self.teacher])]
         if any(is_sharded(p) for network in networks for p in network.parameters()):
             raise MetaplError(
                 f"{name}() is not built yet for sharded networks, of which this process holds a part; write the "
@@ -173,7 +173,3 @@ class Trainer(Stepwise):
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _to_stderr(text: str) -> None:
-    tell(text, file=sys.stderr)

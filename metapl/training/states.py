@@ -70,6 +70,8 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
         elif name == "steps_done":
             if type(given) is not int or given < 0:
                 yield f"{where} is {given!r:.60}, and no number of steps"
+        elif name == "generator" and (given is None) != (value is None):
+            yield f"{where} is {described(given)}, and the trainer's is {described(value)}"
         elif name == "mode_state":
             if not isinstance(given, Mapping):
                 yield f"{where} is {described(given)}, and no dict"
@@ -109,8 +111,6 @@ def _faults(where: str, given: Any, own: Any) -> Iterator[str]:
             yield f"{where} is {described(given)}; expected {described(own)}"
         elif not _finite(local(given).to(own.dtype)) and _finite(own):
             yield f"{where} has numbers that are NaN or infinite"
-    elif (given is None) != (own is None):
-        yield f"{where} is {described(given)}, and the trainer's is {described(own)}"
 
 
 def _finite(t: Tensor) -> bool:
