@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +88,16 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         had, has = before.get(part), now.get(part)
         if part == "validation" and (had is None) != (has is None):
             changed.append(f"{part} was {'not ' * (had is None)}given, now it is the other way round")
-        if isinstance(had, Mapping) and isinstance(has, Mapping):
-            facts = _of_networks(had, has) if part == "networks" else (_flat(had), _flat(has))
-            for name in sorted({*facts[0], *facts[1]}):
-                was, is_now = (named_now(of.get(name)) for of in facts)
-                optional = None in (was, is_now) and {*OPTIONAL} & {*name.split(".")}
-                if was != is_now and not optional:
-                    changed.append(f"{part}.{name} was {_short(was)}, now {_short(is_now)}")
+        if not isinstance(had, Mapping) or not isinstance(has, Mapping):
+            continue
+        if part == "networks":
+            pairs, shown = _of_networks(had, has), _layer
+        else:
+            had, has = _flat(had), _flat(has)
+            pairs, shown = {name: (named_now(had.get(name)), has.get(name)) for name in {**had, **has}}, _short
+        for name, (was, is_now) in sorted(pairs.items()):
+            if was != is_now and not (None in (was, is_now) and {*OPTIONAL} & {*name.split(".")}):
+                changed.append(f"{part}.{name} was {shown(was, is_now)}, now {shown(is_now, was)}")
     if changed:
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
         named = [part for part in parts if any(change.startswith((f"{part}.", f"{part} ")) for change in changed)]
@@ -105,33 +107,28 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         )
 
 
-class _Shown(str):
-    """A text that is shown as it is."""
-
-    __slots__ = ()
-
-
-def _of_networks(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The layers of each network as they show themselves, and whether their parameters are learned."""
-    facts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+def _of_networks(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the layers of both say of themselves, and whether their parameters are learned, then and now."""
+    pairs: dict[str, tuple[Any, Any]] = {}
     # What a module says of itself depends on torch's version, its type hardly ever does.
     told = None if before.get("torch") == now.get("torch") else 1
-    for role in ("student", "teacher"):
-        if role in before and role in now:
-            had, has = (network[role]["modules"] for network in (before, now))
-            for name in {**had, **has}:
-                both = had.get(name), has.get(name)
-                if [] in both:  # of what stands in for another module, for the sake of a layout, nothing is known
-                    continue
-                for i, (one, other) in enumerate((both, both[::-1])):
-                    kind, *says = (one or ["nothing"])[:told]
-                    # Beside another of its type, what they do not have in common.
-                    says = [text for text in says if text not in other] if other and other[0] == kind else says[:1]
-                    facts[i][f"{role}.{name}" if name else role] = _Shown(f"{kind}({', '.join(says):.200})")
-            frozen = [network[role]["frozen"] for network in (before, now)]
-            for i, one in enumerate(frozen):
-                facts[i].update({f"{role}.{p}": _Shown("frozen" if p in one else "learned") for p in chain(*frozen)})
-    return facts
+    for role in [role for role in ("student", "teacher") if role in before and role in now]:
+        had, has = (network[role]["modules"] for network in (before, now))
+        for name in {**had, **has}:
+            was, is_now = (of.get(name, ["nothing"])[:told] for of in (had, has))
+            if was and is_now:  # of what stands in for another module, for the sake of a layout, nothing is known
+                pairs[f"{role}.{name}" if name else role] = was, is_now
+        had, has = (network[role]["frozen"] for network in (before, now))
+        words = {True: ["frozen"], False: ["learned"]}
+        pairs |= {f"{role}.{name}": (words[name in had], words[name in has]) for name in (*had, *has)}
+    return pairs
+
+
+def _layer(value: Any, other: Any) -> str:
+    """A layer as it shows itself; beside another of its type, what they do not have in common."""
+    kind, *says = value
+    says = [text for text in says if text not in other] if other[0] == kind else says[:1]
+    return f"{kind}({', '.join(says):.200})" if len(value) > 1 else kind
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -141,9 +138,9 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, _Shown) else repr(value)
-    return text if len(text) <= 40 or isinstance(value, _Shown) else f"{text[:37]}..."
+def _short(value: Any, other: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:

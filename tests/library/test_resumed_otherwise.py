@@ -231,7 +231,7 @@ OTHER_NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"middle": nn.Dropout(0.3)},
         r"networks\.student\.1 was Dropout\(p=0\.1, inplace=False\), now Dropout\(p=0\.3",
     ),
-    "a layer more": ({}, {"more": nn.Dropout(0.5)}, r"networks\.student\.3 was nothing\(\), now Dropout\(p=0\.5"),
+    "a layer more": ({}, {"more": nn.Dropout(0.5)}, r"networks\.student\.3 was nothing, now Dropout\(p=0\.5"),
     "a layer less": ({"more": nn.Dropout(0.5)}, {}, r"networks\.student\.3 was Dropout\(p=0\.5.*, now nothing"),
     "frozen": ({}, {"frozen": True}, r"networks\.student\.0\.bias was learned, now frozen"),
     "thawed": ({"frozen": True}, {}, r"networks\.student\.0\.bias was frozen, now learned"),
@@ -304,7 +304,7 @@ def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def test_of_another_torch_only_the_types_of_layers_are_compared(tmp_path: Path) -> None:
     fitted_network(layers(nn.LeakyReLU(0.1)), tmp_path, resume=False)
     altered(tmp_path, lambda made_of: made_of["networks"].update(torch="1.2.3"))
-    with pytest.raises(MetaplError, match=r"networks\.student\.1 was LeakyReLU\(.*now Tanh\(\)"):
+    with pytest.raises(MetaplError, match=r"networks\.student\.1 was LeakyReLU, now Tanh"):
         fitted_network(layers(nn.Tanh()), tmp_path, steps=6)
     fitted_network(layers(nn.LeakyReLU(0.2)), tmp_path, steps=6)
 
