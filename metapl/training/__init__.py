@@ -1,7 +1,6 @@
 """Training: the trainers, and the loop around their steps.
 
 trainer       teacher and student together: Algorithm 1
-teacher       the teacher's half of its step
 loss_trainer  one network on its own losses: supervised learning, UDA, finetuning
 base          what every trainer has: fit, evaluate, predict, save, load
 contract      what the loop requires of a trainer
