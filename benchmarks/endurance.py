@@ -47,11 +47,11 @@ from torch import nn
 
 from metapl import LossTrainer, MetaplError
 from metapl.apps.commands import main as metapl_command
+from metapl.apps.experiments.folder import WEIGHTS
 from metapl.apps.networks.weights import load_weights
 from metapl.apps.pictures.reader import read_image
 from metapl.runs import checkpoint, ownership
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.runs.folder import WEIGHTS
 
 RESULT = Path(__file__).parent / "results" / "endurance.json"
 HUNG = 120.0

@@ -24,10 +24,10 @@ from machine import arguments, parsed, write_between_marks
 from metapl.apps.commands import main as metapl
 from metapl.apps.commands.noisy_student import COMPARED
 from metapl.apps.experiments.equal_cost import operations
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.store import stored, stored_result
 from metapl.apps.recipes.methods import title
 from metapl.runs.environment import environment
-from metapl.runs.folder import RunFolder
 
 RAW = Path(__file__).parent / "results" / "student_or_mpl.jsonl"
 SEEDS = range(10)

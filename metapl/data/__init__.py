@@ -3,10 +3,9 @@
 from typing import Any
 
 from metapl import moved
-from metapl.data.feed import Feed, feed
+from metapl.data.feed import Feed, WithoutLabels, feed, without_labels
 from metapl.data.sampler import StepSampler
 from metapl.data.steps import StepBatches, loader
-from metapl.data.unlabeled import WithoutLabels, without_labels
 from metapl.execution.device import to_device
 
 __all__ = [

@@ -74,13 +74,11 @@ def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Ten
     >>> bits(0, step=3, examples=torch.tensor([7, 9]), n=2).shape
     torch.Size([2, 2])
     """
-    if examples.ndim != 1 or examples.dtype != torch.int64:
+    if examples.ndim != 1 or examples.dtype != torch.int64 or n < 0:
         raise MetaplError(
-            f"examples has shape {tuple(examples.shape)} and dtype {examples.dtype}; expected (B,) torch.int64, one "
-            "index per example: torch.arange(B)"
+            f"examples has shape {tuple(examples.shape)} and dtype {examples.dtype}, and n is {n}; expected (B,) "
+            "torch.int64, one index per example, and 0 draws or more"
         )
-    if n < 0:
-        raise MetaplError(f"n is {n}; expected a number of draws per example, 0 or more")
     key = fold_in(fold_in(seed, stream), step)
     draws = torch.arange(n, device=examples.device)
     return _fold_in(_fold_in(key, examples)[:, None], draws)
@@ -112,9 +110,9 @@ def normal(
     z = √(−2 log(1 − u₁)) · sin(π(u₂ − ½)), with u₁, u₂ uniform: Box and Muller with the angle folded into a half
     circle.
 
-    Returns: (B, n), float32 or float64, on the device of ``examples``. The logarithm and the sine are made of sums,
-    products, a quotient and a square root, which IEEE 754 rounds in one way only, because library versions of them
-    differ in the last bit between devices, and even between places of one tensor.
+    Returns: (B, n), float32 or float64, on the device of ``examples``. The logarithm and the sine are made of
+    operations that IEEE 754 rounds in one way only: those of libraries differ in the last bit between devices, and even
+    between places of one tensor.
 
     Cost: about fifty elementwise float64 operations, and 2n uniform draws per example.
 

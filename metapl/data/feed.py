@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 
 from metapl.data.generators import Generators, parts_of
 from metapl.data.steps import StepBatches, loader
-from metapl.data.unlabeled import WithoutLabels
 from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
 from metapl.execution.batch import inputs_of
@@ -83,22 +83,20 @@ def feed(
             ``StepBatches`` leaves to :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done
             there, and workers fetch no more than :meth:`~metapl.data.StepBatches.raw` batches.
 
-    Returns:
-        A feed at batch 0. Workers start with the first batch.
+    Returns: a feed at batch 0. Workers start with the first batch.
 
     Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; everything else is immediate.
-    Swapping generators takes about 0.2 ms per batch on one CPU core, most of it numpy's; ``StepBatches`` and lists do
-    without. Copies to CUDA are queued and not waited for, see :func:`~metapl.data.to_device`.
+    Swapping generators takes about 0.2 ms a batch; ``StepBatches`` and lists do without. Copies to CUDA are queued and
+    not waited for, see :func:`~metapl.data.to_device`.
 
     Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
     generators that the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can
     be resumed" in docs/runs.md for the exceptions.
 
-    Raises:
-        MetaplError: the source is none of these or has no batch; a ``StepBatches`` has fewer than ``stop``. Later, from
-            ``next``: making a batch failed (the cause is chained), or an iterator ran out; from ``restore``: the state
-            is not one of such a source, or the source has no position. After a failure the same batch comes next,
-            except from iterators and from objects with ``state_dict``, which go on as they please.
+    Raises: :class:`metapl.MetaplError` for a source that is none of these, has no batch or fewer than ``stop``. Later,
+    from ``next``: making a batch failed (the cause is chained), or an iterator ran out; from ``restore``: the state is
+    not one of such a source, or the source has no position. After a failure the same batch comes next, except from
+    iterators and from objects with ``state_dict``, which go on as they please.
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
@@ -109,14 +107,13 @@ def feed(
     >>> torch.equal(first.next(), second.next())
     True
     """
-    if stop < 0:
-        raise MetaplError(f"the feed of {name} got stop {stop}; expected the number of batches that the run needs")
-    if num_workers < 0:
-        raise MetaplError(f"the feed of {name} got num_workers {num_workers}; expected 0 or more, 0 for no processes")
+    for what, number in (("stop", stop), ("num_workers", num_workers)):
+        if number < 0:
+            raise MetaplError(f"the feed of {name} got {what} {number}; expected 0 or more")
     target = None if device is None else torch.device(device)
     if isinstance(source, WithoutLabels):
-        labeled = feed(source.source, name=name, stop=stop, num_workers=num_workers, seed=seed, device=device)
-        return _MappedFeed(labeled, inputs_of)
+        inner = feed(source.source, name=name, stop=stop, num_workers=num_workers, seed=seed, device=device)
+        return _MappedFeed(inner, inputs_of)
     if isinstance(source, StepBatches):
         return _StepFeed(source, name, stop, num_workers, target)
     _refuse_source(source, name)
@@ -139,6 +136,49 @@ class _MappedFeed:
 
     def next(self) -> Any:
         return self._change(self._stream.next())
+
+
+def _placed(batch: Any, device: torch.device) -> Any:
+    """The batch on the device; values that are wrong are refused while they are on the host, where a check is free."""
+    if device.type != "cpu":  # there the step itself checks
+        checks.finite_on_host(batch)
+    return to_device(batch, device)
+
+
+def _finishes_batches(device: torch.device) -> bool:
+    """Whether views are applied on the device itself: on the CPU, workers do that."""
+    return device.type != "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class WithoutLabels:
+    """The batches of another source without their labels; see :func:`without_labels`."""
+
+    source: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(inputs_of, self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def without_labels(source: Any) -> WithoutLabels:
+    """Leave out the labels of a source of batches, to be the unlabeled one.
+
+    Args:
+        source: a DataLoader, or anything else that :func:`feed` takes. Of a batch that is a tuple or list the first
+            element stays, of a dict all but ``labels`` and ``label``, and a tensor stays as it is.
+
+    Returns: a source that ``fit`` takes, resumable as the one it was made of, and that can be iterated over by itself.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> loader = DataLoader(TensorDataset(torch.rand(6, 2), torch.arange(6)), batch_size=3)
+    >>> [x.shape for x in without_labels(loader)]
+    [torch.Size([3, 2]), torch.Size([3, 2])]
+    """
+    return WithoutLabels(source)
 
 
 # ----------------------------------------------------------------------------------------------- by number of the batch
@@ -184,7 +224,7 @@ class _StepFeed(_ListFeed):
     kind = "steps"
 
     def __init__(
-        self, source: StepBatches[Any], name: str, stop: int, num_workers: int, device: torch.device | None
+        self, source: StepBatches[Any], name: str, stop: int, workers: int, device: torch.device | None
     ) -> None:
         if stop > len(source):
             raise MetaplError(
@@ -192,16 +232,13 @@ class _StepFeed(_ListFeed):
                 "an end has steps=None"
             )
         self._source, self._name, self._position = source, name, 0
-        self._stop, self._num_workers, self._device = stop, num_workers, device
+        self._stop, self._workers, self._device = stop, workers, device
         self._on_device = device is not None and _finishes_batches(device)
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:
         if self._position >= self._stop:
-            raise MetaplError(
-                f"{self._name} was made for {self._stop} batches and is at batch {self._position}; make a feed with a "
-                "larger stop to go on"
-            )
+            raise MetaplError(f"{self._name} was made for {self._stop} batches; make a feed with a larger stop")
         try:
             return super().next()
         except BaseException:
@@ -213,8 +250,8 @@ class _StepFeed(_ListFeed):
         if self._iterator is None:
             source = self._source.raw() if self._on_device else self._source
             # Workers have their batches pinned in the background, for CUDA.
-            pinned = self._num_workers > 0 and self._device is not None and self._device.type == "cuda"
-            self._iterator = iter(loader(source, self._position, self._stop, self._num_workers, pin_memory=pinned))
+            pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
+            self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
         item = next(self._iterator)
         batch = item if self._device is None else _placed(item, self._device)
         # Converted as loaders do, which turn tuples into lists.
@@ -223,18 +260,6 @@ class _StepFeed(_ListFeed):
     def close(self) -> None:
         _stop_workers(self._iterator)
         self._iterator = None
-
-
-def _placed(batch: Any, device: torch.device) -> Any:
-    """The batch on the device; values that are wrong are refused while they are on the host, where a check is free."""
-    if device.type != "cpu":  # there the step itself checks
-        checks.finite_on_host(batch)
-    return to_device(batch, device)
-
-
-def _finishes_batches(device: torch.device) -> bool:
-    """Whether views are applied on the device itself: on the CPU, workers do that."""
-    return device.type != "cpu"
 
 
 # ------------------------------------------------------------------------------------------------------ epoch by epoch
@@ -255,10 +280,19 @@ class _IteratorFeed:
 
     def next(self) -> Any:
         with self._generators.in_place():
-            batch = self._take()
-            while batch is _END:
-                self._end_epoch()
-                batch = self._take()
+            while (batch := self._take()) is _END:
+                if isinstance(self._source, Iterator):
+                    raise MetaplError(
+                        f"{self._name} ran out at batch {self._batches} (counted from 0), and the run needs "
+                        f"{self._stop}; an iterator can be gone through once: expected a longer one, or {_RESUMABLE}"
+                    )
+                if not self._batches:
+                    raise MetaplError(
+                        f"{self._name} gave no batch in epoch {self._epoch} ({described(self._source)}); expected at "
+                        f"least one{self.why_empty}"
+                    )
+                self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
+                self._ended()
         self._batches += 1
         return batch
 
@@ -273,18 +307,8 @@ class _IteratorFeed:
         with _blamed(f"{self._name} could not begin epoch {self._epoch}", self._source):
             self._iterator = iter(self._source)
 
-    def _end_epoch(self) -> None:
-        if isinstance(self._source, Iterator):
-            raise MetaplError(
-                f"{self._name} ran out at batch {self._batches} (counted from 0), and the run needs {self._stop}; an "
-                f"iterator can be gone through once: expected one that is long enough, or {_RESUMABLE}"
-            )
-        if not self._batches:
-            raise MetaplError(
-                f"{self._name} gave no batch in epoch {self._epoch} ({described(self._source)}); expected at least one"
-                + self.why_empty
-            )
-        self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
+    def _ended(self) -> None:
+        """An epoch has ended."""
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "batches": self._batches}
@@ -307,8 +331,11 @@ class _EpochFeed(_IteratorFeed):
 
     def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
         super().__init__(source, name, stop, seed)
-        self._source = _without_persistent_workers(source)
         self._start = self._generators.states  # at the start of the epoch
+        if isinstance(source, DataLoader) and source.persistent_workers:  # else workers go on with their generators
+            self._source = copy.copy(source)
+            # A loader guards this attribute against being set; the user's own loader stays as it is.
+            vars(self._source).update(persistent_workers=False, _iterator=None)
 
     def next(self) -> Any:
         try:
@@ -338,8 +365,7 @@ class _EpochFeed(_IteratorFeed):
         finally:
             self._batches = taken
 
-    def _end_epoch(self) -> None:
-        super()._end_epoch()
+    def _ended(self) -> None:
         self._start = self._generators.read()
 
     def state(self) -> dict[str, Any]:
@@ -409,16 +435,6 @@ class _StatefulFeed(_IteratorFeed):
         self._iterator, self._closed = None, True
 
 
-def _without_persistent_workers(source: Any) -> Any:
-    """The same loader, with workers that start anew each epoch."""
-    if not isinstance(source, DataLoader) or not source.persistent_workers:
-        return source
-    twin = copy.copy(source)
-    # A loader guards this attribute against being set; the user's own loader stays as it is.
-    vars(twin).update(persistent_workers=False, _iterator=None)
-    return twin
-
-
 def _stop_workers(iterator: Iterator[Any] | None) -> None:
     # torch stops workers when the iterator is collected, but a traceback may hold on to it for long.
     stop = getattr(iterator, "_shutdown_workers", None)
@@ -437,16 +453,11 @@ def _entries(state: Any, expected_kind: str, name: str, /, **kinds: type) -> lis
             f"{name} got a state of kind {kind!r}; expected kind {expected_kind!r}, from the same kind of source as in "
             "the run to resume"
         )
-    wrong = [key for key, expected in kinds.items() if not _fits(state.get(key, _END), expected)]
+    wrong = [key for key, kind in kinds.items() if not isinstance(value := state.get(key, _END), kind) or value is _END]
+    wrong += [key for key in kinds if key not in wrong and isinstance(state[key], int) and state[key] < 0]
     if wrong:
-        raise MetaplError(
-            f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() of its feed returned"
-        )
+        raise MetaplError(f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() returned")
     return [state[key] for key in kinds]
-
-
-def _fits(value: Any, kind: type) -> bool:
-    return value is not _END and isinstance(value, kind) and not (isinstance(value, int) and value < 0)
 
 
 @contextmanager
@@ -455,7 +466,11 @@ def _blamed(failure: str, source: Any) -> Iterator[None]:
     try:
         yield
     except MetaplError as error:
-        raise _without_traceback(error) from error.__cause__
+        text = str(error)
+        if "Original Traceback" not in text:
+            raise
+        # Of an error in a worker process, the loader puts the traceback into its text.
+        raise MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip()) from error.__cause__
     except Exception as error:
         known = source.explain() if isinstance(source, StepBatches) else None
         if known is not None:
@@ -464,14 +479,6 @@ def _blamed(failure: str, source: Any) -> Iterator[None]:
             f"{failure} ({described(source)}): {type(error).__name__}: {reason_of(error)}; the error that caused this "
             "one says where to mend the data"
         ) from error
-
-
-def _without_traceback(error: MetaplError) -> MetaplError:
-    """An error from a worker process as it was raised there: the loader puts the worker's traceback into its text."""
-    text = str(error)
-    if "Original Traceback" not in text:
-        return error
-    return MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip())
 
 
 def _refuse_source(source: Any, name: str) -> None:

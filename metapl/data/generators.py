@@ -14,8 +14,8 @@ import torch
 from metapl.data import draws
 from metapl.errors import MetaplError
 
-# Attributes of a source with parts that may hold generators or have ``set_epoch``.
 _PARTS = ("loader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
+"""Attributes of a source with parts that may hold generators or have ``set_epoch``."""
 
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
@@ -25,12 +25,13 @@ class Generators:
     parts of a source hold as attributes (see :func:`parts_of`), which begin where they are now."""
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
-        own = _own_generators(parts)
+        attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
+        own = {id(v): v for v in attributes if isinstance(v, _KINDS) and v is not torch.default_generator}
         self._name = name
-        self._generators: tuple[Any, ...] = (torch.default_generator, random, np.random, *own)
+        self._generators: tuple[Any, ...] = (torch.default_generator, random, np.random, *own.values())
         key = draws.fold_in(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
         first = (torch.Generator().manual_seed(key), random.Random(key), np.random.RandomState(np.random.MT19937(key)))
-        self.states: list[Any] = [_state(generator) for generator in (*first, *own)]
+        self.states: list[Any] = [_state(generator) for generator in (*first, *own.values())]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,7 +51,12 @@ class Generators:
     def write(self, states: Sequence[Any]) -> None:
         """Put the generators into these states."""
         for generator, state in zip(self._generators, states, strict=True):
-            _set_state(generator, state)
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            elif isinstance(generator, random.Random) or generator is random:
+                generator.setstate(state)
+            else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
+                generator.set_state(state.cpu() if isinstance(generator, torch.Generator) else state)
 
     def check(self, states: Any) -> list[Any]:
         """Refuse states that these generators do not take."""
@@ -60,8 +66,7 @@ class Generators:
         except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
             raise MetaplError(
                 f"{self._name} cannot take up the saved states of its {len(self._generators)} random number generators "
-                f"({type(error).__name__}: {error}); expected the source that the checkpoint was written with, with "
-                "the same generators"
+                f"({type(error).__name__}: {error}); expected the source that the checkpoint was written with"
             ) from error
         finally:
             self.write(before)
@@ -74,24 +79,13 @@ def parts_of(source: Any) -> list[Any]:
     waiting = [source]
     while waiting:
         part = waiting.pop()
-        if part is None or id(part) in parts:
-            continue
-        parts[id(part)] = part
-        attributes = getattr(part, "__dict__", {})
-        for key in _PARTS:
-            value = attributes.get(key)
-            if key in ("datasets", "transforms") and isinstance(value, list | tuple):
-                waiting.extend(value)
-            else:
-                waiting.append(value)
+        if part is not None and id(part) not in parts:
+            parts[id(part)] = part
+            held = getattr(part, "__dict__", {})
+            for key in _PARTS:
+                several = key in ("datasets", "transforms") and isinstance(held.get(key), list | tuple)
+                waiting.extend(held[key] if several else [held.get(key)])
     return list(parts.values())
-
-
-def _own_generators(parts: Sequence[Any]) -> list[Any]:
-    """The generators that parts of a source hold as attributes, each once, in an order that is always the same."""
-    attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
-    own = {id(v): v for v in attributes if isinstance(v, _KINDS) and v is not torch.default_generator}
-    return list(own.values())
 
 
 def _state(generator: Any) -> Any:
@@ -100,12 +94,3 @@ def _state(generator: Any) -> Any:
     if isinstance(generator, random.Random) or generator is random:
         return generator.getstate()
     return generator.get_state() if isinstance(generator, torch.Generator) else generator.get_state(legacy=False)
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random) or generator is random:
-        generator.setstate(state)
-    else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
-        generator.set_state(state.cpu() if isinstance(generator, torch.Generator) else state)

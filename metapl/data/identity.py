@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
+from metapl.data.feed import WithoutLabels
 from metapl.data.steps import StepBatches
-from metapl.data.unlabeled import WithoutLabels
 from metapl.runs.fingerprints import fingerprint, type_name
 
 NAMES = 50_000
@@ -20,6 +20,9 @@ NAMES = 50_000
 
 HELD = ("tensors", "data", "targets", "labels", "samples", "imgs", "images")
 """Attributes in which data sets have their examples: torch's own, torchvision's, and many that are made after these."""
+
+OF_SAMPLERS = ("replacement", "num_samples", "weights", "indices")
+"""What torch's samplers keep of how they draw."""
 
 
 def source_record(source: Any) -> dict[str, Any]:
@@ -45,36 +48,30 @@ def source_record(source: Any) -> dict[str, Any]:
         return source_record(source.source) | {"without_labels": True}
     if isinstance(source, StepBatches):
         return source.record()
-    if isinstance(source, DataLoader):
-        order = source.sampler if source.batch_sampler is None else getattr(source.batch_sampler, "sampler", None)
-        return {
-            "examples": _length(source.dataset),
-            "batch_size": source.batch_size,
-            "drop_last": source.drop_last,
-            "sampler": type(source.sampler if order is None else order).__name__,
-            "settings": _settings(source, order),
-            "fingerprint": _data_set(source.dataset),
-        }
     if isinstance(source, list | tuple):
         return {"batches": len(source), "fingerprint": fingerprint(list(source))}
-    return {"kind": type_name(type(source)), "length": _length(source)}
-
-
-OF_SAMPLERS = ("replacement", "num_samples", "weights", "indices")
-"""What torch's samplers keep of how they draw."""
-
-
-def _settings(loader: DataLoader[Any], sampler: Any) -> dict[str, Any]:
-    """How a loader draws and what puts its examples together; a function is known by its name."""
-    collate = loader.collate_fn
-    found = {"collate_fn": getattr(collate, "__qualname__", type(collate).__qualname__)}
-    if not isinstance(sampler, DistributedSampler):  # whose numbers depend on how many processes there are
+    if not isinstance(source, DataLoader):
+        return {"kind": type_name(type(source)), "length": _length(source)}
+    order = getattr(source.batch_sampler, "sampler", None)
+    order = source.sampler if order is None else order
+    # A function is known by its name.
+    settings = {"collate_fn": getattr(source.collate_fn, "__qualname__", type(source.collate_fn).__qualname__)}
+    if not isinstance(order, DistributedSampler):  # whose numbers depend on how many processes there are
         for name in OF_SAMPLERS:
-            value = getattr(sampler, name, None)
-            if isinstance(value, Tensor | np.ndarray | list | tuple | range):
-                value = fingerprint(value if isinstance(value, Tensor | np.ndarray) else [len(value), *_some(value)])
-            found |= {name: value} if isinstance(value, bool | int | str) else {}
-    return found
+            value = getattr(order, name, None)
+            if isinstance(value, Tensor | np.ndarray):
+                value = fingerprint(value)
+            elif isinstance(value, list | tuple | range):
+                value = fingerprint([len(value), *_some(value)])
+            settings |= {name: value} if isinstance(value, bool | int | str) else {}
+    return {
+        "examples": _length(source.dataset),
+        "batch_size": source.batch_size,
+        "drop_last": source.drop_last,
+        "sampler": type(order).__name__,
+        "settings": settings,
+        "fingerprint": _data_set(source.dataset),
+    }
 
 
 def _data_set(data: Any) -> str | None:
@@ -88,12 +85,11 @@ def _data_set(data: Any) -> str | None:
         return own
     if isinstance(data, list | tuple | range):
         return fingerprint([len(data), *_some(data)])
-    held = [
-        value for name in HELD if isinstance(value := getattr(data, name, None), Tensor | np.ndarray | list | tuple)
-    ]
-    shortened = [_some(value) if isinstance(value, list | tuple) else value for value in held]
+    held = [getattr(data, name, None) for name in HELD]
+    held = [_some(value) if isinstance(value, list | tuple) else value for value in held]
+    held = [value for value in held if isinstance(value, Tensor | np.ndarray | list | tuple)]
     # Paths by their last names: folders may move.
-    last_names = pytree.tree_map(lambda x: os.path.basename(x) if isinstance(x, str | os.PathLike) else x, shortened)
+    last_names = pytree.tree_map(lambda x: os.path.basename(x) if isinstance(x, str | os.PathLike) else x, held)
     return fingerprint(last_names) if held else None
 
 

@@ -39,8 +39,7 @@ class StepSampler:
 
     Cost: one sort of ``size`` keys per epoch, and on a restart for the epoch that is entered; nothing is replayed.
 
-    Raises:
-        MetaplError: a size or batch size below 1.
+    Raises: :class:`metapl.MetaplError` for a size or batch size below 1, and a negative step.
 
     >>> sampler = StepSampler(size=5, batch_size=3, seed=0)
     >>> torch.cat([sampler.indices(t) for t in range(5)])[:5].sort().values
@@ -56,17 +55,7 @@ class StepSampler:
         check_fields(self)
 
     def indices(self, step: int) -> Tensor:
-        """The examples of a step.
-
-        Args:
-            step: 0 or more.
-
-        Returns:
-            (B,) int64 on the CPU, each in [0, size).
-
-        Raises:
-            MetaplError: a negative step.
-        """
+        """The examples of a step: (B,) int64 on the CPU, each in [0, size)."""
         start, stop = self._span(step)
         parts = []
         for epoch in range(start // self.size, (stop - 1) // self.size + 1):
@@ -76,17 +65,10 @@ class StepSampler:
         return torch.cat(parts)  # a copy: the remembered orders stay as they are
 
     def epochs(self, step: int) -> Tensor:
-        """The epoch that each example of a step belongs to.
+        """The epoch that each example of a step belongs to: (B,) int64 on the CPU.
 
-        Args:
-            step: 0 or more.
-
-        Returns:
-            (B,) int64 on the CPU. The pairs (epoch, index) are distinct over the whole stream, so they tell apart the
-            copies of an example that one batch holds when B > size.
-
-        Raises:
-            MetaplError: a negative step.
+        The pairs (epoch, index) are distinct over the whole stream, so they tell apart the copies of an example that
+        one batch holds when B > size.
         """
         return torch.arange(*self._span(step)) // self.size
 

@@ -77,22 +77,18 @@ class StepBatches(Dataset[BatchT], ABC):
 def loader(
     batches: StepBatches[BatchT], start: int, stop: int, num_workers: int = 0, *, pin_memory: bool = False
 ) -> DataLoader[BatchT]:
-    """Serve the batches of steps start, …, stop − 1 in order.
+    """Serve the batches of steps start, …, stop − 1 in order, whatever the number of workers.
 
     Args:
         batches: item t is the batch of step t.
-        start: first step, 0 or more; a resumed run starts where it stopped.
-        stop: the step after the last.
+        start, stop: the first step, where a resumed run goes on, and the one after the last.
         num_workers: processes that prepare batches ahead; 0 prepares them in this one.
         pin_memory: serve tensors in pinned memory, from which they are copied to CUDA without a wait; they must come
             from the CPU.
 
-    Returns:
-        A loader whose items are ``batches[start]``, …, ``batches[stop - 1]``, whatever the number of workers. It leaves
-        the default random number generator alone.
+    Returns: a loader that leaves the default random number generator alone.
 
-    Raises:
-        MetaplError: the steps are not 0 ≤ start ≤ stop ≤ len(batches), or the number of workers is negative.
+    Raises: :class:`metapl.MetaplError` unless 0 ≤ start ≤ stop ≤ len(batches) and num_workers ≥ 0.
 
     >>> class Squares(StepBatches[int]):
     ...     steps = None

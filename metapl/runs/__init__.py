@@ -1,6 +1,5 @@
 """A run on disk.
 
-folder            the files of one run
 rows              the rows that it leaves behind
 checkpoint        states that are whole, or are refused by name
 checkpoint_parts  the same of several processes, each of which writes its part
@@ -9,7 +8,7 @@ environment       versions and hardware
 tensorboard       event files
 atomic            files that are the old one or the whole new one
 locks             exclusive locks on files
-ownership         one owner per folder
+ownership         the folder of a fit, and that it has one owner
 fingerprints      settings and data as plain values
 fields            fields of a frozen value, held against their ranges and choices
 sealed            reading what was written: plain files, their SHA-256, values that fit their types

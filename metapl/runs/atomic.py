@@ -19,17 +19,10 @@ from metapl.runs.sealed import refuse_irregular
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that takes the name `path` only when the block ends well and its bytes are on disk.
 
-    Args:
-        path: the name that the file gets; its folder exists. A file of that name is replaced, never written into. Of a
-            link, the file that it leads to is replaced, and the link stays.
+    It is in the same folder, with a random ending `.tmp`: a rename works only within one file system. When the block or
+    the disk fails, it is removed and `path` is as it was. Of a link, the file that it leads to is replaced.
 
-    Yields:
-        a buffered binary file, `path` with a random ending `.tmp`, in the same folder (a rename works only within one
-        file system). When the block or the disk fails, it is removed and `path` is as it was.
-
-    Raises:
-        OSError: the disk refused, or there is a folder, a device, a pipe or a socket of that name, which stays as it
-            is. Whatever the block raises passes through.
+    Raises: ``OSError`` where the disk refuses, or there is a folder, a device, a pipe or a socket of that name.
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -79,16 +72,7 @@ def remove_temporary(folder: Path) -> None:
 
 
 def write_whole(path: Path, content: Any, mend: str) -> None:
-    """Write a file by :func:`replacing`.
-
-    Args:
-        path: the name that the file gets.
-        content: its bytes.
-        mend: what to do where the disk refuses, which ends the message.
-
-    Raises:
-        MetaplError: the disk refused; what was there before is whole.
-    """
+    """Write a file by :func:`replacing`; ``mend`` says what to do where the disk refuses, and ends the message."""
     try:
         with replacing(path) as file:
             file.write(content)
@@ -101,13 +85,6 @@ def written_last(path: Path, content: bytes) -> Iterator[None]:
     """A file that appears when the block ends well, such as one whose pictures the block writes.
 
     Its bytes are on disk before the block begins, so a full disk leaves neither it nor what the block writes.
-
-    Args:
-        path: the name that the file gets, as for :func:`replacing`.
-        content: of the file.
-
-    Raises:
-        OSError: as for :func:`replacing`.
     """
     with replacing(path) as file:
         file.write(content)

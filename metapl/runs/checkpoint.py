@@ -13,7 +13,7 @@ first two words, so that an older metapl can name what it cannot read.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -24,26 +24,24 @@ import re
 import secrets
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
-from metapl.runs.fingerprints import type_name
 from metapl.runs.memory import out_of_memory
 from metapl.runs.sealed import open_plain
 
 _LOG = logging.getLogger(__name__)
 
 FORMAT = 2
-_LINE = re.compile(rb"(metapl-checkpoint \d{4} )([0-9a-f]{64})\n")
+_LINE = re.compile(rb"(metapl-checkpoint (\d{4}) )([0-9a-f]{64})\n")
 _LINE_BYTES = 17 + 1 + 4 + 1 + 64 + 1
 
 _USE_AN_OLDER_ONE = "go back to an older checkpoint; CheckpointFolder(folder).newest() finds the newest whole one"
@@ -61,19 +59,12 @@ class ClosedCheckpointError(CheckpointError):
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
-    """Write ``state`` to ``path`` so that the file is whole, or is as it was before.
-
-    Args:
-        path: the file to write; its folder exists. A checkpoint of that name is replaced when the new one is on disk.
-        state: a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings, bytes and None.
-
-    Returns: the SHA-256 that the file's first line has.
+    """Write a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings, bytes and None; its SHA-256.
 
     Cost: one tensor at a time is copied to the host; for a moment room on disk for the old file and the new one.
 
-    Raises:
-        CheckpointError: the state holds something that :func:`load` could not bring back, or the disk refused. Then
-            nothing is left behind, and the text says how much room was needed.
+    Raises: :class:`CheckpointError` for a state that :func:`load` could not bring back, and where the disk refuses;
+    what had the name before is then as it was.
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"
@@ -81,62 +72,27 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
     >>> load(path)
     {'step': 3, 'weights': tensor([1., 1.])}
     """
-    tensors = _Tensors()
-    if type(state) not in (dict, OrderedDict):
-        raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
-    try:
-        tree = _encoded(state, "state", tensors)
-    except RecursionError as error:
-        raise CheckpointError("the state contains itself; a checkpoint is a tree") from error
-    places = [[str(t.dtype).removeprefix("torch."), [*t.shape]] for t in tensors.kept]
-    line = json.dumps({"tensors": places, "tree": tree}).encode() + b"\n"
-    begin = b"metapl-checkpoint %04d " % FORMAT
-    digest = hashlib.sha256(begin)
-    try:
-        with replacing(Path(path)) as file:
-            file.write(b"\0" * _LINE_BYTES)
-            for data in chain([line], map(_bytes_of, tensors.kept)):
-                digest.update(data)
-                file.write(data)
-            file.seek(0)
-            file.write(b"%s%s\n" % (begin, digest.hexdigest().encode()))
-    except OSError as error:
-        size = _LINE_BYTES + len(line) + sum(t.numel() * t.element_size() for t in tensors.kept)
-        raise CheckpointError(could_not_write(Path(path), error, size)) from error
-    return digest.hexdigest()
+    return write(Path(path), Packed(state))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
 
-    Cost: the file is read twice, once for its checksum.
-
-    Raises:
-        CheckpointError: the file is missing, empty, truncated, damaged, not a checkpoint of metapl, of another format
-            or unreadable; the text says which, and how to mend it.
+    Raises: :class:`CheckpointError`, which says what is wrong with the file and how to mend it.
     """
     with opened(Path(path)) as content:
-        state = content.tree({number: content.tensor(number) for number in range(len(content.places))})
+        state = unpacked(content.packed, functools.cache(content.tensor))
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__} instead of a dict; {_USE_AN_OLDER_ONE}")
     return state
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A checkpoint that was passed over, and why."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """The newest whole checkpoint; ``skipped`` names the newer ones that were not, newest first."""
+class Found(NamedTuple):
+    """The newest whole checkpoint; ``skipped`` has the newer ones that were not, newest first, and why."""
 
     path: Path
     state: dict[str, Any]
-    skipped: tuple[Skipped, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()
 
 
 class CheckpointFolder:
@@ -162,24 +118,15 @@ class CheckpointFolder:
         self.folder, self.keep = Path(folder), keep
 
     def write(self, step: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``.
+        """Write a checkpoint, then delete the oldest earlier ones beyond ``keep``; raises as :func:`save`.
 
-        Args:
-            step: 0 or more, the number in the name.
-            state: as in :func:`save`.
-
-        Returns: the new file. Checkpoints of later steps, left from before a restart, stay until ``step`` passes them.
-
-        Raises:
-            CheckpointError: as :func:`save`.
+        Checkpoints of later steps, left from before a restart, stay until ``step`` passes them.
         """
         if step < 0:
             raise MetaplError(f"step={step} is negative; a checkpoint is named by the number of steps done")
         path = self.folder / f"step-{step:08d}.ckpt"
-        try:
+        with _to_disk(path):
             self.make()
-        except OSError as error:
-            raise CheckpointError(could_not_write(path, error)) from error
         save(path, state)
         self.remove_oldest(step)
         return path
@@ -192,32 +139,24 @@ class CheckpointFolder:
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def newest(self, read: Callable[[Path], dict[str, Any]] = load) -> Found | None:
-        """The checkpoint of the latest step that is whole.
+        """The checkpoint of the latest step that is whole, as ``read`` gives it; None where there is none at all.
 
-        Args:
-            read: gives the state of one, or raises.
-
-        Returns: it, with what was passed over; None where the folder holds no checkpoint at all.
-
-        Raises:
-            CheckpointError: there are checkpoints, and none can be used. To return None would start training anew
-                and in time replace them.
-            ClosedCheckpointError: one that is newer than the newest whole one may be whole too.
+        Raises: :class:`CheckpointError` where none can be used, or one that cannot be read may be whole: to go on from
+        an older one, or anew, would in time replace them.
         """
-        skipped: list[Skipped] = []
+        skipped: list[tuple[Path, str]] = []
         for path in self.paths():
             try:
                 return Found(path, read(path), tuple(skipped))
             except ClosedCheckpointError:
                 raise
             except CheckpointError as error:
-                skipped.append(Skipped(path, str(error)))
+                skipped.append((path, str(error)))
         if not skipped:
             return None
-        reasons = "; ".join(unusable.reason for unusable in skipped)
         raise CheckpointError(
             f"{self.folder} holds {len(skipped)} checkpoint(s) and none can be used; to start anew, move them away: "
-            + reasons
+            + "; ".join(reason for _, reason in skipped)
         )
 
     def paths(self) -> list[Path]:
@@ -230,9 +169,7 @@ class CheckpointFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be listed: {error.strerror}; give a folder that you may read"
-            ) from error
+            raise CheckpointError(f"{self.folder} cannot be listed: {error.strerror}; may you read it?") from error
         matches = ((re.fullmatch(r"step-(\d{8,})(?:\.ckpt|(?:-(\d+))?\.parts)", path.name), path) for path in files)
         found = [((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match]
         return [(step, path) for (step, _), path in sorted(found, reverse=True)]
@@ -242,38 +179,153 @@ class CheckpointFolder:
         earlier = [path for number, path in self._numbered() if number < step]
         for path in earlier[self.keep - 1 :]:
             try:
-                _remove(path)
+                if path.is_dir():  # a folder loses its name first, so that no half of it is taken for the whole
+                    left = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+                    os.replace(path, left)
+                    shutil.rmtree(left)
+                else:
+                    path.unlink(missing_ok=True)
             except OSError as error:
                 # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
                 _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; a folder loses its name first, so that no half of it is taken for the whole."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    left = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    os.replace(path, left)
-    shutil.rmtree(left)
+# ------------------------------------------------------------------------------------------------------- trees as JSON
+
+_PLAIN = (int, float, bool, str, type(None))
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+class Packed:
+    """A state as JSON, in which objects are named by their types, and its tensors, each once: weights may be tied.
 
+    Args:
+        state: of :func:`save`.
+        instead: takes the name of a tensor, such as "trainer/student/0.weight", and it; gives the JSON of one that is
+            kept elsewhere. What it gives None for is packed as a copy, so that the state may go on moving.
+    """
 
-class _Tensors:
-    """The tensors of a tree, in their order; one that is there twice, as tied weights are, counts once."""
+    def __init__(self, state: Any, instead: Callable[[str, Tensor], Any] | None = None) -> None:
+        self.tensors: list[Tensor] = []
+        self._instead, self._known = instead, dict[Any, int]()
+        if type(state) not in (dict, OrderedDict):
+            raise CheckpointError(f"a checkpoint is a dict, and a {type(state).__name__} was given")
+        try:
+            self.json = self._packed(state)
+        except RecursionError as error:
+            raise CheckpointError("the state contains itself; a checkpoint is a tree") from error
 
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-        self._known: dict[Any, int] = {}
+    def _packed(self, value: Any, *place: Any) -> Any:
+        kind = type(value)  # exact types throughout: numpy.float64 is a float too, and a named tuple a tuple
+        if kind in _PLAIN:
+            return value
+        if kind is bytes:
+            return {"bytes": value.hex()}
+        if kind in (list, tuple, torch.Size):
+            entries = [self._packed(entry, *place, i) for i, entry in enumerate(value)]
+            return entries if kind is list else {"tuple": entries}
+        if kind in (dict, OrderedDict):
+            pairs = [[self._key(key, place), self._packed(entry, *place, key)] for key, entry in value.items()]
+            # A module writes there of which version its state is.
+            about = getattr(value, "_metadata", None)
+            return {"dict": pairs} | ({} if about is None else {"_metadata": self._packed(about, *place)})
+        name = "/".join(map(str, place))
+        found = self._instead(name, value) if self._instead is not None and isinstance(value, Tensor) else None
+        if found is not None:
+            return found
+        if kind in (Tensor, nn.Parameter) and value.is_meta:
+            raise CheckpointError(f"{name} is a tensor on the meta device, which has no values to save")
+        if kind in (Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
+            return {"tensor": self._number(value.detach())}
+        if kind is Tensor and value.layout == torch.sparse_coo:
+            held = value.detach()
+            numbers = [{"tensor": self._number(part)} for part in (held._indices(), held._values())]
+            return {"sparse": [*numbers, [*value.shape], value.is_coalesced()]}
+        raise CheckpointError(
+            f"{name} is a {_type_name(kind)}; a checkpoint holds plain tensors and plain Python values: give "
+            "full_tensor() of a DTensor, torch.as_tensor(...) of an array, .item() of a number, tuple(...) of a named "
+            "tuple"
+        )
 
-    def number_of(self, t: Tensor) -> int:
+    def _key(self, key: Any, place: tuple[Any, ...]) -> Any:
+        if any(type(part) not in (*_PLAIN, bytes) for part in (key if type(key) is tuple else (key,))):
+            name = "/".join(map(str, place)) or "the state"
+            raise CheckpointError(f"{name} has the key {key!r}, a {_type_name(type(key))}; give strings or numbers")
+        return self._packed(key)
+
+    def _number(self, t: Tensor) -> int:
         of_memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_conj(), t.is_neg())
-        known = self._known.setdefault(of_memory if t.numel() else id(t), len(self.kept))
-        if known == len(self.kept):
-            self.kept.append(t)
+        known = self._known.setdefault(of_memory if t.numel() else id(t), len(self.tensors))
+        if known == len(self.tensors):
+            self.tensors.append(t if self._instead is None else t.to("cpu", copy=True))
         return known
+
+
+def unpacked(value: Any, tensor: Callable[[int], Any], elsewhere: Callable[[Any], Any] | None = None) -> Any:
+    """What was packed; ``tensor`` gives a tensor by its number, ``elsewhere`` one by what is said of it."""
+    if isinstance(value, list):
+        return [unpacked(entry, tensor, elsewhere) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "tensor":
+        return tensor(content)
+    if kind == "sparse":
+        indices, values, shape, is_coalesced = unpacked(content, tensor)
+        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=True)
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "tuple":
+        return tuple(unpacked(content, tensor, elsewhere))
+    if kind != "dict":
+        raise ValueError(f"a value of the kind {kind!r}")
+    found = {unpacked(key, tensor): unpacked(entry, tensor, elsewhere) for key, entry in content}
+    if elsewhere is not None and found.keys() == {ELSEWHERE}:
+        return elsewhere(found[ELSEWHERE])
+    if "_metadata" in value:
+        found = OrderedDict(found)
+        found._metadata = unpacked(value["_metadata"], tensor)  # type: ignore[attr-defined]
+    return found
+
+
+ELSEWHERE = "tensor in the parts"
+"""The only key of what stands for a tensor that is kept elsewhere."""
+
+
+def _type_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def _to_disk(path: Path, size: int = 0) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        room = f" (it needs {size / 1e6:,.1f} MB)" if size else ""
+        raise CheckpointError(
+            f"{path} could not be written: {error.strerror or error}{room}. Nothing was left behind, and the "
+            "checkpoints before it are as they were. Free some room, raise the limit on the size of files (ulimit -f), "
+            "or choose another folder"
+        ) from error
+
+
+def write(path: Path, packed: Packed) -> str:
+    """Write a file; its SHA-256. Raises as :func:`save`."""
+    places = [[str(t.dtype).removeprefix("torch."), [*t.shape]] for t in packed.tensors]
+    line = json.dumps({"tensors": places, "tree": packed.json}).encode() + b"\n"
+    begin = b"metapl-checkpoint %04d " % FORMAT
+    digest = hashlib.sha256(begin)
+    size = _LINE_BYTES + len(line) + sum(t.numel() * t.element_size() for t in packed.tensors)
+    with _to_disk(path, size), replacing(path) as file:
+        file.write(b"\0" * _LINE_BYTES)
+        for data in chain([line], map(_bytes_of, packed.tensors)):
+            digest.update(data)
+            file.write(data)
+        file.seek(0)
+        file.write(b"%s%s\n" % (begin, digest.hexdigest().encode()))
+    return digest.hexdigest()
 
 
 def _bytes_of(t: Tensor) -> Any:
@@ -282,71 +334,13 @@ def _bytes_of(t: Tensor) -> Any:
     return flat.view(torch.uint8).numpy() if t.numel() else bytearray()  # of no numbers there is no view
 
 
-_PLAIN = (int, float, bool, str, type(None))
-
-
-def _encoded(value: Any, where: str, tensors: _Tensors) -> Any:
-    """A tree as JSON has it: what is neither a list nor a plain value is an object whose first entry is named by its
-    type."""
-    kind = type(value)  # exact types throughout: numpy.float64 is a float too, and a named tuple a tuple
-    if kind in _PLAIN:
-        return value
-    if kind is bytes:
-        return {"bytes": value.hex()}
-    if kind in (list, tuple, torch.Size):
-        entries = [_encoded(entry, f"{where}[{i}]", tensors) for i, entry in enumerate(value)]
-        return entries if kind is list else {"tuple": entries}
-    if kind in (dict, OrderedDict):
-        pairs = [[_key(key, where), _encoded(entry, f"{where}[{key!r}]", tensors)] for key, entry in value.items()]
-        # A module writes there of which version its state is.
-        about = getattr(value, "_metadata", None)
-        return {"dict": pairs} | ({} if about is None else {"_metadata": _encoded(about, where, tensors)})
-    if kind in (Tensor, torch.nn.Parameter) and value.is_meta:
-        raise CheckpointError(f"{where} is a tensor on the meta device, which has no values to save")
-    if kind in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_quantized:
-        return {"tensor": tensors.number_of(value)}
-    if kind is Tensor and value.layout == torch.sparse_coo:
-        held = value.detach()
-        parts = [_encoded(part, where, tensors) for part in (held._indices(), held._values())]
-        return {"sparse": [*parts, [*value.shape], value.is_coalesced()]}
-    raise CheckpointError(
-        f"{where} is a {type_name(kind).removeprefix('builtins.')}; a checkpoint holds trees of plain tensors and "
-        "plain Python values: give full_tensor() of a DTensor, torch.as_tensor(...) of an array, .item() of a number, "
-        "tuple(...) of a named tuple"
-    )
-
-
-def _key(key: Any, where: str) -> Any:
-    if any(type(part) not in (*_PLAIN, bytes) for part in (key if type(key) is tuple else (key,))):
-        raise CheckpointError(f"{where} has the key {key!r}, a {type_name(type(key))}; give strings or numbers")
-    return _encoded(key, where, _Tensors())
-
-
-def could_not_write(path: Path, error: OSError, size: int = 0) -> str:
-    """Why a checkpoint could not be written, and how much room it needs."""
-    room = f" (it needs {size / 1e6:,.1f} MB)" if size else ""
-    return (
-        f"{path} could not be written: {error.strerror or error}{room}. Nothing was left behind, and the checkpoints "
-        "before it are as they were. Free some room, raise the limit on the size of files (ulimit -f), or choose "
-        "another folder"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 class Content:
-    """What is in an open checkpoint, as it was written.
-
-    Attributes:
-        sha256: that its first line has.
-        places: of each tensor its type, its shape and where it begins.
-    """
+    """An open checkpoint: its SHA-256, its tree, and the type, the shape and the place in the file of each tensor."""
 
     def __init__(self, file: io.BufferedReader, sha256: str) -> None:
         self.sha256, self._file = sha256, file
         content = json.loads(file.readline())
-        self._tree, begin = content["tree"], file.tell()
+        self.packed, begin = content["tree"], file.tell()
         self.places: list[tuple[torch.dtype, list[int], int]] = []
         for name, shape in content["tensors"]:
             dtype = getattr(torch, name)
@@ -357,10 +351,6 @@ class Content:
         if begin != os.fstat(file.fileno()).st_size:
             raise ValueError("its tensors have another size")
 
-    def tree(self, tensors: Mapping[int, Any]) -> Any:
-        """The tree with these in the place of its tensors."""
-        return _decoded(self._tree, tensors)
-
     def tensor(self, number: int) -> Tensor:
         """A tensor, on the host."""
         dtype, shape, begin = self.places[number]
@@ -370,49 +360,17 @@ class Content:
         return t
 
 
-def _decoded(value: Any, tensors: Mapping[int, Any]) -> Any:
-    if isinstance(value, list):
-        return [_decoded(entry, tensors) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    kind, content = next(iter(value.items()))
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "sparse":
-        *parts, shape, is_coalesced = _decoded(content, tensors)
-        indices, values = parts
-        return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=True)
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind == "tuple":
-        return tuple(_decoded(content, tensors))
-    if kind != "dict":
-        raise ValueError(f"a value of the kind {kind!r}")
-    found = {_decoded(key, tensors): _decoded(entry, tensors) for key, entry in content}
-    if "_metadata" in value:
-        found = OrderedDict(found)
-        found._metadata = _decoded(value["_metadata"], tensors)  # type: ignore[attr-defined]
-    return found
-
-
 @contextmanager
 def opened(path: Path, *, checked: bool = False) -> Iterator[Content]:
-    """Open a checkpoint, or say what is wrong with it.
-
-    Args:
-        path: the file.
-        checked: whether its checksum was compared before.
-    """
-    with contextlib.ExitStack() as stack:
+    """Open a checkpoint, or say what is wrong with it; ``checked``: its checksum was compared before."""
+    with ExitStack() as stack:
         try:
             file = stack.enter_context(open_plain(path))
             sha256 = _read_line(path, file, checked)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CheckpointError(f"{path} does not exist; give the path that the checkpoint was written to") from error
         except PermissionError as error:
-            raise ClosedCheckpointError(
-                f"{path} may not be read by this user; change its permissions (chmod u+r)"
-            ) from error
+            raise ClosedCheckpointError(f"{path} may not be read by this user; mend it by: chmod u+r") from error
         except OSError as error:
             raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
         try:
@@ -422,9 +380,9 @@ def opened(path: Path, *, checked: bool = False) -> Iterator[Content]:
         except Exception as error:  # what was sealed may be anything, and shows in many types
             if out_of_memory(error):
                 raise
+            what = f"{type(error).__name__}: {reason_of(error)}"
             raise CheckpointError(
-                f"{path} is whole, but holds what no metapl wrote ({type(error).__name__}: {reason_of(error)}); "
-                + _USE_AN_OLDER_ONE
+                f"{path} is whole, but holds what no metapl wrote ({what}); {_USE_AN_OLDER_ONE}"
             ) from error
 
 
@@ -435,24 +393,19 @@ def _read_line(path: Path, file: io.BufferedReader, checked: bool) -> str:
     if version is None:
         wrong = f"is not a checkpoint of metapl, or no more: it begins with {line[:20]!r}" if line else "is empty"
         raise CheckpointError(f"{path} {wrong}; {_USE_AN_OLDER_ONE}")
-    number = int(version[1])
-    if match is None and number != FORMAT:
-        raise _closed(path, number)
-    if match is not None and not checked:
-        begin = match[1]
-        found = hashlib.file_digest(file, lambda: hashlib.sha256(begin)).hexdigest()
-        # The number of the format counts too: one that was flipped is no other format.
-        match = match if found == match[2].decode() else None
-    if match is None:
+    whole = match is not None and (checked or _digest(file, match[1]) == match[3].decode())
+    # The number of the format is in the checksum: one that was flipped is no other format.
+    if int(version[1]) != FORMAT and (whole or match is None):
+        old = int(version[1]) == 1
+        what = "metapl 0.1.0 reads: end the run with that, or move it away" if old else "a later metapl reads"
+        raise ClosedCheckpointError(f"{path} was written by format {int(version[1])}, which {what}")
+    if match is None or not whole:
         raise CheckpointError(
             f"{path} is damaged or was cut: it has another checksum than when it was written; {_USE_AN_OLDER_ONE}"
         )
-    if number != FORMAT:
-        raise _closed(path, number)
     file.seek(_LINE_BYTES)
-    return match[2].decode()
+    return match[3].decode()
 
 
-def _closed(path: Path, version: int) -> ClosedCheckpointError:
-    what = "metapl 0.1.0 reads: end the run with that, or move it away" if version == 1 else "a later metapl reads"
-    return ClosedCheckpointError(f"{path} was written by format {version}, which {what}")
+def _digest(file: io.BufferedReader, begin: bytes) -> str:
+    return hashlib.file_digest(file, lambda: hashlib.sha256(begin)).hexdigest()

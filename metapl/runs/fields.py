@@ -20,14 +20,14 @@ class Range:
     """The numbers that a field may be, for ``Annotated[float, Range(above=0)]``; never NaN or infinite ones.
 
     Args:
-        least: the smallest.
-        below: all are below it.
-        above: all are above it.
-        most: the greatest.
+        least, most: the smallest, the greatest.
+        above, below: all are above, below it.
         of: what the number is, for the error, such as "a number of processes".
 
     >>> Range(0, 1).words(float), Range(above=0).words(float), Range(1, of="a number of processes").words(int)
     ('a number in [0, 1)', 'a number above 0', 'a number of processes, 1 or more')
+    >>> Range(1, most=2048).words(int)
+    'a whole number from 1 to 2,048'
     """
 
     least: float | None = None
@@ -50,9 +50,10 @@ class Range:
         name = self.of or ("a whole number" if kind is int else "a number")
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
+        if kind is int and self.least is not None and self.most is not None:
+            return f"{name} from {self.least:,} to {self.most:,}"
         if low is not None and high is not None:
-            ends = "[("[self.above is not None], "])"[self.below is not None]
-            return f"{name} in {ends[0]}{low}, {high}{ends[1]}"
+            return f"{name} in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
         if high is not None:
             return f"{name} {'of at most' if self.below is None else 'below'} {high}"
         if low is None:
@@ -67,8 +68,8 @@ AtLeastZero = Annotated[int, Range(0)]
 def check_fields(value: Any) -> None:
     """Refuse a dataclass one of whose fields is not as annotated; called by its ``__post_init__``.
 
-    Looked at are switches, whole numbers and fields whose annotation has a :class:`Range` or a ``Literal``,
-    alone, in a union or in a tuple.
+    Looked at are switches, numbers and fields whose annotation has a ``Literal`` or a :class:`Range`, alone, in a union
+    or in a tuple. A field that has only another default than in a class above keeps its range.
 
     >>> @dataclass(frozen=True)
     ... class Smoothed:
@@ -88,7 +89,24 @@ def check_fields(value: Any) -> None:
         given = getattr(value, name)
         if misfit(given, hint) is not None:
             expected = _words(hint)
-            raise FieldError(f"{type(value).__name__}({name}={given!r}): expected {expected}.", name, given, expected)
+            raise FieldError(f"{kind.__name__}({name}={given!r}): expected {expected}.", name, given, expected)
+
+
+@cache
+def _limited(kind: Any) -> dict[str, Any]:
+    """The annotations of a dataclass's fields that are looked at."""
+    found: dict[str, Any] = {}
+    for above in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        for name, hint in typing.get_type_hints(above, include_extras=True).items():
+            if hint not in (int, float) or name not in found:
+                found[name] = hint
+    return {each.name: found[each.name] for each in dataclasses.fields(kind) if _is_plain(found[each.name])}
+
+
+def _is_plain(hint: Any) -> bool:
+    if get_origin(hint) is Annotated:
+        return any(isinstance(note, Range) for note in hint.__metadata__) or _is_plain(hint.__origin__)
+    return hint in (bool, int, float) or get_origin(hint) is Literal or any(map(_is_plain, get_args(hint)))
 
 
 def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
@@ -138,19 +156,6 @@ def misfit_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: s
     return _first(misfit(value, hints[name], f"{above}{name}") for name, value in values.items() if name in hints)
 
 
-@cache
-def _limited(kind: Any) -> dict[str, Any]:
-    """The annotations of a dataclass's fields that are looked at."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {each.name: hints[each.name] for each in dataclasses.fields(kind) if _is_plain(hints[each.name])}
-
-
-def _is_plain(hint: Any) -> bool:
-    if get_origin(hint) is Annotated:
-        return any(isinstance(note, Range) for note in hint.__metadata__) or _is_plain(hint.__origin__)
-    return hint in (bool, int) or get_origin(hint) is Literal or any(map(_is_plain, get_args(hint)))
-
-
 def _fits_plainly(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
@@ -159,20 +164,16 @@ def _fits_plainly(value: Any, hint: Any) -> bool:
     if hint is int:
         return not isinstance(value, bool) and isinstance(value, Integral)
     if hint is float:
-        return not isinstance(value, bool) and isinstance(value, Real) and _is_finite(value)
+        try:
+            return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+        except OverflowError:  # a whole number that no float reaches
+            return False
     if hint in (str, bool):
         return type(value) is hint
     if get_origin(hint) is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(hint))
     plain = get_origin(hint) or hint
     return isinstance(plain, type) and plain not in (list, tuple, dict) and isinstance(value, plain)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float reaches
-        return False
 
 
 def _first(faults: Iterable[str | None]) -> str | None:
@@ -191,19 +192,13 @@ def _words(hint: Any) -> str:
         ranges = [note.words(parts[0]) for note in hint.__metadata__ if isinstance(note, Range)]
         return " and ".join(ranges) or _words(parts[0])
     if origin in (Union, types.UnionType):
-        *first, last = [one for part in parts for one in _choices(part)]
+        of_each = [(repr(one) for one in get_args(part)) if get_origin(part) is Literal else [_words(part)]
+                   for part in parts]  # fmt: skip
+        *first, last = [words for choices in of_each for words in choices]
         return f"{', '.join(first)} or {last}"
     if origin is Literal:
-        return f"one of {', '.join(_choices(hint))}" if len(parts) > 1 else repr(parts[0])
+        return f"one of {', '.join(map(repr, parts))}" if len(parts) > 1 else repr(parts[0])
     if origin is tuple:
         return f"several, each {_words(parts[0])}" if parts[1:] == (...,) else f"({', '.join(map(_words, parts))})"
-    if hint is type(None):
-        return "None"
-    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _choices(hint: Any) -> list[str]:
-    return [repr(part) for part in get_args(hint)] if get_origin(hint) is Literal else [_words(hint)]
-
-
-_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

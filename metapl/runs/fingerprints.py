@@ -52,9 +52,8 @@ def built_with(value: Any, known: set[int] | None = None) -> dict[str, str]:
     """The settings that an object keeps, by their names, in words: its attributes with the names of its constructor's
     arguments (other attributes may be counters), what a function closes over, and the same of these.
 
-    Args:
-        value: the object; of a dataclass the fields count that are objects, as :func:`as_values` has the others.
-        known: objects that have been told of, which are not told of again.
+    Of a dataclass those fields count that are objects, as :func:`as_values` has the others. Objects that are ``known``
+    were told of before.
 
     >>> built_with(nn.MultiheadAttention(4, 2))["num_heads"]
     '2'
@@ -117,19 +116,17 @@ def network_record(network: nn.Module) -> dict[str, Any]:
     modules: dict[str, list[str]] = {}
     known: set[int] = set()
     for name, part in network.named_modules():
-        modules[unwrapped(name)] = _module_record(part, known)
+        kinds = [kind for kind in type(part).__mro__ if not kind.__module__.startswith(("torch.dist", "metapl.dist"))]
+        # Of what stands in the place of another for the sake of a layout, nothing is known.
+        stands_in = type(part).__module__.startswith("metapl.dist")
+        if stands_in or (kinds[0] is nn.Module and type(part) is not nn.Module):
+            modules[unwrapped(name)] = []
+            continue
+        says = _extra_repr(part)
+        settings = [f"{key}={text}" for key, text in built_with(part, known).items()]
+        modules[unwrapped(name)] = [kinds[0].__name__, says, *(text for text in settings if text not in says)]
     frozen = [unwrapped(name) for name, p in network.named_parameters() if not p.requires_grad]
     return {"modules": modules, "frozen": frozen}
-
-
-def _module_record(part: nn.Module, known: set[int]) -> list[str]:
-    """Nothing of what stands in the place of another for the sake of a layout."""
-    own = [kind for kind in type(part).__mro__ if not kind.__module__.startswith(("torch.dist", "metapl.dist"))]
-    if type(part).__module__.startswith("metapl.dist") or (own[0] is nn.Module and type(part) is not nn.Module):
-        return []
-    says = _extra_repr(part)
-    settings = [f"{name}={text}" for name, text in built_with(part, known).items()]
-    return [own[0].__name__, says, *(text for text in settings if text not in says)]
 
 
 def _extra_repr(part: nn.Module) -> str:
@@ -166,18 +163,13 @@ def fingerprint(tree: Any) -> str | None:
 
 
 def _numbers(values: Tensor | np.ndarray[Any, Any]) -> bytes:
-    if isinstance(values, np.ndarray):
-        if values.dtype.hasobject:
-            return repr(values.tolist()).encode("utf-8", "surrogateescape")
-        flat = values.reshape(-1)
-        return flat[:: _stride(flat.size)].tobytes()
-    flat_tensor = values.detach().reshape(-1)
-    taken = flat_tensor[:: _stride(flat_tensor.numel())].cpu().contiguous()
-    return taken.view(torch.uint8).numpy().tobytes() if taken.numel() else b""
-
-
-def _stride(numbers: int) -> int:
-    return max(1, -(-numbers // WHOLE_NUMBERS))
+    if isinstance(values, np.ndarray) and values.dtype.hasobject:
+        return repr(values.tolist()).encode("utf-8", "surrogateescape")
+    flat = values.detach().reshape(-1) if isinstance(values, Tensor) else values.reshape(-1)
+    taken = flat[:: max(1, -(-len(flat) // WHOLE_NUMBERS))]
+    if isinstance(taken, np.ndarray):
+        return taken.tobytes()
+    return taken.cpu().contiguous().view(torch.uint8).numpy().tobytes() if taken.numel() else b""
 
 
 def type_name(kind: Any) -> str:

@@ -20,9 +20,7 @@ class GeneratorStateError(MetaplError):
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every default random number generator: Python's, NumPy's, torch's on the CPU and on CUDA.
-
-    Returns: a tree that a checkpoint takes and :func:`set_rng_state` restores.
+    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it.
 
     >>> before = rng_state()
     >>> first = random.random(), torch.rand(2)
@@ -43,11 +41,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what :func:`rng_state` returned; a warning says where the number of CUDA devices has changed.
 
-    Args:
-        state: from :func:`rng_state`, perhaps through a checkpoint.
-
-    Raises:
-        GeneratorStateError: it is not such a state; then all generators are as they were.
+    Raises: :class:`GeneratorStateError` where it is not such a state; all generators are then as they were.
     """
     before = rng_state()
     try:
@@ -60,12 +54,8 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         ) from error
     saved, present = len(state["cuda"]), len(before["cuda"])
     if saved != present:
-        _LOG.warning(
-            "the random number generators of %d CUDA device(s) were saved and %d are present; "
-            "what runs on CUDA will draw other numbers than before",
-            saved,
-            present,
-        )
+        text = "the random number generators of %d CUDA device(s) were saved and %d are present; "
+        _LOG.warning(f"{text}what runs on CUDA will draw other numbers than before", saved, present)
 
 
 def _set(state: Mapping[str, Any]) -> None:

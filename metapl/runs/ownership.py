@@ -10,9 +10,10 @@ import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from metapl.errors import MetaplError
+from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.locks import lock
 
 LOCK = ".lock"
@@ -21,28 +22,56 @@ LOCK = ".lock"
 PATIENCE = 3.0
 """Seconds that are waited for an owner that is just going."""
 
-_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-"""What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows."""
+
+class Folder:
+    """The folder of a fit: checkpoints of its phases, and the rows that :mod:`metapl.training` records.
+
+    Args:
+        path: made where it is missing, when it is held.
+    """
+
+    undone: ClassVar[Collection[str]] = (LOCK,)
+    """Names of files that are written before anything was trained, for :func:`owned`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._is_held = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """:func:`owned`; within it, this value may be held again, which changes nothing."""
+        if self._is_held:
+            yield
+            return
+        with owned(self.path, self.undone):
+            self._is_held = True
+            try:
+                yield
+            finally:
+                self._is_held = False
+
+    def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
+        """The checkpoints of a phase, of which the last ``keep`` stay."""
+        return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
 
 @contextmanager
 def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = True) -> Iterator[None]:
-    """Own a folder until the block ends; it is made where it is missing.
+    """Own a folder, against other processes and threads, until the block ends; it is made where it is missing.
 
     Args:
-        folder: against other processes, and other threads of this one.
+        folder: to be owned.
         undone: names of files. Where the block fails and has made nothing else in the folder, what it has made is
             removed, and the folder too if it was made here.
         leaves_lock: False where the folder is one that others get, such as what is exported.
 
-    Raises:
-        MetaplError: somebody else owns the folder; it cannot be made or locked.
+    Raises: :class:`metapl.MetaplError` where somebody else owns the folder, or it cannot be made or locked.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         file, is_new = _taken(folder)
     except BaseException:
-        _remove_empty(made)
+        _remove(made)
         raise
     try:
         there = {*os.listdir(folder)} - ({LOCK} if is_new else set())
@@ -51,20 +80,25 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
         except BaseException as error:
             if leaves_lock and not isinstance(error, Exception):
                 raise  # a run that was stopped is gone on with
-            _undo(folder, there, made, {*undone, LOCK})
+            with suppress(OSError, MemoryError):
+                new = {*os.listdir(folder)} - there
+                if new <= {*undone, LOCK}:  # else there is more, which is worth keeping
+                    # The lock last: from then on another may own the folder, which keeps it from being removed.
+                    _remove([folder / name for name in sorted(new, key=LOCK.__eq__)])
+                    _remove(made)
             raise
     finally:
         if not leaves_lock:
-            with suppress(OSError, MemoryError):  # on Windows it cannot be removed while it is open
-                (folder / LOCK).unlink(missing_ok=True)
-            _remove_empty(made)  # where nothing was written to it, and there was no memory to list it
+            _remove([folder / LOCK])  # on Windows it cannot be removed while it is open
+            _remove(made)  # where nothing was written to it, and there was no memory to list it
         file.close()
 
 
-def _remove_empty(folders: Collection[Path]) -> None:
+def _remove(paths: Collection[Path]) -> None:
+    """Remove files and empty folders, up to the first that is not."""
     with suppress(OSError, MemoryError):
-        for folder in folders:
-            os.rmdir(folder)
+        for path in paths:
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _taken(folder: Path) -> tuple[IO[bytes], bool]:
@@ -83,12 +117,20 @@ def _taken(folder: Path) -> tuple[IO[bytes], bool]:
             raise MetaplError(f"the run folder {folder} cannot be made or locked: {error.strerror}.") from error
         found = os.fstat(file.fileno())
         made = found if is_new else made
-        if _is_locked(file, folder):
+        try:
+            lock(file, wait=False)
             # The file may have been removed by its owner before it was locked here; the name is what others look for.
-            with suppress(OSError):
-                if os.path.samestat(found, os.stat(folder / LOCK)):
-                    _close_in_forks(file)
-                    return file, made is not None and os.path.samestat(found, made)
+            if os.path.samestat(found, os.stat(folder / LOCK)):
+                _close_in_forks(file)
+                return file, made is not None and os.path.samestat(found, made)
+        except OSError as error:
+            # What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows.
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT):
+                file.close()
+                raise MetaplError(
+                    f"the file system of {folder} has no locks ({error.strerror}), so two processes could write to one "
+                    "folder; expected a folder on another disk."
+                ) from error
         file.close()
         if time.monotonic() > give_up:
             raise MetaplError(f"another process is running in {folder}; wait for it, or stop it.")
@@ -105,33 +147,6 @@ def _opened(path: Path) -> tuple[IO[bytes], bool]:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise MetaplError(f"{path} is a link, a pipe or a folder; expected a plain file: remove it.") from None
     return os.fdopen(os.open(path, flags), "rb+"), False
-
-
-def _is_locked(file: IO[bytes], folder: Path) -> bool:
-    """Whether the lock was free, and is taken now."""
-    try:
-        lock(file, wait=False)
-    except OSError as error:
-        if error.errno not in _TAKEN:
-            file.close()
-            raise MetaplError(
-                f"the file system of {folder} has no locks ({error.strerror}), so two processes could write to one "
-                "folder; expected a folder on another disk."
-            ) from error
-        return False
-    return True
-
-
-def _undo(folder: Path, there: Collection[str], made: Collection[Path], undone: Collection[str]) -> None:
-    """Remove what was made, unless there is more than what may be undone: then it is worth keeping."""
-    with suppress(OSError, MemoryError):
-        new = {*os.listdir(folder)} - {*there}
-        if new <= {*undone}:
-            # The lock last: from then on another may own the folder, which keeps it from being removed.
-            for name in sorted(new, key=lambda name: name == LOCK):
-                (folder / name).unlink()
-            for place in made:
-                place.rmdir()
 
 
 def _close_in_forks(file: IO[bytes]) -> None:

@@ -33,12 +33,11 @@ class Metrics:
 
     def cut(self, phase: str, step: int) -> None:
         """Forget damaged lines and rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
-        rows = self.rows()
-        others = [row for row in rows if row["phase"] != phase]
-        kept = [row for row in rows if row["phase"] == phase and row["step"] <= step]
+        rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
+        kept = [row for row in rows if row["phase"] != phase or row["step"] <= step]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in others + kept).encode())
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
@@ -46,27 +45,23 @@ class Metrics:
         with self.file.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
-    def _lines(self) -> dict[int, dict[str, Any] | None]:
-        """Each line by its number, as a row, or None where it is not one."""
-        if not self.file.exists():
-            return {}
-        lines = read_plain(self.file).split(b"\n")[:-1]
-        return {number: _row(line) for number, line in enumerate(lines, 1) if line}
-
     def sync(self) -> None:
         """Put the rows on disk."""
         if self.file.exists():
             with self.file.open("rb") as file:
                 os.fsync(file.fileno())
 
+    def _lines(self) -> dict[int, dict[str, Any] | None]:
+        """Each line by its number, as a row, or None where it is not one."""
+        lines = read_plain(self.file).split(b"\n")[:-1] if self.file.exists() else []
+        return {number: _row(line) for number, line in enumerate(lines, 1) if line}
+
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A line as a row; None where it is not one."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    named: dict[str, Any] = {"phase": str, "step": int}
-    if not isinstance(row, dict) or not row.keys() >= named.keys():
-        return None
-    return None if misfit_entries(row, {**dict.fromkeys(row, float | None), **named}) else row
+    hints = {"phase": str, "step": int}
+    is_row = isinstance(row, dict) and row.keys() >= hints.keys()
+    return row if is_row and misfit_entries(row, {**dict.fromkeys(row, float | None), **hints}) is None else None

@@ -21,16 +21,8 @@ StrPath = str | os.PathLike[str]
 
 
 def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
-    """All bytes of a file that is as it was written.
-
-    Args:
-        path: of a plain file.
-        sha256: of the file as it was written; None where that is not known, as of files of earlier versions.
-        mend: what to do where it is another; it ends the message.
-
-    Raises:
-        MetaplError: it cannot be read, or is another.
-    """
+    """All bytes of a plain file that is as it was written; ``sha256`` is None where it is not known, as of files of
+    earlier versions. ``mend`` ends the message of the refusal."""
     try:
         content = read_plain(path)
     except OSError as error:
@@ -43,17 +35,14 @@ def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes
 def read_json(
     path: StrPath, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = (), *, mend: str = ""
 ) -> dict[str, Any]:
-    """The object that a file of JSON holds.
+    """The object that a plain file of JSON holds.
 
     Args:
-        path: of a plain file.
+        path: of the file.
         hints: the types of entries by their names, as :func:`~metapl.runs.fields.misfit` takes them; others may hold
             anything.
         needed: names of entries that must be there.
-        mend: what to do where it is another; it ends the message.
-
-    Raises:
-        MetaplError: it cannot be read, is no object, has an entry of another type, or lacks one.
+        mend: what to do where it is another; it ends the message of the refusal.
     """
     end = f". {mend}" if mend else "."
     try:
@@ -82,14 +71,13 @@ def sha256_of(file: IO[bytes] | StrPath) -> str:
 def open_plain(path: StrPath) -> io.BufferedReader:
     """Open a file for reading its bytes: to open a pipe may wait for ever, and a device may never end.
 
-    Raises:
-        OSError: it is missing, may not be read, or is a folder, a device, a pipe or a socket.
+    Raises: ``OSError`` where it is missing, may not be read, or is a folder, a device, a pipe or a socket.
     """
     refuse_irregular(path)  # of a socket, the system's own words say nothing
     # Should it have become a pipe since, this does not wait for somebody who writes.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _refuse_mode(os.fstat(descriptor).st_mode, path)
+        refuse_irregular(path, os.fstat(descriptor).st_mode)
     except OSError:
         os.close(descriptor)
         raise
@@ -102,17 +90,20 @@ def read_plain(path: StrPath) -> bytes:
         return file.read()
 
 
-def refuse_irregular(path: StrPath) -> None:
-    """Stop where something else than a plain file has a name: to rename a file to that of a device takes it away.
+def refuse_irregular(path: StrPath, mode: int | None = None) -> None:
+    """Stop where something else than a plain file has a name (an ``OSError``); one that is free passes.
 
-    Raises:
-        OSError: it is a folder, a device, a pipe or a socket, or it cannot be told. A name that is free passes.
+    To rename a file to the name of a device would take that away.
     """
     try:
-        mode = os.stat(path).st_mode
+        mode = os.stat(path).st_mode if mode is None else mode
     except FileNotFoundError:
         return
-    _refuse_mode(mode, path)
+    name, kind = os.fspath(Path(path)), irregular(mode)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", name)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a plain file", name)
 
 
 def irregular(mode: int) -> str | None:
@@ -126,12 +117,3 @@ def irregular(mode: int) -> str | None:
     if stat.S_ISFIFO(mode):
         return "a pipe"
     return "a socket" if stat.S_ISSOCK(mode) else "a device"
-
-
-def _refuse_mode(mode: int, path: StrPath) -> None:
-    name = os.fspath(Path(path))
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", name)
-    kind = irregular(mode)
-    if kind is not None:
-        raise OSError(errno.EINVAL, f"it is {kind}, expected a plain file", name)

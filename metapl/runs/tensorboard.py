@@ -10,16 +10,12 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 
 class Events:
-    """An event file in a folder, which may hold those of earlier parts of the run.
-
-    Args:
-        folder: made where it is missing.
-        start: steps that count as done; what earlier files say of later ones is void.
+    """An event file in a folder, which may hold those of earlier parts of the run; what these say of steps after
+    ``start`` is void.
 
     >>> import tempfile
     >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,9 +62,7 @@ class Events:
     def __enter__(self) -> Events:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             self._file.close()
         except OSError:

@@ -1,7 +1,6 @@
 """Training: the trainers, and the loop around their steps.
 
 trainer       teacher and student together: Algorithm 1
-teacher       the teacher's half of its step
 loss_trainer  one network on its own losses: supervised learning, UDA, finetuning
 base          what every trainer has: fit, evaluate, predict, save, load
 contract      what the loop requires of a trainer
@@ -11,14 +10,13 @@ options       how a fit runs, and the learning rates that its schedule moves
 selection     validation, and the best student so far
 average       the moving average of the weights
 stopping      what ends a fit early: callbacks, Ctrl-C, SIGTERM and SIGHUP
-watch         NaN and infinite numbers, detected without waiting for the device
 records       rows, TensorBoard events and checkpoints
 resuming      what a fit is made of, and whether a checkpoint is of one that was made alike
 states        whether a state is one of such a trainer
 processes     what of a checkpoint is of one process
 progress      the bar
 
-Imports go down: trainer → loss_trainer → base → loop → watch, selection, stopping, records → options → contract →
+Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options → contract →
 report.
 """
 

@@ -27,8 +27,7 @@ class Average:
         network: whose weights take turns with their average.
         decay: in [0, 1).
 
-    Cost: a copy of the weights, of sharded ones of this process's parts; one fused pass over them an update, and no
-    wait for the device.
+    Cost: a copy of the weights, of sharded ones of this process's parts; one fused pass over them an update.
 
     >>> network = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.zeros_(network.weight)
@@ -47,7 +46,7 @@ class Average:
                 "ema_decay=None, or 32-bit weights with precision='bfloat16'."
             )
         self.network, self.decay, self.steps = network, decay, 0
-        self._kept = self._parts(copied=True)
+        self._kept = [t.clone() for t in self._parts()]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -61,7 +60,7 @@ class Average:
     @contextmanager
     def held(self) -> Iterator[nn.Module]:
         """The network with the averaged weights in this block, and bit for bit its own afterwards."""
-        own = self._parts(copied=True)
+        own = [t.clone() for t in self._parts()]
         try:
             _write(self._parts(), self._kept)
             yield self.network
@@ -70,8 +69,7 @@ class Average:
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights, as the network's state has its own, and how many steps they have followed."""
-        state = {name: as_sharded(kept, t) for name, t, kept in self._of_state()}
-        return {"module": state, "steps": self.steps}
+        return {"module": {name: as_sharded(kept, t) for name, t, kept in self._of_state()}, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, whole or laid out as the network is."""
@@ -86,10 +84,9 @@ class Average:
         reshard(self.network)  # else a sharded network holds other tensors
         return [*self.network.parameters(), *self.network.buffers()]
 
-    def _parts(self, copied: bool = False) -> list[Tensor]:
-        """This process's parts of the weights, sharing their memory, or copies."""
-        parts: list[Tensor] = [local(t).detach() for t in self._tensors()]
-        return [part.clone() for part in parts] if copied else parts
+    def _parts(self) -> list[Tensor]:
+        """This process's parts of the weights, sharing their memory."""
+        return [local(t).detach() for t in self._tensors()]
 
     def _of_state(self) -> Iterator[tuple[str, Any, Tensor]]:
         """The tensors of the network's state by name, each with this process's part of its average."""

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, input_batches, logits_of
 from metapl.runs import checkpoint
-from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.runs.ownership import Folder
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions, refuse_unknown
-from metapl.training.resuming import check_allowed
+from metapl.training.resuming import check_allowed, going_on_from
 from metapl.training.stopping import Callback
 from metapl.words import tell
 
@@ -43,7 +44,7 @@ class Trainer(Stepwise):
         steps: int | None = None,
         validation: Any = None,
         truth: Any = None,
-        out: str | RunFolder | None = None,
+        out: str | Folder | None = None,
         resume: bool = False,
         allow_changes: Sequence[str] = (),
         progress: bool = True,
@@ -98,12 +99,11 @@ class Trainer(Stepwise):
         refuse_unknown(options, self.fit)
         if steps is None:
             raise MetaplError("fit() was not told how many steps to take; expected steps=1000, say.")
-        fit_options = FitOptions(steps=steps, **options)
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
-        folder = RunFolder(out) if isinstance(out, str | Path) else out
-        allowed = check_allowed(allow_changes)
-        run = FitRun(self, fit_options, folder, validation, truth, progress, say or _to_stderr, callbacks, allowed)
+        folder = Folder(out) if isinstance(out, str | Path) else out
+        how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
+        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, *how)
         return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
@@ -155,18 +155,14 @@ class Trainer(Stepwise):
         before = rng_state()
         set_rng_state(state["rng"])  # or nothing has moved
         try:
-            self.load_state_dict(state["trainer"])
-        except Exception as error:
+            with going_on_from(path):
+                self.load_state_dict(state["trainer"])
+        except MetaplError:
             set_rng_state(before)
-            if isinstance(error, MetaplError):
-                raise MetaplError(f"{path}: {error}") from error
-            raise MetaplError(
-                f"{path} is whole, but is not of such a trainer ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
-            ) from error
+            raise
 
     def _refuse_parts(self, name: str) -> None:
-        networks = [network for network in (self.student, self.teacher) if network is not None]
+        networks = [self.student, *([] if self.teacher is None else [self.teacher])]
         if any(is_sharded(p) for network in networks for p in network.parameters()):
             raise MetaplError(
                 f"{name}() is not built yet for sharded networks, of which this process holds a part; write the "
@@ -177,7 +173,3 @@ class Trainer(Stepwise):
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-
-def _to_stderr(text: str) -> None:
-    tell(text, file=sys.stderr)

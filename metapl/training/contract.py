@@ -18,19 +18,23 @@ Say = Callable[[str], None]
 
 
 class Stepwise(ABC):
-    """A trainer that goes step by step, and whose state can be saved between any two."""
+    """A trainer that goes step by step, and whose state can be saved between any two.
+
+    Attributes:
+        student: the network that is trained, evaluated and kept.
+        teacher: the network that makes the labels, where there is one.
+        as_given: the student as it was handed over, perhaps in ``DistributedDataParallel``.
+        device: where the networks are.
+        ranks: the processes that share its batches.
+        lookahead: unlabeled batches that the loop draws for a step; several are given as a :class:`metapl.Lookahead`.
+    """
 
     student: nn.Module
-    """The network that is trained, evaluated and kept."""
     teacher: nn.Module | None = None
-    """The network that makes the labels, where there is one."""
     as_given: nn.Module
-    """The same as it was handed over, perhaps in ``DistributedDataParallel``."""
     device: torch.device
     ranks: Ranks = ALONE
-    """The processes that share its batches."""
     lookahead: int = 1
-    """Unlabeled batches that the loop draws for a step; more than one are given as a :class:`metapl.Lookahead`."""
 
     @property
     def teacher_classifies(self) -> bool:
@@ -57,10 +61,7 @@ class Stepwise(ABC):
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:
-        """Everything that decides the next step, except the data and the default generators.
-
-        The tensors are not copied: the next step changes them.
-        """
+        """:meth:`state_dict` without the copies: the next step changes its tensors."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the next step, except the data and the default generators.

@@ -7,23 +7,25 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import length, micro_batches
-from metapl.execution.shards import gathered, load_whole
+from metapl.execution.checks import Fault
+from metapl.execution.shards import gathered, load_whole, local
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint_parts import PartsWriter, check, load
-from metapl.runs.folder import RunFolder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
+from metapl.runs.ownership import Folder
 from metapl.training.average import Average
 from metapl.training.contract import Say, Stepwise
 from metapl.training.options import FitOptions, Rates
@@ -31,10 +33,17 @@ from metapl.training.processes import layouts_of, of_this, parts_writer, with_ra
 from metapl.training.progress import Progress, progress
 from metapl.training.records import Records
 from metapl.training.report import Report
-from metapl.training.resuming import VERSIONS, check_state, data_of, made_of, refuse_changes, version_note
+from metapl.training.resuming import (
+    VERSIONS,
+    check_state,
+    data_of,
+    going_on_from,
+    made_of,
+    refuse_changes,
+    version_note,
+)
 from metapl.training.selection import Best, Selection, weights_of
 from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
-from metapl.training.watch import Watch
 
 if TYPE_CHECKING:
     from metapl.data.feed import Feed
@@ -69,7 +78,7 @@ class FitRun:
         self,
         trainer: Stepwise,
         options: FitOptions,
-        out: RunFolder | None,
+        out: Folder | None,
         validation: Any,
         truth: Any,
         shown: bool,
@@ -77,41 +86,47 @@ class FitRun:
         callbacks: Sequence[Callback] = (),
         allow_changes: Sequence[str] = (),
     ) -> None:
-        if options.wait and trainer.teacher is None:
+        student, teacher = trainer.student, trainer.teacher
+        if options.wait and teacher is None:
             raise MetaplError(
                 f"wait={options.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train "
                 "while its student waits; expected wait=0."
             )
-        if truth is not None and trainer.teacher is not None and not trainer.teacher_classifies:
+        if truth is not None and teacher is not None and not trainer.teacher_classifies:
             raise MetaplError(
                 "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
                 "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
             )
+        if options.warm_start and teacher is not None:
+            shapes = [{name: t.shape for name, t in net.state_dict().items()} for net in (student, teacher)]
+            for name in {**shapes[0], **shapes[1]}:
+                here, there = (named.get(name, "missing") for named in shapes)
+                if here != there:
+                    raise MetaplError(
+                        f"warm_start=True needs a student of the teacher's architecture; {name} is {here} in the "
+                        f"student and {there} in the teacher."
+                    )
         # One of several processes shows and writes.
         self.first = trainer.ranks.first
-        self.trainer, self.options, self.say = trainer, options, say if self.first else _unsaid
-        self.shown, out = shown and self.first, out if self.first else None
+        self.trainer, self.options, self.say = trainer, options, say if self.first else lambda text: None
+        self.shown = shown and self.first
         self.rates = Rates(trainer, options)
         self.allow_changes = allow_changes
         self.made_of = made_of(trainer, self.rates)  # before a callback moves anything
-        self.data_of: dict[str, Any] = {}
-        self.resumed_from: tuple[int, Path] | None = None
-        teacher = trainer.teacher
-        if options.warm_start and teacher is not None:
-            _refuse_other_shapes(trainer.student, teacher)
-        self.average = self._average(trainer.student)
-        self.teacher_average = self._average(teacher)
-        self.watch = Watch(trainer)
+        self.averages = {"student": self._average(student), "teacher": self._average(teacher)}
         self.selection = Selection(validation, truth, trainer.device, options.select, say)
-        self.records = Records(out, options)
+        self.records = Records(out if self.first else None, options)
         self.callbacks = Callbacks(callbacks, trainer)
-        # The last step, and why it is, once a callback has said so.
-        self.ended: tuple[int, str] | None = None
+        self.ended: tuple[int, str] | None = None  # the last step, and why it is, once a callback has said so
         self.feeds: dict[str, Feed] = {}
         self.parts: PartsWriter | None = None  # of checkpoints that every process writes its part of
         self.saves = False  # whether there is a folder, perhaps that of another process
+        self.resumed_from: tuple[int, Path] | None = None
         self.under_way = 0  # the number of the step
         self.seen: dict[str, float] = {}  # the last accuracies on validation data
+        # The first step that went wrong, kept on the device until something is read anyway.
+        self.first_bad = torch.full((), torch.inf, device=trainer.device)
+        self.faults: list[tuple[int, Fault]] = []
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         with self.records.held():
@@ -122,37 +137,36 @@ class FitRun:
             raise MetaplError(
                 "labeled is None; expected a source of labeled batches (inputs, labels): a DataLoader, or a list."
             )
-        ranks = self.trainer.ranks
+        ranks, options = self.trainer.ranks, self.options
         resume = ranks.any(resume)  # the first of several processes knows of the run
         self.saves = ranks.any(self.records.kept)
         with ranks.agreed(waiting=True):
             if not resume:
                 self.records.refuse_another_run()
         self.selection.check(self.trainer.student, self.trainer.teacher)
+        sources = {
+            name: source for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items() if source is not None
+        }
         try:
             if self.saves:
                 known = self.records.checkpoints
-                self.parts = parts_writer(self.trainer, None if known is None else known.folder, self.options.keep)
-            for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items():
-                if source is not None:
-                    self.feeds[name] = self._feed(source, name)
+                self.parts = parts_writer(self.trainer, None if known is None else known.folder, options.keep)
+            for name, source in sources.items():
+                self.feeds[name] = self._feed(source, name)
             if self.records.kept:
-                held_out = self.selection.validation
-                self.data_of = data_of({"labeled": labeled, "unlabeled": unlabeled, "validation": held_out})
+                self.made_of |= data_of(sources | {"validation": self.selection.validation})
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            whose = out_of_memory(error)
-            if whose is not None:
-                last = self.records.last_good()
-                raise MetaplError(
-                    f"step {self.under_way + 1}: the memory {whose} does not suffice; {LESS} ({last})"
-                ) from error
+            last = self.records.last_good()
+            if whose := out_of_memory(error):
+                step = self.under_way + 1
+                raise MetaplError(f"step {step}: the memory {whose} does not suffice; {LESS} ({last})") from error
             # A callback may lose a connection of its own, to a server for example: no worker died then.
-            workers = 0 if error is self.callbacks.raised else self.options.num_workers
-            death = _worker_death(error, (labeled, unlabeled), workers)
+            workers = 0 if error is self.callbacks.raised else options.num_workers
+            death = _worker_death(error, sources.values(), workers)  # asked before the workers are stopped
             if death is None:
                 raise
-            raise MetaplError(f"{death} ({self.records.last_good()})") from error
+            raise MetaplError(f"{death} ({last})") from error
         finally:
             self.rates.put_back()
             for feed in self.feeds.values():
@@ -168,8 +182,10 @@ class FitRun:
         stop = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
         return feed(source, name=name, stop=stop, num_workers=options.num_workers, device=self.trainer.device)
 
+    # ----------------------------------------------------------------------------------------------------- the steps
+
     def _steps(self, start: int) -> None:
-        options = self.options
+        options, ranks = self.options, self.trainer.ranks
         with stop_requests() as stop:
             dearer = [options.wait, *(start + later for later in self.trainer.late_starts)]
             bar = progress(self.shown, name=options.phase, start=start, steps=options.steps, dearer=dearer)
@@ -181,20 +197,15 @@ class FitRun:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or options.due(options.save_every, t):
                         self._save(t + 1)
-                    if self._stops(t, stop):
+                    # Several processes agree on a stop where numbers are read anyway.
+                    asked = bool(stop) if ranks.alone else options.due(options.log_every, t) and ranks.any(bool(stop))
+                    if asked:
                         raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1) or self._settle())
                     if self.ended:
                         break
                 self._settle()
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
-
-    def _stops(self, t: int, stop: Sequence[int]) -> bool:
-        """Whether a stop was asked for; several processes agree on it where numbers are read anyway."""
-        ranks = self.trainer.ranks
-        if ranks.alone:
-            return bool(stop)
-        return self.options.due(self.options.log_every, t) and ranks.any(bool(stop))
 
     @contextmanager
     def _first_after_resuming(self, t: int) -> Iterator[None]:
@@ -206,21 +217,34 @@ class FitRun:
                 raise
             raise MetaplError(
                 f"step {t + 1}, the first after {self.resumed_from[1]}, failed ({type(error).__name__}: "
-                f"{str(error).partition(chr(10))[0]:.200}); was that checkpoint of other networks or optimizers?"
+                f"{reason_of(error):.200}); was that checkpoint of other networks or optimizers?"
             ) from error
 
     def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
-        self.under_way = t
-        options = self.options
-        labeled, unlabeled = self._own_rows(self.feeds["labeled"].next()), self._own_rows(self._unlabeled(t))
+        self.under_way, options, trainer = t, self.options, self.trainer
+        waits = options.waits(t)
+        labeled, unlabeled = self._own_rows(self.feeds["labeled"].next()), self._own_rows(self._unlabeled(waits))
         self.rates.move(t)
         row: dict[str, float] = {}
-        if options.due(options.exact_every, t) and not options.waits(t):
-            cosine = self.trainer.exact_cosine(labeled, unlabeled)
+        if options.due(options.exact_every, t) and not waits:
+            cosine = trainer.exact_cosine(labeled, unlabeled)
             row |= {} if cosine is None else {"exact_cosine": cosine}
-        report = self._step(t, labeled, unlabeled)
-        self.watch.note(report, t)
+        if options.warm_start and t == options.wait and trainer.teacher is not None:
+            with self._held("teacher") as teacher:
+                load_whole(trainer.student, weights_of(teacher))
+            self.averages["student"] = self._average(trainer.student)
+        try:
+            report = trainer.teacher_step(labeled, unlabeled) if waits else trainer.step(labeled, unlabeled)
+        except MetaplError as error:
+            self._refuse_bad(t - 1)  # what went wrong before is the reason
+            # Of a first step that is refused there is nothing to go back to.
+            last = f" ({self.records.last_good()})" if t or self.records.kept else ""
+            raise MetaplError(f"step {t + 1}: {error}{last}") from error
+        for role, average in self.averages.items():
+            if average is not None and not (waits and role == "student"):
+                average.update()
+        self._watch(report, t)
         logged, validated = options.due(options.log_every, t), options.due(options.validate_every, t)
         if logged or validated:
             self._refuse_bad(t)
@@ -233,10 +257,10 @@ class FitRun:
         progressing.advance(drawn, row, due=validated, examples=self.selection.examples)
         return row
 
-    def _unlabeled(self, t: int) -> Any:
-        """What step t reads of the unlabeled source; the student that waits takes no steps to look ahead."""
+    def _unlabeled(self, waits: bool) -> Any:
+        """What a step reads of the unlabeled source; the student that waits takes no steps to look ahead."""
         source, several = self.feeds.get("unlabeled"), self.trainer.lookahead
-        if source is None or several == 1 or self.options.waits(t):
+        if source is None or several == 1 or waits:
             return None if source is None else source.next()
         return Lookahead([source.next() for _ in range(several)])
 
@@ -253,74 +277,63 @@ class FitRun:
         return micro_batches(batch, ranks.size, "whole")[ranks.rank]
 
     def _record(self, step: int, row: dict[str, float]) -> None:
+        options = self.options
         try:
             reason = self.callbacks.after(step, row)
             if reason is not None:
-                row |= self._end(step, reason)
+                self.ended = step, reason
+                why = f": {reason}" if reason else ""
+                if options.waits(step - 1):
+                    why += f"; the student is untrained: it would have begun after step {options.wait}"
+                self.say(f"stopped after step {step} by a callback{why}")
+                # The last step is validated, as in any fit.
+                row |= {} if options.due(options.validate_every, step - 1) else self._look(step - 1)
         finally:  # what a callback raises comes out, and the step was done
             self.records.row(row)
 
-    def _end(self, step: int, reason: str) -> dict[str, float]:
-        """Make this step the last one; its accuracies on validation data, unless they are in its row already."""
-        options = self.options
-        self.ended = step, reason
-        why = f": {reason}" if reason else ""
-        if options.waits(step - 1):
-            why += f"; the student is untrained: it would have begun after step {options.wait}"
-        self.say(f"stopped after step {step} by a callback{why}")
-        # The last step is validated, as in any fit.
-        return {} if options.due(options.validate_every, step - 1) else self._look(step - 1)
-
-    def _step(self, t: int, labeled: Any, unlabeled: Any) -> Report:
-        if self.options.warm_start and t == self.options.wait:
-            self._warm_start()
-        try:
-            waits = self.options.waits(t)
-            report = self.trainer.teacher_step(labeled, unlabeled) if waits else self.trainer.step(labeled, unlabeled)
-        except MetaplError as error:
-            self._refuse_bad(t - 1)  # what went wrong before is the reason
-            # Of a first step that is refused there is nothing to go back to.
-            last = f" ({self.records.last_good()})" if t or self.records.kept else ""
-            raise MetaplError(f"step {t + 1}: {error}{last}") from error
-        if self.average is not None and not waits:
-            self.average.update()
-        if self.teacher_average is not None:
-            self.teacher_average.update()
-        return report
-
-    def _warm_start(self) -> None:
-        """The student begins as the teacher is."""
-        if self.trainer.teacher is None:
-            return
-        with self._kept_teacher() as teacher:
-            weights = weights_of(teacher)
-        load_whole(self.trainer.student, weights)
-        self.average = self._average(self.trainer.student)
+    def _look(self, t: int) -> dict[str, float]:
+        """The accuracies on validation data after step t."""
+        # A teacher that weighs examples, say, has no accuracy.
+        labeler = self.trainer.teacher if self.trainer.teacher_classifies else None
+        student = None if self.options.waits(t) else lambda: self._held("student")
+        teacher = None if labeler is None else lambda: self._held("teacher")
+        self.seen = self.selection.look(student, teacher, labeler, t + 1)
+        return self.seen
 
     def _average(self, network: nn.Module | None) -> Average | None:
         decay = self.options.ema_decay
         return None if network is None or decay is None else Average(network, decay)
 
+    def _held(self, role: str) -> AbstractContextManager[Any]:
+        """What is validated and kept: the averaged network in a block, or the network."""
+        average = self.averages[role]
+        return nullcontext(getattr(self.trainer, role)) if average is None else average.held()
+
+    def _watch(self, report: Report, t: int) -> None:
+        """Remember whether a loss of step t was not finite, and what was wrong with its batch."""
+        losses = [v.detach().float().reshape(()) for k, v in report.scalars.items() if k != "feedback_ratio"]
+        bad = ~torch.isfinite(torch.stack(losses)).all()
+        self.first_bad = torch.minimum(self.first_bad, torch.where(bad, t + 1.0, torch.inf))
+        if report.fault.findings:
+            self.faults.append((t, report.fault))
+
     def _refuse_bad(self, t: int) -> None:
-        self.watch.refuse(t, self.records.last_good())
-
-    def _look(self, t: int) -> dict[str, float]:
-        """The accuracies on validation data after step t."""
-        student = None if self.options.waits(t) else self._candidate
-        # A teacher that weighs examples, say, has no accuracy.
-        labeler = self.trainer.teacher if self.trainer.teacher_classifies else None
-        kept = None if labeler is None else self._kept_teacher
-        self.seen = self.selection.look(student, kept, labeler, t + 1)
-        return self.seen
-
-    def _candidate(self) -> AbstractContextManager[nn.Module]:
-        """What is validated and kept: the averaged student, or the student."""
-        return nullcontext(self.trainer.student) if self.average is None else self.average.held()
-
-    def _kept_teacher(self) -> AbstractContextManager[Any]:
-        """What is validated and kept of the teacher: its average, or the teacher."""
-        average = self.teacher_average
-        return nullcontext(self.trainer.teacher) if average is None else average.held()
+        """Stop where a batch was wrong or a loss not finite up to step t, or the weights after it are not."""
+        for step, fault in self.faults:
+            fault.raise_if_found(f"step {step + 1}: ")
+        self.faults.clear()
+        networks = [network for network in (self.trainer.student, self.trainer.teacher) if network is not None]
+        finite = [torch.isfinite(local(p.detach())).all() for network in networks for p in network.parameters()]
+        if (first := float(self.first_bad)) != torch.inf:
+            what = f"a loss was NaN or infinite at step {int(first)}"
+        elif self.trainer.ranks.any(not bool(torch.stack(finite).all())):
+            what = f"weights were NaN or infinite after step {t + 1}, and the losses were not yet"
+        else:
+            return
+        raise MetaplError(
+            f"{what}; {self.records.last_good()}. Lower the learning rates or feedback_weight, or look for examples "
+            "with extreme values."
+        )
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -329,22 +342,20 @@ class FitRun:
         if not self.saves:
             return None
         self._refuse_bad(step - 1)
-        state = self._state(step)
-        ranks = self.trainer.ranks
-        if ranks.alone:
-            return self.records.save(step, state)
-        state = with_ranks(state, ranks)
-        if self.parts is not None:
+        state, ranks, path = self._state(step), self.trainer.ranks, None
+        if not ranks.alone:
+            state = with_ranks(state, ranks)
+            if self.parts is None:
+                state = gathered(state)
             self._settle()
-            with ranks.agreed(waiting=True):
-                self.records.flush()
-            self.parts.write(step, state)
-            return None
-        state = gathered(state)
-        path: Path | None = None
         with ranks.agreed(waiting=True):
-            path = self.records.save(step, state)  # by the first one
-        return path  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
+            if self.parts is None:
+                path = self.records.save(step, state)  # by the first one
+            else:
+                self.records.flush()
+        if self.parts is not None:
+            self.parts.write(step, state)
+        return path
 
     def _settle(self) -> Path | None:
         """Wait for the checkpoint that is written beside the training; the last one that was."""
@@ -354,14 +365,15 @@ class FitRun:
 
     def _state(self, step: int) -> dict[str, Any]:
         best = self.selection.best
+        averages = {name: None if one is None else one.state_dict() for name, one in self.averages.items()}
         return {
             "step": step,
             "options": self.options.decisive(),
-            "made_of": self.made_of | self.data_of,
+            "made_of": self.made_of,
             "versions": VERSIONS,
             "trainer": self.trainer.live_state(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "teacher_average": None if self.teacher_average is None else self.teacher_average.state_dict(),
+            "average": averages["student"],
+            "teacher_average": averages["teacher"],
             "seen": self.seen,
             "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
@@ -371,83 +383,48 @@ class FitRun:
         }
 
     def _restore(self) -> int:
-        """Go on from the newest whole checkpoint; the step to go on with."""
-        checkpoint = self._newest()
-        if checkpoint is None:
+        """Go on from the newest whole checkpoint of a fit that was made alike; the step to go on with."""
+        found, ranks, trainer = self._newest(), self.trainer.ranks, self.trainer
+        if found is None:
             return 0
-        from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
-
-        state, file = checkpoint.state, checkpoint.path
-        whole_batches = self.options.split_batches
-        try:
-            apart = any(
-                net is not None and drops_by_itself(net) for net in (self.trainer.student, self.trainer.teacher)
-            )
-            how: dict[str, Any] = {"whole_batches": whole_batches, "apart": apart, "say": self.say}
-            state = of_this(state, self.trainer.ranks, file, **how)
-        except (LookupError, TypeError, AttributeError) as error:
-            raise _unfit(file, error) from error
-        with self.trainer.ranks.agreed(waiting=True):
-            self._go_on_from(state, file)
+        file = found.path
+        with going_on_from(file):
+            state = of_this(found.state, trainer, file, whole_batches=self.options.split_batches, say=self.say)
+        with ranks.agreed(waiting=True), going_on_from(file):
+            check_state(file, state, trainer.student, self.options.steps)
+            self._refuse_other_options(file, state)
+            if self.first:  # the others keep no record of the data
+                refuse_changes(file, state.get("made_of", {}), self.made_of, self.allow_changes)
+            note = version_note(state.get("versions"))
+            if note is not None:
+                self.say(note)
+            before = trainer.state_dict()
+            try:
+                self._take(state)
+            except Exception:
+                with suppress(Exception):
+                    trainer.load_state_dict(before)
+                raise
         step: int = state["step"]
-        return step
-
-    def _go_on_from(self, state: dict[str, Any], file: Path) -> None:
-        """Put everything to where a checkpoint of a fit that was made alike has it."""
-        check_state(file, state, self.trainer.student, self.options.steps)
-        self._refuse_other_options(file, state)
-        if self.first:  # the others keep no record of the data
-            refuse_changes(file, state.get("made_of", {}), self.made_of | self.data_of, self.allow_changes)
-        note = version_note(state.get("versions"))
-        if note is not None:
-            self.say(note)
-        before = self.trainer.state_dict()
-        try:
-            self._take(state)
-        except Exception as error:
-            with suppress(Exception):
-                self.trainer.load_state_dict(before)
-            if isinstance(error, MetaplError):
-                raise MetaplError(f"{file}: {error}") from error
-            raise _unfit(file, error) from error
-        self.records.saved_at = file
-        self.resumed_from = state["step"], file
+        self.records.saved_at, self.resumed_from = file, (step, file)
         of_phase = "" if self.options.phase == "fit" else f" of phase {self.options.phase}"
-        self.say(f"resumed at step {state['step']}{of_phase}")
+        self.say(f"resumed at step {step}{of_phase}")
+        return step
 
     def _newest(self) -> Found | None:
         """The newest whole checkpoint: the first of several processes finds it, and all read it."""
-        ranks = self.trainer.ranks
-        if ranks.alone:
-            return self.records.newest(self.say, load)
+        ranks, found = self.trainer.ranks, None
         with ranks.agreed(waiting=True):
-            found = self.records.newest(self.say, check) if self.first else None
+            found = self.records.newest(self.say, load if ranks.alone else check) if self.first else None
+        if ranks.alone:
+            return found
         path = ranks.gathered(None if found is None else str(found.path))[0]
-        if path is None:
-            return None
+        found = None
         with ranks.agreed(waiting=True):  # as the networks are laid out, where they are sharded
-            like = None if self.parts is None else layouts_of(self._state(0), self.trainer)
-            found = Found(Path(path), load(Path(path), like, checked=True))
-        return found  # noqa: RET504 - a return inside would look to mypy as if the block could end without one
-
-    def _take(self, state: dict[str, Any]) -> None:
-        """Put everything to where a checkpoint has it."""
-        self.callbacks.restore(state.get("callbacks", []))
-        trainer = state["trainer"]
-        if {"student_optimizer", "teacher_optimizer"} & {*self.allow_changes}:
-            trainer = trainer | {"optimizers": None}  # of any class
-        self.trainer.load_state_dict(trainer)
-        self.rates.keep_settings(self.allow_changes)
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.teacher_average is not None:
-            self.teacher_average.load_state_dict(state["teacher_average"])
-        self.seen = state["seen"]
-        self.selection.best = Best(**state["best"])
-        for name, feed in self.feeds.items():
-            feed.restore(state["feeds"][name])
-        set_rng_state(state["rng"])
-        self.ended = state.get("ended")
+            if path is not None:
+                like = None if self.parts is None else layouts_of(self._state(0), self.trainer)
+                found = Found(Path(path), load(Path(path), like, checked=True))
+        return found
 
     def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
         before, now = state["options"], self.options.decisive()
@@ -459,74 +436,57 @@ class FitRun:
             had, has = (" and ".join(kinds) for kinds in (state["feeds"], self.feeds))
             raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
 
+    def _take(self, state: dict[str, Any]) -> None:
+        """Put everything to where a checkpoint has it."""
+        self.callbacks.restore(state.get("callbacks", []))
+        trainer = state["trainer"]
+        if {"student_optimizer", "teacher_optimizer"} & {*self.allow_changes}:
+            trainer = trainer | {"optimizers": None}  # of any class
+        self.trainer.load_state_dict(trainer)
+        self.rates.keep_settings(self.allow_changes)
+        for role, average in self.averages.items():
+            if average is not None:
+                average.load_state_dict(state["average" if role == "student" else "teacher_average"])
+        self.seen = state["seen"]
+        self.selection.best = Best(**state["best"])
+        for name, feed in self.feeds.items():
+            feed.restore(state["feeds"][name])
+        set_rng_state(state["rng"])
+        self.ended = state.get("ended")
+
     def _finish(self) -> FitResult:
         """Put the student that is kept in place, and the teacher."""
-        teacher, taught = self.trainer.teacher, None
-        if teacher is not None:
-            with self._kept_teacher() as kept:
+        trainer, taught = self.trainer, None
+        if trainer.teacher is not None:
+            with self._held("teacher") as kept:
                 taught = weights_of(kept)
-            load_whole(teacher, taught)
+            load_whole(trainer.teacher, taught)
         best = self.selection.best
         if not best.weights:
             accuracy = self.seen.get("student_validation_accuracy")
             step = self.ended[0] if self.ended else self.options.steps
-            with self._candidate() as candidate:
+            with self._held("student") as candidate:
                 best = Best(accuracy, step, weights_of(candidate))
-        load_whole(self.trainer.student, best.weights)
-        ranks, history = self.trainer.ranks, self.records.history
+        load_whole(trainer.student, best.weights)
+        history = self.records.history
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
-        history = history if ranks.alone else ranks.gathered(history)[0]
+        history = history if trainer.ranks.alone else trainer.ranks.gathered(history)[0]
         return FitResult(best.accuracy, best.step, best.weights, taught, history)
 
 
-def _unsaid(text: str) -> None:
-    """What another process says already."""
-
-
-def _unfit(file: Path, error: Exception) -> MetaplError:
-    return MetaplError(
-        f"{file} is whole, but this fit cannot go on with it ({type(error).__name__}: "
-        f"{str(error).partition(chr(10))[0]:.200}); build networks and optimizers as they were built before."
-    )
-
-
-def _refuse_other_shapes(student: nn.Module, teacher: nn.Module) -> None:
-    shapes = [{name: t.shape for name, t in network.state_dict().items()} for network in (student, teacher)]
-    for name in {**shapes[0], **shapes[1]}:
-        in_student, in_teacher = (named.get(name, "missing") for named in shapes)
-        if in_student != in_teacher:
-            raise MetaplError(
-                f"warm_start=True needs a student of the teacher's architecture; {name} is {in_student} in the student "
-                f"and {in_teacher} in the teacher."
-            )
-
-
-def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:
-    """What became of a worker, if that is the error: torch raises it wherever the loop is at.
-
-    To be asked before the workers are stopped.
-    """
-    for source in sources:
-        known: str | None = getattr(source, "explain", lambda: None)()
-        if known is not None:
-            return known
-    cause = next((cause for cause in _and_causes(error) if _is_of_a_lost_worker(cause, num_workers)), None)
-    if cause is None:
-        return None
-    if isinstance(error, MetaplError) and type(cause).__name__ not in str(error):
-        return str(error)  # the feed knew more than the error, or it would quote it
-    reason = str(cause).split(". ")[0].strip(" .") or type(cause).__name__
-    return f"a process that prepares batches died ({reason}): was there too little memory?"
-
-
-def _and_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes: torch's C++ code, such as the writer of checkpoints, wraps errors in its own."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_of_a_lost_worker(error: BaseException, num_workers: int) -> bool:
-    if isinstance(error, ConnectionError | EOFError) and num_workers:
-        return not str(error).startswith("Caught ")  # what a worker raised
-    return str(error).startswith("DataLoader worker")
+def _worker_death(error: Exception, sources: Any, num_workers: int) -> str | None:
+    """What became of a worker, if that is the error: torch raises it wherever the loop is at."""
+    known = next((told for source in sources if (told := getattr(source, "explain", lambda: None)())), None)
+    if known is not None:
+        return str(known)
+    cause: BaseException | None = error
+    while cause is not None:  # torch's C++ code, such as the writer of checkpoints, wraps errors in its own
+        text = str(cause)  # what a worker raised begins so
+        lost = isinstance(cause, ConnectionError | EOFError) and num_workers and not text.startswith("Caught ")
+        if lost or text.startswith("DataLoader worker"):
+            if isinstance(error, MetaplError) and type(cause).__name__ not in str(error):
+                return str(error)  # the feed knew more than the error, or it would quote it
+            reason = text.split(". ")[0].strip(" .") or type(cause).__name__
+            return f"a process that prepares batches died ({reason}): was there too little memory?"
+        cause = cause.__cause__ or cause.__context__
+    return None

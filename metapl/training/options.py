@@ -137,21 +137,20 @@ class FitOptions:
 
 
 class Rates:
-    """The base rates as the optimizers came with them, and what the schedule makes of them.
-
-    Args:
-        trainer: whose rates; of a TorchOpt transform, which brings its own schedule, none is known.
-        options: the schedule.
-    """
+    """The base rates as the optimizers of a trainer came with them, and what the schedule makes of them; a TorchOpt
+    transform brings its own schedule."""
 
     def __init__(self, trainer: Stepwise, options: FitOptions) -> None:
         optimizers = trainer.schedulable
         names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
-        names = names[len(names) - len(optimizers) :]
         self.options = options
-        self.optimizers = dict(zip(names, optimizers, strict=True))
-        self.settings = {name: [_settings(group) for group in o.param_groups] for name, o in self.optimizers.items()}
-        self.base = {name: [group["lr"] for group in o.param_groups] for name, o in self.optimizers.items()}
+        self.optimizers = dict(zip(names[len(names) - len(optimizers) :], optimizers, strict=True))
+        groups = {name: o.param_groups for name, o in self.optimizers.items()}
+        self.base = {name: [group["lr"] for group in of] for name, of in groups.items()}
+        self.settings = {
+            name: [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in of]
+            for name, of in groups.items()
+        }
 
     def move(self, step: int) -> None:
         """To where the schedule has them at ``step``."""
@@ -215,7 +214,3 @@ def is_file_name(name: Any) -> bool:
     """
     separators = {os.sep, os.altsep, "\0"}
     return isinstance(name, str) and name not in ("", ".", "..") and not separators & set(name)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}

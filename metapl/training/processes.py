@@ -24,9 +24,8 @@ def with_ranks(state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWriter | None:
-    """What writes checkpoints in parts: where networks are sharded over all processes of the job.
-
-    Elsewhere the first process has everything, or could not say who else writes.
+    """What writes checkpoints in parts: where networks are sharded over all processes of the job. Elsewhere the first
+    process has everything, or could not say who else writes.
 
     Args:
         trainer: of the fit.
@@ -34,23 +33,15 @@ def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWrit
         keep: how many of them stay.
     """
     networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
-    if (
-        trainer.ranks.alone
-        or not any(is_sharded(p) for network in networks for p in network.parameters())
-        or trainer.ranks.processes != dist.get_world_size()
-    ):
+    sharded = any(is_sharded(p) for network in networks for p in network.parameters())
+    if trainer.ranks.alone or not sharded or trainer.ranks.processes != dist.get_world_size():
         return None
     path = trainer.ranks.gathered(None if folder is None else str(folder.resolve()))[0]
     return PartsWriter(Path(path), keep)
 
 
 def layouts_of(state: Mapping[str, Any], trainer: Stepwise) -> Like:
-    """The layouts of the tensors of a fit's state, by their names; those of optimizers may not be there yet.
-
-    Args:
-        state: of the fit as it is.
-        trainer: of the fit.
-    """
+    """The layouts of the tensors of a fit's state, by their names; those of optimizers may not be there yet."""
     known = named(state)
     optimizers = [key for key, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
     for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
@@ -64,50 +55,46 @@ def layouts_of(state: Mapping[str, Any], trainer: Stepwise) -> Like:
     return like
 
 
-def of_this(
-    state: dict[str, Any], ranks: Ranks, file: Path, *, whole_batches: bool, apart: bool, say: Say
-) -> dict[str, Any]:
+def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batches: bool, say: Say) -> dict[str, Any]:
     """The state of a fit with the generators and the places in the sources of this process.
 
     On another number of processes, each takes the default generators of the first one; where the networks drop row
-    after row, each share seeds them anew, from that state and its number.
+    after row by these, each share seeds them anew, from that state and its number.
 
     Args:
         state: of a checkpoint, by one process or several.
-        ranks: that train now.
+        trainer: of the fit.
         file: the checkpoint, for errors.
         whole_batches: every process reads the same batches and takes its share.
-        apart: whether networks drop something by the default generators of their processes.
         say: takes what a user should know.
 
-    Raises:
-        MetaplError: the processes are as many as before no longer, and have sources of their own.
+    Raises: :class:`metapl.MetaplError` where the processes are as many as before no longer, and have sources of their
+    own.
     """
+    from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
+
+    ranks = trainer.ranks
     if ranks.alone and "ranks" not in state:
         return state
     every = state.get("ranks") or [_own(state)]
-    count, number = ranks.processes, ranks.number
-    if len(every) == count:
-        return _with(state, every[number])
-    if not whole_batches and ranks.size > 1:
+    count = ranks.processes
+    if len(every) != count and ranks.size > 1 and not whole_batches:
         raise MetaplError(
             f"{file} is of a run in {len(every)} processes, each with sources of its own, and now there are {count}, "
             "so their places in these are not known; resume it in as many, or give all of them the same whole batches, "
             "with split_batches=True."
         )
-    if not apart:
-        return _with(state, every[0])
-    say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than they would be")
-    set_rng_state(every[0]["rng"])
-    drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")
-    torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
-    return _with(state, every[0] | {"rng": rng_state()})
+    own = every[ranks.number if len(every) == count else 0]
+    networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
+    if len(every) != count and any(map(drops_by_itself, networks)):
+        say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than before")
+        set_rng_state(own["rng"])
+        drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")
+        torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
+        own = own | {"rng": rng_state()}
+    held = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
+    return state | {"rng": own["rng"], "feeds": own["feeds"], "trainer": held}
 
 
 def _own(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"rng": state["rng"], "generator": state["trainer"].get("generator"), "feeds": state["feeds"]}
-
-
-def _with(state: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    trainer = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
-    return state | {"rng": own["rng"], "feeds": own["feeds"], "trainer": trainer}

@@ -52,43 +52,31 @@ class Progress:
     def advance(
         self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
     ) -> None:
-        """One step further.
-
-        Args:
-            batches: of the step.
-            row: what was measured, if this is a step at which something is.
-            due: whether this is a step at which is validated.
-            examples: on how many the accuracy was measured.
-        """
+        """One step further: on these batches, with what was measured at it, ``due`` where it was validated, on so many
+        examples."""
         self.done += 1
-        accuracy = row.get("student_validation_accuracy")
+        accuracy, now = row.get("student_validation_accuracy"), time.monotonic()
         if accuracy is not None:
             self.accuracy = f"{accuracy:.1%} of {examples:,}"
-        seconds = max(time.monotonic() - self.since, 1e-9)
+        seconds = max(now - self.since, 1e-9)
         if self.bar is not None:
             self.bar.update()
             self.examples += sum(map(examples_in, batches))
             if row:
-                shown = [f"accuracy {self.accuracy}"] if self.accuracy else []
-                self.bar.set_postfix_str(
-                    ", ".join([*shown, f"{self.examples / seconds:.0f} examples/s"]), refresh=False
-                )
-        elif self.lines and due and (self.done >= self.steps or time.monotonic() - self.last_line >= LINE_EVERY):
-            self.last_line = time.monotonic()
+                shown = f"accuracy {self.accuracy}, " if self.accuracy else ""
+                self.bar.set_postfix_str(f"{shown}{self.examples / seconds:.0f} examples/s", refresh=False)
+        elif self.lines and due and (self.done >= self.steps or now - self.last_line >= LINE_EVERY):
+            self.last_line, (step, moment) = now, self.timed
             validated = "" if accuracy is None else f", validation accuracy {self.accuracy}"
-            when = self._left() if self.done < self.steps else f"after {duration(seconds)}"
+            left = duration((self.steps - self.done) * (now - moment) / (self.done - step))
+            when = f"{'at least' if self.dearer else 'about'} {left} left"
+            when = when if self.done < self.steps else f"after {duration(seconds)}"
             line = f"{self.name}: step {self.done:,} of {self.steps:,}{validated}, {when}"
             print(line, file=sys.stderr, flush=True)
         if self.done in self.dearer:
             self.dearer.remove(self.done)
-            self.timed = self.done, time.monotonic()
+            self.timed = self.done, now
             self._show_bound()
-
-    def _left(self) -> str:
-        """The time that is left, in words."""
-        step, moment = self.timed
-        seconds = (self.steps - self.done) * (time.monotonic() - moment) / (self.done - step)
-        return f"{'at least' if self.dearer else 'about'} {duration(seconds)} left"
 
     def _show_bound(self) -> None:
         if self.bar is not None:

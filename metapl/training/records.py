@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from metapl.errors import MetaplError, few
-from metapl.runs import checkpoint
-from metapl.runs.folder import RunFolder
+from metapl.runs.checkpoint import CheckpointError, Found
+from metapl.runs.ownership import Folder
 from metapl.runs.rows import Metrics
 from metapl.runs.tensorboard import Events
 from metapl.training.contract import Say
@@ -25,18 +25,13 @@ class Records:
         options: the phase, and how many checkpoints stay.
     """
 
-    def __init__(self, out: RunFolder | None, options: FitOptions) -> None:
-        self.out, self.phase = out, options.phase
+    def __init__(self, out: Folder | None, options: FitOptions) -> None:
+        self.out, self.phase, self.kept = out, options.phase, out is not None
         self.checkpoints = None if out is None else out.checkpoints(options.phase, options.keep)
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
         self.events: Events | None = None
         self.history: list[dict[str, float]] = []
         self.saved_at: Path | None = None
-
-    @property
-    def kept(self) -> bool:
-        """Whether there is a folder."""
-        return self.out is not None
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the folder against others, where there is one."""
@@ -55,7 +50,10 @@ class Records:
             if start and not self.metrics.file.exists():
                 say(f"{self.metrics.file} is missing: it begins again after step {start:,}, without earlier rows")
             self.metrics.cut(self.phase, start)
-            self.history = [_numbers(row) for row in self.metrics.rows(self.phase)]
+            self.history = [
+                {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
+                for row in self.metrics.rows(self.phase)
+            ]
             try:
                 # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
                 events = Events(self.out.path / "tensorboard" / self.phase, start)
@@ -68,12 +66,13 @@ class Records:
     def row(self, row: dict[str, float]) -> None:
         """Keep the numbers of a step."""
         self.history.append(row)
-        if self.metrics is None:
-            return
-        with self._writing():
-            self.metrics.add({"phase": self.phase, **{name: _plain(value) for name, value in row.items()}})
-            if self.events is not None:
-                self.events.scalars(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+        if self.metrics is not None:
+            with self._writing():
+                # JSON knows no NaN.
+                plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+                self.metrics.add({"phase": self.phase, **plain})
+                if self.events is not None:
+                    self.events.scalars(int(row["step"]), {k: value for k, value in row.items() if k != "step"})
 
     def counts(self, step: int, counts: dict[str, list[int]]) -> None:
         """Keep the histograms of a step."""
@@ -83,54 +82,41 @@ class Records:
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
         """Write a checkpoint, after the rows and events before it; its path, or None without a folder."""
-        if self.checkpoints is None:
-            return None
-        self.flush()
-        try:
-            self.saved_at = self.checkpoints.write(step, state)
-        except checkpoint.CheckpointError as error:
-            raise checkpoint.CheckpointError(f"{error} ({self.last_good()})") from error
+        if self.checkpoints is not None:
+            self.flush()
+            try:
+                self.saved_at = self.checkpoints.write(step, state)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error} ({self.last_good()})") from error
         return self.saved_at
 
     def flush(self) -> None:
         """Bring rows and events to the disk: what is older than a checkpoint is not written again."""
-        if self.metrics is None:
-            return
-        with self._writing():
-            if self.events is not None:
-                self.events.flush()
-            self.metrics.sync()
+        if self.metrics is not None:
+            with self._writing():
+                if self.events is not None:
+                    self.events.flush()
+                self.metrics.sync()
 
-    def newest(self, say: Say, read: Callable[[Path], dict[str, Any]]) -> checkpoint.Found | None:
-        """The newest whole checkpoint; None, with a word on it, where there are none.
-
-        Args:
-            say: takes what a user should know.
-            read: gives the state of one.
-
-        Raises:
-            CheckpointError: there are checkpoints, and none can be read. To train anew would replace them in time.
-        """
+    def newest(self, say: Say, read: Callable[[Path], dict[str, Any]]) -> Found | None:
+        """The newest whole checkpoint, as :meth:`~metapl.runs.checkpoint.CheckpointFolder.newest`; None is said."""
         if self.checkpoints is None:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
         newest = self.checkpoints.newest(read)
         if newest is None:
             say(f"no checkpoint of phase {self.phase} yet: starting anew")
-            return None
-        for skipped in newest.skipped:
-            say(f"passed over {skipped.path.name}: {skipped.reason}")
+        for path, reason in newest.skipped if newest else ():
+            say(f"passed over {path.name}: {reason}")
         return newest
 
     def refuse_another_run(self) -> None:
         """Stop where checkpoints of this phase are in the folder already, or rows that are not a run's."""
-        if self.out is None or self.checkpoints is None or self.metrics is None:
-            return
-        if self.checkpoints.paths():
+        if self.checkpoints is not None and self.checkpoints.paths():
             raise MetaplError(
-                f"{self.out.path} holds checkpoints of a phase {self.phase!r} already; go on with it by resume=True, "
-                "or give another out or phase."
+                f"{self.out and self.out.path} holds checkpoints of a phase {self.phase!r} already; go on with it by "
+                "resume=True, or give another out or phase."
             )
-        if self.metrics.damaged():
+        if self.metrics is not None and self.metrics.damaged():
             raise MetaplError(f"{self.metrics.file} is not a run's; expected a folder without it: give another out.")
 
     def last_good(self) -> str:
@@ -143,18 +129,7 @@ class Records:
         try:
             yield
         except OSError as error:
-            where = self.out.path if self.out is not None else None
             raise MetaplError(
-                f"the records in {where} could not be written: {error.strerror or error}; {self.last_good()}. Mend "
-                "that (is the disk full?), then resume the run."
+                f"the records in {self.out and self.out.path} could not be written: {error.strerror or error}; "
+                f"{self.last_good()}. Mend that (is the disk full?), then resume the run."
             ) from error
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row that was read back."""
-    return {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
-
-
-def _plain(value: float) -> float | None:
-    """JSON knows no NaN."""
-    return value if math.isfinite(value) else None

@@ -1,16 +1,16 @@
-"""What a fit is made of, and whether a checkpoint is of one that was made alike."""
+"""What a fit is made of, as plain values, and whether a checkpoint is of one that was made alike."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.layout import reshard
 from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
@@ -27,6 +27,9 @@ PARTS = (
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr")
 """Settings of an optimizer that do not decide where it goes; its learning rate is compared as the schedule found it."""
 
+OPTIONAL = ("fingerprint", "parameters", "settings")
+"""Words in the names of facts that a side may lack: what is not known, or was not kept by earlier versions."""
+
 BEST = {"accuracy": float | None, "step": int, "weights": dict[str, Any]}
 STATE: dict[str, Any] = {
     "step": AtLeastZero, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any],
@@ -34,15 +37,19 @@ STATE: dict[str, Any] = {
 }  # fmt: skip
 """What the state of a fit has to say, with types; tensors stand in other entries."""
 
+VERSIONS = {"torch": str(torch.__version__)}
+"""What may round otherwise."""
+
 
 def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
-    """The optimizers, the trainer's own settings, the networks and the types of their weights, as plain values."""
-    networks = _networks(trainer)
+    """The optimizers, the trainer's own settings, the networks and the types of their weights."""
+    networks = {role: net for role, net in {"student": trainer.student, "teacher": trainer.teacher}.items() if net}
     for network in networks.values():
         reshard(network)  # else it holds other tensors than the optimizer
+    dtypes = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
     content: dict[str, Any] = {
         "trainer": trainer.settings(),
-        "dtype": _dtypes(networks),
+        "dtype": {role: ", ".join(sorted(kinds)) for role, kinds in dtypes.items()},
         "networks": {**VERSIONS, **{role: network_record(network) for role, network in networks.items()}},
     }
     names = {id(p): unwrapped(name) for network in networks.values() for name, p in network.named_parameters()}
@@ -61,7 +68,7 @@ def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
 
 
 def data_of(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """The batches and the validation data, as plain values."""
+    """The batches and the validation data."""
     from metapl.data.identity import source_record  # needed for fitting only
 
     return {name: source_record(source) for name, source in sources.items() if source is not None}
@@ -76,110 +83,52 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
         allowed: parts that may differ.
     """
     changed: list[str] = []
-    for part in PARTS if before else ():  # a checkpoint of an earlier version does not say
-        if part in allowed:
+    parts = [part for part in PARTS if before and part not in allowed]  # a checkpoint of an earlier version has none
+    for part in parts:
+        had, has = before.get(part), now.get(part)
+        if part == "validation" and (had is None) != (has is None):
+            changed.append(f"{part} was {'not ' * (had is None)}given, now it is the other way round")
+        if not isinstance(had, Mapping) or not isinstance(has, Mapping):
             continue
         if part == "networks":
-            changed += _network_changes(before.get(part, {}), now.get(part, {}))
-            continue
-        if (part in before) != (part in now) and part == "validation":
-            changed.append(f"{part} was {'given' if part in before else 'not given'}, now it is the other way round")
-        had, has = before.get(part), now.get(part)
-        if isinstance(had, Mapping) and isinstance(has, Mapping):
+            pairs, shown = _of_networks(had, has), _layer
+        else:
             had, has = _flat(had), _flat(has)
-            for name in sorted({*had, *has}):
-                was, is_now = named_now(had.get(name)), has.get(name)
-                # A fingerprint that one of them lacks says nothing, nor does what earlier versions did not keep.
-                optional = name.endswith(("fingerprint", "parameters")) or name.startswith("settings.")
-                if was != is_now and not (optional and None in (was, is_now)):
-                    changed.append(f"{part}.{name} was {_short(was)}, now {_short(is_now)}")
+            pairs, shown = {name: (named_now(had.get(name)), has.get(name)) for name in {**had, **has}}, _short
+        for name, (was, is_now) in sorted(pairs.items()):
+            if was != is_now and not (None in (was, is_now) and {*OPTIONAL} & {*name.split(".")}):
+                changed.append(f"{part}.{name} was {shown(was, is_now)}, now {shown(is_now, was)}")
     if changed:
-        parts = list(dict.fromkeys(re.split(r"[ .:]", change, maxsplit=1)[0] for change in changed))
+        more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+        named = [part for part in parts if any(change.startswith((f"{part}.", f"{part} ")) for change in changed)]
         raise MetaplError(
-            f"{file} is of a run that was made otherwise ({', '.join(changed[:6])}"
-            f"{f' and {len(changed) - 6} more' if len(changed) > 6 else ''}); resume it as it was started, or say that "
-            f"this may change: allow_changes={parts!r}."
+            f"{file} is of a run that was made otherwise ({', '.join(changed[:6])}{more}); resume it as it was "
+            f"started, or say that this may change: allow_changes={named!r}."
         )
 
 
-def _network_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The first module of each network that is another, and the first parameter that is learned or frozen now."""
+def _of_networks(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What the layers of both say of themselves, and whether their parameters are learned, then and now."""
+    pairs: dict[str, tuple[Any, Any]] = {}
     # What a module says of itself depends on torch's version, its type hardly ever does.
     told = None if before.get("torch") == now.get("torch") else 1
-    changes = []
-    for role in ("student", "teacher"):
-        if role not in before or role not in now:
-            continue
+    for role in [role for role in ("student", "teacher") if role in before and role in now]:
         had, has = (network[role]["modules"] for network in (before, now))
-        for name in {**has, **had}:
-            was, is_now = had.get(name), has.get(name)
-            # Of what stands in for another module, for the sake of a layout, nothing is known.
-            if [] not in (was, is_now) and (was and was[:told]) != (is_now and is_now[:told]):
-                layer = f"layer {name} of the {role}" if name else f"the {role}"
-                changes.append(f"networks: {layer} {_module_change(was, is_now)}")
-                break
-        frozen, is_frozen = (network[role]["frozen"] for network in (before, now))
-        for name in sorted({*frozen} ^ {*is_frozen}):
-            was_now = "frozen, is learned" if name in frozen else "learned, is frozen"
-            changes.append(f"networks: {name} of the {role} was {was_now}")
-            break
-    return changes
+        for name in {**had, **has}:
+            was, is_now = (of.get(name, ["nothing"])[:told] for of in (had, has))
+            if was and is_now:  # of what stands in for another module, for the sake of a layout, nothing is known
+                pairs[f"{role}.{name}" if name else role] = was, is_now
+        had, has = (network[role]["frozen"] for network in (before, now))
+        words = {True: ["frozen"], False: ["learned"]}
+        pairs |= {f"{role}.{name}": (words[name in had], words[name in has]) for name in (*had, *has)}
+    return pairs
 
 
-def _module_change(was: list[str] | None, is_now: list[str] | None) -> str:
-    if was is None or is_now is None:
-        return f"is {_module(is_now)}, was not there" if is_now else f"was {_module(was or [])}, is not there"
-    return f"was {_module(was, is_now)}, is {_module(is_now, was)}"
-
-
-def _module(record: Sequence[str], other: Sequence[str] = ()) -> str:
-    """A module as it shows itself; beside another of its type, what they do not have in common."""
-    kind, *settings = record
-    settings = [text for text in settings if text not in other] if other and other[0] == kind else settings[:1]
-    return f"{kind}({', '.join(settings):.200})"
-
-
-def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:
-    """Names of parts, or a refusal."""
-    unknown = [name for name in ([allowed] if isinstance(allowed, str) else allowed) if name not in PARTS]
-    if isinstance(allowed, str) or unknown:
-        raise MetaplError(f"allow_changes={allowed!r}: expected a list of some of {', '.join(PARTS)}.")
-    return tuple(allowed)
-
-
-def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps: int) -> None:
-    """Refuse a state that no fit of this student and of so many steps wrote.
-
-    Raises:
-        CheckpointError: an entry is missing or of another kind, or more steps are done than the fit has.
-    """
-    missing = [name for name in ("step", "options", "trainer", "seen", "best", "feeds", "rng") if name not in state]
-    fault = f"it has no {missing[0]}" if missing else misfit_entries(state, STATE, "its state")
-    fault = fault or misfit_entries(best := state["best"], BEST, "its best student")
-    shapes = {name: value.shape for name, value in student.state_dict().items() if isinstance(value, Tensor)}
-    if fault is None and best.keys() != BEST.keys():
-        fault = f"its best student says {', '.join(map(str, best))}"
-    elif fault is None and best["weights"]:
-        kept = {name: value.shape for name, value in best["weights"].items() if isinstance(value, Tensor)}
-        fault = None if kept == shapes else "its best student is of another network"
-    if fault is not None:
-        raise CheckpointError(
-            f"{file} is whole, but no fit wrote it so: {fault}; go back to an older checkpoint by moving it away."
-        )
-    if state["step"] > steps:
-        raise MetaplError(f"{file} is of a run that has done {state['step']} steps, and steps={steps}; expected more.")
-
-
-def _networks(trainer: Stepwise) -> dict[str, nn.Module]:
-    networks = {"student": trainer.student, "teacher": trainer.teacher}
-    return {role: network for role, network in networks.items() if network is not None}
-
-
-def _dtypes(networks: Mapping[str, nn.Module]) -> dict[str, str]:
-    return {
-        role: ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()}))
-        for role, network in networks.items()
-    }
+def _layer(value: Any, other: Any) -> str:
+    """A layer as it shows itself; beside another of its type, what they do not have in common."""
+    kind, *says = value
+    says = [text for text in says if text not in other] if other[0] == kind else says[:1]
+    return f"{kind}({', '.join(says):.200})" if len(value) > 1 else kind
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -189,13 +138,54 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, other: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-VERSIONS = {"torch": str(torch.__version__)}
-"""What may round otherwise."""
+def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:
+    """Names of parts, or a refusal."""
+    if isinstance(allowed, str) or not {*PARTS} >= {*allowed}:
+        raise MetaplError(f"allow_changes={allowed!r}: expected a list of some of {', '.join(PARTS)}.")
+    return tuple(allowed)
+
+
+def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps: int) -> None:
+    """Refuse a state that no fit of this student and of so many steps wrote: an entry is missing or of another kind, or
+    more steps are done than the fit has."""
+    missing = [name for name in ("step", "options", "trainer", "seen", "best", "feeds", "rng") if name not in state]
+    fault = f"it has no {missing[0]}" if missing else misfit_entries(state, STATE, "its state")
+    fault = fault or misfit_entries(best := state["best"], BEST, "its best student")
+    if fault is None and best.keys() != BEST.keys():
+        fault = f"its best student says {', '.join(map(str, best))}"
+    elif fault is None and best["weights"]:
+        shapes, kept = (
+            {name: value.shape for name, value in of.items() if isinstance(value, Tensor)}
+            for of in (student.state_dict(), best["weights"])
+        )
+        fault = None if kept == shapes else "its best student is of another network"
+    if fault is not None:
+        raise CheckpointError(
+            f"{file} is whole, but no fit wrote it so: {fault}; go back to an older checkpoint by moving it away."
+        )
+    if state["step"] > steps:
+        raise MetaplError(f"{file} is of a run that has done {state['step']} steps, and steps={steps}; expected more.")
+
+
+@contextmanager
+def going_on_from(file: object) -> Iterator[None]:
+    """Name the file where something cannot go on from what it holds."""
+    try:
+        yield
+    except MetaplError as error:
+        if str(error).startswith(str(file)):
+            raise
+        raise MetaplError(f"{file}: {error}") from error
+    except Exception as error:
+        raise MetaplError(
+            f"{file} is whole, but this trainer cannot go on with it ({type(error).__name__}: "
+            f"{reason_of(error):.200}); build networks and optimizers as they were built before."
+        ) from error
 
 
 def version_note(before: Any) -> str | None:

@@ -60,42 +60,37 @@ class Selection:
 
         Of data in batches the first batch is looked at, and nothing of what can be read only once.
         """
-        self._check(self.validation, "validation", student)
-        if labeler is not None:
-            self._check(self.truth, "truth", labeler)
-
-    def _check(self, data: Any, name: str, network: nn.Module) -> None:
-        if data is None or isinstance(data, Iterator):
-            return
-        with replayed(RandomState.now(self.device)):
-            first = data if is_whole(data) else next(iterated(data, name), None)
-            if first is None:
-                raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
-            inputs, labels = labeled_pair(first, batch_name(data, name))[:2]
-            dense((inputs, labels), f"{name} holds")
-            count = length(inputs)
-            if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
+        for name, data, network in (("validation", self.validation, student), ("truth", self.truth, labeler)):
+            if data is None or network is None or isinstance(data, Iterator):
+                continue
+            with replayed(RandomState.now(self.device)):
+                first = data if is_whole(data) else next(iterated(data, name), None)
+                if first is None:
+                    raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
+                inputs, labels = labeled_pair(first, batch_name(data, name))[:2]
+                dense((inputs, labels), f"{name} holds")
+                count = length(inputs)
+                if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
+                    raise MetaplError(
+                        f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
+                    )
+                if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count or count == 0:
+                    raise MetaplError(
+                        f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index "
+                        "for each, and at least one example."
+                    )
+                if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                    raise MetaplError(
+                        f"{name} has the labels {described(labels)}; expected integers, one class index for each "
+                        "example: labels.long()."
+                    )
+                classes = logits_of(network, [rows(inputs, 0, 2)]).shape[-1]
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= classes:
                 raise MetaplError(
-                    f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
+                    f"the labels of {name} run from {low} to {high}; the network has {classes} classes: expected "
+                    f"0..{classes - 1}."
                 )
-            if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count or count == 0:
-                raise MetaplError(
-                    f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index "
-                    "for each, and at least one example."
-                )
-            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-                raise MetaplError(
-                    f"{name} has the labels {described(labels)}; expected integers, one class index for each example: "
-                    "labels.long()."
-                )
-            logits = logits_of(network, [rows(inputs, 0, 2)])
-        classes = logits.shape[-1]
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= classes:
-            raise MetaplError(
-                f"the labels of {name} run from {low} to {high}; the network has {classes} classes: expected "
-                f"0..{classes - 1}."
-            )
 
     def look(
         self, student: Kept | None, teacher: Kept | None, labeler: nn.Module | None, step: int
@@ -131,8 +126,18 @@ class Selection:
         with replayed(RandomState.now(self.device)):
             logits, labels = predict_logits(model, self._batches(data, name))
         expected = (data.examples if isinstance(data, StepBatches) else None) or len(labels)
-        if len(labels) < expected:
-            self._note_lost(expected - len(labels), expected)
+        lost, before = expected - len(labels), self.lost
+        self.lost = max(lost, before)
+        if 0 < lost == expected:
+            raise MetaplError(
+                f"none of the {expected:,} validation pictures can be read any more; were they moved or removed while "
+                "the run was under way? Put them back, then go on with the run."
+            )
+        if lost > before:
+            self.say(
+                f"note: {lost:,} of the {expected:,} validation pictures cannot be read any more; accuracies are of "
+                "the others, and are not to be compared with those before"
+            )
         evaluation = evaluate_logits(logits, labels)
         return evaluation.accuracy, evaluation.n
 
@@ -147,20 +152,6 @@ class Selection:
                 f"{name} is {described(data)}, which can be read only once, and was read before; expected a pair "
                 "(inputs, labels), a list of batches or a DataLoader."
             )
-
-    def _note_lost(self, lost: int, expected: int) -> None:
-        """Say that validation files are not read any more, or stop where none is left."""
-        if lost == expected:
-            raise MetaplError(
-                f"none of the {expected:,} validation pictures can be read any more; were they moved or removed while "
-                "the run was under way? Put them back, then go on with the run."
-            )
-        if lost > self.lost:
-            self.say(
-                f"note: {lost:,} of the {expected:,} validation pictures cannot be read any more; accuracies are of "
-                "the others, and are not to be compared with those before"
-            )
-        self.lost = max(lost, self.lost)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,7 @@ class StopFit(Exception):
 
 
 class Callbacks:
-    """The callbacks of one fit, called in turn.
-
-    Args:
-        given: the callbacks.
-        trainer: what they are given.
-    """
+    """The callbacks of one fit, called in turn with its trainer."""
 
     def __init__(self, given: Sequence[Callback], trainer: Stepwise) -> None:
         several = isinstance(given, tuple | list)
@@ -53,44 +48,39 @@ class Callbacks:
                 "row, trainer), such as callbacks=[lambda step, row, trainer: print(step, row)]."
             )
         self.given, self.trainer = tuple(given), trainer
+        names = ("state_dict", "load_state_dict")
+        self.stateful: list[Any] = [one for one in given if all(hasattr(one, name) for name in names)]
         self.raised: Exception | None = None
         """What a callback has raised, which ends the fit."""
 
     def after(self, step: int, row: Mapping[str, float]) -> str | None:
         """Call each; why the fit is to stop, if one of them says so."""
-        reasons = [reason for callback in self.given if (reason := self._called(callback, step, row)) is not None]
+        reasons = []
+        for callback in self.given:
+            # Observing must not change the run: a DataLoader, for one, draws from the default generator.
+            with replayed(RandomState.now(self.trainer.device)):
+                try:
+                    callback(step, dict(row), self.trainer)
+                except StopFit as stop:
+                    reasons.append(str(stop))
+                except Exception as error:
+                    self.raised = error
+                    raise
         return "; ".join(filter(None, reasons)) if reasons else None
-
-    def _called(self, callback: Callback, step: int, row: Mapping[str, float]) -> str | None:
-        # Observing must not change the run: a DataLoader, for one, draws from the default generator.
-        with replayed(RandomState.now(self.trainer.device)):
-            try:
-                callback(step, dict(row), self.trainer)
-            except StopFit as stop:
-                return str(stop)
-            except Exception as error:
-                self.raised = error
-                raise
-        return None
 
     def state(self) -> list[Any]:
         """The states of the callbacks that have one."""
-        return [callback.state_dict() for callback in self._stateful()]
+        return [callback.state_dict() for callback in self.stateful]
 
     def restore(self, states: Sequence[Any]) -> None:
         """Go on from :meth:`state`."""
-        stateful = self._stateful()
-        if len(states) != len(stateful):
+        if len(states) != len(self.stateful):
             raise MetaplError(
-                f"the checkpoint has the states of {len(states)} callbacks, and {len(stateful)} of those given have "
-                "state_dict; expected the callbacks that the run was started with."
+                f"the checkpoint has the states of {len(states)} callbacks, and {len(self.stateful)} of those given "
+                "have state_dict; expected the callbacks that the run was started with."
             )
-        for callback, state in zip(stateful, states, strict=True):
+        for callback, state in zip(self.stateful, states, strict=True):
             callback.load_state_dict(state)
-
-    def _stateful(self) -> list[Any]:
-        names = ("state_dict", "load_state_dict")
-        return [callback for callback in self.given if all(hasattr(callback, name) for name in names)]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -113,12 +103,10 @@ def stop_requests() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         asked.append(number)
 
+    before: dict[int, Any] = {}
     try:
-        before = {number: signal.signal(number, note) for number in filter(is_heard, (signal.SIGINT, *END))}
-    except ValueError:  # only the main thread may handle signals
-        yield asked
-        return
-    try:
+        with suppress(ValueError):  # only the main thread may handle signals
+            before |= {number: signal.signal(number, note) for number in filter(is_heard, (signal.SIGINT, *END))}
         yield asked
     finally:
         for number, handler in before.items():

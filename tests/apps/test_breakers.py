@@ -13,8 +13,8 @@ from command import refused, rows, said
 from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
 
 from metapl.apps import commands as cli
+from metapl.apps.experiments.folder import RunFolder
 from metapl.errors import MetaplError
-from metapl.runs.folder import RunFolder
 from metapl.runs.rows import Metrics
 
 HUGE = "1" + 400 * "0"

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 
 from metapl.apps.commands import main
+from metapl.apps.experiments.folder import weights_file
 from metapl.apps.recipes import Digits
 from metapl.apps.recipes.methods import titled
 from metapl.apps.reports import Gallery, draw_grid
 from metapl.metrics import Evaluation, interval
-from metapl.runs.folder import weights_file
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
 

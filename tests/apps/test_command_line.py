@@ -78,7 +78,9 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
     assert "there is no recipe 'dgits'; did you mean digits? Expected one of digits" in line
     assert "there is no recipe 'xyz'. Expected one of digits" in refused(capsys, "train", "xyz")
     assert "no recipe was named" in refused(capsys, "train")
-    assert "--steps 0: expected 1 to 1,000,000,000" in refused(capsys, "train", "digits", "--steps", "0")
+    assert "--steps 0: expected a whole number from 1 to 1,000,000,000" in refused(
+        capsys, "train", "digits", "--steps", "0"
+    )
 
 
 @pytest.mark.parametrize(

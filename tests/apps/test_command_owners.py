@@ -18,8 +18,8 @@ from tiny_runs import tiny  # noqa: F401 - a fixture
 from metapl import MetaplError
 from metapl.apps.commands import main
 from metapl.apps.commands.folders import new_default_folder
+from metapl.apps.experiments.folder import RunFolder
 from metapl.runs import ownership
-from metapl.runs.folder import RunFolder
 
 QUICK = ("train", "digits", "--steps", "2", "--hidden", "4", "--finetune-steps", "0")
 TOGETHER = 12
@@ -151,3 +151,53 @@ def test_starts_of_the_command_at_once(tmp_path: Path) -> None:
 
 def _code(*arguments: str, cwd: Path) -> int:
     return Forked(arguments, cwd=cwd).wait()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["an empty folder", "no folder"])
+def test_of_many_that_start_at_once_one_gets_the_folder_and_its_recipe_is_the_one_on_disk(
+    there: bool, tmp_path: Path
+) -> None:
+    for attempt in range(8):
+        out, others = tmp_path / f"{attempt}" / "run", threading.Semaphore(0)
+        if there:
+            out.mkdir(parents=True)
+
+        def start(index: int, out: Path = out, others: threading.Semaphore = others) -> int:
+            try:
+                with RunFolder(out).claimed({"name": index}, resume=False):
+                    for _ in range(TOGETHER - 1):  # held until all others were refused
+                        others.acquire(timeout=30)
+                    return index
+            except MetaplError:
+                others.release()
+                raise
+
+        found = at_once(start)
+        winners = [result for result in found if isinstance(result, int)]
+        assert len(winners) == 1
+        assert RunFolder(out).recipe() == {"name": winners[0]}
+        refusals = {str(error) for error in found if isinstance(error, MetaplError)}
+        assert all("another process is running in" in words for words in refusals)
+        assert sorted(os.listdir(out)) == [".lock", "recipe.json"]
+
+
+def test_a_refused_start_leaves_nothing_and_the_next_may_have_the_folder(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "run"
+    with pytest.raises(MetaplError, match="no data"), RunFolder(out).claimed({"name": "x"}, resume=False):
+        raise MetaplError("no data")
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir(parents=True)
+    with pytest.raises(OSError, match="the disk"), RunFolder(out).claimed({"name": "x"}, resume=False):
+        raise OSError("the disk")
+    assert list(out.iterdir()) == []
+    with RunFolder(out).claimed({"name": "y"}, resume=False):
+        pass
+    assert RunFolder(out).recipe() == {"name": "y"}
+
+
+def test_what_a_killed_start_left_is_not_in_the_way(tmp_path: Path) -> None:
+    for name in (".lock", "recipe.json.0123abcd.tmp", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    with RunFolder(tmp_path).claimed({"name": "x"}, resume=False):
+        pass
+    assert RunFolder(tmp_path).recipe() == {"name": "x"}

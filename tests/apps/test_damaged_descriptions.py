@@ -21,6 +21,7 @@ from tiny_runs import TINY, color_folders, run, tiny  # noqa: F401 - fixtures
 from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
 from metapl.apps.evaluation.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
 from metapl.apps.networks import Architecture, load_weights
@@ -30,7 +31,6 @@ from metapl.apps.recipes.methods.noisy_student import networks_of
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.reports.robustness import draw_evaluations
 from metapl.errors import MetaplError
-from metapl.runs.folder import RunFolder
 
 TOLD: dict[str, Any] = {
     "architecture": {"name": "small_cnn", "num_classes": 2, "in_channels": 3, "image_size": 16},

@@ -18,11 +18,11 @@ from metapl.apps.commands import main
 from metapl.apps.commands.compare import MEASURED, _fields
 from metapl.apps.experiments import budget
 from metapl.apps.experiments.experiment import Network, delivered
+from metapl.apps.experiments.folder import WEIGHTS
 from metapl.apps.experiments.summary import summary
 from metapl.apps.recipes import ImageFolders
 from metapl.apps.recipes.base import SELECTED_ON
 from metapl.metrics import evaluate_logits
-from metapl.runs.folder import WEIGHTS
 
 SMALL = (
     *("--image-size", "8", "--network", "small_cnn", "--labeled-batch", "4"),

@@ -21,6 +21,7 @@ from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 -
 from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
 from metapl.apps.experiments.accuracies import parse_seeds
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import scan_labeled, scan_unlabeled, walk
 from metapl.apps.pictures.hashes import hash_files
@@ -29,7 +30,6 @@ from metapl.apps.pictures.splits import Split
 from metapl.apps.pictures.tables import csv_rows
 from metapl.apps.pictures.verify import verify_files
 from metapl.errors import MetaplError
-from metapl.runs.folder import RunFolder
 
 
 def looped(path: Path) -> None:

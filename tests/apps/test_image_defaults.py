@@ -18,6 +18,7 @@ from metapl.apps.commands import main
 from metapl.apps.commands.parse import parse
 from metapl.apps.commands.train import COMMANDS
 from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.looking import Colors, Look
 from metapl.apps.experiments.settle import chosen, fitted
 from metapl.apps.pictures import Affine, Chain, Color, Flip, Hole, Recolor, Sometimes, View
@@ -45,7 +46,6 @@ from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.recipes.settings import SGD_RATE, OpenOptimizer
 from metapl.errors import MetaplError
-from metapl.runs.folder import RunFolder
 from metapl.runs.rows import Metrics
 
 METHODS_OF_IMAGES = ("uda", "fixmatch", "mpl", "none", "supervised", "pseudo_labels")

@@ -36,8 +36,8 @@ from test_resume import (
 
 import metapl.apps.pictures.store
 from metapl.apps.commands import main
+from metapl.apps.experiments.folder import FORMAT, RunFolder
 from metapl.errors import MetaplError
-from metapl.runs.folder import FORMAT, RunFolder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills and /proc as Linux has them")
 
@@ -61,7 +61,7 @@ MOMENTS = [
     (*STEP, 7),
     ("metapl.training.selection", "predict_logits", 1),
     (*TUNING, 3),
-    ("metapl.runs.folder:RunFolder", "write_weights", 1),
+    ("metapl.apps.experiments.folder:RunFolder", "write_weights", 1),
 ]
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import metapl
 from metapl import CrossEntropy, MetaplError
 from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.recipes import Digits, Feedback, Optimizer
 from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS
 from metapl.feedback import Altered, Forward, ReinforcePerExample
-from metapl.runs.folder import RunFolder
 from metapl.training import Trainer
 from metapl.training.loss_trainer import LossTrainer
 

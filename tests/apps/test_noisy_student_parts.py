@@ -318,7 +318,7 @@ def test_each_way_of_training_leaves_a_run(flags: tuple[str, ...], tmp_path: Pat
         (("--method", "mpl", "--ratio", "2"), "Unrecognized options: --ratio"),
         (("--training", "pretrain", "--loss", "two_means"), "--loss two_means: expected mean with training=pretrain"),
         (("--networks", "16x16", "8"), "Noisy Student's students are equal or larger"),
-        (("--rounds", "0"), "--rounds 0: expected 1 to"),
+        (("--rounds", "0"), "--rounds 0: expected a whole number from 1 to"),
         (("--seeds", "0-4"), "--seeds goes with --compare"),
         (("--finetune-steps", "2"), "Unrecognized options: --finetune-steps"),
     ],

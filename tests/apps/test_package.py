@@ -103,7 +103,7 @@ def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[
 
 
 def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:
-    assert {"metapl.runs.folder", "metapl.apps.pictures.store", "metapl.apps.commands.train"} <= set(loaded["all"])
+    assert {"metapl.apps.experiments.folder", "metapl.apps.pictures.store"} <= set(loaded["all"])
 
 
 def test_a_name_that_is_not_there_is_refused_as_usual() -> None:

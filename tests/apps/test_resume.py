@@ -22,8 +22,8 @@ import pytest
 from fits import events, rows
 from forked import Forked, Point
 
+from metapl.apps.experiments.folder import WEIGHTS
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.runs.folder import WEIGHTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills, limits and /proc as Linux has them")
 
@@ -43,7 +43,7 @@ COMPARISON = f"train digits {TINY} --steps 60 --compare --seeds 0-1 --jobs 2 --m
 
 
 POINTS: list[Point] = [
-    ("metapl.runs.folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
+    ("metapl.apps.experiments.folder:RunFolder", "write_json", 1, KILL),  # before there is a recipe
     ("metapl.runs.rows:Metrics", "add", 5, KILL),
     ("metapl.training.selection", "predict_logits", 4, KILL),  # while validating
     ("os", "fsync", 6, KILL),  # before the rows or a checkpoint are on the disk
@@ -53,10 +53,10 @@ POINTS: list[Point] = [
     ("metapl.runs.checkpoint:CheckpointFolder", "remove_oldest", 2, KILL),  # before the oldest one goes
     ("metapl.runs.rows:Metrics", "cut", 2, KILL),  # between training and finetuning
     ("metapl.training.loss_trainer:LossTrainer", "step", 23, KILL),  # while finetuning
-    ("metapl.runs.folder:RunFolder", "write_weights", 1, KILL),
-    ("metapl.runs.folder:RunFolder", "write_weights", 3, KILL),
+    ("metapl.apps.experiments.folder:RunFolder", "write_weights", 1, KILL),
+    ("metapl.apps.experiments.folder:RunFolder", "write_weights", 3, KILL),
     ("metapl.apps.reports", "draw_report", 1, KILL),
-    ("metapl.runs.folder:RunFolder", "write_json", 1, KILL),  # before there is a result
+    ("metapl.apps.experiments.folder:RunFolder", "write_json", 1, KILL),  # before there is a result
 ]
 
 

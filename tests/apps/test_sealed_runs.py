@@ -16,10 +16,10 @@ from command import refused, reseal, result, said
 from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
 
 from metapl.apps.commands import main
+from metapl.apps.experiments.folder import WEIGHTS
 from metapl.apps.recipes.base import Optimizer, from_dict
 from metapl.errors import MetaplError
 from metapl.runs.fields import misfit
-from metapl.runs.folder import WEIGHTS
 
 SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 

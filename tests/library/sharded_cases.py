@@ -646,7 +646,7 @@ def unwritten(folder: str) -> list[str]:
         raise RuntimeError("a bug")
 
     told = []
-    for where, name in ((parts, "_free"), (parts.checkpoint, "save")):
+    for where, name in ((parts.PartsWriter, "_make"), (parts.checkpoint, "write")):
         writer = parts.PartsWriter(Path(folder), 2)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 0:

@@ -281,7 +281,7 @@ def test_refuses_numbers() -> None:
         made(Doubles(5), stop=6)
     stream = made(Doubles(5), stop=2)
     take(stream, 2)
-    with pytest.raises(MetaplError, match="made for 2 batches and is at batch 2"):
+    with pytest.raises(MetaplError, match="made for 2 batches; make a feed"):
         stream.next()
 
 

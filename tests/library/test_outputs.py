@@ -11,8 +11,7 @@ import pytest
 
 from metapl import LossTrainer, MetaplError
 from metapl.runs import checkpoint
-from metapl.runs.atomic import replacing
-from metapl.runs.folder import RunFolder
+from metapl.runs.atomic import replacing, write_whole
 
 
 def device(path: Path) -> None:
@@ -53,7 +52,7 @@ def test_what_is_not_a_file_is_never_replaced(kind: str, through: str, tmp_path:
     if kind != "socket":  # its name would be the folder's
         given.rename(tmp_path / "recipe.json")
         with pytest.raises(MetaplError, match=f"recipe.json could not be written: it is a {kind}"):
-            RunFolder(tmp_path).write_json("recipe.json", {})
+            write_whole(tmp_path / "recipe.json", b"{}", "mend that")
         (tmp_path / "recipe.json").rename(given)
     after = os.lstat(there)
     assert (after.st_mode, after.st_ino, after.st_rdev) == (before.st_mode, before.st_ino, before.st_rdev)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +14,12 @@ import torch
 import metapl as library
 from metapl import MetaplError
 from metapl.runs import ownership
-from metapl.runs.folder import RunFolder
-
-TOGETHER = 12
+from metapl.runs.ownership import Folder
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "PATIENCE", 0.3)
-
-
-def at_once(work: Callable[[int], Any], number: int = TOGETHER) -> list[Any]:
-    """What ``work`` gives or raises, called from so many threads at the same moment."""
-    ready = threading.Barrier(number)
-
-    def one(index: int) -> Any:
-        ready.wait()
-        try:
-            return work(index)
-        except MetaplError as error:
-            return error
-
-    with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(one, range(number)))
-
-
-@pytest.mark.parametrize("there", [True, False], ids=["an empty folder", "no folder"])
-def test_of_many_that_start_at_once_one_gets_the_folder_and_its_recipe_is_the_one_on_disk(
-    there: bool, tmp_path: Path
-) -> None:
-    for attempt in range(8):
-        out, others = tmp_path / f"{attempt}" / "run", threading.Semaphore(0)
-        if there:
-            out.mkdir(parents=True)
-
-        def start(index: int, out: Path = out, others: threading.Semaphore = others) -> int:
-            try:
-                with RunFolder(out).claimed({"name": index}, resume=False):
-                    for _ in range(TOGETHER - 1):  # held until all others were refused
-                        others.acquire(timeout=30)
-                    return index
-            except MetaplError:
-                others.release()
-                raise
-
-        found = at_once(start)
-        winners = [result for result in found if isinstance(result, int)]
-        assert len(winners) == 1
-        assert RunFolder(out).recipe() == {"name": winners[0]}
-        refusals = {str(error) for error in found if isinstance(error, MetaplError)}
-        assert all("another process is running in" in words for words in refusals)
-        assert sorted(os.listdir(out)) == [".lock", "recipe.json"]
 
 
 def _fitted(out: str, answers: Any, go: Any) -> None:
@@ -117,28 +69,6 @@ def test_a_fit_may_be_followed_by_another_phase_of_the_same_process(tmp_path: Pa
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"fit", "finetune"}
 
 
-def test_a_refused_start_leaves_nothing_and_the_next_may_have_the_folder(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "run"
-    with pytest.raises(MetaplError, match="no data"), RunFolder(out).claimed({"name": "x"}, resume=False):
-        raise MetaplError("no data")
-    assert list(tmp_path.iterdir()) == []
-    out.mkdir(parents=True)
-    with pytest.raises(OSError, match="the disk"), RunFolder(out).claimed({"name": "x"}, resume=False):
-        raise OSError("the disk")
-    assert list(out.iterdir()) == []
-    with RunFolder(out).claimed({"name": "y"}, resume=False):
-        pass
-    assert RunFolder(out).recipe() == {"name": "y"}
-
-
-def test_what_a_killed_start_left_is_not_in_the_way(tmp_path: Path) -> None:
-    for name in (".lock", "recipe.json.0123abcd.tmp", ".DS_Store"):
-        (tmp_path / name).write_text("")
-    with RunFolder(tmp_path).claimed({"name": "x"}, resume=False):
-        pass
-    assert RunFolder(tmp_path).recipe() == {"name": "x"}
-
-
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
 def test_a_lock_that_is_not_a_file_is_refused(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "target"
@@ -147,7 +77,7 @@ def test_a_lock_that_is_not_a_file_is_refused(kind: str, tmp_path: Path) -> None
     out.mkdir()
     {"pipe": os.mkfifo, "link": lambda at: at.symlink_to(target), "folder": Path.mkdir}[kind](out / ".lock")
     with pytest.raises(MetaplError, match=r"\.lock .*expected a plain file"):
-        RunFolder(out).claimed({"name": "x"}, resume=False).__enter__()
+        Folder(out).held().__enter__()
     assert target.read_text() == "mine"
 
 

@@ -93,7 +93,7 @@ def test_a_damaged_one_is_passed_over(writer: PartsWriter, name: str, how: str) 
     newest = CheckpointFolder(writer.checkpoints.folder).newest(load)
     assert newest is not None
     assert newest.state["step"] == 1
-    assert [skipped.path for skipped in newest.skipped] == [damaged.parent]
+    assert [path for path, _ in newest.skipped] == [damaged.parent]
 
 
 def test_a_disk_that_refuses_leaves_what_was_there(writer: PartsWriter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(writer: PartsWriter, monkeypa
 
     written(writer, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", refused)
+        patch.setattr(checkpoint, "write", refused)
         writer.write(2, {**shared(), "step": 2})
         with pytest.raises(CheckpointError, match=r"step-00000002.parts could not be written: No space left on device"):
             writer.settle()

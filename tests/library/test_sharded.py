@@ -528,7 +528,7 @@ def test_a_fit_goes_on_in_another_layout(
 def test_a_checkpoint_that_fails_on_the_first_rank_ends_on_all(two: Ranks, tmp_path: Path) -> None:
     first, second = two.run("unwritten", folder=str(tmp_path))
     assert first == second
-    assert [text.partition(str(tmp_path))[0] for text in first] == ["a checkpoint could not be written in ", ""]
+    assert all(text.startswith(str(tmp_path)) for text in first)
     assert all("could not be written" in text and "a bug" in text for text in first)
     assert [*tmp_path.iterdir()] == []
 

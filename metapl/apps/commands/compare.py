@@ -20,13 +20,13 @@ from metapl.apps.commands.evaluations import (
 from metapl.apps.commands.evaluators import check_folder
 from metapl.apps.commands.parse import paragraph
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
+from metapl.apps.experiments.folder import RunFolder, flat
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import stored_data, stored_result
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, paired_test
-from metapl.runs.folder import RunFolder, flat
 from metapl.words import table, tell
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")

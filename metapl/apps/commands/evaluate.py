@@ -12,12 +12,12 @@ from metapl.apps.commands.evaluators import Evaluators, Measured, left_out, writ
 from metapl.apps.commands.inputs import Network, TestFolder
 from metapl.apps.commands.parse import Run
 from metapl.apps.evaluation.imagenet import Pictures, Subject, is_imagenet
+from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.recipes import ImageRecipe
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.metrics.predictions import batches_of
-from metapl.runs.folder import weights_file
 from metapl.words import tell
 
 

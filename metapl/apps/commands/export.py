@@ -12,13 +12,13 @@ import tyro
 from metapl.apps.commands.folders import held
 from metapl.apps.commands.inputs import Network
 from metapl.apps.commands.parse import Run, Switch
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import describe, stored_data
 from metapl.apps.export import export
 from metapl.apps.export.programs import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title
 from metapl.metrics import Evaluation
-from metapl.runs.folder import RunFolder
 from metapl.words import tell
 
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}

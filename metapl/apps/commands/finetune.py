@@ -16,13 +16,13 @@ import tyro
 from metapl.apps.commands.parse import Run
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.experiment import Experiment, Network, delivered
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import stored_result
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.methods import titled
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
-from metapl.runs.folder import RunFolder
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult
 from metapl.training.selection import weights_of

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from metapl.apps.experiments.folder import RunFolder
 from metapl.errors import MetaplError
-from metapl.runs.folder import RunFolder
 from metapl.runs.ownership import owned
 
 

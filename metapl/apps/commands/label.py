@@ -14,12 +14,12 @@ import tyro
 from metapl.apps.commands.inputs import Network
 from metapl.apps.commands.labels import kept
 from metapl.apps.commands.parse import Run, Switch
+from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.recipes.base import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
-from metapl.runs.folder import weights_file
 from metapl.runs.sealed import read_plain
 from metapl.training.options import MOST_WORKERS
 from metapl.words import tell

@@ -21,6 +21,7 @@ from metapl.apps.commands.folders import run_folder
 from metapl.apps.commands.parse import Switch, of_other_views, on_recipe, paragraph, recipe_of
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.accuracies import parse_seeds
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.jobs import Job, Trial, aloud
 from metapl.apps.experiments.labels_given import check_labels_given
 from metapl.apps.experiments.settle import settled
@@ -43,7 +44,6 @@ from metapl.distributed.launch import (
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.cores import default_threads
-from metapl.runs.folder import RunFolder
 from metapl.training import Interrupted
 from metapl.words import tell
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from metapl.apps.experiments.folder import RunFolder, weights_file
 from metapl.apps.experiments.galleries import FILE as GALLERIES
 from metapl.apps.experiments.galleries import draw_galleries, read_galleries, write_galleries
 from metapl.apps.experiments.labels_given import labels_given
@@ -37,7 +38,6 @@ from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
-from metapl.runs.folder import RunFolder, weights_file
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import finetune

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.experiments.folder import ANOTHER
 from metapl.apps.recipes.base import Task
 from metapl.apps.reports import Gallery
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.runs.atomic import replacing
-from metapl.runs.folder import ANOTHER
 from metapl.runs.sealed import read_sealed
 
 SHOWN = 12

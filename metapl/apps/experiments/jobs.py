@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.store import describe, places, stored_result
 from metapl.apps.recipes.base import Recipe
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
-from metapl.runs.folder import RunFolder
 from metapl.words import tell
 
 PATIENCE = 30.0

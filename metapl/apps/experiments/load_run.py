@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from metapl.apps.experiments.folder import WEIGHTS, RunFolder, weights_file
 from metapl.apps.experiments.methods import compared
 from metapl.apps.experiments.store import stored, stored_result
 from metapl.apps.recipes import ImageRecipe, Recipe
@@ -17,7 +18,6 @@ from metapl.apps.recipes.base import Role
 from metapl.apps.recipes.methods import titled
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.errors import MetaplError
-from metapl.runs.folder import WEIGHTS, RunFolder, weights_file
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]
 """One of a run's networks, or the one that it delivers."""

@@ -14,6 +14,7 @@ import numpy as np
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
 from metapl.apps.experiments.equal_cost import at_equal_cost
 from metapl.apps.experiments.experiment import last_fit
+from metapl.apps.experiments.folder import WEIGHTS, RunFolder
 from metapl.apps.experiments.jobs import Job, aloud, run_all, seconds_left
 from metapl.apps.experiments.methods import check_method, compared
 from metapl.apps.experiments.store import describe
@@ -22,7 +23,6 @@ from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.methods import title
 from metapl.metrics import Evaluation, with_chance
 from metapl.runs.cores import available_cores, default_threads
-from metapl.runs.folder import WEIGHTS, RunFolder
 from metapl.training.progress import duration
 
 SHOWN = 7

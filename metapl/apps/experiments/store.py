@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from metapl.apps.experiments.accuracies import READOUTS
+from metapl.apps.experiments.folder import PLACES, WEIGHTS, RunFolder
 from metapl.apps.recipes import RECIPES, ImageFolders
 from metapl.apps.recipes.base import Recipe, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
@@ -12,7 +13,6 @@ from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.fields import misfit, misfit_entries
-from metapl.runs.folder import PLACES, WEIGHTS, RunFolder
 
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
 """What every ``result.json`` says of the networks in its folder."""

@@ -26,7 +26,6 @@ from metapl.apps.recipes.ranges import (
     Within,
     check_ranges,
     require,
-    require_within,
 )
 from metapl.apps.recipes.self_training import Selection
 from metapl.apps.recipes.settings import Feedback, Mode, Optimizer, Softness
@@ -59,7 +58,6 @@ __all__ = [
     "Unasked",
     "from_dict",
     "require",
-    "require_within",
 ]
 
 SELECTED_ON = 50

@@ -23,17 +23,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from metapl.errors import MetaplError, few
 from metapl.runs.atomic import remove_temporary, write_whole
-from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.cores import default_threads
 from metapl.runs.environment import environment
-from metapl.runs.ownership import LOCK, owned
+from metapl.runs.ownership import LOCK, Folder
 from metapl.runs.sealed import read_json, read_sealed
 
 FORMAT = 3
@@ -51,6 +49,14 @@ WEIGHTS = {
     "teacher": "teacher.safetensors",
 }
 
+ANOTHER = (
+    "Put the file back from a copy, or train again with another --out; finetuned weights are made anew by: metapl "
+    "finetune."
+)
+"""What to do where a file of a run is not as it was written."""
+
+_MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
+
 
 def weights_file(network: str) -> str:
     """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
@@ -64,41 +70,15 @@ class _MadeWith:
     threads: int
 
 
-class RunFolder:
-    """The files of one run.
+class RunFolder(Folder):
+    """The files of one run of a recipe."""
 
-    Args:
-        path: the folder.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._is_held = False
+    undone = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
 
     @property
     def exists(self) -> bool:
         """Whether a run has been started here."""
         return (self.path / "recipe.json").is_file()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder against other processes, threads and other values of this class until the block ends.
-
-        It is made where it is missing. A block that fails before anything was trained leaves nothing behind. Within
-        it, this value may be held again, which changes nothing.
-
-        Raises:
-            MetaplError: somebody else holds the folder, or it cannot be made.
-        """
-        if self._is_held:
-            yield
-            return
-        with owned(self.path, BEFORE_TRAINING):
-            self._is_held = True
-            try:
-                yield
-            finally:
-                self._is_held = False
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
@@ -109,13 +89,34 @@ class RunFolder:
                 format; or there are files here that are not a run's.
         """
         with self.held():
-            if self.exists:
-                self._check_same(recipe, resume)
-                remove_temporary(self.path)
-            else:
-                self.check(resume)
+            self.check(resume)
+            if not self.exists:
                 self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
+                yield
+                return
+            before, now = (_by_flag(content) for content in (self.recipe(), json.loads(json.dumps(dict(recipe)))))
+            moved = {name for name in PLACES if isinstance(before.get(name), str) and isinstance(now.get(name), str)}
+            known = sorted({*before, *now} - {*SPEED_ALONE, *moved})
+            changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in known if before.get(k) != now.get(k)]
+            if changed:
+                what = ", ".join(changed[:4])
+                raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
+            remove_temporary(self.path)
             yield
+
+    def check(self, resume: bool) -> None:
+        """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
+        if self.exists and not resume:
+            raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
+        if not self.exists and self.path.is_dir():
+            # Hidden files are a file manager's; the other kind is what a killed start left.
+            left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
+            others = sorted(name for name in os.listdir(self.path) if not left.fullmatch(name))
+            if others:
+                raise MetaplError(
+                    f"{self.path} holds files that are not a run's ({few(others)}), and no recipe.json; expected an "
+                    "empty folder, or a new one: give another --out."
+                )
 
     def places(self) -> dict[str, Any]:
         """Where the data of the run in the folder lie, by the names of the recipe's fields."""
@@ -130,28 +131,6 @@ class RunFolder:
         if moved:
             stored.update(moved)
             self.write_json("recipe.json", content)
-
-    def check(self, resume: bool) -> None:
-        """Stop where a run is here and ``resume`` is not asked for, or where there are files that are not a run's."""
-        if self.exists and not resume:
-            raise MetaplError(f"{self.path} holds a run already; give --resume to go on with it, or another --out.")
-        if not self.exists and self.path.is_dir():
-            others = sorted(name for name in os.listdir(self.path) if not _is_left_over(name))
-            if others:
-                raise MetaplError(
-                    f"{self.path} holds files that are not a run's ({few(others)}), and no recipe.json; expected an "
-                    "empty folder, or a new one: give another --out."
-                )
-
-    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
-        self.check(resume)
-        before, now = (_by_flag(content) for content in (self.recipe(), json.loads(json.dumps(dict(recipe)))))
-        moved = {name for name in PLACES if isinstance(before.get(name), str) and isinstance(now.get(name), str)}
-        free = {*SPEED_ALONE, *moved}
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
-        if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed[:4])
-            raise MetaplError(f"{self.path} holds a run of another recipe ({what}); resume it as it was started.")
 
     def threads(self) -> int:
         """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
@@ -191,65 +170,35 @@ class RunFolder:
         """Write a JSON file whole or not at all."""
         write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
-    def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
-        """The checkpoints of a phase, of which the last ``keep`` stay."""
-        return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
-
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
         """Weights as safetensors, the same weights as the same bytes; their SHA-256."""
         from safetensors.torch import save
 
-        plain = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())}
-        content = save(plain)
+        content = save({key: t.detach().cpu().contiguous().clone() for key, t in sorted(state.items())})
         write_whole(self.path / name, content, _MEND)
         return hashlib.sha256(content).hexdigest()
 
-    def _how_to_get(self, name: str) -> str:
-        if not (self.path / "result.json").is_file():
-            return "The run has not come so far: finish it with --resume."
-        left = [network for network, file in WEIGHTS.items() if (self.path / file).is_file()]
-        instead = f" What is left: --network {' or '.join(left)}." if left else ""
-        return f"The run was finished, so --resume does not mend it: train again with another --out.{instead}"
-
     def read_weights(self, name: str, sha256: str | None = None) -> dict[str, Tensor]:
-        """The weights in a safetensors file of the folder.
-
-        Args:
-            name: of the file.
-            sha256: of the file as it was written; None where that is not known, as of runs of earlier versions.
-        """
+        """The weights in a safetensors file of the folder; ``sha256`` is that of the file as it was written, None where
+        that is not known, as of runs of earlier versions."""
         from safetensors.torch import load
 
         file = self.path / name
+        if not file.is_file() and not (self.path / "result.json").is_file():
+            raise MetaplError(f"{file} is missing. The run has not come so far: finish it with --resume.")
         if not file.is_file():
-            raise MetaplError(f"{file} is missing. {self._how_to_get(name)}")
+            left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
+            instead = f" What is left: --network {' or '.join(left)}." if left else ""
+            raise MetaplError(
+                f"{file} is missing. The run was finished, so --resume does not mend it: train again with another "
+                f"--out.{instead}"
+            )
         content = read_sealed(file, sha256, mend=ANOTHER)
         try:
             weights: dict[str, Tensor] = load(content)
         except Exception as error:  # safetensors raises its own types
             raise MetaplError(f"{file} cannot be read: {error}.") from error
         return weights
-
-
-ANOTHER = (
-    "Put the file back from a copy, or train again with another --out; finetuned weights are made anew by: metapl "
-    "finetune."
-)
-"""What to do where a file of a run is not as it was written."""
-
-_MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
-
-BEFORE_TRAINING = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
-"""What a run writes before its first step."""
-
-
-def _is_left_over(name: str) -> bool:
-    """Whether a name is hidden, as those that a file manager leaves, or that of a file that a killed start left.
-
-    >>> [_is_left_over(name) for name in (".lock", "recipe.json.0123abcd.tmp", "recipe.txt")]
-    [True, True, False]
-    """
-    return name.startswith(".") or re.fullmatch(r"recipe\.json\.[0-9a-f]{8}\.tmp", name) is not None
 
 
 def _by_flag(recipe: Mapping[str, Any]) -> dict[str, Any]:
