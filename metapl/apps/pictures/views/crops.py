@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.apps.pictures.views import base, operations
-from metapl.apps.pictures.views.base import PictureView, below, is_range
+from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, below
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
+
+Share = Annotated[float, Range(above=0, most=1)]
 
 GREY = operations.GREY / 255
 """The middle level, which fills what no pixel comes to."""
@@ -42,12 +46,9 @@ class Weak(PictureView):
     """
 
     takes = base.FLOATING_OR_BYTES
-    pad: int = 4
+    pad: AtLeastZero = 4
     flip: bool = True
     fill: float = GREY
-
-    def __post_init__(self) -> None:
-        self.require(self.pad >= 0, "pad", "0 or more pixels")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
@@ -84,16 +85,10 @@ class ResizedCrop(PictureView):
     """
 
     takes = base.FLOATING_OR_BYTES
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    size: AtLeastOne
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
-
-    def __post_init__(self) -> None:
-        self.require(self.size >= 1, "size", "a side of 1 pixel or more")
-        shares = is_range(self.scale) and self.scale[0] > 0 and self.scale[1] <= 1
-        self.require(shares, "scale", "0 < smallest <= largest <= 1, shares of area")
-        self.require(is_range(self.ratio) and self.ratio[0] > 0, "ratio", "0 < smallest <= largest, width : height")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
@@ -109,9 +104,8 @@ class ResizedCrop(PictureView):
         """What the view cuts out of images of one size, for whoever decodes no more of a file than that.
 
         Args:
-            seed, step: as in the call.
+            seed, step, height, width: as in the call, and of the images.
             examples: (B,) int64 on the CPU: logarithms differ between devices.
-            height, width: of the images, in pixels.
 
         Returns:
             (B, 4) int64: top, left, height and width in pixels; and (B,) bool: whether to mirror.
@@ -152,20 +146,14 @@ class ShiftNoiseCutout(PictureView):
     """
 
     takes = base.FLOATING
-    shift: int = 1
-    noise: float = 0.2
-    cutout: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("shift", "noise", "cutout"):
-            self.require(0 <= getattr(self, name) < math.inf, name, "a finite number of 0 or more, 0 to switch it off")
+    shift: AtLeastZero = 1
+    noise: NotNegative = 0.2
+    cutout: AtLeastZero = 2
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.cutout > min(images.shape[2:]):
-            raise MetaplError(
-                f"ShiftNoiseCutout got images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of "
-                f"{self.cutout}; expected the square to fit into the image: choose a smaller cutout"
-            )
+            given = f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of {self.cutout}"
+            raise MetaplError(f"ShiftNoiseCutout got {given}; expected a square that fits into the image")
         examples = to_device(examples, images.device)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
