@@ -9,43 +9,6 @@ from metapl.models.common import PooledFeatures, check_numbers
 WIDTHS = (32, 64, 128, 192)
 """Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
 
-LARGE = 40
-"""Sides above this many pixels are halved by the first convolution already."""
-
-SMALLEST = 6
-"""Side of the last feature map, at least, in pixels: a stage that would end below it does not pool."""
-
-
-class _Stage(nn.Sequential):
-    """3x3 convolution, the greatest of each 2x2 values, batch norm and ReLU.
-
-    Pooling first leaves the others a quarter of the values: a step is up to 1.25 times as fast.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, *, stride: int = 1, pool: bool = False) -> None:
-        super().__init__(
-            nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-            nn.MaxPool2d(2) if pool else nn.Identity(),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(),
-        )
-
-
-def _plan(side: int) -> list[tuple[int, bool]]:
-    """The stride of each stage's convolution, and whether the stage pools.
-
-    >>> _plan(32)
-    [(1, True), (1, True), (1, False)]
-    """
-    plan = []
-    if side > LARGE:
-        plan.append((2, False))
-        side = -(-side // 2)
-    while side >= 2 * SMALLEST:
-        plan.append((1, True))
-        side //= 2
-    return [*plan, (1, False)]
-
 
 def pooled_cnn(
     num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0, image_size: int | None = None
@@ -80,9 +43,25 @@ def pooled_cnn(
     side = 32 if image_size is None else image_size
     example = "pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
     check_numbers("pooled_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels, image_size=side)
-    plan = _plan(side)
+    # The stride of each stage's convolution, and whether the stage pools.
+    plan = []
+    if side > 40:
+        plan.append((2, False))
+        side = -(-side // 2)
+    while side >= 12:
+        plan.append((1, True))
+        side //= 2
+    plan.append((1, False))
     skipped = max(0, 3 - len(plan))
     widths = [WIDTHS[min(skipped + stage, len(WIDTHS) - 1)] for stage in range(len(plan))]
-    channels = zip([in_channels, *widths], widths, plan, strict=False)
-    features = nn.Sequential(*(_Stage(into, out, stride=stride, pool=pool) for into, out, (stride, pool) in channels))
-    return PooledFeatures(features, widths[-1], num_classes, dropout)
+    # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25 times as fast.
+    stages = (
+        nn.Sequential(
+            nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+            nn.MaxPool2d(2) if pool else nn.Identity(),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+        )
+        for before, after, (stride, pool) in zip([in_channels, *widths], widths, plan, strict=False)
+    )
+    return PooledFeatures(nn.Sequential(*stages), widths[-1], num_classes, dropout)
