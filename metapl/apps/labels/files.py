@@ -176,7 +176,7 @@ def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
-MAPPED = {"probabilities": np.dtype(np.float16), "classes": np.dtype(np.int32)}
+MAPPED: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16), "classes": np.dtype(np.int32)}
 """The columns of lists, whose numbers are read without a decoder."""
 
 

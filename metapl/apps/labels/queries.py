@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,30 +31,18 @@ BINS = 20
 """Of the histograms of confidence and entropy."""
 
 
-def greatest_entropy(classes: int) -> float:
-    """That of evenly spread probabilities, in nats; 1 for a single class, so that a histogram has a width.
-
-    >>> greatest_entropy(1), round(greatest_entropy(10), 3)
-    (1.0, 2.303)
-    """
-    return math.log(classes) if classes > 1 else 1.0
-
-
 @dataclass(frozen=True)
 class Statistics:
     """What is in a store; :func:`statistics` finds it.
 
     Args:
-        rows: how many examples.
-        copies: how many, each as often as it counts.
+        rows, copies: how many examples; each as often as it counts.
         classes: their names.
-        counts: examples of each class, by the most probable class of each.
-        class_copies: the same, each as often as it counts.
+        counts, class_copies: the same of each class, by the most probable class of each example.
         class_confidence: mean of the confidence over these; None where there are none.
         confidence: examples by confidence, in 20 bins from 0 to 1; of the last, 1 is part.
         entropy: examples by entropy, in 20 bins from 0 to the logarithm of the number of classes.
-        mean_confidence: over all examples.
-        quartiles_of_confidence: three numbers, of the examples in order of their confidence.
+        mean_confidence, quartiles_of_confidence: over all examples.
         mean_entropy: in nats.
     """
 
@@ -72,12 +60,16 @@ class Statistics:
 
     @property
     def greatest_entropy(self) -> float:
-        """The end of the last bin of ``entropy``, in nats."""
-        return greatest_entropy(len(self.classes))
+        """The end of the last bin of ``entropy``, in nats: that of evenly spread ones; 1 for a single class."""
+        return _greatest_entropy(self.classes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+def _greatest_entropy(classes: Sequence[str]) -> float:
+    return math.log(len(classes)) if len(classes) > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -86,11 +78,9 @@ class Selection:
 
     Args:
         rows: of the store selected from.
-        overlapping: left out because their files stand in the folder.
-        unsure: left out for their confidence.
-        beyond: left out because others of their class are more confident.
-        kept: rows of the new store.
-        copies: how many these are, each as often as it counts.
+        overlapping, unsure, beyond: left out because their files stand in the folder, for their confidence, and because
+            others of their class are more confident.
+        kept, copies: rows of the new store; each as often as it counts.
         missing: classes of which nothing was kept.
         unread: files of the folder that cannot be read, and were not compared.
     """
@@ -113,7 +103,7 @@ def statistics(store: LabelStore) -> Statistics:
     Raises:
         MetaplError: a part is damaged.
     """
-    classes, top = len(store.classes), greatest_entropy(len(store.classes))
+    classes, top = len(store.classes), _greatest_entropy(store.classes)
     counts, copies = np.zeros((2, classes), np.int64)
     confidences, entropies = np.zeros((2, BINS), np.int64)
     sums, total = np.zeros(classes), 0.0
@@ -180,14 +170,13 @@ def select(
 
     1. examples whose file has the same bytes as one in a folder are dropped, such as those that are validated on;
     2. examples are kept whose confidence is above a threshold;
-    3. of each class, by the most probable class of each example, the most confident are kept; of examples that are
-       equally confident, those whose ids come first. With ``any_class``, of each class those are kept of which the
-       stored probability of this class is greatest, whatever their most probable class is; an example can be kept for
-       several classes, and is kept once;
+    3. of each class, by the most probable class of each example, the most confident are kept; of equals, those whose
+       ids come first. With ``any_class``, those with the greatest stored probability of this class, whatever their most
+       probable class is; an example can be kept for several classes, and is kept once;
     4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
        ⌊N / n⌋ times, and N mod n of them once more: the first in the order of the number that the last eight bytes of
-       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. The rows stay unique; how often
-       each counts is in the column ``copies``, see :meth:`LabelStore.rows_with_copies`.
+       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. How often each counts is in the
+       column ``copies``, see :meth:`LabelStore.rows_with_copies`.
 
     Args:
         store: to select from.

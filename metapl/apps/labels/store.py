@@ -38,21 +38,17 @@ class LabelStore:
 
         q_c ∝ s_c for a stored class c, and q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
 
-    divided by its sum, in float32: the remainder is spread evenly. No other class gets more than the least probable
-    stored one, but for rounding, as each had less. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits: they are off by
-    two parts in 2,048 at most, one of their own and one of the sum that is divided by.
+    divided by its sum, in float32: the remainder is spread evenly. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits:
+    they are off by two parts in 2,048 at most, one of their own and one of the sum that is divided by.
 
     Args:
-        folder: of the store.
+        folder: of the store. Worker processes may be given a copy, which reads for itself.
 
-    Cost: to open it, its description is read (some 200 bytes a part), and each part's size is asked for. A part is
-    checked whole by its SHA-256 when something of it is first read (about 1 ms a MB), once in a process; then its
-    numbers are read from a memory map. A row by its number costs its 2 K bytes (6 K with classes) then, in any order.
-    To find a row by its id, the part is found by bisection of the parts' first ids; its ids are decoded (about 1 ms for
-    10,000) and kept for the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where
-    the same examples are read again and again, and read by :meth:`at`.
-
-    It can be given to worker processes: a copy reads for itself.
+    Cost: to open it, some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read
+    (about 1 ms a MB), once in a process; then its numbers are read from a memory map: 2 K bytes a row (6 K with
+    classes), in any order. To find rows by their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the
+    64 parts used last. So where the same examples are read again and again, ask for their rows once, by :meth:`rows`,
+    and read by :meth:`at`.
 
     Raises:
         MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part

@@ -44,9 +44,8 @@ class LabelWriter:
     """Writes a store of class distributions; a context manager, which seals the store when its block ends well.
 
     Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k greatest with their
-    classes. :class:`LabelStore` says what is read from them. Beside these stand, of the exact distribution, the label
-    (the most probable class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in
-    nats.
+    classes (see :class:`LabelStore`). Beside these stand, of the exact distribution, the label (the most probable
+    class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in nats.
 
     Args:
         folder: of the store; made where it is missing.

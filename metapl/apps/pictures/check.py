@@ -34,8 +34,7 @@ class Finding:
         level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
         message: what was found, with the first few files, and how to mend it.
         files: all the files that it is about.
-        kind: of the classes' folders ("classes"); of pictures that stand in two folders ("test copies", "validation
-            copies", "labeled copies") or in two classes ("contradiction").
+        kind: of the classes' folders, of pictures that stand in two folders, or in two classes ("contradiction").
     """
 
     level: Literal["error", "warning"]
@@ -78,7 +77,6 @@ def check_folders(
     beside = {name: files for name, files in held_out.items() if name not in nested}
     findings = [
         *_class_findings(labeled),
-        *_layout_findings(labeled),
         *nested.values(),
         *find_copies(labeled, unlabeled, beside.get("validation"), beside.get("test"), progress),
         *(finding for name, files in held_out.items() for finding in find_other_classes(labeled, files, name)),
@@ -87,51 +85,46 @@ def check_folders(
 
 
 def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
-    if len(labeled.classes) < 2:
-        yield Finding("error", f"{labeled.root} has one class, {labeled.classes[0]!r}; expected two or more folders.")
-    by_case = defaultdict(list)
+    root, classes, by_case = labeled.root, labeled.classes, defaultdict(list)
+    if len(classes) < 2:
+        yield Finding("error", f"{root} has one class, {classes[0]!r}; expected two or more folders.")
     for label, (name, count) in enumerate(labeled.counts().items()):
         by_case[name.casefold()].append(name)
-        where = labeled.root / name
         if count == 0:
-            what = f"class {name!r} has no picture in {shown(where)}; put some there, or remove the folder."
-            yield Finding("error", what, (where,))
+            what = f"class {name!r} has no picture in {shown(root / name)}; put some there, or remove the folder."
+            yield Finding("error", what, (root / name,))
         elif count == 1:
             file = labeled.path(labeled.labels.index(label))
             what = f"class {name!r} has one picture, {shown(file)}: none is left for validation; add more."
             yield Finding("warning", what, (file,))
     for same in (names for names in by_case.values() if len(names) > 1):
         what = f"classes {' and '.join(map(repr, same))} differ by case only; if they are one class, merge them."
-        yield Finding("warning", what, tuple(labeled.root / name for name in same))
+        yield Finding("warning", what, tuple(root / name for name in same))
     if labeled.loose:
-        what = f"{labeled.loose} pictures lie in {labeled.root} beside the class folders and are not used; move them."
+        what = f"{labeled.loose} pictures lie in {root} beside the class folders and are not used; move them."
         yield Finding("warning", what)
-
-
-def _layout_findings(labeled: LabeledFiles) -> Iterator[Finding]:
-    """What tells that the folder is the one above that of the classes."""
-    pictures = defaultdict(list)
+    # What tells that the folder is the one above that of the classes.
+    inside = defaultdict(set)
     for file in labeled.names:
         name, _, below = file.partition("/")
-        pictures[name].append(below)
-    deep = {name for name, files in pictures.items() if all("/" in file for file in files)}
-    parts = {name: part for name in labeled.classes if (part := _part(name))}
+        inside[name].add(below.rpartition("/")[0].partition("/")[0])
+    deep = sorted(name for name, folders in inside.items() if "" not in folders)
+    parts = {name: part for name in classes if (part := _part(name))}
     if len({*parts.values()}) > 1:
-        is_layout, instead = not deep.isdisjoint(parts), _trained_on(labeled)
+        is_layout, instead = any(name in parts for name in deep), _trained_on(labeled)
         what = (
-            f"the classes in {labeled.root} are {few(labeled.classes)}, which {'are' if is_layout else 'may be'} the "
-            f"parts of a data set; expected one subfolder for each class. Name the folder with the classes"
+            f"the classes in {root} are {few(classes)}, which {'are' if is_layout else 'may be'} the parts of a data "
+            "set; expected one subfolder for each class. Name the folder with the classes"
         ) + (f": {instead}" if instead else "")
-        yield Finding("error" if is_layout else "warning", what, tuple(labeled.root / name for name in parts))
-    elif deep and deep == {*pictures}:
-        name = min(deep)
-        inside = sorted({file.partition("/")[0] for file in pictures[name]})
+        yield Finding("error" if is_layout else "warning", what, tuple(root / name for name in parts))
+    elif deep and len(deep) == len(inside):
+        below = sorted(inside[deep[0]])
         what = (
-            f"the pictures of all classes ({few(labeled.classes)}) lie in deeper folders, such as "
-            f"{shown(f'{name}/{inside[0]}')}, whose names are not used; if the classes are rather {few(inside)}, name "
-            f"the folder above these: {shown(labeled.root / name)}"
+            f"the pictures of all classes ({few(classes)}) lie in deeper folders, such as "
+            f"{shown(f'{deep[0]}/{below[0]}')}, whose names are not used; if the classes are rather {few(below)}, name "
+            f"the folder above these: {shown(root / deep[0])}"
         )
-        yield Finding("warning", what, tuple(labeled.root / name for name in sorted(deep)))
+        yield Finding("warning", what, tuple(root / name for name in deep))
 
 
 def _part(folder: str) -> str | None:
@@ -154,31 +147,24 @@ def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, 
                 f"the {name} folder {shown(other)} lies inside {shown(labeled.root)}, every subfolder of which is a "
                 f"class: {few(labeled.classes)}; expected a folder for the classes, and another one beside it."
             ) + (f" Did you mean {meant}?" if meant else "")
+            found[name] = Finding("error", message, (other,))
         elif other.resolve() in root.parents and name != "unlabeled":
             message = (
                 f"the labeled folder {shown(labeled.root)} lies inside the {name} folder {shown(other)}; expected the "
                 f"folder of the {name} pictures alone, with one subfolder for each class."
             )
-        else:
-            continue
-        found[name] = Finding("error", message, (other,))
+            found[name] = Finding("error", message, (other,))
     return found
 
 
 def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str) -> Iterator[Finding]:
     """The classes that validation or test (its ``name``) does not share: an error where training does not know one."""
-    counts = held_out.counts()
-    unknown = [label for label, count in counts.items() if label not in labeled.classes and count]
-    if unknown:
-        what = (
-            f"the {name} folder {held_out.root} has classes that {labeled.root} does not: {few(unknown)}; expected "
-            "folders of the same names."
-        )
+    counts, folder = held_out.counts(), f"the {name} folder {held_out.root}"
+    if unknown := [label for label, count in counts.items() if label not in labeled.classes and count]:
+        what = f"{folder} has classes that {labeled.root} does not: {few(unknown)}; expected folders of the same names."
         yield Finding("error", what, tuple(held_out.root / label for label in unknown))
-    missing = [label for label in labeled.classes if not counts.get(label)]
-    if missing:
-        what = f"the {name} folder {held_out.root} has no picture of {few(missing)}: nothing is measured there."
-        yield Finding("warning", what)
+    if missing := [label for label in labeled.classes if not counts.get(label)]:
+        yield Finding("warning", f"{folder} has no picture of {few(missing)}: nothing is measured there.")
 
 
 class _File(NamedTuple):

@@ -120,7 +120,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     >>> scan_unlabeled(root).names
     ('b.jpg', 'deep/er/a.PNG')
     """
-    root = _folder(folder)
+    root = Path(folder).expanduser()
     names, passed_over = _pictures((files for _, files in _listed(root)), progress)
     if not names and passed_over[SUFFIX]:
         names, passed_over = _pictures(_in_shards(root), progress)
@@ -144,7 +144,7 @@ def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFile
     >>> scan_labeled(root).classes, scan_labeled(root).labels
     (('cat', 'dog'), (0, 1, 1))
     """
-    root = _folder(folder)
+    root = Path(folder).expanduser()
     classes, files = next(_listed(root))
     if not classes:
         example = f"{root / 'cat'}, {root / 'dog'}"
@@ -161,14 +161,6 @@ def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFile
         passed_over.update(others)
     _refuse_none(names, root, passed_over)
     return LabeledFiles(root, tuple(names), dict(passed_over), tuple(classes), tuple(labels), len(loose))
-
-
-def _folder(folder: str | Path) -> Path:
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise MetaplError(f"{root} {state}; expected a folder with pictures.")
-    return root
 
 
 def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int]) -> None:
@@ -195,6 +187,9 @@ def _pictures(listed: Iterable[Iterable[str]], progress: Progress = silent) -> t
 
 def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], list[str]]]:
     """As :func:`walk`, without hidden names: the folders in each folder, and its files relative to the root."""
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise MetaplError(f"{root} {state}; expected a folder with pictures.")
     for folder, inside, files in walk(root, _refuse, above):
         inside[:] = filter(_is_visible, inside)
         below = Path(folder).relative_to(root).as_posix()
@@ -250,7 +245,9 @@ def walk(
             seen.add(identity)
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    (inside if _is_folder(entry) else files).append(entry.name)
+                    # entry.is_dir() asks no more than it must, and fails of a link that leads to itself.
+                    is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+                    (inside if is_folder else files).append(entry.name)
         except OSError as error:
             refuse(error)
             continue
@@ -263,13 +260,6 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     """What a folder and a link to it have in common."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
 
 
 def digest(path: str) -> bytes:

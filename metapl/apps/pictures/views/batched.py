@@ -104,10 +104,8 @@ class Color(PictureView):
         brightness, contrast, saturation: r of b, c and s, 0 or more.
         hue: greatest |θ| as a share of a turn, 0 to 0.5.
 
-    Call: as :class:`Affine`, with 1 or 3 channels. Pictures of one channel have no saturation and no hue.
-
-    Raises:
-        MetaplError: as :class:`Affine`; another number of channels, or, on the CPU, values outside [0, 1].
+    Call, raises: as :class:`Affine`, with 1 or 3 channels, and on the CPU values in [0, 1] alone. Pictures of one
+    channel have no saturation and no hue.
     """
 
     is_colored = True

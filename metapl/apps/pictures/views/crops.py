@@ -72,13 +72,8 @@ class ResizedCrop(PictureView):
         ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
         flip: whether half of the images are mirrored left to right.
 
-    Call: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow does; the
-    authors' code resizes bicubically without.
-
-    Cost: one call of ``interpolate`` per image.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Weak`.
+    Call, raises: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow
+    does; the authors' code resizes bicubically without. Cost: one call of ``interpolate`` per image.
 
     >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 24, 24])
@@ -101,15 +96,9 @@ class ResizedCrop(PictureView):
         return result
 
     def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """What the view cuts out of images of one size, for whoever decodes no more of a file than that.
-
-        Args:
-            seed, step, height, width: as in the call, and of the images.
-            examples: (B,) int64 on the CPU: logarithms differ between devices.
-
-        Returns:
-            (B, 4) int64: top, left, height and width in pixels; and (B,) bool: whether to mirror.
-        """
+        """What the view cuts out of images of one size, for whoever decodes no more of a file than that: (B, 4) int64,
+        top, left, height and width in pixels, and (B,) bool, whether to mirror. The examples are on the CPU, as
+        logarithms differ between devices."""
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -139,10 +128,7 @@ class ShiftNoiseCutout(PictureView):
         noise: σ, 0 or more, in units of the images' range.
         cutout: side of the square in pixels, 0 (none) or more.
 
-    Call: as :class:`Weak`, with float images.
-
-    Raises:
-        MetaplError: a negative field; on the call, as :class:`Weak`, or images smaller than the square.
+    Call, raises: as :class:`Weak`, with float images, which are refused where they are smaller than the square.
     """
 
     takes = base.FLOATING
