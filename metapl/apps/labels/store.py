@@ -130,13 +130,8 @@ class LabelStore:
         return isinstance(example, self._kinds) and bool(self._find([example])[0] >= 0)
 
     def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The distributions of examples.
-
-        Args:
-            ids: B of them, in any order, or one.
-
-        Returns:
-            float32 (B, C) on the CPU, each row summing to 1; (C,) of one id.
+        """The distributions of examples by B ids in any order, float32 (B, C) on the CPU, each row summing to 1; (C,)
+        of one id.
 
         Raises:
             MetaplError: there is no such example.
@@ -183,13 +178,8 @@ class LabelStore:
         return rows
 
     def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The distributions of rows, read from memory maps.
-
-        Args:
-            rows: B of 0, …, len − 1, in any order.
-
-        Returns:
-            float32 (B, C) on the CPU, each row summing to 1.
+        """The distributions of B rows of 0, …, len − 1 in any order, float32 (B, C) on the CPU, each summing to 1; read
+        from memory maps.
 
         Raises:
             MetaplError: there is no such row, or a part is damaged.

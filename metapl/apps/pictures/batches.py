@@ -47,7 +47,7 @@ class PictureBatches(StepBatches[BatchT]):
                 return f"a worker died while reading {dead}; remove or replace it" if files else None
         return None
 
-    def fingerprint(self, columns: Any) -> str:
+    def fingerprint(self, columns: Any) -> str | None:
         """Of the examples; folders of files may move, their names count."""
         told: Any = self.images
         if isinstance(told, MemoryImages):
@@ -255,12 +255,10 @@ class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
     """All labeled images once, in order and as they are: for validation and test.
 
     Args:
-        images: n images.
-        labels: int64 (n,).
+        images, labels: n images, and int64 (n,).
         batch_size: B, 1 or more; the last batch may be smaller.
 
-    Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out, so a batch may
-    be smaller still.
+    Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out.
 
     Raises:
         MetaplError: images and labels disagree on n, or a batch size below 1.

@@ -105,8 +105,8 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         yield Finding("warning", what)
     # What tells that the folder is the one above that of the classes.
     inside = defaultdict(set)
-    for file in labeled.names:
-        name, _, below = file.partition("/")
+    for picture in labeled.names:
+        name, _, below = picture.partition("/")
         inside[name].add(below.rpartition("/")[0].partition("/")[0])
     deep = sorted(name for name, folders in inside.items() if "" not in folders)
     parts = {name: part for name in classes if (part := _part(name))}
@@ -118,11 +118,11 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         ) + (f": {instead}" if instead else "")
         yield Finding("error" if is_layout else "warning", what, tuple(root / name for name in parts))
     elif deep and len(deep) == len(inside):
-        below = sorted(inside[deep[0]])
+        others = sorted(inside[deep[0]])
         what = (
             f"the pictures of all classes ({few(classes)}) lie in deeper folders, such as "
-            f"{shown(f'{deep[0]}/{below[0]}')}, whose names are not used; if the classes are rather {few(below)}, name "
-            f"the folder above these: {shown(root / deep[0])}"
+            f"{shown(f'{deep[0]}/{others[0]}')}, whose names are not used; if the classes are rather {few(others)}, "
+            f"name the folder above these: {shown(root / deep[0])}"
         )
         yield Finding("warning", what, tuple(root / name for name in deep))
 

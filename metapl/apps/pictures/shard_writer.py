@@ -67,8 +67,8 @@ def write_shards(
     if out.exists() and not out.is_dir():
         raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
     listing = hashlib.sha256()
-    for name, path in zip(files.names, files.paths(), strict=True):
-        listing.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
+    for name, where in zip(files.names, files.paths(), strict=True):
+        listing.update(f"{name}\0{ask(size_of, where)}\0".encode("utf-8", "surrogateescape"))
     try:
         with owned(out, leaves_lock=False):
             manifest = _begun(out, Manifest(listing.hexdigest(), len(files), per_shard))

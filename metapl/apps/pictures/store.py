@@ -248,7 +248,12 @@ class FileImages:
                 return read_crops(path, crops, size=self.size, mode=self.mode)
             picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
         except UnreadableImage as error:
-            self._record(number, path, error.reason)
+            if not self._recorded[number]:
+                self._recorded[number] = 1
+                if self.log is None:
+                    warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)
+                else:
+                    record_files(self.log, {path: error.reason})
             return None
         finally:
             slot[1] = 0
@@ -259,15 +264,6 @@ class FileImages:
 
     def _path(self, number: int) -> str:
         return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
-
-    def _record(self, number: int, path: str, reason: str) -> None:
-        if self._recorded[number]:
-            return
-        self._recorded[number] = 1
-        if self.log is None:
-            warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
-        else:
-            record_files(self.log, {path: reason})
 
 
 def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -92,7 +92,7 @@ def load_image_data(
         raise MetaplError(
             f"there is no data set {name!r}; expected one of {', '.join(_IN_MEMORY)}, imagenet, imagefolder."
         )
-    train, test = _imagenet(folder) if name == "imagenet" else _image_folder(folder)
+    train, test = _in_files(name, folder)
     keys, others = (getattr(part, "wnids", part.classes) for part in (train, test))
     if keys != others:
         differing = few(sorted({*keys} ^ {*others}))
@@ -154,11 +154,18 @@ def _in_memory(name: str, root: Path) -> ImageData:
     )
 
 
-def _imagenet(root: Path) -> tuple[Any, Any]:
-    from torchvision.datasets import ImageNet
+def _in_files(name: str, root: Path) -> tuple[Any, Any]:
+    """What torchvision has of the pictures to train and to test on."""
+    from torchvision.datasets import ImageFolder, ImageNet
     from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE
 
-    archives = {split: root / name for split, (name, _) in ARCHIVE_META.items()}
+    if name == "imagefolder":
+        held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+        mend = f"put one folder a class into {root / 'train'} and into {root / 'test'} (or {root / 'val'})"
+        places = (root / "train", held_out)
+        train, test = (_loaded(name, partial(ImageFolder, place), [place], mend) for place in places)
+        return train, test
+    archives = {split: root / file for split, (file, _) in ARCHIVE_META.items()}
     mend = (
         f"get {', '.join(path.name for path in archives.values())} from "
         "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (it takes an account) and put them into "
@@ -168,18 +175,9 @@ def _imagenet(root: Path) -> tuple[Any, Any]:
     def load(split: str) -> Any:
         needed = [root / META_FILE if (root / META_FILE).exists() else archives["devkit"]]
         needed.append(root / split if (root / split).is_dir() else archives[split])
-        return _loaded("imagenet", partial(ImageNet, root, split=split), needed, mend)
+        return _loaded(name, partial(ImageNet, root, split=split), needed, mend)
 
     return load("train"), load("val")
-
-
-def _image_folder(root: Path) -> tuple[Any, Any]:
-    from torchvision.datasets import ImageFolder
-
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    mend = f"put one folder a class into {root / 'train'} and into {root / 'test'} (or {root / 'val'})"
-    train, test = (_loaded("imagefolder", partial(ImageFolder, at), [at], mend) for at in (root / "train", held_out))
-    return train, test
 
 
 def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str) -> Any:

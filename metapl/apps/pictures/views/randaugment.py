@@ -133,8 +133,11 @@ class RandAugment(PictureView):
         groups = self._groups
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
         signed, size = (self.level, -self.level), (self.translate, height, width)
-        moves = (_MOVES.get(name, lambda *given: (1, 0, 0, 0, 1, 0)) for name in self.operations)
-        maps = torch.tensor([[operations.fixed_point(move(level, *size)) for level in signed] for move in moves])
+        stay: operations.Affine = (1, 0, 0, 0, 1, 0)
+        moves = (
+            [_MOVES[name](level, *size) if name in _MOVES else stay for level in signed] for name in self.operations
+        )
+        maps = torch.tensor([list(map(operations.fixed_point, both)) for both in moves])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
