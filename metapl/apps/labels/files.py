@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import numpy as np
 
@@ -71,18 +71,20 @@ class Part:
     sha256: str
 
 
-_ENTRIES: dict[str, Any] = {
-    "complete": bool,
-    "classes": list[str],
-    "top_k": int | None,
-    "rows_per_part": int,
-    "provenance": dict[str, Any],
-    "numbers": bool,
-    "digests": bool,
-    "rows": int,
-    "parts": list[Part],
-}
-"""What the description says, with types."""
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What ``store.json`` says."""
+
+    format: int = FORMAT
+    complete: bool
+    classes: list[str]
+    top_k: int | None
+    rows_per_part: int
+    provenance: dict[str, Any]
+    numbers: bool
+    digests: bool
+    rows: int
+    parts: list[Part]
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -95,8 +97,8 @@ def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What the description of a store says; its parts as :class:`Part`.
+def read_description(folder: Path) -> Description:
+    """What the description of a store says.
 
     Raises:
         MetaplError: there is none, it is damaged, or it is of another format.
@@ -112,14 +114,16 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the "
             "metapl that wrote it, or write the labels again."
         )
-    missing = [name for name in _ENTRIES if name not in content]
+    hints = get_type_hints(Description)
+    missing = [name for name in hints if name not in content]
     fault = f"it does not say {missing[0]}, or an earlier metapl began it" if missing else None
-    fault = fault or misfit_entries(content, _ENTRIES) or _contradiction(content)
+    fault = fault or misfit_entries(content, hints) or _contradiction(content)
     if fault is None and content.get("seal") != _seal(content):
         fault = "its checksum (seal) is of another content"
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
-    return content | {"parts": [Part(**part) for part in content["parts"]]}
+    parts = [Part(**part) for part in content["parts"]]
+    return Description(**{name: content[name] for name in hints} | {"parts": parts})
 
 
 def _contradiction(content: Mapping[str, Any]) -> str | None:

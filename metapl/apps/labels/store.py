@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.labels import files as layout
-from metapl.apps.labels.files import Part
+from metapl.apps.labels.files import Description, Part
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
 from metapl.runs.sealed import open_plain, sha256_of
@@ -70,7 +70,7 @@ class LabelStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         layout.require("pyarrow")
         content = layout.read_description(Path(folder))
-        if not content["complete"]:
+        if not content.complete:
             raise MetaplError(
                 f"the store in {folder} is not whole: its writer was stopped. Go on with the command that began it, "
                 "and resume=True (--resume)."
@@ -78,20 +78,16 @@ class LabelStore:
         self._open(Path(folder), content)
 
     @classmethod
-    def begun(cls, folder: Path, content: Mapping[str, Any]) -> LabelStore:
+    def begun(cls, folder: Path, content: Description) -> LabelStore:
         """What there is of a store, whole or not, by its description."""
         store = cls.__new__(cls)
         store._open(folder, content)
         return store
 
-    def _open(self, folder: Path, content: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.classes: tuple[str, ...] = tuple(content["classes"])
-        self.top_k: int | None = content["top_k"]
-        self.provenance: Mapping[str, Any] = content["provenance"]
-        self.has_digests: bool = content["digests"]
-        self.parts: tuple[Part, ...] = tuple(content["parts"])
-        self._numbers: bool = content["numbers"]
+    def _open(self, folder: Path, content: Description) -> None:
+        self.folder, self.classes, self.top_k = folder, tuple(content.classes), content.top_k
+        self.provenance: Mapping[str, Any] = content.provenance
+        self.parts, self.has_digests, self._numbers = tuple(content.parts), content.digests, content.numbers
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self._firsts = [part.first for part in self.parts]
         self._forget()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.labels import files as layout
-from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, FORMAT, PAGE_ROWS, PAGE_VALUES, Part
+from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, PAGE_ROWS, PAGE_VALUES, Description, Part
 from metapl.apps.labels.store import LabelStore
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
@@ -151,17 +151,17 @@ class LabelWriter:
                 self._describe(complete=True)
                 self.complete = True
 
-    def _go_on(self, before: Mapping[str, Any]) -> None:
+    def _go_on(self, before: Description) -> None:
         """Go on with what is there, begun as it is now."""
         if not self.resume:
             state, mend = ("an unfinished", "go on with resume=True (--resume)")
-            if before["complete"]:
+            if before.complete:
                 state, mend = ("a", ELSEWHERE)
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
         then, now = (
-            {name: content[name] for name in ("classes", "top_k", "rows_per_part")}
-            | {f"provenance.{name}": value for name, value in content["provenance"].items() if name not in FREE}
-            for content in (before, vars(self) | {"classes": list(self.classes)})
+            {"classes": [*content.classes], "top_k": content.top_k, "rows_per_part": content.rows_per_part}
+            | {f"provenance.{name}": value for name, value in content.provenance.items() if name not in FREE}
+            for content in (before, self)
         )
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
@@ -170,8 +170,8 @@ class LabelWriter:
                 raise MetaplError(f"{fault}; go on as it was begun, or {ELSEWHERE}.")
         self._there = LabelStore.begun(self.folder, before)
         self._there.verify()
-        self.provenance, self.complete = dict(before["provenance"]), before["complete"]
-        self._parts, self._schema = list(before["parts"]), self._there.schema
+        self.provenance, self.complete = before.provenance, before.complete
+        self._parts, self._schema = before.parts, self._there.schema
         self._last = self.last
         # A writer that is killed leaves one part at most that the description does not name yet.
         next_one = layout.part_name(len(self._parts), "").removesuffix(".parquet")
@@ -272,19 +272,18 @@ class LabelWriter:
         self._waiting = [together.slice(rows)] if rows < len(together) else []
 
     def _describe(self, *, complete: bool) -> None:
-        content = {
-            "format": FORMAT,
-            "complete": complete,
-            "classes": list(self.classes),
-            "top_k": self.top_k,
-            "rows_per_part": self.rows_per_part,
-            "provenance": self.provenance,
-            "numbers": isinstance(self._last, int),
-            "digests": self._schema is not None and "digest" in self._schema.names,
-            "rows": self.rows,
-            "parts": [asdict(part) for part in self._parts],
-        }
-        self._write(DESCRIPTION, layout.sealed(content))
+        content = Description(
+            complete=complete,
+            classes=list(self.classes),
+            top_k=self.top_k,
+            rows_per_part=self.rows_per_part,
+            provenance=self.provenance,
+            numbers=isinstance(self._last, int),
+            digests=self._schema is not None and "digest" in self._schema.names,
+            rows=self.rows,
+            parts=self._parts,
+        )
+        self._write(DESCRIPTION, layout.sealed(asdict(content)))
 
     def _write(self, name: str, content: Any) -> None:
         mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from metapl.apps.pictures.shards import open_picture, size_of
@@ -254,4 +255,4 @@ def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, in
 
 def _as_tensor(image: Image) -> Tensor:
     levels = torch.from_numpy(numpy.atleast_3d(numpy.array(image, dtype=numpy.uint8)))
-    return levels.permute(2, 0, 1).contiguous()
+    return rearrange(levels, "h w c -> c h w").contiguous()

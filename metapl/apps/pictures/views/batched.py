@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,7 +68,7 @@ class Affine(PictureView):
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x, y = _centered(width, images), _centered(height, images)[:, None]
         # Not one fused operation, which may round differently at the end of a tensor than in its middle.
-        grid_BHW2 = (along_x * x + (along_y * y + offset)).permute(0, 2, 3, 1)
+        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         if isinstance(self.fill, str):
             moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)
         else:
