@@ -175,10 +175,10 @@ _POOLED_WIDTHS = (32, 64, 128, 192)
 def pooled_cnn(
     num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0, image_size: int | None = None
 ) -> nn.Module:
-    """Build a network of 3x3 convolutions with pooling and batch norm, for pictures of 16 to 96 pixels.
+    """Build a network that learns fast from few pictures of 16 to 96 pixels.
 
-    Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a convolution, pooling, batch
-    norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not pool.
+    Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a 3x3 convolution, pooling,
+    batch norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not.
     Above 40 pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions, dropout and a
     linear layer.
 

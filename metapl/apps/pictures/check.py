@@ -55,8 +55,8 @@ def check_folders(
     Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
     folders inside that of the classes; a class without pictures; a class of validation or test that training does not
     know; a picture of test or validation, by its bytes, among the labeled or unlabeled ones, or in two classes.
-    Warnings: a class with one picture; classes that are called like parts of a data set, or have pictures in deeper
-    folders alone; classes whose names differ by case only; pictures beside the class folders; a picture of test in
+    Warnings: a class with one picture, or with a name that differs by case only; classes that are called like parts of
+    a data set, or have pictures in deeper folders alone; pictures beside the class folders; a picture of test in
     validation; a class that validation or test lacks; all labeled pictures among the unlabeled ones.
 
     Args:

@@ -41,13 +41,10 @@ def write_shards(
             checksums and the bytes of the pictures, and written again where not.
         per_shard: pictures of a shard.
         progress: called with the number of pictures done.
-        no_picture: called with the path of each file that is no picture that can be read, by its header. It is copied,
-            unless it is empty, or a link that leads nowhere.
+        no_picture: called with the path of each file that is no picture by its header, or is not there. It is copied,
+            unless it is empty.
 
-    Returns: the manifest, which stands in ``out`` as ``shards.json``.
-
-    Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
-    each shard that is there, and of its pictures.
+    Cost: one reading and one writing of every picture, in memory for the largest; one reading of what is there.
 
     Raises:
         MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.

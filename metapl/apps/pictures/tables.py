@@ -14,17 +14,11 @@ from metapl.runs.sealed import open_plain
 
 
 def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor]]:
-    """The examples in a CSV file in UTF-8, one a row, with the lines they stand on.
+    """The examples in a CSV file in UTF-8: of each row the line, the first being 1, and ``columns`` numbers between 0
+    and ``highest``, float32.
 
     A first row without any number is a header, and so is 0, 1, …, ``columns`` − 1, the names that a table without names
     is often saved with. Empty lines are passed over.
-
-    Args:
-        path: of the file.
-        columns: numbers in a row, each between 0 and ``highest``.
-
-    Returns:
-        pairs of the line, the first being 1, and the numbers, float32 (columns,).
 
     Raises:
         MetaplError: the file cannot be read, or a row is not as above; nothing of such a file is used.

@@ -40,11 +40,7 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     Args:
         labels_per_class: labeled images of each class, 1 or more.
         seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
-        validation: number of images to select on, 10 or more.
-        test: number of images to report on, 10 or more.
-
-    Returns:
-        The four parts, which are disjoint and together hold every image.
+        validation, test: number of images to select on and to report on, 10 or more each.
 
     Raises:
         MetaplError: a number out of its range, or more labels than the rest has.
