@@ -104,15 +104,10 @@ def read_image(
 
 
 def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB") -> list[Tensor]:
-    """Read boxes of a picture, decoding it once.
+    """Read boxes of a picture, decoding it once: for each crop, which says from the (height, width) of the upright
+    picture which box of it to use, uint8 (3, H, W) or (1, H, W) of this size, whatever the shape of the box.
 
-    Args:
-        crops: each says from the (height, width) of the upright picture which box of it to use.
-        size: (height, width) that each box is brought to, whatever its shape.
-        path, mode, cost, raises: as :func:`read_image`.
-
-    Returns:
-        For each crop uint8 (3, H, W) or (1, H, W).
+    Path, mode, cost, raises: as :func:`read_image`.
     """
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
@@ -161,11 +156,8 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a picture as its header has them, before any turning; nothing is decoded.
-
-    Raises:
-        UnreadableImage: as :func:`read_image`, for what the header shows.
-    """
+    """(height, width) of a picture as its header has them, before any turning; raises as :func:`read_image`, for what
+    the header shows."""
     with _opened(path) as image:
         return image.height, image.width
 

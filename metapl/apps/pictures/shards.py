@@ -53,11 +53,8 @@ def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
 
 
 def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
-    """Open a file, or a member of a tar file, for reading its bytes.
-
-    Raises:
-        OSError: as :func:`~metapl.runs.sealed.open_plain`; there is no such member.
-    """
+    """Open a file, or a member of a tar file, for reading its bytes; raises as
+    :func:`~metapl.runs.sealed.open_plain`, also where there is no such member."""
     tar = _split(path)
     if tar is None:
         return open_plain(path)
@@ -68,11 +65,7 @@ def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO
 
 
 def status_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """The mode and the size of a file, or of a member of a tar file.
-
-    Raises:
-        OSError: there is no such file or member.
-    """
+    """The mode and the size of a file, or of a member of a tar file; an OSError where there is none."""
     tar = _split(path)
     status = os.stat(path if tar is None else tar[0])
     return status.st_mode, status.st_size if tar is None else _found(*tar)[1]
@@ -116,11 +109,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a folder, if it has one.
-
-        Raises:
-            MetaplError: it cannot be read.
-        """
+        """The manifest of a folder, if it has one; a MetaplError where it cannot be read."""
         path = folder / MANIFEST
         if not path.exists():
             return None

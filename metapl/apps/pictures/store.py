@@ -149,10 +149,8 @@ class FileImages:
         return self._with(log=log)
 
     def cached(self) -> FileImages:
-        """The same pictures, each kept in memory once it was read whole; forked worker processes share that memory.
-
-        Cost: C·H·W + 1 bytes a picture, taken as the pictures are read.
-        """
+        """The same pictures, each kept in memory once it was read whole, which forked worker processes share; C·H·W + 1
+        bytes a picture, taken as the pictures are read."""
         count = len(self._recorded)
         memory = shared_bytes(count * (1 + math.prod(self.shape)))
         return self._with(_kept=(memory[:count], torch.from_numpy(memory[count:].reshape(count, *self.shape))))
@@ -191,15 +189,8 @@ class FileImages:
         return kept.index_select(0, self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
-        """Several boxes of each picture.
-
-        Args:
-            indices: (B,) int64.
-            crops: for each picture the same number V of boxes; none for the center alone.
-
-        Returns:
-            V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
-        """
+        """V boxes of each of the pictures ``indices``, (B,) int64; none for the center alone: V tensors, uint8
+        (B, C, H, W), and which pictures they are, (B,) int64."""
         found = [self._next_sound(index, boxes) for index, boxes in zip(indices.tolist(), crops, strict=True)]
         views = zip(*(images for images, _ in found), strict=True)
         return [torch.stack(view) for view in views], torch.tensor([used for _, used in found], dtype=torch.int64)
