@@ -487,8 +487,8 @@ def test_split_files(tmp_path: Path) -> None:
     for damaged, message in (
         (text.replace('"seed":0', '"seed":1'), "was changed"),
         (text[:-10], "cannot be read"),
-        ("[]", "not a split of version"),
-        (text.replace('"version":1', '"version":9'), "not a split of version"),
+        ("[]", "damaged: .*expected an object"),
+        (text.replace('"version":1', '"version":9'), "damaged: it.version is 9; expected 1"),
     ):
         path.write_text(damaged)
         with pytest.raises(MetaplError, match=message):

@@ -275,7 +275,7 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
             {"per_class": 10**9, "balance": True},
             "would count 5,000,000,000 examples .*; expected at most .* smaller per_class",
         ),
-        ({"any_class": True, "threshold": 0.1}, "expected per_class with it, and no balance"),
+        ({"any_class": True, "threshold": 0.1}, "any_class needs per_class, and no balance"),
         ({"any_class": True, "per_class": 10, "balance": True}, "and no balance"),
         ({"threshold": 0.99}, "nothing is left of the 400 examples .*: 0 overlap, and 400 are not above the threshold"),
         ({"drop_overlap": Path("nowhere")}, "nowhere does not exist"),
@@ -325,7 +325,10 @@ def test_nothing_is_written_into_a_store_or_to_a_pipe(tmp_path: Path, capsys: py
     os.mkfifo(tmp_path / "pipe.png")
     for arguments, expected in (
         (["select", "--balance", "--out", str(folder / "sub" / "deeper")], f"deeper lies in the store {folder}"),
-        (["select", "--balance", "--out", str(tmp_path / "pipe.png")], "pipe.png is not a folder; expected the folder"),
+        (
+            ["select", "--balance", "--out", str(tmp_path / "pipe.png")],
+            "pipe.png is not a folder; expected that of a store",
+        ),
         (["stats", "--png", str(folder / "x.png")], f"x.png lies in the store {folder}"),
         (["stats", "--png", str(tmp_path / "pipe.png")], "pipe.png cannot be written: it is a pipe"),
     ):

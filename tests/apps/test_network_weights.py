@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from metapl.apps.networks import create, load_weights
-from metapl.apps.networks.families import FAMILIES
+from metapl.apps.networks.architecture import FAMILIES
 from metapl.errors import MetaplError
 from metapl.models import wide_resnet
 

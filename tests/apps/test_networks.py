@@ -13,8 +13,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.networks import NAMES, Architecture, create, normalized, parameter_groups
-from metapl.apps.networks.families import FAMILIES
-from metapl.apps.networks.pooled_cnn import pooled_cnn
+from metapl.apps.networks.architecture import FAMILIES, pooled_cnn
 from metapl.errors import MetaplError
 from metapl.feedback.hypergradient import hypergradient
 from metapl.models import mlp

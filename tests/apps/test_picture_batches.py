@@ -106,7 +106,7 @@ def test_view_keeps_the_dtype() -> None:
 
 def test_view_refuses_what_it_cannot_augment() -> None:
     examples = torch.arange(3)
-    with pytest.raises(MetaplError, match=r"noise -0\.1; expected a finite number of 0 or more"):
+    with pytest.raises(MetaplError, match=r"noise=-0\.1\): expected a number of 0 or more"):
         ShiftNoiseCutout(noise=-0.1)
     with pytest.raises(MetaplError, match="uint8"):
         ShiftNoiseCutout()(images(3).byte(), seed=0, step=0, examples=examples)

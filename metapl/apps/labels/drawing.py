@@ -14,19 +14,14 @@ from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WIDTH, BAR, LEAST = 12.0, 0.24, 3.7
 """Inches of the page, of a named class, and of the panels at least."""
 
 
 def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: str) -> None:
-    """Draw what is in a store as one PNG file.
-
-    Args:
-        path: the file; its folder exists. It takes this name only when it is whole.
-        content: by :func:`metapl.apps.labels.queries.statistics`.
-        title: of the picture.
+    """Draw what is in a store, by :func:`metapl.apps.labels.queries.statistics`, as one PNG file, which takes its name
+    when it is whole.
 
     Raises:
         MetaplError: the file cannot be written.
@@ -41,19 +36,15 @@ def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: st
     if empty:
         summary = f"{summary} {empty:,} of the classes {'has' if empty == 1 else 'have'} no example."
     with drawing([title, *names]) as explanation:
-        write_page(path, _figure(title, f"{summary} {explanation}", content, names))
-
-
-def _figure(title: str, summary: str, content: Statistics, names: Sequence[str]) -> Figure:
-    body = max(LEAST, BAR * len(names) + 1.3)
-    figure = headed_page(title, summary, WIDTH, MARGIN + body)
-    lay_out(figure, MARGIN, MARGIN + body)
-    classes, confidence, entropy = figure.subplots(1, 3)
-    _draw_classes(classes, content, names)
-    _draw_histogram(confidence, "Confidence", "probability of the most probable class", content.confidence, 1.0)
-    most = content.greatest_entropy
-    _draw_histogram(entropy, "Entropy", f"in nats; evenly spread is {most:.2f}", content.entropy, most)
-    return figure
+        body = max(LEAST, BAR * len(names) + 1.3)
+        figure = headed_page(title, f"{summary} {explanation}", WIDTH, MARGIN + body)
+        lay_out(figure, MARGIN, MARGIN + body)
+        classes, confidence, entropy = figure.subplots(1, 3)
+        _draw_classes(classes, content, names)
+        most, note = content.greatest_entropy, "probability of the most probable class"
+        _draw_histogram(confidence, "Confidence", note, content.confidence, 1.0)
+        _draw_histogram(entropy, "Entropy", f"in nats; evenly spread is {most:.2f}", content.entropy, most)
+        write_page(path, figure)
 
 
 def _draw_classes(axes: Axes, content: Statistics, names: Sequence[str]) -> None:

@@ -21,36 +21,31 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import numpy as np
 
 from metapl.errors import MetaplError, few, require_extra
 from metapl.runs.atomic import is_temporary
-from metapl.runs.fields import misfit_entries
-from metapl.runs.sealed import open_plain, read_plain
+from metapl.runs.fields import Range, misfit_entries
+from metapl.runs.sealed import open_plain, read_json
 from metapl.words import shown
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-FORMAT = 1
+FORMAT, DESCRIPTION = 1, "store.json"
 """The layout of stores that this version writes and reads."""
-
-DESCRIPTION = "store.json"
 
 DIGEST_BYTES = 16
 """Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21."""
 
 PAGE_VALUES = 2**24
 """Numbers of a part's distributions: pages of Parquet end long before 2^31 bytes, and a part is held in memory."""
-
-FREE = ("begun", "made_with", "run", "pictures")
-"""What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
 
 PAGE_ROWS = 16_384
 """Rows of a part: from 20,000 on, pyarrow begins another page."""
@@ -65,84 +60,45 @@ require = partial(require_extra, "labels", "stored labels need")
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a store, as the description has it.
-
-    Args:
-        file: its name.
-        rows: how many it has.
-        first, last: ids, strings or integers.
-        bytes: its size.
-        sha256: of its bytes, in hexadecimal.
-    """
+    """A file of a store, as the description has it: its name, rows, first and last id (strings or integers), its bytes
+    and their SHA-256 in hexadecimal."""
 
     file: str
-    rows: int
+    rows: Annotated[int, Range(1, most=PAGE_ROWS)]
     first: str | int
     last: str | int
     bytes: int
     sha256: str
 
 
-_ENTRIES: dict[str, Any] = {
-    "format": int,
-    "complete": bool,
-    "classes": list[str],
-    "top_k": int | None,
-    "rows_per_part": int,
-    "provenance": dict[str, Any],
-    "numbers": bool,
-    "digests": bool,
-    "rows": int,
-    "parts": list[Part],
-}
-"""What the description says, with types."""
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What ``store.json`` says."""
+
+    format: int = FORMAT
+    complete: bool
+    classes: list[str]
+    top_k: int | None
+    rows_per_part: int
+    provenance: dict[str, Any]
+    numbers: bool
+    digests: bool
+    rows: int
+    parts: list[Part]
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
     """A description as the bytes of its file, with a checksum over all that it says."""
+    return (json.dumps({**content, "seal": _seal(content)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _seal(content: Mapping[str, Any]) -> str:
     plain = {name: value for name, value in content.items() if name != "seal"}
-    seal = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**plain, "seal": seal}, indent=1, sort_keys=True) + "\n").encode()
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def read_sealed(file: Path, version: int, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says that :func:`sealed` made.
-
-    Args:
-        file: plain, or it is refused.
-        version: the ``format`` that it is to have.
-        entries: what it is to say, with types.
-
-    Raises:
-        MetaplError: the file cannot be read, is of another format, or is not as it was written.
-    """
-    try:
-        written = read_plain(file)
-        content = json.loads(written)
-    except RecursionError as error:
-        raise MetaplError(f"{file} cannot be read: it is nested too deeply.") from error
-    except (OSError, ValueError) as error:
-        raise MetaplError(f"{file} cannot be read: {error}. {AGAIN}") from error
-    if not isinstance(content, dict) or "format" not in content:
-        raise MetaplError(f"{file} is not of a store of labels: it does not say its format.")
-    if content["format"] != version:
-        raise MetaplError(
-            f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {version}: take the "
-            "metapl that wrote it, or write the labels again."
-        )
-    fault = misfit_entries(content, entries)
-    fault = fault or next(
-        (f"it does not say {name}, or an earlier metapl began it" for name in entries if name not in content), None
-    )
-    if fault is None and written != sealed(content):
-        fault = "its checksum (seal) is of another content"
-    if fault is not None:
-        raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
-    return content
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What the description of a store says; its parts as :class:`Part`.
+def read_description(folder: Path) -> Description:
+    """What the description of a store says.
 
     Raises:
         MetaplError: there is none, it is damaged, or it is of another format.
@@ -152,34 +108,40 @@ def read_description(folder: Path) -> dict[str, Any]:
         state = "is a file" if folder.exists() else "does not exist"
         state = f"is not a store of labels: there is no {DESCRIPTION} in it" if folder.is_dir() else state
         raise MetaplError(f"{folder} {state}; expected the folder of a store, as metapl label writes it.")
-    content = read_sealed(file, FORMAT, _ENTRIES)
-    fault = _contradiction(content)
+    content = read_json(file, needed=["format"], mend=AGAIN)
+    if content["format"] != FORMAT:
+        raise MetaplError(
+            f"{file} is of format {shown(content['format'])!s:.20}; this metapl reads format {FORMAT}: take the "
+            "metapl that wrote it, or write the labels again."
+        )
+    hints = get_type_hints(Description)
+    missing = [name for name in hints if name not in content]
+    fault = f"it does not say {missing[0]}, or an earlier metapl began it" if missing else None
+    fault = fault or misfit_entries(content, hints) or _contradiction(content)
+    if fault is None and content.get("seal") != _seal(content):
+        fault = "its checksum (seal) is of another content"
     if fault is not None:
         raise MetaplError(f"{file} is damaged: {fault}. {AGAIN}")
-    return content | {"parts": [Part(**part) for part in content["parts"]]}
+    parts = [Part(**part) for part in content["parts"]]
+    return Description(**{name: content[name] for name in hints} | {"parts": parts})
 
 
 def _contradiction(content: Mapping[str, Any]) -> str | None:
     """What in a description, whose types are as they should be, cannot be."""
-    classes, top_k, parts = content["classes"], content["top_k"], content["parts"]
-    fault = classes_fault(classes, top_k)
-    if fault is not None:
-        return fault
-    if content["complete"] and not parts:
-        return "it has no parts"
-    kind = int if content["numbers"] else str
+    parts, kind = content["parts"], int if content["numbers"] else str
+    fault = classes_fault(content["classes"], content["top_k"])
+    if fault is not None or (content["complete"] and not parts):
+        return fault or "it has no parts"
     for number, part in enumerate(parts):
         if (
             {*part} != {*Part.__dataclass_fields__}
-            or not _PART.fullmatch(part["file"])
             or part["file"] != part_name(number, part["sha256"])
-            or not 1 <= part["rows"] <= PAGE_ROWS
+            or not _PART.fullmatch(part["file"])
             or not type(part["first"]) is type(part["last"]) is kind
         ):
             return (
                 f"its part {number} is {few([part], longest=60)}; expected the file part-{number:05} with the "
-                f"beginning of its SHA-256, 1 to {PAGE_ROWS:,} rows, and ids that are "
-                f"{'integers' if content['numbers'] else 'strings'}"
+                f"beginning of its SHA-256, and ids that are {'integers' if content['numbers'] else 'strings'}"
             )
     rows = sum(part["rows"] for part in parts)
     return None if content["rows"] == rows else f"it has {content['rows']!s:.30} rows; expected {rows:,}, of its parts"
@@ -194,23 +156,12 @@ def classes_fault(classes: Sequence[str], top_k: int | None) -> str | None:
     return None
 
 
-def described(parts: Sequence[Part], **content: Any) -> dict[str, Any]:
-    """A description, of what it says beside the parts, and of these."""
-    rows = sum(part.rows for part in parts)
-    return {"format": FORMAT, **content, "rows": rows, "parts": [asdict(part) for part in parts]}
-
-
 # ----------------------------------------------------------------------------------------------------------- the parts
 
 
 def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
-    """The columns of a part.
-
-    Args:
-        numbers: whether ids are integers; otherwise they are strings.
-        sparse: whether only the most probable classes are kept.
-        digests: whether it says which file an example was.
-    """
+    """The columns of a part, with ids that are numbers or strings, the most probable classes alone where they are
+    sparse, and which file an example was where there are digests."""
     import pyarrow as pa
 
     def several(kind: pa.DataType) -> pa.DataType:
@@ -229,23 +180,24 @@ def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
 
 
+MAPPED: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16), "classes": np.dtype(np.int32)}
+"""The columns of lists, whose numbers are read without a decoder."""
+
+
 def encoded(table: pa.Table) -> pa.Buffer:
     """The bytes of a part: the same rows as the same bytes, with the same pyarrow."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     names = table.schema.names
-    mapped = [name for name in names if name in ("probabilities", "classes")]
-    codecs = dict.fromkeys(names, "zstd") | {f"{name}.list.element": "none" for name in mapped}
+    codecs = dict.fromkeys(names, "zstd") | {f"{name}.list.element": "none" for name in names if name in MAPPED}
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink, table.schema, compression=codecs, use_dictionary=["copies"], data_page_size=2**30, write_batch_size=2**25
-    ) as writer:
+    how: dict[str, Any] = {"use_dictionary": ["copies"], "data_page_size": 2**30, "write_batch_size": 2**25}
+    with pq.ParquetWriter(sink, table.schema, compression=codecs, **how) as writer:
         writer.write_table(table, row_group_size=len(table))
     buffer = sink.getvalue()
-    for name in mapped:
-        flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        if not np.array_equal(mapped_columns(buffer, {name: flat.dtype})[name], flat):
+    for name, found in mapped_columns(buffer).items():
+        if not np.array_equal(found, table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)):
             raise MetaplError(
                 f"this pyarrow, {pa.__version__}, lays out the column {name} of a Parquet file in another way than "
                 "stores are read; expected a version that pip install 'metapl[labels]' takes (21 to 26 were tried)."
@@ -253,29 +205,19 @@ def encoded(table: pa.Table) -> pa.Buffer:
     return buffer
 
 
-def mapped_columns(buffer: pa.Buffer, dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """The values of uncompressed columns of a part, as they lie there; nothing is copied.
-
-    Args:
-        buffer: the whole file, in memory or mapped.
-        dtypes: of a value, by the names of the columns; of lists, all their values in a row are given.
-    """
+def mapped_columns(buffer: pa.Buffer) -> dict[str, np.ndarray[Any, Any]]:
+    """All values of the uncompressed columns of a part, by name, as they lie in the whole file, in memory or mapped;
+    nothing is copied."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     group, columns = pq.read_metadata(pa.BufferReader(buffer)).row_group(0), {}
     for chunk in map(group.column, range(group.num_columns)):
-        name = column_of(chunk)
-        if name in dtypes:
-            end, size = int(chunk.data_page_offset) + int(chunk.total_compressed_size), dtypes[name].itemsize
-            columns[name] = np.frombuffer(buffer, dtypes[name], chunk.num_values, end - chunk.num_values * size)
+        name = chunk.path_in_schema.partition(".")[0]
+        if name in MAPPED:
+            end, size = int(chunk.data_page_offset) + int(chunk.total_compressed_size), MAPPED[name].itemsize
+            columns[name] = np.frombuffer(buffer, MAPPED[name], chunk.num_values, end - chunk.num_values * size)
     return columns
-
-
-def column_of(chunk: pq.ColumnChunkMetaData) -> str:
-    """The column of a table that a column of numbers belongs to."""
-    name: str = chunk.path_in_schema.partition(".")[0]
-    return name
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -293,35 +235,25 @@ def part_name(number: int, sha256: str) -> str:
 
 
 def part_fault(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width: int, classes: int) -> str | None:
-    """What is wrong with a part, by what Parquet says of it; None where it is as it is written.
-
-    Args:
-        metadata: of the file.
-        expected: its columns.
-        rows: how many it has.
-        width: how many probabilities of an example are kept.
-        classes: how many there are.
-    """
+    """What is wrong with a part, by what Parquet says of it: expected are these columns and rows, so many probabilities
+    (``width``) of an example, and so many classes. None where it is as it is written."""
     columns = metadata.schema.to_arrow_schema()
     if metadata.num_rows != rows or metadata.num_row_groups != 1:
         return f"it has {metadata.num_rows:,} rows in {metadata.num_row_groups} groups; expected {rows:,} in one"
     if not columns.equals(expected):
-        differing = [
-            field for field in expected if field.name not in columns.names or columns.field(field.name) != field
-        ]
+        differing = [one for one in expected if one.name not in columns.names or columns.field(one.name) != one]
         what = f"{differing[0].name} as {differing[0].type}" if differing else f"only {', '.join(expected.names)}"
         return f"its columns are {few(columns.names, 10, 30)}; expected {what}"
     group, ranges = (
         metadata.row_group(0),
-        {"label": (0, classes - 1), "classes": (0, classes - 1), "copies": (1, 2**31)},
+        dict.fromkeys(("label", "classes"), (0, classes - 1)) | {"copies": (1, 2**31)},
     )
     for chunk in map(group.column, range(group.num_columns)):
-        name, known = column_of(chunk), chunk.statistics
-        if name in ("probabilities", "classes"):
-            if chunk.num_values != rows * width:
-                return f"it has {chunk.num_values:,} {name} in {rows:,} rows; expected {width:,} in each"
-            if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page:
-                return f"its column {name} is compressed or encoded; expected plain numbers"
+        name, known = chunk.path_in_schema.partition(".")[0], chunk.statistics
+        if name in MAPPED and chunk.num_values != rows * width:
+            return f"it has {chunk.num_values:,} {name} in {rows:,} rows; expected {width:,} in each"
+        if name in MAPPED and (chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page):
+            return f"its column {name} is compressed or encoded; expected plain numbers"
         if name in ranges:
             (least, most), found = ranges[name], [known.min, known.max] if known and known.has_min_max else []
             if not found or not least <= found[0] <= found[1] <= most:
@@ -331,9 +263,8 @@ def part_fault(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width:
 
 def store_around(path: Path) -> Path | None:
     """The store in whose folder a file or a folder would lie, at any depth; None where there is none."""
-    return next(
-        (folder for folder in path.resolve().parents if (folder / DESCRIPTION).is_file() and parts(folder)), None
-    )
+    above = path.resolve().parents
+    return next((folder for folder in above if (folder / DESCRIPTION).is_file() and parts(folder)), None)
 
 
 def parts(folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,19 +27,8 @@ MOST_COPIES = 1_000_000_000
 COUNTERS = 2**22
 """Of 8 bytes each, by which the first of each class are found."""
 
-QUARTILES = (0.25, 0.5, 0.75)
-
 BINS = 20
 """Of the histograms of confidence and entropy."""
-
-
-def greatest_entropy(classes: int) -> float:
-    """That of evenly spread probabilities, in nats; 1 for a single class, so that a histogram has a width.
-
-    >>> greatest_entropy(1), round(greatest_entropy(10), 3)
-    (1.0, 2.303)
-    """
-    return math.log(classes) if classes > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -47,16 +36,13 @@ class Statistics:
     """What is in a store; :func:`statistics` finds it.
 
     Args:
-        rows: how many examples.
-        copies: how many, each as often as it counts.
+        rows, copies: how many examples; each as often as it counts.
         classes: their names.
-        counts: examples of each class, by the most probable class of each.
-        class_copies: the same, each as often as it counts.
+        counts, class_copies: the same of each class, by the most probable class of each example.
         class_confidence: mean of the confidence over these; None where there are none.
         confidence: examples by confidence, in 20 bins from 0 to 1; of the last, 1 is part.
         entropy: examples by entropy, in 20 bins from 0 to the logarithm of the number of classes.
-        mean_confidence: over all examples.
-        quartiles_of_confidence: three numbers, of the examples in order of their confidence.
+        mean_confidence, quartiles_of_confidence: over all examples.
         mean_entropy: in nats.
     """
 
@@ -74,12 +60,16 @@ class Statistics:
 
     @property
     def greatest_entropy(self) -> float:
-        """The end of the last bin of ``entropy``, in nats."""
-        return greatest_entropy(len(self.classes))
+        """The end of the last bin of ``entropy``, in nats: that of evenly spread ones; 1 for a single class."""
+        return _greatest_entropy(self.classes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+def _greatest_entropy(classes: Sequence[str]) -> float:
+    return math.log(len(classes)) if len(classes) > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -88,11 +78,9 @@ class Selection:
 
     Args:
         rows: of the store selected from.
-        overlapping: left out because their files stand in the folder.
-        unsure: left out for their confidence.
-        beyond: left out because others of their class are more confident.
-        kept: rows of the new store.
-        copies: how many these are, each as often as it counts.
+        overlapping, unsure, beyond: left out because their files stand in the folder, for their confidence, and because
+            others of their class are more confident.
+        kept, copies: rows of the new store; each as often as it counts.
         missing: classes of which nothing was kept.
         unread: files of the folder that cannot be read, and were not compared.
     """
@@ -115,52 +103,50 @@ def statistics(store: LabelStore) -> Statistics:
     Raises:
         MetaplError: a part is damaged.
     """
-    classes, top = len(store.classes), greatest_entropy(len(store.classes))
+    classes, top = len(store.classes), _greatest_entropy(store.classes)
     counts, copies = np.zeros((2, classes), np.int64)
     confidences, entropies = np.zeros((2, BINS), np.int64)
-    sums, entropy = np.zeros(classes), 0.0
-    for table in _every(store)({"label", "confidence", "entropy", "copies"}):
-        label, confidence, entropy_B, copies_B = (
-            table[name].to_numpy() for name in ("label", "confidence", "entropy", "copies")
-        )
+    sums, total = np.zeros(classes), 0.0
+
+    def histogram(values: Values, upper: float) -> Values:
+        bins = np.clip(np.floor(values.astype(np.float64) / upper * BINS), 0, BINS - 1)
+        return np.bincount(bins.astype(np.int64), minlength=BINS)
+
+    columns = ("label", "confidence", "entropy", "copies")
+    for table in _every(store)({*columns}):
+        label, confidence, entropy, copies_B = (table[name].to_numpy() for name in columns)
         counts += np.bincount(label, minlength=classes)
         copies += np.bincount(label, copies_B, classes).astype(np.int64)
         sums += np.bincount(label, confidence, classes)
-        confidences += _histogram(confidence, 1.0)
-        entropies += _histogram(entropy_B, top)
-        entropy += float(entropy_B.sum(dtype=np.float64))
+        confidences += histogram(confidence, 1.0)
+        entropies += histogram(entropy, top)
+        total += float(entropy.sum(dtype=np.float64))
+    means = (float(each / count) if count else None for each, count in zip(sums, counts, strict=True))
     return Statistics(
         rows=len(store),
         copies=int(copies.sum()),
         classes=store.classes,
         counts=tuple(counts.tolist()),
         class_copies=tuple(copies.tolist()),
-        class_confidence=tuple(
-            float(total / count) if count else None for total, count in zip(sums, counts, strict=True)
-        ),
+        class_confidence=tuple(means),
         confidence=tuple(confidences.tolist()),
         entropy=tuple(entropies.tolist()),
         mean_confidence=float(sums.sum()) / len(store),
         quartiles_of_confidence=_quartiles(store),
-        mean_entropy=entropy / len(store),
+        mean_entropy=total / len(store),
     )
-
-
-def _histogram(values: np.ndarray[Any, Any], upper: float) -> np.ndarray[Any, Any]:
-    bins = np.clip(np.floor(values.astype(np.float64) / upper * BINS), 0, BINS - 1)
-    return np.bincount(bins.astype(np.int64), minlength=BINS)
 
 
 def _quartiles(store: LabelStore) -> tuple[float, ...]:
     """Of the confidence: the values at these places of their order, between two of them in proportion."""
-    places = np.array(QUARTILES) * (len(store) - 1)
+    places = np.array([0.25, 0.5, 0.75]) * (len(store) - 1)
     ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
 
     def asked(table: pa.Table) -> Keys:
         bits = table["confidence"].to_numpy().view(np.uint32)
         return np.repeat(np.arange(len(ranks)), len(bits)), np.tile(bits, len(ranks))
 
-    found = _cut(_every(store), {"confidence"}, asked, ranks + 1, 32, exact=True).prefix
+    found, _, _ = _cut(_every(store), {"confidence"}, asked, ranks + 1, 32, exact=True)
     low, high = found.astype(np.uint32).view(np.float32).astype(np.float64).reshape(2, -1)
     return tuple((low + (high - low) * (places - np.floor(places))).tolist())
 
@@ -184,14 +170,13 @@ def select(
 
     1. examples whose file has the same bytes as one in a folder are dropped, such as those that are validated on;
     2. examples are kept whose confidence is above a threshold;
-    3. of each class, by the most probable class of each example, the most confident are kept; of examples that are
-       equally confident, those whose ids come first. With ``any_class``, of each class those are kept of which the
-       stored probability of this class is greatest, whatever their most probable class is; an example can be kept for
-       several classes, and is kept once;
+    3. of each class, by the most probable class of each example, the most confident are kept; of equals, those whose
+       ids come first. With ``any_class``, those with the greatest stored probability of this class, whatever their most
+       probable class is; an example can be kept for several classes, and is kept once;
     4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
        ⌊N / n⌋ times, and N mod n of them once more: the first in the order of the number that the last eight bytes of
-       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. The rows stay unique; how often
-       each counts is in the column ``copies``, see :meth:`LabelStore.rows_with_copies`.
+       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. How often each counts is in the
+       column ``copies``, see :meth:`LabelStore.rows_with_copies`.
 
     Args:
         store: to select from.
@@ -214,23 +199,19 @@ def select(
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    fault = None
     if threshold is None and per_class is None and not balance and drop_overlap is None:
-        raise MetaplError(
-            "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap."
-        )
-    if threshold is not None and not 0 <= threshold < 1:
-        raise MetaplError(f"the threshold is {threshold}; expected a confidence in [0, 1).")
-    if per_class is not None and not 1 <= per_class <= MOST_COPIES:
-        raise MetaplError(f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}.")
-    if any_class and (per_class is None or balance):
-        raise MetaplError(
-            "any_class was asked for; expected per_class with it, and no balance: an example can be of several classes."
-        )
-    if drop_overlap is not None and not store.has_digests:
-        raise MetaplError(
-            f"the examples of {store.folder} have no files that could be compared with those in {drop_overlap}; "
-            "expected a store of the pictures in a folder."
-        )
+        fault = "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap"
+    elif threshold is not None and not 0 <= threshold < 1:
+        fault = f"the threshold is {threshold}; expected a confidence in [0, 1)"
+    elif per_class is not None and not 1 <= per_class <= MOST_COPIES:
+        fault = f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}"
+    elif any_class and (per_class is None or balance):
+        fault = "any_class needs per_class, and no balance: an example can be of several classes"
+    elif drop_overlap is not None and not store.has_digests:
+        fault = f"the examples of {store.folder} have no files that could be compared with those in {drop_overlap}"
+    if fault is not None:
+        raise MetaplError(f"{fault}.")
     found = [] if drop_overlap is None else [ask(digest, path) for path in scan_unlabeled(drop_overlap).paths()]
     known = sorted({content[:DIGEST_BYTES] for content in found if content})
     overlap = {"pictures": len(known), "sha256": hashlib.sha256(b"".join(known)).hexdigest()}
@@ -244,30 +225,26 @@ def select(
         "dropped_overlap_with": None if drop_overlap is None else overlap,
     }
     before = store.provenance.get("selected", [])
+    provenance = {**store.provenance, "selected": [*(before if isinstance(before, list) else [before]), asked]}
+    most = max(part.rows for part in store.parts)
     writer = LabelWriter(
-        out,
-        store.classes,
-        top_k=store.top_k,
-        provenance={**store.provenance, "selected": [*(before if isinstance(before, list) else [before]), asked]},
-        rows_per_part=max(part.rows for part in store.parts),
-        resume=resume,
+        out, store.classes, top_k=store.top_k, provenance=provenance, rows_per_part=most, resume=resume
     )
     with writer:
+        digests = pa.array(known, pa.binary(DIGEST_BYTES))
+        least = pa.scalar(threshold, pa.float32())  # as confidence is stored: in float64, 0.3 is below 0.3 of float32
+        steps: list[tuple[object, Callable[[Tables], Tables]]] = [
+            (drop_overlap, lambda rows: _where(rows, "digest", lambda a: pc.invert(pc.is_in(a, value_set=digests)))),
+            (threshold, lambda rows: _where(rows, "confidence", lambda a: pc.greater(a, least))),
+            (per_class, lambda rows: _most_confident(rows, store, per_class or 0, any_class)),
+        ]
         rows = _every(store)
         left = [_by_class(rows, store)]
-        if drop_overlap is not None:
-            digests = pa.array(known, pa.binary(DIGEST_BYTES))
-            rows = _where(rows, "digest", lambda column: pc.invert(pc.is_in(column, value_set=digests)))
-        left.append(left[-1] if drop_overlap is None else _by_class(rows, store))
-        if threshold is not None:
-            # Confidence is stored as float32, in which 0.3 is above 0.3.
-            least = pa.scalar(threshold, pa.float32())
-            rows = _where(rows, "confidence", lambda column: pc.greater(column, least))
-        left.append(left[-1] if threshold is None else _by_class(rows, store))
-        if per_class is not None:
-            rows = _first_of_each(rows, store, per_class, any_class)
-        counts = left[-1] if per_class is None else _by_class(rows, store)
-        overlapping, unsure, beyond = (int(a.sum() - b.sum()) for a, b in pairwise([*left, counts]))
+        for wanted, step in steps:
+            rows = rows if wanted is None else step(rows)
+            left.append(left[-1] if wanted is None else _by_class(rows, store))
+        counts = left[-1]
+        overlapping, unsure, beyond = (int(a.sum() - b.sum()) for a, b in pairwise(left))
         if not counts.any():
             raise MetaplError(
                 f"nothing is left of the {len(store):,} examples of {store.folder}: {overlapping:,} overlap, and "
@@ -279,12 +256,16 @@ def select(
         else:
             copies = sum(int(table["copies"].to_numpy().sum(dtype=np.int64)) for table in rows({"copies"}))
         if copies > MOST_COPIES:
-            raise MetaplError(
-                f"the new store would count {copies:,} examples with their copies; expected at most {MOST_COPIES:,}: "
-                "give a smaller per_class."
-            )
+            fault = f"the new store would count {copies:,} examples with their copies"
+            raise MetaplError(f"{fault}; expected at most {MOST_COPIES:,}: give a smaller per_class.")
         if not writer.complete:
-            _write(_balanced(rows, counts, goal) if balance else rows, store, writer, progress)
+            names, last, done = store.schema.names, writer.last, 0
+            for table in (_balanced(rows, counts, goal) if balance else rows)({*names}):
+                behind = table if last is None else table.filter(pc.greater(table["id"], last))
+                writer.add_table(behind.select(names))
+                done += len(behind)
+                if progress is not None:
+                    progress(done)
     missing = tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count)
     kept = int(counts.sum())
     return Selection(len(store), overlapping, unsure, beyond, kept, copies, missing, unread=found.count(None))
@@ -292,11 +273,13 @@ def select(
 
 # -------------------------------------------------------------------------------------------------- rows that are left
 
+Values = np.ndarray[Any, Any]
+
 Tables = Callable[[set[str]], Iterator["pa.Table"]]
 """A pass over the rows of a store that are left, in their order: a table of each part that has any, with the columns of
 these names at least."""
 
-Keys = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+Keys = tuple[Values, Values]
 """Classes and keys, (n,) of each row of a table in turn, where of each class the least keys are looked for."""
 
 
@@ -306,14 +289,13 @@ def _every(store: LabelStore) -> Tables:
 
 def _where(rows: Tables, column: str, holds: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> Tables:
     def left(columns: set[str]) -> Iterator[pa.Table]:
-        for table in rows(columns | {column}):
-            if len(kept := table.filter(holds(table[column]))):
-                yield kept
+        kept = (table.filter(holds(table[column])) for table in rows(columns | {column}))
+        return (table for table in kept if len(table))
 
     return left
 
 
-def _by_class(rows: Tables, store: LabelStore) -> np.ndarray[Any, Any]:
+def _by_class(rows: Tables, store: LabelStore) -> Values:
     """How many rows are left of each class."""
     counts = np.zeros(len(store.classes), np.int64)
     for table in rows({"label"}):
@@ -321,9 +303,8 @@ def _by_class(rows: Tables, store: LabelStore) -> np.ndarray[Any, Any]:
     return counts
 
 
-def _first_of_each(rows: Tables, store: LabelStore, per_class: int, any_class: bool) -> Tables:
+def _most_confident(rows: Tables, store: LabelStore, per_class: int, any_class: bool) -> Tables:
     """The most confident rows of each class; with ``any_class``, those with the greatest probability of it."""
-    most = np.full(len(store.classes), per_class)
 
     def by_confidence(table: pa.Table) -> Keys:
         # Of numbers that are not negative, the bits are in their order.
@@ -335,21 +316,14 @@ def _first_of_each(rows: Tables, store: LabelStore, per_class: int, any_class: b
             return np.tile(np.arange(len(store.classes)), len(table)), ~p.view(np.uint16)
         return table["classes"].combine_chunks().flatten().to_numpy(), ~p.view(np.uint16)
 
-    if any_class:
-        columns = {"probabilities"} | (set() if store.top_k is None else {"classes"})
-        cut = _cut(rows, columns, by_probability, most, 16)
-    else:
-        cut = _cut(rows, {"label", "confidence"}, by_confidence, most, 32)
-
-    def left(columns: set[str]) -> Iterator[pa.Table]:
-        for table, is_first in cut.marked(columns):
-            if is_first.any():
-                yield table.filter(is_first)
-
-    return left
+    most = np.full(len(store.classes), per_class)
+    lists = {"probabilities"} if store.top_k is None else {"probabilities", "classes"}
+    needs, keys, bits = (lists, by_probability, 16) if any_class else ({"label", "confidence"}, by_confidence, 32)
+    marked = _first_of_each(rows, needs, keys, most, bits)
+    return lambda columns: (table.filter(is_first) for table, is_first in marked(columns) if is_first.any())
 
 
-def _balanced(rows: Tables, counts: np.ndarray[Any, Any], goal: int) -> Tables:
+def _balanced(rows: Tables, counts: Values, goal: int) -> Tables:
     """The rows with so many copies that each class has ``goal``."""
     import pyarrow as pa
 
@@ -359,10 +333,10 @@ def _balanced(rows: Tables, counts: np.ndarray[Any, Any], goal: int) -> Tables:
         digests = (hashlib.md5(str(name).encode(), usedforsecurity=False).digest() for name in table["id"].to_pylist())
         return table["label"].to_numpy(), np.frombuffer(b"".join(digests), "<u8")[1::2]
 
-    cut = _cut(rows, {"label", "id"}, by_hash, rest, 64)
+    marked = _first_of_each(rows, {"label", "id"}, by_hash, rest, 64)
 
     def left(columns: set[str]) -> Iterator[pa.Table]:
-        for table, once_more in cut.marked(columns | {"label", "copies"}):
+        for table, once_more in marked(columns | {"copies"}):
             place = table.schema.get_field_index("copies")
             copies = whole[table["label"].to_numpy()] + once_more
             yield table.set_column(place, table.schema.field(place), pa.array(copies.astype(np.int32)))
@@ -370,54 +344,41 @@ def _balanced(rows: Tables, counts: np.ndarray[Any, Any], goal: int) -> Tables:
     return left
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Where the first rows of each class end, by their keys.
+def _first_of_each(
+    rows: Tables, needs: set[str], keys: Callable[[pa.Table], Keys], most: Values, bits: int
+) -> Callable[[set[str]], Iterator[tuple[pa.Table, Values]]]:
+    """A pass over the rows: tables, and which of their rows, (n,), have one of the ``most`` least keys of some class;
+    of equal keys, the first rows have. Arguments as of :func:`_cut`."""
+    prefix, ties, shift = _cut(rows, needs, keys, most, bits)
 
-    Args:
-        rows, columns, keys: which rows, and their keys by these columns.
-        prefix: of each class, those are of the first whose bits from ``shift`` on are less than this;
-        ties: and so many of those of which they are equal, in the order of the rows.
-    """
-
-    rows: Tables
-    columns: set[str]
-    keys: Callable[[pa.Table], Keys]
-    prefix: np.ndarray[Any, Any]
-    ties: np.ndarray[Any, Any]
-    shift: int
-
-    def marked(self, columns: set[str]) -> Iterator[tuple[pa.Table, np.ndarray[Any, Any]]]:
-        """A pass over the rows: tables, and which of their rows, (n,), are of the first of some class."""
-        left = self.ties
-        for table in self.rows(columns | self.columns):
-            classes, keys = self.keys(table)
-            begins = keys.astype(np.uint64) >> np.uint64(self.shift)
-            is_first = begins < self.prefix[classes]
-            tied = np.flatnonzero(begins == self.prefix[classes])
+    def marked(columns: set[str]) -> Iterator[tuple[pa.Table, Values]]:
+        left = ties
+        for table in rows(columns | needs):
+            classes, of_rows = keys(table)
+            begins = of_rows.astype(np.uint64) >> np.uint64(shift)
+            is_first = begins < prefix[classes]
+            tied = np.flatnonzero(begins == prefix[classes])
             tied = tied[np.argsort(classes[tied], kind="stable")]
             of = classes[tied]
             is_first[tied[np.arange(len(of)) - np.searchsorted(of, of) < left[of]]] = True
             left = np.maximum(left - np.bincount(of, minlength=len(left)), 0)
             yield table, np.any(is_first.reshape(len(table), -1), axis=1)
 
+    return marked
+
 
 def _cut(
-    rows: Tables,
-    columns: set[str],
-    keys: Callable[[pa.Table], Keys],
-    most: np.ndarray[Any, Any],
-    bits: int,
-    *,
-    exact: bool = False,
-) -> _Cut:
-    """Find the ``most`` least keys of each class, digit by digit from the highest: a pass over the rows for each.
+    rows: Tables, needs: set[str], keys: Callable[[pa.Table], Keys], most: Values, bits: int, *, exact: bool = False
+) -> tuple[Values, Values, int]:
+    """Find the ``most`` (C,) least keys of each class, digit by digit from the highest: a pass over the rows for each.
 
     Args:
-        rows, columns, keys: see :class:`_Cut`.
-        most: (C,)
-        bits: of a key.
-        exact: also where the first digits tell which rows these are, until ``prefix`` is the greatest of their keys.
+        rows, needs, keys, bits: which rows, and their keys of so many bits by these columns.
+        exact: also where the first digits tell which rows these are, until the prefix is the greatest of their keys.
+
+    Returns:
+        prefix, ties, shift: of each class, those rows are of the first whose bits from ``shift`` on are less than this,
+        and so many of those of which they are equal, in the order of the rows.
     """
     each, digit_bits = np.arange(len(most)), max(1, COUNTERS.bit_length() - 1 - len(most).bit_length())
     prefix, wanted, shift = np.zeros(len(most), np.uint64), most, bits
@@ -425,7 +386,7 @@ def _cut(
         step = min(digit_bits, shift)
         shift -= step
         counts = np.zeros((len(most), 1 << step), np.int64)
-        for table in rows(columns):
+        for table in rows(needs):
             of, key = keys(table)
             begins = key.astype(np.uint64) >> np.uint64(shift)
             undecided = begins >> np.uint64(step) == prefix[of]
@@ -439,17 +400,4 @@ def _cut(
         prefix = (prefix << np.uint64(step)) | digit.astype(np.uint64)
         if not exact and ((wanted == 0) | (wanted == there)).all():
             break
-    return _Cut(rows, columns, keys, prefix, wanted, shift)
-
-
-def _write(rows: Tables, store: LabelStore, writer: LabelWriter, progress: Progress | None) -> None:
-    """Write the rows behind those that the writer has."""
-    import pyarrow.compute as pc
-
-    names, last, done = store.table(0).schema.names, writer.last, 0
-    for table in rows({*names}):
-        behind = table if last is None else table.filter(pc.greater(table["id"], last))
-        writer.add_table(behind.select(names))
-        done += len(behind)
-        if progress is not None:
-            progress(done)
+    return prefix, wanted, shift

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from metapl.apps.labels import files as layout
-from metapl.apps.labels.files import Part
+from metapl.apps.labels.files import Description, Part
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.runs.sealed import open_plain
+from metapl.runs.sealed import open_plain, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,21 +38,17 @@ class LabelStore:
 
         q_c ∝ s_c for a stored class c, and q_c ∝ max(0, 1 − Σ_j s_j) / (C − K) for every other class,
 
-    divided by its sum, in float32: the remainder is spread evenly. No other class gets more than the least probable
-    stored one, but for rounding, as each had less. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits: they are off by
-    two parts in 2,048 at most, one of their own and one of the sum that is divided by.
+    divided by its sum, in float32: the remainder is spread evenly. Of probabilities above 6·10⁻⁵ float16 keeps 11 bits:
+    they are off by two parts in 2,048 at most, one of their own and one of the sum that is divided by.
 
     Args:
-        folder: of the store.
+        folder: of the store. Worker processes may be given a copy, which reads for itself.
 
-    Cost: to open it, its description is read (some 200 bytes a part), and each part's size is asked for. A part is
-    checked whole by its SHA-256 when something of it is first read (about 1 ms a MB), once in a process; then its
-    numbers are read from a memory map. A row by its number costs its 2 K bytes (6 K with classes) then, in any order.
-    To find a row by its id, the part is found by bisection of the parts' first ids; its ids are decoded (about 1 ms for
-    10,000) and kept for the 64 parts that were used last. So ask for the rows of all ids once, by :meth:`rows`, where
-    the same examples are read again and again, and read by :meth:`at`.
-
-    It can be given to worker processes: a copy reads for itself.
+    Cost: to open it, some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read
+    (about 1 ms a MB), once in a process; then its numbers are read from a memory map: 2 K bytes a row (6 K with
+    classes), in any order. To find rows by their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the
+    64 parts used last. So where the same examples are read again and again, ask for their rows once, by :meth:`rows`,
+    and read by :meth:`at`.
 
     Raises:
         MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part
@@ -74,7 +70,7 @@ class LabelStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         layout.require("pyarrow")
         content = layout.read_description(Path(folder))
-        if not content["complete"]:
+        if not content.complete:
             raise MetaplError(
                 f"the store in {folder} is not whole: its writer was stopped. Go on with the command that began it, "
                 "and resume=True (--resume)."
@@ -82,20 +78,16 @@ class LabelStore:
         self._open(Path(folder), content)
 
     @classmethod
-    def begun(cls, folder: Path, content: Mapping[str, Any]) -> LabelStore:
+    def begun(cls, folder: Path, content: Description) -> LabelStore:
         """What there is of a store, whole or not, by its description."""
         store = cls.__new__(cls)
         store._open(folder, content)
         return store
 
-    def _open(self, folder: Path, content: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.classes: tuple[str, ...] = tuple(content["classes"])
-        self.top_k: int | None = content["top_k"]
-        self.provenance: Mapping[str, Any] = content["provenance"]
-        self.has_digests: bool = content["digests"]
-        self.parts: tuple[Part, ...] = tuple(content["parts"])
-        self._numbers: bool = content["numbers"]
+    def _open(self, folder: Path, content: Description) -> None:
+        self.folder, self.classes, self.top_k = folder, tuple(content.classes), content.top_k
+        self.provenance: Mapping[str, Any] = content.provenance
+        self.parts, self.has_digests, self._numbers = tuple(content.parts), content.digests, content.numbers
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self._firsts = [part.first for part in self.parts]
         self._forget()
@@ -106,7 +98,7 @@ class LabelStore:
         """As if nothing had been read yet."""
         self._sound: set[int] = set()
         self._columns = lru_cache(MAPPED_PARTS)(self._mapped)
-        self._names = lru_cache(KNOWN_PARTS)(self._decoded_names)
+        self._names = lru_cache(KNOWN_PARTS)(lambda number: self.table(number, ["id"]).column(0).combine_chunks())
 
     def __getstate__(self) -> dict[str, Any]:
         # Memory maps and what was found sound stay with the process.
@@ -131,17 +123,11 @@ class LabelStore:
             yield from self.table(number, ["id"]).column(0).to_pylist()
 
     def __contains__(self, example: object) -> bool:
-        kinds = (int, np.integer) if self._numbers else str
-        return isinstance(example, kinds) and bool(self._find([example])[0] >= 0)
+        return isinstance(example, self._kinds) and bool(self._find([example])[0] >= 0)
 
     def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The distributions of examples.
-
-        Args:
-            ids: B of them, in any order, or one.
-
-        Returns:
-            float32 (B, C) on the CPU, each row summing to 1; (C,) of one id.
+        """The distributions of examples by B ids in any order, float32 (B, C) on the CPU, each row summing to 1; (C,)
+        of one id.
 
         Raises:
             MetaplError: there is no such example.
@@ -157,8 +143,8 @@ class LabelStore:
             MetaplError: there is no such example.
         """
         wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        kinds, expected = ((int, np.integer), "integers") if self._numbers else ((str,), "strings")
-        if not all(isinstance(name, kinds) for name in wanted):
+        if not all(isinstance(name, self._kinds) for name in wanted):
+            expected = "integers" if self._numbers else "strings"
             raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
         rows = self._find(wanted)
         missing = [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]
@@ -166,62 +152,50 @@ class LabelStore:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
         return rows
 
+    @property
+    def _kinds(self) -> tuple[type, ...]:
+        """What an id may be."""
+        return (int, np.integer) if self._numbers else (str,)
+
     def _find(self, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
         """The rows of examples; −1 where there is none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         rows = np.full(len(ids), -1, dtype=np.int64)
         parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
         for number, where in _by_part(parts):
             if number >= 0:  # before the first part there is nothing
-                within = self._within(number, [ids[i] for i in where.tolist()])
+                names = self._names(number)
+                given = [ids[i] if _is_storable(ids[i]) else None for i in where.tolist()]
+                places = pc.fill_null(pc.index_in(pa.array(given, names.type), value_set=names), -1)
+                within = np.asarray(places.to_numpy(zero_copy_only=False), dtype=np.int64)
                 rows[where] = np.where(within >= 0, within + self._starts[number], -1)
         return rows
 
-    def _within(self, number: int, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
-        """The places of ids in a part; −1 where it has none."""
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        names = self._names(number)
-        wanted = pa.array([name if _is_storable(name) else None for name in ids], names.type)
-        places = pc.index_in(wanted, value_set=names)
-        return np.asarray(pc.fill_null(places, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
-
-    def _decoded_names(self, number: int) -> pa.Array:
-        return self.table(number, ["id"]).column(0).combine_chunks()
-
     def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The distributions of rows, read from memory maps.
-
-        Args:
-            rows: B of 0, …, len − 1, in any order.
-
-        Returns:
-            float32 (B, C) on the CPU, each row summing to 1.
+        """The distributions of B rows of 0, …, len − 1 in any order, float32 (B, C) on the CPU, each summing to 1; read
+        from memory maps.
 
         Raises:
             MetaplError: there is no such row, or a part is damaged.
         """
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
-        outside = (wanted < 0) | (wanted >= len(self))
-        if outside.any():
-            raise MetaplError(
-                f"{self.folder} has no row {few(wanted[outside].tolist())}; expected 0 to {len(self) - 1:,}."
-            )
+        outside = wanted[(wanted < 0) | (wanted >= len(self))].tolist()
+        if outside:
+            raise MetaplError(f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}.")
         width = self.top_k or len(self.classes)
-        stored_BK = np.empty((len(wanted), width), np.float16)
-        classes_BK = None if self.top_k is None else np.empty((len(wanted), width), np.int32)
+        stored = {name: np.empty((len(wanted), width), kind) for name, kind in self._lists.items()}
         for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
             columns, places = self._columns(number), wanted[where] - self._starts[number]
-            stored_BK[where] = columns["probabilities"][places]
-            if classes_BK is not None:
-                classes_BK[where] = columns["classes"][places]
-        return spread(stored_BK, classes_BK, len(self.classes))
+            for name, values in stored.items():
+                values[where] = columns[name][places]
+        return spread(stored["probabilities"], stored.get("classes"), len(self.classes))
 
     def rows_with_copies(self) -> np.ndarray[Any, Any]:
         """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
         tables = (self.table(number, ["copies"]) for number in range(len(self.parts)))
-        copies = np.concatenate([table.column(0).to_numpy() for table in tables])
-        return np.repeat(np.arange(len(self)), copies)
+        return np.repeat(np.arange(len(self)), np.concatenate([table.column(0).to_numpy() for table in tables]))
 
     def verify(self) -> None:
         """Check the bytes of all parts, whether or not they were read.
@@ -229,22 +203,18 @@ class LabelStore:
         Raises:
             MetaplError: one is damaged; it is named.
         """
+        self._sound.clear()
         for number in range(len(self.parts)):
-            self._sound.discard(number)
             self._check(number)
 
     def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a part, as pyarrow reads them.
-
-        Args:
-            number: of the part.
-            columns: their names; None: all.
+        """The rows of a part by its number, as pyarrow reads them: all columns, or those of these names.
 
         Raises:
             MetaplError: the part is damaged.
         """
         self._check(number)
-        return layout.read_rows(self._path(self.parts[number]), columns)
+        return layout.read_rows(self.folder / self.parts[number].file, columns)
 
     def digests(self) -> Iterator[tuple[Any, bytes]]:
         """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
@@ -252,27 +222,26 @@ class LabelStore:
             table = self.table(number, ["id", "digest"])
             yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
 
-    # ------------------------------------------------------------------------------------------------------ the files
-
     @property
     def schema(self) -> pa.Schema:
         """The columns of its parts."""
         return layout.schema(numbers=self._numbers, sparse=self.top_k is not None, digests=self.has_digests)
 
-    def _path(self, part: Part) -> Path:
-        return self.folder / part.file
+    @property
+    def _lists(self) -> dict[str, np.dtype[Any]]:
+        """The columns that hold several numbers of an example."""
+        return {name: kind for name, kind in layout.MAPPED.items() if name == "probabilities" or self.top_k is not None}
 
     def _check_size(self, part: Part) -> None:
+        path = self.folder / part.file
         try:
-            with open_plain(self._path(part)) as file:
+            with open_plain(path) as file:
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise MetaplError(f"{self._path(part)} cannot be read: {error.strerror}. {layout.AGAIN}") from error
+            raise MetaplError(f"{path} cannot be read: {error.strerror}. {layout.AGAIN}") from error
         if size != part.bytes:
-            state = "truncated" if size < part.bytes else "damaged"
-            raise MetaplError(
-                f"{self._path(part)} is {state}: it has {size:,} bytes, and {part.bytes:,} were written. {layout.AGAIN}"
-            )
+            state = f"{'truncated' if size < part.bytes else 'damaged'}: it has {size:,} bytes"
+            raise MetaplError(f"{path} is {state}, and {part.bytes:,} were written. {layout.AGAIN}")
 
     def _check(self, number: int) -> None:
         """Refuse a part that is not as it was written; asked once."""
@@ -282,37 +251,31 @@ class LabelStore:
         if number in self._sound:
             return
         part, classes = self.parts[number], len(self.classes)
+        path, fault = self.folder / part.file, None
         self._check_size(part)
-        with open_plain(self._path(part)) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
-                raise MetaplError(
-                    f"{self._path(part)} is damaged: its SHA-256 is not the one in {layout.DESCRIPTION}. {layout.AGAIN}"
-                )
+        with open_plain(path) as file:
+            if sha256_of(file) != part.sha256:
+                noted = f"its SHA-256 is not the one in {layout.DESCRIPTION}"
+                raise MetaplError(f"{path} is damaged: {noted}. {layout.AGAIN}")
             file.seek(0)
             try:
-                fault = layout.part_fault(
-                    pq.read_metadata(file), self.schema, part.rows, self.top_k or classes, classes
-                )
+                metadata = pq.read_metadata(file)
+                fault = layout.part_fault(metadata, self.schema, part.rows, self.top_k or classes, classes)
             except (pa.ArrowException, OSError) as error:
                 fault = f"it is not a Parquet file ({few([error], longest=120)})"
         if fault is not None:
-            raise MetaplError(
-                f"{self._path(part)} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}"
-            )
+            raise MetaplError(f"{path} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}")
         self._sound.add(number)
 
     def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
-        """The columns of a part that are read without a decoder."""
+        """The columns of a part that are read without a decoder, a row an example."""
         import pyarrow as pa
 
         self._check(number)
         part = self.parts[number]
         # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
-        with pa.memory_map(os.fsencode(self._path(part))) as file:
-            buffer = file.read_buffer()
-        dtypes: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16)}
-        dtypes |= {} if self.top_k is None else {"classes": np.dtype(np.int32)}
-        columns = layout.mapped_columns(buffer, dtypes)
+        with pa.memory_map(os.fsencode(self.folder / part.file)) as file:
+            columns = layout.mapped_columns(file.read_buffer())
         return {name: column.reshape(part.rows, -1) for name, column in columns.items()}
 
 
@@ -334,14 +297,10 @@ def _is_storable(name: str | int) -> bool:
 
 
 def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:
-    """Distributions, float32 (B, C), of what is stored of them; see :class:`LabelStore`.
+    """Distributions, float32 (B, C), of the stored probabilities of some classes, which are different ones in a row, or
+    of all C in their order (None); see :class:`LabelStore`.
 
     By numpy, in one thread: torch's would wait for each other at every small batch.
-
-    Args:
-        stored_BK: probabilities of some classes, or of all in their order.
-        classes_BK: which these are, of each row different ones; None for all.
-        classes: C.
     """
     s_BK = stored_BK.astype(np.float32)
     sum_B1 = s_BK.sum(axis=1, keepdims=True)

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.labels import files as layout
-from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, FREE, PAGE_ROWS, PAGE_VALUES, Part
+from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, PAGE_ROWS, PAGE_VALUES, Description, Part
 from metapl.apps.labels.store import LabelStore
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
@@ -33,14 +34,18 @@ Ids = Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor
 TOLERANCE = 1e-3
 """How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6."""
 
+FREE = ("begun", "made_with", "run", "pictures")
+"""What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
+
+ELSEWHERE = "give another folder (--out)"
+
 
 class LabelWriter:
     """Writes a store of class distributions; a context manager, which seals the store when its block ends well.
 
     Of probabilities p_1, …, p_C of an example, the store keeps float16 numbers: all C, or the k greatest with their
-    classes. :class:`LabelStore` says what is read from them. Beside these stand, of the exact distribution, the label
-    (the most probable class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in
-    nats.
+    classes (see :class:`LabelStore`). Beside these stand, of the exact distribution, the label (the most probable
+    class, of equals the first), its probability as confidence, and the entropy −Σ p_c ln p_c in nats.
 
     Args:
         folder: of the store; made where it is missing.
@@ -113,17 +118,20 @@ class LabelWriter:
         layout.require("pyarrow")
         around = layout.store_around(self.folder)
         if around is not None:
-            raise MetaplError(
-                f"{self.folder} lies in the store {around}; expected a folder elsewhere: give another folder (--out)."
-            )
+            raise MetaplError(f"{self.folder} lies in the store {around}; {ELSEWHERE}.")
         if self.folder.exists() and not self.folder.is_dir():
-            raise MetaplError(
-                f"{self.folder} is not a folder; expected the folder of a store, or a new one: give another folder "
-                "(--out)."
-            )
+            raise MetaplError(f"{self.folder} is not a folder; expected that of a store, or a new one: {ELSEWHERE}.")
         with ExitStack() as stack:
             stack.enter_context(owned(self.folder))
-            self._claim()
+            others = sorted(name for name in os.listdir(self.folder) if not layout.is_own(name))
+            if others:
+                raise MetaplError(f"{self.folder} holds files that are not a store's ({few(others)}); {ELSEWHERE}.")
+            if (self.folder / DESCRIPTION).exists():
+                self._go_on(layout.read_description(self.folder))
+            elif layout.parts(self.folder):
+                fault = f"{self.folder} has parts of a store and no {DESCRIPTION}"
+                raise MetaplError(f"{fault}; put it back from a copy, or {ELSEWHERE}.")
+            remove_temporary(self.folder)
             self._stack = stack.pop_all()
         return self
 
@@ -136,60 +144,42 @@ class LabelWriter:
             return
         with self._stack:
             if not self.complete:
-                self._finish()
+                if self._waiting:
+                    self._flush(sum(map(len, self._waiting)))
+                if not self._parts:
+                    raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
+                self._describe(complete=True)
+                self.complete = True
 
-    # ---------------------------------------------------------------------------------------------------- what is there
-
-    def _claim(self) -> None:
-        others = sorted(name for name in os.listdir(self.folder) if not layout.is_own(name))
-        if others:
-            raise MetaplError(
-                f"{self.folder} holds files that are not a store's ({few(others)}); expected an empty folder, or a new "
-                "one: give another folder (--out)."
-            )
-        if (self.folder / DESCRIPTION).exists():
-            self._go_on(layout.read_description(self.folder))
-        elif layout.parts(self.folder):
-            raise MetaplError(
-                f"{self.folder} has parts of a store and no {DESCRIPTION}; put it back from a copy, or give another "
-                "folder (--out)."
-            )
-        remove_temporary(self.folder)
-
-    def _go_on(self, before: Mapping[str, Any]) -> None:
+    def _go_on(self, before: Description) -> None:
+        """Go on with what is there, begun as it is now."""
         if not self.resume:
-            finished = ("a", "give another folder (--out)")
-            unfinished = ("an unfinished", "go on with resume=True (--resume)")
-            state, mend = finished if before["complete"] else unfinished
+            state, mend = ("an unfinished", "go on with resume=True (--resume)")
+            if before.complete:
+                state, mend = ("a", ELSEWHERE)
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
         then, now = (
-            {name: content[name] for name in ("classes", "top_k", "rows_per_part")}
-            | {f"provenance.{name}": value for name, value in content["provenance"].items() if name not in FREE}
-            for content in (before, self._content(complete=False))
+            {"classes": [*content.classes], "top_k": content.top_k, "rows_per_part": content.rows_per_part}
+            | {f"provenance.{name}": value for name, value in content.provenance.items() if name not in FREE}
+            for content in (before, self)
         )
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 begun, asked = (few([repr(content.get(name))], longest=60) for content in (then, now))
-                raise MetaplError(
-                    f"the store in {self.folder} was begun with {name} {begun}, and now it is {asked}; go on as it "
-                    "was begun, or give another folder (--out)."
-                )
+                fault = f"the store in {self.folder} was begun with {name} {begun}, and now it is {asked}"
+                raise MetaplError(f"{fault}; go on as it was begun, or {ELSEWHERE}.")
         self._there = LabelStore.begun(self.folder, before)
         self._there.verify()
-        self.provenance, self.complete = dict(before["provenance"]), before["complete"]
-        self._parts, self._schema = list(before["parts"]), self._there.schema
+        self.provenance, self.complete = before.provenance, before.complete
+        self._parts, self._schema = before.parts, self._there.schema
         self._last = self.last
         # A writer that is killed leaves one part at most that the description does not name yet.
         next_one = layout.part_name(len(self._parts), "").removesuffix(".parquet")
         for name in {*layout.parts(self.folder)} - {part.file for part in self._parts}:
             if self.complete or not name.startswith(next_one):
-                raise MetaplError(
-                    f"{self.folder} has {name}, which its {DESCRIPTION} does not name: it is of another store; remove "
-                    "it, or give another folder (--out)."
-                )
+                fault = f"{self.folder} has {name}, which its {DESCRIPTION} does not name: it is of another store"
+                raise MetaplError(f"{fault}; remove it, or {ELSEWHERE}.")
             (self.folder / name).unlink()
-
-    # ------------------------------------------------------------------------------------------------------ new rows
 
     def add(self, ids: Ids, probabilities: Tensor, digests: Sequence[bytes] | None = None) -> None:
         """Add examples behind those that are there.
@@ -203,66 +193,48 @@ class LabelWriter:
         Raises:
             MetaplError: other ids or probabilities; the disk refused. What is on disk is whole then.
         """
-        p_BC = self._checked(probabilities, len(ids))
-        names = self._ascending(ids)
-        self.add_table(self._table(names, p_BC, digests))
+        import pyarrow as pa
 
-    def _checked(self, probabilities: Tensor, rows: int) -> Tensor:
-        expected = f"floating point ({rows}, {len(self.classes)}), a row an id and a column a class"
-        if (
-            not isinstance(probabilities, Tensor)
-            or probabilities.shape != (rows, len(self.classes))
-            or not probabilities.is_floating_point()
-        ):
-            raise MetaplError(f"the probabilities are {described(probabilities)}; expected {expected}.")
+        shape = (len(ids), len(self.classes))
+        is_tensor = isinstance(probabilities, Tensor)
+        if not is_tensor or probabilities.shape != shape or not probabilities.is_floating_point():
+            given = f"the probabilities are {described(probabilities)}"
+            raise MetaplError(f"{given}; expected floating point {shape}, a row an id and a column a class.")
         p_BC = probabilities.detach().to("cpu", torch.float32)
-        far = (p_BC.sum(dim=1) - 1).abs()
-        if not bool(((p_BC >= 0).all(dim=1) & (far <= TOLERANCE)).all()):
+        if not bool(((p_BC >= 0).all(dim=1) & ((p_BC.sum(dim=1) - 1).abs() <= TOLERANCE)).all()):
             raise MetaplError(
                 "some of the probabilities are negative or not finite, or those of an example do not sum to 1; "
                 "expected what softmax gives."
             )
-        return p_BC
-
-    def _ascending(self, ids: Ids) -> list[str] | list[int]:
         names: list[Any] = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
-        kinds = {type(name) for name in [*names, *([] if self._last is None else [self._last])]}
-        if kinds - {str} and kinds - {int}:
+        in_order = names if self._last is None else [self._last, *names]
+        if {type(name) for name in in_order} not in (set(), {str}, {int}):
             raise MetaplError(f"the ids are {described(ids)}; expected strings, or integers, over all calls.")
-        before = [] if self._last is None else [self._last]
-        for one, other in pairwise([*before, *names]):
+        for one, other in pairwise(in_order):
             if not one < other:
-                raise MetaplError(
-                    f"the id {few([other])} comes after {few([one])}; expected each greater than the one before: sort "
-                    "the examples by their ids, each once."
-                )
-        return names
-
-    def _table(self, ids: list[str] | list[int], p_BC: Tensor, digests: Sequence[bytes] | None) -> pa.Table:
-        import pyarrow as pa
-
+                fault = f"the id {few([other])} comes after {few([one])}"
+                raise MetaplError(f"{fault}; expected each greater than the one before: sort the examples, each once.")
         kept_BK, columns = p_BC, {}
         if self.top_k is not None:
             classes_BK = most_probable(p_BC, self.top_k)
             kept_BK = p_BC.gather(1, classes_BK)
             columns["classes"] = _lists(classes_BK.to(torch.int32).numpy())
-        confidence, label = p_BC.numpy().max(axis=1), p_BC.numpy().argmax(axis=1)
         columns |= {
-            "label": pa.array(label.astype(np.int32)),
-            "confidence": pa.array(confidence),
+            "label": pa.array(p_BC.numpy().argmax(axis=1).astype(np.int32)),
+            "confidence": pa.array(p_BC.numpy().max(axis=1)),
             "entropy": pa.array(entropy(p_BC).numpy()),
-            "copies": pa.array(np.ones(len(ids), np.int32)),
+            "copies": pa.array(np.ones(len(names), np.int32)),
             "probabilities": _lists(kept_BK.to(torch.float16).numpy()),
         }
-        numbers = bool(ids) and isinstance(ids[0], int)
         if digests is not None:
             columns["digest"] = pa.array([digest[:DIGEST_BYTES] for digest in digests], pa.binary(DIGEST_BYTES))
+        numbers = bool(names) and isinstance(names[0], int)
         schema = layout.schema(numbers=numbers, sparse=self.top_k is not None, digests=digests is not None)
         try:
-            columns["id"] = pa.array(ids, schema.field("id").type)
+            columns["id"] = pa.array(names, schema.field("id").type)
         except UnicodeEncodeError as error:
             raise MetaplError(f"an id is not text ({error}); expected strings that UTF-8 can hold.") from error
-        return pa.table([columns[name] for name in schema.names], schema=schema)
+        self.add_table(pa.table([columns[name] for name in schema.names], schema=schema))
 
     def add_table(self, table: pa.Table) -> None:
         """Add rows as a part has them, such as those of another store; their ids follow those that are there."""
@@ -299,29 +271,19 @@ class LabelWriter:
         self._describe(complete=False)
         self._waiting = [together.slice(rows)] if rows < len(together) else []
 
-    def _finish(self) -> None:
-        if self._waiting:
-            self._flush(sum(map(len, self._waiting)))
-        if not self._parts:
-            raise MetaplError(f"no example was given for the store in {self.folder}; expected one or more.")
-        self._describe(complete=True)
-        self.complete = True
-
-    def _content(self, *, complete: bool) -> dict[str, Any]:
-        names = () if self._schema is None else self._schema.names
-        return layout.described(
-            self._parts,
+    def _describe(self, *, complete: bool) -> None:
+        content = Description(
             complete=complete,
             classes=list(self.classes),
             top_k=self.top_k,
             rows_per_part=self.rows_per_part,
             provenance=self.provenance,
             numbers=isinstance(self._last, int),
-            digests="digest" in names,
+            digests=self._schema is not None and "digest" in self._schema.names,
+            rows=self.rows,
+            parts=self._parts,
         )
-
-    def _describe(self, *, complete: bool) -> None:
-        self._write(DESCRIPTION, layout.sealed(self._content(complete=complete)))
+        self._write(DESCRIPTION, layout.sealed(asdict(content)))
 
     def _write(self, name: str, content: Any) -> None:
         mend = "Mend that (is the disk full?), then go on with resume=True (--resume)."
@@ -351,6 +313,6 @@ def _lists(values_BK: np.ndarray[Any, Any]) -> pa.ListArray:
     import pyarrow as pa
 
     rows, width = values_BK.shape
-    ends = np.arange(0, (rows + 1) * width, width, dtype=np.int32) if width else np.zeros(rows + 1, np.int32)
+    ends = np.arange(0, (rows + 1) * width, width, dtype=np.int32)
     kind = pa.list_(pa.field("element", pa.from_numpy_dtype(values_BK.dtype), nullable=False))
     return pa.ListArray.from_arrays(ends, np.ascontiguousarray(values_BK).reshape(-1), type=kind)

@@ -1,27 +1,33 @@
-"""Networks by name."""
+"""Networks by name: metapl's own, torchvision's and timm's."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from metapl.apps.networks.families import FAMILIES, TIMM, Family, Sizes
 from metapl.apps.networks.weights import load_weights
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, require_extra
+from metapl.models.common import PooledFeatures, check_numbers
+from metapl.models.small_cnn import small_cnn
+from metapl.models.wide_resnet import wide_resnet
+from metapl.runs.fields import AtLeastOne, Range, check_fields
 from metapl.words import did_you_mean
-
-NAMES: tuple[str, ...] = tuple(FAMILIES)
-"""What :func:`create` builds, beside ``timm:NAME``."""
 
 _log = logging.getLogger(__name__)
 
+Noise = Annotated[float, Range(0, 1)]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture(Sizes):
+class Architecture:
     """A network's name and sizes: a plain value, to stand in a recipe or beside exported weights.
 
     Args:
@@ -41,38 +47,36 @@ class Architecture(Sizes):
     10
     """
 
+    name: str
+    num_classes: AtLeastOne
+    dropout: Noise = 0.0
+    stochastic_depth: Noise = 0.0
+    in_channels: AtLeastOne = 3
+    image_size: AtLeastOne | None = None
+
     def __post_init__(self) -> None:
         family = self.family
-        for field in ("num_classes", "in_channels"):
-            self._require(getattr(self, field) >= 1, field, "1 or more")
-        self._require(self.image_size is None or self.image_size >= 1, "image_size", "a side in pixels, or None")
+        check_fields(self)
         for field, has in (("dropout", family.dropout), ("stochastic_depth", family.stochastic_depth)):
-            self._require(0.0 <= getattr(self, field) < 1.0, field, "a probability in [0, 1)")
             if getattr(self, field) > 0.0 and not has:
                 having = ", ".join(name for name, known in FAMILIES.items() if getattr(known, field))
-                raise MetaplError(
-                    f"{self.name} has no {field}, and {field}={getattr(self, field)} was given; leave it out, or take "
-                    f"a network that has it: {having}."
-                )
-        if family.patch is not None and self.image_size is not None:
-            self._require(self.image_size % family.patch == 0, "image_size", f"a multiple of its patch, {family.patch}")
-
-    def _require(self, condition: bool, field: str, expected: str) -> None:
-        if not condition:
-            raise MetaplError(f"{self.name} got {field}={getattr(self, field)!r}; expected {expected}.")
+                given = f"{self.name} has no {field}, and {field}={getattr(self, field)} was given"
+                raise MetaplError(f"{given}; leave it out, or take a network that has it: {having}.")
+        if family.patch is not None and self.image_size is not None and self.image_size % family.patch:
+            given = f"{self.name} got image_size={self.image_size}"
+            raise MetaplError(f"{given}; expected a multiple of its patch, {family.patch}.")
 
     @property
     def family(self) -> Family:
         """What builds it."""
         if self.name.startswith("timm:") and self.name != "timm:":
-            return TIMM
+            return _TIMM
         if self.name not in FAMILIES:
             # With a cutoff of 0 every name comes back, in the order of likeness.
             known = difflib.get_close_matches(self.name, NAMES, n=len(NAMES), cutoff=0.0)
             meant = did_you_mean(self.name, NAMES) or "."
-            raise MetaplError(
-                f"there is no network {self.name!r}{meant} Expected one of {', '.join(known)}, or timm:NAME."
-            )
+            expected = f"Expected one of {', '.join(known)}, or timm:NAME."
+            raise MetaplError(f"there is no network {self.name!r}{meant} {expected}")
         return FAMILIES[self.name]
 
     def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -97,6 +101,311 @@ class Architecture(Sizes):
         return "\n".join(self.family.code(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How networks of one kind are built, and what they have.
+
+    Args:
+        library: the package that builds them: torchvision, timm or metapl.
+        build: makes one.
+        code: the lines of Python that make one by ``library`` alone, as ``model``, without noise, which has no weights.
+        stem, head: the names of the layers that see the channels, and that turn features into classes.
+        dropout, stochastic_depth: whether they have it.
+        patch: the side in pixels that a picture's must be a multiple of, where the network is built for one size.
+    """
+
+    library: str
+    build: Callable[[Architecture], nn.Module]
+    code: Callable[[Architecture], list[str]]
+    stem: str = ""
+    head: str = "head"
+    dropout: bool = True
+    stochastic_depth: bool = False
+    patch: int | None = None
+
+    def heads(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the layers that turn features into classes; a distilled network of timm has several."""
+        if self.library != "timm":
+            return (self.head,)
+        classifier = module.get_classifier()  # type: ignore[operator]  # every network of timm has it
+        wanted = {id(m) for m in (classifier if isinstance(classifier, tuple) else (classifier,))}
+        return tuple(name for name, part in module.named_modules() if id(part) in wanted)
+
+    def adapt(self, module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
+        """Fit the weights of a file in place to a network of another resolution, and name what was changed: position
+        embeddings, by torchvision's own rule."""
+        key = "encoder.pos_embedding"
+        own = module.state_dict().get(key) if self.patch is not None else None
+        if own is None or key not in state or state[key].shape == own.shape or state[key].ndim != 3:
+            return ()
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        try:
+            interpolate_embeddings(module.image_size, module.patch_size, state)
+        except ValueError as error:
+            what = f"{key} in the file cannot be interpolated to pictures of {module.image_size} pixels"
+            raise MetaplError(f"{what}: {error}.") from error
+        return (key,)
+
+
+# ----------------------------------------------------------------------------------------------------------------- own
+
+_WIDTHS = {"wide_resnet28_2": 2, "wide_resnet28_10": 10}
+
+
+def _own(a: Architecture) -> nn.Module:
+    fields: dict[str, Any] = {"in_channels": a.in_channels, "dropout": a.dropout}
+    if a.name == "pooled_cnn":
+        return pooled_cnn(a.num_classes, image_size=a.image_size, **fields)
+    if a.name == "small_cnn":
+        return small_cnn(a.num_classes, **fields)
+    return wide_resnet(28, _WIDTHS[a.name], a.num_classes, **fields)
+
+
+def _own_code(a: Architecture) -> list[str]:
+    channels = f", in_channels={a.in_channels}" * (a.in_channels != 3)
+    size = f", image_size={a.image_size}" * (a.name == "pooled_cnn" and a.image_size is not None)
+    return [f'model = metapl.apps.networks.create("{a.name}", num_classes={a.num_classes}{channels}{size})']
+
+
+_POOLED_WIDTHS = (32, 64, 128, 192)
+"""Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
+
+
+def pooled_cnn(
+    num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0, image_size: int | None = None
+) -> nn.Module:
+    """Build a network that learns fast from few pictures of 16 to 96 pixels.
+
+    Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a 3x3 convolution, pooling,
+    batch norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not.
+    Above 40 pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions, dropout and a
+    linear layer.
+
+    Args:
+        num_classes: number of outputs, 1 or more.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
+        dropout: probability in [0, 1) of zeroing a feature before the linear layer.
+        image_size: side of the pictures that it is built for, in pixels, 1 or more; None: 32. It takes larger ones too,
+            and smaller ones that do not vanish in the pooling.
+
+    Returns:
+        A module from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
+
+    Cost: 94,762 weights for pictures of 3x32x32 and 10 classes.
+
+    Raises:
+        MetaplError: a size below 1, or a dropout outside [0, 1).
+
+    >>> network = pooled_cnn(num_classes=7, in_channels=1, image_size=24)
+    >>> network(torch.zeros(2, 1, 24, 24)).shape
+    torch.Size([2, 7])
+    """
+    side = 32 if image_size is None else image_size
+    example = "pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
+    check_numbers("pooled_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels, image_size=side)
+    # The stride of each stage's convolution, and whether the stage pools.
+    plan = []
+    if side > 40:
+        plan.append((2, False))
+        side = -(-side // 2)
+    while side >= 12:
+        plan.append((1, True))
+        side //= 2
+    plan.append((1, False))
+    skipped = max(0, 3 - len(plan))
+    widths = [_POOLED_WIDTHS[min(skipped + stage, len(_POOLED_WIDTHS) - 1)] for stage in range(len(plan))]
+    # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25 times as fast.
+    stages = (
+        nn.Sequential(
+            nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+            nn.MaxPool2d(2) if pool else nn.Identity(),
+            nn.BatchNorm2d(after),
+            nn.ReLU(),
+        )
+        for before, after, (stride, pool) in zip([in_channels, *widths], widths, plan, strict=False)
+    )
+    return PooledFeatures(nn.Sequential(*stages), widths[-1], num_classes, dropout)
+
+
+# --------------------------------------------------------------------------------------------------------- torchvision
+
+_KEEPING_STAGES = (2, 3)
+"""The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
+
+_IMAGENET_CLASSES = 1000
+"""The head of an EfficientNet is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes
+long to unlearn; so it is drawn as for these many classes at least."""
+
+_STAGES = (
+    (1, 3, 1, 32, 16, 1),
+    (6, 3, 2, 16, 24, 2),
+    (6, 5, 2, 24, 40, 2),
+    (6, 3, 2, 40, 80, 3),
+    (6, 5, 1, 80, 112, 3),
+    (6, 5, 2, 112, 192, 4),
+    (6, 3, 1, 192, 320, 1),
+)
+"""Of each stage of EfficientNet-B0 expansion, kernel, stride, channels before and after, blocks. torchvision scales
+them up to B7 by name; further than that it has the parts alone."""
+
+_SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
+"""The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels, section 4, which
+says the depth of B6 and a width of 5.0; that makes 317 million weights, and the 390 million that it prints follow from
+no depth at this width."""
+
+_LARGE_VIT = {"patch_size": 14, "num_layers": 24, "num_heads": 16, "hidden_dim": 2048, "mlp_dim": 8192}
+"""A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth."""
+
+
+def _torchvision(a: Architecture) -> nn.Module:
+    from torchvision import models
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+    from torchvision.ops import StochasticDepth
+
+    if a.name in _SCALES:
+        width, depth = _SCALES[a.name]
+        stages = [MBConvConfig(*stage, width_mult=width, depth_mult=depth) for stage in _STAGES]
+        # The batch norm of B5 to B7.
+        norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+        module: Any = EfficientNet(stages, a.dropout, num_classes=a.num_classes, norm_layer=norm)
+    else:
+        name, given = _call(a)
+        noise = {} if a.name.startswith("resnet") else {"dropout": a.dropout}
+        module = getattr(models, name)(**given, **noise)
+    if a.name.startswith("resnet") and a.dropout > 0:
+        module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)
+    if a.name.startswith("efficientnet"):
+        for stage in _KEEPING_STAGES if a.name.endswith("_svhn") else ():
+            # The first block of a stage: expansion, then the depthwise convolution that strides.
+            module.get_submodule(f"features.{stage}.0.block.1.0").stride = (1, 1)
+        # torchvision counts blocks from 0, so with it the last block is dropped less often than the rule says.
+        blocks = [m for m in module.modules() if isinstance(m, StochasticDepth)]
+        for number, block in enumerate(blocks, start=1):
+            block.p = a.stochastic_depth * number / len(blocks)
+        with torch.no_grad():
+            module.get_parameter("classifier.1.weight").mul_(min(1.0, a.num_classes / _IMAGENET_CLASSES) ** 0.5)
+    old = module.get_submodule(a.family.stem)
+    if old.in_channels != a.in_channels:
+        # A fresh first convolution for pictures that do not have three channels.
+        has_bias = old.bias is not None
+        new = nn.Conv2d(a.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=has_bias)
+        if new.bias is None:
+            nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+        else:  # a vision transformer's patches
+            nn.init.trunc_normal_(new.weight, std=new.weight[0].numel() ** -0.5)
+            nn.init.zeros_(new.bias)
+        module.set_submodule(a.family.stem, new)
+    return module  # type: ignore[no-any-return]
+
+
+def _call(a: Architecture) -> tuple[str, dict[str, Any]]:
+    """What torchvision calls it, and the arguments without those of noise."""
+    classes = {"num_classes": a.num_classes}
+    if a.name == "vit_1b_14":
+        return "VisionTransformer", {"image_size": a.image_size or 224, **_LARGE_VIT, **classes}
+    size = {"image_size": a.image_size} if a.name.startswith("vit") and a.image_size is not None else {}
+    return a.name.removesuffix("_svhn"), {**classes, **size}
+
+
+def _torchvision_code(a: Architecture) -> list[str]:
+    if a.name in _SCALES:
+        width, depth = _SCALES[a.name]
+        lines = [
+            "nets = torchvision.models.efficientnet",
+            f"stages = {_STAGES}",
+            f"stages = [nets.MBConvConfig(*s, width_mult={width}, depth_mult={depth}) for s in stages]",
+            f"model = nets.EfficientNet(stages, dropout=0.0, num_classes={a.num_classes}, "
+            "norm_layer=lambda c: torch.nn.BatchNorm2d(c, eps=0.001, momentum=0.01))",
+        ]
+    else:
+        name, given = _call(a)
+        lines = [f"model = torchvision.models.{name}({_arguments(given)})"]
+    if a.name.endswith("_svhn"):
+        lines += [f"for stage in {_KEEPING_STAGES}:", "    model.features[stage][0].block[1][0].stride = (1, 1)"]
+    if a.in_channels != 3:
+        with torch.device("meta"):
+            conv = _torchvision(a).get_submodule(a.family.stem)
+        head, *indices = a.family.stem.split(".")
+        lines.append(f"model.{head}{''.join(f'[{i}]' for i in indices)} = torch.nn.{conv}")
+    return lines
+
+
+class _DroppedLinear(nn.Linear):
+    """A linear layer behind dropout, under the names of a plain one."""
+
+    def __init__(self, features: int, outputs: int, p: float) -> None:
+        super().__init__(features, outputs)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------- timm
+
+_OWN_NAMES = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth", "in_chans": "in_channels"}
+"""What timm's arguments are called here."""
+
+
+def _timm(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
+    """The network, and the arguments that timm took for it."""
+    require_extra("timm", f"{a.name} needs", "timm")
+    import timm
+
+    name = a.name.removeprefix("timm:")
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.0))
+        raise MetaplError(f"timm {timm.__version__} has no network {name!r}; the likest of those it has: {near}.")
+    # Only what differs from timm's defaults, for not every network takes every argument.
+    usual = {"in_chans": 3, "drop_rate": 0, "drop_path_rate": 0, "img_size": None}
+    sizes = (a.in_channels, a.dropout, a.stochastic_depth, a.image_size)
+    given = {field: value for field, value in zip(usual, sizes, strict=True) if value != usual[field]}
+    fields: dict[str, Any] = {"num_classes": a.num_classes, **given}
+    while True:
+        try:
+            return timm.create_model(name, pretrained=False, **fields), fields
+        except TypeError as error:
+            refused = next((field for field in fields if f"'{field}'" in str(error)), "")
+            if refused in _OWN_NAMES:
+                raise MetaplError(f"{a.name} has no {_OWN_NAMES[refused]}; leave it out.") from error
+            if refused != "img_size":
+                raise
+            del fields["img_size"]  # a network that takes any
+
+
+def _timm_code(a: Architecture) -> list[str]:
+    with torch.device("meta"):
+        _, fields = _timm(a)
+    given = {name: value for name, value in fields.items() if name not in ("drop_rate", "drop_path_rate")}
+    return [f'model = timm.create_model("{a.name.removeprefix("timm:")}", {_arguments(given)})']
+
+
+def _arguments(given: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in given.items())
+
+
+# -------------------------------------------------------------------------------------------------------- the registry
+
+_TORCHVISION = partial(Family, library="torchvision", build=_torchvision, code=_torchvision_code)
+_RESNET = _TORCHVISION(stem="conv1", head="fc")
+_EFFICIENTNET = _TORCHVISION(stem="features.0.0", head="classifier.1", stochastic_depth=True)
+_VITS = {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14, "1b_14": 14}
+_TIMM = Family(library="timm", build=lambda a: _timm(a)[0], code=_timm_code, stochastic_depth=True)
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("pooled_cnn", "small_cnn", *_WIDTHS), Family(library="metapl", build=_own, code=_own_code)),
+    **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
+    **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in (*range(8), "0_svhn")},
+    **dict.fromkeys(_SCALES, _EFFICIENTNET),
+    **{f"vit_{size}": _TORCHVISION(stem="conv_proj", head="heads.head", patch=side) for size, side in _VITS.items()},
+}
+"""The networks by name; beside them, ``timm:NAME`` stands for every network of timm."""
+
+NAMES: tuple[str, ...] = tuple(FAMILIES)
+"""What :func:`create` builds, beside ``timm:NAME``."""
+
+
 def create(
     name: str,
     num_classes: int,
@@ -107,12 +416,10 @@ def create(
     weights: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
 ) -> nn.Module:
-    r"""Build a network by name.
+    """Build a network by name.
 
-    .. math:: 1 - p_l = \frac{l}{L}\,(1 - p_L), \qquad l = 1 \dots L
-
-    is the linear rule of stochastic depth, with survival probabilities p_l: block l of L is dropped with probability
-    (l/L) · ``stochastic_depth``, the last with ``stochastic_depth`` itself, in training alone.
+    The linear rule of stochastic depth, with survival probabilities p_l, is 1 − p_l = (l/L)(1 − p_L): block l of L is
+    dropped with probability (l/L) · ``stochastic_depth``, in training alone.
 
     ====================  ==================================  =====================  ================
     name                  network                             dropout                stochastic depth
@@ -156,12 +463,6 @@ def create(
 
     Huang et al., arXiv:1603.09382, eq. (4), for the linear rule; Noisy Student, section 3.2, for 0.2 and dropout 0.5.
     """
-    architecture = Architecture(
-        name=name,
-        num_classes=num_classes,
-        dropout=dropout,
-        stochastic_depth=stochastic_depth,
-        in_channels=in_channels,
-        image_size=image_size,
-    )
-    return architecture.create(weights)
+    noise = {"dropout": dropout, "stochastic_depth": stochastic_depth}
+    a = Architecture(name=name, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **noise)
+    return a.create(weights)

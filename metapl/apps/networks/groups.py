@@ -26,7 +26,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool =
 
     Returns:
         One or two groups ``{"params": [...], "weight_decay": λ}`` in the order of ``module.parameters()``; the decayed
-        one first, none of them empty. Other options of the optimiser hold for all of them.
+        one first, none of them empty.
 
     Raises:
         MetaplError: a weight decay below 0.

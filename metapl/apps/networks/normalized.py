@@ -25,10 +25,8 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():
-            raise MetaplError(
-                f"a normalized network got {images.dtype} pictures; expected floating-point values in [0, 1]: "
-                "images / 255."
-            )
+            expected = "expected floating-point values in [0, 1]: images / 255."
+            raise MetaplError(f"a normalized network got {images.dtype} pictures; {expected}")
         # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
         logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
         return logits
@@ -61,8 +59,6 @@ def normalized(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -
     """
     values = [*mean, *std]
     if not mean or len(mean) != len(std) or not all(map(math.isfinite, values)) or min(std) <= 0:
-        raise MetaplError(
-            f"normalized got mean={list(mean)}, std={list(std)}; expected one finite number per channel in each, those "
-            "of std above 0: mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], say"
-        )
+        expected = "one finite number per channel in each, those of std above 0"
+        raise MetaplError(f"normalized got mean={list(mean)}, std={list(std)}; expected {expected}.")
     return Normalized(module, mean, std)

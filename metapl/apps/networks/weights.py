@@ -12,12 +12,10 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few, reason_of
-
-MOST_WRAPPED = 8
-"""How deep a state dict may lie in what a training program stored."""
 
 
 @dataclass(frozen=True)
@@ -75,44 +73,49 @@ def load_weights(
     >>> load_weights(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), folder / "weights.pt", heads=["1"]).fresh
     ('1.weight', '1.bias')
     """
-    path = Path(file)
-    state = _without_prefixes(_state_dict(path), module.state_dict().keys())
+    path, own = Path(file), module.state_dict()
+    state = _without_prefixes(_state_dict(path), own.keys())
     interpolated = () if adapt is None else adapt(module, state)
-    own = module.state_dict()
-    fresh = _fresh(own, state, heads)
-    # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
-    optional = {name for name in own if name.endswith("num_batches_tracked")} - state.keys()
+    fresh: list[str] = []
+    for head in heads:
+        names = [name for name in own if name.startswith(f"{head}.")]
+        same = all(name in state and state[name].shape == own[name].shape for name in names)
+        other_features = any(name in state and state[name].shape[1:] != own[name].shape[1:] for name in names)
+        fresh += [] if same or other_features else names
     fits = {name: t for name, t in state.items() if name not in fresh}
-    _check_fit(path, fits, {name: t for name, t in own.items() if name not in optional and name not in fresh})
+    # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
+    optional = {*fresh, *(name for name in own if name.endswith("num_batches_tracked") and name not in state)}
+    expected = {name: t for name, t in own.items() if name not in optional}
+    pairs = [(name, fits[name], t) for name, t in expected.items() if name in fits]
+    kinds = {
+        "it lacks": [name for name in expected if name not in fits],
+        "the network has no": [name for name in fits if name not in expected],
+        "other shapes:": [f"{n} {(*a.shape,)} instead of {(*b.shape,)}" for n, a, b in pairs if a.shape != b.shape],
+        "whole numbers for real ones or the reverse:": [
+            name for name, a, b in pairs if a.is_floating_point() != b.is_floating_point()
+        ],
+    }
+    faults = [f"{kind} {few(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise MetaplError(
+            f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
+            "number of classes; create the network that the weights are of."
+        )
     module.load_state_dict({**own, **fits})
     return LoadedWeights(path, tuple(fits), tuple(fresh), interpolated)
 
 
 def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | None:
-    """The number of classes of the weights in a file.
-
-    Args:
-        file: as in :func:`load_weights`.
-        heads: names of the layers that give the classes.
-
-    Returns:
-        The outputs of the first of these layers that the file has; None: it has none of them.
-
-    Raises:
-        MetaplError: the file is missing, damaged, or holds something else than tensors.
-    """
+    """The number of classes of the weights in a file: the outputs of the first of the ``heads``, which are layers that
+    give the classes, that the file has; None: it has none of them. Raises as :func:`load_weights`."""
     state = _without_prefixes(_state_dict(Path(file)), ())
     names = [f"{head}.{part}" for head in heads for part in ("bias", "weight")]
     return next((len(state[name]) for name in names if name in state and state[name].ndim), None)
 
 
 def fetch_imagenet_weights(name: str) -> Path:
-    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache.
-
-    Args:
-        name: of a network, ``resnet18`` say.
-
-    Returns: a file for :func:`metapl.apps.networks.load_weights`, its hash checked by torch.
+    """The file of a torchvision network's newest ImageNet weights, ``resnet18``'s say, downloaded once into torch's
+    cache, its hash checked by torch.
 
     Raises:
         MetaplError: torchvision has no weights of that network, or the file is not there and cannot be downloaded.
@@ -144,38 +147,30 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise MetaplError(f"there is no file of weights {path}; expected a .safetensors or .pt file on this machine.")
     try:
-        stored = _read(path)
+        if path.suffix == ".safetensors":
+            stored: Any = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about how others have written it
+                stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows in many types: safetensors' own, pickle's, zip's, OSError, EOFError
         raise MetaplError(
             f"{path} cannot be read as weights: {reason_of(error)}. Expected a state dict: .safetensors, or tensors "
             "alone as torch.save(model.state_dict(), path) writes them."
         ) from error
-    for _ in range(MOST_WRAPPED):
+    for _ in range(8):  # how deep training programs wrap it
         inside = [stored.get(key) for key in ("state_dict", "model")] if isinstance(stored, Mapping) else []
         stored = next((part for part in inside if isinstance(part, Mapping)), stored)
     if not isinstance(stored, Mapping) or not stored or not all(isinstance(t, Tensor) for t in stored.values()):
         kind = f"a {type(stored).__name__}" if not isinstance(stored, Mapping) else f"the entries {few(stored)}"
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
     state = {str(name): t for name, t in stored.items()}
-    without_values = [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]
-    if without_values:
-        raise MetaplError(
-            f"{path} holds tensors that are sparse, quantized or without values: {few(without_values)}; expected dense "
-            "ones, as tensor.to_dense() and tensor.dequantize() give them."
-        )
+    if bad := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
+        given = f"{path} holds tensors that are sparse, quantized or without values: {few(bad)}"
+        raise MetaplError(f"{given}; expected dense ones, as tensor.to_dense() and tensor.dequantize() give them.")
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
         raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
     return state
-
-
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about how others have written it
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
@@ -184,36 +179,3 @@ def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[st
             return state
         state = {name.removeprefix(prefix): t for name, t in state.items()}
     return state
-
-
-def _fresh(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], heads: Iterable[str]) -> list[str]:
-    """The tensors of heads that the file lacks or has for another number of classes."""
-    fresh: list[str] = []
-    for head in heads:
-        names = [name for name in own if name.startswith(f"{head}.")]
-        same = all(name in stored and stored[name].shape == own[name].shape for name in names)
-        other_features = any(name in stored and stored[name].shape[1:] != own[name].shape[1:] for name in names)
-        fresh += [] if same or other_features else names
-    return fresh
-
-
-def _check_fit(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    common = [name for name in expected if name in stored]
-    kinds = {
-        "it lacks": [name for name in expected if name not in stored],
-        "the network has no": [name for name in stored if name not in expected],
-        "other shapes:": [
-            f"{n} {tuple(stored[n].shape)} instead of {tuple(expected[n].shape)}"
-            for n in common
-            if stored[n].shape != expected[n].shape
-        ],
-        "whole numbers for real ones or the reverse:": [
-            n for n in common if stored[n].is_floating_point() != expected[n].is_floating_point()
-        ],
-    }
-    faults = [f"{kind} {few(names)}" for kind, names in kinds.items() if names]
-    if faults:
-        raise MetaplError(
-            f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
-            "number of classes; create the network that the weights are of."
-        )

@@ -20,46 +20,9 @@ from metapl.apps.pictures.views.crops import ResizedCrop, ShiftNoiseCutout, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
 from metapl.apps.pictures.views.seeded import Seeded
 
-__all__ = [
-    "CIFAR_OPERATIONS",
-    "SVHN_OPERATIONS",
-    "Affine",
-    "Chain",
-    "Color",
-    "DigitsSplit",
-    "EvaluationBatches",
-    "FileImages",
-    "Files",
-    "Finding",
-    "Flip",
-    "Hole",
-    "Identity",
-    "ImageData",
-    "Images",
-    "LabeledBatches",
-    "LabeledFiles",
-    "MemoryImages",
-    "RandAugment",
-    "Recolor",
-    "ResizedCrop",
-    "Seeded",
-    "ShiftNoiseCutout",
-    "Skipped",
-    "Sometimes",
-    "Split",
-    "UnlabeledBatches",
-    "UnreadableImage",
-    "Verified",
-    "View",
-    "Weak",
-    "check_folders",
-    "draw_split",
-    "load_digits_split",
-    "load_image_data",
-    "read_image",
-    "replaced_files",
-    "scan_labeled",
-    "scan_unlabeled",
-    "stratified_split",
-    "verify_files",
-]
+__all__ = ["CIFAR_OPERATIONS", "SVHN_OPERATIONS", "Affine", "Chain", "Color", "DigitsSplit", "EvaluationBatches"]
+__all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "ImageData", "Images", "LabeledBatches"]
+__all__ += ["LabeledFiles", "MemoryImages", "RandAugment", "Recolor", "ResizedCrop", "Seeded", "ShiftNoiseCutout"]
+__all__ += ["Skipped", "Sometimes", "Split", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
+__all__ += ["check_folders", "draw_split", "load_digits_split", "load_image_data", "read_image", "replaced_files"]
+__all__ += ["scan_labeled", "scan_unlabeled", "stratified_split", "verify_files"]

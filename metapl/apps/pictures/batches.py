@@ -8,21 +8,21 @@ Normalization is not a view: it belongs to the network, which sees the same numb
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metapl.apps.pictures.hashes import told
 from metapl.apps.pictures.reader import Box
-from metapl.apps.pictures.store import FileImages, Images, pick
+from metapl.apps.pictures.store import FileImages, Images, MemoryImages, pick
 from metapl.apps.pictures.views.base import View
 from metapl.apps.pictures.views.crops import ResizedCrop
 from metapl.data import draws
+from metapl.data.identity import NAMES
 from metapl.data.sampler import StepSampler
 from metapl.data.steps import BatchT, StepBatches
 from metapl.errors import MetaplError
@@ -34,34 +34,61 @@ ROLES = ("view", "weak", "strong")
 """Fields that are views: one derived seed each, so that no two of one step share their draws even under one seed."""
 
 
-class ExampleBatches(StepBatches[BatchT]):
-    """Batches of sampled examples: columns of a data set, of which the first is seen through one view or several."""
+class PictureBatches(StepBatches[BatchT]):
+    """Batches of pictures."""
 
     images: Tensor | Images
+
+    def explain(self) -> str | None:
+        for _ in range(3):  # torch's handler raises once for a worker that died, wherever this process is at
+            with suppress(RuntimeError):
+                files = self.images.dead_readers() if isinstance(self.images, FileImages) else []
+                dead = " or ".join(map(str, files))
+                return f"a worker died while reading {dead}; remove or replace it" if files else None
+        return None
+
+    def fingerprint(self, columns: Any) -> str | None:
+        """Of the examples; folders of files may move, their names count."""
+        told: Any = self.images
+        if isinstance(told, MemoryImages):
+            told = [told.data, told.indices]
+        elif isinstance(told, FileImages):
+            step = max(1, -(-len(told) // NAMES))
+            told = [os.path.basename(told.path(index)) for index in range(0, len(told), step)]
+        return fingerprint([told, columns])
+
+
+class ExampleBatches(PictureBatches[BatchT]):
+    """Batches of sampled examples: columns of a data set, of which the first is seen through one view or several."""
+
     sampler: StepSampler
     seed: int
     crop: ResizedCrop | None
 
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
+        if set(counts.values()) != {self.sampler.size}:
+            given = ", ".join(f"{count} {key}" for key, count in counts.items())
+            raise MetaplError(
+                f"{name} got {given} and a sampler of size {self.sampler.size}; expected the same number everywhere: "
+                "StepSampler(len(images), batch_size, seed)"
+            )
+        if self.steps is not None and self.steps < 0:
+            raise MetaplError(f"{name} got steps {self.steps}; expected 0 or more, or None for an endless stream")
+        if self.crop is not None and not isinstance(self.images, FileImages):
+            given = type(self.images).__name__
+            raise MetaplError(f"{name} got a crop for {given}; images in memory are cropped by a view, files by a crop")
+
     @property
     def views(self) -> dict[str, View]:
         """How the images are seen, by role, each with draws of its own."""
-        held = {role: getattr(self, role, None) for role in ROLES}
-        return {role: view for role, view in held.items() if view is not None}
+        return {role: view for role in ROLES if (view := getattr(self, role, None)) is not None}
 
     @property
     def columns(self) -> dict[str, Tensor]:
         """What else a batch holds of the same examples, by name."""
-        held = {name: getattr(self, name, None) for name in ("labels", "stored")}
-        return {name: column for name, column in held.items() if column is not None}
-
-    def batch(self, step: int) -> BatchT:
-        return self.augment(step, self.fetch(step))
-
-    def raw(self) -> StepBatches[Fetched]:
-        return RawBatches(self, self.steps)
-
-    def explain(self) -> str | None:
-        return _dead_workers(self.images)
+        return {name: held for name in ("labels", "stored") if (held := getattr(self, name, None)) is not None}
 
     def record(self) -> dict[str, Any]:
         sampler = dataclasses.asdict(self.sampler)
@@ -70,8 +97,14 @@ class ExampleBatches(StepBatches[BatchT]):
             **sampler,
             "view_seed": self.seed,
             "views": [as_values(view) for view in self.views.values()],
-            "fingerprint": fingerprint([told(self.images), [*self.columns.values()]]),
+            "fingerprint": self.fingerprint([*self.columns.values()]),
         }
+
+    def batch(self, step: int) -> BatchT:
+        return self.augment(step, self.fetch(step))
+
+    def raw(self) -> StepBatches[Fetched]:
+        return RawBatches(self, self.steps)
 
     def fetch(self, step: int) -> Fetched:
         """The images of a step, once for all views or once for each crop, and then the other columns."""
@@ -86,8 +119,7 @@ class ExampleBatches(StepBatches[BatchT]):
         return (*images, *(pick(column, used) for column in self.columns.values()))
 
     def augment(self, step: int, fetched: Fetched) -> BatchT:
-        columns = fetched[len(fetched) - len(self.columns) :]
-        images = fetched[: len(fetched) - len(columns)]
+        images, columns = fetched[: len(fetched) - len(self.columns)], fetched[len(fetched) - len(self.columns) :]
         if not isinstance(self.images, Tensor):
             images = tuple(map(in_unit_range, images))
         if self.crop is None:
@@ -97,9 +129,8 @@ class ExampleBatches(StepBatches[BatchT]):
             view(x, seed=seed, step=step, examples=examples)
             for view, x, seed in zip(self.views.values(), images, self._seeds(), strict=True)
         )
-        items = (*seen, *columns)
-        batch: Any = items if len(items) > 1 else items[0]
-        return batch  # type: ignore[no-any-return]  # what BatchT stands for
+        items: Any = (*seen, *columns)
+        return items if len(items) > 1 else items[0]  # type: ignore[no-any-return]  # what BatchT stands for
 
     def _crops(self, step: int, indices: Tensor) -> tuple[list[Tensor], Tensor]:
         """Boxes of the images in files, drawn once the size of an image is known."""
@@ -116,9 +147,8 @@ class ExampleBatches(StepBatches[BatchT]):
 
         boxes = [[partial(box, view, row) for view in range(len(self.views))] for row in range(len(indices))]
         images, used = self.images.fetch_crops(indices, boxes)
-        return [
-            torch.where(flip[:, None, None, None], x.flip(-1), x) for x, flip in zip(images, mirrored, strict=True)
-        ], used
+        flips = mirrored[:, :, None, None, None]
+        return [torch.where(flip, x.flip(-1), x) for x, flip in zip(images, flips, strict=True)], used
 
     def _seeds(self) -> list[int]:
         return [draws.fold_in(self.seed, ROLES.index(role)) for role in self.views]
@@ -127,25 +157,6 @@ class ExampleBatches(StepBatches[BatchT]):
         # With B > n a batch holds copies of an example; counting the epoch in keeps their augmentations apart. On the
         # CPU, wherever the images are: a view that plans there would otherwise wait for the device.
         return self.sampler.epochs(step) * self.sampler.size + self.sampler.indices(step)
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__
-        counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
-        if set(counts.values()) != {self.sampler.size}:
-            given = ", ".join(f"{count} {key}" for key, count in counts.items())
-            raise MetaplError(
-                f"{name} got {given} and a sampler of size {self.sampler.size}; expected the same number everywhere: "
-                "StepSampler(len(images), batch_size, seed)"
-            )
-        if self.steps is not None and self.steps < 0:
-            raise MetaplError(
-                f"{name} got steps {self.steps}; expected a number of steps, or None for an endless stream"
-            )
-        if self.crop is not None and not isinstance(self.images, FileImages):
-            raise MetaplError(
-                f"{name} got a crop for {type(self.images).__name__}; expected FileImages, whose files are cropped as "
-                "they are read: images in memory are cropped by a view"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +175,7 @@ class RawBatches(StepBatches[Fetched]):
 
 @dataclass(frozen=True, eq=False)
 class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
-    """The labeled batches: item t is (x, y), with x the view of the sampled images.
-
-    x = view(images[i]), y = labels[i], i = sampler.indices(t).
+    """The labeled batches: item t is (x, y), x = view(images[i]), y = labels[i], i = sampler.indices(t).
 
     Args:
         images: n examples: a tensor (n, ...) on any device, or :class:`~metapl.apps.pictures.Images`, whose bytes
@@ -242,16 +251,14 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
 
 
 @dataclass(frozen=True, eq=False)
-class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
+class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
     """All labeled images once, in order and as they are: for validation and test.
 
     Args:
-        images: n images.
-        labels: int64 (n,).
+        images, labels: n images, and int64 (n,).
         batch_size: B, 1 or more; the last batch may be smaller.
 
-    Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out, so a batch may
-    be smaller still.
+    Items: (x, y), float32 (B, C, H, W) in [0, 1] and int64 (B,). A file that cannot be read is left out.
 
     Raises:
         MetaplError: images and labels disagree on n, or a batch size below 1.
@@ -283,7 +290,7 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
         return len(self.labels)
 
     def record(self) -> dict[str, Any]:
-        return {"examples": len(self.images), "fingerprint": fingerprint([told(self.images), self.labels])}
+        return {"examples": len(self.images), "fingerprint": self.fingerprint(self.labels)}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.images)))
@@ -291,19 +298,7 @@ class EvaluationBatches(StepBatches[tuple[Tensor, Tensor]]):
         images, used = fetch(indices)
         return in_unit_range(images), pick(self.labels, used)
 
-    def explain(self) -> str | None:
-        return _dead_workers(self.images)
-
 
 def in_unit_range(images: Tensor) -> Tensor:
     """Bytes as float32 in [0, 1]."""
     return images.to(torch.float32) / 255
-
-
-def _dead_workers(images: object) -> str | None:
-    files: list[Path] = []
-    for _ in range(3):  # torch's handler raises once for a worker that died, wherever this process is at
-        with suppress(RuntimeError):
-            files = images.dead_readers() if isinstance(images, FileImages) else []
-            break
-    return f"a worker died while reading {' or '.join(map(str, files))}; remove or replace it" if files else None

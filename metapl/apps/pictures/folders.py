@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class LabeledFiles(Files):
 
 
 def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
-    """List the pictures of a folder and all folders in it.
+    """List the pictures of a folder and all folders in it, in an order that depends on their names alone.
 
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
     followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
@@ -107,9 +107,6 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     Args:
         folder: any folder.
         progress: called with the number of pictures so far, once a folder.
-
-    Returns:
-        The files, in an order that depends on their names alone.
 
     Cost: no file is opened; about a second for 100,000 files on a local disk.
 
@@ -123,11 +120,12 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     >>> scan_unlabeled(root).names
     ('b.jpg', 'deep/er/a.PNG')
     """
-    root = _folder(folder)
-    names, passed_over = _images(_in_folders(root), progress)
+    root = Path(folder).expanduser()
+    names, passed_over = _pictures((files for _, files in _listed(root)), progress)
     if not names and passed_over[SUFFIX]:
-        names, passed_over = _images(_in_shards(root), progress)
-    return Files(root, _some(names, root, passed_over), passed_over)
+        names, passed_over = _pictures(_in_shards(root), progress)
+    _refuse_none(names, root, passed_over)
+    return Files(root, names, passed_over)
 
 
 def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFiles:
@@ -146,69 +144,34 @@ def scan_labeled(folder: str | Path, progress: Progress = silent) -> LabeledFile
     >>> scan_labeled(root).classes, scan_labeled(root).labels
     (('cat', 'dog'), (0, 1, 1))
     """
-    root = _folder(folder)
-    inside, files = next((inside, files) for _, inside, files in _walk(root))
-    classes = tuple(inside)
+    root = Path(folder).expanduser()
+    classes, files = next(_listed(root))
     if not classes:
-        raise MetaplError(
-            f"{root} has no folder in it; expected one folder a class, with the pictures of the class in it: "
-            f"{root / 'cat'}, {root / 'dog'}"
-        )
-    loose, passed_over = _images([files], silent)
+        example = f"{root / 'cat'}, {root / 'dog'}"
+        raise MetaplError(f"{root} has no folder in it; expected one folder a class, with its pictures: {example}")
+    loose, passed_over = _pictures([files])
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
         before = len(names)
-        below, others = _images(_in_folders(root / name, above=root), lambda done: progress(before + done))  # noqa: B023
-        names += (f"{name}/{image}" for image in below)
+        listed = (files for _, files in _listed(root / name, above=root))
+        below, others = _pictures(listed, lambda done: progress(before + done))  # noqa: B023  # called at once
+        names += (f"{name}/{picture}" for picture in below)
         labels += [label] * len(below)
         passed_over.update(others)
-    found = _some(tuple(names), root, passed_over)
-    return LabeledFiles(root, found, dict(passed_over), classes, tuple(labels), len(loose))
+    _refuse_none(names, root, passed_over)
+    return LabeledFiles(root, tuple(names), dict(passed_over), tuple(classes), tuple(labels), len(loose))
 
 
-def _folder(folder: str | Path) -> Path:
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        state = "is a file" if root.exists() else "does not exist"
-        raise MetaplError(f"{root} {state}; expected a folder with pictures.")
-    return root
-
-
-def _some(names: tuple[str, ...], root: Path, passed_over: Mapping[str, int]) -> tuple[str, ...]:
-    """The names that a scan found."""
+def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int]) -> None:
     if not names:
         kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(passed_over.items()))
         others = f", only {kinds}" if kinds else ""
         raise MetaplError(f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}.")
-    return names
 
 
-def digest(path: str) -> bytes:
-    """SHA-256 of a file's bytes."""
-    whole, data = hashlib.sha256(), b""
-    with open_picture(path) as file:
-        while data := file.read(2**20):
-            whole.update(data)
-    if data is None:  # /proc has files that never end, and hashlib.file_digest would wait for ever
-        raise BlockingIOError(errno.EAGAIN, "it waits for bytes that are still to come", path)
-    return whole.digest()
-
-
-def ask(question: Callable[[str], T], path: str) -> T | None:
-    """What a function says of a file that a scan found, such as its size; None where the file cannot be read.
-
-    A link may lead nowhere or to itself, and a file may be gone since. Whoever reads the pictures leaves it out, and
-    says so.
-    """
-    try:
-        return question(path)
-    except OSError:
-        return None
-
-
-def _images(listed: Iterable[Iterable[str]], progress: Progress) -> tuple[tuple[str, ...], Counter[str]]:
-    """The images among files that are listed bit by bit, sorted, and the suffixes of the others."""
+def _pictures(listed: Iterable[Iterable[str]], progress: Progress = silent) -> tuple[tuple[str, ...], Counter[str]]:
+    """The pictures among files that are listed bit by bit, sorted, and the suffixes of the others."""
     names: list[str] = []
     passed_over: Counter[str] = Counter()
     for files in listed:
@@ -222,15 +185,16 @@ def _images(listed: Iterable[Iterable[str]], progress: Progress) -> tuple[tuple[
     return tuple(sorted(names)), passed_over
 
 
-def _in_folders(root: Path, above: Path | None = None) -> Iterator[list[str]]:
-    """The files below a folder, relative to it.
-
-    Args:
-        above: a folder that a link inside does not lead back into: its other folders are other classes.
-    """
-    for folder, _, files in _walk(root, above):
-        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
-        yield [prefix + name for name in files]
+def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], list[str]]]:
+    """As :func:`walk`, without hidden names: the folders in each folder, and its files relative to the root."""
+    if not root.is_dir():
+        state = "is a file" if root.exists() else "does not exist"
+        raise MetaplError(f"{root} {state}; expected a folder with pictures.")
+    for folder, inside, files in walk(root, _refuse, above):
+        inside[:] = filter(_is_visible, inside)
+        below = Path(folder).relative_to(root).as_posix()
+        prefix = "" if below == "." else f"{below}/"
+        yield inside, [prefix + name for name in files if _is_visible(name)]
 
 
 def _in_shards(root: Path) -> Iterator[list[str]]:
@@ -238,20 +202,22 @@ def _in_shards(root: Path) -> Iterator[list[str]]:
     manifest = Manifest.read(root)
     if manifest is not None:
         manifest.check_files(root)
-    for folder, _, files in _walk(root):
-        for tar in (folder / name for name in files if name.endswith(SUFFIX)):
-            inside = [name for name, _, _ in members(tar) if all(map(_is_visible, name.split("/")))]
+    for _, files in _listed(root):
+        for tar in (name for name in files if name.endswith(SUFFIX)):
+            inside = [name for name, _, _ in members(root / tar) if all(map(_is_visible, name.split("/")))]
             twice = [name for name, times in Counter(inside).items() if times > 1]
             if twice:
-                raise MetaplError(f"{shown(tar)} has {few(twice)} more than once; expected each name once.")
-            yield [f"{tar.relative_to(root).as_posix()}/{name}" for name in inside]
+                raise MetaplError(f"{shown(root / tar)} has {few(twice)} more than once; expected each name once.")
+            yield [f"{tar}/{name}" for name in inside]
 
 
-def _walk(root: Path, above: Path | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder once, with the folders and the files in it; hidden ones are left out."""
-    for folder, inside, files in walk(root, _refuse, above):
-        inside[:] = filter(_is_visible, inside)
-        yield Path(folder), inside, [name for name in files if _is_visible(name)]
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _refuse(error: OSError) -> NoReturn:
+    where = shown(error.filename)
+    raise MetaplError(f"{where} cannot be listed: {error.strerror}; expected a folder that can be read.") from error
 
 
 def walk(
@@ -260,10 +226,10 @@ def walk(
     """Folders, each once, with the names of the folders and of the files in them, sorted, however deep they are.
 
     Args:
-        root: where to begin; links to folders are followed, also one that leads back to a folder above it. What is
+        root: where to begin; links to folders are followed, also one that leads back into a folder above it. What is
             taken from the list of a folder's folders before the next one is asked for is not gone into.
         refuse: called with the error where a folder cannot be listed.
-        above: a folder that counts as listed already.
+        above: a folder that counts as listed already, such as that of a class's sisters.
     """
     # Not os.walk, which calls itself for every folder in a folder.
     waiting = [os.fspath(root)]
@@ -279,7 +245,9 @@ def walk(
             seen.add(identity)
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    (inside if _is_folder(entry) else files).append(entry.name)
+                    # entry.is_dir() asks no more than it must, and fails of a link that leads to itself.
+                    is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+                    (inside if is_folder else files).append(entry.name)
         except OSError as error:
             refuse(error)
             continue
@@ -294,18 +262,21 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def digest(path: str) -> bytes:
+    """SHA-256 of a file's bytes."""
+    whole, data = hashlib.sha256(), b""
+    with open_picture(path) as file:
+        while data := file.read(2**20):
+            whole.update(data)
+    if data is None:  # /proc has files that never end, and hashlib.file_digest would wait for ever
+        raise BlockingIOError(errno.EAGAIN, "it waits for bytes that are still to come", path)
+    return whole.digest()
+
+
+def ask(question: Callable[[str], T], path: str) -> T | None:
+    """What a function says of a file that a scan found, such as its size; None where it cannot be read: a link may lead
+    nowhere, and a file be gone since. Whoever reads the pictures leaves it out, and says so."""
     try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself
-        return False
-
-
-def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _refuse(error: OSError) -> None:
-    raise MetaplError(
-        f"{shown(error.filename)} cannot be listed: {error.strerror}; expected a folder that can be read."
-    ) from error
+        return question(path)
+    except OSError:
+        return None

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
 from metapl.apps.pictures.folders import Files, LabeledFiles, ask, digest
 from metapl.apps.pictures.shards import size_of
-from metapl.apps.pictures.store import FileImages, MemoryImages
-from metapl.data.identity import NAMES
 
 WHOLE_UP_TO, WHOLE_BYTES = 5_000, 2**30
 """Files of a folder whose bytes are all read, and how many bytes; of larger folders, names and sizes are taken."""
-
-
-def told(images: Any) -> Any:
-    """Images in a way that can be hashed; folders of files may move, their names count."""
-    if isinstance(images, MemoryImages):
-        return [images.data, images.indices]
-    if isinstance(images, FileImages):
-        some = range(0, len(images), max(1, -(-len(images) // NAMES)))
-        return [os.path.basename(images.path(index)) for index in some]
-    return images
 
 
 def hashes(**parts: Any) -> dict[str, str]:
@@ -49,17 +35,15 @@ def hash_files(files: Files) -> str:
     """What a folder holds: SHA-256 over the names, the classes and the bytes of its files, in hexadecimal.
 
     Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins with "names and
-    sizes:".
-
-    Files that cannot be read count by their names.
+    sizes:". Files that cannot be read count by their names.
 
     Cost: one reading of every file; beyond that, one question to the file system for each.
     """
     sizes = [ask(size_of, path) for path in files.paths()]
     whole = len(sizes) <= WHOLE_UP_TO and sum(size or 0 for size in sizes) <= WHOLE_BYTES
-    whole_hash = hashlib.sha256()
-    labels: Iterable[object] = files.labels if isinstance(files, LabeledFiles) else (None for _ in files.names)
+    sha256 = hashlib.sha256()
+    labels = files.labels if isinstance(files, LabeledFiles) else [None] * len(sizes)
     for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
         content = (ask(digest, path) or b"") if whole else str(size).encode()
-        whole_hash.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
-    return whole_hash.hexdigest() if whole else f"names and sizes: {whole_hash.hexdigest()}"
+        sha256.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
+    return sha256.hexdigest() if whole else f"names and sizes: {sha256.hexdigest()}"

@@ -22,34 +22,23 @@ from metapl.words import shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
+_KINDS = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp")
+SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
 """Suffixes by which pictures are found in a folder; the case of the letters does not matter."""
-
-MAX_PIXELS = 89_478_485
-"""Pixels above which a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in brightness: ITU-R BT.601, as in Pillow."""
 
 # Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
-_ORIENTATION = 0x0112  # of EXIF
+MAX_PIXELS = 89_478_485
+"""Pixels above which a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too."""
+
+LARGE = 2**24
+"""Pixels above which a picture is shrunk before it is converted, which takes several copies."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in brightness: ITU-R BT.601, as in Pillow."""
+
+Mode = Literal["RGB", "L"]
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom edges in pixels, from the upper left corner of the picture."""
@@ -73,7 +62,7 @@ class UnreadableImage(MetaplError):
 
 
 def read_image(
-    path: str | Path, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int] | None = None, center: float = 1.0
+    path: str | Path, *, mode: Mode = "RGB", size: tuple[int, int] | None = None, center: float = 1.0
 ) -> Tensor:
     """Read a picture as bytes.
 
@@ -114,68 +103,49 @@ def read_image(
         return _as_tensor(_plain(_turned(image), mode))
 
 
-def read_crops(
-    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Literal["RGB", "L"] = "RGB"
-) -> list[Tensor]:
-    """Read boxes of a picture, decoding it once.
+def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB") -> list[Tensor]:
+    """Read boxes of a picture, decoding it once: for each crop, which says from the (height, width) of the upright
+    picture which box of it to use, uint8 (3, H, W) or (1, H, W) of this size, whatever the shape of the box.
 
-    Args:
-        crops: each says from the (height, width) of the upright picture which box of it to use.
-        size: (height, width) that each box is brought to, whatever its shape.
-        path, mode, cost, raises: as :func:`read_image`.
-
-    Returns:
-        For each crop uint8 (3, H, W) or (1, H, W).
+    Path, mode, cost, raises: as :func:`read_image`.
     """
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
     with _opened(path) as image:
-        return [_as_tensor(x) for x in _decoded(image, mode, size, crops)]
+        is_jpeg = image.format in ("JPEG", "MPO")
+        if not is_jpeg:
+            image.load()  # which side is up may stand behind the pixels
+        try:
+            turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        except Exception:  # as in _turned
+            turned = False
+        width, height = image.size[::-1] if turned else image.size
+        boxes = [crop(height, width) for crop in crops]
+        # Twice the resolution of the result, so that the resampling has something to average over.
+        shrinks = (min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in boxes)
+        shrink = max(1.0, min(shrinks))
+        if is_jpeg:
+            image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        elif image.width * image.height > LARGE and shrink >= 2 and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+            exif = image.getexif()
+            image = image.reduce(math.floor(shrink))
+            image.getexif().update(exif)  # which side is up
+        upright = _plain(_turned(image), mode)
+        return [_resized(upright, size, box, (width, height)) for box in boxes]
 
 
-def _centered(size: tuple[int, int], center: float) -> Crop:
-    """A share of the largest centered box of a shape."""
-
-    def box(height: int, width: int) -> Box:
-        scale = center * min(height / size[0], width / size[1])
-        left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
-        return left, top, width - left, height - top
-
-    return box
+_ORIENTATION = 0x0112  # of EXIF
 
 
-def _as_tensor(image: Image) -> Tensor:
-    levels = torch.from_numpy(numpy.atleast_3d(numpy.array(image, dtype=numpy.uint8)))
-    return rearrange(levels, "h w c -> c h w").contiguous()
-
-
-def fitted(image: Image, *, mode: Literal["RGB", "L"] = "RGB", size: tuple[int, int]) -> Tensor:
-    """A picture that is decoded already, such as a frame of a video, brought to a size as :func:`read_image` does.
-
-    Args:
-        image: Pillow's.
-        mode, size: as in :func:`read_image`.
-
-    Returns:
-        uint8 (3, H, W) or (1, H, W).
-    """
+def fitted(image: Image, *, mode: Mode = "RGB", size: tuple[int, int]) -> Tensor:
+    """A picture of Pillow's, such as a frame of a video, brought to a mode and a size as :func:`read_image` does."""
     plain = _plain(image, mode)
-    return _as_tensor(_resized(plain, size, _centered(size, 1.0)(plain.height, plain.width), plain.size))
+    return _resized(plain, size, _centered(size, 1.0)(plain.height, plain.width), plain.size)
 
 
 def gray_image(path: str | Path, size: int) -> Tensor:
-    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid.
-
-    Args:
-        path: as in :func:`read_image`, and so is what becomes of colors, transparency and turned cameras.
-        size: of both sides of the grid; an image that is not square is stretched.
-
-    Returns:
-        float32 (size, size) in [0, 1].
-
-    Raises:
-        UnreadableImage: as :func:`read_image`.
-    """
+    """Read an image as brightness, averaged over the areas of a ``size`` x ``size`` grid, to which it is stretched:
+    float32 (size, size) in [0, 1]. Colors, transparency, turned cameras and errors are as of :func:`read_image`."""
     from PIL import Image
 
     with _opened(path) as image:
@@ -186,11 +156,8 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a picture as its header has them, before any turning; nothing is decoded.
-
-    Raises:
-        UnreadableImage: as :func:`read_image`, for what the header shows.
-    """
+    """(height, width) of a picture as its header has them, before any turning; raises as :func:`read_image`, for what
+    the header shows."""
     with _opened(path) as image:
         return image.height, image.width
 
@@ -212,13 +179,10 @@ def _opened(path: str | Path) -> Iterator[Image]:
     except MetaplError:
         raise
     except MemoryError as error:
-        raise MetaplError(
-            f"{path}: the memory does not suffice to decode it; expected room for a picture of {MAX_PIXELS:,} pixels: "
-            "use fewer workers"
-        ) from error
+        raise MetaplError(f"{path}: the memory does not suffice to decode it; use fewer workers.") from error
     except UnidentifiedImageError:
-        empty = size_of(path) == 0
-        raise UnreadableImage(path, "the file is empty" if empty else "not a picture of a known format") from None
+        reason = "not a picture of a known format" if size_of(path) else "the file is empty"
+        raise UnreadableImage(path, reason) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"the picture has more than the {MAX_PIXELS:,} pixels that are allowed ({error})"
         raise UnreadableImage(path, reason) from error
@@ -230,38 +194,15 @@ def _opened(path: str | Path) -> Iterator[Image]:
         raise UnreadableImage(path, reason) from error  # of a pipe, a device or a folder, the system's words
 
 
-def _decoded(image: Image, mode: Literal["RGB", "L"], size: tuple[int, int], crops: Sequence[Crop]) -> list[Image]:
-    is_jpeg = image.format in ("JPEG", "MPO")
-    if not is_jpeg:
-        image.load()  # which side is up may stand behind the pixels
-    full = _upright_size(image)
-    parts = [crop(full[1], full[0]) for crop in crops]
-    # Twice the resolution of the result, so that the resampling has something to average over.
-    shrinks = [min((bottom - top) / size[0], (right - left) / size[1]) / 2 for left, top, right, bottom in parts]
-    shrink = max(1.0, min(shrinks))
-    if is_jpeg:
-        image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    elif image.width * image.height > LARGE and shrink >= 2 and image.mode in _REDUCIBLE:
-        exif = image.getexif()
-        image = image.reduce(math.floor(shrink))
-        image.getexif().update(exif)  # which side is up
-    upright = _plain(_turned(image), mode)
-    return [_resized(upright, size, part, full) for part in parts]
+def _centered(size: tuple[int, int], center: float) -> Crop:
+    """A share of the largest centered box of a shape."""
 
+    def box(height: int, width: int) -> Box:
+        scale = center * min(height / size[0], width / size[1])
+        left, top = (width - size[1] * scale) / 2, (height - size[0] * scale) / 2
+        return left, top, width - left, height - top
 
-LARGE = 2**24
-"""Pixels above which a picture is shrunk before it is converted, which takes several copies."""
-
-_REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")
-
-
-def _upright_size(image: Image) -> tuple[int, int]:
-    """(width, height) after the turn that the header asks for."""
-    try:
-        turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-    except Exception:  # as in _turned
-        turned = False
-    return (image.height, image.width) if turned else image.size
+    return box
 
 
 def _turned(image: Image) -> Image:
@@ -275,12 +216,17 @@ def _turned(image: Image) -> Image:
     return image
 
 
-def _plain(image: Image, mode: Literal["RGB", "L"]) -> Image:
+def _plain(image: Image, mode: Mode) -> Image:
     """The picture in 8 bits and without transparency."""
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
+        # Brightness of 16 bits is scaled down; Pillow's own conversion would clip it at 255.
+        values = numpy.asarray(image)
+        if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
+            kind = "floating point" if image.mode == "F" else "32 bits"
+            raise ValueError(f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits")
+        image = Image.fromarray(((values.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -289,22 +235,16 @@ def _plain(image: Image, mode: Literal["RGB", "L"]) -> Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _eight_bits(image: Image) -> Image:
-    """Brightness of 16 bits, which Pillow's own conversion would clip at 255, scaled down."""
-    from PIL import Image
-
-    values = numpy.asarray(image)
-    if image.mode == "F" or (values.size and (values.min() < 0 or values.max() > 65535)):
-        kind = "floating point" if image.mode == "F" else "32 bits"
-        raise ValueError(f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(numpy.uint32) + 128) // 257).astype(numpy.uint8))
-
-
-def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, int]) -> Image:
+def _resized(image: Image, size: tuple[int, int], part: Box, full: tuple[int, int]) -> Tensor:
     """A box of the picture at the size asked for; the box counts in the pixels of the full picture."""
     from PIL import Image
 
     x, y = image.width / full[0], image.height / full[1]
     left, top, right, bottom = max(part[0] * x, 0), max(part[1] * y, 0), part[2] * x, part[3] * y
     box = (left, top, min(right, image.width), min(bottom, image.height))
-    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)
+    return _as_tensor(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+
+
+def _as_tensor(image: Image) -> Tensor:
+    levels = torch.from_numpy(numpy.atleast_3d(numpy.array(image, dtype=numpy.uint8)))
+    return rearrange(levels, "h w c -> c h w").contiguous()

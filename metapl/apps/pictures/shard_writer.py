@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,22 +32,19 @@ def write_shards(
 ) -> Manifest:
     """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
 
+    The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
+    pictures give the same bytes. A shard gets its name when it is whole.
+
     Args:
         folder: of pictures, as for ``scan_unlabeled``: any tree.
         out: folder of the shards; made if need be. Those that were written before are kept where they have their
             checksums and the bytes of the pictures, and written again where not.
         per_shard: pictures of a shard.
         progress: called with the number of pictures done.
-        no_picture: called with the path of each file that is no picture that can be read, by its header. It is copied,
-            unless it is empty, or a link that leads nowhere.
+        no_picture: called with the path of each file that is no picture by its header, or is not there. It is copied,
+            unless it is empty.
 
-    Returns: the manifest, which stands in ``out`` as ``shards.json``.
-
-    The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
-    pictures give the same bytes. A shard gets its name when it is whole.
-
-    Cost: one reading and one writing of every picture, and no more memory than the largest of them; one reading of
-    each shard that is there, and of its pictures.
+    Cost: one reading and one writing of every picture, in memory for the largest; one reading of what is there.
 
     Raises:
         MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
@@ -64,22 +60,30 @@ def write_shards(
         raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
     files = files.keep(verified.sound)
     if out.resolve().is_relative_to(folder.resolve()):
-        raise MetaplError(
-            f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected a folder elsewhere."
-        )
-    listing = hashlib.sha256()
-    for name, path in zip(files.names, files.paths(), strict=True):
-        listing.update(f"{name}\0{ask(size_of, path)}\0".encode("utf-8", "surrogateescape"))
+        raise MetaplError(f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected another place.")
     if out.exists() and not out.is_dir():
         raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
+    listing = hashlib.sha256()
+    for name, where in zip(files.names, files.paths(), strict=True):
+        listing.update(f"{name}\0{ask(size_of, where)}\0".encode("utf-8", "surrogateescape"))
     try:
         with owned(out, leaves_lock=False):
             manifest = _begun(out, Manifest(listing.hexdigest(), len(files), per_shard))
             for number in range(manifest.total):
-                rows = range(number * per_shard, min((number + 1) * per_shard, len(files)))
-                if not _is_there(files, rows, out, manifest.shards[number : number + 1]):
-                    manifest = _write_one(files, rows, out, number, manifest, no_picture)
-                progress(rows.stop)
+                part = files.keep(range(number * per_shard, min((number + 1) * per_shard, len(files))))
+                path = out / f"{number:06d}{SUFFIX}"
+                there = manifest.shards[number] if number < len(manifest.shards) else None
+                if there is None or there != _tarred(part, path.name) or not _is_whole(out, there):
+                    with replacing(path) as file:
+                        shards = list(manifest.shards)
+                        shards[number : number + 1] = [_tarred(part, path.name, file, no_picture)]
+                        manifest = dataclasses.replace(manifest, shards=tuple(shards))
+                        # Before the shard has its name: a kill leaves no shard that the manifest does not have, and
+                        # which could be of somebody else; one that it has and that is missing is written again.
+                        with replacing(out / MANIFEST) as listed:
+                            content = {"format": FORMAT} | dataclasses.asdict(manifest)
+                            listed.write(json.dumps(content, indent=1).encode())
+                progress(min((number + 1) * per_shard, len(files)))
     except OSError as error:
         raise MetaplError(
             f"{shown(out)} cannot be written: {error.strerror or error}; expected a folder with room for "
@@ -101,14 +105,13 @@ def check_shards(folder: str | Path, progress: Progress = silent) -> Manifest:
     manifest.check_files(folder)
     done, wrong = 0, []
     for shard in manifest.shards:
-        if not _is_whole(folder, shard):
-            wrong.append(shard.file)
+        wrong += [] if _is_whole(folder, shard) else [shard.file]
         done += shard.pictures
         progress(done)
-    if wrong or done != manifest.pictures:
-        fault = f"the bytes of {few(wrong)} are not as they were written"
-        if not wrong:
-            fault = f"{MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard"
+    fault = f"the bytes of {few(wrong)} are not as they were written" if wrong else ""
+    if done != manifest.pictures and not wrong:
+        fault = f"{MANIFEST} names {manifest.pictures:,} pictures, and {done:,} by shard"
+    if fault:
         raise MetaplError(f"{shown(folder)}: {fault}; copy the folder again, or write the shards again.")
     return manifest
 
@@ -118,9 +121,7 @@ def _begun(out: Path, wanted: Manifest) -> Manifest:
     found = Manifest.read(out)
     others = sorted(name for name in os.listdir(out) if name != LOCK and not is_temporary(name))
     if found is None and others:
-        raise MetaplError(
-            f"{shown(out)} has {few(others)} in it; expected a new or an empty folder, or shards begun before."
-        )
+        raise MetaplError(f"{shown(out)} has {few(others)} in it; expected an empty folder, or shards begun before.")
     if found is not None and dataclasses.replace(found, shards=()) != wanted:
         raise MetaplError(
             f"{shown(out)} holds shards of {found.pictures:,} other pictures, or of another size ({found.per_shard:,} "
@@ -135,75 +136,34 @@ def _is_whole(folder: Path, shard: ShardFile) -> bool:
     return path.is_file() and path.stat().st_size == shard.bytes and digest(str(path)).hex() == shard.sha256
 
 
-def _is_there(files: Files, rows: range, out: Path, shard: Sequence[ShardFile]) -> bool:
-    """Whether a shard is whole, and has the pictures as they are now."""
-    return bool(shard) and shard[0] == _tarred(files, rows, shard[0].file) and _is_whole(out, shard[0])
-
-
-def _write_one(
-    files: Files, rows: range, out: Path, number: int, manifest: Manifest, no_picture: Callable[[str], object]
-) -> Manifest:
-    """Write a shard; the manifest that has it."""
-    path = out / f"{number:06d}{SUFFIX}"
-    with replacing(path) as file:
-        shard = _tarred(files, rows, path.name, file, no_picture)
-        before, after = manifest.shards[:number], manifest.shards[number + 1 :]
-        manifest = dataclasses.replace(manifest, shards=(*before, shard, *after))
-        # Before the shard has its name: a kill leaves no shard that the manifest does not have, and which could be of
-        # somebody else; one that it has and that is missing is written again.
-        with replacing(out / MANIFEST) as listed:
-            listed.write(json.dumps({"format": FORMAT} | dataclasses.asdict(manifest), indent=1).encode())
-    return manifest
-
-
 def _tarred(
-    files: Files,
-    rows: range,
-    name: str,
-    file: BinaryIO | None = None,
-    no_picture: Callable[[str], object] | None = None,
+    files: Files, name: str, file: BinaryIO | None = None, no_picture: Callable[[str], object] | None = None
 ) -> ShardFile:
-    """Put pictures into a tar file, or only find out what it would be.
-
-    Args:
-        file: where its bytes go; None: nowhere.
-        no_picture: as in :func:`write_shards`.
-    """
+    """Put pictures into a tar file, or, without a file, only find out what it would be."""
     hashed = _Hashed(file)
     with tarfile.open(fileobj=hashed, mode="w:", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
-        for row in rows:
-            path = str(files.path(row))
+        for inside, path in zip(files.names, files.paths(), strict=True):
             picture = ask(open_picture, path)
             if picture is None:
-                raise MetaplError(
-                    f"{shown(path)} cannot be read; was it removed just now? Make it readable, or remove it."
-                )
-            if no_picture is not None and _is_no_picture(path):
-                no_picture(path)
+                raise MetaplError(f"{shown(path)} cannot be read; was it removed? Make it readable, or remove it.")
+            if no_picture is not None:
+                try:
+                    image_size(path)
+                except UnreadableImage:
+                    no_picture(path)
             with picture:
-                member = tarfile.TarInfo(files.names[row])
+                member = tarfile.TarInfo(inside)
                 member.size = picture.seek(0, os.SEEK_END)
                 picture.seek(0)
                 tar.addfile(member, picture)
-    return ShardFile(name, len(rows), hashed.written, hashed.digest.hexdigest())
+    return ShardFile(name, len(files), hashed.written, hashed.digest.hexdigest())
 
 
-def _is_no_picture(path: str) -> bool:
-    try:
-        image_size(path)
-    except UnreadableImage:
-        return True
-    return False
-
-
-@dataclass
 class _Hashed:
     """A file for writing that hashes what it is given, whatever the disk makes of it."""
 
-    file: BinaryIO | None
-
-    def __post_init__(self) -> None:
-        self.digest, self.written = hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO | None) -> None:
+        self.file, self.digest, self.written = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)

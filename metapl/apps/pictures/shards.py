@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import os
 import posixpath
 import tarfile
@@ -17,24 +16,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metapl.errors import MetaplError, few, reason_of
-from metapl.runs.sealed import open_plain, read_plain
+from metapl.runs.sealed import open_plain, read_json
 from metapl.words import shown
 
-SUFFIX = ".tar"
-MANIFEST = "shards.json"
-FORMAT = 1
+SUFFIX, MANIFEST, FORMAT = ".tar", "shards.json", 1
 
 
 def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
-    """The plain files of a tar file, from its headers alone: the name without a leading ``./`` or ``/``, where its
-    bytes begin, and how many they are.
-
-    Cost: about 20 µs a member.
+    """The plain files of a tar file, from its headers alone (20 µs a member): the name without a leading ``./`` or
+    ``/``, where its bytes begin, and how many they are.
 
     Raises:
         MetaplError: it is no tar file, compressed, or cut.
@@ -50,43 +46,44 @@ def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
             if file.read().strip(b"\0") or size < 2 * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError) as error:
-        raise MetaplError(
-            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, "
-            "uncompressed one, such as `metapl shards` writes."
-        ) from error
+        fault = f"{shown(path)} cannot be read as a tar file: {reason_of(error)}"
+        raise MetaplError(f"{fault}; expected a whole, uncompressed one, such as `metapl shards` writes.") from error
     except OSError as error:
         raise MetaplError(f"{shown(path)} cannot be read: {error.strerror}.") from error
 
 
 def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
-    """Open a file, or a member of a tar file, for reading its bytes.
-
-    Raises:
-        OSError: as :func:`~metapl.runs.sealed.open_plain`; there is no such member.
-    """
-    parts = _split(path)
-    if parts is None:
+    """Open a file, or a member of a tar file, for reading its bytes; raises as
+    :func:`~metapl.runs.sealed.open_plain`, also where there is no such member."""
+    tar = _split(path)
+    if tar is None:
         return open_plain(path)
-    start, size = _found(*parts)
-    with open_plain(parts[0]) as file:
+    start, size = _found(*tar)
+    with open_plain(tar[0]) as file:
         file.seek(start)
         return io.BytesIO(file.read(size))
 
 
 def status_of(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """The mode and the size of a file, or of a member of a tar file.
-
-    Raises:
-        OSError: there is no such file or member.
-    """
-    parts = _split(path)
-    status = os.stat(path if parts is None else parts[0])
-    return status.st_mode, status.st_size if parts is None else _found(*parts)[1]
+    """The mode and the size of a file, or of a member of a tar file; an OSError where there is none."""
+    tar = _split(path)
+    status = os.stat(path if tar is None else tar[0])
+    return status.st_mode, status.st_size if tar is None else _found(*tar)[1]
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
     """The size of a file, or of a member of a tar file, in bytes; raises as :func:`status_of`."""
     return status_of(path)[1]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard in a manifest: its name, its pictures, its bytes and their SHA-256."""
+
+    file: str
+    pictures: int
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Manifest:
         listing: SHA-256 of the names and sizes of all pictures.
         pictures: of the folder.
         per_shard: pictures of a shard, but for the last.
-        shards: what is written: the file, its pictures, its bytes and their SHA-256.
+        shards: what is written.
     """
 
     listing: str
@@ -112,25 +109,18 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a folder, if it has one.
-
-        Raises:
-            MetaplError: it cannot be read.
-        """
+        """The manifest of a folder, if it has one; a MetaplError where it cannot be read."""
         path = folder / MANIFEST
         if not path.exists():
             return None
+        mend = "Write the shards again, or remove this file and the tar files are taken as they are."
+        hints = {"format": Literal[1], "listing": str, "pictures": int, "per_shard": int, "shards": list[ShardFile]}
+        content = read_json(path, hints, hints, mend=mend)
         try:
-            content = json.loads(read_plain(path))
-            if content.pop("format") != FORMAT:
-                raise ValueError("another format")
-            shards = tuple(ShardFile(**shard) for shard in content.pop("shards"))
-            return cls(**content, shards=shards)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise MetaplError(
-                f"{shown(path)} cannot be read ({reason_of(error)}); expected what `metapl shards` wrote: "
-                "write the shards again, or remove this file and the tar files are taken as they are."
-            ) from error
+            shards = tuple(ShardFile(**shard) for shard in content["shards"])
+            return cls(content["listing"], content["pictures"], content["per_shard"], shards)
+        except TypeError as error:
+            raise MetaplError(f"{shown(path)} is damaged: {reason_of(error)}. {mend}") from error
 
     def check_files(self, folder: Path) -> None:
         """Refuse shards that are missing or of another size, and fewer than there are to be."""
@@ -148,34 +138,18 @@ class Manifest:
             )
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """A shard in a manifest: its name, its pictures, its bytes and their SHA-256."""
-
-    file: str
-    pictures: int
-    bytes: int
-    sha256: str
-
-
 def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """The tar file and the name in it of a path that leads into one."""
-    text = os.fspath(path)
-    at = text.find(f"{SUFFIX}/")
-    while at >= 0:
-        tar = text[: at + len(SUFFIX)]
-        if os.path.isfile(tar):
-            return tar, text[at + len(SUFFIX) + 1 :]
-        at = text.find(f"{SUFFIX}/", at + 1)
+    text, at = os.fspath(path), -1
+    while (at := text.find(f"{SUFFIX}/", at + 1)) >= 0:
+        end = at + len(SUFFIX)
+        if os.path.isfile(text[:end]):
+            return text[:end], text[end + 1 :]
     return None
 
 
 def _found(tar: str, name: str) -> tuple[int, int]:
-    """Where a member of a tar file starts, and its size.
-
-    Raises:
-        FileNotFoundError: there is no such member.
-    """
+    """Where a member of a tar file starts, and its size."""
     status, wanted = os.stat(tar), _hash(name)
     hashes, starts, sizes = _index(tar, status.st_size, status.st_mtime_ns)
     row = int(np.searchsorted(hashes, wanted))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from torch import Tensor
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.runs.atomic import write_whole
-from metapl.runs.fields import misfit_entries
-from metapl.runs.sealed import read_plain
+from metapl.runs.sealed import read_json
 
-_VERSION = 1
 _PARTS = ("labeled", "unlabeled", "validation", "test")
 _VALIDATION, _LABELED = 0x5B17, 0x5B18  # keep these draws apart from every other use of a seed
 
@@ -58,8 +56,7 @@ class Split:
         Raises:
             MetaplError: the file cannot be written.
         """
-        fields = self._fields()
-        text = json.dumps({"version": _VERSION, **fields, "hash": _hash(fields)}, separators=(",", ":"))
+        text = json.dumps({"version": 1, **self._fields(), "hash": self.hash}, separators=(",", ":"))
         write_whole(Path(path), text.encode(), "expected a folder with room.")
 
     @classmethod
@@ -74,9 +71,13 @@ class Split:
             MetaplError: the file cannot be read, was changed, or is of a data set with other labels, or the same in
                 another order.
         """
-        fields = _read(Path(path))
-        parts = {part: torch.tensor(fields[part], dtype=torch.int64) for part in _PARTS}
-        split = cls(name=fields["name"], seed=fields["seed"], labels_hash=fields["labels_hash"], **parts)
+        parts = dict.fromkeys(_PARTS, list[int])
+        hints = {"version": Literal[1], "hash": str, "name": str, "seed": int, "labels_hash": str, **parts}
+        content = read_json(path, hints, hints, mend="Expected what Split.save wrote: draw the split anew.")
+        if content.pop("hash") != _hash({name: value for name, value in content.items() if name != "version"}):
+            raise MetaplError(f"{path} was changed after it was written: its hash does not match; draw the split anew.")
+        indices = {part: torch.tensor(content[part], dtype=torch.int64) for part in _PARTS}
+        split = cls(name=content["name"], seed=content["seed"], labels_hash=content["labels_hash"], **indices)
         if split.labels_hash != labels_hash(train_labels, test_labels):
             raise MetaplError(
                 f"{path} is the split {split.name!r} of other data: its parts have {sum(split.counts().values())} "
@@ -88,6 +89,10 @@ class Split:
     def _fields(self) -> dict[str, Any]:
         parts = {part: getattr(self, part).tolist() for part in _PARTS}
         return {"name": self.name, "seed": self.seed, "labels_hash": self.labels_hash, **parts}
+
+
+def _hash(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def labels_hash(train_labels: Tensor, test_labels: Tensor) -> str:
@@ -129,44 +134,32 @@ def draw_split(
     >>> draw_split(labels, labels[:100], name="tiny", seed=0, labels_per_class=4, validation=50).counts()
     {'labeled': 40, 'unlabeled': 410, 'validation': 50, 'test': 100}
     """
-    if labels_per_class < 1 or not 0 <= validation < len(train_labels):
+    count = len(train_labels)
+    if labels_per_class < 1 or not 0 <= validation < count:
         raise MetaplError(
             f"split {name!r} got labels_per_class {labels_per_class} and validation {validation} for "
-            f"{len(train_labels)} training examples; expected 1 or more labels, and fewer held out than there are"
+            f"{count} training examples; expected 1 or more labels, and fewer held out than there are"
         )
-    held_out = _in_proportion(train_labels, validation, seed)
-    free = torch.ones(len(train_labels), dtype=torch.bool)
+    classes, of, sizes = train_labels.unique(return_inverse=True, return_counts=True)
+    # Whole numbers: a quotient in floating point could rank equal remainders differently elsewhere.
+    share, remainder = sizes * validation // count, sizes * validation % count
+    share[remainder.argsort(descending=True, stable=True)[: validation - int(share.sum())]] += 1
+    held_out = _first_of_each(_shuffled(count, seed, _VALIDATION), of, share)
+    free = torch.ones(count, dtype=torch.bool)
     free[held_out] = False
-    order = _shuffled(len(train_labels), seed, _LABELED)
-    able = order[free[order] & (order < (len(train_labels) if labeled_from is None else labeled_from))]
-    classes, inverse, _ = _classes(train_labels)
-    counts = inverse[able].bincount(minlength=len(classes))
+    order = _shuffled(count, seed, _LABELED)
+    able = order[free[order] & (order < (count if labeled_from is None else labeled_from))]
+    counts = of[able].bincount(minlength=len(classes))
     if int(counts.min()) < labels_per_class:
         fewest = int(counts.argmin())
         raise MetaplError(
             f"split {name!r} needs {labels_per_class} labels of class {int(classes[fewest])}, which has "
             f"{int(counts[fewest])} examples outside validation; ask for fewer labels or a smaller validation part"
         )
-    labeled = _first_of_each(able, inverse, torch.full_like(classes, labels_per_class))
+    labeled = _first_of_each(able, of, torch.full_like(classes, labels_per_class))
     free[labeled] = False
-    return Split(
-        name=name,
-        seed=seed,
-        labeled=labeled,
-        unlabeled=free.nonzero()[:, 0],
-        validation=held_out,
-        test=torch.arange(len(test_labels)),
-        labels_hash=labels_hash(train_labels, test_labels),
-    )
-
-
-def _in_proportion(labels: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` examples with the classes in proportion, sorted."""
-    _, inverse, sizes = _classes(labels)
-    # Whole numbers: a quotient in floating point could rank equal remainders differently elsewhere.
-    share, remainder = sizes * count // len(labels), sizes * count % len(labels)
-    share[remainder.argsort(descending=True, stable=True)[: count - int(share.sum())]] += 1
-    return _first_of_each(_shuffled(len(labels), seed, _VALIDATION), inverse, share)
+    unlabeled, test = free.nonzero()[:, 0], torch.arange(len(test_labels))
+    return Split(name, seed, labeled, unlabeled, held_out, test, labels_hash(train_labels, test_labels))
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -192,23 +185,14 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     """
     if not 0 < fraction < 1:
         raise MetaplError(f"stratified_split got fraction {fraction}; expected a number between 0 and 1, such as 0.1.")
-    _, inverse, sizes = _classes(labels)
+    _, of, sizes = labels.unique(return_inverse=True, return_counts=True)
     share = (fraction * sizes.double()).round().long().clamp(min=1).minimum(sizes - 1)
-    validation = _first_of_each(_shuffled(len(labels), seed, _VALIDATION), inverse, share)
+    validation = _first_of_each(_shuffled(len(labels), seed, _VALIDATION), of, share)
     if not len(validation):
-        raise MetaplError(
-            f"no class of the {len(labels)} labeled pictures has two; expected more, or a folder of its own for "
-            "validation (--val)."
-        )
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[validation] = True
-    return (~chosen).nonzero()[:, 0], validation
-
-
-def _classes(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The classes (C,), the class of each example as an index into them, and the number of examples of each (C,)."""
-    classes: tuple[Tensor, Tensor, Tensor] = labels.unique(return_inverse=True, return_counts=True)
-    return classes
+        raise MetaplError(f"no class of the {len(labels)} labeled pictures has two; expected more, or --val FOLDER.")
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[validation] = False
+    return rest.nonzero()[:, 0], validation
 
 
 def _first_of_each(order: Tensor, classes: Tensor, counts: Tensor) -> Tensor:
@@ -225,34 +209,11 @@ def rank_in_class(classes: Tensor) -> Tensor:
     """
     by_class = classes.argsort(stable=True)
     counts = classes.bincount()
-    starts = counts.cumsum(0) - counts
     rank = torch.empty_like(classes)
-    rank[by_class] = torch.arange(len(classes)) - starts[classes[by_class]]
+    rank[by_class] = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes[by_class]]
     return rank
 
 
 def _shuffled(size: int, seed: int, stream: int) -> Tensor:
     """A random order of range(size)."""
     return torch.argsort(draws.bits(seed, 0, torch.arange(size), 1, stream)[:, 0], stable=True)
-
-
-def _hash(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(read_plain(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MetaplError(f"{path} cannot be read as a split ({error}); expected the file that was written.") from error
-    fields = fields if isinstance(fields, dict) else {}
-    if fields.pop("version", None) != _VERSION:
-        raise MetaplError(f"{path} is not a split of version {_VERSION}; expected what Split.save wrote.")
-    if fields.pop("hash", None) != _hash(fields):
-        raise MetaplError(f"{path} was changed after it was written: its hash does not match; draw the split anew.")
-    hints = {"name": str, "seed": int, "labels_hash": str, **dict.fromkeys(_PARTS, list[int])}
-    missing = [name for name in hints if name not in fields]
-    fault = f"it has no {missing[0]}" if missing else misfit_entries(fields, hints)
-    if fault is not None:
-        raise MetaplError(f"{path} is not a split that was written as it is: {fault}; draw the split anew.")
-    return fields

@@ -25,8 +25,7 @@ from metapl.execution.device import to_device
 from metapl.runs.locks import lock
 from metapl.runs.sealed import read_plain, refuse_irregular
 
-_IN_A_ROW = 32
-_WORKERS = 256
+_IN_A_ROW, _WORKERS = 32, 256
 
 
 class Images(Protocol):
@@ -67,11 +66,9 @@ class MemoryImages:
 
     def __init__(self, data: Tensor, indices: Tensor | None = None) -> None:
         if data.dtype != torch.uint8 or data.ndim != 4:
-            raise MetaplError(
-                f"MemoryImages got {data.dtype} of shape {tuple(data.shape)}; expected torch.uint8 (n, C, H, W)"
-            )
-        self.data = data
-        self.indices = indices
+            given = f"{data.dtype} of shape {tuple(data.shape)}"
+            raise MetaplError(f"MemoryImages got {given}; expected torch.uint8 (n, C, H, W)")
+        self.data, self.indices = data, indices
 
     def __len__(self) -> int:
         return len(self.data if self.indices is None else self.indices)
@@ -81,15 +78,17 @@ class MemoryImages:
         return (self.data.shape[1], self.data.shape[2], self.data.shape[3])
 
     def select(self, indices: Tensor) -> MemoryImages:
-        return MemoryImages(self.data, indices if self.indices is None else self.indices[indices])
+        return MemoryImages(self.data, self._where(indices))
 
     def to(self, device: torch.device | str) -> MemoryImages:
         """The same pictures on another device."""
         return MemoryImages(self.data.to(device), self.indices)
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        where = indices if self.indices is None else self.indices[indices]
-        return pick(self.data, where), indices
+        return pick(self.data, self._where(indices)), indices
+
+    def _where(self, indices: Tensor) -> Tensor:
+        return indices if self.indices is None else self.indices[indices]
 
 
 class FileImages:
@@ -126,10 +125,11 @@ class FileImages:
         if not encoded or min(size) < 1:
             raise MetaplError(f"FileImages got {len(encoded)} paths and size {size}; expected 1 or more of each.")
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([len(path) for path in encoded])
+        self._ends = np.cumsum([0, *map(len, encoded)])
         self._indices = torch.arange(len(encoded))
         self.size, self.mode, self.center, self.log = size, mode, center, log
-        self._cache: Cache | None = None
+        # Whether a picture is kept, and the pictures. Two that read the same one at once write the same bytes.
+        self._kept: tuple[np.ndarray[Any, Any], Tensor] | None = None
         self._recorded = shared_bytes(len(encoded))
         # What each worker is reading: its process and the file, 0 for none. Whoever waits for it can look.
         self._reading = torch.zeros(_WORKERS, 2, dtype=torch.int64).share_memory_()
@@ -149,11 +149,11 @@ class FileImages:
         return self._with(log=log)
 
     def cached(self) -> FileImages:
-        """The same pictures, each kept in memory once it was read whole; forked worker processes share that memory.
-
-        Cost: C·H·W + 1 bytes a picture, taken as the pictures are read.
-        """
-        return self._with(_cache=Cache(len(self._ends), self.shape))
+        """The same pictures, each kept in memory once it was read whole, which forked worker processes share; C·H·W + 1
+        bytes a picture, taken as the pictures are read."""
+        count = len(self._recorded)
+        memory = shared_bytes(count * (1 + math.prod(self.shape)))
+        return self._with(_kept=(memory[:count], torch.from_numpy(memory[count:].reshape(count, *self.shape))))
 
     def _with(self, **changes: Any) -> FileImages:
         copy = object.__new__(FileImages)
@@ -161,14 +161,14 @@ class FileImages:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cache": None}  # a process that is not forked reads for itself
+        return {**vars(self), "_kept": None}  # a process that is not forked reads for itself
 
     def path(self, index: int) -> Path:
         """Where a picture is."""
         return Path(self._path(int(self._indices[index])))
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self._whole(indices, lambda index: self._next_sound(index, ()))
+        return self._whole(indices, self._next_sound)
 
     def fetch_sound(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`fetch`, but a broken file is left out instead of replaced: for measuring."""
@@ -176,36 +176,28 @@ class FileImages:
 
     def _whole(self, indices: Tensor, read: Callable[[int], tuple[list[Tensor] | None, int]]) -> tuple[Tensor, Tensor]:
         """Whole pictures and their numbers, read where they are not kept; those that are None are left out."""
-        if self._cache is None:
+        if self._kept is None:
             sound = [(views[0], used) for views, used in map(read, indices.tolist()) if views is not None]
             images = torch.stack([image for image, _ in sound]) if sound else torch.empty(0, *self.shape).byte()
             return images, torch.tensor([index for _, index in sound], dtype=torch.int64)
+        there, kept = self._kept
         used = indices.clone()
-        for row in self._cache.missing(self._indices[indices]):
+        for row in np.flatnonzero(there[self._indices[indices].numpy()] == 0).tolist():
             views, index = read(int(indices[row]))
             used[row] = -1 if views is None else index
         used = used[used >= 0]
-        return self._cache.gather(self._indices[used]), used
+        return kept.index_select(0, self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
-        """Several boxes of each picture.
-
-        Args:
-            indices: (B,) int64.
-            crops: for each picture the same number V of boxes; none for the center alone.
-
-        Returns:
-            V tensors, uint8 (B, C, H, W), and which pictures they are, (B,) int64.
-        """
+        """V boxes of each of the pictures ``indices``, (B,) int64; none for the center alone: V tensors, uint8
+        (B, C, H, W), and which pictures they are, (B,) int64."""
         found = [self._next_sound(index, boxes) for index, boxes in zip(indices.tolist(), crops, strict=True)]
         views = zip(*(images for images, _ in found), strict=True)
         return [torch.stack(view) for view in views], torch.tensor([used for _, used in found], dtype=torch.int64)
 
     def dead_readers(self) -> list[Path]:
-        """The files that worker processes were reading when they died, each reported once.
-
-        To be called after a loader failed and before its workers are stopped.
-        """
+        """The files that worker processes were reading when they died, each reported once; to be called after a loader
+        failed and before its workers are stopped."""
         slots = self._reading.numpy()
         reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
         alive = {child.pid: child for child in active_children()}
@@ -223,79 +215,46 @@ class FileImages:
         slots[dead, 1] = 0
         return [Path(self._path(number)) for number in numbers]
 
-    def _next_sound(self, index: int, crops: Sequence[Crop]) -> tuple[list[Tensor], int]:
+    def _next_sound(self, index: int, crops: Sequence[Crop] = ()) -> tuple[list[Tensor], int]:
         tries = min(_IN_A_ROW, len(self))
         for candidate in range(index, index + tries):
             pictures = self._try(candidate % len(self), crops)
             if pictures is not None:
                 return pictures, candidate % len(self)
+        first = self.path(index)
         raise MetaplError(
-            f"{tries} pictures in a row cannot be read, the first being {self.path(index)}; expected whole files: is "
-            "the disk still there?"
+            f"{tries} pictures in a row cannot be read, the first being {first}: is the disk still there?"
         )
 
     def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
         number = int(self._indices[index])
-        known = None if crops or self._cache is None else self._cache.get(number)
-        if known is not None:
-            return [known]
-        path = self._path(number)
-        worker = get_worker_info()
+        there, kept = (None, None) if crops or self._kept is None else self._kept
+        if there is not None and kept is not None and there[number]:
+            return [kept[number]]
+        path, worker = self._path(number), get_worker_info()
         slot = self._reading.numpy()[worker.id] if worker is not None and worker.id < _WORKERS else np.zeros(2)
         slot[:] = os.getpid(), number + 1
         try:
             if crops:
                 return read_crops(path, crops, size=self.size, mode=self.mode)
             picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
-            if self._cache is not None:
-                self._cache.put(number, picture)
-            return [picture]
         except UnreadableImage as error:
-            self._record(number, path, error.reason)
+            if not self._recorded[number]:
+                self._recorded[number] = 1
+                if self.log is None:
+                    warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)
+                else:
+                    record_files(self.log, {path: error.reason})
             return None
         finally:
             slot[1] = 0
+        if there is not None and kept is not None:
+            kept[number] = picture
+            there[number] = 1
+        return [picture]
 
     def _path(self, number: int) -> str:
-        start = 0 if number == 0 else int(self._ends[number - 1])
-        return os.fsdecode(self._bytes[start : int(self._ends[number])].tobytes())
-
-    def _record(self, number: int, path: str, reason: str) -> None:
-        if self._recorded[number]:
-            return
-        self._recorded[number] = 1
-        if self.log is None:
-            warnings.warn(f"{path} is left out: {reason}", stacklevel=2)
-        else:
-            record_files(self.log, {path: reason})
-
-
-class Cache:
-    """Images by number in memory that is shared with forked processes: whoever reads one, reads it for all.
-
-    Two that read the same image at once write the same bytes, and an image counts as there when it is whole.
-    """
-
-    def __init__(self, count: int, shape: tuple[int, int, int]) -> None:
-        memory = shared_bytes(count * (1 + math.prod(shape)))
-        self._there = memory[:count]
-        self._images = torch.from_numpy(memory[count:].reshape(count, *shape))
-
-    def missing(self, numbers: Tensor) -> list[int]:
-        """Rows in ``numbers`` of images that are not there: most in the first epoch, later broken ones."""
-        rows: list[int] = np.flatnonzero(self._there[numbers.numpy()] == 0).tolist()
-        return rows
-
-    def gather(self, numbers: Tensor) -> Tensor:
-        """Images that are there, in one copy."""
-        return self._images.index_select(0, numbers)
-
-    def get(self, number: int) -> Tensor | None:
-        return self._images[number] if self._there[number] else None
-
-    def put(self, number: int, image: Tensor) -> None:
-        self._images[number] = image
-        self._there[number] = 1
+        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
 
 
 def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -332,9 +291,7 @@ def replaced_files(log: Path) -> dict[str, str]:
 def _recorded(lines: str) -> dict[str, str]:
     reasons = {}
     for line in lines.splitlines():
-        try:
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # torn or damaged
             entry = json.loads(line)
             reasons[str(entry["file"])] = str(entry["reason"])
-        except (ValueError, LookupError, TypeError, RecursionError):
-            continue  # torn or damaged
     return reasons

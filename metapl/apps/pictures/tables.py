@@ -14,18 +14,11 @@ from metapl.runs.sealed import open_plain
 
 
 def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor]]:
-    """The examples in a CSV file, one a row, with the lines they stand on.
+    """The examples in a CSV file in UTF-8: of each row the line, the first being 1, and ``columns`` numbers between 0
+    and ``highest``, float32.
 
     A first row without any number is a header, and so is 0, 1, …, ``columns`` − 1, the names that a table without names
     is often saved with. Empty lines are passed over.
-
-    Args:
-        path: a file in UTF-8, with commas.
-        columns: numbers in a row.
-        highest: each number is between 0 and this.
-
-    Returns:
-        pairs of the line, the first being 1, and the numbers, float32 (columns,).
 
     Raises:
         MetaplError: the file cannot be read, or a row is not as above; nothing of such a file is used.
@@ -36,24 +29,22 @@ def csv_rows(path: Path, columns: int, highest: float) -> list[tuple[int, Tensor
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error) as error:
         raise MetaplError(f"{path}: the file cannot be read: {reason_of(error)}.") from error
-    first = [cell.strip() for cell in rows[0][1]] if rows else []
-    if all(_number(cell) is None for cell in first) or first == [str(column) for column in range(columns)]:
-        del rows[:1]
-    if not rows:
+    header = [str(column) for column in range(columns)]
+    found = []
+    for place, (line, row) in enumerate(rows):
+        values = [_number(cell) for cell in row]
+        if place == 0 and (values == [None] * len(row) or [cell.strip() for cell in row] == header):
+            continue
+        if len(row) != columns:
+            raise MetaplError(f"{path}:{line}: the row has {len(row)} cells; expected {columns} numbers, nothing else.")
+        for index, value in enumerate(values):
+            if value is None or not 0 <= value <= highest:
+                where, given = f"{path}:{line}: cell {index + 1}", row[index]
+                raise MetaplError(f"{where} is {given!r}; expected a number from 0 to {highest:g}.")
+        found.append((line, torch.tensor(values, dtype=torch.float32)))
+    if not found:
         raise MetaplError(f"{path}: there is no row of numbers in it.")
-    return [(line, _numbers(f"{path}:{line}", row, columns, highest)) for line, row in rows]
-
-
-def _numbers(where: str, row: list[str], columns: int, highest: float) -> Tensor:
-    if len(row) != columns:
-        raise MetaplError(f"{where}: the row has {len(row)} cells; expected {columns} numbers and nothing else.")
-    values = []
-    for index, cell in enumerate(row, 1):
-        value = _number(cell)
-        if value is None or not 0 <= value <= highest:
-            raise MetaplError(f"{where}: cell {index} is {cell!r}; expected a number from 0 to {highest:g}.")
-        values.append(value)
-    return torch.tensor(values, dtype=torch.float32)
+    return found
 
 
 def _number(cell: str) -> float | None:

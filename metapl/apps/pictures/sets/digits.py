@@ -40,11 +40,7 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     Args:
         labels_per_class: labeled images of each class, 1 or more.
         seed: from 0 to 2³² − 1. With one seed, the parts for fewer labels lie within those for more.
-        validation: number of images to select on, 10 or more.
-        test: number of images to report on, 10 or more.
-
-    Returns:
-        The four parts, which are disjoint and together hold every image.
+        validation, test: number of images to select on and to report on, 10 or more each.
 
     Raises:
         MetaplError: a number out of its range, or more labels than the rest has.
@@ -53,24 +49,22 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
     >>> len(split.labeled[0]), len(split.unlabeled), len(split.validation[0]), len(split.test[0])
     (40, 1160, 197, 400)
     """
-    # Imported here: it takes a second, and only the digits need it.
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # it takes a second, and only the digits need it
     from sklearn.model_selection import train_test_split
 
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32)[:, None] / 16.0
     labels = torch.as_tensor(data.target, dtype=torch.int64)
+    how = {"random_state": seed}
     try:
-        rest, test_index = train_test_split(range(len(labels)), test_size=test, stratify=labels, random_state=seed)
-        train_index, validation_index = train_test_split(
-            rest, test_size=validation, stratify=labels[rest], random_state=seed
-        )
+        rest, test_rows = train_test_split(range(len(labels)), test_size=test, stratify=labels, **how)
+        train_rows, validation_rows = train_test_split(rest, test_size=validation, stratify=labels[rest], **how)
     except ValueError as error:  # sklearn's own, for numbers that are out of its range
         raise MetaplError(
             f"the {len(labels)} digits cannot be split by seed {seed} into {validation} for validation and {test} for "
             f"test: {reason_of(error)}"
         ) from error
-    train = torch.tensor(train_index)
+    train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:
         raise MetaplError(
@@ -79,11 +73,6 @@ def load_digits_split(labels_per_class: int, seed: int, validation: int = 197, t
         )
     # The split comes shuffled, so the first of each class are a random choice.
     chosen = rank_in_class(labels[train]) < labels_per_class
-    labeled, unlabeled = train[chosen], train[~chosen]
-    return DigitsSplit(
-        labeled=(images[labeled], labels[labeled]),
-        unlabeled=images[unlabeled],
-        unlabeled_truth=labels[unlabeled],
-        validation=(images[validation_index], labels[validation_index]),
-        test=(images[test_index], labels[test_index]),
-    )
+    parts = (train[chosen], train[~chosen], validation_rows, test_rows)
+    (x, y), (unlabeled, truth), held_out, last = ((images[rows], labels[rows]) for rows in parts)
+    return DigitsSplit((x, y), unlabeled, truth, held_out, last)

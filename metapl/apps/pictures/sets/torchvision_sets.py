@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,13 @@ from metapl.runs.memory import out_of_memory
 
 IMAGENET_SIZE = (256, 256)
 """What ImageNet's pictures are brought to; crops of 224 are cut out of it."""
+
+_IN_MEMORY: dict[str, tuple[str, str, tuple[Any, ...]]] = {
+    "cifar10": ("CIFAR10", "train", (True, False)),
+    "cifar100": ("CIFAR100", "train", (True, False)),
+    "svhn": ("SVHN", "split", ("train", "extra", "test")),
+}
+"""torchvision's class, and its argument that picks a part; all parts but the last are trained on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,74 +85,87 @@ def load_image_data(
         MetaplError: an unknown name, or files are missing or not those that torchvision knows; the message has the
             command that gets them.
     """
-    if name not in _LOADERS:
-        raise MetaplError(f"there is no data set {name!r}; expected one of {', '.join(_LOADERS)}.")
     folder = Path(root).expanduser()
-    if name in ("imagenet", "imagefolder"):
-        classes, train, test = _imagenet(folder) if name == "imagenet" else _image_folder(folder)
-        read = partial(FileImages, size=size, log=log, center=center, mode=mode)
-        return ImageData(
-            name,
-            classes,
-            train=read(path for path, _ in train.samples),
-            train_labels=torch.tensor(train.targets),
-            test=read(path for path, _ in test.samples),
-            test_labels=torch.tensor(test.targets),
-            test_names=tuple("/".join(Path(path).parts[-2:]) for path, _ in test.samples),
+    if name in _IN_MEMORY:
+        return _in_memory(name, folder)
+    if name not in ("imagenet", "imagefolder"):
+        raise MetaplError(
+            f"there is no data set {name!r}; expected one of {', '.join(_IN_MEMORY)}, imagenet, imagefolder."
         )
-    return _svhn(folder) if name == "svhn" else _cifar(name, folder)
+    train, test = _in_files(name, folder)
+    keys, others = (getattr(part, "wnids", part.classes) for part in (train, test))
+    if keys != others:
+        differing = few(sorted({*keys} ^ {*others}))
+        raise MetaplError(
+            f"{folder} has {len(keys)} classes to train on and {len(others)} to test on, which differ by {differing}; "
+            "expected the same folders in both"
+        )
+    classes = tuple(train.classes)
+    if name == "imagenet":
+        # The first of each class's names, with its key where two classes share it: there are two cranes.
+        shared = Counter(names[0] for names in classes)
+        pairs = zip(classes, keys, strict=True)
+        classes = tuple(names[0] if shared[names[0]] == 1 else f"{names[0]} ({key})" for names, key in pairs)
+    read = partial(FileImages, size=size, log=log, center=center, mode=mode)
+    return ImageData(
+        name,
+        classes,
+        train=read(path for path, _ in train.samples),
+        train_labels=torch.tensor(train.targets),
+        test=read(path for path, _ in test.samples),
+        test_labels=torch.tensor(test.targets),
+        test_names=tuple("/".join(Path(path).parts[-2:]) for path, _ in test.samples),
+    )
 
 
-_LOADERS = ("cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
-
-
-def _cifar(name: str, root: Path) -> ImageData:
+def _in_memory(name: str, root: Path) -> ImageData:
     from torchvision import datasets
 
-    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    files = [root / kind.base_folder / file for file, _ in (*kind.train_list, *kind.test_list)]
-    files.append(root / kind.base_folder / kind.meta["filename"])
-    code = f"from torchvision.datasets import {kind.__name__} as D; D({json.dumps(str(root))}, download=True)"
-    command = f"python -c {shlex.quote(code)}"
-    train, test = (_loaded(name, partial(kind, root, train=t), files, command) for t in (True, False))
-    train_images, test_images = (
-        MemoryImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()) for part in (train, test)
-    )
-    labels = torch.tensor(train.targets), torch.tensor(test.targets)
-    return ImageData(name, tuple(train.classes), train_images, labels[0], test_images, labels[1])
+    called, argument, values = _IN_MEMORY[name]
+    kind, is_svhn = getattr(datasets, called), name == "svhn"
+    given = [f", split={json.dumps(value)}" for value in values] if is_svhn else [""]
+    calls = "; ".join(f"D({json.dumps(str(root))}{which}, download=True)" for which in given)
+    command = f"python -c {shlex.quote(f'from torchvision.datasets import {called} as D; {calls}')}"
+    if is_svhn:
+        files = [root / kind.split_list[value][1] for value in values]
+    else:
+        listed = [file for file, _ in (*kind.train_list, *kind.test_list)]
+        files = [root / kind.base_folder / file for file in (*listed, kind.meta["filename"])]
+    *parts, test = (_loaded(name, partial(kind, root, **{argument: value}), files, command) for value in values)
 
+    def pixels(part: Any) -> Tensor:
+        data = torch.from_numpy(part.data)
+        return data if is_svhn else data.permute(0, 3, 1, 2)
 
-def _svhn(root: Path) -> ImageData:
-    from torchvision.datasets import SVHN
-
-    code = (
-        f"from torchvision.datasets import SVHN as D; "
-        f'[D({json.dumps(str(root))}, split=s, download=True) for s in ("train", "extra", "test")]'
-    )
-    core, extra, test = (
-        _loaded("svhn", partial(SVHN, root, split=s), [root / SVHN.split_list[s][1]], f"python -c {shlex.quote(code)}")
-        for s in ("train", "extra", "test")
-    )
-    # torch.cat would hold the extra pictures, most of a gigabyte and a half, three times for a moment.
-    pool = torch.empty(len(core) + len(extra), 3, 32, 32, dtype=torch.uint8)
-    pool[: len(core)] = torch.from_numpy(core.data)
-    pool[len(core) :] = torch.from_numpy(extra.data)
+    # torch.cat would hold SVHN's extra pictures, most of a gigabyte and a half, three times for a moment.
+    pool, start = torch.empty(sum(map(len, parts)), 3, 32, 32, dtype=torch.uint8), 0
+    for part in parts:
+        pool[start : start + len(part)] = pixels(part)
+        start += len(part)
+    labels = [torch.as_tensor(part.labels if is_svhn else part.targets) for part in (*parts, test)]
     return ImageData(
-        name="svhn",
-        classes=tuple("0123456789"),
+        name,
+        tuple("0123456789") if is_svhn else tuple(test.classes),
         train=MemoryImages(pool),
-        train_labels=torch.from_numpy(np.concatenate([core.labels, extra.labels])),
-        test=MemoryImages(torch.from_numpy(test.data).contiguous()),
-        test_labels=torch.from_numpy(test.labels),
-        core=len(core),
+        train_labels=torch.cat(labels[:-1]),
+        test=MemoryImages(pixels(test).contiguous()),
+        test_labels=labels[-1],
+        core=len(parts[0]) if is_svhn else None,
     )
 
 
-def _imagenet(root: Path) -> tuple[tuple[str, ...], Any, Any]:
-    from torchvision.datasets import ImageNet
+def _in_files(name: str, root: Path) -> tuple[Any, Any]:
+    """What torchvision has of the pictures to train and to test on."""
+    from torchvision.datasets import ImageFolder, ImageNet
     from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE
 
-    archives = {split: root / name for split, (name, _) in ARCHIVE_META.items()}
+    if name == "imagefolder":
+        held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+        mend = f"put one folder a class into {root / 'train'} and into {root / 'test'} (or {root / 'val'})"
+        places = (root / "train", held_out)
+        train, test = (_loaded(name, partial(ImageFolder, place), [place], mend) for place in places)
+        return train, test
+    archives = {split: root / file for split, (file, _) in ARCHIVE_META.items()}
     mend = (
         f"get {', '.join(path.name for path in archives.values())} from "
         "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (it takes an account) and put them into "
@@ -156,23 +175,9 @@ def _imagenet(root: Path) -> tuple[tuple[str, ...], Any, Any]:
     def load(split: str) -> Any:
         needed = [root / META_FILE if (root / META_FILE).exists() else archives["devkit"]]
         needed.append(root / split if (root / split).is_dir() else archives[split])
-        return _loaded("imagenet", partial(ImageNet, root, split=split), needed, mend)
+        return _loaded(name, partial(ImageNet, root, split=split), needed, mend)
 
-    train, test = load("train"), load("val")
-    _same_classes(train.wnids, test.wnids, root)
-    return _distinct(train.classes, train.wnids), train, test
-
-
-def _image_folder(root: Path) -> tuple[tuple[str, ...], Any, Any]:
-    from torchvision.datasets import ImageFolder
-
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    mend = f"put one folder a class into {root / 'train'} and into {root / 'test'} (or {root / 'val'})"
-    train, test = (
-        _loaded("imagefolder", partial(ImageFolder, folder), [folder], mend) for folder in (root / "train", held_out)
-    )
-    _same_classes(train.classes, test.classes, root)
-    return tuple(train.classes), train, test
+    return load("train"), load("val")
 
 
 def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str) -> Any:
@@ -189,18 +194,3 @@ def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str
             f"the data set {name!r} cannot be loaded ({reason_of(error)}); expected files as torchvision knows them, "
             f"by their MD5 where it has one: remove what is there, then {mend}"
         ) from error
-
-
-def _same_classes(train: list[str], test: list[str], root: Path) -> None:
-    if train != test:
-        raise MetaplError(
-            f"{root} has {len(train)} classes to train on and {len(test)} to test on, which differ by "
-            f"{few(sorted(set(train) ^ set(test)))}; expected the same folders in both"
-        )
-
-
-def _distinct(names: Iterable[tuple[str, ...]], keys: Iterable[str]) -> tuple[str, ...]:
-    """The first of each class's names, with its key where two classes share it: there are two cranes in ImageNet."""
-    first = [name[0] for name in names]
-    shared = Counter(first)
-    return tuple(name if shared[name] == 1 else f"{name} ({key})" for name, key in zip(first, keys, strict=True))

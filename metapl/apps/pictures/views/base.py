@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from metapl.data import draws
 from metapl.errors import MetaplError
+from metapl.runs.fields import Range, check_fields
 
 WIDE = (torch.float32, torch.float64)
 FLOATING = (*WIDE, torch.float16, torch.bfloat16)
 FLOATING_OR_BYTES = (*FLOATING, torch.uint8)
 
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(above=0)]
+Probability = Annotated[float, Range(0, most=1)]
+
 # The streams of draws, one for each use.
-GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES, SEEDED = range(
-    13
-)
+GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES = range(12)
+SEEDED = 12
 
 
 class View(Protocol):
@@ -45,14 +49,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class Chain:
-    """One view after another, each with draws of its own.
+    """One view after another, first to last, each with draws of its own.
 
     x ↦ v_n(… v_1(x)), where v_i draws from fold_in(seed, i).
-
-    Args:
-        views: the views, first to last.
-
-    Call: as each of the views.
 
     >>> from metapl.apps.pictures import Flip, ShiftNoiseCutout
     >>> view = Chain((Flip(), ShiftNoiseCutout()))
@@ -68,6 +67,7 @@ class Chain:
         return images
 
 
+@dataclass(frozen=True)
 class PictureView(ABC):
     """A view of pictures of some types, which refuses all others.
 
@@ -75,13 +75,19 @@ class PictureView(ABC):
     images of the same dtype on the same device. Neither the rest of the batch nor its order matters.
 
     Raises:
-        MetaplError: a field outside its range; on the call, images of another kind, a number of examples other than B,
-            or, of views that change colors, neither 1 nor 3 channels, or values outside [0, 1]; these are looked for on
-            the CPU only, since elsewhere the check would hold the device up.
+        MetaplError: a field outside its range, or a pair whose first is above its second; on the call, images of
+            another kind, a number of examples other than B, or, of views that change colors, neither 1 nor 3 channels,
+            or values outside [0, 1]; these are looked for on the CPU only, since elsewhere that holds the device up.
     """
 
     takes: ClassVar[tuple[torch.dtype, ...]] = WIDE
     is_colored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, value in vars(self).items():
+            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float | int):
+                self.require(value[0] <= value[1], name, "smallest <= largest")
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
         name = type(self).__name__
@@ -98,18 +104,13 @@ class PictureView(ABC):
                 f"per image, ({len(images)},): the indices that picked the images from the data set"
             )
         if self.is_colored and images.shape[1] not in (1, 3):
-            raise MetaplError(
-                f"{name} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (red, green, blue): take "
-                "transparency off first"
-            )
+            raise MetaplError(f"{name} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)")
         if self.is_colored and images.device.type == "cpu" and images.numel() and images.is_floating_point():
             low, high = (bound.item() for bound in images.aminmax())
             over = 0.5 / 255 if torch.uint8 in self.takes else 0.0  # a resized image may exceed 1 by a rounding
             if not -over <= low <= high <= 1 + over:
-                raise MetaplError(
-                    f"{name} got images with values from {low:g} to {high:g}; expected 0 to 1: normalise after the "
-                    "views"
-                )
+                given = f"{name} got images with values from {low:g} to {high:g}"
+                raise MetaplError(f"{given}; expected 0 to 1: normalise after the views")
         return self.see(images, seed, step, examples)
 
     @abstractmethod
@@ -119,12 +120,7 @@ class PictureView(ABC):
     def require(self, holds: bool, field: str, expected: str) -> None:
         """Refuse a field."""
         if not holds:
-            raise MetaplError(f"{type(self).__name__} got {field} {getattr(self, field)!r}; expected {expected}")
-
-
-def is_range(value: object) -> bool:
-    """Whether it is (smallest, largest), not negative and finite."""
-    return isinstance(value, tuple | list) and len(value) == 2 and 0 <= value[0] <= value[1] < float("inf")
+            raise MetaplError(f"{type(self).__name__}({field}={getattr(self, field)!r}): expected {expected}.")
 
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from einops import rearrange
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from metapl.apps.pictures.reader import LUMA
 from metapl.apps.pictures.views import base
-from metapl.apps.pictures.views.base import PictureView, View, is_range
+from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, View
 from metapl.data import draws
 from metapl.execution.device import to_device
+from metapl.runs.fields import Range
 
 _PADDING = {"border": "border", "reflect": "reflection"}
 
@@ -43,32 +44,21 @@ class Affine(PictureView):
 
     Call: ``view(images, seed=, step=, examples=)`` takes float32 or float64 images (B, C, H, W) in [0, 1] and
     ``examples`` (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order
-    matters.
-
-    Cost: one call of ``grid_sample`` for the batch.
+    matters. Cost: one call of ``grid_sample`` for the batch.
 
     Raises:
-        MetaplError: a field outside its range; on the call, images of another kind or a number of examples other than
-            B.
+        MetaplError: a field outside its range; on the call, images of another kind or not one example index each.
 
     >>> view = Affine(degrees=15, translate=0.1, scale=(0.9, 1.1))
     >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 32, 48])
     """
 
-    degrees: float = 0.0
-    translate: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    shear: float = 0.0
-    fill: float | Literal["border", "reflect"] = "border"
-
-    def __post_init__(self) -> None:
-        self.require(0 <= self.degrees <= 180, "degrees", "0 to 180")
-        self.require(0 <= self.translate < math.inf, "translate", "a share of the side, 0 or more")
-        self.require(is_range(self.scale) and self.scale[0] > 0, "scale", "(smallest, largest), above 0")
-        self.require(0 <= self.shear < 90, "shear", "degrees, 0 or more and below 90")
-        known = self.fill in _PADDING if isinstance(self.fill, str) else 0 <= self.fill <= 1
-        self.require(known, "fill", '"border", "reflect" or a level from 0 to 1')
+    degrees: Annotated[float, Range(0, most=180)] = 0.0
+    translate: NotNegative = 0.0
+    scale: tuple[Positive, Positive] = (1.0, 1.0)
+    shear: Annotated[float, Range(0, 90)] = 0.0
+    fill: Probability | Literal["border", "reflect"] = "border"
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self == Affine(fill=self.fill):
@@ -115,22 +105,15 @@ class Color(PictureView):
         brightness, contrast, saturation: r of b, c and s, 0 or more.
         hue: greatest |θ| as a share of a turn, 0 to 0.5.
 
-    Call: as :class:`Affine`, with 1 or 3 channels. Pictures of one channel have no saturation and no hue.
-
-    Raises:
-        MetaplError: as :class:`Affine`; another number of channels, or, on the CPU, values outside [0, 1].
+    Call, raises: as :class:`Affine`, with 1 or 3 channels, and on the CPU values in [0, 1] alone. Pictures of one
+    channel have no saturation and no hue.
     """
 
     is_colored = True
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            self.require(0 <= getattr(self, name) < math.inf, name, "0 or more")
-        self.require(0 <= self.hue <= 0.5, "hue", "a share of a turn, 0 to 0.5")
+    brightness: NotNegative = 0.0
+    contrast: NotNegative = 0.0
+    saturation: NotNegative = 0.0
+    hue: Annotated[float, Range(0, most=0.5)] = 0.0
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self == Color():
@@ -178,12 +161,8 @@ class Hole(PictureView):
     Call, raises: as :class:`Affine`.
     """
 
-    side: tuple[float, float]
+    side: tuple[NotNegative, NotNegative]
     fill: Literal["mean", "grey"] = "mean"
-
-    def __post_init__(self) -> None:
-        self.require(is_range(self.side), "side", "(smallest, largest), shares of the shorter side, 0 or more")
-        self.require(self.fill in ("mean", "grey"), "fill", '"mean" or "grey"')
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.side[1] == 0:
@@ -243,10 +222,7 @@ class Recolor(PictureView):
 
     is_colored = True
     permute: bool = True
-    invert: float = 0.5
-
-    def __post_init__(self) -> None:
-        self.require(0 <= self.invert <= 1, "invert", "a probability, 0 to 1")
+    invert: Probability = 0.5
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.RECOLOR, dtype=torch.float64)
@@ -274,10 +250,7 @@ class Sometimes(PictureView):
     """
 
     view: View
-    share: float
-
-    def __post_init__(self) -> None:
-        self.require(0 <= self.share <= 1, "share", "a probability, 0 to 1")
+    share: Probability
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
@@ -294,15 +267,11 @@ def _luma(images: Tensor) -> Tensor:
     """(B, 1, H, W)."""
     if images.shape[1] == 1:
         return images
-    luma: Tensor = images[:, :1] * LUMA[0]
-    luma += images[:, 1:2] * LUMA[1]
-    luma += images[:, 2:] * LUMA[2]
-    return luma
+    return (images[:, :1] * LUMA[0]).add_(images[:, 1:2] * LUMA[1]).add_(images[:, 2:] * LUMA[2])
 
 
 def _mean(images: Tensor) -> Tensor:
     """(B, C, 1, 1) float64: the mean of each channel, whatever the order in which it is summed."""
     # Plus 1, numbers in [0, 1] are multiples of 2^-23, of which float64 holds sums over 2^29 pixels without rounding.
-    raised = images.float() + 1.0
-    mean: Tensor = raised.sum((2, 3), keepdim=True, dtype=torch.float64) / math.prod(images.shape[2:]) - 1.0
-    return mean
+    total = (images.float() + 1.0).sum((2, 3), keepdim=True, dtype=torch.float64)
+    return total / math.prod(images.shape[2:]) - 1.0

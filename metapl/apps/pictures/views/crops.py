@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.apps.pictures.views import base, operations
-from metapl.apps.pictures.views.base import PictureView, below, is_range
+from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, below
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
+
+Share = Annotated[float, Range(above=0, most=1)]
 
 GREY = operations.GREY / 255
 """The middle level, which fills what no pixel comes to."""
@@ -42,12 +46,9 @@ class Weak(PictureView):
     """
 
     takes = base.FLOATING_OR_BYTES
-    pad: int = 4
+    pad: AtLeastZero = 4
     flip: bool = True
     fill: float = GREY
-
-    def __post_init__(self) -> None:
-        self.require(self.pad >= 0, "pad", "0 or more pixels")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
@@ -71,29 +72,18 @@ class ResizedCrop(PictureView):
         ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
         flip: whether half of the images are mirrored left to right.
 
-    Call: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow does; the
-    authors' code resizes bicubically without.
-
-    Cost: one call of ``interpolate`` per image.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Weak`.
+    Call, raises: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow
+    does; the authors' code resizes bicubically without. Cost: one call of ``interpolate`` per image.
 
     >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
     torch.Size([2, 3, 24, 24])
     """
 
     takes = base.FLOATING_OR_BYTES
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    size: AtLeastOne
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: bool = True
-
-    def __post_init__(self) -> None:
-        self.require(self.size >= 1, "size", "a side of 1 pixel or more")
-        shares = is_range(self.scale) and self.scale[0] > 0 and self.scale[1] <= 1
-        self.require(shares, "scale", "0 < smallest <= largest <= 1, shares of area")
-        self.require(is_range(self.ratio) and self.ratio[0] > 0, "ratio", "0 < smallest <= largest, width : height")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
@@ -106,16 +96,9 @@ class ResizedCrop(PictureView):
         return result
 
     def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """What the view cuts out of images of one size, for whoever decodes no more of a file than that.
-
-        Args:
-            seed, step: as in the call.
-            examples: (B,) int64 on the CPU: logarithms differ between devices.
-            height, width: of the images, in pixels.
-
-        Returns:
-            (B, 4) int64: top, left, height and width in pixels; and (B,) bool: whether to mirror.
-        """
+        """What the view cuts out of images of one size, for whoever decodes no more of a file than that: (B, 4) int64,
+        top, left, height and width in pixels, and (B,) bool, whether to mirror. The examples are on the CPU, as
+        logarithms differ between devices."""
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -145,27 +128,18 @@ class ShiftNoiseCutout(PictureView):
         noise: σ, 0 or more, in units of the images' range.
         cutout: side of the square in pixels, 0 (none) or more.
 
-    Call: as :class:`Weak`, with float images.
-
-    Raises:
-        MetaplError: a negative field; on the call, as :class:`Weak`, or images smaller than the square.
+    Call, raises: as :class:`Weak`, with float images, which are refused where they are smaller than the square.
     """
 
     takes = base.FLOATING
-    shift: int = 1
-    noise: float = 0.2
-    cutout: int = 2
-
-    def __post_init__(self) -> None:
-        for name in ("shift", "noise", "cutout"):
-            self.require(0 <= getattr(self, name) < math.inf, name, "a finite number of 0 or more, 0 to switch it off")
+    shift: AtLeastZero = 1
+    noise: NotNegative = 0.2
+    cutout: AtLeastZero = 2
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self.cutout > min(images.shape[2:]):
-            raise MetaplError(
-                f"ShiftNoiseCutout got images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of "
-                f"{self.cutout}; expected the square to fit into the image: choose a smaller cutout"
-            )
+            given = f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of {self.cutout}"
+            raise MetaplError(f"ShiftNoiseCutout got {given}; expected a square that fits into the image")
         examples = to_device(examples, images.device)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)

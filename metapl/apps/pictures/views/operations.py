@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-# What fills the places that no pixel comes from: the middle level, as in the authors' code.
 GREY = 128
+"""What fills the places that no pixel comes from: the middle level, as in the authors' code."""
 
 
 def autocontrast(levels: Tensor) -> Tensor:
@@ -29,11 +29,9 @@ def autocontrast(levels: Tensor) -> Tensor:
 
 def equalize(levels: Tensor) -> Tensor:
     """Flatten the histogram of each channel of each picture. ``ImageOps.equalize``."""
-    # Two seconds of import that nothing else here needs.
-    from torchvision.transforms.v2 import functional
+    from torchvision.transforms.v2 import functional  # two seconds of import that nothing else here needs
 
-    equalized: Tensor = functional.equalize_image(levels)
-    return equalized
+    return functional.equalize_image(levels)  # type: ignore[no-any-return]
 
 
 def color(levels: Tensor, factor: float) -> Tensor:
@@ -78,8 +76,7 @@ def _luma(levels: Tensor) -> Tensor:
         return levels
     red, green, blue = levels.int().split(1, dim=1)
     total = red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(1 << 15)
-    luma: Tensor = total.bitwise_right_shift_(16).to(torch.uint8)
-    return luma
+    return total.bitwise_right_shift_(16).to(torch.uint8)  # type: ignore[no-any-return]
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -102,14 +99,8 @@ def fixed_point(matrix: Affine) -> list[int]:
 
 
 def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
-    """Move each picture by its own map, to the nearest pixel, with grey where none is.
-
-    ``Image.transform(AFFINE, NEAREST)``.
-
-    Args:
-        levels: (B, C, H, W).
-        matrices_B6: int64, rows from :func:`fixed_point`.
-    """
+    """Move each picture by its own map, a row of int64 from :func:`fixed_point`, to the nearest pixel, with grey where
+    none is. ``Image.transform(AFFINE, NEAREST)``."""
     height, width = levels.shape[2:]
     a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
     y = torch.arange(height, device=levels.device)[:, None]
@@ -118,14 +109,8 @@ def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
 
 
 def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: float) -> Tensor:
-    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), with ``fill`` outside it.
-
-    Args:
-        images: (B, C, H, W), any dtype.
-        offsets_B2: integers, of either sign.
-        flip_B: bool, or None for none.
-        fill: what stands around the images.
-    """
+    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), of either sign, with ``fill``
+    outside it; for images (B, C, H, W) of any dtype."""
     height, width = images.shape[2:]
     rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
     cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]

@@ -12,27 +12,15 @@ import torch
 from torch import Tensor
 
 from metapl.apps.pictures.views import base, operations
-from metapl.apps.pictures.views.base import PictureView, below, is_range
+from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, below
 from metapl.data import draws
 from metapl.execution.device import to_device
+from metapl.runs.fields import AtLeastOne, AtLeastZero
 
-CIFAR_OPERATIONS = (
-    "AutoContrast",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Equalize",
-    "Invert",
-    "Sharpness",
-    "Posterize",
-    "Sample Pairing",
-    "Solarize",
-    "Rotate",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-)
+_COLORS = ("AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Invert", "Sharpness", "Posterize")
+_PLACES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+
+CIFAR_OPERATIONS = (*_COLORS, "Sample Pairing", "Solarize", *_PLACES)
 """The paper's fifteen operations for CIFAR-10 and ImageNet (Table 5)."""
 
 SVHN_OPERATIONS = tuple(name for name in CIFAR_OPERATIONS if name not in ("Sample Pairing", "Rotate", "TranslateX"))
@@ -74,17 +62,14 @@ class RandAugment(PictureView):
         cutout: side of the square in pixels, 0 for none; its center is uniform on the image, and what lies outside the
             image is lost.
 
-    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), C = 1 or 3, floating point in [0, 1] or
-    uint8, and ``examples`` (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor
-    its order matters, but for Sample Pairing, where the other image depends on which examples the batch holds. On
-    CUDA, values outside [0, 1] are cut off, since looking for them would hold the device up.
+    Call: as :class:`Weak`, with C = 1 or 3 and values in [0, 1] or bytes. For Sample Pairing, the other image depends
+    on which examples the batch holds. On CUDA, values outside [0, 1] are cut off, as a look would hold the device up.
 
     Cost: each image is changed by its own operations alone; one transfer to the device and no synchronisation, with
     ``examples`` on the CPU. From CUDA they are fetched, which is one.
 
     Raises:
-        MetaplError: a field outside its range; on the call, images of another kind, a number of examples other than B,
-            or, on the CPU, values outside [0, 1].
+        MetaplError: a field outside its range; on the call, as :class:`Weak`, or, on the CPU, values outside [0, 1].
 
     The paper's section 3.2 and Table 5.
 
@@ -95,23 +80,18 @@ class RandAugment(PictureView):
 
     takes = base.FLOATING_OR_BYTES
     is_colored = True
-    n: int = 2
-    magnitude: float = 16
-    scale: float = 10
+    n: AtLeastOne = 2
+    magnitude: NotNegative = 16
+    scale: Positive = 10
     operations: tuple[str, ...] = CIFAR_OPERATIONS
-    probability: tuple[float, float] = (0.2, 0.8)
-    translate: float = 1 / 8
-    cutout: int = 16
+    probability: tuple[Probability, Probability] = (0.2, 0.8)
+    translate: NotNegative = 1 / 8
+    cutout: AtLeastZero = 16
 
     def __post_init__(self) -> None:
-        self.require(self.n >= 1, "n", "1 or more")
-        for name in ("magnitude", "translate", "cutout"):
-            self.require(getattr(self, name) >= 0, name, "0 or more")
-        self.require(self.scale > 0, "scale", "a number above 0")
+        super().__post_init__()
         known = bool(self.operations) and {*self.operations} <= {*CIFAR_OPERATIONS}
-        self.require(known, "operations", f"one or more of {list(CIFAR_OPERATIONS)}")
-        chances = is_range(self.probability) and self.probability[1] <= 1
-        self.require(chances, "probability", "0 <= smallest <= largest <= 1: (1, 1) for every operation to take place")
+        self.require(known, "operations", f"one or more of {', '.join(CIFAR_OPERATIONS)}")
 
     @property
     def level(self) -> float:
@@ -125,8 +105,10 @@ class RandAugment(PictureView):
         counts, rows = self._plan(seed, step, examples.cpu(), *images.shape[2:])
         rows = to_device(rows, images.device)
         changed = levels
-        for i in range(self.n):
-            changed = self._operation(changed, levels, counts[i], rows[8 * i : 8 * i + 8])
+        for count, part in zip(counts, rows[:-3].split(8), strict=True):
+            # The images in the order of their groups, each group changed.
+            each = zip(self._groups, changed[part[0]].split(count), part.split(count, dim=1), strict=True)
+            changed = torch.cat([self._change(name, x, levels, row) for name, x, row in each if len(x)] or [changed])
         changed = changed[rows[-3]]
         if self.cutout > 0:
             changed = operations.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, operations.GREY)
@@ -137,28 +119,22 @@ class RandAugment(PictureView):
         return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=changed.device)).to(images.dtype)
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
-        """All draws, on the CPU, where the host can read how many images each operation gets.
-
-        Returns:
-            counts: per drawn operation, the number of images in each of ``_groups``.
-            rows: (8n + 3, B). Per drawn operation, with the images in the order of their groups: where each stands in
-            the order before, the image to pair it with, and six numbers of an affine map. Then, in the order of the
-            batch: where each stands in the last order, and row and column of the center of its square.
-        """
+        """All draws, on the CPU, where the host can read how many images each operation gets: per drawn operation, the
+        number of images in each of ``_groups``, and rows (8n + 3, B). These are per drawn operation, with the images in
+        the order of their groups: where each stands in the order before, the image to pair it with, and six numbers of
+        an affine map. Then, in the order of the batch: where each stands in the last order, and the center of its
+        square."""
         u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
         low, high = self.probability
         p_B = low + (high - low) * u[:, 0]
         groups = self._groups
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
-        maps = torch.tensor(
-            [
-                [
-                    operations.fixed_point(_MOVES.get(name, _stay)(level, self.translate, height, width))
-                    for level in (self.level, -self.level)
-                ]
-                for name in self.operations
-            ]
+        signed, size = (self.level, -self.level), (self.translate, height, width)
+        stay: operations.Affine = (1, 0, 0, 0, 1, 0)
+        moves = (
+            [_MOVES[name](level, *size) if name in _MOVES else stay for level in signed] for name in self.operations
         )
+        maps = torch.tensor([list(map(operations.fixed_point, both)) for both in moves])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
@@ -176,13 +152,6 @@ class RandAugment(PictureView):
     def _groups(self) -> list[str]:
         """What happens to the images of one group at once: all moves are one."""
         return list(dict.fromkeys([_AS_IT_IS, *(_MOVED if name in _MOVES else name for name in self.operations)]))
-
-    def _operation(self, images: Tensor, originals: Tensor, counts: list[int], rows: Tensor) -> Tensor:
-        """The images in the order of their groups, each group changed."""
-        images = images[rows[0]]
-        parts = zip(self._groups, images.split(counts), rows.split(counts, dim=1), strict=True)
-        changed = [self._change(name, part, originals, row) for name, part, row in parts if len(part)]
-        return torch.cat(changed) if changed else images
 
     def _change(self, group: str, images: Tensor, originals: Tensor, rows: Tensor) -> Tensor:
         if group == _AS_IT_IS:
@@ -216,10 +185,6 @@ _MOVES: dict[str, Callable[[float, float, int, int], operations.Affine]] = {
     "TranslateX": lambda level, share, height, width: (1, 0, -share * level * width, 0, 1, 0),
     "TranslateY": lambda level, share, height, width: (1, 0, 0, 0, 1, -share * level * height),
 }
-
-
-def _stay(level: float, share: float, height: int, width: int) -> operations.Affine:
-    return 1, 0, 0, 0, 1, 0
 
 
 def _others(examples: Tensor, u_B: Tensor) -> Tensor:

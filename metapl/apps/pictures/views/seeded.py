@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +32,7 @@ class Seeded(PictureView):
     Call: as other views, with images (B, C, H, W), floating point or uint8. The result has the dtype and the shape that
     the transform gives.
 
-    Cost: one call of the transform per image, and about 0.03 ms for the seeds. The views of whole batches
-    (:class:`~metapl.apps.pictures.Affine`, :class:`~metapl.apps.pictures.Color`,
-    :class:`~metapl.apps.pictures.RandAugment`) are faster.
+    Cost: one call of the transform per image, and about 0.03 ms for the seeds. Views of whole batches are faster.
 
     Raises:
         MetaplError: what is given cannot be called; on the call, images of another kind, a number of examples other
@@ -54,19 +51,26 @@ class Seeded(PictureView):
 
     def __post_init__(self) -> None:
         if not callable(self.transform) or isinstance(self.transform, type):
-            raise MetaplError(
-                f"Seeded got {described(self.transform)}; expected a transform of one image (C, H, W), such as "
-                "torchvision.transforms.v2.RandomHorizontalFlip()"
-            )
+            example = "such as torchvision.transforms.v2.RandomHorizontalFlip()"
+            raise MetaplError(f"Seeded got {described(self.transform)}; expected a transform of one image, {example}")
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         # 32 bits, which is what numpy takes.
         keys = (draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF).tolist()
+        python, numpy, device = random.getstate(), np.random.get_state(), images.device  # noqa: NPY002
         seen = []
-        with _as_they_were(images.device):
-            for image, key in zip(images, keys, strict=True):
-                _seed_all(key, images.device)
-                seen.append(self.transform(image))
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                for image, key in zip(images, keys, strict=True):
+                    torch.default_generator.manual_seed(key)
+                    random.seed(key)
+                    np.random.seed(key)  # noqa: NPY002  # what transforms draw from
+                    if device.type == "cuda":
+                        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+                    seen.append(self.transform(image))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
         shapes = {tuple(x.shape) if isinstance(x, Tensor) else described(x) for x in seen}
         if len(shapes) > 1 or not all(isinstance(x, Tensor) for x in seen):
             raise MetaplError(
@@ -74,23 +78,3 @@ class Seeded(PictureView):
                 f"{tuple(images.shape[1:])}; expected tensors of one shape: end it with a resize or a crop of one size"
             )
         return torch.stack(seen) if seen else images
-
-
-@contextmanager
-def _as_they_were(device: torch.device) -> Iterator[None]:
-    """The default generators have the same states after the block as before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # what transforms draw from
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _seed_all(key: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(key)
-    random.seed(key)
-    np.random.seed(key)  # noqa: NPY002
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(key)
