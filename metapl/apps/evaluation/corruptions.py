@@ -87,16 +87,15 @@ def impulse_noise(x: Picture, rng: Generator, share: float) -> Picture:
     return np.where(u < share / 2, 0.0, np.where(u < share, 1.0, x))
 
 
-def defocus_blur(x: Picture, rng: Generator, c: Any) -> Picture:
+def defocus_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """The mean over a disk with a soft edge."""
     radius, edge = c
     return np.asarray(scipy.ndimage.convolve(x, _disk(_length(radius, x), edge), mode="mirror"))
 
 
-def glass_blur(x: Picture, rng: Generator, c: Any) -> Picture:
+def glass_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """Blurred, each pixel exchanged with one nearby some times, and blurred again."""
-    sigma, reach, times = c
-    sigma, reach = _length(sigma, x), max(1, round(_length(reach, x)))
+    sigma, reach, times = _length(c[0], x), max(1, round(_length(c[1], x))), int(c[2])
     x = _blurred(x, sigma)
     height, width = x.shape[:2]
     for _ in range(times):
@@ -109,19 +108,19 @@ def glass_blur(x: Picture, rng: Generator, c: Any) -> Picture:
     return _blurred(x, sigma)
 
 
-def motion_blur(x: Picture, rng: Generator, c: Any) -> Picture:
+def motion_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """The mean along a line behind each pixel, weighted by a half Gaussian, at an angle within 45 degrees."""
     radius, sigma = c
     return _along(x, _length(radius, x), _length(sigma, x), rng.uniform(-45, 45))
 
 
-def zoom_blur(x: Picture, rng: Generator, c: Any) -> Picture:
+def zoom_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """The mean of the picture and of growing magnifications of it."""
     zooms = np.arange(1, *c)
     return (x + sum(_zoomed(x, float(zoom)) for zoom in zooms)) / (len(zooms) + 1)
 
 
-def snow(x: Picture, rng: Generator, c: Any) -> Picture:
+def snow(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """Flakes that fall at an angle, over a whitened picture."""
     mean, std, zoom, least, radius, sigma, kept = c
     flakes = _zoomed(rng.normal(mean, std, size=(*x.shape[:2], 1)), zoom)
@@ -131,7 +130,7 @@ def snow(x: Picture, rng: Generator, c: Any) -> Picture:
     return kept * x + (1 - kept) * np.maximum(x, luma * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
 
 
-def frost(x: Picture, rng: Generator, c: Any) -> Picture:
+def frost(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """Crystals over the picture, drawn as the ridges of a fractal (the paper has photographs of frost)."""
     own, ice = c
     ridges = 1 - np.abs(2 * _fractal(x.shape[:2], 1.8, rng) - 1)
@@ -139,7 +138,7 @@ def frost(x: Picture, rng: Generator, c: Any) -> Picture:
     return own * x + ice * (ridges**2)[..., None] * tint
 
 
-def fog(x: Picture, rng: Generator, c: Any) -> Picture:
+def fog(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """A bright fractal over the picture, which loses contrast."""
     amount, decay = c
     brightest = float(x.max())
@@ -161,7 +160,7 @@ def contrast(x: Picture, rng: Generator, kept: float) -> Picture:
     return (x - mean) * kept + mean
 
 
-def elastic_transform(x: Picture, rng: Generator, c: Any) -> Picture:
+def elastic_transform(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     """A random affine map, and then each pixel moved along a smooth random field."""
     height, width = x.shape[:2]
     side = min(height, width)
