@@ -69,7 +69,7 @@ def _of(**changed: Any) -> dict[str, Any]:
         (TOLD | {"classes": ["red", "red"]}, "two classes have one name"),
         (TOLD | {"center": "x"}, "center is 'x'; expected a number"),
         (TOLD | {"center": None}, "center is None"),
-        (TOLD | {"center": 5}, "center is 5; expected a share"),
+        (TOLD | {"center": 5}, "center is 5; expected a number in (0, 1]"),
     ],
 )
 def test_what_a_file_of_weights_says_of_itself(
