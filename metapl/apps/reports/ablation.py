@@ -22,14 +22,10 @@ Figures = Mapping[str, Any]
 
 
 def draw_ablation(path: Path, found: Figures) -> None:
-    """Draw the modes one a row: distance and noise on a logarithmic scale, passes, time and memory.
+    """Draw what :meth:`metapl.ablation.Ablation.as_dict` gives, as a PNG that is replaced as a whole.
 
-    Below, where they were measured: the modes over step sizes, temperatures and batch sizes, and what short trainings
-    ended with.
-
-    Args:
-        path: of the PNG, replaced as a whole.
-        found: :meth:`metapl.ablation.Ablation.as_dict`.
+    The modes one a row: distance and noise on a logarithmic scale, passes, time and memory; below, where they were
+    measured, the modes over step sizes, temperatures and batch sizes, and what short trainings ended with.
     """
     rows = {**found["modes"], **found["altered"]}
     colors = {name: "#D0D0D0" if name in found["altered"] else "#9DB8CC" for name in rows}

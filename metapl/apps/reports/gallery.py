@@ -74,10 +74,8 @@ class Gallery:
     Raises:
         MetaplError: the shapes, the values or the numbers do not fit.
 
-    >>> Gallery("Mistakes", "on validation", torch.zeros(2, 1, 8, 8), ("is: cat",))
-    Traceback (most recent call last):
-    ...
-    metapl.errors.MetaplError: 'Mistakes' has 2 pictures, 1 captions and 2 marks; expected as many of each
+    >>> len(Gallery("Mistakes", "on validation", torch.zeros(2, 1, 8, 8), ("is: cat", "is: dog")))
+    2
     """
 
     title: str
@@ -99,18 +97,16 @@ class Gallery:
             )
         marks = (None,) * len(given) if self.marks is None else self.marks
         object.__setattr__(self, "marks", marks)
-        if {len(self.captions), len(marks)} != {len(given)}:
+        odd = [mark for mark in marks if mark is not None and not isinstance(mark, bool)]
+        if odd or not len(marks) == len(self.captions) == len(given):
             raise MetaplError(
-                f"{self.title!r} has {len(given)} pictures, {len(self.captions)} captions and {len(marks)} marks; "
-                "expected as many of each"
+                f"{self.title!r} has {len(given)} pictures, {len(self.captions)} captions and the marks {marks}; "
+                "expected as many of each, and True, False or None for a mark"
             )
-        if odd := [mark for mark in marks if not (mark is None or isinstance(mark, bool))]:
-            raise MetaplError(f"the marks of {self.title!r} hold {odd[0]!r}; expected True, False or None")
         if given.is_floating_point() and not ((given >= 0) & (given <= 1)).all():  # NaN is refused as well
-            low, high = (float(value) for value in torch.aminmax(given.detach()))
+            low, high = torch.aminmax(given.detach())
             raise MetaplError(
-                f"the pictures of {self.title!r} hold values from {low:g} to {high:g}; expected 0 (black) to 1 (full): "
-                "undo the normalisation, then pictures.clamp(0, 1)"
+                f"the pictures of {self.title!r} hold values from {low:g} to {high:g}; expected 0 (black) to 1 (full)"
             )
 
     def __len__(self) -> int:
@@ -196,16 +192,11 @@ def pictures_a_group(groups: int) -> int:
 
 
 def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Sequence[Gallery]) -> None:
-    """Draws groups of pictures, each below its title and its note, as one PNG file.
+    """Draws groups of pictures, each below its title and its note, as one PNG file under a title and a note.
 
-    Args:
-        path: the file; its folder exists. It takes this name only when it is whole.
-        title: of the page.
-        note: what is shown, in a line or a few.
-        groups: at most 1,000. Those of few pictures stand side by side; those of many take several rows. Of a group's
-            title and note as much is written as there is room for.
-
-    No display is needed and matplotlib's global state stays as it was.
+    At most 1,000 groups: those of few pictures stand side by side, those of many take several rows; of a group's title
+    and note as much is written as there is room for. No display is needed, matplotlib's global state stays as it was,
+    and the file, in a folder that exists, takes its name only when it is whole.
 
     Raises:
         MetaplError: there is no picture, there are too many groups, or the file cannot be written.

@@ -68,13 +68,8 @@ def value_at(found: Mapping[str, Any], place: Sequence[str]) -> float | None:
 
 
 def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
-    """Draw what an evaluation found: its figures, accuracy over the severity of each damage and over ε, and flips.
-
-    Args:
-        path: of the PNG, replaced as a whole.
-        found: what ``evaluation.json`` holds.
-        title: a line above.
-    """
+    """Draw what ``evaluation.json`` holds, as a PNG that is replaced as a whole: its figures, accuracy over the
+    severity of each damage and over ε, and flips."""
     panels: list[Panel] = []
     clean, chance = found.get("accuracy"), found.get("chance")
     start = {} if clean is None else {0.0: clean}
@@ -95,13 +90,8 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
 
 
 def draw_evaluations(path: Path, evaluations: Evaluations, title: str) -> None:
-    """Draw several evaluations side by side: their figures, the mean error of each damage, accuracy over ε, and flips.
-
-    Args:
-        path: of the PNG, replaced as a whole.
-        evaluations: what ``evaluation.json`` holds, by a name.
-        title: a line above.
-    """
+    """Draw several evaluations, by a name each, side by side: their figures, the mean error of each damage, accuracy
+    over ε, and flips."""
     evaluations = {shown(name): found for name, found in evaluations.items()}
     kinds = [kind for names in GROUPS.values() for kind in names]
     errors: dict[str, Places] = {

@@ -29,11 +29,8 @@ def draw_rounds(
 ) -> None:
     """Draw the rounds of Noisy Student, or what was selected by a first teacher for another method, as one PNG file.
 
-    Args:
-        path: the file; its folder exists. It takes this name only when it is whole.
-        rounds: as ``result.json`` has them, one or more; where none of them has an accuracy, no panel shows these.
-        title, summary: stand above.
-        galleries: pictures below.
+    ``rounds`` is one or more of them as ``result.json`` has them; where none has an accuracy, no panel shows these.
+    The file takes its name, in a folder that exists, only when it is whole.
 
     Raises:
         MetaplError: the file cannot be written.
