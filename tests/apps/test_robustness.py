@@ -41,7 +41,7 @@ def photograph() -> Tensor:
 def damaged(name: str, picture: kinds.Picture, level: int) -> kinds.Picture:
     """A picture (H, W, C), neither clipped nor rounded."""
     damage, constants = CORRUPTIONS[name]
-    return damage(picture, np.random.default_rng(0), constants[level])
+    return damage(picture, np.random.default_rng(0), *constants[level])
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

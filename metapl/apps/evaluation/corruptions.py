@@ -69,11 +69,12 @@ def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, 
             "(B, C, H, W) in [0, 1] with 1 or 3 channels."
         )
     damage, constants = CORRUPTIONS[corruption]
+    of = constants[severity - 1]
     kind = fold_in(fold_in(seed, list(CORRUPTIONS).index(corruption)), severity)
     damaged = []
     for number, image in enumerate(images.detach().cpu().double().numpy().transpose(0, 2, 3, 1), first):
         rng = np.random.default_rng(fold_in(kind, number))
-        picture = damage(np.ascontiguousarray(image), rng, constants[severity - 1])
+        picture = damage(np.ascontiguousarray(image), rng, *(of if isinstance(of, tuple) else (of,)))
         damaged.append(np.round(np.clip(picture, 0, 1) * 255) / 255)
     return torch.from_numpy(np.stack(damaged).transpose(0, 3, 1, 2).copy()).to(images)
 
@@ -87,40 +88,38 @@ def impulse_noise(x: Picture, rng: Generator, share: float) -> Picture:
     return np.where(u < share / 2, 0.0, np.where(u < share, 1.0, x))
 
 
-def defocus_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def defocus_blur(x: Picture, rng: Generator, radius: float, edge: float) -> Picture:
     """The mean over a disk with a soft edge."""
-    radius, edge = c
     return np.asarray(scipy.ndimage.convolve(x, _disk(_length(radius, x), edge), mode="mirror"))
 
 
-def glass_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def glass_blur(x: Picture, rng: Generator, sigma: float, reach: float, times: int) -> Picture:
     """Blurred, each pixel exchanged with one nearby some times, and blurred again."""
-    sigma, reach, times = _length(c[0], x), max(1, round(_length(c[1], x))), int(c[2])
+    sigma, far = _length(sigma, x), max(1, round(_length(reach, x)))
     x = _blurred(x, sigma)
     height, width = x.shape[:2]
     for _ in range(times):
-        moves = rng.integers(-reach, reach, size=(height, width, 2))
-        for row in range(height - reach, reach, -1):
-            for column in range(width - reach, reach, -1):
+        moves = rng.integers(-far, far, size=(height, width, 2))
+        for row in range(height - far, far, -1):
+            for column in range(width - far, far, -1):
                 dx, dy = moves[row - 1, column - 1]
                 a, b = (row - 1, column - 1), (row - 1 + dy, column - 1 + dx)
                 x[a], x[b] = x[b].copy(), x[a].copy()
     return _blurred(x, sigma)
 
 
-def motion_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def motion_blur(x: Picture, rng: Generator, radius: float, sigma: float) -> Picture:
     """The mean along a line behind each pixel, weighted by a half Gaussian, at an angle within 45 degrees."""
-    radius, sigma = c
     return _along(x, _length(radius, x), _length(sigma, x), rng.uniform(-45, 45))
 
 
-def zoom_blur(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def zoom_blur(x: Picture, rng: Generator, end: float, step: float) -> Picture:
     """The mean of the picture and of growing magnifications of it."""
-    zooms = np.arange(1, *c)
+    zooms = np.arange(1, end, step)
     return (x + sum(_zoomed(x, float(zoom)) for zoom in zooms)) / (len(zooms) + 1)
 
 
-def snow(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def snow(x: Picture, rng: Generator, *c: float) -> Picture:
     """Flakes that fall at an angle, over a whitened picture."""
     mean, std, zoom, least, radius, sigma, kept = c
     flakes = _zoomed(rng.normal(mean, std, size=(*x.shape[:2], 1)), zoom)
@@ -130,17 +129,15 @@ def snow(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
     return kept * x + (1 - kept) * np.maximum(x, luma * 1.5 + 0.5) + flakes + flakes[::-1, ::-1]
 
 
-def frost(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def frost(x: Picture, rng: Generator, own: float, ice: float) -> Picture:
     """Crystals over the picture, drawn as the ridges of a fractal (the paper has photographs of frost)."""
-    own, ice = c
     ridges = 1 - np.abs(2 * _fractal(x.shape[:2], 1.8, rng) - 1)
     tint = np.array([0.82, 0.92, 1.0]) if x.shape[2] == 3 else np.ones(1)
     return own * x + ice * (ridges**2)[..., None] * tint
 
 
-def fog(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def fog(x: Picture, rng: Generator, amount: float, decay: float) -> Picture:
     """A bright fractal over the picture, which loses contrast."""
-    amount, decay = c
     brightest = float(x.max())
     # ImageNet-C's wobble is a uniform draw within ±w times w, so that with w it falls by the square of the decay.
     cloud = _fractal(x.shape[:2], decay**2, rng)[..., None]
@@ -160,11 +157,11 @@ def contrast(x: Picture, rng: Generator, kept: float) -> Picture:
     return (x - mean) * kept + mean
 
 
-def elastic_transform(x: Picture, rng: Generator, c: tuple[float, ...]) -> Picture:
+def elastic_transform(x: Picture, rng: Generator, amount: float, sigma: float, affine: float) -> Picture:
     """A random affine map, and then each pixel moved along a smooth random field."""
     height, width = x.shape[:2]
     side = min(height, width)
-    amount, sigma, affine = (share * ELASTIC / SIDE for share in c)
+    amount, sigma, affine = (share * ELASTIC / SIDE for share in (amount, sigma, affine))
     center, reach = np.array([height, width]) / 2, side / 3
     corners = np.array([center + reach, center + reach * np.array([1, -1]), center - reach])
     moved = corners + rng.uniform(-affine * side, affine * side, size=corners.shape)
@@ -192,7 +189,7 @@ def jpeg_compression(x: Picture, rng: Generator, quality: int) -> Picture:
     return _levels(Image.open(file))
 
 
-CORRUPTIONS: dict[str, tuple[Callable[[Picture, Generator, Any], Picture], tuple[Any, ...]]] = {
+CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
     "gaussian_noise": (lambda x, rng, std: x + rng.normal(scale=std, size=x.shape), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": (lambda x, rng, photons: rng.poisson(x * photons) / photons, (60, 25, 12, 5, 3)),
     "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
