@@ -69,7 +69,7 @@ def _of(**changed: Any) -> dict[str, Any]:
         (TOLD | {"classes": ["red", "red"]}, "two classes have one name"),
         (TOLD | {"center": "x"}, "center is 'x'; expected a number"),
         (TOLD | {"center": None}, "center is None"),
-        (TOLD | {"center": 5}, "center is 5; expected a share"),
+        (TOLD | {"center": 5}, "center is 5; expected a number in (0, 1]"),
     ],
 )
 def test_what_a_file_of_weights_says_of_itself(
@@ -203,9 +203,9 @@ def test_a_place_that_nothing_can_be_written_to(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (f"[[{'9' * 5000}]]", "cannot be read as JSON"),
+        (f"[[{'9' * 5000}]]", "cannot be read: Exceeds the limit"),
         (json.dumps([["9" * 5000]]), "are not among the run's"),
-        (f"file,labels\n{'a' * 200_000},0\n", "cannot be read as CSV: field larger than field limit"),
+        (f"file,labels\n{'a' * 200_000},0\n", "cannot be read: field larger than field limit"),
     ],
     ids=["number", "text", "cell"],
 )

@@ -333,7 +333,7 @@ def test_shares_are_drawn_up_to_100_percent(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    robustness._bars_of({"": {"accuracy": 1.0}}, robustness.SUMMARY)(axes)
+    robustness._bars(axes, {"": {"accuracy": 1.0}}, robustness.SUMMARY)
     assert max(axes.get_xticks()) == 100
 
 

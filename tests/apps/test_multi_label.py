@@ -52,9 +52,13 @@ def test_a_larger_set_never_lowers_it_and_an_empty_one_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("predicted", "sets", "words"),
     [
-        (torch.tensor([0, 1]), [{0}], r"label sets for 1 examples, and predictions of shape \(2,\)"),
+        (
+            torch.tensor([0, 1]),
+            [{0}],
+            r"sets for 1 examples, 1 of them with a label, .* shape \(2,\)",
+        ),
         (torch.tensor([[0]]), [{0}], r"shape \(1, 1\)"),
-        (torch.tensor([0, 1]), [set(), set()], "none of the 2 examples has a label"),
+        (torch.tensor([0, 1]), [set(), set()], "2 examples, 0 of them with a label"),
     ],
 )
 def test_sets_that_do_not_fit(predicted: torch.Tensor, sets: list[set[int]], words: str) -> None:
@@ -99,7 +103,7 @@ def test_reals_list_goes_by_the_numbers_of_the_files(tmp_path: Path) -> None:
     names = [f"n0{number % 3}/ILSVRC2012_val_{number:08}.JPEG" for number in (7, 2, 9, 1)]
     sets = [[number % 3] if number % 2 else [] for number in range(1, 11)]
     assert read(tmp_path, sets, names=names) == ({1}, set(), {0}, {1})
-    with pytest.raises(MetaplError, match="list of 6 entries, and the numbers of 2 test files are greater: n01/ILSVRC"):
+    with pytest.raises(MetaplError, match="list of 6 entries, and a test file has the number 9"):
         read(tmp_path, sets[:6], names=names)
     with pytest.raises(
         MetaplError, match="list of 10 entries, and there are 5 test examples"
@@ -125,29 +129,35 @@ def test_indices_where_classes_are_called_by_numbers(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ([[0], [1]], "list of 2 entries, and there are 4 test examples"),
-        ([[0], [1], [2], [3]], r"1 of the 4 classes in it are not among the run's: 3; expected their names, or 0 to 2"),
+        (
+            [[0], [1], [2], [3]],
+            r"1 of the 4 classes .* not among the run's: 3; expected their names, .*, or 0 to 2",
+        ),
         ([[0], [-1], [2], []], "not among the run's: -1"),
         ([["cat"], ["cow"], ["2"], []], "2 of the 3 .*: 2, cow; expected their names, such as cat, dog, great owl"),
         ([[0], ["dog"], [], []], "1 of the 2 .*: 0; expected their names"),
         ([[0], 1, [], []], r"the entry of 1 is 1; expected a list of classes"),
         ([[0], [True], [], []], r"the entry of 1 is \[true\]"),
         ([[0], [0.5], [], []], r"the entry of 1 is \[0.5\]"),
-        ("[[0], [1]", "cannot be read as JSON"),
-        ({"cat/1.png": [0]}, r"no entry for 3 of the 4 test files: cat/2.png, dog/1.png, dog/deep/3.png; .* it: cat/1"),
+        ("[[0], [1]", "cannot be read: Expecting"),
+        (
+            {"cat/1.png": [0]},
+            r"3 of the 4 .*: cat/2.png has no entry, dog/1.png has .*3.png has no entry; .* it: cat/1",
+        ),
         (
             {"1.png": [0], "2.png": [], "3.png": []},
-            r"1 of its 3 names are those of several test files: 1.png of cat/1.png, dog/1.png; write",
+            r"2 of the 4 .*: cat/1.png has 1.png, as others have, dog/1.png has .*; .* with its folder",
         ),
-        ({"cat/2.png": [0], "2.png": [0]}, r"1 of the 4 test files have two entries: cat/2.png and 2.png are one"),
+        ({"cat/2.png": [0], "2.png": [0]}, r"of the 4 test files .*cat/2.png has cat/2.png, 2.png"),
         ('{"3.png": [0], "3.png": [1]}', "more than one entry of 3.png"),
         ({"cat/1.png": "cat"}, 'the entry of cat/1.png is "cat"'),
         ("file,labels\n3.png,cat\n3.png,dog\n", "more than one entry of 3.png"),
-        ("file,labels\n3.png,cat,dog\n", ":2: the row has not as many cells as the first; labels are separated by ;"),
-        ("file,labels\n3.png\n", ":2: the row has not as many cells"),
-        ("file,class\n3.png,cat\n", "begins with 'file,class'; expected CSV with the columns file and labels, or JSON"),
+        ("file,labels\n3.png,cat,dog\n", "line 2 has not as many cells as the first; labels are separated by ;"),
+        ("file,labels\n3.png\n", "line 2 has not as many cells"),
+        ("file,class\n3.png,cat\n", "begins with 'file,class'; expected JSON, or CSV with the columns file and labels"),
         ("file,labels\n3.png,cat dog\n", "not among the run's: cat dog"),
         ("", "begins with ''"),
-        ("file,labels\n", "no entry for 4 of the 4 test files: cat/1.png, cat/2.png, dog/1.png and 1 more"),
+        ("file,labels\n", "4 of the 4 test files .*: cat/1.png has no entry, .* and 1 more"),
     ],
 )
 def test_files_that_are_refused(content: Any, words: str, tmp_path: Path) -> None:
@@ -161,7 +171,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(MetaplError, match="cannot be read: No such file"):
         read_label_sets(tmp_path / "none", CLASSES, NAMES)
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(MetaplError, match="not text in UTF-8"):
+    with pytest.raises(MetaplError, match="utf-8"):
         read_label_sets(tmp_path / "bytes", CLASSES, NAMES)
-    with pytest.raises(MetaplError, match="the test examples of this run have no names; expected a JSON list"):
+    with pytest.raises(MetaplError, match="the test examples have no names; expected a JSON list"):
         read(tmp_path, {"1.png": [0]}, names=None)

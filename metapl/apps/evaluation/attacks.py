@@ -48,25 +48,18 @@ def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack,
     >>> attacked(line, torch.full((1, 1, 1, 1), 0.5), torch.tensor([0]), "fgsm", 51)
     tensor([[[[0.3000]]]])
     """
-    if attack not in ("fgsm", "pgd"):
-        raise MetaplError(f"there is no attack {attack!r}; expected 'fgsm' or 'pgd'.")
-    if not 0 <= eps <= LEVELS:
-        raise MetaplError(f"eps={eps}: expected 0 to {LEVELS}, in 1/{LEVELS} of the range from black to white.")
-    if not eps:
-        return images
+    if attack not in ("fgsm", "pgd") or not 0 <= eps <= LEVELS:
+        raise MetaplError(
+            f"attack {attack!r} with eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of 1/{LEVELS}."
+        )
     reach = eps / LEVELS
     steps, size = (1, reach) if attack == "fgsm" else (PGD_STEPS, reach / 4)
     least, most = (images - reach).clamp(min=0), (images + reach).clamp(max=1)
     moved = images
-    for _ in range(steps):
-        moved = torch.maximum(torch.minimum(moved + size * _direction(network, moved, labels), most), least)
+    for _ in range(steps if eps else 0):
+        at = moved.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            # The sum: the sign for a picture is the same in any batch.
+            (gradient,) = torch.autograd.grad(F.cross_entropy(network(at), labels, reduction="sum"), at)
+        moved = torch.maximum(torch.minimum(moved + size * gradient.sign(), most), least)
     return moved
-
-
-def _direction(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """The sign of the gradient of the loss in the pictures."""
-    at = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        # The sum: the sign for a picture is the same in any batch.
-        (gradient,) = torch.autograd.grad(F.cross_entropy(network(at), labels, reduction="sum"), at)
-    return gradient.sign()

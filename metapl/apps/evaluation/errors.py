@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
-from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+import numpy as np
+
+from metapl.apps.evaluation.corruptions import SEVERITIES
 from metapl.errors import MetaplError, few
 
 ALEXNET: Mapping[str, float] = {
@@ -68,12 +70,8 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
     >>> round(mean_corruption_error({name: [error] * 5 for name, error in ALEXNET.items()}), 6)
     100.0
     """
-    if set(errors) != set(CORRUPTIONS) or any(len(row) != len(SEVERITIES) for row in errors.values()):
-        wrong = sorted(set(CORRUPTIONS) ^ set(errors)) or [
-            name for name, row in errors.items() if len(row) != len(SEVERITIES)
-        ]
-        raise MetaplError(f"the mean corruption error takes 15 kinds in 5 severities each; not so: {few(wrong, 15)}.")
-    return 100 * statistics.fmean(statistics.fmean(errors[name]) / ALEXNET[name] for name in CORRUPTIONS)
+    whole = {name: fmean(row) for name, row in errors.items() if len(row) == len(SEVERITIES)}
+    return _relative("the mean corruption error takes 15 kinds in 5 severities each", whole, ALEXNET)
 
 
 def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) -> float:
@@ -96,21 +94,14 @@ def flip_probability(predictions: Sequence[Sequence[int]], perturbation: str) ->
     >>> flip_probability([[3, 7, 7, 7, 7]], "tilt"), flip_probability([[3, 7, 7, 7, 7]], "shot_noise")
     (0.25, 1.0)
     """
-    if not predictions or min(map(len, predictions)) < 2:
-        least = min(map(len, predictions), default=0)
+    least = min(map(len, predictions), default=0)
+    if least < 2:
         raise MetaplError(
             f"{perturbation}: {len(predictions):,} sequences, the shortest of {least} frames; expected at least one, "
             "and two frames in each."
         )
-    return statistics.fmean(
-        statistics.fmean(
-            one != other
-            for one, other in zip(
-                frames[1:], [frames[0]] * (len(frames) - 1) if perturbation in NOISES else frames[:-1], strict=True
-            )
-        )
-        for frames in predictions
-    )
+    sequences = map(np.asarray, predictions)
+    return fmean(np.mean(c[1:] != (c[0] if perturbation in NOISES else c[:-1])) for c in sequences)
 
 
 def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
@@ -129,6 +120,10 @@ def mean_flip_rate(probabilities: Mapping[str, float]) -> float:
     >>> round(mean_flip_rate(FLIPS_OF_ALEXNET), 6)
     100.0
     """
-    if wrong := sorted(set(FLIPS_OF_ALEXNET) ^ set(probabilities)):
-        raise MetaplError(f"the mean flip rate takes the 10 perturbations of ImageNet-P; not so: {few(wrong, 15)}.")
-    return 100 * statistics.fmean(p / FLIPS_OF_ALEXNET[name] for name, p in probabilities.items())
+    return _relative("the mean flip rate takes the 10 perturbations of ImageNet-P", probabilities, FLIPS_OF_ALEXNET)
+
+
+def _relative(expected: str, values: Mapping[str, float], alexnet: Mapping[str, float]) -> float:
+    if wrong := sorted(alexnet.keys() ^ values.keys()):
+        raise MetaplError(f"{expected}; not so: {few(wrong, 15)}.")
+    return 100 * fmean(values[name] / divisor for name, divisor in alexnet.items())

@@ -12,9 +12,9 @@ in which ImageNet's outputs are too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET, flip_probability, mean_corruption_error, mean_flip_rate
+from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET, flip_probability, mean_flip_rate
 from metapl.apps.evaluation.measure import Robustness
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
@@ -38,27 +38,24 @@ from metapl.runs.sealed import refuse_irregular
 
 IMAGENET_OUTPUTS = 1000
 
-IMAGENET_A = (
-    *(6, 11, 13, 15, 17, 22, 23, 27, 30, 37, 39, 42, 47, 50, 57, 70, 71, 76, 79, 89),
-    *(90, 94, 96, 97, 99, 105, 107, 108, 110, 113, 124, 125, 130, 132, 143, 144, 150, 151, 207, 234),
-    *(235, 254, 277, 283, 287, 291, 295, 298, 301, 306, 307, 308, 309, 310, 311, 313, 314, 315, 317, 319),
-    *(323, 324, 326, 327, 330, 334, 335, 336, 347, 361, 363, 372, 378, 386, 397, 400, 401, 402, 404, 407),
-    *(411, 416, 417, 420, 425, 428, 430, 437, 438, 445, 456, 457, 461, 462, 470, 472, 483, 486, 488, 492),
-    *(496, 514, 516, 528, 530, 539, 542, 543, 549, 552, 557, 561, 562, 569, 572, 573, 575, 579, 589, 606),
-    *(607, 609, 614, 626, 627, 640, 641, 642, 643, 658, 668, 677, 682, 684, 687, 701, 704, 719, 736, 746),
-    *(749, 752, 758, 763, 765, 768, 773, 774, 776, 779, 780, 786, 792, 797, 802, 803, 804, 813, 815, 820),
-    *(823, 831, 833, 835, 839, 845, 847, 850, 859, 862, 870, 879, 880, 888, 890, 897, 900, 907, 913, 924),
-    *(932, 933, 934, 937, 943, 945, 947, 951, 954, 956, 957, 959, 971, 972, 980, 981, 984, 986, 987, 988),
-)
+_OF_A = """
+6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124 125 130 132
+143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313 314 315 317 319 323 324
+326 327 330 334 335 336 347 361 363 372 378 386 397 400 401 402 404 407 411 416 417 420 425 428 430 437 438 445
+456 457 461 462 470 472 483 486 488 492 496 514 516 528 530 539 542 543 549 552 557 561 562 569 572 573 575 579
+589 606 607 609 614 626 627 640 641 642 643 658 668 677 682 684 687 701 704 719 736 746 749 752 758 763 765 768
+773 774 776 779 780 786 792 797 802 803 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888
+890 897 900 907 913 924 932 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
+"""
+IMAGENET_A = tuple(map(int, re.findall(r"\d+", _OF_A)))
 """Which of ImageNet's 1,000 outputs the 200 folders of ImageNet-A are, in the order of both: the mapping that its
 authors publish with their evaluation (hendrycks/natural-adv-examples on GitHub, eval.py)."""
 
 ARCHIVES = ("noise", "blur", "weather", "digital", "extra")
 """Folders in which the parts of ImageNet-C and ImageNet-P may lie: what their archives are called."""
 
-VIDEOS = (".mp4",)
-
-PICTURES_AT_ONCE = 64
+AT_ONCE = 64
+"""Pictures in a pass."""
 
 
 def is_imagenet(classes: Sequence[str]) -> bool:
@@ -93,10 +90,9 @@ class Pictures:
     def mode(self) -> Literal["RGB", "L"]:
         return "L" if self.grey else "RGB"
 
-    def read(self, path: Path, center: float | None = None) -> Tensor:
+    def read(self, path: Path) -> Tensor:
         """A picture, float32 (C, H, W) in [0, 1]."""
-        center = self.center if center is None else center
-        return in_unit_range(read_image(path, mode=self.mode, size=(self.side, self.side), center=center))
+        return in_unit_range(read_image(path, mode=self.mode, size=(self.side, self.side), center=self.center))
 
     def __str__(self) -> str:
         middle = "" if self.center == 1 else f", of which the middle {self.center:.1%} of the sides"
@@ -125,34 +121,34 @@ class Subject:
     skip: Callable[[str], None] = lambda reason: None
     progress: Callable[[int], None] = lambda done: None
 
-    def outputs_of(self, root: Path, folders: Sequence[str], published: Sequence[int] | None = None) -> list[int]:
+    def outputs_of(
+        self, root: Path, folders: Sequence[str], published: Sequence[int] = range(IMAGENET_OUTPUTS)
+    ) -> list[int]:
         """The output that each class folder is.
 
         Args:
             root: the data set, for errors.
             folders: names, sorted.
-            published: the outputs of the folders of the whole data set, in the order of their names; None: all.
+            published: the outputs of the folders of the whole data set, in the order of their names.
 
         Raises:
             MetaplError: neither their names nor their number say which they are.
         """
         known = {name: output for output, name in enumerate(self.classes or ())}
-        if known and set(folders) <= known.keys():
-            return [known[name] for name in folders]
-        expected = range(IMAGENET_OUTPUTS) if published is None else published
-        if self.imagenet and len(folders) == len(expected):
-            return list(expected)
-        unknown = [name for name in folders if name not in known]
-        mend = (
-            f"expected folders called as the network's classes ({few(known, 3)})"
-            if known
-            else "give the names of the network's classes, in the order of its outputs, by --classes FILE"
-        )
-        whole = f", or all {len(expected):,} folders of the data set" if self.imagenet else ""
-        raise MetaplError(
-            f"{root}: it is not known which of the network's {self.outputs:,} outputs {few(unknown, 3)} "
-            f"{'is' if len(unknown) == 1 else 'are'}; {mend}{whole}."
-        )
+        if unknown := [name for name in folders if name not in known]:
+            if self.imagenet and len(folders) == len(published):
+                return list(published)
+            names = (
+                f"folders called as the network's classes ({few(known, 3)})"
+                if known
+                else "their names by --classes FILE"
+            )
+            whole = f", or all {len(published):,} folders of the data set" * self.imagenet
+            raise MetaplError(
+                f"{root}: it is not known which of the network's {self.outputs:,} outputs {few(unknown, 3)} stand for; "
+                f"expected {names}{whole}."
+            )
+        return [known[name] for name in folders]
 
     def logits(self, x: Tensor) -> Tensor:
         """Of a batch of inputs, on the CPU."""
@@ -160,105 +156,38 @@ class Subject:
         with eval_mode(self.network), torch.inference_mode():
             return checks.logits(self.network(to_device(x, first.device)), "network").cpu()
 
-    def batches(
-        self, paths: Sequence[Path], labels: Sequence[int], center: float | None = None, before: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels of the files that can be read. ``before``: pictures done already."""
+    def batches(self, files: LabeledFiles, labels: Sequence[int], before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels of the files that can be read. ``before``: pictures done already.
+
+        Raises:
+            MetaplError: none can be.
+        """
 
         def read(path: Path) -> Tensor | UnreadableImage:
             try:
-                return self.pictures.read(path, center)
+                return self.pictures.read(path)
             except UnreadableImage as error:
                 return error
 
+        done, paths = before, list(map(Path, files.paths()))
         with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes without Python's lock
-            for start in range(0, len(paths), PICTURES_AT_ONCE):
-                rows = slice(start, start + PICTURES_AT_ONCE)
-                inputs, right = [], []
-                for x, y in zip(pool.map(read, paths[rows]), labels[rows], strict=True):
-                    if isinstance(x, UnreadableImage):
-                        self.skip(str(x))
-                    else:
-                        inputs.append(x)
-                        right.append(y)
-                if inputs:
-                    before += len(inputs)
-                    self.progress(before)
+            for start in range(0, len(paths), AT_ONCE):
+                rows = slice(start, start + AT_ONCE)
+                found = list(zip(pool.map(read, paths[rows]), labels[rows], strict=True))
+                for error in (x for x, _ in found if isinstance(x, UnreadableImage)):
+                    self.skip(str(error))
+                if readable := [(x, y) for x, y in found if isinstance(x, Tensor)]:
+                    done += len(readable)
+                    self.progress(done)
+                    inputs, right = zip(*readable, strict=True)
                     yield self.logits(torch.stack(inputs)), torch.tensor(right)
+        if done == before:
+            raise MetaplError(f"none of the {len(files):,} pictures in {files.root} can be read.")
 
-
-# ---------------------------------------------------------------------------------------------------------- ImageNet-A
-
-
-def imagenet_a(subject: Subject, root: Path) -> Evaluation:
-    """Accuracy and calibration on ImageNet-A, by the outputs of its classes alone.
-
-    Args:
-        subject: the network.
-        root: the folder with its 200 class folders.
-
-    Raises:
-        MetaplError: another folder, or none of its pictures can be read.
-
-    Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
-    """
-    files = _filled(scan_labeled(root))
-    outputs = subject.outputs_of(root, files.classes, IMAGENET_A)
-    found = list(subject.batches(_paths(files), files.labels))
-    if not found:
-        raise MetaplError(f"none of the {len(files):,} pictures in {root} can be read.")
-    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return evaluate_logits(logits[:, outputs], labels, files.classes)
-
-
-# ---------------------------------------------------------------------------------------------------------- ImageNet-C
-
-
-def imagenet_c(subject: Subject, root: Path) -> Robustness:
-    """Accuracies on the released pictures of ImageNet-C, by corruption and severity.
-
-    The mean corruption error is there where all 15 corruptions are, and the classes are ImageNet's.
-
-    Args:
-        subject: the network.
-        root: the folder with a folder for each corruption.
-
-    Raises:
-        MetaplError: no corruption is there, one has not its five severities, or none of its pictures can be read.
-
-    Source: Hendrycks and Dietterich (ICLR 2019), section 4.1.
-    """
-    folders = _parts(root, tuple(CORRUPTIONS), "ImageNet-C", "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
-    accuracies: dict[str, tuple[float, ...]] = {}
-    sets = {name: _severities(folder) for name, folder in folders.items()}
-    n = 0
-    for name, severities in sets.items():
-        shares = []
-        for files in severities:
-            outputs = subject.outputs_of(files.root, files.classes)
-            labels = [outputs[label] for label in files.labels]
-            right = total = 0
-            for logits, y in subject.batches(_paths(files), labels, 1.0, before=n):
-                right += int((logits.argmax(1) == y).sum())
-                total += len(y)
-            if not total:
-                raise MetaplError(f"none of the {len(files):,} pictures in {files.root} can be read.")
-            shares.append(right / total)
-            n += total
-        accuracies[name] = tuple(shares)
-    errors = {name: [1 - share for share in shares] for name, shares in accuracies.items()}
-    complete = subject.imagenet and errors.keys() == CORRUPTIONS.keys()
-    return Robustness(n, accuracies, {}, mean_corruption_error(errors) if complete else None)
-
-
-def _severities(folder: Path) -> list[LabeledFiles]:
-    missing = [severity for severity in SEVERITIES if not (folder / str(severity)).is_dir()]
-    if missing:
-        raise MetaplError(f"{folder} has no folder {few(missing)}; expected one for each severity, 1 to 5.")
-    return [_filled(scan_labeled(folder / str(severity))) for severity in SEVERITIES]
-
-
-# ---------------------------------------------------------------------------------------------------------- ImageNet-P
+    @property
+    def whole(self) -> Subject:
+        """The same, that looks at all of a picture."""
+        return replace(self, pictures=replace(self.pictures, center=1.0))
 
 
 @dataclass(frozen=True)
@@ -280,13 +209,56 @@ class Stability:
 
     def to_json(self) -> dict[str, Any]:
         """As ``evaluation.json`` has it."""
-        return {
-            "sequences": self.sequences,
-            "frames": self.frames,
-            "accuracy": self.accuracy,
-            "perturbations": {name: {"flip_probability": flips} for name, flips in self.flips.items()},
-            "mean_flip_rate": self.mean_flip_rate,
-        }
+        content = vars(self).copy()
+        content["perturbations"] = {name: {"flip_probability": flips} for name, flips in content.pop("flips").items()}
+        return content
+
+
+def imagenet_a(subject: Subject, root: Path) -> Evaluation:
+    """Accuracy and calibration on ImageNet-A, by the outputs of its classes alone.
+
+    Args:
+        subject: the network.
+        root: the folder with its 200 class folders.
+
+    Raises:
+        MetaplError: another folder, or none of its pictures can be read.
+
+    Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
+    """
+    files = _filled(root)
+    outputs = subject.outputs_of(root, files.classes, IMAGENET_A)
+    logits, labels = map(torch.cat, zip(*subject.batches(files, files.labels), strict=True))
+    return evaluate_logits(logits[:, outputs], labels, files.classes)
+
+
+def imagenet_c(subject: Subject, root: Path) -> Robustness:
+    """Accuracies on the released pictures of ImageNet-C, by corruption and severity.
+
+    The mean corruption error is there where all 15 corruptions are, and the classes are ImageNet's.
+
+    Args:
+        subject: the network.
+        root: the folder with a folder for each corruption.
+
+    Raises:
+        MetaplError: no corruption is there, one has not its five severities, or none of its pictures can be read.
+
+    Source: Hendrycks and Dietterich (ICLR 2019), section 4.1.
+    """
+    folders = _parts(root, CORRUPTIONS, "ImageNet-C", "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
+    sets = {name: [_filled(folder / str(severity)) for severity in SEVERITIES] for name, folder in folders.items()}
+    accuracies: dict[str, list[float]] = {name: [] for name in sets}
+    n = 0
+    for name, files in ((name, files) for name, severities in sets.items() for files in severities):
+        outputs = subject.outputs_of(files.root, files.classes)
+        right = total = 0
+        for logits, y in subject.whole.batches(files, [outputs[label] for label in files.labels], before=n):
+            right += int((logits.argmax(1) == y).sum())
+            total += len(y)
+        accuracies[name].append(right / total)
+        n += total
+    return Robustness.of(n, {name: tuple(shares) for name, shares in accuracies.items()}, {}, subject.imagenet)
 
 
 def imagenet_p(subject: Subject, root: Path) -> Stability:
@@ -302,26 +274,31 @@ def imagenet_p(subject: Subject, root: Path) -> Stability:
 
     Source: Hendrycks and Dietterich (ICLR 2019), section 4.2.
     """
-    folders = _parts(root, tuple(FLIPS_OF_ALEXNET), "ImageNet-P", "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
+    folders = _parts(root, FLIPS_OF_ALEXNET, "ImageNet-P", "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
     flips: dict[str, float] = {}
     sequences = frames = right = 0
     for name, folder in folders.items():
-        found = _sequences(folder)
-        classes = sorted({kind for kind, _ in found})
+        found = [path for kind in _visible(folder) if kind.is_dir() for path in _visible(kind)]
+        found = [path for path in found if path.is_dir() or path.suffix.lower() == ".mp4"]
+        if not found:
+            raise MetaplError(
+                f"{folder} has no sequence in it; expected a folder a class, of .mp4 or folders of frames."
+            )
+        classes = sorted({path.parent.name for path in found})
         output = dict(zip(classes, subject.outputs_of(folder, classes), strict=True))
         predictions: list[list[int]] = []
-        for kind, path in found:
+        for path in found:
+            taken: list[int] = []
+            inputs = _frames(path, subject.whole.pictures)
             try:
-                pieces = [
-                    subject.logits(torch.stack(part)).argmax(1) for part in _pieces(_frames(path, subject.pictures))
-                ]
+                while piece := list(islice(inputs, AT_ONCE)):
+                    taken += subject.logits(torch.stack(piece)).argmax(1).tolist()
             except UnreadableImage as error:
                 subject.skip(str(error))
                 continue
-            classes_of_frames = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-            predictions.append(classes_of_frames.tolist())
-            right += int((classes_of_frames == output[kind]).sum())
-            frames += len(classes_of_frames)
+            predictions.append(taken)
+            right += taken.count(output[path.parent.name])
+            frames += len(taken)
             subject.progress(frames)
         flips[name] = flip_probability(predictions, name)
         sequences += len(predictions)
@@ -329,29 +306,12 @@ def imagenet_p(subject: Subject, root: Path) -> Stability:
     return Stability(sequences, frames, right / frames, flips, mean_flip_rate(flips) if complete else None)
 
 
-def _sequences(folder: Path) -> list[tuple[str, Path]]:
-    """The class and the place of each sequence: a video, or a folder of frames."""
-    found = [
-        (kind.name, path)
-        for kind in _visible(folder)
-        if kind.is_dir()
-        for path in _visible(kind)
-        if path.is_dir() or path.suffix.lower() in VIDEOS
-    ]
-    if not found:
-        raise MetaplError(
-            f"{folder} has no sequence in it; expected one folder a class, with videos ({few(VIDEOS)}) or folders of "
-            "frames."
-        )
-    return found
-
-
 def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
-    """The frames of a sequence in their order, as inputs."""
+    """The frames of a sequence in their order, as inputs: a folder's by the numbers in their names, 9 before 10."""
     if path.is_dir():
-        # By the numbers in their names: img10.png comes after img9.png.
-        files = sorted((file for file in _visible(path) if file.suffix.lower() in SUFFIXES), key=_by_number)
-        yield from (pictures.read(file, 1.0) for file in files)
+        files = [file for file in _visible(path) if file.suffix.lower() in SUFFIXES]
+        numbered = {file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)] for file in files}
+        yield from map(pictures.read, sorted(files, key=numbered.__getitem__))
         return
     try:
         refuse_irregular(path)  # to open a pipe waits for ever
@@ -374,29 +334,9 @@ def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
         raise UnreadableImage(path, f"the video cannot be decoded ({reason_of(error)})") from error
 
 
-def _by_number(file: Path) -> list[Any]:
-    """
-    >>> sorted([Path("img10.png"), Path("img9.png")], key=_by_number)[0].name
-    'img9.png'
-    """
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
-
-
-def _pieces(frames: Iterator[Tensor]) -> Iterator[list[Tensor]]:
-    while piece := list(islice(frames, PICTURES_AT_ONCE)):
-        yield piece
-
-
-# --------------------------------------------------------------------------------------------------------------- tools
-
-
-def _parts(root: Path, names: Sequence[str], kind: str, example: str) -> dict[str, Path]:
+def _parts(root: Path, names: Iterable[str], kind: str, example: str) -> dict[str, Path]:
     """The folders of a data set's parts that are there, in the order of ``names``."""
-    if not root.is_dir():
-        raise MetaplError(
-            f"{root} {'is a file' if root.exists() else 'does not exist'}; expected the folder of {kind}."
-        )
-    places = (root, *(root / archive for archive in ARCHIVES))
+    places = [root / archive for archive in ("", *ARCHIVES)]
     found = {name: place / name for name in names for place in places if (place / name).is_dir()}
     if not found:
         raise MetaplError(f"{root} has none of the folders of {kind}, {few(names, 20)}; expected {root / example}.")
@@ -407,22 +347,15 @@ def _visible(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise MetaplError(
-            f"{folder} cannot be listed: {error.strerror}; expected a folder that can be read."
-        ) from error
+        raise MetaplError(f"{folder} cannot be listed: {error.strerror}.") from error
 
 
-def _filled(files: LabeledFiles) -> LabeledFiles:
+def _filled(root: Path) -> LabeledFiles:
     """A set each of whose class folders has a picture: of one that is half unpacked, the figures would be others."""
-    labels = {*files.labels}
-    empty = [name for label, name in enumerate(files.classes) if label not in labels]
-    if empty:
-        folders = f"{len(empty):,} class folder{'s' * (len(empty) != 1)}"
+    files = scan_labeled(root)
+    if empty := [files.classes[label] for label in sorted({*range(len(files.classes))} - {*files.labels})]:
         raise MetaplError(
-            f"{files.root} has {folders} without a picture: {few(empty)}; unpack the set again, or remove them."
+            f"{root} has {len(empty):,} class folder{'s' * (len(empty) != 1)} without a picture: {few(empty)}; unpack "
+            "the set again, or remove them."
         )
     return files
-
-
-def _paths(files: LabeledFiles) -> list[Path]:
-    return [Path(path) for path in files.paths()]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,25 +35,31 @@ class Robustness:
     attacks: dict[str, dict[str, float]]
     mean_corruption_error: float | None = None
 
+    @classmethod
+    def of(
+        cls, n: int, corruptions: dict[str, tuple[float, ...]], attacks: dict[str, dict[str, float]], imagenet: bool
+    ) -> Robustness:
+        """With mCE where all 15 kinds are there and the classes are ImageNet's."""
+        complete = imagenet and corruptions.keys() == CORRUPTIONS.keys()
+        errors = {name: [1 - accuracy for accuracy in accuracies] for name, accuracies in corruptions.items()}
+        return cls(n, corruptions, attacks, mean_corruption_error(errors) if complete else None)
+
     @property
     def mean_corrupted_accuracy(self) -> float | None:
         """The plain mean over all kinds and severities."""
-        means = [statistics.fmean(accuracies) for accuracies in self.corruptions.values()]
-        return statistics.fmean(means) if means else None
+        return fmean(map(fmean, self.corruptions.values())) if self.corruptions else None
 
     def to_json(self) -> dict[str, Any]:
         """As ``evaluation.json`` has it."""
-        content: dict[str, Any] = {}
-        if self.corruptions:
-            content["corruptions"] = {
-                name: {"error": 1 - statistics.fmean(accuracies), "accuracy_by_severity": list(accuracies)}
-                for name, accuracies in self.corruptions.items()
-            }
-            content["mean_corrupted_accuracy"] = self.mean_corrupted_accuracy
-            content["mean_corruption_error"] = self.mean_corruption_error
-        if self.attacks:
-            content["attacks"] = self.attacks
-        return content
+        content: dict[str, Any] = {"attacks": self.attacks} if self.attacks else {}
+        if not self.corruptions:
+            return content
+        by_kind = {
+            name: {"error": 1 - fmean(accuracies), "accuracy_by_severity": list(accuracies)}
+            for name, accuracies in self.corruptions.items()
+        }
+        means = {name: getattr(self, name) for name in ("mean_corrupted_accuracy", "mean_corruption_error")}
+        return {"corruptions": by_kind} | means | content
 
 
 def measure(
@@ -65,7 +71,7 @@ def measure(
     eps: Sequence[float] = (),
     imagenet: bool = False,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Robustness:
     """Accuracies on corrupted and on attacked pictures.
 
@@ -85,9 +91,15 @@ def measure(
         MetaplError: there are no pictures, or what is given are not pictures.
     """
     device = next(network.parameters()).device
-    corruptions, attacks, eps = [*dict.fromkeys(corruptions)], [*dict.fromkeys(attacks)], [*dict.fromkeys(eps)]
+    damages = dict.fromkeys((name, severity) for name in corruptions for severity in SEVERITIES)
+    reaches = dict.fromkeys((attack, float(reach)) for attack in attacks for reach in eps)
     right: Counter[tuple[str, float]] = Counter()
     n = 0
+
+    def count(x: Tensor, y: Tensor) -> int:
+        with torch.inference_mode():
+            return int((checks.logits(network(x), "network").argmax(-1) == y).sum())
+
     with eval_mode(network):
         for x, y in batches:
             if x.ndim != 4 or x.shape[1] not in (1, 3):
@@ -96,37 +108,16 @@ def measure(
                     f"{tuple(x.shape)}."
                 )
             x, y = x.to(device), y.to(device)
-            for name in corruptions:
-                for severity in SEVERITIES:
-                    right[name, severity] += _right(network, corrupted(x, name, severity, seed=seed, first=n), y)
-            for attack in attacks:
-                for reach in eps:
-                    right[attack, reach] += _right(network, attacked(network, x, y, attack, reach), y)
+            for name, severity in damages:
+                right[name, severity] += count(corrupted(x, name, severity, seed=seed, first=n), y)
+            for attack, reach in reaches:
+                right[attack, reach] += count(attacked(network, x, y, attack, reach), y)
             n += len(y)
-            if progress is not None:
-                progress(n)
+            progress(n)
     if not n:
         raise MetaplError("there are no pictures to measure on; expected at least one.")
-    found = {name: tuple(right[name, severity] / n for severity in SEVERITIES) for name in corruptions}
-    errors = {name: [1 - accuracy for accuracy in accuracies] for name, accuracies in found.items()}
-    return Robustness(
-        n,
-        found,
-        {attack: {_named(reach): right[attack, reach] / n for reach in eps} for attack in attacks},
-        mean_corruption_error(errors) if imagenet and errors.keys() == CORRUPTIONS.keys() else None,
-    )
-
-
-def _named(eps: float) -> str:
-    """An ε as a key, which names no other one.
-
-    >>> _named(2.0), _named(1.2345678)
-    ('2', '1.2345678')
-    """
-    short = f"{eps:g}"
-    return short if float(short) == eps else repr(float(eps))
-
-
-def _right(network: nn.Module, x: Tensor, y: Tensor) -> int:
-    with torch.inference_mode():
-        return int((checks.logits(network(x), "network").argmax(-1) == y).sum())
+    found = {name: tuple(right[name, severity] / n for severity in SEVERITIES) for name, _ in damages}
+    by_eps: dict[str, dict[str, float]] = {attack: {} for attack, _ in reaches}
+    for attack, reach in reaches:
+        by_eps[attack][repr(reach).removesuffix(".0")] = right[attack, reach] / n
+    return Robustness.of(n, found, by_eps, imagenet)

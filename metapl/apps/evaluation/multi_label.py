@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Sequence, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,11 +20,6 @@ from metapl.runs.sealed import read_plain
 
 Label = int | str
 LabelSets = tuple[frozenset[int], ...]
-
-COLUMNS = ("file", "labels")
-"""Of label sets in CSV."""
-
-BETWEEN_LABELS = ";"
 
 _few = partial(few, most=3, longest=60)
 
@@ -69,14 +64,13 @@ def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) ->
 
     Beyer et al. 2020, "Are we done with ImageNet?", section 3.1: ReaL accuracy.
     """
-    if predicted_N.shape != (len(label_sets),):
+    if predicted_N.shape != (len(label_sets),) or not any(label_sets):
         raise MetaplError(
-            f"there are label sets for {len(label_sets):,} examples, and predictions of shape "
-            f"{tuple(predicted_N.shape)}; expected as many of one as of the other, in the same order."
+            f"there are label sets for {len(label_sets):,} examples, {sum(map(bool, label_sets)):,} of them with a "
+            f"label, and predictions of shape {tuple(predicted_N.shape)}; expected as many predictions as sets, in the "
+            "same order, and at least one label."
         )
     hits = [label in labels for label, labels in zip(predicted_N.tolist(), label_sets, strict=True) if labels]
-    if not hits:
-        raise MetaplError(f"none of the {len(label_sets):,} examples has a label; expected at least one.")
     return MultiLabelAccuracy(sum(hits) / len(hits), len(hits), len(label_sets) - len(hits))
 
 
@@ -104,168 +98,91 @@ def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | N
         MetaplError: a file in no such form, test examples without an entry or with two, a name that several have, or
             classes that are unknown or can be read in two ways.
     """
-    entries = _parsed(path)
-    lists = entries.values() if isinstance(entries, dict) else entries
-    index = _indices(path, {label for labels in lists for label in labels}, classes)
-    in_order = _by_name(path, entries, names) if isinstance(entries, dict) else _by_position(path, entries, names)
+    try:
+        text = read_plain(path).decode("utf-8-sig")
+        if text.lstrip()[:1] in ("[", "{"):
+            entries = json.loads(text, object_pairs_hook=_once_each)
+        else:
+            entries = _once_each(_rows(text))
+        keyed = entries if isinstance(entries, dict) else dict(enumerate(entries))
+        for where, labels in keyed.items():
+            if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
+                raise ValueError(f"the entry of {where} is {_few([json.dumps(labels)])}; expected a list of classes")
+        index = _indices({label for labels in keyed.values() for label in labels}, classes)
+        in_order = _by_name(entries, names) if isinstance(entries, dict) else _by_position(entries, names)
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise MetaplError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     return tuple(frozenset(index[label] for label in labels) for labels in in_order)
 
 
-# ---------------------------------------------------------------------------------------------------------- the forms
-
-
-def _parsed(path: Path) -> list[list[Label]] | dict[str, list[Label]]:
-    try:
-        text = read_plain(path).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise MetaplError(f"{path} cannot be read: {reason}.") from error
-    if text.lstrip()[:1] in ("[", "{"):
-        return _from_json(path, text)
-    try:
-        return _from_csv(path, text)
-    except csv.Error as error:  # a cell of more than 128 KiB, which a quote that is not closed makes
-        raise MetaplError(
-            f"{path} cannot be read as CSV: {error}; expected the columns {' and '.join(COLUMNS)}, and each quote "
-            "closed."
-        ) from error
-
-
-def _from_json(path: Path, text: str) -> list[list[Label]] | dict[str, list[Label]]:
-    try:
-        entries = json.loads(text, object_pairs_hook=lambda pairs: _once_each(path, pairs))
-    except (ValueError, RecursionError) as error:  # whole numbers of 5,000 digits are not read
-        raise MetaplError(f"{path} cannot be read as JSON: {error}.") from error
-    for where, labels in entries.items() if isinstance(entries, dict) else enumerate(entries):
-        if not isinstance(labels, list) or any(type(label) not in (int, str) for label in labels):
-            raise MetaplError(
-                f"{path}: the entry of {where} is {_few([json.dumps(labels)])}; expected a list of classes, such as "
-                "[3, 7], and [] for none."
-            )
-    return entries  # type: ignore[no-any-return]  # just checked
-
-
-def _from_csv(path: Path, text: str) -> dict[str, list[Label]]:
+def _rows(text: str) -> Iterator[tuple[str, list[Label]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not set(COLUMNS) <= set(reader.fieldnames or ()):
-        raise MetaplError(
-            f"{path} begins with {_few([text.partition(chr(10))[0]])!r}; expected CSV with the columns "
-            f"{' and '.join(COLUMNS)}, or JSON."
-        )
-    pairs = []
+    if not {"file", "labels"} <= set(reader.fieldnames or ()):
+        first = text.partition("\n")[0]
+        raise ValueError(f"it begins with {_few([first])!r}; expected JSON, or CSV with the columns file and labels")
     for row in reader:
         if None in row or None in row.values():
-            raise MetaplError(
-                f"{path}:{reader.line_num}: the row has not as many cells as the first; labels are separated by "
-                f"{BETWEEN_LABELS}, and what has a comma in it stands in quotes."
-            )
-        labels: list[Label] = [part.strip() for part in row["labels"].split(BETWEEN_LABELS) if part.strip()]
-        pairs.append((row["file"].strip(), labels))
-    return _once_each(path, pairs)
+            raise ValueError(f"line {reader.line_num} has not as many cells as the first; labels are separated by ;")
+        yield row["file"].strip(), [part.strip() for part in row["labels"].split(";") if part.strip()]
 
 
-def _once_each(path: Path, pairs: Sequence[tuple[str, list[Label]]]) -> dict[str, list[Label]]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise MetaplError(f"{path} has more than one entry of {_few(repeated)}; expected one, with all the labels.")
-    return entries
+def _once_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    pairs = list(pairs)
+    if repeated := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"it has more than one entry of {_few(repeated)}; expected one, with all the labels")
+    return dict(pairs)
 
 
-# ---------------------------------------------------------------------------------------------------- which class it is
-
-
-def _indices(path: Path, labels: Set[Label], classes: Sequence[str]) -> dict[Label, int]:
-    """The index of each class that occurs in a file."""
+def _indices(labels: Set[Label], classes: Sequence[str]) -> dict[Label, int]:
+    """The index of each class that occurs in a file: all by name, or all by number."""
     by_name: dict[Label, int] = {name: index for index, name in enumerate(classes)}
     if labels <= by_name.keys():
-        return {label: by_name[label] for label in labels}
+        return by_name
     numbers = {label: int(label) for label in labels if isinstance(label, int) or re.fullmatch("[0-9]{1,9}", label)}
-    if len(numbers) < len(labels):
-        unknown, expected = labels - by_name.keys(), f"their names, such as {_few(classes)}"
-    else:
-        unknown = {label for label, number in numbers.items() if not 0 <= number < len(classes)}
-        expected = f"their names, or 0 to {len(classes) - 1}"
-    if unknown:
-        raise MetaplError(
-            f"{path}: {len(unknown):,} of the {len(labels):,} classes in it are not among the run's: "
-            f"{_few(sorted(unknown, key=str))}; expected {expected}."
+    unknown = {label for label, number in numbers.items() if not 0 <= number < len(classes)}
+    if unknown := unknown if len(numbers) == len(labels) else labels - by_name.keys():
+        raise ValueError(
+            f"{len(unknown):,} of the {len(labels):,} classes in it are not among the run's: "
+            f"{_few(sorted(unknown, key=str))}; expected their names, such as {_few(classes)}, or 0 to "
+            f"{len(classes) - 1}, all alike"
         )
-    two = sorted((x for x, number in numbers.items() if by_name.get(str(x), number) != number), key=str)
-    if two:
-        label, index = two[0], numbers[two[0]]
-        raise MetaplError(
-            f"{path}: {len(two):,} of the {len(numbers):,} classes can be read in two ways: {label} is the index of "
-            f'{classes[index]!r} and the name of another class; expected names alone, in JSON in quotes: "{label}".'
+    if two := sorted((x for x, number in numbers.items() if by_name.get(str(x), number) != number), key=str):
+        raise ValueError(
+            f"{len(two):,} of the {len(numbers):,} classes can be read in two ways: {two[0]} is the index of "
+            f"{classes[numbers[two[0]]]!r} and the name of another class; expected names alone"
         )
     return numbers
 
 
-# ------------------------------------------------------------------------------------------------ whose labels they are
-
-
-def _by_position(path: Path, labels: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
-    numbers = _ilsvrc_numbers(names or ())
-    if numbers is None:
-        if names is not None and len(names) != len(labels):
-            raise MetaplError(
-                f"{path} is a list of {len(labels):,} entries, and there are {len(names):,} test examples; expected "
-                "one entry for each, in their order, or an object by file name."
-            )
-        return labels
-    beyond = [name for name, number in zip(names or (), numbers, strict=True) if number > len(labels)]
-    if beyond:
-        raise MetaplError(
-            f"{path} is a list of {len(labels):,} entries, and the numbers of {len(beyond):,} test files are greater: "
-            f"{_few(beyond)}; expected ReaL's own list of 50,000, or an object by file name."
-        )
-    return [labels[number - 1] for number in numbers]
-
-
-def _ilsvrc_numbers(names: Sequence[str]) -> list[int] | None:
-    """The numbers in the names, where each is called as a validation picture of ILSVRC 2012; they begin with 1.
-
-    >>> _ilsvrc_numbers(["n01440764/ILSVRC2012_val_00000293.JPEG"]), _ilsvrc_numbers(["cat/1.png"])
-    ([293], None)
-    """
-    matches = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names]
+def _by_position(entries: list[list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+    matches = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", PurePosixPath(name).stem) for name in names or ()]
     numbers = [int(match[1]) for match in matches if match]
-    return numbers if names and len(numbers) == len(names) and min(numbers) > 0 else None
+    if not numbers or len(numbers) < len(matches) or min(numbers) < 1:
+        numbers = list(range(1, 1 + len(entries if names is None else names)))
+        if len(numbers) != len(entries):
+            raise ValueError(f"it is a list of {len(entries):,} entries, and there are {len(numbers):,} test examples")
+    if max(numbers, default=0) > len(entries):
+        raise ValueError(f"it is a list of {len(entries):,} entries, and a test file has the number {max(numbers)}")
+    return [entries[number - 1] for number in numbers]
 
 
-def _by_name(path: Path, labels: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+def _by_name(entries: dict[str, list[Label]], names: Sequence[str] | None) -> list[list[Label]]:
+    """The entry of each test file, by its whole name, or by its last part where that is not another's whole name."""
     if names is None:
-        raise MetaplError(
-            f"{path} has labels by file name, and the test examples of this run have no names; expected a JSON list "
-            "of lists, in the order of the test set."
+        raise ValueError("its labels are by file name, and the test examples have no names; expected a JSON list")
+    known, lasts = set(names), Counter(PurePosixPath(name).name for name in names)
+    found, faults = [], []
+    for name in names:
+        last = PurePosixPath(name).name
+        own = [key for key in {name: 0, last: 0} if key in entries and (key == name or key not in known)]
+        shared = name not in own and lasts[last] > 1
+        if len(own) != 1 or shared:
+            faults.append(f"{name} has {_few(own) if own else 'no entry'}{', as others have' * (shared and bool(own))}")
+        found.append(own[0] if own else "")
+    if faults:
+        raise ValueError(
+            f"{len(faults):,} of the {len(names):,} test files do not have an entry each of their own: {_few(faults)}; "
+            "expected one by the name with its folder, and an empty list where no label is right; the names in it: "
+            f"{_few(entries)}"
         )
-    positions: defaultdict[str, list[int]] = defaultdict(list)
-    by_last_part: defaultdict[str, list[int]] = defaultdict(list)
-    for position, name in enumerate(names):
-        positions[name].append(position)
-        by_last_part[PurePosixPath(name).name].append(position)
-    at = {name: positions.get(name) or by_last_part.get(name, []) for name in labels}
-    shared = [name for name, several in at.items() if len(several) > 1]
-    if shared:
-        ours = _few(names[position] for position in at[shared[0]])
-        raise MetaplError(
-            f"{path}: {len(shared):,} of its {len(labels):,} names are those of several test files: {shared[0]} of "
-            f"{ours}; write them with their folder."
-        )
-    entries: list[list[str]] = [[] for _ in names]
-    for name, single in at.items():
-        for position in single:
-            entries[position].append(name)
-    repeated = [entry for entry in entries if len(entry) > 1]
-    if repeated:
-        raise MetaplError(
-            f"{path}: {len(repeated):,} of the {len(names):,} test files have two entries: "
-            f"{' and '.join(repeated[0])} are one; expected one, with all the labels."
-        )
-    missing = [name for name, entry in zip(names, entries, strict=True) if not entry]
-    if missing:
-        raise MetaplError(
-            f"{path} has no entry for {len(missing):,} of the {len(names):,} test files: {_few(missing)}; expected "
-            f"these names, with an empty list of labels where none is right. The names in it: {_few(labels)}."
-        )
-    return [labels[name] for (name,) in entries]
+    return [entries[name] for name in found]

@@ -20,7 +20,7 @@ from metapl.words import shown
 
 WEIGHTS, CARD = "model.safetensors", "MODEL_CARD.md"
 
-_CARD = Template("""\
+_CARD = """\
 # $title
 
 A classifier trained with metapl.
@@ -48,7 +48,7 @@ $recipe
 ## Versions
 
 $versions
-$notes""")
+$notes"""
 
 _LOADING = {
     PROGRAM: f'''\
@@ -107,13 +107,10 @@ def predict(images):
 """A section for each file, in their order; whichever code is run, ``predict`` is the same."""
 
 _NORMALIZE = """\
-    mean = torch.tensor($mean).view(-1, 1, 1)
-    std = torch.tensor($std).view(-1, 1, 1)
+    mean = torch.tensor({mean}).view(-1, 1, 1)
+    std = torch.tensor({std}).view(-1, 1, 1)
     images = (images - mean) / std
 """
-
-_SPELLED = (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout)
-"""Layers whose text is the code that makes them."""
 
 
 def render(
@@ -132,85 +129,68 @@ def render(
         architecture: what builds it; None for a network of a user's own.
         digests: SHA-256 of each file by its name.
     """
-    name, summary = "A network", []
+    name, library, summary = "A network", "torch", []
+    needs, building = "`build_network()` stands for the code that builds the network.", "model = build_network()"
     if architecture is not None:
-        name, side = architecture.name, architecture.image_size
+        name, library, side = architecture.name, architecture.library, architecture.image_size
         size = "" if side is None else f" of {side}x{side} pixels"
         takes = f"pictures{size} with {architecture.in_channels} channels, {architecture.num_classes} classes"
         summary.append(f"- Network: `{name}`, {takes}")
+        building = architecture.code()
+    elif type(module) is nn.Sequential and all(
+        type(layer) in (nn.Flatten, nn.Linear, nn.ReLU, nn.Dropout) for layer in module
+    ):  # their text is the code that makes them
+        building = "model = torch.nn.Sequential(\n" + "".join(f"    torch.nn.{layer},\n" for layer in module) + ")"
+    if "build_network" not in building:
+        needs = f"This needs {library} and safetensors; metapl itself is not needed."
+    if library == "metapl":
+        needs = "This needs metapl and safetensors."
     summary.append(f"- Weights: {sum(p.numel() for p in module.parameters()):,} parameters")
     summary += [f"- `{file}`: SHA-256 `{digest}`" for file, digest in digests.items()]
     if normalization is None:
         summary.append("- Normalization: none; the network takes pictures in the range that it was trained on")
     else:
-        by = Template("mean $mean, std $std").substitute(normalization)
+        by = "mean {mean}, std {std}".format(**normalization)
         summary.append(f"- Normalization: (x - mean) / std per channel of pictures in [0, 1], {by}")
     if card.get("classes") is not None:
         summary.append(f"- Classes, in the order of the outputs: {', '.join(map(_text, card['classes']))}")
+    imports = {"import metapl.apps.networks" if library == "metapl" else f"import {library}", "import torch"}
+    code = {
+        "torch": torch.__version__.partition("+")[0],
+        "takes": "in the range of the training" if normalization is None else "in [0, 1]",
+        "needs": needs,
+        "imports": "\n".join([*sorted(imports), "from safetensors.torch import load_file"]),
+        "building": building,
+        "normalize": "" if normalization is None else _NORMALIZE.format(**normalization),
+    }
+    versions = {"python": platform.python_version()}
+    for package in ("metapl", "torch", "safetensors", library, *(("onnx", "onnxscript") if ONNX in digests else ())):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     data = card["data_hash"]
-    code = _code(module, normalization, architecture)
-    return _CARD.substitute(
+    return Template(_CARD).substitute(
         title=_text(card.get("title") or name),
         summary="\n".join(summary),
         loading="\n\n".join(Template(text).substitute(code) for file, text in _LOADING.items() if file in digests),
         metrics=_table("metric", card["metrics"]),
         data=_table("part", data) if isinstance(data, Mapping) else f"Hash of the data: `{data}`",
         recipe=json.dumps(card["recipe"], indent=2, sort_keys=True, default=str),
-        versions=_table("package", _versions(architecture, digests)),
+        versions=_table("package", versions),
         notes=f"\n## Notes\n\n{card['notes']}\n" if card.get("notes") else "",
     )
 
 
-def _code(
-    module: nn.Module, normalization: Mapping[str, list[float]] | None, architecture: Architecture | None
-) -> dict[str, str]:
-    """What the templates of the code leave open."""
-    library = "torch" if architecture is None else architecture.library
-    imports, needs = f"import {library}", f"This needs {library} and safetensors; metapl itself is not needed."
-    if library == "metapl":
-        imports, needs = "import metapl.apps.networks", "This needs metapl and safetensors."
-    if architecture is not None:
-        building = architecture.code()
-    elif type(module) is nn.Sequential and all(type(layer) in _SPELLED for layer in module):
-        layers = "".join(f"    torch.nn.{layer},\n" for layer in module)
-        building = f"model = torch.nn.Sequential(\n{layers})"
-    else:
-        building, needs = "model = build_network()", "`build_network()` stands for the code that builds the network."
-    return {
-        "torch": torch.__version__.partition("+")[0],
-        "takes": "in the range of the training" if normalization is None else "in [0, 1]",
-        "needs": needs,
-        "imports": "\n".join([*sorted({imports, "import torch"}), "from safetensors.torch import load_file"]),
-        "building": building,
-        "normalize": "" if normalization is None else Template(_NORMALIZE).substitute(normalization),
-    }
-
-
 def _table(head: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in values.items()]
-    return "\n".join([f"| {head} | value |", "|---|---|", *rows])
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    # A hash stands between backquotes.
-    return shown(text).replace("|", "\\|") if re.fullmatch("`[0-9a-z:]*`", text) else _text(text)
+    texts = [(name, f"{value:.6g}" if isinstance(value, float) else str(value)) for name, value in values.items()]
+    return "\n".join([f"| {head} | value |", "|---|---|", *(f"| {_text(a)} | {_text(b)} |" for a, b in texts)])
 
 
 def _text(value: object) -> str:
-    r"""A name or a value in the card's text, where nothing of it is taken for Markdown or HTML.
+    r"""A name or a value in the card's text, where nothing of it is taken for Markdown or HTML; a hash may stand
+    between backquotes.
 
-    >>> _text("<b>|a*b[c]"), _text("n02012849_x")
-    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')
+    >>> _text("<b>|a*b[c]"), _text("n02012849_x"), _text("`sha256:01ab`")
+    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x', '`sha256:01ab`')
     """
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(value).replace("\n", " "))
-
-
-def _versions(architecture: Architecture | None, digests: Mapping[str, str]) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    library = [] if architecture is None else [architecture.library]
-    onnx = ["onnx", "onnxscript"] if ONNX in digests else []
-    for package in dict.fromkeys(("metapl", "torch", "safetensors", *library, *onnx)):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+    text = shown(value).replace("\n", " ")
+    return text if re.fullmatch("`[0-9a-z:]*`", text) else re.sub(r"([\\`*\[\]<>|])", r"\\\1", text)

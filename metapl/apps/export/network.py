@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +26,17 @@ from metapl.apps.export.programs import ONNX, PROGRAM, programs
 from metapl.apps.networks import Architecture, Normalized, normalized
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.atomic import replacing
-from metapl.runs.fields import misfit_entries
+from metapl.runs.fields import Range, misfit_entries
 
-_REQUIRED = ("recipe", "data_hash", "metrics")
-_OPTIONAL = ("title", "classes", "notes", "center")
+_REQUIRED, _OPTIONAL = ("recipe", "data_hash", "metrics"), ("title", "classes", "notes", "center")
+
+_METADATA: dict[str, Any] = {
+    "architecture": Architecture | None,
+    "normalization": dict[str, list[float]] | None,
+    "classes": list[str] | None,
+    "center": Annotated[float, Range(above=0, most=1)],
+}
+"""What :func:`export` tells of weights, with types."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,7 @@ def export(
     folder = Path(path)
     module, normalization = _unwrapped(model)
     state = module.state_dict()
-    fault = _fault_of_card(card, architecture) or _fault_of_folder(folder, shape, onnx)
-    fault = fault or _fault_of_weights(state, architecture)
-    if fault is not None:
+    for fault in _faults(card, architecture, state, folder, shape is not None, onnx):
         raise MetaplError(fault)
     classes, center = card.get("classes"), card.get("center", 1.0)
     metadata = ({} if center == 1.0 else {"center": center}) | {
@@ -118,8 +123,7 @@ def export(
     # One entry, for safetensors writes several in an order that changes from call to call.
     files = {WEIGHTS: save(plain, {"metapl": json.dumps(metadata, sort_keys=True)})}
     if shape is not None:
-        whole = module if normalization is None else normalized(module, **normalization)
-        files |= programs(whole, shape, onnx)
+        files |= programs(module if normalization is None else normalized(module, **normalization), shape, onnx)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files[CARD] = render(card, module, normalization, architecture, digests).encode()
     try:
@@ -140,7 +144,9 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | No
         if isinstance(model, Normalized):
             if normalization is not None:
                 raise MetaplError("export got a network that is normalized twice; expected one normalization.")
-            normalization = {"mean": _numbers(model.mean), "std": _numbers(model.std)}
+            pairs = {name: t.detach().flatten().float().cpu().numpy() for name, t in model.named_buffers(recurse=False)}
+            # The shortest decimals that give the same float32 numbers.
+            normalization = {name: [float(str(x)) for x in pairs[name]] for name in ("mean", "std")}
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = model.get_submodule("_orig_mod")
@@ -148,56 +154,42 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | No
             return model, normalization
 
 
-def _numbers(tensor: Tensor) -> list[float]:
-    """The shortest decimals that give the same float32 numbers."""
-    return [float(str(x)) for x in tensor.detach().flatten().float().cpu().numpy()]
-
-
-def _fault_of_card(card: Mapping[str, Any], architecture: Architecture | None) -> str | None:
-    missing = [part for part in _REQUIRED if part not in card]
-    unknown = [part for part in card if part not in (*_REQUIRED, *_OPTIONAL)]
+def _faults(
+    card: Mapping[str, Any],
+    architecture: Architecture | None,
+    state: Mapping[str, Tensor],
+    folder: Path,
+    program: bool,
+    onnx: bool,
+) -> Iterator[str]:
+    """What cannot be exported, in words."""
+    missing, unknown = sorted({*_REQUIRED} - card.keys()), sorted(card.keys() - {*_REQUIRED, *_OPTIONAL})
     if missing or unknown:
-        return (
-            f"the model card lacks {missing} and has the unknown {unknown}; expected {', '.join(_REQUIRED)}, and if "
-            f"wanted {', '.join(_OPTIONAL)}."
-        )
-    classes = card.get("classes")
-    if architecture is None or classes is None or len(classes) == architecture.num_classes:
-        return None
-    return f"the model card names {len(classes)} classes, and the network has {architecture.num_classes} outputs."
-
-
-def _fault_of_folder(folder: Path, shape: Sequence[int] | None, onnx: bool) -> str | None:
-    """What could not be written, or a program that would stay beside weights that are not its own."""
-    if folder.exists() and not folder.is_dir():
-        return f"{folder} could not be written: it is a file; expected a folder."
-    if onnx and shape is None:
-        return "onnx=True was given without shape; expected the shape of a picture too: shape=(3, 32, 32)."
-    for name, replaced, mend in ((PROGRAM, shape is not None, "give shape"), (ONNX, onnx, "export ONNX too (--onnx)")):
+        expected = f"{', '.join(_REQUIRED)}, and if wanted {', '.join(_OPTIONAL)}"
+        yield f"the model card lacks {missing} and has the unknown {unknown}; expected {expected}."
+    if onnx and not program:
+        yield "onnx=True was given without shape; expected the shape of a picture too: shape=(3, 32, 32)."
+    for name, replaced, mend in ((PROGRAM, program, "give shape"), (ONNX, onnx, "export ONNX too (--onnx)")):
         if not replaced and (folder / name).exists():
-            return (
+            yield (
                 f"{folder / name} is of another export and would stand beside weights that are not its own; {mend}, "
                 "remove the file, or take another folder."
             )
-    return None
-
-
-def _fault_of_weights(state: Mapping[str, Tensor], architecture: Architecture | None) -> str | None:
-    bad = [name for name, t in state.items() if not t.isfinite().all()]
-    if bad:
-        return f"weights that are not finite are not exported: {', '.join(bad[:4])}; the training diverged."
+    if bad := [name for name, t in state.items() if not t.isfinite().all()]:
+        yield f"weights that are not finite are not exported: {', '.join(bad[:4])}; the training diverged."
     if architecture is None:
-        return None
+        return
+    if card.get("classes") is not None and len(card["classes"]) != architecture.num_classes:
+        named, outputs = len(card["classes"]), architecture.num_classes
+        yield f"the model card names {named} classes, and the network has {outputs} outputs."
     with torch.device("meta"):
-        expected = {name: t.shape for name, t in architecture.create().state_dict().items()}
-    shapes = {name: t.shape for name, t in state.items()}
-    differing = [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
-    if not differing:
-        return None
-    return (
-        f"the network is not what {architecture} builds: it differs in {', '.join(differing[:4])} "
-        f"({len(differing)} in all); give the architecture that it was created from."
-    )
+        expected_shapes = {name: t.shape for name, t in architecture.create().state_dict().items()}
+    given = {name: t.shape for name, t in state.items()}
+    if differing := sorted({name for name, _ in expected_shapes.items() ^ given.items()}):
+        yield (
+            f"the network is not what {architecture} builds: it differs in {', '.join(differing[:4])} "
+            f"({len(differing)} in all); give the architecture that it was created from."
+        )
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
@@ -216,43 +208,23 @@ def read_metadata(file: Path) -> dict[str, Any]:
         return {}
     try:
         with safe_open(file, "pt") as stored:
-            text = (stored.metadata() or {}).get("metapl")
-        content = {} if text is None else json.loads(text)
+            content = json.loads((stored.metadata() or {}).get("metapl", "{}"))
         if not isinstance(content, dict):
             raise ValueError(f"the metadata is {type(content).__name__}")
-        if fault := _fault(content):
+        if fault := misfit_entries(content, _METADATA, "its metadata"):
             raise ValueError(fault)
+        classes, normalization = content.get("classes") or (), content.get("normalization")
+        if len(set(classes)) < len(classes):
+            raise ValueError("two classes have one name")
+        if content.get("architecture") is not None and normalization is not None:
+            channels = Architecture(**content["architecture"]).in_channels
+            numbers = [len(normalization.get(name, ())) for name in ("mean", "std")]
+            if numbers != [channels, channels]:
+                means, stds = numbers
+                raise ValueError(f"normalization has {means} means and {stds} deviations; expected {channels} of each")
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise MetaplError(
             f"{file} cannot be read as weights: {reason_of(error)}. Expected .safetensors as metapl export writes it, "
             "or tensors alone."
         ) from error
     return content
-
-
-_METADATA: dict[str, Any] = {
-    "architecture": Architecture | None,
-    "normalization": dict[str, list[float]] | None,
-    "classes": list[str] | None,
-    "center": float,
-}
-"""What :func:`export` tells of weights, with types."""
-
-
-def _fault(content: Mapping[str, Any]) -> str | None:
-    """What is wrong with the metadata of weights, in words."""
-    fault = misfit_entries(content, _METADATA, "its metadata")
-    if fault is not None:
-        return fault
-    classes, normalization = content.get("classes"), content.get("normalization")
-    if classes is not None and len(set(classes)) < len(classes):
-        return "two classes have one name"
-    if not 0 < content.get("center", 1.0) <= 1:
-        return f"center is {content['center']}; expected a share above 0, and at most 1"
-    if content.get("architecture") is None:
-        return None
-    channels = Architecture(**content["architecture"]).in_channels
-    numbers = [] if normalization is None else [len(normalization.get(name, ())) for name in ("mean", "std")]
-    if any(number != channels for number in numbers):
-        return f"normalization has {numbers[0]} means and {numbers[1]} deviations; expected {channels} of each"
-    return None

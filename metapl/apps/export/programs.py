@@ -8,18 +8,14 @@ import io
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.errors import MetaplError, reason_of, require_extra
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
 
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 INPUT, OUTPUT = "images", "logits"
@@ -28,11 +24,33 @@ INPUT, OUTPUT = "images", "logits"
 AGREES_TO = 1e-4
 """How far a program's outputs may be from the network's, in units of the greatest of these: kernels round otherwise."""
 
-LARGEST_ONNX = 2**31 - 1
-"""Bytes of one ONNX file, which is a protocol buffer."""
-
 _NOTES = ("stack_trace", "nn_module_stack", "torch_fn", "custom")
 """What torch.export notes of where an operation came from: places of files on this machine, and names of classes."""
+
+_ELSEWHERE = f"""
+import os, sys
+sys.modules["metapl"] = None  # an import of it fails
+import torch
+logits = {{}}
+batches = torch.load("batches.pt")
+run = torch.export.load("{PROGRAM}").module()
+logits["{PROGRAM}"] = [run(images).detach() for images in batches]
+if os.path.exists("{ONNX}"):
+    import onnxruntime
+    session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
+    logits["{ONNX}"] = [
+        torch.from_numpy(session.run(["{OUTPUT}"], {{"{INPUT}": images.numpy()}})[0]) for images in batches
+    ]
+torch.save(logits, "logits.pt")
+"""
+
+require_onnx = partial(require_extra, "onnx", "ONNX needs", "onnx", "onnxscript")
+"""Refuse to go on without the packages that write ONNX."""
+
+
+def can_run_onnx() -> bool:
+    """Whether onnxruntime is installed."""
+    return importlib.util.find_spec("onnxruntime") is not None
 
 
 def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
@@ -59,56 +77,30 @@ def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> di
         require_onnx()
     network = copy.deepcopy(network).eval().requires_grad_(False)
     network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
-    program, file = _exported(network, shape), io.BytesIO()
-    torch.export.save(program, file)
-    files = {PROGRAM: file.getvalue()}
-    if onnx:
-        files[ONNX] = _as_onnx(program)
+    by = "torch.export"
+    try:
+        # Two, for torch.export takes sizes of 0 and 1 for constants.
+        batch, file = {0: torch.export.Dim("batch", min=1)}, io.BytesIO()
+        program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=(batch,))
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                for note in _NOTES:
+                    node.meta.pop(note, None)
+        torch.export.save(program, file)
+        files = {PROGRAM: file.getvalue()}
+        if onnx:
+            by = "torch.onnx"
+            files[ONNX] = _as_onnx(program)
+    except Exception as error:  # whatever a network of a user's own does while it is traced, or has no translation
+        raise MetaplError(f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}") from error
     _check(files, network, shape)
     return files
 
 
-require_onnx = partial(require_extra, "onnx", "ONNX needs", "onnx", "onnxscript")
-"""Refuse to go on without the packages that write ONNX."""
-
-
-def can_run_onnx() -> bool:
-    """Whether onnxruntime is installed."""
-    return importlib.util.find_spec("onnxruntime") is not None
-
-
-# ------------------------------------------------------------------------------------------------------- the two kinds
-
-
-def _exported(network: nn.Module, shape: Sequence[int]) -> ExportedProgram:
-    from torch.export import Dim, export
-
-    # Two, for torch.export takes sizes of 0 and 1 for constants.
-    example = torch.zeros(2, *shape)
-    try:
-        program = export(network, (example,), dynamic_shapes=({0: Dim("batch", min=1)},))
-    except Exception as error:  # whatever a network of a user's own does while it is traced
-        raise MetaplError(
-            f"torch.export cannot export the network: {type(error).__name__}: {reason_of(error)}"
-        ) from error
-    for module in program.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            for note in _NOTES:
-                node.meta.pop(note, None)
-    return program
-
-
-def _as_onnx(program: ExportedProgram) -> bytes:
-    if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > LARGEST_ONNX:
-        raise MetaplError("an ONNX file holds 2 GB at most, and the network's weights are more; leave ONNX out.")
-    try:
-        made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
-        assert made is not None  # as it is when a file is given
-        model = made.model_proto
-    except Exception as error:  # torch lists an operation without a translation in several ways
-        raise MetaplError(
-            f"torch.onnx cannot export the network: {type(error).__name__}: {reason_of(error)}"
-        ) from error
+def _as_onnx(program: torch.export.ExportedProgram) -> bytes:
+    made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
+    assert made is not None  # as it is when a file is given
+    model = made.model_proto
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
@@ -117,34 +109,11 @@ def _as_onnx(program: ExportedProgram) -> bytes:
     return content
 
 
-# ------------------------------------------------------------------------------------------------------------ the check
-
-_ELSEWHERE = f"""
-import os, sys
-sys.modules["metapl"] = None  # an import of it fails
-import torch
-logits = {{}}
-batches = torch.load("batches.pt")
-if os.path.exists("{PROGRAM}"):
-    run = torch.export.load("{PROGRAM}").module()
-    logits["{PROGRAM}"] = [run(images).detach() for images in batches]
-if os.path.exists("{ONNX}"):
-    import onnxruntime
-    session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
-    logits["{ONNX}"] = [
-        torch.from_numpy(session.run(["{OUTPUT}"], {{"{INPUT}": images.numpy()}})[0]) for images in batches
-    ]
-torch.save(logits, "logits.pt")
-"""
-
-
-def _check(files: Mapping[str, bytes], network: nn.Module, shape: Sequence[int]) -> None:
+def _check(files: dict[str, bytes], network: nn.Module, shape: Sequence[int]) -> None:
     """Refuse programs whose outputs are not those of the network, for a picture alone and for three at once."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.rand(count, *shape, generator=generator) for count in (1, 3)]
-    with torch.inference_mode():
-        expected = [network(images) for images in batches]
-    with tempfile.TemporaryDirectory(prefix="metapl-") as name:
+    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="metapl-") as name:
         folder = Path(name)
         for file, content in files.items():
             if file != ONNX or can_run_onnx():
@@ -157,17 +126,13 @@ def _check(files: Mapping[str, bytes], network: nn.Module, shape: Sequence[int])
             why = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
             # Its last line tells in this process whether the memory was too little.
             raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}") from RuntimeError(why)
-        for file, given in torch.load(folder / "logits.pt").items():
-            for output, expected_output in zip(given, expected, strict=True):
-                _compare(file, output, expected_output)
-
-
-def _compare(name: str, output: Tensor, expected: Tensor) -> None:
-    if output.shape != expected.shape:
-        raise MetaplError(f"{name} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}.")
-    apart, largest = float((output - expected).abs().max()), float(expected.abs().max())
-    if not apart <= AGREES_TO * largest:  # NaN is refused as well
-        raise MetaplError(
-            f"the outputs of {name} differ from the network's by {apart:.2g}, where the greatest is {largest:.2g}; "
-            f"expected {AGREES_TO:g} of it at most, so nothing was written."
-        )
+        for file, outputs in torch.load(folder / "logits.pt").items():
+            for images, output in zip(batches, outputs, strict=True):
+                expected = network(images)
+                fits = output.shape == expected.shape
+                apart = float((output - expected).abs().max()) if fits else float("inf")
+                if not apart <= AGREES_TO * float(expected.abs().max()):  # NaN is refused as well
+                    raise MetaplError(
+                        f"{file} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}, and "
+                        f"differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest, so nothing was written."
+                    )

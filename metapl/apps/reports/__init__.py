@@ -1,9 +1,7 @@
 """Pictures of a training and of what it learned, as PNG files."""
 
 from metapl.apps.reports.canvas import SOFTWARE
-from metapl.apps.reports.curves import PANELS
-from metapl.apps.reports.gallery import Gallery
-from metapl.apps.reports.grid import MOST_GROUPS, draw_grid, pictures_a_group
-from metapl.apps.reports.page import draw_report
+from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group
+from metapl.apps.reports.page import PANELS, draw_report
 
 __all__ = ["MOST_GROUPS", "PANELS", "SOFTWARE", "Gallery", "draw_grid", "draw_report", "pictures_a_group"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,152 +13,139 @@ from metapl.apps.reports.style import INK, MARGIN, PALETTE, QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
 SMALLEST = 1e-9
 """Distances below it are drawn at it."""
-
-WIDTH = 12.0
-"""Inches."""
-
-TAKEN, OTHER, CONTROL = PALETTE[0], "#9DB8CC", "#D0D0D0"
-"""The mode that is recommended, the other modes, altered feedback."""
 
 Figures = Mapping[str, Any]
 
 
 def draw_ablation(path: Path, found: Figures) -> None:
-    """Draw the modes one a row: distance and noise on a logarithmic scale, passes, time and memory.
+    """Draw what :meth:`metapl.ablation.Ablation.as_dict` gives, as a PNG that is replaced as a whole.
 
-    Below, where they were measured: the modes over step sizes, temperatures and batch sizes, and what short trainings
-    ended with.
-
-    Args:
-        path: of the PNG, replaced as a whole.
-        found: :meth:`metapl.ablation.Ablation.as_dict`.
+    The modes one a row: distance and noise on a logarithmic scale, passes, time and memory; below, where they were
+    measured, the modes over step sizes, temperatures and batch sizes, and what short trainings ended with.
     """
     rows = {**found["modes"], **found["altered"]}
-    sweeps = {n: s for n, s in found.get("stability", {}).items() if "reason" not in s and _drawable(s)}
-    outcomes = {n: m for n, m in found.get("trainings", {}).get("modes", {}).items() if "reason" not in m}
-    bars, lines, dots = 0.9 + 0.3 * len(rows), 4.6 * bool(sweeps), (1.0 + 0.3 * len(outcomes)) * bool(outcomes)
-    heights = [height for height in (bars, lines, dots) if height]
+    colors = {name: "#D0D0D0" if name in found["altered"] else "#9DB8CC" for name in rows}
+    colors[found["recommended"]] = PALETTE[0]
+    sweeps = {
+        setting: sweep
+        for setting, sweep in found.get("stability", {}).items()
+        if any("reason" not in one for row in sweep.get("modes", {}).values() for one in row)
+    }
+    trained = found.get("trainings", {})
+    ends = {name: end for name, end in trained.get("modes", {}).items() if "reason" not in end}
+    heights = [0.9 + 0.3 * len(rows), 4.6 * bool(sweeps), (1.0 + 0.3 * len(ends)) * bool(ends)]
     high = MARGIN + sum(heights)
     with drawing([found["recommendation"], *rows]) as explanation:
-        figure = headed_page("", f"{found['recommendation']} {explanation}", WIDTH, high)
+        figure = headed_page("", f"{found['recommendation']} {explanation}", 12.0, high)
         lay_out(figure, MARGIN, high)
-        parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-        _draw_modes(next(parts), rows, found)
+        heights = [height for height in heights if height]
+        parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
+        labels = _draw_modes(parts[0], rows, colors)
+        for label, name in zip(labels, rows, strict=True):
+            label.set_color(QUIET if name in found["altered"] else INK)
+            label.set_fontweight("bold" if name == found["recommended"] else "normal")
         if sweeps:
-            _draw_sweeps(next(parts), sweeps)
-        if outcomes:
-            _draw_trainings(next(parts), outcomes, found)
+            _draw_sweeps(parts[1], sweeps)
+        if ends:
+            _draw_trainings(parts[-1], ends, colors, trained["steps"], len(trained["seeds"]))
         write_page(path, figure)
 
 
-def _draw_modes(figure: Any, rows: Figures, found: Figures) -> None:
-    names = list(rows)
-    ran = {name: row for name, row in rows.items() if "reason" not in row}
-    unit, one = ("s", 1.0) if max((row["seconds"] for row in ran.values()), default=0) >= 1 else ("ms", 1e-3)
+def _draw_modes(figure: SubFigure, rows: Figures, colors: Mapping[str, str]) -> Sequence[Any]:
+    """A row for each mode; the names beside them."""
     from matplotlib.ticker import LogLocator
 
-    axes = figure.subplots(1, 4, sharey=True, width_ratios=(1.3, 1, 1, 1))
-    panels: tuple[tuple[str, Callable[[Figures], float]], ...] = (
-        ("distance from the exact gradient", lambda row: max(SMALLEST, _distance(row))),
-        ("student passes", lambda row: row["passes"]),
-        (f"time, {unit}", lambda row: row["seconds"] / one),
-        ("peak memory, MB", lambda row: row["peak_bytes"] / 1e6),
-    )
-    for axis, (title, value) in zip(axes, panels, strict=True):
-        values = [value(ran[name]) if name in ran else 0.0 for name in names]
-        axis.barh(range(len(names)), values, color=[_color(name, found) for name in names], height=0.7)
-        _dress(axis, title, "x")
-    axes[0].set_xscale("log")
-    axes[0].xaxis.set_major_locator(LogLocator(numticks=4))
-    axes[0].xaxis.set_major_formatter(_plain)
-    axes[0].set_xlim(left=SMALLEST / 3)
-    axes[0].set_xlabel("error and noise of one draw, over the gradient's length", fontsize=8.5, loc="left")
-    for number, name in enumerate(names):
+    ran = {name: row for name, row in rows.items() if "reason" not in row}
+    unit, one = ("s", 1.0) if max((row["seconds"] for row in ran.values()), default=0) >= 1 else ("ms", 1e-3)
+    values = {
+        "distance from the exact gradient": {name: _distance(row) for name, row in ran.items()},
+        "student passes": {name: row["passes"] for name, row in ran.items()},
+        f"time, {unit}": {name: row["seconds"] / one for name, row in ran.items()},
+        "peak memory, MB": {name: row["peak_bytes"] / 1e6 for name, row in ran.items()},
+    }
+    first, *others = figure.subplots(1, 4, sharey=True, width_ratios=(1.3, 1, 1, 1))
+    for axes, (title, of) in zip((first, *others), values.items(), strict=True):
+        axes.barh(range(len(rows)), [of.get(name, 0.0) for name in rows], color=list(colors.values()), height=0.7)
+        _dress(axes, title, "x")
+    first.set_xscale("log")
+    first.xaxis.set_major_locator(LogLocator(numticks=4))
+    first.xaxis.set_major_formatter(_plain)
+    first.set_xlim(left=SMALLEST / 3)
+    first.set_xlabel("error and noise of one draw, over the gradient's length", fontsize=8.5, loc="left")
+    for number, name in enumerate(rows):
         if name not in ran:
-            axes[0].text(SMALLEST, number, "cannot run", va="center", fontsize=8.5, color=QUIET)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].set_ylim(len(names) - 0.4, -0.6)
-    for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
-        label.set_color(QUIET if name in found["altered"] else INK)
-        label.set_fontweight("bold" if name == found["recommended"] else "normal")
+            first.text(SMALLEST, number, "cannot run", va="center", fontsize=8.5, color=QUIET)
+    _name_rows(first, list(rows))
+    return list(first.get_yticklabels())
 
 
-def _draw_sweeps(figure: Any, sweeps: Figures) -> None:
+def _draw_sweeps(figure: SubFigure, sweeps: Figures) -> None:
     """Cosines above, distances below; a column for each setting."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    axes = figure.subplots(2, len(sweeps), sharex="col", sharey="row", squeeze=False)
+    cosines, distances = figure.subplots(2, len(sweeps), sharex="col", sharey="row", squeeze=False)
     names = list(dict.fromkeys(name for sweep in sweeps.values() for name in sweep["modes"]))
-    colors = dict(zip(names, (PALETTE[i % len(PALETTE)] for i in range(len(names))), strict=True))
-    for column, (setting, sweep) in enumerate(sweeps.items()):
-        for axis, title, value in (
-            (axes[0][column], "cosine", lambda one: one["cosine"]),
-            (axes[1][column], "error and noise of one draw", lambda one: max(SMALLEST, _distance(one))),
-        ):
-            for name, row in sweep["modes"].items():
-                points = [(v, value(one)) for v, one in zip(sweep["values"], row, strict=True) if "reason" not in one]
-                if points:
-                    dashed = "-" if names.index(name) < len(PALETTE) else "--"
-                    axis.plot(*zip(*points, strict=True), dashed, marker="o", ms=4, lw=1.6, color=colors[name])
-            _dress(axis, title if column == 0 else "", "both")
-            axis.set_xscale("log")
-            axis.xaxis.set_major_locator(FixedLocator(sweep["values"]))
-            axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_major_formatter(_plain)
-        axes[1][column].set_yscale("log")
-        axes[1][column].yaxis.set_major_formatter(_plain)
-        axes[1][column].set_xlabel(SETTINGS.get(setting, setting).partition(",")[0], loc="left")
-    rows = [row for sweep in sweeps.values() for row in sweep["modes"].values()]
-    lowest = min((one["cosine"] for row in rows for one in row if "reason" not in one), default=0.0)
-    axes[0][0].set_ylim(min(-0.05, lowest - 0.05), 1.05)  # shared by the row
-    handles = [axes[0][0].plot([], [], marker="o", ms=4, color=colors[name])[0] for name in names]
+    looks = {name: (PALETTE[i % len(PALETTE)], "-" if i < len(PALETTE) else "--") for i, name in enumerate(names)}
+    lowest = 0.0
+    for above, below, (setting, sweep) in zip(cosines, distances, sweeps.items(), strict=True):
+        for name, row in sweep["modes"].items():
+            points = [(x, one) for x, one in zip(sweep["values"], row, strict=True) if "reason" not in one]
+            places, ran, (color, dashes) = [x for x, _ in points], [one for _, one in points], looks[name]
+            lowest = min([lowest, *(one["cosine"] for one in ran)])
+            for axes, values in ((above, [one["cosine"] for one in ran]), (below, list(map(_distance, ran)))):
+                axes.plot(places, values, dashes, marker="o", ms=4, lw=1.6, color=color)
+        for axes, title in ((above, "cosine"), (below, "error and noise of one draw")):
+            _dress(axes, title if axes in (cosines[0], distances[0]) else "", "both")
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(FixedLocator(sweep["values"]))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(_plain)
+        below.set_yscale("log")
+        below.yaxis.set_major_formatter(_plain)
+        below.set_xlabel(SETTINGS.get(setting, setting).partition(",")[0], loc="left")
+    cosines[0].set_ylim(lowest - 0.05, 1.05)  # shared by the row
+    handles = [cosines[0].plot([], [], marker="o", ms=4, color=looks[name][0])[0] for name in names]
     figure.legend(handles, names, loc="outside upper left", ncols=min(6, len(names)), fontsize=9)
 
 
-def _draw_trainings(figure: Any, outcomes: Figures, found: Figures) -> None:
+def _draw_trainings(figure: SubFigure, ends: Figures, colors: Mapping[str, str], steps: int, seeds: int) -> None:
     """Means and standard errors, and each seed."""
-    made = found["trainings"]
-    validated = any(outcome["accuracy"] for outcome in outcomes.values())
-    keys = ["outer_loss", *(["validation_loss", "accuracy"] if validated else [])]
     titles = {"outer_loss": "outer loss", "validation_loss": "validation loss", "accuracy": "validation accuracy, %"}
-    axes = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    for axis, key in zip(axes, keys, strict=True):
-        for number, (name, outcome) in enumerate(outcomes.items()):
-            if not outcome[key]:
-                continue
-            times, color = 100 if key == "accuracy" else 1, _color(name, found)
-            values = [times * value for value in outcome[key]["values"]]
-            axis.plot(values, [number] * len(values), "|", ms=7, color=color)
-            error = times * (outcome[key]["standard_error"] or 0)
-            axis.errorbar(times * outcome[key]["mean"], number, xerr=error, fmt="o", ms=5, lw=2, color=color)
-        _dress(axis, titles[key], "x")
-    axes[0].set_yticks(range(len(outcomes)), list(outcomes))
-    axes[0].set_ylim(len(outcomes) - 0.4, -0.6)
-    count = len(made["seeds"])
-    note = f"after {made['steps']:,} steps from the same start: mean, standard error and {count} seeds"
-    axes[0].set_xlabel(note if count > 1 else f"after {made['steps']:,} steps", fontsize=8.5, loc="left")
+    if not any(end["accuracy"] for end in ends.values()):
+        titles = {"outer_loss": "outer loss"}
+    first, *others = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for axes, (key, title) in zip((first, *others), titles.items(), strict=True):
+        times = 100 if key == "accuracy" else 1
+        for number, (name, of) in enumerate((name, end[key]) for name, end in ends.items()):
+            if of:
+                axes.plot(
+                    [times * x for x in of["values"]], [number] * len(of["values"]), "|", ms=7, color=colors[name]
+                )
+                error = times * (of["standard_error"] or 0)
+                axes.errorbar(times * of["mean"], number, xerr=error, fmt="o", ms=5, lw=2, color=colors[name])
+        _dress(axes, title, "x")
+    _name_rows(first, list(ends))
+    note = f" from the same start: mean, standard error and {seeds} seeds" if seeds > 1 else ""
+    first.set_xlabel(f"after {steps:,} steps{note}", fontsize=8.5, loc="left")
 
 
-def _dress(axis: Axes, title: str, grid: Any) -> None:
-    axis.set_title(title, fontsize=10.5, loc="left")
-    axis.grid(axis=grid)
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+
+
+def _dress(axes: Axes, title: str, grid: Any) -> None:
+    axes.set_title(title, fontsize=10.5, loc="left")
+    axes.grid(axis=grid)
 
 
 def _plain(value: float, position: int) -> str:
     return f"{value:.3g}"
 
 
-def _color(name: str, found: Figures) -> str:
-    return TAKEN if name == found["recommended"] else CONTROL if name in found["altered"] else OTHER
-
-
 def _distance(row: Mapping[str, float]) -> float:
-    return math.hypot(row["relative_error"], row["noise_to_signal"])
-
-
-def _drawable(sweep: Figures) -> bool:
-    rows: Sequence[Sequence[Figures]] = list(sweep["modes"].values())
-    return any("reason" not in one for row in rows for one in row)
+    return max(SMALLEST, math.hypot(row["relative_error"], row["noise_to_signal"]))

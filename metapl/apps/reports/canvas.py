@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metapl.apps.reports.fonts import drawable, explained, families
+from metapl.apps.reports.fonts import drawable, explained, families, wrap
 from metapl.apps.reports.style import (
     MARGIN,
     NOTE_SIZE,
@@ -22,16 +22,12 @@ from metapl.apps.reports.style import (
     TITLE_LINE,
     TITLE_SIZE,
 )
-from metapl.apps.reports.text import wrap
 from metapl.runs.atomic import write_whole
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-ABOVE_HEAD, BELOW_HEAD, AROUND_PANEL = 0.25, 0.15, 0.2
-"""Inches."""
 
 SOFTWARE = "metapl"
 """What a page says of who drew it."""
@@ -67,8 +63,8 @@ def headed_page(title: str, summary: str, width: float, below: float) -> Figure:
 
     titles = wrap(shown(title), width - 2 * MARGIN, TITLE_SIZE, "bold")
     sentences = wrap(shown(summary, keep="\n"), width - 2 * MARGIN, SUMMARY_SIZE)
-    y = below + BELOW_HEAD + TITLE_LINE * len(titles) + SUMMARY_LINE * len(sentences)
-    figure = Figure(figsize=(width, y + ABOVE_HEAD))
+    y = below + 0.15 + TITLE_LINE * len(titles) + SUMMARY_LINE * len(sentences)
+    figure = Figure(figsize=(width, y + 0.25))
     FigureCanvasAgg(figure)
     y = write_lines(figure, MARGIN, y, titles, TITLE_LINE, fontsize=TITLE_SIZE, fontweight="bold")
     write_lines(figure, MARGIN, y, sentences, SUMMARY_LINE, fontsize=SUMMARY_SIZE, color=QUIET)
@@ -78,16 +74,10 @@ def headed_page(title: str, summary: str, width: float, below: float) -> Figure:
 def lay_out(figure: Figure, low: float, high: float) -> None:
     """Panels, by ``subplots`` or ``subfigures``, share the page between two heights in inches: matplotlib finds room
     for all that is written at them."""
-    width, height = figure.get_size_inches()
-    figure.set_layout_engine("constrained", w_pad=AROUND_PANEL, h_pad=AROUND_PANEL / 2, wspace=0, hspace=0)
-    left = (MARGIN - AROUND_PANEL) / width
-    figure.get_layout_engine().set(rect=(left, low / height, 1 - 2 * left, (high - low) / height))  # type: ignore[union-attr,call-arg]  # constrained layout's own
-
-
-def axes_at(figure: Figure, box: tuple[float, float, float, float]) -> Axes:
-    """A panel in a box of the page: left, bottom, width and height in inches from its lower left."""
-    (page_width, page_height), (left, bottom, width, height) = figure.get_size_inches(), box
-    return figure.add_axes((left / page_width, bottom / page_height, width / page_width, height / page_height))
+    (width, height), around = figure.get_size_inches(), 0.2
+    left = (MARGIN - around) / width
+    rect = (left, low / height, 1 - 2 * left, (high - low) / height)
+    figure.set_layout_engine("constrained", w_pad=around, h_pad=around / 2, wspace=0, hspace=0, rect=rect)
 
 
 def write_lines(figure: Figure, x: float, y: float, lines: Sequence[str], pitch: float, **look: Any) -> float:

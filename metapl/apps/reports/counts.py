@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from metapl.apps.reports.text import short_name
+import numpy as np
+
+from metapl.apps.reports.fonts import short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,16 +26,10 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def draw_by_size(axes: Axes, counts: Sequence[int], lines: Sequence[tuple[Sequence[int], str]]) -> None:
-    """Draw numbers of each class as lines.
-
-    Args:
-        axes: the panel.
-        counts: by class; the class with the largest count comes first.
-        lines: numbers by class, and the color of each line.
-    """
-    order = sorted(range(len(counts)), key=lambda label: -counts[label])
+    """Draw numbers by class as lines, each with its color; the class with the largest of ``counts`` comes first."""
+    order = np.argsort(-np.asarray(counts), kind="stable")
     for values, color in lines:
-        axes.plot([values[label] for label in order], color=color, linewidth=1.9)
+        axes.plot(np.asarray(values)[order], color=color)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("classes, the largest first")
     axes.grid()

@@ -1,20 +1,23 @@
-"""Pictures side by side, with a few words beneath each."""
+"""Pictures side by side, with a few words beneath each: below a report, or a page of them in groups."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from metapl.apps.reports.canvas import write_lines
+from metapl.apps.reports.canvas import drawing, headed_page, write_lines, write_page
+from metapl.apps.reports.fonts import fitted, wrap
 from metapl.apps.reports.style import (
     CAPTION_LINE,
     CAPTION_SIZE,
     FRAME,
+    MARGIN,
     NOTE_LINE,
     NOTE_SIZE,
     PALETTE,
@@ -22,7 +25,6 @@ from metapl.apps.reports.style import (
     PANEL_TITLE_SIZE,
     QUIET,
 )
-from metapl.apps.reports.text import fitted, wrap
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 from metapl.words import shown
@@ -30,8 +32,7 @@ from metapl.words import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = 2
-CAPTION_LINES = 3
+ROWS, CAPTION_LINES = 2, 3
 
 # Inches.
 SMALLEST_PICTURE, LARGEST_PICTURE = 1.1, 1.5
@@ -39,9 +40,13 @@ SMALLEST_GAP, LARGEST_GAP, ROW_GAP = 0.15, 0.6, 0.16
 ABOVE_TITLE, ABOVE_NOTE, BELOW_NOTE = 0.36, 0.05, 0.1
 CAPTION_ABOVE, BESIDE_CAPTION, SIGN_WIDTH = 0.06, 0.12, 0.15
 CAPTION_BEYOND = 0.25  # how far a caption may go on to the right of its picture: less than the page's margin
+BETWEEN_GROUPS, BETWEEN_PICTURES, NARROWEST = 0.3, 0.22, 5.0
 
 TALLEST = 1.4
 """Height of a picture in units of the width that it has at most; a higher one is drawn narrower."""
+
+MOST_GROUPS = 1000
+"""Groups on a page: matplotlib draws at most 65,535 pixels from top to bottom."""
 
 # (color and dashes of the frame, its points, the sign before the caption), so that marks differ in more than color.
 MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
@@ -49,6 +54,9 @@ MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
     False: (PALETTE[1], (0, (3.2, 1.6)), 2.2, "✗"),
     None: (FRAME, "-", 0.8, ""),
 }
+
+Block = tuple[float, Callable[["Figure", float, float], None]]
+"""A part of a page: its height, and what draws it from its upper left corner, in inches from the page's lower left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +74,8 @@ class Gallery:
     Raises:
         MetaplError: the shapes, the values or the numbers do not fit.
 
-    >>> Gallery("Mistakes", "on validation", torch.zeros(2, 1, 8, 8), ("is: cat",))
-    Traceback (most recent call last):
-    ...
-    metapl.errors.MetaplError: 1 captions were given for the 2 pictures of 'Mistakes'; expected one each
+    >>> len(Gallery("Mistakes", "on validation", torch.zeros(2, 1, 8, 8), ("is: cat", "is: dog")))
+    2
     """
 
     title: str
@@ -82,180 +88,159 @@ class Gallery:
         for name in ("title", "note"):
             object.__setattr__(self, name, shown(getattr(self, name), keep="\n"))
         object.__setattr__(self, "captions", tuple(shown(caption, keep="\n") for caption in self.captions))
-        _check_pictures(self.title, self.pictures)
-        _check_counts(self.title, len(self.pictures), self.captions, self.marks)
+        given: Any = self.pictures
+        fits = isinstance(given, Tensor) and given.ndim == 4 and given.shape[1] in (1, 3) and min(given.shape[2:])
+        if not fits or not (given.dtype == torch.uint8 or given.is_floating_point()):
+            raise MetaplError(
+                f"the pictures of {self.title!r} are {described(given)}; expected (n, C, H, W) with C = 1 (grey) or 3 "
+                "(colors), uint8 or floating point in [0, 1]"
+            )
+        marks = (None,) * len(given) if self.marks is None else self.marks
+        object.__setattr__(self, "marks", marks)
+        odd = [mark for mark in marks if mark is not None and not isinstance(mark, bool)]
+        if odd or not len(marks) == len(self.captions) == len(given):
+            raise MetaplError(
+                f"{self.title!r} has {len(given)} pictures, {len(self.captions)} captions and the marks {marks}; "
+                "expected as many of each, and True, False or None for a mark"
+            )
+        if given.is_floating_point() and not ((given >= 0) & (given <= 1)).all():  # NaN is refused as well
+            low, high = torch.aminmax(given.detach())
+            raise MetaplError(
+                f"the pictures of {self.title!r} hold values from {low:g} to {high:g}; expected 0 (black) to 1 (full)"
+            )
 
     def __len__(self) -> int:
         return len(self.pictures)
-
-    def mark(self, index: int) -> bool | None:
-        """What is said of one of the pictures."""
-        return None if self.marks is None else self.marks[index]
 
     @property
     def texts(self) -> tuple[str, ...]:
         """All that is written."""
         return (self.title, self.note, *self.captions)
 
-    def lines(self, index: int) -> list[str]:
-        """The lines beneath one of the pictures; what would be a fourth one goes on in the third."""
-        return self.captions[index].split("\n", CAPTION_LINES - 1)
+    def block(
+        self, title: Sequence[str], note: Sequence[str], drawn: int, columns: int, side: float, pitch: float
+    ) -> Block:
+        """How it is drawn.
+
+        Args:
+            title, note: its lines.
+            drawn: how many of its pictures.
+            columns, side, pitch: how many in a row, how wide at most, and from one's left edge to the next one's.
+        """
+        marks, captions = (self.marks or ())[:drawn], [x.split("\n", CAPTION_LINES - 1) for x in self.captions[:drawn]]
+        frame = max(MARKS[mark][2] for mark in marks) / 72  # the widest, so that all pictures are of one size
+        high, wide = self.pictures.shape[2:]
+        width = (side - 2 * frame) * min(1, TALLEST * wide / high)
+        height = width * high / wide
+        above = ABOVE_TITLE + PANEL_TITLE_LINE * len(title) + ABOVE_NOTE + NOTE_LINE * len(note) + BELOW_NOTE
+        row = height + 2 * frame + CAPTION_ABOVE + CAPTION_LINE * max(map(len, captions)) + ROW_GAP
+        room = min(pitch - BESIDE_CAPTION, side + CAPTION_BEYOND)
+
+        def draw(figure: Figure, left: float, top: float) -> None:
+            look: dict[str, Any] = {"fontsize": PANEL_TITLE_SIZE, "fontweight": "bold"}
+            y = write_lines(figure, left, top - ABOVE_TITLE, title, PANEL_TITLE_LINE, **look)
+            write_lines(figure, left, y - ABOVE_NOTE, note, NOTE_LINE, fontsize=NOTE_SIZE, color=QUIET)
+            for index, (mark, (first, *others)) in enumerate(zip(marks, captions, strict=True)):
+                down, across = divmod(index, columns)
+                x, y = left + across * pitch, top - above - down * row
+                box = x + frame, y - frame - height, width, height
+                _draw_picture(figure, self.pictures[index], box, *MARKS[mark][:3])
+                y, color, sign = y - 2 * frame - height - CAPTION_ABOVE, MARKS[mark][0], MARKS[mark][3]
+                indent = SIGN_WIDTH if sign else 0.0
+                look = {"pitch": CAPTION_LINE, "fontsize": CAPTION_SIZE}
+                write_lines(figure, x, y, [sign] * bool(sign), fontweight="bold", color=color, **look)
+                y = write_lines(figure, x + indent, y, [fitted(first, room - indent, CAPTION_SIZE)], **look)
+                write_lines(figure, x, y, [fitted(line, room, CAPTION_SIZE) for line in others], color=QUIET, **look)
+
+        return above + math.ceil(drawn / columns) * row - ROW_GAP, draw
 
 
-def _check_pictures(title: str, pictures: Any) -> None:
-    expected = "expected (n, C, H, W) with C = 1 (grey) or 3 (colors), uint8 or floating point in [0, 1]"
-    fits = (
-        isinstance(pictures, Tensor) and pictures.ndim == 4 and pictures.shape[1] in (1, 3) and min(pictures.shape[2:])
-    )
-    if not fits or not (pictures.dtype == torch.uint8 or pictures.is_floating_point()):
-        raise MetaplError(f"the pictures of {title!r} are {described(pictures)}; {expected}")
-    if pictures.is_floating_point() and len(pictures):
-        low, high = (float(value) for value in torch.aminmax(pictures.detach()))
-        if not (low >= 0 and high <= 1):  # NaN is refused as well
-            raise MetaplError(
-                f"the pictures of {title!r} hold values from {low:g} to {high:g}; expected 0 (black) to 1 (full): undo "
-                "the normalisation, then pictures.clamp(0, 1)"
-            )
-
-
-def _check_counts(title: str, pictures: int, captions: Sequence[str], marks: Sequence[bool | None] | None) -> None:
-    for name, given in (("captions", captions), ("marks", marks)):
-        if given is not None and len(given) != pictures:
-            raise MetaplError(
-                f"{len(given)} {name} were given for the {pictures} pictures of {title!r}; expected one each"
-            )
-    odd = [mark for mark in marks or () if not (mark is None or isinstance(mark, bool))]
-    if odd:
-        raise MetaplError(f"the marks of {title!r} hold {odd[0]!r}; expected True (right), False (wrong) or None")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where pictures stand from left to right, in inches; the same for all galleries of a page."""
-
-    count: int
-    width: float
-    pitch: float  # from one picture's left edge to the next one's
-
-    @classmethod
-    def across(cls, room: float, most: int) -> Columns:
-        """In a row where they are not too small for that, in two otherwise; from edge to edge if they can be."""
-        fit = max(1, math.floor((room + SMALLEST_GAP) / (SMALLEST_PICTURE + SMALLEST_GAP)))
-        count = most if most <= fit else min(math.ceil(most / ROWS), fit)
-        width = min((room + SMALLEST_GAP) / count - SMALLEST_GAP, LARGEST_PICTURE)
-        return cls(count, width, min((room - width) / max(count - 1, 1), width + LARGEST_GAP))
-
-
-@dataclass(frozen=True)
-class Hanging:
-    """A gallery with all that decides its height, in inches.
-
-    Args:
-        gallery: its first pictures are drawn.
-        columns: where they stand.
-        shown: how many.
-        title, note: lines above.
-    """
-
-    gallery: Gallery
-    columns: Columns
-    shown: int
-    title: tuple[str, ...]
-    note: tuple[str, ...]
-
-    @property
-    def above(self) -> float:
-        """Of the title and the note."""
-        lines = PANEL_TITLE_LINE * len(self.title) + NOTE_LINE * len(self.note)
-        return ABOVE_TITLE + lines + ABOVE_NOTE + BELOW_NOTE
-
-    @property
-    def frame(self) -> float:
-        """Around a picture: the widest one, so that all are of one size."""
-        return max(MARKS[self.gallery.mark(index)][2] for index in range(self.shown)) / 72
-
-    @property
-    def picture_size(self) -> tuple[float, float]:
-        """Width and height, without the frame."""
-        high, wide = self.gallery.pictures.shape[2:]
-        room = self.columns.width - 2 * self.frame
-        width = min(room, TALLEST * room * wide / high)
-        return width, width * high / wide
-
-    @property
-    def row_height(self) -> float:
-        """Of a picture, its frame and caption and the gap below."""
-        lines = max(len(self.gallery.lines(index)) for index in range(self.shown))
-        return self.picture_size[1] + 2 * self.frame + CAPTION_ABOVE + CAPTION_LINE * lines + ROW_GAP
-
-    @property
-    def height(self) -> float:
-        """Of the whole."""
-        return self.above + math.ceil(self.shown / self.columns.count) * self.row_height - ROW_GAP
-
-    def draw(self, figure: Figure, left: float, top: float) -> None:
-        """Draws it from `left` and `top` on, in inches from the lower left of the page."""
-        y = top - ABOVE_TITLE
-        y = write_lines(figure, left, y, self.title, PANEL_TITLE_LINE, fontsize=PANEL_TITLE_SIZE, fontweight="bold")
-        write_lines(figure, left, y - ABOVE_NOTE, self.note, NOTE_LINE, fontsize=NOTE_SIZE, color=QUIET)
-        width, height = self.picture_size
-        for index in range(self.shown):
-            row, column = divmod(index, self.columns.count)
-            x, y = left + column * self.columns.pitch, top - self.above - row * self.row_height
-            box = x + self.frame, y - self.frame - height, width, height
-            _draw_picture(figure, self.gallery.pictures[index], box, self.gallery.mark(index))
-            self._write_caption(figure, index, x, y - 2 * self.frame - height - CAPTION_ABOVE)
-
-    def _write_caption(self, figure: Figure, index: int, x: float, y: float) -> None:
-        room = min(self.columns.pitch - BESIDE_CAPTION, self.columns.width + CAPTION_BEYOND)
-        color, _, _, sign = MARKS[self.gallery.mark(index)]
-        first, *others = self.gallery.lines(index)
-        indent = SIGN_WIDTH if sign else 0.0
-        write_lines(
-            figure, x, y, [sign] * bool(sign), CAPTION_LINE, fontsize=CAPTION_SIZE, fontweight="bold", color=color
-        )
-        first = fitted(first, room - indent, CAPTION_SIZE)
-        y = write_lines(figure, x + indent, y, [first], CAPTION_LINE, fontsize=CAPTION_SIZE)
-        others = [fitted(line, room, CAPTION_SIZE) for line in others]
-        write_lines(figure, x, y, others, CAPTION_LINE, fontsize=CAPTION_SIZE, color=QUIET)
-
-
-def hang(galleries: Sequence[Gallery], room: float) -> list[Hanging]:
-    """Galleries in two rows at most below their titles and notes, all in the same columns."""
-    if not galleries:
-        return []
-    columns = Columns.across(room, max(map(len, galleries)))
+def hung(galleries: Sequence[Gallery], room: float) -> list[Block]:
+    """Galleries in two rows at most below their titles and notes, all in the same columns, from edge to edge if they
+    can be."""
+    most = max(map(len, galleries), default=1)
+    fit = max(1, math.floor((room + SMALLEST_GAP) / (SMALLEST_PICTURE + SMALLEST_GAP)))
+    columns = most if most <= fit else min(math.ceil(most / ROWS), fit)
+    side = min((room + SMALLEST_GAP) / columns - SMALLEST_GAP, LARGEST_PICTURE)
+    pitch = min((room - side) / max(columns - 1, 1), side + LARGEST_GAP)
     return [
-        Hanging(
-            gallery,
-            columns,
-            min(len(gallery), ROWS * columns.count),
+        gallery.block(
             wrap(gallery.title, room, PANEL_TITLE_SIZE, "bold"),
             wrap(gallery.note, room, NOTE_SIZE),
+            min(len(gallery), ROWS * columns),
+            *(columns, side, pitch),
         )
         for gallery in galleries
     ]
 
 
-def draw_galleries(figure: Figure, hangings: Sequence[Hanging], left: float, top: float) -> None:
-    """Draws galleries below each other, from `top` downwards."""
-    for hanging in hangings:
-        hanging.draw(figure, left, top)
-        top -= hanging.height
+def draw_blocks(figure: Figure, blocks: Sequence[Block]) -> None:
+    """Draws blocks below each other, the last one at the foot of the page."""
+    top = MARGIN + sum(height for height, _ in blocks)
+    for height, draw in blocks:
+        draw(figure, MARGIN, top)
+        top -= height
 
 
-def _draw_picture(figure: Figure, picture: Tensor, box: tuple[float, float, float, float], mark: bool | None) -> None:
+def pictures_a_group(groups: int) -> int:
+    """How many pictures of each group make a page that can be looked through: an even number.
+
+    >>> [pictures_a_group(groups) for groups in (1, 10, 20, 200)]
+    [8, 8, 4, 2]
+    """
+    return 8 if groups <= 12 else 4 if groups <= 24 else 2
+
+
+def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Sequence[Gallery]) -> None:
+    """Draws groups of pictures, each below its title and its note, as one PNG file under a title and a note.
+
+    At most 1,000 groups: those of few pictures stand side by side, those of many take several rows; of a group's title
+    and note as much is written as there is room for. No display is needed, matplotlib's global state stays as it was,
+    and the file, in a folder that exists, takes its name only when it is whole.
+
+    Raises:
+        MetaplError: there is no picture, there are too many groups, or the file cannot be written.
+    """
+    groups = [group for group in groups if len(group)]
+    if not 0 < len(groups) <= MOST_GROUPS:
+        raise MetaplError(f"{len(groups):,} groups of pictures are no grid; expected 1 to {MOST_GROUPS:,}")
+    side, across = (1.4, 8) if len(groups) <= 100 else (0.95, 12)
+    pitch = side + BETWEEN_PICTURES
+    count = min(max(map(len, groups)), across)
+    beside = min(across // count, len(groups))
+    room = max(pitch * count - BETWEEN_PICTURES, pitch)
+    group_pitch = count * pitch + BETWEEN_GROUPS * (beside > 1)
+    width = max(2 * MARGIN + group_pitch * (beside - 1) + pitch * count - BETWEEN_PICTURES, NARROWEST)
+    with drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
+        blocks = []
+        for group in groups:  # with a title and a note of one line each, so that the pictures of a band stand in line
+            one_line = [fitted(group.title, room, PANEL_TITLE_SIZE, "bold")], [fitted(group.note, room, NOTE_SIZE)]
+            blocks.append(group.block(*one_line, len(group), count, side, pitch))
+        bands = [blocks[start : start + beside] for start in range(0, len(blocks), beside)]
+        heights = [max(height for height, _ in band) for band in bands]
+        top = MARGIN + sum(heights)
+        figure = headed_page(title, f"{note}{explanation and '. '}{explanation}", width, top)
+        for band, height in zip(bands, heights, strict=True):
+            for number, (_, draw) in enumerate(band):
+                draw(figure, MARGIN + number * group_pitch, top)
+            top -= height
+        write_page(path, figure)
+
+
+def _draw_picture(
+    figure: Figure, picture: Tensor, box: tuple[float, ...], color: str, dashes: Any, points: float
+) -> None:
     """A picture in a box of left, bottom, width and height in inches, and a frame around it."""
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import IdentityTransform
 
-    left, bottom, width, height = (round(figure.dpi * length) for length in box)
+    left, bottom, *size = (round(figure.dpi * length) for length in box)
+    width, height = (max(1, length) for length in size)
     # Set down pixel by pixel: axes would resample it once more.
-    figure.figimage(_resized(picture, max(1, width), max(1, height)), left, bottom)
-    color, dashes, points, _ = MARKS[mark]
+    figure.figimage(_resized(picture, width, height), left, bottom)
     out = points / 72 * figure.dpi / 2
     look: dict[str, Any] = {"edgecolor": color, "linewidth": points, "linestyle": dashes, "fill": False}
-    place = (left - out, bottom - out), max(1, width) + 2 * out, max(1, height) + 2 * out
+    place = (left - out, bottom - out), width + 2 * out, height + 2 * out
     figure.add_artist(Rectangle(*place, transform=IdentityTransform(), **look))
 
 

@@ -4,23 +4,75 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
-from metapl.apps.reports.curves import PANELS, Curves, draw_panel, has_figures
-from metapl.apps.reports.gallery import Gallery, draw_galleries, hang
-from metapl.apps.reports.matrix import checked_counts, draw_matrix, room
-from metapl.apps.reports.style import MARGIN, PALETTE, SUMMARY_SIZE
-from metapl.apps.reports.text import fitted, text_width
+import numpy as np
+from numpy.typing import NDArray
+
+from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_heading, write_note, write_page
+from metapl.apps.reports.fonts import fitted, short_name, text_width
+from metapl.apps.reports.gallery import Gallery, draw_blocks, hung
+from metapl.apps.reports.style import DASHED, INK, MARGIN, NOTE_SIZE, PALETTE, QUIET, SUMMARY_SIZE
 from metapl.errors import MetaplError
 from metapl.words import shown
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
+
+Curves = Mapping[str, Sequence[Mapping[str, float]]]
+Points = Sequence[tuple[float, float]]
 
 PANEL_WIDTH, PANEL_HEIGHT, METHODS_LINE = 5.0, 3.6, 0.26
 """Inches of a panel with all that is written around it, and of a line of the legend."""
+
+DASHES: tuple[Any, ...] = ("-", DASHED, (0, (1.2, 1.4)))
+
+
+class Panel(NamedTuple):
+    """A plot of a few quantities over the steps; the first is drawn solid, the next dashed, the third dotted."""
+
+    title: str
+    series: tuple[tuple[str, str], ...]  # (key of the rows, its name in the legend)
+    percent: bool = False
+    log: bool = False
+    now_and_then: bool = False  # measured so, and not in each step: its last values count
+
+    def points(self, rows: Sequence[Mapping[str, float]], key: str) -> Points:
+        """Steps and values that can be drawn: a logarithmic scale has no zero."""
+        pairs = ((float(row["step"]), float(row[key])) for row in rows if "step" in row and row.get(key) is not None)
+        return sorted(pair for pair in pairs if all(map(math.isfinite, pair)) and (pair[1] > 0 or not self.log))
+
+
+FEEDBACK = "Feedback to the teacher"
+
+PANELS = (
+    Panel(
+        "Validation accuracy",
+        (("student_validation_accuracy", "student"), ("teacher_validation_accuracy", "teacher")),
+        percent=True,
+        now_and_then=True,
+    ),
+    Panel("Losses", (("inner_loss", "inner (student)"), ("outer_loss", "outer (labeled)"))),
+    Panel(
+        "Losses of the network",
+        (
+            ("loss_cross_entropy", "labeled"),
+            ("loss_uda", "unlabeled (strong view, own label)"),
+            ("loss_noisy_student", "with pseudo-labels"),
+        ),
+    ),
+    Panel(
+        "Feedback to the teacher", (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),), log=True
+    ),
+    Panel("Feedback to the teacher", (("feedback_std", "standard deviation of h"),), log=True),
+    Panel(
+        "Pseudo-labels",
+        (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),
+        percent=True,
+    ),
+)
+"""Of two with one title, the first that has figures is drawn."""
 
 
 def draw_report(
@@ -55,59 +107,210 @@ def draw_report(
         MetaplError: there is nothing to draw, there are more than 7 methods, the counts and the names do not fit, or
             the file cannot be written.
     """
-    classes = None if classes is None else [shown(name) for name in classes]
     if len(curves) > len(PALETTE):
-        raise MetaplError(
-            f"{len(curves)} methods were given; at most {len(PALETTE)} can be distinguished by their colors"
-        )
-    counts = None if confusion is None else checked_counts(confusion, classes)
-    choices = (panel if has_figures(panel, curves) else panel.otherwise for panel in PANELS)
-    panels = [panel for panel in choices if panel and has_figures(panel, curves)]
+        raise MetaplError(f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colors")
+    counts = np.zeros((0, 0), int) if confusion is None else _square(confusion, classes)
+    names = [shown(name) for name in (range(len(counts)) if classes is None else classes)]
+    by_title: dict[str, Panel] = {}
+    for panel in PANELS:
+        if any(panel.points(rows, key) for rows in curves.values() for key, _ in panel.series):
+            by_title.setdefault(panel.title, panel)
+    panels = list(by_title.values())
     galleries = [gallery for gallery in galleries if len(gallery)]
-    if counts is None and not panels and not galleries:
+    if not (len(counts) or panels or galleries):
         raise MetaplError(
             "there is nothing to draw: no row has a step and a figure of a known name, no confusion and no picture"
         )
-    names = classes if classes is not None else [str(label) for label in range(0 if counts is None else len(counts))]
     texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
     with drawing(texts) as explanation:
-        columns = 1 if counts is not None and len(panels) == 2 else min(len(panels), 2)
+        columns = 1 if len(counts) and len(panels) == 2 else min(len(panels), 2)
         rows = math.ceil(len(panels) / max(columns, 1))
-        matrix_width, matrix_height = (0.0, 0.0) if counts is None else room(names)
+        widest = max((text_width(short_name(name), _points(len(counts))) for name in names), default=0.0)
+        side = len(counts) * _cell(len(counts)) + widest
+        matrix_width, matrix_height = (side + 1.2, side + 1.5) if len(counts) else (0, 0)
         # A page of nothing but pictures is as wide as two panels.
-        width = 2 * MARGIN + PANEL_WIDTH * (columns if panels or counts is not None else 2) + matrix_width
-        body = max(rows * PANEL_HEIGHT, matrix_height)
-        hangings = hang(galleries, width - 2 * MARGIN)
-        low = MARGIN + sum(hanging.height for hanging in hangings)
-        methods = [fitted(name, width - 2 * MARGIN - 0.5, SUMMARY_SIZE) for name in curves] if len(curves) > 1 else []
-        beside = max(
-            1, int((width - 2 * MARGIN) / max((text_width(m, SUMMARY_SIZE) + 0.5 for m in methods), default=1))
-        )
-        top = low + body + METHODS_LINE * math.ceil(len(methods) / beside) + 0.1 * bool(methods)
-        figure = headed_page(title, f"{summary} {explanation}", width, top)
-        _draw_methods(figure, methods, beside, MARGIN / width, (top - 0.05) / figure.get_figheight())
-        draw_galleries(figure, hangings, MARGIN, low)
-        if panels or counts is not None:
-            lay_out(figure, low, low + body)
-            widths = [share for share in (PANEL_WIDTH * columns, matrix_width) if share]
+        room = PANEL_WIDTH * (columns if panels or len(counts) else 2) + matrix_width
+        blocks = hung(galleries, room)
+        low = MARGIN + sum(height for height, _ in blocks)
+        high = low + max(rows * PANEL_HEIGHT, matrix_height)
+        methods = [fitted(name, room - 0.5, SUMMARY_SIZE) for name in curves] if len(curves) > 1 else []
+        beside = max(1, int(room / max((text_width(name, SUMMARY_SIZE) + 0.5 for name in methods), default=1)))
+        top = high + METHODS_LINE * math.ceil(len(methods) / beside) + 0.1 * bool(methods)
+        figure = headed_page(title, f"{summary} {explanation}", room + 2 * MARGIN, top)
+        if methods:  # the legend of colors, once for all panels
+            corner = MARGIN / (room + 2 * MARGIN), (top - 0.05) / figure.get_figheight()
+            place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": corner, "borderpad": 0, "borderaxespad": 0}
+            look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5}
+            handles = [_line(color=color, linewidth=4.5) for color in PALETTE[: len(methods)]]
+            figure.legend(handles, methods, ncols=beside, columnspacing=1.8, **place, **look)
+        draw_blocks(figure, blocks)
+        if panels or len(counts):
+            lay_out(figure, low, high)
+            widths = [width for width in (PANEL_WIDTH * columns, matrix_width) if width]
             parts = list(figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0])
-            if counts is not None:
-                draw_matrix(parts.pop().subplots(), counts, names)
+            if len(counts):
+                _draw_matrix(parts.pop().subplots(), counts, names)
             if panels:
                 # The last one of an odd number takes the whole row rather than leave a hole beside it.
                 places = [*range(len(panels)), *[len(panels) - 1] * (len(panels) % columns)]
                 mosaic = [places[start : start + columns] for start in range(0, len(places), columns)]
                 for number, axes in parts.pop().subplot_mosaic(mosaic).items():
-                    draw_panel(axes, panels[number], curves, along, body / rows)
+                    _draw_panel(axes, panels[number], curves, along, line=0.2 / ((high - low) / rows - 1.3))
         write_page(path, figure)
 
 
-def _draw_methods(figure: Figure, methods: Sequence[str], beside: int, left: float, top: float) -> None:
-    """The legend of colors, once for all panels."""
+def _line(**look: Any) -> Any:
+    """For a legend."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=color, linewidth=4.5) for color in PALETTE[: len(methods)]]
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (left, top), "borderpad": 0, "borderaxespad": 0}
-    look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5, "columnspacing": 1.8}
-    if methods:
-        figure.legend(handles, methods, ncols=beside, **place, **look)
+    return Line2D([], [], **look)
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: float) -> None:
+    """The curves of all methods with their scales and a note; ``line`` is a line of text as a share of the height."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+    ends: list[tuple[float, str]] = []
+    present: dict[int, str] = {}
+    for index, rows in enumerate(curves.values()):
+        for rank, (key, name) in enumerate(panel.series):
+            if not (points := panel.points(rows, key)):
+                continue
+            present[rank] = name
+            (steps, values), color = np.array(points).T, PALETTE[index if len(curves) > 1 else rank]
+            window = 0 if panel.now_and_then else len(values) // 40
+            if window > 1 and len(curves) * len(panel.series) <= 4:
+                axes.plot(steps, values, color=color, alpha=0.16, linewidth=0.8, zorder=1)
+            look: dict[str, Any] = {"marker": "o" if len(values) == 1 else None, "markersize": 5, "zorder": 3}
+            axes.plot(steps, _running_mean(values, window), color=color, linestyle=DASHES[rank], **look)
+            if panel.now_and_then and (rank == 0 or len(curves) == 1):
+                ends.append((values[-1], color))
+    axes.grid()
+    write_heading(axes, panel.title)
+    axes.set_xlabel(along, loc="right", labelpad=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0.02, y=0.08)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    low, high = axes.get_ylim()
+    if panel.log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        # What hardly changes would leave a scale without a tick, or none at all.
+        middle, half = math.sqrt(low * high), max(math.sqrt(high / low), 2.0)
+        axes.set_ylim(middle / half, middle * half)
+        # Within less than two decades, powers of ten alone would leave a scale of one tick or none.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if half > 10 else (1.0, 2.0, 5.0), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    elif panel.percent:
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    else:
+        axes.set_ylim(bottom=min(0.0, low))
+    # Between title and panel, where no curve can run through it: what each dash means, or what is drawn.
+    if len(panel.series) == 1:
+        ((key, name),) = panel.series
+        # A logarithmic scale has no zero, so the methods whose values are all zero are named instead.
+        found = {method: [row[key] for row in rows if row.get(key) is not None] for method, rows in curves.items()}
+        zero = [method for method, values in found.items() if panel.log and values and max(values) <= 0]
+        named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
+        write_note(axes, f"{name}; {named}: 0" if zero else name)
+    else:
+        if panel.now_and_then and present.keys() == {0}:
+            present = {0: "network"}
+        colors = PALETTE if len(curves) == 1 else [QUIET] * len(PALETTE)
+        handles = [_line(color=colors[rank], linestyle=DASHES[rank], label=present[rank]) for rank in sorted(present)]
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.008, 1.015), "borderpad": 0.2}
+        look = {"fontsize": NOTE_SIZE, "labelcolor": QUIET, "handlelength": 1.9, "columnspacing": 1.2}
+        legend = axes.legend(handles=handles, ncols=len(handles), handletextpad=0.5, borderaxespad=0, **place, **look)
+        legend.set_in_layout(False)  # as notes
+    # The last values beside their curves, moved up where they would touch, and all down from beyond the panel.
+    low, high = axes.get_ylim()
+    heights: list[float] = []
+    for value, _ in sorted(ends):
+        wanted = (value - low) / (high - low)
+        heights.append(max(wanted, heights[-1] + line) if heights else wanted)
+    beyond = max(0.0, heights[-1] - 1) if heights else 0.0
+    look = {"fontsize": NOTE_SIZE, "fontweight": "bold", "va": "center", "transform": axes.transAxes}
+    for height, (value, color) in zip(heights, sorted(ends), strict=True):
+        axes.text(1.015, height - beyond, f"{100 * value:.1f} %", color=color, **look)
+
+
+def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """The mean over `window` values about each, over fewer towards the ends.
+
+    >>> _running_mean(np.array([0.0, 3.0, 6.0, 9.0]), 3).tolist()
+    [1.5, 3.0, 6.0, 7.5]
+    """
+    span = np.ones(2 * (window // 2) + 1)
+    return np.asarray(np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same"))
+
+
+# --------------------------------------------------------------------------------------------------------------- matrix
+
+
+def _square(confusion: Sequence[Sequence[int]], classes: Sequence[str] | None) -> NDArray[np.int64]:
+    """The counts, one row and one column for each class."""
+    rows = [[int(count) for count in row] for row in confusion]
+    if {len(rows)} != {len(row) for row in rows} or len(rows) != len(rows if classes is None else classes):
+        raise MetaplError(
+            f"the confusion has {len(rows)} rows of {sorted({len(row) for row in rows})} counts, for "
+            f"{len(rows if classes is None else classes)} names of classes; expected C rows of C counts, and C names"
+        )
+    return np.array(rows)
+
+
+def _cell(size: int) -> float:
+    """Inches of a cell: of 0.26, but the matrix is neither below 5.2 nor above 10.5."""
+    return min(max(5.2 / max(size, 1), 0.26), 10.5 / max(size, 1))
+
+
+def _points(size: int) -> float:
+    """Of names of classes, not below 5: of many classes, every second or third is named instead."""
+    return min(max(0.72 * 72 * _cell(size), 5.0), 10.0)
+
+
+def _draw_matrix(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) -> None:
+    """Which class was taken for which."""
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    size, cell, points = len(counts), _cell(len(counts)), _points(len(counts))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    colors = LinearSegmentedColormap.from_list("share", ["#FFFFFF", "#CFE3F1", "#6BAED6", "#0072B2", "#003B5C"])
+    # The square root lets a mistake in a hundred be seen beside a diagonal that is nearly all of its row.
+    image = axes.imshow(shares, cmap=colors, norm=PowerNorm(0.5, 0.0, 1.0), interpolation="nearest")
+    axes.set_anchor("NW")
+    write_heading(axes, "Confusion on the test set")
+    total = counts.sum()
+    correct = f"{100 * np.trace(counts) / total:.1f} % of {total:,} correct; " if total else ""
+    write_note(axes, f"{correct}color: share of the true class")
+    ticks = range(0, size, math.ceil(1.1 * points / (72 * cell)))
+    labels = [short_name(names[index]) for index in ticks]
+    turned = max(text_width(label, points) for label in labels) > 0.9 * cell * ticks.step
+    axes.set_xticks(ticks, labels, fontsize=points, rotation=90 if turned else 0)
+    axes.set_yticks(ticks, labels, fontsize=points)
+    axes.set_xlabel("predicted class", labelpad=5)
+    axes.set_ylabel("true class", labelpad=5)
+    axes.spines[:].set_visible(False)
+    if cell >= 0.04:  # lines between smaller ones would hide them
+        edges = np.arange(size + 1) - 0.5
+        axes.set_xticks(edges, minor=True)
+        axes.set_yticks(edges, minor=True)
+        axes.grid(which="minor", linewidth=0.8 if size <= 30 else 0.3)
+    axes.tick_params(which="both", pad=3)
+    # A digit is 0.64 of its size wide; what is too small to be read, a color bar stands for.
+    of_count = min(11.0, 72 * cell * min(0.6, 1.35 / len(str(counts.max()))))
+    if of_count >= 5:
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.3 else INK
+            axes.text(column, row, counts[row, column], color=color, ha="center", va="center", fontsize=of_count)
+        return
+    bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.02, 0, 0.015, 1)))
+    ticks_of_bar = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+    bar.set_ticks(ticks_of_bar, labels=[f"{100 * share:g} %" if share else "0" for share in ticks_of_bar])
+    bar.outline.set_visible(False)

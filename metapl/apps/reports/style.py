@@ -7,7 +7,8 @@ from typing import Any
 # Okabe and Ito's palette without its yellow, which is too pale for a line on white; the color-blind can distinguish
 # the others.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK, QUIET, FRAME = "#222222", "#6B6B6B", "#BDBDBD"
+INK, QUIET, FRAME, AXIS = "#222222", "#6B6B6B", "#BDBDBD", "#9A9A9A"
+DASHED = (0, (4, 1.8))
 
 MARGIN = 0.4
 """Inches around a page."""
@@ -23,7 +24,7 @@ STYLE: dict[str, Any] = {
     "savefig.dpi": "figure",
     "figure.facecolor": "white",
     "font.size": 10,
-    "axes.edgecolor": "#9A9A9A",
+    "axes.edgecolor": AXIS,
     "axes.labelcolor": QUIET,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
@@ -33,16 +34,8 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
     "lines.linewidth": 1.9,
-    "xtick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "xtick.color": "#9A9A9A",
-    "ytick.color": "#9A9A9A",
-    "xtick.labelcolor": QUIET,
-    "ytick.labelcolor": QUIET,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
+    **{f"{axis}tick.{which}.size": 0 for axis in "xy" for which in ("major", "minor")},
+    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("labelcolor", QUIET), ("labelsize", 9.5))},
     "text.color": INK,
     "text.parse_math": False,  # a name such as "$5" is not a formula
 }
