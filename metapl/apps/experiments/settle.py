@@ -11,9 +11,10 @@ from metapl.apps.experiments import budget
 from metapl.apps.experiments.looking import Look, look
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.folders import scan_labeled
-from metapl.apps.recipes.base import SELECTED_ON, require
+from metapl.apps.recipes.base import SELECTED_ON
 from metapl.apps.recipes.image_folders import Changes, ImageFolders
 from metapl.apps.recipes.image_recipe import IMAGENET, whole
+from metapl.apps.recipes.ranges import require
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.recipes.settings import OPEN
 from metapl.training import Say

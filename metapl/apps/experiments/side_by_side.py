@@ -15,14 +15,15 @@ from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
 from metapl.apps.experiments.equal_cost import at_equal_cost
 from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.jobs import Job, aloud, run_all, seconds_left
-from metapl.apps.experiments.methods import check_method, compared
 from metapl.apps.experiments.store import describe
 from metapl.apps.experiments.suspects import GRID, SUSPECTS
-from metapl.apps.recipes.base import Recipe
+from metapl.apps.recipes.base import Recipe, Task, rehearse
 from metapl.apps.recipes.methods import title
+from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, with_chance
 from metapl.runs.cores import available_cores, default_threads
 from metapl.runs.folder import WEIGHTS, RunFolder
+from metapl.training import FitOptions, FitResult, Trainer
 from metapl.training.progress import duration
 
 SHOWN = 7
@@ -60,7 +61,7 @@ def compare(
         if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
-                check_method(compared(recipe, method, seeds[0]), task)
+                check_method(recipe.compared(method, seeds[0]), task)
             if equal_cost:
                 sized = at_equal_cost(recipe, methods, task)
                 aloud(_spoken_steps(sized))
@@ -108,7 +109,7 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            own = compared((sized or {}).get(method, recipe), method, seed)
+            own = (sized or {}).get(method, recipe).compared(method, seed)
             to_compare.append(Job(own, method, place, begun, threads=threads))
     words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
     aloud(f"{words}, {workers} at a time -> {out}")
@@ -136,6 +137,30 @@ def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
     shared = {each.first for each in rounds if each is not None} - {None}
     first = "".join(f"; the first teacher of each that has one {each.steps:,}" for each in shared if each is not None)
     return f"steps at equal cost: {counts}{first}"
+
+
+def check_method(recipe: Recipe, task: Task) -> None:
+    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
+
+    Cost: the networks are built; the default generator is put back.
+
+    Raises:
+        MetaplError: as the run would, and which method it is.
+    """
+
+    def check(
+        trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        FitOptions(phase=phase, **{"steps": recipe.steps, **recipe.fit_options(), **over})
+        return FitResult(None, 0, {})
+
+    try:
+        student = rehearse(recipe, task, check)
+        if recipe.finetune_steps:
+            FitOptions(**recipe.fit_options() | recipe.finetune_options())
+            recipe.finetune.build(student)
+    except MetaplError as error:
+        raise MetaplError(f"{recipe.method.name}: {error}") from error
 
 
 def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:

@@ -29,9 +29,9 @@ from metapl.apps.pictures.verify import verify_files
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.apps.pictures.views.crops import ResizedCrop
-from metapl.apps.recipes.base import Optimizer, Task, require
+from metapl.apps.recipes.base import Optimizer, Task
 from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
-from metapl.apps.recipes.ranges import Share, Steps, Weight, Within, check_ranges
+from metapl.apps.recipes.ranges import Share, Steps, Weight, Within, check_ranges, require
 from metapl.apps.recipes.settings import OPEN, OpenOptimizer
 from metapl.errors import MetaplError, few
 from metapl.runs.sealed import read_plain

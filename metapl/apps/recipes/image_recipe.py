@@ -19,9 +19,9 @@ from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.crops import ResizedCrop, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
-from metapl.apps.recipes.base import Optimizer, Recipe, Role, require
+from metapl.apps.recipes.base import Optimizer, Recipe, Role
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import Batch, Within
+from metapl.apps.recipes.ranges import Batch, Within, require
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.training.options import MOST_WORKERS

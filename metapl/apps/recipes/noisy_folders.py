@@ -15,7 +15,7 @@ from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
 from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import Files, LabeledFiles, scan_labeled
 from metapl.apps.pictures.hashes import hash_files
-from metapl.apps.recipes.base import Doubtful, Task, require
+from metapl.apps.recipes.base import Doubtful, Task
 from metapl.apps.recipes.image_folders import (
     ImageFolders,
     Look,
@@ -24,7 +24,7 @@ from metapl.apps.recipes.image_folders import (
 )
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
 from metapl.apps.recipes.methods import NOISY_METHODS
-from metapl.apps.recipes.ranges import Batch
+from metapl.apps.recipes.ranges import Batch, require
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.training import Say
