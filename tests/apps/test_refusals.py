@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from metapl.apps.commands import main
-from metapl.apps.experiments import budget
+from metapl.apps.experiments import settle
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.export.programs import programs
 from metapl.apps.recipes import ImageFolders
@@ -161,7 +161,7 @@ def test_a_recipe_without_a_network(damaged: Path, pictures: Path, capsys: pytes
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """Grey pictures of two classes; nothing may be measured."""
-    monkeypatch.setattr(budget, "seconds_per_step", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(settle, "seconds_per_step", lambda *given: pytest.fail("measured"))
     digits = load_digits()
     for index, (image, label) in enumerate(zip(digits.images[:40], digits.target[:40], strict=True)):
         if label < 2:

@@ -85,11 +85,12 @@ class NoisyImagenet(Vision):
         require(self, self.validation < len(train), "validation", f"fewer than the {len(train):,} training pictures")
         order = StepSampler(len(train), len(train), seed=self.seed, stream=3).indices(0)
         held_out, few = order[: self.validation].sort().values, order[self.validation :].sort().values
-        mode, side = "L" if self.grey else "RGB", (self.image_size, self.image_size)
+        side = (self.image_size, self.image_size)
+        many = FileImages(files.paths(), size=side, mode="L" if self.grey else "RGB", center=self.center, log=log)
         pictures = ImageParts(
             few=train.select(few),
             labels=labels[few],
-            many=FileImages(files.paths(), size=side, mode=mode, center=self.center, log=log),
+            many=many,
             val=(train.select(held_out), labels[held_out]),
             test=(data.test, data.test_labels),
         )

@@ -46,8 +46,9 @@ def preset(
     """
 
     def made(kind: type[K]) -> type[K]:
-        hints = typing.get_type_hints(kind, include_extras=True)
-        hints |= {name: tyro.conf.Suppress[hints[name]] for name in fixed or {}}
+        hints: Any = typing.get_type_hints(kind, include_extras=True)
+        suppressed: Any = tyro.conf.Suppress
+        hints |= {name: suppressed[hints[name]] for name in fixed or {}}
         values = {**defaults, **(fixed or {}), "settings": {**kind.settings, **(settings or {})}}
         names = {each.name for each in dataclasses.fields(kind)} & values.keys()
         kind.__annotations__ = {**vars(kind).get("__annotations__", {}), **{name: hints[name] for name in names}}
