@@ -220,7 +220,7 @@ def test_seeds_that_are_no_numbers(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("0,4-2", "--seeds='0,4-2': .* 4-2 ends before it begins; write 2-4."),
+        ("0,4-2", "--seeds='0,4-2': 4-2 ends before it begins; write 2-4."),
         ("3-5,4", "--seeds='3-5,4': .* none twice; 4 is named again."),
     ],
 )
