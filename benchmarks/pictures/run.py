@@ -36,9 +36,8 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     """One training; its accuracies on the test set."""
     import torch
 
-    from metapl.apps.experiments.budget import steps_within
     from metapl.apps.experiments.jobs import Job
-    from metapl.apps.experiments.settle import REHEARSED, settled
+    from metapl.apps.experiments.settle import REHEARSED, settled, steps_within
     from metapl.apps.recipes import ImageFolders
     from metapl.runs.environment import environment
 

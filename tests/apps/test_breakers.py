@@ -112,10 +112,10 @@ def changed(folder: Path, text: str) -> None:
     [
         (f'"student_test_accuracy": {HUGE}', "student_test_accuracy is 1000"),
         (f'"validation_chance": {HUGE}', "validation_chance is 1000"),
-        ('"finetuned_with": {}', "finetuned_with does not say steps, a number of 0 or more"),
-        ('"finetuned_with": {"steps": 4}', "finetuned_with does not say lr"),
-        ('"finetuned_with": {"steps": 4, "lr": -1}', "finetuned_with does not say lr"),
-        ('"validation_size": -1', "validation_size is -1; expected 0 or more"),
+        ('"finetuned_with": {}', "of finetuned_with, it does not say steps"),
+        ('"finetuned_with": {"steps": 4}', "of finetuned_with, it does not say lr"),
+        ('"finetuned_with": {"steps": 4, "lr": -1}', "of finetuned_with, lr is -1; expected a number of 0 or more"),
+        ('"validation_size": -1', "validation_size is -1; expected a whole number of 0 or more"),
     ],
 )
 def test_a_result_that_was_edited(

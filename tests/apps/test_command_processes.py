@@ -67,7 +67,8 @@ def test_too_little_memory_elsewhere_is_one_line(
 
 SHORT = """
 import resource, sys
-import matplotlib.pyplot, scipy.stats, sklearn.datasets, sklearn.model_selection, torch, torch._dynamo, torchopt  # no import meets the limit
+import matplotlib.pyplot, torch, torch._dynamo, torchopt
+import scipy.stats, sklearn.datasets, sklearn.model_selection  # no import meets the limit
 import metapl.apps.commands.evaluate, metapl.apps.commands.export
 from metapl.apps.commands import main
 for line in open("/proc/self/status"):

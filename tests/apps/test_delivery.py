@@ -16,7 +16,7 @@ from PIL import Image
 
 from metapl.apps.commands import main
 from metapl.apps.commands.compare import MEASURED, _fields
-from metapl.apps.experiments import budget
+from metapl.apps.experiments import settle
 from metapl.apps.experiments.experiment import Network, delivered
 from metapl.apps.experiments.folder import WEIGHTS
 from metapl.apps.experiments.summary import summary
@@ -242,7 +242,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"steps of {recipe.method.name} in {minutes:g} minutes")
         return 8
 
-    monkeypatch.setattr(budget, "steps_within", steps_within)
+    monkeypatch.setattr(settle, "steps_within", steps_within)
     return asked
 
 
@@ -269,7 +269,7 @@ def test_a_resumed_run_takes_the_steps_that_were_measured_when_it_began(
         patched.setattr(LossTrainer, "step", stopping)
         assert main(command(pictures, pieces, *flags)) == 130
     measured.clear()
-    monkeypatch.setattr(budget, "steps_within", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(settle, "steps_within", lambda *given: pytest.fail("measured again"))
     assert main(command(pictures, pieces, *flags, "--resume")) == 0
     for name in ("result.json", "metrics.jsonl", WEIGHTS["student"], WEIGHTS["finetuned"]):
         assert (pieces / name).read_bytes() == (whole / name).read_bytes(), name
@@ -311,7 +311,7 @@ def test_runs_with_the_same_minutes_are_paired_whatever_the_steps_they_had(
 ) -> None:
     runs = []
     for seed, method, steps in ((0, "uda", 8), (1, "uda", 20), (0, "mpl", 9), (1, "mpl", 8)):
-        monkeypatch.setattr(budget, "steps_within", lambda recipe, minutes, steps=steps: steps)
+        monkeypatch.setattr(settle, "steps_within", lambda recipe, minutes, steps=steps: steps)
         runs.append(tmp_path / f"{method}-{seed}")
         flags = ("--seed", str(seed), "--method", method, "--minutes", "0.5")
         train(capsys, pictures, runs[-1], *SMALL, *flags, test="test")

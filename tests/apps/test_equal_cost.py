@@ -20,7 +20,6 @@ from metapl.apps.commands import main
 from metapl.apps.experiments.accuracies import Comparison
 from metapl.apps.experiments.equal_cost import _by_phase, at_equal_cost, operations, with_steps
 from metapl.apps.experiments.load_run import load_run
-from metapl.apps.experiments.methods import compared
 from metapl.apps.experiments.rounds import FOLDER, LABELS
 from metapl.apps.experiments.settle import settled
 from metapl.apps.experiments.side_by_side import _draw
@@ -251,7 +250,7 @@ def test_the_first_teacher_of_pictures_is_that_of_every_method(tmp_path: Path) -
     for method in TEACHING:
         for steps in (37, 200):
             of_method = with_steps(recipe, steps).with_method(self_training=shared)
-            found, trained = first_teacher(compared(of_method, method, 0))
+            found, trained = first_teacher(of_method.compared(method, 0))
             assert trained == first
             for name in ("network_name", "clip_norm", "weights"):
                 assert getattr(found, name) == getattr(own, name)

@@ -19,8 +19,7 @@ from metapl.apps.commands.parse import parse
 from metapl.apps.commands.train import COMMANDS
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.looking import Colors, Look
-from metapl.apps.experiments.settle import chosen, fitted
+from metapl.apps.experiments.settle import Colors, Look, chosen, fitted
 from metapl.apps.pictures import Affine, Chain, Color, Flip, Hole, Recolor, Sometimes, View
 from metapl.apps.pictures.store import MemoryImages
 from metapl.apps.pictures.views.base import Identity

@@ -332,7 +332,7 @@ def test_what_cannot_be_labeled_is_refused_in_one_line(
         ((tiny, "cifar10"), "can be labeled by a run of images, torchvision or a protocol alone"),
         ((tiny, pictures, "--temperature", "0"), "--temperature 0.0 was given; expected a number above 0."),
         ((tiny, pictures, "--temperature", "nan"), "--temperature nan was given"),
-        ((tiny, "digits", "--temperature", "1e-45"), "the temperature is 1e-45: the network's outputs divided by it"),
+        ((tiny, "digits", "--temperature", "1e-45"), "divided by the temperature 1e-45: expected a greater one"),
         ((tiny, pictures, "--top-k", "11"), "--top-k 11 was given; expected 1 to 10, the number of classes"),
         ((tiny, pictures, "--batch", "0"), "--batch 0 was given; expected 1 to"),
         ((tiny, pictures, "--num-workers", "-1"), "--num-workers -1 was given; expected 0 to"),

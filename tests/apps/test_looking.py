@@ -15,9 +15,8 @@ from command import result, said
 from PIL import Image
 from torchvision.models import resnet18
 
-from metapl.apps.experiments import budget, looking
-from metapl.apps.experiments.looking import look
-from metapl.apps.experiments.settle import chosen, settled
+from metapl.apps.experiments import settle
+from metapl.apps.experiments.settle import chosen, look, settled
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes import ImageFolders
 from metapl.apps.recipes.image_folders import Changes
@@ -75,17 +74,17 @@ def test_colors_that_differ_by_class_tell_and_others_do_not(tmp_path: Path) -> N
 def test_how_many_shuffles_may_do_as_well(
     as_good: int, tell: bool, may_tell: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shares = iter([0.5, *[0.5] * as_good, *[0.4] * (looking.SHUFFLES - as_good)])
-    monkeypatch.setattr(looking, "_found", lambda colors, labels: next(shares))
-    found = looking.colors_tell(torch.rand(6, 3), classes(3, 3))
+    shares = iter([0.5, *[0.5] * as_good, *[0.4] * (settle.SHUFFLES - as_good)])
+    monkeypatch.setattr(settle, "_found", lambda colors, labels: next(shares))
+    found = settle.colors_tell(torch.rand(6, 3), classes(3, 3))
     assert (found.tell, found.may_tell) == (tell, may_tell)
 
 
 def test_colors_that_may_matter_are_told_of_where_they_are_exchanged(
     colored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, few = recipe(colored), looking.Colors(0.44, 0.17, tell=False, may_tell=True)
-    monkeypatch.setattr(looking, "colors_tell", lambda colors, labels: few)
+    one, few = recipe(colored), settle.Colors(0.44, 0.17, tell=False, may_tell=True)
+    monkeypatch.setattr(settle, "colors_tell", lambda colors, labels: few)
     for given, expected in ((one, True), (dataclasses.replace(one, changes=Changes(recolor=True)), False)):
         told: list[str] = []
         settled(given, say=told.append)
@@ -109,8 +108,8 @@ def test_of_a_tiny_folder_colors_tell_nothing(counts: tuple[int, ...], tmp_path:
 
 def test_blank_pictures_can_be_normalised(tmp_path: Path) -> None:
     found = look(write(tmp_path, *[Image.new("RGB", (8, 8), RED)] * 2), classes(1, 1), [])
-    assert found.std == (looking.SMALLEST_STD,) * 3
-    assert found.level[1] == looking.SMALLEST_STD
+    assert found.std == (settle.SMALLEST_STD,) * 3
+    assert found.level[1] == settle.SMALLEST_STD
 
 
 def test_what_cannot_be_read_is_passed_over_and_nothing_readable_is_refused(tmp_path: Path) -> None:
@@ -125,9 +124,9 @@ def test_what_cannot_be_read_is_passed_over_and_nothing_readable_is_refused(tmp_
 
 
 def test_of_a_large_folder_a_few_are_read_from_all_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, seen = looking.read_image, list[str]()
-    monkeypatch.setattr(looking, "LOOKED_AT", 4)
-    monkeypatch.setattr(looking, "read_image", lambda path: seen.append(path.name) or read(path))
+    read, seen = settle.read_image, list[str]()
+    monkeypatch.setattr(settle, "LOOKED_AT", 4)
+    monkeypatch.setattr(settle, "read_image", lambda path: seen.append(path.name) or read(path))
     files = write(tmp_path, *[noisy(RED, number) for number in range(10)])
     look(files, classes(5, 5), files)
     assert seen == ["000.png", "003.png", "006.png", "009.png"] * 2
@@ -154,7 +153,7 @@ def recipe(root: Path, **fields: Any) -> ImageFolders:
 def test_a_test_folder_of_other_classes_is_refused_before_anything_is_measured(
     colored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "seconds_per_step", lambda *_, **__: pytest.fail("a step was measured"))
+    monkeypatch.setattr(settle, "seconds_per_step", lambda *_, **__: pytest.fail("a step was measured"))
     write(tmp_path / "green", noisy(RED, 1), noisy(RED, 2))
     given = recipe(colored, test=str(tmp_path), steps=None)
     with pytest.raises(MetaplError, match=r"the test folder .* has classes that .* does not: green"):
@@ -213,20 +212,20 @@ def test_steps_are_measured_by_the_clock_and_leave_the_generator_alone(
     method: str, fits: int, colored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock on which each reading is an eighth of a second after the one before."""
-    monkeypatch.setattr(budget, "TIMED", 3)
+    monkeypatch.setattr(settle, "TIMED", 3)
     small: dict[str, Any] = {"image_size": 8, "network_name": "small_cnn", "labeled_batch": 4, "unlabeled_batch": 4}
     one, before = settled(recipe(colored, method=method, **small)), torch.get_rng_state()
     ticks: Iterator[float] = (number / 8 for number in count())
-    assert budget.seconds_per_step(one, ticks.__next__) == pytest.approx(fits / 8)
+    assert settle.seconds_per_step(one, ticks.__next__) == pytest.approx(fits / 8)
     # 85 % of a minute at an eighth of a second a step are 408 steps, which are rounded to two digits.
-    assert budget.steps_within(one, 1.0, ticks.__next__) == {1: 410, 2: 200}[fits]
+    assert settle.steps_within(one, 1.0, ticks.__next__) == {1: 410, 2: 200}[fits]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("grey", [False, True])
 def test_steps_are_measured_with_crops_of_files_too(grey: bool, colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crops are cut out of files, so reading these belongs to the step."""
-    monkeypatch.setattr(budget, "TIMED", 2)
+    monkeypatch.setattr(settle, "TIMED", 2)
     read: list[tuple[int, int, int]] = []
     fetch = FileImages.fetch_crops
 
@@ -247,7 +246,7 @@ def test_the_photograph_command_of_the_readme(
     colored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing but the sizes is smaller; the steps are measured."""
-    monkeypatch.setattr(budget, "TIMED", 2)
+    monkeypatch.setattr(settle, "TIMED", 2)
     weights = tmp_path / "resnet18.pth"
     torch.save(resnet18().state_dict(), weights)
     pictures = ("--labeled", colored / "labeled", "--unlabeled", colored / "unlabeled")
@@ -263,7 +262,7 @@ def test_the_photograph_command_of_the_readme(
 
 def test_where_steps_are_given_nothing_is_measured(colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the same command is the same recipe, on a busy machine too."""
-    monkeypatch.setattr(budget, "seconds_per_step", lambda *_, **__: pytest.fail("a step was measured"))
+    monkeypatch.setattr(settle, "seconds_per_step", lambda *_, **__: pytest.fail("a step was measured"))
     assert settled(recipe(colored)).precision == "float32"
     assert settled(recipe(colored, precision="bfloat16")).precision == "bfloat16"
 
@@ -286,7 +285,7 @@ def test_light_and_dark_marks_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("steps", "few"), [(31, True), (300, False)])
 def test_too_few_steps_are_said(steps: int, few: bool, colored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "steps_within", lambda *given: steps)
+    monkeypatch.setattr(settle, "steps_within", lambda *given: steps)
     told: list[str] = []
     assert settled(recipe(colored, steps=None), say=told.append).steps == steps
     assert any(f"{steps} steps are few" in line for line in told) == few

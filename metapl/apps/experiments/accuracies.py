@@ -60,7 +60,10 @@ class Comparison:
             by_seed = [results[method, seed] for seed in seeds]
             validated = all(result["delivered_by"] == "validation" for result in by_seed)
             readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
-            accuracies[method] = {readout: [_read(result, readout) for result in by_seed] for readout in readouts}
+            # A student that is not finetuned, as in Noisy Student, stands for the finetuned one.
+            accuracies[method] = {
+                readout: [result.get(readout, result[STUDENT]) for result in by_seed] for readout in readouts
+            }
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
         teaching = [method for method in methods if EVERY_METHOD[method].selects]
         stores = {name: [results[name, seed]["rounds"][0]["store_sha256"] for seed in seeds] for name in teaching}
@@ -137,26 +140,22 @@ class Comparison:
 
         Feedback is not mentioned where MPL or the loop without feedback was not trained.
         """
-        difference, pair = self.against_control(), self.pair()
-        if difference is None or pair is None:
-            return _capital(f"{self._best_of_all()}.")
-        (test, readout), (name, control) = difference, pair
-        asked = _question(name)
-        own = statistics.fmean(self.methods[name][asked.own])
-        other = f"{asked.control} {statistics.fmean(self.methods[control][readout]):.1%}"
-        if len(asked.readouts) > 1:
+        difference, pair, best = self.against_control(), self.pair(), self.best()
+        reached = with_chance(statistics.fmean(self.methods[best][DELIVERED]), self.examples, self.chance)
+        said = f"the best on the test set is {title(best)} with {reached}"
+        if difference is not None and pair is not None:
+            (test, readout), (name, control), asked = difference, pair, _question(pair[0])
+            own, other = (
+                statistics.fmean(self.methods[one][which]) for one, which in ((name, asked.own), (control, readout))
+            )
             which = titled(control, "finetuned" if readout == FINETUNED else "student")
-            other = f"{other} (its {which}, the better of its two read-outs)"
-        best = "" if self.best() == name else f"; {self._best_of_all()}"
-        return _capital(
-            f"{asked.subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
-            f"{other}: {100 * test.mean:+.1f} points over {seeds_in_words(test.n)}{_verdict(test, asked)}{best}."
-        )
-
-    def _best_of_all(self) -> str:
-        best = self.best()
-        reached = statistics.fmean(self.methods[best][DELIVERED])
-        return f"the best on the test set is {title(best)} with {with_chance(reached, self.examples, self.chance)}"
+            better = f" (its {which}, the better of its two read-outs)" if len(asked.readouts) > 1 else ""
+            said = (
+                f"{asked.subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
+                f"{asked.control} {other:.1%}{better}: {100 * test.mean:+.1f} points over "
+                f"{seeds_in_words(test.n)}{_verdict(test, asked)}{f'; {said}' if best != name else ''}"
+            )
+        return f"{said[0].upper()}{said[1:]}."
 
     def delivery(self) -> str:
         """Which run the comparison delivers, and why that one."""
@@ -203,12 +202,6 @@ class Comparison:
         return content
 
 
-def _read(result: Mapping[str, Any], readout: str) -> float:
-    """An accuracy of a run; a student that is not finetuned, as in Noisy Student, stands for the finetuned one."""
-    found: float = result.get(readout, result[STUDENT])
-    return found
-
-
 def where_one_network(methods: Iterable[str]) -> str:
     """A remark on the columns of a table, where some of the methods have no student.
 
@@ -237,28 +230,24 @@ def seeds_in_words(n: int) -> str:
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
-def _capital(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
-
-
 @dataclass(frozen=True)
 class _Question:
     """What the comparison of a method with its control asks.
 
     Args:
-        own: the read-out of the method.
-        readouts: those of the control, of which the better one counts.
         subject, control: the networks, as the sentence calls them.
         question: what the test could tell, after "tell" and "show".
         answers: where the difference is above 0, and where it is not.
+        own: the read-out of the method.
+        readouts: those of the control, of which the better one counts.
     """
 
-    own: str
-    readouts: tuple[str, ...]
     subject: str
     control: str
     question: str
     answers: tuple[str, str]
+    own: str = STUDENT
+    readouts: tuple[str, ...] = (STUDENT, FINETUNED)
 
 
 def _question(name: str) -> _Question:
@@ -266,18 +255,15 @@ def _question(name: str) -> _Question:
     if method.is_noisy_student:
         subject, control = "what Noisy Student delivers", "what Meta Pseudo Labels delivers"
         answers = "Noisy Student is better", "Meta Pseudo Labels is better"
-        return _Question(DELIVERED, (DELIVERED,), subject, control, "which of the two is better", answers)
-    own, control = STUDENT, "the same loop without feedback"
+        return _Question(subject, control, "which of the two is better", answers, DELIVERED, (DELIVERED,))
+    subject, what, control, own = "MPL's student", "the teacher's feedback", "the same loop without feedback", STUDENT
+    if method.reduced:
+        subject, what = "reduced MPL's student", "the student's feedback"
     if method.doubting:
         # Only finetuning learns from the clean labels, which plain training has learned from already.
-        own, control = FINETUNED, "plain training"
         subject, what = f"with {title(name)} the finetuned student", "what is learned about labels"
-    elif method.reduced:
-        subject, what = "reduced MPL's student", "the student's feedback"
-    else:
-        subject, what = "MPL's student", "the teacher's feedback"
-    answers = f"{what} helped", f"{what} hurt"
-    return _Question(own, (STUDENT, FINETUNED), subject, control, f"whether {what} helped", answers)
+        control, own = "plain training", FINETUNED
+    return _Question(subject, control, f"whether {what} helped", (f"{what} helped", f"{what} hurt"), own)
 
 
 def _verdict(test: PairedTest, asked: _Question) -> str:
@@ -297,22 +283,18 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     >>> parse_seeds("0-2,7")
     (0, 1, 2, 7)
     """
-    found = [re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip()) for part in text.split(",")]
-    parts = [(part[1], part[2] or part[1]) for part in found if part is not None]
-    if len(parts) < len(found):
-        raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
-    most = f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32."
-    if any(len(end) > len(str(2**32)) for part in parts for end in part):  # Python does not read any length
-        raise MetaplError(most)
-    ranges = [range(int(first), int(last) + 1) for first, last in parts]
-    if sum(map(len, ranges)) > MOST_SEEDS or any(seeds.stop > 2**32 for seeds in ranges):
-        raise MetaplError(most)
-    for (first, last), seeds in zip(parts, ranges, strict=True):
-        if not seeds:
-            raise MetaplError(
-                f"{flag}={text!r}: expected at least one seed in a range, and {first}-{last} ends before it begins; "
-                f"write {last}-{first}."
-            )
+    ranges: list[range] = []
+    for part in text.split(","):
+        # Python does not read any length.
+        found = re.fullmatch(r"\s*([0-9]{1,99})(?:-([0-9]{1,99}))?\s*", part)
+        if found is None:
+            raise MetaplError(f"{flag}={text!r}: expected numbers and ranges, such as 0-9 or 0,3,5.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise MetaplError(f"{flag}={text!r}: {first}-{last} ends before it begins; write {last}-{first}.")
+        ranges.append(range(first, last + 1))
+    if any(part.stop > 2**32 for part in ranges) or sum(map(len, ranges)) > MOST_SEEDS:
+        raise MetaplError(f"{flag}={text!r}: expected at most {MOST_SEEDS:,} seeds, each below 2^32.")
     again, times = Counter(itertools.chain(*ranges)).most_common(1)[0]
     if times > 1:
         raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")

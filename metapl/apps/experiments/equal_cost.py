@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from metapl.apps.experiments.methods import compared, rehearse
-from metapl.apps.recipes.base import Recipe, Task
+from metapl.apps.recipes.base import Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.self_training import SelfTraining
@@ -43,26 +42,29 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
     def count(
         trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
     ) -> FitResult:
-        if phase.endswith(FINETUNED):
-            return FitResult(None, 0, {})
-        batches = [None if source is None else _on(source[0], trainer.device) for source in (labeled, unlabeled)]
-        steps, wait = over.get("steps", recipe.steps), over.get("wait", 0)
-        waits = min(wait, steps) if trainer.teacher is not None else 0
-        begins = [min(start, steps) for start in trainer.late_starts]
-        # Steps differ while a student waits, and before a loss such as UDA begins: one of each kind is counted.
-        for first, last in pairwise(sorted({0, waits, *begins, steps})):
-            trainer.steps_done = first
-            step = trainer.teacher_step if first < waits else trainer.step
-            spent[phase] += (last - first) * flops(partial(step, *batches))
+        if not phase.endswith(FINETUNED):
+            batches = [
+                torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: to_device(t, trainer.device), source[0])
+                if source is not None
+                else None
+                for source in (labeled, unlabeled)
+            ]
+            steps = over.get("steps", recipe.steps)
+            for first, last, step in kinds_of_steps(trainer, steps, over.get("wait", 0)):
+                trainer.steps_done = first
+                spent[phase] += (last - first) * flops(partial(step, *batches))
         return FitResult(None, 0, {})
 
-    own = compared(recipe, method, recipe.seed)
-    rehearse(own, task, count, recipe.torch_device())
+    rehearse(recipe.compared(method, recipe.seed), task, count, recipe.torch_device())
     return spent
 
 
-def _on(batch: Any, device: torch.device) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: to_device(t, device) if isinstance(t, torch.Tensor) else t, batch)
+def kinds_of_steps(trainer: Trainer, steps: int, wait: int) -> list[tuple[int, int, Any]]:
+    """The first and the last step of each kind, and what does it: they differ while a student waits, and before a loss
+    such as UDA begins."""
+    waits = min(wait, steps) if trainer.teacher is not None else 0
+    ends = sorted({0, waits, steps, *(min(start, steps) for start in trainer.late_starts)})
+    return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
 
 
 def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[str, Recipe]:
@@ -82,39 +84,34 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
         except MetaplError as error:
             raise MetaplError(f"{method}: {error}") from error
     totals = {method: sum(cost.values()) for method, cost in costs.items()}
+
+    def sized(method: str, cost: float, own: float) -> Recipe:
+        return with_steps(recipe.compared(method, recipe.seed), max(1, round(cost / own * recipe.steps)))
+
     whole = totals[methods[0]]
-    own = {method: compared(recipe, method, recipe.seed) for method in methods}
-    sized = {method: with_steps(own[method], _steps(recipe, whole / total)) for method, total in totals.items()}
+    found = {method: sized(method, whole, total) for method, total in totals.items()}
     teaching = [method for method in methods if EVERY_METHOD[method].selects]
     for method in teaching:
-        shared = first_teacher(sized[teaching[0]])[1]
-        on_it = costs[method][FIRST] * shared.steps / recipe.steps
-        of_rest = with_steps(own[method], _steps(recipe, (whole - on_it) / (totals[method] - costs[method][FIRST])))
-        rounds = of_rest.method.selection
-        assert rounds is not None  # they select
-        sized[method] = of_rest.with_method(self_training=dataclasses.replace(rounds, first=shared))
-    return sized
-
-
-def _steps(recipe: Recipe, share: float) -> int:
-    """So many times the recipe's steps."""
-    return max(1, round(share * recipe.steps))
+        shared, taught = first_teacher(found[teaching[0]])[1], costs[method][FIRST]
+        rest = sized(method, whole - taught * shared.steps / recipe.steps, totals[method] - taught)
+        rounds: Any = rest.method.selection
+        found[method] = rest.with_method(self_training=dataclasses.replace(rounds, first=shared))
+    return found
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with another number of steps, and its phases and validations in proportion."""
-    share = steps / recipe.steps
-    of_recipe, method = (
+    share, rounds = steps / recipe.steps, recipe.method.selection
+    fields, own = (
         {name: round(share * value) for name in SHARES if (value := getattr(one, name, None))}
         for one in (recipe, recipe.method)
     )
-    if "wait" in method:
-        method["wait"] = min(method["wait"], steps - 1)
-    changed: dict[str, Any] = {**method}
-    rounds = recipe.method.selection
+    of_method: dict[str, Any] = {**own}
+    if "wait" in own:
+        of_method["wait"] = min(own["wait"], steps - 1)
     if isinstance(rounds, SelfTraining) and rounds.warm_steps is not None:
         warm = max(1, round(share * rounds.warm_steps))
-        changed["self_training"] = dataclasses.replace(rounds, warm_steps=warm)
-    every, own = max(1, round(share * recipe.validate_every)), dataclasses.replace(recipe.method, **changed)
-    fields: dict[str, Any] = {**of_recipe, "steps": steps, "validate_every": every, "method": own}
-    return dataclasses.replace(recipe, **fields)
+        of_method["self_training"] = dataclasses.replace(rounds, warm_steps=warm)
+    every, method = max(1, round(share * recipe.validate_every)), dataclasses.replace(recipe.method, **of_method)
+    changed: dict[str, Any] = {**fields, "steps": steps, "validate_every": every, "method": method}
+    return dataclasses.replace(recipe, **changed)

@@ -18,19 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.apps.experiments.folder import RunFolder, weights_file
 from metapl.apps.experiments.galleries import FILE as GALLERIES
 from metapl.apps.experiments.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.apps.experiments.labels_given import labels_given
-from metapl.apps.experiments.larger import finetuned_larger
-from metapl.apps.experiments.methods import train
-from metapl.apps.experiments.reducing import label_by
-from metapl.apps.experiments.rounds import Chosen, Rounds
+from metapl.apps.experiments.labels_given import label_by, labels_given
+from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.experiments.shares import check_runs
 from metapl.apps.experiments.summary import spoken_rounds, summary
 from metapl.apps.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.apps.pictures.store import record_files, replaced_files
-from metapl.apps.recipes.base import ROLES, SELECTED_ON, Recipe, Stored, Task, as_dict
+from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title
-from metapl.apps.recipes.methods.noisy_student import networks_of
-from metapl.apps.reports import Gallery
+from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks_of
 from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import takes_whole_images
@@ -42,6 +38,39 @@ from metapl.runs.rows import Metrics
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import finetune
 from metapl.training.selection import weights_of
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that a run has trained, and what it reaches.
+
+    Args:
+        name: student, finetuned or teacher.
+        weights: its weights, on the host.
+        validation_accuracy: a fraction; None without validation.
+        evaluation: on the test set; None without one.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    validation_accuracy: float | None
+    evaluation: Evaluation | None
+
+    @property
+    def file(self) -> str:
+        """Where its weights are in the run folder."""
+        return weights_file(self.name)
+
+    def accuracies(self, prefix: str = "") -> dict[str, float]:
+        """Its accuracies by name, for ``result.json``; nothing that was not measured."""
+        tested = None if self.evaluation is None else self.evaluation.accuracy
+        found = {"validation_accuracy": self.validation_accuracy, "test_accuracy": tested}
+        return {prefix + key: value for key, value in found.items() if value is not None}
+
+    def as_delivered(self) -> dict[str, Any]:
+        """What ``result.json`` says of the network that is delivered."""
+        evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
+        return {"delivered": self.name, **self.accuracies(), **evaluation}
 
 
 @dataclass(frozen=True)
@@ -73,25 +102,48 @@ class Experiment:
         self.record(task)
         return self.deliver(task, self.train(task))
 
+    def record(self, task: Task) -> None:
+        """Leave behind on which data this runs; refuse to go on with a run on other data."""
+        path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
+        if path.exists() and self.folder.read_json("data.json") != record:
+            raise MetaplError(
+                f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
+                "back as they were, or start another run with another --out."
+            )
+        if self.folder.exists:
+            self.folder.relocate(as_dict(self.recipe))
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if task.split is not None:
+            task.split.save(self.folder.path / "split.json")
+        self.folder.write_json("data.json", task.record)
+        record_files(self.skipped, task.skipped)
+
     def train(self, task: Task) -> Training:
-        """The recipe's method, phase by phase, and the networks that it keeps."""
-        run = Training(self, task, *self.laid_out_for(self.recipe.torch_device()))
-        run.trainer, run.result = train(run, self.fit)
+        """The recipe's method, phase by phase."""
+        teacher, student = self.laid_out_for(self.recipe.torch_device())
+        run = Training(self.recipe, task, teacher, student, self)
+        run.trainer, run.result = run.train(self.fit)
         return run
 
     def deliver(self, task: Task, run: Training) -> dict[str, Any]:
         """Write what a training ended with: pictures, networks, figures and ``result.json``, which is returned."""
-        trained, method = run.trainer, self.recipe.method
+        trained, method, folder = run.trainer, self.recipe.method, self.folder
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
         galleries = draw_galleries(task, labeler, trained.student, method.networks["student"])
-        galleries += self.suspects(task, trained)
+        if task.doubtful is not None:
+            found = find_suspects(task.doubtful, trained)
+            write_suspects(folder.path, found, task)
+            self.say(
+                f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; of "
+                f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+            )
+            galleries.append(suspects_gallery(found, task))
         changed = run.rounds.galleries() if method.selects else []
-        sealed = {GALLERIES: write_galleries(self.folder.path, galleries)}
-        networks = {network.name: network for network in method.kept(run)}
-        name = delivered(method.name, networks, self.selects(task))
+        sealed = {GALLERIES: write_galleries(folder.path, galleries)}
+        networks = {name: run.keep(name) for name in method.kept}
         for network in networks.values():
-            sealed[network.file] = self.folder.write_weights(network.file, network.weights)
-        chosen = networks[name]
+            sealed[network.file] = folder.write_weights(network.file, network.weights)
+        chosen = networks[delivered(method.name, networks, self.selects(task))]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
             "method": method.name,
@@ -109,24 +161,98 @@ class Experiment:
             content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
         if method.selects:
-            self.report_rounds(content, changed)
-        self.folder.write_json("result.json", content)
-        unread = replaced_files(self.skipped)
-        if unread:
+            from metapl.apps.reports.rounds import draw_rounds
+
+            what = "rounds of " if method.is_noisy_student else ""
+            draw_rounds(
+                folder.path / "rounds.png",
+                content["rounds"],
+                title=f"{self.recipe.name}: {what}{title(method.name)}, seed {self.recipe.seed}",
+                summary=" ".join(spoken_rounds(content["rounds"])),
+                galleries=changed,
+            )
+        folder.write_json("result.json", content)
+        if unread := replaced_files(self.skipped):
             self.say(f"files that could not be read: {len(unread):,}, listed with what is wrong in {self.skipped}")
         return content
 
-    def suspects(self, task: Task, trained: Trainer) -> list[Gallery]:
-        """List the examples whose labels may be wrong, where there are such; a gallery of the first of them."""
-        if task.doubtful is None:
-            return []
-        found = find_suspects(task.doubtful, trained)
-        write_suspects(self.folder.path, found, task)
-        self.say(
-            f"labels that may be wrong: {self.folder.path / SUSPECTS}, the most suspicious first; of "
-            f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+    def report(self, content: Mapping[str, Any], evaluation: Evaluation | None, task: Task) -> None:
+        """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
+        from metapl.apps.reports import draw_report
+
+        draw_report(
+            self.folder.path / "report.png",
+            title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
+            curves={content["method"]: last_fit(self.folder.path, content)},
+            confusion=None if evaluation is None else evaluation.confusion,
+            classes=list(task.classes),
+            summary=" ".join(summary(content)),
+            galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
         )
-        return [suspects_gallery(found, task)]
+
+    @property
+    def skipped(self) -> Path:
+        """Where the files are listed that cannot be read."""
+        return self.folder.path / "skipped.jsonl"
+
+    # --------------------------------------------------------------------------------------------------------- fits
+
+    def selects(self, task: Task) -> bool:
+        """Whether there are enough validation examples to choose by."""
+        return task.validation is not None and task.validation_size >= SELECTED_ON
+
+    def options(self, task: Task) -> dict[str, Any]:
+        """What every fit of the run has in common."""
+        return {
+            "validation": task.validation,
+            "truth": task.truth,
+            "out": self.folder,
+            "resume": self.resume,
+            "progress": self.progress,
+            "say": self.say,
+            **self.recipe.fit_options(),
+            "select": self.selects(task),
+            "split_batches": self.mesh.size > 1,
+        }
+
+    def fit(
+        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        """The main phase, or one before it; ``over`` replaces options of the recipe."""
+        options = {"steps": self.recipe.steps, **self.options(task), **over}
+        return trainer.fit(labeled, unlabeled, phase=phase, **options)
+
+    def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
+        """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
+        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
+        self.seed_shares(student)
+        if not self.recipe.finetune_steps:
+            return before
+        result = finetune(
+            student,
+            task.finetuning,
+            optimizer=self.recipe.finetune.build(student),
+            **self.recipe.trainer_options(),
+            **self.options(task) | {"truth": None} | self.recipe.finetune_options(),
+        )
+        if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
+            load_whole(_inside(student), before.weights)
+            return before
+        return result
+
+    def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
+        """:meth:`finetune`, and what the student then reaches."""
+        tuned = self.finetune(task, student, before)
+        return self.network("finetuned", task, _inside(student), tuned.validation_accuracy, tuned.weights)
+
+    def network(
+        self, name: str, task: Task, module: nn.Module, accuracy: float | None, weights: Mapping[str, Tensor]
+    ) -> Network:
+        """A module that has these weights and this validation accuracy, with what it reaches on the test set."""
+        tested = None if task.test is None else evaluated(module, task.test, task.classes)
+        return Network(name, dict(weights), accuracy, tested)
+
+    # ------------------------------------------------------------------------- over the processes that train together
 
     def laid_out_for(self, place: torch.device) -> list[nn.Module]:
         """The teacher and the student with fresh weights, over the processes that train together."""
@@ -157,158 +283,40 @@ class Experiment:
         self.seed_shares(*networks)
         return found
 
+    def seed_shares(self, *networks: nn.Module) -> None:
+        """Where networks drop something row after row, let each share of a batch have masks of its own."""
+        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
+            torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
+
+
+@dataclass(eq=False)
+class Training(Run):
+    """A run in its folder: what its method asks for is laid out, stored and kept.
+
+    Args:
+        trainer, result: what it ended with.
+    """
+
+    experiment: Experiment
+    trainer: Trainer = field(init=False)
+    result: FitResult = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.data = self.task  # a method may go on with a part of it
+
     def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
         """What is learned about labels, over the same processes: cut as the student is where it reads its inputs."""
-        if self.mesh.size == 1:
+        mesh = self.experiment.mesh
+        if mesh.size == 1:
             return teacher
         for t in [*teacher.parameters(), *teacher.buffers()]:  # each share may have drawn its own
             first = t.detach().contiguous()
             dist.broadcast(first, 0)
             t.data.copy_(first)
         if not reads_inputs:
-            return shard(teacher, Mesh(replicate=self.mesh.size))
-        device = next(teacher.parameters()).device
-        (laid_out,) = self.laid_out(teacher, labels=(torch.zeros(2, dtype=torch.long, device=device),))
-        return laid_out
-
-    def seed_shares(self, *networks: nn.Module) -> None:
-        """Where networks drop something row after row, let each share of a batch have masks of its own."""
-        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
-            torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
-
-    def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
-        """:meth:`finetune`, and what the student then reaches."""
-        tuned = self.finetune(task, student, before)
-        inside = student.module if isinstance(student, DistributedDataParallel) else student
-        return self.network("finetuned", task, inside, tuned.validation_accuracy, tuned.weights)
-
-    def network(
-        self,
-        name: str,
-        task: Task,
-        module: nn.Module,
-        validation_accuracy: float | None,
-        weights: Mapping[str, Tensor],
-    ) -> Network:
-        """A module that has these weights, with what it reaches on the test set."""
-        tested = None if task.test is None else evaluated(module, task.test, task.classes)
-        return Network(name, dict(weights), validation_accuracy, tested)
-
-    # ------------------------------------------------------------------------------------------------- the phases
-
-    def record(self, task: Task) -> None:
-        """Leave behind on which data this runs; refuse to go on with a run on other data."""
-        path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
-        if path.exists() and self.folder.read_json("data.json") != record:
-            raise MetaplError(
-                f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
-                "back as they were, or start another run with another --out."
-            )
-        if self.folder.exists:
-            self.folder.relocate(as_dict(self.recipe))
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        if task.split is not None:
-            task.split.save(self.folder.path / "split.json")
-        self.folder.write_json("data.json", task.record)
-        record_files(self.skipped, task.skipped)
-
-    @property
-    def skipped(self) -> Path:
-        """Where the files are listed that cannot be read."""
-        return self.folder.path / "skipped.jsonl"
-
-    def fit(
-        self, trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
-    ) -> FitResult:
-        """The main phase, or one before it; ``over`` replaces options of the recipe."""
-        options = {"steps": self.recipe.steps, **self.options(task), **over}
-        return trainer.fit(labeled, unlabeled, phase=phase, **options)
-
-    def options(self, task: Task) -> dict[str, Any]:
-        """What every fit of the run has in common."""
-        return {
-            "validation": task.validation,
-            "truth": task.truth,
-            "out": self.folder,
-            "resume": self.resume,
-            "progress": self.progress,
-            "say": self.say,
-            **self.recipe.fit_options(),
-            "select": self.selects(task),
-            "split_batches": self.mesh.size > 1,
-        }
-
-    def selects(self, task: Task) -> bool:
-        """Whether there are enough validation examples to choose by."""
-        return task.validation is not None and task.validation_size >= SELECTED_ON
-
-    def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
-        """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
-        torch.manual_seed(self.recipe.seed)  # whatever was drawn before, so that it can be repeated on its own
-        self.seed_shares(student)
-        if not self.recipe.finetune_steps:
-            return before
-        result = finetune(
-            student,
-            task.finetuning,
-            optimizer=self.recipe.finetune.build(student),
-            **self.recipe.trainer_options(),
-            **self.options(task) | {"truth": None} | self.recipe.finetune_options(),
-        )
-        if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
-            load_whole(student.module if isinstance(student, DistributedDataParallel) else student, before.weights)
-            return before
-        return result
-
-    def report(self, content: Mapping[str, Any], evaluation: Evaluation | None, task: Task) -> None:
-        """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
-        from metapl.apps.reports import draw_report
-
-        draw_report(
-            self.folder.path / "report.png",
-            title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
-            curves={content["method"]: last_fit(self.folder.path, content)},
-            confusion=None if evaluation is None else evaluation.confusion,
-            classes=list(task.classes),
-            summary=" ".join(summary(content)),
-            galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
-        )
-
-    def report_rounds(self, content: Mapping[str, Any], galleries: Sequence[Gallery]) -> None:
-        """Draw ``rounds.png`` from what ``result.json`` says of the rounds."""
-        from metapl.apps.reports.rounds import draw_rounds
-
-        what = "rounds of " if self.recipe.method.is_noisy_student else ""
-        draw_rounds(
-            self.folder.path / "rounds.png",
-            content["rounds"],
-            title=f"{self.recipe.name}: {what}{title(content['method'])}, seed {self.recipe.seed}",
-            summary=" ".join(spoken_rounds(content["rounds"])),
-            galleries=galleries,
-        )
-
-
-@dataclass
-class Training:
-    """A training under way in the folder of a run: what its method asks for, and what it ended with.
-
-    Args:
-        task: the data.
-        teacher, student: networks with fresh weights, laid out.
-    """
-
-    experiment: Experiment
-    task: Task
-    teacher: nn.Module
-    student: nn.Module
-    trainer: Trainer = field(init=False)
-    result: FitResult = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.recipe, self.data = self.experiment.recipe, self.task
-
-    def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
-        return self.experiment.beside(teacher, reads_inputs)
+            return shard(teacher, Mesh(replicate=mesh.size))
+        labels = torch.zeros(2, dtype=torch.long, device=next(teacher.parameters()).device)
+        return self.experiment.laid_out(teacher, labels=(labels,))[0]
 
     def labels_given(self) -> Stored | None:
         return labels_given(self.recipe, self.task, self.experiment.folder.path, self.experiment.say)
@@ -324,10 +332,9 @@ class Training:
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
             return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
 
-        settings = self.recipe.method.selection
-        assert settings is not None  # methods that select ask for rounds
-        any_class, folder = not self.recipe.method.is_noisy_student, self.experiment.folder.path
-        return Rounds(self.recipe, folder, self.data, settings, any_class, measure, self.experiment.say)
+        method, folder = self.recipe.method, self.experiment.folder.path
+        any_class = not method.is_noisy_student
+        return Rounds(self.recipe, folder, self.data, method.selection, any_class, measure, self.experiment.say)
 
     def select(self, number: int, teacher: nn.Module) -> Chosen:
         return self.rounds.choose(number, teacher)
@@ -335,73 +342,35 @@ class Training:
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
         self.rounds.trained(number, network, result)
 
-    # --------------------------------------------------------------------------------------- the networks that it keeps
-
-    def network(self, name: str, module: nn.Module, accuracy: float | None, weights: Mapping[str, Tensor]) -> Network:
-        return self.experiment.network(name, self.data, module, accuracy, weights)
-
-    def keep_student(self) -> Network:
-        accuracy = self.result.validation_accuracy
-        return self.network("student", self.trainer.student, accuracy, self.result.weights)
-
-    def keep_teacher(self) -> Network:
-        noisy_student = self.recipe.method.is_noisy_student
-        teacher = self.rounds.teachers[-1] if noisy_student else self.trainer.teacher
-        assert teacher is not None
-        weights = weights_of(teacher) if noisy_student else self.result.teacher_weights
-        assert weights is not None
-        accuracy = None if self.data.validation is None else evaluated(teacher, self.data.validation).accuracy
-        return self.network("teacher", teacher, accuracy, weights)
-
-    def keep_finetuned(self) -> Network:
-        return self.experiment.finetuned(self.data, self.trainer.as_given, self.result)
-
-    def keep_larger(self, size: int) -> Network:
-        experiment, settings = self.experiment, self.rounds.settings
-        larger = networks_of(self.recipe, settings)[-1].at_size(size)
+    def keep(self, name: str) -> Network:
+        """A network of the run by its name, with what it reaches: the student, the teacher, or the student finetuned,
+        of Noisy Student on larger pictures."""
+        experiment, task, result = self.experiment, self.data, self.result
+        rounds = self.rounds if self.recipe.method.is_noisy_student else None
+        if name == "student":
+            return experiment.network(name, task, self.trainer.student, result.validation_accuracy, result.weights)
+        if name == "teacher":
+            teacher: Any = self.trainer.teacher if rounds is None else rounds.teachers[-1]
+            weights: Any = result.teacher_weights if rounds is None else weights_of(teacher)
+            accuracy = None if task.validation is None else evaluated(teacher, task.validation).accuracy
+            return experiment.network(name, task, teacher, accuracy, weights)
+        if rounds is None:
+            return experiment.finetuned(task, self.trainer.as_given, result)
+        larger = networks_of(self.recipe, rounds.settings)[-1].at_size(rounds.settings.finetune_size)
         seen = larger.task(None, experiment.progress, experiment.skipped)
-        phase = finetuned_larger(larger, settings, self.trainer.student, seen)
+        phase = finetuned_larger(larger, rounds.settings, self.trainer.student, seen)
         tuned = experiment.fit(phase.trainer, phase.labeled, None, seen, phase=phase.name, **phase.options)
-        return experiment.network("finetuned", seen, self.trainer.student, tuned.validation_accuracy, tuned.weights)
+        return experiment.network(name, seen, self.trainer.student, tuned.validation_accuracy, tuned.weights)
+
+
+def _inside(network: nn.Module) -> nn.Module:
+    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
     phase = EVERY_METHOD[content["method"]].last_phase(len(content.get("rounds", ())))
     return Metrics(folder / "metrics.jsonl").rows(phase)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network that a run has trained, and what it reaches.
-
-    Args:
-        name: student, finetuned or teacher.
-        weights: its weights, on the host.
-        validation_accuracy: a fraction; None without validation.
-        evaluation: on the test set; None without one.
-    """
-
-    name: str
-    weights: Mapping[str, Tensor]
-    validation_accuracy: float | None
-    evaluation: Evaluation | None
-
-    @property
-    def file(self) -> str:
-        """Where its weights are in the run folder."""
-        return weights_file(self.name)
-
-    def accuracies(self, prefix: str = "") -> dict[str, float]:
-        """Its accuracies by name, for ``result.json``; nothing that was not measured."""
-        accuracies = {"validation_accuracy": self.validation_accuracy}
-        accuracies["test_accuracy"] = None if self.evaluation is None else self.evaluation.accuracy
-        return {prefix + key: value for key, value in accuracies.items() if value is not None}
-
-    def as_delivered(self) -> dict[str, Any]:
-        """What ``result.json`` says of the network that is delivered."""
-        evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
-        return {"delivered": self.name, **self.accuracies(), **evaluation}
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,6 @@ SHOWN = 12
 FILE = "pictures.safetensors"
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One example as a network sees it."""
-
-    picture: Tensor
-    confidence: float
-    taken_for: int
-    label: int
-
-    @property
-    def percent(self) -> str:
-        return f"{100 * self.confidence:.0f} %"
-
-
 def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str = "student") -> list[Gallery]:
     """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
 
@@ -54,36 +39,33 @@ def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str
 
     Cost: one forward pass per example.
     """
-    galleries = []
-    names = task.classes
+    found, names = [], task.classes
     if task.sample is not None:
         seen = _look(labeler, task.sample)
         note = f"of {len(seen):,} unlabeled pictures, without augmentation, after training"
         for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
-            captions = [f"{names[example.taken_for]}\n{example.percent}" for example in shown]
-            marks = [example.taken_for == example.label if task.truth is not None else None for example in shown]
-            pictures = [example.picture for example in shown]
-            galleries.append(gallery_of(f"{title} confident pseudo-labels", note, pictures, captions, marks))
+            captions = [f"{names[taken_for]}\n{100 * sure:.0f} %" for _, sure, taken_for, _ in shown]
+            marks = [taken_for == label if task.truth is not None else None for *_, taken_for, label in shown]
+            pictures = [picture for picture, *_ in shown]
+            found.append(gallery_of(f"{title} confident pseudo-labels", note, pictures, captions, marks))
     if task.validation is not None:
         seen = _look(student, task.validation)
-        wrong = [example for example in seen if example.taken_for != example.label]
+        wrong = [each for each in seen if each[2] != each[3]]
         note = f"of the {name} on validation: {len(wrong):,} of {len(seen):,} are wrong"
         shown = wrong[:SHOWN]
-        captions = [f"{names[example.taken_for]} {example.percent}\nis {names[example.label]}" for example in shown]
-        pictures = [example.picture for example in shown]
-        galleries.append(gallery_of("Most confident mistakes", note, pictures, captions))
-    return [gallery for gallery in galleries if gallery is not None]
+        captions = [f"{names[taken]} {100 * sure:.0f} %\nis {names[label]}" for _, sure, taken, label in shown]
+        found.append(gallery_of("Most confident mistakes", note, [picture for picture, *_ in shown], captions))
+    return [gallery for gallery in found if gallery is not None]
 
 
-def _look(model: nn.Module, data: Any) -> list[_Seen]:
-    """The examples, the most confident first."""
-    seen = []
+def _look(model: nn.Module, data: Any) -> list[tuple[Tensor, float, int, int]]:
+    """Each example with the model's confidence, what it is taken for and its label, the most confident first."""
+    seen: list[tuple[Tensor, float, int, int]] = []
     for inputs, labels in batches_of(data, torch.device("cpu")):
         logits, _ = predict_logits(model, [(inputs, labels)])
         best = logits.double().softmax(dim=1).max(dim=1)
-        columns = (inputs, best.values.tolist(), best.indices.tolist(), labels.tolist())
-        seen += [_Seen(*row) for row in zip(*columns, strict=True)]
-    return sorted(seen, key=lambda example: -example.confidence)
+        seen += zip(inputs, best.values.tolist(), best.indices.tolist(), labels.tolist(), strict=True)
+    return sorted(seen, key=lambda each: -each[1])
 
 
 def gallery_of(

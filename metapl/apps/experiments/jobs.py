@@ -1,14 +1,13 @@
-"""Runs side by side in processes of their own, and how long they will still take."""
+"""Runs side by side in processes of their own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import statistics
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,6 +27,11 @@ from metapl.words import tell
 
 PATIENCE = 30.0
 """Seconds that a worker has to save the step under way before it is killed."""
+
+
+def aloud(text: str) -> None:
+    """Show a message on standard output."""
+    tell(text, wrap=True)
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ class Job:
         """Whether its result is there."""
         return (self.folder / "result.json").exists()
 
+    @property
+    def title(self) -> str:
+        """In words."""
+        return f"{self.method}, seed {self.recipe.seed}"
+
     def run(
-        self,
-        *,
-        progress: bool = False,
-        quiet: bool = True,
-        within: RunFolder | None = None,
-        mesh: Mesh | None = None,
+        self, *, progress: bool = False, quiet: bool = True, within: RunFolder | None = None, mesh: Mesh | None = None
     ) -> dict[str, Any]:
         """Run it here; a run that is finished already only gives its result.
 
@@ -67,27 +71,24 @@ class Job:
             within: the folder, where the caller holds it already.
             mesh: processes that train together, of which this is one.
         """
-        folder = within or RunFolder(self.folder)
+        folder, recipe = within or RunFolder(self.folder), self.recipe.by(self.method)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
-        recipe = self.recipe.by(self.method)
         with folder.claimed(describe(recipe), resume=self.resume):
-            say = _silent if quiet else aloud
+            say = (lambda text: None) if quiet else aloud
             experiment = Experiment(recipe, folder, self.resume and folder.exists, progress, say, mesh or Mesh())
-            if self.finished:
-                result = stored_result(folder)
-                if folder.places() != places(self.recipe):  # the data have moved: are they the same?
-                    experiment.record(self.recipe.task())
-                return result
-            return experiment.run()
+            if not self.finished:
+                return experiment.run()
+            result = stored_result(folder)
+            if folder.places() != places(self.recipe):  # the data have moved: are they the same?
+                experiment.record(self.recipe.task())
+            return result
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The networks of a run laid out, and nothing else: what cannot be cut is refused.
+    """The networks of a run by a method laid out, and nothing else: what cannot be cut is refused.
 
-    Args:
-        recipe: its number of steps may be open.
-        method: by which it will be run.
+    The number of the recipe's steps may be open.
     """
 
     recipe: Recipe
@@ -101,24 +102,15 @@ class Trial:
             Experiment(self.recipe.by(self.method), RunFolder(Path()), mesh=mesh).laid_out_for(place)
 
 
-def _silent(text: str) -> None:
-    """Messages of a run beside others are not shown."""
-
-
-def aloud(text: str) -> None:
-    """Show a message on standard output."""
-    tell(text, wrap=True)
-
-
 def run_all(
-    jobs: Sequence[Job], workers: int, here: Callable[[Job], dict[str, Any]] | None = None
+    jobs: Sequence[Job], workers: int, here: Callable[[Job], dict[str, Any]] = Job.run
 ) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
     """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
 
     Args:
         jobs: as they are to be run.
         workers: processes; one is this one.
-        here: runs a job where there is one worker; None: :meth:`Job.run`.
+        here: runs a job where there is one worker.
 
     However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
     go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
@@ -130,25 +122,26 @@ def run_all(
         for job in jobs:
             since = time.monotonic()
             with _named(job):
-                result = job.run() if here is None else here(job)
+                result = here(job)
             yield job, result, time.monotonic() - since
         return
     others = {*multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
-        initargs=(os.getpid(),),
-    )
+    spawned: Any = {"mp_context": multiprocessing.get_context("spawn")}
+    pool = ProcessPoolExecutor(workers, **spawned, initializer=_end_with_parent, initargs=(os.getpid(),))
     waiting = list(reversed(jobs))
     running: dict[Future[dict[str, Any]], tuple[Job, float]] = {}
+    # Processes that are started in between do not get what a terminal sends to all: the parent alone decides.
+    ours = {signal.SIGINT, signal.SIGHUP}
     try:
         while waiting or running:
             # No more than are run at once: a job that lies in the pool's own queue could not be taken back.
             while waiting and len(running) < workers:
                 job = waiting.pop()
-                with _without_interrupts():
+                signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+                try:
                     running[pool.submit(_run, job)] = job, time.monotonic()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             future = done.pop()
             job, since = running.pop(future)
@@ -156,7 +149,7 @@ def run_all(
                 result = future.result()
             yield job, result, time.monotonic() - since
     except BrokenProcessPool as error:
-        names = ", ".join(sorted({_name(job), *(_name(other) for other, _ in running.values())}))
+        names = ", ".join(sorted({job.title, *(other.title for other, _ in running.values())}))
         raise MetaplError(
             f"the process of one of these runs was killed ({names}): was there too little memory? Go on with --resume."
         ) from error
@@ -173,27 +166,13 @@ def _run(job: Job) -> dict[str, Any]:
         return {}
 
 
-def _name(job: Job) -> str:
-    return f"{job.method}, seed {job.recipe.seed}"
-
-
 @contextmanager
 def _named(job: Job) -> Iterator[None]:
     """Say whose error it is."""
     try:
         yield
     except MetaplError as error:
-        raise MetaplError(f"{_name(job)}: {error}") from error
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that are started in this block do not get what a terminal sends to all: the parent alone decides."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
+        raise MetaplError(f"{job.title}: {error}") from error
 
 
 def _stop(workers: Sequence[Any]) -> None:
@@ -217,23 +196,3 @@ def _end_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def seconds_left(waiting: Sequence[str], times: Mapping[str, Sequence[float]], together: int) -> float | None:
-    """Seconds until all jobs are done: methods take times of their own, and one that is not known yet takes the mean.
-
-    Args:
-        waiting: the methods of the jobs that are not done, one each.
-        times: seconds of the jobs that are done, by method.
-        together: how many run at a time.
-
-    Returns: None where nothing waits, or no job is done yet.
-
-    >>> seconds_left(["mpl", "uda"], {}, together=2), seconds_left(["mpl", "uda"], {"mpl": [60.0], "uda": [20.0]}, 2)
-    (None, 40.0)
-    """
-    if not waiting or not times:
-        return None
-    means = {method: statistics.fmean(taken) for method, taken in times.items()}
-    usual = statistics.fmean(means.values())
-    return sum(means.get(method, usual) for method in waiting) / min(together, len(waiting))

@@ -44,12 +44,7 @@ and the numbers of files that cannot be read, each with the reason."""
 
 @dataclass(frozen=True, eq=False)
 class InOrder(StepBatches[Read], ABC):
-    """Pictures as they are, one batch after another.
-
-    Args:
-        batch_size: of a batch.
-        first: the batch that item 0 is.
-    """
+    """Pictures as they are, one batch after another; ``first`` is the batch that item 0 is."""
 
     batch_size: int = field(default=BATCH, kw_only=True)
     first: int = field(default=0, kw_only=True)
@@ -78,13 +73,7 @@ class InOrder(StepBatches[Read], ABC):
 
 @dataclass(frozen=True, eq=False)
 class PictureFiles(InOrder):
-    """Pictures in files, read like the training data of a run.
-
-    Args:
-        recipe: of the run.
-        path: gives the file of each number.
-        count: how many there are.
-    """
+    """The ``count`` pictures in the files that ``path`` gives by number, read like the training data of a recipe."""
 
     recipe: Recipe
     path: Callable[[int], Path]
@@ -97,20 +86,18 @@ class PictureFiles(InOrder):
         return self.path(number)
 
     def batch(self, step: int) -> Read:
-        pictures, used, digests, skipped = [], [], [], []
+        read: list[tuple[Tensor, int, list[int]]] = []
+        skipped = []
         for number in self.numbers(step):
             path = self.path(number)
             try:
                 ((_, picture),) = self.recipe.read(path)
-                content = digest(str(path))[:DIGEST_BYTES]
+                read.append((picture, number, list(digest(str(path))[:DIGEST_BYTES])))
             except MetaplError as error:
                 skipped.append((number, str(error)))
             except OSError as error:  # it was read a moment ago
                 skipped.append((number, f"{shown(path)}: {error.strerror}."))
-            else:
-                pictures.append(picture)
-                used.append(number)
-                digests.append(list(content))
+        pictures, used, digests = zip(*read, strict=True) if read else ((), (), ())
         x = torch.stack(pictures) if pictures else torch.empty(0, *self.recipe.input_shape)
         return x, torch.tensor(used, dtype=torch.int64), torch.tensor(digests, dtype=torch.uint8), skipped
 
@@ -186,16 +173,23 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
             "out."
         )
     if pictures not in DATA_SETS:
-        return _of_folder(Path(pictures), recipe, batch_size)
-    if pictures == "digits":
-        if not isinstance(recipe, Digits):
-            raise _unfit(pictures, "digits", recipe)
+        folder = Path(pictures)
+        if not folder.expanduser().is_dir():
+            state = "is a file" if folder.exists() else "does not exist"
+            raise MetaplError(f"{folder} {state}; expected a folder with pictures, or one of {', '.join(DATA_SETS)}.")
+        files = scan_unlabeled(folder)
+        return Labeled(PictureFiles(recipe, files.path, len(files), batch_size=batch_size), files.names, str(folder))
+    if not isinstance(recipe, Digits if pictures == "digits" else ImageRecipe):
+        runs = "digits" if pictures == "digits" else "images, torchvision or a protocol"
+        raise MetaplError(
+            f"the run is of the recipe {recipe.name}, and {pictures} can be labeled by a run of {runs} alone; give "
+            f"such a run, or a folder of pictures (./{pictures} if it is called so)."
+        )
+    if not isinstance(recipe, ImageRecipe):
         from sklearn.datasets import load_digits
 
         images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
         return Labeled(SourcePictures(images, batch_size=batch_size), range(len(images)), "digits")
-    if not isinstance(recipe, ImageRecipe):
-        raise _unfit(pictures, "images, torchvision or a protocol", recipe)
     root = data_root or getattr(recipe, "data_root", None)
     if root is None:
         raise MetaplError(
@@ -204,36 +198,18 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
     side = (recipe.image_size, recipe.image_size)
     train = load_image_data(pictures, root, side, center=recipe.center, mode="L" if recipe.grey else "RGB").train
     if train.shape != recipe.input_shape:
-        raise MetaplError(
-            f"the pictures of {pictures} are {_size(train.shape)}, and the run's network takes "
-            f"{_size(recipe.input_shape)}; expected a run on pictures of that size."
+        given, expected = (
+            f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
+            for channels, height, width in (train.shape, recipe.input_shape)
         )
+        raise MetaplError(
+            f"the pictures of {pictures} are {given}, and the run's network takes {expected}; expected a run on "
+            "pictures of that size."
+        )
+    batches: InOrder = SourcePictures(train, batch_size=batch_size)
     if isinstance(train, FileImages):
-        batches: InOrder = PictureFiles(recipe, train.path, len(train), batch_size=batch_size)
-    else:
-        batches = SourcePictures(train, batch_size=batch_size)
+        batches = PictureFiles(recipe, train.path, len(train), batch_size=batch_size)
     return Labeled(batches, range(len(train)), f"{pictures}, training pictures")
-
-
-def _of_folder(folder: Path, recipe: Recipe, batch_size: int) -> Labeled:
-    if not folder.expanduser().is_dir():
-        state = "is a file" if folder.exists() else "does not exist"
-        raise MetaplError(f"{folder} {state}; expected a folder with pictures, or one of {', '.join(DATA_SETS)}.")
-    files = scan_unlabeled(folder)
-    batches = PictureFiles(recipe, files.path, len(files), batch_size=batch_size)
-    return Labeled(batches, files.names, str(folder))
-
-
-def _unfit(name: str, runs: str, recipe: Recipe) -> MetaplError:
-    return MetaplError(
-        f"the run is of the recipe {recipe.name}, and {name} can be labeled by a run of {runs} alone; give such a run, "
-        f"or a folder of pictures (./{name} if it is called so)."
-    )
-
-
-def _size(shape: tuple[int, int, int]) -> str:
-    channels, height, width = shape
-    return f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
 
 
 def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperature: float = 1.0) -> dict[str, Any]:
@@ -368,45 +344,25 @@ def write_labels(
                 if number >= done:
                     skip(reason)
             if len(numbers):
-                _write_batch(network, x, numbers, digests, labeled, writer, done, temperature, skip)
+                # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
+                logits_BC = logits_of(network, [x]).float()
+                names = [ids[number] for number in numbers.tolist()]
+                _refuse_infinite(logits_BC, names, "its training diverged: train again with a smaller learning rate")
+                kept = []
+                for row, (name, number) in enumerate(zip(names, numbers.tolist(), strict=True)):
+                    if number >= done and isinstance(name, str) and not is_text(name):
+                        skip(f"{shown(name)}: its name is not UTF-8; rename it.")
+                    elif number >= done:
+                        kept.append(row)
+                scaled_BC, names = logits_BC[kept] / temperature, [names[row] for row in kept]
+                _refuse_infinite(scaled_BC, names, f"divided by the temperature {temperature}: expected a greater one")
+                if kept:
+                    contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
+                    writer.add(names, scaled_BC.softmax(dim=1), contents)
             bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
 
 
-def _write_batch(
-    network: nn.Module,
-    x: Tensor,
-    numbers: Tensor,
-    digests: Tensor,
-    labeled: Labeled,
-    writer: LabelWriter,
-    done: int,
-    temperature: float,
-    skip: Callable[[str], None],
-) -> None:
-    """Write the labels of a batch, of its pictures from number ``done`` on."""
-    # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
-    logits_BC = logits_of(network, [x]).float()
-    ids = [labeled.ids[number] for number in numbers.tolist()]
-    bad = [name for name, fine in zip(ids, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
-    if bad:
-        raise MetaplError(
-            f"the network's outputs are not finite for {few(bad)}; its training diverged: train again with a smaller "
-            "learning rate."
-        )
-    kept = []
-    for row, (name, number) in enumerate(zip(ids, numbers.tolist(), strict=True)):
-        if number < done:
-            continue
-        if isinstance(name, str) and not name.isascii() and not is_text(name):
-            skip(f"{shown(name)}: its name is not UTF-8; rename it.")
-        else:
-            kept.append(row)
-    if kept:
-        contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
-        scaled_BC = logits_BC[kept] / temperature
-        if not bool(scaled_BC.isfinite().all()):
-            raise MetaplError(
-                f"the temperature is {temperature}: the network's outputs divided by it are beyond float32; expected a "
-                "greater one."
-            )
-        writer.add([ids[row] for row in kept], scaled_BC.softmax(dim=1), contents)
+def _refuse_infinite(logits_BC: Tensor, names: Sequence[Any], why: str) -> None:
+    finite = logits_BC.isfinite().all(dim=1).tolist()
+    if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
+        raise MetaplError(f"the network's outputs are not finite for {few(bad)}; {why}.")

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, weights_file
-from metapl.apps.experiments.methods import compared
 from metapl.apps.experiments.store import stored, stored_result
 from metapl.apps.recipes import ImageRecipe, Recipe
 from metapl.apps.recipes.base import Role
@@ -68,34 +67,31 @@ class LoadedRun:
         Raises:
             MetaplError: the run has no such network.
         """
+        delivered: str = self.result["delivered"]
         if asked == "delivered":
-            delivered: str = self.result["delivered"]
             return delivered
         if asked not in self.networks:
             raise MetaplError(
                 f"--network {asked}: {self.folder.path} has no {weights_file(asked)}; expected one of its networks: "
                 f"{', '.join(self.networks)}."
             )
-        other = "finetuned" in (asked, self.result["delivered"]) and asked != self.result["delivered"]
-        if other and self.finetuned_larger:
+        if self.finetuned_larger and asked != delivered and "finetuned" in (asked, delivered):
             raise MetaplError(
                 f"--network {asked}: it takes pictures of another size than the network that {self.folder.path} "
-                f"delivers; expected --network {self.result['delivered']}, or none."
+                f"delivers; expected --network {delivered}, or none."
             )
         return asked
 
     @property
-    def finetuned_larger(self) -> bool:
-        """Whether its last student was finetuned on larger pictures."""
-        method = self.recipe.method
-        return method.is_noisy_student and self.settings.finetune_size is not None
-
-    @property
-    def settings(self) -> SelfTraining:
+    def rounds(self) -> SelfTraining | None:
         """The rounds of a run of Noisy Student."""
         settings = self.recipe.method.selection
-        assert isinstance(settings, SelfTraining)
-        return settings
+        return settings if isinstance(settings, SelfTraining) else None
+
+    @property
+    def finetuned_larger(self) -> bool:
+        """Whether its last student was finetuned on larger pictures."""
+        return self.rounds is not None and self.rounds.finetune_size is not None
 
     def network(self, name: str) -> nn.Module:
         """One of the run's networks, with its weights.
@@ -108,30 +104,25 @@ class LoadedRun:
         """
         torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
         role: Role = "teacher" if name == "teacher" else self.recipe.method.built_as
-        # What it was started from need not be there any more.
-        fresh = self.recipe_of(name)
-        if isinstance(fresh, ImageRecipe):
-            fresh = dataclasses.replace(fresh, weights=None)
-        file = weights_file(name)
-        weights, network = self.folder.read_weights(file, self.result.get("sha256", {}).get(file)), fresh.network(role)
-        shapes = {key: tuple(value.shape) for key, value in weights.items()}
-        expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-        for key in sorted(shapes.keys() | expected.keys()):
-            if shapes.get(key) != expected.get(key):
+        recipe, file = self.recipe, weights_file(name)
+        if self.rounds is not None and name == "teacher":  # of another network than its student, perhaps
+            recipe = stored(self.folder)[0].by(self.result["method"])
+            named = self.rounds.network(len(self.result["rounds"]) - 1)
+            recipe = recipe if named is None else recipe.with_network(named)
+        if isinstance(recipe, ImageRecipe):  # what it was started from need not be there any more
+            recipe = dataclasses.replace(recipe, weights=None)
+        weights, network = self.folder.read_weights(file, self.result.get("sha256", {}).get(file)), recipe.network(role)
+        given, expected = (
+            {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())
+        )
+        for key in sorted(given.keys() | expected.keys()):
+            if given.get(key) != expected.get(key):
                 raise MetaplError(
                     f"{self.folder.path / file} does not fit the network of recipe.json: {key} is "
-                    f"{shapes.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
+                    f"{given.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
                 )
         network.load_state_dict(weights)
         return network
-
-    def recipe_of(self, name: str) -> Recipe:
-        """The recipe with the architecture of one of its networks, which Noisy Student can change between rounds."""
-        if not self.recipe.method.is_noisy_student or name != "teacher":
-            return self.recipe
-        sized: Recipe = stored(self.folder)[0].by(self.result["method"])
-        named = self.settings.network(len(self.result["rounds"]) - 1)
-        return sized if named is None else sized.with_network(named)
 
     def titled(self, name: str) -> str:
         """One of its networks in words."""
@@ -139,8 +130,7 @@ class LoadedRun:
 
     def heading(self, name: str) -> str:
         """The run and one of its networks in words."""
-        by = {"validation": "by validation", "rule": "by rule"}[self.result["delivered_by"]]
-        which = f", delivered {by}" if name == self.result["delivered"] else ""
+        which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
         return f"{self.title}, {self.titled(name)} ({weights_file(name)}{which})"
 
 
@@ -151,7 +141,9 @@ def load_run(path: Path) -> LoadedRun:
         MetaplError: there is no run, or it is not finished, of another version, or damaged.
     """
     if not path.is_dir():
-        raise MetaplError(f"{path} is a file; expected the folder of a run." if path.exists() else _missing(path))
+        expected = "that metapl train wrote, such as runs/digits-001"
+        missing = f"there is no folder {path}; expected one {expected}."
+        raise MetaplError(f"{path} is a file; expected the folder of a run." if path.exists() else missing)
     folder = RunFolder(path)
     if not folder.exists:
         raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
@@ -162,20 +154,16 @@ def load_run(path: Path) -> LoadedRun:
             "--resume."
         )
     result = stored_result(folder)
-    run = LoadedRun(folder, compared(recipe, result["method"], result["seed"]), description, result)
-    if run.recipe.method.is_noisy_student:
-        rounds, told = run.settings.rounds, len(result.get("rounds", ()))
-        if told != rounds:
-            raise MetaplError(
-                f"{path / 'result.json'} is damaged: it tells of {told} rounds, and recipe.json of {rounds}."
-            )
-        last = run.settings.network(rounds)
-        own = run.recipe if last is None else run.recipe.with_network(last)
-        if result["delivered"] == "finetuned" and run.finetuned_larger:
-            own = own.at_size(run.settings.finetune_size or 0)
-        run = dataclasses.replace(run, recipe=own)
-    return run
-
-
-def _missing(path: Path) -> str:
-    return f"there is no folder {path}; expected one that metapl train wrote, such as runs/digits-001."
+    run = LoadedRun(folder, recipe.compared(result["method"], result["seed"]), description, result)
+    settings = run.rounds
+    if settings is None:
+        return run
+    if (told := len(result.get("rounds", ()))) != settings.rounds:
+        raise MetaplError(
+            f"{path / 'result.json'} is damaged: it tells of {told} rounds, and recipe.json of {settings.rounds}."
+        )
+    last = settings.network(settings.rounds)
+    own = run.recipe if last is None else run.recipe.with_network(last)
+    if result["delivered"] == "finetuned" and settings.finetune_size is not None:
+        own = own.at_size(settings.finetune_size)
+    return dataclasses.replace(run, recipe=own)

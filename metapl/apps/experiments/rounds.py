@@ -6,6 +6,7 @@ stopped.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.experiments.galleries import SHOWN, gallery_of
-from metapl.apps.experiments.labeling import Labeled, SourcePictures, provenance, store_labels
-from metapl.apps.experiments.noisy_teacher import Augmented, Noised
+from metapl.apps.experiments.labeling import Labeled, Read, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.queries import Selection, select, statistics
-from metapl.apps.pictures.store import Images
-from metapl.apps.recipes.base import Recipe, Task
+from metapl.apps.pictures.views.base import View
+from metapl.apps.recipes.base import Chosen, Recipe, Task, picked
 from metapl.apps.recipes.methods.noisy_student import noisy_view
 from metapl.apps.reports import Gallery
 from metapl.data.draws import fold_in
+from metapl.problems.self_training import with_model_noise
 from metapl.runs.fingerprints import fingerprint
 from metapl.training import FitResult, Say
 
@@ -35,33 +36,35 @@ LABELS, SELECTED = "labels", "selected"
 """The stores of a round: of all unlabeled examples, and of the selected ones."""
 
 
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """Unlabeled examples that were selected, with their labels.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Augmented(SourcePictures):
+    """The examples of a source, in order and augmented by a view, whose draws have a seed."""
 
-    Args:
-        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it counts.
-        store: their labels; None in a rehearsal.
-        rows: int64 (n,), the row of each in the store.
-        classes: the number of classes.
-        about: where the labels are and how many were kept, for ``result.json``.
+    view: View
+    seed: int
+
+    def batch(self, step: int) -> Read:
+        x, numbers, digests, skipped = super().batch(step)
+        return self.view(x, seed=self.seed, step=self.first + step, examples=numbers), numbers, digests, skipped
+
+
+class Noised(nn.Module):
+    """A network with dropout and stochastic depth even in eval mode; each batch has masks of its own.
+
+    The masks follow from the batch, so labels are the same when they are gone on with.
     """
 
-    positions: Tensor
-    store: LabelStore | None
-    rows: Tensor
-    classes: int
-    about: dict[str, Any]
+    def __init__(self, network: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.network, self.seed = network, seed
 
-    def labels(self, rows: Tensor) -> Tensor:
-        """The distributions of rows of the store, float32 (B, C)."""
-        if self.store is None:
-            return torch.full((len(rows), self.classes), 1 / self.classes)
-        return self.store.at(rows)
-
-    def of(self, images: Tensor | Images) -> Tensor | Images:
-        """The selected ones of all unlabeled examples."""
-        return _picked(images, self.positions)
+    def forward(self, x: Tensor) -> Tensor:
+        content = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).digest()
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), with_model_noise(self.network, on=True):
+            torch.manual_seed(fold_in(self.seed, int.from_bytes(content[:8], "little")))
+            logits: Tensor = self.network(x)
+            return logits
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,7 @@ class Rounds:
     """The rounds of a run: they label, select, and keep what was found.
 
     Args:
-        recipe: of the run.
-        folder: of the run.
-        task: its data.
+        recipe, folder, task: of the run.
         settings: how labels are made and selected, a :class:`~metapl.apps.recipes.self_training.SelfTraining`, or with
             ``any_class`` a :class:`~metapl.apps.recipes.self_training.Selection`.
         any_class: select as Meta Pseudo Labels does: for each class, the examples that are most probably of it.
@@ -101,37 +102,44 @@ class Rounds:
             teacher: the network of the round before.
         """
         self.teachers[:] = [teacher]
-        place = self.folder / FOLDER / str(number)
-        labels = self._labeled(teacher, place / LABELS)
-        selection = self._selected(labels, place / SELECTED)
-        chosen = LabelStore(place / SELECTED)
+        settings, names, place = self.settings, self.task.classes, self._place(number, SELECTED)
+        labels = self._labeled(number, teacher)
+        if self.any_class:
+            threshold = None
+            how: dict[str, Any] = {
+                "per_class": settings.per_class or -(-len(labels) // len(labels.classes)),
+                "any_class": True,
+            }
+        else:
+            threshold = self.threshold(labels)
+            how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
+        selection = select(labels, place, resume=place.exists(), **how)
+        chosen = LabelStore(place)
+        before, after = statistics(labels), statistics(chosen)
+        record: dict[str, Any] = {
+            "round": number,
+            "teacher": {
+                "round": number - 1,
+                "weights_fingerprint": fingerprint(dict(teacher.state_dict())),
+                **self._measured(number - 1, teacher),
+            },
+            "store": labels.folder.relative_to(self.folder).as_posix(),
+            "store_sha256": labels.sha256,
+            "threshold": threshold,
+            "unlabeled": selection.rows,
+            "unsure": selection.unsure,
+            "kept": selection.kept,
+            "copies": selection.copies,
+            "labeled_per_class": dict(zip(names, before.class_copies, strict=True)),
+            "kept_per_class": dict(zip(names, after.counts, strict=True)),
+            "copies_per_class": dict(zip(names, after.class_copies, strict=True)),
+            "changed_labels": None if number == 1 else len(self.changed(number)[0]),
+        }
+        self.records.append(record)
+        self._tell(record, selection)
         rows = torch.from_numpy(chosen.rows_with_copies())
         ids = torch.from_numpy(np.fromiter(chosen, dtype=np.int64, count=len(chosen)))
-        before, after = statistics(labels), statistics(chosen)
-        names, changed = self.task.classes, None if number == 1 else len(self.changed(number)[0])
-        self.records.append(
-            {
-                "round": number,
-                "teacher": {
-                    "round": number - 1,
-                    "weights_fingerprint": fingerprint(dict(teacher.state_dict())),
-                    **self._measured(number - 1, teacher),
-                },
-                "store": (place / LABELS).relative_to(self.folder).as_posix(),
-                "store_sha256": labels.sha256,
-                "threshold": None if self.any_class else self.threshold(labels),
-                "unlabeled": selection.rows,
-                "unsure": selection.unsure,
-                "kept": selection.kept,
-                "copies": selection.copies,
-                "labeled_per_class": dict(zip(names, before.class_copies, strict=True)),
-                "kept_per_class": dict(zip(names, after.counts, strict=True)),
-                "copies_per_class": dict(zip(names, after.class_copies, strict=True)),
-                "changed_labels": changed,
-            }
-        )
-        self._tell(number, selection)
-        return Chosen(ids[rows], chosen, rows, len(names), self.records[-1])
+        return Chosen(ids[rows], rows, len(names), chosen)
 
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
         """Keep what the network of a round reaches."""
@@ -142,24 +150,18 @@ class Rounds:
             **self._measured(number, network),
         }
 
-    def _measured(self, number: int, network: nn.Module) -> dict[str, float]:
-        if number not in self.reached:
-            self.reached[number] = self.measure(network)
-        return self.reached[number]
-
     def galleries(self) -> list[Gallery]:
         """Pictures whose label changed from the round before to the last one."""
         last = len(self.records)
-        if last < 2:
+        which, before, after = self.changed(last) if last > 1 else (torch.empty(0),) * 3
+        if not len(which):
             return []
-        which, before, after = self.changed(last)
         note = f"{len(which):,} of {self.records[-1]['unlabeled']:,}; the most confident of them, by the later label"
-        shown, names = which[:SHOWN], self.task.classes
-        captions = [f"{names[b]} → {names[a]}" for b, a in zip(before.tolist(), after.tolist(), strict=True)]
-        some = SourcePictures(_picked(self.task.unlabeled.images, shown))
-        pictures = some.batch(0)[0] if len(shown) else torch.empty(0)
+        names = self.task.classes
+        captions = [f"{names[b]} → {names[a]}" for b, a in zip(before.tolist(), after.tolist(), strict=True)][:SHOWN]
+        pictures, *_ = SourcePictures(picked(self.task.unlabeled.images, which[:SHOWN])).batch(0)
         title = f"Pseudo-labels that changed from round {last - 1} to round {last}"
-        gallery = gallery_of(title, note, list(pictures), captions[: len(shown)])
+        gallery = gallery_of(title, note, list(pictures), captions)
         return [] if gallery is None else [gallery]
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,42 +169,13 @@ class Rounds:
 
         The most confident ones, by the later labels, come first.
         """
-        folder = self.folder / FOLDER
-        before, after = (_stored_labels(LabelStore(folder / str(each) / LABELS)) for each in (number - 1, number))
+        before, after = (_stored_labels(LabelStore(self._place(each, LABELS))) for each in (number - 1, number))
         # A file that became unreadable is in one of them alone.
         _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
         which, labels, labels_now, confidence = after[0][new], before[1][old], after[1][new], after[2][new]
         order = confidence.argsort(descending=True, stable=True)
         order = order[labels[order] != labels_now[order]]
         return which[order], labels[order], labels_now[order]
-
-    def _labeled(self, teacher: nn.Module, place: Path) -> LabelStore:
-        """The labels of all unlabeled examples."""
-        images = self.task.unlabeled.images
-        noisy = self.settings.noisy_teacher
-        view, seed = noisy_view(self.task), fold_in(self.recipe.seed, int(place.parent.name))
-        pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
-        labeled = Labeled(pictures, range(len(images)), "unlabeled")
-        about = provenance(teacher, labeled, self.recipe)
-        if noisy:
-            about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
-        labeler = Noised(teacher, seed) if noisy else teacher
-        return store_labels(labeler, labeled, place, self.task.classes, about, self.say)
-
-    def _selected(self, labels: LabelStore, place: Path) -> Selection:
-        """Write the store of the examples that the student learns from."""
-        settings = self.settings
-        if self.any_class:
-            most = settings.per_class or -(-len(labels) // len(labels.classes))
-            return select(labels, place, per_class=most, any_class=True, resume=place.exists())
-        return select(
-            labels,
-            place,
-            threshold=self.threshold(labels),
-            per_class=settings.per_class,
-            balance=settings.balance,
-            resume=place.exists(),
-        )
 
     def threshold(self, labels: LabelStore) -> float:
         """The confidence above which examples are kept; 0 where no example reaches the one in the settings."""
@@ -211,15 +184,35 @@ class Rounds:
         above = confidences > torch.tensor(self.settings.threshold, dtype=confidences.dtype)
         return self.settings.threshold if bool(above.any()) else 0.0
 
-    def _tell(self, number: int, selection: Selection) -> None:
+    def _place(self, number: int, store: str) -> Path:
+        return self.folder / FOLDER / str(number) / store
+
+    def _measured(self, number: int, network: nn.Module) -> dict[str, float]:
+        if number not in self.reached:
+            self.reached[number] = self.measure(network)
+        return self.reached[number]
+
+    def _labeled(self, number: int, teacher: nn.Module) -> LabelStore:
+        """The labels of all unlabeled examples."""
+        images, view = self.task.unlabeled.images, noisy_view(self.task)
+        seed, noisy = fold_in(self.recipe.seed, number), self.settings.noisy_teacher
+        pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
+        labeled = Labeled(pictures, range(len(images)), "unlabeled")
+        about = provenance(teacher, labeled, self.recipe)
+        if noisy:
+            about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
+        labeler = Noised(teacher, seed) if noisy else teacher
+        return store_labels(labeler, labeled, self._place(number, LABELS), self.task.classes, about, self.say)
+
+    def _tell(self, record: dict[str, Any], selection: Selection) -> None:
         copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
-        reached = self.records[-1]["teacher"].get("test_accuracy")
+        reached = record["teacher"].get("test_accuracy")
         tested = "" if reached is None else f", whose test accuracy is {reached:.1%}"
         self.say(
-            f"round {number}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned from{copies}, by "
-            f"labels of the network of round {number - 1}{tested}"
+            f"round {record['round']}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned "
+            f"from{copies}, by labels of the network of round {record['round'] - 1}{tested}"
         )
-        if self.records[-1]["threshold"] not in (None, getattr(self.settings, "threshold", None)):
+        if record["threshold"] not in (None, getattr(self.settings, "threshold", None)):
             self.say(
                 f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
                 "kept; it may need more --steps"
@@ -232,22 +225,11 @@ class Rounds:
             )
 
 
-def _picked(images: Tensor | Images, positions: Tensor) -> Tensor | Images:
-    return images[positions] if isinstance(images, Tensor) else images.select(positions)
-
-
 def _stored_labels(store: LabelStore) -> tuple[Tensor, Tensor, Tensor]:
     """The ids, the most probable classes and the confidences of all rows, (n,) each."""
-    columns: list[list[Any]] = [[], [], []]
-    for number in range(len(store.parts)):
-        part = store.table(number, ["id", "label", "confidence"])
-        for column, name in zip(columns, ("id", "label", "confidence"), strict=True):
-            column.append(np.asarray(part.column(name).to_numpy()))
-    ids, labels, confidences = (torch.from_numpy(np.concatenate(column)) for column in columns)
+    names = ["id", "label", "confidence"]
+    parts = [store.table(number, names) for number in range(len(store.parts))]
+    ids, labels, confidences = (
+        torch.from_numpy(np.concatenate([np.asarray(part.column(name).to_numpy()) for part in parts])) for name in names
+    )
     return ids, labels, confidences
-
-
-def even_rows(task: Task) -> Chosen:
-    """All examples, with even labels, for a rehearsal of the training."""
-    every = torch.arange(len(task.unlabeled.images))
-    return Chosen(every, None, every, len(task.classes), {})

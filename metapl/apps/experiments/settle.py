@@ -1,22 +1,38 @@
-"""A recipe for a user's own pictures, with a value for all that was left open."""
+"""A recipe for a user's own pictures, with a value for all that was left open.
+
+What a few of the pictures show decides most, and how many steps fit into the time is found by taking a few.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metapl.apps.experiments import budget
-from metapl.apps.experiments.looking import Look, look
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metapl.apps.experiments.equal_cost import kinds_of_steps
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.folders import scan_labeled
-from metapl.apps.recipes.base import SELECTED_ON, require
+from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
+from metapl.apps.pictures.store import FileImages, Images, MemoryImages
+from metapl.apps.recipes.base import SELECTED_ON, Task, rehearse
 from metapl.apps.recipes.image_folders import Changes, ImageFolders
-from metapl.apps.recipes.image_recipe import IMAGENET, whole
+from metapl.apps.recipes.image_recipe import IMAGENET, ImageParts, whole
+from metapl.apps.recipes.ranges import require
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.recipes.settings import OPEN
-from metapl.training import Say
+from metapl.data.feed import feed
+from metapl.errors import MetaplError
+from metapl.training import FitResult, Say, Trainer
 
 SET_ASIDE = 0.2
 """Part of the labeled pictures that is set aside to select on, where that is enough of them to tell anything."""
@@ -64,7 +80,10 @@ def settled(
     given, say = recipe, say or (lambda text: None)
     places: dict[str, Any] = {name: whole(getattr(given, name)) for name in given.places}
     labeled, unlabeled = given.trained_on()
-    own = {"weights": _weights(given), "class_names": labeled.classes, "method": given.method.whole()}
+    weights = whole(given.weights)
+    if given.weights == IMAGENET_WEIGHTS:
+        weights = str(fetch_imagenet_weights(given.network_name or PRETRAINED_NETWORK))
+    own: dict[str, Any] = {"weights": weights, "class_names": labeled.classes, "method": given.method.whole()}
     recipe = dataclasses.replace(given, **{**places, **own})
     if before is not None:
         kept = {name: getattr(before, name) for name in (*given.chosen, "minutes") if getattr(given, name) is None}
@@ -72,7 +91,12 @@ def settled(
         recipe = dataclasses.replace(recipe, **kept, changes=given.changes.settled(bool(before.changes.recolor)))
         return recipe.for_network(recipe.network_name)
     given.check_first()
-    _note_repeats(given, len(labeled), say)
+    size, count = getattr(given, given.batch_of_few), len(labeled)
+    if size > MANY_COPIES * count:
+        say(
+            f"note: --{given.batch_of_few.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} "
+            "pictures that it is drawn from: each is in every batch so often, and each copy costs the time of a picture"
+        )
     seen = look([*map(Path, labeled.paths())], labeled.targets(), [*map(Path, unlabeled.paths())])
     recipe = fitted(recipe, seen)
     if check is not None:
@@ -94,24 +118,6 @@ def settled(
     return recipe
 
 
-def _note_repeats(recipe: ImageFolders, count: int, say: Say) -> None:
-    """Tell of a batch that is far larger than the number of pictures it is drawn from: it is slow."""
-    size = getattr(recipe, recipe.batch_of_few)
-    if size > MANY_COPIES * count:
-        flag = f"--{recipe.batch_of_few.replace('_', '-')}"
-        say(
-            f"note: {flag} {size:,} is {size // count:,} times the {count:,} pictures that it is drawn from: each "
-            "is in every batch so often, and each copy costs the time of a picture"
-        )
-
-
-def _weights(recipe: ImageFolders) -> str | None:
-    """The file of weights."""
-    if recipe.weights == IMAGENET_WEIGHTS:
-        return str(fetch_imagenet_weights(recipe.network_name or PRETRAINED_NETWORK))
-    return whole(recipe.weights)
-
-
 def _with_steps(recipe: ImageFolders) -> ImageFolders:
     """The recipe with the number of steps that fit into its minutes, where it is open."""
     if recipe.steps is not OPEN:
@@ -120,9 +126,9 @@ def _with_steps(recipe: ImageFolders) -> ImageFolders:
     # Phases that were given in steps do not grow with the number of steps: it is measured again with what fits.
     asked = max(getattr(recipe.method, name, 0) or 0 for name in ("wait", "uda_start"))
     minutes = recipe.minutes or MINUTES
-    steps = budget.steps_within(recipe.scheduled(2 * asked or REHEARSED), minutes)
+    steps = steps_within(recipe.scheduled(2 * asked or REHEARSED), minutes)
     for _ in range(AGAIN if asked else 0):
-        steps = budget.steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
+        steps = steps_within(recipe.scheduled(max(steps, asked + 1)), minutes)
     return dataclasses.replace(recipe.scheduled(steps), minutes=minutes)
 
 
@@ -131,19 +137,15 @@ def fitted(recipe: ImageFolders, seen: Look) -> ImageFolders:
     grey = seen.grey and recipe.weights is None if recipe.grey is None else recipe.grey
     channels = 1 if grey else 3
     aside = round(SET_ASIDE * len(scan_labeled(recipe.labeled))) if not recipe.val else 0
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean, std = (part * 3 if seen.grey else part for part in (seen.mean, seen.std))
     if grey:
         mean, std = seen.level[:1], seen.level[1:]
-    elif recipe.weights is None:
-        mean, std = (part * 3 if seen.grey else part for part in (seen.mean, seen.std))
-    else:
+    elif recipe.weights is not None:
         mean, std = IMAGENET
+    side = 4 * round(min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE) / 4)
     choices: dict[str, Any] = {
         "grey": grey,
-        "image_size": PRETRAINED_SIDE
-        if recipe.weights
-        else 4 * round(min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE) / 4),
+        "image_size": PRETRAINED_SIDE if recipe.weights else side,
         "network_name": PRETRAINED_NETWORK if recipe.weights else "pooled_cnn",
         # Too few to select on train better.
         "val_fraction": SET_ASIDE if aside >= SELECTED_ON else 0.0,
@@ -162,6 +164,9 @@ def fitted(recipe: ImageFolders, seen: Look) -> ImageFolders:
 def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     """What was chosen, in a line, and what pictures that were looked at lose by it; each has a flag."""
     optimizer = recipe.method.optimizers()[recipe.method.built_as]
+    cut = ["cut to squares"] if seen is not None and not seen.square else []
+    cut += [f"shrunk from about {seen.side}"] if seen is not None and seen.side > recipe.image_size else []
+    lost = f" ({', '.join(cut)})" if cut else ""
     size, kind = f"{recipe.image_size}x{recipe.image_size}", "grey" if recipe.grey else "color"
     if recipe.randaugment:
         mirrored = "not mirrored" if recipe.strong.writing else "mirrored (not with --strong.writing)"
@@ -172,13 +177,270 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
     rounds = recipe.method.selection
     networks = (", then ".join(rounds.networks) if isinstance(rounds, SelfTraining) else "") or recipe.network_name
     return (
-        f"chosen: {networks} on {size} {kind} pictures{_lost(recipe, seen)}, {changed}; "
+        f"chosen: {networks} on {size} {kind} pictures{lost}, {changed}; "
         f"{optimizer.algorithm} at {optimizer.lr:g}, {recipe.precision}, {recipe.steps:,} steps"
     )
 
 
-def _lost(recipe: ImageFolders, seen: Look | None) -> str:
-    """What pictures lose when they are brought to their size, in parentheses."""
-    cut = ["cut to squares"] if seen is not None and not seen.square else []
-    shrunk = [f"shrunk from about {seen.side}"] if seen is not None and seen.side > recipe.image_size else []
-    return f" ({', '.join(cut + shrunk)})" if cut or shrunk else ""
+# ------------------------------------------------------------------------------------------- what the pictures show
+
+LOOKED_AT, SIDE = 256, 32
+"""How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels that a picture is
+brought to for a look at its colors."""
+
+MIDDLE = slice(SIDE // 4, -(SIDE // 4))
+"""Rows and columns where the object of most pictures is: its colors are compared, and not the background's."""
+
+ALIKE, SMALLEST_STD = 8, 0.05
+"""Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey; standard
+deviation in [0, 1] that blank pictures are given."""
+
+SHUFFLES, CHANCES, DOUBTS = 199, 2, 20
+"""Shuffles of the labels that colors are compared with; of these and the labels as they are, the most that find the
+classes as well where color tells them apart, and where it may: by chance it does so in one set of a hundred, and may in
+one of ten. Colors that are exchanged for nothing cost the only thing that tells such classes apart, and colors that are
+kept for nothing a kind of augmentation."""
+
+AROUND, BOTH = 9, 0.2
+"""Pixels, of ``SIDE``, of the square that a pixel is compared with; share of pictures, at least, with marks of the
+rarer kind where both light and dark marks are usual."""
+
+
+@dataclass(frozen=True)
+class Colors:
+    """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart.
+
+    Args:
+        right: share of pictures whose class is that of the nearest mean color, each picture left out of the means,
+            averaged over classes.
+        chance: the same share expected of guessing evenly among the classes.
+        tell: whether ``right`` is more than chance explains.
+        may_tell: whether it is rather more than chance explains, and the pictures are too few to say.
+    """
+
+    right: float
+    chance: float
+    tell: bool
+    may_tell: bool = False
+
+
+@dataclass(frozen=True)
+class Look:
+    """A data set as a few of its pictures show it.
+
+    Args:
+        side: median of the shorter sides, in pixels.
+        grey: none of the pictures has colors.
+        mean, std: of each channel (one where ``grey``), in [0, 1].
+        level: mean and standard deviation of the pictures without their colors.
+        colors: whether color alone tells the classes apart.
+        light: share of the pictures whose marks are lighter than what is around them, not darker.
+        shares: of the classes among all labeled pictures, as if each had one more: no share is 0.
+        square: all of the pictures are as high as wide.
+    """
+
+    side: int
+    grey: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    level: tuple[float, float]
+    colors: Colors
+    light: float
+    shares: tuple[float, ...]
+    square: bool = True
+
+    @property
+    def exchangeable(self) -> bool:
+        """Whether colors, or light and dark in grey pictures, may be exchanged without changing what is shown.
+
+        Where all marks of grey pictures are light, as in an X-ray, a dark one may mean something else.
+        """
+        return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
+
+
+def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
+    """Look at a data set.
+
+    Args:
+        labeled: files.
+        labels: int64 (len(labeled),), their classes.
+        unlabeled: files.
+
+    Returns: the same for the same files in the same order.
+
+    Cost: decodes at most ``LOOKED_AT`` pictures of each kind, spread evenly over the files.
+
+    Raises:
+        MetaplError: not one of the labeled pictures can be read.
+    """
+    sides, pictures, classes, square = [], [], [], True
+    few, many = (
+        list(zip(files, each, strict=True))[:: max(1, -(-len(files) // LOOKED_AT))]
+        for files, each in ((labeled, labels.tolist()), (unlabeled, [-1] * len(unlabeled)))
+    )
+    for path, label in (*few, *many):
+        try:
+            picture = read_image(path)
+        except UnreadableImage:
+            continue  # is listed, with the reason, when the folders are checked
+        sides.append(min(picture.shape[1:]))
+        square &= picture.shape[1] == picture.shape[2]
+        pictures.append(torch.nn.functional.interpolate(picture[None].float(), (SIDE, SIDE), mode="area")[0])
+        classes.append(label)
+    if not any(label >= 0 for label in classes):
+        raise MetaplError(f"none of the {len(few)} labeled pictures that were looked at can be read.")
+    levels_N3HW, label_N = torch.stack(pictures), torch.tensor(classes)
+    grey = bool((levels_N3HW.amax(1) - levels_N3HW.amin(1)).max() <= ALIKE)
+    unit = (levels_N3HW[:, :1] if grey else levels_N3HW) / 255
+    level_NHW = (levels_N3HW / 255 * torch.tensor(LUMA)[:, None, None]).sum(1)
+    # The marks of a picture are lighter than what is around them where the skewness of the differences is above 0.
+    padded = torch.nn.functional.pad(level_NHW[:, None], (AROUND // 2,) * 4, mode="reflect")
+    marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
+    counts = (torch.bincount(labels) + 1).tolist()
+
+    def spread(std: float) -> float:
+        """A standard deviation that can be divided by: blank pictures have 0."""
+        return round(max(std, SMALLEST_STD), 3)
+
+    return Look(
+        side=int(statistics.median(sides)),
+        grey=grey,
+        mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
+        std=tuple(spread(value) for value in unit.std((0, 2, 3)).tolist()),
+        level=(round(float(level_NHW.mean()), 3), spread(float(level_NHW.std()))),
+        colors=colors_tell(unit[label_N >= 0][..., MIDDLE, MIDDLE].mean((2, 3)), label_N[label_N >= 0]),
+        light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
+        shares=tuple(count / sum(counts) for count in counts),
+        square=square,
+    )
+
+
+def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
+    """Whether the nearest class mean, with each example left out of its own, finds the classes.
+
+    The share found, averaged over classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the
+    sizes of the classes, colors that have nothing to do with them tell them apart in one of a hundred sets.
+
+    Args:
+        colors_NC: (N, C), the mean color of each picture's middle.
+        labels_N: int64 (N,).
+
+    Returns: with ``tell`` False where no class has two examples, since then nothing can be left out.
+
+    >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
+    >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3)).tell
+    True
+    >>> colors_tell(reds, torch.tensor([0, 1, 0, 1, 0, 1]).repeat(3)).tell
+    False
+    """
+    classes, labels = labels_N.unique(return_inverse=True)
+    chance = 1 / len(classes)
+    if len(classes) < 2 or int(labels.bincount().max()) < 2:
+        return Colors(chance, chance, False)
+    scaled = (colors_NC - colors_NC.mean(0)) / colors_NC.std(0).clamp_min(1e-6)
+    generator = torch.Generator().manual_seed(0)
+    shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
+    right = _found(scaled, labels)
+    as_well = 1 + sum(_found(scaled, order) >= right for order in shuffled)
+    return Colors(right, chance, tell=as_well <= CHANCES, may_tell=CHANCES < as_well <= DOUBTS)
+
+
+def _found(colors_NC: Tensor, labels: Tensor) -> float:
+    """The share of each class that is nearest to its own mean, of classes that have two examples, averaged."""
+    counts_K = labels.bincount()
+    member_NK = torch.nn.functional.one_hot(labels, len(counts_K)).to(colors_NC.dtype)
+    sums_KC = member_NK.T @ colors_NC
+    # Each picture is taken out of the mean of its own class.
+    left_NKC = sums_KC[None] - member_NK[:, :, None] * colors_NC[:, None]
+    means_NKC = left_NKC / (counts_K[None, :, None] - member_NK[:, :, None]).clamp_min(1)
+    nearest_N = (colors_NC[:, None] - means_NKC).square().sum(-1).argmin(1)
+    right_K = labels.bincount(weights=(nearest_N == labels).double(), minlength=len(counts_K)) / counts_K
+    return float(right_K[counts_K >= 2].mean())
+
+
+# ------------------------------------------------------------------------------------ how many steps fit into a time
+
+SHARE = 0.85
+"""Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
+
+WARM, TIMED, SECONDS = 2, 20, 4.0
+"""Steps before the timing, the greatest number of timed steps, and the greatest time that they may take."""
+
+PICTURES, LARGER = 128, 1.25
+"""Pictures of noise that the steps are taken on; how much larger they are in files than the network sees them."""
+
+Clock = Callable[[], float]
+"""Seconds from some moment on."""
+
+
+def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monotonic) -> int:
+    """The number of steps that fit into a time, rounded to two digits."""
+    fits = SHARE * 60 * minutes / seconds_per_step(recipe, clock)
+    return max(1, int(float(f"{fits:.2g}")))
+
+
+def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
+    """What a step of the recipe's method takes on this machine, on pictures of noise.
+
+    Each kind of step is timed, and counts as often as it comes. Where views are cut out of the files themselves, these
+    are files too, and reading them is a part of the step.
+
+    Args:
+        recipe: complete, of any number of steps.
+        clock: ``time.process_time`` where other processes share the cores.
+
+    Cost: some seconds; the default generator is put back.
+    """
+    seconds = 0.0
+
+    def timed(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
+        """In the place of a fit, a few steps."""
+        nonlocal seconds
+        sources = [source for source in (labeled, unlabeled) if source is not None]
+        share: float = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run
+        with ExitStack() as opened:
+            feeds = []
+            for number, source in enumerate(sources):
+                fed = feed(source, name=str(number), stop=2**31, num_workers=recipe.num_workers, device=trainer.device)
+                opened.callback(fed.close)
+                feeds.append(fed)
+            for first, last, step in kinds_of_steps(trainer, recipe.steps, options.get("wait", 0)):
+                trainer.steps_done = first
+                each = _seconds(lambda step=step: step(*(fed.next() for fed in feeds)), clock)  # type: ignore[misc]
+                seconds += share * (last - first) / recipe.steps * each
+        return FitResult(None, 0, {name: value.clone() for name, value in trainer.student.state_dict().items()})
+
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        images, labels = _noise(recipe, Path(folder)), torch.arange(PICTURES) % len(recipe.classes)
+        parts = ImageParts(few=images, labels=labels, many=images, known=(images, labels))
+        task = Task(**recipe.batches(parts), classes=recipe.classes, record={})
+        rehearse(recipe, task, timed, recipe.torch_device())
+    return seconds
+
+
+def _seconds(step: Callable[[], Any], clock: Clock) -> float:
+    """The median of a step, the making of its batches included."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while len(times) < WARM + TIMED and (len(times) <= WARM or time.monotonic() - begun < SECONDS):
+        since = clock()
+        step().as_dict()  # waits for the device
+        times.append(clock() - since)
+    return statistics.median(times[WARM:])
+
+
+def _noise(recipe: ImageFolders, folder: Path) -> Images:
+    """Pictures as the recipe's own are kept: in memory, or in files of ``folder`` where views are cut out of these."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 1 if recipe.grey else 3
+
+    def levels(side: int) -> Tensor:
+        return torch.randint(0, 256, (PICTURES, channels, side, side), dtype=torch.uint8, generator=generator)
+
+    if not recipe.resized_crop:
+        return MemoryImages(levels(recipe.image_size))
+    paths = [folder / f"{number}.png" for number in range(PICTURES)]
+    for path, picture in zip(paths, levels(round(LARGER * recipe.image_size)), strict=True):
+        Image.fromarray(picture.squeeze(0).numpy() if recipe.grey else picture.permute(1, 2, 0).numpy()).save(path)
+    return FileImages(paths, size=(recipe.image_size,) * 2, mode="L" if recipe.grey else "RGB")

@@ -27,31 +27,27 @@ def check_runs(recipe: Recipe, mesh: Mesh, methods: Iterable[str]) -> None:
 
 def check_shares(recipe: Recipe, mesh: Mesh) -> None:
     """Refuse what the ranks do not share equally: batches, the columns of pictures and the products of a network."""
-    parts = getattr(recipe, "accumulate", 1)
+    parts, side = getattr(recipe, "accumulate", 1), recipe.input_shape[-1]
     for name in recipe.batches_shared:
         size = getattr(recipe, name, None)
         if size is not None and size % (mesh.shares * parts):
-            each = f" in {parts} parts" if parts > 1 else ""
-            batch = f"{'an' if name == 'unlabeled_batch' else 'a'} {name} of {size:,}"
             raise MetaplError(
-                f"{recipe.name} has {batch}, which {mesh.shares:,} ranks do not share equally{each}; "
-                f"expected a multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
+                f"{recipe.name} has {'an' if name == 'unlabeled_batch' else 'a'} {name} of {size:,}, which "
+                f"{mesh.shares:,} ranks do not share equally{f' in {parts} parts' if parts > 1 else ''}; expected a "
+                f"multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
             )
-    if recipe.input_shape[-1] % mesh.spatial:
+    if side % mesh.spatial:
         raise MetaplError(
-            f"{recipe.name} has pictures of {recipe.input_shape[-1]} pixels, which cannot be cut into {mesh.spatial} "
-            f"parts; expected a multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
+            f"{recipe.name} has pictures of {side} pixels, which cannot be cut into {mesh.spatial} parts; expected a "
+            f"multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
         )
     network = getattr(recipe, "network_name", None)
-    if mesh.tensor > 1 and network is not None and not _has_pairs(recipe):
-        raise MetaplError(
-            f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them, whose "
-            "products several processes could compute together; give --network vit_b_16 or another vision "
-            "transformer, or --mesh.spatial or --mesh.shard in the place of --mesh.tensor."
-        )
-
-
-def _has_pairs(recipe: Recipe) -> bool:
-    """Whether some products of the recipe's network can be shared; the default generator is put back."""
-    with torch.random.fork_rng(devices=[]):
-        return bool(pairs_of(recipe.network()))
+    if mesh.tensor > 1 and network is not None:
+        with torch.random.fork_rng(devices=[]):
+            pairs = pairs_of(recipe.network())
+        if not pairs:
+            raise MetaplError(
+                f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them, "
+                "whose products several processes could compute together; give --network vit_b_16 or another vision "
+                "transformer, or --mesh.spatial or --mesh.shard in the place of --mesh.tensor."
+            )

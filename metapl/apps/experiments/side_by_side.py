@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -15,21 +16,19 @@ from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
 from metapl.apps.experiments.equal_cost import at_equal_cost
 from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder
-from metapl.apps.experiments.jobs import Job, aloud, run_all, seconds_left
-from metapl.apps.experiments.methods import check_method, compared
+from metapl.apps.experiments.jobs import Job, aloud, run_all
 from metapl.apps.experiments.store import describe
 from metapl.apps.experiments.suspects import GRID, SUSPECTS
-from metapl.apps.recipes.base import Recipe
+from metapl.apps.recipes.base import Recipe, Task, rehearse
 from metapl.apps.recipes.methods import title
+from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, with_chance
 from metapl.runs.cores import available_cores, default_threads
+from metapl.training import FitOptions, FitResult, Trainer
 from metapl.training.progress import duration
 
 SHOWN = 7
 """Methods that one picture can tell apart."""
-
-Results = Mapping[tuple[str, int], Mapping[str, Any]]
-"""What the ``result.json`` of each method and seed holds."""
 
 
 def compare(
@@ -60,7 +59,7 @@ def compare(
         if equal_cost or not (out / "result.json").exists():
             task = recipe.task(aloud, progress=True)  # shows its notes once: the jobs are silent
             for method in methods:
-                check_method(compared(recipe, method, seeds[0]), task)
+                check_method(recipe.compared(method, seeds[0]), task)
             if equal_cost:
                 sized = at_equal_cost(recipe, methods, task)
                 aloud(_spoken_steps(sized))
@@ -80,6 +79,28 @@ def compare(
         _draw(out, comparison, results)
         folder.write_json("result.json", {**results[method, seed], **comparison.to_json()})
     return comparison
+
+
+def check_method(recipe: Recipe, task: Task) -> None:
+    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
+
+    Cost: the networks are built; the default generator is put back.
+
+    Raises:
+        MetaplError: as the run would, and which method it is.
+    """
+
+    def check(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
+        FitOptions(**{"steps": recipe.steps, **recipe.fit_options(), **options})
+        return FitResult(None, 0, {})
+
+    try:
+        student = rehearse(recipe, task, check)
+        if recipe.finetune_steps:
+            FitOptions(**recipe.fit_options() | recipe.finetune_options())
+            recipe.finetune.build(student)
+    except MetaplError as error:
+        raise MetaplError(f"{recipe.method.name}: {error}") from error
 
 
 def run_jobs(
@@ -108,24 +129,27 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            own = compared((sized or {}).get(method, recipe), method, seed)
+            own = (sized or {}).get(method, recipe).compared(method, seed)
             to_compare.append(Job(own, method, place, begun, threads=threads))
     words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
     aloud(f"{words}, {workers} at a time -> {out}")
     results = {}
-    new = [job for job in to_compare if not job.finished]
-    waiting, total = [job.method for job in new], len(to_compare)
+    waiting, total = [job for job in to_compare if not job.finished], len(to_compare)
     times: defaultdict[str, list[float]] = defaultdict(list)
-    with closing(run_all(to_compare, workers, together)) as running:  # the workers end before the command does
+    with closing(run_all(to_compare, workers, together or Job.run)) as running:  # workers end before the command does
         for number, (job, result, seconds) in enumerate(running, 1):
             results[job.method, job.recipe.seed] = result
-            if job in new:
-                waiting.remove(job.method)
+            if job in waiting:
+                waiting.remove(job)
                 times[job.method].append(seconds)
-            on, left = Evaluation(**result["evaluation"]), seconds_left(waiting, times, workers)
+            until = ""
+            if waiting and times:  # methods take times of their own, and one that is not known yet takes the mean
+                means = {method: statistics.fmean(taken) for method, taken in times.items()}
+                left = sum(means.get(other.method, statistics.fmean(means.values())) for other in waiting)
+                until = f", about {duration(left / min(workers, len(waiting)))} left"
+            on = Evaluation(**result["evaluation"])
             reached = with_chance(result["test_accuracy"], on.n, on.chance)
-            until = "" if left is None else f", about {duration(left)} left"
-            aloud(f"[{number:>{len(str(total))}}/{total}] {job.method}, seed {job.recipe.seed}: {reached}{until}")
+            aloud(f"[{number:>{len(str(total))}}/{total}] {job.title}: {reached}{until}")
     return results
 
 
@@ -133,9 +157,10 @@ def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
     """The steps that methods take at equal cost, in words."""
     counts = ", ".join(f"{method} {recipe.steps:,}" for method, recipe in sized.items())
     rounds = [recipe.method.selection for recipe in sized.values()]
-    shared = {each.first for each in rounds if each is not None} - {None}
-    first = "".join(f"; the first teacher of each that has one {each.steps:,}" for each in shared if each is not None)
-    return f"steps at equal cost: {counts}{first}"
+    shared = {each.first.steps for each in rounds if each is not None and each.first is not None}
+    return f"steps at equal cost: {counts}" + "".join(
+        f"; the first teacher of each that has one {steps:,}" for steps in shared
+    )
 
 
 def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
@@ -143,39 +168,32 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
     delivered, summed over them."""
     from metapl.apps.reports import draw_report
 
+    seeds, many = comparison.seeds, len(comparison.methods)
     curves = {
-        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
+        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in seeds])
         for method in list(comparison.methods)[:SHOWN]
     }
     # Methods of equal cost have numbers of steps of their own: what is one cost is drawn in one place.
     along = "step"
     if len({result["steps"] for result in results.values()}) > 1:
-        curves, along = {method: _in_percent(rows) for method, rows in curves.items()}, "% of the steps"
+        along = "% of the steps"
+        for rows in curves.values():
+            last = rows[-1]["step"] if rows else 1
+            rows[:] = [{**row, "step": 100 * row["step"] / last} for row in rows]
     first, _ = comparison.delivered()
-    evaluations = [results[first, seed]["evaluation"] for seed in comparison.seeds]
-    confusion = np.sum([evaluation["confusion"] for evaluation in evaluations], axis=0).tolist()
-    together = ", all seeds together" if len(comparison.seeds) > 1 else ""
-    many = len(comparison.methods)
+    evaluations = [results[first, seed]["evaluation"] for seed in seeds]
+    together = ", all seeds together" if len(seeds) > 1 else ""
     left_out = f" The curves are of the first {SHOWN} methods." if many > SHOWN else ""
     draw_report(
         folder / "report.png",
-        title=f"{results[first, comparison.seeds[0]]['recipe']}: {many} method{'s' if many != 1 else ''}, "
-        f"{seeds_in_words(len(comparison.seeds))}{' (means)' if len(comparison.seeds) > 1 else ''}",
+        title=f"{results[first, seeds[0]]['recipe']}: {many} method{'s' if many != 1 else ''}, "
+        f"{seeds_in_words(len(seeds))}{' (means)' if len(seeds) > 1 else ''}",
         curves=curves,
-        confusion=confusion,
+        confusion=np.sum([evaluation["confusion"] for evaluation in evaluations], axis=0).tolist(),
         classes=evaluations[0]["classes"],
         summary=f"{comparison.sentence()} Confusion: {title(first)}{together}.{left_out}",
         along=along,
     )
-
-
-def _in_percent(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with their steps in percent of the last one.
-
-    >>> _in_percent([{"step": 5, "x": 1.0}, {"step": 20, "x": 3.0}])
-    [{'step': 25.0, 'x': 1.0}, {'step': 100.0, 'x': 3.0}]
-    """
-    return [{**row, "step": 100 * row["step"] / rows[-1]["step"]} for row in rows]
 
 
 def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:
@@ -188,13 +206,9 @@ def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, flo
     for rows in runs:
         for row in rows:
             by_step[row["step"]].append(row)
-    return [
-        {"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in _numbers(rows)}}
-        for step, rows in sorted(by_step.items())
-        if len(rows) == len(runs)
-    ]
-
-
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the figures that all rows have."""
-    return [k for k in rows[0] if k != "step" and all(isinstance(row.get(k), float) for row in rows)]
+    found = []
+    for step, rows in sorted(by_step.items()):
+        if len(rows) == len(runs):
+            names = [k for k in rows[0] if k != "step" and all(isinstance(row.get(k), float) for row in rows)]
+            found.append({"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in names}})
+    return found

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.recipes.base import Doubtful, Task
@@ -20,8 +19,6 @@ from metapl.training import Trainer
 from metapl.training.trainer import BilevelTrainer
 
 SUSPECTS, GRID = "suspects.csv", "suspects.png"
-
-HEADER = ("file", "given", "probably", "p_given", "p_probably")
 
 SHOWN = 48
 """Pictures of the grid."""
@@ -54,7 +51,9 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
 
     The trainer's student looks at each of them without augmentation: one forward pass per example.
     """
-    weights = _weights(trained)
+    teacher, weights = trained.teacher, None
+    if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
+        weights = teacher.values.detach().cpu().sigmoid()
     found: list[tuple[float, int, int, int, float]] = []
     for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
         given = doubtful.given[positions]
@@ -63,19 +62,12 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
         best = log_p.max(dim=1)
         of_given = log_p.gather(1, given[:, None])[:, 0]
         found += zip(*(c.tolist() for c in (of_given, positions, given, best.indices, best.values)), strict=True)
-    found.sort()
-    return [
-        Suspect(
-            doubtful.names[position],
-            position,
-            given,
-            probably,
-            math.exp(of_given),
-            math.exp(of_best),
-            None if weights is None else float(weights[position]),
-        )
-        for of_given, position, given, probably, of_best in found
-    ]
+    suspects = []
+    for log_p_given, position, label, probably, log_p_best in sorted(found):
+        learned = None if weights is None else float(weights[position])
+        name, p_given, p_probably = doubtful.names[position], math.exp(log_p_given), math.exp(log_p_best)
+        suspects.append(Suspect(name, position, label, probably, p_given, p_probably, learned))
+    return suspects
 
 
 def taken_for_others(suspects: Sequence[Suspect]) -> int:
@@ -83,18 +75,11 @@ def taken_for_others(suspects: Sequence[Suspect]) -> int:
     return sum(one.probably != one.given for one in suspects)
 
 
-def _weights(trained: Trainer) -> Tensor | None:
-    """The weight of each example, where they were learned."""
-    teacher = trained.teacher
-    one_each = isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1
-    return teacher.values.detach().cpu().sigmoid() if one_each and isinstance(teacher, Table) else None
-
-
 def write_suspects(folder: Path, suspects: Sequence[Suspect], task: Task) -> None:
     """``suspects.csv`` with all of them, and ``suspects.png`` with the first."""
     names, weighed = task.classes, any(one.weight is not None for one in suspects)
     with written_csv(folder / SUSPECTS) as writer:
-        writer.writerow([*HEADER, *(["weight"] if weighed else [])])
+        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weighed else [])])
         for one in suspects:
             cells = [one.name, names[one.given], names[one.probably], f"{one.p_given:.3g}", f"{one.p_probably:.3g}"]
             writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metapl.apps.networks.weights import load_weights
 from metapl.errors import MetaplError, require_extra
-from metapl.models.common import PooledFeatures, check_numbers
+from metapl.models.common import PooledFeatures, check_sizes
 from metapl.models.small_cnn import small_cnn
 from metapl.models.wide_resnet import wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_fields
@@ -202,8 +202,7 @@ def pooled_cnn(
     torch.Size([2, 7])
     """
     side = 32 if image_size is None else image_size
-    example = "pooled_cnn(num_classes=10, in_channels=1, image_size=32)"
-    check_numbers("pooled_cnn", dropout, example, num_classes=num_classes, in_channels=in_channels, image_size=side)
+    check_sizes("pooled_cnn", dropout, num_classes=num_classes, in_channels=in_channels, image_size=side)
     # The stride of each stage's convolution, and whether the stage pools.
     plan = []
     if side > 40:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import tyro
@@ -16,55 +16,23 @@ from torch import Tensor, nn
 
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.splits import Split
-from metapl.apps.recipes.ranges import (
-    MOST_IN_A_BATCH,
-    MOST_STEPS,
-    Batch,
-    Share,
-    SomeSteps,
-    Steps,
-    Within,
-    check_ranges,
-    require,
-)
+from metapl.apps.recipes.ranges import MOST_IN_A_BATCH as MOST_IN_A_BATCH
+from metapl.apps.recipes.ranges import MOST_STEPS as MOST_STEPS
+from metapl.apps.recipes.ranges import Batch, Share, SomeSteps, Steps, Within, check_ranges
 from metapl.apps.recipes.self_training import Selection
-from metapl.apps.recipes.settings import Feedback, Mode, Optimizer, Softness
+from metapl.apps.recipes.settings import Feedback as Feedback
+from metapl.apps.recipes.settings import Mode as Mode
+from metapl.apps.recipes.settings import Optimizer as Optimizer
+from metapl.apps.recipes.settings import Softness
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
 from metapl.runs.fields import misfit_entries
 from metapl.training import FitOptions, FitResult, Say, Trainer
 
-__all__ = [
-    "MOST_IN_A_BATCH",
-    "MOST_STEPS",
-    "ROLES",
-    "SEEDS",
-    "SELECTED_ON",
-    "Doubtful",
-    "Ended",
-    "Feedback",
-    "Method",
-    "Mode",
-    "Optimizer",
-    "Phase",
-    "Phases",
-    "Place",
-    "Recipe",
-    "Role",
-    "Run",
-    "Selected",
-    "Stored",
-    "Task",
-    "Unasked",
-    "from_dict",
-    "require",
-]
-
 SELECTED_ON = 50
 """The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
 
 Role = Literal["teacher", "student"]
-
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
 SEEDS = tyro.conf.create_mutex_group(required=False)
@@ -74,8 +42,7 @@ Asked = TypeVar("Asked")
 Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]
 """A field that is no flag of the commands that make the recipe."""
 
-
-FIT_OPTIONS = tuple(field.name for field in dataclasses.fields(FitOptions) if field.name not in ("steps", "phase"))
+FIT_OPTIONS = tuple(each.name for each in dataclasses.fields(FitOptions) if each.name not in ("steps", "phase"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +58,6 @@ class Doubtful:
     examples: Any
     given: Tensor
     names: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Class distributions that a teacher gave the examples of a task, in the order of these.
-
-    Args:
-        unlabeled: float32 (n, C), of the unlabeled examples.
-        labeled: of the labeled ones; None where they are not known.
-    """
-
-    unlabeled: Tensor
-    labeled: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,21 +100,19 @@ class Task:
     @property
     def validation_size(self) -> int:
         """Number of validation examples."""
-        return 0 if self.validation is None else len(self._validation_labels())
+        return len(self._validation_labels())
 
     @property
     def validation_chance(self) -> float | None:
         """What guessing reaches on the validation examples, see :func:`metapl.metrics.chance_level`; None without."""
-        if not self.validation_size:
-            return None
-        return chance_level(torch.bincount(self._validation_labels(), minlength=len(self.classes)).tolist())
+        labels = self._validation_labels()
+        return chance_level(torch.bincount(labels, minlength=len(self.classes)).tolist()) if len(labels) else None
 
-    def _validation_labels(self) -> Tensor:
-        labels: Tensor = self.validation[1] if isinstance(self.validation, tuple) else self.validation.labels
-        return labels
+    def _validation_labels(self) -> Any:
+        return getattr(self.validation, "labels", self.validation[1] if isinstance(self.validation, tuple) else ())
 
 
-# --------------------------------------------------------------------------------------------------------- the methods
+# ------------------------------------------------------------------------------------------------- a run of a method
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,45 +138,67 @@ class Phase:
 Phases = Generator[Phase, FitResult, None]
 """One phase after another; each is fitted before the next one is asked for, and what it ended with is sent back."""
 
+Fit = Callable[..., FitResult]
+"""Fits a trainer to sources of labeled and unlabeled batches, as
+:meth:`metapl.apps.experiments.experiment.Experiment.fit` does."""
 
-class Selected(Protocol):
-    """Unlabeled examples that were selected, with their labels; :class:`metapl.apps.experiments.rounds.Chosen`."""
 
-    @property
-    def positions(self) -> Tensor:
-        """int64 (n,), their numbers among all unlabeled examples, each as often as it counts."""
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Class distributions that a teacher gave the examples of a task, in the order of these.
 
-    @property
-    def rows(self) -> Tensor:
-        """int64 (n,), where the labels of each are."""
+    Args:
+        unlabeled: float32 (n, C), of the unlabeled examples.
+        labeled: of the labeled ones; None where they are not known.
+    """
+
+    unlabeled: Tensor
+    labeled: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Unlabeled examples that were selected, with their labels.
+
+    Args:
+        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it counts.
+        rows: int64 (n,), the row of each in the store.
+        classes: the number of classes.
+        store: of their labels; None: all labels are even.
+    """
+
+    positions: Tensor
+    rows: Tensor
+    classes: int
+    store: Any = None
 
     def labels(self, rows: Tensor) -> Tensor:
-        """The distributions of rows, float32 (B, C)."""
+        """The distributions of rows of the store, float32 (B, C)."""
+        found: Tensor = _even(len(rows), self.classes) if self.store is None else self.store.at(rows)
+        return found
 
     def of(self, images: Any) -> Any:
         """The selected ones of all unlabeled examples."""
+        return picked(images, self.positions)
 
 
-class Ended(Protocol):
-    """A training that has ended, of which networks are kept; each is given with what it reaches."""
-
-    def keep_student(self) -> Any:
-        """The network that was trained last."""
-
-    def keep_teacher(self) -> Any:
-        """Its teacher."""
-
-    def keep_finetuned(self) -> Any:
-        """The student, finetuned on the labeled examples."""
-
-    def keep_larger(self, size: int) -> Any:
-        """The student, finetuned on larger labeled pictures."""
+def picked(images: Any, positions: Tensor) -> Any:
+    """Some of a tensor of images, or of images in memory or in files."""
+    return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
-class Run(Protocol):
-    """What a method trains in: a run of its own, or a rehearsal of it.
+def _even(count: int, classes: int) -> Tensor:
+    return torch.full((count, classes), 1 / classes)
 
-    ``teacher`` and ``student`` have fresh weights and are laid out over the processes that train together.
+
+@dataclass(eq=False)
+class Run:
+    """What a method trains in; this one is a rehearsal: nothing is stored, labels are even, all examples are selected.
+
+    Args:
+        recipe: what is run.
+        task: its data.
+        teacher, student: networks with fresh weights, laid out over the processes that train together.
     """
 
     recipe: Recipe
@@ -232,66 +206,109 @@ class Run(Protocol):
     teacher: nn.Module
     student: nn.Module
 
+    def train(self, fit: Fit) -> tuple[Trainer, FitResult]:
+        """Go through the phases of the recipe's method.
+
+        Returns: the trainer whose student is the network that is kept, and what its fit ended with.
+        """
+        phases = self.recipe.method.phases(self)
+        phase = next(phases)
+        while True:
+            result = fit(phase.trainer, phase.labeled, phase.unlabeled, phase.task, phase=phase.name, **phase.options)
+            trainer = phase.trainer
+            try:
+                phase = phases.send(result)
+            except StopIteration:
+                return trainer, result
+
     def beside(self, teacher: nn.Module, reads_inputs: bool) -> nn.Module:
         """Another teacher than the given one, laid out."""
+        return teacher
 
     def labels_given(self) -> Stored | None:
         """The labels that a user gave; None where a teacher is to be trained first."""
+        return self.label(self.teacher) if any(self.recipe.method.labels_from.values()) else None
 
     def label(self, teacher: nn.Module) -> Stored:
         """Store and give the labels of the examples by a network."""
+        unlabeled, labeled = (
+            _even(len(source.images), len(self.task.classes)) for source in (self.task.unlabeled, self.task.labeled)
+        )
+        return Stored(unlabeled, labeled)
 
-    def select(self, number: int, teacher: nn.Module) -> Selected:
+    def select(self, number: int, teacher: nn.Module) -> Chosen:
         """Store the labels of the unlabeled examples by the network of the round before, and select from them."""
+        every = torch.arange(len(self.task.unlabeled.images))
+        return Chosen(every, every, len(self.task.classes))
 
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
         """Keep what the network of a round reaches."""
 
+
+def rehearse(recipe: Recipe, task: Task, fit: Fit, device: torch.device | None = None) -> nn.Module:
+    """Go through the fits of a recipe's method with fresh networks and labels that are even, of which none is stored.
+
+    Args:
+        fit: what is done in the place of each fit.
+        device: of the networks; None: the CPU.
+
+    Returns: the student. The default generators are put back.
+    """
+    with torch.random.fork_rng(devices=[] if device is None else None):
+        run = Run(recipe, task, *(recipe.network(role).to(device) for role in ROLES))
+        run.train(fit)
+    return run.student
+
+
+# --------------------------------------------------------------------------------------------------------- the methods
 
 Place = Literal["compared", "control", "headroom"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to train a recipe: a type with its own fields, which are flags, and the phases that it goes through."""
+    """A way to train a recipe: a type with its own fields, which are flags, and the phases that it goes through.
+
+    What a type says of itself:
+        name, title: in commands and files, and in words.
+        place: in a comparison: compared by default, a control of the feedback, or the headroom, which trains on the
+            true labels of all examples. None: only if it is named.
+        control: the method that it is tested against.
+        kept: the networks of a run, by their names in files.
+        delivers: the network that is delivered where validation cannot tell them apart.
+        networks: the networks of a run in words.
+        one_network: there is neither teacher nor student, but a network that is trained by itself.
+        built_as: which of the recipe's two networks the trained one is built as.
+        teaches: a teacher learns beside the student.
+        reduced: a small network adjusts stored labels.
+        doubting: given labels may be wrong.
+        selects: a network's stored labels decide which unlabeled examples are learned from.
+        is_noisy_student: students learn from stored labels one after another.
+        indexed: its batches say which examples they have.
+        idle: fields of recipes that it has no use for.
+        forced: fields of the rounds that a control has of its own.
+    """
 
     name: ClassVar[str]
-    """In commands and files."""
     title: ClassVar[str]
-    """In words."""
     place: ClassVar[Place] = None
-    """In a comparison: compared by default, a control of the feedback, or the headroom, which trains on the true labels
-    of all examples. None: only if it is named."""
     control: ClassVar[str | None] = None
-    """The method that it is tested against."""
     delivers: ClassVar[Literal["student", "finetuned"]] = "finetuned"
-    """The network that is delivered where validation cannot tell them apart."""
     networks: ClassVar[Mapping[str, str]] = {
         "student": "student",
         "finetuned": "finetuned student",
         "teacher": "teacher",
     }
-    """The networks of a run in words, by their names in files."""
     one_network: ClassVar[bool] = False
-    """Whether there is neither teacher nor student, but a network that is trained by itself."""
     built_as: ClassVar[Role] = "student"
-    """Which of the recipe's two networks the trained one is built as."""
     teaches: ClassVar[bool] = False
-    """Whether a teacher learns beside the student; it is then one of the run's networks."""
     reduced: ClassVar[bool] = False
-    """Whether a small network adjusts stored labels."""
     doubting: ClassVar[bool] = False
-    """Whether given labels may be wrong."""
     selects: ClassVar[bool] = False
-    """Whether a network's stored labels decide which unlabeled examples are learned from."""
     is_noisy_student: ClassVar[bool] = False
-    """Whether students learn from stored labels one after another."""
     indexed: ClassVar[bool] = False
-    """Whether its batches say which examples they have."""
     idle: ClassVar[tuple[str, ...]] = ()
-    """Fields of recipes that it has no use for."""
     forced: ClassVar[Mapping[str, Any]] = {}
-    """Fields of the rounds that a control has of its own."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -302,6 +319,11 @@ class Method(ABC):
         found: Selection | None = getattr(self, "self_training", None)
         return found
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The networks of a run."""
+        return ("student", "teacher", "finetuned") if self.teaches else ("student", "finetuned")
+
     @classmethod
     def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
         """Fields of recipes that are no flags beside it, and beside others that are given."""
@@ -310,10 +332,6 @@ class Method(ABC):
     @abstractmethod
     def phases(self, run: Run) -> Phases:
         """The fits, the last of which ends with the network that is kept."""
-
-    def kept(self, ended: Ended) -> list[Any]:
-        """The networks of a run: the student, the teacher beside it if there is one, and the student finetuned."""
-        return [ended.keep_student(), *([ended.keep_teacher()] if self.teaches else []), ended.keep_finetuned()]
 
     @classmethod
     def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
@@ -351,12 +369,12 @@ class Method(ABC):
     def check(self, recipe: Recipe) -> None:  # noqa: B027  # most have none that do not
         """Refuse fields that do not go with the recipe; nothing is read."""
 
+    def check_networks(self, recipe: Recipe) -> None:  # noqa: B027  # likewise
+        """Refuse networks that do not go together; they are built without weights."""
+
     def with_forced(self) -> Self:
         """With the fields that a control has of its own."""
         return self
-
-    def check_networks(self, recipe: Recipe) -> None:  # noqa: B027  # likewise
-        """Refuse networks that do not go together; they are built without weights."""
 
     def settled(self, names: Mapping[str, Any]) -> Self:
         """With these values for fields that were left open."""
@@ -374,6 +392,20 @@ class Method(ABC):
         hints = typing.get_type_hints(cls)
         known = {each.name for each in dataclasses.fields(cls)} & values.keys()
         return cls(**{name: _narrowed(values[name], hints[name]) for name in known})
+
+
+M = TypeVar("M", bound=Method)
+
+
+def variant(kind: type[M], module: str, made: str, name: str, title: str, **said: Any) -> type[M]:
+    """A method, such as a control, that differs from another only in what its type says of itself.
+
+    Args:
+        module, made: where a worker process finds the type, and by which name.
+        said: further attributes.
+    """
+    about = {"name": name, "title": title, "control": None, "__doc__": f"{title}.", "__module__": module, **said}
+    return dataclass(frozen=True, kw_only=True)(type(made, (kind,), about))
 
 
 def _narrowed(value: Any, hint: Any) -> Any:
@@ -471,9 +503,22 @@ class Recipe(ABC):
         own = {each.name: getattr(self.method, each.name) for each in dataclasses.fields(self.method)}
         kind = self.known[method]
         made = self.method if type(self.method) is kind else kind.of({**self.settings, **own})
-        if kind.forced:
-            made = made.with_forced()
-        return dataclasses.replace(self, method=made, seed=self.seed if seed is None else seed)
+        return dataclasses.replace(self, method=made.with_forced(), seed=self.seed if seed is None else seed)
+
+    def compared(self, method: str, seed: int) -> Recipe:
+        """The recipe for a run of a comparison by a method: beside Noisy Student, others train its last network.
+
+        >>> from metapl.apps.recipes import Digits
+        >>> from metapl.apps.recipes.self_training import SelfTraining
+        >>> rounds = SelfTraining(rounds=2, networks=("8", "16x16"))
+        >>> recipe = Digits(method="noisy_student").with_method(self_training=rounds)
+        >>> recipe.compared("supervised", 0).hidden, recipe.compared("noisy_student", 0).hidden
+        ((16, 16), (32, 32))
+        """
+        own = self.by(method, seed)
+        settings = self.method.selection
+        last = None if settings is None else settings.last
+        return own if last is None or own.method.is_noisy_student else own.with_network(last)
 
     @classmethod
     def rivals(cls, own: str) -> tuple[str, ...]:
@@ -488,11 +533,6 @@ class Recipe(ABC):
     def with_method(self, **fields: Any) -> Self:
         """The recipe with other values of fields of its method."""
         return dataclasses.replace(self, method=dataclasses.replace(self.method, **fields))
-
-    @property
-    def own_method(self) -> str:
-        """The name of its method."""
-        return self.method.name
 
     @property
     def complete(self) -> bool:
@@ -587,6 +627,8 @@ class Recipe(ABC):
         return torch.device("cpu")
 
 
+# ----------------------------------------------------------------------------------------------------------- on disk
+
 R = TypeVar("R")
 
 
@@ -603,13 +645,12 @@ def recipe_from_dict(kind: type[Recipe], method: str, values: Mapping[str, Any])
         raise MetaplError(f"{kind.__name__} has no method {method}")
     usual = kind.by_name(method)
     names = {each.name for each in dataclasses.fields(usual)}
-    # An optimizer is one of those that this recipe has.
-    kinds = {name: type(one) for name in names if dataclasses.is_dataclass(one := getattr(usual, name))}
-    made = from_dict(type(usual), {name: values[name] for name in names & values.keys()}, kinds)
-    rest = {name: value for name, value in values.items() if name not in names}
     if missing := names - values.keys():
         raise MetaplError(f"{kind.__name__} by {method} has no value for {', '.join(sorted(missing))}.")
-    return from_dict(kind, rest, method=made)
+    # An optimizer is one of those that this recipe has.
+    kinds = {name: type(one) for name in names if dataclasses.is_dataclass(one := getattr(usual, name))}
+    made = from_dict(type(usual), {name: values[name] for name in names}, kinds)
+    return from_dict(kind, {name: value for name, value in values.items() if name not in names}, method=made)
 
 
 def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None, **made: Any) -> R:
@@ -628,16 +669,13 @@ def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type
     names = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
     if unknown := values.keys() - names:
         raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")
-    fault = misfit_entries(values, hints, kind.__name__)
-    if fault is not None:
+    if fault := misfit_entries(values, hints, kind.__name__):
         raise MetaplError(f"{fault}.")
-    built = {name: _rebuilt(hints[name], value) for name, value in values.items()}
-    return kind(**built, **made)
 
+    def rebuilt(hint: Any, value: Any) -> Any:
+        for part in (hint, *typing.get_args(hint)):  # a dataclass, or one that may be left out
+            if dataclasses.is_dataclass(part) and isinstance(part, type) and value is not None:
+                return from_dict(part, value)
+        return tuple(value) if isinstance(value, list) else value
 
-def _rebuilt(hint: Any, value: Any) -> Any:
-    parts = (hint, *typing.get_args(hint))  # a dataclass, or one that may be left out
-    kind = next((part for part in parts if dataclasses.is_dataclass(part) and isinstance(part, type)), None)
-    if kind is not None and value is not None:
-        return from_dict(kind, value)
-    return tuple(value) if isinstance(value, list) else value
+    return kind(**{name: rebuilt(hints[name], value) for name, value in values.items()}, **made)

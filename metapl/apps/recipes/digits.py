@@ -14,9 +14,9 @@ from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, Unl
 from metapl.apps.pictures.hashes import hashes
 from metapl.apps.pictures.reader import SUFFIXES, gray_image
 from metapl.apps.pictures.tables import csv_rows
-from metapl.apps.recipes.base import Optimizer, Recipe, Role, Task, require
+from metapl.apps.recipes.base import Optimizer, Recipe, Role, Task
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import Within
+from metapl.apps.recipes.ranges import Within, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, Self, TypeVar
 
-import torch
 import tyro
 
 from metapl.apps.labels.files import DESCRIPTION
@@ -24,16 +23,17 @@ from metapl.apps.pictures.check import (
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.hashes import hash_files
 from metapl.apps.pictures.splits import stratified_split
-from metapl.apps.pictures.store import FileImages, Images
+from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.verify import verify_files
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.apps.pictures.views.crops import ResizedCrop
-from metapl.apps.recipes.base import Optimizer, Task, require
+from metapl.apps.recipes.base import Optimizer, Task
 from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
-from metapl.apps.recipes.ranges import Share, Steps, Weight, Within, check_ranges
+from metapl.apps.recipes.ranges import Share, Steps, Weight, Within, check_ranges, require
 from metapl.apps.recipes.settings import OPEN, OpenOptimizer
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
+from metapl.errors import few as some
 from metapl.runs.sealed import read_plain
 from metapl.training import Say
 from metapl.training.progress import counting
@@ -60,21 +60,8 @@ FINETUNED_ON_CHANGED = 0.5
 """Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
 may take away what a class is told by: a hole covers one of the things to be counted."""
 
-CHOSEN = (
-    "steps",
-    "image_size",
-    "grey",
-    "network_name",
-    "warmup",
-    "validate_every",
-    "val_fraction",
-    "mean",
-    "std",
-)
-"""Fields that a recipe chooses for itself where they are None."""
-
 OF_METHOD = ("wait", "uda_start", "uda_ramp", "uda_prior", "warm_steps")
-"""Fields of methods, where they have such, that it chooses likewise."""
+"""Fields of methods, where they have such, that a recipe chooses for itself where they are None."""
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -121,26 +108,26 @@ class Changes:
 
     def strong(self) -> View:
         """What is learned from."""
-        flip = (Flip(),) if self.mirror else ()
-        recolor = (Recolor(),) if self.recolor else ()
-        return Chain((*flip, self._moved(1.0), self._color(), Hole((self.hole / 5, self.hole)), *recolor))
+        return Chain((*self._flip(), self._moved(1.0), *self._colored()))
 
     def weak(self) -> View:
         """What is labeled: a quarter of the movement, and nothing else but mirroring."""
-        flip = (Flip(),) if self.mirror else ()
-        return Chain((*flip, self._moved(0.25)))
+        return Chain((*self._flip(), self._moved(0.25)))
 
     def after_crop(self) -> View:
         """What is learned from, of a part of a picture."""
-        recolor = (Recolor(),) if self.recolor else ()
-        return Chain((self._color(), Hole((self.hole / 5, self.hole)), *recolor))
+        return Chain(self._colored())
+
+    def _colored(self) -> tuple[View, ...]:
+        color = Color(self.brightness, self.contrast, self.saturation, self.hue or 0.0)
+        return (color, Hole((self.hole / 5, self.hole)), *((Recolor(),) if self.recolor else ()))
+
+    def _flip(self) -> tuple[View, ...]:
+        return (Flip(),) if self.mirror else ()
 
     def _moved(self, share: float) -> Affine:
         zoom = math.exp(share * math.log(self.zoom))
         return Affine(share * self.degrees, share * self.translate, (1 / zoom, zoom), share * self.shear)
-
-    def _color(self) -> Color:
-        return Color(self.brightness, self.contrast, self.saturation, self.hue or 0.0)
 
     def settled(self, recolor: bool) -> Changes:
         """With a value for every field: ``recolor`` where it was left open, and the hue that goes with it."""
@@ -200,8 +187,12 @@ class ImageFolders(ImageRecipe):
     name: ClassVar[str] = "images"
     places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
     """Fields that are folders."""
-    chosen: ClassVar[tuple[str, ...]] = CHOSEN
+    chosen: ClassVar[tuple[str, ...]] = (
+        *("steps", "image_size", "grey", "network_name", "warmup", "validate_every", "val_fraction", "mean", "std"),
+    )
     """Fields that the recipe chooses for itself where they are None."""
+    sides: ClassVar[tuple[str, str]] = ("labeled", "unlabeled")
+    """The folder with the pictures whose labels are right, and the other one."""
     batch_of_few: ClassVar[str] = "labeled_batch"
     """The field with the number of pictures in a batch of those whose labels are right."""
     looks = True
@@ -256,18 +247,16 @@ class ImageFolders(ImageRecipe):
 
     def with_network(self, name: str) -> Self:
         """The recipe with another network; rates and clipping that are as where none were given become those of it."""
-        if name == self.network_name or self.network_name is None:
-            return super().with_network(name)
-        changed, usual = super().with_network(name), {}
-        method = self.method
-        for role, optimizer in method.optimizers().items():
-            usual[role] = dataclasses.replace(optimizer, lr=OPEN)
-        fresh = dataclasses.replace(self, method=dataclasses.replace(method, **usual), clip_norm=OPEN)
-        fresh = fresh.for_network(self.network_name)
-        derived = {role: one for role, one in usual.items() if getattr(method, role) == getattr(fresh.method, role)}
-        clip = OPEN if self.clip_norm == fresh.clip_norm else self.clip_norm
-        changed = dataclasses.replace(changed, method=dataclasses.replace(method, **derived), clip_norm=clip)
-        return changed.for_network(name)
+        changed, was = super().with_network(name), self.network_name
+        if name == was or was is None:
+            return changed
+        own = {role: dataclasses.replace(one, lr=OPEN) for role, one in self.method.optimizers().items()}
+        opened = dataclasses.replace(self, method=dataclasses.replace(self.method, **own), clip_norm=OPEN)
+        usual = opened.for_network(was)
+        derived = {role: one for role, one in own.items() if getattr(self.method, role) == getattr(usual.method, role)}
+        clip = OPEN if self.clip_norm == usual.clip_norm else self.clip_norm
+        method = dataclasses.replace(self.method, **derived)
+        return dataclasses.replace(changed, method=method, clip_norm=clip).for_network(name)
 
     @property
     def complete(self) -> bool:
@@ -298,12 +287,6 @@ class ImageFolders(ImageRecipe):
         own = ("warmup", "validate_every")
         missing: dict[str, Any] = {name: shares[name] for name in own if getattr(self, name) is None}
         return dataclasses.replace(self, steps=steps, method=self.method.settled(shares), **missing)
-
-    def _hashes_of_labels(self) -> dict[str, str]:
-        """SHA-256 of what describes the stored labels: it has the hashes of their parts, or of a run's weights."""
-        given = {name: Path(place) for name, place in self.method.labels_from.items() if place}
-        files = {name: place / ("result.json" if name == "teacher" else DESCRIPTION) for name, place in given.items()}
-        return {name: hashlib.sha256(read_plain(file)).hexdigest() for name, file in files.items()}
 
     def _shares(self, steps: int) -> dict[str, int]:
         """What is a share of the steps."""
@@ -352,65 +335,58 @@ class ImageFolders(ImageRecipe):
         return super().trainer_options() | {"clip_norm": self.clip_norm or None}
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
-        tell, look = say or (lambda text: None), Look(say or (lambda text: None), progress)
-        labeled = look.listed(scan_labeled, self.labeled, "labeled")
-        unlabeled = look.listed(scan_unlabeled, self.unlabeled, "unlabeled")
-        folders = {name: folder for name, folder in (("val", self.val), ("test", self.test)) if folder is not None}
-        held_out = {name: look.listed(scan_labeled, folder, name) for name, folder in folders.items()}
-        labeled, unlabeled = look.sound(labeled, "labeled"), look.sound(unlabeled, "unlabeled")
-        held_out = {name: look.sound(files, name) for name, files in held_out.items()}
-        look.compare(labeled, unlabeled, held_out)
-        sides: dict[str, Files] = {"labeled": labeled, "unlabeled": unlabeled, **held_out}
-        hashes = {name: hash_files(files) for name, files in sides.items()}
-        val, test, fraction = held_out.get("val"), held_out.get("test"), self.val_fraction
-        if val is None and fraction:
-            train, aside = stratified_split(labeled.targets(), fraction, self.seed)
-            labeled, val = labeled.keep(train.tolist()), labeled.keep(aside.tolist())
-            unlabeled = look.apart(unlabeled, val)
-        tell(
-            f"{len(labeled):,} labeled pictures of {spoken_classes(self.classes)}, {len(unlabeled):,} unlabeled, "
-            f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
+        look = Look(say or (lambda text: None), progress)
+        found: dict[str, Any] = {}
+        for name in self.places:
+            if (folder := getattr(self, name)) is not None:
+                scan: Any = scan_unlabeled if name == "unlabeled" else scan_labeled
+                found[name] = look.listed(scan, folder, name)
+        found = {name: look.sound(files, name) for name, files in found.items()}
+        few, many, val, test = (found.get(name) for name in (*self.sides, "val", "test"))
+        assert few is not None
+        assert many is not None
+        look.compare(few, many, {"val": val, "test": test})
+        hashes = {name: hash_files(files) for name, files in found.items()}
+        if val is None and self.val_fraction:
+            train, aside = stratified_split(few.targets(), self.val_fraction, self.seed)
+            few, val = few.keep(train.tolist()), few.keep(aside.tolist())
+            many = look.apart(many, val)
+        look.tell(
+            f"{self.spoken(few, many)}, {len(val) if val else 'none'} for validation, "
+            f"{f'{len(test):,}' if test else 'none'} to test on"
         )
+        # What describes stored labels has the hashes of their parts, or of the weights of a run.
+        for name, place in self.method.labels_from.items():
+            if place:
+                content = read_plain(Path(place) / ("result.json" if name == "teacher" else DESCRIPTION))
+                hashes[name] = hashlib.sha256(content).hexdigest()
+        held: dict[str, Any] = {
+            name: files and (self.images(files.paths(), log), files.targets(self.classes))
+            for name, files in (("val", val), ("test", test))
+        }
+        names = {self.sides[0]: few, "validation": val, "test": test}
+        listed = {name: list(files.names) if files else [] for name, files in names.items()}
         return Task(
-            **self.batches(self._pictures(labeled, unlabeled, val, test, log)),
+            **self.batches(dataclasses.replace(self.parts(few, many, log), **held)),
             classes=self.classes,
             test_names=test.names if test else None,
             skipped=look.skipped,
-            record={
-                "labeled": list(labeled.names),
-                "validation": list(val.names) if val else [],
-                "test": list(test.names) if test else [],
-                "unlabeled": len(unlabeled),
-                "hash": hashes | self._hashes_of_labels(),
-            },
+            record={**listed, self.sides[1]: len(many), "hash": hashes},
         )
 
-    def _pictures(
-        self,
-        labeled: LabeledFiles,
-        unlabeled: Files,
-        val: LabeledFiles | None,
-        test: LabeledFiles | None,
-        log: Path | None,
-    ) -> ImageParts:
-        def with_labels(files: LabeledFiles | None) -> tuple[Images, torch.Tensor] | None:
-            return None if files is None else (self._images(files, log), files.targets(self.classes))
+    def spoken(self, few: LabeledFiles, many: Files) -> str:
+        """What is learned from, in words."""
+        return f"{len(few):,} labeled pictures of {spoken_classes(self.classes)}, {len(many):,} unlabeled"
 
-        return ImageParts(
-            few=self._images(labeled, log),
-            labels=labeled.targets(self.classes),
-            many=self._images(unlabeled, log),
-            val=with_labels(val),
-            test=with_labels(test),
-        )
+    def parts(self, few: LabeledFiles, many: Files, log: Path | None) -> ImageParts:
+        """What is learned from."""
+        labels = few.targets(self.classes)
+        return ImageParts(few=self.images(few.paths(), log), labels=labels, many=self.images(many.paths(), log))
 
-    def _images(self, files: Files, log: Path | None) -> FileImages:
-        return self._images_at([*files.paths()], log)
-
-    def _images_at(self, paths: Sequence[str], log: Path | None) -> FileImages:
+    def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
         """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
         side = self.image_size
-        images = FileImages(paths, size=(side, side), mode="L" if self.grey else "RGB", log=log)
+        images = FileImages([*paths], size=(side, side), mode="L" if self.grey else "RGB", log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.resized_crop else images
 
@@ -443,10 +419,10 @@ class Look:
         self.skipped.update({str(files.root / file.name): file.reason for file in verified.skipped})
         return files.keep(verified.sound) if verified.skipped else files
 
-    def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles]) -> None:
+    def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles | None]) -> None:
         """Refuse folders that would spoil the training."""
         with counting("comparing files", self.progress) as count:
-            findings = check_folders(labeled, unlabeled, held_out.get("val"), held_out.get("test"), count)
+            findings = check_folders(labeled, unlabeled, held_out["val"], held_out["test"], count)
         refuse_errors(findings)
         for finding in findings:
             self.tell(f"note: {finding.message}")
@@ -468,18 +444,18 @@ class Look:
         return others
 
 
+def _word(folder: str) -> str:
+    """A folder as it is called on the terminal."""
+    return "validation" if folder == "val" else folder
+
+
 def spoken_classes(classes: Sequence[str]) -> str:
     """How many classes there are, and what the first few are called.
 
     >>> spoken_classes(["cat", "dog"])
     '2 classes (cat, dog)'
     """
-    return f"{len(classes)} classes ({few(classes, most=6, longest=24)})"
-
-
-def _word(folder: str) -> str:
-    """A folder as it is called on the terminal."""
-    return "validation" if folder == "val" else folder
+    return f"{len(classes)} classes ({some(classes, most=6, longest=24)})"
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:

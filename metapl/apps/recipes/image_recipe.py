@@ -19,9 +19,9 @@ from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.crops import ResizedCrop, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
-from metapl.apps.recipes.base import Optimizer, Recipe, Role, require
+from metapl.apps.recipes.base import Optimizer, Recipe, Role
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import Batch, Within
+from metapl.apps.recipes.ranges import Batch, Within, require
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.training.options import MOST_WORKERS
@@ -193,38 +193,30 @@ class ImageRecipe(Recipe):
 
     def batches(self, pictures: ImageParts) -> dict[str, Any]:
         """The sources of a :class:`~metapl.apps.recipes.Task`."""
-        views = self.views()
-        few, many, labels = pictures.few, pictures.many, pictures.labels
+        views, few, many, seed = self.views(), pictures.few, pictures.many, self.seed
 
-        def labeled(
-            images: Images, labels: Tensor, size: int, stream: int, seed: int, view: View = views.labeled
-        ) -> LabeledBatches:
+        def labeled(images: Images, labels: Tensor, size: int, stream: int, seed: int, view: View) -> LabeledBatches:
             sampler = StepSampler(len(images), size, seed=self.seed, stream=stream)
             return LabeledBatches(images, labels, sampler, view, seed, crop=views.crop)
 
         def looked_at(images: Images, labels: Tensor) -> EvaluationBatches:
             return EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
 
-        sampler = StepSampler(len(many), self.unlabeled_batch, seed=self.seed, stream=1)
+        known, finetuned = pictures.known, views.finetuned or views.labeled
+        sampler = StepSampler(len(many), self.unlabeled_batch, seed=seed, stream=1)
         some = torch.arange(min(len(many), SAMPLED))
         hidden = torch.zeros(len(many), dtype=torch.int64) if pictures.hidden is None else pictures.hidden
         sample = looked_at(many.select(some), hidden[some])
+        size = self.finetune_batch or self.labeled_batch
         return {
-            "labeled": labeled(few, labels, self.labeled_batch, 0, self.seed),
-            "unlabeled": UnlabeledBatches(many, sampler, views.weak, views.strong, self.seed, crop=views.crop),
-            "finetuning": labeled(
-                few,
-                labels,
-                self.finetune_batch or self.labeled_batch,
-                2,
-                self.seed + 1,
-                views.finetuned or views.labeled,
-            ),
+            "labeled": labeled(few, pictures.labels, self.labeled_batch, 0, seed, views.labeled),
+            "unlabeled": UnlabeledBatches(many, sampler, views.weak, views.strong, seed, crop=views.crop),
+            "finetuning": labeled(few, pictures.labels, size, 2, seed + 1, finetuned),
             "validation": pictures.val and looked_at(*pictures.val),
             "test": pictures.test and looked_at(*pictures.test),
             "sample": sample,
             "truth": None if pictures.hidden is None else sample,
-            "everything": pictures.known and labeled(*pictures.known, self.labeled_batch, 0, self.seed),
+            "everything": known and labeled(*known, self.labeled_batch, 0, seed, views.labeled),
         }
 
     @property

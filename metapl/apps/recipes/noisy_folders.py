@@ -14,17 +14,11 @@ from torch import Tensor
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches
 from metapl.apps.pictures.check import check_folders, same_pictures
 from metapl.apps.pictures.folders import Files, LabeledFiles, scan_labeled
-from metapl.apps.pictures.hashes import hash_files
-from metapl.apps.recipes.base import Doubtful, Task, require
-from metapl.apps.recipes.image_folders import (
-    ImageFolders,
-    Look,
-    refuse_errors,
-    spoken_classes,
-)
+from metapl.apps.recipes.base import Doubtful, Task
+from metapl.apps.recipes.image_folders import ImageFolders, refuse_errors, spoken_classes
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
 from metapl.apps.recipes.methods import NOISY_METHODS
-from metapl.apps.recipes.ranges import Batch
+from metapl.apps.recipes.ranges import Batch, require
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.training import Say
@@ -64,6 +58,7 @@ class NoisyFolders(ImageFolders):
 
     name: ClassVar[str] = "noisy"
     places: ClassVar[tuple[str, ...]] = ("labeled", "clean", "val", "test")
+    sides: ClassVar[tuple[str, str]] = ("clean", "labeled")
     batch_of_few: ClassVar[str] = "clean_batch"
     batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "clean_batch", "finetune_batch")
     known = NOISY_METHODS
@@ -104,60 +99,64 @@ class NoisyFolders(ImageFolders):
 
     def check_first(self) -> None:
         """Refuse what can be seen of the folders at once, before anything is measured."""
-        refuse_nested(self.labeled, self.clean)
+        first, second = (Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean))
+        if first == second or first in second.parents or second in first.parents:
+            how = "the same folder" if first == second else "one inside the other"
+            raise MetaplError(
+                f"--labeled {self.labeled} and --clean {self.clean} are {how}; expected two folders, so that the clean "
+                "labels are told from those that may be wrong."
+            )
         clean, noisy = scan_labeled(self.clean), scan_labeled(self.labeled)
         refuse_errors(check_folders(clean))
-        refuse_other_classes(noisy, clean)
-        refuse_shared(noisy, clean)
+        without = [
+            f"{few(missing)} {'is' if len(missing) == 1 else 'are'} in {one.root} alone"
+            for one, other in ((noisy, clean), (clean, noisy))
+            if (missing := [name for name in one.classes if name not in other.classes])
+        ]
+        if without:
+            raise MetaplError(
+                f"the classes differ: {'; '.join(without)}; expected subfolders of the same names in both."
+            )
+        if empty := [name for name, count in noisy.counts().items() if not count]:
+            raise MetaplError(
+                f"{few(empty)} {'has' if len(empty) == 1 else 'have'} no picture in {noisy.root}; put some there, or "
+                f"remove the class from {clean.root} too."
+            )
+        if pairs := [f"{same[0]} is {copies[0]}" for copies, same in same_pictures(noisy, clean)]:
+            raise MetaplError(
+                f"{len(pairs)} clean pictures are among the labeled ones too: {few(pairs)}; remove them from "
+                f"{noisy.root}, for what is learned about labels is judged on clean pictures that the network was not "
+                "trained on."
+            )
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
-        tell, look = say or (lambda text: None), Look(say or (lambda text: None), progress)
         self.check_first()
-        noisy = look.sound(look.listed(scan_labeled, self.labeled, "labeled"), "labeled")
-        clean = look.sound(look.listed(scan_labeled, self.clean, "clean"), "clean")
-        held_out = {
-            name: look.sound(look.listed(scan_labeled, folder, name), name)
-            for name, folder in (("val", self.val), ("test", self.test))
-            if folder is not None
-        }
-        look.compare(clean, noisy, held_out)
-        val, test = held_out.get("val"), held_out.get("test")
-        tell(
-            f"{len(noisy):,} pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(clean):,} "
-            f"with clean ones, {len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} "
-            "to test on"
+        return super().task(say, progress, log)
+
+    def spoken(self, few: LabeledFiles, many: Files) -> str:
+        """What is learned from, in words."""
+        return (
+            f"{len(many):,} pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(few):,} "
+            "with clean ones"
         )
-        both = self._images_at([*noisy.paths(), *clean.paths()], log)
-        labels = torch.cat([noisy.targets(self.classes), clean.targets(self.classes)])
-        sides = {"labeled": noisy, "clean": clean, **held_out}
-        return Task(
-            **self.batches(
-                ImageParts(
-                    few=both.select(torch.arange(len(noisy), len(both))),
-                    labels=labels[len(noisy) :],
-                    many=both.select(torch.arange(len(noisy))),
-                    given=labels[: len(noisy)],
-                    names=tuple(noisy.paths()),
-                    known=(both, labels),
-                    val=None if val is None else (self._images(val, log), val.targets(self.classes)),
-                    test=None if test is None else (self._images(test, log), test.targets(self.classes)),
-                )
-            ),
-            classes=self.classes,
-            test_names=test.names if test else None,
-            skipped=look.skipped,
-            record={
-                "labeled": len(noisy),
-                "clean": list(clean.names),
-                "validation": list(val.names) if val else [],
-                "test": list(test.names) if test else [],
-                "hash": {name: hash_files(files) for name, files in sides.items()},
-            },
+
+    def parts(self, few: LabeledFiles, many: Files, log: Path | None) -> ImageParts:
+        """What is learned from: the noisy pictures and the clean ones, together in one list of files."""
+        assert isinstance(many, LabeledFiles)
+        both, count = self.images([*many.paths(), *few.paths()], log), len(many)
+        labels = torch.cat([many.targets(self.classes), few.targets(self.classes)])
+        return ImageParts(
+            few=both.select(torch.arange(count, len(both))),
+            labels=labels[count:],
+            many=both.select(torch.arange(count)),
+            given=labels[:count],
+            names=tuple(many.paths()),
+            known=(both, labels),
         )
 
     def batches(self, pictures: ImageParts) -> dict[str, Any]:
         views, many = self.views(), pictures.many
-        given = pictures.given if pictures.given is not None else torch.zeros(len(many), dtype=torch.int64)
+        given = torch.zeros(len(many), dtype=torch.int64) if pictures.given is None else pictures.given
         kind = IndexedBatches if self.method.indexed else LabeledBatches
         sampler = StepSampler(len(many), self.labeled_batch, seed=self.seed, stream=1)
         noisy = kind(many, given, sampler, views.labeled, self.seed + 2, crop=views.crop)
@@ -169,45 +168,3 @@ class NoisyFolders(ImageFolders):
         examples = EvaluationBatches(many, torch.arange(len(many)), EVALUATED_AT_ONCE)
         doubtful = Doubtful(examples, given, pictures.names)
         return {**sources, "unlabeled": noisy, "sample": None, "doubtful": doubtful}
-
-
-# -------------------------------------------------------------------------------------------- folders that are refused
-
-
-def refuse_nested(noisy: str, clean: str) -> None:
-    """Refuse one folder, or one inside the other."""
-    first, second = (Path(folder).expanduser().resolve() for folder in (noisy, clean))
-    if first == second or first in second.parents or second in first.parents:
-        how = "the same folder" if first == second else "one inside the other"
-        raise MetaplError(
-            f"--labeled {noisy} and --clean {clean} are {how}; expected two folders, so that the clean labels are told "
-            "from those that may be wrong."
-        )
-
-
-def refuse_other_classes(noisy: LabeledFiles, clean: LabeledFiles) -> None:
-    """Refuse folders of which one has a class, or pictures of it, that the other has not."""
-    without = [
-        f"{few(missing)} {'is' if len(missing) == 1 else 'are'} in {one.root} alone"
-        for one, other in ((noisy, clean), (clean, noisy))
-        if (missing := [name for name in one.classes if name not in other.classes])
-    ]
-    if without:
-        raise MetaplError(f"the classes differ: {'; '.join(without)}; expected subfolders of the same names in both.")
-    empty = [name for name, count in noisy.counts().items() if not count]
-    if empty:
-        raise MetaplError(
-            f"{few(empty)} {'has' if len(empty) == 1 else 'have'} no picture in {noisy.root}; put some there, or "
-            f"remove the class from {clean.root} too."
-        )
-
-
-def refuse_shared(noisy: LabeledFiles, clean: LabeledFiles) -> None:
-    """Refuse a picture, by its bytes, that is in both folders."""
-    pairs = [(same[0], copies[0]) for copies, same in same_pictures(noisy, clean)]
-    if pairs:
-        shown = few([f"{path} is {copy}" for path, copy in pairs])
-        raise MetaplError(
-            f"{len(pairs)} clean pictures are among the labeled ones too: {shown}; remove them from {noisy.root}, for "
-            "what is learned about labels is judged on clean pictures that the network was not trained on."
-        )

@@ -6,25 +6,21 @@ Every field can be changed. What the paper does not tell, the optimizer beside i
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated
 
 import tyro
 
 from metapl.apps.pictures.folders import scan_unlabeled
 from metapl.apps.pictures.hashes import hash_files, hashes
+from metapl.apps.pictures.sets.torchvision_sets import ImageData
+from metapl.apps.pictures.splits import Split
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes.base import Optimizer, Task, require
-from metapl.apps.recipes.image_recipe import ImageParts, Strong, whole
-from metapl.apps.recipes.protocols import Names, Vision
+from metapl.apps.recipes.image_recipe import ImageParts, Strong
+from metapl.apps.recipes.protocols import Vision, pair, preset
+from metapl.apps.recipes.ranges import require
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.data.sampler import StepSampler
-from metapl.training import Say
-
-SCALE = 10 / 30
-"""Of RandAugment's magnitudes: the paper's 27 and 9 are taken to be of 30, ours are of 10."""
 
 IMAGENET_TRAIN, LABELED_BATCH, EPOCHS = 1_281_167, 2_048, 350
 
@@ -38,31 +34,35 @@ def steps_of(epochs: int, examples: int = IMAGENET_TRAIN, batch: int = LABELED_B
     return round(epochs * examples / batch)
 
 
-def noise(magnitude: float) -> Strong:
-    """RandAugment with two operations, of a magnitude in the paper's scale."""
-    return Strong(operations=2, magnitude=SCALE * magnitude, cutout=0, translate=100 / 224)
-
-
-def _sgd(labeled_batch: int) -> Optimizer:
-    """0.128 for 2,048 labeled examples."""
-    rate = 0.128 * labeled_batch / LABELED_BATCH
-    return Optimizer(lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-5, decay_norms=False)
-
-
-Schedule = Literal["cosine", "constant", "exponential"]
-
-
-@dataclass(frozen=True, kw_only=True)
+@preset(own="noisy_student", schedule="exponential")
 class NoisyVision(Vision):
     """A data set that torchvision loads, of which a few training pictures keep their labels, by Noisy Student."""
 
-    name: ClassVar[str] = "torchvision"
-    own: ClassVar[str] = "noisy_student"
 
-    schedule: Schedule = "exponential"
-
-
-@dataclass(frozen=True, kw_only=True)
+@preset(
+    name="imagenet",
+    protocol="imagenet-10pct",
+    own="noisy_student",
+    fixed={"data": "imagenet"},
+    settings={**pair(0.128, 0.128, 1e-5), "self_training": SelfTraining(per_class=130_000, ratio=1)},
+    labels_per_class=128,
+    validation=25_000,
+    image_size=224,
+    resized_crop=True,
+    network_name="efficientnet_b0",
+    dropout=0.5,
+    stochastic_depth=0.2,
+    schedule="exponential",
+    steps=steps_of(2 * EPOCHS),
+    labeled_batch=LABELED_BATCH,
+    unlabeled_batch=LABELED_BATCH,
+    strong=Strong(operations=2, magnitude=10 / 30 * 27, cutout=0, translate=100 / 224),  # ours is of 10, 27 is of 30
+    ema_decay=0.999,
+    validate_every=5_000,
+    log_every=100,
+    save_every=5_000,
+    num_workers=8,
+)
 class NoisyImagenet(Vision):
     """ImageNet and other pictures without labels by Noisy Student: EfficientNet-B0, 700 epochs of the labeled pictures.
 
@@ -76,146 +76,69 @@ class NoisyImagenet(Vision):
         unlabeled: unlabeled pictures: a folder, with or without subfolders. All of ImageNet then keeps its labels.
     """
 
-    name: ClassVar[str] = "imagenet"
-    protocol: ClassVar[str] = "imagenet-10pct"
-    own: ClassVar[str] = "noisy_student"
-    settings: ClassVar[dict[str, Any]] = {
-        **Vision.settings,
-        "student": _sgd(LABELED_BATCH),
-        "teacher": _sgd(LABELED_BATCH),
-        "self_training": SelfTraining(per_class=130_000, ratio=1),
-    }
-
-    data: tyro.conf.Suppress[Names] = "imagenet"
     unlabeled: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    labels_per_class: int = 128
-    validation: int = 25_000
-    image_size: int = 224
-    resized_crop: bool = True
-    network_name: Annotated[str, tyro.conf.arg(name="network")] = "efficientnet_b0"
-    dropout: float = 0.5
-    stochastic_depth: float = 0.2
-    schedule: Schedule = "exponential"
-    steps: int = steps_of(2 * EPOCHS)
-    labeled_batch: int = LABELED_BATCH
-    unlabeled_batch: int = LABELED_BATCH
-    strong: Strong = field(default_factory=lambda: noise(27))
-    ema_decay: float | None = 0.999
-    validate_every: int = 5_000
-    log_every: int = 100
-    save_every: int = 5_000
-    num_workers: int = 8
 
-    def settled(self) -> NoisyImagenet:
-        changed: dict[str, Any] = {**vars(super().settled()), "unlabeled": whole(self.unlabeled)}
-        return type(self)(**changed)
-
-    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+    def divided(self, data: ImageData, log: Path | None) -> tuple[ImageParts, dict[str, str], Split | None]:
         if self.unlabeled is None:
-            return super().task(say, progress, log)
-        data, files = self._data(), scan_unlabeled(self.unlabeled)
-        assert isinstance(data.train, FileImages)  # ImageNet's
-        assert isinstance(data.test, FileImages)
-        train, test = data.train.logged(log), data.test.logged(log)
-        side = (self.image_size, self.image_size)
-        many = FileImages(files.paths(), size=side, mode="L" if self.grey else "RGB", center=self.center, log=log)
+            return super().divided(data, log)
+        train, labels, files = data.train, data.train_labels, scan_unlabeled(self.unlabeled)
         require(self, self.validation < len(train), "validation", f"fewer than the {len(train):,} training pictures")
         order = StepSampler(len(train), len(train), seed=self.seed, stream=3).indices(0)
         held_out, few = order[: self.validation].sort().values, order[self.validation :].sort().values
+        side = (self.image_size, self.image_size)
+        many = FileImages(files.paths(), size=side, mode="L" if self.grey else "RGB", center=self.center, log=log)
         pictures = ImageParts(
             few=train.select(few),
-            labels=data.train_labels[few],
+            labels=labels[few],
             many=many,
-            val=(train.select(held_out), data.train_labels[held_out]),
-            test=(test, data.test_labels),
+            val=(train.select(held_out), labels[held_out]),
+            test=(data.test, data.test_labels),
         )
-        if say is not None:
-            say(
-                f"{self.data}: {len(few):,} labeled pictures of {len(self.classes)} classes, {len(files):,} unlabeled "
-                f"in {self.unlabeled}, {len(held_out):,} to select on, {len(test):,} to report on"
-            )
-        return Task(
-            **self.batches(pictures),
-            classes=self.classes,
-            test_names=data.test_names,
-            record={
-                "data": self.data,
-                "counts": {
-                    "labeled": len(few),
-                    "unlabeled": len(files),
-                    "validation": len(held_out),
-                    "test": len(test),
-                },
-                "hash": {"unlabeled": hash_files(files), **hashes(labels=data.train_labels, validation=held_out)},
-            },
-        )
+        return pictures, {"unlabeled": hash_files(files), **hashes(labels=labels, validation=held_out)}, None
 
 
-@dataclass(frozen=True)
-class Protocol:
+def _protocol(
+    model: str, image_size: int, epochs: int, ratio: int = 3, networks: tuple[str, ...] = (), rounds: int = 1
+) -> type[NoisyImagenet]:
     """A row of the paper's study of model sizes (its Figure 2 and Table 9), or of its Table 7.
 
     Args:
+        model: an EfficientNet.
         image_size: side of the pictures in training; of B0 to B6 that of EfficientNet's paper.
         epochs: passes over the labeled pictures: 700, and 350 for models larger than B4.
         ratio: unlabeled pictures for each labeled one.
         networks: of the rounds; none: the protocol's own in each.
         rounds: students, one after another.
     """
-
-    image_size: int
-    epochs: int = EPOCHS
-    ratio: int = 3
-    networks: tuple[str, ...] = ()
-    rounds: int = 1
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    "b0": Protocol(224, 2 * EPOCHS, ratio=1),
-    "b1": Protocol(240, 2 * EPOCHS),
-    "b2": Protocol(260, 2 * EPOCHS),
-    "b3": Protocol(300, 2 * EPOCHS),
-    "b4": Protocol(380, 2 * EPOCHS),
-    "b5": Protocol(456),
-    "b6": Protocol(528),
-    "b7": Protocol(600),
-    "l2": Protocol(475, ratio=14, networks=("efficientnet_b7", "efficientnet_l2"), rounds=3),
-}
-"""The paper's protocols on ImageNet by the name of the EfficientNet. B0 to B7 are teacher and student, once; L2 learns
-from B7, and then twice from itself (its last round took a ratio of 28, and its teacher pictures of 600 pixels)."""
+    settings = SelfTraining(rounds=rounds, networks=networks, per_class=130_000, ratio=ratio)
+    said = {"__module__": __name__, "__doc__": NoisyImagenet.__doc__}
+    made: type[NoisyImagenet] = type(f"NoisyImagenet{model.upper()}", (NoisyImagenet,), said)
+    return preset(
+        name=f"noisy-imagenet-{model}",
+        settings={"self_training": settings},
+        network_name=f"efficientnet_{model}",
+        image_size=image_size,
+        steps=steps_of(epochs),
+        unlabeled_batch=ratio * LABELED_BATCH,
+    )(made)
 
 
-def _protocol(model: str, protocol: Protocol) -> type[NoisyImagenet]:
-    """The recipe of a protocol."""
-    rounds = SelfTraining(rounds=protocol.rounds, networks=protocol.networks, per_class=130_000, ratio=protocol.ratio)
-    network = Annotated[str, tyro.conf.arg(name="network")]
-    fields: list[tuple[str, Any, Any]] = [
-        ("network_name", network, f"efficientnet_{model}"),
-        ("image_size", int, protocol.image_size),
-        ("steps", int, steps_of(protocol.epochs)),
-        ("unlabeled_batch", int, protocol.ratio * LABELED_BATCH),
-    ]
-    name = f"noisy-imagenet-{model}"
-    return dataclasses.make_dataclass(
-        f"NoisyImagenet{model.upper()}",
-        fields,
-        bases=(NoisyImagenet,),
-        frozen=True,
-        kw_only=True,
-        namespace={
-            "name": name,
-            "settings": {**NoisyImagenet.settings, "self_training": rounds},
-            "__module__": __name__,
-            "__doc__": NoisyImagenet.__doc__,
-        },
-    )
+_ROWS = (
+    _protocol("b0", 224, 2 * EPOCHS, ratio=1),
+    _protocol("b1", 240, 2 * EPOCHS),
+    _protocol("b2", 260, 2 * EPOCHS),
+    _protocol("b3", 300, 2 * EPOCHS),
+    _protocol("b4", 380, 2 * EPOCHS),
+    _protocol("b5", 456, EPOCHS),
+    _protocol("b6", 528, EPOCHS),
+    _protocol("b7", 600, EPOCHS),
+    _protocol("l2", 475, EPOCHS, ratio=14, networks=("efficientnet_b7", "efficientnet_l2"), rounds=3),
+)
 
+PAPER_RECIPES: dict[str, type[NoisyImagenet]] = {kind.name: kind for kind in _ROWS}
+"""The paper's protocols on ImageNet by name. B0 to B7 are teacher and student, once; L2 learns from B7, and then twice
+from itself (its last round took a ratio of 28, and its teacher pictures of 600 pixels)."""
 
-PAPER_RECIPES: dict[str, type[NoisyImagenet]] = {
-    f"noisy-imagenet-{model}": _protocol(model, protocol) for model, protocol in PROTOCOLS.items()
-}
-"""The protocols as recipes, by name."""
+globals().update({kind.__name__: kind for kind in _ROWS})  # a worker process finds them by name
 
-globals().update({kind.__name__: kind for kind in PAPER_RECIPES.values()})  # a worker process finds them by name
-
-NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet, *PAPER_RECIPES.values())
+NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet, *_ROWS)

@@ -8,10 +8,12 @@ each states them; what is from neither is marked so. Every field can be changed.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 import tyro
@@ -19,20 +21,48 @@ import tyro
 from metapl.apps.pictures.sets.torchvision_sets import ImageData, load_image_data
 from metapl.apps.pictures.splits import Split
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes.base import Feedback, Optimizer, Task, require
+from metapl.apps.recipes.base import Feedback, Optimizer, Task
 from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
-from metapl.apps.recipes.ranges import Within
+from metapl.apps.recipes.ranges import Within, require
 from metapl.training import Say
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
 
-
 ALGORITHM_1 = Feedback(mode="reinforce", normalization="cosine", baseline=0.99, pseudo_label_smoothing=0.1)
 """As published: sampled labels, the cosine of the two gradients, and a moving average taken off."""
 
+K = TypeVar("K", bound=ImageRecipe)
 
-def _nesterov(lr: float, weight_decay: float) -> Optimizer:
-    return Optimizer(lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, decay_norms=False)
+
+def preset(
+    *, settings: Mapping[str, Any] | None = None, fixed: Mapping[str, Any] | None = None, **defaults: Any
+) -> Callable[[type[K]], type[K]]:
+    """A recipe that is the one that it is derived from with other defaults, as values.
+
+    Args:
+        settings: of the methods, beside those of the recipe that it is derived from.
+        fixed: fields that are no flags any more.
+        defaults: of fields, and of what the type says of itself, such as its name.
+    """
+
+    def made(kind: type[K]) -> type[K]:
+        hints: Any = typing.get_type_hints(kind, include_extras=True)
+        suppressed: Any = tyro.conf.Suppress
+        hints |= {name: suppressed[hints[name]] for name in fixed or {}}
+        values = {**defaults, **(fixed or {}), "settings": {**kind.settings, **(settings or {})}}
+        names = {each.name for each in dataclasses.fields(kind)} & values.keys()
+        kind.__annotations__ = {**vars(kind).get("__annotations__", {}), **{name: hints[name] for name in names}}
+        for name, value in values.items():
+            setattr(kind, name, value)
+        return dataclass(frozen=True, kw_only=True)(kind)
+
+    return made
+
+
+def pair(student: float, teacher: float, weight_decay: float) -> dict[str, Optimizer]:
+    """The optimizers of student and teacher by their learning rates, with Nesterov's momentum."""
+    usual = Optimizer(momentum=0.9, nesterov=True, weight_decay=weight_decay, decay_norms=False)
+    return {"student": dataclasses.replace(usual, lr=student), "teacher": dataclasses.replace(usual, lr=teacher)}
 
 
 @lru_cache(maxsize=1)
@@ -87,48 +117,80 @@ class Vision(ImageRecipe):
 
     def settled(self) -> Vision:
         """The recipe as it can be stored: whole paths, and the classes that are found."""
-        places = {name: whole(getattr(self, name)) for name in ("data_root", "split", "weights")}
-        changes: dict[str, Any] = {**places, "class_names": self._data().classes}
-        return dataclasses.replace(self, **changes)
+        places = [name for name in ("data_root", "split", "weights", "unlabeled") if hasattr(self, name)]
+        changes: dict[str, Any] = {name: whole(getattr(self, name)) for name in places}
+        return dataclasses.replace(self, **changes, class_names=self._data().classes)
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         data = self._data()
-        split = self._split(data)
         train, test = (
             images.logged(log) if isinstance(images, FileImages) else images for images in (data.train, data.test)
         )
-        together = torch.cat([split.labeled, split.unlabeled])
-        pictures = ImageParts(
-            few=train.select(split.labeled),
-            labels=data.train_labels[split.labeled],
-            many=train.select(split.unlabeled),
-            hidden=data.train_labels[split.unlabeled],
-            known=(train.select(together), data.train_labels[together]),
-            val=(train.select(split.validation), data.train_labels[split.validation]),
-            test=(test.select(split.test), data.test_labels[split.test]),
-        )
-        counts, names = split.counts(), data.test_names
+        pictures, hashed, split = self.divided(dataclasses.replace(data, train=train, test=test), log)
+        assert pictures.val is not None
+        assert pictures.test is not None
+        sides = {"labeled": pictures.few, "unlabeled": pictures.many}
+        sides |= {"validation": pictures.val[0], "test": pictures.test[0]}
+        counts, names = {name: len(images) for name, images in sides.items()}, data.test_names
         if say is not None:
+            folder = getattr(self, "unlabeled", None)
             say(
                 f"{self.data}: {counts['labeled']:,} labeled pictures of {len(self.classes)} classes, "
-                f"{counts['unlabeled']:,} unlabeled, {counts['validation']:,} to select on, {counts['test']:,} to "
-                "report on"
+                f"{counts['unlabeled']:,} unlabeled{f' in {folder}' if folder else ''}, {counts['validation']:,} to "
+                f"select on, {counts['test']:,} to report on"
             )
         return Task(
             **self.batches(pictures),
             classes=self.classes,
-            test_names=names and tuple(names[i] for i in split.test.tolist()),
+            test_names=names if names is None or split is None else tuple(names[i] for i in split.test.tolist()),
             split=split,
-            record={"data": self.data, "counts": counts, "hash": {"labels": split.labels_hash, "split": split.hash}},
+            record={"data": self.data, "counts": counts, "hash": hashed},
         )
 
-    def _split(self, data: ImageData) -> Split:
-        if self.split is not None:
-            return Split.load(self.split, data.train_labels, data.test_labels)
-        return data.split(self.protocol, self.seed, self.labels_per_class, self.validation)
+    def divided(self, data: ImageData, log: Path | None) -> tuple[ImageParts, dict[str, str], Split | None]:
+        """The pictures, the hashes that say which they are, and how they were drawn."""
+        split = data.split(self.protocol, self.seed, self.labels_per_class, self.validation) if not self.split else None
+        split = split or Split.load(str(self.split), data.train_labels, data.test_labels)
+        train, labels = data.train, data.train_labels
+        together = torch.cat([split.labeled, split.unlabeled])
+        pictures = ImageParts(
+            few=train.select(split.labeled),
+            labels=labels[split.labeled],
+            many=train.select(split.unlabeled),
+            hidden=labels[split.unlabeled],
+            known=(train.select(together), labels[together]),
+            val=(train.select(split.validation), labels[split.validation]),
+            test=(data.test.select(split.test), data.test_labels[split.test]),
+        )
+        return pictures, {"labels": split.labels_hash, "split": split.hash}, split
 
 
-@dataclass(frozen=True, kw_only=True)
+@preset(
+    name="cifar10-4k",
+    protocol="cifar10-4k",
+    fixed={"data": "cifar10"},
+    settings={
+        **pair(0.025, 0.025, 5e-4),
+        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.15),
+        "wait": 3_000,
+        "label_smoothing": 0.15,
+        "uda_weight": 8.0,
+        "uda_ramp": 5_000,
+    },
+    dropout=0.2,
+    steps=300_000,
+    labeled_batch=128,
+    unlabeled_batch=7 * 128,
+    strong=Strong(magnitude=16, cutout=16, again=True),
+    warmup=5_000,
+    finetune_steps=1_000,
+    finetune_batch=512,
+    finetune=Optimizer(lr=1e-5),
+    validate_every=1_000,
+    log_every=100,
+    save_every=5_000,
+    num_workers=2,
+)
 class Cifar10(Vision):
     """CIFAR-10-4K with the settings of the authors' code: WRN-28-2, 300,000 steps, seven times as many unlabeled.
 
@@ -137,36 +199,24 @@ class Cifar10(Vision):
     1 in its own units (theirs has no gradient at all): `metapl compare` it with mode none. Finetuning is the paper's.
     """
 
-    name: ClassVar[str] = "cifar10-4k"
-    protocol: ClassVar[str] = "cifar10-4k"
-    settings: ClassVar[dict[str, Any]] = {
-        **Vision.settings,
-        "wait": 3_000,
-        "label_smoothing": 0.15,
-        "uda_weight": 8.0,
-        "uda_ramp": 5_000,
-        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.15),
-        "student": _nesterov(0.025, 5e-4),
-        "teacher": _nesterov(0.025, 5e-4),
-    }
 
-    data: tyro.conf.Suppress[Names] = "cifar10"
-    dropout: float = 0.2
-    steps: int = 300_000
-    labeled_batch: int = 128
-    unlabeled_batch: int = 7 * 128
-    strong: Strong = field(default_factory=lambda: Strong(magnitude=16, cutout=16, again=True))
-    warmup: int = 5_000
-    finetune_steps: int = 1_000
-    finetune_batch: int | None = 512
-    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
-    validate_every: int = 1_000
-    log_every: int = 100
-    save_every: int = 5_000
-    num_workers: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
+@preset(
+    name="cifar10-4k-paper",
+    settings={
+        **pair(0.3, 0.125, 5e-4),
+        "feedback": ALGORITHM_1,
+        "wait": 0,
+        "label_smoothing": 0.1,
+        "uda_weight": 1.0,
+        "uda_temperature": 0.8,
+        "uda_threshold": 0.0,
+        "uda_ramp": 0,
+    },
+    dropout=0.35,
+    teacher_dropout=0.5,
+    steps=1_000_000,
+    warmup=2_000,
+)
 class Cifar10Paper(Cifar10):
     """CIFAR-10-4K with the paper's table: 1,000,000 steps, Algorithm 1 with the cosine and a moving-average baseline.
 
@@ -175,27 +225,17 @@ class Cifar10Paper(Cifar10):
     the weights; these are the authors' code's. The feedback has a weight of 1 on the cosine.
     """
 
-    name: ClassVar[str] = "cifar10-4k-paper"
-    settings: ClassVar[dict[str, Any]] = {
-        **Cifar10.settings,
-        "wait": 0,
-        "label_smoothing": 0.1,
-        "uda_weight": 1.0,
-        "uda_temperature": 0.8,
-        "uda_threshold": 0.0,
-        "uda_ramp": 0,
-        "feedback": ALGORITHM_1,
-        "student": _nesterov(0.3, 5e-4),
-        "teacher": _nesterov(0.125, 5e-4),
-    }
 
-    dropout: float = 0.35
-    teacher_dropout: float | None = 0.5
-    steps: int = 1_000_000
-    warmup: int = 2_000
-
-
-@dataclass(frozen=True, kw_only=True)
+@preset(
+    name="svhn-1k",
+    protocol="svhn-1k",
+    fixed={"data": "svhn"},
+    settings={**pair(0.15, 0.05, 5e-4), "uda_weight": 2.5, "uda_temperature": 1.25},
+    labels_per_class=100,
+    dropout=0.45,
+    teacher_dropout=0.65,
+    strong=Strong(magnitude=16, cutout=16, again=True, writing=True),
+)
 class Svhn(Cifar10Paper):
     """SVHN-1K with the paper's table: WRN-28-2, 1,000 labels, core and extra pictures unlabeled.
 
@@ -204,24 +244,41 @@ class Svhn(Cifar10Paper):
     mirrored. What the paper does not tell is the authors' code's for CIFAR-10. The feedback as there.
     """
 
-    name: ClassVar[str] = "svhn-1k"
-    protocol: ClassVar[str] = "svhn-1k"
-    settings: ClassVar[dict[str, Any]] = {
-        **Cifar10Paper.settings,
-        "uda_weight": 2.5,
-        "uda_temperature": 1.25,
-        "student": _nesterov(0.15, 5e-4),
-        "teacher": _nesterov(0.05, 5e-4),
-    }
 
-    data: tyro.conf.Suppress[Names] = "svhn"
-    labels_per_class: int = 100
-    dropout: float = 0.45
-    teacher_dropout: float | None = 0.65
-    strong: Strong = field(default_factory=lambda: Strong(magnitude=16, cutout=16, again=True, writing=True))
-
-
-@dataclass(frozen=True, kw_only=True)
+@preset(
+    name="imagenet-10pct",
+    protocol="imagenet-10pct",
+    fixed={"data": "imagenet"},
+    settings={
+        **pair(1.6, 2.4, 1e-4),
+        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
+        "wait": 20_000,
+        "uda_weight": 20.0,
+        "uda_temperature": 0.5,
+        "uda_ramp": 50_000,
+    },
+    labels_per_class=128,
+    validation=25_000,
+    image_size=224,
+    resized_crop=True,
+    network_name="resnet50",
+    dropout=0.1,
+    channels_last=True,
+    steps=700_000,
+    labeled_batch=1_024,
+    unlabeled_batch=15 * 1_024,
+    strong=Strong(magnitude=17, cutout=0, translate=100 / 224),
+    warmup=5_000,
+    clip_norm=5.0,
+    ema_decay=0.999,
+    finetune_steps=2_000,
+    finetune_batch=512,
+    finetune=Optimizer(lr=1e-5),
+    validate_every=5_000,
+    log_every=100,
+    save_every=5_000,
+    num_workers=8,
+)
 class Imagenet10(Vision):
     """ImageNet-10% with the settings of the authors' code: ResNet-50 at 224 pixels, 700,000 steps.
 
@@ -231,68 +288,29 @@ class Imagenet10(Vision):
     are for many machines: on one GPU, accumulate them or take smaller ones and lower learning rates.
     """
 
-    name: ClassVar[str] = "imagenet-10pct"
-    protocol: ClassVar[str] = "imagenet-10pct"
-    settings: ClassVar[dict[str, Any]] = {
-        **Vision.settings,
-        "wait": 20_000,
-        "uda_weight": 20.0,
-        "uda_temperature": 0.5,
-        "uda_ramp": 50_000,
-        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
-        "student": _nesterov(1.6, 1e-4),
-        "teacher": _nesterov(2.4, 1e-4),
-    }
 
-    data: tyro.conf.Suppress[Names] = "imagenet"
-    labels_per_class: int = 128
-    validation: int = 25_000
-    image_size: int = 224
-    resized_crop: bool = True
-    network_name: Annotated[str, tyro.conf.arg(name="network")] = "resnet50"
-    dropout: float = 0.1
-    channels_last: bool = True
-    steps: int = 700_000
-    labeled_batch: int = 1_024
-    unlabeled_batch: int = 15 * 1_024
-    strong: Strong = field(default_factory=lambda: Strong(magnitude=17, cutout=0, translate=100 / 224))
-    warmup: int = 5_000
-    clip_norm: float | None = 5.0
-    ema_decay: float | None = 0.999
-    finetune_steps: int = 2_000
-    finetune_batch: int | None = 512
-    finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-5))
-    validate_every: int = 5_000
-    log_every: int = 100
-    save_every: int = 5_000
-    num_workers: int = 8
-
-
-@dataclass(frozen=True, kw_only=True)
+@preset(
+    name="imagenet-10pct-paper",
+    settings={
+        **pair(0.8, 0.5, 2e-4),
+        "feedback": ALGORITHM_1,
+        "wait": 0,
+        "uda_weight": 16.0,
+        "uda_temperature": 0.75,
+        "uda_threshold": 0.0,
+        "uda_ramp": 0,
+    },
+    steps=500_000,
+    labeled_batch=2_048,
+    unlabeled_batch=15 * 2_048,
+    warmup=1_000,
+)
 class Imagenet10Paper(Imagenet10):
     """ImageNet-10% with the paper's table: 500,000 steps, Algorithm 1 with the cosine and a moving-average baseline.
 
     Its column of the table was noted from memory and is to be checked. The unlabeled batch, RandAugment, clipping and
     the average of the weights are the authors' code's. The feedback has a weight of 1 on the cosine.
     """
-
-    name: ClassVar[str] = "imagenet-10pct-paper"
-    settings: ClassVar[dict[str, Any]] = {
-        **Imagenet10.settings,
-        "wait": 0,
-        "uda_weight": 16.0,
-        "uda_temperature": 0.75,
-        "uda_threshold": 0.0,
-        "uda_ramp": 0,
-        "feedback": ALGORITHM_1,
-        "student": _nesterov(0.8, 2e-4),
-        "teacher": _nesterov(0.5, 2e-4),
-    }
-
-    steps: int = 500_000
-    labeled_batch: int = 2_048
-    unlabeled_batch: int = 15 * 2_048
-    warmup: int = 1_000
 
 
 PROTOCOL_RECIPES: tuple[type[Vision], ...] = (Vision, Cifar10, Cifar10Paper, Svhn, Imagenet10, Imagenet10Paper)

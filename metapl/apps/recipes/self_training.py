@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import tyro
@@ -127,8 +125,3 @@ class SelfTraining(Selection):
         require(self, self.finetune_size is not None or self.frozen == 0.5, "frozen", "a finetune_size beside it")
         most = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most)
-
-    def smaller(self, parameters: Sequence[int]) -> int | None:
-        """The first round whose network has fewer parameters than the one before it; None where there is none."""
-        pairs = pairwise(parameters)
-        return next((number for number, (teacher, student) in enumerate(pairs, 1) if student < teacher), None)

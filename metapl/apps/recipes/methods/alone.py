@@ -38,6 +38,21 @@ def alone(recipe: Recipe, task: Task, network: nn.Module, optimizer: Optimizer, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Smoothed(Method):
+    """A supervised loss whose labels are smoothed.
+
+    Args:
+        label_smoothing: label smoothing of the supervised loss.
+    """
+
+    label_smoothing: Share = 0.1
+
+    def supervised(self) -> Losses:
+        """The loss on labeled examples."""
+        return (CrossEntropy(self.label_smoothing),)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Alone(Method):
     """One network.
 
@@ -73,22 +88,7 @@ class Supervised(Alone):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Smoothed(Alone):
-    """The labeled examples, their labels smoothed.
-
-    Args:
-        label_smoothing: label smoothing of the supervised loss.
-    """
-
-    label_smoothing: Share = 0.1
-
-    def supervised(self) -> Losses:
-        """The loss on labeled examples."""
-        return (CrossEntropy(self.label_smoothing),)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelSmoothing(Smoothed):
+class LabelSmoothing(Smoothed, Alone):
     """The labeled examples alone, their labels smoothed, by 0.1 where label_smoothing is 0."""
 
     name = "label_smoothing"
@@ -100,7 +100,7 @@ class LabelSmoothing(Smoothed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everything(Smoothed):
+class Everything(Smoothed, Alone):
     """All examples with their true labels."""
 
     name = "supervised_everything"
@@ -123,7 +123,7 @@ class Everything(Smoothed):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consistent(Method):
+class Consistent(Smoothed):
     """Consistency of the predictions on two views, beside the supervised loss.
 
     Args:
@@ -133,7 +133,6 @@ class Consistent(Method):
         uda_ramp: steps over which the weight of UDA then grows from 0.
     """
 
-    label_smoothing: Share = 0.1
     uda_weight: Weight = 1.0
     uda_start: SomeSteps | None = 0
     uda_ramp: SomeSteps | None = 0
@@ -141,10 +140,6 @@ class Consistent(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.uda()
-
-    def supervised(self) -> Losses:
-        """The loss on labeled examples."""
-        return (CrossEntropy(self.label_smoothing),)
 
     def uda(self, **fields: Any) -> UDA:
         """The consistency loss, of weight 1 where the field is 0."""

@@ -9,15 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 from torch import nn
 
-from metapl.apps.recipes.base import Method, Phase, Phases, Place, Recipe, Run
+from metapl.apps.recipes.base import Method, Phase, Phases, Place, Recipe, Run, variant
 from metapl.apps.recipes.methods.alone import Losses, WithUda, alone
 from metapl.apps.recipes.ranges import Share, SomeSteps, Steps, Weight
 from metapl.apps.recipes.settings import SIZE, Feedback, Labeling, Optimizer, Softness
 from metapl.feedback import Altered
 from metapl.problems.losses import CrossEntropy
 from metapl.training.trainer import BilevelTrainer
-
-Alteration = Literal["permuted", "class_means", "random_sign"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +62,7 @@ class Unfed(Pair):
         return "none"
 
     def kind(self) -> Literal["soft", "hard"] | None:
-        estimator = self.feedback.estimator()
-        return self.feedback.problem().for_modes(estimator.labels, self.feedback.mode).kind
+        return self.feedback.problem().for_modes(self.feedback.estimator().labels, self.feedback.mode).kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,7 @@ class Fed(Pair):
             it is not measured.
     """
 
-    alteration: ClassVar[Alteration] = None
+    alteration: ClassVar[Literal["permuted", "class_means", "random_sign"] | None] = None
     """How a control changes the feedback."""
 
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
@@ -87,8 +84,7 @@ class Fed(Pair):
     exact_every: Steps | None = None
 
     def estimator(self, recipe: Recipe) -> Any:
-        plain = self.feedback.estimator()
-        return plain if self.alteration is None else Altered(plain, self.alteration, seed=recipe.seed)
+        return altered(self.feedback.estimator(), self.alteration, recipe)
 
     def feedback_options(self, losses: bool = True) -> dict[str, Any]:
         if self.feedback_ratio is None or not losses:
@@ -124,25 +120,32 @@ class Together(Pair):
         yield Phase(trainer, run.task.labeled, run.task.unlabeled, run.task, options=self.options(run.recipe))
 
 
-def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any) -> BilevelTrainer:
-    """The trainer of a teacher and a student as the recipe and the method, a :class:`Pair`, set it."""
-    own = {"teacher_losses": method.teacher_losses(), **method.feedback_options()}
-    return _bilevel(recipe, teacher, student, method, method.estimator(recipe), method.kind(), **own)
+def altered(mode: Any, how: Any, recipe: Recipe) -> Any:
+    """The mode with the feedback that a control has."""
+    return mode if how is None else Altered(mode, how, seed=recipe.seed)
 
 
-def _bilevel(
-    recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any, mode: Any, kind: Any, **options: Any
+def bilevel(
+    recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any, mode: Any, problem: Any, **options: Any
 ) -> BilevelTrainer:
+    """The trainer of two networks by the optimizers of a method and the options of a recipe."""
     return BilevelTrainer(
         teacher,
         student,
         mode,
-        problem=dataclasses.replace(method.feedback.problem(), kind=kind),
+        problem=problem,
         inner_optimizer=method.student.build(student),
         outer_optimizer=method.teacher.build(teacher),
         **options,
         **recipe.trainer_options(),
     )
+
+
+def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any) -> BilevelTrainer:
+    """The trainer of a teacher and a student as the recipe and the method, a :class:`Pair`, set it."""
+    problem = dataclasses.replace(method.feedback.problem(), kind=method.kind())
+    own = {"teacher_losses": method.teacher_losses(), **method.feedback_options()}
+    return bilevel(recipe, teacher, student, method, method.estimator(recipe), problem, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,37 +167,14 @@ class WithoutFeedback(Unfed, Together):
     place: ClassVar[Place] = "compared"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Permuted(MetaPseudoLabels):
-    """A control: each example gets the feedback of another one."""
-
-    name = "permuted"
-    title = "MPL, feedback permuted over the batch"
-    place: ClassVar[Place] = "control"
-    control: ClassVar[str | None] = None
-    delivers = "student"
-    alteration: ClassVar[Alteration] = "permuted"
+def _control(made: str, name: str, title: str) -> type[MetaPseudoLabels]:
+    said: dict[str, Any] = {"place": "control", "delivers": "student", "alteration": name}
+    return variant(MetaPseudoLabels, __name__, made, name, title, **said)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassMeans(Permuted):
-    """A control: each example gets the mean feedback of its class."""
-
-    name = "class_means"
-    title = "MPL, class means of the feedback only"
-    alteration: ClassVar[Alteration] = "class_means"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomSign(Permuted):
-    """A control: the feedback of each example has a random sign."""
-
-    name = "random_sign"
-    title = "MPL, feedback with random signs"
-    alteration: ClassVar[Alteration] = "random_sign"
-
-
-_FIXED = "pseudo labels of a fixed teacher"
+Permuted = _control("Permuted", "permuted", "MPL, feedback permuted over the batch")
+ClassMeans = _control("ClassMeans", "class_means", "MPL, class means of the feedback only")
+RandomSign = _control("RandomSign", "random_sign", "MPL, feedback with random signs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +189,7 @@ class PseudoLabeled(Method):
     """
 
     name = "pseudo_labels"
-    title = f"{_FIXED}, soft"
+    title = "pseudo labels of a fixed teacher, soft"
     place: ClassVar[Place] = "compared"
     labels: ClassVar[Literal["soft", "hard"]] = "soft"
 
@@ -222,7 +202,8 @@ class PseudoLabeled(Method):
         recipe, task = run.recipe, run.task
         yield alone(recipe, task, run.teacher, self.teacher, (CrossEntropy(self.label_smoothing),), name="teacher")
         # Without a loss and without feedback the teacher stays as it is.
-        trainer = _bilevel(recipe, run.teacher, run.student, self, "none", self.labels, teacher_losses=())
+        problem = dataclasses.replace(self.feedback.problem(), kind=self.labels)
+        trainer = bilevel(recipe, run.teacher, run.student, self, "none", problem, teacher_losses=())
         yield Phase(trainer, task.labeled, task.unlabeled, task)
 
 
@@ -231,6 +212,6 @@ class PseudoLabeledHard(PseudoLabeled):
     """A student on the most probable classes by a fixed teacher."""
 
     name = "pseudo_labels_hard"
-    title = f"{_FIXED}, hard"
+    title = "pseudo labels of a fixed teacher, hard"
     place: ClassVar[Place] = None
     labels = "hard"

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task, require
+from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task, variant
 from metapl.apps.recipes.methods.alone import ONE, alone
-from metapl.apps.recipes.ranges import SomeSteps
+from metapl.apps.recipes.methods.beside import altered, bilevel
+from metapl.apps.recipes.ranges import SomeSteps, require
 from metapl.apps.recipes.settings import OpenOptimizer, Optimizer
-from metapl.feedback import Altered, Estimator, estimator
+from metapl.feedback import estimator
 from metapl.models.corrector import Corrector
 from metapl.problems import (
     ExampleWeights,
@@ -31,7 +32,6 @@ from metapl.problems import (
     WeightNet,
 )
 from metapl.problems.losses import CrossEntropy
-from metapl.training.trainer import BilevelTrainer
 
 TRUSTED = 4.0
 """Logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first."""
@@ -138,23 +138,12 @@ class LearnedLabels(Doubting):
         device = next(student.parameters()).device
         plain = alone(recipe, task, student, self.student, PLAIN, labeled=task.everything)
         teacher = run.beside(self.learned(run).to(device), problem.teacher_reads_inputs)
-        outer = self.optimizer().build(teacher)
         if warm:
             first = {"steps": warm, "schedule": "constant", "select": False, "warmup": min(recipe.warmup, warm)}
             yield dataclasses.replace(plain, name="warm", options=first)
-        mode: Estimator = estimator(self.mode)
-        if self.alteration is not None:
-            mode = Altered(mode, self.alteration, seed=recipe.seed)
-        trainer = BilevelTrainer(
-            teacher,
-            student,
-            mode,
-            problem=problem,
-            inner_optimizer=self.student.build(student),
-            outer_optimizer=outer,
-            teacher_losses=(),
-            **recipe.trainer_options(),
-        )
+        mode = altered(estimator(self.mode), self.alteration, recipe)
+        rated = dataclasses.replace(self, teacher=self.optimizer())
+        trainer = bilevel(recipe, teacher, student, rated, mode, problem, teacher_losses=())
         rest = {"steps": recipe.steps - warm, "warmup": 0 if warm else recipe.warmup}
         yield Phase(trainer, task.labeled, task.unlabeled, task, options=rest)
 
@@ -213,24 +202,16 @@ class NoiseMatrix(LearnedLabels):
 
 LEARNED: tuple[type[LearnedLabels], ...] = (LearnedWeights, WeightsOfLosses, Corrected, NoiseMatrix)
 
-_WORDS = {"permuted": "permuted", "random_sign": "with random signs"}
-
-
-def _altered(kind: type[LearnedLabels], how: str) -> type[LearnedLabels]:
-    """The control of a method, whose feedback is altered."""
-    fields: dict[str, Any] = {
-        "name": f"{kind.name}_{how}",
-        "title": f"{kind.title}, feedback {_WORDS[how]}",
-        "place": "control",
-        "control": None,
-        "delivers": "student",
-        "alteration": how,
-        "__doc__": f"A control of {kind.name}.",
-        "__module__": __name__,
-    }
-    return dataclass(frozen=True, kw_only=True)(type(f"{kind.__name__}_{how}", (kind,), fields))
-
-
-ALTERED = tuple(_altered(kind, how) for kind in LEARNED for how in _WORDS)
+ALTERED = tuple(
+    variant(
+        *(kind, __name__, f"{kind.__name__}_{how}", f"{kind.name}_{how}", f"{kind.title}, feedback {words}"),
+        place="control",
+        delivers="student",
+        alteration=how,
+    )
+    for kind in LEARNED
+    for how, words in (("permuted", "permuted"), ("random_sign", "with random signs"))
+)
+"""The same with altered feedback."""
 
 globals().update({kind.__name__: kind for kind in ALTERED})  # a worker process finds them by name

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 import tyro
@@ -19,11 +20,10 @@ from torch import Tensor, nn
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.recipes.base import Ended, Method, Phase, Phases, Place, Recipe, Run, Selected, Task
-from metapl.apps.recipes.methods.alone import Losses, Smoothed
+from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Place, Recipe, Run, Task, variant
+from metapl.apps.recipes.methods.alone import Alone, Losses, Smoothed
 from metapl.apps.recipes.methods.beside import MetaPseudoLabels, WithoutFeedback
 from metapl.apps.recipes.self_training import FirstTeacher, Selection, SelfTraining
-from metapl.apps.recipes.settings import Optimizer
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
@@ -32,36 +32,13 @@ from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, decay_interval
 
-FIRST = "round-0"
-"""The phase that trains the first teacher."""
-
-FINETUNED = "-finetune"
-"""Ends the name of the phase that finetunes a student, after the name of its round."""
-
-Rounds = Annotated[SelfTraining, tyro.conf.arg(name="")]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PseudoLabeledBatches(UnlabeledBatches):
-    """Batches (x, stored) of selected examples; the stored distributions are read from the store as they are needed.
-
-    Args:
-        chosen: the examples.
-    """
-
-    chosen: Selected
-
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        return {"rows": self.chosen.rows}
-
-    def fetch(self, step: int) -> Fetched:
-        *images, rows = super().fetch(step)
-        return (*images, self.chosen.labels(rows))
+FIRST, FINETUNED, LARGER = "round-0", "-finetune", "resolution"
+"""The phase that trains the first teacher, what ends the name of one that finetunes a student, after the name of its
+round, and the phase that finetunes the last student on larger pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisyStudent(Smoothed):
+class NoisyStudent(Smoothed, Alone):
     """A teacher labels, a student learns its labels with noise, and becomes the teacher.
 
     Args:
@@ -80,29 +57,30 @@ class NoisyStudent(Smoothed):
     is_noisy_student = True
     idle = ("unlabeled_batch",)
 
+    self_training: Annotated[SelfTraining, tyro.conf.arg(name="")] = field(default_factory=SelfTraining)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The last student, its teacher, and the student finetuned at a larger size if it is."""
+        larger = self.self_training.finetune_size is not None
+        return ("student", "teacher", "finetuned") if larger else ("student", "teacher")
+
     @classmethod
     def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
         finetunes = "pretrain_finetune" in " ".join(words) or any("finetune-size" in word for word in words)
         return cls.idle if finetunes else (*cls.idle, "finetune_steps", "finetune_batch", "finetune")
-
-    self_training: Rounds = field(default_factory=SelfTraining)
 
     def losses(self) -> Losses:
         return self.supervised()
 
     def with_forced(self) -> Self:
         given = self.self_training
-        rounds = dataclasses.replace(given, **{**self.forced, "networks": ()})
+        rounds = dataclasses.replace(given, **{**self.forced, "networks": ()} if self.forced else {})
         rounds = dataclasses.replace(rounds, networks=given.networks[: rounds.rounds + 1])
         return dataclasses.replace(self, self_training=rounds)
 
     def check_networks(self, recipe: Recipe) -> None:
         networks_of(recipe, self.self_training)
-
-    def kept(self, ended: Ended) -> list[Any]:
-        """The last student, its teacher, and the student finetuned at a larger size if it is."""
-        size = self.self_training.finetune_size
-        return [ended.keep_student(), ended.keep_teacher(), *([] if size is None else [ended.keep_larger(size)])]
 
     @classmethod
     def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
@@ -117,66 +95,41 @@ class NoisyStudent(Smoothed):
     def phases(self, run: Run) -> Phases:
         recipe, task, settings = run.recipe, run.task, self.self_training
         _, *others = networks_of(recipe, settings)
+        hard, model_noise = settings.labels == "hard", settings.unlabeled_noise != "none"
         phase = _first_teacher(recipe, task)
         yield phase
         teacher = phase.trainer.student
         for number, sized in enumerate(others, 1):
             chosen = run.select(number, teacher)
             torch.manual_seed(fold_in(recipe.seed, number))  # whatever was drawn before
-            network = sized.network("teacher").to(recipe.torch_device())
-            optimizer, steps = _own(sized).teacher, recipe.steps
+            own: Any = sized.method
+            network, optimizer, steps = _network(sized), own.teacher, recipe.steps
             if settings.warm_start:
                 network.load_state_dict(teacher.state_dict())
                 steps = settings.warm_steps or steps
                 optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * end_matched(steps, recipe.steps))
-            losses, labeled, unlabeled = self._sources(recipe, task, number, chosen)
+            labeled, pairs = _with_noise(recipe, task, number), _pseudo_labeled(settings, recipe, task, number, chosen)
+            losses: Losses = (NoisyStudentLoss(settings.loss, hard, model_noise, self.label_smoothing),)
+            sources: tuple[Any, Any] = (labeled, pairs)
+            if settings.training != "joint":
+                losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
             trainer = LossTrainer(network, losses, optimizer=optimizer.build(network), **recipe.trainer_options())
             options = {"steps": steps, "warmup": min(recipe.warmup, steps), **_decay(recipe, recipe.steps)}
-            result = yield Phase(trainer, labeled, unlabeled, task, f"round-{number}", options)
+            result = yield Phase(trainer, *sources, task, f"round-{number}", options)
             if settings.training == "pretrain_finetune":
                 result = yield _finetuned(sized, network, task, number)
             run.trained(number, network, result)
             teacher = network
 
-    def _sources(self, recipe: Recipe, task: Task, number: int, chosen: Selected) -> tuple[Losses, Any, Any]:
-        """The losses of a student, and its sources of labeled and of unlabeled batches."""
-        settings = self.self_training
-        pairs = _pseudo_labeled(settings, recipe, task, number, chosen)
-        hard, model_noise = settings.labels == "hard", settings.unlabeled_noise != "none"
-        if settings.training == "joint":
-            loss = NoisyStudentLoss(settings.loss, hard, model_noise, self.label_smoothing)
-            return (loss,), _with_noise(recipe, task, number), pairs
-        return (StoredLabelLoss(hard, model_noise),), pairs, None
+
+def _control(made: str, name: str, how: str, **forced: Any) -> type[NoisyStudent]:
+    """A control, whose rounds have fields of its own."""
+    return variant(NoisyStudent, __name__, made, name, f"Noisy Student, {how}", forced=forced)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithoutNoise(NoisyStudent):
-    """A control: students meet unlabeled examples as they are."""
-
-    name = "noisy_student_clean"
-    title = "Noisy Student, no noise on unlabeled"
-    control = None
-    forced: ClassVar[dict[str, Any]] = {"unlabeled_noise": "none"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Uneven(NoisyStudent):
-    """A control: classes count as they come."""
-
-    name = "noisy_student_uneven"
-    title = "Noisy Student, not balanced"
-    control = None
-    forced: ClassVar[dict[str, Any]] = {"balance": False, "per_class": None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Once(NoisyStudent):
-    """A control: one round."""
-
-    name = "noisy_student_once"
-    title = "Noisy Student, one round"
-    control = None
-    forced: ClassVar[dict[str, Any]] = {"rounds": 1}
+WithoutNoise = _control("WithoutNoise", "noisy_student_clean", "no noise on unlabeled", unlabeled_noise="none")
+Uneven = _control("Uneven", "noisy_student_uneven", "not balanced", balance=False, per_class=None)
+Once = _control("Once", "noisy_student_once", "one round", rounds=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +180,9 @@ class FilteredWithoutFeedback(Filtered, WithoutFeedback):
     control = None
 
 
+# ----------------------------------------------------------------------------------------------- networks and phases
+
+
 def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
     """The recipe with the network of each round, beginning with the first teacher's.
 
@@ -236,14 +192,19 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
     """
     names = [settings.network(number) for number in range(settings.rounds + 1)]
     recipes = [recipe if name is None else recipe.with_network(name) for name in names]
-    sizes = {name: _parameters(sized) for name, sized in zip(names, recipes, strict=True)}
-    smaller = settings.smaller([sizes[name] for name in names])
-    if smaller is not None and not settings.allow_smaller:
-        raise MetaplError(
-            f"the student of round {smaller} is {names[smaller]} with {sizes[names[smaller]]:,} parameters, and its "
-            f"teacher {names[smaller - 1]} has {sizes[names[smaller - 1]]:,}: Noisy Student's students are equal or "
-            "larger. Give --networks in the order of their sizes, or --allow-smaller to distill into a smaller one."
-        )
+    _ = recipe.classes  # some recipes read their data for them, which must not be done on the meta device
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in sized.network("teacher").parameters())
+            for name, sized in dict(zip(names, recipes, strict=True)).items()
+        }
+    for number, (teacher, student) in enumerate(pairwise(names), 1):
+        if sizes[student] < sizes[teacher] and not settings.allow_smaller:
+            raise MetaplError(
+                f"the student of round {number} is {student} with {sizes[student]:,} parameters, and its teacher "
+                f"{teacher} has {sizes[teacher]:,}: Noisy Student's students are equal or larger. Give --networks in "
+                "the order of their sizes, or --allow-smaller to distill into a smaller one."
+            )
     if settings.warm_start and len(set(names)) > 1:
         raise MetaplError(
             f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are "
@@ -265,30 +226,22 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
     return recipes
 
 
-def _parameters(recipe: Recipe) -> int:
-    _ = recipe.classes  # some recipes read their data for them, which must not be done on the meta device
-    with torch.device("meta"):
-        return sum(p.numel() for p in recipe.network("teacher").parameters())
+def _network(recipe: Recipe) -> nn.Module:
+    return recipe.network("teacher").to(recipe.torch_device())
 
 
-class _HasTeacher(Protocol):
-    """A method with a first teacher."""
-
-    @property
-    def teacher(self) -> Optimizer: ...
-
-    @property
-    def label_smoothing(self) -> float: ...
-
-    @property
-    def self_training(self) -> Selection: ...
-
-
-def _own(recipe: Recipe) -> _HasTeacher:
-    """The recipe's method, which has a first teacher."""
+def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
+    """The recipe with the network and the optimizer of the first teacher, and how it is trained."""
     method: Any = recipe.method
-    own: _HasTeacher = method
-    return own
+    given, name = method.self_training.first, method.self_training.network(0)
+    own = recipe if name is None else recipe.with_network(name)
+    teacher = own.method.optimizers()["teacher"]
+    if given is None:
+        fields: dict[str, Any] = {name: getattr(own, name, None) for name in ("clip_norm", "weights")}
+        fields |= {"steps": own.steps, "warmup": min(own.warmup, own.steps), "validate_every": own.validate_every}
+        return own, FirstTeacher(lr=teacher.lr, **fields)
+    changed = {name: getattr(given, name) for name in ("clip_norm", "weights") if hasattr(own, name)}
+    return dataclasses.replace(own.with_method(teacher=dataclasses.replace(teacher, lr=given.lr)), **changed), given
 
 
 def _first_teacher(recipe: Recipe, task: Task) -> Phase:
@@ -298,31 +251,12 @@ def _first_teacher(recipe: Recipe, task: Task) -> Phase:
     """
     own, settings = first_teacher(recipe)
     torch.manual_seed(fold_in(own.seed, 0))
-    network = own.network("teacher").to(own.torch_device())
-    method = _own(own)
-    optimizer, losses = method.teacher.build(network), (CrossEntropy(method.label_smoothing),)
-    trainer = LossTrainer(network, losses, optimizer=optimizer, **own.trainer_options())
+    network, method = _network(own), own.method
+    assert isinstance(method, Smoothed)
+    optimizer = method.optimizers()["teacher"].build(network)
+    trainer = LossTrainer(network, method.supervised(), optimizer=optimizer, **own.trainer_options())
     options: dict[str, Any] = {name: getattr(settings, name) for name in ("steps", "warmup", "validate_every")}
-    options |= _decay(own, settings.steps)
-    return Phase(trainer, _with_noise(own, task, 0), None, task, FIRST, options)
-
-
-def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
-    """The recipe with the network and the optimizer of the first teacher, and how it is trained."""
-    given, name = _own(recipe).self_training.first, _own(recipe).self_training.network(0)
-    own = recipe if name is None else recipe.with_network(name)
-    if given is None:
-        beside = {name: getattr(own, name, None) for name in ("clip_norm", "weights")}
-        return own, FirstTeacher(
-            steps=own.steps,
-            warmup=min(own.warmup, own.steps),
-            validate_every=own.validate_every,
-            lr=_own(own).teacher.lr,
-            **beside,
-        )
-    changed = {name: getattr(given, name) for name in ("clip_norm", "weights") if hasattr(own, name)}
-    own = own.with_method(teacher=dataclasses.replace(_own(own).teacher, lr=given.lr))
-    return dataclasses.replace(own, **changed), given
+    return Phase(trainer, _with_noise(own, task, 0), None, task, FIRST, options | _decay(own, settings.steps))
 
 
 def _decay(recipe: Recipe, steps: int) -> dict[str, float]:
@@ -341,21 +275,75 @@ def end_matched(steps: int, usual: int) -> float:
     return float(DECAY ** ((usual - steps) / decay_interval(usual)))
 
 
+def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int) -> Phase:
+    """A student that learned from pseudo-labels alone, finetuned on labeled examples; each round draws its own."""
+    torch.manual_seed(fold_in(recipe.seed + 1, number))  # whatever was drawn before
+    labeled: LabeledBatches = task.finetuning
+    sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
+    labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
+    return _finetuning(recipe, network, labeled, task, f"round-{number}{FINETUNED}")
+
+
+def finetuned_larger(recipe: Recipe, settings: SelfTraining, student: nn.Module, task: Task) -> Phase:
+    """The phase that finetunes the last student where it is, by a recipe at a larger size and the data of that.
+
+    The first layers are frozen, with the statistics of their norms, and pictures are as they are.
+
+    Source: Noisy Student, "Fixing the train-test resolution discrepancy"; it does not tell which layers are frozen.
+    """
+    torch.manual_seed(fold_in(recipe.seed, settings.rounds + 1))
+    layers = [part for part in student.modules() if any(True for _ in part.parameters(recurse=False))]
+    for layer in layers[: int(settings.frozen * len(layers))]:
+        layer.eval()
+        for p in layer.parameters(recurse=False):
+            p.requires_grad_(False)
+    return _finetuning(recipe, student, dataclasses.replace(task.finetuning, view=Identity(), crop=None), task, LARGER)
+
+
+def _finetuning(recipe: Recipe, network: nn.Module, labeled: Any, task: Task, name: str) -> Phase:
+    optimizer = recipe.finetune.build(network)
+    trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
+    return Phase(trainer, labeled, None, task, name, {"schedule": "cosine", **recipe.finetune_options()})
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PseudoLabeledBatches(UnlabeledBatches):
+    """Batches (x, stored) of chosen examples; the stored distributions are read from the store as they are needed."""
+
+    chosen: Chosen
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        return {"rows": self.chosen.rows}
+
+    def fetch(self, step: int) -> Fetched:
+        *images, rows = super().fetch(step)
+        return (*images, self.chosen.labels(rows))
+
+
+def noisy_view(task: Task) -> View:
+    """The augmentation that a student meets."""
+    view: View = task.unlabeled.weak if task.unlabeled.strong is None else task.unlabeled.strong
+    return view
+
+
 def _with_noise(recipe: Recipe, task: Task, number: int) -> LabeledBatches:
     """The labeled batches of a round, augmented as the unlabeled ones are."""
-    labeled, seed = task.labeled, fold_in(recipe.seed, number)
-    assert isinstance(labeled, LabeledBatches)
+    labeled: LabeledBatches = task.labeled
+    seed = fold_in(recipe.seed, number)
     sampler = dataclasses.replace(labeled.sampler, seed=seed)
     return dataclasses.replace(labeled, view=noisy_view(task), sampler=sampler, seed=seed)
 
 
 def _pseudo_labeled(
-    settings: SelfTraining, recipe: Recipe, task: Task, number: int, chosen: Selected
+    settings: SelfTraining, recipe: Recipe, task: Task, number: int, chosen: Chosen
 ) -> PseudoLabeledBatches:
     """Batches (x, stored) of selected examples as the student meets them."""
-    source, seed = task.unlabeled, fold_in(recipe.seed, number)
-    assert isinstance(source, UnlabeledBatches)
-    augmented = settings.unlabeled_noise == "all"
+    source: UnlabeledBatches = task.unlabeled
+    seed, augmented = fold_in(recipe.seed, number), settings.unlabeled_noise == "all"
     return PseudoLabeledBatches(
         chosen.of(source.images),
         StepSampler(len(chosen.positions), settings.ratio * recipe.labeled_batch, seed=seed, stream=1),
@@ -365,26 +353,3 @@ def _pseudo_labeled(
         crop=source.crop if augmented else None,
         chosen=chosen,
     )
-
-
-def _finetuned(recipe: Recipe, network: nn.Module, task: Task, number: int) -> Phase:
-    """A student that learned from pseudo-labels alone, finetuned on labeled examples; each round draws its own."""
-    torch.manual_seed(fold_in(recipe.seed + 1, number))  # whatever was drawn before
-    labeled = task.finetuning
-    assert isinstance(labeled, LabeledBatches)
-    sampler = dataclasses.replace(labeled.sampler, seed=fold_in(labeled.sampler.seed, number))
-    labeled = dataclasses.replace(labeled, sampler=sampler, seed=fold_in(labeled.seed, number))
-    return finetuning(recipe, network, labeled, task, f"round-{number}{FINETUNED}")
-
-
-def finetuning(recipe: Recipe, network: nn.Module, labeled: Any, task: Task, name: str) -> Phase:
-    """Finetune a student of Noisy Student where it is, on labeled batches."""
-    optimizer = recipe.finetune.build(network)
-    trainer = LossTrainer(network, (CrossEntropy(),), optimizer=optimizer, **recipe.trainer_options())
-    return Phase(trainer, labeled, None, task, name, {"schedule": "cosine", **recipe.finetune_options()})
-
-
-def noisy_view(task: Task) -> View:
-    """The augmentation that a student meets."""
-    view: View = task.unlabeled.weak if task.unlabeled.strong is None else task.unlabeled.strong
-    return view

@@ -14,11 +14,10 @@ import tyro
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.recipes.base import Phase, Phases, Recipe, Run
 from metapl.apps.recipes.methods.alone import alone
-from metapl.apps.recipes.methods.beside import Fed, Pair, Unfed
+from metapl.apps.recipes.methods.beside import Fed, Pair, Unfed, bilevel
 from metapl.errors import MetaplError
 from metapl.models import label_adjuster
 from metapl.problems import ReducedLabels, StoredCrossEntropy
-from metapl.training.trainer import BilevelTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +72,9 @@ class Reduced(Pair):
         adjuster = label_adjuster(len(task.classes)).to(next(student.parameters()).device)
         labels = self.feedback.problem()
         own = () if stored.labeled is None else (StoredCrossEntropy(self.label_smoothing),)
-        trainer = BilevelTrainer(
-            adjuster,
-            student,
-            self.estimator(recipe),
-            problem=ReducedLabels(self.kind(), labels.temperature, labels.label_smoothing),
-            inner_optimizer=self.student.build(student),
-            outer_optimizer=self.teacher.build(adjuster),
-            teacher_losses=own,
-            **recipe.trainer_options(),
-            **self.feedback_options(losses=bool(own)),
-        )
+        problem = ReducedLabels(self.kind(), labels.temperature, labels.label_smoothing)
+        options = {"teacher_losses": own, **self.feedback_options(losses=bool(own))}
+        trainer = bilevel(recipe, adjuster, student, self, self.estimator(recipe), problem, **options)
         seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
         pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored.unlabeled)
         known = labeled if stored.labeled is None else dataclasses.replace(labeled, stored=stored.labeled)
