@@ -33,7 +33,7 @@ IMAGES = ("train", "images", "--labeled", "few", "--unlabeled", "many")
         (("--changes.zoom", "0.5"), "--changes.zoom 0.5: expected 1 or more"),
         (("--teacher.weight-decay", "-1"), "--teacher.weight-decay -1.0: expected 0 or more"),
         (("--method", "mpl", "--student.weight-decay", "-1"), "--student.weight-decay -1.0: expected 0 or more"),
-        (("--network", ""), "nothing was given after --network"),
+        (("--network", ""), "--network: nothing was given; expected a value"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_flag(

@@ -299,7 +299,7 @@ def test_the_command(
     for words in ("jpeg_compression", "mean accuracy under corruption", "ε in 1/255"):
         assert words in text
     few = {name: CORRUPTIONS[name] for name in ("fog", "shot_noise")}
-    monkeypatch.setattr("metapl.apps.commands.evaluators.CORRUPTIONS", few)
+    monkeypatch.setattr("metapl.apps.commands.evaluate.CORRUPTIONS", few)
     again = json.loads(said(capsys, "evaluate", tiny, "--corruptions", "--json"))
     assert again["corruptions"] == {name: content["corruptions"][name] for name in few}
     said(capsys, "evaluate", tiny, "--out", tmp_path / "plain")
