@@ -99,7 +99,7 @@ def test_predict_replaces_no_device_and_no_pipe(
     before = os.lstat(there)
     for given in (there, link):
         words = refused(capsys, "predict", tiny, digit, flag, given)
-        assert f"{flag} {given} cannot be written: it is a {kind}; expected a plain file" in words
+        assert f"{flag} {given} cannot be written: it is a {kind}, expected a plain file" in words
     assert f"{flag}: nothing was given" in refused(capsys, "predict", tiny, digit, flag, "")
     assert (os.lstat(there).st_mode, os.lstat(there).st_rdev) == (before.st_mode, before.st_rdev)
 

@@ -285,10 +285,10 @@ def test_a_flag_that_takes_values_and_has_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "--eps: nothing was given" in refused(capsys, "evaluate", tiny, "--attack", "fgsm", "--eps", "--json")
-    assert "no runs were named" in refused(capsys, "compare")
+    assert "RUN...: nothing was given" in refused(capsys, "compare")
     command = ("noisy-student", "digits", "--out", tmp_path / "run")
-    assert "nothing was given after --networks" in refused(capsys, *command, "--networks")
-    assert "nothing was given after --methods" in refused(capsys, *command, "--compare", "--methods")
+    assert "--networks: nothing was given" in refused(capsys, *command, "--networks")
+    assert "--methods: nothing was given" in refused(capsys, *command, "--compare", "--methods")
     assert not (tmp_path / "run").exists()
 
 

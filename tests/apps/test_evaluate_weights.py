@@ -305,7 +305,7 @@ def test_two_evaluations_side_by_side(colors: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other | {"classes": ["blue", "green"]}))
     assert "of different classes: only one of them has" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "evaluation.json").write_text('{"corruptions": {"fog": 3}}')
-    assert "expected what metapl evaluate --out writes" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert "Expected what metapl evaluate --out writes" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
 
 
 def test_an_evaluation_keeps_its_color_where_another_lacks_the_curve(

@@ -208,7 +208,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digits", "--memory", "lots"), "--memory lots: expected a size"),
         (("digits", "--flops-per-second", "-1"), "--flops-per-second -1.0: expected a number above 0"),
         (("digits", "--steps", "0"), "--steps 0: expected a whole number"),
-        (("digits", "--json", "/no/such/folder/x"), "expected a plain file in a folder that exists"),
+        (("digits", "--json", "/no/such/folder/x"), "cannot be written: there is no folder /no/such/folder"),
         (("digits", "--network", "resnet18"), "digits has no network; leave --network out"),
         (("digits", "--classes", "3"), "--classes 3 has no effect on digits"),
         (("images",), "give their number by --classes"),

@@ -314,7 +314,7 @@ def test_flags_that_say_nothing_are_refused(
     (tmp_path / "file").write_text("")
     for flags, words in (
         (("--eps", "2"), "--eps was given without --attack"),
-        (("--attack", "pgd", "--eps", "-2", "--json"), "--eps -2: expected 0 to 255"),
+        (("--attack", "pgd", "--eps", "-2", "--json"), "--eps -2.0: expected several, each a number in [0, 255]"),
         (("--corruptions",), "expected --out DIR for evaluation.json and robustness.png, or --json"),
         (("--corruptions", "--out", tmp_path / "file"), "is a file; expected a folder"),
     ):

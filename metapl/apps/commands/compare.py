@@ -144,40 +144,41 @@ def _compare_runs(folders: Sequence[Path]) -> None:
 
 def _entries(run: LoadedRun) -> Iterator[Entry]:
     """The runs in a folder: one, or all of a comparison."""
-    if not run.is_comparison:
-        yield _entry(run, run.folder, run.result)
-        return
-    for method, readouts in run.result["methods"].items():
-        for index, seed in enumerate(run.result["seeds"]):
-            numbers = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
-            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), numbers)
+    # A folder of pictures is the data; other recipes draw theirs from a data set.
+    drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
+    fields, runs = _fields(run.recipe), [(run.folder, run.result)]
+    if run.is_comparison:
+        runs = [
+            (RunFolder(run.folder.path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
+            for method, readouts in run.result["methods"].items()
+            for index, seed in enumerate(run.result["seeds"])
+            for numbers in [{readout: readouts[readout][index] for readout in READOUTS}]
+        ]
+    for folder, numbers in runs:
+        result = stored_result(folder)
+        if "evaluation" not in result:
+            raise MetaplError(
+                f"{folder.path} has no test accuracy: train was given no --test; train it again with one."
+            )
+        if STUDENT not in numbers:
+            raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
+        yield Entry(
+            numbers["method"],
+            numbers["seed"],
+            result["steps"],
+            fields,
+            {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
+            folder.path,
+            stored_data(folder)["hash"],
+            tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
+            Evaluation(**result["evaluation"]),
+        )
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
     """What runs that are paired have in common."""
     fields = flat(as_dict(recipe)) | dict.fromkeys(recipe.decided_by_minutes(), MEASURED)
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
-
-
-def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any]) -> Entry:
-    result, fields, seed = stored_result(folder), _fields(run.recipe), numbers["seed"]
-    if "evaluation" not in result:
-        raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
-    if STUDENT not in numbers:
-        raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
-    # A folder of pictures is the data; other recipes draw theirs from a data set.
-    drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
-    return Entry(
-        numbers["method"],
-        seed,
-        result["steps"],
-        fields,
-        {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
-        folder.path,
-        stored_data(folder)["hash"],
-        tuple(str((fields | {"seed": seed}).get(name)) for name in drawn_by),
-        Evaluation(**result["evaluation"]),
-    )
 
 
 def _refuse_other_data(entries: Sequence[Entry]) -> None:

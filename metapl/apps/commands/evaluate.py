@@ -6,10 +6,10 @@ import json
 import statistics
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -41,28 +41,6 @@ DRAWN = ("corruptions", "attacks", "imagenet_a", "imagenet_c", "imagenet_p")
 
 OF_A = ("n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error", "interval")
 """What is written of ImageNet-A."""
-
-
-class Examples(Protocol):
-    """Labeled examples that a network is measured on; a :class:`TestFolder`, or a run's own."""
-
-    @property
-    def part(self) -> str:
-        """What the accuracy is called: test, or validation."""
-
-    @property
-    def names(self) -> Sequence[str] | None:
-        """Of the pictures, once the batches were read; None where they have none."""
-
-    @property
-    def skipped(self) -> int:
-        """How many files were left out, once the batches were read."""
-
-    def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Pictures and labels, as often as it is called."""
-
-    def remark(self, evaluation: Evaluation) -> str:
-        """What is printed beside the accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +99,7 @@ class Evaluators(Command):
     def evaluated(self) -> int:
         """Measure, tell and write what was found; the exit code."""
 
-    def found(self, subject: Subject, on: Examples | None, heading: str, about: Mapping[str, Any]) -> int:
+    def found(self, subject: Subject, on: TestFolder | Own | None, heading: str, about: Mapping[str, Any]) -> int:
         """Measure a network by all that was asked for, and tell and write it; the exit code.
 
         Args:
@@ -344,7 +322,7 @@ LISTED = 10
 """Confusions, and classes, that are listed where there are more."""
 
 
-def figures(evaluation: Evaluation, several: MultiLabelAccuracy | None, on: Examples) -> str:
+def figures(evaluation: Evaluation, several: MultiLabelAccuracy | None, on: TestFolder | Own) -> str:
     """Accuracy, its interval, the chance level and what else was measured, a line each."""
     low, high = interval(round(evaluation.accuracy * evaluation.n), evaluation.n)
     even = 1 / len(evaluation.confusion)

@@ -83,13 +83,13 @@ class EvaluateWeights(Evaluators):
         told = {name: value for name, value in read_metadata(self.weights).items() if value is not None}
         network, library = self._network(told)
         outputs, channels, exported = network.num_classes, network.in_channels, "architecture" in told
-        names = self._names(told, outputs)
         side = self.image_size or network.image_size or library.get("input_size", (3, USUAL_SIDE, USUAL_SIDE))[-1]
         center = float(told.get("center", 1.0) if exported else library.get("crop_pct") or USUAL_CENTER)
         if network.library == "metapl" and not exported:
             center = 1.0
         pictures = Pictures(int(side), channels == 1, center if self.center is None else self.center)
         mean, std = self._normalization(network, told, library)
+        names = self._names(told, outputs)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise MetaplError("--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
         device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")

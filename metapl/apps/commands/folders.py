@@ -51,10 +51,10 @@ def check_file(flag: str, file: Path | None, suffix: str = "") -> None:
     where = Path(os.path.realpath(file))
     try:
         refuse_irregular(where)
-        where.parent.stat()
     except OSError as error:
-        expected = "expected a plain file in a folder that exists"
-        raise MetaplError(f"{flag} {file} cannot be written: {error.strerror}; {expected}.") from error
+        raise MetaplError(f"{flag} {file} cannot be written: {error.strerror}.") from error
+    if not where.parent.is_dir():
+        raise MetaplError(f"{flag} {file} cannot be written: there is no folder {where.parent}.")
 
 
 @contextmanager

@@ -214,7 +214,7 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
         if len(meant) != 1:
             raise
         given = " ".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
-        raise MetaplError(f"{meant[0]} {given}: expected {error.expected}.") from error
+        raise MetaplError(f"{meant[0]} {given}: expected {error.expected.removesuffix(' or None')}.") from error
 
 
 # ---------------------------------------------------------------------------------- commands on a recipe and a method

@@ -13,7 +13,7 @@ import tyro
 from metapl.ablation.recommend import size
 from metapl.apps.commands.folders import check_file
 from metapl.apps.commands.parse import Command, File, unset
-from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose
+from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose, self_trained
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.apps.recipes.base import MOST_STEPS, Mode, Recipe
 from metapl.apps.recipes.large import IMAGENET_CLASSES, LARGE_RECIPES
@@ -178,7 +178,7 @@ def lines(found: Plan) -> list[str]:
     share = "a rank" if mesh.spatial == 1 else f"{mesh.spatial} ranks, each with a part of every picture"
     factors = " ".join(f"--mesh.{name} {value}" for name, value in dataclasses.asdict(mesh).items() if value > 1)
     ranks = f"{mesh.size:,} ranks: {factors}" if factors else "1 rank"
-    if found.by_stored_labels:
+    if self_trained(recipe):
         head = [f"{recipe.name}, a step of Noisy Student, on {ranks}"]
         head += [f"{student} weights in the student; the teacher's labels are stored"]
     else:
@@ -189,7 +189,7 @@ def lines(found: Plan) -> list[str]:
     left, right = table(parts).splitlines(), table(phases).splitlines()
     width = max(map(len, left))
     beside = [f"  {a:{width}}        {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-    most = f"into {size(found.memory)}; the most is held in the {found.step.fullest}."
+    most = f"into {size(found.memory)}; the most is held in the {found.fullest}."
     verdict = f"It fits {most}"
     if not found.fits:
         mend = "Give a greater --mesh.shard."
@@ -217,7 +217,7 @@ def _costs(found: Plan) -> str:
     taken = f"{hours * 3600:.2g} seconds" if hours < 0.1 else f"{hours:.2g} hours"
     if hours >= 24:
         taken = f"{hours:,.0f} hours ({hours / 24:,.1f} days)"
-    each = "of each round " if found.by_stored_labels else ""
+    each = "of each round " if self_trained(found.recipe) else ""
     rate = _operations(int(found.flops_per_second))
     return f"{step} At {rate} a second, {found.recipe.steps:,} steps {each}take {taken}."
 

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
@@ -205,20 +204,20 @@ class Train(OnRecipe):
 
     def _settled(self, folder: RunFolder, lead: Lead) -> Any:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
-        recipe: Any = self.recipe
-        if not recipe.looks:
-            return recipe.settled()
+
+        def tried(recipe: Recipe) -> None:
+            """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
+            self._check_shares(recipe)
+            if self.mesh.together > 1:
+                trial = Trial(recipe, recipe.method.name)
+                with lead.together(trial):
+                    trial.run(self.mesh)
+
+        if not self.recipe.looks:
+            return self.recipe.settled()
         torch.set_num_threads(default_threads())
         before: Any = stored(folder)[0] if self.resume and folder.exists else None
-        return settled(recipe, before if before is not None and before.looks else None, aloud, partial(self._try, lead))
-
-    def _try(self, lead: Lead, recipe: Recipe) -> None:
-        """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
-        self._check_shares(recipe)
-        if self.mesh.together > 1:
-            trial = Trial(recipe, recipe.method.name)
-            with lead.together(trial):
-                trial.run(self.mesh)
+        return settled(self.recipe, before if before is not None and before.looks else None, aloud, tried)
 
     def _check_shares(self, recipe: Recipe) -> None:
         if self.mesh.size > 1:
