@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
 import traceback
@@ -156,53 +155,31 @@ def made_by(name: str) -> Any:
         MetaplError: in a line: there is no such module or function, or it failed, with the place in the user's file.
     """
     module, _, function = name.partition(":")
-    if module.endswith(".py") or "/" in module:
-        parent, _, stem = module.removesuffix(".py").rstrip("/").rpartition("/")
-        where = f", called in the folder {parent}" if parent not in ("", ".") else ""
-        instead = f"{stem}:{function or 'build'}{where}"
-        raise MetaplError(f"--factory {name}: {module} is a file; expected module:function, such as {instead}.")
-    if not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise MetaplError(f"--factory {name}: expected module:function, such as my_networks:build.")
+    if module.endswith(".py") or not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise MetaplError(
+            f"--factory {name}: expected module:function, such as my_networks:build of my_networks.py in this folder."
+        )
     what, folder = f"importing {module}", os.getcwd()
     sys.path.insert(0, folder)  # the function may import from there too
     try:
         imported = importlib.import_module(module)
-        build = getattr(imported, function, None)
-        if not callable(build):
-            own = [n for n, value in vars(imported).items() if inspect.isfunction(value)]
-            meant = did_you_mean(function, own) or "."
+        if not hasattr(imported, function):
+            meant = did_you_mean(function, [*vars(imported)]) or "."
             raise MetaplError(f"--factory {name}: the module {module} has no function {function}{meant}")
-        _refuse_arguments(build, name)
         what = function
-        return build()
+        return getattr(imported, function)()
     except MetaplError:
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             expected = "expected a module in this folder, or an installed one"
             raise MetaplError(f"--factory {name}: {error}; {expected}.") from error
-        raise MetaplError(f"--factory {name}: {what} failed: {_told(error)}.") from error
+        # The innermost line of the user's own says more than one inside a library.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
+        where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+        text = str(error).strip().partition("\n")[0].rstrip(".")
+        told = f"{type(error).__name__}{f': {text}' if text else ''}{where}"
+        raise MetaplError(f"--factory {name}: {what} failed: {told}.") from error
     finally:
         sys.path.remove(folder)
-
-
-def _refuse_arguments(build: Any, name: str) -> None:
-    try:
-        inspect.signature(build).bind()
-    except TypeError as error:
-        expected = "expected a function that can be called without arguments"
-        raise MetaplError(f"--factory {name}: {error}; {expected}.") from error
-    except ValueError:  # a builtin without a signature
-        return
-
-
-def _told(error: BaseException) -> str:
-    """An error in a line, with the file and line where it was raised."""
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {text}"
-    frames = traceback.extract_tb(error.__traceback__)
-    # The innermost line of the user's own says more than one inside a library.
-    own = [frame for frame in frames if frame.filename.startswith(os.getcwd() + os.sep)] or frames
-    where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"

@@ -38,12 +38,6 @@ from metapl.runs.folder import RunFolder
 from metapl.training import Interrupted
 from metapl.words import tell, wrapped
 
-METHOD_HELP = (
-    "how it is trained, one of {}. Each has flags of its own, which --help shows beside --method: "
-    "{} --method mpl --help."
-)
-METHODS_HELP = "with --compare: these methods alone, of {}."
-
 
 @dataclass(frozen=True, kw_only=True)
 class Train(OnRecipe):
@@ -127,11 +121,14 @@ class Train(OnRecipe):
         offered, compares = cls.offered(), cls.compares()
         one: Any = Literal[tuple(offered)]
         some: Any = Literal[tuple(compares)]
-        how = unset("METHOD", METHOD_HELP.format(", ".join(offered), program), f"(default: {name})")
-        several = unset("METHOD ...", METHODS_HELP.format(", ".join(compares)))
+        how = (
+            f"how it is trained, one of {', '.join(offered)}. Each has flags of its own, which --help shows beside "
+            f"--method: {program} --method mpl --help."
+        )
+        several = f"with --compare: these methods alone, of {', '.join(compares)}."
         methods: dict[str, Any] = {
-            "method": (Annotated[one, how], name),
-            "methods": (Annotated[tuple[some, ...] | None, several], None),
+            "method": (Annotated[one, unset("METHOD", how, f"(default: {name})")], name),
+            "methods": (Annotated[tuple[some, ...] | None, unset("METHOD ...", several)], None),
         }
         return cls.flags(settings, words, cls.about(), hidden, **methods)
 
