@@ -400,7 +400,7 @@ def test_finetune_refuses_comparisons_and_senseless_options(
     trained: Path, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert f"metapl finetune {compared}/{result(compared)['method']}/seed-" in refused(capsys, "finetune", compared)
-    assert "expected 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
+    assert "expected a whole number of 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
     assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
     assert "--lr: expected a number, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
 

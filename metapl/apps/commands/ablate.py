@@ -149,11 +149,7 @@ class AblateFactory(Looking):
 
 
 def made_by(name: str) -> Any:
-    """What ``module:function`` returns; the module may lie in the current folder.
-
-    Raises:
-        MetaplError: in a line: there is no such module or function, or it failed, with the place in the user's file.
-    """
+    """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
     module, _, function = name.partition(":")
     if module.endswith(".py") or not all(part.isidentifier() for part in (*module.split("."), function)):
         raise MetaplError(

@@ -94,17 +94,7 @@ class Compare(Command):
 
 @dataclass(frozen=True)
 class Entry:
-    """One method with one seed.
-
-    Args:
-        method, seed, steps: of its training.
-        fields: of its recipe, without the irrelevant ones; nested ones as ``feedback.mode``.
-        accuracies: by read-out.
-        place: its folder.
-        hashes: of its data, by part.
-        drawn_by: runs that agree in it have the same data.
-        evaluation: on the test set, of the network that it delivers.
-    """
+    """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
 
     method: str
     seed: int

@@ -100,14 +100,7 @@ class Evaluators(Command):
         """Measure, tell and write what was found; the exit code."""
 
     def found(self, subject: Subject, on: TestFolder | Own | None, heading: str, about: Mapping[str, Any]) -> int:
-        """Measure a network by all that was asked for, and tell and write it; the exit code.
-
-        Args:
-            subject: the network.
-            on: labeled examples; None where there are only ImageNet's test sets.
-            heading: what is printed above.
-            about: what JSON begins with.
-        """
+        """Measure by all that was asked for, and tell and write it; the exit code. JSON begins with ``about``."""
         content, blocks, left_out = dict(about), [], 0
 
         def skip(reason: str) -> None:
@@ -260,16 +253,7 @@ _UNTESTED = "{} has no test set; give --test DIR, a folder of labeled pictures w
 
 @dataclass(frozen=True)
 class Own:
-    """A run's own test set; where it has none, what it was validated on.
-
-    Args:
-        data: (inputs, labels), or batches of these.
-        device: of the network.
-        names: of the examples.
-        part: what the accuracy is called.
-        recorded: the accuracy in ``result.json``.
-        note: what else is printed beside the accuracy.
-    """
+    """A run's own test set; where it has none, what it was validated on. ``note`` is printed beside the accuracy."""
 
     data: Any
     device: torch.device

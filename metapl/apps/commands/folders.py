@@ -18,9 +18,7 @@ from metapl.runs.sealed import refuse_irregular
 def held(out: Path | None, *files: str) -> Iterator[None]:
     """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none.
 
-    Args:
-        out: made if need be.
-        files: what will be written there, in the place of plain files alone.
+    ``files`` will be written there, in the place of plain files alone.
     """
     if out is None:
         yield
@@ -45,7 +43,7 @@ def check_file(flag: str, file: Path | None, suffix: str = "") -> None:
     if file is None:
         return
     if file.suffix.lower() != (suffix or file.suffix.lower()):
-        raise MetaplError(f"{flag} {file} is to be a {suffix} file; expected a name that ends so.")
+        raise MetaplError(f"{flag} {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
     if str(file) == "-" or os.path.abspath(file).startswith(STREAMS):
         raise MetaplError(f"{flag} {file} is a stream; expected a file.")
     where = Path(os.path.realpath(file))
@@ -71,10 +69,7 @@ def written_to(out: Path) -> Iterator[None]:
 def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
     """The folder of a run, which nobody else writes to until the block ends.
 
-    Args:
-        out: as it was given; None: the next free runs/<recipe>-NNN, with ``resume`` the last one that is there.
-        recipe: its name.
-        resume: go on with the run in it.
+    Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
     """
     is_new = out is None and not resume
     if out is None and resume and not _numbers(recipe):

@@ -43,13 +43,7 @@ class Reads(Protocol):
 
 
 class Inputs:
-    """The examples in files and folders, some at a time, as they are asked for.
-
-    Args:
-        recipe: reads the files.
-        paths: files, and folders, of which the readable files are taken, sorted.
-        leave: files that are not read though they lie in one of the folders.
-    """
+    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``."""
 
     def __init__(self, recipe: Reads, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
         self.recipe, self.seen, self.skipped = recipe, 0, 0
@@ -106,14 +100,7 @@ def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
 class TestFolder:
     """The pictures of a folder that holds one folder a class, read like the training data of a run.
 
-    Notes on them go to standard error.
-
-    Args:
-        recipe: of the run; its classes count.
-        folder: one folder a class, called as the run's classes; those without pictures may be missing.
-
-    Raises:
-        MetaplError: no such folder, none in it, no picture, or pictures of a class that the run does not know.
+    Those of classes without pictures may be missing; others than the run's are refused. Notes go to standard error.
     """
 
     __test__ = False  # pytest takes classes with such names for tests

@@ -27,13 +27,7 @@ T = TypeVar("T")
 
 
 def unset(metavar: str | None = None, help: str | None = None, default: str = "") -> Any:
-    """Of a flag whose default the help does not show as a value.
-
-    Args:
-        metavar: stands for the value.
-        help: in the place of the class's docstring.
-        default: what is said of the default.
-    """
+    """Of a flag whose default is not shown, or in words; ``metavar`` stands for its value."""
     return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=default)
 
 
@@ -57,12 +51,7 @@ class Command(ABC):
 
     @classmethod
     def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
-        """The command that a command line means, and how its help is asked for.
-
-        Args:
-            words: what follows the name.
-            program: the name.
-        """
+        """The command that a command line means, and how its help is asked for: ``program`` if nothing is special."""
         return cls, program
 
     def check(self) -> None:  # noqa: B027  # most leave it to what they call
@@ -160,12 +149,7 @@ CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
-    """An instance of ``kind`` from a command line.
-
-    Raises:
-        MetaplError: a wrong flag or value, in one line.
-        SystemExit: 0, after ``--help``.
-    """
+    """An instance of ``kind`` from a command line; what is wrong is a MetaplError in one line."""
     encoding = (sys.stdout.encoding or "utf-8") if {"-h", "--help"} & {*arguments} else "utf-8"
     message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     try:
@@ -222,12 +206,7 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class OnRecipe(Command):
-    """A command whose flags are the fields of a recipe and of a method, see :meth:`flags`.
-
-    Args:
-        recipe: by the method; from a command line, it is made of both.
-        settings: the method's flags.
-    """
+    """A command whose flags are the fields of a recipe and of a method; from both the recipe by the method is made."""
 
     kind: ClassVar[type[Recipe]]
     """Of the recipe."""
@@ -256,14 +235,10 @@ class OnRecipe(Command):
     def flags(
         cls, settings: Method, words: Sequence[str] | None, about: str, hidden: Collection[str], **fields: Any
     ) -> type[Self]:
-        """The command with the flags of its recipe and of a method.
+        """The command with the flags of its recipe and of a method, with its defaults; ``about`` is what its help says.
 
-        Args:
-            settings: the method, with its defaults.
-            words: a command line, which chooses between views; None: both have flags.
-            about: what its help says.
-            hidden: fields of both that are no flags.
-            fields: further ones, (type, default) each.
+        Of two kinds of views those have flags that ``words`` choose (None: both), and fields that are ``hidden`` have
+        none; ``fields`` are further ones, (type, default) each.
         """
         views: tuple[str, ...] = ()
         if words is not None and "randaugment" in cls.kind.__dataclass_fields__:

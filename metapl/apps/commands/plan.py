@@ -121,14 +121,7 @@ USUAL: dict[str, Any] = {"image_size": 32, "network_name": "pooled_cnn", "precis
 
 
 def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mode: str | None) -> Any:
-    """A recipe without data.
-
-    Args:
-        kind: of ``PLANNED``.
-        given: fields.
-        classes: their number, where the recipe finds them in data.
-        mode: of the feedback; None: the recipe's.
-    """
+    """A recipe of ``PLANNED`` without data, with these fields, number of classes, and mode of the feedback."""
     own_pictures = kind is ImageFolders
     idle = {"mode": mode, "unlabeled-batch": given.get("unlabeled_batch")} if issubclass(kind, NoisyImagenet) else {}
     for flag, value in idle.items():

@@ -131,11 +131,7 @@ def _is_ours(file: Path) -> bool:
 
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float], Tensor]]:
-    """Of each example, in order: where it stands, the probabilities of all classes, and what the network was given.
-
-    Raises:
-        MetaplError: the network gives numbers that are not finite; the files are named.
-    """
+    """Of each example: where it stands, its probabilities, and what the network was given; never what is not finite."""
     network.eval()
     device = next(network.parameters()).device
     for batch in inputs.batches():
@@ -148,9 +144,6 @@ def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[
 
 class PredictionGrid:
     """Collects predictions one by one, and draws each class's surest and least sure pictures.
-
-    Args:
-        classes: names, in the order of the network's outputs.
 
     Of each class seen so far, as many pictures are kept as a page has room for, eight at most and fewer the more
     classes there are: the most and the least probable ones.
