@@ -35,12 +35,7 @@ SENT_AS = {
 
 @dataclass
 class Phase:
-    """A phase of a step.
-
-    Args:
-        peak: bytes by what they are for, where the most is held.
-        plain: the same where the most is held that the feedback is no part of.
-    """
+    """A phase of a step: bytes by what they are for, where the most is held, and where the most is without feedback."""
 
     peak: Mapping[str, int] = field(default_factory=dict)
     plain: Mapping[str, int] = field(default_factory=dict)
@@ -73,13 +68,7 @@ class Held(TorchDispatchMode):
         return self.bytes.total()
 
     def name(self, tensors: Iterable[Any], name: str, *, others: bool = False) -> None:
-        """Say what tensors are for, whether or not an operation of this block made them.
-
-        Args:
-            tensors: of any kind.
-            name: what they are for.
-            others: leave those alone that have a name already.
-        """
+        """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
         for t in tensors:
             storage = local(t).untyped_storage()
             if not others or self._entries.get(id(storage), (OTHER, 0))[0] == OTHER:

@@ -34,15 +34,9 @@ NAMES = ("weights", "gradients", "optimizer", "activations", "feedback")
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on a mesh.
+    """A training on a mesh, of ranks with ``memory`` bytes that compute so many operations a second, if that is known.
 
-    Args:
-        recipe: what is trained.
-        mesh: the ranks.
-        memory: bytes that a rank has.
-        flops_per_second: operations that a rank computes in a second; None: not known.
-        parameters: of the teacher and of the student.
-        step: what rank 0 does in a step; the ranks have equal shares.
+    ``parameters`` are of the teacher and the student, ``step`` is what rank 0 does; the ranks have equal shares.
     """
 
     recipe: Recipe
@@ -116,13 +110,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | None = None) -> Plan:
-    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values.
-
-    Args:
-        recipe: with a teacher and a student; its data are not read.
-        mesh: of one or more ranks.
-        memory: bytes that a rank has.
-        flops_per_second: operations that a rank computes in a second, if known.
+    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values; no data are read.
 
     Raises:
         MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.

@@ -88,12 +88,7 @@ class Replicated(DistributedDataParallel):
 
 
 def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
-    """A network over the ranks of a mesh, as :func:`metapl.distributed.shard` lays it out, without values.
-
-    Args:
-        module: on the meta device.
-        mesh: of the :func:`stage`.
-    """
+    """A network, on the meta device, over the ranks of the stage's mesh, as ``shard`` lays it out, without values."""
     with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
         if mesh.spatial > 1:  # as spatial() does, but for its comparison of outputs, which have no values here
             columns = Columns(mesh.columns("cpu"))
@@ -115,10 +110,7 @@ def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
 def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer, the second: optimizers then have their states.
 
-    Args:
-        trainer: built inside a :func:`stage`.
-        batches: of this rank.
-        average: a moving average of weights, which is held beside the networks.
+    Beside the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`.
     """
     for optimizer in trainer.schedulable:  # they make their states by a step on gradients of zero
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
