@@ -323,7 +323,7 @@ def figures(evaluation: Evaluation, several: MultiLabelAccuracy | None, on: Test
         rows.append(("multi-label accuracy", f"{several.accuracy:.2%} of {several.n:,} with a label{none}"))
     rows.append(("expected calibration error", f"{evaluation.expected_calibration_error:.2%}"))
     rows.append(("negative log-likelihood", f"{evaluation.negative_log_likelihood:.3f}"))
-    return "\n".join(f"{name:<28}{value}" for name, value in rows)
+    return table(rows, left=2)
 
 
 def robustness_table(found: Robustness, clean: Evaluation | None) -> str:

@@ -174,7 +174,7 @@ def in_a_line(text: str) -> str:
     >>> in_a_line("╭─ Wrong ─────╮\\n│ Unrecognized: -x │\\n│ ────── │\\n│ For full help │\\n╰─────╯")
     'Unrecognized: -x.'
     """
-    parts: list[list[str]] = []
+    parts: list[list[str]] = [[]]
     for row in text.splitlines():
         line = row.strip("│").rstrip()
         if row.startswith("╭") or not line.strip("╰╯─ "):
