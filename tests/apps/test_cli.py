@@ -201,7 +201,7 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image, missing = pictures / "more" / "0.png", tmp_path / "none"
-    assert "no files were named" in refused(capsys, "predict", trained)
+    assert "FILE_OR_FOLDER" in refused(capsys, "predict", trained)
     assert f"there is no file or folder {tmp_path}/none" in refused(
         capsys, "predict", trained, image, tmp_path / "none"
     )
@@ -236,7 +236,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Gallery]]]:
         found.append((note, groups))
         draw_grid(path, title, note, groups)
 
-    monkeypatch.setattr("metapl.apps.commands.prediction_grid.draw_grid", draw)
+    monkeypatch.setattr("metapl.apps.commands.predict.draw_grid", draw)
     return found
 
 
@@ -400,7 +400,7 @@ def test_finetune_refuses_comparisons_and_senseless_options(
     trained: Path, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert f"metapl finetune {compared}/{result(compared)['method']}/seed-" in refused(capsys, "finetune", compared)
-    assert "expected 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
+    assert "expected a whole number of 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
     assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
     assert "--lr: expected a number, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
 
@@ -495,7 +495,7 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(
 
 
 def test_compare_names_no_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no runs were named" in refused(capsys, "compare")
+    assert "RUN..." in refused(capsys, "compare")
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

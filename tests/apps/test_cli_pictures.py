@@ -105,7 +105,7 @@ def test_many_classes_are_summed_up(many: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_matrix_that_is_wider_than_a_terminal_has_shorter_heads() -> None:
-    from metapl.apps.commands.evaluation_text import confusions as _confusions
+    from metapl.apps.commands.evaluate import confusions as _confusions
     from metapl.metrics import evaluate_logits
 
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -62,7 +62,7 @@ def test_what_the_library_logs_is_shown_once(
     ("arguments", "expected"),
     [
         (["evaluate", "none"], "there is no folder none"),
-        (["evaluate", "none", "--netwrok"], "Unrecognized options: --netwrok Perhaps you meant: --network"),
+        (["evaluate", "none", "--netwrok"], "Unrecognized options: --netwrok. Perhaps you meant: --network"),
     ],
 )
 def test_a_wrong_command_line_gives_one_line_and_exit_code_2(arguments: list[str], expected: str) -> None:

@@ -36,7 +36,7 @@ IMAGES = ("train", "images", "--labeled", "few", "--unlabeled", "many")
             ("--method", "mpl", "--student.weight-decay", "-1"),
             "--student.weight-decay -1.0: expected a number of 0 or more",
         ),
-        (("--network", ""), "nothing was given after --network"),
+        (("--network", ""), "--network: nothing was given; expected a value"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_flag(
@@ -60,7 +60,7 @@ def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
         ((*IMAGES, "--precision", "bloat16"), "Expected one of ('float32', 'bfloat16')"),
         (
             (*IMAGES, "--compare", "--methods", "udda"),
-            "invalid choice 'udda' for argument '--methods'.",
+            "invalid choice 'udda' for argument '--methods'. Expected one of ('mpl', 'none', 'supervised', 'label_",
         ),
         (
             ("evaluate", "run", "--network", "techer"),
@@ -71,7 +71,13 @@ def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
             "invalid choice 'xyz' for argument '--mode'. Expected one of (",
         ),
         (("train", "digits", "--student.lr", "x"), "metapl: --student.lr: expected a number, got 'x'. See"),
-        (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3"),
+        (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3. See"),
+        (("train", "digits", "--hidden", "3", "x"), "metapl: --hidden: expected a whole number, got 'x'. See"),
+        ((*IMAGES, "--mean", "x"), "metapl: --mean: expected a number, got 'x'. See"),
+        (
+            ("train", "noisy", "--labeled", "a", "--clean", "b", "--method", "clean", "--labeled-batch", "3"),
+            "Unrecognized options: --labeled-batch, 3.",
+        ),
         (("train", "digits", "--steps", "x"), "metapl: --steps: expected a whole number, got 'x'. See"),
     ],
 )

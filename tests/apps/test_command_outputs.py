@@ -16,8 +16,8 @@ from PIL import Image
 from tiny_runs import digit, tiny  # noqa: F401 - fixtures
 
 from metapl import MetaplError
-from metapl.apps.commands.evaluations import write_comparison
-from metapl.apps.commands.evaluators import write_evaluation
+from metapl.apps.commands.compare import write_comparison
+from metapl.apps.commands.evaluate import write_evaluation
 
 
 def device(path: Path) -> None:
@@ -99,8 +99,8 @@ def test_predict_replaces_no_device_and_no_pipe(
     before = os.lstat(there)
     for given in (there, link):
         words = refused(capsys, "predict", tiny, digit, flag, given)
-        assert f"{flag} {given} is a {kind}; expected a plain file" in words
-    assert "nothing was given after" in refused(capsys, "predict", tiny, digit, flag, "")
+        assert f"{flag} {given} cannot be written: it is a {kind}, expected a plain file" in words
+    assert f"{flag}: nothing was given" in refused(capsys, "predict", tiny, digit, flag, "")
     assert (os.lstat(there).st_mode, os.lstat(there).st_rdev) == (before.st_mode, before.st_rdev)
 
 

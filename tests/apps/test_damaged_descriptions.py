@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -134,16 +135,16 @@ def test_an_evaluation_of_attacks_alone(tmp_path: Path, capsys: pytest.CaptureFi
     [
         ({}, None),
         ({"n": "x"}, "n is 'x'; expected a whole number"),
-        ({"n": -5}, "n is -5; expected 1 or more"),
-        ({"interval": [0.5]}, "interval does not have two ends"),
+        ({"n": -5}, "n is -5; expected a whole number of 1 or more"),
+        ({"interval": [0.5]}, "interval has 1 entries; expected 2"),
         ({"interval": 0.5}, "interval is 0.5"),
         ({"run": 3}, "run is 3"),
         ({"classes": [[1]]}, "classes.0 is [1]"),
         ({"accuracy": float("nan")}, "accuracy is nan"),
         ({"accuracy": float("inf")}, "accuracy is inf"),
         ({"accuracy": 10**400}, "accuracy is 1000"),
-        ({"accuracy": 17}, "top-1 is 17; expected a number in [0, 1]"),
-        ({"accuracy": -1}, "top-1 is -1"),
+        ({"accuracy": 17}, "accuracy is 17; expected a number in [0, 1]"),
+        ({"accuracy": -1}, "accuracy is -1"),
         ({"accuracy": True}, "accuracy is True"),
         ({"accuracy": None}, "accuracy is None; expected a number"),
         ({"corruptions": []}, "corruptions is []"),
@@ -167,7 +168,7 @@ def test_evaluations_that_were_edited(
         assert "PGD, ε = 2/255" in said(capsys, *command)
         return
     message = refused(capsys, *command, "--out", out)
-    assert f"{tmp_path / 'b' / 'evaluation.json'} cannot be read: " in message
+    assert f"{tmp_path / 'b' / 'evaluation.json'} is damaged: " in message
     assert words in message
     assert not out.exists()
 
@@ -181,7 +182,7 @@ def test_an_evaluation_of_brackets(tmp_path: Path, capsys: pytest.CaptureFixture
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "evaluation.json").write_text("[" * 100_000)
-    assert "write it again" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert "it is nested too deeply" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
 
 
 def test_a_place_that_nothing_can_be_written_to(
@@ -191,10 +192,14 @@ def test_a_place_that_nothing_can_be_written_to(
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "odd" / "evaluation.json").mkdir(parents=True)
-    for out, words in (("file/x", "file is not a folder"), ("loop", "loop is not a folder"), ("odd", "it is a folder")):
+    for out, words in (("file/x", "Not a directory"), ("loop", "symbolic links"), ("odd", "it is a folder")):
         assert words in refused(capsys, "evaluate", tmp_path / "no run", "--out", tmp_path / out)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "may not be written to" in refused(capsys, "evaluate", tmp_path / "no run", "--out", tmp_path / "new" / "x")
+
+    def refusing(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    assert "Permission denied" in refused(capsys, "evaluate", tmp_path / "no run", "--out", tmp_path / "new" / "x")
 
 
 # ---------------------------------------------------------------------------------------------------------- label sets
@@ -279,11 +284,11 @@ def test_a_flag_that_takes_values_and_has_none(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "nothing was given after --eps" in refused(capsys, "evaluate", tiny, "--attack", "fgsm", "--eps", "--json")
-    assert "no runs were named" in refused(capsys, "compare")
+    assert "--eps: nothing was given" in refused(capsys, "evaluate", tiny, "--attack", "fgsm", "--eps", "--json")
+    assert "RUN...: nothing was given" in refused(capsys, "compare")
     command = ("noisy-student", "digits", "--out", tmp_path / "run")
-    assert "nothing was given after --networks" in refused(capsys, *command, "--networks")
-    assert "nothing was given after --methods" in refused(capsys, *command, "--compare", "--methods")
+    assert "--networks: nothing was given" in refused(capsys, *command, "--networks")
+    assert "--methods: nothing was given" in refused(capsys, *command, "--compare", "--methods")
     assert not (tmp_path / "run").exists()
 
 

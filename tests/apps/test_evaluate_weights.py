@@ -239,9 +239,9 @@ def test_what_is_refused(
             (*named, "--classes", thousand / "classes.txt", *test),
             "has pictures of blue, red, which the run does not know",
         ),
-        ((*named, "--center", "2", *test), "--center 2: expected a share"),
+        ((*named, "--center", "2", *test), "--center 2.0: expected a share"),
         ((*named, "--imagenet-a", thousand / "a", "--label-sets", plain), "--label-sets is for the pictures of --test"),
-        ((*named, "--imagenet-a", tmp_path / "nowhere"), "does not exist; expected"),
+        ((*named, "--imagenet-a", tmp_path / "nowhere"), "there is no such folder; expected"),
         ((*named, "--imagenet-a", thousand / "c", "--json"), "by --classes FILE, or all 200 folders of the data set"),
         ((tmp_path / "none.safetensors", *test), "there is no file of weights"),
         ((tmp_path / "bad.safetensors", *test), "cannot be read as weights"),
@@ -305,7 +305,7 @@ def test_two_evaluations_side_by_side(colors: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "b" / "evaluation.json").write_text(json.dumps(other | {"classes": ["blue", "green"]}))
     assert "of different classes: only one of them has" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "evaluation.json").write_text('{"corruptions": {"fog": 3}}')
-    assert "expected what metapl evaluate --out writes" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert "Expected what metapl evaluate --out writes" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
 
 
 def test_an_evaluation_keeps_its_color_where_another_lacks_the_curve(

@@ -115,7 +115,7 @@ def test_a_rate_that_was_given_counts_whatever_it_is(rate: float) -> None:
     assert (found.method.student.lr, found.method.teacher.lr) == (rate, rate)
     folders = ("--labeled", "labeled", "--unlabeled", "unlabeled")
     words = [*folders, "--method", "mpl", "--teacher.lr", str(rate)]
-    given = parse(COMMANDS["images"].given(words, "metapl train images"), "metapl train images", words).made().recipe
+    given = parse(*COMMANDS["images"].given(words, "metapl train images"), words).recipe
     settled = given.for_network("vit_b_16")
     assert (settled.method.teacher.lr, settled.method.student.lr) == (rate, RATES["vit"])
 

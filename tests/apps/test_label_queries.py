@@ -427,8 +427,8 @@ def test_the_command_selects_and_says_what_became_of_the_examples(
         ),
         (("stats", tmp_path), "is not a store of labels"),
         (("stats", store.folder, "--png", tmp_path / "x.jpg"), "expected a name that ends with .png"),
-        (("stat", store.folder), "metapl labels cannot 'stat'; did you mean stats? Expected one of stats, select"),
-        ((), "it was not said what to do with the labels"),
+        (("stat", store.folder), "there is no action 'stat'; did you mean stats? Expected one of stats, select"),
+        ((), "no action was named"),
     ):
         assert words in refused(capsys, "labels", *arguments)
     assert main(["labels", "--help"]) == 0

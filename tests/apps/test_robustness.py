@@ -309,7 +309,7 @@ def test_the_command(
     for words in ("jpeg_compression", "mean accuracy under corruption", "ε in 1/255"):
         assert words in text
     few = {name: CORRUPTIONS[name] for name in ("fog", "shot_noise")}
-    monkeypatch.setattr("metapl.apps.commands.evaluators.CORRUPTIONS", few)
+    monkeypatch.setattr("metapl.apps.commands.evaluate.CORRUPTIONS", few)
     again = json.loads(said(capsys, "evaluate", tiny, "--corruptions", "--json"))
     assert again["corruptions"] == {name: content["corruptions"][name] for name in few}
     said(capsys, "evaluate", tiny, "--out", tmp_path / "plain")
@@ -324,7 +324,7 @@ def test_flags_that_say_nothing_are_refused(
     (tmp_path / "file").write_text("")
     for flags, words in (
         (("--eps", "2"), "--eps was given without --attack"),
-        (("--attack", "pgd", "--eps", "-2", "--json"), "--eps -2: expected 0 to 255"),
+        (("--attack", "pgd", "--eps", "-2", "--json"), "--eps -2.0: expected several, each a number in [0, 255]"),
         (("--corruptions",), "expected --out DIR for evaluation.json and robustness.png, or --json"),
         (("--corruptions", "--out", tmp_path / "file"), "is a file; expected a folder"),
     ):

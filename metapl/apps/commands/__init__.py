@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, command_class, help_of, kinds, less_memory
+from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, LESS_MEMORY, help_of, kinds, module_of
 from metapl.apps.commands.process import drop_output, exit_code, stoppable, streams
-from metapl.words import shown, tell
+from metapl.errors import MetaplError
+from metapl.runs.memory import out_of_memory
+from metapl.words import did_you_mean, shown, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,41 +23,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     with streams(), stoppable(for_good=arguments is None):
         try:
-            return _run(given)
+            try:
+                with _messages_shown():
+                    return _dispatch(given)
+            finally:
+                sys.stdout.flush()
         except KeyboardInterrupt as stopped:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
-        except BrokenPipeError:
-            # The reader has gone, as head does. What is still buffered must not be written again at exit.
-            drop_output()
-            return 1
-        except OSError as error:
-            drop_output()
-            print(f"metapl: {shown(_os_error(error))}.", file=sys.stderr)
-            return 1
+        except Exception as error:
+            return _refused(error, given)
 
 
-def _run(given: list[str]) -> int:
-    from metapl.errors import MetaplError
-    from metapl.runs.memory import out_of_memory
-
-    try:
-        with _messages_shown():
-            try:
-                return _dispatch(given)
-            finally:
-                sys.stdout.flush()
-    except Exception as error:
-        whose = out_of_memory(error)
-        if whose is None and not isinstance(error, MetaplError):
-            raise
-        text = error if whose is None else f"the memory {whose} does not suffice; {less_memory(given)}."
+def _refused(error: Exception, given: Sequence[str]) -> int:
+    """Say what went wrong in a line; the exit code. What is a fault of metapl passes through."""
+    whose = out_of_memory(error)
+    if whose is not None or isinstance(error, MetaplError):
+        less = LESS_MEMORY.get(" ".join(given[:1]), "close other programs, or take a machine with more")
+        text = error if whose is None else f"the memory {whose} does not suffice; {less}."
         tell(f"metapl: {text}", file=sys.stderr, wrap=True)
         return 2
-
-
-def _os_error(error: OSError) -> str:
-    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+    if not isinstance(error, OSError):
+        raise error
+    drop_output()  # what is still buffered must not be written again at exit
+    if not isinstance(error, BrokenPipeError):  # the reader has gone, as head does
+        name, reason = error.filename or "input or output", error.strerror or error
+        print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
+    return 1
 
 
 class _Messages(logging.Handler):
@@ -87,9 +81,7 @@ def _messages_shown() -> Iterator[None]:
 
 
 def _dispatch(given: list[str]) -> int:
-    from metapl.errors import MetaplError
-
-    command, rest = (given[0], given[1:]) if given else ("help", [])
+    command, words = (given[0], given[1:]) if given else ("help", [])
     if command in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -101,48 +93,44 @@ def _dispatch(given: list[str]) -> int:
     if command == "--print-completion":
         from metapl.apps.commands.completion import print_completion
 
-        return print_completion(rest)
+        return print_completion(words)
     if command not in COMMANDS:
-        from metapl.apps.commands.parse import did_you_mean
+        raise _unknown("command", command, COMMANDS, "see metapl --help")
+    from metapl.apps.commands.parse import flags_named, parse, respelled
 
-        meant = did_you_mean(command, COMMANDS) or "."
-        raise MetaplError(
-            f"there is no command {command!r}{meant} Expected one of {', '.join(COMMANDS)}; see metapl --help."
-        )
-    from metapl.apps.commands.parse import parse
-
-    kind = command_class(command, rest)
-    return _chosen(command, rest) if kind is None else parse(kind, f"metapl {command}", rest)()
-
-
-def _chosen(command: str, given: list[str]) -> int:
-    """A command whose first word says which recipe, or what to do."""
-    from metapl.apps.commands.parse import did_you_mean, flags_named, parse, respelled
-    from metapl.errors import MetaplError
-
-    choice, known = CHOICES[command], kinds(command)
-    if given and given[0] in ("-h", "--help"):
+    words = respelled(words)
+    program, flags = f"metapl {command}", {word.partition("=")[0] for word in words}
+    if command == "ablate" and "--factory" in flags:
+        kind = module_of(command).AblateFactory
+    elif command not in CHOICES:
+        kind = getattr(module_of(command), command.capitalize())
+    elif words[:1] in (["-h"], ["--help"]):
         print(help_of(command), end="")
         return 0
-    if (gone := " ".join([command, *given[:1]])) in GONE:
-        raise MetaplError(f"there is no metapl {gone}: {GONE[gone]}.")
-    if not given or given[0] not in known:
-        named = choice.unknown.format(repr(given[0])) if given else choice.nothing
-        meant = (did_you_mean(given[0], list(known)) if given else "") or "."
-        raise MetaplError(f"{named}{meant} Expected one of {', '.join(known)}: metapl {command} {choice.example}.")
-    words = respelled(given[1:])
+    else:
+        _, what, example = CHOICES[command]
+        choice, known = words[0] if words else None, kinds(command)
+        if (gone := f"{command} {choice}") in GONE:
+            raise MetaplError(f"there is no metapl {gone}: {GONE[gone]}.")
+        if choice not in known:
+            raise _unknown(what, choice, [*known], f"{program} {example}")
+        kind, program, words = known[choice], f"{program} {choice}", words[1:]
     with flags_named(words):
         try:
-            kind, program = known[given[0]], f"metapl {command} {given[0]}"
-            flags = kind.given(words, program) if hasattr(kind, "given") else kind
-            chosen = parse(flags, getattr(flags, "program", program), words)
-            if hasattr(chosen, "made"):
-                chosen = chosen.made()
+            kind, program = kind.given(words, program)
+            chosen = parse(kind, program, words)
+            chosen.check()
         except MetaplError:
             from metapl.distributed.launch import is_first, left_to_first
 
             if is_first():
                 raise
             return left_to_first()  # every process has the same flags
-        code: int = chosen()
+        code: int = chosen.run()
         return code
+
+
+def _unknown(what: str, given: str | None, known: Sequence[str], example: str) -> MetaplError:
+    named = f"no {what} was named" if given is None else f"there is no {what} {given!r}"
+    meant = "" if given is None else did_you_mean(given, known)
+    return MetaplError(f"{named}{meant or '.'} Expected one of {', '.join(known)}; {example}.")

@@ -1,109 +1,93 @@
-"""``metapl ablate RECIPE``: which mode for this model?"""
+"""``metapl ablate RECIPE`` and ``metapl ablate --factory MODULE:FUNCTION``: which mode for this model?"""
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
+import importlib
+import os
+import sys
+import traceback
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
-import tyro
 
 from metapl.ablation import ablate
-from metapl.apps.commands.factory import made_by
 from metapl.apps.commands.folders import held, written_to
-from metapl.apps.commands.parse import Switch, of_other_views, on_recipe, paragraph, recipe_of
+from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.settle import settled
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
-from metapl.apps.recipes.base import Recipe, Unasked
 from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.apps.reports.ablation import draw_ablation
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
 from metapl.runs.atomic import written_last
+from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
-from metapl.words import tell
-
-MOST_TIMES = 10_000
-"""Draws, and rounds."""
-
-MOST_TRAINING_STEPS = 10**9
+from metapl.words import did_you_mean, tell, wrapped
 
 ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")
 """Options of :func:`metapl.ablate` that are flags by the same name."""
 
-OUT_HELP = "folder for ablation.json and ablation.png; by default neither is written."
-MODES_HELP = f"these modes alone, of {', '.join(MODES)}."
-ROUNDS_HELP = "in which each mode is timed once; by default 5, more for short calls."
+OF_RUNS = (
+    *("schedule", "warmup", "wait", "warm_start", "ema_decay", "validate_every", "log_every", "save_every", "keep"),
+    *("exact_every", "num_workers", "finetune_steps", "finetune_batch", "finetune"),
+)
+"""Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run."""
+
+Steps = Annotated[int, Range(0, most=10**9)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looking(ABC):
+class Looking(Command):
     """The options of every ablation.
 
     Args:
+        out: folder for ablation.json and ablation.png; by default neither is written.
         draws: of labels, for modes that draw them, and of alterations.
+        rounds: in which each mode is timed once; by default 5, more for short calls.
         altered: also measure a mode's feedback altered, as a control: permuted, its mean, with random signs.
         stability: also measure the modes over a few step sizes, temperatures and batch sizes.
         train_steps: also train by each mode for so many steps, over --train-seeds; 0 does not.
         train_seeds: seeds of these short trainings, such as 0-4 or 0,3,5.
     """
 
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help=OUT_HELP, help_behavior_hint="")] = None
-    modes: Annotated[
-        tuple[str, ...] | None, tyro.conf.arg(metavar="MODE ...", help=MODES_HELP, help_behavior_hint="")
-    ] = None
-    draws: int = 8
-    rounds: Annotated[int | None, tyro.conf.arg(metavar="INT", help=ROUNDS_HELP, help_behavior_hint="")] = None
+    out: Folder = None
+    modes: Annotated[tuple[str, ...] | None, unset("MODE ...", f"these modes alone, of {', '.join(MODES)}.")] = None
+    draws: Annotated[int, Range(2, most=10_000)] = 8
+    rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
     altered: bool = True
     stability: Switch = False
-    train_steps: int = 0
-    train_seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint="(default: 0-4)")] = None
+    train_steps: Steps = 0
+    train_seeds: Annotated[str | None, unset("SEEDS", default="(default: 0-4)")] = None
 
-    def __call__(self) -> int:
-        self._check()
-        with held(self.out):
-            return self._compare()
-
-    def _compare(self) -> int:
-        asked = {name: getattr(self, name) for name in ASKED}
-        found = ablate(**self.subject(), **asked, train_seeds=self._seeds(), progress=True)
-        where = f"steps {', '.join(map(str, found.points))}" if len(found.points) > 1 else "the start"
-        last = ", costs at the last of them" if len(found.points) > 1 else ""
-        tell(f"gradients at {where} of the training{last};")
-        tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
-        tell(paragraph(found.recommendation))
-        if self.out is not None:
-            with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
-                draw_ablation(self.out / "ablation.png", found.as_dict())
-            tell(f"\nthe figures are in {self.out}")
-        return 0
-
-    def _check(self) -> None:
-        """Refuse wrong options before anything is built."""
+    def check(self) -> None:
         for name in self.modes or ():
             estimator(name)
-        for name, least, most in (
-            ("draws", 2, MOST_TIMES),
-            ("rounds", 1, MOST_TIMES),
-            ("train_steps", 0, MOST_TRAINING_STEPS),
-        ):
-            given = getattr(self, name)
-            if given is not None and not least <= given <= most:
-                raise MetaplError(f"--{name.replace('_', '-')} {given}: expected {least} to {most:,}.")
         if self.train_seeds is not None and not self.train_steps:
             raise MetaplError(
                 f"--train-seeds {self.train_seeds} was given without --train-steps, so nothing would be trained; give "
                 "--train-steps 100 too, or leave it out."
             )
-        self._seeds()
+        parse_seeds(self.train_seeds or "0-4", "--train-seeds")
 
-    def _seeds(self) -> tuple[int, ...]:
-        return parse_seeds(self.train_seeds or "0-4", "--train-seeds")
+    def run(self) -> int:
+        with held(self.out):
+            asked = {name: getattr(self, name) for name in ASKED}
+            seeds = parse_seeds(self.train_seeds or "0-4", "--train-seeds")
+            found = ablate(**self.subject(), **asked, train_seeds=seeds, progress=True)
+            several = len(found.points) > 1
+            where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
+            tell(f"gradients at {where} of the training{', costs at the last of them' * several};")
+            tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
+            tell(wrapped(found.recommendation))
+            if self.out is not None:
+                with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
+                    draw_ablation(self.out / "ablation.png", found.as_dict())
+                tell(f"\nthe figures are in {self.out}")
+        return 0
 
     @abstractmethod
     def subject(self) -> dict[str, Any]:
@@ -111,42 +95,29 @@ class Looking(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(Looking):
+class Ablate(Looking, OnRecipe):
     """Compare the modes on a recipe's networks and data: gradients beside the exact one, and what each costs.
 
     It looks at the beginning, in the middle and at the end of a training of --steps steps.
-
-    Args:
-        recipe: whose networks, data and optimizers are used.
-        settings: of Meta Pseudo Labels.
     """
 
-    kind: ClassVar[type[Recipe]] = Digits
-    """Of the recipe."""
-
-    recipe: Unasked[Any]
-    settings: Unasked[Any]
-
     @classmethod
-    def given(cls, words: Sequence[str], program: str) -> type[Ablate]:
-        """The command whose flags have an effect beside the others of a command line."""
-        hidden = (*OF_RUNS, *of_other_views(cls.kind, words))
-        return on_recipe(cls, cls.kind, cls.kind.by_name("mpl"), Ablate.__doc__, hidden)
-
-    def made(self) -> Ablate:
-        """With the recipe that the flags make."""
-        return dataclasses.replace(self, recipe=recipe_of(self))
+    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
+        return cls.flags(cls.kind.by_name("mpl"), words, Ablate.__doc__ or "", OF_RUNS), program
 
     def subject(self) -> dict[str, Any]:
         """By the recipe, Meta Pseudo Labels."""
-        recipe: Any = self.recipe
-        recipe = settled(recipe, None, print) if recipe.looks else recipe.settled()
+        recipe = settled(self.recipe, None, print) if self.recipe.looks else self.recipe.settled()
         torch.manual_seed(recipe.seed)
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
         trainer = bilevel_trainer(recipe, teacher, student, recipe.method)
         sources = {"labeled": task.labeled, "unlabeled": task.unlabeled, "validation": task.validation}
         return {"trainer": trainer, "steps": recipe.steps, **sources}
+
+
+COMMANDS = Ablate.on(Digits, ImageFolders, *PROTOCOL_RECIPES)
+"""The recipes whose networks can be looked at, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,45 +131,51 @@ class AblateFactory(Looking):
         steps: of the training that is looked at, at its beginning, in its middle and at its end.
     """
 
-    factory: Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION", help_behavior_hint="")]
-    steps: int = 0
+    factory: Annotated[str, unset("MODULE:FUNCTION")]
+    steps: Steps = 0
 
     def subject(self) -> dict[str, Any]:
         """By the function."""
-        if not 0 <= self.steps <= MOST_TRAINING_STEPS:
-            raise MetaplError(f"--steps {self.steps}: expected 0 to {MOST_TRAINING_STEPS:,}.")
         made = made_by(self.factory)
         if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], BilevelTrainer):
+            several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"
             raise MetaplError(
-                f"--factory {self.factory} returned {_kind(made)}; expected (trainer, labeled, unlabeled) or (trainer, "
-                "labeled, unlabeled, validation), the trainer a metapl.BilevelTrainer, the others batches or sources "
-                "of batches as for its fit."
+                f"--factory {self.factory} returned {several or f'a value of type {type(made).__name__}'}; expected "
+                "(trainer, labeled, unlabeled) or (trainer, labeled, unlabeled, validation), the trainer a "
+                "metapl.BilevelTrainer, the others batches or sources of batches as for its fit."
             )
         names = ("trainer", "labeled", "unlabeled", "validation")
         return {"steps": self.steps, **dict(zip(names, made, strict=False))}
 
 
-def _kind(made: Any) -> str:
-    """
-    >>> _kind(None), _kind((1, "a"))
-    ('None', '(int, str)')
-    """
-    if isinstance(made, tuple):
-        return f"({', '.join(type(part).__name__ for part in made)})"
-    return "None" if made is None else f"a value of type {type(made).__name__}"
-
-
-OF_RUNS = (
-    *("schedule", "warmup", "wait", "warm_start", "ema_decay", "validate_every", "log_every", "save_every", "keep"),
-    *("exact_every", "num_workers", "finetune_steps", "finetune_batch", "finetune"),
-)
-"""Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run."""
-
-
-def _on(kind: type[Recipe]) -> type[Ablate]:
-    return type("Ablate", (Ablate,), {"kind": kind})
-
-
-_KINDS: tuple[type[Recipe], ...] = (Digits, ImageFolders, *PROTOCOL_RECIPES)
-COMMANDS: dict[str, type[Ablate]] = {kind.name: _on(kind) for kind in _KINDS}
-"""The recipes whose networks can be looked at, by name."""
+def made_by(name: str) -> Any:
+    """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
+    module, _, function = name.partition(":")
+    if module.endswith(".py") or not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise MetaplError(
+            f"--factory {name}: expected module:function, such as my_networks:build of my_networks.py in this folder."
+        )
+    what, folder = f"importing {module}", os.getcwd()
+    sys.path.insert(0, folder)  # the function may import from there too
+    try:
+        imported = importlib.import_module(module)
+        if not hasattr(imported, function):
+            meant = did_you_mean(function, [*vars(imported)]) or "."
+            raise MetaplError(f"--factory {name}: the module {module} has no function {function}{meant}")
+        what = function
+        return getattr(imported, function)()
+    except MetaplError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            expected = "expected a module in this folder, or an installed one"
+            raise MetaplError(f"--factory {name}: {error}; {expected}.") from error
+        # The innermost line of the user's own says more than one inside a library.
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
+        where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+        text = str(error).strip().partition("\n")[0].rstrip(".")
+        told = f"{type(error).__name__}{f': {text}' if text else ''}{where}"
+        raise MetaplError(f"--factory {name}: {what} failed: {told}.") from error
+    finally:
+        sys.path.remove(folder)

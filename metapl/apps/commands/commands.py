@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -144,66 +142,18 @@ Each says more with --help: metapl labels select --help.
 """
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is said of a command whose first word is a choice, such as of a recipe.
-
-    Args:
-        help: the choices; ``{recipes}`` stands for the lines of ``RECIPES_HELP`` about those that it has.
-        example: an end of the command line.
-        nothing, unknown: where the word is missing, or ``{}`` is not known.
-    """
-
-    help: str
-    example: str
-    nothing: str = "no recipe was named"
-    unknown: str = "there is no recipe {}"
-
-
-CHOICES: dict[str, Choice] = {
-    "train": Choice(RECIPES_HELP, "digits"),
-    "noisy-student": Choice(NOISY_STUDENT_HELP, "digits"),
-    "ablate": Choice(ABLATE_HELP, "digits --steps 100; or --factory module:function, for networks of your own"),
-    "plan": Choice(PLAN_HELP, "digits --mesh.shard 2", unknown="there is no plan for {}"),
-    "labels": Choice(
-        LABELS_HELP, "stats STORE", "it was not said what to do with the labels", "metapl labels cannot {}"
-    ),
+CHOICES = {
+    "train": (RECIPES_HELP, "recipe", "digits"),
+    "noisy-student": (NOISY_STUDENT_HELP, "recipe", "digits"),
+    "ablate": (ABLATE_HELP, "recipe", "digits --steps 100; or --factory module:function, for networks of your own"),
+    "plan": (PLAN_HELP, "recipe", "digits --mesh.shard 2"),
+    "labels": (LABELS_HELP, "action", "stats STORE"),
 }
-
+"""Commands whose first word is a choice: help, in which ``{recipes}`` stands for lines of ``RECIPES_HELP``; what is
+chosen; and an end of the command line."""
 
 GONE = {"train two-moons": "the two moons are an example now: python examples/two_moons.py --help"}
 """What is said of words that meant something before."""
-
-
-def kinds(command: str) -> Mapping[str, Any]:
-    """The classes of a command by its first word; they are imported when they are asked for."""
-    known: Mapping[str, Any] = import_module(f"metapl.apps.commands.{command.replace('-', '_')}").COMMANDS
-    return known
-
-
-def help_of(command: str) -> str:
-    """The help of a command of :data:`CHOICES`."""
-    text, known = CHOICES[command].help, kinds(command)
-    lines = [line for line in RECIPES_HELP.splitlines(keepends=True) if line.split()[:1] and line.split()[0] in known]
-    return text.format(recipes="".join(line for line in lines if f"\n  {line.split()[0]} " not in text))
-
-
-def command_class(command: str, given: Sequence[str]) -> Any:
-    """The class of a command; None where its first word decides.
-
-    Args:
-        command: of ``COMMANDS``.
-        given: the flags: some stand for another class.
-    """
-    flags = {word.partition("=")[0] for word in given}
-    if command == "ablate" and "--factory" in flags:
-        return import_module("metapl.apps.commands.ablate").AblateFactory
-    if command == "evaluate" and "--weights" in flags:
-        return import_module("metapl.apps.commands.evaluate_weights").EvaluateWeights
-    return (
-        None if command in CHOICES else getattr(import_module(f"metapl.apps.commands.{command}"), command.capitalize())
-    )
-
 
 _MORE = "raise --accumulate, or take --precision bfloat16"
 
@@ -216,6 +166,19 @@ LESS_MEMORY = {
 """What takes less memory, by a command's first word; the others have no flag for it."""
 
 
-def less_memory(given: Sequence[str]) -> str:
-    """What to do where the memory did not suffice for a command line."""
-    return LESS_MEMORY.get(" ".join(given[:1]), "close other programs, or take a machine with more")
+def kinds(command: str) -> dict[str, Any]:
+    """The classes of a command of :data:`CHOICES` by its first word; they are imported when they are asked for."""
+    known: dict[str, Any] = module_of(command).COMMANDS
+    return known
+
+
+def module_of(command: str) -> Any:
+    """The file of a command."""
+    return import_module(f"metapl.apps.commands.{command.replace('-', '_')}")
+
+
+def help_of(command: str) -> str:
+    """The help of a command of :data:`CHOICES`."""
+    text, known = CHOICES[command][0], kinds(command)
+    lines = [line for line in RECIPES_HELP.splitlines(keepends=True) if line.split()[:1] and line.split()[0] in known]
+    return text.format(recipes="".join(line for line in lines if f"\n  {line.split()[0]} " not in text))

@@ -1,33 +1,39 @@
-"""``metapl compare RUN RUN...``"""
+"""``metapl compare RUN RUN...``: accuracies of runs, and evaluations, side by side."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import tyro
 
-from metapl.apps.commands.evaluations import (
-    differing,
-    evaluations_table,
-    has_evaluation,
-    read_evaluations,
-    write_comparison,
-)
-from metapl.apps.commands.evaluators import check_folder
-from metapl.apps.commands.parse import paragraph
+from metapl.apps.commands.evaluate import EVALUATION
+from metapl.apps.commands.folders import held, written_to
+from metapl.apps.commands.parse import Command, Folder, unset
+from metapl.apps.evaluation.attacks import LEVELS, Attack
+from metapl.apps.evaluation.corruptions import CORRUPTIONS
+from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
 from metapl.apps.experiments.folder import RunFolder, flat
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import stored_data, stored_result
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
-from metapl.errors import MetaplError
+from metapl.apps.recipes.methods import EVERY_METHOD
+from metapl.apps.reports.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
+from metapl.apps.reports.style import PALETTE
+from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
-from metapl.words import table, tell
+from metapl.runs.atomic import written_last
+from metapl.runs.fields import AtLeastOne, Range, misfit_entries
+from metapl.runs.sealed import read_json
+from metapl.words import short, table, tell, wrapped
+
+COMPARED, PICTURE = "compared.json", "compared.png"
 
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
 """Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
@@ -39,33 +45,8 @@ DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
 """Fields that decide which examples a recipe draws from its data set."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One method with one seed.
-
-    Args:
-        method, seed, steps: of its training.
-        fields: of its recipe, without the irrelevant ones; nested ones as ``feedback.mode``.
-        accuracies: by read-out.
-        place: its folder.
-        hashes: of its data, by part.
-        drawn_by: runs that agree in it have the same data.
-        evaluation: on the test set, of the network that it delivers.
-    """
-
-    method: str
-    seed: int
-    steps: int
-    fields: dict[str, Any]
-    accuracies: dict[str, float]
-    place: Path
-    hashes: dict[str, str]
-    drawn_by: tuple[Any, ...]
-    evaluation: Evaluation
-
-
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(Command):
     """Put the test accuracies of runs side by side, and test whether they differ.
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
@@ -78,74 +59,110 @@ class Compare:
     compare robust/a robust/b. Where all of several run folders have such an evaluation, it follows.
 
     Args:
-        runs: run folders, of single runs or of comparisons; or folders with an evaluation.json.
+        folders: run folders, of single runs or of comparisons; or folders with an evaluation.json.
         out: folder for compared.json and compared.png, of evaluations; made if need be.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help_behavior_hint="")]
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, unset("RUN...")]
+    out: Folder = None
 
-    def __call__(self) -> int:
-        if self.out is not None:
-            check_folder(self.out)
-        paths = [path.resolve() for path in self.runs]
-        twice = [path for path, place in zip(self.runs, paths, strict=True) if paths.count(place) > 1]
-        if twice:
-            raise MetaplError(f"{twice[0]} was given twice.")
-        evaluated = [path for path in self.runs if has_evaluation(path)]
-        if any(not RunFolder(path).exists for path in evaluated):
-            self._evaluations()
-            return 0
-        if self.out is not None and not (self.runs and len(evaluated) == len(self.runs)):
-            lacking = next((path for path in self.runs if path not in evaluated), Path("RUN"))
+    def run(self) -> int:
+        places = [path.resolve() for path in self.folders]
+        for path, place in zip(self.folders, places, strict=True):
+            if places.count(place) > 1:
+                raise MetaplError(f"{path} was given twice.")
+        evaluated = [path for path in self.folders if (path / EVALUATION).is_file()]
+        of_runs = all(RunFolder(path).exists for path in evaluated)
+        lacking = next((path for path in self.folders if path not in evaluated), None)
+        if of_runs and self.out is not None and lacking is not None:
             raise MetaplError(
-                f"--out is for evaluations, and {lacking} has no evaluation.json; write it by: metapl evaluate "
-                f"{lacking} --out {lacking}."
+                f"--out is for evaluations, and {lacking} has no {EVALUATION}; write it by: metapl evaluate {lacking} "
+                f"--out {lacking}."
             )
-        if not self.runs:
-            raise MetaplError(
-                "no runs were named; expected run folders: metapl compare runs/digits-001 runs/digits-002"
-            )
-        self._runs()
-        if len(evaluated) == len(self.runs) and (len(self.runs) > 1 or self.out is not None):
-            tell("")
-            self._evaluations()
+        if of_runs:
+            _compare_runs(self.folders)
+        if not of_runs or (lacking is None and (len(self.folders) > 1 or self.out is not None)):
+            found = read_evaluations(self.folders)
+            tell("\n" * of_runs + evaluations_table(found))
+            if self.out is not None:
+                write_comparison(self.out, found)
         return 0
 
-    def _evaluations(self) -> None:
-        found = read_evaluations(self.runs)
-        tell(evaluations_table(found))
-        if self.out is not None:
-            write_comparison(self.out, found)
 
-    def _runs(self) -> None:
-        runs = [load_run(path) for path in self.runs]
-        names = {run.recipe.name: run.folder.path for run in runs}
-        if len(names) > 1:
-            which = ", ".join(f"{path} is of {name}" for name, path in names.items())
-            raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
-        by_run = [(run.folder.path, list(_entries(run))) for run in runs]
-        entries = [entry for _, members in by_run for entry in members]
-        _refuse_other_data(entries)
-        # Runs that were given the same minutes may have found time for other numbers of steps.
-        differ = len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
-        caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
-        tell(f"{caption}{where_one_network(entry.method for entry in entries)}\n\n{_table(by_run, differ)}\n")
-        if differ:
-            tell(paragraph("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
-        tell(_verdict(entries))
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
+
+    method: str
+    seed: int
+    steps: int
+    fields: dict[str, Any]
+    accuracies: dict[str, float]
+    place: Path
+    hashes: dict[str, str]
+    drawn_by: tuple[Any, ...]
+    evaluation: Evaluation
+
+
+def _compare_runs(folders: Sequence[Path]) -> None:
+    runs = [load_run(path) for path in folders]
+    names = {run.recipe.name: run.folder.path for run in runs}
+    if len(names) > 1:
+        which = ", ".join(f"{path} is of {name}" for name, path in names.items())
+        raise MetaplError(f"the runs are of different recipes, whose test sets differ: {which}.")
+    by_run = [(run.folder.path, list(_entries(run))) for run in runs]
+    entries = [entry for _, members in by_run for entry in members]
+    _refuse_other_data(entries)
+    # Runs that were given the same minutes may have found time for other numbers of steps.
+    differ = len({entry.steps for entry in entries if entry.fields["steps"] == MEASURED}) > 1
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", *["steps"] * differ, "delivered", "student", "finetuned")]
+    for place, members in by_run:
+        for method in dict.fromkeys(entry.method for entry in members):
+            by_seed = [entry for entry in members if entry.method == method]
+            shares = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
+            steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
+            rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *shares))
+    caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
+    tell(f"{caption}{where_one_network(entry.method for entry in entries)}\n\n{table(rows, left=3)}\n")
+    if differ:
+        tell(wrapped("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
+    tell(_verdict(entries))
 
 
 def _entries(run: LoadedRun) -> Iterator[Entry]:
     """The runs in a folder: one, or all of a comparison."""
-    fields = _fields(run.recipe)
-    if not run.is_comparison:
-        yield _entry(run, run.folder, run.result, fields)
-        return
-    for method, readouts in run.result["methods"].items():
-        for index, seed in enumerate(run.result["seeds"]):
-            numbers = {"method": method, "seed": seed, **{readout: readouts[readout][index] for readout in READOUTS}}
-            yield _entry(run, RunFolder(run.folder.path / method / f"seed-{seed}"), numbers, fields)
+    # A folder of pictures is the data; other recipes draw theirs from a data set.
+    drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
+    fields, runs = _fields(run.recipe), [(run.folder, run.result)]
+    if run.is_comparison:
+        runs = [
+            (RunFolder(run.folder.path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
+            for method, readouts in run.result["methods"].items()
+            for index, seed in enumerate(run.result["seeds"])
+            for numbers in [{readout: readouts[readout][index] for readout in READOUTS}]
+        ]
+    for folder, numbers in runs:
+        result = stored_result(folder)
+        if "evaluation" not in result:
+            raise MetaplError(
+                f"{folder.path} has no test accuracy: train was given no --test; train it again with one."
+            )
+        if STUDENT not in numbers:
+            raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
+        yield Entry(
+            numbers["method"],
+            numbers["seed"],
+            result["steps"],
+            fields,
+            {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
+            folder.path,
+            stored_data(folder)["hash"],
+            tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
+            Evaluation(**result["evaluation"]),
+        )
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
@@ -154,39 +171,14 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in IRRELEVANT}
 
 
-def _entry(run: LoadedRun, folder: RunFolder, numbers: dict[str, Any], fields: dict[str, Any]) -> Entry:
-    result = stored_result(folder)
-    if "evaluation" not in result:
-        raise MetaplError(f"{folder.path} has no test accuracy: train was given no --test; train it again with one.")
-    if STUDENT not in numbers:
-        raise MetaplError(f"{folder.path / 'result.json'} is damaged: it does not say {STUDENT}.")
-    # A folder of pictures is the data; other recipes draw theirs from a data set.
-    drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
-    return Entry(
-        numbers["method"],
-        numbers["seed"],
-        result["steps"],
-        fields,
-        {readout: numbers.get(readout, numbers[STUDENT]) for readout in READOUTS},
-        folder.path,
-        stored_data(folder)["hash"],
-        tuple(str((fields | {"seed": numbers["seed"]}).get(name)) for name in drawn_by),
-        Evaluation(**result["evaluation"]),
-    )
-
-
 def _refuse_other_data(entries: Sequence[Entry]) -> None:
-    """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better.
-
-    Raises:
-        MetaplError: two runs are on different data or classes; it names the first such pair.
-    """
+    """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better."""
     first: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
         names, others = entry.evaluation.classes or (), entries[0].evaluation.classes or ()
         if tuple(names) != tuple(others):
             raise MetaplError(
-                f"{entry.place} and {entries[0].place} are of different classes: {differing(names, others)}. Train "
+                f"{entry.place} and {entries[0].place} are of different classes: {_differing(names, others)}. Train "
                 "both on folders with the same classes, or compare each with runs on its own."
             )
         same = first.setdefault(entry.drawn_by, entry)
@@ -201,24 +193,13 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
+def _differing(classes: Sequence[str], others: Sequence[str]) -> str:
+    alone = [name for name in (*classes, *others) if name not in classes or name not in others]
+    return f"only one of them has {few(alone)}" if alone else "the order of the classes differs"
 
 
 def _chance(entries: Sequence[Entry]) -> float:
     return statistics.fmean(entry.evaluation.chance for entry in entries)
-
-
-def _table(by_run: Sequence[tuple[Path, list[Entry]]], with_steps: bool) -> str:
-    """A row for each method of each folder, with mean ± standard deviation where it has several seeds."""
-    head = ("run", "method", "seeds", *["steps"] * with_steps, "delivered", "student", "finetuned")
-    rows: list[tuple[str, ...]] = [head]
-    for place, entries in by_run:
-        for method in dict.fromkeys(entry.method for entry in entries):
-            by_seed = [entry for entry in entries if entry.method == method]
-            accuracies = [spread([entry.accuracies[readout] for entry in by_seed], digits=2) for readout in READOUTS]
-            steps = [f"{by_seed[0].steps:,}"] * with_steps  # all runs of a comparison have the same number
-            rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *accuracies))
-    return table(rows, left=3)
 
 
 def _ranges(seeds: Sequence[int]) -> str:
@@ -227,44 +208,35 @@ def _ranges(seeds: Sequence[int]) -> str:
     >>> _ranges([0, 1, 2, 7])
     '0-2,7'
     """
-    parts: list[list[int]] = []
-    for seed in sorted(seeds):
-        if parts and seed == parts[-1][-1] + 1:
-            parts[-1].append(seed)
-        else:
-            parts.append([seed])
-    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    firsts = [seed for seed in sorted(seeds) if seed - 1 not in seeds]
+    lasts = [seed for seed in sorted(seeds) if seed + 1 not in seeds]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------ what is tested
-
-
-def _values(entries: list[Entry], field: str) -> list[str]:
-    """What the entries have there; methods have fields of their own."""
-    return list(dict.fromkeys(str(entry.fields[field]) for entry in entries if field in entry.fields))
-
-
-def _verdict(entries: list[Entry]) -> str:
+def _verdict(entries: Sequence[Entry]) -> str:
     """Whether the feedback helps, where that was run, else each against the first; or why they are not paired."""
-    names = dict.fromkeys(name for entry in entries for name in entry.fields)
-    differing = {name: values for name in names if len(values := _values(entries, name)) > 1}
+    # Methods have fields of their own: what the entries have of each is looked at.
+    values: dict[str, set[str]] = {}
+    for entry in entries:
+        for name, value in entry.fields.items():
+            values.setdefault(name, set()).add(str(value))
+    differing = [name for name, found in values.items() if len(found) > 1]
     if "labels_per_class" in differing:
-        counts = ", ".join(differing["labels_per_class"])
+        counts = ", ".join(dict.fromkeys(str(entry.fields["labels_per_class"]) for entry in entries))
         return f"Not paired: the runs have different numbers of labels (labels_per_class {counts})."
     variants: dict[str, dict[int, Entry]] = {}
     for entry in entries:
-        name = ", ".join(
-            [entry.method, *(f"{field} {entry.fields[field]}" for field in differing if field in entry.fields)]
-        )
+        options = (f"{name} {entry.fields[name]}" for name in differing if name in entry.fields)
+        name = ", ".join([entry.method, *options])
         if entry.seed in variants.setdefault(name, {}):
             return f"Not paired: {name} with seed {entry.seed} is there twice."
         variants[name][entry.seed] = entry
-    first, *_ = variants
+    first, *others = variants
     seeds = tuple(sorted(variants[first]))
-    for name, by_seed in variants.items():
-        if set(by_seed) != set(seeds):
-            return f"Not paired: {first} has seeds {_ranges(seeds)}, {name} has {_ranges(list(by_seed))}."
-    if len(variants) < 2:
+    for name in others:
+        if {*variants[name]} != {*seeds}:
+            return f"Not paired: {first} has seeds {_ranges(seeds)}, {name} has {_ranges([*variants[name]])}."
+    if not others:
         return "Nothing to pair: one method with one set of options."
     methods = {
         name: {readout: [by_seed[seed].accuracies[readout] for seed in seeds] for readout in READOUTS}
@@ -272,11 +244,188 @@ def _verdict(entries: list[Entry]) -> str:
     }
     comparison = Comparison(seeds, methods, entries[0].evaluation.n, _chance(entries))
     if comparison.against_control() is not None:
-        return paragraph(comparison.sentence())
+        return wrapped(comparison.sentence())
     lines = [f"The students by seed ({_ranges(seeds)}), against those of {first}:"]
-    for name in [*methods][1:]:
+    for name in others:
         test = paired_test(methods[name][STUDENT], methods[first][STUDENT])
         too_few = test.p is None or test.n < ENOUGH_SEEDS
         p = f"at least {ENOUGH_SEEDS} seeds are needed for a test" if too_few else f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {name} ({p})")
     return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------- evaluations
+
+Evaluations = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Damaged:
+    error: float
+
+
+@dataclass(frozen=True)
+class _Flips:
+    flip_probability: float
+
+
+Share = Annotated[float, Range(0, most=1)]
+SHARES: dict[str, Any] = {"n": AtLeastOne, "accuracy": Share, "expected_calibration_error": Share, "top5": Share | None}
+DAMAGES: dict[str, Any] = {
+    "corruptions": dict[str, _Damaged],
+    "mean_corrupted_accuracy": Share | None,
+    "mean_corruption_error": Annotated[float, Range(0)] | None,
+}
+EXPECTED: dict[str, dict[str, Any]] = {
+    "": {
+        **dict.fromkeys(("run", "method", "network", "weights", "test"), str | None),
+        **SHARES,
+        **DAMAGES,
+        "classes": tuple[str, ...] | None,
+        "attacks": dict[str, dict[str, Share]],
+        "interval": tuple[Share, Share] | None,
+    },
+    "multi_label": {"accuracy": Share},
+    "imagenet_a": SHARES,
+    "imagenet_c": DAMAGES,
+    "imagenet_p": {
+        "perturbations": dict[str, _Flips],
+        "accuracy": Share,
+        "mean_flip_rate": Annotated[float, Range(0)] | None,
+    },
+}
+"""What is read of ``evaluation.json``, with types: of its top, and of its parts."""
+
+
+def read_evaluations(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """What the folders' ``evaluation.json`` hold, by folder.
+
+    Raises:
+        MetaplError: one is missing or damaged, there are too many, or they are of different classes.
+    """
+    if not 2 <= len(folders) <= len(PALETTE):
+        raise MetaplError(
+            f"{len(folders)} evaluation{'s' * (len(folders) != 1)} to compare; expected 2 to {len(PALETTE)}: "
+            "metapl compare robust/a robust/b."
+        )
+    found = {str(folder): _read(folder / EVALUATION) for folder in folders}
+    (first, one), *others = found.items()
+    for name, other in others:
+        a, b = one.get("classes"), other.get("classes")
+        if a is not None and b is not None and a != b:
+            raise MetaplError(
+                f"{name} and {first} are of different classes: {_differing(a, b)}. Evaluate both on pictures of the "
+                "same classes."
+            )
+        if _figures(one).keys().isdisjoint(_figures(other)):
+            raise MetaplError(
+                f"{name} and {first} have no figure in common: {few(_figures(other))} and {few(_figures(one))}. "
+                "Evaluate both by the same flags."
+            )
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise MetaplError(f"{file.parent} has no {EVALUATION}; write it by: metapl evaluate ... --out {file.parent}.")
+    again = "Expected what metapl evaluate --out writes: write it again."
+    content = read_json(file, mend=again)
+    fault = None
+    for part, hints in EXPECTED.items():
+        values = content.get(part, {}) if part else content
+        if not isinstance(values, dict):
+            fault = fault or f"{part} is not a JSON object"
+        else:
+            fault = fault or misfit_entries(values, hints, part)
+    if fault is None:
+        damages = (content, content.get("imagenet_c", {}))
+        kinds = {kind for found in damages for kind in found.get("corruptions", {})} - {*CORRUPTIONS}
+        kinds |= {*content.get("imagenet_p", {}).get("perturbations", {})} - {*FLIPS_OF_ALEXNET}
+        attacks = content.get("attacks", {})
+        kinds |= {*attacks} - {*get_args(Attack)}
+        strange = [eps for by_eps in attacks.values() for eps in by_eps if not _is_reach(eps)]
+        if kinds:
+            fault = f"it is of {few(map(short, sorted(kinds)))}, which are not known"
+        elif attacks and content.get("accuracy") is None:
+            fault = "it has attacks, and no accuracy without them"
+        elif strange:
+            fault = f"attacks have ε = {short(strange[0])}; expected 0 to {LEVELS}"
+    try:
+        if fault is None:
+            _figures(content)
+    except LookupError as error:
+        fault = f"an entry lacks its {error}"
+    if fault is not None:
+        raise MetaplError(f"{file} is damaged: {fault}. {again}")
+    return content
+
+
+def _is_reach(number: str) -> bool:
+    try:
+        return 0 <= float(number) <= LEVELS
+    except ValueError:
+        return False
+
+
+def _figures(found: Mapping[str, Any]) -> dict[str, float]:
+    """All figures of an evaluation by what they are called: shares in [0, 1], and those in % of AlexNet's."""
+    figures = {name: value_at(found, place) for name, place in (SUMMARY | RELATIVE).items()}
+    for prefix, part in (("", found), ("ImageNet-C ", found.get("imagenet_c", {}))):
+        corruptions = part.get("corruptions", {})
+        kinds = [kind for names in GROUPS.values() for kind in names if kind in corruptions]
+        figures |= {f"{prefix}error, {kind}": float(corruptions[kind]["error"]) for kind in kinds}
+    for attack, by_eps in found.get("attacks", {}).items():
+        figures |= {f"{attack.upper()}, ε = {eps}/255": float(value) for eps, value in by_eps.items()}
+    for name, kind in found.get("imagenet_p", {}).get("perturbations", {}).items():
+        figures[f"flips, {name}"] = float(kind["flip_probability"])
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def evaluations_table(evaluations: Evaluations) -> str:
+    """Every figure, a column for each evaluation; of two, their difference too."""
+    letters = "ABCDEFG"[: len(evaluations)]
+    figures = [
+        {name: value if name in RELATIVE else 100 * value for name, value in _figures(found).items()}
+        for found in evaluations.values()
+    ]
+    two = len(figures) == 2
+    rows = [("in %", *letters, *(["B - A"] * two))]
+    for name in dict.fromkeys(name for found in figures for name in found):
+        cells = [f"{found[name]:.1f}" if name in found else "-" for found in figures]
+        if two:
+            cells.append("-" if "-" in cells else f"{figures[1][name] - figures[0][name]:+.1f}")
+        rows.append((name, *cells))
+    named = [
+        "\n   ".join([f"{letter}  {short(name, 70)}", *_measured(found)])
+        for letter, (name, found) in zip(letters, evaluations.items(), strict=True)
+    ]
+    counts, tests = ({found.get(key) for found in evaluations.values()} - {None} for key in ("n", "test"))
+    note = ""
+    if len(counts) > 1:
+        note = "\n\nnote: the numbers of test pictures differ, so these are not the same pictures"
+    elif len(tests) > 1:
+        note = "\n\nnote: the folders of test pictures differ; differences count where the pictures are the same"
+    return "\n".join(named) + f"\n\n{table(rows)}{note}"
+
+
+def _measured(found: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured, on what, and how far the top-1 accuracy is known, where the evaluation says so."""
+    if found.get("run") is not None:
+        method, name = EVERY_METHOD.get(str(found.get("method"))), str(found.get("network"))
+        yield f"{name if method is None else method.networks.get(name, name)} of {short(str(found['run']), 50)}"
+    elif found.get("weights") is not None:
+        yield short(str(found["weights"]), 70)
+    if found.get("n") is not None:
+        folder = found.get("test")
+        yield f"{found['n']:,} test pictures{'' if folder is None else f' of {short(str(folder), 50)}'}"
+    if found.get("interval") is not None:
+        low, high = found["interval"]
+        yield f"95 % interval of top-1: {100 * low:.1f} to {100 * high:.1f}"
+
+
+def write_comparison(folder: Path, evaluations: Evaluations) -> None:
+    """``compared.json`` and ``compared.png``: both, or neither."""
+    content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
+    text = f"{json.dumps(content, indent=1)}\n".encode()
+    with held(folder, COMPARED, PICTURE), written_to(folder), written_last(folder / COMPARED, text):
+        draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from metapl.apps.commands.commands import CHOICES, COMMANDS, command_class, kinds
+from metapl.apps.commands.commands import CHOICES, COMMANDS, kinds, module_of
+from metapl.apps.commands.parse import CONFIG, REGISTRY, OnRecipe
 from metapl.errors import MetaplError
 
 SHELLS = ("bash", "zsh", "fish")
@@ -20,27 +21,29 @@ def print_completion(given: Sequence[str]) -> int:
             f"--print-completion was given {' '.join(given) or 'no shell'}; expected one of {', '.join(SHELLS)}, "
             "such as: metapl --print-completion bash."
         )
-
-    commands = {name: _choice(name) if name in CHOICES else command_class(name, ()) for name in COMMANDS}
+    commands = {
+        name: _known(name) if name in CHOICES else getattr(module_of(name), name.capitalize()) for name in COMMANDS
+    }
     try:
         tyro.cli(
             _one_of(commands),
             prog="metapl",
             args=["--tyro-write-completion", given[0], "-"],
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitSubcommandPrefixes),
+            config=(*CONFIG, tyro.conf.OmitSubcommandPrefixes),
+            registry=REGISTRY,
         )
     except SystemExit as end:  # tyro prints the script and ends
         return int(end.code or 0)
     raise RuntimeError("tyro printed no script")
 
 
-def _choice(command: str) -> Any:
+def _known(command: str) -> Any:
     """A command whose first word is a choice, as tyro takes it: a function."""
 
     def chosen(choice: Any) -> None: ...
 
     known = {
-        name: kind.given((), f"metapl {command} {name}") if hasattr(kind, "given") else kind
+        name: kind.completed(f"metapl {command} {name}") if issubclass(kind, OnRecipe) else kind
         for name, kind in kinds(command).items()
     }
     chosen.__annotations__["choice"] = Annotated[_one_of(known), tyro.conf.arg(name="")]

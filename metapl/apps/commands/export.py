@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-import tyro
-
 from metapl.apps.commands.folders import held
 from metapl.apps.commands.inputs import Network
-from metapl.apps.commands.parse import Run, Switch
+from metapl.apps.commands.parse import Command, Run, Switch, unset
 from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import describe, stored_data
@@ -29,7 +27,7 @@ PARTS = ("labeled", "unlabeled", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export:
+class Export(Command):
     """Write a run's network for others: a program that needs torch alone, its weights, and a card for both.
 
     model.pt2 is the whole network, with its normalization, as a program for torch.export.load: any number of pictures
@@ -40,18 +38,18 @@ class Export:
     Programs are run without metapl and compared with the network before anything is written.
 
     Args:
-        run: the run folder; of a comparison, the run that it delivers.
+        folder: the run folder; of a comparison, the run that it delivers.
         out: the folder to write them to; made if need be.
         onnx: model.onnx too; needs pip install 'metapl[onnx]'.
     """
 
-    run: Run
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")]
+    folder: Run
+    out: Annotated[Path, unset("DIR")]
     network: Network = "delivered"
     onnx: Switch = False
 
-    def __call__(self) -> int:
-        run = load_run(self.run)
+    def run(self) -> int:
+        run = load_run(self.folder)
         if self.onnx:
             require_onnx()
         name = run.name(self.network)
@@ -77,64 +75,45 @@ class Export:
 
 
 def _card(run: LoadedRun, name: str) -> dict[str, Any]:
-    """What :func:`metapl.apps.export.export` writes on the card."""
-    method = run.result["method"]
-    return {
-        "title": f"{run.recipe.name}: {title(method)}, {run.titled(name)}",
-        "classes": run.recipe.classes,
-        "metrics": _metrics(run, name),
-        "data_hash": _examples(run),
-        "recipe": _recipe(run, name),
-        "notes": "\n".join(f"- {note}" for note in _notes(run, name)),
-        "center": getattr(run.recipe, "center", 1.0),
-    }
-
-
-def _metrics(run: LoadedRun, name: str) -> dict[str, Any]:
-    """Figures of the network that is exported, and of no others."""
-    result = run.result
-    figures: dict[str, Any] = {}
+    """What :func:`metapl.apps.export.export` writes on the card: figures of the exported network, and of no others."""
+    result, recipe, method = run.result, run.recipe, run.result["method"]
+    metrics: dict[str, Any] = {}
     if "evaluation" in result:
         evaluation = Evaluation(**result["evaluation"])
-        figures |= {"test accuracy": result[f"{name}_test_accuracy"], "test examples": evaluation.n}
-        figures["test chance level"] = evaluation.chance
-    if "evaluation" in result and name == result["delivered"]:  # the evaluation is of that one
-        figures |= {f"test {words}": result["evaluation"][figure] for figure, words in FIGURES.items()}
+        metrics |= {"test accuracy": result[f"{name}_test_accuracy"], "test examples": evaluation.n}
+        metrics["test chance level"] = evaluation.chance
+        if name == result["delivered"]:  # the evaluation is of that one
+            metrics |= {f"test {words}": result["evaluation"][figure] for figure, words in FIGURES.items()}
     if f"{name}_validation_accuracy" in result:
-        figures["validation accuracy"] = result[f"{name}_validation_accuracy"]
-        figures["validation examples"] = result["validation_size"]
-    return {figure: value for figure, value in figures.items() if value is not None}
-
-
-def _examples(run: LoadedRun) -> dict[str, str]:
-    """On which data the exported network was trained: how many examples, and their hashes."""
-    folder = run.folder
+        metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
+        metrics["validation examples"] = result["validation_size"]
+    of_data = run.folder
     if run.is_comparison:
-        folder = RunFolder(folder.path / run.result["method"] / f"seed-{run.result['seed']}")
-    data = stored_data(folder)
+        of_data = RunFolder(of_data.path / method / f"seed-{result['seed']}")
+    data = stored_data(of_data)
     record = data | data.get("counts", {})
     numbers = {part: record[part] for part in PARTS if part in record}
     counts = {part: len(found) if isinstance(found, list) else found for part, found in numbers.items()}
-    return (
-        ({"data set": data["data"]} if "data" in data else {})
-        | {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
-        | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()}
-    )
-
-
-def _recipe(run: LoadedRun, name: str) -> dict[str, Any]:
-    """The recipe without the places of files, of which the last names are left."""
-    fields: dict[str, Any] = describe(run.recipe)["fields"]
+    examples = {"data set": data["data"]} if "data" in data else {}
+    examples |= {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
     fields = {
+        # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value
-        for field, value in fields.items()
+        for field, value in describe(recipe)["fields"].items()
         if field != "class_names"
     }
-    result = run.result
-    run_by = {"name": run.recipe.name, "method": result["method"], "best_step": result["best_step"]}
-    anew = name == "finetuned" and "finetuned_with" in result
-    again = {"finetuned_with": result["finetuned_with"]} if anew else {}
-    return run_by | again | {"fields": fields}
+    run_by = {"name": recipe.name, "method": method, "best_step": result["best_step"]}
+    if name == "finetuned" and "finetuned_with" in result:
+        run_by["finetuned_with"] = result["finetuned_with"]
+    return {
+        "title": f"{recipe.name}: {title(method)}, {run.titled(name)}",
+        "classes": recipe.classes,
+        "metrics": {figure: value for figure, value in metrics.items() if value is not None},
+        "data_hash": examples | {f"SHA-256 of {part}": f"`{digest}`" for part, digest in data["hash"].items()},
+        "recipe": run_by | {"fields": fields},
+        "notes": "\n".join(f"- {note}" for note in _notes(run, name)),
+        "center": getattr(recipe, "center", 1.0),
+    }
 
 
 def _notes(run: LoadedRun, name: str) -> Iterator[str]:

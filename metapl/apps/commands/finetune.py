@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 
-from metapl.apps.commands.parse import Run
+from metapl.apps.commands.parse import Command, Run, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.experiment import Experiment, Network, delivered
 from metapl.apps.experiments.folder import RunFolder
@@ -23,6 +22,7 @@ from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.methods import titled
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
+from metapl.runs.fields import AtLeastOne, Range
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
@@ -36,7 +36,7 @@ ORDER = ("student", "teacher", "finetuned")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune:
+class Finetune(Command):
     """Finetune a run's student, or its one network, on its labeled data again.
 
     Without options it repeats what train did. The finetuned network and its numbers in result.json are replaced when
@@ -45,54 +45,60 @@ class Finetune:
     keeps the networks and numbers that it was made with.
 
     Args:
-        run: the run folder.
+        folder: the run folder.
         steps: finetuning steps; by default as in the recipe.
         lr: learning rate; by default as in the recipe.
     """
 
-    run: Run
-    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")] = None
-    lr: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    folder: Run
+    steps: Annotated[AtLeastOne | None, unset()] = None
+    lr: Annotated[Annotated[float, Range(above=0)] | None, unset()] = None
 
-    def __call__(self) -> int:
-        run = load_run(self.run)
+    def run(self) -> int:
+        run = load_run(self.folder)
         if run.is_comparison:
-            run_folder = self.run / run.result["method"] / f"seed-{run.result['seed']}"
-            raise MetaplError(f"{self.run} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
+            run_folder = self.folder / run.result["method"] / f"seed-{run.result['seed']}"
+            raise MetaplError(f"{self.folder} is a comparison; finetune one of its runs: metapl finetune {run_folder}")
         if run.finetuned_larger:
             raise MetaplError(
-                f"{self.run} was finetuned at a larger size, which is a part of its training; expected another run: "
+                f"{self.folder} was finetuned at a larger size, which is a part of its training; expected another run: "
                 "metapl noisy-student with other --finetune-steps or --finetune.lr."
             )
-        recipe = self._recipe(run)
+        steps = self.steps or run.recipe.finetune_steps
+        if not steps:
+            raise MetaplError(f"the recipe has no finetuning steps; expected metapl finetune {self.folder} --steps 200")
+        optimizer = dataclasses.replace(run.recipe.finetune, lr=self.lr or run.recipe.finetune.lr)
+        recipe = dataclasses.replace(run.recipe, finetune_steps=steps, finetune=optimizer)
         try:
             with run.folder.claimed(run.description, resume=True):
                 # Another process may have finetuned it since.
                 run = dataclasses.replace(run, result=stored_result(run.folder))
                 result = _finetuned_anew(run, recipe)
         except KeyboardInterrupt as stopped:
-            tell(f"\nmetapl: stopped; {self.run} is as it was.", file=sys.stderr)
+            tell(f"\nmetapl: stopped; {self.folder} is as it was.", file=sys.stderr)
             return exit_code(stopped)
-        tell(f"{run.title}\n")
-        tell(_before_and_after(run.result, result, run.recipe))
-        tell(f"\n{_measured_on(result)}")
-        by = "by validation" if result["delivered_by"] == "validation" else "by rule"
+        usual = {"steps": run.recipe.finetune_steps, "lr": run.recipe.finetune.lr}
+        rows: list[tuple[str, ...]] = [("", "validation", "test", "steps", "learning rate")]
+        for name, network, found, settings in (
+            (titled(run.result["method"], "student"), "student", run.result, None),
+            ("finetuned, before", "finetuned", run.result, run.result.get("finetuned_with", usual)),
+            ("finetuned, now", "finetuned", result, result["finetuned_with"]),
+        ):
+            values = [found.get(f"{network}_{part}_accuracy") for part in ("validation", "test")]
+            by = ("", "") if settings is None else (str(settings["steps"]), f"{settings['lr']:g}")
+            rows.append((name, *("-" if value is None else f"{value:.2%}" for value in values), *by))
+        n, on = result["validation_size"], result.get("evaluation")
+        validation = f"validation: {n:,} examples" if n else "no validation set"
+        test = "no test set was given"
+        if on is not None:
+            test = f"test: {on['n']:,} examples, chance {Evaluation(**on).chance:.2%}"
+        by_rule = "by validation" if result["delivered_by"] == "validation" else "by rule"
         name, before = (run.titled(one["delivered"]) for one in (result, run.result))
         changed = "" if name == before else f"; before: {before}"
-        tell(f"\nthe {run.titled('finetuned')} and its numbers in {self.run} are new")
-        tell(f"delivered: {name} ({by}{changed})")
+        tell(f"{run.title}\n\n{table(rows)}\n\n{validation}; {test}\n")
+        tell(f"the {run.titled('finetuned')} and its numbers in {self.folder} are new")
+        tell(f"delivered: {name} ({by_rule}{changed})")
         return 0
-
-    def _recipe(self, run: LoadedRun) -> Recipe:
-        """The run's recipe, with the options given."""
-        steps = run.recipe.finetune_steps if self.steps is None else self.steps
-        if steps < 1:
-            given = "the recipe has no finetuning steps" if self.steps is None else f"--steps {steps}"
-            raise MetaplError(f"{given}; expected 1 or more: metapl finetune {self.run} --steps 200")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise MetaplError(f"--lr {self.lr}: expected a number above 0.")
-        optimizer = run.recipe.finetune if self.lr is None else dataclasses.replace(run.recipe.finetune, lr=self.lr)
-        return dataclasses.replace(run.recipe, finetune_steps=steps, finetune=optimizer)
 
 
 def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
@@ -134,38 +140,3 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     Experiment(recipe, run.folder).report(result, evaluation, task)
     return result
-
-
-def _measured_on(result: dict[str, Any]) -> str:
-    """How many examples the accuracies are of."""
-    n, on = result["validation_size"], result.get("evaluation")
-    validation = f"validation: {n:,} examples" if n else "no validation set"
-    if on is None:
-        return f"{validation}; no test set was given"
-    return f"{validation}; test: {on['n']:,} examples, chance {Evaluation(**on).chance:.2%}"
-
-
-def _before_and_after(before: dict[str, Any], after: dict[str, Any], recipe: Recipe) -> str:
-    tuned_before = before.get("finetuned_with", {"steps": recipe.finetune_steps, "lr": recipe.finetune.lr})
-    return table(
-        [
-            ("", "validation", "test", "steps", "learning rate"),
-            (titled(before["method"], "student"), *_accuracies(before, "student"), "", ""),
-            ("finetuned, before", *_row(before, tuned_before)),
-            ("finetuned, now", *_row(after, after["finetuned_with"])),
-        ]
-    )
-
-
-def _row(result: dict[str, Any], settings: dict[str, Any]) -> tuple[str, str, str, str]:
-    return *_accuracies(result, "finetuned"), str(settings["steps"]), f"{settings['lr']:g}"
-
-
-def _accuracies(result: dict[str, Any], network: str) -> tuple[str, str]:
-    """On validation and on test; a dash for what there is not."""
-    validation, test = (result.get(f"{network}_{part}_accuracy") for part in ("validation", "test"))
-    return _share(validation), _share(test)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from metapl.apps.experiments.folder import RunFolder
 from metapl.errors import MetaplError
 from metapl.runs.ownership import owned
+from metapl.runs.sealed import refuse_irregular
 
 
-def held(out: Path | None) -> AbstractContextManager[None]:
-    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none."""
-    if out is not None and out.exists() and not out.is_dir():
+@contextmanager
+def held(out: Path | None, *files: str) -> Iterator[None]:
+    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none.
+
+    ``files`` will be written there, in the place of plain files alone.
+    """
+    if out is None:
+        yield
+        return
+    if out.exists() and not out.is_dir():
         raise MetaplError(f"--out {out} is a file; expected a folder, or the name of a new one.")
-    return nullcontext() if out is None else owned(out, leaves_lock=False)
+    for name in files:
+        try:
+            refuse_irregular(out / name)
+        except OSError as error:
+            raise MetaplError(f"--out {out}: {name} in it cannot be replaced: {error.strerror}.") from error
+    with owned(out, leaves_lock=False):
+        yield
+
+
+STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
+"""Names of open files of a process: to replace the file behind one would lose what else is written to it."""
+
+
+def check_file(flag: str, file: Path | None, suffix: str = "") -> None:
+    """Refuse a file that cannot be written, or not be replaced, before any work; of a link, what it leads to."""
+    if file is None:
+        return
+    if file.suffix.lower() != (suffix or file.suffix.lower()):
+        raise MetaplError(f"{flag} {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
+    if str(file) == "-" or os.path.abspath(file).startswith(STREAMS):
+        raise MetaplError(f"{flag} {file} is a stream; expected a file.")
+    where = Path(os.path.realpath(file))
+    try:
+        refuse_irregular(where)
+    except OSError as error:
+        raise MetaplError(f"{flag} {file} cannot be written: {error.strerror}.") from error
+    if not where.parent.is_dir():
+        raise MetaplError(f"{flag} {file} cannot be written: there is no folder {where.parent}.")
 
 
 @contextmanager
@@ -33,13 +69,12 @@ def written_to(out: Path) -> Iterator[None]:
 def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
     """The folder of a run, which nobody else writes to until the block ends.
 
-    Args:
-        out: as it was given; None: the next free runs/<recipe>-NNN, with ``resume`` the last one that is there.
-        recipe: its name.
-        resume: go on with the run in it.
+    Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
     """
     is_new = out is None and not resume
-    path = out or (new_default_folder(recipe) if is_new else _last_default_folder(recipe))
+    if out is None and resume and not _numbers(recipe):
+        raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
+    path = out or (new_default_folder(recipe) if is_new else _numbered(recipe, max(_numbers(recipe))))
     folder = RunFolder(path)
     try:
         folder.check(resume)  # where that is clear already, nobody is waited for
@@ -57,7 +92,7 @@ def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolde
 def new_default_folder(recipe: str) -> Path:
     """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
     while True:
-        path = Path("runs") / f"{recipe}-{max(_default_numbers(recipe), default=0) + 1:03d}"
+        path = _numbered(recipe, max(_numbers(recipe), default=0) + 1)
         try:
             path.mkdir(parents=True)
             return path
@@ -66,14 +101,11 @@ def new_default_folder(recipe: str) -> Path:
                 raise
 
 
-def _last_default_folder(recipe: str) -> Path:
-    numbers = _default_numbers(recipe)
-    if not numbers:
-        raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
-    return Path("runs") / f"{recipe}-{max(numbers):03d}"
+def _numbered(recipe: str, number: int) -> Path:
+    return Path("runs") / f"{recipe}-{number:03d}"
 
 
-def _default_numbers(recipe: str) -> list[int]:
+def _numbers(recipe: str) -> list[int]:
     """The numbers of the runs with default names that are there."""
     matches = (re.fullmatch(rf"{recipe}-(\d+)", path.name) for path in Path("runs").glob(f"{recipe}-*"))
     return [int(match[1]) for match in matches if match]

@@ -7,12 +7,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
-import tyro
 from torch import Tensor
 
+from metapl.apps.commands.parse import unset
 from metapl.apps.experiments.load_run import NetworkName
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import scan_labeled, walk
@@ -20,20 +20,14 @@ from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError, few
 from metapl.words import shown, tell
 
-Network = Annotated[
-    NetworkName,
-    tyro.conf.arg(
-        help_behavior_hint="",
-        help="which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled "
-        "data, or the teacher. Of a method that trains one network, such as uda, that is the student.",
-    ),
-]
+OF_RUNS = (
+    "which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled data, or "
+    "the teacher. Of a method that trains one network, such as uda, that is the student."
+)
+Network = Annotated[NetworkName, unset(help=OF_RUNS)]
 """A network of a run."""
 
 BATCH = 256
-
-NAMED = 5
-"""Files that an error names."""
 
 
 class Reads(Protocol):
@@ -49,51 +43,46 @@ class Reads(Protocol):
 
 
 class Inputs:
-    """The examples in files and folders, as they are asked for.
-
-    Args:
-        recipe: reads the files.
-        paths: files and folders.
-        leave: files that are not read though they lie in one of the folders.
-    """
+    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``."""
 
     def __init__(self, recipe: Reads, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
         self.recipe, self.seen, self.skipped = recipe, 0, 0
-        self.leave = {os.path.realpath(file) for file in leave}
-        self.files = [file for path in paths for file in (self._within(path) if path.is_dir() else [path])]
+        left = {os.path.realpath(file) for file in leave}
+        self.files: list[Path] = []
+        for path in paths:
+            files = [path]
+            if path.is_dir():
+                files = [Path(where) / name for where, _, names in walk(path, self._unlisted) for name in names]
+                files = sorted(file for file in files if file.suffix.lower() in recipe.reads)
+                files = [file for file in files if not left or os.path.realpath(file) not in left]
+                if not files:
+                    raise MetaplError(
+                        f"there is no file in {path} that can be read; expected {', '.join(recipe.reads)}."
+                    )
+            self.files += files
         self._unlisted_folders = self.skipped
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Where each example stands, and the network's input for it."""
+        examples = self._read()
+        while batch := list(itertools.islice(examples, BATCH)):
+            yield batch
+
+    def _read(self) -> Iterator[tuple[str, Tensor]]:
         self.seen = self.skipped = self._unlisted_folders  # of this pass, whatever was read before
         for file in self.files:
-            self.seen += 1
             try:
                 yield from self.recipe.read(file)
             except MetaplError as error:
                 self._skip(str(error))
-
-    def batches(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """The same, some at a time."""
-        examples = iter(self)
-        while batch := list(itertools.islice(examples, BATCH)):
-            yield batch
-
-    def _within(self, folder: Path) -> list[Path]:
-        """The readable files of a folder and its subfolders, sorted."""
-        files = [Path(where) / name for where, _, names in walk(folder, self._unlisted) for name in names]
-        reads = [file for file in files if file.suffix.lower() in self.recipe.reads]
-        readable = sorted(file for file in reads if not self.leave or os.path.realpath(file) not in self.leave)
-        if not readable:
-            raise MetaplError(
-                f"there is no file in {folder} that can be read; expected {', '.join(self.recipe.reads)}."
-            )
-        return readable
+            else:
+                self.seen += 1
 
     def _unlisted(self, error: OSError) -> None:
-        self.seen += 1
         self._skip(f"{shown(error.filename)}: {error.strerror}")
 
     def _skip(self, why: str) -> None:
+        self.seen += 1
         self.skipped += 1
         tell(f"metapl: left out {why}", file=sys.stderr)
 
@@ -103,41 +92,51 @@ def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
     bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
     if bad:
         raise MetaplError(
-            f"the network's outputs are not finite for {few(bad, NAMED)}; its training diverged: train "
-            "again with a smaller learning rate."
+            f"the network's outputs are not finite for {few(bad)}; its training diverged: train again with a smaller "
+            "learning rate."
         )
 
 
 class TestFolder:
     """The pictures of a folder that holds one folder a class, read like the training data of a run.
 
-    Notes on them go to standard error.
-
-    Args:
-        recipe: of the run; its classes count.
-        folder: one folder a class, called as the run's classes; those without pictures may be missing.
-
-    Raises:
-        MetaplError: no such folder, none in it, no picture, or pictures of a class that the run does not know.
+    Those of classes without pictures may be missing; others than the run's are refused. Notes go to standard error.
     """
 
     __test__ = False  # pytest takes classes with such names for tests
+    part = "test"
 
     def __init__(self, recipe: Reads, folder: Path) -> None:
-        self.folder, self.files = folder, scan_labeled(folder)
-        counts = self.files.counts()
+        files = scan_labeled(folder)
+        counts = files.counts()
         unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
         if unknown:
             raise MetaplError(
                 f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
                 f"its classes: {few(recipe.classes, 20)}."
             )
-        self.missing = tuple(name for name in recipe.classes if not counts.get(name))
-        labels = self.files.targets(recipe.classes).tolist()
-        self._labels = dict(zip(self.files.paths(), labels, strict=True))
-        self._inputs = Inputs(recipe, [Path(path) for path in self.files.paths()])
-        self.names: list[str] = []
-        for note in self._notes(recipe):
+        missing = [name for name in recipe.classes if not counts.get(name)]
+        self.about: dict[str, Any] = {"test": str(folder), "missing_classes": missing}
+        self.root, self.names = files.root, list[str]()
+        self._labels = dict(zip(files.paths(), files.targets(recipe.classes).tolist(), strict=True))
+        self._inputs = Inputs(recipe, [Path(path) for path in files.paths()])
+        notes = []
+        if missing:
+            notes.append(f"{files.root} has no picture of {few(missing)}: nothing is measured there.")
+        if files.loose:
+            notes.append(f"{files.loose} pictures beside the class folders are not used.")
+        if files.passed_over:
+            kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+            notes.append(f"files without the name of a picture are passed over: {kinds}.")
+        if isinstance(recipe, ImageFolders):  # an accuracy on pictures that were trained on says nothing of others
+            try:
+                labeled, others = recipe.trained_on()
+            except MetaplError as error:
+                notes.append(f"it is not known which of these pictures were trained on: {error}")
+            else:
+                found = find_copies(labeled, others, None, files, trained=True)
+                notes += [finding.message for finding in found if finding.kind == "test copies"]
+        for note in notes:
             tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -145,34 +144,16 @@ class TestFolder:
         self.names = []
         for batch in self._inputs.batches():
             paths = [path for path, _ in batch]
-            self.names += [Path(path).relative_to(self.files.root).as_posix() for path in paths]
+            self.names += [Path(path).relative_to(self.root).as_posix() for path in paths]
             yield torch.stack([x for _, x in batch]), torch.tensor([self._labels[path] for path in paths])
         if not self.names:
-            raise MetaplError(f"none of the {len(self.files)} pictures in {self.files.root} can be read.")
+            raise MetaplError(f"none of the {len(self._labels)} pictures in {self.root} can be read.")
 
     @property
     def skipped(self) -> int:
         """How many files could not be read."""
         return self._inputs.skipped
 
-    def _notes(self, recipe: Reads) -> Iterator[str]:
-        if self.missing:
-            yield f"{self.files.root} has no picture of {few(self.missing)}: nothing is measured there."
-        if self.files.loose:
-            yield f"{self.files.loose} pictures beside the class folders are not used."
-        if self.files.passed_over:
-            kinds = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(self.files.passed_over.items()))
-            yield f"files without the name of a picture are passed over: {kinds}."
-        if isinstance(recipe, ImageFolders):
-            yield from self._copies(recipe)
-
-    def _copies(self, recipe: ImageFolders) -> Iterator[str]:
-        """Pictures that were trained on: an accuracy on them says nothing of others."""
-        try:
-            labeled, others = recipe.trained_on()
-        except MetaplError as error:
-            yield f"it is not known which of these pictures were trained on: {error}"
-            return
-        for finding in find_copies(labeled, others, None, self.files, trained=True):
-            if finding.kind == "test copies":
-                yield finding.message
+    def remark(self, evaluation: object) -> str:
+        """Nothing is known of such an accuracy."""
+        return ""

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from metapl.apps.commands.inputs import Network
 from metapl.apps.commands.labels import kept
-from metapl.apps.commands.parse import Run, Switch
+from metapl.apps.commands.parse import Command, Run, Switch, unset
 from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
-from metapl.apps.experiments.load_run import LoadedRun, load_run
+from metapl.apps.experiments.load_run import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.recipes.base import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
-from metapl.runs.sealed import read_plain
+from metapl.runs.fields import Range
+from metapl.runs.sealed import sha256_of
 from metapl.training.options import MOST_WORKERS
 from metapl.words import tell
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label:
+class Label(Command):
     """Store the class probabilities that a run's network gives many pictures, to train other networks on.
 
     The network runs in eval mode, without dropout and other noise, on pictures as they are: read like the training data
@@ -43,7 +42,7 @@ class Label:
     Needs pip install 'metapl[labels]'.
 
     Args:
-        run: the run folder; of a comparison, the run that it delivers.
+        folder: the run folder; of a comparison, the run that it delivers.
         pictures: a folder of pictures, or the name of a data set.
         out: the folder of the store; made if need be.
         temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
@@ -55,35 +54,40 @@ class Label:
         resume: go on with the store that is there.
     """
 
-    run: Run
-    pictures: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES", help_behavior_hint="")]
+    folder: Run
+    pictures: Annotated[str, tyro.conf.Positional, unset("PICTURES")]
     out: Annotated[Path, tyro.conf.arg(metavar="STORE")]
-    temperature: float = 1.0
-    top_k: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
+    temperature: Annotated[float, Range(above=0)] = 1.0
+    top_k: Annotated[int | None, unset("K")] = None
     network: Network = "delivered"
-    data_root: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    batch: int = BATCH
-    num_workers: int = 0
+    data_root: Annotated[str | None, unset("DIR")] = None
+    batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
+    num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     resume: Switch = False
 
-    def __call__(self) -> int:
-        self._check()
-        run = load_run(self.run)
-        name = run.name(self.network)
-        if self.top_k is not None and not 1 <= self.top_k <= len(run.recipe.classes):
+    def run(self) -> int:
+        run = load_run(self.folder)
+        name, classes = run.name(self.network), run.recipe.classes
+        if self.top_k is not None and not 1 <= self.top_k <= len(classes):
             raise MetaplError(
-                f"--top-k {self.top_k} was given; expected 1 to {len(run.recipe.classes):,}, the number of classes, or "
-                "no --top-k for all of them."
+                f"--top-k {self.top_k} was given; expected 1 to {len(classes):,}, the number of classes, or no --top-k "
+                "for all of them."
             )
         network = run.network(name).to(run.device)
         labeled = to_label(self.pictures, run.recipe, self.batch, self.data_root)
         writer = LabelWriter(
             self.out,
-            run.recipe.classes,
+            classes,
             top_k=self.top_k,
             provenance={
-                "run": str(self.run),
-                "model": _model(run, name),
+                "run": str(self.folder),
+                "model": {
+                    "recipe": run.recipe.name,
+                    "method": run.result["method"],
+                    "seed": run.result["seed"],
+                    "network": name,
+                    "weights_sha256": sha256_of(run.folder.path / weights_file(name)),
+                },
                 **provenance(network, labeled, run.recipe, temperature=self.temperature),
             },
             rows_per_part=rows_per_part(len(labeled.ids)),
@@ -115,24 +119,3 @@ class Label:
             files = "1 file" if len(unread) == 1 else f"{len(unread):,} files"
             tell(f"metapl: {files} that were labeled before cannot be read now: {few(unread)}", file=sys.stderr)
         return 1 if left_out or unread else 0
-
-    def _check(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise MetaplError(f"--temperature {self.temperature} was given; expected a number above 0.")
-        for flag, given, least, most in (
-            ("--batch", self.batch, 1, MOST_IN_A_BATCH),
-            ("--num-workers", self.num_workers, 0, MOST_WORKERS),
-        ):
-            if not least <= given <= most:
-                raise MetaplError(f"{flag} {given} was given; expected {least} to {most:,}.")
-
-
-def _model(run: LoadedRun, name: str) -> dict[str, Any]:
-    """Which network, and the SHA-256 of its file."""
-    return {
-        "recipe": run.recipe.name,
-        "method": run.result["method"],
-        "seed": run.result["seed"],
-        "network": name,
-        "weights_sha256": hashlib.sha256(read_plain(run.folder.path / weights_file(name))).hexdigest(),
-    }

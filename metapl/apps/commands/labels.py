@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.commands.parse import Switch
+from metapl.apps.commands.folders import check_file
+from metapl.apps.commands.parse import Command, File, Switch, unset
 from metapl.apps.labels import LabelStore
 from metapl.apps.labels.drawing import draw_statistics
 from metapl.apps.labels.files import store_around
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.errors import MetaplError, few
-from metapl.runs.sealed import refuse_irregular
 from metapl.training.progress import counting
 from metapl.words import short, shown, table, tell
 
-Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE", help_behavior_hint="")]
+Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 """The folder of a store, by its place."""
 
 MOST_CLASSES, LISTED, BAR = 30, 10, 40
 """Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar."""
 
+SELECTED = {
+    "dropped_overlap_with": "without the pictures of a folder",
+    "threshold": "confidence above {}",
+    "per_class": "at most {} a class",
+    "any_class": "by the probability of any class",
+    "balance": "balanced",
+}
+"""What a selection is asked for, in words."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Stats:
+class Stats(Command):
     """Say what is in a store of labels: examples of each class, how confident the labels are, and their entropy.
 
     The class of an example is its most probable one, and the confidence is the probability of that.
@@ -42,39 +51,27 @@ class Stats:
 
     store: Store
     json: Switch = False
-    png: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    png: File = None
 
-    def __call__(self) -> int:
-        if self.png is not None and self.png.suffix.lower() != ".png":
-            raise MetaplError(f"--png {self.png} is to be a PNG file; expected a name that ends with .png.")
-        if self.png is not None:
-            _check_picture(self.png)
+    def run(self) -> int:
+        check_file("--png", self.png, ".png")
+        if self.png is not None and (around := store_around(self.png)) is not None:
+            raise MetaplError(f"--png {self.png} lies in the store {around}; expected a file elsewhere.")
         store = LabelStore(self.store)
-        content = statistics(store)
+        found = statistics(store)
         if self.json:
             about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
-            tell(json.dumps({**about, **content.to_json()}, indent=2))
+            tell(json.dumps({**about, **found.to_json()}, indent=2))
         else:
-            tell(f"{_heading(store, content)}\n\n{_by_class(content)}\n\n{_histograms(content)}")
+            tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n\n{_histograms(found)}")
         if self.png is not None:
-            draw_statistics(self.png, content, str(self.store))
+            draw_statistics(self.png, found, str(self.store))
             tell(f"metapl: drawn in {self.png}", file=sys.stderr)
         return 0
 
 
-def _check_picture(png: Path) -> None:
-    """Refuse what cannot be drawn to, before a store is read."""
-    around = store_around(png)
-    if around is not None:
-        raise MetaplError(f"--png {png} lies in the store {around}; expected a file elsewhere.")
-    try:
-        refuse_irregular(png)
-    except OSError as error:
-        raise MetaplError(f"--png {png} cannot be written: {error.strerror}; expected the name of a file.") from error
-
-
 @dataclass(frozen=True, kw_only=True)
-class Select:
+class Select(Command):
     """Write a store of some of the examples of another one, as the papers select and balance their pictures.
 
     What is asked for is done in this order: pictures that stand in a folder are dropped; those with a confidence above
@@ -96,49 +93,36 @@ class Select:
 
     store: Store
     out: Annotated[Path, tyro.conf.arg(metavar="STORE2")]
-    threshold: float | None = None
-    per_class: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    threshold: Annotated[float | None, unset()] = None
+    per_class: Annotated[int | None, unset("N")] = None
     any_class: Switch = False
     balance: Switch = False
-    drop_overlap: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    drop_overlap: Annotated[Path | None, unset("FOLDER")] = None
     resume: Switch = False
 
-    def __call__(self) -> int:
-        store = LabelStore(self.store)
+    def run(self) -> int:
+        asked = {name: value for name, value in vars(self).items() if name not in ("store", "out")}
         with counting("examples", shown=True) as update:
-            selection = select(
-                store,
-                self.out,
-                threshold=self.threshold,
-                per_class=self.per_class,
-                any_class=self.any_class,
-                balance=self.balance,
-                drop_overlap=self.drop_overlap,
-                resume=self.resume,
-                progress=update,
-            )
-        lines = [("examples in the store", selection.rows)]
-        if self.drop_overlap is not None:
-            lines.append((f"dropped: in {shown(self.drop_overlap)}", selection.overlapping))
-        if selection.unread:
-            lines.append((f"files cannot be read in {shown(self.drop_overlap)}", selection.unread))
-        if self.threshold is not None:
-            lines.append((f"dropped: confidence not above {self.threshold:g}", selection.unsure))
-        if self.per_class is not None:
-            whose = "of any class" if self.any_class else "of its class"
-            lines.append((f"dropped: not among the {self.per_class:,} {whose}", selection.beyond))
-        lines.append(("kept", selection.kept))
-        if selection.copies != selection.kept:
-            lines.append(("with copies", selection.copies))
-        width = max(len(f"{number:,}") for _, number in lines)
-        tell("\n".join(f"{number:>{width},}  {text}" for text, number in lines))
-        if selection.missing:
-            tell(f"metapl: note: nothing is left of {few(selection.missing)}.", file=sys.stderr)
+            found = select(LabelStore(self.store), self.out, **asked, progress=update)
+        whose = "of any class" if self.any_class else "of its class"
+        lines = [
+            (True, found.rows, "examples in the store"),
+            (self.drop_overlap is not None, found.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
+            (found.unread > 0, found.unread, f"files cannot be read in {shown(self.drop_overlap)}"),
+            (self.threshold is not None, found.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
+            (self.per_class is not None, found.beyond, f"dropped: not among the {self.per_class or 0:,} {whose}"),
+            (True, found.kept, "kept"),
+            (found.copies != found.kept, found.copies, "with copies"),
+        ]
+        width = len(f"{max(found.rows, found.copies):,}")
+        tell("\n".join(f"{number:>{width},}  {text}" for known, number, text in lines if known))
+        if found.missing:
+            tell(f"metapl: note: nothing is left of {few(found.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")
         return 0
 
 
-COMMANDS: dict[str, type[Callable[[], int]]] = {"stats": Stats, "select": Select}
+COMMANDS = {"stats": Stats, "select": Select}
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -149,12 +133,10 @@ def kept(top_k: int | None) -> str:
     return "all probabilities" if top_k is None else f"the {top_k} greatest probabilities"
 
 
-def _heading(store: LabelStore, content: Statistics) -> str:
+def _heading(store: LabelStore, found: Statistics) -> str:
     """What is stored, and what the store says of it, which may be anything where somebody else wrote it."""
-    copies = f", {content.copies:,} with copies" * (content.copies != content.rows)
-    lines = [
-        f"{store.folder}: {content.rows:,} examples{copies}, {len(content.classes):,} classes, {kept(store.top_k)}"
-    ]
+    copies = f", {found.copies:,} with copies" * (found.copies != found.rows)
+    lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {kept(store.top_k)}"]
     about = store.provenance
     model, selected = about.get("model"), about.get("selected")
     if isinstance(model, dict):
@@ -166,16 +148,6 @@ def _heading(store: LabelStore, content: Statistics) -> str:
     return "\n".join(lines)
 
 
-SELECTED = {
-    "dropped_overlap_with": "without the pictures of a folder",
-    "threshold": "confidence above {}",
-    "per_class": "at most {} a class",
-    "any_class": "by the probability of any class",
-    "balance": "balanced",
-}
-"""What a selection is asked for, in words."""
-
-
 def _asked(selected: Mapping[str, Any]) -> str:
     given = {name: value for name, value in selected.items() if value is not None and value is not False}
     told = {name: f"{value:,}" if type(value) is int else value for name, value in given.items()}
@@ -183,33 +155,31 @@ def _asked(selected: Mapping[str, Any]) -> str:
     return f"selected from {told.get('of_rows')}: {words}"
 
 
-def _by_class(content: Statistics) -> str:
-    order: Sequence[int] = range(len(content.classes))
-    note = ""
-    if len(content.classes) > MOST_CLASSES:
-        by_size = sorted(order, key=lambda label: (-content.counts[label], label))
-        order = [*by_size[:LISTED], *by_size[-LISTED:]]
-        empty = sum(not count for count in content.counts)
-        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {len(content.classes):,} classes"
+def _by_class(found: Statistics) -> str:
+    order, note, classes = [*range(len(found.classes))], "", len(found.classes)
+    if classes > MOST_CLASSES:
+        order.sort(key=lambda label: -found.counts[label])
+        order = [*order[:LISTED], *order[-LISTED:]]
+        empty = found.counts.count(0)
+        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {classes:,} classes"
         note += f"; {empty:,} have no example)" if empty else ")"
-    with_copies = content.copies != content.rows
-    rows: list[tuple[str, ...]] = [("class", "examples", *["with copies"] * with_copies, "share", "mean confidence")]
+    copied = found.copies != found.rows
+    rows: list[tuple[str, ...]] = [("class", "examples", *["with copies"] * copied, "share", "mean confidence")]
     for label in order:
-        mean = content.class_confidence[label]
-        copies = [f"{content.class_copies[label]:,}"] * with_copies
-        share = f"{content.class_copies[label] / content.copies:.1%}"
+        mean, copies = found.class_confidence[label], found.class_copies[label]
         confidence = "-" if mean is None else f"{mean:.1%}"
-        rows.append((short(content.classes[label]), f"{content.counts[label]:,}", *copies, share, confidence))
+        counts = (f"{found.counts[label]:,}", *[f"{copies:,}"] * copied)
+        rows.append((short(found.classes[label]), *counts, f"{copies / found.copies:.1%}", confidence))
     return table(rows) + note
 
 
-def _histograms(content: Statistics) -> str:
-    low, middle, high = content.quartiles_of_confidence
-    most = content.greatest_entropy
+def _histograms(found: Statistics) -> str:
+    low, middle, high = found.quartiles_of_confidence
+    most = found.greatest_entropy
     return (
-        f"confidence: mean {content.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}\n"
-        f"{_bars(content.confidence, 1.0)}\n\n"
-        f"entropy: mean {content.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(content.entropy, most)}"
+        f"confidence: mean {found.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}\n"
+        f"{_bars(found.confidence, 1.0)}\n\n"
+        f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}"
     )
 
 

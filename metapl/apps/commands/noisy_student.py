@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from metapl.apps.commands.train import Train
 from metapl.apps.recipes import Digits, ImageFolders
-from metapl.apps.recipes.base import Method, Optimizer, Recipe, Unasked
+from metapl.apps.recipes.base import Method, Optimizer, Unasked
 from metapl.apps.recipes.noisy_student import NOISY_STUDENT_RECIPES
 from metapl.distributed.mesh import Mesh
-
-RIVALS = {"noisy_student": "noisy_student", "mpl": "mpl_filtered"}
-"""What ``--method`` offers, and the methods that these are."""
 
 COMPARED = (
     "noisy_student",
@@ -42,8 +39,6 @@ class NoisyStudent(Train):
     teacher. With --compare, the flags are those of --method, and the other methods take those that they have too.
 
     Args:
-        recipe: what is trained, and how.
-        settings: of the method.
         out: run folder; by default the next free one in runs/.
         resume: continue the run in the folder; it ends bit for bit as without the interruption.
         compare: train by Meta Pseudo Labels, by controls without noise, without balancing and with one round, and by
@@ -61,23 +56,22 @@ class NoisyStudent(Train):
 
     @classmethod
     def offered(cls) -> Mapping[str, str]:
-        return RIVALS
+        return {"noisy_student": "noisy_student", "mpl": "mpl_filtered"}
 
     @classmethod
     def compares(cls) -> Sequence[str]:
         return [*cls.kind.known]
 
     @classmethod
-    def usual(cls, method: Method) -> Method:
-        teacher = Optimizer(lr=0.2, momentum=0.9)
-        changed: dict[str, Any] = {"teacher": teacher} if issubclass(cls.kind, Digits) else {}
-        return dataclasses.replace(method, **changed)
+    def usual(cls, name: str) -> Method:
+        teacher = {"teacher": Optimizer(lr=0.2, momentum=0.9)} if issubclass(cls.kind, Digits) else {}
+        return dataclasses.replace(super().usual(name), **teacher)
 
     @classmethod
     def about(cls) -> str:
         return NoisyStudent.__doc__ or ""
 
-    def _methods(self) -> tuple[str, ...]:
+    def compared(self) -> tuple[str, ...]:
         return self.methods or COMPARED
 
 
@@ -100,10 +94,5 @@ class _Images(ImageFolders):
     schedule: Schedule = "exponential"
 
 
-def _on(kind: type[Recipe]) -> type[NoisyStudent]:
-    return type("NoisyStudent", (NoisyStudent,), {"kind": kind})
-
-
-_KINDS: tuple[type[Recipe], ...] = (_Digits, _Images, *NOISY_STUDENT_RECIPES)
-COMMANDS: dict[str, type[NoisyStudent]] = {kind.name: _on(kind) for kind in _KINDS}
+COMMANDS = NoisyStudent.on(_Digits, _Images, *NOISY_STUDENT_RECIPES)
 """The recipes that Noisy Student trains, by name."""

@@ -10,113 +10,162 @@ import shutil
 import sys
 import textwrap
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
 
-from metapl import words
 from metapl.apps.recipes.base import Method, Recipe, Unasked
 from metapl.errors import FieldError, MetaplError
-
-WIDTH = 80
-"""Columns of text."""
+from metapl.runs.fields import check_fields
 
 T = TypeVar("T")
 
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help_behavior_hint="")]
+
+def unset(metavar: str | None = None, help: str | None = None, default: str = "") -> Any:
+    """Of a flag whose default is not shown, or in words; ``metavar`` stands for its value."""
+    return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=default)
+
+
+Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]
 """The folder of a run, by its place."""
 
-Switch = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Switch = Annotated[bool, unset()]
 """Off unless given."""
 
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+Folder = Annotated[Path | None, unset("DIR")]
+File = Annotated[Path | None, unset("FILE")]
+"""They may be left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """A command: its fields are the flags, with their ranges as types, and its docstring is the help."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
+        """The command that a command line means, and how its help is asked for: ``program`` if nothing is special."""
+        return cls, program
+
+    def check(self) -> None:  # noqa: B027  # most leave it to what they call
+        """Refuse what would lose work, before anything is read, and while no process waits for another."""
+
+    @abstractmethod
+    def run(self) -> int:
+        """Do it; the exit code."""
+
+
+# ----------------------------------------------------------------------------------------------------------- the words
+
+EXPECTED = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
-"""How words become numbers, with refusals in words of ours."""
+"""How words become values, with refusals in words of ours."""
 
 
 @REGISTRY.primitive_rule
-def _number(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Of a number, which may be left out."""
-    kinds: Any = {of.type}
-    if of.type_origin in (Union, types.UnionType) and tyro.conf.DisallowNone in of.markers:
-        kinds = {get_args(one)[0] if get_origin(one) is Annotated else one for one in get_args(of.type)} - {NoneType}
-    if kinds not in ({int}, {float}):
+def _plain(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Of numbers, texts, places and choices, one or several, and of switches that can be left open."""
+    parts = get_args(of.type) if of.type_origin in (Union, types.UnionType) else (of.type,)
+    kinds = [_bare(part) for part in parts if part is not NoneType]
+    if len(kinds) != 1:
         return None
-    (read,) = kinds
+    several = get_origin(kinds[0]) is tuple and get_args(kinds[0])[1:] == (Ellipsis,)
+    kind = _bare(get_args(kinds[0])[0]) if several else kinds[0]
+    known = get_args(kind) if get_origin(kind) is Literal else (True, False) if kind is bool else ()
+    if (kind not in EXPECTED and not known) or (kind is bool and NoneType not in parts):
+        return None
+    choices = {str(one): one for one in known}
 
-    def number(words: list[str]) -> Any:
+    def read(word: str) -> Any:
         try:
-            return read(words[0])
+            return choices[word] if known else kind(word)
         except ValueError as error:
-            expected = "a whole number" if read is int else "a number"
-            raise ValueError(f"expected {expected}, got {words[0]!r}") from error
+            raise ValueError(f"expected {EXPECTED[kind]}, got {word!r}") from error
 
+    def made(words: list[str]) -> Any:
+        if kind is bool and not words:
+            return True
+        if not words or "" in words:
+            raise ValueError("nothing was given; expected a value")
+        return tuple(map(read, words)) if several else read(words[0])
+
+    def fits(value: Any) -> bool:
+        return value in known if known else isinstance(value, (kind, int) if kind is float else kind)
+
+    metavar = "{" + ",".join(choices) + "}" if known else kind.__name__.upper()
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=read.__name__.upper(),
-        instance_from_str=number,
-        is_instance=lambda value: isinstance(value, (int, read)) or (value is None and of.type is not read),
-        str_from_instance=lambda value: [str(value)],
+        nargs=(0, 1) if kind is bool else "*" if several else 1,
+        metavar=f"{metavar} ..." if several else metavar,
+        instance_from_str=made,
+        is_instance=lambda value: (
+            (value is None and NoneType in parts)
+            or (all(map(fits, value)) if several and isinstance(value, tuple) else fits(value))
+        ),
+        str_from_instance=lambda value: [*map(str, value)] if isinstance(value, tuple) else [str(value)],
+        choices=tuple(choices) or None,
     )
 
 
-OPEN_SWITCHES = ("--grey", "--changes.recolor")
-"""Switches that can also be left open; alone they are True."""
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-def paragraph(text: str) -> str:
-    """Text in lines of a terminal's width, broken only at spaces."""
-    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+SPELLINGS = {
+    "labelled": "labeled",
+    "unlabelled": "unlabeled",
+    "normalisation": "normalization",
+    "optimiser": "optimizer",
+    "gray": "grey",
+    "colour": "color",
+    "recolour": "recolor",
+}
+"""Other spellings of words in flags, which are taken for ours."""
 
 
-def parse(kind: type[T], program: str, arguments: list[str]) -> T:
-    """An instance of ``kind`` from a command line.
+def respelled(arguments: Sequence[str]) -> list[str]:
+    """Flags in our spelling: whole words, between dashes, dots and underscores.
 
-    Raises:
-        MetaplError: a wrong flag or value, in one line.
-        SystemExit: 0, after ``--help``.
+    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=gray", "--changes.no-recolour", "--grayscale"])
+    ['--labeled', 'labelled/', '--unlabeled-batch=gray', '--changes.no-recolor', '--grayscale']
     """
-    arguments = _with_true(respelled(arguments), getattr(kind, "open_switches", ()))
-    for before, word in zip([program, *arguments], arguments, strict=False):
-        if word == "" or (word.startswith("--") and word.endswith("=")):
-            raise MetaplError(
-                f"nothing was given after {word.rstrip('=') or before}; expected a value. See {program} --help."
-            )
-    message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
+
+    def flag(name: re.Match[str]) -> str:
+        return re.sub("[a-z]+", lambda word: SPELLINGS.get(word[0], word[0]), name[0])
+
+    return [re.sub("^--[^=]*", flag, word) for word in arguments]
+
+
+# --------------------------------------------------------------------------------------------------------- the parsing
+
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+
+
+def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
+    """An instance of ``kind`` from a command line; what is wrong is a MetaplError in one line."""
+    encoding = (sys.stdout.encoding or "utf-8") if {"-h", "--help"} & {*arguments} else "utf-8"
+    message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     try:
         with contextlib.redirect_stderr(message), contextlib.redirect_stdout(help_text):
-            value = tyro.cli(kind, prog=program, args=arguments, config=CONFIG, registry=REGISTRY)
+            return tyro.cli(kind, prog=program, args=[*arguments], config=CONFIG, registry=REGISTRY)
     except SystemExit as stop:
-        if not stop.code:
-            help_text.seek(0)
-            _print_help(help_text.read())
-            raise
-        with flags_named(arguments):
-            raise _refusal(stop, message.getvalue(), program) from stop
-    for flag, after in zip(arguments, [*arguments[1:], "--"], strict=False):
-        if flag.startswith("--") and after.startswith("--") and _is_left_empty(value, flag):
-            raise MetaplError(f"nothing was given after {flag}; expected a value. See {program} --help.")
-    return value
-
-
-def _print_help(text: str) -> None:
-    """What tyro says, whose paragraphs are lines of any length, in lines that fit."""
-    width = shutil.get_terminal_size().columns
-    for line in text.splitlines():
-        print(textwrap.fill(line, width, break_on_hyphens=False) if len(line) > width else line.rstrip())
-
-
-def _refusal(stop: SystemExit, message: str, program: str) -> MetaplError:
-    """Why tyro stopped: what a dataclass refused, or its own words."""
-    error: BaseException | None = stop
-    while error is not None and not isinstance(error, MetaplError):
-        error = error.__cause__ or error.__context__
-    return error if isinstance(error, MetaplError) else MetaplError(f"{in_a_line(message)} See {program} --help.")
+        if stop.code:
+            error: BaseException | None = stop
+            while error is not None and not isinstance(error, MetaplError):  # what a dataclass refused
+                error = error.__cause__ or error.__context__
+            raise error or MetaplError(f"{in_a_line(message.getvalue())} See {program} --help.") from stop
+        help_text.seek(0)
+        width = shutil.get_terminal_size().columns
+        for line in help_text.read().splitlines():  # paragraphs are lines of any length
+            print(textwrap.fill(line, width, break_on_hyphens=False) if len(line) > width else line.rstrip())
+        raise
 
 
 def in_a_line(text: str) -> str:
@@ -125,15 +174,15 @@ def in_a_line(text: str) -> str:
     >>> in_a_line("╭─ Wrong ─────╮\\n│ Unrecognized: -x │\\n│ ────── │\\n│ For full help │\\n╰─────╯")
     'Unrecognized: -x.'
     """
-    rows = text.splitlines()
-    if "│" not in text:  # where it draws no frames, a line is under the title
-        rows = rows[1 + next((n for n, row in enumerate(rows) if row.strip() and not row.strip("- ")), -1) :]
-    lines = [row.strip("│").rstrip() for row in rows if row.strip("│╭╮╰╯─- ")]
-    text = " ".join(line.strip() for line in lines if not line.startswith((" " * 8, "╭")))
-    for end in ("For full help", "Argument helptext"):
-        text = text.partition(end)[0]
-    text = text.removeprefix("Error parsing ")
-    return f"{text.rstrip(' .!')}."
+    parts: list[list[str]] = [[]]
+    for row in text.splitlines():
+        line = row.strip("│").rstrip()
+        if row.startswith("╭") or not line.strip("╰╯─ "):
+            parts.append([])  # a rule between two parts
+        elif not line.startswith(" " * 8):
+            parts[-1].append(line.strip().rstrip("!"))
+    said = [" ".join(part).removeprefix("Error parsing ").rstrip(" .") for part in parts if part]
+    return ". ".join(part for part in said if not part.startswith(("For full help", "Argument helptext"))) + "."
 
 
 @contextlib.contextmanager
@@ -149,79 +198,59 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
         if len(meant) != 1:
             raise
         given = " ".join(map(str, error.value)) if isinstance(error.value, tuple) else error.value
-        raise MetaplError(f"{meant[0]} {given}: expected {error.expected}.") from error
-
-
-def _is_left_empty(value: Any, flag: str) -> bool:
-    """Whether a flag takes values, got none, and so says no more than if it were not there."""
-    for each in dataclasses.fields(value):
-        own = getattr(value, each.name)
-        if dataclasses.is_dataclass(own) and _is_left_empty(own, flag):
-            return True
-        if own == () and each.default in ((), None) and flag[2:].replace("-", "_") == each.name:
-            return True
-    return False
-
-
-def _with_true(arguments: list[str], switches: Collection[str]) -> list[str]:
-    """
-    >>> _with_true(["--grey", "--pad", "2", "--changes.recolor", "False"], OPEN_SWITCHES)
-    ['--grey', 'True', '--pad', '2', '--changes.recolor', 'False']
-    """
-    following = [*arguments[1:], ""][: len(arguments)]
-    return [
-        part
-        for word, after in zip(arguments, following, strict=True)
-        for part in ([word, "True"] if word in switches and after not in ("True", "False") else [word])
-    ]
+        raise MetaplError(f"{meant[0]} {given}: expected {error.expected.removesuffix(' or None')}.") from error
 
 
 # ---------------------------------------------------------------------------------- commands on a recipe and a method
 
 
-def on_recipe(
-    command: type[T],
-    kind: type[Recipe],
-    settings: Method,
-    about: str | None,
-    hidden: Collection[str] = (),
-    **defaults: tuple[Any, Any],
-) -> type[T]:
-    """A command whose flags are the fields of a recipe and of a method.
+@dataclass(frozen=True, kw_only=True)
+class OnRecipe(Command):
+    """A command whose flags are the fields of a recipe and of a method; from both the recipe by the method is made."""
 
-    Args:
-        command: a frozen dataclass with the fields ``recipe`` and ``settings``.
-        kind: of the recipe.
-        settings: the method, with its defaults.
-        about: what its help says.
-        hidden: fields of both that are no flags.
-        defaults: further fields, with types and defaults.
-    """
-    own = _flags(type(settings), hidden)
-    fields: list[Any] = [
-        ("recipe", Annotated[_flags(kind, {*hidden, "method"}), tyro.conf.arg(name="")]),
-        ("settings", Annotated[own, tyro.conf.arg(name="")], field(default=own(**vars(settings)))),
-        *((name, hint, default) for name, (hint, default) in defaults.items()),
-    ]
-    made = dataclasses.make_dataclass(command.__name__, fields, bases=(command,), frozen=True, kw_only=True)
-    made.__doc__ = about
-    switches: Any = made
-    switches.open_switches = OPEN_SWITCHES if kind.looks else ()
-    return made
+    kind: ClassVar[type[Recipe]]
+    """Of the recipe."""
 
+    recipe: Unasked[Any]
+    settings: Unasked[Any] = None
 
-def of_other_views(kind: type[Recipe], words: Collection[str]) -> tuple[str, ...]:
-    """Fields of the views that a command line does not choose."""
-    if "randaugment" not in kind.__dataclass_fields__:
-        return ()
-    return ("changes",) if "--randaugment" in words else ("pad", "strong")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.recipe.method, Method):
+            recipe, method = (type(part).__mro__[1] for part in (self.recipe, self.settings))
+            made = recipe(**{**vars(self.recipe), "method": method(**vars(self.settings))})
+            object.__setattr__(self, "recipe", made)
 
+    @classmethod
+    def on(cls, *kinds: type[Recipe]) -> dict[str, type[Self]]:
+        """The command on each of these recipes, by name."""
+        return {kind.name: type(cls.__name__, (cls,), {"kind": kind}) for kind in kinds}
 
-def recipe_of(parsed: Any) -> Recipe:
-    """The recipe that a command of :func:`on_recipe` was given, by the method that it was given."""
-    kind, method = (type(part).__mro__[1] for part in (parsed.recipe, parsed.settings))
-    made: Recipe = kind(**{**vars(parsed.recipe), "method": method(**vars(parsed.settings))})
-    return made
+    @classmethod
+    def completed(cls, program: str) -> type[Command]:
+        """The command with all flags that a shell may complete."""
+        return cls.given((), program)[0]
+
+    @classmethod
+    def flags(
+        cls, settings: Method, words: Sequence[str] | None, about: str, hidden: Collection[str], **fields: Any
+    ) -> type[Self]:
+        """The command with the flags of its recipe and of a method, with its defaults; ``about`` is what its help says.
+
+        Of two kinds of views those have flags that ``words`` choose (None: both), and fields that are ``hidden`` have
+        none; ``fields`` are further ones, (type, default) each.
+        """
+        views: tuple[str, ...] = ()
+        if words is not None and "randaugment" in cls.kind.__dataclass_fields__:
+            views = ("changes",) if "--randaugment" in words else ("pad", "strong")
+        own = _flags(type(settings), {*hidden, *views})
+        made: list[Any] = [
+            ("recipe", Annotated[_flags(cls.kind, {*hidden, *views, "method"}), tyro.conf.arg(name="")]),
+            ("settings", Annotated[own, tyro.conf.arg(name="")], field(default=own(**vars(settings)))),
+            *((name, hint, default) for name, (hint, default) in fields.items()),
+        ]
+        space = {"__doc__": about}
+        return dataclasses.make_dataclass(cls.__name__, made, bases=(cls,), frozen=True, kw_only=True, namespace=space)
 
 
 def _flags(kind: type, hidden: Collection[str]) -> type[Any]:
@@ -236,40 +265,3 @@ def _flags(kind: type, hidden: Collection[str]) -> type[Any]:
     return dataclasses.make_dataclass(
         kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True, namespace=namespace
     )
-
-
-# -------------------------------------------------------------------------------------------------------- the spelling
-
-SPELLINGS = {
-    "labelled": "labeled",
-    "unlabelled": "unlabeled",
-    "normalisation": "normalization",
-    "optimiser": "optimizer",
-    "gray": "grey",
-    "colour": "color",
-    "recolour": "recolor",
-}
-"""Other spellings of words in flags, which are taken for ours."""
-
-
-def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """As :func:`metapl.words.did_you_mean`."""
-    return words.did_you_mean(given, known)
-
-
-def respelled(arguments: Sequence[str]) -> list[str]:
-    """Flags in our spelling.
-
-    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=8", "--changes.no-recolour", "--grayscale"])
-    ['--labeled', 'labelled/', '--unlabeled-batch=8', '--changes.no-recolor', '--grayscale']
-    """
-    return [
-        _respelled(flag) + equals + value if word.startswith("--") else word
-        for word in arguments
-        for flag, equals, value in [word.partition("=")]
-    ]
-
-
-def _respelled(flag: str) -> str:
-    """Only whole words, between dashes, dots and underscores."""
-    return "".join(SPELLINGS.get(word, word) for word in re.split(r"([-._])", flag))

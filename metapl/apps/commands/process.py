@@ -65,18 +65,32 @@ def streams() -> Iterator[None]:
     have is shown as ?; a byte of a file's name that is not UTF-8 is written as it is; and standard error, which has
     progress and messages, never fails.
     """
-    _fill_closed()
+    for number in range(3):  # a file of a run must not become standard output
+        try:
+            os.fstat(number)
+        except OSError:
+            # Who closed standard output is told so by the exit code, once something is written: it is read alone.
+            opened = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
     before = sys.stdout, sys.stderr
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - it stays open
-    sys.stderr = sys.stderr or _nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("metapl", _replaced)
         sys.stdout.reconfigure(errors="metapl")
-    sys.stderr = cast(Any, _Unfailing(sys.stderr))
+    sys.stderr = cast(Any, _Unfailing(sys.stderr or open(os.devnull, "w", encoding="utf-8")))  # noqa: SIM115
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    letters = error.object[error.start : error.end]
+    escaped = b"".join(bytes([ord(x) - 0xDC00]) if 0xDC80 <= ord(x) <= 0xDCFF else b"?" for x in letters)
+    return escaped, error.end
 
 
 def drop_output() -> None:
@@ -108,29 +122,3 @@ class _Unfailing:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def _nowhere() -> Any:
-    return open(os.devnull, "w", encoding="utf-8")
-
-
-def _fill_closed() -> None:
-    """Open the closed ones of the first three descriptors: a file of a run must not become standard output.
-
-    Standard output is opened for reading alone: who closed it is told so by the exit code, once something is written.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDONLY if number == 1 else os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-
-
-def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    letters = error.object[error.start : error.end]
-    escaped = b"".join(bytes([ord(x) - 0xDC00]) if 0xDC80 <= ord(x) <= 0xDCFF else b"?" for x in letters)
-    return escaped, error.end

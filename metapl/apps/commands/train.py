@@ -9,16 +9,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
-import tyro
 
 from metapl.apps.commands.folders import run_folder
-from metapl.apps.commands.parse import Switch, of_other_views, on_recipe, paragraph, recipe_of
+from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.folder import RunFolder
@@ -29,40 +27,25 @@ from metapl.apps.experiments.shares import check_runs, check_shares
 from metapl.apps.experiments.side_by_side import compare
 from metapl.apps.experiments.store import stored
 from metapl.apps.experiments.summary import summary
-from metapl.apps.recipes import RECIPES, Digits
+from metapl.apps.recipes import RECIPES
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
-from metapl.distributed.launch import (
-    Lead,
-    check_started,
-    from_first,
-    is_first,
-    left_to_first,
-    program,
-    run_together,
-)
+from metapl.distributed.launch import Lead, check_started, from_first, program, run_together
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.cores import default_threads
+from metapl.runs.fields import AtLeastOne
 from metapl.training import Interrupted
-from metapl.words import tell
-
-METHOD_HELP = (
-    "how it is trained, one of {}. Each has flags of its own, which --help shows beside --method: "
-    "{} --method mpl --help."
-)
-METHODS_HELP = "with --compare: these methods alone, of {}."
+from metapl.words import tell, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(OnRecipe):
     """Train a network; with --compare, train by other methods too, and say which is better.
 
     With --compare, the flags are those of --method, and the other methods take those that they have too.
 
     Args:
-        recipe: what is trained, and how.
-        settings: of the method.
         out: run folder; by default the next free one in runs/.
         resume: continue the run in the folder; it ends bit for bit as without the interruption.
         compare: train by the other methods too, and compare them: of a teacher with feedback, one is the same loop
@@ -74,25 +57,19 @@ class Train:
         mesh: processes that train together, started by torchrun.
     """
 
-    kind: ClassVar[type[Recipe]] = Digits
-    """Of the recipe."""
     own: ClassVar[str | None] = None
     """The method that trains it unless another is named; None: the recipe's own."""
-    program: ClassVar[str] = "metapl train"
-    """How its help is asked for."""
     equal_cost: ClassVar[bool] = False
     """Whether compared methods take as many steps as cost the same; otherwise they take as many steps."""
 
-    recipe: Unasked[Any]
-    settings: Unasked[Any]
-    method: Unasked[str]
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    method: Unasked[str] = ""
+    out: Folder = None
     resume: Switch = False
     compare: Switch = False
-    seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS", help_behavior_hint=""), SEEDS] = None
+    seeds: Annotated[str | None, unset("SEEDS"), SEEDS] = None
     controls: Switch = False
     methods: Unasked[Any] = None
-    jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    jobs: Annotated[AtLeastOne | None, unset("N")] = None
     mesh: Mesh = field(default_factory=Mesh)
 
     @classmethod
@@ -106,58 +83,90 @@ class Train:
         return [name for name, method in cls.kind.known.items() if not method.selects]
 
     @classmethod
-    def given(cls, words: Sequence[str], program: str) -> type[Train]:
-        """The command whose flags are those of the method that is named in a command line, or of the recipe's own."""
-        offered, own = cls.offered(), cls.own or cls.kind.own
-        named = [after for word, after in pairwise([*words, ""]) if word == "--method"]
-        named += [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
-        name = next((name for name in named if name in offered), own)
-        settings = cls.usual(cls.kind.by_name(offered[name]))
-        hidden = () if "--compare" in words else settings.hidden(words)
-        how = tyro.conf.arg(metavar="METHOD", help=METHOD_HELP.format(", ".join(offered), program))
-        several = tyro.conf.arg(
-            metavar="METHOD ...", help=METHODS_HELP.format(", ".join(cls.compares())), help_behavior_hint=""
-        )
-        some: Any = Literal[tuple(cls.compares())]
-        one: Any = Literal[tuple(offered)]
-        made = on_recipe(
-            cls,
-            cls.kind,
-            settings,
-            cls.about(),
-            (*hidden, *of_other_views(cls.kind, words)),
-            method=(Annotated[one, how], name),
-            methods=(Annotated[tuple[some, ...] | None, several], None),
-        )
-        made.program = f"{program} --method {name}"
-        return made
+    def usual(cls, name: str) -> Method:
+        """A method that is offered, with the command's defaults."""
+        return cls.kind.by_name(cls.offered()[name])
 
     @classmethod
-    def usual(cls, method: Method) -> Method:
-        """A method with the command's defaults."""
-        return method
+    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
+        """With the flags of the method that is named, or of the recipe's own."""
+        named = [after for word, after in pairwise([*words, ""]) if word == "--method"]
+        named += [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
+        name = next((name for name in named if name in cls.offered()), cls.own or cls.kind.own)
+        settings = cls.usual(name)
+        hidden = () if "--compare" in words else settings.hidden(words)
+        return cls.with_methods(settings, name, words, program, hidden), f"{program} --method {name}"
+
+    @classmethod
+    def completed(cls, program: str) -> type[Command]:
+        """With the flags of every method."""
+        own = cls.own or cls.kind.own
+        fields: dict[str, Any] = {}
+        for method in map(cls.usual, (own, *cls.offered())):
+            hints = get_type_hints(type(method), include_extras=True)
+            for name, value in vars(method).items():  # what a teacher with feedback has is more than one without
+                if name not in fields or _width(value) > _width(fields[name][2].default):
+                    fields[name] = (name, hints[name], field(default=value))
+        kind, space = type(cls.usual(own)), {"__post_init__": lambda self: None}
+        every = dataclasses.make_dataclass(
+            kind.__name__, fields.values(), bases=(kind,), frozen=True, kw_only=True, namespace=space
+        )
+        return cls.with_methods(every(), own, None, program, ())
+
+    @classmethod
+    def with_methods(
+        cls, settings: Method, name: str, words: Sequence[str] | None, program: str, hidden: Sequence[str]
+    ) -> type[Train]:
+        """With ``--method`` and ``--methods``, and the flags of ``settings``."""
+        offered, compares = cls.offered(), cls.compares()
+        one: Any = Literal[tuple(offered)]
+        some: Any = Literal[tuple(compares)]
+        how = (
+            f"how it is trained, one of {', '.join(offered)}. Each has flags of its own, which --help shows beside "
+            f"--method: {program} --method mpl --help."
+        )
+        several = f"with --compare: these methods alone, of {', '.join(compares)}."
+        methods: dict[str, Any] = {
+            "method": (Annotated[one, unset("METHOD", how, f"(default: {name})")], name),
+            "methods": (Annotated[tuple[some, ...] | None, unset("METHOD ...", several)], None),
+        }
+        return cls.flags(settings, words, cls.about(), hidden, **methods)
 
     @classmethod
     def about(cls) -> str:
         """What the help says."""
         said, _, _ = (cls.kind.__doc__ or "").partition("    Args:")
-        _, _, flags = (Train.__doc__ or "").partition("    Args:")
-        note = "With --compare, the flags are those of --method, and other methods take those that they have too."
-        return f"{said.rstrip()}\n\n    {note}\n\n    Args:{flags}"
+        _, note, flags = (Train.__doc__ or "").split("\n\n")
+        return f"{said.rstrip()}\n\n{note}\n\n{flags}"
 
-    def made(self) -> Train:
-        """With the recipe that the flags make."""
-        return dataclasses.replace(self, recipe=recipe_of(self))
+    def check(self) -> None:
+        recipe: Recipe = self.recipe
+        check_started(self.mesh)
+        if self.jobs is not None and self.mesh.size > 1:
+            raise MetaplError(
+                f"--jobs {self.jobs} has no effect beside --mesh: all processes train one run after another together."
+            )
+        for name in ("seeds", "methods", "jobs", "controls"):
+            if getattr(self, name) and not self.compare:
+                raise MetaplError(f"--{name} goes with --compare.")
+        if self.controls and self.methods:
+            controls = " ".join(recipe.controls(recipe.method.name))
+            raise MetaplError(f"--controls has no effect beside --methods: add {controls} to the methods.")
+        if self.seeds:
+            parse_seeds(self.seeds)
+        check_runs(recipe, self.mesh, self.compared() if self.compare else (recipe.method.name,))
+        if self.compare and getattr(recipe, "test", "") is None:
+            raise MetaplError(
+                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
+                "labeled pictures for it."
+            )
+        check_labels_given(recipe)
+        if recipe.complete and not self.compare:
+            recipe.method.check_networks(recipe)
+        recipe.torch_device()
 
-    def __call__(self) -> int:
-        try:
-            self._check()
-            device = self.recipe.torch_device()
-        except MetaplError:
-            if is_first():
-                raise
-            return left_to_first()
-        return run_together(self.mesh, device, self._lead, self._beside)
+    def run(self) -> int:
+        return run_together(self.mesh, self.recipe.torch_device(), self._lead, self._beside)
 
     def _lead(self) -> int:
         """The share of the first process, which shows and writes."""
@@ -167,7 +176,8 @@ class Train:
                 try:
                     recipe = self._settled(folder, lead)
                     self._check_shares(recipe)
-                    code = dataclasses.replace(self, recipe=recipe)._run(folder, lead)
+                    (self._compare if self.compare else self._train)(recipe, folder, lead)
+                    code = 0
                 except KeyboardInterrupt as stopped:
                     code = _say_how_to_go_on(stopped, folder.path)
         finally:
@@ -191,109 +201,74 @@ class Train:
 
     def _settled(self, folder: RunFolder, lead: Lead) -> Any:
         """The recipe as it can be stored: what was left open is chosen, or taken from the run that is resumed."""
-        recipe: Any = self.recipe
-        if not recipe.looks:
-            return recipe.settled()
+
+        def tried(recipe: Recipe) -> None:
+            """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
+            self._check_shares(recipe)
+            if self.mesh.together > 1:
+                trial = Trial(recipe, recipe.method.name)
+                with lead.together(trial):
+                    trial.run(self.mesh)
+
+        if not self.recipe.looks:
+            return self.recipe.settled()
         torch.set_num_threads(default_threads())
         before: Any = stored(folder)[0] if self.resume and folder.exists else None
-        return settled(recipe, before if before is not None and before.looks else None, aloud, partial(self._try, lead))
-
-    def _try(self, lead: Lead, recipe: Recipe) -> None:
-        """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
-        self._check_shares(recipe)
-        if self.mesh.together > 1:
-            trial = Trial(recipe, recipe.method.name)
-            with lead.together(trial):
-                trial.run(self.mesh)
+        return settled(self.recipe, before if before is not None and before.looks else None, aloud, tried)
 
     def _check_shares(self, recipe: Recipe) -> None:
-        """Refuse a recipe that the processes cannot train together."""
         if self.mesh.size > 1:
             check_shares(recipe, self.mesh)
 
-    def _run(self, folder: RunFolder, lead: Lead) -> int:
-        return self._compare(folder, lead) if self.compare else self._train(folder, lead)
-
-    def _check(self) -> None:
-        check_started(self.mesh)
-        if self.jobs is not None and self.mesh.size > 1:
-            raise MetaplError(
-                f"--jobs {self.jobs} has no effect beside --mesh: all processes train one run after another together."
-            )
-        for name in ("seeds", "methods", "jobs", "controls"):
-            if getattr(self, name) and not self.compare:
-                raise MetaplError(f"--{name} goes with --compare.")
-        if self.controls and self.methods:
-            controls = " ".join(self.recipe.controls(self.recipe.method.name))
-            raise MetaplError(f"--controls has no effect beside --methods: add {controls} to the methods.")
-        if self.seeds:
-            parse_seeds(self.seeds)
-        if self.jobs is not None and self.jobs < 1:
-            raise MetaplError(f"--jobs {self.jobs}: expected 1 or more.")
-        recipe: Recipe = self.recipe
-        check_runs(recipe, self.mesh, self._methods() if self.compare else (recipe.method.name,))
-        if self.compare and getattr(recipe, "test", "") is None:
-            raise MetaplError(
-                "--compare reports on pictures that nothing was selected on, and no --test was given; name a folder of "
-                "labeled pictures for it."
-            )
-        check_labels_given(recipe)
-        if recipe.complete and not self.compare:
-            recipe.method.check_networks(recipe)
-
-    # ------------------------------------------------------------------------------------------------------ one run
-
-    def _train(self, folder: RunFolder, lead: Lead) -> int:
-        out = folder.path
-        finished = self.resume and (out / "result.json").exists()
-        method = self.recipe.method.name
+    def _train(self, recipe: Recipe, folder: RunFolder, lead: Lead) -> None:
+        out, method = folder.path, recipe.method.name
+        job = Job(recipe, method, out, self.resume)
+        finished = self.resume and job.finished
         if not finished:
-            tell(f"{self.recipe.name} by {title(method)}, seed {self.recipe.seed} -> {out}", wrap=True)
-        job = Job(self.recipe, method, out, self.resume)
+            tell(f"{recipe.name} by {title(method)}, seed {recipe.seed} -> {out}", wrap=True)
         with nullcontext() if finished else lead.together(job):
             result = job.run(progress=True, quiet=False, within=folder, mesh=self.mesh)
         if finished:
             tell(f"{out} is finished already.")
         for line in summary(result):
-            tell(paragraph(line))
+            tell(wrapped(line))
         tell(f"the networks, the report and the figures are in {out}", wrap=True)
         if method == "mpl":
             tell("whether the teacher's feedback helped, only a comparison tells: --compare --seeds 0-4", wrap=True)
-        return 0
 
-    # --------------------------------------------------------------------------------------------------- a comparison
-
-    def _compare(self, folder: RunFolder, lead: Lead) -> int:
-        def run(job: Job) -> dict[str, Any]:
+    def _compare(self, recipe: Recipe, folder: RunFolder, lead: Lead) -> None:
+        def together(job: Job) -> dict[str, Any]:
             with nullcontext() if job.finished else lead.together(job):
                 return job.run(mesh=self.mesh)
 
-        seeds = parse_seeds(self.seeds) if self.seeds else (self.recipe.seed,)
-        together = run if self.mesh.size > 1 else None
-        options: dict[str, Any] = {"resume": self.resume, "jobs": self.jobs, "equal_cost": self.equal_cost}
-        options["together"] = together
-        comparison = compare(self.recipe, folder, self._methods(), seeds, **options)
+        comparison = compare(
+            recipe,
+            folder,
+            self.compared(),
+            parse_seeds(self.seeds) if self.seeds else (recipe.seed,),
+            resume=self.resume,
+            jobs=self.jobs,
+            equal_cost=self.equal_cost,
+            together=together if self.mesh.size > 1 else None,
+        )
         tell(f"figures, report and the delivered networks are in {folder.path}")
         tell(f"\n{comparison.caption()}\n\n{comparison.table()}\n")
-        tell(paragraph(comparison.sentence()))
-        if labels := comparison.labels():
-            tell(paragraph(labels))
-        tell(paragraph(comparison.delivery()))
-        return 0
+        for text in filter(None, (comparison.sentence(), comparison.labels(), comparison.delivery())):
+            tell(wrapped(text))
 
-    def _methods(self) -> tuple[str, ...]:
-        """Those that are compared."""
-        # The recipe's own method first: it is delivered where validation cannot tell.
+    def compared(self) -> tuple[str, ...]:
+        """The methods that are compared: the recipe's own first, which is delivered where validation cannot tell."""
         recipe, own = self.recipe, self.recipe.method.name
         return self.methods or (own, *recipe.rivals(own), *(recipe.controls(own) if self.controls else ()))
 
 
-def _on(kind: type[Recipe]) -> type[Train]:
-    return type("Train", (Train,), {"kind": kind})
-
-
-COMMANDS: dict[str, type[Train]] = {name: _on(kind) for name, kind in RECIPES.items()}
+COMMANDS = Train.on(*RECIPES.values())
 """The recipes that can be trained, by name."""
+
+
+def _width(value: Any) -> int:
+    """The number of flags of a value."""
+    return len(getattr(value, "__dict__", ()))
 
 
 def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:

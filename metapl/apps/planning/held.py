@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metapl.execution.shards import local
 from metapl.metrics.cost import FORMULAS
 
 OTHER = "activations"
@@ -24,15 +25,17 @@ OTHER = "activations"
 FOR_FEEDBACK = "feedback"
 """What is held for the feedback alone."""
 
+SENT_AS = {
+    "all_reduce": "allreduce",
+    "all_gather_into_tensor": "allgather_base",
+    "reduce_scatter_tensor": "reduce_scatter_base",
+}
+"""Names of the operations of DTensors, as those of process groups are called."""
+
 
 @dataclass
 class Phase:
-    """A phase of a step.
-
-    Args:
-        peak: bytes by what they are for, where the most is held.
-        plain: the same where the most is held that the feedback is no part of.
-    """
+    """A phase of a step: bytes by what they are for, where the most is held, and where the most is without feedback."""
 
     peak: Mapping[str, int] = field(default_factory=dict)
     plain: Mapping[str, int] = field(default_factory=dict)
@@ -45,7 +48,6 @@ class Held(TorchDispatchMode):
 
     Attributes:
         bytes: held now, by name.
-        total: held now.
         phases: by name, in their order.
         sent: bytes that this rank sends to others, by collective operation, if these run in rings.
         flops: floating-point operations of products and convolutions; the rest is not counted.
@@ -54,27 +56,23 @@ class Held(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.bytes: Counter[str] = Counter()
-        self.total = 0
         self.phases: dict[str, Phase] = {}
         self.sent: Counter[str] = Counter()
         self.flops = 0
         self._entries: dict[int, tuple[str, int]] = {}
         self._phase = Phase()
 
-    def name(self, tensors: Iterable[Any], name: str, *, others: bool = False) -> None:
-        """Say what tensors are for, whether or not an operation of this block made them.
+    @property
+    def total(self) -> int:
+        """Bytes that are held now."""
+        return self.bytes.total()
 
-        Args:
-            tensors: of any kind.
-            name: what they are for.
-            others: leave those alone that have a name already.
-        """
+    def name(self, tensors: Iterable[Any], name: str, *, others: bool = False) -> None:
+        """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
         for t in tensors:
-            storage = _local(t).untyped_storage()
-            self._count(storage)
-            before, size = self._entries[id(storage)]
-            if not others or before == OTHER:
-                self._change(id(storage), name, size)
+            storage = local(t).untyped_storage()
+            if not others or self._entries.get(id(storage), (OTHER, 0))[0] == OTHER:
+                self._count(storage, name)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -116,32 +114,27 @@ class Held(TorchDispatchMode):
         self._look()
         return result
 
-    def _count(self, storage: UntypedStorage) -> None:
+    def _count(self, storage: UntypedStorage, name: str | None = None) -> None:
+        """The storage as it is now, under a new name if there is one."""
         key = id(storage)
         if key not in self._entries:
-            self._entries[key] = (OTHER, 0)
-            weakref.finalize(storage, self._gone, key)
-        name, size = self._entries[key]
-        if size != storage.nbytes():
-            self._change(key, name, storage.nbytes())
+            weakref.finalize(storage, self._change, key, None, 0)
+        entry = (name or self._entries.get(key, (OTHER, 0))[0], storage.nbytes())
+        if self._entries.get(key) != entry:
+            self._change(key, *entry)
 
-    def _change(self, key: int, name: str, size: int) -> None:
-        old_name, old_size = self._entries[key]
-        self._entries[key] = (name, size)
-        self.bytes[old_name] -= old_size
-        self.bytes[name] += size
-        self.total += size - old_size
-
-    def _gone(self, key: int) -> None:
-        name, size = self._entries.pop(key)
-        self.bytes[name] -= size
-        self.total -= size
+    def _change(self, key: int, name: str | None, size: int) -> None:
+        before, was = self._entries.pop(key, (OTHER, 0))
+        if name is not None:
+            self._entries[key] = (name, size)
+            self.bytes[name] += size
+        self.bytes[before] -= was
 
     def _look(self) -> None:
-        phase, feedback = self._phase, self.bytes[FOR_FEEDBACK]
-        if self.total > sum(phase.peak.values()):
+        phase, total = self._phase, self.total
+        if total > sum(phase.peak.values()):
             phase.peak = dict(self.bytes)
-        if self.total - feedback > sum(phase.plain.values()):
+        if total - self.bytes[FOR_FEEDBACK] > sum(phase.plain.values()):
             phase.plain = {name: size for name, size in self.bytes.items() if name != FOR_FEEDBACK}
 
     def _resizing(self, resize: Callable[[UntypedStorage, int], Any]) -> Any:
@@ -166,18 +159,5 @@ class Held(TorchDispatchMode):
             group = cast(Any, distributed_c10d)._resolve_process_group(group)
         ranks = group.size()
         whole = max(sizes) * (ranks if name == "all_gather_into_tensor" else 1)
-        name = _SENT_AS.get(name, name)
+        name = SENT_AS.get(name, name)
         self.sent[name] += (2 if name.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks
-
-
-_SENT_AS = {
-    "all_reduce": "allreduce",
-    "all_gather_into_tensor": "allgather_base",
-    "reduce_scatter_tensor": "reduce_scatter_base",
-}
-"""Names of the operations of DTensors, as those of process groups are called."""
-
-
-def _local(t: Any) -> Tensor:
-    part: Tensor = t.detach().to_local() if hasattr(t, "to_local") else t
-    return part

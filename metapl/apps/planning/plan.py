@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from metapl.apps.experiments.shares import check_shares
-from metapl.apps.planning.rehearsal import Batches, Rehearsal, laid_out, rehearsed, stage
+from metapl.apps.planning.rehearsal import Rehearsal, laid_out, rehearsed, stage
 from metapl.apps.recipes.base import ROLES, Recipe, Role
 from metapl.apps.recipes.methods.beside import Pair, bilevel_trainer
 from metapl.apps.recipes.methods.noisy_student import NoisyStudent
@@ -37,15 +34,9 @@ NAMES = ("weights", "gradients", "optimizer", "activations", "feedback")
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on a mesh.
+    """A training on a mesh, of ranks with ``memory`` bytes that compute so many operations a second, if that is known.
 
-    Args:
-        recipe: what is trained.
-        mesh: the ranks.
-        memory: bytes that a rank has.
-        flops_per_second: operations that a rank computes in a second; None: not known.
-        parameters: of the teacher and of the student.
-        step: what rank 0 does in a step; the ranks have equal shares.
+    ``parameters`` are of the teacher and the student, ``step`` is what rank 0 does; the ranks have equal shares.
     """
 
     recipe: Recipe
@@ -56,20 +47,21 @@ class Plan:
     step: Rehearsal
 
     @property
-    def per_rank(self) -> dict[str, int]:
-        """Bytes by what they are for where a step holds the most, and their sum, ``peak``."""
-        found = {**self.step.plain, "feedback": self.step.feedback}
-        return {**{name: found.get(name, 0) for name in NAMES}, "peak": self.step.peak}
+    def fullest(self) -> str:
+        """The phase of a step which holds the most."""
+        return max(self.step.peaks, key=lambda name: self.step.peaks[name])
 
     @property
-    def by_stored_labels(self) -> bool:
-        """Whether a step is that of Noisy Student's students, which learn stored labels; no teacher is held."""
-        return self_trained(self.recipe)
+    def per_rank(self) -> dict[str, int]:
+        """Bytes by what they are for where a step holds the most, and their sum, ``peak``."""
+        peak, plain = self.step.peaks[self.fullest], self.step.plain
+        found = {**plain, "feedback": peak - sum(plain.values())}
+        return {**{name: found.get(name, 0) for name in NAMES}, "peak": peak}
 
     @property
     def fits(self) -> bool:
         """Whether the peak is less than the memory."""
-        return self.step.peak <= self.memory
+        return self.per_rank["peak"] <= self.memory
 
     @property
     def hours(self) -> float | None:
@@ -98,7 +90,7 @@ class Plan:
             "recipe": recipe.name,
             "mesh": asdict(self.mesh),
             "ranks": self.mesh.size,
-            "mode": None if self.by_stored_labels else pair(recipe).feedback.mode,
+            "mode": None if self_trained(recipe) else pair(recipe).feedback.mode,
             "labeled_batch": recipe.labeled_batch,
             "unlabeled_batch": recipe.unlabeled_batch,
             "teacher_parameters": self.parameters["teacher"],
@@ -118,58 +110,65 @@ class Plan:
 
 
 def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | None = None) -> Plan:
-    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values.
-
-    Args:
-        recipe: with a teacher and a student; its data are not read.
-        mesh: of one or more ranks.
-        memory: bytes that a rank has.
-        flops_per_second: operations that a rank computes in a second, if known.
+    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values; no data are read.
 
     Raises:
         MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.
     """
-    if self_trained(recipe):
-        changed: dict[str, Any] = {"unlabeled_batch": rounds(recipe).self_training.ratio * recipe.labeled_batch}
+    method = recipe.method
+    if isinstance(method, NoisyStudent):
+        changed: dict[str, Any] = {"unlabeled_batch": method.self_training.ratio * recipe.labeled_batch}
         recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
+    labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
+    *sides, width = recipe.input_shape
+    shape, classes = (*sides, width // mesh.spatial), len(recipe.classes)
     with torch.device("meta"):
         networks = [recipe.network(role) for role in roles(recipe)]
     counts = [sum(p.numel() for p in network.parameters()) for network in networks]
-    with stage(mesh), _explained(recipe, mesh):
-        networks = [laid_out(network, mesh) for network in networks]
-        with unset_fake_temporarily():
-            trainer = (
-                _of_stored_labels(recipe, *networks)
-                if self_trained(recipe)
-                else bilevel_trainer(recipe, networks[0], networks[1], pair(recipe))
-            )
-        average = [torch.empty_like(local(t)) for t in _tensors(networks[-1])] if recipe.ema_decay is not None else []
-        batches = _batches(recipe, mesh)
-        if mesh.tensor > 1:
-            trainer.step(*batches)  # the first time, DTensor runs each operation on whole shapes, to learn its result's
-        step = rehearsed(trainer, batches, average)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is said here in a sentence
+    before, log.disabled = log.disabled, True
+    try:
+        with stage(mesh):
+            networks = [laid_out(network, mesh) for network in networks]
+            with unset_fake_temporarily():
+                if isinstance(method, NoisyStudent):
+                    settings = method.self_training
+                    hard, smoothing = settings.labels == "hard", method.label_smoothing
+                    loss = NoisyStudentLoss(settings.loss, hard, label_smoothing=smoothing)
+                    optimizer, options = method.teacher.build(networks[0]), recipe.trainer_options()
+                    trainer: Any = LossTrainer(networks[0], (loss,), optimizer=optimizer, **options)
+                else:
+                    trainer = bilevel_trainer(recipe, networks[0], networks[1], pair(recipe))
+            kept = [*networks[-1].parameters(), *networks[-1].buffers()] if recipe.ema_decay is not None else []
+            average = [torch.empty_like(local(t)) for t in kept]
+            # Pictures in float32, as they come from the views, and stored labels.
+            weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
+            pictures = (strong, torch.empty(unlabeled, classes)) if self_trained(recipe) else (weak, strong)
+            batches = ((torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), pictures)
+            if mesh.tensor > 1:  # the first time, DTensor runs each operation on whole shapes, to learn its result's
+                trainer.step(*batches)
+            step = rehearsed(trainer, batches, average)
+    except MetaplError:
+        raise
+    except (RuntimeError, ValueError) as error:  # of the networks' own code, such as a batch norm's of one example
+        remedy = (
+            " With --mesh.spatial, networks are made of convolutions, norms and pooling up to a global pooling; give "
+            "such a network, or more of --mesh.shard instead."
+        )
+        raise MetaplError(
+            f"a step of {recipe.name} on {mesh.size:,} ranks, with {labeled:,} labeled and {unlabeled:,} unlabeled "
+            f"examples on each, does not run: {reason_of(error)}.{remedy * (mesh.spatial > 1)}"
+        ) from error
+    finally:
+        log.disabled = before
     parameters = {"teacher": 0 if self_trained(recipe) else counts[0], "student": counts[-1]}
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
 
 
-def _of_stored_labels(recipe: Recipe, student: nn.Module) -> LossTrainer:
-    """The trainer of a student of Noisy Student, whose teacher's labels are stored."""
-    method = rounds(recipe)
-    settings = method.self_training
-    loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=method.label_smoothing)
-    return LossTrainer(student, (loss,), optimizer=method.teacher.build(student), **recipe.trainer_options())
-
-
 def self_trained(recipe: Recipe) -> bool:
-    """Whether the recipe's own method is Noisy Student."""
+    """Whether a step is that of Noisy Student's students, which learn stored labels; no teacher is held."""
     return recipe.method.is_noisy_student
-
-
-def rounds(recipe: Recipe) -> NoisyStudent:
-    """The recipe's method, which is Noisy Student."""
-    assert isinstance(recipe.method, NoisyStudent)
-    return recipe.method
 
 
 def pair(recipe: Recipe) -> Pair:
@@ -181,32 +180,6 @@ def pair(recipe: Recipe) -> Pair:
 def roles(recipe: Recipe) -> tuple[Role, ...]:
     """The networks that are held in a step, as the recipe builds them."""
     return ("teacher",) if self_trained(recipe) else ROLES
-
-
-CUT_ALONG_THE_WIDTH = (
-    "With --mesh.spatial, networks are made of convolutions, norms and pooling up to a global pooling; give such a "
-    "network, or more of --mesh.shard instead."
-)
-
-
-@contextmanager
-def _explained(recipe: Recipe, mesh: Mesh) -> Iterator[None]:
-    """Errors of the networks' own code in a step, such as a batch norm's of a share of one example."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is said here in a sentence
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    except MetaplError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        labeled, unlabeled = (count // mesh.shares for count in (recipe.labeled_batch, recipe.unlabeled_batch))
-        remedy = f" {CUT_ALONG_THE_WIDTH}" if mesh.spatial > 1 else ""
-        raise MetaplError(
-            f"a step of {recipe.name} on {mesh.size:,} ranks, with {labeled:,} labeled and {unlabeled:,} unlabeled "
-            f"examples on each, does not run: {reason_of(error)}.{remedy}"
-        ) from error
-    finally:
-        log.disabled = before
 
 
 def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float | None = None) -> Plan:
@@ -228,22 +201,6 @@ def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float 
         peak, activations = found.per_rank["peak"], found.per_rank["activations"]
         least = [STAYS * activations + (peak - activations) * size / larger for larger in sizes]
         sizes = [larger for larger, held in zip(sizes, least, strict=True) if held < memory] or sizes[-1:]
-
-
-def _batches(recipe: Recipe, mesh: Mesh) -> Batches:
-    """A rank's share of the batches of a step: pictures in float32, as they come from the views, and stored labels."""
-    labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
-    *sides, width = recipe.input_shape
-    shape = (*sides, width // mesh.spatial)
-    weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
-    stored = (strong, torch.empty(unlabeled, len(recipe.classes))) if self_trained(recipe) else None
-    return (torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), stored or (weak, strong)
-
-
-def _tensors(network: nn.Module) -> Iterator[Tensor]:
-    inner = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-    yield from inner.parameters()
-    yield from inner.buffers()
 
 
 def bytes_of(text: str) -> int:

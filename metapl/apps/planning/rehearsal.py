@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -49,36 +48,17 @@ Batches = tuple[Any, Any]
 """A labeled and an unlabeled batch."""
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What one rank does in a step.
-
-    Args:
-        peaks: the most that is held, in bytes, by phase.
-        plain: what is held, by what it is for, where a step without feedback holds the most.
-        flops: floating-point operations of products and convolutions.
-        sent: bytes to other ranks, by collective operation.
-    """
+class Rehearsal(NamedTuple):
+    """What one rank does in a step."""
 
     peaks: dict[str, int]
+    """The most that is held, in bytes, by phase."""
     plain: dict[str, int]
+    """What is held, by what it is for, where a step without feedback holds the most."""
     flops: int
+    """Floating-point operations of products and convolutions."""
     sent: dict[str, int]
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the phase which holds the most."""
-        return max(self.peaks.values())
-
-    @property
-    def fullest(self) -> str:
-        """The phase which holds the most."""
-        return max(self.peaks, key=lambda name: self.peaks[name])
-
-    @property
-    def feedback(self) -> int:
-        """What the feedback adds to the peak of a step, in bytes."""
-        return self.peak - sum(self.plain.values())
+    """Bytes to other ranks, by collective operation."""
 
 
 @contextmanager
@@ -108,118 +88,98 @@ class Replicated(DistributedDataParallel):
 
 
 def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
-    """A network over the ranks of a mesh, as :func:`metapl.distributed.shard` lays it out, without values.
-
-    Args:
-        module: on the meta device.
-        mesh: of the :func:`stage`.
-    """
+    """A network, on the meta device, over the ranks of the stage's mesh, as ``shard`` lays it out, without values."""
     with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
-        if mesh.spatial > 1:
-            _cut_along_width(module, mesh)
-        if mesh.shard > 1 or mesh.tensor > 1:
-            module = shard(module, _without_columns(mesh))
+        if mesh.spatial > 1:  # as spatial() does, but for its comparison of outputs, which have no values here
+            columns = Columns(mesh.columns("cpu"))
+            for name, layer in list(module.named_modules()):
+                # Dropout of pixels is refused where there are values; after the pooling it stays.
+                split = None if isinstance(layer, nn.Dropout) else split_layer(name, layer, columns)
+                if split is not None:
+                    module.set_submodule(name, split)
+            vars(module)["split_columns"] = columns
+        if mesh.shard > 1 or mesh.tensor > 1:  # by a mesh that cuts weights over the same ranks, and images no more
+            plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
+            mesh.devices("cpu")
+            vars(plain)["_meshes"] = {("meta", *sizes): built for (_, *sizes), built in vars(mesh)["_meshes"].items()}
+            module = shard(module, plain)
     module = module.to_empty(device="cpu")
     return Replicated(module) if mesh.size > 1 and mesh.shard == mesh.tensor == 1 else module
-
-
-def _cut_along_width(module: nn.Module, mesh: Mesh) -> None:
-    """As :func:`metapl.distributed.spatial.spatial`, but for its comparison of outputs, which have no values here."""
-    columns = Columns(mesh.columns("cpu"))
-    for name, layer in list(module.named_modules()):
-        # Dropout of pixels is refused where there are values; after the pooling it stays.
-        split = None if isinstance(layer, nn.Dropout) else split_layer(name, layer, columns)
-        if split is not None:
-            module.set_submodule(name, split)
-    vars(module)["split_columns"] = columns
-
-
-def _without_columns(mesh: Mesh) -> Mesh:
-    """A mesh that cuts weights over the same ranks, and images no more."""
-    plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
-    mesh.devices("cpu")
-    vars(plain)["_meshes"] = {("meta", *sizes): built for (_, *sizes), built in vars(mesh)["_meshes"].items()}
-    return plain
 
 
 def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer, the second: optimizers then have their states.
 
-    Args:
-        trainer: built inside a :func:`stage`.
-        batches: of this rank.
-        average: a moving average of weights, which is held beside the networks.
+    Beside the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`.
     """
-    if isinstance(trainer, LossTrainer):
-        networks = by_backward = [trainer.student]
-        given: tuple[nn.Module | None, ...] = (trainer.as_given,)
-        seams = _seams_alone(trainer)
-    else:
-        networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
-        by_backward, given, seams = networks[:-1], trainer.given, _seams(trainer)
-    _optimizers_filled(trainer)
-    held = Held()
-    with held, _gradients_named(by_backward, held), replaced([_watched(held, seam) for seam in seams]):
-        held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
-        held.name(average, "weights")
-        held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
-        held.name(_tensors_in([optimizer.state for optimizer in trainer.schedulable]), "optimizer")
-        held.name(_tensors_in(batches), OTHER)
-        trainer.step(*batches)
-    phases = {name: held.phases[name] for name in PHASES if name in held.phases}
-    without_feedback = [dict(phases[name].plain) for name in (STUDENT, TEACHER, UPDATE) if name in phases]
-    return Rehearsal(
-        peaks={name: sum(phase.peak.values()) for name, phase in phases.items()},
-        plain=max(without_feedback, key=lambda plain: sum(plain.values())),
-        flops=held.flops,
-        sent=dict(held.sent),
-    )
-
-
-def _optimizers_filled(trainer: BilevelTrainer | LossTrainer) -> None:
-    """Let the optimizers make their states, by a step on gradients of zero."""
-    for optimizer in trainer.schedulable:
+    for optimizer in trainer.schedulable:  # they make their states by a step on gradients of zero
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for p in own:
             p.grad = torch.zeros_like(p)
         optimizer.step()
         for p in own:
             p.grad = None
+    if isinstance(trainer, LossTrainer):
+        networks = by_backward = [trainer.student]
+        given: tuple[nn.Module | None, ...] = (trainer.as_given,)
+        seams: list[Seam] = [
+            (LossTrainer, "_backward", STUDENT, None),
+            (LossTrainer, "clip", UPDATE, None),
+            (type(trainer.optimizer), "step", UPDATE, None),
+        ]
+    else:
+        networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
+        by_backward, given = networks[:-1], trainer.given
+        seams = [
+            (trainers, "take_steps", STUDENT, None),
+            (Pass, "gradient", None, "gradients"),
+            (Path, "outer_gradient", LABELED, FOR_FEEDBACK),
+            (Path, "_outer_loss_at", LABELED, None),
+            (type(trainer.mode), "feedback", FEEDBACK, None),
+            (InnerStep, "pullback", None, FOR_FEEDBACK),
+            (InnerStep, "tangent", None, FOR_FEEDBACK),
+            (type(trainer.update), "update", None, FOR_FEEDBACK),
+            (BilevelTrainer, "_teacher_backward", TEACHER, None),
+            (LossTrainer, "clip", UPDATE, None),
+            (Path, "commit", UPDATE, None),
+            *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),
+        ]
+    held = Held()
+
+    def named(p: Tensor) -> None:
+        """What the backward pass leaves in the parameters' ``.grad``."""
+        if p.grad is not None:
+            held.name([p.grad], "gradients", others=True)
+
+    parameters = [p for network in by_backward for p in trainable(network).values()]
+    handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]
+    try:
+        with held, replaced([_watched(held, seam) for seam in seams]):
+            held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
+            held.name(average, "weights")
+            held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
+            held.name(_tensors_in([optimizer.state for optimizer in trainer.schedulable]), "optimizer")
+            held.name(_tensors_in(batches), OTHER)
+            trainer.step(*batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    phases = {name: held.phases[name] for name in PHASES if name in held.phases}
+    plain = [dict(phases[name].plain) for name in (STUDENT, TEACHER, UPDATE) if name in phases]
+    return Rehearsal(
+        peaks={name: sum(phase.peak.values()) for name, phase in phases.items()},
+        plain=max(plain, key=lambda held: sum(held.values())),
+        flops=held.flops,
+        sent=dict(held.sent),
+    )
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
-# ---------------------------------------------------------------------------------------------------------- the phases
-
 Seam = tuple[Any, str, str | None, str | None]
 """A function by its class or module and its name, the phase that it is, and what it returns is for."""
-
-
-def _seams(trainer: BilevelTrainer) -> list[Seam]:
-    return [
-        (trainers, "take_steps", STUDENT, None),
-        (Pass, "gradient", None, "gradients"),
-        (Path, "outer_gradient", LABELED, FOR_FEEDBACK),
-        (Path, "_outer_loss_at", LABELED, None),
-        (type(trainer.mode), "feedback", FEEDBACK, None),
-        (InnerStep, "pullback", None, FOR_FEEDBACK),
-        (InnerStep, "tangent", None, FOR_FEEDBACK),
-        (type(trainer.update), "update", None, FOR_FEEDBACK),
-        (BilevelTrainer, "_teacher_backward", TEACHER, None),
-        (LossTrainer, "clip", UPDATE, None),
-        (Path, "commit", UPDATE, None),
-        *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),
-    ]
-
-
-def _seams_alone(trainer: LossTrainer) -> list[Seam]:
-    return [
-        (LossTrainer, "_backward", STUDENT, None),
-        (LossTrainer, "clip", UPDATE, None),
-        (type(trainer.optimizer), "step", UPDATE, None),
-    ]
 
 
 def _watched(held: Held, seam: Seam) -> tuple[Any, str, Callable[..., Any]]:
@@ -237,23 +197,6 @@ def _watched(held: Held, seam: Seam) -> tuple[Any, str, Callable[..., Any]]:
         return result
 
     return kind, method_name, called
-
-
-@contextmanager
-def _gradients_named(networks: Sequence[nn.Module], held: Held) -> Iterator[None]:
-    """Name what the backward pass leaves in the parameters' ``.grad``."""
-
-    def named(p: Tensor) -> None:
-        if p.grad is not None:
-            held.name([p.grad], "gradients", others=True)
-
-    parameters = [p for network in networks for p in trainable(network).values()]
-    handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ----------------------------------------------------------------------------------------------------------- the stage
@@ -291,23 +234,20 @@ def _values_unread() -> Iterator[None]:
 
 @contextmanager
 def _pretended_ranks(number: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this process is the first and the only one."""
+    """A process group of so many ranks, of which this one is the first and alone; the others say what it says."""
     if dist.is_available() and dist.is_initialized():
         raise MetaplError("a plan pretends the ranks of a mesh, and this process is in a process group already.")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    agreement = [
+        (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
+        (Ranks, "equal", lambda _ranks, *_: None),
+        (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
+        (Ranks, "any", lambda _ranks, here: here),
+    ]
     dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
     try:
-        with replaced(_AGREEMENT):
+        with replaced(agreement):
             yield
     finally:
         dist.destroy_process_group()
-
-
-_AGREEMENT: tuple[tuple[type, str, Any], ...] = (
-    (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
-    (Ranks, "equal", lambda _ranks, *_: None),
-    (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
-    (Ranks, "any", lambda _ranks, here: here),
-)
-"""The ranks that are not there say what this one says."""

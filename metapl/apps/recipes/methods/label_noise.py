@@ -88,7 +88,7 @@ class Clean(Plain):
 
     name = "clean"
     title = "plain, clean labels alone"
-    idle = ()
+    idle = ("labeled_batch",)
 
     def source(self, task: Task) -> Any:
         return task.labeled
