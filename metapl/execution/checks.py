@@ -81,6 +81,12 @@ def whole_number(value: Any, given: str, expected: str) -> None:
         raise MetaplError(f"{given}: expected {expected}, 1 or more.")
 
 
+def is_generator(value: Any) -> None:
+    """Refuse what labels cannot be drawn by."""
+    if not isinstance(value, torch.Generator | None):
+        raise MetaplError(f"generator is {described(value)}; expected torch.Generator().manual_seed(0), or None.")
+
+
 def described(value: Any) -> str:
     """A value in words: its type, and the shape, dtype and device of a tensor."""
     if isinstance(value, Tensor):

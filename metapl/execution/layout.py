@@ -160,7 +160,9 @@ class Layout:
 def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
     """The layouts of two networks and their device; refuse networks that cannot be trained together."""
     networks = {"teacher": teacher, "student": student}
-    known = {name: layout_of(name, network) for name, network in networks.items() if network is not None}
+    known = {
+        name: layout_of(name, network) for name, network in networks.items() if network is not None or name == "student"
+    }
     learned, devices = [], {}
     for name, layout in known.items():
         _refuse(_not_replayable(name, layout))

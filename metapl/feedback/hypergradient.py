@@ -127,6 +127,7 @@ def hypergradient(
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
+    checks.is_generator(generator)
     of_teacher, of_student, device = layouts(teacher, student)
     student = of_student.network
     teacher = None if of_teacher is None else of_teacher.network

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -63,6 +63,8 @@ class Range:
 
 AtLeastOne = Annotated[int, Range(1)]
 AtLeastZero = Annotated[int, Range(0)]
+AboveZero = Annotated[float, Range(above=0)]
+MicroBatches = Annotated[int, Range(1, of="a number of micro-batches")]
 
 
 def check_fields(value: Any) -> None:
@@ -90,6 +92,27 @@ def check_fields(value: Any) -> None:
         if misfit(given, hint) is not None:
             expected = _words(hint)
             raise FieldError(f"{kind.__name__}({name}={given!r}): expected {expected}.", name, given, expected)
+
+
+def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuse arguments that are not as annotated, among those that :func:`check_fields` looks at.
+
+    >>> def fit(*, steps: AtLeastOne, clip_norm: AboveZero | None = None) -> None:
+    ...     check_arguments(fit, locals())
+    >>> fit(steps=3, clip_norm=-1.0)
+    Traceback (most recent call last):
+    metapl.errors.FieldError: clip_norm=-1.0: expected a number above 0 or None.
+    """
+    for name, hint in _annotated(function).items():
+        if misfit(given[name], hint) is not None:
+            expected = _words(hint)
+            raise FieldError(f"{name}={given[name]!r}: expected {expected}.", name, given[name], expected)
+
+
+@cache
+def _annotated(function: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return" and _is_plain(hint)}
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from metapl.problems.losses import (
     starts,
     sum_of_terms,
 )
+from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
 from metapl.training.loop import FitResult
@@ -74,11 +75,12 @@ class LossTrainer(Trainer):
         losses: Sequence[TeacherLoss] = (CrossEntropy(),),
         *,
         optimizer: torch.optim.Optimizer,
-        clip_norm: float | None = None,
-        precision: str = "float32",
-        accumulate: int = 1,
+        clip_norm: AboveZero | None = None,
+        precision: Literal["float32", "bfloat16"] = "float32",
+        accumulate: MicroBatches = 1,
         compile: bool = False,
     ) -> None:
+        check_arguments(LossTrainer.__init__, locals())
         self.as_given = model
         self.layout = layout_of("network", model)
         self.ranks = self.layout.ranks
@@ -89,7 +91,6 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
-        checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
         refuse_split_batches(self.losses, accumulate)
         self.device = next(model.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
@@ -198,7 +199,7 @@ def finetune(
     *,
     steps: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    precision: str = "float32",
+    precision: Literal["float32", "bfloat16"] = "float32",
     accumulate: int = 1,
     compile: bool = False,
     clip_norm: float | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from metapl.feedback.path import Path, take_steps
 from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
+from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
@@ -120,16 +121,18 @@ class BilevelTrainer(Trainer):
         outer_optimizer: torch.optim.Optimizer | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
         feedback_weight: float = 1.0,
-        feedback_ratio: float | None = None,
+        feedback_ratio: Annotated[float, Range(0)] | None = None,
         recompute_teacher: bool = False,
         generator: torch.Generator | None = None,
-        clip_norm: float | None = None,
+        clip_norm: AboveZero | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
-        accumulate: int = 1,
+        accumulate: MicroBatches = 1,
         compile: bool = False,
-        lookahead: int = 1,
+        lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
     ) -> None:
+        check_arguments(BilevelTrainer.__init__, locals())
         checks.no_inference_mode()
+        checks.is_generator(generator)
         self.mode = estimator(mode)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
         check_teacher(
@@ -371,16 +374,12 @@ class BilevelTrainer(Trainer):
 
     def _check_options(self) -> None:
         """Refuse options that are wrong, or do not go together."""
-        if self.precision not in ("float32", "bfloat16"):
-            raise MetaplError(f"precision={self.precision!r}: expected 'float32' or 'bfloat16'.")
-        checks.whole_number(self.accumulate, f"accumulate={self.accumulate!r}", "a number of micro-batches")
         if self.accumulate > 1 and self.mode.keep_graph:
             raise MetaplError(
                 f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 with 'unrolled', which keeps "
                 "the graph of the whole batch (mode 'forward' is as exact)."
             )
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
-        checks.whole_number(self.lookahead, f"lookahead={self.lookahead!r}", "a number of student steps")
         check_ahead(self.mode, self.lookahead, self.problem, self.layout)
         self._checked = self.lookahead
         if self.teacher is None and self.compile and self.mode.keep_graph:
@@ -389,11 +388,9 @@ class BilevelTrainer(Trainer):
                 'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.'
             )
         if self.feedback_ratio is not None:
-            self._check_ratio(self.feedback_ratio, self.lookahead)
+            self._check_ratio(self.lookahead)
 
-    def _check_ratio(self, ratio: float, steps: int) -> None:
-        if not 0 <= ratio < float("inf"):
-            raise MetaplError(f"feedback_ratio={ratio}: expected a number of 0 or more, or None.")
+    def _check_ratio(self, steps: int) -> None:
         if self.feedback_weight != 1.0:
             raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
         if not self._has_losses:
@@ -598,7 +595,7 @@ class BilevelTrainer(Trainer):
                 if outer is not None:
                     refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
                 if self.feedback_ratio is not None:
-                    self._check_ratio(self.feedback_ratio, len(batches))
+                    self._check_ratio(len(batches))
                 self._given = [(t, t._version) for t in tensors_in((labeled, batches))]
                 try:
                     yield fault, student

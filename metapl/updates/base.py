@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
 from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
@@ -140,8 +139,6 @@ class Clipped(Update):
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
-        if not max_norm > 0:
-            raise MetaplError(f"clip_norm={max_norm}: expected a number above 0, or None.")
         self.inner, self.max_norm, self.space = inner, max_norm, space
 
     def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
