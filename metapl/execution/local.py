@@ -115,13 +115,6 @@ class LocalStudent:
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
 
-    def run(self, params: Tree, inputs: Any) -> Pass:
-        """S(x; θ) as a pass of record: it moves buffers and generators as training does.
-
-        At the student's own weights (``params is self.params``) the module itself runs; others are swapped in.
-        """
-        return self.pass_type(self, params, inputs).run()
-
     def loss(
         self,
         params: Tree,
@@ -307,7 +300,10 @@ class Pass:
             self._held = student.held_at(self._at)
 
     def run(self) -> Pass:
-        """z = S(x; θ), and what is seen on the way."""
+        """z = S(x; θ), and what is seen on the way: buffers and generators move as in training.
+
+        At the student's own weights (``params is student.params``) the module itself runs; others are swapped in.
+        """
         student, inputs = self.student, self.inputs
         with self.running(forward=True), student.watched(inputs) as watch, student.made(inputs) as made:
             outputs = checks.logits(student.module(inputs), "student")

@@ -354,7 +354,7 @@ def take_steps(
                 entries.append(Entry(problem, x, told[i], keep_graph))
             inputs = entries[i].given if entering else student_input(problem, x)
             with refuse_checkpoints() if several else NOTHING:
-                passes.append(student.run(params, inputs))  # z = S(x; θ)
+                passes.append(student.pass_type(student, params, inputs).run())  # z = S(x; θ)
             _check(problem, passes[i].outputs, path.labeled[i], x, ranks)
             if not entering:
                 signals.append(asked(x, passes[i].outputs))
