@@ -71,7 +71,7 @@ def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
             "invalid choice 'xyz' for argument '--mode'. Expected one of (",
         ),
         (("train", "digits", "--student.lr", "x"), "metapl: --student.lr: expected a number, got 'x'. See"),
-        (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3. See"),
+        (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3. Perhaps you meant: --steps"),
         (("train", "digits", "--hidden", "3", "x"), "metapl: --hidden: expected a whole number, got 'x'. See"),
         ((*IMAGES, "--mean", "x"), "metapl: --mean: expected a number, got 'x'. See"),
         (

@@ -180,7 +180,7 @@ def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
         (["--mesh.replicate", "2", "--compare", "--jobs", "2"], "--jobs 2 has no effect beside --mesh"),
         (["--mesh.replicate", "2", "--resume", "--out", "{there}", "--steps", "7"], "holds a run of another recipe"),
         (["--mesh.replicate", "2", "--out", "{there}"], "holds a run already"),
-        (["--mesh.replicate", "2", "--stpes", "3"], "Unrecognized options: --stpes, 3 Perhaps you meant: --steps "),
+        (["--mesh.replicate", "2", "--stpes", "3"], "Unrecognized options: --stpes, 3. Perhaps you meant: --steps "),
         (
             ["--mesh.replicate", "3"],
             "the mesh is of 3 processes (--mesh.replicate 3 x --mesh.shard 1) and 2 were started",

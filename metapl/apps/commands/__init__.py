@@ -102,6 +102,8 @@ def _dispatch(given: list[str]) -> int:
     program, flags = f"metapl {command}", {word.partition("=")[0] for word in words}
     if command == "ablate" and "--factory" in flags:
         kind = module_of(command).AblateFactory
+    elif command == "evaluate" and "--weights" in flags:
+        kind = module_of("evaluate_weights").EvaluateWeights
     elif command not in CHOICES:
         kind = getattr(module_of(command), command.capitalize())
     elif words[:1] in (["-h"], ["--help"]):

@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -211,13 +211,6 @@ class Evaluate(Evaluators):
 
     folder: Run
     network: Network = "delivered"
-
-    @classmethod
-    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
-        from metapl.apps.commands.evaluate_weights import EvaluateWeights
-
-        by_weights = any(word.partition("=")[0] == "--weights" for word in words)
-        return (EvaluateWeights if by_weights else cls), program
 
     def evaluated(self) -> int:
         run = load_run(self.folder)
