@@ -91,6 +91,8 @@ def check_fields(value: Any) -> None:
         given = getattr(value, name)
         if misfit(given, hint) is not None:
             expected = _words(hint)
+            if isinstance(given, float) and not math.isfinite(given):
+                expected = expected.replace("a number", "a finite number")
             raise FieldError(f"{kind.__name__}({name}={given!r}): expected {expected}.", name, given, expected)
 
 

@@ -24,7 +24,7 @@ IMAGES = ("train", "images", "--labeled", "few", "--unlabeled", "many")
     [
         (("--minutes", "-1"), "--minutes -1.0: expected a number in (0, 527040]"),
         (("--minutes", "0"), "--minutes 0.0: expected a number in (0, 527040]"),
-        (("--minutes", "nan"), "--minutes nan: expected a number in (0, 527040]"),
+        (("--minutes", "nan"), "--minutes nan: expected a finite number"),
         (("--labeled-batch", "0"), "--labeled-batch 0: expected a whole number from 1 to 1,048,576"),
         (("--val-fraction", "2"), "--val-fraction 2.0: expected a number in [0, 1)"),
         (("--uda-threshold", "3"), "--uda-threshold 3.0: expected a number in [0, 1)"),

@@ -238,8 +238,14 @@ def test_uda_with_one_view_is_refused_and_nothing_moves() -> None:
         (lambda: metapl.CrossEntropy(label_smoothing=-0.1), r"label_smoothing=-0\.1.*\[0, 1\)"),
         (lambda: metapl.UDA(threshold=1.0), r"UDA\(threshold=1\.0\): expected a number in \[0, 1\)"),
         (lambda: metapl.UDA(temperature=-0.1), r"UDA\(temperature=-0\.1\): expected a number of 0 or more"),
-        (lambda: metapl.UDA(temperature=float("nan")), r"UDA\(temperature=nan\): expected a number of 0 or more"),
-        (lambda: metapl.UDA(temperature=float("inf")), r"UDA\(temperature=inf\): expected a number of 0 or more"),
+        (
+            lambda: metapl.UDA(temperature=float("nan")),
+            r"UDA\(temperature=nan\): expected a finite number of 0 or more",
+        ),
+        (
+            lambda: metapl.UDA(temperature=float("inf")),
+            r"UDA\(temperature=inf\): expected a finite number of 0 or more",
+        ),
         (lambda: metapl.UDA(align=1.1), r"align=1\.1\): expected a number in \[0, 1\]"),
         (lambda: metapl.UDA(align=-0.1), r"align=-0\.1\): expected a number in \[0, 1\]"),
         (lambda: metapl.UDA(ramp=-1), r"ramp=-1\): expected a number of steps, 0 or more"),

@@ -96,7 +96,7 @@ def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception
         ({"exact_every": 0}, r"exact_every=0\): expected a whole number of 1 or more or None"),
         ({"num_workers": 257}, r"num_workers=257\): expected a whole number in \[0, 256\]"),
         ({"warmup": "2"}, r"warmup='2'\): expected a whole number"),
-        ({"ema_decay": float("nan")}, r"ema_decay=nan\): expected a number in \[0, 1\) or None"),
+        ({"ema_decay": float("nan")}, r"ema_decay=nan\): expected a finite number in \[0, 1\) or None"),
         ({"decay_every": 0, "schedule": "exponential"}, r"decay_every=0\): expected a number above 0 or None"),
         ({"select": None}, r"select=None\): expected True or False"),
         ({"phase": "a\0b"}, r"phase='a\\x00b': expected a plain name"),
