@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from metapl.words import tell
 class Trainer(Stepwise):
     """A trainer that can be fitted, evaluated, saved and loaded."""
 
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
 
     def fit(
