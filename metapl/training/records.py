@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -43,6 +44,7 @@ class Records:
         if self.out is None or self.metrics is None:
             yield
             return
+        made = [path for path in (self.metrics.file, self.out.path / "tensorboard") if not path.exists()]
         with self._writing():
             damaged = self.metrics.damaged()
             if damaged:
@@ -60,8 +62,14 @@ class Records:
             except ImportError:
                 events = None
                 say("TensorBoard is not installed: the rows are in metrics.jsonl alone")
-        with events or nullcontext() as self.events:
-            yield
+        try:
+            with events or nullcontext() as self.events:
+                yield
+        except Exception:
+            if not self.history and self.saved_at is None:  # refused at its first steps: nothing is worth keeping
+                for path in made:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            raise
 
     def row(self, row: dict[str, float]) -> None:
         """Keep the numbers of a step."""
