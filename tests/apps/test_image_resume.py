@@ -52,7 +52,7 @@ STEP, WAITING, TUNING = (
     ("metapl.training.loss_trainer:LossTrainer", "step"),
 )
 MOMENTS = [
-    ("metapl.apps.pictures.folders", "_images", 3),  # listing
+    ("metapl.apps.pictures.folders", "_pictures", 3),  # listing
     ("metapl.apps.pictures.verify", "read_image", 20),  # looking which files are sound
     ("metapl.apps.recipes.image_folders", "hash_files", 2),
     (*WAITING, 3),
