@@ -25,7 +25,7 @@ from metapl.apps.pictures.store import MemoryImages
 from metapl.apps.pictures.views.base import Identity
 from metapl.apps.pictures.views.crops import ResizedCrop, Weak
 from metapl.apps.recipes import Digits, ImageFolders
-from metapl.apps.recipes.base import Optimizer, Task
+from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_folders import (
     CLIPPED,
     FINETUNED_ON_CHANGED,
@@ -43,7 +43,7 @@ from metapl.apps.recipes.image_folders import (
 from metapl.apps.recipes.image_recipe import ImageParts, Strong
 from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS, title
 from metapl.apps.recipes.self_training import SelfTraining
-from metapl.apps.recipes.settings import SGD_RATE, OpenOptimizer
+from metapl.apps.recipes.settings import SGD_RATE, OpenOptimizer, Optimizer
 from metapl.errors import MetaplError
 from metapl.runs.rows import Metrics
 

@@ -21,7 +21,8 @@ from metapl.apps.commands.plan import PLANNED, without_data
 from metapl.apps.planning.held import Held
 from metapl.apps.planning.plan import Plan, bytes_of, plan, propose
 from metapl.apps.recipes import Cifar10, Digits
-from metapl.apps.recipes.base import Feedback, Optimizer, Recipe
+from metapl.apps.recipes.base import Recipe
+from metapl.apps.recipes.settings import Feedback, Optimizer
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.execution import checks

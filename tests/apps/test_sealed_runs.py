@@ -17,7 +17,8 @@ from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.folder import WEIGHTS
-from metapl.apps.recipes.base import Optimizer, from_dict
+from metapl.apps.recipes.base import from_dict
+from metapl.apps.recipes.settings import Optimizer
 from metapl.errors import MetaplError
 from metapl.runs.fields import misfit
 

@@ -1,6 +1,6 @@
 """Named, frozen configurations; :mod:`metapl.apps.experiments` runs them."""
 
-from metapl.apps.recipes.base import Feedback, Optimizer, Recipe, Task, from_dict
+from metapl.apps.recipes.base import Recipe, Task, from_dict
 from metapl.apps.recipes.digits import Digits
 from metapl.apps.recipes.image_folders import ImageFolders
 from metapl.apps.recipes.image_recipe import ImageRecipe, Strong
@@ -14,6 +14,7 @@ from metapl.apps.recipes.protocols import (
     Svhn,
     Vision,
 )
+from metapl.apps.recipes.settings import Feedback, Optimizer
 
 RECIPES: dict[str, type] = {
     Digits.name: Digits,

@@ -16,17 +16,12 @@ from torch import Tensor, nn
 
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.splits import Split
-from metapl.apps.recipes.ranges import MOST_IN_A_BATCH as MOST_IN_A_BATCH
-from metapl.apps.recipes.ranges import MOST_STEPS as MOST_STEPS
-from metapl.apps.recipes.ranges import Batch, Share, SomeSteps, Steps, Within, check_ranges
+from metapl.apps.recipes.ranges import Batch, Share, SomeSteps, Steps
 from metapl.apps.recipes.self_training import Selection
-from metapl.apps.recipes.settings import Feedback as Feedback
-from metapl.apps.recipes.settings import Mode as Mode
-from metapl.apps.recipes.settings import Optimizer as Optimizer
-from metapl.apps.recipes.settings import Softness
+from metapl.apps.recipes.settings import Optimizer, Softness
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
-from metapl.runs.fields import misfit_entries
+from metapl.runs.fields import Range, check_fields, misfit_entries
 from metapl.training import FitOptions, FitResult, Say, Trainer
 
 SELECTED_ON = 50
@@ -311,7 +306,7 @@ class Method(ABC):
     forced: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
 
     @property
     def selection(self) -> Selection | None:
@@ -461,7 +456,7 @@ class Recipe(ABC):
     looks: ClassVar[bool] = False
     """Whether what is left open is chosen by looking at pictures."""
 
-    seed: Annotated[int, Within(0, 2**32 - 1), SEEDS] = 0
+    seed: Annotated[int, Range(0, most=2**32 - 1), SEEDS] = 0
     steps: Steps = 600
     labeled_batch: Batch = 32
     unlabeled_batch: Batch = 64
@@ -481,7 +476,7 @@ class Recipe(ABC):
         given: Any = self.method
         if not isinstance(given, Method):
             object.__setattr__(self, "method", self.by_name(given or self.own))
-        check_ranges(self)
+        check_fields(self)
         self.method.check(self)
         if self.complete:
             FitOptions(steps=self.steps, **self.fit_options() | self.method.options(self))

@@ -14,12 +14,14 @@ from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, Unl
 from metapl.apps.pictures.hashes import hashes
 from metapl.apps.pictures.reader import SUFFIXES, gray_image
 from metapl.apps.pictures.tables import csv_rows
-from metapl.apps.recipes.base import Optimizer, Recipe, Role, Task
+from metapl.apps.recipes.base import Recipe, Role, Task
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import Within, require
+from metapl.apps.recipes.ranges import require
+from metapl.apps.recipes.settings import Optimizer
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
+from metapl.runs.fields import Range
 from metapl.training import Say
 
 MOST_LAYERS, WIDEST, MOST_THREADS = 64, 2**14, 1024
@@ -55,13 +57,13 @@ class Digits(Recipe):
         "teacher": Optimizer(lr=0.06, momentum=0.9),
     }
 
-    labels_per_class: Annotated[int, Within(1)] = 2
+    labels_per_class: Annotated[int, Range(1)] = 2
     steps: int = 6000
     labeled_batch: int = 64
     hidden: tuple[int, ...] = (32, 32)
     view: ShiftNoiseCutout = field(default_factory=ShiftNoiseCutout)
     finetune: Optimizer = field(default_factory=lambda: Optimizer(lr=0.02))
-    threads: Annotated[int, Within(1, MOST_THREADS)] = 1
+    threads: Annotated[int, Range(1, most=MOST_THREADS)] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

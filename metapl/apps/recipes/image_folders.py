@@ -28,12 +28,13 @@ from metapl.apps.pictures.verify import verify_files
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.apps.pictures.views.crops import ResizedCrop
-from metapl.apps.recipes.base import Optimizer, Task
+from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
-from metapl.apps.recipes.ranges import Share, Steps, Weight, Within, check_ranges, require
-from metapl.apps.recipes.settings import OPEN, OpenOptimizer
+from metapl.apps.recipes.ranges import Share, Steps, Weight, require
+from metapl.apps.recipes.settings import OPEN, OpenOptimizer, Optimizer
 from metapl.errors import MetaplError
 from metapl.errors import few as some
+from metapl.runs.fields import Range, check_fields
 from metapl.runs.sealed import read_plain
 from metapl.training import Say
 from metapl.training.progress import counting
@@ -51,7 +52,7 @@ WAIT, WARMUP, START, RAMP, WARM = 0.75, 0.05, 0.4, 0.1, 0.2
 """Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, of
 its ramp, and on labels as they are given before anything is learned about them."""
 
-Minutes = Annotated[float, Within(0, MOST_MINUTES, above=True)]
+Minutes = Annotated[float, Range(above=0, most=MOST_MINUTES)]
 
 LONG, SELECTED = (tyro.conf.create_mutex_group(required=False) for _ in range(2))
 """Flags of which one is given: how long it takes, and what is selected on."""
@@ -92,7 +93,7 @@ class Changes:
 
     degrees: float = 20.0
     translate: float = 0.125
-    zoom: Annotated[float, Within(1)] = 1.33
+    zoom: Annotated[float, Range(1)] = 1.33
     shear: float = 10.0
     brightness: float = 0.4
     contrast: float = 0.4
@@ -103,7 +104,7 @@ class Changes:
     recolor: tyro.conf.FlagConversionOff[bool | None] = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
         self.strong()
 
     def strong(self) -> View:
@@ -216,7 +217,7 @@ class ImageFolders(ImageRecipe):
     test: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     minutes: Annotated[Open[Minutes], LONG] = OPEN
     steps: Annotated[Open[Steps], LONG] = OPEN
-    image_size: Open[Annotated[int, Within(1, LARGEST_SIDE)]] = OPEN
+    image_size: Open[Annotated[int, Range(1, most=LARGEST_SIDE)]] = OPEN
     grey: tyro.conf.FlagConversionOff[Open[bool]] = OPEN
     network_name: Annotated[Open[str], tyro.conf.arg(name="network")] = OPEN
     warmup: Open[int] = OPEN

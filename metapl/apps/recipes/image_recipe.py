@@ -19,11 +19,13 @@ from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.crops import ResizedCrop, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
-from metapl.apps.recipes.base import Optimizer, Recipe, Role
+from metapl.apps.recipes.base import Recipe, Role
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import Batch, Within, require
+from metapl.apps.recipes.ranges import Batch, require
+from metapl.apps.recipes.settings import Optimizer
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
+from metapl.runs.fields import Range
 from metapl.training.options import MOST_WORKERS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -151,7 +153,7 @@ class ImageRecipe(Recipe):
     known = OF_PICTURES
     settings: ClassVar[dict[str, Any]] = {"uda_ramp": 200, "student": NESTEROV, "teacher": NESTEROV}
 
-    image_size: Annotated[int, Within(1, LARGEST_SIDE)] = 32
+    image_size: Annotated[int, Range(1, most=LARGEST_SIDE)] = 32
     grey: bool = False
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "small_cnn"
     weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -159,7 +161,7 @@ class ImageRecipe(Recipe):
     stochastic_depth: float = 0.0
     channels_last: bool = False
     compile: bool = False
-    pad: Annotated[int, Within(0, LARGEST_SIDE)] = 4
+    pad: Annotated[int, Range(0, most=LARGEST_SIDE)] = 4
     resized_crop: bool = False
     strong: Strong = field(default_factory=Strong)
     clip_norm: float | None = None
@@ -167,7 +169,7 @@ class ImageRecipe(Recipe):
     precision: Literal["float32", "bfloat16"] = "float32"
     ema_decay: float | None = 0.995
     finetune_batch: Batch | None = None
-    num_workers: Annotated[int, Within(0, MOST_WORKERS)] = 0
+    num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:

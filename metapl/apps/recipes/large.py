@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from metapl.apps.recipes.base import Feedback, Optimizer, Task
+from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import ImageRecipe, Strong
 from metapl.apps.recipes.protocols import preset
+from metapl.apps.recipes.settings import Feedback, Optimizer
 from metapl.errors import MetaplError
 from metapl.training import Say
 

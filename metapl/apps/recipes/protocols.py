@@ -21,9 +21,11 @@ import tyro
 from metapl.apps.pictures.sets.torchvision_sets import ImageData, load_image_data
 from metapl.apps.pictures.splits import Split
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes.base import Feedback, Optimizer, Task
+from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
-from metapl.apps.recipes.ranges import Within, require
+from metapl.apps.recipes.ranges import require
+from metapl.apps.recipes.settings import Feedback, Optimizer
+from metapl.runs.fields import Range
 from metapl.training import Say
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
@@ -89,8 +91,8 @@ class Vision(ImageRecipe):
 
     data: Names
     data_root: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    labels_per_class: Annotated[int, Within(1)] = 400
-    validation: Annotated[int, Within(1)] = 5000
+    labels_per_class: Annotated[int, Range(1)] = 400
+    validation: Annotated[int, Range(1)] = 5000
     split: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     class_names: tyro.conf.Suppress[tuple[str, ...]] = ()
     network_name: Annotated[str, tyro.conf.arg(name="network")] = "wide_resnet28_2"

@@ -1,4 +1,4 @@
-"""Ranges of fields, as a part of their types: ``steps: Annotated[int, Within(1, 10**9)]``."""
+"""Ranges that several recipes share, as a part of their fields' types: ``steps: Steps``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from typing import Annotated
 
 from metapl.errors import FieldError
 from metapl.runs.fields import Range
-from metapl.runs.fields import check_fields as check_ranges
-
-__all__ = ["Batch", "Rate", "Share", "SomeSteps", "Steps", "Weight", "Within", "check_ranges", "require"]
 
 MOST_STEPS = 10**9
 
 MOST_IN_A_BATCH = 2**20
 """Greatest values of options beyond which a machine would be asked for more than any has."""
-
-
-def Within(least: float, most: float | None = None, *, above: bool = False) -> Range:
-    """From the least to the greatest, or ``above`` the least."""
-    return Range(least=None if above else least, above=least if above else None, most=most)
 
 
 Steps = Annotated[int, Range(1, most=MOST_STEPS)]

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from metapl.apps.recipes.ranges import Share, Steps, Within, check_ranges, require
+from metapl.apps.recipes.ranges import Share, Steps, require
+from metapl.runs.fields import Range, check_fields
 
 MOST_ROUNDS = 1000
 
@@ -57,7 +58,7 @@ class Selection:
     first: tyro.conf.Suppress[tyro.conf.Fixed[FirstTeacher | None]] = None
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
 
     def network(self, number: int) -> str | None:
         """The network of a round by its name; None is the recipe's own.
@@ -103,12 +104,12 @@ class SelfTraining(Selection):
         frozen: share of the layers that are frozen then, the first ones.
     """
 
-    rounds: Annotated[int, Within(1, MOST_ROUNDS)] = 3
+    rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
     allow_smaller: bool = False
     labels: Literal["soft", "hard"] = "soft"
     threshold: Share = 0.3
     balance: bool = True
-    ratio: Annotated[int, Within(1, MOST_RATIO)] = 3
+    ratio: Annotated[int, Range(1, most=MOST_RATIO)] = 3
     loss: Literal["mean", "two_means"] = "mean"
     training: Literal["joint", "pretrain_finetune", "pretrain"] = "joint"
     warm_start: bool = False

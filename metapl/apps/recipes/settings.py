@@ -12,9 +12,10 @@ from torch import nn
 
 from metapl import feedback
 from metapl.apps.networks import parameter_groups
-from metapl.apps.recipes.ranges import Rate, Share, Weight, check_ranges, require
+from metapl.apps.recipes.ranges import Rate, Share, Weight, require
 from metapl.errors import MetaplError
 from metapl.problems import PseudoLabels
+from metapl.runs.fields import check_fields
 
 if TYPE_CHECKING:
     Mode = str
@@ -43,7 +44,7 @@ class Optimizer:
     decay_norms: bool = True
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
         require(self, self.momentum > 0 or not self.nesterov, "momentum", "a number above 0 beside nesterov")
         adaptive = self.algorithm == "adamw"
         require(self, not (adaptive and self.momentum), "momentum", "0 with adamw, which has its own")
@@ -103,7 +104,7 @@ class Softness:
     pseudo_label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_fields(self)
         self.problem()
 
     def problem(self) -> PseudoLabels:

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task
-from metapl.apps.recipes.ranges import Share, SomeSteps, Weight, Within
+from metapl.apps.recipes.ranges import Share, SomeSteps, Weight
 from metapl.apps.recipes.settings import Optimizer
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.runs.fields import Range
 from metapl.training.loss_trainer import LossTrainer
 
 Losses = tuple[TeacherLoss, ...]
@@ -161,7 +162,7 @@ class WithUda(Consistent):
 
     uda_temperature: Weight = 0.7
     uda_threshold: Share = 0.6
-    uda_align: Annotated[float, Within(0, 1)] = 0.0
+    uda_align: Annotated[float, Range(0, most=1)] = 0.0
     uda_prior: tuple[float, ...] | None = None
 
     def uda(self, **fields: Any) -> UDA:
