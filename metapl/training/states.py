@@ -16,9 +16,6 @@ from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded, local
 
-SINCE = ("lookahead", "optimizers")
-"""Entries that states of earlier versions do not have."""
-
 OF_SPEED = {"foreach", "fused", "capturable", "differentiable"}
 """Settings of optimizers that do not decide what a state has in it, and that not every device takes."""
 
@@ -58,7 +55,7 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
     if not isinstance(state, Mapping):
         yield f"it is {described(state)}, and no dict with {', '.join(own)}"
         return
-    yield from _other_names("it", state, [name for name in own if name not in SINCE], own)
+    yield from _other_names("it", state, own, own)
     kinds = state.get("optimizers")
     if not isinstance(kinds, Mapping | None):
         yield f"its optimizers are {described(kinds)}, and no dict of the names of classes"
@@ -78,7 +75,7 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
             for path, leaf in pytree.tree_flatten_with_path(given)[0]:
                 if isinstance(leaf, Tensor | float) and bool(local(torch.as_tensor(leaf)).isnan().any()):
                     yield f"{where}{pytree.keystr(path)} has NaN"
-        elif name not in SINCE:
+        elif name not in ("lookahead", "optimizers"):  # which are compared by themselves
             yield from _faults(where, given, value)
 
 
@@ -136,7 +133,7 @@ def _optimizer_faults(where: str, given: Any, optimizer: Any, is_of: str | None,
         where: the name of the state.
         given: the state.
         optimizer: as it is; nothing of it is changed.
-        is_of: the class of the optimizer that the state is of, where that is known.
+        is_of: the class of the optimizer that the state is of; None where a resumed fit may have another.
         any_class: the state may have other settings than the optimizer.
 
     Cost: a step of the optimizer's class on zeros of each parameter's shape, on the host, one parameter at a time.

@@ -473,9 +473,9 @@ class BilevelTrainer(Trainer):
             raise MetaplError(
                 f"the state is of a trainer with mode {state['mode']!r}, this one has {self.mode.name!r}; {as_before}"
             )
-        if state.get("lookahead", 1) != self.lookahead:
+        if state.get("lookahead") not in (None, self.lookahead):  # without one it is refused by its names
             raise MetaplError(
-                f"the state is of a trainer with lookahead={state.get('lookahead', 1)}, this one has "
+                f"the state is of a trainer with lookahead={state['lookahead']}, this one has "
                 f"lookahead={self.lookahead}; {as_before}"
             )
         if (state["teacher"] is None) != (self.teacher is None):
