@@ -103,7 +103,8 @@ def delivered_by_the_test_set(patch: pytest.MonkeyPatch) -> None:
     real = experiment.delivered
 
     def delivered(method: str, networks: Any, select: bool) -> str:
-        measured = {name: replace(one, validation_accuracy=one.evaluation.accuracy) for name, one in networks.items()}
+        tested = {name: one.accuracies().get("test_accuracy") for name, one in networks.items()}
+        measured = {name: replace(networks[name], validation_accuracy=found) for name, found in tested.items()}
         return real(method, measured, select)
 
     patch.setattr(experiment, "delivered", delivered)
@@ -121,14 +122,21 @@ def noisy_students_teacher_labels_strong(patch: pytest.MonkeyPatch) -> None:
 
 def student_begins_as_its_teacher(patch: pytest.MonkeyPatch) -> None:
     """The student of a round begins with the weights of the round before."""
-    real, networks = noisy_student._network, list[nn.Module]()
+    real, first, last = noisy_student._network, noisy_student._first_teacher, dict[Any, nn.Module]()
 
     def network(recipe: Any) -> nn.Module:
-        networks.append(real(recipe))
-        networks[-1].load_state_dict(networks[-2 if len(networks) > 1 else -1].state_dict())
-        return networks[-1]
+        made = real(recipe)
+        sizes = tuple(p.shape for p in made.parameters())
+        made.load_state_dict(last.get(sizes, made).state_dict())
+        last[sizes] = made
+        return made
+
+    def of_a_run(recipe: Any, task: Any) -> Any:
+        last.clear()
+        return first(recipe, task)
 
     patch.setattr(noisy_student, "_network", network)
+    patch.setattr(noisy_student, "_first_teacher", of_a_run)
 
 
 def exported_without_normalization(patch: pytest.MonkeyPatch) -> None:
