@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -161,11 +162,15 @@ class TeacherStep(TeacherPass):
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
     def _run(self) -> Signal:
-        recording = self.teacher.register_forward_hook(self._record)
+        recording = self._recorded()
         try:
             return super()._run()
         finally:
             recording.remove()
+
+    def _recorded(self) -> RemovableHandle:
+        # A function, unlike a bound method, is not copied with a teacher that a loss copies.
+        return self.teacher.register_forward_hook(lambda *given: self._record(*given))
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Collect the outputs of the teacher: the gradients of its losses are measured at these."""
@@ -203,7 +208,7 @@ class TeacherStep(TeacherPass):
         where the processes hold shares of one gradient, whose norm is not found from theirs.
         """
         signal = self.with_graph()
-        recording = self.teacher.register_forward_hook(self._record)
+        recording = self._recorded()
         try:
             with rows_shared(self.ranks), self.watched() if self._slots.has_frozen else NOTHING:
                 terms = sum_of_terms(

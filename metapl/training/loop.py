@@ -193,6 +193,7 @@ class FitRun:
                 for t in range(start, options.steps if self.ended is None else start):
                     with self._first_after_resuming(t):
                         row = self._one_step(t, progressing)
+                    self.records.begun = True
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or options.due(options.save_every, t):

@@ -33,6 +33,7 @@ class Records:
         self.events: Events | None = None
         self.history: list[dict[str, float]] = []
         self.saved_at: Path | None = None
+        self.begun = False  # whether a step was taken
 
     def held(self) -> AbstractContextManager[None]:
         """Hold the folder against others, where there is one."""
@@ -66,7 +67,7 @@ class Records:
             with events or nullcontext() as self.events:
                 yield
         except Exception:
-            if not self.history and self.saved_at is None:  # refused at its first steps: nothing is worth keeping
+            if not self.begun and self.saved_at is None:  # refused at its first step: nothing is worth keeping
                 for path in made:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             raise

@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 STUDIES = {

@@ -145,7 +145,10 @@ def test_label_sets_in_every_form_and_by_hand(many: Path, tmp_path: Path, capsys
 
 def test_label_sets_that_do_not_fit_are_refused(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sets = tmp_path / "sets.json"
-    for content, words in (([[0]] * 90, "the numbers of"), ({"0 plain/x.png": [0]}, "no entry for 90 of the 90")):
+    for content, words in (
+        ([[0]] * 90, "a test file has the number"),
+        ({"0 plain/x.png": [0]}, "no entry for 90 of the 90"),
+    ):
         sets.write_text(json.dumps(content))
         assert words in refused(capsys, "evaluate", many / "run", "--label-sets", sets)
     assert "cannot be read" in refused(capsys, "evaluate", many / "run", "--label-sets", tmp_path)
@@ -175,7 +178,7 @@ def test_label_sets_of_examples_without_names(tmp_path: Path, capsys: pytest.Cap
     text = said(capsys, "evaluate", run, "--label-sets", sets)
     assert "multi-label accuracy        100.00% of 399 with a label (1 has none)" in text
     sets.write_text(json.dumps([[0]] * 399))
-    assert "label sets for 399 examples, and predictions of shape (400,)" in refused(
+    assert "label sets for 399 examples, 399 of them with a label, and predictions of shape (400,)" in refused(
         capsys, "evaluate", run, "--label-sets", sets
     )
 

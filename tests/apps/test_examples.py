@@ -12,6 +12,8 @@ import torch
 
 import metapl
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parents[2]
 
 

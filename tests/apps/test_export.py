@@ -191,7 +191,7 @@ def test_the_cards_code_runs_the_programs(
 
 
 def test_a_program_of_a_network_in_training_is_that_of_its_evaluation(tmp_path: Path) -> None:
-    model = trained_like(Architecture(name="resnet18", num_classes=4), 32)
+    model = trained_like(Architecture(name="small_cnn", num_classes=4), 32)
     model = model.double().to(memory_format=torch.channels_last).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first = programs(model, (3, 32, 32))

@@ -52,7 +52,7 @@ STEP, WAITING, TUNING = (
     ("metapl.training.loss_trainer:LossTrainer", "step"),
 )
 MOMENTS = [
-    ("metapl.apps.pictures.folders", "_images", 3),  # listing
+    ("metapl.apps.pictures.folders", "_pictures", 3),  # listing
     ("metapl.apps.pictures.verify", "read_image", 20),  # looking which files are sound
     ("metapl.apps.recipes.image_folders", "hash_files", 2),
     (*WAITING, 3),
@@ -315,9 +315,10 @@ def test_the_command_names_the_picture_that_killed_a_worker(
     words = capsys.readouterr().err
     assert f"a worker died while reading {deadly}; remove or replace it" in words
     assert unprompted(words).count("\n") == 1
+    assert (tmp_path / "run").exists() == bool(more)  # nothing was trained that could be gone on with
     if more:
         assert re.search(r"the last good checkpoint is .*fit/step-\d+\.ckpt", words)
-    assert json.loads((tmp_path / "run/recipe.json").read_text())["format"] == FORMAT
+        assert json.loads((tmp_path / "run/recipe.json").read_text())["format"] == FORMAT
 
 
 @LEFT_OPEN

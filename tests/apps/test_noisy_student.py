@@ -93,7 +93,7 @@ def stops(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
     [
         (LossTrainer, "step", 3),  # while the first teacher is trained
         (LabelWriter, "add", 2),  # while its labels are stored
-        (LabelWriter, "_finish", 1),
+        (LabelWriter, "_describe", 4),  # while the last of them are
         (rounds, "select", 1),  # between labels and selection
         (LabelWriter, "add_table", 1),  # while the selection is written
         (LossTrainer, "step", 9),  # while the first student is trained

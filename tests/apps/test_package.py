@@ -26,8 +26,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Of modules that are called otherwise."""
 
-INDIRECT = {"onnx", "onnxruntime", "onnxscript"}
-"""Declared for torch.onnx, which imports them itself, and for programs that run in another process."""
+INDIRECT = {"onnx", "onnxruntime", "onnxscript", "torchopt"}
+"""Declared for torch.onnx, which imports them itself, for programs that run in another process, and for users, who hand
+over TorchOpt's transforms."""
 
 
 def imported() -> set[str]:

@@ -262,7 +262,15 @@ def overlapping(some: list[tuple[str, Bbox]], others: list[tuple[str, Bbox]]) ->
 
 @pytest.mark.parametrize(
     ("panels", "size", "galleries", "number"),
-    [(4, 0, 1, 8), (4, 10, 3, 12), (2, 40, 2, 7), (1, 0, 3, 12), (0, 3, 1, 9), (0, 0, 2, 6), (4, 150, 3, 12)],
+    [
+        (4, 0, 1, 8),
+        (4, 10, 3, 12),
+        (2, 40, 2, 7),
+        (1, 0, 3, 12),
+        (0, 3, 1, 9),
+        (0, 0, 2, 6),
+        pytest.param(4, 150, 3, 12, marks=pytest.mark.long),
+    ],
 )
 def test_long_names_run_into_nothing(
     tmp_path: Path, pages: list[Figure], panels: int, size: int, galleries: int, number: int

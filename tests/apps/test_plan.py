@@ -65,7 +65,7 @@ ALONE = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.long) if case in ("forward", "none") else case for case in ALONE]
+    "case", [pytest.param(case, marks=pytest.mark.long) if case != "reinforce, adamw" else case for case in ALONE]
 )
 def test_a_plan_for_one_process_is_what_it_holds(case: str) -> None:
     assert gap(planned(ALONE[case]), plan_cases.measured(ALONE[case], Mesh())) < NEAR
@@ -89,7 +89,9 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.long) if case in ("none", "replicas") else case for case in SHARED]
+)
 def test_a_plan_for_two_processes_is_what_each_holds(two: Ranks, case: str) -> None:
     recipe, sizes = SHARED[case]
     found = planned(recipe, **sizes)

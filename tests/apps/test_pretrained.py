@@ -10,6 +10,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from tiny_runs import color_folders
 from torchvision.models import ResNet18_Weights
 
 from metapl.apps.experiments import settle
@@ -98,11 +99,19 @@ def test_a_network_that_torchvision_has_no_weights_of_is_refused(name: str, chec
 
 @pytest.mark.parametrize(("network", "stem"), [(None, "resnet18"), ("efficientnet_b0", "efficientnet_b0")])
 def test_the_recipe_asks_for_those_of_its_network(
-    network: str | None, stem: str, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+    network: str | None, stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(
-        "metapl.apps.experiments.settle.fetch_imagenet_weights", lambda name: asked.append(name) or "file"
+
+    def fetch(name: str) -> str:
+        asked.append(name)
+        raise MetaplError("asked")
+
+    monkeypatch.setattr(settle, "fetch_imagenet_weights", fetch)
+    root = color_folders(tmp_path)
+    recipe = ImageFolders(
+        labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), weights="imagenet", network_name=network
     )
-    recipe = ImageFolders(labeled="a", unlabeled="b", weights="imagenet", network_name=network)
-    assert (settle._weights(recipe), asked) == ("file", [stem])
+    with pytest.raises(MetaplError, match="asked"):
+        settle.settled(recipe)
+    assert asked == [stem]

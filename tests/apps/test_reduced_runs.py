@@ -93,7 +93,7 @@ def stops(patch: pytest.MonkeyPatch, owner: type, name: str, at: int) -> None:
     [
         (LossTrainer, "step", 3),  # while the teacher is trained
         (LabelWriter, "add", 2),  # while its labels are stored
-        (LabelWriter, "_finish", 1),
+        (LabelWriter, "_describe", 4),  # while the last of them are
         (BilevelTrainer, "step", 3),  # while the student is trained
         (LossTrainer, "step", 8),  # while it is finetuned
     ],

@@ -186,7 +186,9 @@ def of_sizes(name: str, train: torch.Tensor, test: int, core: int | None = None)
 
 def drawn(kind: type[Vision], data: ImageData, **fields: Any) -> Split:
     """The split of a recipe that is named after a protocol."""
-    return kind(data_root="anywhere", **fields)._split(data)
+    split = kind(data_root="anywhere", **fields).divided(data, None)[2]
+    assert split is not None
+    return split
 
 
 def test_cifar_4k() -> None:
