@@ -78,12 +78,14 @@ def labeled_picture_in_validation(patch: pytest.MonkeyPatch) -> None:
     """The first labeled picture is one of those that the student is selected on."""
     drawn, of_digits = Split.__init__, DigitsSplit.__init__
 
-    def split(self: Split, name: str, seed: int, labeled: Tensor, unlabeled: Tensor, validation: Tensor, *rest: Any):  # type: ignore[no-untyped-def]
-        drawn(self, name, seed, labeled, unlabeled, torch.cat([labeled[:1], validation[1:]]), *rest)
+    def split(
+        self: Split, name: str, seed: int, labeled: Tensor, unlabeled: Tensor, held_out: Tensor, *rest: Any
+    ) -> None:
+        drawn(self, name, seed, labeled, unlabeled, torch.cat([labeled[:1], held_out[1:]]), *rest)
 
     def digits(self: DigitsSplit, labeled: Any, unlabeled: Tensor, truth: Tensor, validation: Any, test: Any) -> None:
         shared = tuple(torch.cat([own[:1], others[1:]]) for own, others in zip(labeled, validation, strict=True))
-        of_digits(self, labeled, unlabeled, truth, shared, test)  # type: ignore[arg-type]  # a pair
+        of_digits(self, labeled, unlabeled, truth, shared, test)
 
     patch.setattr(Split, "__init__", split)
     patch.setattr(DigitsSplit, "__init__", digits)
