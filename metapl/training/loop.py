@@ -193,7 +193,6 @@ class FitRun:
                 for t in range(start, options.steps if self.ended is None else start):
                     with self._first_after_resuming(t):
                         row = self._one_step(t, progressing)
-                    self.records.begun = True
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or options.due(options.save_every, t):
@@ -242,6 +241,7 @@ class FitRun:
             # Of a first step that is refused there is nothing to go back to.
             last = f" ({self.records.last_good()})" if t or self.records.kept else ""
             raise MetaplError(f"step {t + 1}: {error}{last}") from error
+        self.records.begun = True
         for role, average in self.averages.items():
             if average is not None and not (waits and role == "student"):
                 average.update()

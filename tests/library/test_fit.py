@@ -177,7 +177,8 @@ def test_a_nan_stops_the_run_at_its_step(trainer: Callable[[], Trainer], bad: in
         )
     kept = CheckpointFolder(tmp_path / "checkpoints/fit").newest()
     assert (kept.state["step"] if kept else 0) == saved
-    assert all(row["step"] < bad for row in rows(tmp_path))
+    if (tmp_path / "metrics.jsonl").exists():  # a first step that is refused leaves nothing
+        assert all(row["step"] < bad for row in rows(tmp_path))
     if kept:
         assert all(torch.isfinite(t).all() for t in leaves(kept.state) if isinstance(t, Tensor))
 
