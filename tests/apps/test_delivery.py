@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from PIL import Image
 from metapl.apps.commands import main
 from metapl.apps.commands.compare import MEASURED, _fields
 from metapl.apps.experiments import settle
-from metapl.apps.experiments.experiment import Network, delivered
-from metapl.apps.experiments.folder import WEIGHTS
+from metapl.apps.experiments.experiment import Experiment, Network, delivered
+from metapl.apps.experiments.folder import WEIGHTS, RunFolder
 from metapl.apps.experiments.summary import summary
-from metapl.apps.recipes import ImageFolders
+from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import SELECTED_ON
 from metapl.metrics import evaluate_logits
 
@@ -87,6 +88,24 @@ def test_where_validation_cannot_tell_a_rule_of_the_method_does() -> None:
     assert delivered("supervised", told, select=False) == "finetuned"
     assert delivered("pseudo_labels", networks(student=None, finetuned=None), select=False) == "finetuned"
     assert delivered("supervised_everything", told, select=False) == "student"
+
+
+def test_the_test_set_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three networks the best by validation is the worst on the test set."""
+    reached = {"student": 0.3, "teacher": 0.6, "finetuned": 0.5}
+    real = Experiment.network
+
+    def network(self: Experiment, name: str, *given: Any) -> Network:
+        found = real(self, name, *given)
+        assert found.evaluation is not None
+        tested = replace(found.evaluation, accuracy=1 - reached[name])
+        return replace(found, validation_accuracy=reached[name], evaluation=tested)
+
+    monkeypatch.setattr(Experiment, "network", network)
+    recipe = Digits(steps=2, hidden=(4,), labeled_batch=8, unlabeled_batch=8, finetune_steps=1)
+    found = Experiment(recipe, RunFolder(tmp_path / "run"), progress=False, say=lambda _: None).run()
+    assert (found["delivered_by"], found["delivered"], found["validation_accuracy"]) == ("validation", "teacher", 0.6)
+    assert found["test_accuracy"] == pytest.approx(0.4)
 
 
 # --------------------------------------------------------------------------------------------- with and without folders

@@ -25,7 +25,8 @@ from metapl.apps.labels.queries import select
 from metapl.apps.networks import Architecture
 from metapl.apps.planning.plan import plan
 from metapl.apps.recipes import Digits, ImageFolders
-from metapl.apps.recipes.methods.noisy_student import _finetuned, end_matched, networks_of
+from metapl.apps.recipes.base import Run
+from metapl.apps.recipes.methods.noisy_student import NoisyStudent, _finetuned, end_matched, networks_of
 from metapl.apps.recipes.noisy_student import PAPER_RECIPES
 from metapl.apps.recipes.self_training import SelfTraining
 from metapl.apps.recipes.settings import OpenOptimizer
@@ -33,7 +34,7 @@ from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal
 from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, model_noise
-from metapl.training import FitOptions
+from metapl.training import FitOptions, FitResult
 
 NOTHING = Signal(torch.zeros(0))
 
@@ -132,6 +133,23 @@ def test_a_threshold_and_a_selection_compare_confidences_alike(tmp_path: Path) -
     rounds = Rounds(recipe, tmp_path, recipe.task(), SelfTraining(threshold=0.1), False, lambda _: measured, print)
     assert rounds.threshold(store) == 0
     assert select(store, tmp_path / "some", threshold=rounds.threshold(store)).kept == 4
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_student_begins_with_weights_of_its_own_or_with_its_teachers(warm: bool) -> None:
+    settings = SelfTraining(rounds=2, warm_start=warm)
+    recipe = Digits(steps=4, hidden=(4,), schedule="exponential", method=NoisyStudent(self_training=settings))
+    phases = recipe.method.phases(Run(recipe, recipe.task(), nn.Identity(), nn.Identity()))
+    teacher = next(phases).trainer.student
+    for _ in range(settings.rounds):
+        with torch.no_grad():
+            for p in teacher.parameters():  # as if it had been trained
+                p.add_(0.01)
+        student = phases.send(FitResult(None, 4, {})).trainer.student
+        begun = [torch.equal(p, q) for p, q in zip(student.parameters(), teacher.parameters(), strict=True)]
+        assert begun == [warm] * len(begun)
+        first, teacher = teacher, student
+        assert all(p.data_ptr() != q.data_ptr() for p, q in zip(first.parameters(), student.parameters(), strict=True))
 
 
 def test_each_round_draws_its_own_batches_of_finetuning() -> None:

@@ -8,19 +8,32 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 
+from metapl.data import sampler
+from metapl.data.feed import _ListFeed
 from metapl.execution import buffers, rng
 from metapl.execution.local import LocalStudent, Pass
+from metapl.execution.writes import Weights
 from metapl.feedback import base, loss_difference, reinforce
 from metapl.feedback.path import Path
+from metapl.metrics import statistics
 from metapl.problems import PseudoLabels
 from metapl.problems import pseudo_labels as module
 from metapl.problems.base import Signal
+from metapl.runs import checkpoint
+from metapl.runs.fields import Range
+from metapl.runs.rows import Metrics
+from metapl.training.average import Average
+from metapl.training.loop import FitRun
+from metapl.training.options import Rates
+from metapl.training.selection import Best, Selection
 from metapl.updates import torchopt as transforms
 from metapl.updates.base import Clipped, Update
 from metapl.updates.sgd import SGD
+from metapl.updates.torch_optim import TorchUpdate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -229,6 +242,120 @@ def baseline_with_this_step(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loss_difference, "subtract_baseline", subtract)
 
 
+# ------------------------------------------------------------------------------------------------------- runs and edges
+
+
+def checkpoint_believed(patch: pytest.MonkeyPatch) -> None:
+    """The checksum of a checkpoint is not compared."""
+    real = checkpoint._read_line
+    patch.setattr(checkpoint, "_read_line", lambda path, file, checked: real(path, file, True))
+
+
+def random_numbers_not_restored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("metapl.training.loop.set_rng_state", lambda state: None)
+
+
+def students_optimizer_not_restored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TorchUpdate, "load_state_dict", lambda self, state: None)
+
+
+def average_not_restored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Average, "load_state_dict", lambda self, state: None)
+
+
+def position_not_restored(patch: pytest.MonkeyPatch) -> None:
+    """The batches of a resumed fit begin with the first."""
+    patch.setattr(_ListFeed, "restore", lambda self, state: None)
+
+
+def step_left_out(patch: pytest.MonkeyPatch) -> None:
+    """A resumed fit goes on with the step after the one that is next."""
+    real = FitRun._restore
+    patch.setattr(FitRun, "_restore", lambda self: real(self) + 1)
+
+
+def schedule_begins_again(patch: pytest.MonkeyPatch) -> None:
+    """The schedule counts the steps of this call of fit."""
+    real, begins = Rates.move, dict[Rates, int]()
+    patch.setattr(Rates, "move", lambda self, step: real(self, step - begins.setdefault(self, step)))
+
+
+def rows_not_cut(patch: pytest.MonkeyPatch) -> None:
+    """Rows of steps that were lost stay, and are written once more."""
+    patch.setattr(Metrics, "cut", lambda self, phase, step: None)
+
+
+def worst_kept(patch: pytest.MonkeyPatch) -> None:
+    _kept_where(patch, lambda now, before: now <= before)
+
+
+def first_of_equals_kept(patch: pytest.MonkeyPatch) -> None:
+    _kept_where(patch, lambda now, before: now > before)
+
+
+def _kept_where(patch: pytest.MonkeyPatch, better: Callable[[float, float], bool]) -> None:
+    real = Selection.look
+
+    def look(self: Selection, *given: Any) -> dict[str, float]:
+        before, self.best = self.best, Best()
+        found = real(self, *given)
+        if None not in (before.accuracy, self.best.accuracy) and not better(self.best.accuracy, before.accuracy):
+            self.best = before
+        return found
+
+    patch.setattr(Selection, "look", look)
+
+
+def validated_as_in_training(patch: pytest.MonkeyPatch) -> None:
+    """A look at the validation data drops units, and moves the statistics."""
+    patch.setattr("metapl.metrics.predictions.eval_mode", lambda model: nullcontext())
+
+
+def excluded_end_taken(patch: pytest.MonkeyPatch) -> None:
+    real = Range.holds
+    patch.setattr(Range, "holds", lambda self, value: value == self.below or real(self, value))
+
+
+def arguments_unchecked(patch: pytest.MonkeyPatch) -> None:
+    for user in ("trainer", "loss_trainer"):
+        patch.setattr(f"metapl.training.{user}.check_arguments", lambda function, given: None)
+
+
+def requirements_not_held(patch: pytest.MonkeyPatch) -> None:
+    """Every mode runs wherever the student lies."""
+    patch.setattr("metapl.feedback.compatible._required", lambda mode, steps, problem: {})
+
+
+def weights_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """After the first step, nobody looks whether a pass has moved the weights."""
+    patch.setattr(Weights, "check", lambda self, error=None: None)
+
+
+def subclass_taken_for_the_librarys(patch: pytest.MonkeyPatch) -> None:
+    """A method that a class of the user's overrides is taken for that of the class above."""
+
+    def own_code(function: Any) -> bool:
+        return buffers.own_code(function) or isinstance(getattr(function, "__self__", None), PseudoLabels)
+
+    for user in ("inner_step", "path", "credit"):
+        patch.setattr(f"metapl.feedback.{user}.own_code", own_code)
+
+
+def same_order_every_epoch(patch: pytest.MonkeyPatch) -> None:
+    real = sampler._permutation
+    patch.setattr(sampler, "_permutation", lambda size, seed, stream, epoch: real(size, seed, stream, 0))
+
+
+def pairs_by_rank(patch: pytest.MonkeyPatch) -> None:
+    """The best score of one method is compared with the best of the other, whatever their seeds."""
+    patch.setattr(statistics, "zip", lambda a, b, strict: zip(sorted(a), sorted(b), strict=strict), raising=False)
+
+
+def interval_of_one_side(patch: pytest.MonkeyPatch) -> None:
+    real = scipy.stats.binomtest
+    patch.setattr(scipy.stats, "binomtest", lambda correct, n: real(correct, n, alternative="greater"))
+
+
 FAULTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -255,6 +382,25 @@ FAULTS: dict[str, Plant] = {
         slopes_unchecked,
         smoothed_score,
         baseline_with_this_step,
+        checkpoint_believed,
+        random_numbers_not_restored,
+        students_optimizer_not_restored,
+        average_not_restored,
+        position_not_restored,
+        step_left_out,
+        schedule_begins_again,
+        rows_not_cut,
+        worst_kept,
+        first_of_equals_kept,
+        validated_as_in_training,
+        excluded_end_taken,
+        arguments_unchecked,
+        requirements_not_held,
+        weights_not_compared,
+        subclass_taken_for_the_librarys,
+        same_order_every_epoch,
+        pairs_by_rank,
+        interval_of_one_side,
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ import metapl
 from metapl import MetaplError
 from metapl.execution import checks
 from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample
+from metapl.training.loss_trainer import LossTrainer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -205,6 +207,29 @@ def test_a_wrong_setting_is_refused_by_name(kind: str, way: str) -> None:
     call = build(case, **settings(case))[way == "trainer"]
     with unmoved(case), pytest.raises(MetaplError, match=text):
         call()
+
+
+OPTIONS: dict[str, tuple[object, str]] = {
+    "clip_norm": (0.0, "a number above 0 or None"),
+    "precision": ("float16", "'float32', 'bfloat16'"),
+    "accumulate": (0, "a number of micro-batches, 1 or more"),
+    "compile": (1, "True or False"),
+    "feedback_weight": (float("nan"), "a number"),
+    "feedback_ratio": (-1.0, "a number of 0 or more or None"),
+    "recompute_teacher": ("no", "True or False"),
+    "lookahead": (1.0, "a number of student steps, 1 or more"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_out_of_its_range_is_refused_by_name(name: str) -> None:
+    case, (wrong, text) = toy("mlp"), OPTIONS[name]
+    with unmoved(case), pytest.raises(MetaplError, match=rf"^{name}={wrong!r}: expected .*{text}"):
+        metapl.BilevelTrainer(**case.networks(), **{name: wrong})
+    if name in inspect.signature(LossTrainer).parameters:
+        optimizer = torch.optim.SGD(case.student.parameters(), lr=0.1)
+        with unmoved(case), pytest.raises(MetaplError, match=rf"^{name}={wrong!r}: expected .*{text}"):
+            LossTrainer(case.student, optimizer=optimizer, **{name: wrong})
 
 
 def test_inner_state_beside_a_torch_optimiser_is_refused() -> None:

@@ -8,12 +8,15 @@ import pytest
 import torch
 from problems_zoo import toy
 from reference import error
+from torch import nn
 
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.ablation import recommendation
 from metapl.ablation.results import ModeCost
+from metapl.execution.layout import Layout
 from metapl.feedback import Altered, Difference, Estimator, Forward, Reinforce, Unrolled, estimator
+from metapl.feedback.compatible import check_mode, prepare
 from metapl.problems import LearningToReweight
 
 
@@ -106,3 +109,23 @@ def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() 
 
     with pytest.raises(MetaplError, match=r"Former says one_process; expected the set `requires`.*ONE_PROCESS"):
         estimator(Former())
+
+
+def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
+    """What a layout offers follows from its kind, without the processes."""
+
+    def refused(steps: int = 1, **laid_out: Any) -> set[str]:
+        student, found = Layout(nn.Linear(2, 2), **laid_out), set()
+        for mode in map(estimator, metapl.MODES):
+            try:
+                check_mode(mode, steps, prepare(None, mode), student)
+            except MetaplError:
+                found.add(mode.name)
+        return found
+
+    assert refused() == set()
+    assert refused(kind="replicated") == refused(kind="sharded") == {"unrolled", "implicit"}
+    of_products = {"unrolled", "implicit", "forward", "reinforce_per_example"}
+    assert refused(kind="sharded", product_ranks=2) == of_products
+    assert "forward" not in refused(steps=2)
+    assert refused(steps=2, kind="sharded") == {*metapl.MODES}
