@@ -191,6 +191,8 @@ class BilevelTrainer(Trainer):
                 f"it has; expected it as it was given: build a new BilevelTrainer(..., {name}=...), in which networks "
                 "and optimizers go on from their states."
             )
+        if name == "problem" and "_built" in vars(self):
+            self.given_problem, value = value, prepare(value, self.mode)
         super().__setattr__(name, value)
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:

@@ -628,3 +628,38 @@ def test_a_difference_that_is_rounding_is_refused() -> None:
         trainer_for(case, "difference", problem=Augmenting(), teacher_losses=(), inner_optimizer=inner).step(
             **case.data()
         )
+
+
+class Scaled(metapl.PseudoLabels):
+    """With a setting of its own, which is no field."""
+
+    def __init__(self, scale: float = 1.0, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.scale = scale
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return self.scale * super().inner_loss(outputs, signal, batch)
+
+
+def patched(scale: float) -> metapl.PseudoLabels:
+    problem = metapl.PseudoLabels()
+    own = problem.inner_loss
+    object.__setattr__(problem, "inner_loss", lambda *given: scale * own(*given[:3]))
+    return problem
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "none"])
+@pytest.mark.parametrize("make", [Scaled, patched])
+def test_what_is_put_on_pseudo_labels_stays_when_the_mode_chooses_their_kind(make: Any, mode: str) -> None:
+    losses = []
+    for problem in (metapl.PseudoLabels(), make(2.0)):
+        torch.manual_seed(0)
+        teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem)
+        data = {"labeled": (torch.randn(5, 4), torch.arange(5) % 3), "unlabeled": torch.randn(6, 4)}
+        losses.append(trainer.step(**data).inner_loss)
+        assert problem.kind is None
+    assert losses[1] == pytest.approx(2 * losses[0])
+    exact = make(2.0).exact()
+    assert exact.kind == "soft"
+    assert vars(exact).keys() == vars(make(2.0)).keys()
