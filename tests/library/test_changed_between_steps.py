@@ -243,12 +243,14 @@ def test_a_network_that_alternates_between_known_graphs_is_not_looked_at_again()
 
 
 def test_a_network_whose_graphs_never_repeat_is_not_looked_at_forever() -> None:
-    student, trainer, step = switched(lambda net, h: sum(h.sin() for _ in range(net.terms)), "forward")  # type: ignore
+    terms = [0]
+    student, trainer, step = switched(lambda _, h: torch.stack([h.sin() for _ in terms]).sum(0), "forward")
     student.on, looked = True, 0
-    for student.terms in range(1, 41):
+    for _ in range(40):
+        terms.append(0)
         step()
         looked += trainer._known.first
-    assert looked == len(trainer._known.graphs) - 1 < 39
+    assert looked == len(trainer._known.graphs) - 1 < 40
 
 
 def hook_of_a_tensor(_: Switched, h: Tensor) -> Tensor:
@@ -285,3 +287,30 @@ def test_a_problem_that_is_assigned_is_the_one_of_the_hypergradient() -> None:
 class Tripled(metapl.PseudoLabels):
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         return 3 * super().outer_loss(outputs, batch)
+
+
+class HalvedSGD(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None if p.grad is None else p.grad / 2
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("where", ["class", "its step"])
+def test_an_optimizer_whose_class_gets_another_step_is_compared_again(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, trainer = in_training(kind=torch.optim.SGD)
+    if where == "class":
+        trainer.inner_optimizer.__class__ = HalvedSGD
+    else:
+        step = torch.optim.SGD.step
+
+        def halved(self: Any, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad = None if p.grad is None else p.grad / 2
+            return step(self, closure)
+
+        monkeypatch.setattr(torch.optim.SGD, "step", halved)
+    with pytest.raises(MetaplError, match=r"inner_optimizer moved the student's 0\.weight elsewhere"):
+        trainer.step(**case.data())

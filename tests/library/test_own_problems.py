@@ -663,3 +663,39 @@ def test_what_is_put_on_pseudo_labels_stays_when_the_mode_chooses_their_kind(mak
     exact = make(2.0).exact()
     assert exact.kind == "soft"
     assert vars(exact).keys() == vars(make(2.0)).keys()
+
+
+class Alone:
+    """The three methods alone, with a setting."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).softmax(-1))
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return self.scale * F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize("make", [Scaled, Alone])
+@pytest.mark.parametrize("change", ["attribute", "method"])
+def test_what_is_put_on_the_given_problem_between_steps_counts(make: Any, change: str) -> None:
+    """The trainer may have a copy of it."""
+    torch.manual_seed(0)
+    problem, x = make(), torch.randn(6, 4)
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    rate = torch.optim.SGD(student.parameters(), lr=0.0), torch.optim.SGD(teacher.parameters(), lr=0.0)
+    options = {"inner_optimizer": rate[0], "outer_optimizer": rate[1], "teacher_losses": ()}
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=problem, **options)
+    data = {"labeled": (torch.randn(5, 4), torch.arange(5) % 3), "unlabeled": x}
+    before = trainer.step(**data).inner_loss
+    if change == "attribute":
+        problem.scale = 2.0
+    else:
+        own = problem.inner_loss
+        problem.inner_loss = lambda *given: 2 * own(*given)
+    assert trainer.step(**data).inner_loss == pytest.approx(2 * before)
