@@ -161,14 +161,21 @@ class TeacherStep(TeacherPass):
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
     def _run(self) -> Signal:
-        recording = self.teacher.register_forward_hook(self._record)
+        recording = self._recording()
         try:
             return super()._run()
         finally:
             recording.remove()
 
+    def _recording(self) -> Any:
+        # A function is not copied with a copy of the teacher that is made meanwhile; a bound method would be, with all
+        # that this step holds.
+        return self.teacher.register_forward_hook(lambda *given: self._record(*given))
+
     def _record(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Collect the outputs of the teacher: the gradients of its losses are measured at these."""
+        if module is not self.teacher:
+            return output
         # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that of
         # the losses alone.
         views: dict[int, Tensor] = {}
@@ -203,7 +210,7 @@ class TeacherStep(TeacherPass):
         where the processes hold shares of one gradient, whose norm is not found from theirs.
         """
         signal = self.with_graph()
-        recording = self.teacher.register_forward_hook(self._record)
+        recording = self._recording()
         try:
             with rows_shared(self.ranks), self.watched() if self._slots.has_frozen else NOTHING:
                 terms = sum_of_terms(

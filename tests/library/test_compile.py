@@ -136,7 +136,7 @@ def test_every_pass_of_a_step_sees_the_masks_of_the_inner_pass(fallback: bool, m
     torch.manual_seed(0)
     with CompiledPasses(student)():
         local = LocalStudent(student)
-        step = local.run(local.params, ones)
+        step = local.pass_type(local, local.params, ones).run()
         along = {"weight": student.weight.detach()}
         z_dot = step.tangent(along)
         moved = step.shifted(torch.tensor(1.0, dtype=torch.float64), along)

@@ -699,3 +699,30 @@ def test_what_is_put_on_the_given_problem_between_steps_counts(make: Any, change
         own = problem.inner_loss
         problem.inner_loss = lambda *given: 2 * own(*given)
     assert trainer.step(**data).inner_loss == pytest.approx(2 * before)
+
+
+class BesideACopy:
+    """Is compared with what a copy of the teacher says, which is no pass of the teacher's."""
+
+    name = "beside_a_copy"
+
+    def __init__(self, copied: bool) -> None:
+        self.copied = copied
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
+        twin = copy.deepcopy(teacher) if self.copied else teacher
+        with torch.no_grad():
+            target = twin(labeled[0]).softmax(-1)
+        return F.cross_entropy(1.1 * teacher(labeled[0]), target)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_teacher_may_be_copied_in_a_loss_of_its_own(ratio: float | None) -> None:
+    ends = []
+    for copied in (False, True):
+        case = toy()
+        losses = (BesideACopy(copied),)
+        trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", teacher_losses=losses, feedback_ratio=ratio)
+        reports = [trainer.step(**case.data()) for _ in range(2)]
+        ends.append([*case.teacher.parameters(), torch.tensor([r.feedback_ratio for r in reports])])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
