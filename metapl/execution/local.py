@@ -41,7 +41,6 @@ from metapl.execution.numerics import (
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
-    GLOBAL,
     Changing,
     Made,
     Watch,
@@ -56,6 +55,9 @@ from metapl.execution.writes import (
 )
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
+
+GRAPHS = 32
+"""So many kinds of graphs are looked at; a network of more, such as one that drops layers, makes them as it goes."""
 
 Loss = Callable[[Tensor, Tree], Tensor]
 """A scalar of outputs and of the weights that they were computed at."""
@@ -78,6 +80,7 @@ class LocalStudent:
     Attributes:
         half: whether a weight is in half precision.
         narrowed: the types of numbers that passes rounded to from wider ones, as far as they were looked at.
+        graphs: the operations of its passes of record, as hashes.
     """
 
     pass_type: type[Pass]
@@ -101,6 +104,7 @@ class LocalStudent:
         self.device = next(iter(self.parameters.values())).device
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
         self.narrowed: frozenset[torch.dtype] = frozenset()
+        self.graphs: set[int] = set()
         self._autocast = torch.is_autocast_enabled(self.device.type)
         refuse_hooks(self.parameters, late=True)
         self.begin(first=first)
@@ -233,13 +237,30 @@ class LocalStudent:
         """What the student's forward makes in this block, on the first step; a compiled pass is not looked into."""
         return Made(inputs) if self.first and not self.runs_compiled() else NOTHING
 
-    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
+    def refuse_strangers(
+        self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, operations: list[type] | None = None
+    ) -> None:
         """Refuse outputs that depend on tensors other than these weights and inputs; after the first step, on
-        parameters of others."""
+        parameters of others. ``operations`` gets those between."""
         known = [*at.values(), *tensors_in(inputs)]
         remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
-        found = stranger([outputs], known, self.own, made, parameters_alone=not self.first)
+        alone = not self.first
+        found = stranger([outputs], known, self.own, made, parameters_alone=alone, operations=operations)
         refuse_stranger("the student's forward", found, remedy)
+
+    def is_another(self, operations: list[type]) -> bool:
+        """Whether a pass is of other operations than those before; its step is then looked at as the first one is.
+
+        A forward that asks an attribute or a counter is another function from some step on, and nothing else tells.
+        """
+        graph = hash(tuple(operations))
+        known = graph in self.graphs or len(self.graphs) == GRAPHS
+        if not known:
+            self.graphs.add(graph)
+        if known or self.first or not self.ranks.alone or self.runs_compiled():
+            return False
+        self.first, self.slots.looked_at = True, False
+        return True
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
@@ -288,9 +309,9 @@ class Pass:
         self._before = RandomState.now(student.device)
         self._state = student.slots.state or State(student.slots.parts)
         student.slots.state = None
-        self._hooks: Changing | None = None
-        if student.slots.weights is None or student.slots.hooked or any(GLOBAL):
-            self._hooks = Changing(student.parameters, student.slots.named_parts)
+        slots = student.slots
+        looked = slots.weights is None or slots.hooked  # else there are none but those that its forward registers
+        self._hooks = Changing(student.parameters, slots.named_parts) if looked else Changing({}, ())
         if params is student.params:
             self._at: Tree = student.weights
             self._held: list[Any] = []
@@ -308,13 +329,15 @@ class Pass:
         with self.running(forward=True), student.watched(inputs) as watch, student.made(inputs) as made:
             outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
-        student.refuse_strangers(outputs, self._at, inputs, made)
+        operations: list[type] = []
+        student.refuse_strangers(outputs, self._at, inputs, made, operations)
+        another = student.is_another(operations)
         self.after = RandomState.now(student.device)
         if watch is not None:
             student.narrowed |= watch.narrowed
-        self.narrowed, self.cut = student.narrowed, watch is not None and watch.cut
+        self.narrowed, self.cut = student.narrowed, another or (watch is not None and watch.cut)
         # Processes exchange by Functions of their own.
-        looked_into = student.first and watch is not None and student.ranks.alone
+        looked_into = student.first and (another or watch is not None) and student.ranks.alone
         self.own_functions = looked_into and has_own_functions([outputs])
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
@@ -328,8 +351,8 @@ class Pass:
 
     def running(self, *, forward: bool = False) -> AbstractContextManager[Any]:
         """What this pass, or its backward pass, runs in."""
-        frozen, math, hooks = self.student.slots.has_frozen, self.student.double_backward, self._hooks
-        if not (self._held or frozen or math or (hooks is not None and (forward or hooks.any))):
+        frozen, math = self.student.slots.has_frozen, self.student.double_backward
+        if not (self._held or frozen or math or forward or self._hooks.any):
             return NOTHING
         return self._running(frozen, math, forward)
 
@@ -338,7 +361,7 @@ class Pass:
         with (
             only_math_attention() if math else NOTHING,
             swapped(self._held) if self._held else NOTHING,
-            NOTHING if self._hooks is None else self._hooks.noted(forward=forward),
+            self._hooks.noted(forward=forward) if forward or self._hooks.any else NOTHING,
             journal(self._state.parameters) if frozen else NOTHING,
         ):
             yield
@@ -362,8 +385,7 @@ class Pass:
 
     def refuse_hooks(self) -> None:
         """Refuse hooks that changed the gradient of this pass."""
-        if self._hooks is not None:
-            self._hooks.refuse()
+        self._hooks.refuse()
 
     def refuse_later_graphs(self) -> None:
         """Refuse what makes a graph of this pass and later ones wrong."""

@@ -83,7 +83,9 @@ class ShardedStudent(LocalStudent):
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
         return weights_watched([("", self.params, frozenset(self.params))], "student", inputs, looking=False)
 
-    def refuse_strangers(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None) -> None:
+    def refuse_strangers(
+        self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, operations: list[type] | None = None
+    ) -> None:
         """Nothing: the gathered weights that the graph begins at come and go."""
 
     def formats(self) -> list[torch.dtype]:

@@ -459,6 +459,7 @@ def stranger(
     made: Made | None = None,
     *,
     parameters_alone: bool = False,
+    operations: list[type] | None = None,
 ) -> Tensor | None:
     """A tensor that requires a gradient and that the values depend on other than through known ones; None: there is
     none.
@@ -469,6 +470,7 @@ def stranger(
         leaves: the ids of further tensors where it ends, such as parameters.
         made: what was made on the way, where leaves may be made.
         parameters_alone: other leaves may be made, and what was is not known.
+        operations: gets the operations on the way, in the order of the walk.
 
     Cost: a few microseconds for each operation between the values and the known tensors.
     """
@@ -491,6 +493,8 @@ def stranger(
         following = node.next_functions
         if following:
             edges += following
+            if operations is not None:
+                operations.append(type(node))
             continue
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is None or id(leaf) in allowed or (made is not None and memory_of(leaf) in made.memory):

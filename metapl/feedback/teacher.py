@@ -174,6 +174,8 @@ class TeacherStep(TeacherPass):
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Collect the outputs of the teacher: the gradients of its losses are measured at these."""
+        if module is not self.teacher:
+            return output
         # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that of
         # the losses alone.
         views: dict[int, Tensor] = {}

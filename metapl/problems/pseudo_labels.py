@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class PseudoLabels(Problem):
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> PseudoLabels:
         """The problem with a kind of labels that a mode takes: ``kind``, or the mode's first choice."""
         if self.kind is None:
-            return replace(self, kind=labels[0])
+            return self._of(labels[0])
         if self.kind not in labels:
             raise MetaplError(
                 f"mode '{mode}' takes {' or '.join(labels)} labels and PseudoLabels(kind={self.kind!r}) was given; "
@@ -66,7 +67,13 @@ class PseudoLabels(Problem):
 
     def exact(self) -> PseudoLabels:
         """The same problem with soft labels."""
-        return replace(self, kind="soft")
+        return self._of("soft")
+
+    def _of(self, kind: Kind) -> PseudoLabels:
+        """A copy with this kind of labels, and with what a subclass, or a caller, has put on this instance."""
+        other = copy.copy(self)
+        object.__setattr__(other, "kind", kind)
+        return other
 
     def teacher_input(self, batch: Any) -> Any:
         """The weak view, or the only one."""

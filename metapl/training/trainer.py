@@ -176,6 +176,7 @@ class BilevelTrainer(Trainer):
         self.mode_state = self.mode.init()
         self.steps_done = 0
         self._problem = self.problem
+        self._given_as = dict(getattr(problem, "__dict__", {}))
         # What was found out about the networks stands until they change; a problem without a teacher gets an empty one.
         self._known: LocalStudent | None = None
         self._asked = nn.Module() if teacher is None else teacher
@@ -191,6 +192,9 @@ class BilevelTrainer(Trainer):
                 f"it has; expected it as it was given: build a new BilevelTrainer(..., {name}=...), in which networks "
                 "and optimizers go on from their states."
             )
+        if name == "problem" and "_built" in vars(self):
+            self.given_problem, value = value, prepare(value, self.mode)
+            self._given_as = dict(getattr(self.given_problem, "__dict__", {}))
         super().__setattr__(name, value)
 
     def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
@@ -208,6 +212,7 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
+        self._follow_problem()
         labeled, ahead = outer_batch(self.problem, labeled), isinstance(unlabeled, Lookahead)
         batches = [plain(batch) for batch in (unlabeled.batches if ahead else [unlabeled])]
         teacher_steps: list[TeacherStep] = []
@@ -262,6 +267,16 @@ class BilevelTrainer(Trainer):
             self.mode_state = mode_state
             self.steps_done += 1
             return report
+
+    def _follow_problem(self) -> None:
+        """Where a copy of the problem that was given is in use, put on it what has been put on that one since."""
+        given = self.given_problem
+        if given is not None and given is not self.problem:
+            now = getattr(given, "__dict__", {})
+            for name, value in now.items():
+                if name != "kind" and (name not in self._given_as or self._given_as[name] is not value):
+                    object.__setattr__(self.problem, name, value)
+            self._given_as = dict(now)
 
     def _may_fail(self, first: bool) -> bool:
         """Whether the outer optimizer's step may fail: where code of others runs in it, and on the first step where it
@@ -357,6 +372,7 @@ class BilevelTrainer(Trainer):
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
                 "expected teacher losses, or wait=0."
             )
+        self._follow_problem()
         self._teacher_trainer.problem = self.problem
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)

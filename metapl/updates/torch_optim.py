@@ -82,7 +82,8 @@ class TorchUpdate(Update):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
-        self.optimizer, self._compared = optimizer, False
+        self.optimizer = optimizer
+        self._compared: Any = None  # the step that was found to be as predicted
         self.parameters: dict[str, nn.Parameter] = {}
         self._held: list[list[int]] = []
         self.follow(parameters)
@@ -173,9 +174,10 @@ class TorchUpdate(Update):
             for name, p in parameters.items():
                 g = grads.get(name)
                 p.grad = as_sharded(g, p) if self._sharded and g is not None else g
-            with nullcontext() if self._compared else self._as_predicted(parameters, grads):
+            step = type(self.optimizer).step  # another, where its class was patched
+            with nullcontext() if self._compared is step else self._as_predicted(parameters, grads):
                 self.optimizer.step()
-            self._compared = True
+            self._compared = step
         finally:
             for p in own:
                 p.grad = None

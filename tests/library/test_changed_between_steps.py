@@ -157,3 +157,160 @@ def test_the_teachers_losses_are_those_of_the_problem_that_is_assigned() -> None
     case, trainer = in_training()
     trainer.problem = Silent(kind="soft")
     assert trainer.step(**case.data()).teacher_loss == 0
+
+
+class Switched(nn.Module):
+    """Another function of its input when an attribute says so."""
+
+    def __init__(self, of: Callable[[Switched, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.middle, self.head = nn.Linear(16, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.of, self.on = of, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x).tanh()
+        return self.head(self.middle(self.of(self, h) if self.on else h).tanh())
+
+
+def rounded(_: Switched, h: Tensor) -> Tensor:
+    return h + ((4 * h).round() / 4 - h).detach()
+
+
+def beside_no_grad(net: Switched, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        other = net.middle(h)
+    return h + 0.5 * other
+
+
+def detached_beside(net: Switched, h: Tensor) -> Tensor:
+    return h + 0.5 * h.relu().detach()
+
+
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g / 2
+
+
+def own_backward(_: Switched, h: Tensor) -> Tensor:
+    return Halved.apply(h)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def switched(of: Callable[[Switched, Tensor], Tensor], mode: str) -> tuple[Switched, Any, Callable[[], Any]]:
+    """Two steps into training in float32, with many rows, whose slopes along w nearly cancel."""
+    torch.manual_seed(0)
+    teacher, student = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)), Switched(of)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    trainer = metapl.BilevelTrainer(teacher, student, mode=mode, inner_optimizer=optimizer)
+
+    def step() -> Any:
+        labeled, unlabeled = (torch.randn(64, 16), torch.randint(0, 3, (64,))), torch.randn(64, 16)
+        return trainer.step(labeled=labeled, unlabeled=unlabeled)
+
+    for _ in range(2):
+        step()
+    return student, trainer, step
+
+
+@pytest.mark.parametrize("of", [rounded, beside_no_grad, detached_beside, own_backward])
+def test_a_forward_of_other_operations_is_looked_at_as_on_the_first_step(of: Any) -> None:
+    """Such as fake quantization from some step on: the slopes alone let a difference pass that is 12 % off."""
+    student, _, step = switched(of, "difference")
+    student.on = True
+    for _ in range(2):  # what was refused is looked at again
+        with pytest.raises(MetaplError, match="forward and backward passes are not of one function"):
+            step()
+    student.on = False
+    step()
+
+
+def test_a_network_that_alternates_between_known_graphs_is_not_looked_at_again() -> None:
+    student, trainer, step = switched(lambda _, h: h + h.sin(), "forward")
+    looked = []
+    for on in (True, False, True, False):
+        student.on = on
+        step()
+        looked.append(trainer._known.first)
+    assert looked == [True, False, False, False]
+
+
+def test_a_network_whose_graphs_never_repeat_is_not_looked_at_forever() -> None:
+    terms = [0]
+    student, trainer, step = switched(lambda _, h: torch.stack([h.sin() for _ in terms]).sum(0), "forward")
+    student.on, looked = True, 0
+    for _ in range(40):
+        terms.append(0)
+        step()
+        looked += trainer._known.first
+    assert looked == len(trainer._known.graphs) - 1 < 40
+
+
+def hook_of_a_tensor(_: Switched, h: Tensor) -> Tensor:
+    if h.requires_grad:
+        h.register_hook(lambda g: g / 2)
+    return h
+
+
+def hook_of_a_weight(net: Switched, h: Tensor) -> Tensor:
+    if net.body.weight.requires_grad:
+        net.body.weight.register_hook(lambda g: g / 2)
+    return h
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "reinforce_per_example"])
+@pytest.mark.parametrize("of", [hook_of_a_tensor, hook_of_a_weight])
+def test_a_hook_that_forward_begins_to_register_is_named(of: Any, mode: str) -> None:
+    """The graph has the same operations, and the slopes may agree nearly enough."""
+    student, _, step = switched(of, mode)
+    student.on = True
+    with pytest.raises(MetaplError, match="has a hook on a tensor of its forward that changes gradients"):
+        step()
+
+
+def test_a_problem_that_is_assigned_is_the_one_of_the_hypergradient() -> None:
+    """Beside a step it would be of the problem that the trainer was built with."""
+    case, trainer = in_training()
+    trainer.problem = Tripled()
+    assert trainer.problem.kind == "soft"
+    before = trainer.hypergradient(**case.data())
+    torch.testing.assert_close(trainer.step(**case.data()).feedback, before.feedback)
+
+
+class Tripled(metapl.PseudoLabels):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return 3 * super().outer_loss(outputs, batch)
+
+
+class HalvedSGD(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None if p.grad is None else p.grad / 2
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("where", ["class", "its step"])
+def test_an_optimizer_whose_class_gets_another_step_is_compared_again(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, trainer = in_training(kind=torch.optim.SGD)
+    if where == "class":
+        trainer.inner_optimizer.__class__ = HalvedSGD
+    else:
+        step = torch.optim.SGD.step
+
+        def halved(self: Any, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad = None if p.grad is None else p.grad / 2
+            return step(self, closure)
+
+        monkeypatch.setattr(torch.optim.SGD, "step", halved)
+    with pytest.raises(MetaplError, match=r"inner_optimizer moved the student's 0\.weight elsewhere"):
+        trainer.step(**case.data())

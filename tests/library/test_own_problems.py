@@ -628,3 +628,101 @@ def test_a_difference_that_is_rounding_is_refused() -> None:
         trainer_for(case, "difference", problem=Augmenting(), teacher_losses=(), inner_optimizer=inner).step(
             **case.data()
         )
+
+
+class Scaled(metapl.PseudoLabels):
+    """With a setting of its own, which is no field."""
+
+    def __init__(self, scale: float = 1.0, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.scale = scale
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return self.scale * super().inner_loss(outputs, signal, batch)
+
+
+def patched(scale: float) -> metapl.PseudoLabels:
+    problem = metapl.PseudoLabels()
+    own = problem.inner_loss
+    object.__setattr__(problem, "inner_loss", lambda *given: scale * own(*given[:3]))
+    return problem
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "none"])
+@pytest.mark.parametrize("make", [Scaled, patched])
+def test_what_is_put_on_pseudo_labels_stays_when_the_mode_chooses_their_kind(make: Any, mode: str) -> None:
+    losses = []
+    for problem in (metapl.PseudoLabels(), make(2.0)):
+        torch.manual_seed(0)
+        teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem)
+        data = {"labeled": (torch.randn(5, 4), torch.arange(5) % 3), "unlabeled": torch.randn(6, 4)}
+        losses.append(trainer.step(**data).inner_loss)
+        assert problem.kind is None
+    assert losses[1] == pytest.approx(2 * losses[0])
+    exact = make(2.0).exact()
+    assert exact.kind == "soft"
+    assert vars(exact).keys() == vars(make(2.0)).keys()
+
+
+class Alone:
+    """The three methods alone, with a setting."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).softmax(-1))
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return self.scale * F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize("make", [Scaled, Alone])
+@pytest.mark.parametrize("change", ["attribute", "method"])
+def test_what_is_put_on_the_given_problem_between_steps_counts(make: Any, change: str) -> None:
+    """The trainer may have a copy of it."""
+    torch.manual_seed(0)
+    problem, x = make(), torch.randn(6, 4)
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    rate = torch.optim.SGD(student.parameters(), lr=0.0), torch.optim.SGD(teacher.parameters(), lr=0.0)
+    options = {"inner_optimizer": rate[0], "outer_optimizer": rate[1], "teacher_losses": ()}
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=problem, **options)
+    data = {"labeled": (torch.randn(5, 4), torch.arange(5) % 3), "unlabeled": x}
+    before = trainer.step(**data).inner_loss
+    if change == "attribute":
+        problem.scale = 2.0
+    else:
+        own = problem.inner_loss
+        problem.inner_loss = lambda *given: 2 * own(*given)
+    assert trainer.step(**data).inner_loss == pytest.approx(2 * before)
+
+
+class BesideACopy:
+    """Is compared with what a copy of the teacher says, which is no pass of the teacher's."""
+
+    name = "beside_a_copy"
+
+    def __init__(self, copied: bool) -> None:
+        self.copied = copied
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
+        twin = copy.deepcopy(teacher) if self.copied else teacher
+        with torch.no_grad():
+            target = twin(labeled[0]).softmax(-1)
+        return F.cross_entropy(1.1 * teacher(labeled[0]), target)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_teacher_may_be_copied_in_a_loss_of_its_own(ratio: float | None) -> None:
+    ends = []
+    for copied in (False, True):
+        case = toy()
+        losses = (BesideACopy(copied),)
+        trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", teacher_losses=losses, feedback_ratio=ratio)
+        reports = [trainer.step(**case.data()) for _ in range(2)]
+        ends.append([*case.teacher.parameters(), torch.tensor([r.feedback_ratio for r in reports])])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
