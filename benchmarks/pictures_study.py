@@ -113,7 +113,18 @@ def run(plan: Plan, seed: int, methods: Sequence[str], size: str, jobs: int) -> 
         root = Path(scratch)
         write_pictures(root, seed, plan.images)
         folders = [part for name in ("labeled", "unlabeled", "val", "test") for part in (f"--{name}", str(root / name))]
-        command = [sys.executable, "-m", "metapl", "train", "images", *folders, *plan.flags, *SIZES[size]]
+        command = [
+            sys.executable,
+            "-m",
+            "metapl",
+            "train",
+            "images",
+            "--method",
+            "mpl",
+            *folders,
+            *plan.flags,
+            *SIZES[size],
+        ]
         command += ["--compare", "--methods", *methods, "--seeds", str(seed), "--jobs", str(jobs)]
         subprocess.run([*command, "--out", str(root / "out")], check=True)
         for method in methods:

@@ -57,7 +57,7 @@ def collected(runs: Path, methods: Sequence[str], seeds: Sequence[int]) -> list[
             rounds = result.get("rounds", [])
             row = {"method": method, "seed": seed, "steps": result["steps"], "operations": counted}
             if rounds:
-                given = first.self_training.first
+                given = first.method.selection.first
                 row["first_teacher_steps"] = None if given is None else given.steps
                 row["first_teacher_test_accuracy"] = rounds[0]["teacher"]["test_accuracy"]
                 row |= {name: rounds[0][name] for name in ("store_sha256", "kept", "copies")}
