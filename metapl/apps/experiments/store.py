@@ -154,7 +154,7 @@ def _contradictions(result: dict[str, Any], description: dict[str, Any]) -> Iter
     """Where a ``result.json`` is of another run than a ``recipe.json``: both have the same name in every folder."""
     if "compare" in description:
         own = {name: description.get(of) for name, of in (("methods", "compare"), ("seeds", "seeds"))}
-        pairs = {
+        pairs: dict[str, list[Any]] = {
             name: [sorted(map(str, each)) for each in (result.get(name, ()), run)]
             for name, run in own.items()
             if isinstance(run, list)
