@@ -154,3 +154,35 @@ def test_a_library_that_memory_does_not_suffice_for(
     for text in ("no module named x", "x.so: cannot allocate memory in static TLS block"):
         with pytest.raises(ImportError, match=text):
             cli.main(["predict"])
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "result.json"])
+@pytest.mark.parametrize("command", ["evaluate", "predict", "train"])
+def test_a_description_of_another_seed_under_the_same_name(
+    command: str,
+    name: str,
+    run: Path,  # noqa: F811
+    digit: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = (run / name).read_text()
+    assert content.count('"seed": 0') == 1
+    (run / name).write_text(content.replace('"seed": 0', '"seed": 1'))
+    arguments = {"train": (*TINY, "--resume", "--out", run), "predict": ("predict", run, digit)}
+    text = refused(capsys, *arguments.get(command, (command, run)))
+    assert "run of another recipe" in text or "result.json is damaged or of another version: its seed is" in text
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "teacher.safetensors", "pictures.safetensors"])
+def test_a_finished_run_with_other_weights_is_not_said_to_be_finished(
+    name: str,
+    run: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They may be missing, as they take room."""
+    content = bytearray((run / name).read_bytes())
+    content[-1] ^= 1
+    (run / name).write_bytes(content)
+    assert f"{name} is damaged or of another run" in refused(capsys, *TINY, "--resume", "--out", run)
+    (run / name).unlink()
+    assert "is finished already" in said(capsys, *TINY, "--resume", "--out", run)

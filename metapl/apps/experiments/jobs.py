@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.experiments.folder import RunFolder
+from metapl.apps.experiments.folder import ANOTHER, RunFolder
 from metapl.apps.experiments.store import describe, places, stored_result
 from metapl.apps.recipes.base import Recipe
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
+from metapl.runs.sealed import read_sealed
 from metapl.words import tell
 
 PATIENCE = 30.0
@@ -63,7 +64,7 @@ class Job:
     def run(
         self, *, progress: bool = False, quiet: bool = True, within: RunFolder | None = None, mesh: Mesh | None = None
     ) -> dict[str, Any]:
-        """Run it here; a run that is finished already only gives its result.
+        """Run it here; a run that is finished already only gives its result, if its networks are those it was of.
 
         Args:
             progress: show how far it is.
@@ -79,6 +80,9 @@ class Job:
             if not self.finished:
                 return experiment.run()
             result = stored_result(folder)
+            for name, sha256 in result.get("sha256", {}).items():
+                if (folder.path / name).is_file():  # weights may have been removed for their room
+                    read_sealed(folder.path / name, sha256, mend=ANOTHER)
             if folder.places() != places(self.recipe):  # the data have moved: are they the same?
                 experiment.record(self.recipe.task())
             return result

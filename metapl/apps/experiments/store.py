@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from metapl.apps.experiments.accuracies import READOUTS
@@ -90,10 +91,10 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     """What the ``result.json`` of a run folder holds.
 
     Raises:
-        MetaplError: it is missing, damaged, or of another version.
+        MetaplError: it is missing, damaged, of another version, or of another run than ``recipe.json``.
     """
     result = folder.read_json("result.json")
-    for fault in _faults(result):
+    for fault in chain(_faults(result), _contradictions(result, folder.recipe())):
         raise MetaplError(f"{folder.path / 'result.json'} is damaged or of another version: {fault}.")
     return result
 
@@ -147,3 +148,21 @@ def _faults(result: dict[str, Any]) -> Iterator[str]:
             yield f"its evaluation has tables that do not fit each other and n = {found.n}"
         if not 0 <= found.accuracy <= 1:
             yield f"its evaluation has the accuracy {found.accuracy}"
+
+
+def _contradictions(result: dict[str, Any], description: dict[str, Any]) -> Iterator[str]:
+    """Where a ``result.json`` is of another run than a ``recipe.json``: both have the same name in every folder."""
+    if "compare" in description:
+        own = {name: description.get(of) for name, of in (("methods", "compare"), ("seeds", "seeds"))}
+        pairs: dict[str, list[Any]] = {
+            name: [sorted(map(str, each)) for each in (result.get(name, ()), run)]
+            for name, run in own.items()
+            if isinstance(run, list)
+        }
+    else:
+        fields = description.get("fields")
+        seed = fields.get("seed") if isinstance(fields, dict) else None
+        pairs = {"method": [result["method"], description.get("method")], "seed": [result["seed"], seed]}
+    for name, (told, run) in pairs.items():
+        if told != run:
+            yield f"its {name} is {told!s:.60}, and that of recipe.json {run!s:.60}"
