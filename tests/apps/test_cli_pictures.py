@@ -147,7 +147,7 @@ def test_label_sets_that_do_not_fit_are_refused(many: Path, tmp_path: Path, caps
     sets = tmp_path / "sets.json"
     for content, words in (
         ([[0]] * 90, "a test file has the number"),
-        ({"0 plain/x.png": [0]}, "no entry for 90 of the 90"),
+        ({"0 plain/x.png": [0]}, "90 of the 90 test files do not have an entry"),
     ):
         sets.write_text(json.dumps(content))
         assert words in refused(capsys, "evaluate", many / "run", "--label-sets", sets)
