@@ -44,7 +44,7 @@ endurance: $(STAMP) ## Try kills, full disks, malicious and damaged files, and m
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py $(BENCH_ARGS)
 
 clean: ## Remove the environment, caches, site/ and runs/demo; other runs stay.
-	rm -rf $(VENV) runs/demo build site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs/demo build site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch and torchvision are resolved together, so that pip picks builds that match.
