@@ -23,7 +23,7 @@ import test_replays
 import test_sampled
 import test_step
 import test_updates
-import test_writes
+import test_weight_writes
 from faults import FAULTS
 from fits import _one_thread  # noqa: F401  # fits are compared bit for bit
 
@@ -234,10 +234,10 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "every_layout": lambda patch: test_estimators.test_modes_run_on_the_layouts_that_offer_what_they_require(),
     },
     "weights_not_compared": {
-        "of_the_student": lambda patch: test_writes.test_writes_that_begin_after_the_first_step(
+        "of_the_student": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
             "student", "reinforce", "clamp"
         ),
-        "of_the_teacher": lambda patch: test_writes.test_writes_that_begin_after_the_first_step(
+        "of_the_teacher": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
             "teacher", "reinforce", "data"
         ),
     },
