@@ -6,7 +6,7 @@ import operator
 from typing import Annotated
 
 from metapl.errors import FieldError
-from metapl.runs.fields import Range
+from metapl.runs.fields import AboveZero, Range
 
 MOST_STEPS = 10**9
 
@@ -19,7 +19,7 @@ SomeSteps = Annotated[int, Range(0, most=MOST_STEPS)]
 Batch = Annotated[int, Range(1, most=MOST_IN_A_BATCH)]
 Share = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(0)]
-Rate = Annotated[float, Range(above=0)]
+Rate = AboveZero
 
 
 def require(value: object, condition: bool, field: str, expected: str) -> None:
