@@ -4,7 +4,6 @@ tensor    products of layers that several processes compute together
 spatial   images cut along their width, and exchanges that autograd knows of
 dropout   masks that do not depend on the layout
 mesh      :class:`Mesh` and :func:`shard`, which lay a network out
-launch    processes that ``torchrun`` has started
 """
 
 from metapl.distributed.dropout import keyed_dropout

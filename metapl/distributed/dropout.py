@@ -27,13 +27,8 @@ def keyed_dropout(network: nn.Module, share: int = 0) -> nn.Module:
     """Let the masks of a network's dropout not depend on how it is laid out.
 
     Replaced, where they are, are ``nn.Dropout``, ``Dropout1d``, ``Dropout2d``, ``Dropout3d``, torchvision's
-    ``StochasticDepth`` of rows and timm's ``DropPath``. Call it before :func:`metapl.distributed.shard`, and seed the
-    default generators of all processes alike.
-
-    Args:
-        network: changed where it is.
-        share: the number of this process's share of each batch, ``mesh.share``; one process alone has share 0, and
-            drops what several would.
+    ``StochasticDepth`` of rows and timm's ``DropPath``. Call it before :func:`metapl.distributed.shard`, with this
+    process's ``mesh.share``, and seed the default generators of all processes alike.
 
     Cost: some ten passes over 64-bit numbers, one for each that may be dropped.
 
@@ -69,23 +64,16 @@ def _dropping(network: nn.Module) -> tuple[list[nn.Module], bool]:
 
 
 class KeyedDropout(nn.Module):
-    """Dropout by a key and the places of numbers in the whole batch.
+    """Dropout, with probability ``p``, by a key and the places of numbers in the whole batch, of which this process has
+    the ``share`` of this number.
 
-    Args:
-        p: the probability of dropping.
-        share: the number of this process's share of the rows; shares are equal.
-        shared_from: the dimension from which on all numbers share a mask: None for each its own, 2 for whole channels,
-            1 for whole rows.
-        scaled: whether what is kept is divided by 1 - p.
-
-    Attributes:
-        part, parts: which part of the last dimension this process has, and of how many; where images are cut, of images
-            alone.
+    All numbers from the dimension ``shared_from`` on share a mask: 2 for whole channels, 1 for whole rows, None for
+    none. ``scaled``: what is kept is divided by 1 - p.
     """
 
-    part: int = 0
+    part: int = 0  # of the last dimension, that this process has
     parts: int = 1
-    of_images: bool = False
+    of_images: bool = False  # whether images alone are cut
 
     def __init__(self, p: float, share: int = 0, shared_from: int | None = None, scaled: bool = True) -> None:
         super().__init__()

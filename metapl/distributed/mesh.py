@@ -19,9 +19,8 @@ from metapl.execution.modules import named_parts, named_tensors
 from metapl.execution.shards import is_sharded, local
 from metapl.runs.fields import Range, check_fields
 
+# The submodules of a network that gather their weights one after another.
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
-"""The submodules of a network that gather their weights one after another."""
-
 Count = Annotated[int, Range(1, of="a number of processes")]
 
 
@@ -81,10 +80,7 @@ class Mesh:
         return dist.get_rank() // self.together
 
     def part(self, images: Tensor) -> Tensor:
-        """This process's rows and columns of the images of a whole batch, (B, ..., W).
-
-        Raises: :class:`metapl.MetaplError`: the shares do not divide B, or the parts do not divide W.
-        """
+        """This process's rows and columns of the images of a whole batch, (B, ..., W)."""
         self.check_processes()
         if len(images) % self.shares or images.shape[-1] % self.spatial:
             raise MetaplError(

@@ -32,19 +32,14 @@ from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+# Whole images (B, C, H, W), or these and what else a network takes with them, a row for each.
 Example = Tensor | tuple[Tensor, ...]
-"""Whole images (B, C, H, W), or these and what else a network takes with them, a row for each."""
 
-FAINT = 1e-2
-"""A weight all of whose numbers are smaller counts as about zero."""
+FAINT = 1e-2  # a weight all of whose numbers are smaller counts as about zero
 
 
 def split_width(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This process's columns of images (..., W), which are whole and the same on every process of the group.
-
-    Raises:
-        MetaplError: the processes do not divide the width.
-    """
+    """This process's columns of images (..., W), which are whole and the same on every process of the group."""
     width, size = x.shape[-1], group.size()
     if width % size:
         raise MetaplError(f"images of width {width} cannot be cut for {size} processes; expected a multiple of {size}.")
@@ -59,32 +54,20 @@ def takes_whole_images(network: nn.Module) -> None:
 
 
 def spatial(module: ModuleT, group: dist.ProcessGroup, example: Example) -> ModuleT:
-    """Let a convolutional network run on this process's columns of images.
+    """Let a convolutional network run on this process's columns of images, of which those that share them are in the
+    group from left to right, with default generators seeded alike.
 
-    .. math:: S_{\\mathrm{split}}(x_r; \\theta) = S(x; \\theta) \\text{ on every process } r
-
-    The parameters, the buffers and their names stay; layers are replaced in place, and the network is then run on whole
-    images and on their parts, in evaluation and in training, and the outputs are compared: what its own code does with
-    the columns, such as ``x.mean((2, 3))``, cannot be seen otherwise. For these passes, weights that are about zero get
-    other values, behind which nothing hides. Outputs, and so the loss, are whole and the same on
-    every process. A backward pass gives every process a gradient whose *mean* over the processes is the network's
-    on whole images; ``fully_shard`` and ``DistributedDataParallel`` take this mean.
-
-    Args:
-        module: a network of convolutions, pooling, batch and group norms, layers that work on each pixel (activations,
-            dropout of whole channels or examples), global average pooling, and anything after it.
-        group: the processes that hold parts of the same images, from left to right. Their default generators are to be
-            seeded alike, so that they drop the same examples.
-        example: whole images (B, C, H, W), the same on every process, to compare on; of a single one, passes in
-            training are not compared. A tuple where the network takes more than images: only these, its first, are cut.
+    The parameters, the buffers and their names stay; layers are replaced in place, and the network is then run on the
+    ``example``, whole images (B, C, H, W), and on their parts, in evaluation and, for more than one image, in training:
+    what its own code does with the columns, such as ``x.mean((2, 3))``, cannot be seen otherwise. Outputs are whole and
+    the same on every process, and the *mean* of the gradients over these is that on whole images.
 
     Cost: a message to each neighbor for each convolution and pooling wider than its stride, two sums of a vector for
     each norm, and one for the global pooling.
 
     Raises:
-        MetaplError: a layer that would need other columns and cannot get them, by name; columns that a stride does not
-            divide, or fewer columns than a halo; other outputs on the parts than on the whole. The network is then as
-            it was.
+        MetaplError: a layer that cannot get the columns that it needs, by name; columns that a stride does not divide,
+            or fewer than a halo; other outputs on the parts than on the whole. The network is then as it was.
     """
     if columns_of(module) is not None:
         raise MetaplError("spatial was given a network whose images are split already; expected a whole one.")
@@ -223,17 +206,12 @@ def split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | No
 
 
 class _Window:
-    """A layer whose windows may reach into the neighbors' columns: these are put beside its own, in place of padding.
-
-    Attributes:
-        beside: its padding along the width; that of the layer is 0.
-        fill: what padding is filled with.
-    """
+    """A layer whose windows reach into the neighbors' columns: these are put beside its own, in place of padding."""
 
     columns: Columns
     name: str
-    beside: int
-    fill: float = 0.0
+    beside: int  # its padding along the width; that of the layer is 0
+    fill: float = 0.0  # of padding
 
     def forward(self, x: Tensor) -> Tensor:
         group, width, padding = self.columns.group, x.shape[-1], self.beside
@@ -363,8 +341,8 @@ _WITHOUT_FORM = (
 def sum_over(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of a tensor over the processes of a group, the same on every one.
 
-    The backward pass sums the gradients: what every process computes of the sum counts as often as there are processes,
-    so that the *mean* of the processes' parameter gradients is the gradient of one process with everything.
+    The backward pass sums the gradients too, so that the *mean* of the processes' parameter gradients is the gradient
+    of one process with everything.
     """
     summed = partial(_summed, group=group)
     result: Tensor = Exchange.apply(t, summed, summed)
@@ -372,11 +350,8 @@ def sum_over(t: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def with_halo(t: Tensor, left: int, right: int, group: dist.ProcessGroup) -> Tensor:
-    """This process's columns of images, (..., W), and ``left`` and ``right`` columns of its neighbors beside them.
-
-    The processes of the group hold the images from left to right; there are zeros at the images' edges. No more than W
-    columns of a neighbor. Returns (..., left + W + right).
-    """
+    """This process's columns of images, (..., W), and ``left`` and ``right`` columns of its neighbors beside them, at
+    most W of each; there are zeros at the images' edges."""
     if not left and not right:
         return t
     sides: dict[str, Any] = {"left": left, "right": right, "group": group}

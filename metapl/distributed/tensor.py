@@ -16,41 +16,24 @@ from metapl.distributed.dropout import KeyedDropout
 from metapl.errors import MetaplError, few
 from metapl.execution.modules import named_parts
 
+# How the products of layers are shared, by their names: as ``parallelize_module`` takes it.
 Plan = Mapping[str, Any]
-"""How the products of layers are shared, by their names: as ``parallelize_module`` takes it."""
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-_BETWEEN = (
+_BETWEEN = (  # layers that work on each number by itself
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
     nn.Softplus, nn.Hardswish, nn.Hardtanh, nn.Identity, nn.Dropout, KeyedDropout,
 )  # fmt: skip
-"""Layers that work on each number by itself."""
 
 
 def pairs_of(module: nn.Module) -> list[tuple[str, str]]:
-    """The names of pairs of linear layers with activations and dropout between them.
-
-    Found in ``Sequential`` modules, such as the blocks of torchvision's vision transformers, and in timm's ``Mlp``.
-
-    >>> import metapl
-    >>> pairs_of(metapl.models.mlp([4, 8, 8, 3])), pairs_of(metapl.models.small_cnn())
-    ([('1', '3')], [])
-    """
+    """The names of pairs of linear layers with activations and dropout between them, in ``Sequential`` modules and in
+    timm's ``Mlp``."""
     return [(first, second) for first, *_, second in _pairs(module)]
 
 
 def parallel(module: nn.Module, mesh: Any, plan: Plan | None = None) -> nn.Module:
-    """Let the processes of a mesh compute products together; the parameters become DTensors where they are.
-
-    Args:
-        module: a network, the same in every process.
-        mesh: of one dimension.
-        plan: by default, of every pair of :func:`pairs_of`.
-
-    Raises:
-        MetaplError: there is no such pair, the processes do not divide the width between two layers, or some of it is
-            dropped; or the plan names a layer that there is not. Nothing is changed.
-    """
+    """Let the processes of a mesh compute products together; the parameters become DTensors where they are."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     pairs, layers = list(_pairs(module)), dict(module.named_modules(remove_duplicate=False))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,28 +28,20 @@ from metapl.execution.kernels import NotByThisMode
 from metapl.execution.numerics import reduced_float32
 from metapl.execution.ranks import ALONE, Agreed, Ranks
 
+# By the field of a signal; None: nothing depends on it.
 Derivatives = Mapping[str, Tensor | None]
-"""By the field of a signal; None: nothing depends on it."""
+Figure = Tensor | float
 
 
 class SlopesDisagree(NotByThisMode):
     """The derivative of the inner loss along w differs between forward and reverse mode."""
 
 
-_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+class Tolerance(NamedTuple):
+    """How far apart two computations of the same quantity may be."""
 
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far apart two computations of the same quantity may be.
-
-    Args:
-        outputs: the norm of the difference of the outputs, relative to the norm of the outputs.
-        slope: the difference of the two slopes, relative to their size and the size of the terms that they sum.
-    """
-
-    outputs: float
-    slope: float
+    outputs: float  # the norm of their difference, relative to their norms
+    slope: float  # relative to the size of the slopes and of the terms that they sum
 
 
 # By the coarsest dtype of a pass; TF32 counts as float16, which has the same ten bits. Measured on the networks of
@@ -69,6 +61,14 @@ BY_DIFFERENCE = {
     torch.float16: Tolerance(5e-2, 0.3),
     torch.bfloat16: Tolerance(0.1, 0.6),
 }
+# Of a loss, relative to the size of its terms, above the order in which a device sums.
+SAME_LOSS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+_CAUSES = (
+    "random numbers from Python's random, from numpy or from a generator of the module (use torch's default "
+    "generator); state in an object that the module refers to (keep it in buffers, or in attributes that are numbers "
+    "or tensors)"
+)
 
 
 def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
@@ -78,17 +78,17 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
         formats.add(torch.get_autocast_dtype(device.type))
     if torch.float32 in formats and reduced_float32(device):
         formats.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
-    return next((dtype for dtype in _FORMATS if dtype in formats), torch.float64)
+    return next((t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64)
 
 
 def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks = ALONE) -> None:
     """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass."""
     if ranks.alone and not checks.waits(inner) and torch.equal(replay, inner):
         return
-    gap, size, again = ranks.norm(replay - inner), ranks.norm(inner), ranks.norm(replay)
+    size = ranks.norm(inner)
     _refuse(
-        gap,
-        tolerance * (size + again),
+        ranks.norm(replay - inner),
+        tolerance * (size + ranks.norm(replay)),
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
         f"feedback would be wrong. Usual causes: {_CAUSES}; attention dropout drawn by another kernel (train under "
@@ -98,35 +98,25 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks 
     )
 
 
-_CAUSES = (
-    "random numbers from Python's random, from numpy or from a generator of the module (use torch's default "
-    "generator); state in an object that the module refers to (keep it in buffers, or in attributes that are numbers "
-    "or tensors)"
-)
-
-_SLOPES = tuple(math.sqrt(prime) for prime in (2, 3, 5, 7))
-"""Of the waves that tensors are compared by: their products with a difference are about as large as its norm."""
-
-
 def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
     """Refuse, on all ranks, tensors (``what`` they are, in a sentence) that differ between processes that hold the same
     rows; cost: one exchange of a few numbers for each share of the rows, where rows are held in copies."""
     if ranks.copies == 1 or not tensors:
         return
     t = torch.cat([t.detach().double().flatten() for t in tensors])
+    # Compared by waves, whose products with a difference are about as large as its norm.
     places = torch.arange(1, len(t) + 1, device=t.device, dtype=t.dtype)
-    seen = torch.stack([(t * (places * slope).cos()).sum() for slope in _SLOPES])
+    seen = torch.stack([(t * (places * math.sqrt(prime)).cos()).sum() for prime in (2, 3, 5, 7)])
     tolerance = BY_FORWARD_MODE[coarsest([t.dtype for t in tensors if t.is_floating_point()], t.device)].outputs
-    gap, size = ranks.norm(seen - ranks.mean_of_copies(seen)), ranks.norm(t)
+    size = ranks.norm(t)
     _refuse(
-        gap,
+        ranks.norm(seen - ranks.mean_of_copies(seen)),
         tolerance * size,
         f"processes that hold the same rows have different {what} (the difference has norm {{gap:.2g}}, all of "
-        "them {size:.2g}), so the gradients would be wrong. Expected the same in each. Usual causes: other rows or "
-        "labels in these processes (mesh.share is the number of the rows that a process takes); random generators in "
-        "other states (seed the default generators alike, or give all the same generator=); other weights; a teacher "
-        "that is not cut, and is given the columns of images that a cut student takes (lay it out as the student is: "
-        "shard(teacher, mesh, example=...)).",
+        "them {size:.2g}), so the gradients would be wrong. Usual causes: other rows or labels in these processes "
+        "(mesh.share is the number of the rows that a process takes); random generators in other states (seed the "
+        "default generators alike, or give all the same generator=); other weights; a teacher that is not cut, and is "
+        "given the columns of images that a cut student takes: shard(teacher, mesh, example=...).",
         kind=Agreed,
         size=size,
     )
@@ -139,25 +129,27 @@ def check_loss(again: Tensor, first: Tensor, size: Tensor, ranks: Ranks = ALONE)
     bound: Figure
     if ranks.alone and not checks.waits(again):
         gap, bound = abs(float(again) - float(first)), abs(float(size)) + abs(float(first))
+        if gap <= SAME_LOSS[again.dtype] * bound:
+            return
     else:
         gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
     _refuse(
         gap,
         SAME_LOSS[again.dtype] * bound,
         "the problem's inner_loss has another value when it is evaluated again at the same outputs, signal, batch and "
-        "weights (the difference is {gap:.2g}, of {bound:.2g}), as the feedback requires, so the feedback would be "
-        "that of another loss. Keep state of its own, such as a running mean, a counter or a schedule, in signal(), "
-        "which is called once a step, and give it to the loss in a field of the signal. A mode that evaluates no inner "
-        'loss twice takes it as it is: mode="unrolled", or "reinforce".',
+        "weights (the difference is {gap:.2g}, of {bound:.2g}), so the feedback would be that of another loss. Keep "
+        "state of its own, such as a running mean, a counter or a schedule, in signal(), which is called once a step, "
+        'and give it to the loss in a field of the signal. mode="unrolled" and "reinforce" evaluate no inner loss '
+        "twice and take it as it is.",
         bound=bound,
     )
 
 
 def check_outer_loss(again: Tensor, first: Tensor, tolerance: float) -> None:
     """Refuse an outer loss that has another value at the same weights; the values are those of all ranks."""
-    gap, size = (again - first).abs(), first.abs() + again.abs()
+    size = first.abs() + again.abs()
     _refuse(
-        gap,
+        (again - first).abs(),
         tolerance * size,
         "the outer loss has another value when it is evaluated again at the same weights, buffers and default random "
         "generators (the difference is {gap:.2g}, of {size:.2g}), so the decrease of the loss would be that of another "
@@ -165,10 +157,6 @@ def check_outer_loss(again: Tensor, first: Tensor, tolerance: float) -> None:
         'require a gradient (ask self.training). mode="reinforce" evaluates the outer loss once and takes it as it is.',
         size=size,
     )
-
-
-SAME_LOSS = {torch.float32: 1e-5, torch.float64: 1e-10, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-"""Relative to the size of the terms, above the order in which a device sums."""
 
 
 def check_recomputed(second: Tensor, first: Tensor) -> None:
@@ -183,8 +171,8 @@ def check_recomputed(second: Tensor, first: Tensor) -> None:
             f"outputs {{size:.2g}}). Usual causes: {_CAUSES}."
         )
     else:
-        gap, size = (second != first).any().double(), first.new_zeros((), dtype=torch.float64)
-        limit = size
+        gap, limit = (second != first).any().double(), first.new_zeros((), dtype=torch.float64)
+        size = limit
         text = (
             "the problem's signal has drawn other labels when the teacher's pass on the unlabeled batch was repeated, "
             "so the feedback would be credited to labels that the student never saw. Draw from the generator that "
@@ -195,14 +183,13 @@ def check_recomputed(second: Tensor, first: Tensor) -> None:
 
 def check_linear(drawn: Tensor, expected: Tensor, ranks: Ranks = ALONE) -> None:
     """Refuse feedback that differs between the labels drawn and the probabilities that they were drawn from."""
-    gap, size, told = ranks.norm(drawn - expected), ranks.norm(drawn), ranks.norm(expected)
+    size = ranks.norm(drawn)
     _refuse(
-        gap,
-        1e-3 * (size + told),
+        ranks.norm(drawn - expected),
+        1e-3 * (size + ranks.norm(expected)),
         "the problem's inner_loss is not linear in its target: the feedback at the labels drawn and at their "
         "probabilities differ (by norm {gap:.2g}, of {size:.2g}), so for sampled labels the expectation would be "
-        'wrong. Use mode="reinforce_per_example" with one student step, which makes no such assumption, or a '
-        "differentiable signal.",
+        'wrong. Use mode="reinforce_per_example" with one student step, or a differentiable signal.',
         size=size,
     )
 
@@ -215,15 +202,9 @@ def check_slopes(
     rounding: Tensor,
     what: str = "the inner loss",
 ) -> None:
-    """Refuse a derivative along w that differs from ⟨g, w⟩.
+    """Refuse a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that differs from ``backward``, ⟨g, w⟩.
 
-    Args:
-        forward: ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, a scalar.
-        backward: ⟨g, w⟩, a scalar.
-        spread: the size of the terms of the two sums, to which their rounding is proportional.
-        tolerance: of the difference, relative to ``spread + |backward|``.
-        rounding: a bound on the rounding error of the two.
-        what: has the derivative, and the gradient g.
+    Their error is proportional to the ``spread``, the size of the terms of the two sums, and bounded by ``rounding``.
     """
     _refuse(
         (forward - backward).abs(),
@@ -242,8 +223,8 @@ def check_slopes(
 def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ranks: Ranks = ALONE) -> None:
     """Refuse, on all ranks, outputs ``ahead`` and ``behind``, at θ ± δ, that differ by little more than their bend.
 
-    Outputs that jump on the way differ by the jump, however short the way, and all of it is bend. The slopes may agree
-    nevertheless: they weigh an output by the loss's derivative in it, which is small where the label is met.
+    All of a jump is bend, however short the way. The slopes may agree nevertheless: they weigh an output by the loss's
+    derivative in it, which is small where the label is met.
     """
     bend, moved = ranks.norm(ahead - 2 * here + behind), ranks.norm(ahead - behind)
     _refuse(
@@ -259,14 +240,8 @@ def check_bend(ahead: Tensor, here: Tensor, behind: Tensor, rounding: Tensor, ra
 
 
 def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, eps: Tensor) -> None:
-    """Refuse a difference of derivatives in the signal whose two halves differ, or that is mostly rounding.
-
-    Args:
-        moved: the difference over θ ± δ, by field of the signal.
-        bend: the half ahead less the half behind, which is zero but for curvature, rounding and units that switch.
-        here: the derivatives at θ.
-        eps: their relative rounding error.
-    """
+    """Refuse a difference over θ ± δ of derivatives in the signal whose two halves differ, by their ``bend``, or that
+    is mostly rounding, by the relative ``eps`` of the derivatives ``here``."""
     if all(t is None for t in moved.values()):
         return
     size, gap, whole = (
@@ -282,9 +257,6 @@ def check_difference(moved: Derivatives, bend: Derivatives, here: Derivatives, e
         kind=SlopesDisagree,
         size=size,
     )
-
-
-Figure = Tensor | float
 
 
 def _refuse(gap: Figure, limit: Figure, text: str, *, kind: type[MetaplError] = MetaplError, **figures: Figure) -> None:

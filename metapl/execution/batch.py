@@ -17,9 +17,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.checks import described
 
-LABEL_KEYS = ("labels", "label")
-"""The names of the labels in a batch that is a dict."""
-
+LABEL_KEYS = ("labels", "label")  # in a batch that is a dict
 _EXPECTED = (
     "expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, or one dict with the labels "
     "under 'labels'"
@@ -27,12 +25,7 @@ _EXPECTED = (
 
 
 def plain(batch: Any) -> Any:
-    """The batch with its dict-like parts, such as the output of a tokenizer, as dicts.
-
-    >>> from collections import UserDict
-    >>> plain((UserDict(ids=[1, 2]), "labels"))
-    ({'ids': [1, 2]}, 'labels')
-    """
+    """The batch with its dict-like parts, such as the output of a tokenizer, as dicts."""
     if isinstance(batch, Tensor):
         return batch
     if isinstance(batch, Mapping):
@@ -43,35 +36,22 @@ def plain(batch: Any) -> Any:
 
 
 def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
-    """A labeled batch as (inputs, labels), or a longer tuple that begins with them.
-
-    Args:
-        batch: given.
-        name: of the batch, which errors begin with.
-        mend: what they end with.
-
-    >>> import torch
-    >>> inputs, labels = labeled_pair({"ids": torch.tensor([1, 2]), "labels": torch.tensor([0, 1])})
-    >>> inputs, labels
-    ({'ids': tensor([1, 2])}, tensor([0, 1]))
-
-    Raises: :class:`metapl.MetaplError` for any other batch.
-    """
+    """A labeled batch as (inputs, labels), or a longer tuple that begins with them; errors begin with ``name`` and end
+    with ``mend``."""
     batch = plain(batch)
     if isinstance(batch, dict):
-        return _from_dict(batch, name, mend)
+        keys = [key for key in LABEL_KEYS if key in batch]
+        if len(keys) == 1 and holds_tensors(inputs_of(batch)):
+            return inputs_of(batch), batch[keys[0]]
+        found = ", ".join(map(repr, batch)) or "none"
+        raise MetaplError(f"{name} is a dict with the keys {found}; {_EXPECTED}.{mend}")
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not holds_tensors(batch[0]):
         raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.{mend}")
     return batch
 
 
 def first_input(batch: Any) -> Any:
-    """A network's input in a batch: a tensor or a dict itself, the first element of a tuple.
-
-    >>> import torch
-    >>> first_input((torch.ones(2), "labels"))
-    tensor([1., 1.])
-    """
+    """A network's input in a batch: a tensor or a dict itself, the first element of a tuple."""
     if isinstance(batch, Tensor | Mapping):
         return batch
     if isinstance(batch, tuple | list) and batch:
@@ -83,11 +63,7 @@ def first_input(batch: Any) -> Any:
 
 
 def inputs_of(batch: Any) -> Any:
-    """The inputs of a batch, with its labels left out if it has any.
-
-    >>> inputs_of(["x", "y"]), inputs_of({"ids": [1, 2], "labels": [0, 1]}), inputs_of("x")
-    ('x', {'ids': [1, 2]}, 'x')
-    """
+    """The inputs of a batch, with its labels left out if it has any."""
     batch = plain(batch)
     if isinstance(batch, dict):
         return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
@@ -104,26 +80,16 @@ def is_whole(data: Any) -> bool:
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:
-    """The examples ``start`` to ``stop`` of a batch."""
     checks.dense(batch, "a batch that is read in parts holds")
     return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
 
 
 def length(batch: Any) -> int:
-    """The number of examples in a batch: the rows of its longest tensor."""
     return max((len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), default=0)
 
 
 def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
-    """A batch (any pytree of tensors with a row per example) split into ``parts`` of equal size.
-
-    Every mean over the batch is then the mean of the micro-batches' means. Batch statistics and dropout masks are per
-    micro-batch.
-
-    >>> import torch
-    >>> [x.tolist() for x in micro_batches(torch.arange(4), 2, "labeled")]
-    [[0, 1], [2, 3]]
-    """
+    """A batch (any pytree of tensors with a row per example) split into ``parts`` of equal size."""
     if parts == 1:
         return [batch]
     checks.dense(batch, f"the {name} batch, which is split for accumulate={parts}, holds")
@@ -141,11 +107,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def are_views(first: Any, second: Any) -> bool:
-    """Whether two parts of a batch can be two views of the same inputs.
-
-    Tensors must agree in shape and type, and one integer per example is a label. Dicts and tuples must agree in the
-    names, types and numbers of dimensions of their tensors (texts may be padded to different lengths).
-    """
+    """Whether two parts of a batch can be two views of the same inputs: tensors of one shape and type, unless they are
+    one integer per example; dicts and tuples of tensors of the same names, types and numbers of dimensions."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         labels = second.ndim == 1 and not second.is_floating_point()
         return first.shape == second.shape and first.dtype == second.dtype and not labels
@@ -153,12 +116,7 @@ def are_views(first: Any, second: Any) -> bool:
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong); a pair of inputs and labels is refused.
-
-    >>> import torch
-    >>> views((torch.zeros(2, 3), torch.ones(2, 3)))[1].shape
-    torch.Size([2, 3])
-    """
+    """(x,) or (weak, strong); a pair of inputs and labels is refused."""
     if isinstance(unlabeled, Tensor):
         return (unlabeled,)
     if isinstance(unlabeled, Mapping):
@@ -185,16 +143,7 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
 _REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a data set of inputs only"
 
 
-def _from_dict(batch: dict[str, Any], name: str, mend: str) -> tuple[dict[str, Any], Any]:
-    label_keys = [key for key in LABEL_KEYS if key in batch]
-    inputs = {key: value for key, value in batch.items() if key not in label_keys}
-    if len(label_keys) != 1 or not holds_tensors(inputs):
-        raise MetaplError(f"{name} is a dict with the keys {', '.join(map(repr, batch)) or 'none'}; {_EXPECTED}.{mend}")
-    return inputs, batch[label_keys[0]]
-
-
 def holds_tensors(inputs: Any) -> bool:
-    """Whether there is a tensor in a network's inputs."""
     return isinstance(inputs, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
 
 

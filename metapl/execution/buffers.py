@@ -1,7 +1,7 @@
 """What the passes of a module move besides its weights: its state, copied, replaced for a block, and restored.
 
 State is the buffers, the hooks, the attributes of the modules (numbers, texts and tensors, alone and in lists, tuples,
-dicts, sets and deques) and the frozen parameters that a pass moves (:mod:`metapl.execution.writes`).
+dicts, sets and deques) and the frozen parameters that a pass writes to (:mod:`metapl.execution.writes`).
 What an attribute refers to otherwise, such as a generator of random numbers, is not looked into.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import FrozenInstanceError
 from threading import RLock
 from typing import Any
@@ -27,45 +27,32 @@ from metapl.execution.modules import named_parts
 from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import is_sharded
-from metapl.execution.writes import Journal, Parameters, Weights, journal, memory_of, tensors_in
+from metapl.execution.writes import Journal, Parameters, Slot, Weights, journal, memory_of, tensors_in
 
-Held = tuple[dict[str, Any], str, Tensor]
-"""A slot of a module, as its dictionary and name, and a tensor for it."""
-
-SMALL = 1 << 16
-"""The number of weights up to which comparing all of them costs less than looking at the operators of a pass."""
+SMALL = 1 << 16  # weights, up to which comparing them all costs less than looking at the operators of a pass
 
 
 class Slots:
-    """Every place where a module holds a parameter; one may be held in several.
-
-    Attributes:
-        learned: the parameters that require a gradient, by their first name.
-        has_frozen: whether a parameter is not learned.
-        hooked: whether there are hooks on gradients.
-        looked_at: whether the operators of a pass have been looked at.
-        weights: what the weights are compared with at the end of the step, where not in each pass.
-        state: at the beginning of the step, until a pass moves it.
-    """
+    """Every place where a module holds a parameter; one may be held in several."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.looked_at = module, False
-        self.weights: Weights | None = None
-        self.state: State | None = None
+        self.module, self.looked_at = module, False  # whether the operators of a pass have been looked at
+        self.weights: Weights | None = None  # what they are compared with at the end of the step, if not in each pass
+        self.state: State | None = None  # at the beginning of the step, until a pass moves it
         self.named_parts = named_parts(module)
         self.parts = [part for _, part in self.named_parts]
         self.parameters: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-        self.learned: dict[str, nn.Parameter] = {}
         self.by_part: Parameters = []
-        first: dict[int, str] = {}
+        first: dict[int, tuple[str, nn.Parameter]] = {}
         for prefix, part in self.named_parts:
             table = part._parameters
             held = {n: p for n, p in table.items() if p is not None}
+            learned = {n: p for n, p in held.items() if p.requires_grad}
             self.parameters += [(table, n, p) for n, p in held.items()]
-            self.by_part.append((prefix, table, frozenset(n for n, p in held.items() if p.requires_grad)))
-            for n, p in held.items():
-                if p.requires_grad and first.setdefault(id(p), prefix + n) == prefix + n:
-                    self.learned[prefix + n] = p
+            self.by_part.append((prefix, table, frozenset(learned)))
+            for n, p in learned.items():
+                first.setdefault(id(p), (prefix + n, p))
+        self.learned = dict(first.values())
         own = [p for _, _, p in self.parameters]
         self.has_frozen = not all(p.requires_grad for p in own)
         self._plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
@@ -73,15 +60,13 @@ class Slots:
         self.spread = any(map(is_sharded, own)) or any(map(is_block, self.parts))
         self.hooked = any(p._backward_hooks for p in own)
         self.hooked |= any(part._backward_hooks or part._backward_pre_hooks for part in self.parts)
-        self._seen = self._now()
+        self._seen: list[Any] = []
+        self.hold()
 
     def hold(self) -> bool:
         """Whether the module is as it was found: the same parts, in the same modes, with the same parameters, of the
         same types, and with the same forward methods and hooks."""
-        return self._seen == self._now()
-
-    def _now(self) -> list[Any]:
-        """Identities: of objects that are held here, so that no other has theirs; hooks have numbers of their own."""
+        # Identities of objects that are held here, so that no other has theirs; hooks have numbers of their own.
         found: list[Any] = []
         for _, _, p in self.parameters:
             found += [p.requires_grad, p.dtype, not p._backward_hooks, not p._post_accumulate_grad_hooks]
@@ -91,30 +76,21 @@ class Slots:
             found += [type(part), held["training"], held.get("forward"), *parts, *map(id, parts.values()), *parameters]
             found += [*map(id, parameters.values()), *held["_forward_hooks"], *held["_forward_pre_hooks"]]
             found += [*held["_backward_hooks"], *held["_backward_pre_hooks"]]
-        return found
+        self._seen = self._seen or found
+        return self._seen == found
 
     def compared(self, role: str, waits: bool) -> Weights | None:
         """The weights, to be compared at the end of the step; None where passes are looked at one by one: on the first
-        step, and where looking at operators costs less than comparing, or frozen parameters are state.
-
-        On an accelerator the host is busy starting operators; there the values are not compared.
-        """
+        step, and where looking at operators costs less than comparing, or frozen parameters are state."""
         whole = self.looked_at and self._plain and not (self.has_frozen or self.spread)
         return Weights(self.by_part, role, values=not waits) if whole and (waits or self._small) else None
 
 
-def stand_ins(held: Sequence[Held], replacements: Mapping[int, Tensor]) -> list[Held]:
-    """The slots whose tensor has a replacement, by its ``id``, with that replacement."""
-    return [(tensors, name, replacements[id(t)]) for tensors, name, t in held if id(t) in replacements]
-
-
 @contextmanager
-def swapped(held: Sequence[Held]) -> Iterator[None]:
-    """Put these tensors into their slots in this block; afterwards the slots hold the same tensors as before.
-
-    ``torch.func.functional_call`` does so for a forward pass only, but a checkpoint runs the module in the backward
-    pass too. (It also restores a submodule that is registered twice wrongly, pytorch/pytorch#164759.)
-    """
+def swapped(held: Sequence[Slot]) -> Iterator[None]:
+    """Put these tensors into their slots in this block; afterwards the slots hold the same tensors as before."""
+    # torch.func.functional_call does so for a forward pass only, and a checkpoint runs the module in the backward pass
+    # too. (It also restores a submodule that is registered twice wrongly, pytorch/pytorch#164759.)
     before = [(tensors, name, tensors[name]) for tensors, name, _ in held]
     for tensors, name, t in held:
         tensors[name] = t
@@ -135,13 +111,8 @@ def own_code(function: Any) -> bool:
 
 
 def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """What a function of the user's returns; refuse one that writes to what it is given.
-
-    Args:
-        who: the function, as the subject of a sentence.
-        given: trees of what may be written to, by name.
-        function, args, named: the call.
-    """
+    """What a function of the user's, ``who`` in a sentence, returns; refuse one that writes to what it is ``given``:
+    trees by name."""
     if own_code(function):
         return function(*args, **named)
     before = [(name, t, t._version) for name, tree in given.items() for t in tensors_in(tree)]
@@ -155,8 +126,7 @@ def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], 
     except FrozenInstanceError as error:
         raise MetaplError(
             f"{who} assigns to a field of what it is given ({error}), which other passes read too; expected it "
-            "unchanged: keep the new value in a variable of its own, or in a copy by "
-            "dataclasses.replace(signal, value=...)."
+            "unchanged: keep the new value in a variable, or in a copy by dataclasses.replace(signal, value=...)."
         ) from error
     changed = dict.fromkeys([name for name, t, version in before if t._version != version])
     if changed:
@@ -165,7 +135,6 @@ def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], 
 
 
 def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
-    """The error about a function that has written to what it is given."""
     return MetaplError(
         f"{who} changed {' and '.join(changed)} in place (an operation such as x.mul_(), x[0] = 0 or x += 1 on what it "
         "is given), and other passes read the same tensors, so the gradients would be wrong; expected them unchanged: "
@@ -175,29 +144,20 @@ def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
 
 # ---------------------------------------------------------------------------------------------------------- state
 
-_OTHERS = frozenset(vars(nn.Module()))
-"""Attributes that every module has: hooks, and the dictionaries of parameters, buffers and parts."""
+_OTHERS = frozenset(vars(nn.Module()))  # hooks, and the dictionaries of parameters, buffers and parts
 _HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
-
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 
+# The buffers, submodules, attributes and hooks of some parts.
 Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]]
-"""The buffers, submodules, attributes and hooks of some parts."""
 
 
 class State:
-    """A snapshot of the state of some parts of a network, with copies of what a pass can write to.
-
-    Args:
-        parts: of the network.
-
-    Attributes:
-        parameters: the frozen parameters that the pass after it has moved, as they were before.
-    """
+    """A snapshot of the state of some parts of a network, with copies of what a pass can write to."""
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
-        self.parameters = Journal()
+        self.parameters = Journal()  # the frozen ones that the pass after it moves
         self._parts = parts
         self._contents = self._now()
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
@@ -220,33 +180,30 @@ class State:
         """Put everything back: which objects the modules hold, and what these hold."""
         self._put(self._contents)
         for key, t in self._tensors.items():
-            _write_back(t, self._before[key])
+            before = self._before[key]
+            # Past the version counter: a graph that has saved a tensor finds what it has saved.
+            if t.shape != before.shape:
+                t.data = before
+            elif t.layout is not torch.strided or all(n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)):
+                t.data.copy_(before)  # but not into an expanded tensor, which nothing can write to
         for value, before in self._copies.values():
             value.clear()
             (value.extend if hasattr(value, "extend") else value.update)(before)
 
     @contextmanager
     def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:
-        """Hold copies of the snapshot in this block; afterwards the modules hold what they held before.
-
-        Args:
-            slots: of the network.
-            once: the snapshot was just made, and is not needed afterwards.
-            upcast: copies in float32 or wider.
-        """
+        """Hold copies of the snapshot of a network with these slots in this block; afterwards the modules hold what
+        they held before; ``once``: the snapshot was just made, and is not needed afterwards."""
         now = self._contents if once else self._now()
-        if not once or self._tensors or self._copies:
+        if self._tensors or self._copies:
             memo: dict[int, Any] = dict(self._before if once else _copies(self._before, upcast))
-
-            def fresh(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-                return {**held, **{name: self._fresh(held[name], memo) for name in names}} if names else held
-
-            self._put(
-                [
-                    (fresh(buffers, buffers), parts, fresh(others, deep), hooks)
-                    for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True)
-                ]
-            )
+            fresh = []
+            for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True):
+                buffers = {name: self._fresh(t, memo) for name, t in buffers.items()}
+                fresh.append((buffers, parts, {**others, **{n: self._fresh(others[n], memo) for n in deep}}, hooks))
+            self._put(fresh)
+        elif not once:
+            self._put(self._contents)
         try:
             if not slots.has_frozen:
                 yield
@@ -298,28 +255,24 @@ class State:
 
     def _keep(self, value: Any) -> None:
         """Copy what can be written to; tensors of a graph, parameters and objects of other kinds stay what they are."""
-        if id(value) in self._copies:
-            return
         if isinstance(value, Tensor):
             if not value.requires_grad and not isinstance(value, nn.Parameter):
                 self._tensors.setdefault(id(value), value)
-            return
-        if type(value) in _CONTAINERS:
-            self._copies[id(value)] = value, copy.copy(value)
-        elif not _is_tuple(value):
-            return
-        for element in value.values() if isinstance(value, dict) else value:
-            if type(element) not in _PLAIN:
-                self._keep(element)
+        elif id(value) not in self._copies and (type(value) in _CONTAINERS or _is_tuple(value)):
+            if type(value) in _CONTAINERS:
+                self._copies[id(value)] = value, copy.copy(value)
+            for element in value.values() if isinstance(value, dict) else value:
+                if type(element) not in _PLAIN:
+                    self._keep(element)
 
     def _fresh(self, value: Any, memo: dict[int, Any]) -> Any:
         if id(value) in memo:
             return memo[id(value)]
-        before = self._copies[id(value)][1] if id(value) in self._copies else None
-        if before is not None:
+        if id(value) in self._copies:
+            before = self._copies[id(value)][1]
             new = memo[id(value)] = copy.copy(before)
             if not isinstance(new, set):
-                for key, element in new.items() if isinstance(new, dict) else enumerate(before):
+                for key, element in before.items() if isinstance(new, dict) else enumerate(before):
                     if type(element) not in _PLAIN:
                         new[key] = self._fresh(element, memo)
             return new
@@ -331,49 +284,28 @@ class State:
 
 def _copies(tensors: Mapping[int, Tensor], upcast: bool = False) -> dict[int, Tensor]:
     """Copies, by the same keys, which share memory where these do; ``upcast``: in float32 or wider."""
-    held = {key: memory_of(t) for key, t in tensors.items()}
-    users = Counter(held.values())
-    shared: dict[int, torch.UntypedStorage] = {}
+    users = Counter(map(memory_of, tensors.values()))
+    shared: dict[Any, Tensor] = {}
 
-    def copied(t: Tensor, memory: int | None) -> Tensor:
+    def copied(t: Tensor) -> Tensor:
+        memory = memory_of(t)
         if memory is None or users[memory] == 1:
-            return wide(t.detach().clone()) if upcast else t.detach().clone()
-        if memory not in shared:
-            whole = t.detach().new_empty(0).set_(t.untyped_storage())
-            shared[memory] = (wide(whole.clone()) if upcast else whole.clone()).untyped_storage()
-        empty = t.detach().new_empty(0)
-        view: Any = wide(empty) if upcast else empty
-        return view.set_(shared[memory], t.storage_offset(), t.shape, t.stride())  # type: ignore[no-any-return]
+            return wide(t.clone()) if upcast else t.clone()
+        if (memory, t.dtype) not in shared:
+            whole = t.new_empty(0).set_(t.untyped_storage()).clone()
+            shared[memory, t.dtype] = wide(whole) if upcast else whole
+        like = shared[memory, t.dtype]
+        return like.new_empty(0).set_(like.untyped_storage(), t.storage_offset(), t.shape, t.stride())
 
-    return {key: copied(t, held[key]) for key, t in tensors.items()}
+    return {key: copied(t.detach()) for key, t in tensors.items()}
 
 
 def _is_tuple(value: Any) -> bool:
     return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields"))
 
 
-def _write_back(t: Tensor, before: Tensor) -> None:
-    """The values from before, past the version counter: a graph that has saved ``t`` finds what it has saved."""
-    if t.shape != before.shape:
-        t.data = before
-    elif t.layout is not torch.strided or all(n < 2 or stride for n, stride in zip(t.shape, t.stride(), strict=True)):
-        t.data.copy_(before)  # but not into an expanded tensor, which nothing can write to
-
-
-@contextmanager
-def nothing_moved(network: nn.Module) -> Iterator[None]:
-    """Restore a network's state after this block."""
-    state = State([part for _, part in named_parts(network)])
-    with journal() as parameters:
-        try:
-            yield
-        finally:
-            parameters.put_back()
-            state.restore()
-
-
+# Held while a step runs: replays set PyTorch's default generators and global switches, so other threads wait.
 step_lock = RLock()
-"""Held while a step runs: replays set PyTorch's default generators and global switches, so other threads wait."""
 
 
 @contextmanager
@@ -387,27 +319,18 @@ def step_guard(
 ) -> Iterator[checks.Fault]:
     """Run a step in this block; if it fails, restore buffers, gradients and generators.
 
-    Args:
-        networks: their state is restored, and weights that are compared at the end of the step (:meth:`Slots.watch`).
-        device: the networks' device.
-        optimizer: the gradients of its parameters are cleared before and after; if the step fails, those that were
-            there are put back. None: no network fills any.
-        generator: the user's generator, if the step draws from one.
-        moves: whether the step moves state and may tell its errors later; else state is restored in any case, and the
-            host waits for what is to be checked.
-        explain: raises a better error than the one that it is given, if it knows one.
-
-    Yields: the fault of the step's report, which collects checks of values on the device.
+    The gradients of the parameters of an ``optimizer`` are cleared before and after. Without ``moves``, state is
+    restored in any case, and the host waits for what is to be checked. ``explain`` raises a better error than the one
+    that it is given, if it knows one. Yields the fault of the step's report.
     """
     checks.no_inference_mode()
-    fault = checks.Fault()
-    with step_lock, torch.enable_grad(), journal() as parameters:
-        slots = [network for network in networks if isinstance(network, Slots)]
-        saved = []
-        for one in networks:
-            saved.append(State(one.parts if isinstance(one, Slots) else [part for _, part in named_parts(one)]))
-            if isinstance(one, Slots):
-                one.state = saved[-1]
+    fault, parameters = checks.Fault(), Journal()
+    slots = [network if isinstance(network, Slots) else Slots(network) for network in networks]
+    noted: Any = journal(parameters) if any(one.has_frozen for one in slots) else nullcontext()
+    with step_lock, torch.enable_grad(), noted:
+        saved = [State(one.parts) for one in slots]
+        for one, state in zip(slots, saved, strict=True):
+            one.state = state
         random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
         # Parametrized weights are computed anew: those of ``parametrize.cached()`` are of other weights.
         enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
@@ -449,26 +372,13 @@ def step_guard(
 def explain_types(
     labeled: Any, unlabeled: Sequence[Any], networks: Mapping[str, nn.Module | None], error: BaseException
 ) -> None:
-    """Turn an error about inputs of another type than the weights, or in one argument for several, into one that names
-    batch and network.
-
-    Args:
-        labeled: the outer batch.
-        unlabeled: the inner ones.
-        networks: by role; None: no such network.
-        error: what a step raised.
-    """
-    if isinstance(error, checks.WRONG_CALL) and not isinstance(error, MetaplError):
-        checks.explain_call(error, **networks)
+    """Turn a step's error about inputs of another type than the weights of the ``networks``, by role, or in one
+    argument for several, into one that names batch and network."""
     cause = error.__cause__ if isinstance(error, MetaplError) else error
-    if not isinstance(cause, RuntimeError):
-        return
-    batches = [("labeled", inputs_of(labeled)), *(("unlabeled", inputs_of(batch)) for batch in unlabeled)]
+    batches = [("labeled ", inputs_of(labeled)), *(("unlabeled ", inputs_of(batch)) for batch in unlabeled)]
     if cause is not error:
         # Of a feedback pass: the student's own pass has taken the unlabeled batch, and inputs like it.
         taken = [checks.types(inputs) for _, inputs in batches[1:]]
         batches = [] if checks.types(batches[0][1]) in taken else batches[:1]
-    for role, network in networks.items():
-        weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
-        for name, inputs in batches:
-            checks.explain_type(cause, inputs, weight, f"the {role}", f"{name} inputs")
+    if isinstance(cause, RuntimeError if cause is not error else checks.WRONG_INPUTS):
+        checks.explain(cause, networks, batches)

@@ -1,7 +1,5 @@
 """What an estimator or a problem may require of the student's layout, and what the layouts offer."""
 
-from __future__ import annotations
-
 from enum import Enum
 
 
@@ -14,4 +12,3 @@ class Capability(Enum):
 
 
 ONE_PROCESS, FORWARD_AD, THROUGH_INPUT = Capability
-EVERY = frozenset(Capability)

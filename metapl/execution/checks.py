@@ -1,8 +1,8 @@
 """Wrong batches and networks, refused before anything moves.
 
-On the CPU, values are checked at once and errors raised immediately. On an accelerator that would make the host wait,
-so the result of a check stays on the device: a :class:`Fault` collects it, and the error is raised when the report is
-read. By then the step has been taken, so it is better to check batches while they are on the host, as ``fit`` does.
+On the CPU, values are checked at once. On an accelerator that would make the host wait, so the result of a check stays
+on the device in a :class:`Fault`, and the error is raised when the report is read. The step has been taken by then, so
+batches are better checked while they are on the host, as ``fit`` does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,12 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 
-OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
-"""What torch says where inputs are of another type than weights."""
 
-
+@dataclass
 class Fault:
     """Results of checks that are still on the device, with the texts of their errors."""
 
-    def __init__(self) -> None:
-        self.findings: list[tuple[Tensor, str]] = []
+    findings: list[tuple[Tensor, str]] = field(default_factory=list)
 
     def raise_if_found(self, where: str = "") -> None:
         """Wait for the device and raise the first error, with ``where`` before its text."""
@@ -42,8 +40,8 @@ class Fault:
                 )
 
 
+# What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
-"""What collects the checks that would have to wait for a device; None: the host waits."""
 
 
 def waits(t: Tensor) -> bool:
@@ -69,7 +67,6 @@ def refuse_not_finite(t: Tensor, text: str) -> None:
 
 
 def _finite(t: Tensor) -> Tensor:
-    """Whether the values of a tensor are finite; of a sparse one those that are stored."""
     if t.layout != torch.strided:
         t = t._values() if t.layout == torch.sparse_coo else t.values()
     return torch.isfinite(t).all()
@@ -82,7 +79,6 @@ def whole_number(value: Any, given: str, expected: str) -> None:
 
 
 def is_generator(value: Any) -> None:
-    """Refuse what labels cannot be drawn by."""
     if not isinstance(value, torch.Generator | None):
         raise MetaplError(f"generator is {described(value)}; expected torch.Generator().manual_seed(0), or None.")
 
@@ -123,12 +119,11 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
         if not lengths:
             raise MetaplError(f"{name} is {described(batch)}; expected tensors, in any nesting of dicts and tuples.")
         if min(lengths) != max(lengths):
-            raise MetaplError(
-                f"the tensors of the {name} batch have lengths {', '.join(map(str, lengths))}; expected one row per "
-                "example in each."
-            )
+            of = ", ".join(map(str, lengths))
+            raise MetaplError(f"the tensors of the {name} batch have lengths {of}; expected one row per example.")
 
 
+# What may be wrong with a tensor of a batch, its values aside.
 _WRONG: tuple[tuple[Callable[[Tensor, torch.device], bool], str], ...] = (
     (
         lambda t, _: t.is_nested and t.layout == torch.strided,
@@ -141,8 +136,7 @@ _WRONG: tuple[tuple[Callable[[Tensor, torch.device], bool], str], ...] = (
     ),
     (
         lambda t, _: t.is_inference(),
-        "was made inside torch.inference_mode(), and no gradient can be taken through such a tensor; make it under "
-        "torch.no_grad(), or copy it outside of that block: x.clone().",
+        "was made inside torch.inference_mode(), where no gradient can be taken; copy it outside of that: x.clone().",
     ),
     (
         lambda t, _: t.requires_grad,
@@ -150,7 +144,6 @@ _WRONG: tuple[tuple[Callable[[Tensor, torch.device], bool], str], ...] = (
         "the student are made in the problem: student_input(batch, signal).",
     ),
 )
-"""What may be wrong with a tensor of a batch, its values aside."""
 
 
 def _leaves(tree: Any) -> Iterable[Any]:
@@ -177,43 +170,43 @@ def finite_on_host(batch: Any) -> None:
 
 
 def types(inputs: Any) -> set[torch.dtype]:
-    """The types of the tensors in a network's inputs."""
     return {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
 
 
-def explain_type(error: RuntimeError, inputs: Any, weight: Tensor | None, who: str, what: str) -> None:
-    """Say so where ``who`` may have failed because ``what``, its inputs, are of another type than its weights."""
-    found = types(inputs)
-    if not OTHER_TYPE.search(str(error)) or weight is None or not found or weight.dtype in found:
-        return
-    given, own = (" and ".join(sorted(str(t).removeprefix("torch.") for t in ts)) for ts in (found, {weight.dtype}))
-    raise MetaplError(
-        f"{who} cannot take {what} of {given}: its weights are {own}; expected inputs of that type: x.to(torch.{own})."
-    ) from error
+_OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
+# What a network raises on wrong inputs: of another type, and one argument in place of several.
+WRONG_INPUTS = (RuntimeError, TypeError, AttributeError, LookupError, ValueError)
 
 
-WRONG_CALL = (TypeError, AttributeError, LookupError, ValueError)
-"""What a network raises that is given one argument in place of several."""
-
-
-def explain_call(error: Exception, **networks: nn.Module | None) -> None:
-    """Say so where a network may have failed because its inputs are in a dict or tuple: those of Hugging Face take them
-    as arguments of their own; ``networks`` by role."""
+def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches: Sequence[tuple[str, Any]]) -> None:
+    """Say so where a network, by its role, may have failed because the inputs of ``batches``, by their names, are of
+    another type than its weights, or in a dict or tuple: networks of Hugging Face take them as several arguments."""
     calls = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "_call_impl"]
     for role, network in networks.items():
-        given: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
-        if network is None or len(given) != 1 or not isinstance(given[0], Mapping | tuple | list):
+        if network is None:
             continue
-        named = given[0] if isinstance(given[0], Mapping) else {}
-        listed = () if named else given[0]
+        weight = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        for name, inputs in batches if isinstance(error, RuntimeError) and _OTHER_TYPE.search(str(error)) else ():
+            if weight is not None and (found := types(inputs)) and weight not in found:
+                given, own = (
+                    " and ".join(sorted(str(t).removeprefix("torch.") for t in ts)) for ts in (found, {weight})
+                )
+                raise MetaplError(
+                    f"the {role} cannot take {name}inputs of {given}: its weights are {own}; expected inputs of that "
+                    f"type: x.to(torch.{own})."
+                ) from error
+        args: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
+        if isinstance(error, RuntimeError) or len(args) != 1 or not isinstance(args[0], Mapping | tuple | list):
+            continue
         try:
+            listed, named = ((), args[0]) if isinstance(args[0], Mapping) else (args[0], {})
             inspect.signature(network.forward).bind(*listed, **named)
-            spread = bool(given[0])
+            spread = bool(args[0])
         except TypeError:
             spread = False
         if spread:
             mend = f"it takes them one by one, so wrap it: {role} = metapl.models.Logits({role})"
-        elif role == "student" and type(given[0]).__name__ in str(error):
+        elif role == "student" and type(args[0]).__name__ in str(error):
             mend = (
                 "to pick those that it takes, give the problem a method student_input(batch), and outer_input(batch) "
                 "for the labeled batch"
@@ -221,13 +214,12 @@ def explain_call(error: Exception, **networks: nn.Module | None) -> None:
         else:
             continue
         raise MetaplError(
-            f"the {role}, a {type(network).__name__}, was given a batch's inputs as one argument, "
-            f"{described(given[0])} ({type(error).__name__}: {error}); {mend}."
+            f"the {role}, a {type(network).__name__}, was given a batch's inputs as one argument, {described(args[0])} "
+            f"({type(error).__name__}: {error}); {mend}."
         ) from error
 
 
 def no_inference_mode() -> None:
-    """Refuse to take gradients under ``torch.inference_mode()``."""
     if torch.is_inference_mode_enabled():
         raise MetaplError(
             "a step was called inside torch.inference_mode(), where no gradient can be taken; call it outside of that "
@@ -239,7 +231,7 @@ def no_inference_mode() -> None:
 
 
 def logits(outputs: Any, who: str) -> Tensor:
-    """The outputs of a network, refused if they are not a tensor."""
+    """The outputs of a network, refused if they are not a plain tensor of real numbers."""
     if type(outputs) is Tensor and not outputs.is_complex():
         return outputs
     if not isinstance(outputs, Tensor):
@@ -248,8 +240,8 @@ def logits(outputs: Any, who: str) -> Tensor:
         raise MetaplError(f"the {who} returned {described(outputs)}; expected a tensor of logits; {mend}.")
     if outputs.is_complex():
         raise MetaplError(
-            f"the {who} returned {described(outputs)}, and losses are differentiated in real numbers; expected real "
-            "outputs, such as torch.view_as_real(outputs) or outputs.abs()."
+            f"the {who} returned {described(outputs)}; expected real outputs, such as torch.view_as_real(outputs) or "
+            "outputs.abs()."
         )
     if hasattr(outputs, "device_mesh"):
         raise MetaplError(
@@ -266,7 +258,6 @@ def logits_in(outputs: Any) -> Any:
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:
-    """Refuse outputs that are not (B, C) with at least two classes."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
             f"the {who}'s outputs are {described(outputs)}; expected logits of shape (batch, classes), two classes or "
@@ -275,7 +266,6 @@ def class_outputs(outputs: Tensor, who: str) -> None:
 
 
 def finite(logits_NC: Tensor) -> None:
-    """Refuse logits of a network that has diverged."""
     bad_N = ~logits_NC.isfinite().all(dim=1)
     if bad_N.any():
         raise MetaplError(
@@ -286,7 +276,8 @@ def finite(logits_NC: Tensor) -> None:
 
 def class_labels(labels: Any, classes: int) -> None:
     """Refuse labels that are not integers in [0, classes)."""
-    dense(labels, "the labels are")
+    if not isinstance(labels, Tensor) or labels.layout != torch.strided:
+        dense(labels, "the labels are")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
             f"the labels are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
@@ -301,11 +292,8 @@ def safe_labels(labels: Tensor, classes: int) -> Tensor:
 
 
 def row_indices(index: Any, rows: int, who: str) -> Tensor:
-    """Indices of rows, int64 or int32 (PyTorch takes uint8 for a mask); refuse values outside 0..rows - 1 (Python
-    counts -1 from the end).
-
-    Returns: the indices, within the range on a device, for the reason that :func:`safe_labels` gives.
-    """
+    """Indices of rows, int64 or int32 (PyTorch takes uint8 for a mask), refused outside 0..rows - 1 (Python counts -1
+    from the end); within the range on a device, for the reason that :func:`safe_labels` gives."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
     if not index.numel():
@@ -315,7 +303,6 @@ def row_indices(index: Any, rows: int, who: str) -> Tensor:
 
 
 def _in_range(numbers: Tensor, count: int, what: str, verbs: tuple[str, str], why: str) -> None:
-    """Refuse numbers outside 0..count - 1."""
     low, high = numbers.aminmax()
     if waits(numbers):
         text = f"{what} {verbs[0]} a value outside 0..{count - 1}; {why}: expected 0..{count - 1}."
@@ -344,7 +331,6 @@ DIVERGED = "the {}'s outputs are NaN or infinite; its weights have probably dive
 
 
 def finite_feedback(h: Tensor) -> None:
-    """Refuse feedback that would make the teacher NaN."""
     refuse_not_finite(
         h,
         "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
@@ -356,7 +342,6 @@ def finite_feedback(h: Tensor) -> None:
 
 
 def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
-    """Refuse a loss that is not a real scalar."""
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
         raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")
 
@@ -368,7 +353,6 @@ def learns(loss: Tensor, who: str) -> None:
 
 
 def without_gradient(who: str) -> MetaplError:
-    """The error for a network whose loss has no gradient."""
     return MetaplError(
         f"the {who}'s loss has no gradient, so nothing would be learned. Likely causes: its outputs are detached "
         "(.detach(), .data, numpy), the parameters that they depend on have requires_grad=False, or this runs under "
@@ -377,18 +361,15 @@ def without_gradient(who: str) -> MetaplError:
 
 
 def real_weights(parameters: Mapping[str, Tensor]) -> None:
-    """Refuse complex weights of a student."""
     for name, p in parameters.items():
         if p.is_complex():
             raise MetaplError(
                 f"the student's {name} is complex ({described(p)}), and its step is differentiated in real numbers; "
-                "hold real and imaginary parts in one real parameter, torch.view_as_real(w), and join them in forward: "
-                "torch.view_as_complex(self.weight)."
+                "hold torch.view_as_real(w) as the parameter, and torch.view_as_complex(self.weight) in forward."
             )
 
 
 def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
-    """Refuse a student with sparse gradients."""
     sparse = [name for name, g in grads.items() if g is not None and g.layout != torch.strided]
     if sparse:
         raise MetaplError(
@@ -413,7 +394,6 @@ def sparse_gradients(optimizer: torch.optim.Optimizer, network: nn.Module) -> No
 
 
 def steps_alone(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer whose step evaluates the loss, such as LBFGS."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise MetaplError(

@@ -1,15 +1,15 @@
 """Forward passes through ``torch.compile``, with the same random numbers as eager passes.
 
-Feedback passes use the inner pass's dropout masks, and not all of them can be compiled (forward-mode AD cannot), so
-compiled and eager passes must draw the same random numbers. Inductor's own generator draws other masks; with
-``fallback_random`` its graphs draw from PyTorch's. The first pass of a network, with and without a graph, is checked.
+Feedback passes use the inner pass's dropout masks, and not all of them can be compiled (forward-mode AD cannot).
+Inductor's own generator draws other masks; with ``fallback_random`` its graphs draw from PyTorch's. The first pass of a
+network, with and without a graph, is compared with an eager one.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,26 +18,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.buffers import nothing_moved
-from metapl.execution.modules import named_parts
+from metapl.execution.buffers import Slots, State
 from metapl.execution.rng import RandomState
-from metapl.execution.writes import weights_watched
+from metapl.execution.writes import journal, weights_watched
 
+# Inductor's options for every pass.
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
-"""Inductor's options for every pass."""
 
 _uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
 
 class CompiledPasses:
-    """Networks whose forward passes are compiled inside a block.
-
-    The networks stay plain modules: only inside the block, ``forward`` of these instances is a compiled function. So
-    parameter names, copies, checkpoints and evaluation are not affected.
-
-    Args:
-        networks: plain modules; without any, nothing is compiled.
-    """
+    """Networks whose forward passes are compiled inside a block: there alone, ``forward`` of these instances is a
+    compiled function, so parameter names, copies, checkpoints and evaluation are not affected."""
 
     def __init__(self, *networks: nn.Module) -> None:
         self.networks = networks
@@ -75,13 +68,9 @@ class CompiledPasses:
                     del slots["forward"]
 
 
-def uncompiled(network: nn.Module) -> AbstractContextManager[None]:
-    """Run the passes of a network in this block eagerly, such as those in forward mode."""
-    return _eager() if isinstance(network.forward, _CompiledForward) else nullcontext()
-
-
 @contextmanager
-def _eager() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
+    """Run the passes in this block eagerly, such as those in forward mode."""
     token = _uncompiled.set(True)
     try:
         yield
@@ -91,7 +80,7 @@ def _eager() -> Iterator[None]:
 
 def runs_compiled(network: nn.Module) -> bool:
     """Whether a pass of a network would be compiled here."""
-    return isinstance(network.forward, _CompiledForward) and not _uncompiled.get()
+    return isinstance(vars(network).get("forward"), _CompiledForward) and not _uncompiled.get()
 
 
 def refuse_compiled(**networks: nn.Module) -> None:
@@ -135,14 +124,18 @@ class _CompiledForward:
 
     def _compared(self, compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A compiled pass, compared with an eager one on the same draws, which changes nothing."""
-        start = RandomState.now(next(self.network.parameters()).device)
+        slots = Slots(self.network)
+        start, state = RandomState.now(slots.parameters[0][2].device), State(slots.parts)
+        parts = [(prefix, table, frozenset(table)) for prefix, table, _ in slots.by_part]
         # An activation checkpoint around this pass counts what it saves, and will run the compiled one alone again.
-        hooks: Any = (lambda t: None, lambda t: t)
-        unsaved = torch.autograd.graph.saved_tensors_hooks(*hooks)
-        parts = [(prefix, part._parameters, frozenset(part._parameters)) for prefix, part in named_parts(self.network)]
+        unsaved = torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda t: t)
         watched = weights_watched(parts, f"compiled {type(self.network).__name__}", looking=True)
-        with nothing_moved(self.network), unsaved, watched:
-            expected = self.eager(*args, **kwargs)
+        try:
+            with journal(state.parameters), unsaved, watched:
+                expected = self.eager(*args, **kwargs)
+        finally:
+            state.parameters.put_back()
+            state.restore()
         end = RandomState.now(start.device)
         start.restore()
         outputs = compiled(*args, **kwargs)

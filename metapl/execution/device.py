@@ -12,17 +12,7 @@ from metapl.execution.batch import plain
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Move every tensor of a batch to a device.
-
-    Args:
-        batch: a tensor, or dicts, lists, tuples and named tuples of tensors and other values. What is like a dict, such
-            as the output of a tokenizer, comes back as a dict.
-        device: where to.
-
-    Returns: the batch with its tensors on the device; those that are there already, and what is no tensor, are the same
-    objects.
-
-    Cost: to CUDA, the copy is queued and not waited for; what is not in pinned memory is copied there first.
+    """Move every tensor of a batch, of any nesting, to a device; to CUDA, the copy is queued and not waited for.
 
     >>> batch = {"x": torch.ones(2), "names": ["a", "b"]}
     >>> to_device(batch, "meta")["x"].device, to_device(batch, "cpu")["x"] is batch["x"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -25,24 +24,17 @@ class NotByThisMode(MetaplError):
 
 
 @contextmanager
-def no_fast_path() -> Iterator[None]:
-    """Disable the fused path of PyTorch's attention layers.
-
-    PyTorch takes it in eval mode without a graph, and it treats padded rows differently.
-    """
+def no_fast_path(*, math: bool = False) -> Iterator[None]:
+    """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a graph, and which
+    treats padded rows differently; ``math``: and the fused kernels, which have neither forward mode nor a second
+    derivative."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def only_math_attention() -> Iterator[None]:
-    """Attention by the math kernel: the fused kernels have neither forward mode nor a second derivative."""
-    with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 # ------------------------------------------------------------------------------------------- activation checkpoints
@@ -61,29 +53,16 @@ class _WithoutReentry:
             return function(*args)
 
 
-_reentrant: Any = checkpoint.CheckpointFunction
-_lock = threading.Lock()
-_users = 0
-
-
 @contextmanager
 def checkpoints_without_reentry() -> Iterator[None]:
-    """Run checkpoints with ``use_reentrant=True`` as non-reentrant ones, in forward and backward passes of this block.
-
-    The reentrant kind has no forward mode and no second derivative, and raises under ``torch.autograd.grad``; gradients
-    and memory are the same. Like the reentrant kind, its replacement cuts the gradient if no input requires one.
-    """
-    global _users
-    with _lock:
-        _users += 1
-        checkpoint.CheckpointFunction = _WithoutReentry  # type: ignore[assignment,misc]  # it has the same apply
+    """Run checkpoints with ``use_reentrant=True`` as non-reentrant ones, in forward and backward passes of this block,
+    while a step holds its lock."""
+    before = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _WithoutReentry  # type: ignore[assignment,misc]  # it has the same apply
     try:
         yield
     finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                checkpoint.CheckpointFunction = _reentrant  # type: ignore[misc]  # put back
+        checkpoint.CheckpointFunction = before  # type: ignore[misc]  # put back
 
 
 @contextmanager
@@ -116,11 +95,9 @@ def load_forward_mode() -> None:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """A pass in forward mode, on kernels that have it.
-
-    ``torch.no_grad()`` in a network's forward ends the derivatives of forward mode too, as it ends those of reverse
-    mode: state that a pass moves there, such as the average of a momentum encoder, is a constant in both.
-    """
+    """A pass in forward mode, on kernels that have it."""
+    # torch.no_grad() in a network's forward ends the derivatives of forward mode too, as it ends those of reverse mode:
+    # state that a pass moves there, such as the average of a momentum encoder, is a constant in both.
     load_forward_mode()
     enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
     ended: list[Any] = []
@@ -133,7 +110,7 @@ def forward_mode() -> Iterator[None]:
         ended.pop().__exit__(*error)
         leave(self, *error)
 
-    with torch.no_grad(), forward_ad.dual_level(), only_math_attention(), explained():
+    with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True), explained():
         torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
         try:
             yield
@@ -142,11 +119,8 @@ def forward_mode() -> Iterator[None]:
 
 
 def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
-    """Refuse a differentiable gradient that came through a backward pass marked with ``once_differentiable``.
-
-    PyTorch puts a node into the graph that raises when it is reached, but a derivative in the signal alone never
-    reaches it: it comes out as zero.
-    """
+    """Refuse a differentiable gradient that came through a backward pass marked with ``once_differentiable``: PyTorch's
+    node raises where it is reached, but a derivative in the signal alone never reaches it, and comes out as zero."""
     seen: set[Any] = {None}
     nodes: list[Any] = [g.grad_fn for g in gradients]
     while nodes:
@@ -163,6 +137,7 @@ def refuse_once_differentiable(gradients: Iterable[Tensor]) -> None:
 
 
 _OVERWRITTEN = "has been modified by an inplace operation"
+# What stands in the way of a derivative, by what autograd says of it.
 _OBSTACLES = {
     r"(?s)_efficientzerotensor.*Sparse": "the batch holds a sparse tensor, for which PyTorch has no forward-mode "
     "derivative; expected a dense one, x.to_dense().",
@@ -171,7 +146,6 @@ _OBSTACLES = {
     "element 0 of tensors does not require grad": "its forward differentiates (torch.autograd.grad), and runs without "
     "a graph here; expected that within torch.enable_grad().",
 }
-"""What stands in the way of a derivative, by what autograd says of it."""
 _LACKING = r"(?i)forward[- ](mode )?AD|jvp function|differentiate twice|double backward|derivative for"
 _OPERATION = r"(?:forward AD with|derivative for) '?([\w:.]+)'?"
 
@@ -203,7 +177,7 @@ def overwritten_explained(role: str) -> Iterator[None]:
         if _OVERWRITTEN not in str(error):
             raise
         raise MetaplError(
-            f"the {role}'s graph has saved a tensor that the same pass or a later one wrote to in place, such as a "
-            "buffer or a frozen parameter; expected what a graph reads to stay as it is: assign a new one (self.mean = "
-            "0.9 * self.mean + ...), or read a copy (h * self.mean.clone())."
+            f"the {role}'s graph has saved a tensor that this pass or a later one wrote to in place, such as a buffer "
+            "or a frozen parameter; assign a new one (self.mean = 0.9 * self.mean + ...), or read a copy (h * "
+            "self.mean.clone())."
         ) from error

@@ -21,50 +21,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.capabilities import EVERY, FORWARD_AD, Capability
+from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.execution.modules import named_parts, named_tensors, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
 
+# The kinds of layouts in words, and what estimators and problems may require of them.
 _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
-    "plain": ("a plain module", EVERY),
+    "plain": ("a plain module", frozenset(Capability)),
     "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD})),
     "sharded": ("sharded", frozenset({FORWARD_AD})),
     "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
 }
-"""The kinds of layouts in words, and what estimators and problems may require of them."""
 
 
 @dataclass(eq=False)
 class Layout:
-    """A network, and how it is laid out.
+    """A network, and how it is laid out."""
 
-    Args:
-        network: the network itself, without a wrapper around it.
-        kind: see the module's docstring.
-        ranks: the processes that share a batch.
-        space: products of trees of its weights.
-        processes: the ranks' numbers in the whole job.
-        product_ranks: how many processes compute each product together.
-        blocks: the submodules that gather their weights while they run, the network itself among them.
-        sharded: the sharded parameters by name: while the root has gathered its weights, the network holds others.
-
-    Attributes:
-        versions: of the buffers, when this layout was found.
-        moving: the buffers other than norms' that a step writes to; None: before the first step.
-    """
-
-    network: nn.Module
+    network: nn.Module  # without a wrapper around it
     kind: Literal["plain", "replicated", "sharded"] = "plain"
     ranks: Ranks = ALONE
     space: Space = WHOLE
-    processes: tuple[int, ...] = ()
-    product_ranks: int = 1
-    blocks: tuple[Any, ...] = ()
-    sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
-    versions: Mapping[str, tuple[int, int]] = field(init=False, repr=False)
-    moving: tuple[str, ...] | None = field(default=None, init=False, repr=False)
+    processes: tuple[int, ...] = ()  # the ranks' numbers in the whole job
+    product_ranks: int = 1  # how many processes compute each product together
+    blocks: tuple[Any, ...] = ()  # the submodules that gather their weights while they run, itself among them
+    sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)  # which a block exchanges
+    versions: Mapping[str, tuple[int, int]] = field(init=False, repr=False)  # of the buffers, when it was found
+    moving: tuple[str, ...] | None = field(default=None, init=False, repr=False)  # buffers, found on the first step
 
     def __post_init__(self) -> None:
         known = () if self.ranks.alone else self.network.named_buffers()
@@ -76,15 +61,12 @@ class Layout:
         return self.kind == "sharded"
 
     def compilable(self) -> list[nn.Module]:
-        """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one.
-
-        A block runs between the hooks that gather and give up its weights, which are not compiled.
-        """
+        """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one, which
+        run between the hooks that gather and give up their weights."""
         if self.ranks.copies > 1:
             raise MetaplError(
                 "compile=True does not run on networks that are cut along the width of their images, or whose products "
-                "are shared (parallelize_module): the exchanges inside them cannot be compiled. Leave compile out, or "
-                "lay the networks out over replicas and shards alone."
+                "are shared (parallelize_module); leave compile out, or lay them out over replicas and shards alone."
             )
         found = [block for block in self.blocks if block is not self.network]
         inside = {id(part) for block in found for part in block.modules() if part is not block}
@@ -97,18 +79,15 @@ class Layout:
         return trainable(self.network)
 
     def reshard(self) -> None:
-        """Let every block give up its gathered weights.
-
-        The root keeps them after a pass without a backward pass, and reads them again in the next one, whatever became
-        of this rank's parts; until then its parameters are other tensors than the optimizer's.
-        """
+        """Let every block give up its gathered weights: the root keeps them after a pass without a backward pass, and
+        reads them again in the next one, whatever became of this rank's parts."""
         for block in self.blocks:
             block.reshard()
 
     def begin_step(self) -> None:
         """:meth:`reshard`, and refuse blocks that have been switched since this layout was found."""
         with self.ranks.agreed():
-            _refuse(_not_averaged("network", self.blocks))
+            _refuse_other_means("network", self.blocks)
         self.reshard()
 
     def mean_gradients(self) -> None:
@@ -120,15 +99,11 @@ class Layout:
                 parameters[name].grad = mean
 
     def agree_on_buffers(self) -> None:
-        """Give the buffers that a step moves the same values on all ranks, each of which has seen its own rows.
-
-        Running statistics of norms are averaged: their means are right; a variance of a batch norm is the mean of the
-        ranks' variances, without the spread of their means. Other buffers get the values of the first rank, as in
-        ``DistributedDataParallel``; which of them move is found out after the first step: the same tensors in the same
-        versions have not been written to.
-        """
+        """Give the buffers that a step moves the same values on all ranks, each of which has seen its own rows."""
         if self.ranks.alone:
             return
+        # Running statistics are averaged (variances without the spread of the ranks' means); other buffers are the
+        # first rank's, as in DistributedDataParallel, where a first step has written to them.
         norms = [part for _, part in named_parts(self.network) if part.training and isinstance(part, _NormBase)]
         running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
         tree = {str(i): t for i, t in enumerate(running)}
@@ -165,7 +140,7 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
     }
     learned, devices = [], {}
     for name, layout in known.items():
-        _refuse(_not_replayable(name, layout))
+        _refuse_not_replayable(name, layout)
         learned.append({id(p) for p in trainable(layout.network).values()})
         devices[name] = {p.device for p in layout.network.parameters()}
     if len(learned) == 2 and learned[0] & learned[1]:
@@ -247,10 +222,9 @@ def layout_of(name: str, network: Any) -> Layout:
 def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """The groups and numbers of all processes, those among which the rows are shared, and what else a layout holds, of
     a network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
-    reshard(network)
-    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
+    blocks = reshard(network)
     if blocks:
-        _refuse(_not_of_all_rows(name, network, blocks))
+        _refuse_parts(name, network, blocks)
     parameters: dict[str, Any] = {path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks}
     # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
     mesh = max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
@@ -291,19 +265,18 @@ def _is_spread(network: nn.Module) -> bool:
     return any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
 
 
-def reshard(network: nn.Module) -> None:
-    """Let every block of a network give up its gathered weights; see :meth:`Layout.reshard`."""
-    blocks: list[Any] = [part for _, part in named_parts(network) if is_block(part)]
+def reshard(network: nn.Module) -> tuple[Any, ...]:
+    """Let every block of a network give up its gathered weights, as :meth:`Layout.reshard` does; the blocks."""
+    blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
     for block in blocks:
         block.reshard()
+    return blocks
 
 
 @contextmanager
 def without_gradients(network: nn.Module) -> Iterator[None]:
-    """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded.
-
-    In inference mode a sharded network would gather its weights into tensors that no later pass could fill again.
-    """
+    """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded, which
+    would gather its weights into tensors that no later pass could fill again."""
     with torch.no_grad() if _is_spread(network) else torch.inference_mode():
         yield
     reshard(network)
@@ -323,70 +296,72 @@ def _param_groups(blocks: Sequence[Any]) -> Iterator[Any]:
 
 # ------------------------------------------------------------------------------------------------- what is refused
 
-
-def _refuse(faults: Iterator[str]) -> None:
-    for fault in faults:
-        raise MetaplError(fault)
-
-
+# PyTorch's classes around or inside a network that do not let a pass run at other weights.
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
-"""PyTorch classes around or inside a network that do not let a pass run at other weights."""
 
 
-def _not_replayable(name: str, layout: Layout) -> Iterator[str]:
-    """Why a network cannot be trained, or not be run again at other weights."""
+def _refuse_not_replayable(name: str, layout: Layout) -> None:
+    """Refuse a network that cannot be trained, or not be run again at other weights."""
     for prefix, part in named_parts(layout.network):
         names = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch.")]
         wrapper = next((name for name in _WRAPPERS if name in names), None)
         if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
             where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
-            yield (
+            raise MetaplError(
                 f"the {name} {where}, which does not let a pass run at other weights; expected the plain module, or "
                 "one that is as a whole in DistributedDataParallel or sharded by fully_shard."
             )
     for path, t in named_tensors(layout.network):
-        which = f"the {name}'s {path}"
+        why = ""
         if nn.parameter.is_lazy(t):
-            yield f"{which} has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
+            why = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
         elif t.is_inference():
-            yield f"{which} was made inside torch.inference_mode(), and cannot be trained; build it outside of that."
+            why = "was made inside torch.inference_mode(), and cannot be trained; build it outside of that."
         elif not layout.is_sharded and "DTensor" in (type(t).__name__, type(t.data).__name__):
-            yield f"{which} is a DTensor inside another wrapper; expected no wrapper around what is sharded."
+            why = "is a DTensor inside another wrapper; expected no wrapper around what is sharded."
+        if why:
+            raise MetaplError(f"the {name}'s {path} {why}")
     if not trainable(layout.network):
-        yield f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+        raise MetaplError(_NOTHING_TO_LEARN.format(name))
 
 
-def _not_averaged(name: str, blocks: Sequence[Any]) -> Iterator[str]:
-    """Blocks whose gradients are not the mean over the ranks."""
+_NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+
+# What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
+_SWITCHES = (
+    ("gradient_divide_factor", None, "set_gradient_divide_factor"),
+    ("reduce_grads", True, "set_requires_gradient_sync(False)"),
+    ("all_reduce_grads", True, "set_requires_all_reduce(False)"),
+    ("_all_reduce_hook", None, "set_all_reduce_hook"),
+)
+
+
+def _refuse_other_means(name: str, blocks: Sequence[Any]) -> None:
+    """Refuse blocks whose gradients are not the mean over the ranks."""
     for group in _param_groups(blocks):
-        for attribute, usual, call in (
-            ("gradient_divide_factor", None, "set_gradient_divide_factor"),
-            ("reduce_grads", True, "set_requires_gradient_sync(False)"),
-            ("all_reduce_grads", True, "set_requires_all_reduce(False)"),
-            ("_all_reduce_hook", None, "set_all_reduce_hook"),
-        ):
+        for attribute, usual, call in _SWITCHES:
             if getattr(group, attribute, usual) is not usual:
-                yield (
+                raise MetaplError(
                     f"{call} was called on the {name}, so its gradients would not be the mean over the ranks, as the "
                     "feedback takes them to be; leave it out (scale the loss itself; accumulate=... of the trainer "
                     "takes a batch in parts)."
                 )
 
 
-def _not_of_all_rows(name: str, network: nn.Module, blocks: Sequence[Any]) -> Iterator[str]:
-    """Weights that would learn from this rank's rows alone, or be two where one is meant."""
+def _refuse_parts(name: str, network: nn.Module, blocks: Sequence[Any]) -> None:
+    """Refuse weights that would learn from this rank's rows alone, or be two where one is meant."""
     if not is_block(network):
-        yield (
+        raise MetaplError(
             f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
             f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
         )
-    yield from _not_averaged(name, blocks)
+    _refuse_other_means(name, blocks)
     seen: set[int] = set()
     for p in {id(p): p for group in _param_groups(blocks) for p in group.fsdp_params}.values():
         number = getattr(p, "_orig_param_uid", id(p))
         if number in seen:
             info = p._module_info
-            yield (
+            raise MetaplError(
                 f"the {name} shares the {info.param_name} of a {type(info.module).__name__.removeprefix('FSDP')} "
                 "between two blocks that fully_shard was called on, and each would learn a copy; expected both in one "
                 "call, fully_shard([first, second]), or outside of all blocks."
@@ -394,10 +369,10 @@ def _not_of_all_rows(name: str, network: nn.Module, blocks: Sequence[Any]) -> It
         seen.add(number)
     for path, p in network.named_parameters():
         if p.requires_grad and not is_sharded(p):
-            yield (
+            raise MetaplError(
                 f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
                 "so it would learn from this rank's share of the batch alone; expected every parameter with "
                 "requires_grad=True to be sharded."
             )
     if not any(map(is_sharded, network.parameters())):
-        yield f"the {name} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+        raise MetaplError(_NOTHING_TO_LEARN.format(name))

@@ -18,15 +18,9 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
-from metapl.execution.buffers import Slots, State, stand_ins, swapped
+from metapl.execution.buffers import Slots, State, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
-from metapl.execution.kernels import (
-    explained,
-    forward_mode,
-    no_fast_path,
-    only_math_attention,
-    refuse_once_differentiable,
-)
+from metapl.execution.kernels import explained, forward_mode, no_fast_path, refuse_once_differentiable
 from metapl.execution.numerics import (
     WHOLE,
     Space,
@@ -34,18 +28,20 @@ from metapl.execution.numerics import (
     full_float32,
     mean_tree,
     reduced_float32,
-    scaled,
     wide,
     wide_tree,
 )
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
-    Changing,
     Made,
+    Slot,
     Watch,
     Weights,
+    changes_noted,
     has_own_functions,
+    hook_changes,
+    hooks_of,
     journal,
     refuse_hooks,
     refuse_stranger,
@@ -56,31 +52,18 @@ from metapl.execution.writes import (
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
-GRAPHS = 32
-"""So many kinds of graphs are looked at; a network of more, such as one that drops layers, makes them as it goes."""
+GRAPHS = 32  # that are looked at; a network of more, such as one that drops layers, makes them as it goes
 
+# A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
-"""A scalar of outputs and of the weights that they were computed at."""
+# A loss as a sum, and the weight that it is to be divided by: a number where it is 1.
 WeightedLoss = Callable[[Tensor, Tree], tuple[Tensor, Tensor | float]]
-"""A loss as a sum, and the weight that it is to be divided by: a number where it is 1."""
 
 
 class LocalStudent:
-    """A student on one device.
+    """A student on one device; ``first``: look closer, at its operators on an accelerator too.
 
-    Args:
-        module: the network, in the mode (train or eval) that its owner left it in.
-        parameters: those that it learns, where they are known.
-        double_backward: keep the gradients of its passes of record differentiable.
-        ranks: the processes that share its batches.
-        space: products of trees of its weights.
-        first: look closer: at its operators for writes to its weights, where these are otherwise compared after each
-            pass.
-
-    Attributes:
-        half: whether a weight is in half precision.
-        narrowed: the types of numbers that passes rounded to from wider ones, as far as they were looked at.
-        graphs: the operations of its passes of record, as hashes.
+    ``double_backward`` keeps the gradients of its passes of record differentiable.
     """
 
     pass_type: type[Pass]
@@ -102,9 +85,10 @@ class LocalStudent:
         checks.real_weights(self.parameters)
         self.own = {id(p) for _, _, p in self.slots.parameters}
         self.device = next(iter(self.parameters.values())).device
-        self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.parameters.values())
+        self.formats = [p.dtype for p in self.parameters.values()]
+        self.half = any(dtype in (torch.float16, torch.bfloat16) for dtype in self.formats)
         self.narrowed: frozenset[torch.dtype] = frozenset()
-        self.graphs: set[int] = set()
+        self.graphs: set[int] = set()  # the operations of its passes of record, as hashes
         self._autocast = torch.is_autocast_enabled(self.device.type)
         refuse_hooks(self.parameters, late=True)
         self.begin(first=first)
@@ -114,7 +98,6 @@ class LocalStudent:
         return self.slots.hold() and self._autocast == torch.is_autocast_enabled(self.device.type)
 
     def begin(self, *, first: bool = False) -> None:
-        """Begin a step, at the weights as they are now."""
         self.first = first
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
@@ -128,17 +111,12 @@ class LocalStudent:
         *,
         learned: bool = False,
     ) -> Tensor:
-        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph.
-
-        It begins with the buffers as they are now, and draws from ``start`` on; both stay as they are.
-
-        Args:
-            learned: at weights that require a gradient, as those of a pass of record do.
-        """
+        """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
+        are now, and draws from ``start`` on. ``learned``: at weights that require a gradient."""
         params = as_leaves(params) if learned else {name: p.detach() for name, p in params.items()}
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with no_fast_path(), self._beside(params, start):
-            values = [loss(self._outputs(params, x), params) for x, loss in zip(batches, losses, strict=True)]
+            values = [loss(self.forward(x, params), params) for x, loss in zip(batches, losses, strict=True)]
             for value, _ in values:
                 if value.requires_grad and not learned:
                     self.gradient(value, params)
@@ -153,9 +131,9 @@ class LocalStudent:
         gradients: list[Tree] = []
         reached = False
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with only_math_attention() if self.double_backward else NOTHING, self._beside(at, start):
+        with no_fast_path(math=True) if self.double_backward else NOTHING, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value, weight = loss(self._outputs(at, x), self.for_loss(at))
+                value, weight = loss(self.forward(x, at), self.for_loss(at))
                 v = self.gradient(value, at) if value.requires_grad else {}
                 reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
@@ -169,7 +147,7 @@ class LocalStudent:
             )
         mean, weight = self.mean_of_all(values)
         v = mean_tree(gradients)
-        return mean, scaled(v, len(values) / weight) if isinstance(weight, Tensor) else v
+        return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
@@ -194,7 +172,7 @@ class LocalStudent:
         wanted = {name: p for name, p in at.items() if p.requires_grad}
         own = {} if at is self.weights else {n: p for n, p in self.parameters.items() if at.get(n) is not p}
         tensors = [*wanted.values(), *own.values()]
-        with self.backward_watched():
+        with self.watched() if self.slots.has_frozen else NOTHING:  # which hooks may write to
             found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
         for name, g in zip(own, found[len(wanted) :], strict=True):
             if g is not None:
@@ -210,54 +188,33 @@ class LocalStudent:
         """The weights as a loss of the problem may read them."""
         return at
 
-    def formats(self) -> list[torch.dtype]:
-        """The types that it computes in, by its weights."""
-        return [p.dtype for p in self.params.values()]
+    def forward(self, inputs: Any, at: Tree | None = None) -> Tensor:
+        """The outputs as the student is now, in float32 or wider, of a replay; or of a pass ``at`` other weights, which
+        is looked over."""
+        looked_into = at is not None and self.first and not runs_compiled(self.module)
+        made: AbstractContextManager[Made | None] = Made(inputs) if looked_into else NOTHING
+        with self.watched(inputs, replay=at is None), made as making:
+            outputs = checks.logits(self.module(inputs), "student")
+        if at is not None:
+            self.looked_over(outputs, at, inputs, making)
+        return wide(outputs)
 
-    def forward(self, inputs: Any, *, replay: bool = True) -> Tensor:
-        """The outputs as the student is now, in float32 or wider; ``replay``: see :meth:`watched`."""
-        with self.watched(inputs, replay=replay):
-            return wide(checks.logits(self.module(inputs), "student"))
-
-    def _outputs(self, at: Tree, inputs: Any) -> Tensor:
-        with self.made(inputs) as made:
-            outputs = self.forward(inputs, replay=False)
-        self.refuse_strangers(outputs, at, inputs, made)
-        return outputs
-
-    def runs_compiled(self) -> bool:
-        """Whether a pass would be compiled here."""
-        return "forward" in vars(self.module) and runs_compiled(self.module)
-
-    def eagerly(self) -> AbstractContextManager[None]:
-        """Run the passes in this block eagerly."""
-        return uncompiled(self.module) if "forward" in vars(self.module) else NOTHING
-
-    def made(self, inputs: Any) -> AbstractContextManager[Made | None]:
-        """What the student's forward makes in this block, on the first step; a compiled pass is not looked into."""
-        return Made(inputs) if self.first and not self.runs_compiled() else NOTHING
-
-    def refuse_strangers(
-        self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, operations: list[type] | None = None
-    ) -> None:
-        """Refuse outputs that depend on tensors other than these weights and inputs; after the first step, on
-        parameters of others. ``operations`` gets those between."""
+    def looked_over(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, *, record: bool = False) -> bool:
+        """Refuse outputs that depend on tensors other than these weights, the inputs, and what was made; after the
+        first step, on parameters of others. Whether a pass of ``record`` is of other operations than those before."""
+        operations: list[type] = []
         known = [*at.values(), *tensors_in(inputs)]
-        remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
-        alone = not self.first
-        found = stranger([outputs], known, self.own, made, parameters_alone=alone, operations=operations)
-        refuse_stranger("the student's forward", found, remedy)
-
-    def is_another(self, operations: list[type]) -> bool:
-        """Whether a pass is of other operations than those before; its step is then looked at as the first one is.
-
-        A forward that asks an attribute or a counter is another function from some step on, and nothing else tells.
-        """
+        found = stranger([outputs], known, self.own, made, parameters_alone=not self.first, operations=operations)
+        if found is not None:
+            remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
+            refuse_stranger("the student's forward", found, remedy)
+        # A forward that asks an attribute or a counter is another function from some step on, and nothing else tells;
+        # that step is looked at as the first one is.
         graph = hash(tuple(operations))
-        known = graph in self.graphs or len(self.graphs) == GRAPHS
-        if not known:
-            self.graphs.add(graph)
-        if known or self.first or not self.ranks.alone or self.runs_compiled():
+        if not record or graph in self.graphs or len(self.graphs) == GRAPHS:
+            return False
+        self.graphs.add(graph)
+        if self.first or not self.ranks.alone or runs_compiled(self.module):
             return False
         self.first, self.slots.looked_at = True, False
         return True
@@ -268,17 +225,14 @@ class LocalStudent:
             return NOTHING  # they are compared at the end of the step
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
         # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
-        eager = forward_ad._current_level < 0 and not self.runs_compiled()
+        eager = forward_ad._current_level < 0 and not runs_compiled(self.module)
         looking = eager and (self.first or not self.waits or self.slots.has_frozen)
         return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay)
 
-    def backward_watched(self) -> AbstractContextManager[Watch | None]:
-        """Keep what hooks move of frozen parameters in a backward pass, as :meth:`watched` does in a forward one."""
-        return self.watched() if self.slots.has_frozen else NOTHING
-
-    def held_at(self, params: Tree) -> list[Any]:
+    def held_at(self, params: Tree) -> list[Slot]:
         """The student's slots with these weights in them."""
-        return stand_ins(self.slots.parameters, {id(self.parameters[name]): p for name, p in params.items()})
+        at = {id(self.parameters[name]): p for name, p in params.items()}
+        return [(table, name, at[id(p)]) for table, name, p in self.slots.parameters if id(p) in at]
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
@@ -296,49 +250,43 @@ class LocalStudent:
 class Pass:
     """One pass of record, and its replays: on its draws, and from copies of the state that it began with.
 
-    Attributes:
-        outputs: z = S(x; θ), (B, ...), float32 or wider, without a graph.
-        graph: the same with its graph, until :meth:`gradient` has used it.
-        loss: the value of its loss on this rank, once :meth:`gradient` has found it.
-        after: the generators at its end.
-        narrowed, cut: what was seen where it was looked at (:class:`metapl.execution.writes.Watch`).
+    Its ``outputs`` are z = S(x; θ), (B, ...), float32 or wider, without a graph; ``graph`` has it until
+    :meth:`gradient` has used it, which leaves the ``loss`` on this rank.
     """
 
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
-        self._before = RandomState.now(student.device)
-        self._state = student.slots.state or State(student.slots.parts)
-        student.slots.state = None
-        slots = student.slots
+        self._before, slots = RandomState.now(student.device), student.slots
+        self._state, slots.state = slots.state or State(slots.parts), None
+        self.narrowed: frozenset[torch.dtype] = frozenset()  # as Watch has it, as self.cut is
+        self.cut = self.own_functions = False
         looked = slots.weights is None or slots.hooked  # else there are none but those that its forward registers
-        self._hooks = Changing(student.parameters, slots.named_parts) if looked else Changing({}, ())
+        self._hooks = hooks_of(student.parameters, slots.named_parts) if looked else []
+        self.changed: list[str] = []
         if params is student.params:
             self._at: Tree = student.weights
-            self._held: list[Any] = []
+            self._held: list[Slot] = []
         else:
             refuse_hooks(student.parameters)
             self._at = params if student.double_backward else as_leaves(params)
             self._held = student.held_at(self._at)
 
     def run(self) -> Pass:
-        """z = S(x; θ), and what is seen on the way: buffers and generators move as in training.
-
-        At the student's own weights (``params is student.params``) the module itself runs; others are swapped in.
-        """
+        """z = S(x; θ), and what is seen on the way: buffers and generators move as in training. At the student's own
+        weights the module itself runs; others are swapped in."""
         student, inputs = self.student, self.inputs
-        with self.running(forward=True), student.watched(inputs) as watch, student.made(inputs) as made:
+        made = Made(inputs) if student.first and not runs_compiled(student.module) else NOTHING
+        with self._running(forward=True), student.watched(inputs) as watch, made as making:
             outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
-        operations: list[type] = []
-        student.refuse_strangers(outputs, self._at, inputs, made, operations)
-        another = student.is_another(operations)
+        another = student.looked_over(outputs, self._at, inputs, making, record=True)
         self.after = RandomState.now(student.device)
         if watch is not None:
             student.narrowed |= watch.narrowed
         self.narrowed, self.cut = student.narrowed, another or (watch is not None and watch.cut)
         # Processes exchange by Functions of their own.
         looked_into = student.first and (another or watch is not None) and student.ranks.alone
-        self.own_functions = looked_into and has_own_functions([outputs])
+        self.own_functions = looked_into and has_own_functions(outputs)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
@@ -347,22 +295,16 @@ class Pass:
     @cached_property
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.agreement`."""
-        return coarsest([self._dtype, *self.narrowed, *self.student.formats()], self.student.device)
-
-    def running(self, *, forward: bool = False) -> AbstractContextManager[Any]:
-        """What this pass, or its backward pass, runs in."""
-        frozen, math = self.student.slots.has_frozen, self.student.double_backward
-        if not (self._held or frozen or math or forward or self._hooks.any):
-            return NOTHING
-        return self._running(frozen, math, forward)
+        return coarsest([self._dtype, *self.narrowed, *self.student.formats], self.student.device)
 
     @contextmanager
-    def _running(self, frozen: bool, math: bool, forward: bool) -> Iterator[None]:
+    def _running(self, *, forward: bool = False) -> Iterator[None]:
+        """What this pass, or its backward pass, runs in."""
         with (
-            only_math_attention() if math else NOTHING,
+            no_fast_path(math=True) if self.student.double_backward else NOTHING,
             swapped(self._held) if self._held else NOTHING,
-            self._hooks.noted(forward=forward) if forward or self._hooks.any else NOTHING,
-            journal(self._state.parameters) if frozen else NOTHING,
+            changes_noted(self._hooks, self.changed, forward=forward),
+            journal(self._state.parameters) if self.student.slots.has_frozen else NOTHING,
         ):
             yield
 
@@ -374,22 +316,20 @@ class Pass:
         if not value.requires_grad:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
-        with self.running():
+        with self._running():
             grads = self.student.gradient(value, self._at, create_graph=keep)
         if not grads:
             raise checks.without_gradient("student")
         self.graph, self.loss = None, value.detach()
         if not keep:
             self._at, self._held = {}, []
-        return self.student.ranks.mean(self.loss), grads
-
-    def refuse_hooks(self) -> None:
-        """Refuse hooks that changed the gradient of this pass."""
-        self._hooks.refuse()
+        ranks = self.student.ranks
+        return self.loss if ranks.alone else ranks.mean(self.loss), grads
 
     def refuse_later_graphs(self) -> None:
         """Refuse what makes a graph of this pass and later ones wrong."""
-        self.refuse_hooks()
+        if self.changed:
+            raise hook_changes(self.changed[0])
         if self._state.parameters.written:
             raise MetaplError(
                 "the student's forward writes to a frozen parameter, which the graphs that mode 'unrolled' keeps of "
@@ -418,14 +358,14 @@ class Pass:
         """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
         block, for checkpoints run the student again in it."""
         at = as_leaves(self.params)
-        with self.student.eagerly(), self._again(self.student.held_at(at)):
+        with uncompiled(), self._again(self.student.held_at(at)):
             outputs = self.student.forward(inputs)
             check_outputs(outputs.detach(), self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs)
             yield at, outputs
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
-        with self.student.eagerly(), forward_mode():
+        with uncompiled(), forward_mode():
             duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
             with self._again(self.student.held_at(duals)):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
@@ -451,14 +391,14 @@ class Pass:
         """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         student = self.student
         half = self.narrowed & {torch.float16, torch.bfloat16}
-        if half and not (torch.is_autocast_enabled(student.device.type) or half & set(student.formats())):
+        if half and not (torch.is_autocast_enabled(student.device.type) or half & set(student.formats)):
             raise MetaplError(
                 f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
                 'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
             )
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        frozen = {id(t): wide(t) for _, _, t in student.slots.parameters if not t.requires_grad}
-        held = [*student.held_at(moved), *stand_ins(student.slots.parameters, frozen)]
+        frozen = [(table, name, wide(t)) for table, name, t in student.slots.parameters if not t.requires_grad]
+        held = [*student.held_at(moved), *frozen]
         with (
             torch.autocast(student.device.type, enabled=False),
             full_float32(student.device),
@@ -474,10 +414,7 @@ class Pass:
 
     @contextmanager
     def hessian(self, loss: Loss) -> Iterator[Callable[[Tree], Tree]]:
-        """Products with H = ∂²ℓ/∂θ² of a loss of this pass, by double backward; the graph stays for the block.
-
-        Cost: a forward pass and a backward pass with a graph once, and one through both for every product.
-        """
+        """Products with H = ∂²ℓ/∂θ² of a loss of this pass, by double backward; the graph stays for the block."""
         with self._differentiable_gradient(loss, self.inputs) as (at, g):
 
             def product(w: Tree) -> Tree:
@@ -497,11 +434,7 @@ class Pass:
     def second_derivatives(
         self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
     ) -> tuple[Tree, list[Tensor | None]]:
-        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves.
-
-        By double backward: a forward pass, a backward pass with a graph, and one through both. None for a leaf that
-        neither the loss nor the ``inputs``, this pass's own, depend on.
-        """
+        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves."""
         with self._differentiable_gradient(loss, inputs) as (at, g):
             names = [name for name in g if name in w]
             if not names:
@@ -519,7 +452,7 @@ class Pass:
         """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
         θ or on leaves of the loss and of the inputs are left out."""
         self._refuse_ranks()
-        with only_math_attention(), explained(), self._replay(inputs) as (at, outputs):
+        with no_fast_path(math=True), explained(), self._replay(inputs) as (at, outputs):
             again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
             check_loss(again, self.loss, again)
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
@@ -542,13 +475,10 @@ class Pass:
     @contextmanager
     def _again(self, held: Sequence[Any], *, upcast: bool = False) -> Iterator[None]:
         """These tensors held, on the draws of this pass, with copies of the state that it began with."""
-        self.refuse_hooks()
-        slots = self.student.slots
-        with self._same_draws(), swapped(held), self._state.again(slots, upcast=upcast):
+        if self.changed:
+            raise hook_changes(self.changed[0])
+        with replayed(self._before), swapped(held), self._state.again(self.student.slots, upcast=upcast):
             yield
-
-    def _same_draws(self) -> Any:
-        return replayed(self._before)
 
 
 LocalStudent.pass_type = Pass
@@ -564,7 +494,8 @@ def gradient_through(
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
     state = State(student.slots.parts)
-    with only_math_attention(), state.again(student.slots, once=True), student.backward_watched():
+    watched = student.watched() if student.slots.has_frozen else NOTHING
+    with no_fast_path(math=True), state.again(student.slots, once=True), watched:
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )
@@ -577,5 +508,4 @@ def as_leaves(params: Tree) -> Tree:
 
 
 def mean_of(values: Sequence[Tensor]) -> Tensor:
-    """The mean of scalars."""
     return values[0] if len(values) == 1 else torch.stack(list(values)).mean(0)

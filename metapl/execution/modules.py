@@ -6,52 +6,24 @@ from torch import Tensor, nn
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The submodules and the module itself, once each, with the prefix of the names of their tensors.
-
-    Every step looks at the networks anew, and for a small one ``named_modules`` takes as long as a pass.
-    """
-    found: list[tuple[str, nn.Module]] = []
-    _collect(module, "", set(), found)
-    return found
-
-
-def _collect(module: nn.Module, prefix: str, known: set[nn.Module], found: list[tuple[str, nn.Module]]) -> None:
-    if module in known:
-        return
-    known.add(module)
-    found.append((prefix, module))
-    for name, part in module._modules.items():
-        if part is not None:
-            _collect(part, f"{prefix}{name}.", known, found)
+    """The module itself and its submodules, once each, with the prefix of the names of their tensors."""
+    return [(f"{name}." if name else "", part) for name, part in module.named_modules()]
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The parameters and buffers, by name; one that is held in several places comes several times."""
-    found: list[tuple[str, Tensor]] = []
-    for prefix, part in named_parts(module):
-        for name, t in (*part._parameters.items(), *part._buffers.items()):
-            if t is not None:
-                found.append((prefix + name, t))
-    return found
+    held = [(prefix, {**part._parameters, **part._buffers}) for prefix, part in named_parts(module)]
+    return [(prefix + name, t) for prefix, tensors in held for name, t in tensors.items() if t is not None]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a module learns, by name; one that is held in several places has its first name."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, part in named_parts(module):
-        for name, p in part._parameters.items():
-            if p is not None and p.requires_grad:
-                found.setdefault(id(p), (f"{prefix}{name}", p))
-    return dict(found.values())
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def drop_rate(layer: nn.Module) -> float:
     """How much a layer drops at random in training: dropout and stochastic depth of torch, torchvision and timm, by the
-    names of their classes, and attention, which has a rate of its own; 0 for any other layer.
-
-    >>> drop_rate(nn.Dropout(0.5)), drop_rate(nn.MultiheadAttention(4, 2, dropout=0.1)), drop_rate(nn.Linear(2, 2))
-    (0.5, 0.1, 0.0)
-    """
+    names of their classes, and attention, which has a rate of its own; 0 for any other layer."""
     if isinstance(layer, nn.MultiheadAttention):
         return float(layer.dropout)
     kind = type(layer).__name__.lower()
@@ -61,9 +33,6 @@ def drop_rate(layer: nn.Module) -> float:
 
 
 def may_drop_by_function(part: nn.Module) -> bool:
-    """Whether a module has a ``drop_rate``, as those of timm's networks have that call dropout as a function.
-
-    Others of timm's keep the number beside a dropout layer, so it is no proof.
-    """
+    """Whether a module has a ``drop_rate``, as those of timm's networks have that call dropout as a function."""
     rate = getattr(part, "drop_rate", 0.0)
     return isinstance(rate, int | float) and rate > 0

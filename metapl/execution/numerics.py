@@ -25,12 +25,10 @@ def in_type_of(network: nn.Module, t: Tensor) -> Tensor:
 
 
 def wide_tree(tree: Any) -> Any:
-    """:func:`wide` on every tensor of a pytree."""
     return pytree.tree_map_only(Tensor, wide, tree)
 
 
 def scaled(tree: Tree, factor: float | Tensor) -> Tree:
-    """factor·a."""
     return {name: factor * t for name, t in tree.items()}
 
 
@@ -39,7 +37,7 @@ class Space:
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         """⟨a, b⟩ over the parameters that both have, a scalar."""
-        return self._terms(a, b).sum()
+        return self.slope(a, b)[0]
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
@@ -49,22 +47,16 @@ class Space:
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
         """⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
-        terms = self._terms(a, b)
-        return terms.sum(), torch.linalg.vector_norm(terms)
-
-    def count(self, a: Tree) -> int:
-        """The number of weights."""
-        return sum(t.numel() for t in a.values())
-
-    def _terms(self, a: Tree, b: Tree) -> Tensor:
-        """The terms of ⟨a, b⟩, entry by entry in one dimension."""
         names = [name for name in a if name in b]
         terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
-        return torch.cat([t.flatten() for t in terms])
+        flat = torch.cat([t.flatten() for t in terms])
+        return flat.sum(), torch.linalg.vector_norm(flat)
+
+    def count(self, a: Tree) -> int:
+        return sum(t.numel() for t in a.values())
 
 
-WHOLE = Space()
-"""Trees that this process holds whole."""
+WHOLE = Space()  # trees that this process holds whole
 
 
 def mean_tree(trees: Sequence[Tree]) -> Tree:
@@ -75,12 +67,17 @@ def mean_tree(trees: Sequence[Tree]) -> Tree:
     return {name: torch.stack([tree[name] for tree in trees if name in tree]).sum(0) / len(trees) for name in names}
 
 
-def reduced_float32(device: torch.device) -> bool:
-    """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU).
+_BACKENDS: Any = torch.backends  # whose stubs lack some of these
+_SWITCHES: dict[str, list[Any]] = {
+    "cuda": [_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv, _BACKENDS.cudnn.rnn],
+    "cpu": [_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.rnn],
+}
 
-    For convolutions on CUDA it does so unless told otherwise.
-    """
-    return any(switch.fp32_precision not in ("none", "ieee") for switch in _switches(device))
+
+def reduced_float32(device: torch.device) -> bool:
+    """Whether PyTorch may round the factors of float32 products on ``device`` (TF32 on CUDA, bf16 on CPU); for
+    convolutions on CUDA it does so unless told otherwise."""
+    return any(switch.fp32_precision not in ("none", "ieee") for switch in _SWITCHES.get(device.type, ()))
 
 
 @contextmanager
@@ -89,9 +86,9 @@ def full_float32(device: torch.device) -> Iterator[None]:
     if not reduced_float32(device):
         yield
         return
-    switches = _switches(device) + _switches(torch.device("cpu"))  # the older setters write to both
-    before = [switch.fp32_precision for switch in switches]
-    # The older setters keep a flag of their own, which must agree with the new one; with a mixture they cannot be read.
+    before = [(switch, switch.fp32_precision) for switches in _SWITCHES.values() for switch in switches]
+    # The older setters write to both devices', and keep a flag of their own, which must agree with the new one; with a
+    # mixture they cannot be read.
     matmul = cudnn = None
     with suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
@@ -99,7 +96,7 @@ def full_float32(device: torch.device) -> Iterator[None]:
     with suppress(RuntimeError):
         cudnn = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
-    for switch in _switches(device):
+    for switch in _SWITCHES[device.type]:
         switch.fp32_precision = "ieee"
     try:
         yield
@@ -108,14 +105,5 @@ def full_float32(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         if cudnn is not None:
             torch.backends.cudnn.allow_tf32 = cudnn
-        for switch, precision in zip(switches, before, strict=True):
+        for switch, precision in before:
             switch.fp32_precision = precision
-
-
-def _switches(device: torch.device) -> list[Any]:
-    backends: Any = torch.backends  # whose stubs lack some of these
-    if device.type == "cuda":
-        return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    if device.type == "cpu":
-        return [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-    return []

@@ -29,23 +29,14 @@ class Agreed(MetaplError):
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """The ranks that share a batch.
+    """The ranks that share a batch."""
 
-    Args:
-        groups: process groups whose product they are, as the dimensions of a mesh; none: this process alone.
-        rank: the number of this process's share of the rows, in the order of the whole batch.
-        device: where tensors can be exchanged.
-        copies: how many processes hold the same rows, and compute parts of the same images or products.
-        first: whether this is the process that shows and writes.
-        columns: whether the copies have columns of the same images, and not the same images.
-    """
-
-    groups: Sequence[dist.ProcessGroup] = ()
-    rank: int = 0
-    device: torch.device = torch.device("cpu")  # noqa: RUF009  # a value
-    copies: int = 1
-    first: bool = True
-    columns: bool = False
+    groups: Sequence[dist.ProcessGroup] = ()  # whose product they are, as the dimensions of a mesh
+    rank: int = 0  # the number of this process's share of the rows
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # where tensors can be exchanged
+    copies: int = 1  # how many processes hold the same rows, and compute parts of the same images or products
+    first: bool = True  # whether this process shows and writes
+    columns: bool = False  # whether the copies have columns of the same images, and not the same images
 
     @cached_property
     def size(self) -> int:
@@ -54,7 +45,6 @@ class Ranks:
 
     @cached_property
     def processes(self) -> int:
-        """How many processes there are."""
         return math.prod(group.size() for group in self.groups)
 
     @cached_property
@@ -69,7 +59,6 @@ class Ranks:
         return total if self.copies == 1 else total / self.copies
 
     def mean(self, t: Tensor) -> Tensor:
-        """The mean over the ranks."""
         return t if self.alone else self.sum(t) / self.size
 
     def greatest(self, t: Tensor) -> Tensor:
@@ -101,10 +90,8 @@ class Ranks:
         return {name: mean.to(t.dtype) for (name, t), mean in zip(scalars.items(), means, strict=True)}
 
     def mean_tree(self, tree: Tree, like: Tree) -> Tree:
-        """The mean of gradients of the parameters ``like``, in one exchange for each type of number.
-
-        A gradient that some ranks lack counts as zero there; one that all ranks lack is missing.
-        """
+        """The mean of gradients of the parameters ``like``, in one exchange for each type of number; one that some
+        ranks lack counts as zero there, and one that all lack is missing."""
         if self.alone:
             return tree
         means: Tree = {}
@@ -169,11 +156,8 @@ class Ranks:
         return here if self.alone else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
 
     def agreed(self, *, waiting: bool = False) -> AbstractContextManager[None]:
-        """If this block fails on one rank, fail on all of them, with the message of the first that failed.
-
-        A rank that waits for another inside the block waits on. On an accelerator, where the host would wait for the
-        answer, only if ``waiting``: else an error ends its own rank, and whoever started the ranks ends the others.
-        """
+        """If this block fails on one rank, fail on all of them, with the message of the first that failed; on an
+        accelerator, where the host would wait for the answer, only if ``waiting``."""
         return _NOTHING if self.alone or not (waiting or self.device.type == "cpu") else self._agreed()
 
     @contextmanager
@@ -214,11 +198,8 @@ def _shared(ranks: Ranks) -> Iterator[None]:
 
 
 def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A class for each row of probabilities (B, C), as a column (B, 1).
-
-    Where a batch is shared by several ranks, every rank draws for all rows of it and takes its own: with equal
-    generators the labels are those that one process would draw, and with any generators they are independent.
-    """
+    """A class for each row of probabilities (B, C), as a column (B, 1)."""
+    # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
     ranks = _sharing.get()
     if ranks.alone:
         return torch.multinomial(probabilities, 1, generator=generator)

@@ -26,24 +26,19 @@ class RandomState:
         return RandomState(device, torch.default_generator.get_state(), accelerator)
 
     def restore(self) -> None:
-        """Restore this state."""
         torch.default_generator.set_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
     def same(self, other: RandomState) -> bool:
-        """Whether two states, which lie on the host, are equal."""
         pairs = ((self.cpu, other.cpu), (self.accelerator, other.accelerator))
         return all(
             a is b or (a is not None and b is not None and bool((a.numpy() == b.numpy()).all())) for a, b in pairs
         )
 
     def branch(self) -> RandomState:
-        """The start of a stream that is independent of the one that continues from here; a function of this state.
-
-        A feedback pass that drew from the caller's stream and restored it would share its numbers with the caller's
-        next draw. So the branch is seeded by a hash of the state.
-        """
+        """The start of a stream that is independent of the one that continues from here; a function of this state."""
+        # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
         states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
         digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
         seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them

@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import State
+from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import NotByThisMode, forward_mode, no_fast_path
 from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
@@ -33,7 +34,7 @@ from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree, full_float32, wide_tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, is_sharded, local, whole
-from metapl.execution.writes import Made, Watch, weights_watched
+from metapl.execution.writes import Watch, weights_watched
 
 
 def student_of(
@@ -59,6 +60,8 @@ class ShardedStudent(LocalStudent):
         super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
+        policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
+        self.formats += [dtype for dtype in policies if dtype is not None]
 
     def loss(
         self,
@@ -83,18 +86,13 @@ class ShardedStudent(LocalStudent):
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
         return weights_watched([("", self.params, frozenset(self.params))], "student", inputs, looking=False)
 
-    def refuse_strangers(
-        self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, operations: list[type] | None = None
-    ) -> None:
+    def looked_over(self, *given: Any, **how: Any) -> bool:
         """Nothing: the gathered weights that the graph begins at come and go."""
-
-    def formats(self) -> list[torch.dtype]:
-        policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in self.layout.blocks]
-        return [*super().formats(), *(dtype for dtype in policies if dtype is not None)]
+        return False
 
     def narrow(self) -> list[torch.dtype]:
-        """The types in half precision among these."""
-        return [dtype for dtype in self.formats() if dtype in (torch.float16, torch.bfloat16)]
+        """The types in half precision that it computes in."""
+        return [dtype for dtype in self.formats if dtype in (torch.float16, torch.bfloat16)]
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
@@ -192,7 +190,7 @@ class ShardedPass(Pass):
     def tangent(self, w: Tree) -> Tensor:
         if self.student.layout.product_ranks > 1:
             raise NotByThisMode("PyTorch has no forward mode through the exchanges of parallelize_module.")
-        with self.student.eagerly(), forward_mode():
+        with uncompiled(), forward_mode():
             with self._again([]), self.student.along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)

@@ -75,10 +75,7 @@ def load_whole(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 class ShardedSpace(Space):
-    """Products of trees that hold this process's parts, over the parts of all processes: one exchange each.
-
-    The trees are laid out as ``parameters``, whose parts the process ``groups`` hold together, ``processes`` in all.
-    """
+    """Products of trees that hold this process's parts, over the parts of all processes: one exchange each."""
 
     def __init__(self, parameters: Mapping[str, Any], groups: Iterable[dist.ProcessGroup], processes: int) -> None:
         self.groups = tuple(groups)

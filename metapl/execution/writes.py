@@ -2,7 +2,7 @@
 
 A pass that moves a trainable weight is no function of the weights: its replays, the labeled pass and the step would be
 at other weights than the gradient. It is refused before the write, or put back. A *frozen* parameter (``requires_grad``
-False) that a pass moves, such as the average of a momentum encoder, is state, as buffers are. Hooks that change
+False) that a pass writes to, such as the average of a momentum encoder, is state, as buffers are. Hooks that change
 gradients are not called where a pass is run again, and of tensors that are neither weights nor signal the feedback
 knows nothing.
 """
@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,29 +27,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 
+# A place that holds a parameter, as its dictionary and name there.
 Slot = tuple[dict[str, Any], str, Any]
 
+# Of each part of a network: the prefix of its names, the dictionary of its parameters, and those that are learned.
+Parameters = list[tuple[str, dict[str, Any], frozenset[str]]]
 
+
+@dataclass
 class Journal:
-    """The frozen parameters that passes have moved, as they were before."""
+    """The frozen parameters that passes have moved: each with its memory before, and a copy of it."""
 
-    def __init__(self) -> None:
-        self.written: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # with their memory, and a copy of it
-        self.exchanged: dict[tuple[int, str], Slot] = {}
+    written: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
 
     def slots(self, parameters: Sequence[Slot]) -> list[Slot]:
         """The slots, of these, whose parameter has moved, with its values before."""
-        places = {(id(table), name): (table, name, p) for table, name, p in parameters if id(p) in self.written}
-        found = []
-        for table, name, p in (places | self.exchanged).values():
-            _, data, before = self.written.get(id(p), (p, p.data, None))
-            found.append((table, name, data if before is None else before))
-        return found
+        moved = [(table, name, *self.written[id(p)][1:]) for table, name, p in parameters if id(p) in self.written]
+        return [(table, name, data if before is None else before) for table, name, data, before in moved]
 
     def put_back(self, but: Collection[int] = ()) -> None:
-        """Put everything back, except the values of parameters with these ids."""
-        for table, name, p in self.exchanged.values():
-            table[name] = p
+        """Put everything back, except parameters with these ids."""
         for p, data, before in (entry for i, entry in self.written.items() if i not in but):
             if before is not None:
                 data.copy_(before)
@@ -70,32 +68,27 @@ def journal(found: Journal | None = None) -> Iterator[Journal]:
 
 
 class Watch(TorchDispatchMode):
-    """Looks at the operators of a pass before they run.
+    """Looks at the operators of a pass before they run: version counters tell of a write when the weights have moved.
 
-    Version counters would tell of a write afterwards, when the weights have moved, and not of one by ``.data``.
-
-    Args:
-        refuse: raises for the name of a weight.
-        learned: names of weights, by their memory.
-        frozen: parameters, by their memory.
-
-    Attributes:
-        narrowed: the types of numbers that it rounded to from wider ones.
-        cut: whether its backward pass may be of another function: where a value that has a gradient is taken out of the
-            graph, or rounded.
+    ``refuse`` raises for the name of a weight; ``weights`` are names of the learned, and frozen ones, by their memory.
     """
 
-    def __init__(self, refuse: Callable[[str], None], learned: Mapping[int, str], frozen: Mapping[int, Tensor]) -> None:
+    def __init__(self, refuse: Callable[[str], None], weights: Mapping[int | None, str | Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.refuse, self.learned, self.frozen = refuse, learned, frozen
-        self.narrowed: set[torch.dtype] = set()
-        self.cut = False
+        self.refuse, self.weights = refuse, weights
+        self.narrowed: set[torch.dtype] = set()  # the types of numbers that it rounded to from wider ones
+        self.cut = False  # whether a value that has a gradient is taken out of the graph, or rounded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         places = _written.get(func)
         if places is None:
-            places = _written[func] = _places(func)
+            undeclared = ("running_mean", "running_var") if func._schema.name in _UNDECLARED else ()
+            places = _written[func] = tuple(
+                (i, a.name)
+                for i, a in enumerate(func._schema.arguments)
+                if a.name in undeclared or (a.alias_info is not None and a.alias_info.is_write)
+            )
         for index, name in places:
             given = args[index] if index < len(args) else kwargs.get(name)
             for t in given if isinstance(given, list | tuple) else (given,):
@@ -111,18 +104,14 @@ class Watch(TorchDispatchMode):
         return result
 
     def _before_write(self, t: Tensor) -> None:
-        memory = memory_of(t)
-        if memory is None:
-            return
-        if memory in self.learned:
-            self.refuse(self.learned[memory])
-        if memory in self.frozen:
-            p = self.frozen[memory]
-            unknown = [one for one in _journals.get() if id(p) not in one.written]
-            if unknown:
-                data, before = p.data, p.detach().clone()
-                for one in unknown:
-                    one.written[id(p)] = p, data, before
+        p = self.weights.get(memory_of(t))
+        if isinstance(p, str):
+            self.refuse(p)
+        unknown = [] if p is None else [one for one in _journals.get() if id(p) not in one.written]
+        if unknown and isinstance(p, Tensor):
+            data, before = p.data, p.detach().clone()
+            for one in unknown:
+                one.written[id(p)] = p, data, before
 
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,20 +119,9 @@ _ROUNDING = {
     getattr(torch.ops.aten, name).default for name in ("round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside")
 }
 _CUTTING = {torch.ops.aten.detach.default, torch.ops.aten._local_scalar_dense.default, *_ROUNDING}
-_written: dict[Any, tuple[tuple[int, str], ...]] = {}
+_written: dict[Any, tuple[tuple[int, str], ...]] = {}  # the arguments that an operator writes to, by position and name
+# Operators that write to the running statistics that they are given, and do not say so.
 _UNDECLARED = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
-"""Operators that write to the running statistics that they are given, and do not say so."""
-
-
-def _places(func: Any) -> tuple[tuple[int, str], ...]:
-    """The arguments that an operator writes to, by position and name."""
-    schema = func._schema
-    undeclared = ("running_mean", "running_var") if schema.name in _UNDECLARED else ()
-    return tuple(
-        (i, a.name)
-        for i, a in enumerate(schema.arguments)
-        if a.name in undeclared or (a.alias_info is not None and a.alias_info.is_write)
-    )
 
 
 def memory_of(t: Tensor) -> int | None:
@@ -154,51 +132,40 @@ def memory_of(t: Tensor) -> int | None:
         return None
 
 
-Parameters = list[tuple[str, dict[str, Any], frozenset[str]]]
-"""Of each part of a network: the prefix of its names, the dictionary of its parameters, and those that are learned."""
-
-
 class Weights:
     """The parameters that the parts of a network hold now, to refuse passes that move them.
 
-    Args:
-        parts: the network's.
-        role: the network's, as errors call it.
-        looking: every operator is looked at, so that a write is refused before it happens and frozen parameters are
-            state. Otherwise all parameters are compared afterwards, by PyTorch's version counters and their memory.
-        replay: of a pass that was looked at; frozen parameters that this moved are copies.
-        values: compare the values too, and put them back: as good as ``looking`` where nothing is frozen.
+    ``looking``: every operator is looked at, so that a write is refused before it happens and frozen parameters are
+    state (in a ``replay``, copies). Otherwise all are compared afterwards, by PyTorch's version counters and their
+    memory, and by their ``values``, which are put back: as good as looking where nothing is frozen.
     """
 
     def __init__(
         self, parts: Parameters, role: str, *, looking: bool = False, replay: bool = False, values: bool = False
     ) -> None:
         self.role, self.looking, self.replay = role, looking, replay
-        self._tables = [(prefix, table, learned, table.copy()) for prefix, table, learned in parts]
+        self._tables = [(prefix, table, table.copy()) for prefix, table, _ in parts]
         self._held = [
             (prefix + name, t, t.data, t._version, t.requires_grad, name in learned)
-            for prefix, _, learned, contents in self._tables
-            for name, t in contents.items()
+            for prefix, table, learned in parts
+            for name, t in table.items()
             if t is not None
         ]
         self._place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of
-        self._values = _flat([held[2] for held in self._held]) if values and self._held else None
+        self._values = torch.cat([held[2].flatten() for held in self._held]) if values and self._held else None
         self._seen = self._now()
 
     def watch(self) -> Watch:
         """The mode that looks at the operators of a pass."""
-        memory = [(memory_of(t), name, t, learned) for name, t, *_, learned in self._held]
-        return Watch(
-            self._refuse,
-            {place: name for place, name, _, learned in memory if learned and place is not None},
-            {place: t for place, _, t, learned in memory if not learned and place is not None},
-        )
+        weights = {memory_of(t): name if learned else t for name, t, *_, learned in self._held}
+        weights.pop(None, None)
+        return Watch(self._refuse, weights)
 
     def check(self, error: BaseException | None = None) -> None:
         """Put back what was moved, and refuse it; ``error``: what the pass failed by."""
         same = self._seen == self._now()
         if same and self._values is not None:
-            same = torch.equal(_flat([held[2] for held in self._held]), self._values)
+            same = torch.equal(torch.cat([held[2].flatten() for held in self._held]), self._values)
         moved, flags = ([], False) if same else self._moved()
         text = str(error) if isinstance(error, RuntimeError) else ""
         if flags or "change requires_grad flags of leaf variables" in text:
@@ -212,14 +179,19 @@ class Weights:
 
     def _now(self) -> list[Any]:
         """What tells that weights have moved, but for writes by ``.data``."""
-        found: list[Any] = [id(t) for _, table, *_ in self._tables for t in table.values()]
+        found: list[Any] = [id(t) for _, table, _ in self._tables for t in table.values()]
         found += [(t._version, t.requires_grad, self._place(t)) for _, t, *_ in self._held]
         return found
 
     def _moved(self) -> tuple[list[str], bool]:
         """Put back what was moved, and note frozen parameters; the names of those that may not move, and whether
         ``requires_grad`` of one has changed."""
-        moved, flags, at = self._exchanged(), False, 0
+        moved: list[str] = []
+        for prefix, table, contents in self._tables:
+            moved += [prefix + n for n in {**contents, **table} if table.get(n) is not contents.get(n)]
+            table.clear()
+            table.update(contents)
+        flags, at = False, 0
         for name, t, data, version, flag, learned in self._held:
             before = None if self._values is None else self._values[at : at + data.numel()].view(data.shape)
             at += data.numel()
@@ -237,43 +209,25 @@ class Weights:
                 moved.append(name)
             elif not self.looking and t._version != version:
                 moved.append(name)
-            if before is not None and not _alike(data, before.to(data.dtype)):
+            if before is not None and not torch.allclose(data, before.to(data.dtype), 0, 0, equal_nan=True):
                 data.copy_(before)
                 moved.append(name)
         return moved, flags
-
-    def _exchanged(self) -> list[str]:
-        found: list[str] = []
-        for prefix, table, learned, contents in self._tables:
-            others = [n for n in {**contents, **table} if table.get(n) is not contents.get(n)]
-            if not others:
-                continue
-            if not any(n in learned or not _frozen(contents.get(n), table.get(n)) for n in others):
-                for one in _journals.get() if self.looking else ():
-                    for n in others:
-                        one.exchanged.setdefault((id(table), n), (table, n, contents[n]))
-                if self.looking or self.replay:
-                    continue
-            found += [prefix + n for n in others]
-            table.clear()
-            table.update(contents)
-        return found
 
     def _refuse(self, name: str | None, cause: BaseException | None = None) -> None:
         if name in {n for n, t, *_ in self._held if isinstance(t, nn.Parameter) and not t.requires_grad}:
             raise MetaplError(
                 f"the {self.role} writes to its frozen parameter {name} in its forward, of which the feedback passes "
-                "need the values before; a sharded network or a compiled pass keeps none. Hold it in a buffer "
-                "(register_buffer), or leave compile out."
+                "need the values before; a sharded network, a compiled pass and an assignment of another Parameter "
+                "keep none. Hold it in a buffer (register_buffer), write in place, or leave compile out."
             )
         which = "one of its parameters" if name is None else f"its parameter {name}"
         raise MetaplError(
             f"the {self.role} writes to {which} in its forward, so its passes would be at different weights and the "
-            "gradients wrong. Expected a forward that leaves the weights as they are. For a mask, a clamp or a norm of "
-            "a weight, compute with the changed value and leave the weight (F.linear(x, self.weight * self.mask), or "
-            "torch.nn.utils.parametrize); change weights between the steps (in place of nn.Embedding(max_norm=...), "
-            "too); where the first batch initializes them, run it before; what forward moves and no optimizer learns "
-            "belongs in a buffer (register_buffer) or has requires_grad=False."
+            "gradients wrong. Expected a forward that leaves the weights as they are: compute with the changed value "
+            "(F.linear(x, self.weight * self.mask), torch.nn.utils.parametrize); change weights between the steps (in "
+            "place of nn.Embedding(max_norm=...), too); where the first batch initializes them, run it before; what no "
+            "optimizer learns belongs in a buffer (register_buffer) or has requires_grad=False."
         ) from cause
 
 
@@ -298,7 +252,6 @@ def weights_watched(
 
 
 def changed_input(who: str) -> MetaplError:
-    """The error about a pass that has written to what it was given."""
     return MetaplError(
         f"{who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input itself), "
         "so later passes would read another batch; expected an unchanged input: begin its forward with x = x.clone(). "
@@ -315,106 +268,80 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor) and not t.is_inference()]
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
-    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)
-    return flat if len(tensors) > 1 else flat.clone()
-
-
-def _frozen(*given: Any) -> bool:
-    return all(isinstance(p, Tensor) and not p.requires_grad for p in given)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether they are equal, NaN where the other is NaN."""
-    return torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
-
-
 _LEAF = re.compile(r"leaf Variable that requires grad (is being|has been) used in an in-place operation")
 
 
 # ------------------------------------------------------------------------------------------------ hooks on gradients
 
-GLOBAL: tuple[dict[int, Any], ...] = (modules._global_backward_hooks, modules._global_backward_pre_hooks)
+# A table of hooks, and where they are.
+Hooks = tuple[str, dict[Any, Any]]
+_OF_ALL: tuple[dict[int, Any], ...] = (modules._global_backward_hooks, modules._global_backward_pre_hooks)
 
 
-class Changing:
-    """Notes which hooks on gradients change what they are given, while they run in :meth:`noted` blocks.
+def hooks_of(parameters: Mapping[str, nn.Parameter], parts: Sequence[tuple[str, nn.Module]]) -> list[Hooks]:
+    """The hooks on gradients of a student's parameters and parts, which come with the prefixes of their names."""
+    tables: list[tuple[str, Any]] = [(f"its parameter {name}", p._backward_hooks) for name, p in parameters.items()]
+    for prefix, part in parts:
+        where = f"its module {prefix.rstrip('.') or type(part).__name__}"
+        tables += [(where, part._backward_hooks), (where, part._backward_pre_hooks)]
+    return [(where, table) for where, table in tables if table]
 
-    Args:
-        parameters: the student's, by name.
-        parts: of the student, with the prefixes of their names.
-    """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], parts: Sequence[tuple[str, nn.Module]]) -> None:
-        self.found: str | None = None
-        self._tables: list[tuple[str, Any]] = [
-            (f"its parameter {name}", p._backward_hooks) for name, p in parameters.items() if p._backward_hooks
-        ]
-        for prefix, part in parts:
-            if part._backward_hooks or part._backward_pre_hooks:
-                where = f"its module {prefix.rstrip('.') or type(part).__name__}"
-                self._tables += [(where, part._backward_hooks), (where, part._backward_pre_hooks)]
-        self._tables += [("all modules", table) for table in GLOBAL if table]
-        self.any = bool(self._tables)
+@contextmanager
+def changes_noted(hooks: Sequence[Hooks], changed: list[str], *, forward: bool = False) -> Iterator[None]:
+    """Note in ``changed`` where hooks change the gradients that they are given in this block: these, those on all
+    modules, and in a ``forward`` pass those that it puts on tensors."""
 
-    @contextmanager
-    def noted(self, *, forward: bool = False) -> Iterator[None]:
-        """Note hooks that run in this block, and in a ``forward`` pass those that it puts on tensors."""
-        with ExitStack() as stack:
-            for where, table in self._tables:
-                stack.callback(table.update, dict(table))
-                table.update({key: self._noting(where, hook) for key, hook in table.items()})
-            if forward:
-                register = Tensor.register_hook
-                stack.callback(setattr, Tensor, "register_hook", register)
-
-                def registered(t: Tensor, hook: Any) -> Any:
-                    return register(t, self._noting("a tensor of its forward", hook))  # type: ignore[no-untyped-call]
-
-                Tensor.register_hook = registered  # type: ignore[method-assign]  # put back
-            yield
-
-    def _noting(self, where: str, hook: Any) -> Any:
+    def noting(where: str, hook: Any) -> Any:
         def called(*given: Any) -> Any:
             tensors = [t for g in given for t in (g if isinstance(g, tuple) else (g,)) if isinstance(t, Tensor)]
             versions = [t._version for t in tensors]
             result = hook(*given)
             new = result if isinstance(result, tuple) else (result,)
-            if any(t is not None and not any(t is old for old in tensors) for t in new) or versions != [
-                t._version for t in tensors
-            ]:
-                self.found = self.found or where
+            returned = any(t is not None and not any(t is old for old in tensors) for t in new)
+            if returned or versions != [t._version for t in tensors]:
+                changed.append(where)
             return result
 
         return called
 
-    def refuse(self) -> None:
-        """Refuse to run a pass again, or to differentiate it twice, where a hook changed its gradient."""
-        if self.found is not None:
-            raise MetaplError(
-                f"the student has a hook on {self.found} that changes gradients (register_hook, "
-                "register_full_backward_hook), which a pass that is run again does not have, so the feedback would be "
-                "wrong. Remove the hook: clip by clip_norm=, and scale a gradient in forward. Or look one step ahead "
-                'with mode="unrolled", or "reinforce", which take the gradient as the hook leaves it.'
-            )
+    with ExitStack() as stack:
+        for where, table in (*hooks, *(("all modules", table) for table in _OF_ALL if table)):
+            stack.callback(table.update, dict(table))
+            table.update({key: noting(where, hook) for key, hook in table.items()})
+        if forward:
+            register: Any = Tensor.register_hook
+            stack.callback(setattr, Tensor, "register_hook", register)
+            Tensor.register_hook = lambda t, hook: register(t, noting("a tensor of its forward", hook))  # type: ignore[method-assign]
+        yield
+
+
+def hook_changes(where: str) -> MetaplError:
+    """The error about a pass that is to be run again, or differentiated twice, and had a hook change its gradient."""
+    return MetaplError(
+        f"the student has a hook on {where} that changes gradients (register_hook, register_full_backward_hook), which "
+        "a pass that is run again does not have, so the feedback would be wrong. Remove the hook: clip by clip_norm=, "
+        'and scale a gradient in forward. Or look one step ahead with mode="unrolled", or "reinforce", which take the '
+        "gradient as the hook leaves it."
+    )
 
 
 def refuse_hooks(parameters: Mapping[str, nn.Parameter], *, late: bool = False) -> None:
     """Refuse hooks of parameters in whose places other tensors stand; ``late``: those that wait for ``.grad``, which
     no pass here fills."""
-    hooked = [n for n, p in parameters.items() if (p._post_accumulate_grad_hooks if late else p._backward_hooks)]
-    if hooked and late:
-        raise MetaplError(
-            f"the student's parameter {hooked[0]} has a hook of register_post_accumulate_grad_hook, which would never "
-            "be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
-            "register_hook, which is called with the gradient."
-        )
-    if hooked:
-        raise MetaplError(
-            f"the student's parameter {hooked[0]} has a hook of register_hook, which is not called where other tensors "
-            "stand in for the parameters: from the second student step on, and in a step that is taken again on a "
-            "revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
-        )
+    for name, p in parameters.items():
+        if late and p._post_accumulate_grad_hooks:
+            raise MetaplError(
+                f"the student's parameter {name} has a hook of register_post_accumulate_grad_hook, which would never "
+                "be called: metapl takes the student's gradient without filling .grad. Remove the hook, or use "
+                "register_hook, which is called with the gradient."
+            )
+        if not late and p._backward_hooks:
+            raise MetaplError(
+                f"the student's parameter {name} has a hook of register_hook, which is not called where other tensors "
+                "stand in for the parameters: from the second student step on, and in a step that is taken again on a "
+                "revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
+            )
 
 
 # ------------------------------------------------------------------------------------- tensors that a value reaches
@@ -438,15 +365,15 @@ def _memory(tree: Any) -> set[int | None]:
     return {memory_of(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
 
 
-def has_own_functions(values: Iterable[Tensor]) -> bool:
-    """Whether the graph of the values has an ``autograd.Function``, whose derivatives are its author's."""
-    seen: set[Any] = set()
-    nodes: list[Any] = [value.grad_fn for value in values]
+def has_own_functions(value: Tensor) -> bool:
+    """Whether the graph of a value has an ``autograd.Function``, whose derivatives are its author's."""
+    seen: set[Any] = {None}
+    nodes: list[Any] = [value.grad_fn]
     while nodes:
         node = nodes.pop()
         if isinstance(node, BackwardCFunction):
             return True
-        if node is not None and node not in seen:
+        if node not in seen:
             seen.add(node)
             nodes.extend(following for following, _ in node.next_functions)
     return False
@@ -461,23 +388,13 @@ def stranger(
     parameters_alone: bool = False,
     operations: list[type] | None = None,
 ) -> Tensor | None:
-    """A tensor that requires a gradient and that the values depend on other than through known ones; None: there is
-    none.
-
-    Args:
-        values: where the walk over their graph begins.
-        known: where it ends.
-        leaves: the ids of further tensors where it ends, such as parameters.
-        made: what was made on the way, where leaves may be made.
-        parameters_alone: other leaves may be made, and what was is not known.
-        operations: gets the operations on the way, in the order of the walk.
-
-    Cost: a few microseconds for each operation between the values and the known tensors.
-    """
+    """A tensor that requires a gradient and that the values depend on, on a walk over their graph that ends at known
+    tensors and ``leaves``, by their ids; None where there is none. Leaves may be ``made`` on the way; where that is not
+    known, ``parameters_alone`` are looked for. ``operations`` gets those on the way."""
     stops = list(known)
     ends = {(t.grad_fn, t.output_nr) for t in stops if t.grad_fn is not None}
     allowed = {*leaves, *(id(t) for t in stops if t.grad_fn is None)}
-    seen: set[Any] = set()
+    seen: set[Any] = {None}
     edges: list[tuple[Any, int]] = []
     for value in values:
         if value.grad_fn is not None:
@@ -487,7 +404,7 @@ def stranger(
     while edges:
         edge = edges.pop()
         node = edge[0]
-        if node is None or node in seen or edge in ends:
+        if node in seen or edge in ends:
             continue
         seen.add(node)
         following = node.next_functions
@@ -505,13 +422,8 @@ def stranger(
 
 
 def refuse_stranger(who: str, found: Tensor | None, remedy: str) -> None:
-    """Refuse what depends on a tensor that the feedback knows nothing of.
-
-    Args:
-        who: reads it, as the subject of a sentence.
-        found: the tensor; None: there is none.
-        remedy: how to mend it.
-    """
+    """Refuse what depends on a tensor that the feedback knows nothing of: ``who`` reads it, as the subject of a
+    sentence."""
     if found is not None:
         raise MetaplError(
             f"{who} reads {described(found)}, that requires a gradient and is no weight of the student, such as a "

@@ -57,11 +57,8 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
             given = x if first is None else to_device(x, first.device)
             try:
                 outputs = checks.logits(model(given), "network")
-            except RuntimeError as error:
-                checks.explain_type(error, given, first, "the network", "inputs")
-                raise
-            except checks.WRONG_CALL as error:
-                checks.explain_call(error, network=model)
+            except checks.WRONG_INPUTS as error:
+                checks.explain(error, {"network": model}, [("", given)])
                 raise
             logits.append(outputs.cpu())
     if not logits:

@@ -40,6 +40,12 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"add new ones, such as a head put in later, by {name}.add_param_group."
         )
     for group in optimizer.param_groups:
+        states = [optimizer.state.get(p, {}) for p in group["params"]] if group.get("amsgrad") else []
+        if any("exp_avg_sq" in state and "max_exp_avg_sq" not in state for state in states):
+            raise MetaplError(
+                f"amsgrad of {name} was switched on after its first step, whose greatest second moments it has not "
+                f"kept; build a new {type(optimizer).__name__}(..., amsgrad=True)."
+            )
         if isinstance(group["lr"], Tensor) and group["lr"].ndim:
             raise MetaplError(
                 f"{name} has lr={group['lr']}, a tensor of shape {tuple(group['lr'].shape)}; expected a number, or a "
@@ -122,7 +128,8 @@ class TorchUpdate(Update):
         held = [[id(p) for p in group["params"]] for group in groups]
         own = self.parameters
         known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
-        if known and held == self._held and not any(isinstance(group["lr"], Tensor) for group in groups):
+        asked = any(isinstance(group["lr"], Tensor) or group.get("amsgrad") for group in groups)
+        if known and held == self._held and not asked:
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         group_of = {i: number for number, ids in enumerate(held) for i in ids}

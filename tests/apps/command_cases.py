@@ -42,7 +42,7 @@ def protocol(recipe: str, root: Path, arguments: list[str]) -> tuple[int, str, s
 
 def failing(arguments: list[str], rank: int, how: str) -> tuple[int, str, str]:
     """The same where the third step of one process fails in some way, and the others do not."""
-    from metapl.distributed import launch
+    from metapl.apps.commands import launch
 
     real, mine = metapl.BilevelTrainer.step, os.environ["RANK"] == str(rank)
 
@@ -70,7 +70,7 @@ def slowly_refused(arguments: list[str]) -> tuple[tuple[int, str, str], float, f
 
     Returns: what it showed, when it had said why it ended, and when it left.
     """
-    from metapl.distributed import launch
+    from metapl.apps.commands import launch
 
     real, said = launch.tell, [0.0]
 

@@ -17,8 +17,8 @@ from test_noisy_folders import write as bars_and_beams
 from test_protocols import FEW, SHORT, folders
 from tiny_runs import TINY, color_folders, images_command, tiny  # noqa: F401 - a fixture
 
+from metapl.apps.commands.launch import check_started
 from metapl.distributed import Mesh
-from metapl.distributed.launch import check_started
 from metapl.errors import MetaplError
 
 

@@ -121,6 +121,21 @@ def test_an_option_that_is_refused_at_construction_is_refused_later(option: str)
         trainer.step(**case.data())
 
 
+@pytest.mark.parametrize("which", ["inner_optimizer", "outer_optimizer"])
+def test_amsgrad_that_is_switched_on_is_refused_before_anything_moves(which: str) -> None:
+    case = toy("batch_norm")
+    owners = {"inner_optimizer": case.student, "outer_optimizer": case.teacher}
+    optimizers: dict[str, Any] = {name: torch.optim.Adam(net.parameters()) for name, net in owners.items()}
+    trainer = metapl.BilevelTrainer(**case.networks(), **optimizers)
+    trainer.step(**case.data())
+    optimizers[which].param_groups[0]["amsgrad"] = True
+    before = [p.detach().clone() for net in case.networks().values() for p in net.parameters()]
+    with pytest.raises(MetaplError, match=rf"amsgrad of {which} was switched on.*build a new Adam"):
+        trainer.step(**case.data())
+    after = [p for net in case.networks().values() for p in net.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_adam_is_refused_for_weights_that_are_cast_to_float16() -> None:
     case, trainer = in_training()
     case.student.half()

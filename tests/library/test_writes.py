@@ -364,7 +364,6 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     "frozen": Average,
     "frozen by .data": AverageByData,
     "view of frozen": AverageInADetachedView,
-    "frozen exchanged": AverageExchanged,
     "statistics": Statistics,
     "views in buffers": lambda: Packed(False),
     "views in attributes": lambda: Packed(True),
@@ -476,7 +475,7 @@ def test_a_step_that_fails_puts_state_back(kind: str) -> None:
 
 
 TEACHERS: dict[str, Callable[[], nn.Module]] = {
-    **{n: MOVING[n] for n in ("frozen", "frozen by .data", "frozen exchanged", "missing buffer", "attribute: list")},
+    **{n: MOVING[n] for n in ("frozen", "frozen by .data", "missing buffer", "attribute: list")},
     "in the graph": lambda: AverageInTheGraph(False),
     "in the graph by .data": lambda: AverageInTheGraph(True),
 }
@@ -513,6 +512,13 @@ class PartMadeLate(Moving):
 @pytest.mark.parametrize("mode", ALL)
 def test_a_submodule_that_forward_makes_is_refused(mode: str) -> None:
     refused(case(PartMadeLate(), torch.float64), mode, 1, r"the student makes its submodule norm \(of PartMadeLate\)")
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_frozen_parameter_that_is_exchanged_is_refused(mode: str) -> None:
+    refused(
+        case(AverageExchanged(), torch.float64), mode, 1, r"the student writes to its frozen parameter average.*buffer"
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3])

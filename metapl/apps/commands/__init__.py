@@ -123,7 +123,7 @@ def _dispatch(given: list[str]) -> int:
             chosen = parse(kind, program, words)
             chosen.check()
         except MetaplError:
-            from metapl.distributed.launch import is_first, left_to_first
+            from metapl.apps.commands.launch import is_first, left_to_first
 
             if is_first():
                 raise

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 import torch
 
 from metapl.apps.commands.folders import run_folder
+from metapl.apps.commands.launch import Lead, check_started, from_first, program, run_together
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.accuracies import parse_seeds
@@ -30,7 +31,6 @@ from metapl.apps.experiments.summary import summary
 from metapl.apps.recipes import RECIPES
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
-from metapl.distributed.launch import Lead, check_started, from_first, program, run_together
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.cores import default_threads

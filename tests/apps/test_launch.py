@@ -12,7 +12,8 @@ import pytest
 import torch
 from ranks import _free_port
 
-from metapl.distributed import Mesh, launch
+from metapl.apps.commands import launch
+from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 
 

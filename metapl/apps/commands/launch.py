@@ -20,14 +20,9 @@ from metapl.errors import MetaplError
 from metapl.execution.ranks import Agreed
 from metapl.words import tell
 
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for another one before it gives up."""
-
-HEARD_WITHIN = 3.0
-"""Seconds in which processes that fail together hear of each other."""
-
-SAID_WITHIN = 5.0
-"""Seconds for which a process that has nothing to say waits for another one to say what went wrong."""
+PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
+HEARD_WITHIN = 3.0  # seconds in which processes that fail together hear of each other
+SAID_WITHIN = 5.0  # seconds for which a process that has nothing to say waits for another one to say what went wrong
 
 
 class ProcessLost(MetaplError):
@@ -49,10 +44,8 @@ def is_first() -> bool:
 
 
 def left_to_first() -> int:
-    """The exit code of a process whose error the first one finds too, and says, before they have joined.
-
-    Under ``torchrun`` it comes when the first has ended, or some seconds later: all are ended when one leaves.
-    """
+    """The exit code of a process whose error the first one finds too, and says, before they have joined: under
+    ``torchrun`` when that has ended, or some seconds later, for all are ended when one leaves."""
     if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
         ended = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: ended.set())
@@ -80,10 +73,7 @@ def check_started(mesh: Mesh) -> None:
 
 @contextmanager
 def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
-    """Join the processes of a mesh for this block; yields this one's number, of which 0 shows and writes.
-
-    A mesh of a single process joins nothing. :class:`ProcessLost`: the others did not come.
-    """
+    """Join the processes of a mesh for this block; yields this one's number, of which 0 shows and writes."""
     check_started(mesh)
     if mesh.size == 1:
         yield 0
@@ -135,10 +125,8 @@ class Lead:
 
 
 def run_together(mesh: Mesh, device: torch.device, lead: Callable[[], int], beside: Callable[[], int]) -> int:
-    """Join the processes of a mesh and run a command in all of them; what goes wrong is said by one.
-
-    ``lead`` is the share of the first process, ``beside`` that of each other one. Returns the exit code.
-    """
+    """Join the processes of a mesh and run a command in all of them, ``lead`` in the first and ``beside`` in each other
+    one; what goes wrong is said by one. Returns the exit code."""
     with joined(mesh, device) as rank:
         try:
             with lost_processes_explained():
@@ -179,11 +167,8 @@ def _of_an_exchange(error: BaseException) -> bool:
 
 
 def _end(rank: int, error: MetaplError | None) -> None:
-    """Show what ended the run, in one process, and leave when it is shown: ``torchrun`` ends all when one leaves.
-
-    The first process shows its error, if it has one, or else another; that a process was lost is shown only where
-    nobody has another error. Nothing: the first process says it.
-    """
+    """Show what ended the run, in one process, and leave when it is shown: the first one's error, if it has one, or
+    else another's; that a process was lost only where nobody has another error. None: the first process says it."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends to all as soon as one has failed
     store: Any = dist.distributed_c10d._get_default_store()
