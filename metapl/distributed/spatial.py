@@ -176,9 +176,6 @@ _OTHER_OUTPUTS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------------------ layers
-
-
 def split_layer(name: str, layer: nn.Module, columns: Columns) -> nn.Module | None:
     """What takes a layer's place, with the same tensors and settings; None for one that works as it is."""
     if isinstance(layer, KeyedDropout):  # by the places in whole images
@@ -330,8 +327,6 @@ _WITHOUT_FORM = (
     nn.MultiheadAttention, nn.PixelShuffle, nn.PixelUnshuffle,
 )  # fmt: skip
 
-
-# ---------------------------------------------------------------------------------------------------------- exchanges
 
 # PyTorch's own collectives drop or skip the tangent of a dual number without a word, so every exchange in a network's
 # forward pass is one of these. Each is linear: its derivative along a direction is the exchange of the direction, and

@@ -85,10 +85,11 @@ def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks 
     """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass."""
     if ranks.alone and not checks.waits(inner) and torch.equal(replay, inner):
         return
-    size = ranks.norm(inner)
+    norm = torch.linalg.vector_norm if ranks.alone else ranks.norm
+    size = norm(inner)
     _refuse(
-        ranks.norm(replay - inner),
-        tolerance * (size + ranks.norm(replay)),
+        norm(replay - inner),
+        tolerance * (size + norm(replay)),
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
         f"feedback would be wrong. Usual causes: {_CAUSES}; attention dropout drawn by another kernel (train under "
@@ -195,12 +196,7 @@ def check_linear(drawn: Tensor, expected: Tensor, ranks: Ranks = ALONE) -> None:
 
 
 def check_slopes(
-    forward: Tensor,
-    backward: Tensor,
-    spread: Tensor,
-    tolerance: float,
-    rounding: Tensor,
-    what: str = "the inner loss",
+    forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor, what: str = "the inner loss"
 ) -> None:
     """Refuse a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that differs from ``backward``, ⟨g, w⟩.
 

@@ -45,7 +45,8 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
             return inputs_of(batch), batch[keys[0]]
         found = ", ".join(map(repr, batch)) or "none"
         raise MetaplError(f"{name} is a dict with the keys {found}; {_EXPECTED}.{mend}")
-    if not isinstance(batch, tuple | list) or len(batch) < 2 or not holds_tensors(batch[0]):
+    pair = isinstance(batch, tuple | list) and len(batch) > 1
+    if not pair or not (isinstance(batch[0], Tensor) or holds_tensors(batch[0])):
         raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.{mend}")
     return batch
 
@@ -144,7 +145,7 @@ _REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a da
 
 
 def holds_tensors(inputs: Any) -> bool:
-    return isinstance(inputs, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
 
 
 def _same_structure(first: Any, second: Any) -> bool:

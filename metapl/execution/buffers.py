@@ -142,8 +142,6 @@ def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- state
-
 _OTHERS = frozenset(vars(nn.Module()))  # hooks, and the dictionaries of parameters, buffers and parts
 _HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))

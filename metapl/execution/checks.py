@@ -97,9 +97,6 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-# ----------------------------------------------------------------------------------------------------------- batches
-
-
 def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> None:
     """Refuse batches that are empty, of uneven length, on another device than the networks, or not finite."""
     for name, batch in (("labeled", labeled), *(("unlabeled", inner_batch) for inner_batch in unlabeled)):
@@ -227,9 +224,6 @@ def no_inference_mode() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------- outputs and labels
-
-
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
     if type(outputs) is Tensor and not outputs.is_complex():
@@ -336,9 +330,6 @@ def finite_feedback(h: Tensor) -> None:
         "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
         "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
     )
-
-
-# --------------------------------------------------------------------------------- losses, gradients and optimizers
 
 
 def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:

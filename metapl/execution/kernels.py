@@ -37,9 +37,6 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-# ------------------------------------------------------------------------------------------- activation checkpoints
-
-
 class _WithoutReentry:
     """Replaces the function behind ``checkpoint(..., use_reentrant=True)``, with the same gradients."""
 
@@ -80,9 +77,6 @@ def refuse_checkpoints() -> Iterator[None]:
         if text not in str(error):
             raise
         raise MetaplError(text) from None
-
-
-# --------------------------------------------------------------------------------------------- missing derivatives
 
 
 @cache

@@ -252,9 +252,6 @@ def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...],
     return groups, processes, own, more
 
 
-# ------------------------------------------------------------------------------------------------- what is looked at
-
-
 def is_block(part: nn.Module) -> bool:
     """Whether ``fully_shard`` gathers the weights of a module while it runs."""
     # By name: the class itself takes seconds to import, and one process has no such block.
@@ -293,8 +290,6 @@ def _param_groups(blocks: Sequence[Any]) -> Iterator[Any]:
         groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         yield from (group for group in groups if group is not None)
 
-
-# ------------------------------------------------------------------------------------------------- what is refused
 
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")

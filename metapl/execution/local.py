@@ -21,16 +21,7 @@ from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_los
 from metapl.execution.buffers import Slots, State, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
 from metapl.execution.kernels import explained, forward_mode, no_fast_path, refuse_once_differentiable
-from metapl.execution.numerics import (
-    WHOLE,
-    Space,
-    Tree,
-    full_float32,
-    mean_tree,
-    reduced_float32,
-    wide,
-    wide_tree,
-)
+from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
@@ -52,10 +43,13 @@ from metapl.execution.writes import (
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
+_HALF = {torch.float16, torch.bfloat16}
 GRAPHS = 32  # that are looked at; a network of more, such as one that drops layers, makes them as it goes
 
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
+# (∂²ℓ/∂θ²) w, and the same in leaves, of w.
+Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 # A loss as a sum, and the weight that it is to be divided by: a number where it is 1.
 WeightedLoss = Callable[[Tensor, Tree], tuple[Tensor, Tensor | float]]
 
@@ -86,7 +80,7 @@ class LocalStudent:
         self.own = {id(p) for _, _, p in self.slots.parameters}
         self.device = next(iter(self.parameters.values())).device
         self.formats = [p.dtype for p in self.parameters.values()]
-        self.half = any(dtype in (torch.float16, torch.bfloat16) for dtype in self.formats)
+        self.half = bool(_HALF & {*self.formats})
         self.narrowed: frozenset[torch.dtype] = frozenset()
         self.graphs: set[int] = set()  # the operations of its passes of record, as hashes
         self._autocast = torch.is_autocast_enabled(self.device.type)
@@ -182,7 +176,8 @@ class LocalStudent:
                     "weights and the feedback would be wrong. In a module, hold a weight that is used twice as a "
                     "parameter in both places (self.weight = other.weight); in inner_loss, read it from params."
                 )
-        return self.ranks.mean_tree({n: g for n, g in zip(wanted, found, strict=False) if g is not None}, wanted)
+        grads = {n: g for n, g in zip(wanted, found, strict=False) if g is not None}
+        return grads if self.ranks.alone else self.ranks.mean_tree(grads, wanted)
 
     def for_loss(self, at: Tree) -> Tree:
         """The weights as a loss of the problem may read them."""
@@ -365,12 +360,16 @@ class Pass:
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
-        with uncompiled(), forward_mode():
-            duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
-            with self._again(self.student.held_at(duals)):
+        eagerly = uncompiled() if "forward" in vars(self.student.module) else NOTHING
+        with eagerly, forward_mode():
+            with self._along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
+
+    def _along(self, w: Tree) -> AbstractContextManager[None]:
+        duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
+        return self._again(self.student.held_at(duals))
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
@@ -390,74 +389,67 @@ class Pass:
     def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
         """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         student = self.student
-        half = self.narrowed & {torch.float16, torch.bfloat16}
-        if half and not (torch.is_autocast_enabled(student.device.type) or half & set(student.formats)):
+        half = self.narrowed & _HALF
+        if half and not (torch.is_autocast_enabled(student.device.type) or half & {*student.formats}):
             raise MetaplError(
                 f"the student casts to {min(map(str, half))} in its forward, and a difference of such outputs would be "
                 'noise; use mode="forward", or give precision="bfloat16" in place of the casts.'
             )
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        frozen = [(table, name, wide(t)) for table, name, t in student.slots.parameters if not t.requires_grad]
-        held = [*student.held_at(moved), *frozen]
         with (
             torch.autocast(student.device.type, enabled=False),
             full_float32(student.device),
             no_fast_path(),
             explained(),
-            self._again(held, upcast=True),
+            self._moved(moved),
         ):
             yield moved
+
+    def _moved(self, moved: Tree) -> AbstractContextManager[None]:
+        slots = self.student.slots.parameters
+        frozen = [(table, name, wide(t)) for table, name, t in slots if not t.requires_grad]
+        return self._again([*self.student.held_at(moved), *frozen], upcast=True)
 
     def check_shifted(self, outputs: Tensor) -> None:
         """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
         check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs, self.student.ranks)
 
     @contextmanager
-    def hessian(self, loss: Loss) -> Iterator[Callable[[Tree], Tree]]:
-        """Products with H = ∂²ℓ/∂θ² of a loss of this pass, by double backward; the graph stays for the block."""
-        with self._differentiable_gradient(loss, self.inputs) as (at, g):
+    def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:
+        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass, as a function of w: (∂²ℓ/∂θ²) w, and
+        that in leaves of the loss and of the ``inputs``, None for one that neither depends on.
 
-            def product(w: Tree) -> Tree:
-                if not g:
-                    return {name: torch.zeros_like(p) for name, p in at.items()}
-                found = torch.autograd.grad(
-                    list(g.values()),
-                    list(at.values()),
-                    [w[name] for name in g],
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
-                return dict(zip(at, found, strict=True))
+        By double backward: a forward pass and a backward pass with a graph, which stays for the block, and one through
+        both for every w, the last of which may ``free`` it.
+        """
+        self._refuse_ranks()
+        replay = self._replay(self.inputs if inputs is None else inputs)
+        with no_fast_path(math=True), explained(), replay as (at, outputs):
+            again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
+            check_loss(again, self.loss, again)
+            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
+            refuse_once_differentiable(g)
+            reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+
+            def product(w: Tree, *, free: bool = False) -> tuple[Tree, list[Tensor | None]]:
+                pairs = [(t, w[name]) for name, t in reached.items() if name in w]
+                ends = [*at.values(), *leaves]
+                found: Sequence[Tensor | None] = [None] * len(ends)
+                if pairs:
+                    found = torch.autograd.grad(
+                        [t for t, _ in pairs], ends, [v for _, v in pairs], retain_graph=not free, allow_unused=True
+                    )
+                curved = [torch.zeros_like(p) if t is None else t for p, t in zip(at.values(), found, strict=False)]
+                return dict(zip(at, curved, strict=True)), list(found[len(at) :])
 
             yield product
 
     def second_derivatives(
         self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
     ) -> tuple[Tree, list[Tensor | None]]:
-        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass: (∂²ℓ/∂θ²) w, and that in leaves."""
-        with self._differentiable_gradient(loss, inputs) as (at, g):
-            names = [name for name in g if name in w]
-            if not names:
-                return {name: torch.zeros_like(p) for name, p in at.items()}, [None for _ in leaves]
-            found = torch.autograd.grad(
-                [g[name] for name in names], [*at.values(), *leaves], [w[name] for name in names], allow_unused=True
-            )
-        curved = {
-            name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(at.items(), found, strict=False)
-        }
-        return curved, list(found[len(at) :])
-
-    @contextmanager
-    def _differentiable_gradient(self, loss: Loss, inputs: Any) -> Iterator[tuple[Tree, Tree]]:
-        """θ as leaves, and the gradient of a loss of this pass in them, with its graph; entries that do not depend on
-        θ or on leaves of the loss and of the inputs are left out."""
-        self._refuse_ranks()
-        with no_fast_path(math=True), explained(), self._replay(inputs) as (at, outputs):
-            again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
-            check_loss(again, self.loss, again)
-            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
-            refuse_once_differentiable(g)
-            yield at, {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
+        """Of :meth:`hessian`, for one w."""
+        with self.hessian(loss, leaves, inputs) as product:
+            return product(w, free=True)
 
     def _refuse_ranks(self) -> None:
         if not self.student.ranks.alone:
@@ -468,9 +460,9 @@ class Pass:
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.params.values())
-        rounded = any(p.dtype == torch.float32 for p in self.params.values()) and reduced_float32(self.student.device)
-        return not (half or rounded or torch.is_autocast_enabled(self.student.device.type))
+        formats, device = self.student.formats, self.student.device
+        rounded = torch.float32 in formats and reduced_float32(device)
+        return not (rounded or _HALF & {*formats} or torch.is_autocast_enabled(device.type))
 
     @contextmanager
     def _again(self, held: Sequence[Any], *, upcast: bool = False) -> Iterator[None]:

@@ -24,14 +24,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
-from metapl.execution.agreement import BY_FORWARD_MODE, check_outputs
 from metapl.execution.buffers import State
-from metapl.execution.compiled import uncompiled
-from metapl.execution.kernels import NotByThisMode, forward_mode, no_fast_path
+from metapl.execution.kernels import NotByThisMode, no_fast_path
 from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass, WeightedLoss
 from metapl.execution.modules import named_parts
-from metapl.execution.numerics import Tree, full_float32, wide_tree
+from metapl.execution.numerics import Tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, is_sharded, local, whole
 from metapl.execution.writes import Watch, weights_watched
@@ -89,10 +87,6 @@ class ShardedStudent(LocalStudent):
     def looked_over(self, *given: Any, **how: Any) -> bool:
         """Nothing: the gathered weights that the graph begins at come and go."""
         return False
-
-    def narrow(self) -> list[torch.dtype]:
-        """The types in half precision that it computes in."""
-        return [dtype for dtype in self.formats if dtype in (torch.float16, torch.bfloat16)]
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
@@ -187,36 +181,23 @@ class ShardedPass(Pass):
 
     student: ShardedStudent
 
-    def tangent(self, w: Tree) -> Tensor:
+    @contextmanager
+    def _along(self, w: Tree) -> Iterator[None]:
         if self.student.layout.product_ranks > 1:
             raise NotByThisMode("PyTorch has no forward mode through the exchanges of parallelize_module.")
-        with uncompiled(), forward_mode():
-            with self._again([]), self.student.along(w):
-                outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
-            check_outputs(outputs, self.outputs, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
-            return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
+        with self._again([]), self.student.along(w):
+            yield
 
-    def shifted(self, step: Tensor, direction: Tree) -> Tensor:
-        student = self.student
-        if narrow := student.narrow():
+    @contextmanager
+    def _moved(self, moved: Tree) -> Iterator[None]:
+        if narrow := [dtype for dtype in self.student.formats if dtype in (torch.float16, torch.bfloat16)]:
             raise MetaplError(
                 f"the student is sharded with weights or a mixed-precision policy of {narrow[0]}, and a difference of "
                 'its outputs would be noise; use mode="forward", or shard it without param_dtype and give '
                 'precision="bfloat16".'
             )
-        moved = {n: p + step * direction[n] if n in direction else p for n, p in self.params.items()}
-        with (
-            torch.no_grad(),
-            torch.autocast(student.device.type, enabled=False),
-            full_float32(student.device),
-            no_fast_path(),
-            self._again([], upcast=True),
-            student.moved_to(moved),
-        ):
-            return student.forward(wide_tree(self.inputs))
-
-    def ran_in_full_precision(self) -> bool:
-        return not self.student.narrow() and super().ran_in_full_precision()
+        with self._again([], upcast=True), self.student.moved_to(moved):
+            yield
 
 
 ShardedStudent.pass_type = ShardedPass

@@ -271,8 +271,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
 _LEAF = re.compile(r"leaf Variable that requires grad (is being|has been) used in an in-place operation")
 
 
-# ------------------------------------------------------------------------------------------------ hooks on gradients
-
 # A table of hooks, and where they are.
 Hooks = tuple[str, dict[Any, Any]]
 _OF_ALL: tuple[dict[int, Any], ...] = (modules._global_backward_hooks, modules._global_backward_pre_hooks)
@@ -342,9 +340,6 @@ def refuse_hooks(parameters: Mapping[str, nn.Parameter], *, late: bool = False) 
                 "stand in for the parameters: from the second student step on, and in a step that is taken again on a "
                 "revised signal. Remove the hook, or look one step ahead with a problem that revises no signal."
             )
-
-
-# ------------------------------------------------------------------------------------- tensors that a value reaches
 
 
 class Made(TorchFunctionMode):

@@ -252,7 +252,7 @@ class InnerStep:
         """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
             products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.pieces()]
-            yield lambda w: mean_tree([product(w) for product in products])
+            yield lambda w: mean_tree([product(w)[0] for product in products])
 
     def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
         """The adjoint of this step, from the cotangents of θ′ and s′ (None: zero); the mixed derivatives are taken at
