@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -30,7 +31,6 @@ from metapl.execution.writes import (
     Watch,
     Weights,
     changes_noted,
-    has_own_functions,
     hook_changes,
     hooks_of,
     journal,
@@ -110,7 +110,9 @@ class LocalStudent:
         params = as_leaves(params) if learned else {name: p.detach() for name, p in params.items()}
         # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
         with no_fast_path(), self._beside(params, start):
-            values = [loss(self.forward(x, params), params) for x, loss in zip(batches, losses, strict=True)]
+            values = [
+                loss(self.forward(x, params), self.for_loss(params)) for x, loss in zip(batches, losses, strict=True)
+            ]
             for value, _ in values:
                 if value.requires_grad and not learned:
                     self.gradient(value, params)
@@ -194,9 +196,12 @@ class LocalStudent:
             self.looked_over(outputs, at, inputs, making)
         return wide(outputs)
 
-    def looked_over(self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, *, record: bool = False) -> bool:
+    def looked_over(
+        self, outputs: Tensor, at: Tree, inputs: Any, made: Made | None, *, record: bool = False
+    ) -> tuple[bool, list[type]]:
         """Refuse outputs that depend on tensors other than these weights, the inputs, and what was made; after the
-        first step, on parameters of others. Whether a pass of ``record`` is of other operations than those before."""
+        first step, on parameters of others. Whether a pass of ``record`` is of other operations than those before, and
+        the operations."""
         operations: list[type] = []
         known = [*at.values(), *tensors_in(inputs)]
         found = stranger([outputs], known, self.own, made, parameters_alone=not self.first, operations=operations)
@@ -207,12 +212,12 @@ class LocalStudent:
         # that step is looked at as the first one is.
         graph = hash(tuple(operations))
         if not record or graph in self.graphs or len(self.graphs) == GRAPHS:
-            return False
+            return False, operations
         self.graphs.add(graph)
-        if self.first or not self.ranks.alone or runs_compiled(self.module):
-            return False
-        self.first, self.slots.looked_at = True, False
-        return True
+        another = not self.first and self.ranks.alone and not runs_compiled(self.module)
+        if another:
+            self.first, self.slots.looked_at = True, False
+        return another, operations
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """Refuse a pass that moves the weights, before it does where passes are looked at."""
@@ -274,14 +279,14 @@ class Pass:
         with self._running(forward=True), student.watched(inputs) as watch, made as making:
             outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
-        another = student.looked_over(outputs, self._at, inputs, making, record=True)
+        another, operations = student.looked_over(outputs, self._at, inputs, making, record=True)
         self.after = RandomState.now(student.device)
         if watch is not None:
             student.narrowed |= watch.narrowed
         self.narrowed, self.cut = student.narrowed, another or (watch is not None and watch.cut)
         # Processes exchange by Functions of their own.
         looked_into = student.first and (another or watch is not None) and student.ranks.alone
-        self.own_functions = looked_into and has_own_functions(outputs)
+        self.own_functions = looked_into and any(issubclass(kind, BackwardCFunction) for kind in operations)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()

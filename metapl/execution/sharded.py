@@ -15,7 +15,7 @@ would be silently wrong here and are kept in this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -25,9 +25,9 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 from metapl.execution.buffers import State
-from metapl.execution.kernels import NotByThisMode, no_fast_path
+from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
-from metapl.execution.local import LocalStudent, Pass, WeightedLoss
+from metapl.execution.local import LocalStudent, Pass
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree
 from metapl.execution.rng import RandomState, replayed
@@ -61,18 +61,9 @@ class ShardedStudent(LocalStudent):
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
         self.formats += [dtype for dtype in policies if dtype is not None]
 
-    def loss(
-        self,
-        params: Tree,
-        batches: Sequence[Any],
-        losses: Sequence[WeightedLoss],
-        start: RandomState,
-        *,
-        learned: bool = False,
-    ) -> Tensor:
-        with torch.no_grad(), no_fast_path(), self._beside(params, start):
-            values = [loss(self.forward(x), UNREADABLE) for x, loss in zip(batches, losses, strict=True)]
-        return self.mean_of_all(values)[0]
+    def loss(self, *given: Any, **how: Any) -> Tensor:
+        with torch.no_grad():
+            return super().loss(*given, **how)
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
@@ -84,9 +75,9 @@ class ShardedStudent(LocalStudent):
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
         return weights_watched([("", self.params, frozenset(self.params))], "student", inputs, looking=False)
 
-    def looked_over(self, *given: Any, **how: Any) -> bool:
+    def looked_over(self, *given: Any, **how: Any) -> tuple[bool, list[type]]:
         """Nothing: the gathered weights that the graph begins at come and go."""
-        return False
+        return False, []
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
@@ -145,7 +136,7 @@ def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Callab
     def enter(*_: Any) -> None:
         if before:
             return
-        direction = gathered({name: w[name] for name in like if name in w}, like)
+        direction = {name: whole(as_sharded(w[name], p)) for name, p in like.items() if name in w}
         duals: dict[str, Tensor] = {}
         for tensors, attribute, name in slots:
             weight = tensors[attribute]
@@ -169,11 +160,6 @@ def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Callab
         leave()
 
     return put_back
-
-
-def gathered(parts: Tree, like: Mapping[str, Any]) -> Tree:
-    """The whole tensors of which these are the ranks' parts, laid out as the sharded parameters ``like``."""
-    return {name: whole(as_sharded(part, like[name])) for name, part in parts.items()}
 
 
 class ShardedPass(Pass):

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -358,20 +357,6 @@ class Made(TorchFunctionMode):
 
 def _memory(tree: Any) -> set[int | None]:
     return {memory_of(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
-
-
-def has_own_functions(value: Tensor) -> bool:
-    """Whether the graph of a value has an ``autograd.Function``, whose derivatives are its author's."""
-    seen: set[Any] = {None}
-    nodes: list[Any] = [value.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        if node not in seen:
-            seen.add(node)
-            nodes.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def stranger(

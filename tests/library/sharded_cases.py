@@ -410,13 +410,8 @@ def _weights_swapped(patch: pytest.MonkeyPatch) -> None:
 
 def _direction_not_gathered(patch: pytest.MonkeyPatch) -> None:
     """Every rank goes along its own part of w only."""
-    real = sharded.gathered
-
-    def gathered(parts: Any, like: Any) -> Any:
-        lone = {name: part if dist.get_rank() == 0 else torch.zeros_like(part) for name, part in parts.items()}
-        return real(lone, like)
-
-    patch.setattr(sharded, "gathered", gathered)
+    real = sharded.whole
+    patch.setattr(sharded, "whole", lambda t: real(t if dist.get_rank() == 0 else torch.zeros_like(t)))
 
 
 def _gradient_not_averaged(patch: pytest.MonkeyPatch) -> None:
