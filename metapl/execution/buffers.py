@@ -142,13 +142,13 @@ def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
     )
 
 
-_OTHERS = frozenset(vars(nn.Module()))  # hooks, and the dictionaries of parameters, buffers and parts
-_HOOKS = [name for name, value in vars(nn.Module()).items() if name.endswith("hooks") and isinstance(value, dict)]
+_OTHERS = vars(nn.Module())  # what every module has: hooks, parameters, buffers, parts
+_TABLES = [name for name, value in _OTHERS.items() if isinstance(value, dict) and name != "_parameters"]
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 
-# The buffers, submodules, attributes and hooks of some parts.
-Contents = list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]]
+# Of each part: its attributes, and what is in its tables (buffers, submodules, hooks), where that is something.
+Contents = list[tuple[dict[str, Any], dict[str, dict[Any, Any]]]]
 
 
 class State:
@@ -161,15 +161,10 @@ class State:
         self._copies: dict[int, tuple[Any, Any]] = {}  # of containers without their elements
         self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
-        plain = len(_OTHERS)
-        for buffers, _, attributes, _ in self._contents:
-            for b in buffers.values() if buffers else ():
-                if b is not None:
-                    self._tensors.setdefault(id(b), b)
-            deep = []
-            if len(attributes) > plain:
-                deep = [n for n in attributes.keys() - _OTHERS if type(attributes[n]) not in _PLAIN]
+        for attributes, tables in self._contents:
+            deep = [n for n, value in attributes.items() if type(value) not in _PLAIN and n not in _OTHERS]
             self._deep.append(deep)
+            self._tensors |= {id(t): t for t in tables.get("_buffers", {}).values() if t is not None}
             for name in deep:
                 self._keep(attributes[name])
         self._before = _copies(self._tensors) if self._tensors else {}
@@ -196,9 +191,10 @@ class State:
         if self._tensors or self._copies:
             memo: dict[int, Any] = dict(self._before if once else _copies(self._before, upcast))
             fresh = []
-            for (buffers, parts, others, hooks), deep in zip(self._contents, self._deep, strict=True):
-                buffers = {name: self._fresh(t, memo) for name, t in buffers.items()}
-                fresh.append((buffers, parts, {**others, **{n: self._fresh(others[n], memo) for n in deep}}, hooks))
+            for (attributes, tables), deep in zip(self._contents, self._deep, strict=True):
+                buffers = {name: self._fresh(t, memo) for name, t in tables.get("_buffers", {}).items()}
+                own = {name: self._fresh(attributes[name], memo) for name in deep}
+                fresh.append(({**attributes, **own}, {**tables, "_buffers": buffers}))
             self._put(fresh)
         elif not once:
             self._put(self._contents)
@@ -218,8 +214,8 @@ class State:
 
     def refuse_other_parts(self, role: str) -> None:
         """Refuse a network that has made or exchanged submodules since, which the snapshot has no copies of."""
-        for part, (_, parts, _, _) in zip(self._parts, self._contents, strict=True):
-            if part._modules != parts:
+        for part, (_, tables) in zip(self._parts, self._contents, strict=True):
+            if part._modules != (parts := tables.get("_modules", {})):
                 names = [n for n in {**parts, **part._modules} if part._modules.get(n) is not parts.get(n)]
                 raise MetaplError(
                     f"the {role} makes its submodule {names[0]} (of {type(part).__name__}) in its forward, which no "
@@ -228,28 +224,23 @@ class State:
                 )
 
     def _now(self) -> Contents:
-        contents = []
-        for part in self._parts:
-            held = part.__dict__
-            hooks = {n: dict(held[n]) for n in _HOOKS if held[n]} if any(map(held.get, _HOOKS)) else {}
-            contents.append((dict(held["_buffers"]), dict(held["_modules"]), dict(held), hooks))
-        return contents
+        held = [part.__dict__ for part in self._parts]
+        return [(dict(one), {name: dict(one[name]) for name in _TABLES if one[name]}) for one in held]
 
     def _put(self, contents: Contents) -> None:
-        for part, (buffers, parts, attributes, hooks) in zip(self._parts, contents, strict=True):
+        for part, (attributes, tables) in zip(self._parts, contents, strict=True):
             held = part.__dict__
-            for table, values in ((held["_buffers"], buffers), (held["_modules"], parts), (held, attributes)):
-                if not values and not table:
+            held.update(attributes)
+            for name in held.keys() - attributes.keys() if len(held) > len(attributes) else ():
+                del held[name]
+            for name in _TABLES:
+                table, values = held[name], tables.get(name, {})
+                if not (table or values) or (name == "_modules" and table == values):
                     continue
+                if name == "_buffers":
+                    part._non_persistent_buffers_set -= table.keys() - values.keys()
+                table.clear()
                 table.update(values)
-                if len(table) > len(values):
-                    for name in table.keys() - values.keys():
-                        del table[name]
-                        part._non_persistent_buffers_set.discard(name)
-            if hooks or any(map(attributes.__getitem__, _HOOKS)):
-                for name in _HOOKS:
-                    attributes[name].clear()
-                    attributes[name].update(hooks.get(name, ()))
 
     def _keep(self, value: Any) -> None:
         """Copy what can be written to; tensors of a graph, parameters and objects of other kinds stay what they are."""
