@@ -107,17 +107,12 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def are_views(first: Any, second: Any) -> bool:
-    """Whether two parts of a batch can be two views of the same inputs: tensors of one shape and type, unless they are
-    one integer per example; dicts and tuples of tensors of the same names, types and numbers of dimensions."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        labels = second.ndim == 1 and not second.is_floating_point()
-        return first.shape == second.shape and first.dtype == second.dtype and not labels
-    return holds_tensors(first) and _same_structure(first, second)
-
-
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong); a pair of inputs and labels is refused."""
+    """(x,) or (weak, strong); a pair of inputs and labels is refused.
+
+    Two views are tensors of one shape and type, unless they are one integer per example, or dicts and tuples of tensors
+    of the same names, types and numbers of dimensions.
+    """
     if isinstance(unlabeled, Tensor):
         return (unlabeled,)
     if isinstance(unlabeled, Mapping):
@@ -132,11 +127,15 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
             f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
             "view, strong view)."
         )
-    if not are_views(*unlabeled):
-        first, second = map(described, unlabeled)
+    first, second = unlabeled
+    alike = holds_tensors(first) and _same_structure(first, second)
+    if alike and isinstance(second, Tensor):
+        alike = first.shape == second.shape and (second.ndim != 1 or second.is_floating_point())
+    if not alike:
         raise MetaplError(
-            f"unlabeled is a pair of {first} and {second}; two views of the same examples have the same shape and "
-            f"type. If the second is labels, {_REMEDY}. If the inputs are a tuple of tensors, write (inputs,)."
+            f"unlabeled is a pair of {described(first)} and {described(second)}; two views of the same examples have "
+            f"the same shape and type. If the second is labels, {_REMEDY}. If the inputs are a tuple of tensors, write "
+            "(inputs,)."
         )
     return tuple(unlabeled)
 

@@ -162,7 +162,7 @@ class State:
         self._tensors: dict[int, Tensor] = {}
         self._deep: list[list[str]] = []  # of each part, the attributes that are more than a plain value
         for attributes, tables in self._contents:
-            deep = [n for n, value in attributes.items() if type(value) not in _PLAIN and n not in _OTHERS]
+            deep = [n for n in attributes.keys() - _OTHERS.keys() if type(attributes[n]) not in _PLAIN]
             self._deep.append(deep)
             self._tensors |= {id(t): t for t in tables.get("_buffers", {}).values() if t is not None}
             for name in deep:

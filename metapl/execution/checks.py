@@ -351,15 +351,6 @@ def without_gradient(who: str) -> MetaplError:
     )
 
 
-def real_weights(parameters: Mapping[str, Tensor]) -> None:
-    for name, p in parameters.items():
-        if p.is_complex():
-            raise MetaplError(
-                f"the student's {name} is complex ({described(p)}), and its step is differentiated in real numbers; "
-                "hold torch.view_as_real(w) as the parameter, and torch.view_as_complex(self.weight) in forward."
-            )
-
-
 def dense_gradients(grads: Mapping[str, Tensor | None]) -> None:
     sparse = [name for name, g in grads.items() if g is not None and g.layout != torch.strided]
     if sparse:

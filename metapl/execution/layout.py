@@ -116,7 +116,10 @@ class Layout:
             agreed = set().union(*self.ranks.gathered(own))
             self.moving = tuple(name for name in others if name in agreed)
         for name in self.moving:
-            others[name].copy_(self.ranks.of_first(others[name]))
+            found = others[name].detach().clone(memory_format=torch.contiguous_format)
+            for group in self.ranks.groups:
+                dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
+            others[name].copy_(found)
 
     def as_parameters(self, tree: Tree) -> Tree:
         """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""

@@ -76,7 +76,13 @@ class LocalStudent:
         self.slots = Slots(module)
         self.parameters = self.slots.learned if parameters is None else parameters
         self.weights: Tree = dict(self.parameters)
-        checks.real_weights(self.parameters)
+        for name, p in self.parameters.items():
+            if p.is_complex():
+                raise MetaplError(
+                    f"the student's {name} is complex ({checks.described(p)}), and its step is differentiated in real "
+                    "numbers; hold torch.view_as_real(w) as the parameter, and torch.view_as_complex(self.weight) in "
+                    "forward."
+                )
         self.own = {id(p) for _, _, p in self.slots.parameters}
         self.device = next(iter(self.parameters.values())).device
         self.formats = [p.dtype for p in self.parameters.values()]

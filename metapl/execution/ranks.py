@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,13 +70,6 @@ class Ranks:
         for group in self.groups:
             dist.all_reduce(total, how, group=group)
         return total
-
-    def of_first(self, t: Tensor) -> Tensor:
-        """What the first rank has in the place of a tensor of this shape and type."""
-        found = t.detach().clone(memory_format=torch.contiguous_format)
-        for group in self.groups:
-            dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
-        return found
 
     def mean_of_copies(self, t: Tensor) -> Tensor:
         """The mean of a small tensor over the processes that hold this process's rows."""
@@ -155,19 +148,19 @@ class Ranks:
         """Whether something is so on any rank; the host waits for the answer."""
         return here if self.alone else bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
 
-    def agreed(self, *, waiting: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def agreed(self, *, waiting: bool = False) -> Iterator[None]:
         """If this block fails on one rank, fail on all of them, with the message of the first that failed; on an
         accelerator, where the host would wait for the answer, only if ``waiting``."""
-        return _NOTHING if self.alone or not (waiting or self.device.type == "cpu") else self._agreed()
-
-    @contextmanager
-    def _agreed(self) -> Iterator[None]:
+        together = not self.alone and (waiting or self.device.type == "cpu")
         failed: Exception | None = None
         try:
             yield
         except Exception as error:
+            if not together:
+                raise
             failed = error
-        if not self.any(failed is not None):
+        if not together or not self.any(failed is not None):
             return
         texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
         if failed is not None and not isinstance(failed, MetaplError):
@@ -176,20 +169,13 @@ class Ranks:
         raise Agreed(text if len({*texts}) == 1 else f"rank {rank}: {text}") from failed
 
 
-ALONE = Ranks()
-"""This process alone."""
-
-_NOTHING: AbstractContextManager[None] = nullcontext()
+ALONE = Ranks()  # this process alone
 _sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
 
 
-def rows_shared(ranks: Ranks) -> AbstractContextManager[None]:
-    """Let :func:`draw_classes` in this block draw for the rows of all ranks."""
-    return _NOTHING if ranks.alone else _shared(ranks)
-
-
 @contextmanager
-def _shared(ranks: Ranks) -> Iterator[None]:
+def rows_shared(ranks: Ranks) -> Iterator[None]:
+    """Let :func:`draw_classes` in this block draw for the rows of all ranks."""
     token = _sharing.set(ranks)
     try:
         yield
