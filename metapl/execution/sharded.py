@@ -15,8 +15,8 @@ would be silently wrong here and are kept in this file:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -115,21 +115,20 @@ class ShardedStudent(LocalStudent):
             for attribute, p in part._parameters.items():
                 if id(p) in names:
                     held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        undo = [_dual_while_it_runs(block, slots, w) for block, slots in held.items()]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.layout.reshard)
+            for block, slots in held.items():
+                stack.enter_context(_dual_while_it_runs(block, slots, w))
             yield
-        finally:
-            for put_back in undo:
-                put_back()
-            self.layout.reshard()
 
 
+# A place that holds a parameter, as its dictionary and name there, and the parameter's name.
 _Slot = tuple[dict[str, Any], str, str]
-"""A place that holds a parameter, as its dictionary and name there, and the parameter's name."""
 
 
-def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Callable[[], None]:
-    """Make dual numbers of the weights that a block gathers while it runs; returns what ends that."""
+@contextmanager
+def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Iterator[None]:
+    """Make dual numbers of the weights that a block gathers while it runs in this block of code."""
     like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
     before: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -154,12 +153,12 @@ def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Callab
     # After fully_shard's own hook, and before its other.
     hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, prepend=True)]
 
-    def put_back() -> None:
+    try:
+        yield
+    finally:
         for hook in hooks:
             hook.remove()
         leave()
-
-    return put_back
 
 
 class ShardedPass(Pass):
