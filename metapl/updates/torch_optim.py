@@ -31,6 +31,14 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
     """Refuse an optimizer that does not hold all trainable parameters of a network, ``"teacher"`` or ``"student"``;
     ``name`` is that of its argument."""
+    held = [p for group in optimizer.param_groups if group.get("amsgrad") for p in group["params"]]
+    if any(
+        "exp_avg_sq" in state and "max_exp_avg_sq" not in state for state in map(optimizer.state.get, held) if state
+    ):
+        raise MetaplError(
+            f"amsgrad of {name} was switched on after its first step, whose greatest second moments it has not kept; "
+            f"build a new {type(optimizer).__name__}(..., amsgrad=True)."
+        )
     known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if missing:
@@ -40,12 +48,6 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"add new ones, such as a head put in later, by {name}.add_param_group."
         )
     for group in optimizer.param_groups:
-        states = [optimizer.state.get(p, {}) for p in group["params"]] if group.get("amsgrad") else []
-        if any("exp_avg_sq" in state and "max_exp_avg_sq" not in state for state in states):
-            raise MetaplError(
-                f"amsgrad of {name} was switched on after its first step, whose greatest second moments it has not "
-                f"kept; build a new {type(optimizer).__name__}(..., amsgrad=True)."
-            )
         if isinstance(group["lr"], Tensor) and group["lr"].ndim:
             raise MetaplError(
                 f"{name} has lr={group['lr']}, a tensor of shape {tuple(group['lr'].shape)}; expected a number, or a "
