@@ -281,7 +281,7 @@ class LabelCorrection(Relabeled):
     .. math:: q_i = \mathrm{softmax}(T(x_i, y_i)), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
     An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
-    logits (B, C), such as a :class:`metapl.models.corrector.Corrector`.
+    logits (B, C), such as a :class:`metapl.models.Corrector`.
 
     Cost: a step of the student, a forward and a backward pass of the corrector, and what the mode adds. Bias: that of
     the mode.
@@ -290,7 +290,7 @@ class LabelCorrection(Relabeled):
     """
 
     asks: ClassVar[tuple[str, ...]] = ("inputs", "labels")
-    maps: ClassVar[str] = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.corrector.Corrector"
+    maps: ClassVar[str] = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.Corrector"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The student's update as a function, one file per optimizer; :func:`update_of` selects the one for an optimizer."""
+"""The student's update as a function; :func:`update_of` selects the one for an optimizer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import torch
 
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
-from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, Parameters, Update
-from metapl.updates.sgd import SGD
-from metapl.updates.torch_optim import TorchUpdate, described, parameters_of, refuse_missing, runs_others_code
+from metapl.updates.torch_optim import (
+    SGD,
+    Adam,
+    TorchUpdate,
+    described,
+    parameters_of,
+    refuse_missing,
+    runs_others_code,
+)
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
 __all__ = [

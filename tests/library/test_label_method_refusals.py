@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import MetaplError
 from metapl.feedback import Forward, Implicit, Unrolled
-from metapl.models.corrector import Corrector
+from metapl.models import Corrector
 from metapl.problems import (
     ExampleLabels,
     ExampleWeights,

@@ -33,7 +33,7 @@ IN_A_STEP = (
     *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base", "feedback/lookahead"),
     *("feedback/credit", "feedback/unrolled", "feedback/forward", "feedback/difference", "feedback/reinforce"),
     *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
-    *("updates/base", "updates/torch_optim", "updates/sgd", "updates/adam"),
+    *("updates/base", "updates/torch_optim"),
 )
 ALLOWED = {
     ("training/trainer", "exact_cosine"),
