@@ -25,6 +25,7 @@ MODULES = {
     "metapl.labels": "metapl.apps.labels",
     "metapl.models.corrector": "metapl.models",
     "metapl.planning": "metapl.apps.planning",
+    "metapl.problems.self_training": "metapl.problems.stored",
     "metapl.recipes": "metapl.apps.recipes",
     "metapl.report": "metapl.apps.reports",
     "metapl.robustness": "metapl.apps.evaluation",

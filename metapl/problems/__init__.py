@@ -2,7 +2,7 @@
 
 base            BilevelProblem, its base class Problem, and Signal
 pseudo_labels   Meta Pseudo Labels
-reduced         Reduced Meta Pseudo Labels: stored labels, adjusted by a small network
+stored          stored labels: Reduced Meta Pseudo Labels, and the losses of Noisy Student
 doubtful        weights and labels of examples that are learned, and teachers for them
 losses          the teacher's own losses: CrossEntropy, UDA
 """
@@ -19,7 +19,7 @@ from metapl.problems.doubtful import (
     WeightNet,
 )
 from metapl.problems.pseudo_labels import PseudoLabels
-from metapl.problems.reduced import ReducedLabels, StoredCrossEntropy
+from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
 __all__ = [
     "BilevelProblem",
