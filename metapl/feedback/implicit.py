@@ -28,9 +28,7 @@ from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import Range
 
-Product = Callable[[Tree], Tree]
-"""(H + damping) x = v is solved from products with H alone."""
-
+Product = Callable[[Tree], Tree]  # (H + damping) x = v is solved from products with H alone
 dot, norm = WHOLE.dot, WHOLE.norm
 
 
@@ -82,7 +80,7 @@ class Implicit(Estimator):
         if self.solver == "identity":
             w = scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
             return [exact_feedback(step, w)], state
-        step_size = step.learning_rate if self.step_size is None else float(self.step_size)
+        step_size = step.update.learning_rate if self.step_size is None else float(self.step_size)
         if self.solver == "neumann" and not step_size:
             raise MetaplError(
                 'Implicit(solver="neumann") takes the student\'s learning rate for its step_size, and this optimizer '
@@ -99,9 +97,8 @@ class Implicit(Estimator):
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
     """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues.
 
-    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding:
-    further iterations would only enlarge what is left. On an accelerator those after the end are run too, so that the
-    host need not wait.
+    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding. On an
+    accelerator those after the end are run too, so that the host need not wait.
     """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
     types = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in v.values()}))

@@ -75,9 +75,9 @@ def check_signal(signal: Any, problem: Any) -> Signal:
         returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
     if returned:
         raise MetaplError(
-            f"{name}.signal returned {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor with a "
-            "row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, where it "
-            "was sampled."
+            f"what {name}.signal returned is {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor "
+            "with a row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, "
+            "where it was sampled."
         )
     checked: Signal = signal
     if checked.value.is_floating_point():

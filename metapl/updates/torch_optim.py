@@ -219,10 +219,11 @@ class SGD(TorchUpdate):
         mu, damped = group["momentum"], 1 - group["dampening"]
         if mu != 0:
             old = [state.get("momentum_buffer") for state in states]
-            if any(b is None for b in old):
-                new: Tensors = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
+            held = [b for b in old if b is not None]
+            if len(held) == len(old):
+                new: Tensors = torch._foreach_add(torch._foreach_mul(held, mu), d, alpha=damped)
             else:
-                new = torch._foreach_add(torch._foreach_mul(old, mu), d, alpha=damped)
+                new = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
             states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
             d = torch._foreach_add(d, new, alpha=mu) if group["nesterov"] else new
         return torch._foreach_sub(params, torch._foreach_mul(d, group["lr"])), list(states)

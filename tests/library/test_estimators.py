@@ -70,7 +70,7 @@ def test_an_altered_mode_keeps_as_few_steps_as_its_base(monkeypatch: pytest.Monk
     adjoints = metapl.feedback.path.Path.adjoints
 
     def seen(path: metapl.feedback.path.Path, *arguments: Any) -> Any:
-        kept.append([step.kept for step in path.steps])
+        kept.append([bool(step.grads) for step in path.steps])
         return adjoints(path, *arguments)
 
     monkeypatch.setattr(metapl.feedback.path.Path, "adjoints", seen)
@@ -101,14 +101,6 @@ def test_which_modes_are_never_recommended_can_be_said() -> None:
     modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
     assert recommendation(modes)[0] == "own"
     assert recommendation(modes, never=("own",))[0] is None
-
-
-def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:
-    class Former(Forward):
-        one_process = True
-
-    with pytest.raises(MetaplError, match=r"Former says one_process; expected the set `requires`.*ONE_PROCESS"):
-        estimator(Former())
 
 
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
