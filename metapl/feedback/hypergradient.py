@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.buffers import explain_types, step_guard
+from metapl.execution.buffers import Slots, explain_types, step_guard
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
-from metapl.execution.sharded import by_backward
+from metapl.execution.sharded import by_backward, student_of
 from metapl.feedback import Estimator, estimator
 from metapl.feedback.compatible import check_batches, check_kind, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.inner_step import read_batch
@@ -115,23 +115,24 @@ def hypergradient(
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     labeled, batches = read_batch(problem, "outer_batch", labeled), inner_batches(unlabeled)
     check_batches(labeled, batches, device, of_student.ranks)
-    passes: list[TeacherPass] = []
+    slots, passes = Slots(asked), list[TeacherPass]()
+    begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
     reader = teacher if problem.teacher_reads_inputs else None
     explain = partial(explain_types, labeled, batches, {"student": student, "teacher": reader})
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = recompute_teacher or accumulate > 1
-        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks, slots))
         check_kind(passes[-1].signal, estimate, problem, len(batches))
         return passes[-1].signal
 
     with (
-        step_guard(asked, student, device=device, generator=generator, moves=False, explain=explain),
+        step_guard(slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
     ):
         check_mode(estimate, len(batches), problem, of_student)
         path = take_steps(
-            of_student,
+            begun,
             update,
             problem,
             labeled=labeled,

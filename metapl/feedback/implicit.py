@@ -41,16 +41,15 @@ class Implicit(Estimator):
               h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(S(x_u; \theta + \varepsilon w), \mathrm{signal}, \theta + \varepsilon w)
 
-    Everything is evaluated at the student's weights before its step, on the inner batch. The student then takes its
-    ordinary step; neither the step nor the optimizer enters h.
+    Everything is evaluated at the student's weights before its step, on the inner batch; neither the step, which is
+    taken then, nor the optimizer enters h.
 
     Args:
         solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v;
             ``"identity"``, w = −step_size·v.
-        iterations: of the solver, a product with H each. Conjugate gradients end before, where the residual is within
-            rounding. Too few leave errors in the directions of the least eigenvalues, which count the most in
-            w = −(H + damping)⁻¹ v: h then lies between that of the identity and the right one, up to its whole length
-            away. Compare with a run of twice as many.
+        iterations: of the solver, a product with H each; conjugate gradients end where the residual is within rounding.
+            Too few leave errors in the directions of the least eigenvalues, which count the most: h then lies between
+            that of the identity and the right one. Compare with a run of twice as many.
         step_size: of the series and of the identity; None: the student's learning rate, and 1 for the identity.
         damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights squared).
 

@@ -86,7 +86,6 @@ class Path:
     Args:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
-        steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
         check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
@@ -287,11 +286,7 @@ class Path:
             value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
             return (value, weight) if isinstance(weight, Tensor) else (len(outputs) * value, len(outputs))
 
-        mend = (
-            "Return (sum, weight) to be exact, such as (losses.sum(), mask.sum()), or a mean over the rows, such as "
-            '(weights * F.cross_entropy(outputs, labels, reduction="none")).mean().'
-        )
-        return _MeanCheck("outer_loss", loss, self.student.ranks, len(self.labeled), mend)
+        return _MeanCheck("outer_loss", loss, self.student.ranks, len(self.labeled))
 
     def look_at_inner_losses(self) -> None:
         """Warn if the inner losses of the first step depend on other rows of the batch."""
@@ -304,8 +299,7 @@ class Path:
             losses = self.problem.inner_loss(outputs, Signal(**fields) if fields else whole, batch, params)
             return losses.sum(), len(losses)
 
-        mend = "Make the loss of an example depend on its own row alone, or let signal() return what the rows share."
-        check = _MeanCheck("inner_loss", loss, self.student.ranks, len(pieces), mend)
+        check = _MeanCheck("inner_loss", loss, self.student.ranks, len(pieces))
         has_rows = step.signal_has_rows
         with replayed(RandomState.now(step.outputs.device)):
             # Of a signal without rows, each micro-batch has one of its own, and two of them have none.
@@ -332,16 +326,14 @@ def take_steps(
     Buffers and generators advance as in training; the weights do not move.
 
     Args:
-        student, update, problem: the network as it is laid out, or one that has begun a step; U and the losses.
+        student: the network as it is laid out, or one that has begun a step.
         labeled, batches: the outer batch, and the inner ones, one for each step.
-        teach: called once for each micro-batch, after the student's pass on it; before, where the signal enters its
-            input.
-        parts: the number of micro-batches in a batch.
+        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before, where
+            the signal enters its input.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
-        keep_every: see :class:`Path`.
         credits: what gets the feedback; refuse an inner loss for which it would be wrong.
-        first: look closer: warn if a loss is not a mean over examples (see :class:`Path`), and look at the student's
-            operators on an accelerator too.
+        first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
+            accelerator too.
     """
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
@@ -412,18 +404,22 @@ def take_steps(
     return path
 
 
+_MENDS = {
+    "inner_loss": "Make an example's loss depend on its own row alone, or let signal() return what the rows share.",
+    "outer_loss": "Return (sum, weight) to be exact, such as (losses.sum(), mask.sum()), or a mean over the rows, such "
+    'as (weights * F.cross_entropy(outputs, labels, reduction="none")).mean().',
+}
+
+
 class _MeanCheck:
     """Lets the first rank warn, once, if a loss of a problem is not the mean of its values on parts of the rows.
 
     Values alone do not tell: all losses of a network are equal before it has learned anything. So the gradients in
-    the outputs are compared too. ``loss`` gives a sum and its weight, of ``parts`` micro-batches; ``mend`` ends the
-    warning.
+    the outputs are compared too. ``loss`` gives a sum and its weight, of ``parts`` micro-batches.
     """
 
-    def __init__(
-        self, name: str, loss: Callable[[Tensor, Any], tuple[Any, Any]], ranks: Ranks, parts: int, mend: str
-    ) -> None:
-        self.name, self.loss, self.ranks, self.mend = name, loss, ranks, mend
+    def __init__(self, name: str, loss: Callable[[Tensor, Any], tuple[Any, Any]], ranks: Ranks, parts: int) -> None:
+        self.name, self.loss, self.ranks = name, loss, ranks
         self.where = " and ".join(["the ranks' rows"] * (ranks.size > 1) + ["micro-batches"] * (parts > 1))
         self._first: tuple[Tensor, Any] | None = None
         self._told = False
@@ -463,7 +459,7 @@ class _MeanCheck:
             f"the problem's {self.name} is {value:.4g} on {len(both[0])} examples, and the mean of its values on two "
             f"parts of them is {mean:.4g} (the gradients in the outputs differ by norm {gap:.2g}, of {size / 2:.2g}): "
             f"it is not a mean over examples. Here it is the mean of its values on {self.where}, so the feedback is "
-            f"that of another loss than of the batch as a whole. {self.mend}"
+            f"that of another loss than of the batch as a whole. {_MENDS[self.name]}"
         )
 
     def _at(self, outputs: Tensor, batch: Any) -> tuple[float, float, Tensor]:

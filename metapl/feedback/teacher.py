@@ -33,13 +33,10 @@ class TeacherPass:
     """The teacher's signal about one inner batch, at θ_T from before the step.
 
     Args:
-        teacher, problem, batch: the network, the problem and the inner batch.
         student_outputs: S(x_u; θ_S), detached; the signal may depend on them. None: the student has not run, because
             the signal enters its input.
-        generator: for drawing labels.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
-        ranks: the processes that share the batch.
         slots: of the teacher; None: to be found.
     """
 
@@ -199,10 +196,8 @@ class TeacherStep(TeacherPass):
         """Algorithm 1, lines 5-7: add the gradient of weight·(−Σ h·signal) + Σ own losses / parts to the weights'.
 
         With a ``ratio``, the weight is the one at which this is the ratio of the norms of the gradients of the feedback
-        and of the own losses at the teacher's outputs.
-
-        The norms are NaN for a loss that also depends on the teacher's weights other than through these outputs, and
-        where the processes hold shares of one gradient, whose norm is not found from theirs.
+        and of the own losses at the teacher's outputs. The norms are NaN for a loss that depends on the teacher's
+        weights in other ways too, and where the processes hold shares of one gradient.
         """
         signal = self.with_graph()
         given = {"labeled": labeled, "unlabeled": self.batch, "signal": signal, "step": step}

@@ -22,9 +22,7 @@ from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
 AtLeastTwo = Annotated[int, Range(2)]
 Dropout = Annotated[float, Range(0, 1, of="a probability")]
-
-LEAST = 1e-8
-"""A stored probability below this counts as this; a class that was stored as impossible may become possible again."""
+LEAST = 1e-8  # a stored probability below this counts as this: what was stored as impossible may become possible again
 
 
 def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dropout: Dropout = 0.0) -> nn.Sequential:
@@ -172,14 +170,12 @@ def wide_resnet(
     Args:
         depth: number of convolutions counted as in the paper: 10, 16, 22, 28, 34, 40, ...
         widen: width factor, 1 or more.
-        num_classes: number of outputs, 1 or more.
         dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
-        in_channels: channels of a picture: 3 for color, 1 for grey.
+        num_classes, in_channels: as for :func:`small_cnn`.
 
     Returns: a module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).
     Cost: 1,467,610 weights for WRN-28-2 and 36.5 million for WRN-28-10, with 10 classes.
-    Raises: :class:`metapl.MetaplError` for a depth that is not 6n + 4 with n ≥ 1, a size below 1, or a dropout outside
-        [0, 1).
+    Raises: :class:`metapl.MetaplError` for a depth that is not 6n + 4 with n ≥ 1, and as :func:`small_cnn`.
     Source: Zagoruyko and Komodakis, "Wide residual networks" (arXiv:1605.07146), table 1.
 
     >>> wide_resnet(10, 1, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape
@@ -206,17 +202,14 @@ def wide_resnet28_10(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
 
 
 class LabelAdjuster(nn.Module):
-    r"""The small teacher of Reduced Meta Pseudo Labels: adjusted logits of stored class distributions, (B, C) to
-    (B, C).
+    r"""The small teacher of Reduced Meta Pseudo Labels: adjusted logits (B, C) of stored class distributions (B, C).
 
     .. math:: T(q) = \log q + f\big(q, \log q / \log(1/\epsilon)\big)
 
     f is a network of linear layers with ReLUs, whose last layer begins at zero, so that softmax T(q) = q at first.
 
     Args:
-        num_classes: C.
-        hidden: the width of the hidden layers.
-        layers: the number of linear layers.
+        num_classes, hidden, layers: C, the width of the hidden layers, and the number of linear layers.
 
     Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
     Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
@@ -239,7 +232,6 @@ class LabelAdjuster(nn.Module):
         self.correction = nn.Sequential(*linear)
 
     def forward(self, stored_BC: Tensor) -> Tensor:
-        """Logits (B, C) of the adjusted distributions."""
         if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
             raise MetaplError(
                 f"label_adjuster got {described(stored_BC)}; expected stored distributions (B, {self.num_classes})."
@@ -260,8 +252,7 @@ class Corrector(nn.Module):
     .. math:: T(x, y) = f(x) + A_y, \qquad A = \mathrm{trusted} \cdot I \text{ at first}
 
     Args:
-        network: f, from inputs (B, ...) to class logits (B, C).
-        classes: C.
+        network: f, from inputs (B, ...) to class logits (B, C), C = ``classes``.
         trusted: how much is added to the logit of the given label at first.
 
     Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1, and fewer than two classes.
@@ -280,7 +271,6 @@ class Corrector(nn.Module):
         self.of_given = nn.Parameter(trusted * torch.eye(classes))
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        """(B, ...), (B,) to (B, C)."""
         logits: Tensor = self.network(x) + self.of_given[row_indices(given, len(self.of_given), "Corrector")]
         return logits
 

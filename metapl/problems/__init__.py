@@ -1,11 +1,4 @@
-"""Bilevel problems: the teacher's signal, and the losses that both networks learn from.
-
-base            BilevelProblem, its base class Problem, and Signal
-pseudo_labels   Meta Pseudo Labels
-stored          stored labels: Reduced Meta Pseudo Labels, and the losses of Noisy Student
-doubtful        weights and labels of examples that are learned, and teachers for them
-losses          the teacher's own losses: CrossEntropy, UDA
-"""
+"""Bilevel problems: the teacher's signal, and the losses that both networks learn from."""
 
 from metapl.problems.base import BilevelProblem, Problem, Signal
 from metapl.problems.doubtful import (

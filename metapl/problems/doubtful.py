@@ -175,10 +175,9 @@ class LearningToReweight(Weighted):
     it the learning rate of the look-ahead, cancels in w.
 
     Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in its present state,
-    in both steps. The paper looks ahead by plain SGD whatever the optimizer: θ̂ is then θ, and w compares the gradient
-    of each example with that of the trusted ones. That is SGD without momentum here, or, for any optimizer,
-    ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a gradient of 0 is
-    of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
+    in both steps. The paper looks ahead by plain SGD whatever the optimizer: that is SGD without momentum here, or, for
+    any optimizer, ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a
+    gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
 
     The ``outer_loss`` of a step's report is L(θ̂); its ``inner_loss`` is of the real step.
 

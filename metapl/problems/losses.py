@@ -38,11 +38,7 @@ class TeacherLoss(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    r"""Supervised: (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
-
-    Args:
-        label_smoothing: α in [0, 1).
-        weight: the factor of this term.
+    r"""Supervised: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j), with α the ``label_smoothing`` in [0, 1).
 
     Source: Algorithm 1, line 6.
     """
@@ -64,7 +60,6 @@ class CrossEntropy:
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
-        """T on the labeled batch."""
         return teacher(labeled[0])
 
 
@@ -195,9 +190,8 @@ def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
     return [loss.start - done for loss in losses if isinstance(loss, UDA) and loss.start > done]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # because a copy to a device makes the host wait
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Cached, because a copy to a device makes the host wait.
     return torch.tensor(shares, dtype=dtype, device=device).log()
 
 

@@ -88,11 +88,7 @@ class ReducedLabels(PseudoLabels):
 
 @dataclass(frozen=True)
 class StoredCrossEntropy(CrossEntropy):
-    r"""Supervised: (1/B_l) Σ_j CE((1−α) y_j + α/C, T(stored_j)), of labeled batches (x, y, stored).
-
-    Args:
-        label_smoothing, weight: as for :class:`metapl.CrossEntropy`.
-    """
+    """:class:`metapl.CrossEntropy` of T(stored_j), of labeled batches (x, y, stored)."""
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         if len(labeled) < 3:
@@ -122,8 +118,6 @@ class NoisyStudentLoss:
         label_smoothing: of the labels of labeled examples, α in [0, 1).
 
     Needs: unlabeled batches that are pairs (x, stored), with the stored distributions (B, C).
-    Raises: :class:`metapl.MetaplError` for a smoothing out of its range, batches without stored distributions, and
-        labels that are not classes.
     Source: Noisy Student, Algorithm 1, line 3 (``"two_means"``), and its section on training (``"mean"``).
     """
 
@@ -155,11 +149,8 @@ class NoisyStudentLoss:
 
 @dataclass(frozen=True)
 class StoredLabelLoss:
-    r"""Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored).
-
-    Args:
-        hard, model_noise: as for :class:`NoisyStudentLoss`.
-    """
+    """Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored);
+    ``hard`` and ``model_noise`` as for :class:`NoisyStudentLoss`."""
 
     hard: bool = False
     model_noise: bool = True
