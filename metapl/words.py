@@ -80,12 +80,12 @@ def wrapped(text: str, width: int = WIDTH) -> str:
       than a screen,
       which was set in
     """
-    keep = dict.fromkeys(("break_on_hyphens", "break_long_words", "replace_whitespace", "expand_tabs"), False)
-    lines = [(line, " " * (len(line) - len(line.lstrip(" ")))) for line in text.split("\n")]
-    return "\n".join(
-        line if len(line) <= width else textwrap.fill(line, width, subsequent_indent=indent, **keep)
-        for line, indent in lines
-    )
+    broken = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
+    broken.expand_tabs, lines = False, []
+    for line in text.split("\n"):
+        broken.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
+        lines.append(line if len(line) <= width else broken.fill(line))
+    return "\n".join(lines)
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:

@@ -81,11 +81,8 @@ def hypergradient(
             (its current state is read and left as it is).
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
-        recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
-            end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
-            K.
-        accumulate: the number of micro-batches that each batch is split into, as by
-            :class:`metapl.BilevelTrainer`. Above 1 the teacher's pass is recomputed too.
+        recompute_teacher, accumulate: as for :class:`metapl.BilevelTrainer`; with micro-batches the teacher's pass is
+            recomputed too.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.

@@ -244,42 +244,39 @@ class Path:
         inputs = [read_batch(self.problem, "outer_input", part) for part in self.labeled]
         check, self.check_mean = self._outer_check() if self.check_mean else None, False
         kinds: set[bool] = set()
-        return inputs, [self._outer_loss(part, check, kinds) for part in self.labeled], start
+        return inputs, [partial(self._outer_loss, part, check, kinds) for part in self.labeled], start
 
-    def _outer_loss(self, batch: Any, check: _MeanCheck | None, kinds: set[bool]) -> WeightedLoss:
+    def _outer_loss(
+        self, batch: Any, check: _MeanCheck | None, kinds: set[bool], outputs: Tensor, params: Tree
+    ) -> tuple[Tensor, Tensor | float]:
         """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
-
-        def loss(outputs: Tensor, params: Tree) -> tuple[Tensor, Tensor | float]:
-            if own_code(self.problem.outer_loss):
-                value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
-            else:
-                name = "the problem's outer_loss"
-                # With a graph from the outputs on also where the student runs without one, so that another way is seen.
-                with torch.enable_grad():
-                    given = {"outputs": outputs, "batch": batch}
-                    value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
-                found = stranger([value], [outputs])
-                if id(found) in self.student.own:
-                    raise MetaplError(
-                        f"{name} reads a weight of the student from elsewhere, or what another pass has made of it, "
-                        "such as outputs that inner_loss kept, so the feedback would be wrong; expected a loss of the "
-                        "outputs and the batch that it is given."
-                    )
-                refuse_stranger(name, found, IN_THE_SIGNAL)
-                kinds.add(isinstance(weight, Tensor))
-                if len(kinds) > 1:
-                    raise MetaplError(
-                        f"{name} returned a scalar on one micro-batch and (sum, weight) on another; expected the same "
-                        "of all: where nothing is left to judge, a sum and a weight of 0."
-                    )
-            if self.student.ranks.copies > 1:
-                check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
-            if check is not None:
-                with replayed(RandomState.now(outputs.device)):
-                    check.look(outputs, batch)
-            return value, weight
-
-        return loss
+        if own_code(self.problem.outer_loss):
+            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+        else:
+            name, given = "the problem's outer_loss", {"outputs": outputs, "batch": batch}
+            # With a graph from the outputs on also where the student runs without one, so that another way is seen.
+            with torch.enable_grad():
+                value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
+            found = stranger([value], [outputs])
+            if id(found) in self.student.own:
+                raise MetaplError(
+                    f"{name} reads a weight of the student from elsewhere, or what another pass has made of it, such "
+                    "as outputs that inner_loss kept, so the feedback would be wrong; expected a loss of the outputs "
+                    "and the batch that it is given."
+                )
+            refuse_stranger(name, found, IN_THE_SIGNAL)
+            kinds.add(isinstance(weight, Tensor))
+            if len(kinds) > 1:
+                raise MetaplError(
+                    f"{name} returned a scalar on one micro-batch and (sum, weight) on another; expected the same of "
+                    "all: where nothing is left to judge, a sum and a weight of 0."
+                )
+        if self.student.ranks.copies > 1:
+            check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
+        if check is not None:
+            with replayed(RandomState.now(outputs.device)):
+                check.look(outputs, batch)
+        return value, weight
 
     def _outer_check(self) -> _MeanCheck:
         def loss(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:

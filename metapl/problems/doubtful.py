@@ -28,11 +28,7 @@ from metapl.runs.memory import out_of_memory
 
 
 class Classification(Problem):
-    """A student that returns class logits, and an outer batch (x, y) with trusted labels.
-
-    Batches and teachers of other shapes than a problem names are refused. The cost is that of a step of the student,
-    of the teacher's passes, and of what the mode adds; the bias is that of the mode.
-    """
+    """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts, by name
     asks: ClassVar[tuple[str, ...]] = ("indices",)  # the parts that the teacher is given
@@ -135,8 +131,7 @@ class MetaWeightNet(Weighted):
     An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
     :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
 
-    Cost, bias: as :class:`Classification`; the dependence of the weight on θ, through the loss, is left out, as in the
-    paper.
+    Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
     >>> import metapl
     >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
