@@ -103,6 +103,14 @@ def test_which_modes_are_never_recommended_can_be_said() -> None:
     assert recommendation(modes, never=("own",))[0] is None
 
 
+def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:
+    class Former(Forward):
+        one_process = True
+
+    with pytest.raises(MetaplError, match=r"Former says one_process.*expected the set `requires`.*ONE_PROCESS"):
+        estimator(Former())
+
+
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
     """What a layout offers follows from its kind, without the processes."""
 
