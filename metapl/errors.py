@@ -27,11 +27,9 @@ class FieldError(MetaplError):
 
 def require_extra(extra: str, need: str, *packages: str) -> None:
     """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
     if missing:
-        are = "is" if len(missing) == 1 else "are"
-        which = " and ".join(missing)
-        raise MetaplError(f"{need} {which}, which {are} not installed; get it by: pip install 'metapl[{extra}]'")
+        raise MetaplError(f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'")
 
 
 def reason_of(error: BaseException) -> str:

@@ -23,19 +23,19 @@ MODULES = {
     "metapl.experiments": "metapl.apps.experiments",
     "metapl.export": "metapl.apps.export",
     "metapl.labels": "metapl.apps.labels",
+    "metapl.models.corrector": "metapl.models",
     "metapl.planning": "metapl.apps.planning",
+    "metapl.problems.self_training": "metapl.problems.stored",
     "metapl.recipes": "metapl.apps.recipes",
     "metapl.report": "metapl.apps.reports",
     "metapl.robustness": "metapl.apps.evaluation",
-}
-"""Packages with all that is in them."""
+}  # with all that is in them
 
-NAMES = {
+NAMES = {  # packages of the library whose other names are those of a package of the application
     "metapl.data": "metapl.apps.pictures",
     "metapl.metrics": "metapl.apps.evaluation",
     "metapl.models": "metapl.apps.networks",
 }
-"""Packages of the library whose other names are those of a package of the application."""
 
 
 def named_now(name: Any) -> Any:
@@ -95,6 +95,5 @@ class _Old(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Let old names be imported."""
-    # Before the others: they would load a module inside of an old package once more.
+    """Let old names be imported; before the other finders, which would load a module of an old package once more."""
     sys.meta_path.insert(0, _Old())

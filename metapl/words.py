@@ -10,17 +10,12 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
-WIDTH, NARROWEST = 80, 40
-"""Columns of text where there is no terminal, and the least of one that is made use of."""
-
-ALIKE = 0.75
-"""How like two words are, of 1, for one to be meant by the other."""
+WIDTH, NARROWEST = 80, 40  # columns of text where there is no terminal, and the least of one that is made use of
+ALIKE = 0.75  # how like two words are, of 1, for one to be meant by the other
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet take a cell for a formula
 
 TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
 """Characters that change the direction of a line, or end it."""
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What makes a spreadsheet take a cell for a formula."""
 
 
 def shown(text: object, keep: str = "") -> str:
@@ -79,18 +74,17 @@ def _is_terminal(file: TextIO) -> bool:
 def wrapped(text: str, width: int = WIDTH) -> str:
     r"""Each line of a text in lines of this width, broken at spaces alone; what was set in stays so.
 
-    >>> print(wrapped("note: a line that is longer\n  than a screen, which was set in", 20))
-    note: a line that is
+    >>> print(wrapped("a line that is longer\n  than a screen, which was set in", 20))
+    a line that is
     longer
       than a screen,
       which was set in
     """
-    lines = []
+    broken = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
+    broken.expand_tabs, lines = False, []
     for line in text.split("\n"):
-        breaks = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
-        breaks.expand_tabs = False
-        breaks.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
-        lines.append(line if len(line) <= width else breaks.fill(line))
+        broken.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
+        lines.append(line if len(line) <= width else broken.fill(line))
     return "\n".join(lines)
 
 
@@ -121,9 +115,7 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     cat    97.5%
     dog     8.0%
     """
-    columns = [
-        [text.ljust(width) if index < left else text.rjust(width) for text in column]
-        for index, column in enumerate(zip(*rows, strict=True))
-        for width in [max(map(len, column))]
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if index < left else str.rjust for index in range(len(widths))]
+    lines = [[side(text, width) for side, text, width in zip(sides, row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -22,8 +22,8 @@ from metapl.execution.batch import length, rows
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator, Lookahead
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.feedback.inner_step import student_input
-from metapl.feedback.lookahead import inner_batches
+from metapl.feedback.inner_step import read_batch
+from metapl.feedback.path import inner_batches
 from metapl.metrics.cost import flops, peak_bytes
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, enters_input
@@ -140,7 +140,7 @@ class Point:
             if enters_input(problem):
                 no_outputs: Any = None
                 signal = problem.signal(copy.deepcopy(trainer._asked), batch, no_outputs, generator=None)
-            inputs = student_input(problem, batch, signal)
+            inputs = read_batch(problem, "student_input", batch, signal)
 
         def student() -> None:
             with torch.no_grad(), replayed(RandomState.now(trainer.device)):

@@ -20,7 +20,7 @@ from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import MODES, Altered, Estimator, Lookahead, estimator
-from metapl.feedback.inner_step import outer_batch
+from metapl.feedback.inner_step import read_batch
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, eval_mode
 from metapl.problems.base import sum_and_weight
@@ -306,7 +306,7 @@ def _trainings(
 
 def outer_loss_of(trainer: BilevelTrainer, labeled: Any) -> float:
     """L of the student as it stands, in eval mode."""
-    batch = outer_batch(trainer.problem, labeled)
+    batch = read_batch(trainer.problem, "outer_batch", labeled)
     with eval_mode(trainer.student), torch.no_grad():
         outputs = trainer.student(trainer.problem.outer_input(batch))
         total, weight = sum_and_weight(trainer.problem.outer_loss(outputs, batch))

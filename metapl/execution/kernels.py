@@ -20,7 +20,7 @@ from metapl.errors import MetaplError
 
 
 class NotByThisMode(MetaplError):
-    """A student that one mode cannot take, and others may (:mod:`metapl.feedback.instead` names them)."""
+    """A student that one mode cannot take, and others may (:mod:`metapl.feedback.compatible` names them)."""
 
 
 @contextmanager

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from metapl.errors import MetaplError
 from metapl.feedback.altered import Altered
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
-from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.loss_difference import LossDifference
 from metapl.feedback.none import NoFeedback
+from metapl.feedback.path import Lookahead
 from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
@@ -36,15 +34,15 @@ __all__ = [
     "modes_for",
 ]
 
-_REGISTRY: dict[str, Callable[[], Estimator]] = {
-    "unrolled": Unrolled,
-    "forward": Forward,
-    "difference": Difference,
-    "reinforce": Reinforce,
-    "reinforce_per_example": ReinforcePerExample,
-    "loss_difference": LossDifference,
-    "implicit": Implicit,
-    "none": NoFeedback,
+_REGISTRY: dict[str, Estimator] = {
+    "unrolled": Unrolled(),
+    "forward": Forward(),
+    "difference": Difference(),
+    "reinforce": Reinforce(),
+    "reinforce_per_example": ReinforcePerExample(),
+    "loss_difference": LossDifference(),
+    "implicit": Implicit(),
+    "none": NoFeedback(),
 }
 """The modes, with their defaults; a new one is a file of its own and a line here."""
 
@@ -58,7 +56,7 @@ def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[s
     >>> modes_for(looks_ahead=True)
     ('unrolled', 'forward', 'none')
     """
-    every = [estimate() for estimate in _REGISTRY.values()]
+    every = _REGISTRY.values()
     fitting = [e for e in every if (kind is None or kind in e.labels) and (e.looks_ahead or not looks_ahead)]
     return tuple(e.name for e in fitting)
 
@@ -71,16 +69,15 @@ def estimator(mode: str | Estimator) -> Estimator:
     >>> estimator(Reinforce(baseline=0.99)).name
     'reinforce'
     """
-    if isinstance(mode, str) and mode in _REGISTRY:
-        return _REGISTRY[mode]()
-    if not isinstance(mode, str | type) and isinstance(mode, Estimator):
-        former = [name for name in ("one_process", "forward_mode") if hasattr(mode, name)]
-        if former:
+    if isinstance(mode, Estimator):
+        if hasattr(mode, "one_process") or hasattr(mode, "forward_mode"):  # of an earlier version
             raise MetaplError(
-                f"{type(mode).__name__} says {' and '.join(former)}; expected the set `requires`, such as "
+                f"{type(mode).__name__} says one_process or forward_mode; expected the set `requires`, such as "
                 "frozenset({ONE_PROCESS, FORWARD_AD}) from metapl.execution.capabilities."
             )
         return mode
+    if mode in MODES:
+        return _REGISTRY[mode]
     raise MetaplError(
         f"mode={mode!r} was given; expected one of {', '.join(MODES)}, "
         'or an estimator value such as metapl.feedback.Reinforce(similarity="cosine").'

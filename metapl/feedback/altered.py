@@ -28,10 +28,9 @@ class Altered(Estimator):
 
     Args:
         base: the estimator whose h, with a row per example, is altered.
-        alteration: ``"permuted"``: rows assigned to other examples, h_π(i); ``"class_means"``: every row replaced by
-            the mean over the batch (for sampled classes, whose h is a number for each: over the rows with the same
-            class), which removes what is specific to the example; ``"random_sign"``: each row times ±1 with equal
-            probability. Where h has other rows than the batch, such as the true classes j of the matrix of
+        alteration: ``"permuted"``: rows assigned to other examples; ``"class_means"``: every row replaced by the mean
+            over the batch (of sampled classes: over the rows with the same class); ``"random_sign"``: each row times ±1
+            with equal probability. Where h has other rows than the batch, such as those of the matrix of
             :class:`metapl.problems.NoiseTransition`, "examples" are these rows.
         seed: of the permutations and signs, which are drawn from a separate generator.
 

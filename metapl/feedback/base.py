@@ -38,7 +38,7 @@ class Feedback:
     """The feedback h on a part of the signal.
 
     Args:
-        h: the feedback, without a graph: in the shape of that part, or a scalar for the whole batch.
+        h: without a graph: in the shape of that part, or a scalar for the whole batch.
         part: ``"value"`` for a differentiable signal; ``"log_prob"`` for sampled labels, by their score;
             ``"probs"`` for sampled labels whose expectation is taken; None: no feedback.
         others: the feedback on other fields of a differentiable signal that the inner loss depends on, by name.
@@ -67,26 +67,18 @@ class Feedback:
             )
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
-    def check_finite(self) -> None:
-        """Refuse feedback that would make the teacher NaN."""
-        for h in (self.h, *self.others.values()):
-            checks.finite_feedback(h)
-
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Feedback:
         """The same with h, and that on other fields, changed."""
         return replace(self, h=change(self.h), others={name: change(h) for name, h in self.others.items()})
 
     def divided_by(self, divisor: Tensor | float) -> Feedback:
-        """h divided by a positive number."""
         return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda h: h / divisor)
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of ``parts`` micro-batches."""
-
-        def piece(number: int) -> Feedback:
-            return self.mapped(lambda h: h.chunk(parts)[number])
-
-        return [self] * parts if self.h.ndim == 0 or parts == 1 else list(map(piece, range(parts)))
+        if self.h.ndim == 0 or parts == 1:
+            return [self] * parts
+        return [self.mapped(lambda h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
 
 
 class Estimator(ABC):
@@ -143,22 +135,17 @@ class Estimator(ABC):
         with path.student.ranks.agreed():
             if not any(found.read for found in feedback):
                 raise MetaplError(unread_signal(path.problem))
-            for found in feedback:
-                found.check_finite()
+            for h in (h for found in feedback for h in (found.h, *found.others.values())):
+                checks.finite_feedback(h)
         return feedback, state
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
-    first = feedback[0]
-    zeros = [
-        replace(
-            first,
-            h=torch.zeros_like(getattr(step.signal, first.part or "value")),
-            others={name: torch.zeros_like(getattr(step.signal, name)) for name in first.others},
-        )
-        for step in path.steps[: len(path.steps) - len(feedback)]
-    ]
+    first, zeros = feedback[0], []
+    for step in path.steps[: len(path.steps) - len(feedback)]:
+        of = {name: torch.zeros_like(getattr(step.signal, name)) for name in (first.part or "value", *first.others)}
+        zeros.append(replace(first, h=of.pop(first.part or "value"), others=of))
     return [*zeros, *feedback]
 
 
@@ -171,7 +158,7 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     [−1, 1]; within a step the teacher's gradient keeps its direction, but its sizes in different steps change.
     """
     if normalization == "learning_rate":
-        eta = step.learning_rate
+        eta = step.update.learning_rate
         if eta is None:
             raise MetaplError(
                 'normalization="learning_rate" was given, but a TorchOpt transform does not expose its learning rate; '

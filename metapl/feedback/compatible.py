@@ -1,8 +1,10 @@
-"""Checks that a mode, a problem, networks and batches are compatible."""
+"""Whether a mode, a problem, networks and batches go together; and which modes do, where one does not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,24 +14,32 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
-from metapl.execution.capabilities import ONE_PROCESS, THROUGH_INPUT, Capability
+from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, THROUGH_INPUT, Capability
+from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks
-from metapl.feedback import MODES, Estimator, estimator, modes_for
+from metapl.feedback import MODES, Difference, Estimator, Forward, estimator, modes_for
+from metapl.feedback.credit import credited_fields, feedback_from_gradients
+from metapl.feedback.path import Path
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, kind_of, revises
+
+PSEUDO_LABELS = PseudoLabels()
+
+AGREES_TO = 0.05
+"""How far the feedback of a mode may be from that of double backward, relative to its norm, for it to be named."""
+
+_DTYPES = re.compile(r"dtype|scalar type|(?:Half|BFloat16|Float|Double)\w* and (?:bias|weight) type", re.IGNORECASE)
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     """The problem (default: pseudo-labels) with a kind of signal that the mode takes."""
-    problem = PseudoLabels() if problem is None else problem
-    if isinstance(problem, type):
-        name = problem.__name__
-        raise MetaplError(f"problem is the class {name}; expected an instance: problem={name}().")
-    if not isinstance(problem, BilevelProblem):
+    problem = PSEUDO_LABELS if problem is None else problem
+    if isinstance(problem, type) or not isinstance(problem, BilevelProblem):
+        name = f"the class {problem.__name__}" if isinstance(problem, type) else checks.described(problem)
         raise MetaplError(
-            f"problem is {checks.described(problem)}; expected an object with signal, inner_loss and outer_loss "
-            "(metapl.BilevelProblem)."
+            f"problem is {name}; expected an object with signal, inner_loss and outer_loss (metapl.BilevelProblem), "
+            "such as problem=PseudoLabels()."
         )
     return as_problem(problem).for_modes(mode.labels, mode.name)
 
@@ -67,25 +77,33 @@ def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, 
 
 
 def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
-    """Refuse more steps than the mode or the problem takes, and what the student's layout does not offer."""
+    """Refuse steps of the student that the mode or the problem cannot take, and what the layout does not offer."""
     kind, mend = kind_of(problem), "give one batch (lookahead=1)"
-    if steps > 1 and revises(problem):
-        raise MetaplError(
+    revising, entering = revises(problem), enters_input(problem)
+    wrong = ""
+    if steps > 1 and revising:
+        wrong = (
             f"{kind} takes the student's step again on a signal that it makes of the feedback, and this goes with one "
             f"step, but {steps} were given; {mend}."
         )
-    if steps > 1 and not mode.looks_ahead:
-        fitting = ", ".join(modes_for(looks_ahead=True))
-        raise MetaplError(
+    elif steps > 1 and not mode.looks_ahead:
+        wrong = (
             f"mode '{mode.name}' looks one student step ahead, and {steps} were given; {mend}, or use a mode that "
-            f"takes several: {fitting}."
+            f"takes several: {', '.join(modes_for(looks_ahead=True))}."
         )
-    if enters_input(problem) and revises(problem):
-        raise MetaplError(
-            f"{kind} has revised_signal and student_input(batch, signal), and a step that is taken again has the "
-            "first one's input; expected one of the two."
+    elif entering and revising:
+        wrong = (
+            f"{kind} has revised_signal and student_input(batch, signal), and a step that is taken again has the first "
+            "one's input; expected one of the two."
         )
-    if mode.credits == "example" and enters_input(problem):
+    elif revising and getattr(mode, "normalization", None) == "cosine":
+        wrong = (
+            'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
+            'of the feedback; leave it at "gradient".'
+        )
+    if wrong:
+        raise MetaplError(wrong)
+    if mode.credits == "example" and entering:
         raise _labels_enter(mode, problem)
     for need, who in _required(mode, steps, problem).items():
         if need not in student.offers:
@@ -136,3 +154,55 @@ def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:
         f"student's input, where they act on others too; expected one of the modes {', '.join(fitting)}, or a "
         "differentiable signal (without log_prob)."
     )
+
+
+def name_others(error: BaseException, mode: Estimator, path: Path) -> None:
+    """Where a mode cannot run on the student of a path, raise an error that names it, and those that can: they are
+    tried on its own steps."""
+    if isinstance(error, NotByThisMode):
+        raise type(error)(f"mode '{mode.name}' cannot run here: {error} {_mend(mode, path)}") from error.__cause__
+    if isinstance(error, RuntimeError) and _DTYPES.search(str(error)):
+        raise NotByThisMode(
+            f"mode '{mode.name}' cannot run here: it runs the student in float32, and a cast inside the student does "
+            f'not go along ({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" '
+            f"instead of casts. {_mend(mode, path)}"
+        ) from error
+
+
+def _mend(mode: Estimator, path: Path) -> str:
+    """The modes that run, and agree with double backward where that does."""
+    if mode.name == "implicit":  # the gradient of an optimum, which no other mode takes
+        return "Write that part of the student otherwise."
+    step, one_step, fitting = path.steps[-1], len(path.steps) == 1, []
+    sampled = step.signal.sampled
+
+    def by_double_backward() -> Tensor:
+        _, in_signal = step.adjoint(path.outer_gradient(), None, credited_fields(step.signal))
+        return feedback_from_gradients(step.signal, in_signal).h
+
+    def by(other: Estimator) -> Tensor:
+        return other.feedback(path, other.init())[0][-1].h
+
+    expected = _tried(by_double_backward)
+    if expected is not None and not sampled and not mode.keep_graph:
+        fitting.append('mode="unrolled"' + " (with accumulate=1)" * (len(path.labeled) > 1))
+    own = None if mode.keep_graph else "forward" if FORWARD_AD in mode.requires else "difference"
+    for other in (Forward(), Difference())[: 1 + one_step]:
+        found = None if other.name == own else _tried(partial(by, other))
+        if found is not None and (expected is None or (found - expected).norm() <= AGREES_TO * expected.norm()):
+            by_example = f'metapl.feedback.ReinforcePerExample(tangent="{other.name}")'
+            fitting.append(by_example if mode.credits == "example" else f'mode="{other.name}"')
+    if sampled and one_step:
+        fitting.append('mode="reinforce"')
+    if fitting:
+        return f"Use {' or '.join(fitting)}, which {'run' if len(fitting) > 1 else 'runs'} on this student."
+    if one_step:
+        return 'Use mode="reinforce" with sampled labels, which takes plain passes only.'
+    return "Look one step ahead, where the modes that take plain passes only can be used."
+
+
+def _tried(trial: Callable[[], Tensor]) -> Tensor | None:
+    try:
+        return trial()
+    except (RuntimeError, MetaplError):
+        return None

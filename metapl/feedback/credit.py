@@ -30,6 +30,12 @@ from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.problems.base import Signal
 
+PROJECTIONS = 8
+"""So many random projections leave a chance of about one in a hundred to a ż that is 5 % off in float32."""
+
+ROUNDINGS = 10.0
+"""A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
+
 
 @dataclass(frozen=True)
 class Tangent:
@@ -92,13 +98,8 @@ def credited_fields(signal: Signal) -> dict[str, Tensor]:
 
 
 def feedback_from_gradients(signal: Signal, gradients: Mapping[str, Tensor | None]) -> Feedback:
-    """h = −dL(θ′)/d(field), for each field of the signal.
-
-    Args:
-        signal: the signal.
-        gradients: dL(θ′)/d(field) by field; None for a field that the inner loss does not depend on. For sampled
-            labels, ``value`` is the distribution.
-    """
+    """h = −dL(θ′)/d(field), from dL(θ′)/d(field) for each field of a signal; None for one that the inner loss does not
+    depend on. For sampled labels, ``value`` is the distribution."""
     part: Literal["probs", "value"] = "probs" if signal.sampled else "value"
     h = {name: -g for name, g in gradients.items() if g is not None}
     value = h.pop("value", None)
@@ -131,10 +132,7 @@ def _slope(
 ) -> Tensor:
     """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share, with a graph to the factors and signal.
 
-    Args:
-        step, signal, w, tangent: ℓ, w and ż.
-        factors: (B,); None: 1.
-        check: refuse ż if the derivative is not ⟨w, g⟩, and a loss with another value than in the student's step.
+    ``check``: refuse ż if the derivative is not ⟨w, g⟩, and a loss with another value than in the student's step.
     """
     ranks = step.student.ranks
     z = step.outputs.detach().requires_grad_()
@@ -178,10 +176,6 @@ def check_projections(step: InnerStep, w: Tree, tangent: Tangent) -> None:
             check_slopes(forward, ranks.sum(backward), size, tolerance, ranks.sum(rounding), what)
 
 
-PROJECTIONS = 8
-"""So many random projections leave a chance of about one in a hundred to a ż that is 5 % off in float32."""
-
-
 def _check_slope(
     step: InnerStep, slope: Tensor, terms: list[Tensor], in_outputs: Tensor | None, w: Tree, tangent: Tangent
 ) -> None:
@@ -204,7 +198,3 @@ def _check_slope(
     # first step of Adam makes the whole direction.
     cancelled = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * space.norm(step.gradient) * space.norm(w)
     check_slopes(forward, by_gradient, spread, tolerance, ranks.sum(rounding) + cancelled)
-
-
-ROUNDINGS = 10.0
-"""A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""

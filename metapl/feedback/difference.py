@@ -20,6 +20,20 @@ from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import Range
 
+Credit = Callable[[InnerStep, Tree, Tangent], Feedback]
+Derivatives = Sequence[Sequence[Tensor | None]]  # in the leaves of each micro-batch
+
+REDUCTIONS = (1.0, 8.0, 64.0)
+"""The divisors of δ, tried in turn while the derivatives along w disagree (only where the host can read them)."""
+
+ROUNDINGS = 30.0
+"""A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
+
+RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
+"""r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical weight, whatever the
+number of weights, so r determines the change of the outputs: large beside their rounding, and small enough that few
+ReLUs switch (these, not curvature, cause the error of longer moves). Measured in benchmarks/difference_step.py."""
+
 
 @dataclass(frozen=True)
 class Difference(Estimator):
@@ -133,26 +147,8 @@ class Difference(Estimator):
         return r * typical_weight.clamp_min(1e-3)  # all weights may be zero
 
 
-Derivatives = Sequence[Sequence[Tensor | None]]
-"""In the leaves of each micro-batch."""
-
-
 def _differences(a: Derivatives, b: Derivatives) -> Derivatives:
     return [
         [None if x is None or y is None else x - y for x, y in zip(xs, ys, strict=True)]
         for xs, ys in zip(a, b, strict=True)
     ]
-
-
-Credit = Callable[[InnerStep, Tree, Tangent], Feedback]
-
-REDUCTIONS = (1.0, 8.0, 64.0)
-"""The divisors of δ, tried in turn while the derivatives along w disagree (only where the host can read them)."""
-
-ROUNDINGS = 30.0
-"""A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
-
-RELATIVE_STEP = {torch.float32: 2e-3, torch.float64: 1e-6}
-"""r by dtype. A move along the gradient changes the outputs in inverse proportion to a typical weight, whatever the
-number of weights, so r determines the change of the outputs: large beside their rounding, and small enough that few
-ReLUs switch (these, not curvature, cause the error of longer moves). Measured in benchmarks/difference_step.py."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,26 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.buffers import explain_types, step_guard
-from metapl.execution.kernels import checkpoints_without_reentry, overwritten_explained
+from metapl.execution.buffers import Slots, explain_types, step_guard
+from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
-from metapl.execution.sharded import by_backward
-from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.compatible import (
-    check_batches,
-    check_kind,
-    check_mode,
-    check_teacher,
-    prepare,
-)
-from metapl.feedback.inner_step import outer_batch
-from metapl.feedback.instead import others_named
-from metapl.feedback.lookahead import Lookahead, inner_batches, plain_inner
-from metapl.feedback.path import take_steps
+from metapl.execution.sharded import by_backward, student_of
+from metapl.feedback import Estimator, estimator
+from metapl.feedback.compatible import check_batches, check_kind, check_mode, check_teacher, name_others, prepare
+from metapl.feedback.inner_step import read_batch
+from metapl.feedback.path import Lookahead, inner_batches, take_steps
 from metapl.feedback.teacher import TeacherPass
-from metapl.problems.base import BilevelProblem, Problem, Signal, revises
+from metapl.problems.base import BilevelProblem, Signal
 from metapl.updates import update_of
 
 
@@ -54,16 +44,6 @@ class Hypergradient:
     outer_loss: Tensor
     student_params: dict[str, Tensor]
     inner_state: Any
-
-
-def check_ahead(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
-    """Refuse steps of the student that the mode cannot differentiate."""
-    check_mode(mode, steps, problem, student)
-    if revises(problem) and getattr(mode, "normalization", None) == "cosine":
-        raise MetaplError(
-            'normalization="cosine" divides by the student\'s gradient, which is zero where a problem makes its signal '
-            'of the feedback; leave it at "gradient".'
-        )
 
 
 def hypergradient(
@@ -101,11 +81,8 @@ def hypergradient(
             (its current state is read and left as it is).
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
-        recompute_teacher: run the teacher on each inner batch without a graph first, and once more with a graph at the
-            end. Cost: one more teacher forward pass per inner batch, and one graph of the teacher in memory instead of
-            K.
-        accumulate: the number of micro-batches that each batch is split into, as by
-            :class:`metapl.BilevelTrainer`. Above 1 the teacher's pass is recomputed too.
+        recompute_teacher, accumulate: as for :class:`metapl.BilevelTrainer`; with micro-batches the teacher's pass is
+            recomputed too.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
@@ -133,26 +110,26 @@ def hypergradient(
     teacher = None if of_teacher is None else of_teacher.network
     asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
-    labeled, unlabeled = outer_batch(problem, labeled), plain_inner(unlabeled)
-    batches = inner_batches(unlabeled)
+    labeled, batches = read_batch(problem, "outer_batch", labeled), inner_batches(unlabeled)
     check_batches(labeled, batches, device, of_student.ranks)
-    passes: list[TeacherPass] = []
+    slots, passes = Slots(asked), list[TeacherPass]()
+    begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
     reader = teacher if problem.teacher_reads_inputs else None
     explain = partial(explain_types, labeled, batches, {"student": student, "teacher": reader})
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = recompute_teacher or accumulate > 1
-        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks))
+        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks, slots))
         check_kind(passes[-1].signal, estimate, problem, len(batches))
         return passes[-1].signal
 
     with (
-        step_guard(asked, student, device=device, generator=generator, moves=False, explain=explain),
+        step_guard(slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
     ):
-        check_ahead(estimate, len(batches), problem, of_student)
+        check_mode(estimate, len(batches), problem, of_student)
         path = take_steps(
-            of_student,
+            begun,
             update,
             problem,
             labeled=labeled,
@@ -164,10 +141,19 @@ def hypergradient(
             credits=estimate.credits,
             first=True,
         )
-        with others_named(estimate, path):
+        try:
             feedback, _ = estimate.checked_feedback(path, estimate.init())
-        pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
-        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, pieces, passes)
+        except (NotByThisMode, RuntimeError) as error:
+            name_others(error, estimate, path)
+            raise
+        grads: dict[str, Tensor] = {}
+        if of_teacher is not None:
+            pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
+            losses = (h.teacher_loss(step.with_graph()) for h, step in zip(pieces, passes, strict=True))
+            # Where the passes were recomputed, one graph at a time.
+            for loss in losses if passes[0].recompute else (torch.stack(list(losses)).sum(),):
+                of_loss = _gradient(of_teacher, loss)
+                grads = {name: grads[name] + g for name, g in of_loss.items()} if grads else of_loss
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(feedback[-1].h.detach())
         return Hypergradient(
@@ -178,18 +164,6 @@ def hypergradient(
             student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
         )
-
-
-def _teacher_gradient(layout: Layout, feedback: Sequence[Feedback], passes: Sequence[TeacherPass]) -> dict[str, Tensor]:
-    """The gradient of −Σ h·signal over the teacher's passes and the ranks, by parameter name."""
-    if not passes[0].recompute:
-        losses = [h.teacher_loss(step.signal) for h, step in zip(feedback, passes, strict=True)]
-        return _gradient(layout, torch.stack(losses).sum())
-    total: dict[str, Tensor] = {}
-    for h, step in zip(feedback, passes, strict=True):  # one graph at a time
-        found = _gradient(layout, h.teacher_loss(step.with_graph()))
-        total = {name: total[name] + g for name, g in found.items()} if total else found
-    return total
 
 
 def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:

@@ -28,9 +28,7 @@ from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import Range
 
-Product = Callable[[Tree], Tree]
-"""(H + damping) x = v is solved from products with H alone."""
-
+Product = Callable[[Tree], Tree]  # (H + damping) x = v is solved from products with H alone
 dot, norm = WHOLE.dot, WHOLE.norm
 
 
@@ -43,16 +41,15 @@ class Implicit(Estimator):
               h = -\frac{\partial}{\partial\,\mathrm{signal}} \frac{d}{d\varepsilon}
               \ell(S(x_u; \theta + \varepsilon w), \mathrm{signal}, \theta + \varepsilon w)
 
-    Everything is evaluated at the student's weights before its step, on the inner batch. The student then takes its
-    ordinary step; neither the step nor the optimizer enters h.
+    Everything is evaluated at the student's weights before its step, on the inner batch; neither the step, which is
+    taken then, nor the optimizer enters h.
 
     Args:
         solver: ``"cg"``, conjugate gradients; ``"neumann"``, the series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v;
             ``"identity"``, w = −step_size·v.
-        iterations: of the solver, a product with H each. Conjugate gradients end before, where the residual is within
-            rounding. Too few leave errors in the directions of the least eigenvalues, which count the most in
-            w = −(H + damping)⁻¹ v: h then lies between that of the identity and the right one, up to its whole length
-            away. Compare with a run of twice as many.
+        iterations: of the solver, a product with H each; conjugate gradients end where the residual is within rounding.
+            Too few leave errors in the directions of the least eigenvalues, which count the most: h then lies between
+            that of the identity and the right one. Compare with a run of twice as many.
         step_size: of the series and of the identity; None: the student's learning rate, and 1 for the identity.
         damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights squared).
 
@@ -82,7 +79,7 @@ class Implicit(Estimator):
         if self.solver == "identity":
             w = scaled(v, -1.0 if self.step_size is None else -float(self.step_size))
             return [exact_feedback(step, w)], state
-        step_size = step.learning_rate if self.step_size is None else float(self.step_size)
+        step_size = step.update.learning_rate if self.step_size is None else float(self.step_size)
         if self.solver == "neumann" and not step_size:
             raise MetaplError(
                 'Implicit(solver="neumann") takes the student\'s learning rate for its step_size, and this optimizer '
@@ -99,9 +96,8 @@ class Implicit(Estimator):
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
     """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues.
 
-    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding:
-    further iterations would only enlarge what is left. On an accelerator those after the end are run too, so that the
-    host need not wait.
+    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding. On an
+    accelerator those after the end are run too, so that the host need not wait.
     """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
     types = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in v.values()}))

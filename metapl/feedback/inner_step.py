@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,43 @@ from metapl.updates import Cotangents, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
 
+IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
+"""The remedy for a loss that reads a tensor that the feedback knows nothing of."""
+
+STRANGERS = {
+    "student_input": (
+        "such as a weight of the teacher or a parameter of the problem. The feedback is on the signal alone, so this "
+        "gradient would be lost; expected student_input(batch, signal), which makes the input from what signal() "
+        "returned (the feedback goes through it), or an input without a gradient: x.detach()."
+    ),
+    "outer_input": (
+        "The feedback is on the signal about the inner batch alone, so this gradient would be lost; expected an input "
+        "without one: x.detach()."
+    ),
+}
+"""What is said of an input that requires a gradient, by the method of a problem that made it."""
+
+
+def read_batch(
+    problem: Problem, method: str, batch: Any, signal: Signal | None = None, known: Sequence[Tensor] = ()
+) -> Any:
+    """What a problem's ``outer_batch``, ``outer_input`` or ``student_input`` makes of a batch (and of the signal),
+    refused if it writes to them, or makes an input that depends on other tensors than ``known`` ones, which may require
+    a gradient."""
+    make, args = getattr(problem, method), (batch,) if signal is None else (batch, signal)
+    if own_code(make):
+        return make(*args)
+    name = f"{kind_of(problem)}.{method}"
+    given = {"batch": batch} if signal is None else {"batch": batch, "signal": vars(signal)}
+    made = unchanged(name, given, make, *args)
+    found = stranger(tensors_in(made), known) if method in STRANGERS else None
+    if found is not None:
+        raise MetaplError(
+            f"{name} returned an input that depends on {described(found)}, that requires a gradient. "
+            f"{STRANGERS[method]}"
+        )
+    return made
+
 
 class Entry:
     """The student's input in a micro-batch where the signal enters it: the input once, and its graph from the signal.
@@ -53,9 +90,10 @@ class Entry:
     """
 
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
-        floating = {n: t for n, t in vars(signal).items() if t is not None and t.is_floating_point()}
+        floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
         self.fields = floating if in_graph else as_leaves(floating)
-        self.graph = student_input(problem, batch, replace(signal, **self.fields), list(self.fields.values()))
+        signal = replace(signal, **self.fields)
+        self.graph = read_batch(problem, "student_input", batch, signal, list(self.fields.values()))
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
         self.given = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
@@ -94,9 +132,6 @@ class InnerStep:
         grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
         entries: how the signal enters the student's input, micro-batch by micro-batch; empty where it does not.
-
-    Attributes:
-        student: whose step this is.
     """
 
     problem: Problem
@@ -109,8 +144,9 @@ class InnerStep:
     state: Any
     entries: Sequence[Entry] = ()
 
-    @cached_property
+    @property
     def student(self) -> LocalStudent:
+        """Whose step this is."""
         return self.passes[0].student
 
     @property
@@ -123,25 +159,15 @@ class InnerStep:
         """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
         return self.student.space
 
-    @property
-    def learning_rate(self) -> float | None:
-        """η, or None if the optimizer does not expose it."""
-        return self.update.learning_rate
-
-    @property
-    def kept(self) -> bool:
-        """Whether θ, g and the state are there; :meth:`again` computes them again."""
-        return bool(self.grads)
-
     def forgotten(self) -> InnerStep:
-        """The step without θ, g and the optimizer's state."""
+        """The step without θ, g and the optimizer's state; :meth:`again` computes them again."""
         for part in self.passes:
             part.params = {}
         return replace(self, grads={}, state=None)
 
     def again(self, params: Tree, state: Any) -> InnerStep:
         """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
-        if self.kept:
+        if self.grads:
             return self
         grads = [part.gradient_again(params, self._loss(signal, x)) for part, signal, x in self.pieces()]
         return replace(self, grads=mean_tree(grads), state=state)
@@ -179,7 +205,8 @@ class InnerStep:
         if not self.student.half or not any(g.requires_grad for g in self.grads.values()):
             return moved
         # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
-        found: tuple[Tree, Any] = pytree.tree_map(_with_graph_of, moved, self.update.update(*_double(given)))
+        wider = self.update.update(*_double(given))
+        found: tuple[Tree, Any] = pytree.tree_map(_with_graph_of, moved, wider)
         return found
 
     @cached_property
@@ -209,7 +236,7 @@ class InnerStep:
         given = outputs.chunk(parts) if parts > 1 else (outputs,)
         chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in given]
         pieces = zip(chunks, signal.chunks(parts), self._batches, strict=True)
-        params = params if type(params) is not dict else CopiedParams(params)
+        params = CopiedParams(params) if type(params) is dict else params
         with torch.enable_grad():
             losses = joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
         return losses if torch.is_grad_enabled() else losses.detach()
@@ -254,21 +281,22 @@ class InnerStep:
             products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.pieces()]
             yield lambda w: mean_tree([product(w)[0] for product in products])
 
-    def adjoint(self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]) -> Adjoint:
-        """The adjoint of this step, from the cotangents of θ′ and s′ (None: zero); the mixed derivatives are taken at
-        these values of the signal's fields."""
+    def adjoint(
+        self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]
+    ) -> tuple[Cotangents, dict[str, Tensor | None]]:
+        """The adjoint of this step, from the cotangents of θ′ and s′ (None: zero): the cotangents of g, θ (with the
+        Hessian product) and s, and the derivative of ⟨g, w⟩ in each field of the signal, at these values of it."""
         bar = self.vjp(v, state_cotangent)
         hessian, in_signal = self.second_derivatives(bar.gradient, fields)
-        params = {name: t + hessian[name] for name, t in bar.params.items()}
-        return Adjoint(bar.gradient, params, bar.state, in_signal)
+        return bar._replace(params={name: t + hessian[name] for name, t in bar.params.items()}), in_signal
 
     def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
         return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
 
     def second_derivatives(self, w: Tree, fields: Mapping[str, Tensor]) -> tuple[Tree, dict[str, Tensor | None]]:
-        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, and that in fields of the signal, at the given values."""
-
+        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, and that in fields of the signal, at the given values; None of a
+        field that the inner loss does not depend on."""
         curved, in_leaves = self._by_parts(lambda part, *given: part.second_derivatives(w, *given), fields)
         return mean_tree(curved), self.in_signal(fields, in_leaves)
 
@@ -283,26 +311,21 @@ class InnerStep:
     def in_signal(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
     ) -> dict[str, Tensor | None]:
-        """Derivatives in the leaves of each micro-batch, as derivatives in the whole signal's fields; None of a field
-        that nothing depends on."""
-        parts, direct = len(self.passes), len(fields)
-        columns: list[dict[str, Tensor | None]] = []
-        for i, found in enumerate(in_leaves):
-            column = dict(zip(fields, found[:direct], strict=True))
-            for name, t in (self.entries[i].in_fields(found[direct:]) if self.entries else {}).items():
-                so_far = column[name]
-                column[name] = t if so_far is None else so_far if t is None else so_far + t
-            columns.append(column)
-        whole = {name: [column[name] for column in columns] for name in fields}
-        return {name: _joined_mean(pieces, parts) for name, pieces in whole.items()}
+        """Derivatives in the leaves of each micro-batch, as derivatives in the whole signal's fields."""
+        found: dict[str, list[Tensor]] = {name: [] for name in fields}
+        for i, leaves in enumerate(in_leaves):
+            through = self.entries[i].in_fields(leaves[len(fields) :]) if self.entries else {}
+            for name, direct in zip(fields, leaves, strict=False):
+                terms = [t for t in (direct, through.get(name)) if t is not None]
+                found[name] += [sum(terms[1:], terms[0]) / len(self.passes)] if terms else []
+        return {name: joined(pieces) if pieces else None for name, pieces in found.items()}
 
     def _by_parts(
         self, derive: Callable[..., tuple[Any, Any]], fields: Mapping[str, Tensor], *, widened: bool = False
     ) -> tuple[list[Any], list[Any]]:
         """The results of a function of each pass, its loss, the leaves of the fields (``widened``: in float32 or wider)
         and of the input, and the input."""
-        parts = len(self.passes)
-        results = []
+        parts, results = len(self.passes), []
         for i, (part, signal, x) in enumerate(self.pieces()):
             values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
             leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
@@ -319,16 +342,6 @@ class InnerStep:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
 
 
-class Adjoint(NamedTuple):
-    """The cotangents w of g, of θ (with the Hessian product) and of the state before a step; and the derivative of
-    ⟨g, w⟩ in each field of the signal, which is minus the feedback, None where the inner loss does not depend on it."""
-
-    w: Tree
-    params: Tree
-    state: Any
-    in_signal: dict[str, Tensor | None]
-
-
 def _double(trees: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, trees)
 
@@ -338,58 +351,6 @@ def _with_graph_of(value: Any, wider: Any) -> Any:
     if not isinstance(wider, Tensor) or not wider.requires_grad:
         return value
     return value.detach() + (wider - wider.detach()).to(value.dtype)
-
-
-def _joined_mean(pieces: Sequence[Tensor | None], parts: int) -> Tensor | None:
-    found = [t for t in pieces if t is not None]
-    return joined([t / parts for t in found]) if found else None
-
-
-def student_input(problem: Problem, batch: Any, signal: Signal | None = None, known: Sequence[Tensor] = ()) -> Any:
-    """The student's input in an inner batch, refused if it depends on tensors other than known ones: those of the
-    ``signal``, where it is made from it, that may require a gradient."""
-    given = {"batch": batch} if signal is None else {"batch": batch, "signal": vars(signal)}
-    mend = (
-        "such as a weight of the teacher or a parameter of the problem. The feedback is on the signal alone, so this "
-        "gradient would be lost; expected student_input(batch, signal), which makes the input from what signal() "
-        "returned (the feedback goes through it), or an input without a gradient: x.detach()."
-    )
-    args = (batch,) if signal is None else (batch, signal)
-    return _made_input(problem, "student_input", given, known, mend, *args)
-
-
-def outer_batch(problem: Problem, batch: Any) -> Any:
-    """The outer batch as the problem reads it."""
-    return unchanged(f"{kind_of(problem)}.outer_batch", {"batch": batch}, problem.outer_batch, batch)
-
-
-def outer_input(problem: Problem, batch: Any) -> Any:
-    """The student's input in an outer batch, refused if it requires a gradient."""
-    mend = (
-        "The feedback is on the signal about the inner batch alone, so this gradient would be lost; expected an input "
-        "without one: x.detach()."
-    )
-    return _made_input(problem, "outer_input", {"batch": batch}, (), mend, batch)
-
-
-def _made_input(
-    problem: Problem, method: str, given: Mapping[str, Any], known: Sequence[Tensor], mend: str, *args: Any
-) -> Any:
-    make = getattr(problem, method)
-    if own_code(make):
-        return make(*args)
-    name = f"{kind_of(problem)}.{method}"
-    inputs = unchanged(name, given, make, *args)
-    found = stranger(tensors_in(inputs), known)
-    if found is not None:
-        raise MetaplError(
-            f"{name} returned an input that depends on {described(found)}, that requires a gradient. {mend}"
-        )
-    return inputs
-
-
-IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
-"""The remedy for a loss that reads a tensor that the feedback knows nothing of."""
 
 
 class CopiedParams(dict[str, Tensor]):
@@ -407,31 +368,24 @@ class CopiedParams(dict[str, Tensor]):
     def __iter__(self) -> Iterator[str]:  # also makes dict(params) and {**params} read by __getitem__
         return super().__iter__()
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401  # which would call itself
-
-    def items(self) -> Any:
-        return {name: self[name] for name in self}.items()
-
-    def values(self) -> Any:
-        return {name: self[name] for name in self}.values()
-
     def copy(self) -> Tree:
         return {name: self[name] for name in self}
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.copy().get(name, default)
+
+    def items(self) -> Any:
+        return self.copy().items()
+
+    def values(self) -> Any:
+        return self.copy().values()
+
 
 class InnerLoss:
-    """The mean of ℓ_i as a function of outputs and weights.
+    """The mean of ℓ_i as a function of outputs, and of weights of the ``student``.
 
-    Args:
-        problem, signal, batch: whose, and of what.
-        student: whose weights it may depend on.
-        credits: what gets the feedback. Refused is a loss with a derivative in what has none, and a loss that draws
-            random numbers where it is to be taken a second time.
-
-    Attributes:
-        losses: ℓ_i, (B,), of the last call, without a graph.
-        drew: whether that drew random numbers.
+    By what gets the feedback, ``credits``, a loss is refused with a derivative in what has none, or that draws random
+    numbers where it is to be taken a second time.
     """
 
     def __init__(
@@ -445,37 +399,31 @@ class InnerLoss:
             self.others = as_leaves({n: t for n, t in others.items() if t is not None and t.is_floating_point()})
             signal = replace(signal, **self.others)
         self.signal = signal
-        self.losses: Tensor = signal.value
-        self.drew = False
 
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
         if own_code(self.problem.inner_loss):  # which reads the outputs and the signal's value
-            losses = self.problem.inner_loss(outputs, self.signal, self.batch)
-            self.losses = losses.detach()
-            return losses.mean()
+            return self.problem.inner_loss(outputs, self.signal, self.batch).mean()
         given = vars(self.signal)
         weights = params if type(params) is dict else {}  # those of a sharded student cannot be read
         handed = CopiedParams(weights) if weights else params
         who = "the problem's inner_loss"
         changeable = {"outputs": outputs, "signal": given, "batch": self.batch}
-        start = RandomState.now(outputs.device) if self.credits != "nothing" else None
+        twice = self.credits in ("signal", "example") and not self.student.double_backward
+        start = RandomState.now(outputs.device) if twice else None
         losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, handed)
-        if start is not None:
-            self.drew = not RandomState.now(outputs.device).same(start)
-            if self.drew and self.credits in ("signal", "example") and not self.student.double_backward:
-                raise MetaplError(
-                    "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode "
-                    "takes its derivatives in a second pass over it, which would draw others. Draw them in signal(), "
-                    "and give them to the loss in a field of the signal, or drop out in the student."
-                    + (' mode="unrolled" takes the loss as it is.' if not self.signal.sampled else "")
-                )
+        if start is not None and not RandomState.now(outputs.device).same(start):
+            raise MetaplError(
+                "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes "
+                "its derivatives in a second pass over it, which would draw others. Draw them in signal(), and give "
+                "them to the loss in a field of the signal, or drop out in the student."
+                + (' mode="unrolled" takes the loss as it is.' if not self.signal.sampled else "")
+            )
         if isinstance(handed, CopiedParams) and any(t._version for t in handed.copies.values()):
             raise changed_in_place(who, ["params"])
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise MetaplError(
-                f"inner_loss returned {found} for a batch of {len(outputs)}; expected one loss per example, "
-                f"({len(outputs)},): leave the mean to metapl."
+                f"what inner_loss returned is {described(losses)}, for a batch of {len(outputs)}; expected one loss "
+                f"per example, ({len(outputs)},): leave the mean to metapl."
             )
         fields = [t for name, t in given.items() if isinstance(t, Tensor) and name not in self.others]
         other = stranger([losses], [outputs, *weights.values(), *fields], self.student.own)
@@ -483,7 +431,6 @@ class InnerLoss:
             if other is t:
                 raise _other_field("inner_loss", name)
         refuse_stranger(who, other, IN_THE_SIGNAL)
-        self.losses = losses.detach()
         return losses.mean()
 
 
@@ -505,7 +452,7 @@ def unread_signal(problem: Problem) -> str:
     )
 
 
-def refuse_unread_labels(step: InnerStep, taken: Sequence[InnerLoss]) -> None:
+def refuse_unread_labels(step: InnerStep) -> None:
     """Refuse a loss, and an input, that are the same for the labels drawn for other examples; a differentiable signal
     that is not read shows in its feedback."""
     signal = step.signal
@@ -519,17 +466,10 @@ def refuse_unread_labels(step: InnerStep, taken: Sequence[InnerLoss]) -> None:
     def at(signal: Signal) -> list[Tensor]:
         with replayed(start), torch.no_grad():
             pieces = zip(step._batches, signal.chunks(len(step.passes)), strict=True)
-            made = [student_input(step.problem, x, part) for x, part in pieces] if step.entries else []
+            made = [read_batch(step.problem, "student_input", *piece) for piece in pieces] if step.entries else []
             inputs = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
             return [step.inner_losses(step.outputs, signal, params), *inputs]
 
-    again = step.entries or any(loss.drew for loss in taken)
-    here = at(signal) if again else [joined([loss.losses for loss in taken])]
-    pairs = list(zip(here, at(rolled), strict=True))
-    if not checks.waits(signal.value):
-        unread = all(torch.equal(a, b) for a, b in pairs) and not torch.equal(rolled.value, signal.value)
-        if unread:  # where no two labels differ, this batch cannot tell
-            raise MetaplError(unread_signal(step.problem))
-        return
-    same = torch.stack([(a == b).all() for a, b in pairs]).all()
+    same = torch.stack([(a == b).all() for a, b in zip(at(signal), at(rolled), strict=True)]).all()
+    # Where no two labels differ, this batch cannot tell.
     checks.refuse(same & (rolled.value != signal.value).any(), unread_signal(step.problem))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
-from metapl.execution.batch import micro_batches
+from metapl.execution.batch import joined, micro_batches, plain, rows
 from metapl.execution.buffers import own_code, unchanged
 from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -30,19 +31,52 @@ from metapl.feedback.inner_step import (
     Entry,
     InnerLoss,
     InnerStep,
-    outer_input,
+    read_batch,
     refuse_unread_labels,
-    student_input,
 )
-from metapl.feedback.means import MeanCheck
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, revises, sum_and_weight
 from metapl.updates import Update
 
 REPEATS = 3
 """A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
 
+MEAN_TOLERANCE = 1e-3
+"""Of values, and of gradients in the outputs: far above rounding, also under bfloat16 where a loss runs in float32."""
+
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
+
+    A signal that reads the student's outputs, such as that of :class:`metapl.problems.MetaWeightNet`, reads them as
+    constants: the derivative through them, from one step to the signals of later ones, is left out.
+
+    Args:
+        batches: each of them as for ``unlabeled``.
+
+    >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
+    2
+    """
+
+    batches: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, Sequence) or isinstance(self.batches, str | bytes) or not self.batches:
+            raise MetaplError(
+                f"Lookahead was given batches that are {checks.described(self.batches)}; expected a list of batches, "
+                "one for each student step, such as metapl.Lookahead([u1, u2])."
+            )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def inner_batches(unlabeled: Any) -> list[Any]:
+    """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step."""
+    return [plain(batch) for batch in (unlabeled.batches if isinstance(unlabeled, Lookahead) else (unlabeled,))]
 
 
 @dataclass
@@ -52,7 +86,6 @@ class Path:
     Args:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
-        steps: at least one.
         keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
             computes the others again.
         check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
@@ -78,13 +111,13 @@ class Path:
 
     @property
     def inner_loss(self) -> Tensor:
-        """The mean of the inner losses over the steps, a scalar."""
+        """The mean of the inner losses over the steps."""
         return mean_of([step.inner_loss for step in self.steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
         """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
-        return self._outer[0] if "_outer" in self.__dict__ else self._outer_loss_at(self.params)
+        return self._outer[0] if "_outer" in vars(self) else self._outer_loss_at(self.params)
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
@@ -98,8 +131,7 @@ class Path:
 
     def known_outer_loss(self) -> dict[str, Tensor]:
         """``{"outer_loss": L(θ′)}`` if an estimator has computed it, else an empty dict."""
-        known = "_outer" in self.__dict__ or "outer_loss" in self.__dict__
-        return {"outer_loss": self.outer_loss} if known else {}
+        return {"outer_loss": self.outer_loss} if {"_outer", "outer_loss"} & vars(self).keys() else {}
 
     @cached_property
     def _outer(self) -> tuple[Tensor, Tree]:
@@ -138,9 +170,9 @@ class Path:
         first = 0 if truncate is None else max(0, len(self.steps) - truncate)
         for number, step in self._backwards(first):
             if number > first:
-                bar = step.adjoint(v, state_cotangent, fields(step.signal))
+                bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
                 v, state_cotangent = bar.params, bar.state
-                yield step, bar.w, bar.in_signal
+                yield step, bar.gradient, in_signal
             elif state_cotangent is None:
                 yield step, step.pullback(v), None
             else:
@@ -158,7 +190,7 @@ class Path:
             while block and start + len(block) > first:
                 number = start + len(block) - 1
                 yield number, block.pop()
-                if not self.steps[number].kept:
+                if not self.steps[number].grads:
                     self.steps[number].forgotten()  # the passes had their weights back
 
     def forget(self) -> None:
@@ -170,13 +202,8 @@ class Path:
             self.steps[number] = replace(step) if number % self.keep_every == 0 else step.forgotten()
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
-        """dL(θ′)/d(field) for the fields of each signal, by double backward through the path.
-
-        Args:
-            truncate: the number of last steps; None: all.
-
-        Returns: each step with its derivatives by field; None for a field that the inner loss does not depend on.
-        """
+        """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double
+        backward through the path; None for a field that the inner loss does not depend on."""
         counted = self.steps[-(truncate or 0) :]
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
         refuse_once_differentiable(self.steps[-1].grads.values())  # whose graph has those of the steps before
@@ -199,7 +226,7 @@ class Path:
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
-        if not all(step.kept for step in self.steps):
+        if not all(step.grads for step in self.steps):
             self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
@@ -214,56 +241,49 @@ class Path:
         The stream is independent of the default one, from whose state after the inner pass the teacher draws.
         """
         start = self.steps[-1].passes[-1].after.branch()
-        inputs = [outer_input(self.problem, part) for part in self.labeled]
+        inputs = [read_batch(self.problem, "outer_input", part) for part in self.labeled]
         check, self.check_mean = self._outer_check() if self.check_mean else None, False
         kinds: set[bool] = set()
-        return inputs, [self._outer_loss(part, check, kinds) for part in self.labeled], start
+        return inputs, [partial(self._outer_loss, part, check, kinds) for part in self.labeled], start
 
-    def _outer_loss(self, batch: Any, check: MeanCheck | None, kinds: set[bool]) -> WeightedLoss:
+    def _outer_loss(
+        self, batch: Any, check: _MeanCheck | None, kinds: set[bool], outputs: Tensor, params: Tree
+    ) -> tuple[Tensor, Tensor | float]:
         """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
+        if own_code(self.problem.outer_loss):
+            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+        else:
+            name, given = "the problem's outer_loss", {"outputs": outputs, "batch": batch}
+            # With a graph from the outputs on also where the student runs without one, so that another way is seen.
+            with torch.enable_grad():
+                value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
+            found = stranger([value], [outputs])
+            if id(found) in self.student.own:
+                raise MetaplError(
+                    f"{name} reads a weight of the student from elsewhere, or what another pass has made of it, such "
+                    "as outputs that inner_loss kept, so the feedback would be wrong; expected a loss of the outputs "
+                    "and the batch that it is given."
+                )
+            refuse_stranger(name, found, IN_THE_SIGNAL)
+            kinds.add(isinstance(weight, Tensor))
+            if len(kinds) > 1:
+                raise MetaplError(
+                    f"{name} returned a scalar on one micro-batch and (sum, weight) on another; expected the same of "
+                    "all: where nothing is left to judge, a sum and a weight of 0."
+                )
+        if self.student.ranks.copies > 1:
+            check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
+        if check is not None:
+            with replayed(RandomState.now(outputs.device)):
+                check.look(outputs, batch)
+        return value, weight
 
-        def loss(outputs: Tensor, params: Tree) -> tuple[Tensor, Tensor | float]:
-            if own_code(self.problem.outer_loss):
-                value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
-            else:
-                name = "the problem's outer_loss"
-                # With a graph from the outputs on also where the student runs without one, so that another way is seen.
-                with torch.enable_grad():
-                    given = {"outputs": outputs, "batch": batch}
-                    value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
-                found = stranger([value], [outputs])
-                if id(found) in self.student.own:
-                    raise MetaplError(
-                        f"{name} reads a weight of the student from elsewhere, or what another pass has made of it, "
-                        "such as outputs that inner_loss kept, so the feedback would be wrong; expected a loss of the "
-                        "outputs and the batch that it is given."
-                    )
-                refuse_stranger(name, found, IN_THE_SIGNAL)
-                kinds.add(isinstance(weight, Tensor))
-                if len(kinds) > 1:
-                    raise MetaplError(
-                        f"{name} returned a scalar on one micro-batch and (sum, weight) on another; expected the same "
-                        "of all: where nothing is left to judge, a sum and a weight of 0."
-                    )
-            if self.student.ranks.copies > 1:
-                check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
-            if check is not None:
-                with replayed(RandomState.now(outputs.device)):
-                    check.look(outputs, batch)
-            return value, weight
-
-        return loss
-
-    def _outer_check(self) -> MeanCheck:
+    def _outer_check(self) -> _MeanCheck:
         def loss(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:
             value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
             return (value, weight) if isinstance(weight, Tensor) else (len(outputs) * value, len(outputs))
 
-        mend = (
-            "Return (sum, weight) to be exact, such as (losses.sum(), mask.sum()), or a mean over the rows, such as "
-            '(weights * F.cross_entropy(outputs, labels, reduction="none")).mean().'
-        )
-        return MeanCheck("outer_loss", loss, self.student.ranks, len(self.labeled), mend)
+        return _MeanCheck("outer_loss", loss, self.student.ranks, len(self.labeled))
 
     def look_at_inner_losses(self) -> None:
         """Warn if the inner losses of the first step depend on other rows of the batch."""
@@ -276,8 +296,7 @@ class Path:
             losses = self.problem.inner_loss(outputs, Signal(**fields) if fields else whole, batch, params)
             return losses.sum(), len(losses)
 
-        mend = "Make the loss of an example depend on its own row alone, or let signal() return what the rows share."
-        check = MeanCheck("inner_loss", loss, self.student.ranks, len(pieces), mend)
+        check = _MeanCheck("inner_loss", loss, self.student.ranks, len(pieces))
         has_rows = step.signal_has_rows
         with replayed(RandomState.now(step.outputs.device)):
             # Of a signal without rows, each micro-batch has one of its own, and two of them have none.
@@ -304,17 +323,14 @@ def take_steps(
     Buffers and generators advance as in training; the weights do not move.
 
     Args:
-        student, update, problem: the network as it is laid out, or one that has begun a step; U and the losses.
-        labeled: the outer batch.
-        batches: the inner batches, one for each step.
-        teach: called once for each micro-batch, after the student's pass on it; before, where the signal enters its
-            input.
-        parts: the number of micro-batches in a batch.
+        student: the network as it is laid out, or one that has begun a step.
+        labeled, batches: the outer batch, and the inner ones, one for each step.
+        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before, where
+            the signal enters its input.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
-        keep_every: see :class:`Path`.
         credits: what gets the feedback; refuse an inner loss for which it would be wrong.
-        first: look closer: warn if a loss is not a mean over examples (see :class:`Path`), and look at the student's
-            operators on an accelerator too.
+        first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
+            accelerator too.
     """
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
@@ -329,7 +345,7 @@ def take_steps(
             check_copies(list(signal.fields().values()), "signals of the teacher", ranks)
         return signal
 
-    def joined(signals: Sequence[Signal]) -> Signal:
+    def united(signals: Sequence[Signal]) -> Signal:
         """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
         whole = joined_signals(signals)
         for t in whole.differentiable().values() if keep_graph else ():
@@ -343,35 +359,39 @@ def take_steps(
             params, state = path.steps[-1].moved
         pieces = micro_batches(batch, parts, "unlabeled")
         passes: list[Pass] = []
-        losses: list[InnerLoss] = []
         found: list[tuple[Tensor, Tree]] = []
         entries: list[Entry] = []
         signals = [asked(x, None) for x in pieces] if entering else []
-        whole = joined(signals) if entering else None
+        whole = united(signals) if entering else None
         told = signals if whole is None else whole.chunks(parts)
         for i, x in enumerate(pieces):
             if entering:
                 entries.append(Entry(problem, x, told[i], keep_graph))
-            inputs = entries[i].given if entering else student_input(problem, x)
+            inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
             with refuse_checkpoints() if several else NOTHING:
                 passes.append(student.pass_type(student, params, inputs).run())  # z = S(x; θ)
-            _check(problem, passes[i].outputs, path.labeled[i], x, ranks)
+            outputs = passes[i].outputs
+            if ranks.copies > 1:
+                check_copies([outputs], "outputs of the student", ranks)
+            with ranks.agreed():
+                given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
+                unchanged("the problem's check", given, problem.check, *given.values())
+                checks.refuse_not_finite(outputs, checks.DIVERGED.format("student"))
             if not entering:
-                signals.append(asked(x, passes[i].outputs))
+                signals.append(asked(x, outputs))
             if entering or not keep_graph:
-                losses.append(InnerLoss(problem, told[i], x, student, credits))
-                found.append(passes[i].gradient(losses[i]))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+                loss = InnerLoss(problem, told[i], x, student, credits)
+                found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
         if whole is None:
-            whole = signals[0] if parts == 1 and not keep_graph else joined(signals)
+            whole = signals[0] if parts == 1 and not keep_graph else united(signals)
         if not found:  # no graph is freed before the path is differentiated in the signal as a whole
             for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
-                losses.append(InnerLoss(problem, part, x, student, credits))
-                found.append(record.gradient(losses[-1]))
+                found.append(record.gradient(InnerLoss(problem, part, x, student, credits)))
         inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         checks.dense_gradients(grads)
         path.steps.append(InnerStep(problem, update, passes, batch, whole, inner_loss, grads, state, entries))
         if len(path.steps) == 1 and credits != "nothing":
-            refuse_unread_labels(path.steps[0], losses)
+            refuse_unread_labels(path.steps[0])
         if keep_every > 1:
             path.forget()
         if shared and len(path.steps) == 1:
@@ -381,11 +401,67 @@ def take_steps(
     return path
 
 
-def _check(problem: Problem, outputs: Tensor, labeled: Any, unlabeled: Any, ranks: Ranks) -> None:
-    """Refuse outputs of the student that are wrong on a rank, or do not go with the batches."""
-    if ranks.copies > 1:
-        check_copies([outputs], "outputs of the student", ranks)
-    with ranks.agreed():
-        given = {"outputs": outputs, "labeled": labeled, "unlabeled": unlabeled}
-        unchanged("the problem's check", given, problem.check, *given.values())
-        checks.refuse_not_finite(outputs, checks.DIVERGED.format("student"))
+_MENDS = {
+    "inner_loss": "Make an example's loss depend on its own row alone, or let signal() return what the rows share.",
+    "outer_loss": "Return (sum, weight) to be exact, such as (losses.sum(), mask.sum()), or a mean over the rows, such "
+    'as (weights * F.cross_entropy(outputs, labels, reduction="none")).mean().',
+}
+
+
+class _MeanCheck:
+    """Lets the first rank warn, once, if a loss of a problem is not the mean of its values on parts of the rows.
+
+    Values alone do not tell: all losses of a network are equal before it has learned anything. So the gradients in
+    the outputs are compared too. ``loss`` gives a sum and its weight, of ``parts`` micro-batches.
+    """
+
+    def __init__(self, name: str, loss: Callable[[Tensor, Any], tuple[Any, Any]], ranks: Ranks, parts: int) -> None:
+        self.name, self.loss, self.ranks = name, loss, ranks
+        self.where = " and ".join(["the ranks' rows"] * (ranks.size > 1) + ["micro-batches"] * (parts > 1))
+        self._first: tuple[Tensor, Any] | None = None
+        self._told = False
+
+    def look(self, outputs: Tensor, batch: Any) -> None:
+        """Look at this rank's rows of a micro-batch: the first one's two halves, then each beside the first."""
+        if self._told:
+            return
+        first, self._first = self._first, self._first or (outputs.detach(), batch)
+        try:
+            found = self._found(first, (outputs.detach(), batch))
+        except Exception:  # a loss that takes batches of its own number of rows alone is not looked at
+            found = None
+        text = next(filter(None, self.ranks.gathered(found)), None)
+        if text is not None:
+            self._told = True
+            if self.ranks.first:
+                warnings.warn(text, stacklevel=3)
+
+    def _found(self, one: tuple[Tensor, Any] | None, other: tuple[Tensor, Any]) -> str | None:
+        if one is None:
+            both, half, count = other, len(other[0]) // 2, len(other[0])
+            one, other = ((both[0][a:b], rows(both[1], a, b)) for a, b in ((0, half), (half, count)))
+        else:
+            both = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, one, other)
+        sums, weights, slopes = zip(*(self._at(*given) for given in (both, one, other) if len(given[0])), strict=True)
+        weight = sum(weights[1:])
+        if 0 in (weights[0], weight):  # nothing to judge in these rows
+            return None
+        value, mean = sums[0] / weights[0], sum(sums[1:]) / weight
+        slope, of_parts = slopes[0] / weights[0], joined(slopes[1:]) / weight
+        gap, size = (slope - of_parts).norm(), slope.norm() + of_parts.norm()
+        apart = abs(value - mean) > MEAN_TOLERANCE * (abs(value) + abs(mean)) + 1e-6
+        if not (apart or gap > MEAN_TOLERANCE * size):
+            return None
+        return (
+            f"the problem's {self.name} is {value:.4g} on {len(both[0])} examples, and the mean of its values on two "
+            f"parts of them is {mean:.4g} (the gradients in the outputs differ by norm {gap:.2g}, of {size / 2:.2g}): "
+            f"it is not a mean over examples. Here it is the mean of its values on {self.where}, so the feedback is "
+            f"that of another loss than of the batch as a whole. {_MENDS[self.name]}"
+        )
+
+    def _at(self, outputs: Tensor, batch: Any) -> tuple[float, float, Tensor]:
+        z = outputs.clone().requires_grad_()
+        with torch.enable_grad():
+            total, weight = self.loss(z, batch)
+        slope = torch.autograd.grad(total, z, materialize_grads=True)[0] if total.requires_grad else torch.zeros_like(z)
+        return float(total.detach()), float(weight), slope

@@ -55,16 +55,13 @@ class Reinforce(Estimator):
                 "learning rate; leave normalization out."
             )
 
-    @property
-    def _normalization(self) -> str:
-        return "cosine" if self.similarity == "cosine" else self.normalization
-
     def init(self) -> State:
         return init_baseline(self.baseline)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        h = -step.space.dot(w, step.gradient) / divisor(self._normalization, step, w)
+        by = "cosine" if self.similarity == "cosine" else self.normalization
+        h = -step.space.dot(w, step.gradient) / divisor(by, step, w)
         h, state = subtract_baseline(h, self.baseline, state)
         return [Feedback(h, "log_prob")], state
 

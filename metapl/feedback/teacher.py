@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -34,14 +33,10 @@ class TeacherPass:
     """The teacher's signal about one inner batch, at θ_T from before the step.
 
     Args:
-        teacher, problem: the network and the problem.
-        batch: the inner batch.
         student_outputs: S(x_u; θ_S), detached; the signal may depend on them. None: the student has not run, because
             the signal enters its input.
-        generator: for drawing labels.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
-        ranks: the processes that share the batch.
         slots: of the teacher; None: to be found.
     """
 
@@ -56,8 +51,7 @@ class TeacherPass:
         ranks: Ranks = ALONE,
         slots: Slots | None = None,
     ) -> None:
-        self.ranks = ranks
-        self.teacher, self.problem, self.batch = teacher, problem, batch
+        self.teacher, self.problem, self.batch, self.ranks = teacher, problem, batch, ranks
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self._slots = Slots(teacher) if slots is None else slots
         if not recompute:
@@ -65,7 +59,7 @@ class TeacherPass:
             return
         self._random = RandomState.now(tensors_in(batch)[0].device)
         self._state = State(self._slots.parts)
-        self._generator_state = None if generator is None else generator.get_state()
+        self._drawn = None if generator is None else generator.get_state()
         kept = journal()
         with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
             self.signal = self._run()
@@ -74,19 +68,18 @@ class TeacherPass:
         """The signal with the teacher's graph, computed again if it was made without."""
         if not self.recompute:
             return self.signal
-        generator, drawn = self.generator, self._generator_state
+        generator = self.generator
         before = None if generator is None else generator.get_state()
         try:
-            if generator is not None and drawn is not None:
-                generator.set_state(drawn)
+            if generator is not None and self._drawn is not None:
+                generator.set_state(self._drawn)
             with replayed(self._random), self._state.again(self._slots):
                 again = self._run()
         finally:
             if generator is not None and before is not None:
                 generator.set_state(before)
-        for name, t in vars(self.signal).items():
-            if t is not None:
-                check_recomputed(getattr(again, name).detach(), t.detach())
+        for name, t in self.signal.fields().items():
+            check_recomputed(getattr(again, name).detach(), t.detach())
         return again
 
     def _run(self) -> Signal:
@@ -109,7 +102,7 @@ class TeacherPass:
         return check_signal(signal, self.problem)
 
     def watched(self, inputs: Any = None) -> AbstractContextManager[object]:
-        """Refuse a pass that moves the teacher's weights, and keep what it moves of the frozen ones."""
+        """Refuse a pass in this block that moves the teacher's weights, and keep what it moves of the frozen ones."""
         slots = self._slots
         if slots.weights is not None:
             return NOTHING  # they are compared at the end of the step
@@ -127,13 +120,10 @@ them; and the norms of the gradients of the feedback and of these at the teacher
 
 
 def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
-    """The scalars of a step: means over its micro-batches, and ``feedback_ratio``, NaN without own losses.
+    """The scalars of a step: means over its micro-batches and ranks, and ``feedback_ratio``, NaN without own losses.
 
-    Args:
-        objectives: of the micro-batches of all inner batches. The last ``parts`` of them hold the own losses. These are
-            means over a micro-batch; the feedback is a sum.
-        parts: the number of micro-batches in a batch.
-        ranks: the processes over which these are means too.
+    The last ``parts`` of the ``objectives``, the micro-batches of the last inner batch, hold the own losses. These are
+    means over a micro-batch; the feedback is a sum.
     """
     last = objectives[-parts:]
     feedback, own = _norm([feedback for _, feedback, _ in objectives]), _norm([own for *_, own in last])
@@ -143,7 +133,7 @@ def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The scalars of a step: the means over its micro-batches."""
+    """The means over micro-batches."""
     if len(scalars) == 1:
         return dict(scalars[0])
     return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
@@ -162,15 +152,17 @@ class TeacherStep(TeacherPass):
         super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
 
     def _run(self) -> Signal:
-        recording = self._recorded()
-        try:
+        with self._recorded():
             return super()._run()
-        finally:
-            recording.remove()
 
-    def _recorded(self) -> RemovableHandle:
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
         # A function, unlike a bound method, is not copied with a teacher that a loss copies.
-        return self.teacher.register_forward_hook(lambda *given: self._record(*given))
+        handle = self.teacher.register_forward_hook(lambda *given: self._record(*given))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _record(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Collect the outputs of the teacher: the gradients of its losses are measured at these."""
@@ -204,26 +196,13 @@ class TeacherStep(TeacherPass):
         """Algorithm 1, lines 5-7: add the gradient of weight·(−Σ h·signal) + Σ own losses / parts to the weights'.
 
         With a ``ratio``, the weight is the one at which this is the ratio of the norms of the gradients of the feedback
-        and of the own losses at the teacher's outputs.
-
-        The norms are NaN for a loss that also depends on the teacher's weights other than through these outputs, and
-        where the processes hold shares of one gradient, whose norm is not found from theirs.
+        and of the own losses at the teacher's outputs. The norms are NaN for a loss that depends on the teacher's
+        weights in other ways too, and where the processes hold shares of one gradient.
         """
         signal = self.with_graph()
-        recording = self._recorded()
-        try:
-            with rows_shared(self.ranks), self.watched() if self._slots.has_frozen else NOTHING:
-                terms = sum_of_terms(
-                    self.teacher,
-                    losses,
-                    labeled=labeled,
-                    unlabeled=self.batch,
-                    signal=signal,
-                    step=step,
-                    kind="teacher loss",
-                )
-        finally:
-            recording.remove()
+        given = {"labeled": labeled, "unlabeled": self.batch, "signal": signal, "step": step}
+        with self._recorded(), rows_shared(self.ranks), self.watched() if self._slots.has_frozen else NOTHING:
+            terms = sum_of_terms(self.teacher, losses, kind="teacher loss", **given)
         if self.ranks.copies > 1:
             check_copies([*terms.values()], "losses of the teacher", self.ranks)
         from_feedback = feedback.teacher_loss(signal)

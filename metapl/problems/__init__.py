@@ -1,11 +1,4 @@
-"""Bilevel problems: the teacher's signal, and the losses that both networks learn from.
-
-base            BilevelProblem, its base class Problem, and Signal
-pseudo_labels   Meta Pseudo Labels
-reduced         Reduced Meta Pseudo Labels: stored labels, adjusted by a small network
-doubtful        weights and labels of examples that are learned, and teachers for them
-losses          the teacher's own losses: CrossEntropy, UDA
-"""
+"""Bilevel problems: the teacher's signal, and the losses that both networks learn from."""
 
 from metapl.problems.base import BilevelProblem, Problem, Signal
 from metapl.problems.doubtful import (
@@ -19,7 +12,7 @@ from metapl.problems.doubtful import (
     WeightNet,
 )
 from metapl.problems.pseudo_labels import PseudoLabels
-from metapl.problems.reduced import ReducedLabels, StoredCrossEntropy
+from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
 __all__ = [
     "BilevelProblem",

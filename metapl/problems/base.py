@@ -5,10 +5,8 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +17,9 @@ from metapl.execution.checks import described, refuse_not_finite, scalar_loss
 from metapl.execution.numerics import wide
 
 Params = Mapping[str, Tensor]
-Kind = Literal["soft", "hard"]
-"""The kind of a signal: differentiable, or sampled."""
+Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
 Random = torch.Generator | None
-OuterLoss = Tensor | tuple[Tensor, Tensor | float]
-"""A mean over the examples of a batch; or a sum, and the weight that it is to be divided by."""
+OuterLoss = Tensor | tuple[Tensor, Tensor | float]  # a mean over examples; or a sum, and the weight to divide it by
 
 
 @dataclass(frozen=True)
@@ -54,16 +50,14 @@ class Signal:
         """Whether ``value`` was drawn, so that only its log-probability can be differentiated."""
         return self.log_prob is not None
 
-    def chunks(self, parts: int) -> list[Signal]:
-        """The signal about each of ``parts`` micro-batches."""
-        if parts == 1:
-            return [self]
-        columns = {name: t.chunk(parts) for name, t in self.fields().items()}
-        return [Signal(**{name: pieces[i] for name, pieces in columns.items()}) for i in range(parts)]
-
     def fields(self) -> dict[str, Tensor]:
         """Its tensors by name."""
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+
+    def chunks(self, parts: int) -> list[Signal]:
+        """The signal about each of ``parts`` micro-batches."""
+        columns = {name: t.chunk(parts) for name, t in self.fields().items()} if parts > 1 else {}
+        return [Signal(**{name: t[i] for name, t in columns.items()}) for i in range(parts)] if columns else [self]
 
     def detached(self) -> Signal:
         """The same signal without the teacher's graph, for the student and the estimators."""
@@ -74,25 +68,24 @@ def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
     name, value, returned = kind_of(problem), getattr(signal, "value", None), ""
     if not isinstance(signal, Signal):
-        tensors = isinstance(signal, Tensor | tuple | list | dict)
-        returned = described(signal) if tensors else f"a {type(signal).__name__}"
+        returned = described(signal)
     elif not isinstance(value, Tensor):
         returned = f"a Signal whose value is {described(value)}"
     elif signal.log_prob is not None and signal.log_prob.shape != value.shape[:1]:
         returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
     if returned:
         raise MetaplError(
-            f"{name}.signal returned {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor with a "
-            "row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, where it "
-            "was sampled."
+            f"what {name}.signal returned is {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor "
+            "with a row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, "
+            "where it was sampled."
         )
-    if signal.value.is_floating_point():
+    checked: Signal = signal
+    if checked.value.is_floating_point():
         refuse_not_finite(
-            signal.value,
+            checked.value,
             f"the teacher's signal, by {name}.signal, is NaN or infinite; the teacher's weights have probably "
             "diverged: lower its learning rate, or look for such values in what it was built from.",
         )
-    checked: Signal = signal
     return checked
 
 
@@ -139,14 +132,11 @@ class Problem(BilevelProblem):
 
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
-
     teacher_reads_inputs: ClassVar[bool] = True
     """Whether the teacher is given the student's inputs, so that their type must be that of its weights."""
-
     signal_has_rows: ClassVar[bool | None] = None
     """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix.
     None: it has rows where its length is that of the batch."""
-
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
@@ -237,7 +227,7 @@ class _Completed(Problem):
 
 
 def as_problem(problem: BilevelProblem) -> Problem:
-    """The problem with the optional methods of :class:`Problem`."""
+    """The problem, with the optional methods of :class:`Problem`."""
     return problem if isinstance(problem, Problem) else _Completed(problem)
 
 
@@ -264,19 +254,11 @@ def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
     return len(signal.value) == rows
 
 
-_entering: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-"""By ``student_input``, which is asked at every step."""
-
-
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: whether ``student_input`` takes one."""
-    function = getattr(problem.student_input, "__func__", problem.student_input)
-    with suppress(TypeError, KeyError):
-        return _entering[function]
-    signature, entering = inspect.signature(problem.student_input), True
-    with suppress(TypeError):
-        signature.bind(None)
-        entering = "signal" in signature.parameters  # another parameter with a default is the problem's own
+    signature = inspect.signature(problem.student_input)
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    entering = "signal" in signature.parameters or len(needed) > 1
     try:
         signature.bind(*[None] * (1 + entering))
     except TypeError:
@@ -284,8 +266,6 @@ def enters_input(problem: Problem) -> bool:
             f"{kind_of(problem)}.student_input has the parameters {signature}; expected (batch), or (batch, signal) "
             "for an input that is made from the teacher's signal."
         ) from None
-    with suppress(TypeError):
-        _entering[function] = entering
     return entering
 
 
@@ -301,9 +281,8 @@ def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
     if isinstance(weight, int | float):
         weight = total.new_full((), weight)
     if not isinstance(weight, Tensor) or weight.ndim or weight.is_complex() or weight.requires_grad:
-        carried = ", with a gradient" if isinstance(weight, Tensor) and weight.requires_grad else ""
         raise MetaplError(
-            f"the weight that the problem's outer_loss returned beside its sum is {described(weight)}{carried}; "
-            "expected a number, or a tensor without dimensions and without a gradient, such as mask.sum()."
+            f"the weight that the problem's outer_loss returned beside its sum is {described(weight)}; expected a "
+            "number, or a tensor without dimensions and without a gradient, such as mask.sum()."
         )
     return wide(total), weight.to(wide(total))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
@@ -30,44 +30,31 @@ from metapl.runs.memory import out_of_memory
 class Classification(Problem):
     """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
-    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")
-    """The parts of an inner batch, by name."""
-
-    asks: ClassVar[tuple[str, ...]] = ("indices",)
-    """The parts that the teacher is given."""
-
-    maps: ClassVar[str] = ""
-    """What the teacher takes and returns, for errors."""
-
-    shape: ClassVar[str] = "B"
-    """The shape of what it returns: B for the examples, C for the classes."""
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts, by name
+    asks: ClassVar[tuple[str, ...]] = ("indices",)  # the parts that the teacher is given
+    maps: ClassVar[str] = ""  # what the teacher takes and returns, for errors
+    shape: ClassVar[str] = "B"  # of what it returns: B for the examples, C for the classes
 
     def parts_of(self, batch: Any) -> dict[str, Any]:
-        """The parts of an inner batch by name; refuse a batch with more or fewer."""
-        if not isinstance(batch, tuple | list) or len(batch) != len(self.inner_batch):
+        """The parts of an inner batch by name; refuse a batch with others."""
+        parts = batch if isinstance(batch, tuple | list) else ()
+        if len(parts) != len(self.inner_batch) or not holds_tensors(parts[0]):
             raise MetaplError(
                 f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
-                f"({', '.join(self.inner_batch)}) as unlabeled=."
+                f"({', '.join(self.inner_batch)}) as unlabeled=, with inputs that are a tensor, or a dict or tuple of "
+                "tensors."
             )
-        return dict(zip(self.inner_batch, batch, strict=True))
+        return dict(zip(self.inner_batch, parts, strict=True))
 
     def student_input(self, batch: Any) -> Any:
-        """The inputs in an inner batch; refuse a batch of other parts before the student is given any."""
-        inputs = self.parts_of(batch)["inputs"]
-        if not holds_tensors(inputs):
-            raise MetaplError(
-                f"the inputs of the inner batch of {type(self).__name__} are {checks.described(inputs)}; expected a "
-                "tensor, or a dict or tuple of tensors."
-            )
-        return inputs
+        return self.parts_of(batch)["inputs"]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
-        checks.class_labels(labeled[1], outputs.shape[1])
         parts = self.parts_of(unlabeled)
-        if "labels" in parts:
-            checks.class_labels(parts["labels"], outputs.shape[1])
+        for labels in (labeled[1], *([parts["labels"]] if "labels" in parts else [])):
+            checks.class_labels(labels, outputs.shape[1])
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy on the trusted labels."""
@@ -76,17 +63,16 @@ class Classification(Problem):
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """What the teacher makes of :attr:`asks`, as :meth:`made`; refuse one that takes, or returns, other things."""
-        given = self.asked(teacher, batch, student_outputs)
-        expected = f"expected a module that maps {self.maps}"
+        given, answer = self.asked(teacher, batch, student_outputs), None
         try:
             answer = teacher(*given)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, MetaplError) or out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0] or type(error).__name__
             taken = " and ".join(map(checks.described, given)) or "a call without arguments"
             raise MetaplError(
-                f"the teacher {type(teacher).__name__} cannot take {taken}: {reason}; {expected}."
+                f"the teacher {type(teacher).__name__} cannot take {taken}: {reason_of(error)}; expected a module that "
+                f"maps {self.maps}."
             ) from error
         sizes = dict(zip("BC", student_outputs.shape, strict=True))
         shape, device = tuple(sizes[letter] for letter in self.shape), student_outputs.device
@@ -94,7 +80,8 @@ class Classification(Problem):
         if not tensor or answer.shape != shape or not answer.is_floating_point() or answer.device != device:
             returned = checks.described(answer) if tensor else type(answer).__name__
             raise MetaplError(
-                f"the teacher returned {returned}; {expected}: floating point, of shape {shape}, on {device}."
+                f"the teacher returned {returned}; expected a module that maps {self.maps}: floating point, of shape "
+                f"{shape}, on {device}."
             )
         return self.made(answer)
 
@@ -144,8 +131,7 @@ class MetaWeightNet(Weighted):
     An inner batch is (x, y), the outer one (x, y) with trusted labels. The teacher V maps losses (B,) to weights (B,);
     :class:`WeightNet` is the paper's. Its input losses are detached: no gradient flows through them.
 
-    Cost: a step of the student, and what the mode adds; V's part is nothing. Bias: that of the mode; the dependence of
-    the weight on θ, through the loss, is left out, as in the paper.
+    Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
     >>> import metapl
     >>> trainer = metapl.BilevelTrainer(WeightNet(), torch.nn.Linear(4, 3), "forward", problem=MetaWeightNet())
@@ -153,7 +139,6 @@ class MetaWeightNet(Weighted):
     >>> trainer.step(labeled=batch, unlabeled=batch).feedback.shape
     torch.Size([6])
 
-    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Shu et al., "Meta-Weight-Net" (NeurIPS 2019), its eqs. (1)-(4).
     """
 
@@ -161,7 +146,6 @@ class MetaWeightNet(Weighted):
     maps: ClassVar[str] = "losses (B,) to weights (B,), such as metapl.problems.WeightNet()"
 
     def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
-        """The losses (B,), in the type of its weights."""
         losses = F.cross_entropy(student_outputs, safe_labels(student_outputs, batch), reduction="none")
         return (in_type_of(teacher, losses),)
 
@@ -186,10 +170,9 @@ class LearningToReweight(Weighted):
     it the learning rate of the look-ahead, cancels in w.
 
     Give ``teacher=None``, and a mode with feedback on each example. U is the student's optimizer in its present state,
-    in both steps. The paper looks ahead by plain SGD whatever the optimizer: θ̂ is then θ, and w compares the gradient
-    of each example with that of the trusted ones. That is SGD without momentum here, or, for any optimizer,
-    ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a gradient of 0 is
-    of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
+    in both steps. The paper looks ahead by plain SGD whatever the optimizer: that is SGD without momentum here, or, for
+    any optimizer, ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at a
+    gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few then decide all.
 
     The ``outer_loss`` of a step's report is L(θ̂); its ``inner_loss`` is of the real step.
 
@@ -203,8 +186,8 @@ class LearningToReweight(Weighted):
     >>> report.feedback.shape, round(report.signal.value.mean().item(), 4)
     (torch.Size([6]), 1.0)
 
-    Raises: :class:`metapl.MetaplError` for batches of other shapes, for a teacher and the options that are for one, for
-    modes without feedback on each example, and for more than one student step.
+    Raises: :class:`metapl.MetaplError` for a teacher and the options that are for one, for modes without feedback on
+    each example, and for more than one student step.
     Source: Ren, Zeng, Yang and Urtasun, "Learning to reweight examples for robust deep learning" (ICML 2018), its
     Algorithm 1 and eqs. (12)-(14).
     """
@@ -241,8 +224,6 @@ class ExampleWeights(Weighted):
     An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to numbers
     (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one for each of n examples, all at weight 1/2.
 
-    Cost: a step of the student, and what the mode adds. Bias: that of the mode.
-    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018), data hyper-cleaning.
     """
 
@@ -264,8 +245,6 @@ class ExampleLabels(Relabeled):
     An inner batch is (x, index), the outer one (x, y) with trusted labels. The teacher maps indices (B,) to logits
     (B, C), such as ``Table(2 * one_hot(given_labels))``.
 
-    Cost: a step of the student, and what the mode adds. Bias: that of the mode.
-    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
 
@@ -281,16 +260,13 @@ class LabelCorrection(Relabeled):
     .. math:: q_i = \mathrm{softmax}(T(x_i, y_i)), \qquad \ell_i = \mathrm{CE}(q_i, S(x_i;\theta))
 
     An inner batch is (x, y) with noisy labels, the outer one (x, y) with trusted ones. The teacher maps (x, y) to
-    logits (B, C), such as a :class:`metapl.models.corrector.Corrector`.
+    logits (B, C), such as a :class:`metapl.models.Corrector`.
 
-    Cost: a step of the student, a forward and a backward pass of the corrector, and what the mode adds. Bias: that of
-    the mode.
-    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """
 
     asks: ClassVar[tuple[str, ...]] = ("inputs", "labels")
-    maps: ClassVar[str] = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.corrector.Corrector"
+    maps: ClassVar[str] = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.Corrector"
 
 
 @dataclass(frozen=True)
@@ -304,8 +280,6 @@ class NoiseTransition(Classification):
     and returns logits (C, C), whose rows become the distributions of the given label; ``Table(4 * torch.eye(C))``
     begins near the identity, "no noise".
 
-    Cost: a step of the student, and what the mode adds. Bias: that of the mode.
-    Raises: :class:`metapl.MetaplError` for batches and teachers of other shapes.
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in Wang, Hu and Hu,
     "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
     """
@@ -328,10 +302,7 @@ class NoiseTransition(Classification):
 
 
 class Table(nn.Module):
-    """Learned numbers: the rows of the given indices, or all rows without an argument.
-
-    Args:
-        initial: the initial values, (n, ...), floating point.
+    """Learned numbers, at first ``initial`` (n, ...): the rows of the given indices, or all rows without an argument.
 
     Raises: :class:`metapl.MetaplError` for initial values without rows, and for indices outside 0..n − 1.
 
@@ -349,17 +320,11 @@ class Table(nn.Module):
         self.values = nn.Parameter(initial.detach().clone())
 
     def forward(self, index: Tensor | None = None) -> Tensor:
-        """The rows of ``index``, (B, ...)."""
         return self.values if index is None else self.values[checks.row_indices(index, len(self.values), "Table")]
 
 
 class WeightNet(nn.Module):
     """Losses (B,) to weights (B,) in (0, 1): the network of Meta-Weight-Net, with one hidden layer.
-
-    Args:
-        hidden: the width of the hidden layer.
-
-    Raises: :class:`metapl.MetaplError` for a width that is not a whole number above 0.
 
     >>> WeightNet()(torch.tensor([0.1, 2.0])).shape
     torch.Size([2])
@@ -371,6 +336,5 @@ class WeightNet(nn.Module):
         self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
 
     def forward(self, losses: Tensor) -> Tensor:
-        """A weight for each loss."""
         weights: Tensor = self.layers(losses[:, None])[:, 0]
         return weights

@@ -21,8 +21,7 @@ from metapl.execution.ranks import Ranks, log_mean_of_rows
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range, check_fields
 
-IGNORED = -100
-"""The label that PyTorch's cross-entropy leaves out."""
+IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 
 @runtime_checkable
@@ -39,11 +38,7 @@ class TeacherLoss(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    r"""Supervised: (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j).
-
-    Args:
-        label_smoothing: α in [0, 1).
-        weight: the factor of this term.
+    r"""Supervised: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j), with α the ``label_smoothing`` in [0, 1).
 
     Source: Algorithm 1, line 6.
     """
@@ -65,7 +60,6 @@ class CrossEntropy:
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
-        """T on the labeled batch."""
         return teacher(labeled[0])
 
 
@@ -175,17 +169,15 @@ def sum_of_terms(
 
 def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
     """The losses as a tuple; refuse anything other than a sequence of losses. ``name`` is that of the argument."""
-    wrong, expected = "", "expected a tuple of losses, such as (metapl.CrossEntropy(), metapl.UDA())"
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        kind = f"{given!r} alone" if isinstance(given, TeacherLoss) else checks.described(given)
-        wrong = f"is {kind}; {expected}; with one loss, ({type(given).__name__}(),)"
-    for loss in () if wrong else given:
-        if isinstance(loss, type):
-            wrong = f"holds the class {loss.__name__}; {expected}: write {loss.__name__}()"
-        elif not isinstance(loss, TeacherLoss):
-            wrong = f"holds a value {checks.described(loss)}; {expected}, or callables with a name (TeacherLoss)"
-    if wrong:
-        raise MetaplError(f"{name} {wrong}.")
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    for loss in given if several else (given,):
+        if not several or isinstance(loss, type) or not isinstance(loss, TeacherLoss):
+            kind = (loss if isinstance(loss, type) else type(loss)).__name__
+            found = f"{f'the class {kind}' if isinstance(loss, type) else repr(loss):.80}{'' if several else ' alone'}"
+            raise MetaplError(
+                f"{name} {'holds' if several else 'is'} {found}; expected a tuple of losses, such as "
+                f"(metapl.CrossEntropy(), metapl.UDA()), or ({kind}(),) with one; a loss is a callable with a name."
+            )
     return tuple(given)
 
 
@@ -198,9 +190,8 @@ def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
     return [loss.start - done for loss in losses if isinstance(loss, UDA) and loss.start > done]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # because a copy to a device makes the host wait
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Cached, because a copy to a device makes the host wait.
     return torch.tensor(shares, dtype=dtype, device=device).log()
 
 

@@ -66,7 +66,6 @@ class PseudoLabels(Problem):
         return self
 
     def exact(self) -> PseudoLabels:
-        """The same problem with soft labels."""
         return self._of("soft")
 
     def _of(self, kind: Kind) -> PseudoLabels:
@@ -76,11 +75,9 @@ class PseudoLabels(Problem):
         return other
 
     def teacher_input(self, batch: Any) -> Any:
-        """The weak view, or the only one."""
         return views(batch)[0]
 
     def student_input(self, batch: Any) -> Any:
-        """The strong view, or the only one."""
         return views(batch)[-1]
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
@@ -88,7 +85,6 @@ class PseudoLabels(Problem):
         return LOSSES if len(views(batch)) == 2 else LOSSES[:1]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse labels that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
         checks.class_labels(labeled[1], outputs.shape[1])
 

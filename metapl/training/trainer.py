@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import micro_batches, plain
+from metapl.execution.batch import micro_batches
 from metapl.execution.buffers import Slots, explain_types, step_guard, step_lock
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
@@ -27,17 +27,10 @@ from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
 from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.compatible import (
-    check_batches,
-    check_kind,
-    check_teacher,
-    prepare,
-)
-from metapl.feedback.hypergradient import Hypergradient, check_ahead, hypergradient
-from metapl.feedback.inner_step import outer_batch
-from metapl.feedback.instead import others_named
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import Path, take_steps
+from metapl.feedback.compatible import check_batches, check_kind, check_mode, check_teacher, name_others, prepare
+from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.inner_step import read_batch
+from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
 from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
@@ -213,8 +206,8 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         self._follow_problem()
-        labeled, ahead = outer_batch(self.problem, labeled), isinstance(unlabeled, Lookahead)
-        batches = [plain(batch) for batch in (unlabeled.batches if ahead else [unlabeled])]
+        labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
+        batches = inner_batches(unlabeled)
         teacher_steps: list[TeacherStep] = []
 
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
@@ -246,9 +239,9 @@ class BilevelTrainer(Trainer):
                 )
                 try:
                     feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
-                except (NotByThisMode, RuntimeError):
-                    with others_named(self.mode, path):
-                        raise
+                except (NotByThisMode, RuntimeError) as error:
+                    name_others(error, self.mode, path)
+                    raise
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
@@ -396,7 +389,7 @@ class BilevelTrainer(Trainer):
                 "the graph of the whole batch (mode 'forward' is as exact)."
             )
         refuse_split_batches(self.teacher_losses or (), self.accumulate)
-        check_ahead(self.mode, self.lookahead, self.problem, self.layout)
+        check_mode(self.mode, self.lookahead, self.problem, self.layout)
         self._checked = self.lookahead
         if self.teacher is None and self.compile and self.mode.keep_graph:
             raise MetaplError(
@@ -606,7 +599,7 @@ class BilevelTrainer(Trainer):
                     if self._teacher_trainer is not None:
                         self._teacher_trainer.problem = self.problem
                 if len(batches) != self._checked:
-                    check_ahead(self.mode, len(batches), self.problem, self.layout)
+                    check_mode(self.mode, len(batches), self.problem, self.layout)
                     self._checked = len(batches)
                 if outer is not None:
                     refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")

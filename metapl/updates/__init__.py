@@ -1,4 +1,4 @@
-"""The student's update as a function, one file per optimizer; :func:`update_of` selects the one for an optimizer."""
+"""The student's update as a function; :func:`update_of` selects the one for an optimizer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import torch
 
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
-from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, Parameters, Update
-from metapl.updates.sgd import SGD
-from metapl.updates.torch_optim import TorchUpdate, described, parameters_of, refuse_missing, runs_others_code
+from metapl.updates.torch_optim import (
+    SGD,
+    Adam,
+    TorchUpdate,
+    described,
+    parameters_of,
+    refuse_missing,
+    runs_others_code,
+)
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
 __all__ = [
@@ -29,28 +35,18 @@ _UPDATES: dict[type, type[TorchUpdate]] = {torch.optim.SGD: SGD, torch.optim.Ada
 
 
 def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Update:
-    """The update of a ``torch.optim`` optimizer or a TorchOpt transform.
-
-    Args:
-        optimizer: ``torch.optim`` SGD, Adam or AdamW over exactly the student's trainable parameters, or a TorchOpt
-            transform such as ``torchopt.sgd(0.1, momentum=0.9)``; an update is returned as it is.
-        parameters: the student's trainable parameters by name.
-        state: of a TorchOpt transform, from an earlier step; None: its initial state.
-
-    Raises:
-        MetaplError: for an optimizer that is not supported or does not hold the student's parameters, and for a state
-            that is given with a ``torch.optim`` optimizer, which has its own.
-    """
+    """The update of ``torch.optim`` SGD, Adam or AdamW over exactly these ``parameters`` of the student, or of a
+    TorchOpt transform with its ``state`` from an earlier step (None: its initial one); an update as it is."""
     if isinstance(optimizer, Update):
         return optimizer
-    if is_transform(optimizer):
+    kind = _UPDATES.get(type(optimizer))
+    if kind is None and is_transform(optimizer):
         if any(is_sharded(p) for p in parameters.values()):
             raise MetaplError(
                 "inner_optimizer is a TorchOpt transform, whose update may mix weights of which this process holds a "
                 "part only; for a sharded student expected torch.optim.SGD, Adam or AdamW."
             )
         return TransformUpdate(optimizer, parameters, state)
-    kind = _UPDATES.get(type(optimizer))
     if kind is None:
         inside = getattr(optimizer, "optimizer", None)
         wraps = f", a wrapper around {described(inside)}: give inner_optimizer=optimizer.optimizer"

@@ -12,9 +12,8 @@ For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enoug
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +24,9 @@ from metapl.execution.numerics import WHOLE, Space, Tree
 Parameters = Mapping[str, nn.Parameter]
 
 
-@dataclass(frozen=True)
-class Cotangents:
-    """The result of :meth:`Update.vjp`.
-
-    Args:
-        gradient: w, the cotangent of g, for the parameters that have a gradient.
-        params: the cotangent of θ.
-        state: the cotangent of s by the number of its leaf, for the ``vjp`` of the step before; None: zero.
-    """
+class Cotangents(NamedTuple):
+    """The result of :meth:`Update.vjp`: w, the cotangent of g, for the parameters that have a gradient; that of θ; and
+    that of s by the number of its leaf, for the ``vjp`` of the step before (None: zero)."""
 
     gradient: Tree
     params: Tree
@@ -46,8 +39,7 @@ class Update(ABC):
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
     """
 
-    parameters: dict[str, nn.Parameter]
-    """The student's trainable parameters, as last given to :meth:`follow`."""
+    parameters: dict[str, nn.Parameter]  # the student's trainable ones, as last given to :meth:`follow`
 
     @property
     def learning_rate(self) -> float | None:
@@ -71,7 +63,7 @@ class Update(ABC):
         at = _leaves(grads)
         with torch.enable_grad():
             moved, _ = self.update(params, at, state)
-        return _pulled(((moved[name], bar) for name, bar in v.items()), at)[0]
+        return _pulled([(moved[name], bar) for name, bar in v.items()], at)[0]
 
     def vjp(
         self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
@@ -102,28 +94,25 @@ class Update(ABC):
         """The optimizer's state, as plain values and tensors."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of :meth:`state_dict`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def _leaves(tree: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return {name: t.detach().requires_grad_() for name, t in tree.items()}
 
 
-def _pulled(outputs: Iterable[tuple[Any, Tensor]], *inputs: dict[Any, Tensor]) -> list[dict[Any, Tensor]]:
+def _pulled(outputs: list[tuple[Any, Tensor]], *inputs: dict[Any, Tensor]) -> list[dict[Any, Tensor]]:
     """The cotangents of trees of inputs, from outputs with theirs."""
     reached = [(t, bar) for t, bar in outputs if isinstance(t, Tensor) and t.requires_grad]
     flat = [t for tree in inputs for t in tree.values()]
-    bars: Iterable[Tensor] = map(torch.zeros_like, flat)
-    if reached:
-        ends, of_ends = zip(*reached, strict=True)
-        bars = torch.autograd.grad(ends, flat, of_ends, materialize_grads=True)
-    found = iter(bars)
+    ends, bars = zip(*reached, strict=True) if reached else ((), ())
+    found = iter(
+        torch.autograd.grad(ends, flat, bars, materialize_grads=True) if reached else map(torch.zeros_like, flat)
+    )
     return [{name: next(found) for name in tree} for tree in inputs]
 
 
 def _inner(name: str) -> Any:
-    """An attribute or a method of the update inside."""
     return property(lambda self: getattr(self.inner, name))
 
 
@@ -166,7 +155,6 @@ class Clipped(Update):
 
     def _through_clip(self, w: Tree, grads: Tree) -> Tree:
         scale, length = self._scale(grads)
-        along = scale / (length + 1e-6) * self.space.dot(w, grads) / length
-        along = torch.where(scale < 1, along, torch.zeros_like(scale))
+        along = torch.where(scale < 1, scale / (length + 1e-6) * self.space.dot(w, grads) / length, 0.0)
         clipped = {name: scale.to(t.dtype) * t for name, t in w.items()}
         return {n: t - along.to(t.dtype) * grads[n] if n in grads else t for n, t in clipped.items()}

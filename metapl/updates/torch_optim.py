@@ -17,8 +17,7 @@ from metapl.execution.numerics import Tree, wide
 from metapl.execution.shards import as_sharded, is_sharded, local
 from metapl.updates.base import Parameters, Update
 
-State = dict[str, Any]
-"""The state of one parameter, as in ``torch.optim.Optimizer.state``."""
+State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -47,11 +46,11 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"{few(missing, 3)} are not held, so they would not be trained; build it from {network}.parameters(), and "
             f"add new ones, such as a head put in later, by {name}.add_param_group."
         )
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor) and group["lr"].ndim:
+    for lr in (group["lr"] for group in optimizer.param_groups):
+        if isinstance(lr, Tensor) and lr.ndim:
             raise MetaplError(
-                f"{name} has lr={group['lr']}, a tensor of shape {tuple(group['lr'].shape)}; expected a number, or a "
-                "tensor without dimensions, such as torch.tensor(0.1)."
+                f"{name} has lr={lr}, a tensor of shape {tuple(lr.shape)}; expected a number, or a tensor without "
+                "dimensions, such as torch.tensor(0.1)."
             )
 
 
@@ -61,32 +60,36 @@ def described(optimizer: Any) -> str:
     return f"{'the class ' if isinstance(optimizer, type) else ''}{kind.__module__}.{kind.__qualname__}"
 
 
-def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether something else runs before or after an optimizer's step."""
+def _others_code(optimizer: torch.optim.Optimizer) -> str:
+    """What runs in an optimizer's step besides that of its class, and how to do without; nothing: an empty text."""
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
-
-
-def replaced_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's ``step`` is not its class's, nor that in the wrapper of PyTorch's schedulers."""
+    if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
+        return (
+            "a hook of register_step_pre_hook or register_step_post_hook, or of register_optimizer_step_pre_hook or "
+            "_post_hook for all optimizers: remove it (to clip gradients, use clip_norm)"
+        )
     step = vars(optimizer).get("step", type(optimizer).step)
-    while getattr(step, "_wrapped_by_lr_sched", False):
+    while getattr(step, "_wrapped_by_lr_sched", False):  # the wrapper of PyTorch's schedulers
         step = step.__wrapped__
-    return getattr(step, "__func__", step) is not type(optimizer).step
+    if getattr(step, "__func__", step) is not type(optimizer).step:
+        return (
+            "a step of its own (its method was replaced: optimizer.step = ...): del optimizer.step (to clip gradients, "
+            "use clip_norm)"
+        )
+    return ""
 
 
 def runs_others_code(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer's step is more than that of a class of PyTorch's."""
-    return has_hooks(optimizer) or replaced_step(optimizer) or not type(optimizer).__module__.startswith("torch.optim")
+    return bool(_others_code(optimizer)) or not type(optimizer).__module__.startswith("torch.optim")
 
 
 class TorchUpdate(Update):
     """The update of a ``torch.optim`` optimizer, from its current state and param groups.
 
     A subclass gives the rule of one param group. Lists go through PyTorch's fused operations on lists: a few kernels
-    for all parameters, where their number would keep a GPU waiting for the host.
-
-    Of sharded parameters, the trees and states hold this process's parts; the optimizer holds DTensors.
+    for all parameters, where their number would keep a GPU waiting for the host. Of sharded parameters, the trees and
+    states hold this process's parts; the optimizer holds DTensors.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
@@ -111,20 +114,9 @@ class TorchUpdate(Update):
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
 
     def follow(self, parameters: Parameters) -> None:
-        groups, what = self.optimizer.param_groups, ""
-        for option in ("differentiable", "capturable"):
-            if any(group.get(option) for group in groups):
-                what = f"{option}=True: leave it out"
-        if has_hooks(self.optimizer):
-            what = (
-                "a hook of register_step_pre_hook or register_step_post_hook, or of register_optimizer_step_pre_hook "
-                "or _post_hook for all optimizers: remove it (to clip gradients, use clip_norm)"
-            )
-        if replaced_step(self.optimizer):
-            what = (
-                "a step of its own (its method was replaced: optimizer.step = ...): del optimizer.step (to clip "
-                "gradients, use clip_norm)"
-            )
+        groups = self.optimizer.param_groups
+        options = [name for name in ("differentiable", "capturable") if any(group.get(name) for group in groups)]
+        what = f"{options[0]}=True: leave it out" if options else _others_code(self.optimizer)
         if what:
             raise MetaplError(f"inner_optimizer has {what}; metapl does not differentiate through that.")
         held = [[id(p) for p in group["params"]] for group in groups]
@@ -169,15 +161,13 @@ class TorchUpdate(Update):
         with torch.no_grad():
             for name, weight in parameters.items():
                 weight.copy_(params[name])
+                self.optimizer.state.pop(weight, None)
                 if state[name]:
                     self.optimizer.state[weight] = dict(state[name])
-                else:
-                    self.optimizer.state.pop(weight, None)
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
-        # A leftover gradient of a frozen parameter must not move it.
         own = parameters_of(self.optimizer)
-        for p in own:
+        for p in own:  # a leftover gradient of a frozen parameter must not move it
             p.grad = None
         try:
             for name, p in parameters.items():
@@ -218,3 +208,131 @@ class TorchUpdate(Update):
 def _some(value: Any) -> Any:
     """A copy of the first values of a tensor, by which an elementwise rule is compared without its memory."""
     return value.detach().flatten()[:64].clone() if isinstance(value, Tensor) and value.ndim else value
+
+
+class SGD(TorchUpdate):
+    r"""d = ±g + λθ; b′ = μb + (1−τ)d (the first time: b′ = d); θ′ = θ − η·(d + μb′ | b′ | d).
+
+    The three cases are Nesterov momentum, momentum, and none. The update is linear, so its pullback does not depend on
+    the values. With c = 1 the first time and 1−τ later:
+
+    .. math:: w = \mp\eta\,(1 + \mu c \mid c \mid 1)\, v
+    """
+
+    @staticmethod
+    def rule(
+        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+    ) -> tuple[Tensors, list[State]]:
+        d: Tensors = torch._foreach_neg(grads) if group["maximize"] else grads
+        d = torch._foreach_add(d, params, alpha=group["weight_decay"]) if group["weight_decay"] != 0 else d
+        mu, damped = group["momentum"], 1 - group["dampening"]
+        if mu != 0:
+            old = [state.get("momentum_buffer") for state in states]
+            held = [b for b in old if b is not None]
+            if len(held) == len(old):
+                new: Tensors = torch._foreach_add(torch._foreach_mul(held, mu), d, alpha=damped)
+            else:
+                new = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
+            states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
+            d = torch._foreach_add(d, new, alpha=mu) if group["nesterov"] else new
+        return torch._foreach_sub(params, torch._foreach_mul(d, group["lr"])), list(states)
+
+    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree) -> Tree:
+        w: Tree = {}
+        for group, names in self.groups(grads):
+            mu, lr, sign = group["momentum"], group["lr"], -1.0 if group["maximize"] else 1.0
+            slopes = []
+            for name in names:
+                c = 1.0 if state[name].get("momentum_buffer") is None else 1.0 - float(group["dampening"])
+                slope = sign * -(1.0 if mu == 0 else 1.0 + mu * c if group["nesterov"] else c)
+                slopes.append((lr * slope).to(v[name]) if isinstance(lr, Tensor) else lr * slope)
+            w.update(zip(names, torch._foreach_mul([v[name] for name in names], slopes), strict=True))
+        return {name: w[name] for name in grads}
+
+
+class Adam(TorchUpdate):
+    r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).
+
+    m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0 the update is smooth
+    in d, because m̂ vanishes with it, and the square root is not: there n̂ counts as the smallest normal number, a
+    constant. In float16 that is above many a real n̂, and such weights are refused.
+    """
+
+    def follow(self, parameters: Parameters) -> None:
+        half = [name for name, p in parameters.items() if p.dtype == torch.float16]
+        if half:
+            raise MetaplError(
+                f"the student's {half[0]} is in float16, whose smallest normal number, 6e-5, is above many of Adam's "
+                'second moments; expected weights in float32, with precision="bfloat16" where passes are to be short.'
+            )
+        super().follow(parameters)
+
+    @staticmethod
+    def rule(
+        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+    ) -> tuple[Tensors, list[State]]:
+        eta, kept = group["lr"], tuple(params)
+        if group["weight_decay"] != 0 and group.get("decoupled_weight_decay", False):
+            kept = torch._foreach_mul(params, 1 - eta * group["weight_decay"])
+        _, m_hat, root, _, new = _moments(params, grads, states, group)
+        step = torch._foreach_div(m_hat, torch._foreach_add(root, group["eps"]))
+        return torch._foreach_sub(kept, torch._foreach_mul(step, eta)), new
+
+    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree) -> Tree:
+        r"""In closed form, with a few fused operations instead of autograd's many:
+
+        .. math:: \frac{\partial\theta'}{\partial d} = \frac{-\eta}{\sqrt{\hat n} + \epsilon} \Big[
+                  \frac{1-\beta_1}{1-\beta_1^t} - \frac{\hat m}{\sqrt{\hat n} + \epsilon}
+                  \frac{1-\beta_2}{1-\beta_2^t} \frac{d}{\sqrt{\hat n}} \Big]
+        """
+        w: Tree = {}
+        for group, names in self.groups(grads):
+            (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
+            given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
+            d, m_hat, root, steps, new = _moments(*given, group)
+            size = torch._foreach_add(root, group["eps"])
+            of_root = torch._foreach_div(d, root)
+            torch._foreach_mul_(of_root, [(1 - beta2) / (1 - beta2**t) for t in steps])
+            if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
+                pairs = [(s["exp_avg_sq"], s["max_exp_avg_sq"]) for s in new]
+                of_root = tuple(torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, pairs, strict=True))
+            slopes = torch._foreach_neg(torch._foreach_div(torch._foreach_mul(m_hat, of_root), size))
+            torch._foreach_add_(slopes, [(1 - beta1) / (1 - beta1**t) for t in steps])
+            slopes = torch._foreach_div(torch._foreach_mul(slopes, -sign * group["lr"]), size)
+            w.update(zip(names, torch._foreach_mul([v[n] for n in names], slopes), strict=True))
+        return {name: w[name] for name in grads}
+
+
+def _moments(
+    params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+) -> tuple[Tensors, Tensors, Tensors, list[float], list[State]]:
+    """d, m̂, √n̂ and the steps t of the parameters of a group, and their new states."""
+    beta1, beta2 = group["betas"]
+    d: Tensors = torch._foreach_neg(grads) if group["maximize"] else grads
+    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
+        d = torch._foreach_add(d, params, alpha=group["weight_decay"])
+    counts = [state.get("step", 0.0) for state in states]  # tensors on the host
+    steps = [float(n.detach() if isinstance(n, Tensor) else n) + 1.0 for n in counts]
+    m = _average("exp_avg", d, beta1, states)
+    n = _average("exp_avg_sq", torch._foreach_mul(d, d), beta2, states)
+    new = [
+        {**state, "step": torch.tensor(t), "exp_avg": m_i, "exp_avg_sq": n_i}
+        for state, t, m_i, n_i in zip(states, steps, m, n, strict=True)
+    ]
+    if group["amsgrad"]:
+        for state in new:  # where they are equal, the derivative is that of n
+            n_i, top = state["exp_avg_sq"], state.get("max_exp_avg_sq")
+            state["max_exp_avg_sq"] = n_i if top is None else torch.where(n_i >= top, n_i, top)
+        n = [state["max_exp_avg_sq"] for state in new]
+    m_hat = torch._foreach_div(m, [1 - beta1**t for t in steps])
+    n_hat = torch._foreach_div(n, [1 - beta2**t for t in steps])
+    root = torch._foreach_sqrt([n_i.clamp_min(torch.finfo(n_i.dtype).tiny) for n_i in n_hat])
+    return d, m_hat, root, steps, new
+
+
+def _average(name: str, new: Tensors, beta: float, states: Sequence[State]) -> Tensors:
+    """β·old + (1−β)·new; old is 0 in the first step."""
+    fresh = torch._foreach_mul(new, 1 - beta)
+    if any(name not in state for state in states):
+        return [t + beta * state[name] if name in state else t for t, state in zip(fresh, states, strict=True)]
+    return torch._foreach_add(torch._foreach_mul([state[name] for state in states], beta), fresh)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -12,7 +11,10 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution.numerics import Tree
-from metapl.updates.base import Cotangents, Parameters, Update
+from metapl.updates.base import Parameters, Update
+
+_checked: WeakSet[Any] = WeakSet()
+"""The ``update`` functions of transforms whose derivative is known to be right."""
 
 
 def is_transform(optimizer: Any) -> bool:
@@ -37,7 +39,7 @@ class TransformUpdate(Update):
         transform.update({name: torch.zeros_like(t) for name, t in theta.items()}, fresh, params=theta, inplace=False)
         self.state = fresh if state is None else state
         if transform.update not in _checked:
-            self._refuse_wrong_vjp(theta)
+            self._refuse_wrong_derivative(theta)
             _checked.add(transform.update)
 
     def follow(self, parameters: Parameters) -> None:
@@ -54,7 +56,7 @@ class TransformUpdate(Update):
         return self.state
 
     def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        grads = _filled(params, grads)
+        grads = {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
         if any(g.requires_grad for g in grads.values()):
             # For autograd, sqrt(g²) has no derivative at 0; of an update that is smooth there, such as Adam's with its
             # ε, the derivative differs by O(1e-15/ε).
@@ -62,14 +64,6 @@ class TransformUpdate(Update):
             grads = {n: torch.where(g == 0, g + least.get(g.dtype, 1e-15), g) for n, g in grads.items()}
         updates, state = self.transform.update(grads, state, params=params, inplace=False)
         return {name: p + updates[name] for name, p in params.items()}, state
-
-    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
-        return super().pullback(params, _filled(params, grads), state, v)
-
-    def vjp(
-        self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
-    ) -> Cotangents:
-        return super().vjp(params, _filled(params, grads), state, v, state_cotangent)
 
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
@@ -93,7 +87,7 @@ class TransformUpdate(Update):
         placed = [new.to(old.device) if isinstance(old, Tensor) else new for old, new in pairs]
         self.state = pytree.tree_unflatten(placed, structure)
 
-    def _refuse_wrong_vjp(self, like: Tree) -> None:
+    def _refuse_wrong_derivative(self, like: Tree) -> None:
         """Compare autograd with a central difference: of the update along a direction of g, or of it and s′ along one
         of s.
 
@@ -115,41 +109,36 @@ class TransformUpdate(Update):
         """One of these after ``steps`` steps with gradients of size ``scale``: by autograd, and its terms."""
         draw = torch.Generator().manual_seed(steps)
 
-        def off_zero(shape: Sequence[int]) -> Tensor:
-            """Entries of random sign, none of them near 0."""
-            t = torch.randn(shape, generator=draw, dtype=torch.float64)
-            return t / 2 + t.sign() / 2
+        def off_zero(t: Tensor) -> Tensor:
+            """Entries of random sign, none of them near 0, and at most two along a dimension."""
+            entries = torch.randn([min(n, 2) for n in t.shape], generator=draw, dtype=torch.float64)
+            return entries / 2 + entries.sign() / 2
 
-        def tree(scale: float) -> Tree:
-            return {name: scale * off_zero([min(n, 2) for n in t.shape]) for name, t in like.items()}
-
-        params, g, d = tree(1.0), tree(scale), tree(0.0 if in_state else scale)
+        params, g, d, *past = ({name: off_zero(t) for name, t in like.items()} for _ in range(steps + 3))
         state = self.transform.init(params)
-        for _ in range(steps):
-            _, state = self.transform.update(tree(scale), state, params=params, inplace=False)
+        for before in past:
+            grads = {name: scale * t for name, t in before.items()}
+            _, state = self.transform.update(grads, state, params=params, inplace=False)
         leaves, structure = pytree.tree_flatten(state)
-        s = {i: t.detach() for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
-        e = {i: in_state * t * off_zero(t.shape).abs() for i, t in s.items()}  # so that second moments stay positive
+        numbers = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()]
+        e = {i: off_zero(leaves[i]).abs() for i in numbers if in_state}  # so that second moments stay positive
 
-        def moved(eps: float) -> list[Tensor]:
-            ahead = {name: t + eps * d[name] for name, t in g.items()}
-            before = pytree.tree_unflatten([t + eps * e[i] if i in s else t for i, t in enumerate(leaves)], structure)
-            updates, after = self.transform.update(ahead, before, params=params, inplace=False)
+        def moved(eps: Tensor) -> list[Tensor]:
+            of_g = 0 if in_state else eps
+            ahead = {name: scale * t * (1 + of_g * d[name]) for name, t in g.items()}
+            there = pytree.tree_unflatten(
+                [t * (1 + eps * e[i]) if i in e else t for i, t in enumerate(leaves)], structure
+            )
+            updates, after = self.transform.update(ahead, there, params=params, inplace=False)
             found = pytree.tree_leaves(after)
-            return [*(updates[name] for name in g), *(found[i] for i in s)]
+            return [*(updates[name] for name in g), *(found[i] for i in e)]
 
         # Each tensor counts alike, so that what is clipped is seen beside what is not.
-        bars = [off_zero(t.shape) / t.norm().clamp_min(1e-300) for t in moved(0.0)]
-        bars[len(g) :] = [in_state * b for b in bars[len(g) :]]
-        bar = self.vjp(params, g, state, dict(zip(g, bars, strict=False)), dict(zip(s, bars[len(g) :], strict=True)))
-        along = [(bar.gradient[name], d[name]) for name in d] + [((bar.state or {})[i], e[i]) for i in e]
-        terms = [b * (ahead - behind) for b, ahead, behind in zip(bars, moved(1e-6), moved(-1e-6), strict=True)]
-        return sum(float((a * t).sum()) for a, t in along), torch.cat([t.flatten() for t in terms]) / 2e-6
-
-
-def _filled(params: Tree, grads: Tree) -> Tree:
-    return {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
-
-
-_checked: WeakSet[Any] = WeakSet()
-"""The ``update`` functions of transforms whose VJP is known to be right."""
+        at = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        ends = moved(at)
+        bars = [off_zero(t) / t.detach().norm().clamp_min(1e-300) for t in ends]
+        total = torch.stack([(b * t).sum() for b, t in zip(bars, ends, strict=True)]).sum()
+        by_autograd = float(torch.autograd.grad(total, at, materialize_grads=True)[0]) if total.requires_grad else 0.0
+        ahead, behind = moved(at.detach() + 1e-6), moved(at.detach() - 1e-6)
+        terms = [(b * (x - y)).flatten() / 2e-6 for b, x, y in zip(bars, ahead, behind, strict=True)]
+        return by_autograd, torch.cat(terms)

@@ -113,9 +113,9 @@ def package(tmp_path: Path) -> Path:
     (tmp_path / "metapl/problems/weighted.py").write_text(PROBLEM)
     registry = tmp_path / "metapl/feedback/__init__.py"
     text = registry.read_text()
-    line = '    "none": NoFeedback,\n'
+    line = '    "none": NoFeedback(),\n'
     assert line in text
-    text = text.replace(line, line + '    "doubled": Doubled,\n')
+    text = text.replace(line, line + '    "doubled": Doubled(),\n')
     registry.write_text(
         text.replace(
             "from metapl.feedback.none", "from metapl.feedback.doubled import Doubled\nfrom metapl.feedback.none"

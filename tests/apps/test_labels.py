@@ -282,7 +282,7 @@ def test_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_without_the_extra_its_name_is_said(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for use in (lambda: LabelStore(tmp_path), lambda: add(tmp_path / "new", ["a"], softmax(1))):
-        with pytest.raises(MetaplError, match=r"need pyarrow, which is not installed.*pip install 'metapl\[labels\]'"):
+        with pytest.raises(MetaplError, match=r"need pyarrow: not installed.*pip install 'metapl\[labels\]'"):
             use()
 
 

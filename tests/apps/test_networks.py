@@ -207,11 +207,11 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"num_classes": 0}, r"pooled_cnn\.num_classes is 0; expected a whole number of 1 or more"),
-        ({"in_channels": 0}, "in_channels is 0"),
-        ({"image_size": 0}, "image_size is 0"),
-        ({"dropout": 1.0}, r"dropout is 1\.0; expected a probability in \[0, 1\)"),
-        ({"dropout": -0.1}, r"dropout is -0\.1"),
+        ({"num_classes": 0}, r"num_classes=0: expected a whole number of 1 or more"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"dropout": 1.0}, r"dropout=1\.0: expected a probability in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout=-0\.1"),
     ],
 )
 def test_pooled_cnn_refuses_sizes(fields: dict[str, Any], words: str) -> None:

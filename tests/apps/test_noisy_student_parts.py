@@ -33,7 +33,7 @@ from metapl.apps.recipes.settings import OpenOptimizer
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal
-from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss, model_noise
+from metapl.problems.stored import NoisyStudentLoss, StoredLabelLoss, model_noise
 from metapl.training import FitOptions, FitResult
 
 NOTHING = Signal(torch.zeros(0))

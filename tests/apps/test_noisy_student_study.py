@@ -17,7 +17,7 @@ from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.models import mlp
 from metapl.problems.base import Signal
-from metapl.problems.self_training import NoisyStudentLoss
+from metapl.problems.stored import NoisyStudentLoss
 from metapl.training.options import FitOptions
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

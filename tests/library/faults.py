@@ -32,8 +32,7 @@ from metapl.training.options import Rates
 from metapl.training.selection import Best, Selection
 from metapl.updates import torchopt as transforms
 from metapl.updates.base import Clipped, Update
-from metapl.updates.sgd import SGD
-from metapl.updates.torch_optim import TorchUpdate
+from metapl.updates.torch_optim import SGD, TorchUpdate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -321,7 +321,7 @@ class Returns(Language):
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        (lambda s: (s, s), "with a gradient; expected a number, or a tensor without dimensions and without a gradient"),
+        (lambda s: (s, s), "expected a number, or a tensor without dimensions and without a gradient"),
         (lambda s: (s, torch.ones(8)), r"the weight .* is a tensor of shape \(8,\).*mask\.sum\(\)"),
         (lambda s: (s, "8"), "the weight .* is of type str"),
         (lambda s: (s, 0), "sum to zero or less.*are all of its labels left out"),

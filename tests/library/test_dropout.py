@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from metapl.distributed import keyed_dropout
 from metapl.distributed.dropout import KeyedDropout, can_be_keyed, drops_by_itself
-from metapl.problems.self_training import model_noise
+from metapl.problems.stored import model_noise
 
 
 def dropped(layer: nn.Module, x: Tensor) -> Tensor:

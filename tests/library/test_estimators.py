@@ -70,7 +70,7 @@ def test_an_altered_mode_keeps_as_few_steps_as_its_base(monkeypatch: pytest.Monk
     adjoints = metapl.feedback.path.Path.adjoints
 
     def seen(path: metapl.feedback.path.Path, *arguments: Any) -> Any:
-        kept.append([step.kept for step in path.steps])
+        kept.append([bool(step.grads) for step in path.steps])
         return adjoints(path, *arguments)
 
     monkeypatch.setattr(metapl.feedback.path.Path, "adjoints", seen)
@@ -107,7 +107,7 @@ def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() 
     class Former(Forward):
         one_process = True
 
-    with pytest.raises(MetaplError, match=r"Former says one_process; expected the set `requires`.*ONE_PROCESS"):
+    with pytest.raises(MetaplError, match=r"Former says one_process.*expected the set `requires`.*ONE_PROCESS"):
         estimator(Former())
 
 

@@ -132,15 +132,21 @@ def refuse(text: str, mode: str, problem: Any, accumulate: int = 1) -> None:
 @pytest.mark.parametrize("mode", metapl.MODES)
 def test_a_signal_that_is_none(mode: str) -> None:
     sampled = mode in SAMPLED
-    refuse(r"^TensorSignal\.signal returned a tensor of shape .*metapl\.Signal\(value\)", mode, TensorSignal(sampled))
-    refuse(r"^NoSignal\.signal returned a NoneType; expected a metapl\.Signal", mode, NoSignal(sampled))
-    refuse(r"^ListSignal\.signal returned a Signal whose value is a list", mode, ListSignal(sampled))
+    refuse(
+        r"TensorSignal\.signal returned is a tensor of shape .*metapl\.Signal\(value\)",
+        mode,
+        TensorSignal(sampled),
+    )
+    refuse(r"^what NoSignal\.signal returned is of type NoneType; expected a metapl\.Signal", mode, NoSignal(sampled))
+    refuse(r"^what ListSignal\.signal returned is a Signal whose value is a list", mode, ListSignal(sampled))
 
 
 @pytest.mark.parametrize("mode", metapl.MODES)
 def test_an_inner_loss_that_is_none(mode: str) -> None:
     refuse(
-        r"^inner_loss returned a NoneType for a batch of 8; expected one loss per", mode, NoInnerLoss(mode in SAMPLED)
+        r"inner_loss returned is of type NoneType, for a batch of 8; expected one loss per",
+        mode,
+        NoInnerLoss(mode in SAMPLED),
     )
 
 
@@ -159,7 +165,7 @@ def test_the_modes_named_for_a_sampled_signal_take_as_many_steps(steps: int) -> 
 
 
 def test_a_problem_without_the_base_class_is_named() -> None:
-    refuse(r"^WithoutBase\.signal returned a tensor of shape \(8, 3\)", "forward", WithoutBase())
+    refuse(r"^what WithoutBase\.signal returned is a tensor of shape \(8, 3\)", "forward", WithoutBase())
 
 
 @pytest.mark.parametrize("kind", [ConstantOuter, DetachedOuter])

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import MetaplError
 from metapl.feedback import Forward, Implicit, Unrolled
-from metapl.models.corrector import Corrector
+from metapl.models import Corrector
 from metapl.problems import (
     ExampleLabels,
     ExampleWeights,
@@ -124,7 +124,7 @@ def test_a_teacher_that_is_called_otherwise_is_told_how(name: str, teacher: nn.M
 def test_an_inner_batch_that_is_none_is_refused_before_the_student_reads_it(name: str) -> None:
     trainer, (x, *others) = trainer_of(name), CASES[name][2]
     for inputs in (None, x.numpy(), x.tolist(), "pictures"):
-        words = "batch holds an array of NumPy|the inputs of the inner batch of .* are .*; expected a tensor, or a"
+        words = "batch holds an array of NumPy|the inner batch of .* is a .* with inputs that are a tensor"
         refused(trainer, (X, Y), (inputs, *others), words)
     for batch in ({"x": x, "y": Y}, [(x, *others)] * 4):
         refused(trainer, (X, Y), batch, r"the inner batch of .* is .*; expected \(inputs, ")

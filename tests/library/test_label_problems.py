@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl import MetaplError
+from metapl import MetaplError, models
 from metapl.execution import checks
-from metapl.models import corrector
 from metapl.problems import (
     ExampleLabels,
     ExampleWeights,
@@ -280,7 +279,7 @@ def test_a_row_that_is_not_there_is_told_later_where_reading_it_would_wait(monke
 
 
 def test_a_corrector_refuses_a_label_that_is_not_a_class() -> None:
-    network = corrector.Corrector(nn.Linear(4, 3), classes=3)
+    network = models.Corrector(nn.Linear(4, 3), classes=3)
     for given, text in ((torch.tensor([0, -1]), "runs from -1 to 0"), (torch.zeros(2), "expected integers")):
         with pytest.raises(MetaplError, match=text):
             network(torch.zeros(2, 4), given)

@@ -269,14 +269,14 @@ SLIPS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "a single loss": (
         lambda: {"teacher_losses": metapl.CrossEntropy()},
-        r"teacher_losses is CrossEntropy\(.*\) alone.*\(CrossEntropy\(\),\)",
+        r"teacher_losses is CrossEntropy\(.* alone.*\(CrossEntropy\(\),\)",
     ),
     "a loss's class": (
         lambda: {"teacher_losses": (metapl.CrossEntropy,)},
-        r"teacher_losses holds the class CrossEntropy.*write CrossEntropy\(\)",
+        r"teacher_losses holds the class CrossEntropy.*\(CrossEntropy\(\),\)",
     ),
-    "a loss's name": (lambda: {"teacher_losses": ("uda",)}, r"teacher_losses holds a value of type str"),
-    "a text": (lambda: {"teacher_losses": "uda"}, r"teacher_losses is of type str; expected a tuple of losses"),
+    "a loss's name": (lambda: {"teacher_losses": ("uda",)}, r"teacher_losses holds 'uda'; expected a tuple"),
+    "a text": (lambda: {"teacher_losses": "uda"}, r"teacher_losses is 'uda' alone; expected a tuple of losses"),
 }
 
 

@@ -30,10 +30,10 @@ IN_A_STEP = (
     *("training/trainer", "feedback/teacher", "training/loss_trainer", "execution/numerics"),
     *("execution/local", "execution/buffers", "execution/kernels", "execution/agreement", "execution/rng"),
     *("execution/writes", "feedback/hypergradient", "feedback/path", "feedback/inner_step"),
-    *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base", "feedback/lookahead"),
+    *("problems/base", "problems/pseudo_labels", "problems/losses", "feedback/base"),
     *("feedback/credit", "feedback/unrolled", "feedback/forward", "feedback/difference", "feedback/reinforce"),
     *("feedback/reinforce_per_example", "feedback/loss_difference", "feedback/none"),
-    *("updates/base", "updates/torch_optim", "updates/sgd", "updates/adam"),
+    *("updates/base", "updates/torch_optim"),
 )
 ALLOWED = {
     ("training/trainer", "exact_cosine"),

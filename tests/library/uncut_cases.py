@@ -13,8 +13,7 @@ from torch import distributed as dist
 import metapl
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
-from metapl.models import mlp
-from metapl.models.corrector import Corrector
+from metapl.models import Corrector, mlp
 from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Table, WeightNet
 
 CLASSES, ROWS, EXAMPLES, SIDE = 3, 8, 20, 8

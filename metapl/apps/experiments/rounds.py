@@ -25,7 +25,7 @@ from metapl.apps.recipes.base import Chosen, Recipe, Task, picked
 from metapl.apps.recipes.methods.noisy_student import noisy_view
 from metapl.apps.reports import Gallery
 from metapl.data.draws import fold_in
-from metapl.problems.self_training import with_model_noise
+from metapl.problems.stored import with_model_noise
 from metapl.runs.fingerprints import fingerprint
 from metapl.training import FitResult, Say
 

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from metapl.apps.networks.weights import load_weights
 from metapl.errors import MetaplError, require_extra
-from metapl.models.common import PooledFeatures, check_sizes
-from metapl.models.small_cnn import small_cnn
-from metapl.models.wide_resnet import wide_resnet
-from metapl.runs.fields import AtLeastOne, Range, check_fields
+from metapl.models.networks import PooledFeatures, small_cnn, wide_resnet
+from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
 
 _log = logging.getLogger(__name__)
@@ -173,7 +171,10 @@ _POOLED_WIDTHS = (32, 64, 128, 192)
 
 
 def pooled_cnn(
-    num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0, image_size: int | None = None
+    num_classes: AtLeastOne = 10,
+    in_channels: AtLeastOne = 3,
+    dropout: Noise = 0.0,
+    image_size: AtLeastOne | None = None,
 ) -> nn.Module:
     """Build a network that learns fast from few pictures of 16 to 96 pixels.
 
@@ -201,8 +202,8 @@ def pooled_cnn(
     >>> network(torch.zeros(2, 1, 24, 24)).shape
     torch.Size([2, 7])
     """
+    check_arguments(pooled_cnn, locals())
     side = 32 if image_size is None else image_size
-    check_sizes("pooled_cnn", dropout, num_classes=num_classes, in_channels=in_channels, image_size=side)
     # The stride of each stage's convolution, and whether the stage pools.
     plan = []
     if side > 40:

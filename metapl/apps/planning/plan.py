@@ -19,7 +19,7 @@ from metapl.apps.recipes.methods.noisy_student import NoisyStudent
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.shards import local
-from metapl.problems.self_training import NoisyStudentLoss
+from metapl.problems.stored import NoisyStudentLoss
 from metapl.training.loss_trainer import LossTrainer
 
 WIDEST = 128

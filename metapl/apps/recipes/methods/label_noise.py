@@ -21,7 +21,7 @@ from metapl.apps.recipes.methods.beside import altered, bilevel
 from metapl.apps.recipes.ranges import SomeSteps, require
 from metapl.apps.recipes.settings import OpenOptimizer, Optimizer
 from metapl.feedback import estimator
-from metapl.models.corrector import Corrector
+from metapl.models import Corrector
 from metapl.problems import (
     ExampleWeights,
     LabelCorrection,

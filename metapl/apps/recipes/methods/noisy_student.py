@@ -28,7 +28,7 @@ from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.self_training import NoisyStudentLoss, StoredLabelLoss
+from metapl.problems.stored import NoisyStudentLoss, StoredLabelLoss
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, decay_interval
 

@@ -1,0 +1,320 @@
+"""Networks for teachers and students.
+
+All work out of place: feedback differentiates the same pass forward and twice backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import length
+from metapl.execution.checks import described, logits_in, row_indices
+from metapl.execution.numerics import in_type_of, wide
+from metapl.runs.fields import AtLeastOne, Range, check_arguments
+
+AtLeastTwo = Annotated[int, Range(2)]
+Dropout = Annotated[float, Range(0, 1, of="a probability")]
+LEAST = 1e-8  # a stored probability below this counts as this: what was stored as impossible may become possible again
+
+
+def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, dropout: Dropout = 0.0) -> nn.Sequential:
+    """A multi-layer perceptron that flattens its input.
+
+    x₀ = flatten(x), x_{i+1} = dropout(activation(W_i x_i + b_i)), and the last layer is linear.
+
+    Args:
+        sizes: widths from the flattened input to the outputs, at least two.
+        activation: makes the module between two layers, ``nn.ReLU`` or ``lambda: nn.LeakyReLU(0.1)``.
+        dropout: probability in [0, 1) of zeroing a hidden unit; 0 adds no dropout layer.
+
+    Returns: a module from (B, ...) with ``sizes[0]`` values per example to (B, ``sizes[-1]``).
+    Raises: :class:`metapl.MetaplError` for fewer than two sizes, a size below 1, or a dropout outside [0, 1).
+
+    >>> mlp([64, 32, 10])(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
+    """
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise MetaplError(f"mlp got sizes {list(sizes)}; expected at least two widths of 1 or more: mlp([64, 32, 10]).")
+    check_arguments(mlp, locals())
+    layers: list[nn.Module] = [nn.Flatten()]
+    *hidden, last = pairwise(sizes)
+    for fan_in, fan_out in hidden:
+        layers += [nn.Linear(fan_in, fan_out), activation(), *([nn.Dropout(dropout)] if dropout > 0 else [])]
+    return nn.Sequential(*layers, nn.Linear(*last))
+
+
+class PooledFeatures(nn.Module):
+    """Features of pictures, their mean over positions, dropout and a linear layer."""
+
+    def __init__(self, features: nn.Module, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.features = features
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(self.pool(self.features(images)).flatten(1)))
+        return logits
+
+
+class _ConvNorm(nn.Module):
+    """3x3 convolution, group norm, ReLU."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        self.norm = nn.GroupNorm(8, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.conv(x)))
+
+
+def small_cnn(num_classes: AtLeastOne = 10, in_channels: AtLeastOne = 3, dropout: Dropout = 0.0) -> nn.Module:
+    """A network of four 3x3 convolutions for pictures of about 16x16.
+
+    They have 32, 48, 64 and 64 channels, each with group norm and ReLU, the second and third halve the resolution;
+    then the mean over positions, dropout and a linear layer. Group norm keeps the examples of a batch apart, so the
+    labeled and the unlabeled batch may differ in size and make-up.
+
+    Args:
+        num_classes: number of outputs, 1 or more.
+        in_channels: channels of a picture: 3 for color, 1 for grey.
+        dropout: probability in [0, 1) of zeroing one of the 64 features before the linear layer.
+
+    Returns: a module from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
+    Cost: 80,266 weights with 3 channels and 10 classes.
+    Raises: :class:`metapl.MetaplError` for a size below 1, or a dropout outside [0, 1).
+
+    >>> small_cnn(num_classes=7, in_channels=1)(torch.zeros(2, 1, 16, 16)).shape
+    torch.Size([2, 7])
+    """
+    check_arguments(small_cnn, locals())
+    widths, strides = pairwise((in_channels, 32, 48, 64, 64)), (1, 2, 2, 1)
+    features = nn.Sequential(*(_ConvNorm(*each, stride) for each, stride in zip(widths, strides, strict=True)))
+    network = PooledFeatures(features, 64, num_classes, dropout)
+    for module in features.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+class _Block(nn.Module):
+    """Pre-activation residual block: BN, ReLU, 3x3, BN, ReLU, dropout, 3x3."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        same_shape = channels_in == channels_out and stride == 1
+        self.shortcut = None if same_shape else nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.norm1(x))
+        residual: Tensor = self.conv1(activated)
+        residual = self.conv2(self.dropout(F.relu(self.norm2(residual))))
+        # As in the authors' code, a shortcut that changes the shape starts from the activated input.
+        skipped: Tensor = x if self.shortcut is None else self.shortcut(activated)
+        return skipped + residual
+
+
+class _WideResNet(nn.Module):
+    def __init__(self, depth: int, widen: int, num_classes: int, dropout: float, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        channels, blocks = 16, []
+        for width, first_stride in ((16 * widen, 1), (32 * widen, 2), (64 * widen, 2)):
+            for i in range((depth - 4) // 6):
+                blocks.append(_Block(channels, width, first_stride if i == 0 else 1, dropout))
+                channels = width
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(channels)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(channels, num_classes)
+        for module in self.modules():  # batch norm starts at scale 1 and shift 0 by itself
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = F.relu(self.norm(self.blocks(self.stem(images))))
+        logits: Tensor = self.head(self.pool(features).flatten(1))
+        return logits
+
+
+def wide_resnet(
+    depth: int,
+    widen: AtLeastOne,
+    num_classes: AtLeastOne = 10,
+    dropout: Dropout = 0.0,
+    in_channels: AtLeastOne = 3,
+) -> nn.Module:
+    """A pre-activation wide residual network WRN-depth-widen.
+
+    Three groups of n = (depth − 4) / 6 blocks with 16, 32 and 64 times ``widen`` channels; the second and third group
+    halve the resolution; then batch norm, ReLU, the mean over positions and a linear layer.
+
+    Args:
+        depth: number of convolutions counted as in the paper: 10, 16, 22, 28, 34, 40, ...
+        widen: width factor, 1 or more.
+        dropout: probability in [0, 1) of zeroing a value between the two convolutions of a block.
+        num_classes, in_channels: as for :func:`small_cnn`.
+
+    Returns: a module from images (B, ``in_channels``, H, W), meant for 32x32, to logits (B, ``num_classes``).
+    Cost: 1,467,610 weights for WRN-28-2 and 36.5 million for WRN-28-10, with 10 classes.
+    Raises: :class:`metapl.MetaplError` for a depth that is not 6n + 4 with n ≥ 1, and as :func:`small_cnn`.
+    Source: Zagoruyko and Komodakis, "Wide residual networks" (arXiv:1605.07146), table 1.
+
+    >>> wide_resnet(10, 1, num_classes=7)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 7])
+    """
+    if depth < 10 or (depth - 4) % 6 != 0:
+        raise MetaplError(f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, 28, say")
+    check_arguments(wide_resnet, locals())
+    return _WideResNet(depth, widen, num_classes, dropout, in_channels)
+
+
+def wide_resnet28_2(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    """WRN-28-2, the network of the CIFAR-10 and SVHN experiments; see :func:`wide_resnet`.
+
+    >>> sum(p.numel() for p in wide_resnet28_2().parameters())
+    1467610
+    """
+    return wide_resnet(28, 2, num_classes, dropout)
+
+
+def wide_resnet28_10(num_classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    """WRN-28-10, the widest network in common use on 32x32 images; see :func:`wide_resnet`."""
+    return wide_resnet(28, 10, num_classes, dropout)
+
+
+class LabelAdjuster(nn.Module):
+    r"""The small teacher of Reduced Meta Pseudo Labels: adjusted logits (B, C) of stored class distributions (B, C).
+
+    .. math:: T(q) = \log q + f\big(q, \log q / \log(1/\epsilon)\big)
+
+    f is a network of linear layers with ReLUs, whose last layer begins at zero, so that softmax T(q) = q at first.
+
+    Args:
+        num_classes, hidden, layers: C, the width of the hidden layers, and the number of linear layers.
+
+    Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
+    Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
+
+    >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
+    >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
+    True
+
+    Source: Meta Pseudo Labels, section 4, "Reduced Meta Pseudo Labels", a network of five layers and width 128; the
+    identity at the start is ours.
+    """
+
+    def __init__(self, num_classes: AtLeastTwo, hidden: AtLeastOne = 128, layers: AtLeastTwo = 5) -> None:
+        super().__init__()
+        check_arguments(LabelAdjuster.__init__, locals())
+        self.num_classes = num_classes
+        _, *linear = mlp([2 * num_classes, *[hidden] * (layers - 1), num_classes])
+        for weight in linear[-1].parameters():
+            nn.init.zeros_(weight)
+        self.correction = nn.Sequential(*linear)
+
+    def forward(self, stored_BC: Tensor) -> Tensor:
+        if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
+            raise MetaplError(
+                f"label_adjuster got {described(stored_BC)}; expected stored distributions (B, {self.num_classes})."
+            )
+        q = wide(stored_BC)
+        log_q = q.clamp_min(LEAST).log()
+        read = torch.cat([q, log_q / -math.log(LEAST)], dim=1)
+        correction: Tensor = self.correction(in_type_of(self.correction, read))
+        return log_q + correction
+
+
+label_adjuster = LabelAdjuster  # the name beside those of the other networks
+
+
+class Corrector(nn.Module):
+    r"""Logits of the right label, from an input and the label that was given to it.
+
+    .. math:: T(x, y) = f(x) + A_y, \qquad A = \mathrm{trusted} \cdot I \text{ at first}
+
+    Args:
+        network: f, from inputs (B, ...) to class logits (B, C), C = ``classes``.
+        trusted: how much is added to the logit of the given label at first.
+
+    Raises: :class:`metapl.MetaplError` for given labels that are not integers in 0..C − 1, and fewer than two classes.
+
+    >>> Corrector(nn.Linear(4, 3), classes=3)(torch.zeros(2, 4), torch.tensor([0, 2])).argmax(1)
+    tensor([0, 2])
+
+    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021), for a corrector
+    that reads an input and its given label; theirs is another network, of the student's features and an embedding.
+    """
+
+    def __init__(self, network: nn.Module, classes: AtLeastTwo, trusted: float = 4.0) -> None:
+        check_arguments(Corrector.__init__, locals())
+        super().__init__()
+        self.network = network
+        self.of_given = nn.Parameter(trusted * torch.eye(classes))
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        logits: Tensor = self.network(x) + self.of_given[row_indices(given, len(self.of_given), "Corrector")]
+        return logits
+
+
+class Logits(nn.Module):
+    """A network, such as those of Hugging Face, as a module from the inputs of a batch to logits.
+
+    The inputs go in as the batch has them: a dict as keyword arguments, a tuple or list as positional ones, a tensor
+    alone. What comes out is the tensor that the network returns, or its ``logits`` (an attribute, or the entry of a
+    dict).
+
+    Args:
+        network: is held, not copied: what is trained are its own weights.
+
+    Raises: :class:`metapl.MetaplError` where the network is not a module; on a call, where it returns neither, or not
+        logits (B, C).
+
+    >>> class Scorer(nn.Module):
+    ...     def forward(self, input_ids, attention_mask):
+    ...         return {"logits": torch.ones(len(input_ids), 3) * attention_mask[:, :1]}
+    >>> batch = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "attention_mask": torch.ones(2, 5)}
+    >>> Logits(Scorer())(batch).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise MetaplError(f"metapl.models.Logits was given {described(network)}; expected a torch.nn.Module.")
+        self.network = network
+
+    def forward(self, inputs: Any) -> Tensor:
+        if isinstance(inputs, Mapping):
+            outputs = self.network(**inputs)
+        else:
+            outputs = self.network(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
+        logits, rows = outputs if isinstance(outputs, Tensor) else logits_in(outputs), length(inputs)
+        is_logits = isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point()
+        if not is_logits or (rows and len(logits) != rows):
+            found = described(logits if isinstance(logits, Tensor) else outputs)
+            raise MetaplError(
+                f"the {type(self.network).__name__} in metapl.models.Logits returned {found} for {rows} examples; "
+                "expected floating-point logits (examples, classes): a tensor, an object with .logits or a dict with "
+                "'logits'. For other outputs, such as a language model's, write a module that returns "
+                "network(**inputs).logits."
+            )
+        return logits
