@@ -21,7 +21,7 @@ from metapl.apps.experiments.load_run import load_run
 from metapl.apps.export import export
 from metapl.apps.networks import Architecture, load_weights, normalized
 from metapl.apps.reports import robustness
-from metapl.apps.reports.style import PALETTE
+from metapl.apps.reports.canvas import PALETTE
 from metapl.metrics import evaluate_logits
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]

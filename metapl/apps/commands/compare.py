@@ -24,8 +24,8 @@ from metapl.apps.experiments.store import stored_data, stored_result
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
+from metapl.apps.reports.canvas import PALETTE
 from metapl.apps.reports.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
-from metapl.apps.reports.style import PALETTE
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
 from metapl.runs.atomic import written_last

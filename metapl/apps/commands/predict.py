@@ -22,7 +22,8 @@ from metapl.apps.commands.inputs import Inputs, Network, require_finite
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
-from metapl.apps.reports import MOST_GROUPS, SOFTWARE, Gallery, draw_grid, pictures_a_group
+from metapl.apps.reports.canvas import SOFTWARE
+from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group
 from metapl.errors import MetaplError, few
 from metapl.words import shown, tell
 
