@@ -18,8 +18,8 @@ from ranks import Ranks
 from torch import distributed as dist
 
 from metapl.apps.commands.plan import PLANNED, without_data
-from metapl.apps.planning.held import Held
 from metapl.apps.planning.plan import Plan, bytes_of, plan, propose
+from metapl.apps.planning.rehearsal import Held
 from metapl.apps.recipes import Cifar10, Digits
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.settings import Feedback, Optimizer

@@ -14,9 +14,8 @@ import tyro
 from metapl.apps.commands.evaluate import EVALUATION
 from metapl.apps.commands.folders import held, written_to
 from metapl.apps.commands.parse import Command, Folder, unset
-from metapl.apps.evaluation.attacks import LEVELS, Attack
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET
+from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
 from metapl.apps.experiments.folder import RunFolder, flat
 from metapl.apps.experiments.load_run import LoadedRun, load_run

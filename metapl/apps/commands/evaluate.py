@@ -7,7 +7,7 @@ import statistics
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +18,9 @@ from metapl.apps.commands.folders import held, written_to
 from metapl.apps.commands.inputs import Network, TestFolder, require_finite
 from metapl.apps.commands.parse import Command, File, Folder, Run, Switch, unset
 from metapl.apps.evaluation import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
-from metapl.apps.evaluation.attacks import LEVELS, Attack
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET
 from metapl.apps.evaluation.imagenet import Pictures, Subject, imagenet_a, imagenet_c, imagenet_p, is_imagenet
-from metapl.apps.evaluation.measure import Robustness, measure
+from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack, Robustness, measure
 from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.recipes import ImageRecipe
@@ -126,7 +124,7 @@ class Evaluators(Command):
                         "with --label-sets again."
                     )
                 several = multi_label_accuracy(logits.max(dim=1).indices, sets)
-                content["multi_label"] = several.to_json()
+                content["multi_label"] = asdict(several)
             blocks = [figures(clean, several, on), confusions(clean, subject.classes or ())]
             if self.corruptions or self.attack is not None:
                 with counting("pictures", shown=True) as update:

@@ -14,7 +14,7 @@ from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import describe, stored_data
 from metapl.apps.export import export
-from metapl.apps.export.programs import can_run_onnx, require_onnx
+from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title
 from metapl.metrics import Evaluation
 from metapl.words import tell

@@ -102,14 +102,15 @@ def draw_report(
     """
     if len(curves) > len(PALETTE):
         raise MetaplError(f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colors")
-    names = [shown(name) for name in (range(len(confusion or ())) if classes is None else classes)]
-    widths = {len(row) for row in confusion or ()}
-    if confusion is not None and not {len(confusion)} == widths == {len(names)}:
+    matrix = [] if confusion is None else [[int(count) for count in row] for row in confusion]
+    names = [shown(name) for name in (range(len(matrix)) if classes is None else classes)]
+    widths = {len(row) for row in matrix}
+    if confusion is not None and not {len(matrix)} == widths == {len(names)}:
         raise MetaplError(
-            f"the confusion has {len(confusion)} rows of {sorted(widths)} counts, for {len(names)} names of classes; "
+            f"the confusion has {len(matrix)} rows of {sorted(widths)} counts, for {len(names)} names of classes; "
             "expected C rows of C counts, and C names"
         )
-    counts = np.array(confusion or np.zeros((0, 0)), int)
+    counts = np.array(matrix)
     by_title: dict[str, Panel] = {}
     for panel in PANELS:
         if any(panel.points(rows, key) for rows in curves.values() for key, _ in panel.series):
