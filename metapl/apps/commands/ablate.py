@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from metapl.ablation import ablate
-from metapl.apps.commands.folders import held, written_to
+from metapl.apps.commands.inputs import held, written
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.settle import settled
@@ -23,19 +23,18 @@ from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.apps.reports.ablation import draw_ablation
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
-from metapl.runs.atomic import written_last
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 from metapl.words import did_you_mean, tell, wrapped
 
+# Options of :func:`metapl.ablate` that are flags by the same name.
 ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")
-"""Options of :func:`metapl.ablate` that are flags by the same name."""
 
+# Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run.
 OF_RUNS = (
     *("schedule", "warmup", "wait", "warm_start", "ema_decay", "validate_every", "log_every", "save_every", "keep"),
     *("exact_every", "num_workers", "finetune_steps", "finetune_batch", "finetune"),
 )
-"""Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run."""
 
 Steps = Annotated[int, Range(0, most=10**9)]
 
@@ -84,7 +83,7 @@ class Looking(Command):
             tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
             tell(wrapped(found.recommendation))
             if self.out is not None:
-                with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
+                with written(self.out, "ablation.json", found.to_json()):
                     draw_ablation(self.out / "ablation.png", found.as_dict())
                 tell(f"\nthe figures are in {self.out}")
         return 0
@@ -117,7 +116,6 @@ class Ablate(Looking, OnRecipe):
 
 
 COMMANDS = Ablate.on(Digits, ImageFolders, *PROTOCOL_RECIPES)
-"""The recipes whose networks can be looked at, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

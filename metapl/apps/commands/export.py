@@ -1,4 +1,4 @@
-"""``metapl export RUN --out DIR``"""
+"""``metapl export RUN --out DIR`` and ``metapl shards FOLDER --out DIR``: files for others, and for trainings."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-from metapl.apps.commands.folders import held
-from metapl.apps.commands.inputs import Network
-from metapl.apps.commands.parse import Command, Run, Switch, unset
+import tyro
+
+from metapl.apps.commands.inputs import Network, counted, held
+from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
 from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.experiments.store import describe, stored_data
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
+from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
 from metapl.apps.recipes.methods import title
+from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
-from metapl.words import tell
+from metapl.runs.fields import AtLeastOne
+from metapl.training.progress import counting
+from metapl.words import shown, tell
 
+# What stands on the card of a student's evaluation, beside its accuracy; and parts of the data, as ``data.json`` calls
+# them: numbers of examples, or lists of them.
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
-"""What stands on the card of a student's evaluation, beside its accuracy."""
-
 PARTS = ("labeled", "unlabeled", "validation", "test")
-"""Of the data, as ``data.json`` calls them: numbers of examples, or lists of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class Export(Command):
 
 
 def _card(run: LoadedRun, name: str) -> dict[str, Any]:
-    """What :func:`metapl.apps.export.export` writes on the card: figures of the exported network, and of no others."""
+    """What stands on the card: figures of the exported network, and of no others."""
     result, recipe, method = run.result, run.recipe, run.result["method"]
     metrics: dict[str, Any] = {}
     if "evaluation" in result:
@@ -87,10 +91,8 @@ def _card(run: LoadedRun, name: str) -> dict[str, Any]:
     if f"{name}_validation_accuracy" in result:
         metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
         metrics["validation examples"] = result["validation_size"]
-    of_data = run.folder
-    if run.is_comparison:
-        of_data = RunFolder(of_data.path / method / f"seed-{result['seed']}")
-    data = stored_data(of_data)
+    path = run.folder.path
+    data = stored_data(RunFolder(path / method / f"seed-{result['seed']}" if run.is_comparison else path))
     record = data | data.get("counts", {})
     numbers = {part: record[part] for part in PARTS if part in record}
     counts = {part: len(found) if isinstance(found, list) else found for part, found in numbers.items()}
@@ -138,3 +140,43 @@ def _notes(run: LoadedRun, name: str) -> Iterator[str]:
         yield f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}."
     yield "Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given."
     yield run.recipe.input_note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards(Command):
+    """Write the pictures of a folder as tar files, which are moved and read faster than millions of small files.
+
+    The folder of the tar files stands for that of the pictures wherever unlabeled pictures are given: --unlabeled, and
+    PICTURES of ``metapl label``. WebDataset reads them too. The same pictures give the same bytes; a command that was
+    stopped goes on when it is given once more.
+
+    Args:
+        folder: folder of pictures, with all folders in it; with --check, folder of shards.
+        out: folder of the tar files; made if need be.
+        pictures: number of pictures in a tar file.
+        check_only: compare the bytes of shards with the checksums of shards.json, and write nothing.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, unset("FOLDER")]
+    out: Folder = None
+    pictures: Annotated[AtLeastOne, tyro.conf.arg(metavar="N")] = PER_SHARD
+    check_only: Annotated[bool, tyro.conf.arg(name="check", help_behavior_hint="")] = False
+
+    def run(self) -> int:
+        if (self.out is None) != self.check_only:
+            given = "--out was given with --check" if self.check_only else "neither --out nor --check was given"
+            raise MetaplError(f"{given}; expected --out DIR to write shards, or --check to look at written ones.")
+        broken: list[str] = []
+        with counting("pictures", shown=True) as update:
+            if self.out is None:
+                manifest, done = check_shards(self.folder, update), f"are as they were written: {shown(self.folder)}"
+            else:
+                manifest = write_shards(self.folder, self.out, self.pictures, update, broken.append)
+                done = f"are written: {shown(self.out)}"
+        size = sum(shard.bytes for shard in manifest.shards)
+        shards = counted(len(manifest.shards), "shard")
+        tell(f"{manifest.pictures:,} pictures in {shards} of {size / 1e6:,.1f} MB together {done}")
+        if broken:
+            files = counted(len(broken), "file")
+            tell(f"{files} cannot be read as pictures, and will be left out of a training: {few(broken)}", wrap=True)
+        return 0

@@ -28,11 +28,9 @@ from metapl.training import FitResult
 from metapl.training.selection import weights_of
 from metapl.words import table, tell
 
+# What the name of the folder begins with, within the run's, in which its records are kept until it has ended.
 SCRATCH = ".finetune-"
-"""What the name of the folder begins with, within the run's, in which its records are kept until it has ended."""
-
-ORDER = ("student", "teacher", "finetuned")
-"""The networks of a run: the first of equals by validation is delivered."""
+ORDER = ("student", "teacher", "finetuned")  # the first of equals by validation is delivered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,28 +75,32 @@ class Finetune(Command):
         except KeyboardInterrupt as stopped:
             tell(f"\nmetapl: stopped; {self.folder} is as it was.", file=sys.stderr)
             return exit_code(stopped)
-        usual = {"steps": run.recipe.finetune_steps, "lr": run.recipe.finetune.lr}
-        rows: list[tuple[str, ...]] = [("", "validation", "test", "steps", "learning rate")]
-        for name, network, found, settings in (
-            (titled(run.result["method"], "student"), "student", run.result, None),
-            ("finetuned, before", "finetuned", run.result, run.result.get("finetuned_with", usual)),
-            ("finetuned, now", "finetuned", result, result["finetuned_with"]),
-        ):
-            values = [found.get(f"{network}_{part}_accuracy") for part in ("validation", "test")]
-            by = ("", "") if settings is None else (str(settings["steps"]), f"{settings['lr']:g}")
-            rows.append((name, *("-" if value is None else f"{value:.2%}" for value in values), *by))
-        n, on = result["validation_size"], result.get("evaluation")
-        validation = f"validation: {n:,} examples" if n else "no validation set"
-        test = "no test set was given"
-        if on is not None:
-            test = f"test: {on['n']:,} examples, chance {Evaluation(**on).chance:.2%}"
+        tell(_compared(run, result))
+        tell(f"the {run.titled('finetuned')} and its numbers in {self.folder} are new")
         by_rule = "by validation" if result["delivered_by"] == "validation" else "by rule"
         name, before = (run.titled(one["delivered"]) for one in (result, run.result))
-        changed = "" if name == before else f"; before: {before}"
-        tell(f"{run.title}\n\n{table(rows)}\n\n{validation}; {test}\n")
-        tell(f"the {run.titled('finetuned')} and its numbers in {self.folder} are new")
-        tell(f"delivered: {name} ({by_rule}{changed})")
+        tell(f"delivered: {name} ({by_rule}{'' if name == before else f'; before: {before}'})")
         return 0
+
+
+def _compared(run: LoadedRun, result: dict[str, Any]) -> str:
+    """The network before finetuning, finetuned before and now, and on what they were measured."""
+    usual = {"steps": run.recipe.finetune_steps, "lr": run.recipe.finetune.lr}
+    rows: list[tuple[str, ...]] = [("", "validation", "test", "steps", "learning rate")]
+    for name, network, found, settings in (
+        (titled(run.result["method"], "student"), "student", run.result, None),
+        ("finetuned, before", "finetuned", run.result, run.result.get("finetuned_with", usual)),
+        ("finetuned, now", "finetuned", result, result["finetuned_with"]),
+    ):
+        values = [found.get(f"{network}_{part}_accuracy") for part in ("validation", "test")]
+        by = ("", "") if settings is None else (str(settings["steps"]), f"{settings['lr']:g}")
+        rows.append((name, *("-" if value is None else f"{value:.2%}" for value in values), *by))
+    n, on = result["validation_size"], result.get("evaluation")
+    validation = f"validation: {n:,} examples" if n else "no validation set"
+    test = "no test set was given"
+    if on is not None:
+        test = f"test: {on['n']:,} examples, chance {Evaluation(**on).chance:.2%}"
+    return f"{run.title}\n\n{table(rows)}\n\n{validation}; {test}\n"
 
 
 def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:

@@ -31,15 +31,10 @@ def unset(metavar: str | None = None, help: str | None = None, default: str = ""
     return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=default)
 
 
-Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]
-"""The folder of a run, by its place."""
-
-Switch = Annotated[bool, unset()]
-"""Off unless given."""
-
+Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
+Switch = Annotated[bool, unset()]  # off unless given
 Folder = Annotated[Path | None, unset("DIR")]
 File = Annotated[Path | None, unset("FILE")]
-"""They may be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,7 @@ class Command(ABC):
 
     @classmethod
     def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
-        """The command that a command line means, and how its help is asked for: ``program`` if nothing is special."""
+        """The command that a command line means, and how its help is asked for."""
         return cls, program
 
     def check(self) -> None:  # noqa: B027  # most leave it to what they call
@@ -64,15 +59,15 @@ class Command(ABC):
 
 # ----------------------------------------------------------------------------------------------------------- the words
 
-EXPECTED = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}
-
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 REGISTRY = tyro.constructors.ConstructorRegistry()
-"""How words become values, with refusals in words of ours."""
+EXPECTED = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}
 
 
 @REGISTRY.primitive_rule
 def _plain(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Of numbers, texts, places and choices, one or several, and of switches that can be left open."""
+    """How words become numbers, texts, places and choices, one or several, and switches that can be left open, with
+    refusals in words of ours."""
     parts = get_args(of.type) if of.type_origin in (Union, types.UnionType) else (of.type,)
     kinds = [_bare(part) for part in parts if part is not NoneType]
     if len(kinds) != 1:
@@ -118,16 +113,14 @@ def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-SPELLINGS = {
-    "labelled": "labeled",
-    "unlabelled": "unlabeled",
-    "normalisation": "normalization",
-    "optimiser": "optimizer",
-    "gray": "grey",
-    "colour": "color",
-    "recolour": "recolor",
-}
-"""Other spellings of words in flags, which are taken for ours."""
+# Other spellings of words in flags, which are taken for ours.
+SPELLINGS = {"labelled": "labeled", "unlabelled": "unlabeled", "normalisation": "normalization"}
+SPELLINGS |= {"optimiser": "optimizer", "gray": "grey", "colour": "color", "recolour": "recolor"}
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The words of a command line up to their =."""
+    return {word.partition("=")[0] for word in words}
 
 
 def respelled(arguments: Sequence[str]) -> list[str]:
@@ -144,8 +137,6 @@ def respelled(arguments: Sequence[str]) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------- the parsing
-
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
@@ -192,7 +183,7 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
         yield
     except FieldError as error:
         name = error.field.replace("_", "-")
-        flags = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+        flags = {word.replace("_", "-") for word in flags_in(arguments) if word.startswith("--")}
         own = flags & {f"--{name}", f"--{name.removesuffix('-name')}"}
         meant = [*own] or [flag for flag in flags if flag.endswith((f".{name}", f"-{name}"))]
         if len(meant) != 1:
@@ -208,8 +199,7 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
 class OnRecipe(Command):
     """A command whose flags are the fields of a recipe and of a method; from both the recipe by the method is made."""
 
-    kind: ClassVar[type[Recipe]]
-    """Of the recipe."""
+    kind: ClassVar[type[Recipe]]  # of the recipe
 
     recipe: Unasked[Any]
     settings: Unasked[Any] = None
@@ -236,10 +226,8 @@ class OnRecipe(Command):
         cls, settings: Method, words: Sequence[str] | None, about: str, hidden: Collection[str], **fields: Any
     ) -> type[Self]:
         """The command with the flags of its recipe and of a method, with its defaults; ``about`` is what its help says.
-
-        Of two kinds of views those have flags that ``words`` choose (None: both), and fields that are ``hidden`` have
-        none; ``fields`` are further ones, (type, default) each.
-        """
+        Of two kinds of views those have flags that ``words`` choose (None: both), and ``hidden`` fields have none;
+        ``fields`` are further ones, (type, default) each."""
         views: tuple[str, ...] = ()
         if words is not None and "randaugment" in cls.kind.__dataclass_fields__:
             views = ("changes",) if "--randaugment" in words else ("pad", "strong")

@@ -17,8 +17,7 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from metapl.apps.commands.folders import check_file
-from metapl.apps.commands.inputs import Inputs, Network, require_finite
+from metapl.apps.commands.inputs import Inputs, Network, check_file, counted, require_finite
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
@@ -97,7 +96,7 @@ class Predict(Command):
                 if self.grid is not None:
                     grid.add(ranked[0], p[ranked[0]], example, x)
         if self.out is not None:
-            tell(f"{count} prediction{'s' * (count != 1)} in {self.out}")
+            tell(f"{counted(count, 'prediction')} in {self.out}")
         if self.grid is not None and count:
             grid.draw(self.grid, f"{run.title}, {run.titled(name)}")
         if inputs.skipped:
@@ -144,11 +143,8 @@ def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[
 
 
 class PredictionGrid:
-    """Collects predictions one by one, and draws each class's surest and least sure pictures.
-
-    Of each class seen so far, as many pictures are kept as a page has room for, eight at most and fewer the more
-    classes there are: the most and the least probable ones.
-    """
+    """Collects predictions one by one, and draws each class's surest and least sure pictures: as many as a page has
+    room for, eight at most and fewer the more classes there are."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
@@ -156,7 +152,7 @@ class PredictionGrid:
         self._seen: dict[int, list[tuple[float, str, Tensor]]] = {}  # probability, name, picture
 
     def add(self, index: int, probability: float, name: str, x: Tensor) -> None:
-        """An example ``x`` (C, H, W), in [0, 1], that was taken for class ``index``."""
+        """An example (C, H, W), in [0, 1], that was taken for class ``index``."""
         picture = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         kept = self._seen.setdefault(index, [])
         bisect.insort(kept, (probability, name, picture), key=lambda seen: -seen[0])
@@ -174,9 +170,11 @@ class PredictionGrid:
         for index in drawn:
             probabilities, names, pictures = zip(*self._seen[index], strict=True)
             captions = tuple(f"{p:.1%}\n{Path(name).name}" for p, name in zip(probabilities, names, strict=True))
-            groups.append(Gallery(self.classes[index], _many(self.counts[index]), torch.stack(pictures), captions))
+            groups.append(
+                Gallery(self.classes[index], counted(self.counts[index], "picture"), torch.stack(pictures), captions)
+            )
         total, predicted = self.counts.total(), len(self.counts)
-        notes = [f"{source}; {_many(total)}, {predicted:,} of {len(self.classes):,} classes predicted"]
+        notes = [f"{source}; {counted(total, 'picture')}, {predicted:,} of {len(self.classes):,} classes predicted"]
         if len(drawn) < predicted:
             notes.append(f"shown: the {len(drawn):,} with the most pictures")
         if max(self.counts.values()) > (each := pictures_a_group(predicted)):
@@ -186,7 +184,3 @@ class PredictionGrid:
         if absent:
             notes.append(f"never predicted: {few(absent)}")
         draw_grid(path, "What the pictures were taken for", "; ".join(notes), groups)
-
-
-def _many(count: int) -> str:
-    return f"{count:,} picture{'s' * (count != 1)}"

@@ -31,9 +31,7 @@ def exit_code(stopped: KeyboardInterrupt) -> int:
 @contextmanager
 def stoppable(*, for_good: bool) -> Iterator[None]:
     """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes meanwhile is not heard.
-
-    Args:
-        for_good: the process ends with the block: signals that come after it has begun to end are not heard either.
+    With ``for_good`` the process ends with the block: signals that come after it has begun to end are not heard either.
     """
     stopping = False
 

@@ -310,7 +310,7 @@ def draw_rounds(
     names = [shown(name) for name in rounds[-1]["labeled_per_class"]]
     galleries = [gallery for gallery in galleries if len(gallery)]
     texts = [title, summary, *names, *(text for gallery in galleries for text in gallery.texts)]
-    lines = {}
+    lines: dict[str, list[float]] = {}
     for name in ("test", "validation"):  # of the network of each round, beginning with the first teacher
         found = [each.get(f"{name}_accuracy") for each in (rounds[0]["teacher"], *rounds)]
         lines |= {} if None in found else {name: found}
