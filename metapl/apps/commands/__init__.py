@@ -84,9 +84,8 @@ def _dispatch(given: list[str]) -> int:
         return print_completion(words)
     if command not in COMMANDS:
         raise _unknown("command", command, [*COMMANDS], "see metapl --help")
-    from metapl.apps.commands.parse import flags_in, flags_named, parse, respelled
+    from metapl.apps.commands.parse import flags_in, flags_named, parse
 
-    words = respelled(words)
     program, kind = f"metapl {command}", found(command)
     if command == "ablate" and "--factory" in flags_in(words):
         from metapl.apps.commands.ablate import AblateFactory

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import sys
 import traceback
 from abc import abstractmethod
@@ -25,7 +25,7 @@ from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
-from metapl.words import did_you_mean, tell, wrapped
+from metapl.words import tell, wrapped
 
 # Options of :func:`metapl.ablate` that are flags by the same name.
 ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")
@@ -148,32 +148,21 @@ class AblateFactory(Looking):
 
 def made_by(name: str) -> Any:
     """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
-    module, _, function = name.partition(":")
-    if module.endswith(".py") or not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise MetaplError(
-            f"--factory {name}: expected module:function, such as my_networks:build of my_networks.py in this folder."
-        )
-    what, folder = f"importing {module}", os.getcwd()
+    folder = os.getcwd()
     sys.path.insert(0, folder)  # the function may import from there too
     try:
-        imported = importlib.import_module(module)
-        if not hasattr(imported, function):
-            meant = did_you_mean(function, [*vars(imported)]) or "."
-            raise MetaplError(f"--factory {name}: the module {module} has no function {function}{meant}")
-        what = function
-        return getattr(imported, function)()
+        return pkgutil.resolve_name(name)()
     except MetaplError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            expected = "expected a module in this folder, or an installed one"
-            raise MetaplError(f"--factory {name}: {error}; {expected}.") from error
         # The innermost line of the user's own says more than one inside a library.
         frames = traceback.extract_tb(error.__traceback__)
         own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
         where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
         text = str(error).strip().partition("\n")[0].rstrip(".")
-        told = f"{type(error).__name__}{f': {text}' if text else ''}{where}"
-        raise MetaplError(f"--factory {name}: {what} failed: {told}.") from error
+        raise MetaplError(
+            f"--factory {name} failed: {type(error).__name__}{f': {text}' if text else ''}{where}; expected "
+            "module:function, such as my_networks:build of my_networks.py in this folder, or of one that is installed."
+        ) from error
     finally:
         sys.path.remove(folder)

@@ -186,7 +186,7 @@ def print_completion(given: Sequence[str]) -> int:
     """``metapl --print-completion SHELL``: tyro writes the script by which a shell completes commands and flags."""
     import tyro
 
-    from metapl.apps.commands.parse import CONFIG, REGISTRY, OnRecipe
+    from metapl.apps.commands.parse import CONFIG, REGISTRY
 
     if len(given) != 1 or given[0] not in SHELLS:
         raise MetaplError(
@@ -204,10 +204,7 @@ def print_completion(given: Sequence[str]) -> int:
 
         if command not in CHOICES:
             return found(command)
-        kinds = {
-            name: kind.completed(f"metapl {command} {name}") if issubclass(kind, OnRecipe) else kind
-            for name, kind in found(command).items()
-        }
+        kinds = {name: kind.given((), f"metapl {command} {name}")[0] for name, kind in found(command).items()}
         chosen.__annotations__["choice"] = Annotated[one_of(kinds), tyro.conf.arg(name="")]
         return chosen
 

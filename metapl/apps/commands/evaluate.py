@@ -71,8 +71,8 @@ class Evaluators(Command):
     @property
     def released(self) -> dict[str, Path]:
         """ImageNet's test sets that were given, by their letters."""
-        sets = {"a": self.imagenet_a, "c": self.imagenet_c, "p": self.imagenet_p}
-        return {letter: folder for letter, folder in sets.items() if folder is not None}
+        given = {"a": self.imagenet_a, "c": self.imagenet_c, "p": self.imagenet_p}
+        return {letter: folder for letter, folder in given.items() if folder is not None}
 
     def check(self) -> None:
         if self.eps and self.attack is None:
@@ -130,14 +130,14 @@ class Evaluators(Command):
         several = None
         if self.label_sets is not None:
             classes = subject.classes or tuple(map(str, range(subject.outputs)))
-            sets_of_labels = read_label_sets(self.label_sets, classes, names)
+            right = read_label_sets(self.label_sets, classes, names)
             if names is not None and len(logits) < len(names):
                 raise MetaplError(
                     f"{len(names) - len(logits):,} of the {len(names):,} test files cannot be read and were left out, "
                     "so it is not known which prediction is whose; mend or remove these files, then evaluate with "
                     "--label-sets again."
                 )
-            several = multi_label_accuracy(logits.max(dim=1).indices, sets_of_labels)
+            several = multi_label_accuracy(logits.max(dim=1).indices, right)
             content["multi_label"] = asdict(several)
         blocks = [figures(clean, several, on), confusions(clean, subject.classes or ())]
         if self.corruptions or self.attack is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 import shutil
 import sys
 import textwrap
@@ -113,27 +112,9 @@ def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-# Other spellings of words in flags, which are taken for ours.
-SPELLINGS = {"labelled": "labeled", "unlabelled": "unlabeled", "normalisation": "normalization"}
-SPELLINGS |= {"optimiser": "optimizer", "gray": "grey", "colour": "color", "recolour": "recolor"}
-
-
 def flags_in(words: Sequence[str]) -> set[str]:
     """The words of a command line up to their =."""
     return {word.partition("=")[0] for word in words}
-
-
-def respelled(arguments: Sequence[str]) -> list[str]:
-    """Flags in our spelling: whole words, between dashes, dots and underscores.
-
-    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=gray", "--changes.no-recolour", "--grayscale"])
-    ['--labeled', 'labelled/', '--unlabeled-batch=gray', '--changes.no-recolor', '--grayscale']
-    """
-
-    def flag(name: re.Match[str]) -> str:
-        return re.sub("[a-z]+", lambda word: SPELLINGS.get(word[0], word[0]), name[0])
-
-    return [re.sub("^--[^=]*", flag, word) for word in arguments]
 
 
 # --------------------------------------------------------------------------------------------------------- the parsing
@@ -217,19 +198,14 @@ class OnRecipe(Command):
         return {kind.name: type(cls.__name__, (cls,), {"kind": kind}) for kind in kinds}
 
     @classmethod
-    def completed(cls, program: str) -> type[Command]:
-        """The command with all flags that a shell may complete."""
-        return cls.given((), program)[0]
-
-    @classmethod
     def flags(
-        cls, settings: Method, words: Sequence[str] | None, about: str, hidden: Collection[str], **fields: Any
+        cls, settings: Method, words: Sequence[str], about: str, hidden: Collection[str], **fields: Any
     ) -> type[Self]:
         """The command with the flags of its recipe and of a method, with its defaults; ``about`` is what its help says.
-        Of two kinds of views those have flags that ``words`` choose (None: both), and ``hidden`` fields have none;
-        ``fields`` are further ones, (type, default) each."""
+        Of two kinds of views those have flags that ``words`` choose, and ``hidden`` fields have none; ``fields`` are
+        further ones, (type, default) each."""
         views: tuple[str, ...] = ()
-        if words is not None and "randaugment" in cls.kind.__dataclass_fields__:
+        if "randaugment" in cls.kind.__dataclass_fields__:
             views = ("changes",) if "--randaugment" in words else ("pad", "strong")
         own = _flags(type(settings), {*hidden, *views})
         made: list[Any] = [

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -95,34 +95,6 @@ class Train(OnRecipe):
         name = next((name for name in named if name in cls.offered()), cls.own or cls.kind.own)
         settings = cls.usual(name)
         hidden = () if "--compare" in words else settings.hidden(words)
-        return cls._with_methods(settings, name, words, program, hidden), f"{program} --method {name}"
-
-    @classmethod
-    def completed(cls, program: str) -> type[Command]:
-        """With the flags of every method."""
-
-        def width(value: Any) -> int:
-            """Its number of flags."""
-            return len(getattr(value, "__dict__", ()))
-
-        own = cls.own or cls.kind.own
-        fields: dict[str, Any] = {}
-        for method in map(cls.usual, (own, *cls.offered())):
-            hints = get_type_hints(type(method), include_extras=True)
-            for name, value in vars(method).items():  # what a teacher with feedback has is more than one without
-                if name not in fields or width(value) > width(fields[name][2].default):
-                    fields[name] = (name, hints[name], field(default=value))
-        kind, space = type(cls.usual(own)), {"__post_init__": lambda self: None}
-        every = dataclasses.make_dataclass(
-            kind.__name__, fields.values(), bases=(kind,), frozen=True, kw_only=True, namespace=space
-        )
-        return cls._with_methods(every(), own, None, program, ())
-
-    @classmethod
-    def _with_methods(
-        cls, settings: Method, name: str, words: Sequence[str] | None, program: str, hidden: Sequence[str]
-    ) -> type[Train]:
-        """With ``--method`` and ``--methods``, and the flags of ``settings``."""
         offered, compares = cls.offered(), cls.compares()
         one: Any = Literal[tuple(offered)]
         some: Any = Literal[tuple(compares)]
@@ -135,7 +107,7 @@ class Train(OnRecipe):
             "method": (Annotated[one, unset("METHOD", how, f"(default: {name})")], name),
             "methods": (Annotated[tuple[some, ...] | None, unset("METHOD ...", several)], None),
         }
-        return cls.flags(settings, words, cls.about(), hidden, **methods)
+        return cls.flags(settings, words, cls.about(), hidden, **methods), f"{program} --method {name}"
 
     @classmethod
     def about(cls) -> str:

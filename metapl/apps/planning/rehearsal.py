@@ -73,14 +73,48 @@ class Rehearsal(NamedTuple):
 
 @contextmanager
 def stage(mesh: Mesh) -> Iterator[None]:
-    """In this block tensors have no values, and this process is rank 0 of a mesh."""
+    """In this block tensors have no values, and this process is rank 0 of a mesh: the others say what it says."""
+
+    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+
+        return called
+
     with ExitStack() as stack:
         if mesh.size > 1:
-            stack.enter_context(_pretended_ranks(mesh.size))
+            if dist.is_available() and dist.is_initialized():
+                raise MetaplError("a plan pretends the ranks of a mesh; this process is in a process group already.")
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", rank=0, world_size=mesh.size, store=FakeStore())
+            stack.callback(dist.destroy_process_group)
+            agreement = [
+                (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
+                (Ranks, "equal", lambda _ranks, *_: None),
+                (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
+                (Ranks, "any", lambda _ranks, here: here),
+            ]
+            stack.enter_context(replaced(agreement))
             mesh.devices("cpu")  # while tensors have values
-        stack.enter_context(_values_unread())
+        # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
+        waits = checks.waits
+        stack.enter_context(patch.object(checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)))
+        stack.enter_context(patch.object(RandomState, "now", staticmethod(outside(RandomState.now))))
+        names = ("restore", "same", "branch")
+        stack.enter_context(replaced((RandomState, name, outside(getattr(RandomState, name))) for name in names))
         # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+@contextmanager
+def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Other attributes of classes and modules: (owner, name, value) of each."""
+    with ExitStack() as stack:
+        for owner, name, value in attributes:
+            stack.enter_context(patch.object(owner, name, value))
         yield
 
 
@@ -154,6 +188,20 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
         ]
     held = Held()
 
+    def watched(method: Callable[..., Any], phase: str | None, name: str | None) -> Callable[..., Any]:
+        """It tells its phase, and what it returns gets a name."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if phase is None else held.phase(phase):
+                result = method(*args, **kwargs)
+            if phase == FEEDBACK:
+                held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
+            elif name is not None:
+                held.name(_tensors_in(result), name, others=True)
+            return result
+
+        return called
+
     def named(p: Tensor) -> None:
         """What the backward pass leaves in the parameters' ``.grad``."""
         if p.grad is not None:
@@ -162,7 +210,8 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
     parameters = [p for network in by_backward for p in trainable(network).values()]
     handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]
     try:
-        with held, replaced([_watched(held, seam) for seam in seams]):
+        watching = [(owner, at, watched(getattr(owner, at), *about)) for owner, at, *about in seams]
+        with held, replaced(watching):
             held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
             held.name(average, "weights")
             held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
@@ -184,23 +233,6 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
 
 def _tensors_in(values: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
-
-
-def _watched(held: Held, seam: Seam) -> tuple[Any, str, Callable[..., Any]]:
-    """A method that tells ``held`` its phase, and names what it returns."""
-    kind, method_name, phase, name = seam
-    method = getattr(kind, method_name)
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if phase is None else held.phase(phase):
-            result = method(*args, **kwargs)
-        if phase == FEEDBACK:
-            held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
-        elif name is not None:
-            held.name(_tensors_in(result), name, others=True)
-        return result
-
-    return kind, method_name, called
 
 
 # ---------------------------------------------------------------------------------------------------- what is held
@@ -231,11 +263,6 @@ class Held(TorchDispatchMode):
         self._entries: dict[int, tuple[str, int]] = {}
         self._phase = Phase()
 
-    @property
-    def total(self) -> int:
-        """Bytes that are held now."""
-        return self.bytes.total()
-
     def name(self, tensors: Iterable[Any], name: str, *, others: bool = False) -> None:
         """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
         for t in tensors:
@@ -255,15 +282,23 @@ class Held(TorchDispatchMode):
             self._phase = before
 
     def __enter__(self) -> Held:
+        resize = UntypedStorage.resize_
+
+        def resized(storage: UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._count(storage)
+            self._look()
+            return result
+
         # Sharded networks free and allocate storages in place, past the dispatcher.
-        self._resize = UntypedStorage.resize_
-        UntypedStorage.resize_ = self._resizing(self._resize)  # type: ignore[method-assign]
+        self._resized = patch.object(UntypedStorage, "resize_", resized)
+        self._resized.start()
         super().__enter__()  # type: ignore[no-untyped-call]  # of torch
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
-        UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._resized.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "redistribute") for kind in types):
@@ -300,20 +335,11 @@ class Held(TorchDispatchMode):
         self.bytes[before] -= was
 
     def _look(self) -> None:
-        phase, total = self._phase, self.total
+        phase, total = self._phase, self.bytes.total()
         if total > sum(phase.peak.values()):
             phase.peak = dict(self.bytes)
         if total - self.bytes[FOR_FEEDBACK] > sum(phase.plain.values()):
             phase.plain = {name: size for name, size in self.bytes.items() if name != FOR_FEEDBACK}
-
-    def _resizing(self, resize: Callable[[UntypedStorage, int], Any]) -> Any:
-        def resized(storage: UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            self._count(storage)
-            self._look()
-            return result
-
-        return resized
 
     def _count_sent(self, func: Any, args: Any) -> None:
         """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
@@ -330,57 +356,3 @@ class Held(TorchDispatchMode):
         whole = max(sizes) * (ranks if name == "all_gather_into_tensor" else 1)
         name = SENT_AS.get(name, name)
         self.sent[name] += (2 if name.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks
-
-
-# ----------------------------------------------------------------------------------------------------------- the stage
-
-
-@contextmanager
-def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Other attributes of classes and modules: (owner, name, value) of each."""
-    with ExitStack() as stack:
-        for owner, name, value in attributes:
-            stack.enter_context(patch.object(owner, name, value))
-        yield
-
-
-@contextmanager
-def _values_unread() -> Iterator[None]:
-    """Nothing reads a value of a tensor that has none; generators, which have one, work as ever."""
-    waits = checks.waits
-
-    def waits_or_has_none(t: Tensor) -> bool:
-        return isinstance(t, FakeTensor) or waits(t)
-
-    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-
-        return called
-
-    generators = [(RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")]
-    now = (RandomState, "now", staticmethod(outside(RandomState.now)))
-    with replaced([(checks, "waits", waits_or_has_none), now, *generators]):
-        yield
-
-
-@contextmanager
-def _pretended_ranks(number: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this one is the first and alone; the others say what it says."""
-    if dist.is_available() and dist.is_initialized():
-        raise MetaplError("a plan pretends the ranks of a mesh, and this process is in a process group already.")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    agreement = [
-        (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
-        (Ranks, "equal", lambda _ranks, *_: None),
-        (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
-        (Ranks, "any", lambda _ranks, here: here),
-    ]
-    dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
-    try:
-        with replaced(agreement):
-            yield
-    finally:
-        dist.destroy_process_group()

@@ -234,21 +234,21 @@ def drawable(text: str) -> str:
     return letters.replace("\0\0", " ").replace("\0", "")
 
 
-def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that a line takes, letter by letter: letters that are joined take a little less."""
-    from matplotlib import rcParams
-
-    return sum(_width(letter, weight, *rcParams["font.family"]) for letter in text) * size / 72
-
-
-@cache  # letters of the fonts of this machine
-def _width(letter: str, weight: str, *families: str) -> float:
-    """Of a letter, in units of its size."""
+@cache  # of the fonts of this machine
+def _width(letter: str, weight: str, *names: str) -> float:
+    """Of a letter, in units of its size; those that are joined take a little less."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    font = FontProperties(family=families, size=72, weight=weight)
+    font = FontProperties(family=names, size=72, weight=weight)
     return float(text_to_path.get_text_width_height_descent(letter, font, ismath=False)[0]) / 72
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Inches that a line takes."""
+    from matplotlib import rcParams
+
+    return sum(_width(letter, weight, *rcParams["font.family"]) for letter in text) * size / 72
 
 
 def wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
