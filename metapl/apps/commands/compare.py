@@ -48,9 +48,8 @@ class Compare(Command):
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
     with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, with the reason why they are not paired. Runs whose steps were measured to fit into the same minutes are
-    paired even if the numbers of steps differ; the table then has them. Runs of different recipes, on different data or
-    of different classes are refused: their test sets differ.
+    listed, with the reason. Runs whose steps were measured to fit into the same minutes are paired whatever their
+    number. Runs of different recipes, on different data or of different classes are refused: their test sets differ.
 
     Folders that metapl evaluate --out wrote to are put side by side too, with every figure that they have: metapl
     compare robust/a robust/b. Where all of several run folders have such an evaluation, it follows.
@@ -259,43 +258,36 @@ Share = Annotated[float, Range(0, most=1)]
 InPercent = Annotated[float, Range(0)] | None
 
 
-# What is read of ``evaluation.json``, with types.
 @dataclass(frozen=True)
-class _Shares:
+class _Found:
+    """What is read of ``evaluation.json``, and of the parts of it, with types."""
+
+    run: str | None
+    method: str | None
+    network: str | None
+    weights: str | None
+    test: str | None
     n: AtLeastOne
     accuracy: Share
     expected_calibration_error: Share
-    top5: Share | None
-
-
-@dataclass(frozen=True)
-class _Damage:
     error: Share
     flip_probability: Share
-
-
-@dataclass(frozen=True)
-class _Damages:
-    corruptions: dict[str, _Damage]
-    perturbations: dict[str, _Damage]
-    accuracy: Share
+    top5: Share | None
     mean_corrupted_accuracy: Share | None
     mean_corruption_error: InPercent
     mean_flip_rate: InPercent
+    interval: tuple[Share, Share] | None
+    attacks: dict[str, dict[str, Share]]
+    corruptions: dict[str, _Found]
+    perturbations: dict[str, _Found]
+    multi_label: _Found
+    imagenet_a: _Found
+    imagenet_c: _Found
+    imagenet_p: _Found
 
 
-EXPECTED: dict[str, Any] = {
-    **dict.fromkeys(("run", "method", "network", "weights", "test"), str | None),
-    **get_type_hints(_Damages, include_extras=True),
-    **get_type_hints(_Shares, include_extras=True),
-    "multi_label": _Shares,
-    "imagenet_a": _Shares,
-    "imagenet_c": _Damages,
-    "imagenet_p": _Damages,
-    "classes": tuple[str, ...] | None,
-    "interval": tuple[Share, Share] | None,
-    "attacks": dict[str, dict[str, Share]],
-}
+KINDS: dict[str, Collection[str]] = {"corruptions": CORRUPTIONS, "perturbations": FLIPS_OF_ALEXNET}
+KINDS |= {"attacks": get_args(Attack)}
 
 
 def read_evaluations(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -324,7 +316,8 @@ def _read(file: Path) -> dict[str, Any]:
     again = "Expected what metapl evaluate --out writes: write it again."
     content = read_json(file, mend=again)
     try:
-        if fault := misfit_entries(content, EXPECTED, ""):
+        hints = get_type_hints(_Found, include_extras=True) | {"classes": tuple[str, ...] | None}
+        if fault := misfit_entries(content, hints, ""):
             raise ValueError(fault)
         _figures(content)
         parts = [content, *(content.get(part, {}) for part in ("imagenet_c", "imagenet_p"))]
@@ -341,13 +334,6 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise MetaplError(f"{file} is damaged: {error}. {again}") from error
     return content
-
-
-KINDS: dict[str, Collection[str]] = {
-    "corruptions": CORRUPTIONS,
-    "perturbations": FLIPS_OF_ALEXNET,
-    "attacks": get_args(Attack),
-}
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:

@@ -177,13 +177,11 @@ def _as_json(evaluation: Evaluation) -> dict[str, Any]:
 class Evaluate(Evaluators):
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
-    It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
-    it is not, the output says so. Of a comparison, the run that the comparison delivers is measured: the best method's
-    best seed by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 %
-    interval, the chance level, which is what always naming the largest class gives, and what guessing evenly among them
-    gives.
-
-    A run without a test set is measured on its validation examples, and the accuracy is called so.
+    It is the network that the run delivers, or the one named; of a comparison, the run that it delivers: the best
+    method's best seed by validation, and the first method's first seed where validation cannot tell. Where the accuracy
+    is not the one in the run's result.json, the output says so. Beside it stand its 95 % interval, the chance level,
+    which is what always naming the largest class gives, and what guessing evenly gives. A run without a test set is
+    measured on its validation examples, and the accuracy is called so.
 
     With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
     be read is left out, with the reason on standard error; the exit code is then 1.
@@ -194,7 +192,6 @@ class Evaluate(Evaluators):
 
     The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C (--corruptions), and be moved
     against the network (--attack); all accuracies are then written to --out, as evaluation.json and robustness.png.
-    There are flags for ImageNet-A, ImageNet-C and ImageNet-P in the files in which they were released too.
 
     A network of a file of weights, without a run: metapl evaluate --weights FILE --help says how.
 

@@ -56,9 +56,8 @@ class Label(Command):
     picture of a folder is called by its path there, and one of a data set by its number.
 
     A file that cannot be read is left out, with the reason on standard error; the exit code is then 1. So it is where
-    one cannot be read any more whose labels are in the store that is gone on with; it keeps them.
-
-    Needs pip install 'metapl[labels]'.
+    one cannot be read any more whose labels are in the store already; it keeps them. Needs pip install
+    'metapl[labels]'.
 
     Args:
         folder: the run folder; of a comparison, the run that it delivers.

@@ -14,7 +14,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from metapl.apps.commands.inputs import Inputs, Network, check_file, counted, require_finite
@@ -36,9 +35,9 @@ class Predict(Command):
     With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
-    A picture is read like the training data of the run: it is turned as the camera noted, transparent counts as
-    white, and the largest centered square of it is brought to the network's size, in colors or grey. Of runs that were
-    trained on crops, it is the middle of that square.
+    A picture is read like the training data of the run: turned as the camera noted, transparent as white, the largest
+    centered square of it brought to the network's size, in colors or grey; of runs that were trained on crops, the
+    middle of that square.
 
     digits: the digit is to fill the picture, which is averaged over an 8x8 grid, and inverted where it is more bright
     than dark. CSV files are read too: an example a row, 64 numbers from 0 to 16 as in scikit-learn's digits, below a
@@ -89,9 +88,8 @@ class Predict(Command):
             for example, p, x in predictions(network, inputs):
                 ranked = sorted(range(len(p)), key=lambda index: -p[index])[: self.top]
                 best = [cell for index in ranked for cell in (classes[index], f"{p[index]:.6f}")]
-                writer.writerow(
-                    [*map(escape, (example, *best, *(f"{share:.6f}" for share in p if self.probabilities)))]
-                )
+                shares = [f"{share:.6f}" for share in p if self.probabilities]
+                writer.writerow([*map(escape, (example, *best, *shares))])
                 count += 1
                 if self.grid is not None:
                     grid.add(ranked[0], p[ranked[0]], example, x)
@@ -112,22 +110,14 @@ class Predict(Command):
             source = path.resolve()
             within = where.is_relative_to(source) and where.suffix.lower() in suffixes and where.is_file()
             if where == source or (path.is_dir() and within and not _is_ours(where)):
-                raise MetaplError(
-                    f"{flag} {file} is one of the files to be read, and would be lost; expected another file."
-                )
+                raise MetaplError(f"{flag} {file} is one of the files to be read, and would be lost; expected another.")
 
 
 def _is_ours(file: Path) -> bool:
     """Whether an earlier call wrote the file."""
-    header = ",".join(HEADER).encode()
     with file.open("rb") as content:
-        if content.read(len(header)) == header:
-            return True
-    try:
-        with Image.open(file) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (UnidentifiedImageError, OSError):
-        return False
+        head = content.read(1000)
+    return head.startswith(",".join(HEADER).encode()) or f"Software\0{SOFTWARE}".encode() in head
 
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float], Tensor]]:

@@ -104,10 +104,10 @@ def draw_report(
         raise MetaplError(f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colors")
     matrix = [] if confusion is None else [[int(count) for count in row] for row in confusion]
     names = [shown(name) for name in (range(len(matrix)) if classes is None else classes)]
-    widths = {len(row) for row in matrix}
-    if confusion is not None and not {len(matrix)} == widths == {len(names)}:
+    lengths = {len(row) for row in matrix}
+    if confusion is not None and not {len(matrix)} == lengths == {len(names)}:
         raise MetaplError(
-            f"the confusion has {len(matrix)} rows of {sorted(widths)} counts, for {len(names)} names of classes; "
+            f"the confusion has {len(matrix)} rows of {sorted(lengths)} counts, for {len(names)} names of classes; "
             "expected C rows of C counts, and C names"
         )
     counts = np.array(matrix)
@@ -179,9 +179,9 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
             window = 0 if panel.now_and_then else len(values) // 40
             if window > 1 and len(curves) * len(panel.series) <= 4:
                 axes.plot(steps, values, color=color, alpha=0.16, linewidth=0.8, zorder=1)
-            look: dict[str, Any] = {"marker": "o" if len(values) == 1 else None, "markersize": 5, "zorder": 3}
             span = np.ones(2 * (window // 2) + 1)  # the mean about each value, over fewer towards the ends
             means = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
+            look: dict[str, Any] = {"marker": "o" if len(values) == 1 else None, "markersize": 5, "zorder": 3}
             axes.plot(steps, means, color=color, linestyle=DASHES[rank], **look)
             if panel.now_and_then and (rank == 0 or len(curves) == 1):
                 ends.append((values[-1], color))
