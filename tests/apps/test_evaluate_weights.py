@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_runs import color_folders, color_run, images_command, tiny  # noqa: F401 - a fixture
 from torch import Tensor
 
-from metapl.apps.commands.export import _card
+from metapl.apps.commands.runs import _card
 from metapl.apps.evaluation.imagenet import IMAGENET_A
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.export import export

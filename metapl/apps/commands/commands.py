@@ -18,12 +18,12 @@ COMMANDS = {
     "plan": "plan.COMMANDS",
     "evaluate": "evaluate.Evaluate",
     "predict": "predict.Predict",
-    "finetune": "finetune.Finetune",
+    "finetune": "runs.Finetune",
     "compare": "compare.Compare",
-    "export": "export.Export",
+    "export": "runs.Export",
     "label": "labels.Label",
     "labels": "labels.COMMANDS",
-    "shards": "export.Shards",
+    "shards": "runs.Shards",
 }
 
 HELP = """\
