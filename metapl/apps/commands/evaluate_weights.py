@@ -130,7 +130,7 @@ class EvaluateWeights(Evaluators):
                 f"{self.weights} does not say which network it is of; expected --network NAME, such as resnet50 or "
                 "timm:convnext_tiny, or a model.safetensors that metapl export wrote of a network with a name."
             )
-        sizes = {"in_channels": 1 if self.grey else 3, "image_size": self.image_size}
+        sizes: dict[str, Any] = {"in_channels": 1 if self.grey else 3, "image_size": self.image_size}
         drawn = Architecture(name=self.network, num_classes=IMAGENET_OUTPUTS, **sizes)
         if drawn.library == "metapl" and self.image_size is None:
             raise MetaplError(

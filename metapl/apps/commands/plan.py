@@ -33,7 +33,7 @@ CLASSES = {"cifar10": 10, "svhn": 10, "imagenet": len(IMAGENET_CLASSES)}
 
 PLANNED: dict[str, type[Recipe]] = {kind.name: kind for kind in (Digits, ImageFolders)}
 PLANNED |= {kind.name: kind for kind in PROTOCOL_RECIPES if kind is not Vision}
-PLANNED |= {kind.name: kind for kind in LARGE_RECIPES} | PAPER_RECIPES
+PLANNED |= {**{kind.name: kind for kind in LARGE_RECIPES}, **PAPER_RECIPES}
 
 # Flags that are fields of the recipe.
 OF_THE_RECIPE = ("image_size", "labeled_batch", "unlabeled_batch", "accumulate", "precision", "steps")
