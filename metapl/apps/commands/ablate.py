@@ -105,7 +105,6 @@ class Ablate(Looking, OnRecipe):
         return cls.flags(cls.kind.by_name("mpl"), words, Ablate.__doc__ or "", OF_RUNS), program
 
     def subject(self) -> dict[str, Any]:
-        """By the recipe, Meta Pseudo Labels."""
         recipe = settled(self.recipe, None, print) if self.recipe.looks else self.recipe.settled()
         torch.manual_seed(recipe.seed)
         task, device = recipe.task(print, True), recipe.torch_device()
@@ -133,7 +132,6 @@ class AblateFactory(Looking):
     steps: Steps = 0
 
     def subject(self) -> dict[str, Any]:
-        """By the function."""
         made = made_by(self.factory)
         if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], BilevelTrainer):
             several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"

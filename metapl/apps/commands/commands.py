@@ -176,7 +176,6 @@ def found(command: str) -> Any:
 
 
 def help_of(command: str) -> str:
-    """The help of a command of :data:`CHOICES`."""
     text, known = CHOICES[command][0], found(command)
     lines = [line for line in RECIPES_HELP.splitlines(keepends=True) if line.split()[:1] and line.split()[0] in known]
     return text.format(recipes="".join(line for line in lines if f"\n  {line.split()[0]} " not in text))
@@ -198,8 +197,6 @@ def print_completion(given: Sequence[str]) -> int:
         return Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007  # made from a list
 
     def taken(command: str) -> Any:
-        """A command as tyro takes it: one whose first word is a choice as a function."""
-
         def chosen(choice: Any) -> None: ...
 
         if command not in CHOICES:

@@ -85,9 +85,6 @@ class Compare(Command):
         return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- runs
-
-
 @dataclass(frozen=True)
 class Entry:
     """One method with one seed, and how it did on the test set; those that are drawn alike have the same data."""
@@ -129,7 +126,6 @@ def _compare_runs(folders: Sequence[Path]) -> None:
 
 
 def _entries(run: LoadedRun) -> Iterator[Entry]:
-    """The runs in a folder: one, or all of a comparison."""
     # A folder of pictures is the data; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     fields, path, runs = _fields(run.recipe), run.folder.path, [(run.folder, run.result)]
@@ -251,8 +247,6 @@ def _verdict(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------- evaluations
-
 Evaluations = Mapping[str, Mapping[str, Any]]
 Share = Annotated[float, Range(0, most=1)]
 InPercent = Annotated[float, Range(0)] | None
@@ -260,8 +254,6 @@ InPercent = Annotated[float, Range(0)] | None
 
 @dataclass(frozen=True)
 class _Found:
-    """What is read of ``evaluation.json``, and of the parts of it, with types."""
-
     run: str | None
     method: str | None
     network: str | None
@@ -350,7 +342,6 @@ def _figures(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluations_table(evaluations: Evaluations) -> str:
-    """Every figure, a column for each evaluation; of two, their difference too."""
     letters = "ABCDEFG"[: len(evaluations)]
     figures = [
         {name: value if name in RELATIVE else 100 * value for name, value in _figures(found).items()}
@@ -392,7 +383,6 @@ def _measured(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write_comparison(folder: Path, evaluations: Evaluations) -> None:
-    """``compared.json`` and ``compared.png``: both, or neither."""
     content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
     with held(folder, COMPARED, PICTURE), written(folder, COMPARED, f"{json.dumps(content, indent=1)}\n"):
         draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")

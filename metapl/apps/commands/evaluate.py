@@ -95,7 +95,6 @@ class Evaluators(Command):
         """Measure, tell and write what was found; the exit code."""
 
     def found(self, subject: Subject, on: TestFolder | Own | None, heading: str, about: Mapping[str, Any]) -> int:
-        """Measure by all that was asked for, and tell and write it; the exit code. JSON begins with ``about``."""
         content, blocks, left_out = dict(about), [], 0
 
         def skip(reason: str) -> None:
@@ -312,7 +311,6 @@ def figures(evaluation: Evaluation, several: MultiLabelAccuracy | None, on: Test
 
 
 def robustness_table(found: Robustness, clean: Evaluation | None) -> str:
-    """Accuracies by severity and by ε."""
     parts = []
     if found.corruptions:
         rows = [("corruption", "none", *map(str, SEVERITIES), "mean error")]

@@ -114,7 +114,6 @@ class EvaluateWeights(Evaluators):
         return self.found(subject, on, heading, about | ({} if on is None else on.about))
 
     def _network(self, told: Mapping[str, Any]) -> tuple[Architecture, Mapping[str, Any]]:
-        """What builds the network, and what its library says of its pictures."""
         if "architecture" in told:
             stored = Architecture(**told["architecture"])
             if self.network not in (None, stored.name):
@@ -186,8 +185,6 @@ class EvaluateWeights(Evaluators):
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads pictures like a recipe."""
-
     pictures: Pictures
     classes: tuple[str, ...]
     reads: tuple[str, ...] = SUFFIXES

@@ -97,7 +97,6 @@ class Inputs:
 
 
 def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
-    """Refuse logits that are not finite, and name the examples."""
     bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
     if bad:
         raise MetaplError(
@@ -148,7 +147,6 @@ class TestFolder:
             tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pictures and labels; ``names`` then has the readable files, relative to the folder."""
         self.names = []
         for batch in self._inputs.batches():
             paths = [path for path, _ in batch]
@@ -159,11 +157,9 @@ class TestFolder:
 
     @property
     def skipped(self) -> int:
-        """How many files could not be read."""
         return self._inputs.skipped
 
     def remark(self, evaluation: object) -> str:
-        """Nothing is known of such an accuracy."""
         return ""
 
 
@@ -259,6 +255,5 @@ def _numbered(recipe: str, number: int) -> Path:
 
 
 def _numbers(recipe: str) -> list[int]:
-    """The numbers of the runs with default names that are there."""
     matches = (re.fullmatch(rf"{recipe}-(\d+)", path.name) for path in Path("runs").glob(f"{recipe}-*"))
     return [int(match[1]) for match in matches if match]

@@ -225,15 +225,11 @@ class Select(Command):
 COMMANDS = {"stats": Stats, "select": Select}
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
-
-
 def _kept(top_k: int | None) -> str:
     return "all probabilities" if top_k is None else f"the {top_k} greatest probabilities"
 
 
 def _heading(store: LabelStore, found: Statistics) -> str:
-    """What is stored, and what the store says of it, which may be anything where somebody else wrote it."""
     copies = f", {found.copies:,} with copies" * (found.copies != found.rows)
     lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {_kept(store.top_k)}"]
     about = store.provenance

@@ -56,8 +56,6 @@ class Command(ABC):
         """Do it; the exit code."""
 
 
-# ----------------------------------------------------------------------------------------------------------- the words
-
 CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 REGISTRY = tyro.constructors.ConstructorRegistry()
 EXPECTED = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}
@@ -117,9 +115,6 @@ def flags_in(words: Sequence[str]) -> set[str]:
     return {word.partition("=")[0] for word in words}
 
 
-# --------------------------------------------------------------------------------------------------------- the parsing
-
-
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
     """An instance of ``kind`` from a command line; what is wrong is a MetaplError in one line."""
     encoding = (sys.stdout.encoding or "utf-8") if {"-h", "--help"} & {*arguments} else "utf-8"
@@ -173,9 +168,6 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
         raise MetaplError(f"{meant[0]} {given}: expected {error.expected.removesuffix(' or None')}.") from error
 
 
-# ---------------------------------------------------------------------------------- commands on a recipe and a method
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnRecipe(Command):
     """A command whose flags are the fields of a recipe and of a method; from both the recipe by the method is made."""
@@ -194,7 +186,6 @@ class OnRecipe(Command):
 
     @classmethod
     def on(cls, *kinds: type[Recipe]) -> dict[str, type[Self]]:
-        """The command on each of these recipes, by name."""
         return {kind.name: type(cls.__name__, (cls,), {"kind": kind}) for kind in kinds}
 
     @classmethod

@@ -114,9 +114,6 @@ COMMANDS: dict[str, type[PlanRecipe]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------- the recipes
-
-
 def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mode: str | None) -> Any:
     """A recipe of ``PLANNED`` without data, with these fields, number of classes, and mode of the feedback."""
     own_pictures = kind is ImageFolders
@@ -152,11 +149,7 @@ def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mo
     return recipe.for_network(recipe.network_name).scheduled(recipe.steps) if own_pictures else recipe
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
-
-
 def lines(found: Plan) -> list[str]:
-    """A plan as lines of a terminal."""
     recipe, mesh, held = found.recipe, found.mesh, found.per_rank
     teacher, student = (f"{found.parameters[role]:,}" for role in ("teacher", "student"))
     labeled, unlabeled = (f"{count // mesh.shares:,}" for count in (recipe.labeled_batch, recipe.unlabeled_batch))

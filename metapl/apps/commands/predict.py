@@ -114,7 +114,6 @@ class Predict(Command):
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether an earlier call wrote the file."""
     with file.open("rb") as content:
         head = content.read(1000)
     return head.startswith(",".join(HEADER).encode()) or f"Software\0{SOFTWARE}".encode() in head
@@ -154,7 +153,6 @@ class PredictionGrid:
                 del group[most // 2]
 
     def draw(self, path: Path, source: str) -> None:
-        """One PNG file with a group for each class; where there are too many, for those with the most pictures."""
         drawn = sorted(index for index, _ in self.counts.most_common(MOST_GROUPS))
         groups = []
         for index in drawn:

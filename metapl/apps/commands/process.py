@@ -16,15 +16,12 @@ from metapl.runs.signals import END, is_heard
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal to end that came outside the steps of a fit."""
-
     def __init__(self, signal_number: int) -> None:
         super().__init__()
         self.signal_number = signal_number
 
 
 def exit_code(stopped: KeyboardInterrupt) -> int:
-    """That of a process which the signal ended."""
     return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))
 
 

@@ -151,8 +151,6 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-# ------------------------------------------------------------------------------------------------- export, and shards
-
 # What stands on the card of a student's evaluation, beside its accuracy; and parts of the data, as ``data.json`` calls
 # them: numbers of examples, or lists of them.
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}

@@ -74,17 +74,14 @@ class Train(OnRecipe):
 
     @classmethod
     def offered(cls) -> Mapping[str, str]:
-        """What ``--method`` takes, and the methods that these are."""
         return {name: name for name in cls.kind.known}
 
     @classmethod
     def compares(cls) -> Sequence[str]:
-        """What ``--methods`` takes."""
         return [name for name, method in cls.kind.known.items() if not method.selects]
 
     @classmethod
     def usual(cls, name: str) -> Method:
-        """A method that is offered, with its defaults."""
         return cls.kind.by_name(cls.offered()[name])
 
     @classmethod
@@ -111,7 +108,6 @@ class Train(OnRecipe):
 
     @classmethod
     def about(cls) -> str:
-        """What the help says."""
         said, _, _ = (cls.kind.__doc__ or "").partition("    Args:")
         _, note, flags = (Train.__doc__ or "").split("\n\n")
         return f"{said.rstrip()}\n\n{note}\n\n{flags}"
@@ -146,7 +142,6 @@ class Train(OnRecipe):
         return run_together(self.mesh, self.recipe.torch_device(), self._lead, self._beside)
 
     def _lead(self) -> int:
-        """The share of the first process, which shows and writes."""
         lead, code = Lead(), 2
         try:
             with run_folder(self.out, self.recipe.name, self.resume) as folder:
@@ -248,8 +243,6 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
     return exit_code(stopped)
 
-
-# ------------------------------------------------------------------------------------------------------- noisy student
 
 # What ``--compare`` trains by: both methods, their controls, and baselines.
 COMPARED = (

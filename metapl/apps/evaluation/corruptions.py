@@ -51,17 +51,12 @@ def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, 
     return torch.from_numpy(np.stack(damaged).transpose(0, 3, 1, 2).copy()).to(images)
 
 
-# ----------------------------------------------------------------------------------------------------- kinds of damage
-
-
 def impulse_noise(x: Picture, rng: Generator, share: float) -> Picture:
-    """A share of the values is black or white, evenly."""
     u = rng.random(x.shape)
     return np.where(u < share / 2, 0.0, np.where(u < share, 1.0, x))
 
 
 def defocus_blur(x: Picture, rng: Generator, radius: float, edge: float) -> Picture:
-    """The mean over a disk with a soft edge."""
     return np.asarray(scipy.ndimage.convolve(x, _disk(_length(radius, x), edge), mode="mirror"))
 
 
@@ -109,7 +104,6 @@ def frost(x: Picture, rng: Generator, own: float, ice: float) -> Picture:
 
 
 def fog(x: Picture, rng: Generator, amount: float, decay: float) -> Picture:
-    """A bright fractal over the picture, which loses contrast."""
     brightest = float(x.max())
     # ImageNet-C's wobble is a uniform draw within ±w times w, so that with w it falls by the square of the decay.
     cloud = _fractal(x.shape[:2], decay**2, rng)[..., None]
@@ -124,7 +118,6 @@ def brightness(x: Picture, rng: Generator, amount: float) -> Picture:
 
 
 def contrast(x: Picture, rng: Generator, kept: float) -> Picture:
-    """The distance from each channel's mean, shrunk."""
     mean: Picture = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * kept + mean
 
@@ -155,7 +148,6 @@ def pixelate(x: Picture, rng: Generator, share: float) -> Picture:
 
 
 def jpeg_compression(x: Picture, rng: Generator, quality: int) -> Picture:
-    """Saved as JPEG at a low quality."""
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=quality)
     return _levels(Image.open(file))
@@ -194,9 +186,6 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- tools
-
-
 def _length(pixels: float, x: Picture) -> float:
     """A length of the paper's pictures in pixels of this one."""
     return pixels * float(min(x.shape[:2])) / SIDE
@@ -228,7 +217,6 @@ def _along(x: Picture, radius: float, sigma: float, angle: float) -> Picture:
 
 
 def _zoomed(x: Picture, factor: float) -> Picture:
-    """The middle of the picture, magnified to its size."""
     center = (np.array(x.shape[:2]) - 1) / 2
     matrix, offset = (1 / factor, 1 / factor, 1), (*(center - center / factor), 0)
     return np.asarray(scipy.ndimage.affine_transform(x, matrix, offset, order=1, mode="nearest"))

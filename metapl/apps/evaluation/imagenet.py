@@ -82,7 +82,6 @@ class Pictures:
         return "L" if self.grey else "RGB"
 
     def read(self, path: Path) -> Tensor:
-        """A picture, float32 (C, H, W) in [0, 1]."""
         return in_unit_range(read_image(path, mode=self.mode, size=(self.side, self.side), center=self.center))
 
     def __str__(self) -> str:
@@ -156,7 +155,6 @@ class Subject:
 
     @property
     def whole(self) -> Subject:
-        """The same, that looks at all of a picture."""
         return replace(self, pictures=replace(self.pictures, center=1.0))
 
 
@@ -171,7 +169,6 @@ class Stability:
     mean_flip_rate: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As ``evaluation.json`` has it."""
         content = vars(self).copy()
         content["perturbations"] = {name: {"flip_probability": flips} for name, flips in content.pop("flips").items()}
         return content

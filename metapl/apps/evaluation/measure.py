@@ -140,11 +140,9 @@ class Robustness:
 
     @property
     def mean_corrupted_accuracy(self) -> float | None:
-        """The plain mean over all kinds and severities."""
         return fmean(map(fmean, self.corruptions.values())) if self.corruptions else None
 
     def to_json(self) -> dict[str, Any]:
-        """As ``evaluation.json`` has it."""
         content: dict[str, Any] = {"attacks": self.attacks} if self.attacks else {}
         if not self.corruptions:
             return content

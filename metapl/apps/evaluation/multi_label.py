@@ -122,7 +122,6 @@ def _once_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _indices(labels: Set[Label], classes: Sequence[str]) -> dict[Label, int]:
-    """The index of each class that occurs in a file: all by name, or all by number."""
     by_name: dict[Label, int] = {name: index for index, name in enumerate(classes)}
     if labels <= by_name.keys():
         return by_name

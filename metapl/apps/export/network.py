@@ -70,7 +70,6 @@ require_onnx = partial(require_extra, "onnx", "ONNX needs", "onnx", "onnxscript"
 
 
 def can_run_onnx() -> bool:
-    """Whether onnxruntime is installed."""
     return importlib.util.find_spec("onnxruntime") is not None
 
 
@@ -188,7 +187,6 @@ def _faults(
     program: bool,
     onnx: bool,
 ) -> Iterator[str]:
-    """What cannot be exported, in words."""
     missing, unknown = sorted({*_REQUIRED} - card.keys()), sorted(card.keys() - {*_REQUIRED, *_OPTIONAL})
     if missing or unknown:
         expected = f"{', '.join(_REQUIRED)}, and if wanted {', '.join(_OPTIONAL)}"

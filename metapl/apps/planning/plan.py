@@ -46,7 +46,6 @@ class Plan:
 
     @property
     def fullest(self) -> str:
-        """The phase of a step which holds the most."""
         return max(self.step.peaks, key=lambda name: self.step.peaks[name])
 
     @property
@@ -58,7 +57,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is less than the memory."""
         return self.per_rank["peak"] <= self.memory
 
     @property
@@ -70,16 +68,13 @@ class Plan:
 
     @property
     def flops_per_step(self) -> int:
-        """Of all ranks."""
         return self.step.flops * self.mesh.size
 
     @property
     def communication_bytes_per_step(self) -> int:
-        """What a rank sends in a step."""
         return sum(self.step.sent.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
         recipe = self.recipe
         return {
             "recipe": recipe.name,
@@ -163,7 +158,6 @@ def self_trained(recipe: Recipe) -> bool:
 
 
 def _networks(recipe: Recipe) -> list[nn.Module]:
-    """The networks that are held in a step."""
     return [recipe.network(role) for role in (ROLES[:1] if self_trained(recipe) else ROLES)]
 
 

@@ -111,7 +111,6 @@ def stage(mesh: Mesh) -> Iterator[None]:
 
 @contextmanager
 def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Other attributes of classes and modules: (owner, name, value) of each."""
     with ExitStack() as stack:
         for owner, name, value in attributes:
             stack.enter_context(patch.object(owner, name, value))
@@ -189,8 +188,6 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
     held = Held()
 
     def watched(method: Callable[..., Any], phase: str | None, name: str | None) -> Callable[..., Any]:
-        """It tells its phase, and what it returns gets a name."""
-
         def called(*args: Any, **kwargs: Any) -> Any:
             with nullcontext() if phase is None else held.phase(phase):
                 result = method(*args, **kwargs)
@@ -233,9 +230,6 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
 
 def _tensors_in(values: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
-
-
-# ---------------------------------------------------------------------------------------------------- what is held
 
 
 @dataclass

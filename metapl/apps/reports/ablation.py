@@ -78,7 +78,6 @@ def _draw_modes(figure: SubFigure, found: Figures, rows: Figures, colors: Mappin
 
 
 def _draw_sweeps(figure: SubFigure, sweeps: Figures) -> None:
-    """Cosines above, distances below; a column for each setting."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     cosines, distances = figure.subplots(2, len(sweeps), sharex="col", sharey="row", squeeze=False)
@@ -107,7 +106,6 @@ def _draw_sweeps(figure: SubFigure, sweeps: Figures) -> None:
 
 
 def _draw_trainings(figure: SubFigure, ends: Figures, colors: Mapping[str, str], steps: int, seeds: int) -> None:
-    """Means and standard errors, and each seed."""
     titles = {"outer_loss": "outer loss", "validation_loss": "validation loss", "accuracy": "validation accuracy, %"}
     if not any(end["accuracy"] for end in ends.values()):
         titles = {"outer_loss": "outer loss"}

@@ -59,9 +59,6 @@ STYLE: dict[str, Any] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the page
-
-
 @contextmanager
 def drawing(texts: Iterable[str]) -> Iterator[str]:
     """Everything is measured and drawn within this block; matplotlib's global state is as it was when it ends.
@@ -116,7 +113,6 @@ def write_lines(figure: Figure, x: float, y: float, lines: Sequence[str], pitch:
 
 
 def write_heading(axes: Axes, title: str, note: str = "") -> None:
-    """The title above a panel, and the line between."""
     axes.set_title(title, loc="left", fontsize=PANEL_TITLE_SIZE, fontweight="bold", pad=29)
     if note:
         place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
@@ -125,7 +121,6 @@ def write_heading(axes: Axes, title: str, note: str = "") -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """The page as the bytes of a PNG file."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -138,9 +133,6 @@ def png(figure: Figure) -> bytes:
 def write_page(path: str | os.PathLike[str], figure: Figure) -> None:
     """Write the page as a PNG file, which takes its name only when it is whole."""
     write_whole(Path(path), png(figure), "any earlier one is as it was")
-
-
-# ------------------------------------------------------------------------------------- how many examples each class has
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
@@ -164,15 +156,12 @@ def draw_by_size(axes: Axes, counts: Sequence[int], lines: Sequence[tuple[Sequen
 
 
 def dress_counts(axes: Axes) -> None:
-    """Whole numbers at the ticks of the axis that counts: the horizontal one beside named rows."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     counted = axes.xaxis if axes.yaxis_inverted() else axes.yaxis
     counted.set_major_locator(MaxNLocator(5, integer=True))
     counted.set_major_formatter(EngFormatter(sep=""))
 
-
-# --------------------------------------------------------------------------------------------------------------- fonts
 
 BASE = "DejaVu Sans"  # the font of all pictures, which matplotlib brings along
 PLACEHOLDERS = ("Last Resort", "LastResort", "Adobe Blank")  # fonts that have a box, or nothing, for every letter
@@ -236,7 +225,6 @@ def drawable(text: str) -> str:
 
 @cache  # of the fonts of this machine
 def _width(letter: str, weight: str, *names: str) -> float:
-    """Of a letter, in units of its size; those that are joined take a little less."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -245,7 +233,6 @@ def _width(letter: str, weight: str, *names: str) -> float:
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Inches that a line takes."""
     from matplotlib import rcParams
 
     return sum(_width(letter, weight, *rcParams["font.family"]) for letter in text) * size / 72

@@ -89,7 +89,6 @@ class Gallery:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All that is written."""
         return (self.title, self.note, *self.captions)
 
     def block(

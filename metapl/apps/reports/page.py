@@ -160,9 +160,6 @@ def draw_report(
         canvas.write_page(path, figure)
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
-
-
 def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: float) -> None:
     """The curves of all methods with their scales and a note; ``line`` is a line of text as a share of the height."""
     from matplotlib.lines import Line2D
@@ -241,9 +238,6 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
         axes.text(1.015, height - beyond, f"{100 * value:.1f} %", color=color, **look)
 
 
-# --------------------------------------------------------------------------------------------------------------- matrix
-
-
 def _cell(size: int) -> float:
     """Inches of a cell: of 0.26, but the matrix is neither below 5.2 nor above 10.5."""
     return min(max(5.2 / max(size, 1), 0.26), 10.5 / max(size, 1))
@@ -255,7 +249,6 @@ def _points(size: int) -> float:
 
 
 def _draw_matrix(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Which class was taken for which."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     size, cell, points = len(counts), _cell(len(counts)), _points(len(counts))
@@ -292,9 +285,6 @@ def _draw_matrix(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) ->
     ticks_of_bar = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
     bar.set_ticks(ticks_of_bar, labels=[f"{100 * share:g} %" if share else "0" for share in ticks_of_bar])
     bar.outline.set_visible(False)
-
-
-# -------------------------------------------------------------------------------------------------------------- rounds
 
 
 def draw_rounds(

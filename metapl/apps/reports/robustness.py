@@ -104,7 +104,6 @@ def _by_eps(found: Mapping[str, Any], attack: str) -> dict[float, float]:
 
 
 def _with_bars(evaluations: Evaluations, more: Mapping[str, Places], panels: Sequence[Panel]) -> list[Panel]:
-    """Panels between those of bars, of which the empty ones are left out."""
     flips = [name for found in evaluations.values() for name in found.get("imagenet_p", {}).get("perturbations", {})]
     last: Places = {name: ("imagenet_p", "perturbations", name, "flip_probability") for name in flips}
     bars = {"in %": SUMMARY, "in % of AlexNet's": RELATIVE, **more, "ImageNet-P: flips, %": last}
