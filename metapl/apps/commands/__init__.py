@@ -84,17 +84,13 @@ def _dispatch(given: list[str]) -> int:
         return print_completion(words)
     if command not in COMMANDS:
         raise _unknown("command", command, [*COMMANDS], "see metapl --help")
-    from metapl.apps.commands.parse import flags_in, flags_named, parse
+    from metapl.apps.commands.parse import flags_named, parse
 
-    program, kind = f"metapl {command}", found(command)
-    if command == "ablate" and "--factory" in flags_in(words):
-        from metapl.apps.commands.ablate import AblateFactory
-
-        kind = AblateFactory
-    elif command in CHOICES and words[:1] in (["-h"], ["--help"]):
-        print(help_of(command), end="")
-        return 0
-    elif command in CHOICES:
+    program, kind = f"metapl {command}", found(command, words)
+    if isinstance(kind, dict):
+        if words[:1] in (["-h"], ["--help"]):
+            print(help_of(command), end="")
+            return 0
         _, what, example = CHOICES[command]
         choice = words[0] if words else None
         if (gone := f"{command} {choice}") in GONE:

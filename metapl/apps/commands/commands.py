@@ -26,6 +26,10 @@ COMMANDS = {
     "shards": "runs.Shards",
 }
 
+# Flags that make another command of one.
+BY_FLAG = {"ablate": ("--factory", "ablate.AblateFactory")}
+BY_FLAG |= {"evaluate": ("--weights", "evaluate_weights.EvaluateWeights")}
+
 HELP = """\
 metapl trains a classifier from a few labeled examples and many unlabeled
 ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
@@ -169,9 +173,11 @@ LESS_MEMORY = {
 SHELLS = ("bash", "zsh", "fish")
 
 
-def found(command: str) -> Any:
+def found(command: str, words: Sequence[str] = ()) -> Any:
     """The class of a command, or its classes by their first word."""
-    module, _, name = COMMANDS[command].partition(".")
+    flag, other = BY_FLAG.get(command, (None, ""))
+    place = other if flag in {word.partition("=")[0] for word in words} else COMMANDS[command]
+    module, _, name = place.partition(".")
     return getattr(import_module(f"metapl.apps.commands.{module}"), name)
 
 

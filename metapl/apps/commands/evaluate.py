@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.commands.inputs import Network, TestFolder, counted, held, require_finite, written
-from metapl.apps.commands.parse import Command, File, Folder, Run, Switch, flags_in, unset
+from metapl.apps.commands.parse import Command, File, Folder, Run, Switch, unset
 from metapl.apps.evaluation import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
 from metapl.apps.evaluation import imagenet as sets
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
@@ -200,14 +200,6 @@ class Evaluate(Evaluators):
 
     folder: Run
     network: Network = "delivered"
-
-    @classmethod
-    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
-        if "--weights" not in flags_in(words):
-            return cls, program
-        from metapl.apps.commands.evaluate_weights import EvaluateWeights
-
-        return EvaluateWeights, program
 
     def evaluated(self) -> int:
         run = load_run(self.folder)

@@ -110,11 +110,6 @@ def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-def flags_in(words: Sequence[str]) -> set[str]:
-    """The words of a command line up to their =."""
-    return {word.partition("=")[0] for word in words}
-
-
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
     """An instance of ``kind`` from a command line; what is wrong is a MetaplError in one line."""
     encoding = (sys.stdout.encoding or "utf-8") if {"-h", "--help"} & {*arguments} else "utf-8"
@@ -159,7 +154,7 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
         yield
     except FieldError as error:
         name = error.field.replace("_", "-")
-        flags = {word.replace("_", "-") for word in flags_in(arguments) if word.startswith("--")}
+        flags = {word.partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
         own = flags & {f"--{name}", f"--{name.removesuffix('-name')}"}
         meant = [*own] or [flag for flag in flags if flag.endswith((f".{name}", f"-{name}"))]
         if len(meant) != 1:
