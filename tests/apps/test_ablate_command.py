@@ -125,11 +125,11 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("--factory my_networks", "expected module:function, such as my_networks:build"),
         (
             "--factory my_networks.py:build",
-            "expected module:function, such as my_networks:build of my_networks.py in this folder.",
+            "expected module:function, such as my_networks:build of my_networks.py in this folder",
         ),
         (
             "--factory nets/mine.py:build",
-            "expected module:function, such as my_networks:build of my_networks.py in this folder.",
+            "expected module:function, such as my_networks:build of my_networks.py in this folder",
         ),
         ("--factory my_networks:build --steps -1", "--steps -1: expected a whole number from 0 to"),
         ("digitz", "there is no recipe 'digitz'; did you mean digits?"),
