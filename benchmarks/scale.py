@@ -146,7 +146,7 @@ def step_of(
 
 
 def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
-    from metapl.apps.planning.held import Held
+    from metapl.apps.planning.rehearsal import Held
     from metapl.metrics.cost import peak_bytes
 
     with Held() as seen:

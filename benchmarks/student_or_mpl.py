@@ -22,7 +22,7 @@ from figures import difference, points
 from machine import arguments, parsed, write_between_marks
 
 from metapl.apps.commands import main as metapl
-from metapl.apps.commands.noisy_student import COMPARED
+from metapl.apps.commands.train import COMPARED
 from metapl.apps.experiments.equal_cost import operations
 from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.store import stored, stored_result

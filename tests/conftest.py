@@ -32,6 +32,6 @@ def full_pages() -> Iterator[None]:
 
 
 def _drawn_at(patch: pytest.MonkeyPatch, dots: int) -> None:
-    from metapl.apps.reports.style import STYLE
+    from metapl.apps.reports.canvas import STYLE
 
     patch.setitem(STYLE, "figure.dpi", dots)

@@ -88,9 +88,8 @@ def test_commands_and_recipes_that_do_not_exist_are_refused(capsys: pytest.Captu
     [
         (("--lableed", "a", "--unlabeled", "b"), "Missing from metapl train images --method uda: --labeled DIR"),
         (("--labeled", "a", "--unlabeled", "b", "--lr", "3"), "Unrecognized options: --lr, 3"),
-        (("--labelled", "a"), ": --unlabeled DIR. See metapl train images --method uda --help."),
-        (("--unlabelled", "a"), ": --labeled DIR. See metapl train images --method uda --help."),
-        (("--labelled", "nowhere", "--unlabelled", "b", "--gray"), "nowhere"),
+        (("--labeled", "a"), ": --unlabeled DIR. See metapl train images --method uda --help."),
+        (("--labeled", "a", "--unlabeled", "b", "--gray"), "Unrecognized options: --gray. Perhaps you meant: --grey"),
     ],
 )
 def test_flags_that_do_not_exist_are_refused(

@@ -17,7 +17,7 @@ from tiny_runs import tiny  # noqa: F401 - a fixture
 
 from metapl import MetaplError
 from metapl.apps.commands import main
-from metapl.apps.commands.folders import new_default_folder
+from metapl.apps.commands.inputs import new_default_folder
 from metapl.apps.experiments.folder import RunFolder
 from metapl.runs import ownership
 

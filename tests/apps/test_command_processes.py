@@ -69,7 +69,7 @@ SHORT = """
 import resource, sys
 import matplotlib.pyplot, torch, torch._dynamo, torchopt
 import scipy.stats, sklearn.datasets, sklearn.model_selection  # no import meets the limit
-import metapl.apps.commands.evaluate, metapl.apps.commands.export
+import metapl.apps.commands.evaluate, metapl.apps.commands.runs
 from metapl.apps.commands import main
 for line in open("/proc/self/status"):
     if line.startswith("VmSize"):

@@ -40,7 +40,6 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits --feedback-", {"--feedback-weight", "--feedback-ratio"}),
         ("train digits --mode ", {"forward", "reinforce", "none"}),
         ("train images --changes.mir", {"--changes.mirror"}),
-        ("train images --feedback-w", {"--feedback-weight"}),  # of another method than its own
         ("train noi", {"noisy"}),
         ("train noisy --clean-b", {"--clean-batch"}),
         ("evaluate runs/mine --net", {"--network"}),

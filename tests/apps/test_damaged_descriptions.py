@@ -154,7 +154,7 @@ def test_an_evaluation_of_attacks_alone(tmp_path: Path, capsys: pytest.CaptureFi
         ({"attacks": {"pgd": {"nan": 0.5}}}, "attacks have ε = nan"),
         ({"attacks": {"p" * 5000: {"2": 0.5}}}, "which are not known"),
         ({"imagenet_p": {"perturbations": {"tilt": 0.5}}}, "imagenet_p.perturbations.tilt is 0.5"),
-        ({"imagenet_a": []}, "imagenet_a is not a JSON object"),
+        ({"imagenet_a": []}, "imagenet_a is []; expected an object"),
     ],
 )
 def test_evaluations_that_were_edited(

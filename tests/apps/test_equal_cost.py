@@ -27,7 +27,7 @@ from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.methods.noisy_student import first_teacher
 from metapl.apps.recipes.self_training import FirstTeacher, SelfTraining
 from metapl.apps.recipes.settings import OpenOptimizer
-from metapl.apps.reports.rounds import draw_rounds
+from metapl.apps.reports import draw_rounds
 from metapl.runs.rows import Metrics
 from metapl.training.loss_trainer import LossTrainer
 

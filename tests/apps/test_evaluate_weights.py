@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from tiny_runs import color_folders, color_run, images_command, tiny  # noqa: F401 - a fixture
 from torch import Tensor
 
-from metapl.apps.commands.export import _card
+from metapl.apps.commands.runs import _card
 from metapl.apps.evaluation.imagenet import IMAGENET_A
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.export import export
 from metapl.apps.networks import Architecture, load_weights, normalized
 from metapl.apps.reports import robustness
-from metapl.apps.reports.style import PALETTE
+from metapl.apps.reports.canvas import PALETTE
 from metapl.metrics import evaluate_logits
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]

@@ -19,7 +19,7 @@ from torch import nn
 
 from metapl.apps import export as export_module
 from metapl.apps.export import Exported, export
-from metapl.apps.export.programs import programs
+from metapl.apps.export.network import programs
 from metapl.apps.networks import Architecture, create, normalized, parameter_groups
 from metapl.errors import MetaplError
 from metapl.models import mlp

@@ -16,8 +16,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from metapl.apps.reports import Gallery, draw_grid, draw_report
-from metapl.apps.reports.canvas import drawing, headed_page, png
-from metapl.apps.reports.fonts import BASE, drawable, families, letters_of
+from metapl.apps.reports.canvas import BASE, drawable, drawing, families, headed_page, letters_of, png
 
 pytestmark = pytest.mark.usefixtures("full_pages")
 

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.evaluation.errors import ALEXNET, FLIPS_OF_ALEXNET, flip_probability, mean_flip_rate
 from metapl.apps.evaluation.imagenet import (
     IMAGENET_A,
     Pictures,
@@ -24,6 +23,7 @@ from metapl.apps.evaluation.imagenet import (
     imagenet_p,
     is_imagenet,
 )
+from metapl.apps.evaluation.measure import ALEXNET, FLIPS_OF_ALEXNET, flip_probability, relative_to
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits
 
@@ -188,9 +188,9 @@ def test_flips_by_hand() -> None:
 def test_the_mean_flip_rate_of_a_published_network() -> None:
     """The flip probabilities that are published of ResNeXt-101 32x48d WSL make the 27.8 that is printed for it."""
     flips = (0.0585, 0.0699, 0.0284, 0.0232, 0.0367, 0.0154, 0.0242, 0.0347, 0.0215, 0.0462)
-    assert mean_flip_rate(dict(zip(FLIPS_OF_ALEXNET, flips, strict=True))) == pytest.approx(27.8, abs=0.05)
-    with pytest.raises(MetaplError, match="10 perturbations of ImageNet-P; not so: snow"):
-        mean_flip_rate({name: flips for name, flips in FLIPS_OF_ALEXNET.items() if name != "snow"})
+    rate = relative_to(FLIPS_OF_ALEXNET, dict(zip(FLIPS_OF_ALEXNET, flips, strict=True)))
+    assert rate == pytest.approx(27.8, abs=0.05)
+    assert relative_to(FLIPS_OF_ALEXNET, {"snow": 0.1}) is None
 
 
 def test_imagenet_p_in_folders_of_frames(subject: Subject, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_imagenet_p_in_folders_of_frames(subject: Subject, tmp_path: Path) -> No
         assert found.flips[name] == pytest.approx(flip_probability(predictions, name))
     assert (found.sequences, found.frames) == (20, 80)
     assert len(set(found.flips.values())) > 2
-    assert found.mean_flip_rate == pytest.approx(mean_flip_rate(found.flips))
+    assert found.mean_flip_rate == pytest.approx(relative_to(FLIPS_OF_ALEXNET, found.flips))
     assert 0 < found.accuracy < 1
     (tmp_path / "tilt").rename(tmp_path / "leaning")
     assert imagenet_p(subject, root).mean_flip_rate is None
@@ -243,5 +243,5 @@ def test_a_video_without_pyav_is_refused(subject: Subject, tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "tilt" / WNIDS[0]).mkdir(parents=True)
     (tmp_path / "tilt" / WNIDS[0] / "a.mp4").write_bytes(io.BytesIO().getvalue())
-    with pytest.raises(MetaplError, match=r"pip install 'metapl\[video\]', or replace each video by a folder"):
+    with pytest.raises(MetaplError, match=r"a folder of its frames, or get av, .* pip install 'metapl\[video\]'"):
         imagenet_p(subject, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def test_by_hand() -> None:
     sets = [{0}, {0, 1}, {2}, set(), {1, 2}]
     # Right, right, wrong, not counted, wrong.
     assert multi_label_accuracy(torch.tensor([0, 1, 1, 2, 0]), sets) == MultiLabelAccuracy(0.5, 4, 1)
-    assert json.loads(json.dumps(multi_label_accuracy(torch.tensor([0]), [{0}]).to_json())) == {
+    assert json.loads(json.dumps(asdict(multi_label_accuracy(torch.tensor([0]), [{0}])))) == {
         "accuracy": 1.0,
         "n": 1,
         "without_label": 0,

@@ -70,7 +70,7 @@ import metapl
 core = sorted(sys.modules)
 metapl.apps.pictures.load_digits_split, metapl.apps.recipes.Digits, metapl.metrics.paired_test
 metapl.apps.export.export
-import metapl.apps.commands.train, metapl.apps.commands.completion
+import metapl.apps.commands.train
 print(json.dumps({"core": core, "all": sorted(sys.modules)}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

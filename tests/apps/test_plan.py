@@ -18,8 +18,8 @@ from ranks import Ranks
 from torch import distributed as dist
 
 from metapl.apps.commands.plan import PLANNED, without_data
-from metapl.apps.planning.held import Held
 from metapl.apps.planning.plan import Plan, bytes_of, plan, propose
+from metapl.apps.planning.rehearsal import Held
 from metapl.apps.recipes import Cifar10, Digits
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.settings import Feedback, Optimizer
@@ -267,12 +267,12 @@ def test_storages_are_counted_while_they_live() -> None:
         a = given * 2
         b = a.view(10, 10)
         del a
-        assert held.total == 800  # the view holds it
+        assert held.bytes.total() == 800  # the view holds it
         del b
-        assert held.total == 400
+        assert held.bytes.total() == 400
         c = torch.ones(50)
         c.untyped_storage().resize_(0)
-        assert held.total == 400
+        assert held.bytes.total() == 400
         with held.phase("second"):
             held.name([given], "gradients", others=True)  # it has a name
             d = given + 1

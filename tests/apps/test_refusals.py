@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from metapl.apps.commands import main
 from metapl.apps.experiments import settle
 from metapl.apps.experiments.accuracies import parse_seeds
-from metapl.apps.export.programs import programs
+from metapl.apps.export.network import programs
 from metapl.apps.recipes import ImageFolders
 from metapl.apps.recipes.base import as_dict
 from metapl.errors import MetaplError

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, LESS_MEMORY, help_of, kinds, module_of
+from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, LESS_MEMORY, found, help_of, print_completion
 from metapl.apps.commands.process import drop_output, exit_code, stoppable, streams
 from metapl.errors import MetaplError
 from metapl.runs.memory import out_of_memory
@@ -31,45 +31,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stopped:
             print("\nmetapl: stopped.", file=sys.stderr)
             return exit_code(stopped)
-        except Exception as error:
-            return _refused(error, given)
-
-
-def _refused(error: Exception, given: Sequence[str]) -> int:
-    """Say what went wrong in a line; the exit code. What is a fault of metapl passes through."""
-    whose = out_of_memory(error)
-    if whose is not None or isinstance(error, MetaplError):
-        less = LESS_MEMORY.get(" ".join(given[:1]), "close other programs, or take a machine with more")
-        text = error if whose is None else f"the memory {whose} does not suffice; {less}."
-        tell(f"metapl: {text}", file=sys.stderr, wrap=True)
-        return 2
-    if not isinstance(error, OSError):
-        raise error
-    drop_output()  # what is still buffered must not be written again at exit
-    if not isinstance(error, BrokenPipeError):  # the reader has gone, as head does
-        name, reason = error.filename or "input or output", error.strerror or error
-        print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
-    return 1
-
-
-class _Messages(logging.Handler):
-    """What the library logs, each message once: networks are built several times."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.shown: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        if text not in self.shown:
-            self.shown.add(text)
-            tell(f"metapl: {text}", file=sys.stderr, wrap=True)
+        except Exception as error:  # what is a fault of metapl passes through
+            whose = out_of_memory(error)
+            if whose is not None or isinstance(error, MetaplError):
+                less = LESS_MEMORY.get(" ".join(given[:1]), "close other programs, or take a machine with more")
+                text = error if whose is None else f"the memory {whose} does not suffice; {less}."
+                tell(f"metapl: {text}", file=sys.stderr, wrap=True)
+                return 2
+            if not isinstance(error, OSError):
+                raise
+            drop_output()  # what is still buffered must not be written again at exit
+            if not isinstance(error, BrokenPipeError):  # the reader has gone, as head does
+                name, reason = error.filename or "input or output", error.strerror or error
+                print(f"metapl: {shown(f'{name}: {reason}')}.", file=sys.stderr)
+            return 1
 
 
 @contextmanager
 def _messages_shown() -> Iterator[None]:
-    """Show on standard error what the library logs, such as which layers pretrained weights leave fresh."""
-    logger, messages = logging.getLogger("metapl"), _Messages()
+    """Show on standard error what the library logs, such as which layers pretrained weights leave fresh: each message
+    once, for networks are built several times."""
+    logger, messages, told = logging.getLogger("metapl"), logging.Handler(logging.INFO), set[str]()
+
+    def emit(record: logging.LogRecord) -> None:
+        text = messages.format(record)
+        if text not in told:
+            told.add(text)
+            tell(f"metapl: {text}", file=sys.stderr, wrap=True)
+
+    messages.emit = emit  # type: ignore[method-assign]
     before = logger.level
     logger.addHandler(messages)
     logger.setLevel(logging.INFO)
@@ -91,32 +81,23 @@ def _dispatch(given: list[str]) -> int:
         print(f"metapl {__version__}")
         return 0
     if command == "--print-completion":
-        from metapl.apps.commands.completion import print_completion
-
         return print_completion(words)
     if command not in COMMANDS:
-        raise _unknown("command", command, COMMANDS, "see metapl --help")
-    from metapl.apps.commands.parse import flags_named, parse, respelled
+        raise _unknown("command", command, [*COMMANDS], "see metapl --help")
+    from metapl.apps.commands.parse import flags_named, parse
 
-    words = respelled(words)
-    program, flags = f"metapl {command}", {word.partition("=")[0] for word in words}
-    if command == "ablate" and "--factory" in flags:
-        kind = module_of(command).AblateFactory
-    elif command == "evaluate" and "--weights" in flags:
-        kind = module_of("evaluate_weights").EvaluateWeights
-    elif command not in CHOICES:
-        kind = getattr(module_of(command), command.capitalize())
-    elif words[:1] in (["-h"], ["--help"]):
-        print(help_of(command), end="")
-        return 0
-    else:
+    program, kind = f"metapl {command}", found(command, words)
+    if isinstance(kind, dict):
+        if words[:1] in (["-h"], ["--help"]):
+            print(help_of(command), end="")
+            return 0
         _, what, example = CHOICES[command]
-        choice, known = words[0] if words else None, kinds(command)
+        choice = words[0] if words else None
         if (gone := f"{command} {choice}") in GONE:
             raise MetaplError(f"there is no metapl {gone}: {GONE[gone]}.")
-        if choice not in known:
-            raise _unknown(what, choice, [*known], f"{program} {example}")
-        kind, program, words = known[choice], f"{program} {choice}", words[1:]
+        if choice not in kind:
+            raise _unknown(what, choice, [*kind], f"{program} {example}")
+        kind, program, words = kind[choice], f"{program} {choice}", words[1:]
     with flags_named(words):
         try:
             kind, program = kind.given(words, program)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import sys
 import traceback
 from abc import abstractmethod
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 
 from metapl.ablation import ablate
-from metapl.apps.commands.folders import held, written_to
+from metapl.apps.commands.inputs import held, written
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.settle import settled
@@ -23,19 +23,18 @@ from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.apps.reports.ablation import draw_ablation
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
-from metapl.runs.atomic import written_last
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
-from metapl.words import did_you_mean, tell, wrapped
+from metapl.words import tell, wrapped
 
+# Options of :func:`metapl.ablate` that are flags by the same name.
 ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")
-"""Options of :func:`metapl.ablate` that are flags by the same name."""
 
+# Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run.
 OF_RUNS = (
     *("schedule", "warmup", "wait", "warm_start", "ema_decay", "validate_every", "log_every", "save_every", "keep"),
     *("exact_every", "num_workers", "finetune_steps", "finetune_batch", "finetune"),
 )
-"""Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run."""
 
 Steps = Annotated[int, Range(0, most=10**9)]
 
@@ -84,7 +83,7 @@ class Looking(Command):
             tell(f"error and noise are over the length of the exact gradient\n\n{found.table()}\n")
             tell(wrapped(found.recommendation))
             if self.out is not None:
-                with written_to(self.out), written_last(self.out / "ablation.json", found.to_json().encode()):
+                with written(self.out, "ablation.json", found.to_json()):
                     draw_ablation(self.out / "ablation.png", found.as_dict())
                 tell(f"\nthe figures are in {self.out}")
         return 0
@@ -106,7 +105,6 @@ class Ablate(Looking, OnRecipe):
         return cls.flags(cls.kind.by_name("mpl"), words, Ablate.__doc__ or "", OF_RUNS), program
 
     def subject(self) -> dict[str, Any]:
-        """By the recipe, Meta Pseudo Labels."""
         recipe = settled(self.recipe, None, print) if self.recipe.looks else self.recipe.settled()
         torch.manual_seed(recipe.seed)
         task, device = recipe.task(print, True), recipe.torch_device()
@@ -117,7 +115,6 @@ class Ablate(Looking, OnRecipe):
 
 
 COMMANDS = Ablate.on(Digits, ImageFolders, *PROTOCOL_RECIPES)
-"""The recipes whose networks can be looked at, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +132,6 @@ class AblateFactory(Looking):
     steps: Steps = 0
 
     def subject(self) -> dict[str, Any]:
-        """By the function."""
         made = made_by(self.factory)
         if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], BilevelTrainer):
             several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"
@@ -150,32 +146,21 @@ class AblateFactory(Looking):
 
 def made_by(name: str) -> Any:
     """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
-    module, _, function = name.partition(":")
-    if module.endswith(".py") or not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise MetaplError(
-            f"--factory {name}: expected module:function, such as my_networks:build of my_networks.py in this folder."
-        )
-    what, folder = f"importing {module}", os.getcwd()
+    folder = os.getcwd()
     sys.path.insert(0, folder)  # the function may import from there too
     try:
-        imported = importlib.import_module(module)
-        if not hasattr(imported, function):
-            meant = did_you_mean(function, [*vars(imported)]) or "."
-            raise MetaplError(f"--factory {name}: the module {module} has no function {function}{meant}")
-        what = function
-        return getattr(imported, function)()
+        return pkgutil.resolve_name(name)()
     except MetaplError:
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            expected = "expected a module in this folder, or an installed one"
-            raise MetaplError(f"--factory {name}: {error}; {expected}.") from error
         # The innermost line of the user's own says more than one inside a library.
         frames = traceback.extract_tb(error.__traceback__)
         own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
         where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
         text = str(error).strip().partition("\n")[0].rstrip(".")
-        told = f"{type(error).__name__}{f': {text}' if text else ''}{where}"
-        raise MetaplError(f"--factory {name}: {what} failed: {told}.") from error
+        raise MetaplError(
+            f"--factory {name} failed: {type(error).__name__}{f': {text}' if text else ''}{where}; expected "
+            "module:function, such as my_networks:build of my_networks.py in this folder, or of one that is installed."
+        ) from error
     finally:
         sys.path.remove(folder)

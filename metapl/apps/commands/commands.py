@@ -1,26 +1,34 @@
-"""The commands by name, and what is said of them."""
+"""The commands by name, what is said of them, and the scripts by which shells complete them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, Union
 
+from metapl.errors import MetaplError
 from metapl.runs.memory import LESS
 
-COMMANDS = (
-    "train",
-    "noisy-student",
-    "ablate",
-    "plan",
-    "evaluate",
-    "predict",
-    "finetune",
-    "compare",
-    "export",
-    "label",
-    "labels",
-    "shards",
-)
+# Where each is: a class, or of those whose first word is a choice the classes by that word, which are imported when
+# they are asked for.
+COMMANDS = {
+    "train": "train.COMMANDS",
+    "noisy-student": "train.NOISY_STUDENT",
+    "ablate": "ablate.COMMANDS",
+    "plan": "plan.COMMANDS",
+    "evaluate": "evaluate.Evaluate",
+    "predict": "predict.Predict",
+    "finetune": "runs.Finetune",
+    "compare": "compare.Compare",
+    "export": "runs.Export",
+    "label": "labels.Label",
+    "labels": "labels.COMMANDS",
+    "shards": "runs.Shards",
+}
+
+# Flags that make another command of one.
+BY_FLAG = {"ablate": ("--factory", "ablate.AblateFactory")}
+BY_FLAG |= {"evaluate": ("--weights", "evaluate_weights.EvaluateWeights")}
 
 HELP = """\
 metapl trains a classifier from a few labeled examples and many unlabeled
@@ -114,7 +122,6 @@ For networks of your own: metapl ablate --factory MODULE:FUNCTION.
 Each says more with --help: metapl ablate digits --help.
 """
 
-
 PLAN_HELP = """\
 metapl plan RECIPE says what a training takes on many ranks, without any of
 them: the memory of a rank, operations, bytes on the wire, hours. RECIPE is one
@@ -141,7 +148,8 @@ metapl labels DO STORE, with DO one of:
 Each says more with --help: metapl labels select --help.
 """
 
-
+# Of commands whose first word is a choice: help, in which ``{recipes}`` stands for lines of ``RECIPES_HELP``; what is
+# chosen; and an end of the command line.
 CHOICES = {
     "train": (RECIPES_HELP, "recipe", "digits"),
     "noisy-student": (NOISY_STUDENT_HELP, "recipe", "digits"),
@@ -149,36 +157,68 @@ CHOICES = {
     "plan": (PLAN_HELP, "recipe", "digits --mesh.shard 2"),
     "labels": (LABELS_HELP, "action", "stats STORE"),
 }
-"""Commands whose first word is a choice: help, in which ``{recipes}`` stands for lines of ``RECIPES_HELP``; what is
-chosen; and an end of the command line."""
 
+# What is said of words that meant something before.
 GONE = {"train two-moons": "the two moons are an example now: python examples/two_moons.py --help"}
-"""What is said of words that meant something before."""
 
+# What takes less memory, by a command's first word; the others have no flag for it.
 _MORE = "raise --accumulate, or take --precision bfloat16"
-
 LESS_MEMORY = {
     "train": LESS,
     "noisy-student": f"lower --labeled-batch, --ratio, --image-size or --num-workers, {_MORE}",
     "ablate": f"lower --labeled-batch, --unlabeled-batch or --image-size, {_MORE}",
     "label": "lower --batch or --num-workers",
 }
-"""What takes less memory, by a command's first word; the others have no flag for it."""
+
+SHELLS = ("bash", "zsh", "fish")
 
 
-def kinds(command: str) -> dict[str, Any]:
-    """The classes of a command of :data:`CHOICES` by its first word; they are imported when they are asked for."""
-    known: dict[str, Any] = module_of(command).COMMANDS
-    return known
-
-
-def module_of(command: str) -> Any:
-    """The file of a command."""
-    return import_module(f"metapl.apps.commands.{command.replace('-', '_')}")
+def found(command: str, words: Sequence[str] = ()) -> Any:
+    """The class of a command, or its classes by their first word."""
+    flag, other = BY_FLAG.get(command, (None, ""))
+    place = other if flag in {word.partition("=")[0] for word in words} else COMMANDS[command]
+    module, _, name = place.partition(".")
+    return getattr(import_module(f"metapl.apps.commands.{module}"), name)
 
 
 def help_of(command: str) -> str:
-    """The help of a command of :data:`CHOICES`."""
-    text, known = CHOICES[command][0], kinds(command)
+    text, known = CHOICES[command][0], found(command)
     lines = [line for line in RECIPES_HELP.splitlines(keepends=True) if line.split()[:1] and line.split()[0] in known]
     return text.format(recipes="".join(line for line in lines if f"\n  {line.split()[0]} " not in text))
+
+
+def print_completion(given: Sequence[str]) -> int:
+    """``metapl --print-completion SHELL``: tyro writes the script by which a shell completes commands and flags."""
+    import tyro
+
+    from metapl.apps.commands.parse import CONFIG, REGISTRY
+
+    if len(given) != 1 or given[0] not in SHELLS:
+        raise MetaplError(
+            f"--print-completion was given {' '.join(given) or 'no shell'}; expected one of {', '.join(SHELLS)}, "
+            "such as: metapl --print-completion bash."
+        )
+
+    def one_of(kinds: Mapping[str, Any]) -> Any:
+        return Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007  # made from a list
+
+    def taken(command: str) -> Any:
+        def chosen(choice: Any) -> None: ...
+
+        if command not in CHOICES:
+            return found(command)
+        kinds = {name: kind.given((), f"metapl {command} {name}")[0] for name, kind in found(command).items()}
+        chosen.__annotations__["choice"] = Annotated[one_of(kinds), tyro.conf.arg(name="")]
+        return chosen
+
+    try:
+        tyro.cli(
+            one_of({name: taken(name) for name in COMMANDS}),
+            prog="metapl",
+            args=["--tyro-write-completion", given[0], "-"],
+            config=(*CONFIG, tyro.conf.OmitSubcommandPrefixes),
+            registry=REGISTRY,
+        )
+    except SystemExit as end:  # tyro prints the script and ends
+        return int(end.code or 0)
+    raise RuntimeError("tyro printed no script")

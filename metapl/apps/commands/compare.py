@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
 from metapl.apps.commands.evaluate import EVALUATION
-from metapl.apps.commands.folders import held, written_to
+from metapl.apps.commands.inputs import counted, held, written
 from metapl.apps.commands.parse import Command, Folder, unset
-from metapl.apps.evaluation.attacks import LEVELS, Attack
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET
+from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
 from metapl.apps.experiments.folder import RunFolder, flat
 from metapl.apps.experiments.load_run import LoadedRun, load_run
@@ -24,25 +24,22 @@ from metapl.apps.experiments.store import stored_data, stored_result
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
-from metapl.apps.reports.robustness import GROUPS, RELATIVE, SUMMARY, draw_evaluations, value_at
-from metapl.apps.reports.style import PALETTE
+from metapl.apps.reports.canvas import PALETTE
+from metapl.apps.reports.robustness import RELATIVE, SUMMARY, draw_evaluations, value_at
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
-from metapl.runs.atomic import written_last
 from metapl.runs.fields import AtLeastOne, Range, misfit_entries
 from metapl.runs.sealed import read_json
 from metapl.words import short, table, tell, wrapped
 
 COMPARED, PICTURE = "compared.json", "compared.png"
 
+# Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number. Those
+# that decide which examples a recipe draws from its data set. And what stands for a field that follows from how many
+# steps fitted into a run's minutes.
 IRRELEVANT = ("seed", "method", "log_every", "save_every", "exact_every", "keep")
-"""Fields in which runs may differ: the seed, the method, which is looked at apart, and what changes no number."""
-
-MEASURED = "by the minutes"
-"""Stands for a field that follows from how many steps fitted into a run's minutes."""
-
 DRAWN_BY = ("seed", "labels_per_class", "validation", "split")
-"""Fields that decide which examples a recipe draws from its data set."""
+MEASURED = "by the minutes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +48,8 @@ class Compare(Command):
 
     Differences are tested in pairs of the same seed, and so of the same split: where every method (or the same method
     with other options) was run with the same seeds. Otherwise, or with other numbers of labels, the accuracies are
-    listed, with the reason why they are not paired. Runs whose steps were measured to fit into the same minutes are
-    paired even if the numbers of steps differ; the table then has them. Runs of different recipes, on different data or
-    of different classes are refused: their test sets differ.
+    listed, with the reason. Runs whose steps were measured to fit into the same minutes are paired whatever their
+    number. Runs of different recipes, on different data or of different classes are refused: their test sets differ.
 
     Folders that metapl evaluate --out wrote to are put side by side too, with every figure that they have: metapl
     compare robust/a robust/b. Where all of several run folders have such an evaluation, it follows.
@@ -87,9 +83,6 @@ class Compare(Command):
             if self.out is not None:
                 write_comparison(self.out, found)
         return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------- runs
 
 
 @dataclass(frozen=True)
@@ -133,16 +126,15 @@ def _compare_runs(folders: Sequence[Path]) -> None:
 
 
 def _entries(run: LoadedRun) -> Iterator[Entry]:
-    """The runs in a folder: one, or all of a comparison."""
     # A folder of pictures is the data; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
-    fields, runs = _fields(run.recipe), [(run.folder, run.result)]
+    fields, path, runs = _fields(run.recipe), run.folder.path, [(run.folder, run.result)]
     if run.is_comparison:
         runs = [
-            (RunFolder(run.folder.path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
-            for method, readouts in run.result["methods"].items()
+            (RunFolder(path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
+            for method, found in run.result["methods"].items()
             for index, seed in enumerate(run.result["seeds"])
-            for numbers in [{readout: readouts[readout][index] for readout in READOUTS}]
+            for numbers in [{readout: found[readout][index] for readout in READOUTS}]
         ]
     for folder, numbers in runs:
         result = stored_result(folder)
@@ -175,12 +167,9 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
     """Accuracies on other test pictures, or of students of other classes, say nothing of which method is better."""
     first: dict[tuple[Any, ...], Entry] = {}
     for entry in entries:
-        names, others = entry.evaluation.classes or (), entries[0].evaluation.classes or ()
-        if tuple(names) != tuple(others):
-            raise MetaplError(
-                f"{entry.place} and {entries[0].place} are of different classes: {_differing(names, others)}. Train "
-                "both on folders with the same classes, or compare each with runs on its own."
-            )
+        given, before = ((one.place, one.evaluation.classes) for one in (entry, entries[0]))
+        mend = "Train both on folders with the same classes, or compare each with runs on its own."
+        _refuse_other_classes(given, before, mend)
         same = first.setdefault(entry.drawn_by, entry)
         parts = [part for part in {**same.hashes, **entry.hashes} if same.hashes.get(part) != entry.hashes.get(part)]
         everywhere = "labels"  # of the whole data set, whatever is drawn from it
@@ -193,9 +182,13 @@ def _refuse_other_data(entries: Sequence[Entry]) -> None:
             )
 
 
-def _differing(classes: Sequence[str], others: Sequence[str]) -> str:
-    alone = [name for name in (*classes, *others) if name not in classes or name not in others]
-    return f"only one of them has {few(alone)}" if alone else "the order of the classes differs"
+def _refuse_other_classes(one: tuple[Any, Any], other: tuple[Any, Any], mend: str) -> None:
+    """Of two places, each with its classes or None."""
+    (place, names), (there, others) = one, other
+    if names is not None and others is not None and list(names) != list(others):
+        alone = [name for name in (*names, *others) if name not in names or name not in others]
+        differing = f"only one of them has {few(alone)}" if alone else "the order of the classes differs"
+        raise MetaplError(f"{place} and {there} are of different classes: {differing}. {mend}")
 
 
 def _chance(entries: Sequence[Entry]) -> float:
@@ -254,69 +247,53 @@ def _verdict(entries: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------- evaluations
-
 Evaluations = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Damaged:
-    error: float
-
-
-@dataclass(frozen=True)
-class _Flips:
-    flip_probability: float
-
-
 Share = Annotated[float, Range(0, most=1)]
-SHARES: dict[str, Any] = {"n": AtLeastOne, "accuracy": Share, "expected_calibration_error": Share, "top5": Share | None}
-DAMAGES: dict[str, Any] = {
-    "corruptions": dict[str, _Damaged],
-    "mean_corrupted_accuracy": Share | None,
-    "mean_corruption_error": Annotated[float, Range(0)] | None,
-}
-EXPECTED: dict[str, dict[str, Any]] = {
-    "": {
-        **dict.fromkeys(("run", "method", "network", "weights", "test"), str | None),
-        **SHARES,
-        **DAMAGES,
-        "classes": tuple[str, ...] | None,
-        "attacks": dict[str, dict[str, Share]],
-        "interval": tuple[Share, Share] | None,
-    },
-    "multi_label": {"accuracy": Share},
-    "imagenet_a": SHARES,
-    "imagenet_c": DAMAGES,
-    "imagenet_p": {
-        "perturbations": dict[str, _Flips],
-        "accuracy": Share,
-        "mean_flip_rate": Annotated[float, Range(0)] | None,
-    },
-}
-"""What is read of ``evaluation.json``, with types: of its top, and of its parts."""
+InPercent = Annotated[float, Range(0)] | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    run: str | None
+    method: str | None
+    network: str | None
+    weights: str | None
+    test: str | None
+    n: AtLeastOne
+    accuracy: Share
+    expected_calibration_error: Share
+    error: Share
+    flip_probability: Share
+    top5: Share | None
+    mean_corrupted_accuracy: Share | None
+    mean_corruption_error: InPercent
+    mean_flip_rate: InPercent
+    interval: tuple[Share, Share] | None
+    attacks: dict[str, dict[str, Share]]
+    corruptions: dict[str, _Found]
+    perturbations: dict[str, _Found]
+    multi_label: _Found
+    imagenet_a: _Found
+    imagenet_c: _Found
+    imagenet_p: _Found
+
+
+KINDS: dict[str, Collection[str]] = {"corruptions": CORRUPTIONS, "perturbations": FLIPS_OF_ALEXNET}
+KINDS |= {"attacks": get_args(Attack)}
 
 
 def read_evaluations(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """What the folders' ``evaluation.json`` hold, by folder.
-
-    Raises:
-        MetaplError: one is missing or damaged, there are too many, or they are of different classes.
-    """
+    """What the folders' ``evaluation.json`` hold, by folder; refused where they have nothing in common."""
     if not 2 <= len(folders) <= len(PALETTE):
         raise MetaplError(
-            f"{len(folders)} evaluation{'s' * (len(folders) != 1)} to compare; expected 2 to {len(PALETTE)}: "
-            "metapl compare robust/a robust/b."
+            f"{counted(len(folders), 'evaluation')} to compare; expected 2 to {len(PALETTE)}: metapl compare robust/a "
+            "robust/b."
         )
     found = {str(folder): _read(folder / EVALUATION) for folder in folders}
     (first, one), *others = found.items()
     for name, other in others:
-        a, b = one.get("classes"), other.get("classes")
-        if a is not None and b is not None and a != b:
-            raise MetaplError(
-                f"{name} and {first} are of different classes: {_differing(a, b)}. Evaluate both on pictures of the "
-                "same classes."
-            )
+        mend = "Evaluate both on pictures of the same classes."
+        _refuse_other_classes((name, other.get("classes")), (first, one.get("classes")), mend)
         if _figures(one).keys().isdisjoint(_figures(other)):
             raise MetaplError(
                 f"{name} and {first} have no figure in common: {few(_figures(other))} and {few(_figures(one))}. "
@@ -330,59 +307,41 @@ def _read(file: Path) -> dict[str, Any]:
         raise MetaplError(f"{file.parent} has no {EVALUATION}; write it by: metapl evaluate ... --out {file.parent}.")
     again = "Expected what metapl evaluate --out writes: write it again."
     content = read_json(file, mend=again)
-    fault = None
-    for part, hints in EXPECTED.items():
-        values = content.get(part, {}) if part else content
-        if not isinstance(values, dict):
-            fault = fault or f"{part} is not a JSON object"
-        else:
-            fault = fault or misfit_entries(values, hints, part)
-    if fault is None:
-        damages = (content, content.get("imagenet_c", {}))
-        kinds = {kind for found in damages for kind in found.get("corruptions", {})} - {*CORRUPTIONS}
-        kinds |= {*content.get("imagenet_p", {}).get("perturbations", {})} - {*FLIPS_OF_ALEXNET}
-        attacks = content.get("attacks", {})
-        kinds |= {*attacks} - {*get_args(Attack)}
-        strange = [eps for by_eps in attacks.values() for eps in by_eps if not _is_reach(eps)]
+    try:
+        hints = get_type_hints(_Found, include_extras=True) | {"classes": tuple[str, ...] | None}
+        if fault := misfit_entries(content, hints, ""):
+            raise ValueError(fault)
+        _figures(content)
+        parts = [content, *(content.get(part, {}) for part in ("imagenet_c", "imagenet_p"))]
+        kinds = {kind for part in parts for name in KINDS for kind in part.get(name, {}) if kind not in KINDS[name]}
         if kinds:
-            fault = f"it is of {few(map(short, sorted(kinds)))}, which are not known"
-        elif attacks and content.get("accuracy") is None:
-            fault = "it has attacks, and no accuracy without them"
-        elif strange:
-            fault = f"attacks have ε = {short(strange[0])}; expected 0 to {LEVELS}"
-    try:
-        if fault is None:
-            _figures(content)
+            raise ValueError(f"it is of {few(map(short, sorted(kinds)))}, which are not known")
+        if content.get("attacks") and content.get("accuracy") is None:
+            raise ValueError("it has attacks, and no accuracy without them")
+        for eps in (eps for by_eps in content.get("attacks", {}).values() for eps in by_eps):
+            if not re.fullmatch(r"\d+(\.\d+)?", eps) or float(eps) > LEVELS:
+                raise ValueError(f"attacks have ε = {short(eps)}; expected 0 to {LEVELS}")
     except LookupError as error:
-        fault = f"an entry lacks its {error}"
-    if fault is not None:
-        raise MetaplError(f"{file} is damaged: {fault}. {again}")
+        raise MetaplError(f"{file} is damaged: an entry lacks its {error}. {again}") from error
+    except ValueError as error:
+        raise MetaplError(f"{file} is damaged: {error}. {again}") from error
     return content
-
-
-def _is_reach(number: str) -> bool:
-    try:
-        return 0 <= float(number) <= LEVELS
-    except ValueError:
-        return False
 
 
 def _figures(found: Mapping[str, Any]) -> dict[str, float]:
     """All figures of an evaluation by what they are called: shares in [0, 1], and those in % of AlexNet's."""
     figures = {name: value_at(found, place) for name, place in (SUMMARY | RELATIVE).items()}
     for prefix, part in (("", found), ("ImageNet-C ", found.get("imagenet_c", {}))):
-        corruptions = part.get("corruptions", {})
-        kinds = [kind for names in GROUPS.values() for kind in names if kind in corruptions]
-        figures |= {f"{prefix}error, {kind}": float(corruptions[kind]["error"]) for kind in kinds}
+        found_here = part.get("corruptions", {})
+        figures |= {f"{prefix}error, {kind}": found_here[kind]["error"] for kind in CORRUPTIONS if kind in found_here}
     for attack, by_eps in found.get("attacks", {}).items():
         figures |= {f"{attack.upper()}, ε = {eps}/255": float(value) for eps, value in by_eps.items()}
-    for name, kind in found.get("imagenet_p", {}).get("perturbations", {}).items():
-        figures[f"flips, {name}"] = float(kind["flip_probability"])
+    flips = found.get("imagenet_p", {}).get("perturbations", {})
+    figures |= {f"flips, {name}": kind["flip_probability"] for name, kind in flips.items()}
     return {name: value for name, value in figures.items() if value is not None}
 
 
 def evaluations_table(evaluations: Evaluations) -> str:
-    """Every figure, a column for each evaluation; of two, their difference too."""
     letters = "ABCDEFG"[: len(evaluations)]
     figures = [
         {name: value if name in RELATIVE else 100 * value for name, value in _figures(found).items()}
@@ -424,8 +383,6 @@ def _measured(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write_comparison(folder: Path, evaluations: Evaluations) -> None:
-    """``compared.json`` and ``compared.png``: both, or neither."""
     content = {"evaluations": {name: _figures(found) for name, found in evaluations.items()}}
-    text = f"{json.dumps(content, indent=1)}\n".encode()
-    with held(folder, COMPARED, PICTURE), written_to(folder), written_last(folder / COMPARED, text):
+    with held(folder, COMPARED, PICTURE), written(folder, COMPARED, f"{json.dumps(content, indent=1)}\n"):
         draw_evaluations(folder / PICTURE, evaluations, "evaluations side by side")

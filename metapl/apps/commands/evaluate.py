@@ -1,4 +1,4 @@
-"""``metapl evaluate RUN``, on its own test set or on another folder; and what every evaluation measures and prints."""
+"""``metapl evaluate RUN``, on its own test set or on another folder, and ``metapl evaluate --weights FILE``."""
 
 from __future__ import annotations
 
@@ -7,40 +7,35 @@ import statistics
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from metapl.apps.commands.folders import held, written_to
-from metapl.apps.commands.inputs import Network, TestFolder, require_finite
+from metapl.apps.commands.inputs import Network, TestFolder, counted, held, require_finite, written
 from metapl.apps.commands.parse import Command, File, Folder, Run, Switch, unset
 from metapl.apps.evaluation import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
-from metapl.apps.evaluation.attacks import LEVELS, Attack
+from metapl.apps.evaluation import imagenet as sets
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET
-from metapl.apps.evaluation.imagenet import Pictures, Subject, imagenet_a, imagenet_c, imagenet_p, is_imagenet
-from metapl.apps.evaluation.measure import Robustness, measure
+from metapl.apps.evaluation.imagenet import Pictures, Subject, is_imagenet
+from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack, Robustness, measure
 from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.load_run import LoadedRun, load_run
 from metapl.apps.recipes import ImageRecipe
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
-from metapl.runs.atomic import written_last
 from metapl.runs.fields import Range
 from metapl.training.progress import counting
 from metapl.words import WIDTH, short, shown, table, tell
 
 EVALUATION, PICTURE = "evaluation.json", "robustness.png"
 
+# Keys of ``evaluation.json`` that ``robustness.png`` shows, and what is written of ImageNet-A.
 DRAWN = ("corruptions", "attacks", "imagenet_a", "imagenet_c", "imagenet_p")
-"""Keys of ``evaluation.json`` that ``robustness.png`` shows."""
-
 OF_A = ("n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error", "interval")
-"""What is written of ImageNet-A."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +71,8 @@ class Evaluators(Command):
     @property
     def released(self) -> dict[str, Path]:
         """ImageNet's test sets that were given, by their letters."""
-        sets = {"a": self.imagenet_a, "c": self.imagenet_c, "p": self.imagenet_p}
-        return {letter: folder for letter, folder in sets.items() if folder is not None}
+        given = {"a": self.imagenet_a, "c": self.imagenet_c, "p": self.imagenet_p}
+        return {letter: folder for letter, folder in given.items() if folder is not None}
 
     def check(self) -> None:
         if self.eps and self.attack is None:
@@ -100,7 +95,6 @@ class Evaluators(Command):
         """Measure, tell and write what was found; the exit code."""
 
     def found(self, subject: Subject, on: TestFolder | Own | None, heading: str, about: Mapping[str, Any]) -> int:
-        """Measure by all that was asked for, and tell and write it; the exit code. JSON begins with ``about``."""
         content, blocks, left_out = dict(about), [], 0
 
         def skip(reason: str) -> None:
@@ -108,67 +102,65 @@ class Evaluators(Command):
             left_out += 1
             tell(f"metapl: left out {reason}", file=sys.stderr)
 
-        if on is not None:
-            content["measured_on"] = on.part
-            logits, labels = predict_logits(subject.network, on.batches())
-            if on.names is not None and len(on.names) == len(logits):
-                require_finite(logits, on.names)
-            clean = evaluate_logits(logits, labels, subject.classes)
-            content |= _as_json(clean)
-            several = None
-            if self.label_sets is not None:
-                names = on.names
-                sets = read_label_sets(self.label_sets, subject.classes or _numbers(subject.outputs), names)
-                if names is not None and len(logits) < len(names):
-                    raise MetaplError(
-                        f"{len(names) - len(logits):,} of the {len(names):,} test files cannot be read and were left "
-                        "out, so it is not known which prediction is whose; mend or remove these files, then evaluate "
-                        "with --label-sets again."
-                    )
-                several = multi_label_accuracy(logits.max(dim=1).indices, sets)
-                content["multi_label"] = several.to_json()
-            blocks = [figures(clean, several, on), confusions(clean, subject.classes or ())]
-            if self.corruptions or self.attack is not None:
-                with counting("pictures", shown=True) as update:
-                    robust = measure(
-                        subject.network,
-                        on.batches(),
-                        corruptions=tuple(CORRUPTIONS) if self.corruptions else (),
-                        attacks=() if self.attack is None else (self.attack,),
-                        eps=self.eps or (2.0, 8.0),
-                        imagenet=subject.imagenet,
-                        progress=update,
-                    )
-                content |= robust.to_json()
-                blocks.append(robustness_table(robust, clean))
-            left_out = on.skipped
         with counting("pictures", shown=True) as update:
             subject = replace(subject, skip=skip, progress=update)
+            if on is not None:
+                blocks = self._of_pictures(subject, on, content)
+                left_out = on.skipped
             for letter, folder in self.released.items():
                 content[f"imagenet_{letter}"], block = RELEASED[letter](subject, folder)
                 blocks.append(block)
-        if self.json:
-            tell(json.dumps(content, indent=2))
-        else:
-            tell("\n\n".join([heading, *blocks]))
+        tell(json.dumps(content, indent=2) if self.json else "\n\n".join([heading, *blocks]))
         if self.out is not None:
             write_evaluation(self.out, content, heading.splitlines()[0])
         if left_out:
-            tell(f"metapl: {left_out} file{'s' * (left_out != 1)} left out", file=sys.stderr)
+            tell(f"metapl: {counted(left_out, 'file')} left out", file=sys.stderr)
         return 1 if left_out else 0
+
+    def _of_pictures(self, subject: Subject, on: TestFolder | Own, content: dict[str, Any]) -> list[str]:
+        """Accuracy and what else was asked for, in ``content`` and in words."""
+        content["measured_on"] = on.part
+        logits, labels = predict_logits(subject.network, on.batches())
+        names = on.names
+        if names is not None and len(names) == len(logits):
+            require_finite(logits, names)
+        clean = evaluate_logits(logits, labels, subject.classes)
+        content |= _as_json(clean)
+        several = None
+        if self.label_sets is not None:
+            classes = subject.classes or tuple(map(str, range(subject.outputs)))
+            right = read_label_sets(self.label_sets, classes, names)
+            if names is not None and len(logits) < len(names):
+                raise MetaplError(
+                    f"{len(names) - len(logits):,} of the {len(names):,} test files cannot be read and were left out, "
+                    "so it is not known which prediction is whose; mend or remove these files, then evaluate with "
+                    "--label-sets again."
+                )
+            several = multi_label_accuracy(logits.max(dim=1).indices, right)
+            content["multi_label"] = asdict(several)
+        blocks = [figures(clean, several, on), confusions(clean, subject.classes or ())]
+        if self.corruptions or self.attack is not None:
+            robust = measure(
+                subject.network,
+                on.batches(),
+                corruptions=tuple(CORRUPTIONS) if self.corruptions else (),
+                attacks=() if self.attack is None else (self.attack,),
+                eps=self.eps or (2.0, 8.0),
+                imagenet=subject.imagenet,
+                progress=subject.progress,
+            )
+            content |= robust.to_json()
+            blocks.append(robustness_table(robust, clean))
+        return blocks
 
 
 def write_evaluation(folder: Path, content: Mapping[str, Any], title: str) -> None:
     """``evaluation.json``, and ``robustness.png`` where there is something to draw: both, or neither."""
     from metapl.apps.reports.robustness import draw_robustness
 
-    with written_to(folder), written_last(folder / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode()):
+    with written(folder, EVALUATION, f"{json.dumps(content, indent=1)}\n"):
         if any(key in content for key in DRAWN):
             draw_robustness(folder / PICTURE, content, title)
-
-
-def _numbers(outputs: int) -> tuple[str, ...]:
-    return tuple(map(str, range(outputs)))
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, Any]:
@@ -184,13 +176,11 @@ def _as_json(evaluation: Evaluation) -> dict[str, Any]:
 class Evaluate(Evaluators):
     """Measure a run's network on its test set again: accuracy, calibration, and which classes it takes for which.
 
-    It is the network that the run delivers, or the one named. The accuracy is the one in the run's result.json; where
-    it is not, the output says so. Of a comparison, the run that the comparison delivers is measured: the best method's
-    best seed by validation, and the first method's first seed where validation cannot tell. Beside it stand its 95 %
-    interval, the chance level, which is what always naming the largest class gives, and what guessing evenly among them
-    gives.
-
-    A run without a test set is measured on its validation examples, and the accuracy is called so.
+    It is the network that the run delivers, or the one named; of a comparison, the run that it delivers: the best
+    method's best seed by validation, and the first method's first seed where validation cannot tell. Where the accuracy
+    is not the one in the run's result.json, the output says so. Beside it stand its 95 % interval, the chance level,
+    which is what always naming the largest class gives, and what guessing evenly gives. A run without a test set is
+    measured on its validation examples, and the accuracy is called so.
 
     With --test, it is measured on other pictures: one folder a class, called as the run's classes. A file that cannot
     be read is left out, with the reason on standard error; the exit code is then 1.
@@ -201,7 +191,6 @@ class Evaluate(Evaluators):
 
     The pictures can also be damaged in 15 ways and 5 severities each, as in ImageNet-C (--corruptions), and be moved
     against the network (--attack); all accuracies are then written to --out, as evaluation.json and robustness.png.
-    There are flags for ImageNet-A, ImageNet-C and ImageNet-P in the files in which they were released too.
 
     A network of a file of weights, without a run: metapl evaluate --weights FILE --help says how.
 
@@ -286,17 +275,11 @@ class Own:
 
 # ------------------------------------------------------------------------------------------------------- what is shown
 
-MOST_LETTERS, LEAST_LETTERS = 16, 3
-"""Letters of a class that head a column, as many as there is room for, and that head a row."""
-
-LEAST_WITH_DOTS = 9
-"""Letters from which on a name loses its middle, not its end."""
-
-MOST_IN_A_MATRIX = 20
-"""Classes of which a terminal shows the confusion matrix."""
-
-LISTED = 10
-"""Confusions, and classes, that are listed where there are more."""
+# Letters of a class that head a column, as many as there is room for, and that head a row; and from which on a name
+# loses its middle, not its end.
+MOST_LETTERS, LEAST_LETTERS, LEAST_WITH_DOTS = 16, 3, 9
+# Classes of which a terminal shows the confusion matrix; confusions, and classes, that are listed where there are more.
+MOST_IN_A_MATRIX, LISTED = 20, 10
 
 
 def figures(evaluation: Evaluation, several: MultiLabelAccuracy | None, on: TestFolder | Own) -> str:
@@ -320,7 +303,6 @@ def figures(evaluation: Evaluation, several: MultiLabelAccuracy | None, on: Test
 
 
 def robustness_table(found: Robustness, clean: Evaluation | None) -> str:
-    """Accuracies by severity and by ε."""
     parts = []
     if found.corruptions:
         rows = [("corruption", "none", *map(str, SEVERITIES), "mean error")]
@@ -339,7 +321,7 @@ def robustness_table(found: Robustness, clean: Evaluation | None) -> str:
 
 
 def _of_a(subject: Subject, folder: Path) -> tuple[dict[str, Any], str]:
-    found = imagenet_a(subject, folder)
+    found = sets.imagenet_a(subject, folder)
     whole, classes = _as_json(found), len(found.confusion)
     rows = [
         ("ImageNet-A accuracy", f"{found.accuracy:.2%} of {found.n:,}, by {classes} classes alone"),
@@ -350,12 +332,12 @@ def _of_a(subject: Subject, folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _of_c(subject: Subject, folder: Path) -> tuple[dict[str, Any], str]:
-    found = imagenet_c(subject, folder)
+    found = sets.imagenet_c(subject, folder)
     return {"n": found.n, **found.to_json()}, f"ImageNet-C\n\n{robustness_table(found, None)}"
 
 
 def _of_p(subject: Subject, folder: Path) -> tuple[dict[str, Any], str]:
-    found = imagenet_p(subject, folder)
+    found = sets.imagenet_p(subject, folder)
     rows = [("ImageNet-P", "flip probability", "of AlexNet's")]
     rows += [(name, f"{flips:.2%}", f"{flips / FLIPS_OF_ALEXNET[name]:.1%}") for name, flips in found.flips.items()]
     rate = "" if found.mean_flip_rate is None else f", mFR {found.mean_flip_rate:.1f} %"
@@ -363,8 +345,7 @@ def _of_p(subject: Subject, folder: Path) -> tuple[dict[str, Any], str]:
     return found.to_json(), f"{table(rows)}\n\n{count}"
 
 
-RELEASED = {"a": _of_a, "c": _of_c, "p": _of_p}
-"""What measures on ImageNet's released test sets: for JSON, and in words."""
+RELEASED = {"a": _of_a, "c": _of_c, "p": _of_p}  # what measures on ImageNet's test sets: for JSON, and in words
 
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""``metapl evaluate --weights FILE --network NAME``, of a network without a run"""
+"""``metapl evaluate --weights FILE --network NAME``, of a network without a run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.fields import Range
 from metapl.runs.sealed import read_plain
 
+# How torchvision's networks are evaluated on ImageNet, and timm's that say nothing else.
 USUAL_SIDE, USUAL_CENTER = 224, 224 / 256
-"""How torchvision's networks are evaluated on ImageNet, and timm's that say nothing else."""
 
 Side = Annotated[int, Range(1, most=LARGEST_SIDE)]
 Share = Annotated[float, Range(above=0, most=1, of="a share of the sides")]
@@ -90,18 +90,20 @@ class EvaluateWeights(Evaluators):
         pictures = Pictures(int(side), channels == 1, center if self.center is None else self.center)
         mean, std = self._normalization(network, told, library)
         names = self._names(told, outputs)
-        if self.device == "cuda" and not torch.cuda.is_available():
+        gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not gpu:
             raise MetaplError("--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
-        device = torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
         module = network.create()
         load_weights(module, self.weights, adapt=network.family.adapt)
         if mean is not None and std is not None:
             module = normalized(module, mean, std)
         # Without names, a network of a thousand outputs is taken for one of ImageNet's classes.
         imagenet = outputs == IMAGENET_OUTPUTS and (names is None or is_imagenet(names))
-        subject = Subject(module.eval().to(device), pictures, names, outputs, imagenet)
+        module = module.eval().to("cuda" if gpu and self.device != "cpu" else "cpu")
+        subject = Subject(module, pictures, names, outputs, imagenet)
         on = None if self.test is None else TestFolder(_Reader(pictures, names or ()), self.test)
-        scale = "as it is" if mean is None else f"mean {_numbers(mean)}, std {_numbers(std or ())}"
+        numbers = [", ".join(f"{value:.4g}" for value in values or ()) for values in (mean, std)]
+        scale = "as it is" if mean is None else "mean {}, std {}".format(*numbers)
         heading = f"{self.weights}: {network.name}, {outputs:,} classes\npictures of {pictures}; {scale}"
         about: dict[str, Any] = {
             "weights": str(self.weights),
@@ -112,7 +114,6 @@ class EvaluateWeights(Evaluators):
         return self.found(subject, on, heading, about | ({} if on is None else on.about))
 
     def _network(self, told: Mapping[str, Any]) -> tuple[Architecture, Mapping[str, Any]]:
-        """What builds the network, and what its library says of its pictures."""
         if "architecture" in told:
             stored = Architecture(**told["architecture"])
             if self.network not in (None, stored.name):
@@ -128,12 +129,8 @@ class EvaluateWeights(Evaluators):
                 f"{self.weights} does not say which network it is of; expected --network NAME, such as resnet50 or "
                 "timm:convnext_tiny, or a model.safetensors that metapl export wrote of a network with a name."
             )
-        drawn = Architecture(
-            name=self.network,
-            num_classes=IMAGENET_OUTPUTS,
-            in_channels=1 if self.grey else 3,
-            image_size=self.image_size,
-        )
+        sizes: dict[str, Any] = {"in_channels": 1 if self.grey else 3, "image_size": self.image_size}
+        drawn = Architecture(name=self.network, num_classes=IMAGENET_OUTPUTS, **sizes)
         if drawn.library == "metapl" and self.image_size is None:
             raise MetaplError(
                 f"{self.weights} does not say what pictures its {self.network} takes; expected --image-size, the side "
@@ -188,8 +185,6 @@ class EvaluateWeights(Evaluators):
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads pictures like :class:`~metapl.apps.recipes.Recipe`."""
-
     pictures: Pictures
     classes: tuple[str, ...]
     reads: tuple[str, ...] = SUFFIXES
@@ -214,7 +209,3 @@ def _read_names(file: Path) -> list[str]:
         what = f"has {few(repeated)} more than once" if repeated else "has no line"
         raise MetaplError(f"--classes {file} {what}; expected the name of a class in each line, once.")
     return names
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)

@@ -1,23 +1,29 @@
-"""Examples in a user's files, read like the training data of a run; a folder of labeled ones is a test set."""
+"""What several commands share: examples in a user's files, and the folders and files that they write to."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from metapl.apps.commands.parse import unset
+from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.load_run import NetworkName
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import scan_labeled, walk
 from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError, few
+from metapl.runs.atomic import written_last
+from metapl.runs.ownership import owned
+from metapl.runs.sealed import refuse_irregular
 from metapl.words import shown, tell
 
 OF_RUNS = (
@@ -25,27 +31,31 @@ OF_RUNS = (
     "the teacher. Of a method that trains one network, such as uda, that is the student."
 )
 Network = Annotated[NetworkName, unset(help=OF_RUNS)]
-"""A network of a run."""
 
 BATCH = 256
 
+# Names of open files of a process: to replace the file behind one would lose what else is written to it.
+STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
 
-class Reads(Protocol):
-    """What reads examples from files: a recipe, or what stands for one."""
 
-    @property
-    def reads(self) -> tuple[str, ...]: ...
+def counted(number: int, what: str) -> str:
+    """
+    >>> counted(1, "file"), counted(2_000, "file")
+    ('1 file', '2,000 files')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
-    @property
-    def classes(self) -> tuple[str, ...]: ...
 
-    def read(self, path: Path) -> list[tuple[str, Tensor]]: ...
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 class Inputs:
-    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``."""
+    """The examples in files, and in folders, of which the readable files are taken, but for those to ``leave``.
 
-    def __init__(self, recipe: Reads, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
+    The ``recipe``, or what stands for one, reads them. ``seen`` and ``skipped`` are of the last pass.
+    """
+
+    def __init__(self, recipe: Any, paths: Sequence[Path], leave: Sequence[Path] = ()) -> None:
         self.recipe, self.seen, self.skipped = recipe, 0, 0
         left = {os.path.realpath(file) for file in leave}
         self.files: list[Path] = []
@@ -56,9 +66,8 @@ class Inputs:
                 files = sorted(file for file in files if file.suffix.lower() in recipe.reads)
                 files = [file for file in files if not left or os.path.realpath(file) not in left]
                 if not files:
-                    raise MetaplError(
-                        f"there is no file in {path} that can be read; expected {', '.join(recipe.reads)}."
-                    )
+                    expected = ", ".join(recipe.reads)
+                    raise MetaplError(f"there is no file in {path} that can be read; expected {expected}.")
             self.files += files
         self._unlisted_folders = self.skipped
 
@@ -69,7 +78,7 @@ class Inputs:
             yield batch
 
     def _read(self) -> Iterator[tuple[str, Tensor]]:
-        self.seen = self.skipped = self._unlisted_folders  # of this pass, whatever was read before
+        self.seen = self.skipped = self._unlisted_folders  # whatever was read before
         for file in self.files:
             try:
                 yield from self.recipe.read(file)
@@ -88,7 +97,6 @@ class Inputs:
 
 
 def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
-    """Refuse logits that are not finite, and name the examples."""
     bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
     if bad:
         raise MetaplError(
@@ -106,11 +114,10 @@ class TestFolder:
     __test__ = False  # pytest takes classes with such names for tests
     part = "test"
 
-    def __init__(self, recipe: Reads, folder: Path) -> None:
+    def __init__(self, recipe: Any, folder: Path) -> None:
         files = scan_labeled(folder)
         counts = files.counts()
-        unknown = [name for name, count in counts.items() if count and name not in recipe.classes]
-        if unknown:
+        if unknown := [name for name, count in counts.items() if count and name not in recipe.classes]:
             raise MetaplError(
                 f"{folder} has pictures of {few(unknown)}, which the run does not know; expected folders called as "
                 f"its classes: {few(recipe.classes, 20)}."
@@ -140,7 +147,6 @@ class TestFolder:
             tell(f"metapl: note: {note}", file=sys.stderr, wrap=True)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pictures and labels; ``names`` then has the readable files, relative to the folder."""
         self.names = []
         for batch in self._inputs.batches():
             paths = [path for path, _ in batch]
@@ -151,9 +157,103 @@ class TestFolder:
 
     @property
     def skipped(self) -> int:
-        """How many files could not be read."""
         return self._inputs.skipped
 
     def remark(self, evaluation: object) -> str:
-        """Nothing is known of such an accuracy."""
         return ""
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def held(out: Path | None, *files: str) -> Iterator[None]:
+    """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none.
+
+    ``files`` will be written there, in the place of plain files alone.
+    """
+    if out is None:
+        yield
+        return
+    if out.exists() and not out.is_dir():
+        raise MetaplError(f"--out {out} is a file; expected a folder, or the name of a new one.")
+    for name in files:
+        try:
+            refuse_irregular(out / name)
+        except OSError as error:
+            raise MetaplError(f"--out {out}: {name} in it cannot be replaced: {error.strerror}.") from error
+    with owned(out, leaves_lock=False):
+        yield
+
+
+def check_file(flag: str, file: Path | None, suffix: str = "") -> None:
+    """Refuse a file that cannot be written, or not be replaced, before any work; of a link, what it leads to."""
+    if file is None:
+        return
+    if file.suffix.lower() != (suffix or file.suffix.lower()):
+        raise MetaplError(f"{flag} {file} is to be a {suffix} file; expected a name that ends with {suffix}.")
+    if str(file) == "-" or os.path.abspath(file).startswith(STREAMS):
+        raise MetaplError(f"{flag} {file} is a stream; expected a file.")
+    where = Path(os.path.realpath(file))
+    try:
+        refuse_irregular(where)
+    except OSError as error:
+        raise MetaplError(f"{flag} {file} cannot be written: {error.strerror}.") from error
+    if not where.parent.is_dir():
+        raise MetaplError(f"{flag} {file} cannot be written: there is no folder {where.parent}.")
+
+
+@contextmanager
+def written(out: Path, name: str, text: str) -> Iterator[None]:
+    """A file in the folder of ``--out``, made if need be, and what the block writes beside it: both, or neither."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with written_last(out / name, text.encode()):
+            yield
+    except OSError as error:
+        raise MetaplError(f"--out {out} cannot be written: {error.strerror}; expected a folder with room.") from error
+
+
+@contextmanager
+def run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
+    """The folder of a run, which nobody else writes to until the block ends.
+
+    Without ``out``, it is the next free runs/<recipe>-NNN; to resume, the last one that is there.
+    """
+    is_new = out is None and not resume
+    if out is None and resume and not _numbers(recipe):
+        raise MetaplError(f"there is no run runs/{recipe}-* to resume here; name its folder with --out.")
+    path = out or (new_default_folder(recipe) if is_new else _numbered(recipe, max(_numbers(recipe))))
+    folder = RunFolder(path)
+    try:
+        folder.check(resume)  # where that is clear already, nobody is waited for
+        with folder.held():
+            folder.check(resume)  # before anything is measured
+            yield folder
+    except Exception:
+        if is_new:
+            with suppress(OSError):  # there is more in it than its name
+                path.rmdir()
+                path.parent.rmdir()
+        raise
+
+
+def new_default_folder(recipe: str) -> Path:
+    """The next free runs/<recipe>-NNN, which is made: who asks for one at the same moment gets another."""
+    while True:
+        path = _numbered(recipe, max(_numbers(recipe), default=0) + 1)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+
+
+def _numbered(recipe: str, number: int) -> Path:
+    return Path("runs") / f"{recipe}-{number:03d}"
+
+
+def _numbers(recipe: str) -> list[int]:
+    matches = (re.fullmatch(rf"{recipe}-(\d+)", path.name) for path in Path("runs").glob(f"{recipe}-*"))
+    return [int(match[1]) for match in matches if match]

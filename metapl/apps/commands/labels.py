@@ -1,4 +1,4 @@
-"""``metapl labels stats STORE`` and ``metapl labels select STORE --out STORE2``"""
+"""``metapl label RUN PICTURES``, and ``metapl labels stats`` and ``select``, of what it stores."""
 
 from __future__ import annotations
 
@@ -11,22 +11,29 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.commands.folders import check_file
-from metapl.apps.commands.parse import Command, File, Switch, unset
-from metapl.apps.labels import LabelStore
+from metapl.apps.commands.inputs import Network, check_file, counted
+from metapl.apps.commands.parse import Command, File, Run, Switch, unset
+from metapl.apps.experiments.folder import weights_file
+from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
+from metapl.apps.experiments.load_run import load_run
+from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.drawing import draw_statistics
 from metapl.apps.labels.files import store_around
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
+from metapl.apps.recipes.ranges import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
+from metapl.runs.fields import Range
+from metapl.runs.sealed import sha256_of
+from metapl.training.options import MOST_WORKERS
 from metapl.training.progress import counting
 from metapl.words import short, shown, table, tell
 
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
-"""The folder of a store, by its place."""
 
+# Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar.
 MOST_CLASSES, LISTED, BAR = 30, 10, 40
-"""Classes that are all shown; of more, so many of the largest and the smallest. Letters of a bar."""
 
+# What a selection is asked for, in words.
 SELECTED = {
     "dropped_overlap_with": "without the pictures of a folder",
     "threshold": "confidence above {}",
@@ -34,7 +41,95 @@ SELECTED = {
     "any_class": "by the probability of any class",
     "balance": "balanced",
 }
-"""What a selection is asked for, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label(Command):
+    """Store the class probabilities that a run's network gives many pictures, to train other networks on.
+
+    The network runs in eval mode, without dropout and other noise, on pictures as they are: read like the training data
+    of the run, and not augmented. The labels go to a folder of Parquet files, part by part. What is stopped, by Ctrl-C
+    or otherwise, goes on with --resume, and ends with the same files.
+
+    PICTURES is a folder, in which all folders are searched; or a data set by its name: digits, or cifar10, cifar100,
+    svhn, imagenet or imagefolder as torchvision keeps them, of which the training pictures are labeled. In the store, a
+    picture of a folder is called by its path there, and one of a data set by its number.
+
+    A file that cannot be read is left out, with the reason on standard error; the exit code is then 1. So it is where
+    one cannot be read any more whose labels are in the store already; it keeps them. Needs pip install
+    'metapl[labels]'.
+
+    Args:
+        folder: the run folder; of a comparison, the run that it delivers.
+        pictures: a folder of pictures, or the name of a data set.
+        out: the folder of the store; made if need be.
+        temperature: of the softmax: below 1 sharpens the probabilities, above 1 evens them out.
+        top_k: keep this many of the greatest probabilities of a picture, with their classes; by default all are kept.
+            When the store is read, the rest is spread evenly over the other classes.
+        data_root: the folder that torchvision calls so, for its data sets; by default the one of the run.
+        batch: pictures in a pass of the network.
+        num_workers: number of processes that read pictures; it only changes the speed.
+        resume: go on with the store that is there.
+    """
+
+    folder: Run
+    pictures: Annotated[str, tyro.conf.Positional, unset("PICTURES")]
+    out: Annotated[Path, tyro.conf.arg(metavar="STORE")]
+    temperature: Annotated[float, Range(above=0)] = 1.0
+    top_k: Annotated[int | None, unset("K")] = None
+    network: Network = "delivered"
+    data_root: Annotated[str | None, unset("DIR")] = None
+    batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
+    num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
+    resume: Switch = False
+
+    def run(self) -> int:
+        run = load_run(self.folder)
+        name, classes = run.name(self.network), run.recipe.classes
+        if self.top_k is not None and not 1 <= self.top_k <= len(classes):
+            raise MetaplError(
+                f"--top-k {self.top_k} was given; expected 1 to {len(classes):,}, the number of classes, or no --top-k "
+                "for all of them."
+            )
+        network = run.network(name).to(run.device)
+        labeled = to_label(self.pictures, run.recipe, self.batch, self.data_root)
+        model = {"recipe": run.recipe.name, "method": run.result["method"], "seed": run.result["seed"]}
+        model |= {"network": name, "weights_sha256": sha256_of(run.folder.path / weights_file(name))}
+        about = provenance(network, labeled, run.recipe, temperature=self.temperature)
+        writer = LabelWriter(
+            self.out,
+            classes,
+            top_k=self.top_k,
+            provenance={"run": str(self.folder), "model": model, **about},
+            rows_per_part=rows_per_part(len(labeled.ids)),
+            resume=self.resume,
+        )
+        unread: list[str] = []
+        with writer:
+            try:
+                write_labels(
+                    network,
+                    labeled,
+                    writer,
+                    temperature=self.temperature,
+                    num_workers=self.num_workers,
+                    skip=lambda reason: tell(f"metapl: left out {reason}", file=sys.stderr),
+                    unread=unread.append,
+                    tell_progress=True,
+                )
+            except KeyboardInterrupt:
+                tell(f"\nmetapl: {writer.rows:,} labels are in {self.out}; go on with --resume.", file=sys.stderr)
+                raise
+        store = LabelStore(self.out)
+        tell(f"{self.out}: labels of {len(store):,} pictures, {len(store.classes):,} classes, {_kept(self.top_k)}")
+        tell(f"what is in it: metapl labels stats {self.out}")
+        left_out = len(labeled.ids) - len(store)
+        if left_out:
+            tell(f"metapl: {left_out:,} of {len(labeled.ids):,} files left out", file=sys.stderr)
+        if unread:
+            files = f"{counted(len(unread), 'file')} that were labeled before cannot be read now: {few(unread)}"
+            tell(f"metapl: {files}", file=sys.stderr)
+        return 1 if left_out or unread else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +158,12 @@ class Stats(Command):
             about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
             tell(json.dumps({**about, **found.to_json()}, indent=2))
         else:
-            tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n\n{_histograms(found)}")
+            low, middle, high = found.quartiles_of_confidence
+            most = found.greatest_entropy
+            tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n")
+            tell(f"confidence: mean {found.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}")
+            tell(f"{_bars(found.confidence, 1.0)}\n")
+            tell(f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}")
         if self.png is not None:
             draw_statistics(self.png, found, str(self.store))
             tell(f"metapl: drawn in {self.png}", file=sys.stderr)
@@ -125,18 +225,13 @@ class Select(Command):
 COMMANDS = {"stats": Stats, "select": Select}
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
-
-
-def kept(top_k: int | None) -> str:
-    """How much of each distribution is stored."""
+def _kept(top_k: int | None) -> str:
     return "all probabilities" if top_k is None else f"the {top_k} greatest probabilities"
 
 
 def _heading(store: LabelStore, found: Statistics) -> str:
-    """What is stored, and what the store says of it, which may be anything where somebody else wrote it."""
     copies = f", {found.copies:,} with copies" * (found.copies != found.rows)
-    lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {kept(store.top_k)}"]
+    lines = [f"{store.folder}: {found.rows:,} examples{copies}, {len(found.classes):,} classes, {_kept(store.top_k)}"]
     about = store.provenance
     model, selected = about.get("model"), about.get("selected")
     if isinstance(model, dict):
@@ -161,8 +256,8 @@ def _by_class(found: Statistics) -> str:
         order.sort(key=lambda label: -found.counts[label])
         order = [*order[:LISTED], *order[-LISTED:]]
         empty = found.counts.count(0)
-        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {classes:,} classes"
-        note += f"; {empty:,} have no example)" if empty else ")"
+        rest = f"; {empty:,} have no example" if empty else ""
+        note = f"\n(the {LISTED} largest and the {LISTED} smallest of {classes:,} classes{rest})"
     copied = found.copies != found.rows
     rows: list[tuple[str, ...]] = [("class", "examples", *["with copies"] * copied, "share", "mean confidence")]
     for label in order:
@@ -171,16 +266,6 @@ def _by_class(found: Statistics) -> str:
         counts = (f"{found.counts[label]:,}", *[f"{copies:,}"] * copied)
         rows.append((short(found.classes[label]), *counts, f"{copies / found.copies:.1%}", confidence))
     return table(rows) + note
-
-
-def _histograms(found: Statistics) -> str:
-    low, middle, high = found.quartiles_of_confidence
-    most = found.greatest_entropy
-    return (
-        f"confidence: mean {found.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}\n"
-        f"{_bars(found.confidence, 1.0)}\n\n"
-        f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}"
-    )
 
 
 def _bars(counts: Sequence[int], top: float) -> str:

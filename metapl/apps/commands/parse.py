@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import re
 import shutil
 import sys
 import textwrap
@@ -31,15 +30,10 @@ def unset(metavar: str | None = None, help: str | None = None, default: str = ""
     return tyro.conf.arg(metavar=metavar, help=help, help_behavior_hint=default)
 
 
-Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]
-"""The folder of a run, by its place."""
-
-Switch = Annotated[bool, unset()]
-"""Off unless given."""
-
+Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]  # the folder of a run, by its place
+Switch = Annotated[bool, unset()]  # off unless given
 Folder = Annotated[Path | None, unset("DIR")]
 File = Annotated[Path | None, unset("FILE")]
-"""They may be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +45,7 @@ class Command(ABC):
 
     @classmethod
     def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
-        """The command that a command line means, and how its help is asked for: ``program`` if nothing is special."""
+        """The command that a command line means, and how its help is asked for."""
         return cls, program
 
     def check(self) -> None:  # noqa: B027  # most leave it to what they call
@@ -62,17 +56,15 @@ class Command(ABC):
         """Do it; the exit code."""
 
 
-# ----------------------------------------------------------------------------------------------------------- the words
-
-EXPECTED = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}
-
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 REGISTRY = tyro.constructors.ConstructorRegistry()
-"""How words become values, with refusals in words of ours."""
+EXPECTED = {int: "a whole number", float: "a number", str: "a value", Path: "a path"}
 
 
 @REGISTRY.primitive_rule
 def _plain(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Of numbers, texts, places and choices, one or several, and of switches that can be left open."""
+    """How words become numbers, texts, places and choices, one or several, and switches that can be left open, with
+    refusals in words of ours."""
     parts = get_args(of.type) if of.type_origin in (Union, types.UnionType) else (of.type,)
     kinds = [_bare(part) for part in parts if part is not NoneType]
     if len(kinds) != 1:
@@ -116,36 +108,6 @@ def _plain(of: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primiti
 
 def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
-
-
-SPELLINGS = {
-    "labelled": "labeled",
-    "unlabelled": "unlabeled",
-    "normalisation": "normalization",
-    "optimiser": "optimizer",
-    "gray": "grey",
-    "colour": "color",
-    "recolour": "recolor",
-}
-"""Other spellings of words in flags, which are taken for ours."""
-
-
-def respelled(arguments: Sequence[str]) -> list[str]:
-    """Flags in our spelling: whole words, between dashes, dots and underscores.
-
-    >>> respelled(["--labelled", "labelled/", "--unlabelled-batch=gray", "--changes.no-recolour", "--grayscale"])
-    ['--labeled', 'labelled/', '--unlabeled-batch=gray', '--changes.no-recolor', '--grayscale']
-    """
-
-    def flag(name: re.Match[str]) -> str:
-        return re.sub("[a-z]+", lambda word: SPELLINGS.get(word[0], word[0]), name[0])
-
-    return [re.sub("^--[^=]*", flag, word) for word in arguments]
-
-
-# --------------------------------------------------------------------------------------------------------- the parsing
-
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
@@ -201,15 +163,11 @@ def flags_named(arguments: Sequence[str]) -> Iterator[None]:
         raise MetaplError(f"{meant[0]} {given}: expected {error.expected.removesuffix(' or None')}.") from error
 
 
-# ---------------------------------------------------------------------------------- commands on a recipe and a method
-
-
 @dataclass(frozen=True, kw_only=True)
 class OnRecipe(Command):
     """A command whose flags are the fields of a recipe and of a method; from both the recipe by the method is made."""
 
-    kind: ClassVar[type[Recipe]]
-    """Of the recipe."""
+    kind: ClassVar[type[Recipe]]  # of the recipe
 
     recipe: Unasked[Any]
     settings: Unasked[Any] = None
@@ -223,25 +181,17 @@ class OnRecipe(Command):
 
     @classmethod
     def on(cls, *kinds: type[Recipe]) -> dict[str, type[Self]]:
-        """The command on each of these recipes, by name."""
         return {kind.name: type(cls.__name__, (cls,), {"kind": kind}) for kind in kinds}
 
     @classmethod
-    def completed(cls, program: str) -> type[Command]:
-        """The command with all flags that a shell may complete."""
-        return cls.given((), program)[0]
-
-    @classmethod
     def flags(
-        cls, settings: Method, words: Sequence[str] | None, about: str, hidden: Collection[str], **fields: Any
+        cls, settings: Method, words: Sequence[str], about: str, hidden: Collection[str], **fields: Any
     ) -> type[Self]:
         """The command with the flags of its recipe and of a method, with its defaults; ``about`` is what its help says.
-
-        Of two kinds of views those have flags that ``words`` choose (None: both), and fields that are ``hidden`` have
-        none; ``fields`` are further ones, (type, default) each.
-        """
+        Of two kinds of views those have flags that ``words`` choose, and ``hidden`` fields have none; ``fields`` are
+        further ones, (type, default) each."""
         views: tuple[str, ...] = ()
-        if words is not None and "randaugment" in cls.kind.__dataclass_fields__:
+        if "randaugment" in cls.kind.__dataclass_fields__:
             views = ("changes",) if "--randaugment" in words else ("pad", "strong")
         own = _flags(type(settings), {*hidden, *views})
         made: list[Any] = [

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from metapl.ablation.recommend import size
-from metapl.apps.commands.folders import check_file
+from metapl.apps.commands.inputs import check_file
 from metapl.apps.commands.parse import Command, File, unset
 from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose, self_trained
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
@@ -28,19 +28,18 @@ from metapl.words import table, tell
 
 MOST_RANKS = 2**20
 
+# Numbers of classes by data set, so that no data are needed.
 CLASSES = {"cifar10": 10, "svhn": 10, "imagenet": len(IMAGENET_CLASSES)}
-"""Numbers of classes by data set, so that no data are needed."""
 
-PLANNED: dict[str, type[Recipe]] = {
-    **{kind.name: kind for kind in (Digits, ImageFolders)},
-    **{kind.name: kind for kind in PROTOCOL_RECIPES if kind is not Vision},
-    **{kind.name: kind for kind in LARGE_RECIPES},
-    **PAPER_RECIPES,
-}
-"""The recipes that can be planned, by name."""
+PLANNED: dict[str, type[Recipe]] = {kind.name: kind for kind in (Digits, ImageFolders)}
+PLANNED |= {kind.name: kind for kind in PROTOCOL_RECIPES if kind is not Vision}
+PLANNED |= {**{kind.name: kind for kind in LARGE_RECIPES}, **PAPER_RECIPES}
 
+# Flags that are fields of the recipe.
 OF_THE_RECIPE = ("image_size", "labeled_batch", "unlabeled_batch", "accumulate", "precision", "steps")
-"""Flags that are fields of the recipe."""
+
+# What pictures of usual size have of a user's own; a run chooses by looking at its pictures.
+USUAL: dict[str, Any] = {"image_size": 32, "network_name": "pooled_cnn", "precision": "float32", "steps": 10_000}
 
 Count = Annotated[int | None, unset("INT")]
 
@@ -69,8 +68,7 @@ class PlanRecipe(Command):
         steps: number of training steps, if not as in the recipe.
     """
 
-    kind: ClassVar[type[Recipe]]
-    """Of the recipe."""
+    kind: ClassVar[type[Recipe]]  # of the recipe
 
     mesh: Mesh = field(default_factory=Mesh)
     ranks: Annotated[Annotated[int, Range(1, most=MOST_RANKS)] | None, unset("N")] = None
@@ -107,52 +105,41 @@ class PlanRecipe(Command):
         return 0
 
 
-def _plan_of(kind: type[Recipe]) -> type[PlanRecipe]:
-    command = type("Plan", (PlanRecipe,), {"kind": kind, "__doc__": PlanRecipe.__doc__})
-    return dataclass(frozen=True, kw_only=True)(command)
-
-
-COMMANDS = {name: _plan_of(kind) for name, kind in PLANNED.items()}
-"""The commands by the recipe's name."""
-
-
-# --------------------------------------------------------------------------------------------------------- the recipes
-
-USUAL: dict[str, Any] = {"image_size": 32, "network_name": "pooled_cnn", "precision": "float32", "steps": 10_000}
-"""What pictures of usual size have of a user's own; a run chooses by looking at its pictures."""
+# Made dataclasses once more, so that each is called Plan with this help.
+COMMANDS: dict[str, type[PlanRecipe]] = {
+    name: dataclass(frozen=True, kw_only=True)(
+        type("Plan", (PlanRecipe,), {"kind": kind, "__doc__": PlanRecipe.__doc__})
+    )
+    for name, kind in PLANNED.items()
+}
 
 
 def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mode: str | None) -> Any:
     """A recipe of ``PLANNED`` without data, with these fields, number of classes, and mode of the feedback."""
     own_pictures = kind is ImageFolders
-    idle = {"mode": mode, "unlabeled-batch": given.get("unlabeled_batch")} if issubclass(kind, NoisyImagenet) else {}
-    for flag, value in idle.items():
-        if value is not None:
-            raise MetaplError(
-                f"--{flag} {value} has no effect on {kind.name}: its students learn stored labels, and its unlabeled "
-                "batch follows from the labeled one; leave it out."
-            )
+    if issubclass(kind, NoisyImagenet) and (idle := mode or given.get("unlabeled_batch")):
+        raise MetaplError(
+            f"{'--mode' if mode else '--unlabeled-batch'} {idle} has no effect on {kind.name}: its students learn "
+            "stored labels, and its unlabeled batch follows from the labeled one; leave it out."
+        )
     for name in given.keys() - {f.name for f in dataclasses.fields(kind)}:
         flag = name.removesuffix("_name").replace("_", "-")
         raise MetaplError(f"{kind.name} has no {flag}; leave --{flag} out.")
-    found: dict[str, Any] = {}  # what is found by looking at data
-    if issubclass(kind, Vision):
-        data = next(f.default for f in dataclasses.fields(kind) if f.name == "data")
-        found = {"data_root": "", "class_names": tuple(map(str, range(CLASSES[str(data)])))}
-    if not own_pictures:
-        if classes is not None:
-            raise MetaplError(
-                f"--classes {classes} has no effect on {kind.name}, which knows its classes; leave it out."
-            )
-        recipe = kind(**found, **given)
-    else:
-        if classes is None:
+    if own_pictures != (classes is not None):
+        if own_pictures:
             raise MetaplError(
                 "images finds its classes in folders, and a plan reads none: give their number by --classes."
             )
-        found = {"class_names": tuple(map(str, range(classes))), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+        raise MetaplError(f"--classes {classes} has no effect on {kind.name}, which knows its classes; leave it out.")
+    if classes is not None:
+        found: dict[str, Any] = {"class_names": tuple(map(str, range(classes))), "mean": (0.5,) * 3, "std": (0.25,) * 3}
         found |= {"labeled": "", "unlabeled": "", "method": "mpl", "grey": False, "val_fraction": 0.0}
         recipe = kind(**found, **USUAL | given).with_method(uda_prior=(1 / classes,) * classes)
+    elif issubclass(kind, Vision):  # what is found by looking at data
+        data = next(f.default for f in dataclasses.fields(kind) if f.name == "data")
+        recipe = kind(data_root="", class_names=tuple(map(str, range(CLASSES[str(data)]))), **given)
+    else:
+        recipe = kind(**given)
     if mode is not None:
         feedback = pair(recipe).feedback
         # Without what is of the recipe's own mode alone.
@@ -162,11 +149,7 @@ def without_data(kind: type[Any], given: dict[str, Any], classes: int | None, mo
     return recipe.for_network(recipe.network_name).scheduled(recipe.steps) if own_pictures else recipe
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
-
-
 def lines(found: Plan) -> list[str]:
-    """A plan as lines of a terminal."""
     recipe, mesh, held = found.recipe, found.mesh, found.per_rank
     teacher, student = (f"{found.parameters[role]:,}" for role in ("teacher", "student"))
     labeled, unlabeled = (f"{count // mesh.shares:,}" for count in (recipe.labeled_batch, recipe.unlabeled_batch))

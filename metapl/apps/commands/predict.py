@@ -14,15 +14,14 @@ from typing import Annotated
 
 import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from metapl.apps.commands.folders import check_file
-from metapl.apps.commands.inputs import Inputs, Network, require_finite
+from metapl.apps.commands.inputs import Inputs, Network, check_file, counted, require_finite
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
-from metapl.apps.reports import MOST_GROUPS, SOFTWARE, Gallery, draw_grid, pictures_a_group
+from metapl.apps.reports.canvas import SOFTWARE
+from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group
 from metapl.errors import MetaplError, few
 from metapl.words import shown, tell
 
@@ -36,9 +35,9 @@ class Predict(Command):
     With --top 3 it adds class_2, probability_2, class_3 and probability_3: the classes that come next. A column for
     each class, called p(cat) say, is added by --probabilities; these sum to 1.
 
-    A picture is read like the training data of the run: it is turned as the camera noted, transparent counts as
-    white, and the largest centered square of it is brought to the network's size, in colors or grey. Of runs that were
-    trained on crops, it is the middle of that square.
+    A picture is read like the training data of the run: turned as the camera noted, transparent as white, the largest
+    centered square of it brought to the network's size, in colors or grey; of runs that were trained on crops, the
+    middle of that square.
 
     digits: the digit is to fill the picture, which is averaged over an 8x8 grid, and inverted where it is more bright
     than dark. CSV files are read too: an example a row, 64 numbers from 0 to 16 as in scikit-learn's digits, below a
@@ -89,14 +88,13 @@ class Predict(Command):
             for example, p, x in predictions(network, inputs):
                 ranked = sorted(range(len(p)), key=lambda index: -p[index])[: self.top]
                 best = [cell for index in ranked for cell in (classes[index], f"{p[index]:.6f}")]
-                writer.writerow(
-                    [*map(escape, (example, *best, *(f"{share:.6f}" for share in p if self.probabilities)))]
-                )
+                shares = [f"{share:.6f}" for share in p if self.probabilities]
+                writer.writerow([*map(escape, (example, *best, *shares))])
                 count += 1
                 if self.grid is not None:
                     grid.add(ranked[0], p[ranked[0]], example, x)
         if self.out is not None:
-            tell(f"{count} prediction{'s' * (count != 1)} in {self.out}")
+            tell(f"{counted(count, 'prediction')} in {self.out}")
         if self.grid is not None and count:
             grid.draw(self.grid, f"{run.title}, {run.titled(name)}")
         if inputs.skipped:
@@ -112,22 +110,13 @@ class Predict(Command):
             source = path.resolve()
             within = where.is_relative_to(source) and where.suffix.lower() in suffixes and where.is_file()
             if where == source or (path.is_dir() and within and not _is_ours(where)):
-                raise MetaplError(
-                    f"{flag} {file} is one of the files to be read, and would be lost; expected another file."
-                )
+                raise MetaplError(f"{flag} {file} is one of the files to be read, and would be lost; expected another.")
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether an earlier call wrote the file."""
-    header = ",".join(HEADER).encode()
     with file.open("rb") as content:
-        if content.read(len(header)) == header:
-            return True
-    try:
-        with Image.open(file) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (UnidentifiedImageError, OSError):
-        return False
+        head = content.read(1000)
+    return head.startswith(",".join(HEADER).encode()) or f"Software\0{SOFTWARE}".encode() in head
 
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float], Tensor]]:
@@ -143,11 +132,8 @@ def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[
 
 
 class PredictionGrid:
-    """Collects predictions one by one, and draws each class's surest and least sure pictures.
-
-    Of each class seen so far, as many pictures are kept as a page has room for, eight at most and fewer the more
-    classes there are: the most and the least probable ones.
-    """
+    """Collects predictions one by one, and draws each class's surest and least sure pictures: as many as a page has
+    room for, eight at most and fewer the more classes there are."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = classes
@@ -155,7 +141,7 @@ class PredictionGrid:
         self._seen: dict[int, list[tuple[float, str, Tensor]]] = {}  # probability, name, picture
 
     def add(self, index: int, probability: float, name: str, x: Tensor) -> None:
-        """An example ``x`` (C, H, W), in [0, 1], that was taken for class ``index``."""
+        """An example (C, H, W), in [0, 1], that was taken for class ``index``."""
         picture = (x.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
         kept = self._seen.setdefault(index, [])
         bisect.insort(kept, (probability, name, picture), key=lambda seen: -seen[0])
@@ -167,15 +153,16 @@ class PredictionGrid:
                 del group[most // 2]
 
     def draw(self, path: Path, source: str) -> None:
-        """One PNG file with a group for each class; where there are too many, for those with the most pictures."""
         drawn = sorted(index for index, _ in self.counts.most_common(MOST_GROUPS))
         groups = []
         for index in drawn:
             probabilities, names, pictures = zip(*self._seen[index], strict=True)
             captions = tuple(f"{p:.1%}\n{Path(name).name}" for p, name in zip(probabilities, names, strict=True))
-            groups.append(Gallery(self.classes[index], _many(self.counts[index]), torch.stack(pictures), captions))
+            groups.append(
+                Gallery(self.classes[index], counted(self.counts[index], "picture"), torch.stack(pictures), captions)
+            )
         total, predicted = self.counts.total(), len(self.counts)
-        notes = [f"{source}; {_many(total)}, {predicted:,} of {len(self.classes):,} classes predicted"]
+        notes = [f"{source}; {counted(total, 'picture')}, {predicted:,} of {len(self.classes):,} classes predicted"]
         if len(drawn) < predicted:
             notes.append(f"shown: the {len(drawn):,} with the most pictures")
         if max(self.counts.values()) > (each := pictures_a_group(predicted)):
@@ -185,7 +172,3 @@ class PredictionGrid:
         if absent:
             notes.append(f"never predicted: {few(absent)}")
         draw_grid(path, "What the pictures were taken for", "; ".join(notes), groups)
-
-
-def _many(count: int) -> str:
-    return f"{count:,} picture{'s' * (count != 1)}"

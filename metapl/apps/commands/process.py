@@ -16,24 +16,19 @@ from metapl.runs.signals import END, is_heard
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal to end that came outside the steps of a fit."""
-
     def __init__(self, signal_number: int) -> None:
         super().__init__()
         self.signal_number = signal_number
 
 
 def exit_code(stopped: KeyboardInterrupt) -> int:
-    """That of a process which the signal ended."""
     return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))
 
 
 @contextmanager
 def stoppable(*, for_good: bool) -> Iterator[None]:
     """SIGTERM and SIGHUP unwind as Ctrl-C does, so that temporary files are removed; what comes meanwhile is not heard.
-
-    Args:
-        for_good: the process ends with the block: signals that come after it has begun to end are not heard either.
+    With ``for_good`` the process ends with the block: signals that come after it has begun to end are not heard either.
     """
     stopping = False
 

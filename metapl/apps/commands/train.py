@@ -1,4 +1,4 @@
-"""``metapl train RECIPE``"""
+"""``metapl train RECIPE`` and ``metapl noisy-student RECIPE``"""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from metapl.apps.commands.folders import run_folder
+from metapl.apps.commands.inputs import run_folder
 from metapl.apps.commands.launch import Lead, check_started, from_first, program, run_together
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.commands.process import exit_code
@@ -28,9 +28,11 @@ from metapl.apps.experiments.shares import check_runs, check_shares
 from metapl.apps.experiments.side_by_side import compare
 from metapl.apps.experiments.store import stored
 from metapl.apps.experiments.summary import summary
-from metapl.apps.recipes import RECIPES
+from metapl.apps.recipes import RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
+from metapl.apps.recipes.noisy_student import NOISY_STUDENT_RECIPES
+from metapl.apps.recipes.settings import Optimizer
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.cores import default_threads
@@ -57,10 +59,8 @@ class Train(OnRecipe):
         mesh: processes that train together, started by torchrun.
     """
 
-    own: ClassVar[str | None] = None
-    """The method that trains it unless another is named; None: the recipe's own."""
-    equal_cost: ClassVar[bool] = False
-    """Whether compared methods take as many steps as cost the same; otherwise they take as many steps."""
+    own: ClassVar[str | None] = None  # the method that trains it unless another is named; None: the recipe's own
+    equal_cost: ClassVar[bool] = False  # whether compared methods take as many steps as cost the same
 
     method: Unasked[str] = ""
     out: Folder = None
@@ -74,17 +74,14 @@ class Train(OnRecipe):
 
     @classmethod
     def offered(cls) -> Mapping[str, str]:
-        """What ``--method`` takes, and the methods that these are."""
         return {name: name for name in cls.kind.known}
 
     @classmethod
     def compares(cls) -> Sequence[str]:
-        """What ``--methods`` takes."""
         return [name for name, method in cls.kind.known.items() if not method.selects]
 
     @classmethod
     def usual(cls, name: str) -> Method:
-        """A method that is offered, with the command's defaults."""
         return cls.kind.by_name(cls.offered()[name])
 
     @classmethod
@@ -95,29 +92,6 @@ class Train(OnRecipe):
         name = next((name for name in named if name in cls.offered()), cls.own or cls.kind.own)
         settings = cls.usual(name)
         hidden = () if "--compare" in words else settings.hidden(words)
-        return cls.with_methods(settings, name, words, program, hidden), f"{program} --method {name}"
-
-    @classmethod
-    def completed(cls, program: str) -> type[Command]:
-        """With the flags of every method."""
-        own = cls.own or cls.kind.own
-        fields: dict[str, Any] = {}
-        for method in map(cls.usual, (own, *cls.offered())):
-            hints = get_type_hints(type(method), include_extras=True)
-            for name, value in vars(method).items():  # what a teacher with feedback has is more than one without
-                if name not in fields or _width(value) > _width(fields[name][2].default):
-                    fields[name] = (name, hints[name], field(default=value))
-        kind, space = type(cls.usual(own)), {"__post_init__": lambda self: None}
-        every = dataclasses.make_dataclass(
-            kind.__name__, fields.values(), bases=(kind,), frozen=True, kw_only=True, namespace=space
-        )
-        return cls.with_methods(every(), own, None, program, ())
-
-    @classmethod
-    def with_methods(
-        cls, settings: Method, name: str, words: Sequence[str] | None, program: str, hidden: Sequence[str]
-    ) -> type[Train]:
-        """With ``--method`` and ``--methods``, and the flags of ``settings``."""
         offered, compares = cls.offered(), cls.compares()
         one: Any = Literal[tuple(offered)]
         some: Any = Literal[tuple(compares)]
@@ -130,11 +104,10 @@ class Train(OnRecipe):
             "method": (Annotated[one, unset("METHOD", how, f"(default: {name})")], name),
             "methods": (Annotated[tuple[some, ...] | None, unset("METHOD ...", several)], None),
         }
-        return cls.flags(settings, words, cls.about(), hidden, **methods)
+        return cls.flags(settings, words, cls.about(), hidden, **methods), f"{program} --method {name}"
 
     @classmethod
     def about(cls) -> str:
-        """What the help says."""
         said, _, _ = (cls.kind.__doc__ or "").partition("    Args:")
         _, note, flags = (Train.__doc__ or "").split("\n\n")
         return f"{said.rstrip()}\n\n{note}\n\n{flags}"
@@ -169,7 +142,6 @@ class Train(OnRecipe):
         return run_together(self.mesh, self.recipe.torch_device(), self._lead, self._beside)
 
     def _lead(self) -> int:
-        """The share of the first process, which shows and writes."""
         lead, code = Lead(), 2
         try:
             with run_folder(self.out, self.recipe.name, self.resume) as folder:
@@ -262,15 +234,6 @@ class Train(OnRecipe):
         return self.methods or (own, *recipe.rivals(own), *(recipe.controls(own) if self.controls else ()))
 
 
-COMMANDS = Train.on(*RECIPES.values())
-"""The recipes that can be trained, by name."""
-
-
-def _width(value: Any) -> int:
-    """The number of flags of a value."""
-    return len(getattr(value, "__dict__", ()))
-
-
 def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     """Exit as a process that the signal ended would, after the line that resumes."""
     given = [a for a in sys.argv[1:] if a != "--resume"]
@@ -279,3 +242,78 @@ def _say_how_to_go_on(stopped: KeyboardInterrupt, out: Path) -> int:
     where = f"{stopped}; " if isinstance(stopped, Interrupted) else "stopped; "
     tell(f"\n{where}go on with:\n  {program()} {shlex.join([*given, '--resume'])}", file=sys.stderr)
     return exit_code(stopped)
+
+
+# What ``--compare`` trains by: both methods, their controls, and baselines.
+COMPARED = (
+    *("noisy_student", "mpl_filtered", "none_filtered", "noisy_student_clean", "noisy_student_uneven"),
+    *("noisy_student_once", "supervised", "uda"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyStudent(Train):
+    """Train by Noisy Student: a teacher labels, a student learns its labels with noise, and becomes the teacher.
+
+    Round 0 trains the first teacher on the labeled examples. In each later round the last network labels the unlabeled
+    examples without noise; those it is confident of are kept, as many of each class; and a new network of the same
+    size, or larger, learns from both with augmentation, dropout and stochastic depth. --steps are those of each round,
+    and --minutes, of your own pictures, those of all rounds together.
+
+    With --method mpl it is Meta Pseudo Labels on unlabeled examples that are selected by the labels of the same first
+    teacher. With --compare, the flags are those of --method, and the other methods take those that they have too.
+
+    Args:
+        out: run folder; by default the next free one in runs/.
+        resume: continue the run in the folder; it ends bit for bit as without the interruption.
+        compare: train by Meta Pseudo Labels, by controls without noise, without balancing and with one round, and by
+            baselines too, each for as many steps as cost the same number of operations, and compare them. Methods with
+            a first teacher train the same one, and learn from the same labels.
+        seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
+        jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
+    """
+
+    own: ClassVar[str | None] = "noisy_student"
+    equal_cost: ClassVar[bool] = True
+
+    controls: Unasked[bool] = False
+    mesh: Unasked[Mesh] = field(default_factory=Mesh)
+
+    @classmethod
+    def offered(cls) -> Mapping[str, str]:
+        return {"noisy_student": "noisy_student", "mpl": "mpl_filtered"}
+
+    @classmethod
+    def compares(cls) -> Sequence[str]:
+        return [*cls.kind.known]
+
+    @classmethod
+    def usual(cls, name: str) -> Method:
+        teacher = {"teacher": Optimizer(lr=0.2, momentum=0.9)} if issubclass(cls.kind, Digits) else {}
+        return dataclasses.replace(super().usual(name), **teacher)
+
+    @classmethod
+    def about(cls) -> str:
+        return NoisyStudent.__doc__ or ""
+
+    def compared(self) -> tuple[str, ...]:
+        return self.methods or COMPARED
+
+
+Schedule = Literal["cosine", "constant", "exponential"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Digits(Digits):
+    steps: int = 1000
+    hidden: tuple[int, ...] = (64, 64)
+    schedule: Schedule = "exponential"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images(ImageFolders):
+    schedule: Schedule = "exponential"
+
+
+COMMANDS = Train.on(*RECIPES.values())
+NOISY_STUDENT = NoisyStudent.on(_Digits, _Images, *NOISY_STUDENT_RECIPES)

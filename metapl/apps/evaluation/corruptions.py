@@ -23,51 +23,23 @@ from PIL import Image
 from torch import Tensor
 
 from metapl.data.draws import fold_in
-from metapl.errors import MetaplError, few
 
-Picture = NDArray[np.float64]
-"""(H, W, C) in [0, 1]."""
+Picture = NDArray[np.float64]  # (H, W, C) in [0, 1]
 
 SEVERITIES = (1, 2, 3, 4, 5)
-SIDE = 224
-"""Pixels of the pictures that the paper's lengths are for."""
-
-ELASTIC = 244
-"""What the published shares of the elastic transform are of, though the pictures have 224 pixels."""
+SIDE = 224  # pixels of the pictures that the paper's lengths are for
+ELASTIC = 244  # what the published shares of the elastic transform are of, though the pictures have 224 pixels
 
 
 def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, first: int = 0) -> Tensor:
-    """Damage pictures.
+    """Damage pictures (B, C, H, W) in [0, 1], C = 1 or 3, by one of :data:`CORRUPTIONS` in a severity from 1 to 5.
 
-    Args:
-        images: float (B, C, H, W) in [0, 1], C = 1 or 3, on any device.
-        corruption: one of :data:`CORRUPTIONS`.
-        severity: 1 to 5.
-        seed, first: the damage of a picture is a function of the seed, the kind, the severity and the picture's number,
-            which is ``first`` plus its row.
+    The damage of a picture is a function of the seed, the kind, the severity and the picture's number, which is
+    ``first`` plus its row. It has 256 levels, as a picture that was saved. 1 to 50 ms a picture of 224 pixels.
 
-    Returns: the same shape and device, of 256 levels, as a picture that was saved.
-
-    Cost: 1 to 50 ms a picture of 224 pixels on one core.
-
-    Raises:
-        MetaplError: another kind or severity, or images of another shape.
-
-    Source: Hendrycks and Dietterich (ICLR 2019), appendix.
-
-    >>> picture = torch.full((1, 3, 8, 8), 0.5)
-    >>> corrupted(picture, "brightness", 3)[0, 0, 0, 0]
+    >>> corrupted(torch.full((1, 3, 8, 8), 0.5), "brightness", 3)[0, 0, 0, 0]
     tensor(0.8000)
     """
-    if corruption not in CORRUPTIONS:
-        raise MetaplError(f"there is no corruption {corruption!r}; expected one of {few(CORRUPTIONS, 20)}.")
-    if severity not in SEVERITIES:
-        raise MetaplError(f"severity {severity!r}: expected 1, 2, 3, 4 or 5.")
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-        raise MetaplError(
-            f"corrupted was given {images.dtype} of shape {tuple(images.shape)}; expected floating-point pictures "
-            "(B, C, H, W) in [0, 1] with 1 or 3 channels."
-        )
     damage, constants = CORRUPTIONS[corruption]
     of = constants[severity - 1]
     kind = fold_in(fold_in(seed, list(CORRUPTIONS).index(corruption)), severity)
@@ -79,17 +51,12 @@ def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, 
     return torch.from_numpy(np.stack(damaged).transpose(0, 3, 1, 2).copy()).to(images)
 
 
-# ----------------------------------------------------------------------------------------------------- kinds of damage
-
-
 def impulse_noise(x: Picture, rng: Generator, share: float) -> Picture:
-    """A share of the values is black or white, evenly."""
     u = rng.random(x.shape)
     return np.where(u < share / 2, 0.0, np.where(u < share, 1.0, x))
 
 
 def defocus_blur(x: Picture, rng: Generator, radius: float, edge: float) -> Picture:
-    """The mean over a disk with a soft edge."""
     return np.asarray(scipy.ndimage.convolve(x, _disk(_length(radius, x), edge), mode="mirror"))
 
 
@@ -130,14 +97,13 @@ def snow(x: Picture, rng: Generator, *c: float) -> Picture:
 
 
 def frost(x: Picture, rng: Generator, own: float, ice: float) -> Picture:
-    """Crystals over the picture, drawn as the ridges of a fractal (the paper has photographs of frost)."""
+    """Crystals over the picture, drawn as the ridges of a fractal."""
     ridges = 1 - np.abs(2 * _fractal(x.shape[:2], 1.8, rng) - 1)
     tint = np.array([0.82, 0.92, 1.0]) if x.shape[2] == 3 else np.ones(1)
     return own * x + ice * (ridges**2)[..., None] * tint
 
 
 def fog(x: Picture, rng: Generator, amount: float, decay: float) -> Picture:
-    """A bright fractal over the picture, which loses contrast."""
     brightest = float(x.max())
     # ImageNet-C's wobble is a uniform draw within ±w times w, so that with w it falls by the square of the decay.
     cloud = _fractal(x.shape[:2], decay**2, rng)[..., None]
@@ -152,7 +118,6 @@ def brightness(x: Picture, rng: Generator, amount: float) -> Picture:
 
 
 def contrast(x: Picture, rng: Generator, kept: float) -> Picture:
-    """The distance from each channel's mean, shrunk."""
     mean: Picture = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * kept + mean
 
@@ -183,12 +148,13 @@ def pixelate(x: Picture, rng: Generator, share: float) -> Picture:
 
 
 def jpeg_compression(x: Picture, rng: Generator, quality: int) -> Picture:
-    """Saved as JPEG at a low quality."""
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=quality)
     return _levels(Image.open(file))
 
 
+# Kinds of damage with what each takes at its five severities, in the order of ImageNet-C: noise, blur, weather and
+# digital. The place of a kind enters the seed of its draws: moving one changes the damage of all that move with it.
 CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
     "gaussian_noise": (lambda x, rng, std: x + rng.normal(scale=std, size=x.shape), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": (lambda x, rng, photons: rng.poisson(x * photons) / photons, (60, 25, 12, 5, 3)),
@@ -218,11 +184,6 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
     "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7)),
 }
-"""Kinds of damage with what each takes at its five severities, in the order of ImageNet-C: noise, blur, weather,
-digital. The place of a kind enters the seed of its draws: moving one changes the damage of all that move with it."""
-
-
-# ---------------------------------------------------------------------------------------------------------------- tools
 
 
 def _length(pixels: float, x: Picture) -> float:
@@ -256,7 +217,6 @@ def _along(x: Picture, radius: float, sigma: float, angle: float) -> Picture:
 
 
 def _zoomed(x: Picture, factor: float) -> Picture:
-    """The middle of the picture, magnified to its size."""
     center = (np.array(x.shape[:2]) - 1) / 2
     matrix, offset = (1 / factor, 1 / factor, 1), (*(center - center / factor), 0)
     return np.asarray(scipy.ndimage.affine_transform(x, matrix, offset, order=1, mode="nearest"))

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from metapl.apps.evaluation.errors import FLIPS_OF_ALEXNET, flip_probability, mean_flip_rate
-from metapl.apps.evaluation.measure import Robustness
+from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, Robustness, flip_probability, relative_to
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, few, reason_of, require_extra
 from metapl.execution import checks
 from metapl.execution.device import to_device
 from metapl.metrics.classification import Evaluation, evaluate_logits
@@ -38,6 +37,8 @@ from metapl.runs.sealed import refuse_irregular
 
 IMAGENET_OUTPUTS = 1000
 
+# Which of ImageNet's 1,000 outputs the 200 folders of ImageNet-A are, in the order of both: the mapping that its
+# authors publish with their evaluation (hendrycks/natural-adv-examples on GitHub, eval.py).
 _OF_A = """
 6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124 125 130 132
 143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313 314 315 317 319 323 324
@@ -47,15 +48,11 @@ _OF_A = """
 773 774 776 779 780 786 792 797 802 803 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888
 890 897 900 907 913 924 932 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
 """
-IMAGENET_A = tuple(map(int, re.findall(r"\d+", _OF_A)))
-"""Which of ImageNet's 1,000 outputs the 200 folders of ImageNet-A are, in the order of both: the mapping that its
-authors publish with their evaluation (hendrycks/natural-adv-examples on GitHub, eval.py)."""
+IMAGENET_A = tuple(map(int, _OF_A.split()))
 
+# Folders in which the parts of ImageNet-C and ImageNet-P may lie: what their archives are called.
 ARCHIVES = ("noise", "blur", "weather", "digital", "extra")
-"""Folders in which the parts of ImageNet-C and ImageNet-P may lie: what their archives are called."""
-
-AT_ONCE = 64
-"""Pictures in a pass."""
+AT_ONCE = 64  # pictures in a pass
 
 
 def is_imagenet(classes: Sequence[str]) -> bool:
@@ -73,14 +70,8 @@ def is_imagenet(classes: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class Pictures:
-    """How a file becomes the input of a network.
-
-    Args:
-        side: in pixels, of the square that a picture is brought to.
-        grey: without colors.
-        center: share of a picture's sides that is looked at. ImageNet-C and -P were released as crops and are read
-            whole.
-    """
+    """How a file becomes the input of a network: the middle of it, a share ``center`` of its sides, in so many pixels.
+    ImageNet-C and -P were released as crops and are read whole."""
 
     side: int
     grey: bool = False
@@ -91,7 +82,6 @@ class Pictures:
         return "L" if self.grey else "RGB"
 
     def read(self, path: Path) -> Tensor:
-        """A picture, float32 (C, H, W) in [0, 1]."""
         return in_unit_range(read_image(path, mode=self.mode, size=(self.side, self.side), center=self.center))
 
     def __str__(self) -> str:
@@ -101,16 +91,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Subject:
-    """The network that is measured.
+    """The network that is measured: it gives logits (B, K) of pictures (B, C, H, W) in [0, 1].
 
-    Args:
-        network: gives logits (B, K) of pictures (B, C, H, W) in [0, 1]; it runs in evaluation mode.
-        pictures: how it is given a file.
-        classes: names of the K outputs; None where they are not known.
-        outputs: K.
-        imagenet: the outputs are ImageNet's 1,000 classes in their usual order, whatever they are called.
-        skip: called with the reason for each file that cannot be read, which is left out.
-        progress: called with the number of pictures done.
+    ``classes`` are the names of its K ``outputs``, if they are known; with ``imagenet`` these are ImageNet's 1,000
+    classes in their usual order, whatever they are called. ``skip`` is called with the reason for each file that cannot
+    be read, ``progress`` with the number of pictures done.
     """
 
     network: nn.Module
@@ -124,25 +109,13 @@ class Subject:
     def outputs_of(
         self, root: Path, folders: Sequence[str], published: Sequence[int] = range(IMAGENET_OUTPUTS)
     ) -> list[int]:
-        """The output that each class folder is.
-
-        Args:
-            root: the data set, for errors.
-            folders: names, sorted.
-            published: the outputs of the folders of the whole data set, in the order of their names.
-
-        Raises:
-            MetaplError: neither their names nor their number say which they are.
-        """
+        """The output that each class folder is, by its name, or by its place among the ``published`` ones."""
         known = {name: output for output, name in enumerate(self.classes or ())}
         if unknown := [name for name in folders if name not in known]:
             if self.imagenet and len(folders) == len(published):
                 return list(published)
-            names = (
-                f"folders called as the network's classes ({few(known, 3)})"
-                if known
-                else "their names by --classes FILE"
-            )
+            called = f"folders called as the network's classes ({few(known, 3)})"
+            names = called if known else "their names by --classes FILE"
             whole = f", or all {len(published):,} folders of the data set" * self.imagenet
             raise MetaplError(
                 f"{root}: it is not known which of the network's {self.outputs:,} outputs {few(unknown, 3)} stand for; "
@@ -157,11 +130,7 @@ class Subject:
             return checks.logits(self.network(to_device(x, first.device)), "network").cpu()
 
     def batches(self, files: LabeledFiles, labels: Sequence[int], before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and labels of the files that can be read. ``before``: pictures done already.
-
-        Raises:
-            MetaplError: none can be.
-        """
+        """Logits and labels of the files that can be read; ``before``: pictures done already."""
 
         def read(path: Path) -> Tensor | UnreadableImage:
             try:
@@ -186,20 +155,12 @@ class Subject:
 
     @property
     def whole(self) -> Subject:
-        """The same, that looks at all of a picture."""
         return replace(self, pictures=replace(self.pictures, center=1.0))
 
 
 @dataclass(frozen=True)
 class Stability:
-    """What :func:`imagenet_p` found.
-
-    Args:
-        sequences, frames: how many.
-        accuracy: of all frames.
-        flips: by perturbation, the probability that the predicted class changes.
-        mean_flip_rate: mFR in %, where all ten perturbations are there and the classes are ImageNet's.
-    """
+    """What :func:`imagenet_p` found; ``flips`` are probabilities by perturbation."""
 
     sequences: int
     frames: int
@@ -208,21 +169,13 @@ class Stability:
     mean_flip_rate: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """As ``evaluation.json`` has it."""
         content = vars(self).copy()
         content["perturbations"] = {name: {"flip_probability": flips} for name, flips in content.pop("flips").items()}
         return content
 
 
 def imagenet_a(subject: Subject, root: Path) -> Evaluation:
-    """Accuracy and calibration on ImageNet-A, by the outputs of its classes alone.
-
-    Args:
-        subject: the network.
-        root: the folder with its 200 class folders.
-
-    Raises:
-        MetaplError: another folder, or none of its pictures can be read.
+    """Accuracy and calibration on ImageNet-A's 200 class folders, by the outputs of its classes alone.
 
     Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
     """
@@ -233,19 +186,7 @@ def imagenet_a(subject: Subject, root: Path) -> Evaluation:
 
 
 def imagenet_c(subject: Subject, root: Path) -> Robustness:
-    """Accuracies on the released pictures of ImageNet-C, by corruption and severity.
-
-    The mean corruption error is there where all 15 corruptions are, and the classes are ImageNet's.
-
-    Args:
-        subject: the network.
-        root: the folder with a folder for each corruption.
-
-    Raises:
-        MetaplError: no corruption is there, one has not its five severities, or none of its pictures can be read.
-
-    Source: Hendrycks and Dietterich (ICLR 2019), section 4.1.
-    """
+    """Accuracies on the released pictures of ImageNet-C, by corruption and severity."""
     folders = _parts(root, CORRUPTIONS, "ImageNet-C", "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
     sets = {name: [_filled(folder / str(severity)) for severity in SEVERITIES] for name, folder in folders.items()}
     accuracies: dict[str, list[float]] = {name: [] for name in sets}
@@ -258,22 +199,11 @@ def imagenet_c(subject: Subject, root: Path) -> Robustness:
             total += len(y)
         accuracies[name].append(right / total)
         n += total
-    return Robustness.of(n, {name: tuple(shares) for name, shares in accuracies.items()}, {}, subject.imagenet)
+    return Robustness(n, {name: tuple(shares) for name, shares in accuracies.items()}, {}, subject.imagenet)
 
 
 def imagenet_p(subject: Subject, root: Path) -> Stability:
-    """How often predictions change along the sequences of ImageNet-P.
-
-    Args:
-        subject: the network.
-        root: the folder with a folder for each perturbation, of videos or of folders of frames.
-
-    Raises:
-        MetaplError: no perturbation is there, a sequence has fewer than two frames, or there are videos and PyAV is not
-            installed.
-
-    Source: Hendrycks and Dietterich (ICLR 2019), section 4.2.
-    """
+    """How often predictions change along the sequences of ImageNet-P, in videos or in folders of frames."""
     folders = _parts(root, FLIPS_OF_ALEXNET, "ImageNet-P", "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
     flips: dict[str, float] = {}
     sequences = frames = right = 0
@@ -302,8 +232,8 @@ def imagenet_p(subject: Subject, root: Path) -> Stability:
             subject.progress(frames)
         flips[name] = flip_probability(predictions, name)
         sequences += len(predictions)
-    complete = subject.imagenet and flips.keys() == FLIPS_OF_ALEXNET.keys()
-    return Stability(sequences, frames, right / frames, flips, mean_flip_rate(flips) if complete else None)
+    rate = relative_to(FLIPS_OF_ALEXNET, flips) if subject.imagenet else None
+    return Stability(sequences, frames, right / frames, flips, rate)
 
 
 def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
@@ -316,14 +246,10 @@ def _frames(path: Path, pictures: Pictures) -> Iterator[Tensor]:
     try:
         refuse_irregular(path)  # to open a pipe waits for ever
     except OSError as error:
-        raise UnreadableImage(path, error.strerror or str(error)) from error
-    try:
-        import av
-    except ImportError as error:
-        raise MetaplError(
-            f"{path} is a video, and PyAV, which reads videos, is not installed; get it by: pip install "
-            "'metapl[video]', or replace each video by a folder of its frames."
-        ) from error
+        raise UnreadableImage(path, reason_of(error)) from error
+    require_extra("video", f"{path} is a video; in its place may stand a folder of its frames, or get", "av")
+    import av
+
     try:
         with av.open(str(path)) as video:
             frames: Iterator[Any] = video.decode(video=0)  # PyAV's types are there in some environments only

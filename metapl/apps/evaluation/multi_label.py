@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,28 +19,17 @@ from metapl.errors import MetaplError, few
 from metapl.runs.sealed import read_plain
 
 Label = int | str
-LabelSets = tuple[frozenset[int], ...]
-
 _few = partial(few, most=3, longest=60)
 
 
 @dataclass(frozen=True)
 class MultiLabelAccuracy:
-    """What :func:`multi_label_accuracy` found.
-
-    Args:
-        accuracy: a fraction between 0 and 1.
-        n: examples with a label.
-        without_label: examples that have none, and do not count.
-    """
+    """What :func:`multi_label_accuracy` found: a fraction in [0, 1], of n examples with a label; those
+    ``without_label`` do not count."""
 
     accuracy: float
     n: int
     without_label: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The same figures, ready for ``json.dumps``."""
-        return asdict(self)
 
 
 def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) -> MultiLabelAccuracy:
@@ -51,9 +40,6 @@ def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) ->
     Args:
         predicted_N: (N,) integers, the class ŷ_i of each example.
         label_sets: N sets S_i of right classes; an example whose set is empty is left out.
-
-    Returns:
-        the accuracy, and of how many.
 
     Raises:
         MetaplError: other than N sets, or all of them are empty.
@@ -74,7 +60,9 @@ def multi_label_accuracy(predicted_N: Tensor, label_sets: Sequence[Set[int]]) ->
     return MultiLabelAccuracy(sum(hits) / len(hits), len(hits), len(label_sets) - len(hits))
 
 
-def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | None = None) -> LabelSets:
+def read_label_sets(
+    path: Path, classes: Sequence[str], names: Sequence[str] | None = None
+) -> tuple[frozenset[int], ...]:
     """The right labels of each test example, from a file in one of three forms.
 
     - JSON, a list of lists of classes: in the order of the test set. Where all test examples are called
@@ -82,9 +70,9 @@ def read_label_sets(path: Path, classes: Sequence[str], names: Sequence[str] | N
     - JSON, an object of lists of classes by file name.
     - CSV with the columns ``file`` and ``labels``, the latter with ``;`` between them, or empty.
 
-    Classes are given by name or by index, all in a file alike. Numbers in JSON are indices; text is names where all of
-    it is names of classes, and indices otherwise. A file is given by its name below the test folder (``cat/1.png``), or
-    by the last part of that where no other test file has the same; names of other files are passed over.
+    Classes are given by name or by index, all in a file alike; text is names where all of it is names of classes. A
+    file is given by its name below the test folder (``cat/1.png``), or by the last part of that where no other test
+    file has the same; names of other files are passed over.
 
     Args:
         path: the file.
@@ -134,7 +122,6 @@ def _once_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _indices(labels: Set[Label], classes: Sequence[str]) -> dict[Label, int]:
-    """The index of each class that occurs in a file: all by name, or all by number."""
     by_name: dict[Label, int] = {name: index for index, name in enumerate(classes)}
     if labels <= by_name.keys():
         return by_name

@@ -161,7 +161,7 @@ class Experiment:
             content |= network.accuracies(f"{network.name}_")
         self.report(content, chosen.evaluation, task)
         if method.selects:
-            from metapl.apps.reports.rounds import draw_rounds
+            from metapl.apps.reports import draw_rounds
 
             what = "rounds of " if method.is_noisy_student else ""
             draw_rounds(

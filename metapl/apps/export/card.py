@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from metapl.apps.export.programs import INPUT, ONNX, OUTPUT, PROGRAM
 from metapl.apps.networks import Architecture
 from metapl.words import shown
 
-WEIGHTS, CARD = "model.safetensors", "MODEL_CARD.md"
+WEIGHTS, CARD, PROGRAM, ONNX = "model.safetensors", "MODEL_CARD.md", "model.pt2", "model.onnx"
+INPUT, OUTPUT = "images", "logits"  # what the input and the output of an ONNX file are called
 
 _CARD = """\
 # $title
@@ -50,6 +50,7 @@ $recipe
 $versions
 $notes"""
 
+# A section for each file, in their order; whichever code is run, ``predict`` is the same.
 _LOADING = {
     PROGRAM: f'''\
 ### As a program
@@ -104,7 +105,6 @@ def predict(images):
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 ```''',
 }
-"""A section for each file, in their order; whichever code is run, ``predict`` is the same."""
 
 _NORMALIZE = """\
     mean = torch.tensor({mean}).view(-1, 1, 1)
@@ -120,15 +120,7 @@ def render(
     architecture: Architecture | None,
     digests: Mapping[str, str],
 ) -> str:
-    """The text of the card, in Markdown.
-
-    Args:
-        card: that of :func:`metapl.apps.export.export`.
-        module: the network without wrappers.
-        normalization: mean and std before it; None for none.
-        architecture: what builds it; None for a network of a user's own.
-        digests: SHA-256 of each file by its name.
-    """
+    """The text of the card, in Markdown; ``digests`` are the SHA-256 of each file by its name."""
     name, library, summary = "A network", "torch", []
     needs, building = "`build_network()` stands for the code that builds the network.", "model = build_network()"
     if architecture is not None:

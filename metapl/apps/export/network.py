@@ -8,11 +8,18 @@ MODEL_CARD.md       recipe, data, metrics, versions, and code that loads each
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import importlib.util
+import io
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,33 +28,54 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from metapl.apps.export.card import CARD, WEIGHTS, render
-from metapl.apps.export.programs import ONNX, PROGRAM, programs
+from metapl.apps.export.card import CARD, INPUT, ONNX, OUTPUT, PROGRAM, WEIGHTS, render
 from metapl.apps.networks import Architecture, Normalized, normalized
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, few, reason_of, require_extra
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import Range, misfit_entries
 
 _REQUIRED, _OPTIONAL = ("recipe", "data_hash", "metrics"), ("title", "classes", "notes", "center")
 
+# How far a program's outputs may be from the network's, in units of the greatest of these: kernels round otherwise.
+AGREES_TO = 1e-4
+# What torch.export notes of where an operation came from: places of files on this machine, and names of classes.
+_NOTES = ("stack_trace", "nn_module_stack", "torch_fn", "custom")
+
+# What :func:`export` tells of weights, with types.
 _METADATA: dict[str, Any] = {
     "architecture": Architecture | None,
     "normalization": dict[str, list[float]] | None,
     "classes": list[str] | None,
     "center": Annotated[float, Range(above=0, most=1)],
 }
-"""What :func:`export` tells of weights, with types."""
+
+_ELSEWHERE = f"""
+import os, sys
+sys.modules["metapl"] = None  # an import of it fails
+import torch
+logits = {{}}
+batches = torch.load("batches.pt")
+run = torch.export.load("{PROGRAM}").module()
+logits["{PROGRAM}"] = [run(images).detach() for images in batches]
+if os.path.exists("{ONNX}"):
+    import onnxruntime
+    session = onnxruntime.InferenceSession("{ONNX}", providers=["CPUExecutionProvider"])
+    logits["{ONNX}"] = [
+        torch.from_numpy(session.run(["{OUTPUT}"], {{"{INPUT}": images.numpy()}})[0]) for images in batches
+    ]
+torch.save(logits, "logits.pt")
+"""
+
+require_onnx = partial(require_extra, "onnx", "ONNX needs", "onnx", "onnxscript")
+
+
+def can_run_onnx() -> bool:
+    return importlib.util.find_spec("onnxruntime") is not None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export` wrote.
-
-    Args:
-        weights, card: the files.
-        sha256: of the file of weights; the card states it too.
-        program, onnx: the network as programs; None where they were not asked for.
-    """
+    """The files that :func:`export` wrote: weights, with their SHA-256, card, and the programs that were asked for."""
 
     weights: Path
     card: Path
@@ -77,13 +105,11 @@ def export(
         model: the network, on any device; it is left as it is.
         path: the folder; made if need be. Files of an earlier export in it are replaced, each whole or not at all, the
             card last; it states the files' SHA-256.
-        card: what the card says: ``recipe`` (a mapping), ``data_hash`` (text, or a mapping of texts), ``metrics`` (a
-            mapping from name to number); if wanted ``title``, ``classes`` (their names in the order of the outputs),
-            ``notes`` (text in Markdown), and ``center``, the share of a picture's sides that the network is evaluated
-            on, for the file's metadata.
+        card: ``recipe`` (a mapping), ``data_hash`` (text, or a mapping of texts), ``metrics`` (numbers by name); if
+            wanted ``title``, ``classes`` (in the order of the outputs), ``notes`` (Markdown), and ``center``, the share
+            of a picture's sides that the network is evaluated on.
         architecture: what builds the network; checked against the weights. None, for a network of your own: the card's
-            code spells out a plain sequence of layers, such as :func:`metapl.models.mlp` makes, and leaves the building
-            of any other to you.
+            code spells out a plain sequence of layers, and leaves the building of any other to you.
         shape: (C, H, W) of a picture, for ``model.pt2``: any number of pictures of this size to logits, loaded by
             ``torch.export.load``. None: no program is written.
         onnx: ``model.onnx`` too, which needs ``pip install 'metapl[onnx]'``.
@@ -91,13 +117,12 @@ def export(
     Returns:
         The files. The same network and card give the same bytes, with the same versions of the packages.
 
-    Cost: with ``shape``, about 10 seconds and a copy of the network; see :func:`metapl.apps.export.programs.programs`.
+    Cost: with ``shape``, a copy of the network, a process that imports torch, and about 10 seconds; ONNX as much again.
 
     Raises:
         MetaplError: a card with a part missing or unknown, weights that are not finite or not of ``architecture``, a
-            number of classes that is not that of the network, a network that torch.export cannot export or whose
-            program gives something else, a package that is not installed, a folder that cannot be written, or one with
-            a program of an earlier export that this one would not replace.
+            network that cannot be exported or whose program gives something else, a package that is not installed, a
+            folder that cannot be written, or one with a program of an earlier export that this one would not replace.
 
     >>> import tempfile
     >>> from metapl.apps.networks import create
@@ -162,7 +187,6 @@ def _faults(
     program: bool,
     onnx: bool,
 ) -> Iterator[str]:
-    """What cannot be exported, in words."""
     missing, unknown = sorted({*_REQUIRED} - card.keys()), sorted(card.keys() - {*_REQUIRED, *_OPTIONAL})
     if missing or unknown:
         expected = f"{', '.join(_REQUIRED)}, and if wanted {', '.join(_OPTIONAL)}"
@@ -176,12 +200,11 @@ def _faults(
                 "remove the file, or take another folder."
             )
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
-        yield f"weights that are not finite are not exported: {', '.join(bad[:4])}; the training diverged."
+        yield f"weights that are not finite are not exported: {few(bad, 4)}; the training diverged."
     if architecture is None:
         return
-    if card.get("classes") is not None and len(card["classes"]) != architecture.num_classes:
-        named, outputs = len(card["classes"]), architecture.num_classes
-        yield f"the model card names {named} classes, and the network has {outputs} outputs."
+    if card.get("classes") is not None and len(card["classes"]) != (outputs := architecture.num_classes):
+        yield f"the model card names {len(card['classes'])} classes, and the network has {outputs} outputs."
     with torch.device("meta"):
         expected_shapes = {name: t.shape for name, t in architecture.create().state_dict().items()}
     given = {name: t.shape for name, t in state.items()}
@@ -193,15 +216,8 @@ def _faults(
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """What :func:`export` wrote into a file of weights about them; empty for a file that others wrote.
-
-    Returns:
-        ``architecture`` (the fields of :class:`metapl.apps.networks.Architecture`, or None), ``normalization`` (mean
-        and std, or None), ``classes`` (their names, or None) and, where it is not 1, ``center``.
-
-    Raises:
-        MetaplError: there is no such file, it is damaged, or it is of an export that is not understood.
-    """
+    """What :func:`export` wrote into a file of weights: ``architecture``, ``normalization`` and ``classes``, each or
+    None, and, where it is not 1, ``center``; empty for a file that others wrote."""
     if not file.is_file():
         raise MetaplError(f"there is no file of weights {file}; expected a .safetensors or .pt file on this machine.")
     if file.suffix != ".safetensors":
@@ -218,9 +234,8 @@ def read_metadata(file: Path) -> dict[str, Any]:
             raise ValueError("two classes have one name")
         if content.get("architecture") is not None and normalization is not None:
             channels = Architecture(**content["architecture"]).in_channels
-            numbers = [len(normalization.get(name, ())) for name in ("mean", "std")]
-            if numbers != [channels, channels]:
-                means, stds = numbers
+            means, stds = (len(normalization.get(name, ())) for name in ("mean", "std"))
+            if not means == stds == channels:
                 raise ValueError(f"normalization has {means} means and {stds} deviations; expected {channels} of each")
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise MetaplError(
@@ -228,3 +243,71 @@ def read_metadata(file: Path) -> dict[str, Any]:
             "or tensors alone."
         ) from error
     return content
+
+
+def programs(network: nn.Module, shape: Sequence[int], onnx: bool = False) -> dict[str, bytes]:
+    """A network as programs for pictures of one size, in any number, by the names of their files: ``model.pt2``, for
+    ``torch.export.load``, and with ``onnx`` ``model.onnx``. float32, in eval mode, with its normalization.
+
+    Each is run where metapl cannot be imported, ONNX where onnxruntime is installed, and compared with the network.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise MetaplError(f"the shape of a picture is {tuple(shape)}; expected (C, H, W), 1 or more each.")
+    if onnx:
+        require_onnx()
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    network = network.to("cpu", torch.float32).to(memory_format=torch.contiguous_format)
+    by = "torch.export"
+    try:
+        # Two, for torch.export takes sizes of 0 and 1 for constants.
+        batch, file = {0: torch.export.Dim("batch", min=1)}, io.BytesIO()
+        program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=(batch,))
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                for note in _NOTES:
+                    node.meta.pop(note, None)
+        torch.export.save(program, file)
+        files = {PROGRAM: file.getvalue()}
+        if onnx:
+            by = "torch.onnx"
+            made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT])
+            assert made is not None  # as it is when a file is given
+            model = made.model_proto
+            for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+                for dim in value.type.tensor_type.shape.dim:
+                    if dim.HasField("dim_param"):
+                        dim.dim_param = "batch"  # the only size that is not fixed, called s34 or the like so far
+            files[ONNX] = model.SerializeToString(deterministic=True)
+    except Exception as error:  # whatever a network of a user's own does while it is traced, or has no translation
+        raise MetaplError(f"{by} cannot export the network: {type(error).__name__}: {reason_of(error)}") from error
+    _check(files, network, shape)
+    return files
+
+
+def _check(files: dict[str, bytes], network: nn.Module, shape: Sequence[int]) -> None:
+    """Refuse programs whose outputs are not those of the network, for a picture alone and for three at once."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.rand(count, *shape, generator=generator) for count in (1, 3)]
+    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="metapl-") as name:
+        folder = Path(name)
+        for file, content in files.items():
+            if file != ONNX or can_run_onnx():
+                (folder / file).write_bytes(content)
+        torch.save(batches, folder / "batches.pt")
+        # -c alone would import what the current folder has under the names of Python's own modules.
+        command = [sys.executable, "-P", "-c", _ELSEWHERE]
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            why = (finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"])[-1]
+            # Its last line tells in this process whether the memory was too little.
+            raise MetaplError(f"{' and '.join(files)} cannot be run without metapl: {why}") from RuntimeError(why)
+        for file, outputs in torch.load(folder / "logits.pt").items():
+            for images, output in zip(batches, outputs, strict=True):
+                expected = network(images)
+                fits = output.shape == expected.shape
+                apart = float((output - expected).abs().max()) if fits else float("inf")
+                if not apart <= AGREES_TO * float(expected.abs().max()):  # NaN is refused as well
+                    raise MetaplError(
+                        f"{file} gives {tuple(output.shape)} where the network gives {tuple(expected.shape)}, and "
+                        f"differs by {apart:.2g}; expected {AGREES_TO:g} of its greatest, so nothing was written."
+                    )

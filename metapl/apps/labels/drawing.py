@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metapl.apps.labels.queries import BINS, Statistics
-from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_heading, write_note, write_page
-from metapl.apps.reports.counts import MOST_NAMED, draw_by_size, dress_counts, name_rows
-from metapl.apps.reports.style import MARGIN, PALETTE
+from metapl.apps.reports.canvas import (
+    MARGIN,
+    MOST_NAMED,
+    PALETTE,
+    draw_by_size,
+    drawing,
+    dress_counts,
+    headed_page,
+    lay_out,
+    name_rows,
+    write_heading,
+    write_page,
+)
 from metapl.words import shown
 
 if TYPE_CHECKING:
@@ -49,8 +59,8 @@ def draw_statistics(path: str | os.PathLike[str], content: Statistics, title: st
 
 def _draw_classes(axes: Axes, content: Statistics, names: Sequence[str]) -> None:
     with_copies = content.copies != content.rows
-    write_heading(axes, "Examples of each class")
-    write_note(axes, "dark: distinct; light: with copies" if with_copies else "by the most probable class")
+    note = "dark: distinct; light: with copies" if with_copies else "by the most probable class"
+    write_heading(axes, "Examples of each class", note)
     shown_counts = [(content.class_copies, PALETTE[5])] if with_copies else []
     shown_counts.append((content.counts, PALETTE[0]))
     if not names:
@@ -62,8 +72,7 @@ def _draw_classes(axes: Axes, content: Statistics, names: Sequence[str]) -> None
 
 
 def _draw_histogram(axes: Axes, name: str, note: str, counts: Sequence[int], upper: float) -> None:
-    write_heading(axes, name)
-    write_note(axes, note)
+    write_heading(axes, name, note)
     width = upper / BINS
     axes.bar([width * i for i in range(BINS)], counts, width=width, align="edge", color=PALETTE[0], edgecolor="white")
     axes.set_xlim(0, upper)

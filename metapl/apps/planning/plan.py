@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from metapl.apps.experiments.shares import check_shares
 from metapl.apps.planning.rehearsal import Rehearsal, laid_out, rehearsed, stage
-from metapl.apps.recipes.base import ROLES, Recipe, Role
+from metapl.apps.recipes.base import ROLES, Recipe
 from metapl.apps.recipes.methods.beside import Pair, bilevel_trainer
 from metapl.apps.recipes.methods.noisy_student import NoisyStudent
 from metapl.distributed.mesh import Mesh
@@ -22,12 +23,9 @@ from metapl.execution.shards import local
 from metapl.problems.stored import NoisyStudentLoss
 from metapl.training.loss_trainer import LossTrainer
 
-WIDEST = 128
-"""Ranks over which weights are cut at most: with more, gathering them takes longer, and what a rank holds of them is
-small already."""
-
-STAYS = 0.8
-"""The share of what is called activations that stays when weights are cut over more ranks; the rest may be weights."""
+# Ranks over which weights are cut at most: with more, gathering them takes longer, and what a rank holds of them is
+# small already. And the share of what is called activations that stays when they are cut over more ranks.
+WIDEST, STAYS = 128, 0.8
 
 NAMES = ("weights", "gradients", "optimizer", "activations", "feedback")
 
@@ -48,7 +46,6 @@ class Plan:
 
     @property
     def fullest(self) -> str:
-        """The phase of a step which holds the most."""
         return max(self.step.peaks, key=lambda name: self.step.peaks[name])
 
     @property
@@ -60,31 +57,24 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is less than the memory."""
         return self.per_rank["peak"] <= self.memory
 
     @property
     def hours(self) -> float | None:
-        """Of all steps, if communication is hidden behind computation; None where the rate is not known.
-
-        Of Noisy Student, those of one student: each of its rounds takes as many.
-        """
+        """Of all steps, of Noisy Student those of one student, if communication is hidden behind computation."""
         if self.flops_per_second is None:
             return None
         return self.recipe.steps * self.step.flops / self.flops_per_second / 3600
 
     @property
     def flops_per_step(self) -> int:
-        """Floating-point operations of all ranks in a step."""
         return self.step.flops * self.mesh.size
 
     @property
     def communication_bytes_per_step(self) -> int:
-        """What a rank sends in a step."""
         return sum(self.step.sent.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON has it."""
         recipe = self.recipe
         return {
             "recipe": recipe.name,
@@ -110,11 +100,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | None = None) -> Plan:
-    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values; no data are read.
-
-    Raises:
-        MetaplError: a batch that the ranks do not share equally, or a mesh or mode that does not run.
-    """
+    """What a training by a recipe takes on a mesh: a step is rehearsed on tensors without values; no data are read."""
     method = recipe.method
     if isinstance(method, NoisyStudent):
         changed: dict[str, Any] = {"unlabeled_batch": method.self_training.ratio * recipe.labeled_batch}
@@ -124,7 +110,7 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
     *sides, width = recipe.input_shape
     shape, classes = (*sides, width // mesh.spatial), len(recipe.classes)
     with torch.device("meta"):
-        networks = [recipe.network(role) for role in roles(recipe)]
+        networks = _networks(recipe)
     counts = [sum(p.numel() for p in network.parameters()) for network in networks]
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is said here in a sentence
     before, log.disabled = log.disabled, True
@@ -167,8 +153,12 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
 
 
 def self_trained(recipe: Recipe) -> bool:
-    """Whether a step is that of Noisy Student's students, which learn stored labels; no teacher is held."""
+    """Whether a step is of Noisy Student's students, which learn stored labels: no teacher is held."""
     return recipe.method.is_noisy_student
+
+
+def _networks(recipe: Recipe) -> list[nn.Module]:
+    return [recipe.network(role) for role in (ROLES[:1] if self_trained(recipe) else ROLES)]
 
 
 def pair(recipe: Recipe) -> Pair:
@@ -177,19 +167,11 @@ def pair(recipe: Recipe) -> Pair:
     return recipe.method
 
 
-def roles(recipe: Recipe) -> tuple[Role, ...]:
-    """The networks that are held in a step, as the recipe builds them."""
-    return ("teacher",) if self_trained(recipe) else ROLES
-
-
 def propose(recipe: Recipe, ranks: int, *, memory: int, flops_per_second: float | None = None) -> Plan:
-    """The mesh of so many ranks that cuts weights over the fewest on which a step fits, as a plan.
-
-    Where none fits, it is that which cuts them over the most.
-    """
+    """The plan on the mesh of so many ranks that cuts weights over the fewest on which a step fits, or over most."""
     sizes = [size for size in range(1, min(ranks, WIDEST) + 1) if ranks % size == 0]
     with torch.device("meta"):
-        weights = sum(p.numel() * p.element_size() for role in roles(recipe) for p in recipe.network(role).parameters())
+        weights = sum(p.numel() * p.element_size() for network in _networks(recipe) for p in network.parameters())
     # Only those are rehearsed on which weights and gradients alone fit, and then what a rank holds besides activations.
     sizes = [size for size in sizes if 2 * weights / size < memory] or sizes[-1:]
     while True:

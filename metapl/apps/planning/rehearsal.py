@@ -7,19 +7,23 @@ sends is counted from the code that will run, without any device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from metapl.apps.planning.held import FOR_FEEDBACK, OTHER, Held
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import split_layer
 from metapl.errors import MetaplError
@@ -28,49 +32,88 @@ from metapl.execution.local import Pass
 from metapl.execution.modules import trainable
 from metapl.execution.ranks import Columns, Ranks
 from metapl.execution.rng import RandomState
+from metapl.execution.shards import local
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.metrics.cost import FORMULAS
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
-PHASES = STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = (
-    "student step",
-    "labeled gradient",
-    "feedback",
-    "teacher step",
-    "update",
+# The teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new weights; what
+# follows from it for the labels; the teacher's gradient; both optimizers.
+STUDENT, LABELED, FEEDBACK, TEACHER, UPDATE = PHASES = (
+    *("student step", "labeled gradient", "feedback", "teacher step", "update"),
 )
-"""The phases: the teacher's labels and the student's gradient; the gradient of the labeled loss at the student's new
-weights; what follows from it for the labels; the teacher's gradient; both optimizers."""
 
-Batches = tuple[Any, Any]
-"""A labeled and an unlabeled batch."""
+# What no name was given to: activations, gathered weights, and what operations need for a moment; and what is held for
+# the feedback alone.
+OTHER, FOR_FEEDBACK = "activations", "feedback"
+
+# Names of the operations of DTensors, as those of process groups are called.
+SENT_AS = {
+    "all_reduce": "allreduce",
+    "all_gather_into_tensor": "allgather_base",
+    "reduce_scatter_tensor": "reduce_scatter_base",
+}
+
+Seam = tuple[Any, str, str | None, str | None]
+"""A function by its class or module and its name, the phase that it is, and what it returns is for."""
 
 
 class Rehearsal(NamedTuple):
-    """What one rank does in a step."""
+    """What one rank does in a step: the most bytes held, by phase; what is held, by what it is for, where a step
+    without feedback holds the most; operations of products and convolutions; bytes sent, by collective operation."""
 
     peaks: dict[str, int]
-    """The most that is held, in bytes, by phase."""
     plain: dict[str, int]
-    """What is held, by what it is for, where a step without feedback holds the most."""
     flops: int
-    """Floating-point operations of products and convolutions."""
     sent: dict[str, int]
-    """Bytes to other ranks, by collective operation."""
 
 
 @contextmanager
 def stage(mesh: Mesh) -> Iterator[None]:
-    """In this block tensors have no values, and this process is rank 0 of a mesh."""
+    """In this block tensors have no values, and this process is rank 0 of a mesh: the others say what it says."""
+
+    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+
+        return called
+
     with ExitStack() as stack:
         if mesh.size > 1:
-            stack.enter_context(_pretended_ranks(mesh.size))
+            if dist.is_available() and dist.is_initialized():
+                raise MetaplError("a plan pretends the ranks of a mesh; this process is in a process group already.")
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", rank=0, world_size=mesh.size, store=FakeStore())
+            stack.callback(dist.destroy_process_group)
+            agreement = [
+                (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
+                (Ranks, "equal", lambda _ranks, *_: None),
+                (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
+                (Ranks, "any", lambda _ranks, here: here),
+            ]
+            stack.enter_context(replaced(agreement))
             mesh.devices("cpu")  # while tensors have values
-        stack.enter_context(_values_unread())
+        # Nothing reads a value of a tensor that has none; generators, which have one, work as ever.
+        waits = checks.waits
+        stack.enter_context(patch.object(checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)))
+        stack.enter_context(patch.object(RandomState, "now", staticmethod(outside(RandomState.now))))
+        names = ("restore", "same", "branch")
+        stack.enter_context(replaced((RandomState, name, outside(getattr(RandomState, name))) for name in names))
         # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+@contextmanager
+def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for owner, name, value in attributes:
+            stack.enter_context(patch.object(owner, name, value))
         yield
 
 
@@ -107,11 +150,9 @@ def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
     return Replicated(module) if mesh.size > 1 and mesh.shard == mesh.tensor == 1 else module
 
 
-def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: Sequence[Tensor] = ()) -> Rehearsal:
-    """A step of a trainer, the second: optimizers then have their states.
-
-    Beside the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`.
-    """
+def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequence[Tensor] = ()) -> Rehearsal:
+    """A step of a trainer on a labeled and an unlabeled batch, the second: optimizers then have their states. Beside
+    the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`."""
     for optimizer in trainer.schedulable:  # they make their states by a step on gradients of zero
         own = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for p in own:
@@ -146,6 +187,18 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: 
         ]
     held = Held()
 
+    def watched(method: Callable[..., Any], phase: str | None, name: str | None) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if phase is None else held.phase(phase):
+                result = method(*args, **kwargs)
+            if phase == FEEDBACK:
+                held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
+            elif name is not None:
+                held.name(_tensors_in(result), name, others=True)
+            return result
+
+        return called
+
     def named(p: Tensor) -> None:
         """What the backward pass leaves in the parameters' ``.grad``."""
         if p.grad is not None:
@@ -154,7 +207,8 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Batches, average: 
     parameters = [p for network in by_backward for p in trainable(network).values()]
     handles = [p.register_post_accumulate_grad_hook(named) for p in parameters]
     try:
-        with held, replaced([_watched(held, seam) for seam in seams]):
+        watching = [(owner, at, watched(getattr(owner, at), *about)) for owner, at, *about in seams]
+        with held, replaced(watching):
             held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
             held.name(average, "weights")
             held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
@@ -178,76 +232,121 @@ def _tensors_in(values: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
-Seam = tuple[Any, str, str | None, str | None]
-"""A function by its class or module and its name, the phase that it is, and what it returns is for."""
+@dataclass
+class Phase:
+    """Bytes by what they are for where a phase holds the most, and where it does without feedback."""
+
+    peak: Mapping[str, int] = field(default_factory=dict)
+    plain: Mapping[str, int] = field(default_factory=dict)
 
 
-def _watched(held: Held, seam: Seam) -> tuple[Any, str, Callable[..., Any]]:
-    """A method that tells ``held`` its phase, and names what it returns."""
-    kind, method_name, phase, name = seam
-    method = getattr(kind, method_name)
+class Held(TorchDispatchMode):
+    """Counts the bytes of all storages that operations in this block make, for as long as each is alive: ``bytes`` held
+    now, by name, and ``phases``; what this rank sends to others if they run in rings, ``sent`` by collective operation;
+    and ``flops`` of products and convolutions.
 
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with nullcontext() if phase is None else held.phase(phase):
-            result = method(*args, **kwargs)
-        if phase == FEEDBACK:
-            held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
-        elif name is not None:
-            held.name(_tensors_in(result), name, others=True)
+    It works on tensors without values too. What an operation uses within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.bytes: Counter[str] = Counter()
+        self.phases: dict[str, Phase] = {}
+        self.sent: Counter[str] = Counter()
+        self.flops = 0
+        self._entries: dict[int, tuple[str, int]] = {}
+        self._phase = Phase()
+
+    def name(self, tensors: Iterable[Any], name: str, *, others: bool = False) -> None:
+        """Say what tensors are for, whoever made them; with ``others``, those alone that have no name yet."""
+        for t in tensors:
+            storage = local(t).untyped_storage()
+            if not others or self._entries.get(id(storage), (OTHER, 0))[0] == OTHER:
+                self._count(storage, name)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase of the step, which may go on later; one inside another counts for the inner one."""
+        before = self._phase
+        self._phase = self.phases.setdefault(name, Phase())
+        self._look()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __enter__(self) -> Held:
+        resize = UntypedStorage.resize_
+
+        def resized(storage: UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._count(storage)
+            self._look()
+            return result
+
+        # Sharded networks free and allocate storages in place, past the dispatcher.
+        self._resized = patch.object(UntypedStorage, "resize_", resized)
+        self._resized.start()
+        super().__enter__()  # type: ignore[no-untyped-call]  # of torch
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
+        self._resized.stop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "redistribute") for kind in types):
+            return NotImplemented  # a DTensor: what it does with its parts is seen afterwards
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all calls
+        kwargs = kwargs or {}
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count_sent(func, args)
+        result = func(*args, **kwargs)
+        for t in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._count(t.untyped_storage())
+        flops = FORMULAS.get(func.overloadpacket)
+        if flops is not None:
+            self.flops += flops(*args, **kwargs, out_val=result)
+        self._look()
         return result
 
-    return kind, method_name, called
+    def _count(self, storage: UntypedStorage, name: str | None = None) -> None:
+        """The storage as it is now, under a new name if there is one."""
+        key = id(storage)
+        if key not in self._entries:
+            weakref.finalize(storage, self._change, key, None, 0)
+        entry = (name or self._entries.get(key, (OTHER, 0))[0], storage.nbytes())
+        if self._entries.get(key) != entry:
+            self._change(key, *entry)
 
+    def _change(self, key: int, name: str | None, size: int) -> None:
+        before, was = self._entries.pop(key, (OTHER, 0))
+        if name is not None:
+            self._entries[key] = (name, size)
+            self.bytes[name] += size
+        self.bytes[before] -= was
 
-# ----------------------------------------------------------------------------------------------------------- the stage
+    def _look(self) -> None:
+        phase, total = self._phase, self.bytes.total()
+        if total > sum(phase.peak.values()):
+            phase.peak = dict(self.bytes)
+        if total - self.bytes[FOR_FEEDBACK] > sum(phase.plain.values()):
+            phase.plain = {name: size for name, size in self.bytes.items() if name != FOR_FEEDBACK}
 
-
-@contextmanager
-def replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Other attributes of classes and modules in this block: (owner, name, value) of each."""
-    with ExitStack() as stack:
-        for owner, name, value in attributes:
-            stack.enter_context(patch.object(owner, name, value))
-        yield
-
-
-@contextmanager
-def _values_unread() -> Iterator[None]:
-    """Nothing reads a value of a tensor that has none; generators, which have one, work as ever."""
-    waits = checks.waits
-
-    def waits_or_has_none(t: Tensor) -> bool:
-        return isinstance(t, FakeTensor) or waits(t)
-
-    def outside(function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            with unset_fake_temporarily():
-                return function(*args, **kwargs)
-
-        return called
-
-    generators = [(RandomState, name, outside(getattr(RandomState, name))) for name in ("restore", "same", "branch")]
-    now = (RandomState, "now", staticmethod(outside(RandomState.now)))
-    with replaced([(checks, "waits", waits_or_has_none), now, *generators]):
-        yield
-
-
-@contextmanager
-def _pretended_ranks(number: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this one is the first and alone; the others say what it says."""
-    if dist.is_available() and dist.is_initialized():
-        raise MetaplError("a plan pretends the ranks of a mesh, and this process is in a process group already.")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    agreement = [
-        (Ranks, "agreed", lambda _ranks, **_: nullcontext()),
-        (Ranks, "equal", lambda _ranks, *_: None),
-        (Ranks, "gathered", lambda ranks, value: [value] * ranks.size),
-        (Ranks, "any", lambda _ranks, here: here),
-    ]
-    dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
-    try:
-        with replaced(agreement):
-            yield
-    finally:
-        dist.destroy_process_group()
+    def _count_sent(self, func: Any, args: Any) -> None:
+        """In a ring over n ranks each sends (n − 1)/n of what is gathered or scattered, twice that in a reduction."""
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        sizes = [t.numel() * t.element_size() for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        name, group = func.overloadpacket.__name__.strip("_"), given.get("process_group", given.get("group_name"))
+        if not sizes or group is None or name == "wait_tensor":  # a barrier, say
+            return
+        if "process_group" in given:
+            group = ProcessGroup.unbox(group)
+        elif isinstance(group, str):  # the operations of DTensors
+            group = cast(Any, distributed_c10d)._resolve_process_group(group)
+        ranks = group.size()
+        whole = max(sizes) * (ranks if name == "all_gather_into_tensor" else 1)
+        name = SENT_AS.get(name, name)
+        self.sent[name] += (2 if name.startswith("allreduce") else 1) * whole * (ranks - 1) // ranks

@@ -8,25 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metapl.ablation.results import SETTINGS
-from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
-from metapl.apps.reports.style import INK, MARGIN, PALETTE, QUIET
+from metapl.apps.reports.canvas import INK, MARGIN, PALETTE, QUIET, drawing, headed_page, lay_out, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-SMALLEST = 1e-9
-"""Distances below it are drawn at it."""
+SMALLEST = 1e-9  # distances below it are drawn at it
 
 Figures = Mapping[str, Any]
 
 
 def draw_ablation(path: Path, found: Figures) -> None:
-    """Draw what :meth:`metapl.ablation.Ablation.as_dict` gives, as a PNG that is replaced as a whole.
-
-    The modes one a row: distance and noise on a logarithmic scale, passes, time and memory; below, where they were
-    measured, the modes over step sizes, temperatures and batch sizes, and what short trainings ended with.
-    """
+    """Draw what :meth:`metapl.ablation.Ablation.as_dict` gives: the modes one a row; below, where they were measured,
+    over step sizes, temperatures and batch sizes, and what short trainings ended with."""
     rows = {**found["modes"], **found["altered"]}
     colors = {name: "#D0D0D0" if name in found["altered"] else "#9DB8CC" for name in rows}
     colors[found["recommended"]] = PALETTE[0]
@@ -44,10 +39,7 @@ def draw_ablation(path: Path, found: Figures) -> None:
         lay_out(figure, MARGIN, high)
         heights = [height for height in heights if height]
         parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-        labels = _draw_modes(parts[0], rows, colors)
-        for label, name in zip(labels, rows, strict=True):
-            label.set_color(QUIET if name in found["altered"] else INK)
-            label.set_fontweight("bold" if name == found["recommended"] else "normal")
+        _draw_modes(parts[0], found, rows, colors)
         if sweeps:
             _draw_sweeps(parts[1], sweeps)
         if ends:
@@ -55,8 +47,8 @@ def draw_ablation(path: Path, found: Figures) -> None:
         write_page(path, figure)
 
 
-def _draw_modes(figure: SubFigure, rows: Figures, colors: Mapping[str, str]) -> Sequence[Any]:
-    """A row for each mode; the names beside them."""
+def _draw_modes(figure: SubFigure, found: Figures, rows: Figures, colors: Mapping[str, str]) -> None:
+    """A row for each mode: distance and noise on a logarithmic scale, passes, time and memory."""
     from matplotlib.ticker import LogLocator
 
     ran = {name: row for name, row in rows.items() if "reason" not in row}
@@ -80,11 +72,12 @@ def _draw_modes(figure: SubFigure, rows: Figures, colors: Mapping[str, str]) -> 
         if name not in ran:
             first.text(SMALLEST, number, "cannot run", va="center", fontsize=8.5, color=QUIET)
     _name_rows(first, list(rows))
-    return list(first.get_yticklabels())
+    for label, name in zip(first.get_yticklabels(), rows, strict=True):
+        label.set_color(QUIET if name in found["altered"] else INK)
+        label.set_fontweight("bold" if name == found["recommended"] else "normal")
 
 
 def _draw_sweeps(figure: SubFigure, sweeps: Figures) -> None:
-    """Cosines above, distances below; a column for each setting."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
     cosines, distances = figure.subplots(2, len(sweeps), sharex="col", sharey="row", squeeze=False)
@@ -113,7 +106,6 @@ def _draw_sweeps(figure: SubFigure, sweeps: Figures) -> None:
 
 
 def _draw_trainings(figure: SubFigure, ends: Figures, colors: Mapping[str, str], steps: int, seeds: int) -> None:
-    """Means and standard errors, and each seed."""
     titles = {"outer_loss": "outer loss", "validation_loss": "validation loss", "accuracy": "validation accuracy, %"}
     if not any(end["accuracy"] for end in ends.values()):
         titles = {"outer_loss": "outer loss"}

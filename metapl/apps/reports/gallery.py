@@ -11,20 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metapl.apps.reports.canvas import drawing, headed_page, write_lines, write_page
-from metapl.apps.reports.fonts import fitted, wrap
-from metapl.apps.reports.style import (
-    CAPTION_LINE,
-    CAPTION_SIZE,
-    FRAME,
-    MARGIN,
-    NOTE_LINE,
-    NOTE_SIZE,
-    PALETTE,
-    PANEL_TITLE_LINE,
-    PANEL_TITLE_SIZE,
-    QUIET,
-)
+from metapl.apps.reports import canvas
+from metapl.apps.reports.canvas import CAPTION_LINE, CAPTION_SIZE, MARGIN, PALETTE, QUIET, fitted, wrap, write_lines
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
 from metapl.words import shown
@@ -32,6 +20,8 @@ from metapl.words import shown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TITLE_SIZE, TITLE_LINE = canvas.PANEL_TITLE_SIZE, canvas.PANEL_TITLE_LINE
+NOTE_SIZE, NOTE_LINE = canvas.NOTE_SIZE, canvas.NOTE_LINE
 ROWS, CAPTION_LINES = 2, 3
 
 # Inches.
@@ -42,17 +32,14 @@ CAPTION_ABOVE, BESIDE_CAPTION, SIGN_WIDTH = 0.06, 0.12, 0.15
 CAPTION_BEYOND = 0.25  # how far a caption may go on to the right of its picture: less than the page's margin
 BETWEEN_GROUPS, BETWEEN_PICTURES, NARROWEST = 0.3, 0.22, 5.0
 
-TALLEST = 1.4
-"""Height of a picture in units of the width that it has at most; a higher one is drawn narrower."""
-
-MOST_GROUPS = 1000
-"""Groups on a page: matplotlib draws at most 65,535 pixels from top to bottom."""
+TALLEST = 1.4  # height of a picture in units of the width that it has at most; a higher one is drawn narrower
+MOST_GROUPS = 1000  # groups on a page: matplotlib draws at most 65,535 pixels from top to bottom
 
 # (color and dashes of the frame, its points, the sign before the caption), so that marks differ in more than color.
 MARKS: dict[bool | None, tuple[str, Any, float, str]] = {
     True: (PALETTE[2], "-", 2.2, "✓"),
     False: (PALETTE[1], (0, (3.2, 1.6)), 2.2, "✗"),
-    None: (FRAME, "-", 0.8, ""),
+    None: (canvas.FRAME, "-", 0.8, ""),
 }
 
 Block = tuple[float, Callable[["Figure", float, float], None]]
@@ -64,18 +51,11 @@ class Gallery:
     """Pictures of one size under a title.
 
     Args:
-        title: a few words.
-        note: what is shown, in a line.
+        title, note: a few words, and what is shown, in a line.
         pictures: (n, C, H, W), C = 1 is grey and C = 3 is red, green and blue; uint8, or floating point in [0, 1]. The
             first of them are drawn, as many as there is room for.
         captions: n texts of up to 3 lines. A line that is too long loses its middle.
         marks: n of True (right), False (wrong) or None (neither); None for no marks at all.
-
-    Raises:
-        MetaplError: the shapes, the values or the numbers do not fit.
-
-    >>> len(Gallery("Mistakes", "on validation", torch.zeros(2, 1, 8, 8), ("is: cat", "is: dog")))
-    2
     """
 
     title: str
@@ -90,23 +70,18 @@ class Gallery:
         object.__setattr__(self, "captions", tuple(shown(caption, keep="\n") for caption in self.captions))
         given: Any = self.pictures
         fits = isinstance(given, Tensor) and given.ndim == 4 and given.shape[1] in (1, 3) and min(given.shape[2:])
-        if not fits or not (given.dtype == torch.uint8 or given.is_floating_point()):
-            raise MetaplError(
-                f"the pictures of {self.title!r} are {described(given)}; expected (n, C, H, W) with C = 1 (grey) or 3 "
-                "(colors), uint8 or floating point in [0, 1]"
-            )
+        if fits and given.is_floating_point():
+            fits = bool(((given >= 0) & (given <= 1)).all())  # NaN is refused as well
+        elif fits:
+            fits = given.dtype == torch.uint8
         marks = (None,) * len(given) if self.marks is None else self.marks
         object.__setattr__(self, "marks", marks)
-        odd = [mark for mark in marks if mark is not None and not isinstance(mark, bool)]
-        if odd or not len(marks) == len(self.captions) == len(given):
+        known = all(mark is None or isinstance(mark, bool) for mark in marks)
+        if not fits or not known or not len(marks) == len(self.captions) == len(given):
             raise MetaplError(
-                f"{self.title!r} has {len(given)} pictures, {len(self.captions)} captions and the marks {marks}; "
-                "expected as many of each, and True, False or None for a mark"
-            )
-        if given.is_floating_point() and not ((given >= 0) & (given <= 1)).all():  # NaN is refused as well
-            low, high = torch.aminmax(given.detach())
-            raise MetaplError(
-                f"the pictures of {self.title!r} hold values from {low:g} to {high:g}; expected 0 (black) to 1 (full)"
+                f"the pictures of {self.title!r} are {described(given)}, with {len(self.captions)} captions and the "
+                f"marks {marks}; expected (n, C, H, W) with C = 1 (grey) or 3 (colors), uint8 or floating point in "
+                "[0, 1], and n captions and marks, these True, False or None."
             )
 
     def __len__(self) -> int:
@@ -114,32 +89,26 @@ class Gallery:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All that is written."""
         return (self.title, self.note, *self.captions)
 
     def block(
         self, title: Sequence[str], note: Sequence[str], drawn: int, columns: int, side: float, pitch: float
     ) -> Block:
-        """How it is drawn.
-
-        Args:
-            title, note: its lines.
-            drawn: how many of its pictures.
-            columns, side, pitch: how many in a row, how wide at most, and from one's left edge to the next one's.
-        """
+        """How so many of its pictures are drawn, under the lines of its title and note: so many in a row, how wide at
+        most, and from one's left edge to the next one's."""
         marks, captions = (self.marks or ())[:drawn], [x.split("\n", CAPTION_LINES - 1) for x in self.captions[:drawn]]
         frame = max(MARKS[mark][2] for mark in marks) / 72  # the widest, so that all pictures are of one size
         high, wide = self.pictures.shape[2:]
         width = (side - 2 * frame) * min(1, TALLEST * wide / high)
         height = width * high / wide
-        above = ABOVE_TITLE + PANEL_TITLE_LINE * len(title) + ABOVE_NOTE + NOTE_LINE * len(note) + BELOW_NOTE
+        above = ABOVE_TITLE + TITLE_LINE * len(title) + ABOVE_NOTE + NOTE_LINE * len(note) + BELOW_NOTE
         row = height + 2 * frame + CAPTION_ABOVE + CAPTION_LINE * max(map(len, captions)) + ROW_GAP
         room = min(pitch - BESIDE_CAPTION, side + CAPTION_BEYOND)
 
         def draw(figure: Figure, left: float, top: float) -> None:
-            look: dict[str, Any] = {"fontsize": PANEL_TITLE_SIZE, "fontweight": "bold"}
-            y = write_lines(figure, left, top - ABOVE_TITLE, title, PANEL_TITLE_LINE, **look)
-            write_lines(figure, left, y - ABOVE_NOTE, note, NOTE_LINE, fontsize=NOTE_SIZE, color=QUIET)
+            look: dict[str, Any] = {"fontsize": TITLE_SIZE, "fontweight": "bold"}
+            y = write_lines(figure, left, top - ABOVE_TITLE, title, TITLE_LINE, **look)
+            write_lines(figure, left, y - ABOVE_NOTE, note, canvas.NOTE_LINE, fontsize=NOTE_SIZE, color=QUIET)
             for index, (mark, (first, *others)) in enumerate(zip(marks, captions, strict=True)):
                 down, across = divmod(index, columns)
                 x, y = left + across * pitch, top - above - down * row
@@ -155,31 +124,32 @@ class Gallery:
         return above + math.ceil(drawn / columns) * row - ROW_GAP, draw
 
 
-def hung(galleries: Sequence[Gallery], room: float) -> list[Block]:
-    """Galleries in two rows at most below their titles and notes, all in the same columns, from edge to edge if they
-    can be."""
+def hung(galleries: Sequence[Gallery], room: float) -> tuple[float, Callable[[Figure], None]]:
+    """Galleries at the foot of a page, in two rows at most below their titles and notes, all in the same columns, from
+    edge to edge if they can be: the height up to their top, and what draws them."""
     most = max(map(len, galleries), default=1)
     fit = max(1, math.floor((room + SMALLEST_GAP) / (SMALLEST_PICTURE + SMALLEST_GAP)))
     columns = most if most <= fit else min(math.ceil(most / ROWS), fit)
     side = min((room + SMALLEST_GAP) / columns - SMALLEST_GAP, LARGEST_PICTURE)
     pitch = min((room - side) / max(columns - 1, 1), side + LARGEST_GAP)
-    return [
+    blocks = [
         gallery.block(
-            wrap(gallery.title, room, PANEL_TITLE_SIZE, "bold"),
+            wrap(gallery.title, room, TITLE_SIZE, "bold"),
             wrap(gallery.note, room, NOTE_SIZE),
             min(len(gallery), ROWS * columns),
             *(columns, side, pitch),
         )
         for gallery in galleries
     ]
+    low = MARGIN + sum(height for height, _ in blocks)
 
+    def draw_all(figure: Figure) -> None:
+        top = low
+        for height, draw in blocks:
+            draw(figure, MARGIN, top)
+            top -= height
 
-def draw_blocks(figure: Figure, blocks: Sequence[Block]) -> None:
-    """Draws blocks below each other, the last one at the foot of the page."""
-    top = MARGIN + sum(height for height, _ in blocks)
-    for height, draw in blocks:
-        draw(figure, MARGIN, top)
-        top -= height
+    return low, draw_all
 
 
 def pictures_a_group(groups: int) -> int:
@@ -192,14 +162,10 @@ def pictures_a_group(groups: int) -> int:
 
 
 def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Sequence[Gallery]) -> None:
-    """Draws groups of pictures, each below its title and its note, as one PNG file under a title and a note.
+    """Draws at most 1,000 groups of pictures, each below its title and its note, as one PNG file.
 
-    At most 1,000 groups: those of few pictures stand side by side, those of many take several rows; of a group's title
-    and note as much is written as there is room for. No display is needed, matplotlib's global state stays as it was,
-    and the file, in a folder that exists, takes its name only when it is whole.
-
-    Raises:
-        MetaplError: there is no picture, there are too many groups, or the file cannot be written.
+    Those of few pictures stand side by side, those of many take several rows; of a group's title and note as much is
+    written as there is room for.
     """
     groups = [group for group in groups if len(group)]
     if not 0 < len(groups) <= MOST_GROUPS:
@@ -211,20 +177,20 @@ def draw_grid(path: str | os.PathLike[str], title: str, note: str, groups: Seque
     room = max(pitch * count - BETWEEN_PICTURES, pitch)
     group_pitch = count * pitch + BETWEEN_GROUPS * (beside > 1)
     width = max(2 * MARGIN + group_pitch * (beside - 1) + pitch * count - BETWEEN_PICTURES, NARROWEST)
-    with drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
+    with canvas.drawing([title, note, *(text for group in groups for text in group.texts)]) as explanation:
         blocks = []
         for group in groups:  # with a title and a note of one line each, so that the pictures of a band stand in line
-            one_line = [fitted(group.title, room, PANEL_TITLE_SIZE, "bold")], [fitted(group.note, room, NOTE_SIZE)]
+            one_line = [fitted(group.title, room, TITLE_SIZE, "bold")], [fitted(group.note, room, NOTE_SIZE)]
             blocks.append(group.block(*one_line, len(group), count, side, pitch))
         bands = [blocks[start : start + beside] for start in range(0, len(blocks), beside)]
         heights = [max(height for height, _ in band) for band in bands]
         top = MARGIN + sum(heights)
-        figure = headed_page(title, f"{note}{explanation and '. '}{explanation}", width, top)
+        figure = canvas.headed_page(title, f"{note}{explanation and '. '}{explanation}", width, top)
         for band, height in zip(bands, heights, strict=True):
             for number, (_, draw) in enumerate(band):
                 draw(figure, MARGIN + number * group_pitch, top)
             top -= height
-        write_page(path, figure)
+        canvas.write_page(path, figure)
 
 
 def _draw_picture(
@@ -246,11 +212,7 @@ def _draw_picture(
 
 def _resized(picture: Tensor, width: int, height: int) -> Any:
     """A picture in so many pixels, (height, width, 3): one that grows keeps its pixels' edges, one that shrinks is
-    averaged.
-
-    >>> _resized(torch.tensor([[[0.0, 1.0]]]), 4, 2)[..., 0].tolist()
-    [[0, 0, 255, 255], [0, 0, 255, 255]]
-    """
+    averaged."""
     import numpy
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""One picture of a training: how well it went, what the feedback was, and what the test set says."""
+"""One picture of a training: how well it went, what the feedback was, and what the test set says; and of rounds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_heading, write_note, write_page
-from metapl.apps.reports.fonts import fitted, short_name, text_width
-from metapl.apps.reports.gallery import Gallery, draw_blocks, hung
-from metapl.apps.reports.style import DASHED, INK, MARGIN, NOTE_SIZE, PALETTE, QUIET, SUMMARY_SIZE
+from metapl.apps.reports import canvas
+from metapl.apps.reports.canvas import DASHED, INK, MARGIN, NOTE_SIZE, PALETTE, QUIET, SUMMARY_SIZE, fitted, short_name
+from metapl.apps.reports.gallery import Gallery, hung
 from metapl.errors import MetaplError
 from metapl.words import shown
 
@@ -23,8 +22,10 @@ if TYPE_CHECKING:
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
 Points = Sequence[tuple[float, float]]
 
+# Inches of a panel with all that is written around it, and of a line of the legend; of the page of rounds, of a class
+# named there, and of its panels at least.
 PANEL_WIDTH, PANEL_HEIGHT, METHODS_LINE = 5.0, 3.6, 0.26
-"""Inches of a panel with all that is written around it, and of a line of the legend."""
+ROUNDS_WIDTH, BAR, LEAST = 12.5, 0.3, 3.9
 
 DASHES: tuple[Any, ...] = ("-", DASHED, (0, (1.2, 1.4)))
 
@@ -44,8 +45,7 @@ class Panel(NamedTuple):
         return sorted(pair for pair in pairs if all(map(math.isfinite, pair)) and (pair[1] > 0 or not self.log))
 
 
-FEEDBACK = "Feedback to the teacher"
-
+# Of two with one title, the first that has figures is drawn.
 PANELS = (
     Panel(
         "Validation accuracy",
@@ -72,7 +72,6 @@ PANELS = (
         percent=True,
     ),
 )
-"""Of two with one title, the first that has figures is drawn."""
 
 
 def draw_report(
@@ -90,27 +89,28 @@ def draw_report(
 
     Args:
         path: the file; its folder exists. It takes this name only when it is whole.
-        title: a few words.
-        curves: rows of figures by the name of the method. A row has "step" and any of the keys in `PANELS`;
-            accuracies, confidence and agreement are fractions. Rows may lack keys; what is not finite is left out.
+        title, summary: a few words, and a sentence or two beneath them.
+        curves: rows of figures by the name of the method. A row has "step" and any of the keys in `PANELS`; shares are
+            fractions. Rows may lack keys; what is not finite is left out.
         confusion: (C, C) counts on the test set, [true][predicted], or None.
         classes: C names, or None for numbers.
-        summary: a sentence or two beneath the title.
         galleries: pictures below all that, each gallery in one row or two; those beyond are left out.
         along: what steps are counted in.
 
     A panel without figures is left out, and so is a gallery without pictures. Figures that jump from step to step are
-    drawn as a running mean over a fortieth of the steps, with the single steps pale behind them. No display is needed
-    and matplotlib's global state stays as it was.
-
-    Raises:
-        MetaplError: there is nothing to draw, there are more than 7 methods, the counts and the names do not fit, or
-            the file cannot be written.
+    drawn as a running mean over a fortieth of the steps, with the single steps pale behind them.
     """
     if len(curves) > len(PALETTE):
         raise MetaplError(f"{len(curves)} methods were given; at most {len(PALETTE)} can be told apart by their colors")
-    counts = np.zeros((0, 0), int) if confusion is None else _square(confusion, classes)
-    names = [shown(name) for name in (range(len(counts)) if classes is None else classes)]
+    matrix = [] if confusion is None else [[int(count) for count in row] for row in confusion]
+    names = [shown(name) for name in (range(len(matrix)) if classes is None else classes)]
+    lengths = {len(row) for row in matrix}
+    if confusion is not None and not {len(matrix)} == lengths == {len(names)}:
+        raise MetaplError(
+            f"the confusion has {len(matrix)} rows of {sorted(lengths)} counts, for {len(names)} names of classes; "
+            "expected C rows of C counts, and C names"
+        )
+    counts = np.array(matrix)
     by_title: dict[str, Panel] = {}
     for panel in PANELS:
         if any(panel.points(rows, key) for rows in curves.values() for key, _ in panel.series):
@@ -121,31 +121,32 @@ def draw_report(
         raise MetaplError(
             "there is nothing to draw: no row has a step and a figure of a known name, no confusion and no picture"
         )
+    from matplotlib.lines import Line2D
+
     texts = [title, summary, *curves, *names, *(text for gallery in galleries for text in gallery.texts)]
-    with drawing(texts) as explanation:
+    with canvas.drawing(texts) as explanation:
         columns = 1 if len(counts) and len(panels) == 2 else min(len(panels), 2)
         rows = math.ceil(len(panels) / max(columns, 1))
-        widest = max((text_width(short_name(name), _points(len(counts))) for name in names), default=0.0)
+        widest = max((canvas.text_width(short_name(name), _points(len(counts))) for name in names), default=0.0)
         side = len(counts) * _cell(len(counts)) + widest
         matrix_width, matrix_height = (side + 1.2, side + 1.5) if len(counts) else (0, 0)
         # A page of nothing but pictures is as wide as two panels.
         room = PANEL_WIDTH * (columns if panels or len(counts) else 2) + matrix_width
-        blocks = hung(galleries, room)
-        low = MARGIN + sum(height for height, _ in blocks)
+        low, draw_pictures = hung(galleries, room)
         high = low + max(rows * PANEL_HEIGHT, matrix_height)
         methods = [fitted(name, room - 0.5, SUMMARY_SIZE) for name in curves] if len(curves) > 1 else []
-        beside = max(1, int(room / max((text_width(name, SUMMARY_SIZE) + 0.5 for name in methods), default=1)))
+        beside = max(1, int(room / max((canvas.text_width(name, SUMMARY_SIZE) + 0.5 for name in methods), default=1)))
         top = high + METHODS_LINE * math.ceil(len(methods) / beside) + 0.1 * bool(methods)
-        figure = headed_page(title, f"{summary} {explanation}", room + 2 * MARGIN, top)
+        figure = canvas.headed_page(title, f"{summary} {explanation}", room + 2 * MARGIN, top)
         if methods:  # the legend of colors, once for all panels
             corner = MARGIN / (room + 2 * MARGIN), (top - 0.05) / figure.get_figheight()
             place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": corner, "borderpad": 0, "borderaxespad": 0}
             look: dict[str, Any] = {"fontsize": SUMMARY_SIZE, "handlelength": 1.1, "handletextpad": 0.5}
-            handles = [_line(color=color, linewidth=4.5) for color in PALETTE[: len(methods)]]
+            handles = [Line2D([], [], color=color, linewidth=4.5) for color in PALETTE[: len(methods)]]
             figure.legend(handles, methods, ncols=beside, columnspacing=1.8, **place, **look)
-        draw_blocks(figure, blocks)
+        draw_pictures(figure)
         if panels or len(counts):
-            lay_out(figure, low, high)
+            canvas.lay_out(figure, low, high)
             widths = [width for width in (PANEL_WIDTH * columns, matrix_width) if width]
             parts = list(figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0])
             if len(counts):
@@ -156,21 +157,12 @@ def draw_report(
                 mosaic = [places[start : start + columns] for start in range(0, len(places), columns)]
                 for number, axes in parts.pop().subplot_mosaic(mosaic).items():
                     _draw_panel(axes, panels[number], curves, along, line=0.2 / ((high - low) / rows - 1.3))
-        write_page(path, figure)
-
-
-def _line(**look: Any) -> Any:
-    """For a legend."""
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **look)
-
-
-# --------------------------------------------------------------------------------------------------------------- curves
+        canvas.write_page(path, figure)
 
 
 def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: float) -> None:
     """The curves of all methods with their scales and a note; ``line`` is a line of text as a share of the height."""
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
     ends: list[tuple[float, str]] = []
@@ -184,12 +176,13 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
             window = 0 if panel.now_and_then else len(values) // 40
             if window > 1 and len(curves) * len(panel.series) <= 4:
                 axes.plot(steps, values, color=color, alpha=0.16, linewidth=0.8, zorder=1)
+            span = np.ones(2 * (window // 2) + 1)  # the mean about each value, over fewer towards the ends
+            means = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
             look: dict[str, Any] = {"marker": "o" if len(values) == 1 else None, "markersize": 5, "zorder": 3}
-            axes.plot(steps, _running_mean(values, window), color=color, linestyle=DASHES[rank], **look)
+            axes.plot(steps, means, color=color, linestyle=DASHES[rank], **look)
             if panel.now_and_then and (rank == 0 or len(curves) == 1):
                 ends.append((values[-1], color))
     axes.grid()
-    write_heading(axes, panel.title)
     axes.set_xlabel(along, loc="right", labelpad=1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -219,12 +212,16 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
         found = {method: [row[key] for row in rows if row.get(key) is not None] for method, rows in curves.items()}
         zero = [method for method, values in found.items() if panel.log and values and max(values) <= 0]
         named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
-        write_note(axes, f"{name}; {named}: 0" if zero else name)
+        canvas.write_heading(axes, panel.title, f"{name}; {named}: 0" if zero else name)
     else:
+        canvas.write_heading(axes, panel.title)
         if panel.now_and_then and present.keys() == {0}:
             present = {0: "network"}
         colors = PALETTE if len(curves) == 1 else [QUIET] * len(PALETTE)
-        handles = [_line(color=colors[rank], linestyle=DASHES[rank], label=present[rank]) for rank in sorted(present)]
+        handles = [
+            Line2D([], [], color=colors[rank], linestyle=DASHES[rank], label=name)
+            for rank, name in sorted(present.items())
+        ]
         place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.008, 1.015), "borderpad": 0.2}
         look = {"fontsize": NOTE_SIZE, "labelcolor": QUIET, "handlelength": 1.9, "columnspacing": 1.2}
         legend = axes.legend(handles=handles, ncols=len(handles), handletextpad=0.5, borderaxespad=0, **place, **look)
@@ -241,30 +238,6 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
         axes.text(1.015, height - beyond, f"{100 * value:.1f} %", color=color, **look)
 
 
-def _running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """The mean over `window` values about each, over fewer towards the ends.
-
-    >>> _running_mean(np.array([0.0, 3.0, 6.0, 9.0]), 3).tolist()
-    [1.5, 3.0, 6.0, 7.5]
-    """
-    span = np.ones(2 * (window // 2) + 1)
-    return np.asarray(np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same"))
-
-
-# --------------------------------------------------------------------------------------------------------------- matrix
-
-
-def _square(confusion: Sequence[Sequence[int]], classes: Sequence[str] | None) -> NDArray[np.int64]:
-    """The counts, one row and one column for each class."""
-    rows = [[int(count) for count in row] for row in confusion]
-    if {len(rows)} != {len(row) for row in rows} or len(rows) != len(rows if classes is None else classes):
-        raise MetaplError(
-            f"the confusion has {len(rows)} rows of {sorted({len(row) for row in rows})} counts, for "
-            f"{len(rows if classes is None else classes)} names of classes; expected C rows of C counts, and C names"
-        )
-    return np.array(rows)
-
-
 def _cell(size: int) -> float:
     """Inches of a cell: of 0.26, but the matrix is neither below 5.2 nor above 10.5."""
     return min(max(5.2 / max(size, 1), 0.26), 10.5 / max(size, 1))
@@ -276,7 +249,6 @@ def _points(size: int) -> float:
 
 
 def _draw_matrix(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Which class was taken for which."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     size, cell, points = len(counts), _cell(len(counts)), _points(len(counts))
@@ -285,13 +257,12 @@ def _draw_matrix(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) ->
     # The square root lets a mistake in a hundred be seen beside a diagonal that is nearly all of its row.
     image = axes.imshow(shares, cmap=colors, norm=PowerNorm(0.5, 0.0, 1.0), interpolation="nearest")
     axes.set_anchor("NW")
-    write_heading(axes, "Confusion on the test set")
     total = counts.sum()
     correct = f"{100 * np.trace(counts) / total:.1f} % of {total:,} correct; " if total else ""
-    write_note(axes, f"{correct}color: share of the true class")
+    canvas.write_heading(axes, "Confusion on the test set", f"{correct}color: share of the true class")
     ticks = range(0, size, math.ceil(1.1 * points / (72 * cell)))
     labels = [short_name(names[index]) for index in ticks]
-    turned = max(text_width(label, points) for label in labels) > 0.9 * cell * ticks.step
+    turned = max(canvas.text_width(label, points) for label in labels) > 0.9 * cell * ticks.step
     axes.set_xticks(ticks, labels, fontsize=points, rotation=90 if turned else 0)
     axes.set_yticks(ticks, labels, fontsize=points)
     axes.set_xlabel("predicted class", labelpad=5)
@@ -314,3 +285,71 @@ def _draw_matrix(axes: Axes, counts: NDArray[np.int64], names: Sequence[str]) ->
     ticks_of_bar = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
     bar.set_ticks(ticks_of_bar, labels=[f"{100 * share:g} %" if share else "0" for share in ticks_of_bar])
     bar.outline.set_visible(False)
+
+
+def draw_rounds(
+    path: str | os.PathLike[str],
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    summary: str,
+    galleries: Sequence[Gallery] = (),
+) -> None:
+    """Draw the rounds of Noisy Student, as ``result.json`` has them, or what a first teacher selected for another
+    method, as one PNG file: accuracy by round if there is one, and classes before and after the selection."""
+    names = [shown(name) for name in rounds[-1]["labeled_per_class"]]
+    galleries = [gallery for gallery in galleries if len(gallery)]
+    texts = [title, summary, *names, *(text for gallery in galleries for text in gallery.texts)]
+    lines: dict[str, list[float]] = {}
+    for name in ("test", "validation"):  # of the network of each round, beginning with the first teacher
+        found = [each.get(f"{name}_accuracy") for each in (rounds[0]["teacher"], *rounds)]
+        lines |= {} if None in found else {name: found}
+    with canvas.drawing(texts) as explanation:
+        low, draw_pictures = hung(galleries, ROUNDS_WIDTH - 2 * MARGIN)
+        high = low + max(LEAST, BAR * len(names) + 1.3 if len(names) <= canvas.MOST_NAMED else 0.0)
+        figure = canvas.headed_page(title, f"{summary} {explanation}", ROUNDS_WIDTH, high)
+        draw_pictures(figure)
+        canvas.lay_out(figure, low, high)
+        *before, classes = figure.subplots(1, 1 + bool(lines), squeeze=False)[0]
+        for axes in before:
+            _draw_accuracies(axes, lines)
+        _draw_classes(classes, rounds[-1], names)
+        canvas.write_page(path, figure)
+
+
+def _draw_accuracies(axes: Axes, lines: Mapping[str, list[float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    looks = {"test": (PALETTE[0], "-", "solid"), "validation": (PALETTE[1], DASHED, "dashed")}
+    last = max(map(len, lines.values())) - 1
+    for name, values in lines.items():
+        color, dashes, _ = looks[name]
+        axes.plot(values, color=color, linestyle=dashes, marker="o", markersize=5)
+        place = (last, values[-1]), (6, -3)
+        axes.annotate(f"{100 * values[-1]:.1f} %", *place, textcoords="offset points", color=color)
+    drawn = ", ".join(f"{name} ({looks[name][2]})" for name in lines)
+    canvas.write_heading(axes, "Accuracy by round", f"{drawn}; round 0 is the first teacher")
+    axes.set_xlabel("round", loc="right", labelpad=1)
+    axes.set_xlim(-0.2, last + 0.45)
+    axes.xaxis.set_major_locator(MaxNLocator(min(last + 2, 10), integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    axes.margins(y=0.15)
+    axes.grid()
+
+
+def _draw_classes(axes: Axes, last: Mapping[str, Any], names: Sequence[str]) -> None:
+    counts = {name: list(last[f"{name}_per_class"].values()) for name in ("labeled", "kept", "copies")}
+    before, kept, after = counts.values()
+    copies = "; line: kept, with copies" if after != kept else ""
+    note = f"by class. Light: all; dark: those kept{copies}"
+    canvas.write_heading(axes, f"Unlabeled examples in round {last['round']}", note)
+    if len(names) > canvas.MOST_NAMED:
+        lines = [(before, PALETTE[5]), (kept, PALETTE[0]), (after, PALETTE[1])]
+        canvas.draw_by_size(axes, before, lines if copies else lines[:2])
+        return
+    places = range(len(names))
+    axes.barh(places, before, color=PALETTE[5], alpha=0.45, height=0.8)
+    axes.barh(places, kept, color=PALETTE[0], height=0.5)
+    if copies:
+        axes.vlines(after, [y - 0.4 for y in places], [y + 0.4 for y in places], color=PALETTE[1], linewidth=2.2)
+    canvas.name_rows(axes, names)

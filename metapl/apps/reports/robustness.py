@@ -10,28 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.apps.reports.canvas import drawing, headed_page, lay_out, write_page
-from metapl.apps.reports.fonts import fitted
-from metapl.apps.reports.style import INK, MARGIN, PALETTE, QUIET
+from metapl.apps.reports.canvas import INK, MARGIN, PALETTE, QUIET, drawing, fitted, headed_page, lay_out, write_page
 from metapl.words import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GROUPS = {
+GROUPS = {  # the kinds of ImageNet-C; a panel each
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     "weather": ("snow", "frost", "fog", "brightness"),
     "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
 }
-"""The kinds of ImageNet-C; a panel each."""
 
+# Inches of a panel with its legend, how many stand beside each other, and inches of a line of the page's legend.
 PANEL, HEIGHT, IN_A_ROW, LEGEND_LINE = 3.2, 4.0, 5, 0.25
-"""Inches of a panel with its legend, how many stand beside each other, and inches of a line of the page's legend."""
+MOST_NUMBERS, LEAST_ROWS = 24, 6  # bars that have room for their numbers; rows below which bars would be thick
 
-MOST_NUMBERS, LEAST_ROWS = 24, 6
-"""Bars that have room for their numbers; rows below which bars would be thick."""
-
+# Shares that an evaluation may have, each with its place in ``evaluation.json``; and figures in % of AlexNet's.
 SUMMARY = {
     "top-1": ("accuracy",),
     "top-5": ("top5",),
@@ -44,14 +40,11 @@ SUMMARY = {
     "calibration error": ("expected_calibration_error",),
     "ImageNet-A calibration error": ("imagenet_a", "expected_calibration_error"),
 }
-"""Shares that an evaluation may have, each with its place in ``evaluation.json``."""
-
 RELATIVE = {
     "mCE, damaged pictures": ("mean_corruption_error",),
     "mCE, ImageNet-C": ("imagenet_c", "mean_corruption_error"),
     "mFR, ImageNet-P": ("imagenet_p", "mean_flip_rate"),
 }
-"""Figures in % of AlexNet's, likewise."""
 
 Places = Mapping[str, Sequence[str]]
 Evaluations = Mapping[str, Mapping[str, Any]]
@@ -68,18 +61,17 @@ def value_at(found: Mapping[str, Any], place: Sequence[str]) -> float | None:
 
 
 def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
-    """Draw what ``evaluation.json`` holds, as a PNG that is replaced as a whole: its figures, accuracy over the
-    severity of each damage and over ε, and flips."""
+    """Draw what ``evaluation.json`` holds: its figures, accuracy over the severity of each damage and over ε, flips."""
     panels: list[Panel] = []
     clean, chance = found.get("accuracy"), found.get("chance")
     start = {} if clean is None else {0.0: clean}
     for prefix, part in (("", found), ("ImageNet-C: ", found.get("imagenet_c", {}))):
         for group, names in GROUPS.items():
-            kinds = {name: part["corruptions"][name] for name in names if name in part.get("corruptions", {})}
             # The pictures of ImageNet-C are not the test pictures, so their curves do not begin there.
             curves = {
                 name: ({} if prefix else start) | {float(s): y for s, y in enumerate(kind["accuracy_by_severity"], 1)}
-                for name, kind in kinds.items()
+                for name in names
+                if (kind := part.get("corruptions", {}).get(name))
             }
             draw = partial(_curves, curves=curves, label="severity", chance=None if prefix else chance)
             panels += [(prefix + group, draw)] if curves else []
@@ -90,8 +82,7 @@ def draw_robustness(path: Path, found: Mapping[str, Any], title: str) -> None:
 
 
 def draw_evaluations(path: Path, evaluations: Evaluations, title: str) -> None:
-    """Draw several evaluations, by a name each, side by side: their figures, the mean error of each damage, accuracy
-    over ε, and flips."""
+    """Draw several evaluations by name, side by side: figures, mean error of each damage, accuracy over ε, flips."""
     evaluations = {shown(name): found for name, found in evaluations.items()}
     kinds = [kind for names in GROUPS.values() for kind in names]
     errors: dict[str, Places] = {
@@ -113,7 +104,6 @@ def _by_eps(found: Mapping[str, Any], attack: str) -> dict[float, float]:
 
 
 def _with_bars(evaluations: Evaluations, more: Mapping[str, Places], panels: Sequence[Panel]) -> list[Panel]:
-    """Panels between those of bars, of which the empty ones are left out."""
     flips = [name for found in evaluations.values() for name in found.get("imagenet_p", {}).get("perturbations", {})]
     last: Places = {name: ("imagenet_p", "perturbations", name, "flip_probability") for name in flips}
     bars = {"in %": SUMMARY, "in % of AlexNet's": RELATIVE, **more, "ImageNet-P: flips, %": last}
