@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
     "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "hard", "score", DIFFERENCE),
 }
 SOFT = [name for name, (_, kind, _, _) in ESTIMATORS.items() if kind == "soft"]
+
+EACH_KIND = ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip")
+EVERY = [
+    # Every optimiser on one student, and every student with an optimiser of each kind; the rest of the product is long.
+    pytest.param(*case, marks=() if "mlp" in case or case[2] in EACH_KIND else pytest.mark.long)
+    for case in itertools.product(ESTIMATORS, STUDENTS, OPTIMISERS)
+]
 
 
 def check_against_reference(
@@ -70,9 +78,7 @@ def check_against_reference(
     return found, expected
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "student", "optimiser"), EVERY)
 def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
     problem, rule = toy(student), OPTIMISERS[optimiser]
     inner = rule.build(problem.student)
@@ -80,9 +86,7 @@ def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
         check_against_reference(estimator, problem, rule, inner, None, None)
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "student", "optimiser"), EVERY)
 def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
     problem, rule = toy(student), OPTIMISERS[optimiser]
     inner, inner_state, rule_state = warm(problem, rule)
