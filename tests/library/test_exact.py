@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, noisy_teacher, toy, unmoved, warm
+from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, noisy_teacher, product, toy, unmoved, warm
 from reference import error
 
 import metapl
@@ -32,11 +31,7 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
 SOFT = [name for name, (_, kind, _, _) in ESTIMATORS.items() if kind == "soft"]
 
 EACH_KIND = ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip")
-EVERY = [
-    # Every optimiser on one student, and every student with an optimiser of each kind; the rest of the product is long.
-    pytest.param(*case, marks=() if "mlp" in case or case[2] in EACH_KIND else pytest.mark.long)
-    for case in itertools.product(ESTIMATORS, STUDENTS, OPTIMISERS)
-]
+EVERY = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*ESTIMATORS, "mlp", *EACH_KIND])
 
 
 def check_against_reference(
@@ -99,9 +94,15 @@ def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
     return unmoved(problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False)
 
 
-@pytest.mark.parametrize("optimiser", [name for name in OPTIMISERS if name.startswith("torchopt")])
-@pytest.mark.parametrize("student", ["mlp", "dropout"])
-@pytest.mark.parametrize("estimator", ["unrolled", "forward", "reinforce_per_example"])
+@pytest.mark.parametrize(
+    ("estimator", "student", "optimiser"),
+    product(
+        ("unrolled", "forward", "reinforce_per_example"),
+        ("mlp", "dropout"),
+        [name for name in OPTIMISERS if name.startswith("torchopt")],
+        usual=("unrolled", "forward", "mlp", "torchopt_adamw"),
+    ),
+)
 def test_three_steps_chained_by_inner_state(estimator: str, student: str, optimiser: str) -> None:
     """Each step with a transform built anew, as after a resume."""
     problem, rule = toy(student), OPTIMISERS[optimiser]
@@ -189,9 +190,15 @@ def test_a_teacher_with_dropout_and_batch_norm(estimator: str, student: str) -> 
 SINGLE = {"unrolled": 2e-5, "forward": 2e-5, "difference": 2e-3, "difference_one_sided": 5e-3}
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd", "torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", SINGLE)
+@pytest.mark.parametrize(
+    ("estimator", "student", "optimiser"),
+    product(
+        SINGLE,
+        STUDENTS,
+        ("torch_sgd", "torch_sgd_nesterov", "torch_adamw", "torchopt_clip"),
+        usual=[*SINGLE, "mlp", "torch_adamw"],
+    ),
+)
 def test_float32_agrees_with_float64(estimator: str, student: str, optimiser: str) -> None:
     mode, rule = ESTIMATORS[estimator][0], OPTIMISERS[optimiser]
     grads = []
