@@ -22,6 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_absent_device_is_seeded() -> Iterator[None]:
+    """For each kind of device that is not there, ``torch.manual_seed`` formats the stack, which pytest makes long."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _small_pages() -> Iterator[None]:
     """Pages of 30 dots an inch: of a run of a second, half is the picture that it ends with."""
     with pytest.MonkeyPatch.context() as patch:

@@ -171,7 +171,7 @@ INDUCTOR = (
 )
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
 def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int, backend: str) -> None:
-    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd"}
+    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd", "gradients": False}
     found = two.run("train", **case, layout=layout, compile=True, backend=backend)
     assert all(own["graphs"] >= graphs for own in found)
     compare(found, alone(**case), tolerance(mode))
@@ -223,10 +223,10 @@ def test_options_of_the_trainer(two: Ranks, layout: str) -> None:
         [
             {**case, "clip_norm": 0.05, "gradients": True},
             {**case, "clip_norm": 0.05, "optimizer": "adamw", "mode": "reinforce_per_example"},
-            {**case, "views": True},  # UDA
-            {**case, "recompute_teacher": True},
+            {**case, "views": True, "steps": 1},  # UDA
+            {**case, "recompute_teacher": True, "steps": 1},
             {**case, "accumulate": 2},
-            {**case, "feedback_ratio": 0.5},
+            {**case, "feedback_ratio": 0.5, "steps": 1},
             {**case, "mode": cosine},
         ],
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, Toy, mlp, toy
+from problems_zoo import CLASSES, OPTIMISERS, Toy, mlp, product, toy
 from reference import error
 from replays import ALL, put, twin
 from torch import Tensor, nn
@@ -378,6 +378,8 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
 }
 
+NAMED, EACH_WAY = [kind for kind in MOVING if ":" not in kind], ["forward", "difference", "unrolled", "none"]
+
 WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics", "frozen moved backward")
 """Frozen parameters that are written to, by which the graphs of earlier steps would be changed."""
 
@@ -388,14 +390,8 @@ SOFT = ("unrolled", "forward", "difference", "difference_one_sided")
 @pytest.mark.parametrize(
     ("mode", "steps", "dtype", "kind"),
     [
-        # In float32 the same passes round: two modes of them show whether a replay does too.
-        pytest.param(mode, steps, dtype, kind, marks=[pytest.mark.long] * (dtype in skipped))
-        for mode, steps, skipped in [
-            *((mode, 1, [torch.float32] * (mode not in ("forward", "difference"))) for mode in ALL),
-            *((mode, 3, [torch.float32]) for mode in ("forward", "unrolled", "none")),
-        ]
-        for dtype in TYPES
-        for kind in MOVING
+        *product(ALL, [1], TYPES, MOVING, usual=[*EACH_WAY, 1, torch.float64, *NAMED]),
+        *product(["forward", "unrolled", "none"], [3], TYPES, MOVING, usual=[torch.float64, *MOVING]),
     ],
     ids=str,
 )
