@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import reference
 import torch
 import torchopt
@@ -31,6 +33,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x.flatten(1, 2))[:, None].chunk(3, -1)  # (B, one head, length, width)
         return self.head(F.scaled_dot_product_attention(q, k, v)[:, 0].mean(1))
+
+
+def product(*values: Iterable[Any], usual: Iterable[Any]) -> list[Any]:
+    """Every combination, for ``parametrize``; those of two or more values that are not ``usual`` are long."""
+    known = [*usual]
+    return [
+        pytest.param(*case, marks=[pytest.mark.long] * (sum(one not in known for one in case) > 1))
+        for case in itertools.product(*values)
+    ]
 
 
 def mlp() -> nn.Module:

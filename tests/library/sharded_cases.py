@@ -52,7 +52,7 @@ INSIDE: dict[str, Callable[[], nn.Module]] = {
 class Network(nn.Module):
     """An embedding, blocks, and a head; the embedding and the head belong to the root."""
 
-    def __init__(self, blocks: int = 2, width: int = 5, inside: str = "plain", hidden: int = 9) -> None:
+    def __init__(self, blocks: int = 1, width: int = 5, inside: str = "plain", hidden: int = 9) -> None:
         super().__init__()
         self.embed = nn.Linear(4, width)
         self.blocks = nn.ModuleList(Block(width, INSIDE[inside](), hidden) for _ in range(blocks))
@@ -73,7 +73,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 def networks(inside: str = "plain", dtype: torch.dtype = torch.float64, hidden: int = 9) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    return Network(hidden=hidden).to(dtype), Network(3, inside=inside, hidden=hidden).to(dtype)
+    return Network(hidden=hidden).to(dtype), Network(2, inside=inside, hidden=hidden).to(dtype)
 
 
 def batches(steps: int, views: bool = False, dtype: torch.dtype = torch.float64) -> list[tuple[Any, Any]]:
@@ -663,11 +663,11 @@ class Stopped(Exception):
 def resumed(
     layout: str | None, out: str, stop: int | None = None, resume: bool = False, inside: str = "dropout"
 ) -> dict[str, Any]:
-    """A fit of six steps, from the beginning or on from where it was stopped."""
+    """A fit of four steps, from the beginning or on from where it was stopped."""
     trainer = built("forward", layout, "adamw", inside=inside)
     torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
-    drawn = batches(6)
-    (x, y), _ = batches(7)[6]
+    drawn = batches(4)
+    (x, y), _ = batches(5)[4]
 
     def end(step: int, row: Any, trainer: Any) -> None:
         if stop is not None and step >= stop:
@@ -677,9 +677,9 @@ def resumed(
         result = trainer.fit(
             [labeled for labeled, _ in drawn],
             [unlabeled for _, unlabeled in drawn],
-            steps=6,
+            steps=4,
             validation=(x, y),
-            validate_every=3,
+            validate_every=2,
             log_every=1,
             save_every=2,
             split_batches=True,

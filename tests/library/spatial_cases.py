@@ -3,9 +3,9 @@ images."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -71,7 +71,7 @@ def network(name: str) -> nn.Module:
         )  # fmt: skip
     if name == "small_cnn":
         return small_cnn(CLASSES)
-    return getattr(torchvision.models, name)(num_classes=CLASSES)
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
 
 
 def images(rows: int = 6, side: int = 64) -> Tensor:
@@ -89,6 +89,13 @@ def mean(t: Tensor) -> Tensor:
     total = t.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def from_first(compute: Callable[[], Any]) -> Any:
+    """What the first process computes, on all of them."""
+    found = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def passes(
@@ -135,59 +142,56 @@ def _own(t: Tensor, left: int, right: int) -> Tensor:
 
 
 def _passes(kind: str, side: int, training: bool, rows: int) -> dict[str, float]:
-    group = dist.group.WORLD
-    x = images(rows, side)
-    whole = network(kind).double()
-    parts = spatial(copy.deepcopy(whole), group, x)
-    for net in (whole, parts):
-        net.train(training)
-    y = torch.arange(rows) % CLASSES
-    own = split_width(x, group)
-    found = {}
+    x, group = images(rows, side), dist.group.WORLD
+    expected = from_first(lambda: _whole(kind, side, training, rows))
+    parts = spatial(network(kind).double(), group, x)
+    found = _seen(parts.train(training), split_width(x, group), expected["gradient"])
+    return {name: error(found[name], t) for name, t in expected.items() if t}
 
-    def second(net: nn.Module, x: Tensor, averaged: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradient, and its product with the Hessian."""
-        params = list(net.parameters())
-        grads = torch.autograd.grad(F.cross_entropy(net(x), y), params, create_graph=True)
-        # The processes' gradients are averaged before any product is taken, as a trainer does.
-        grads_mean = [mean(g) if averaged else g.detach() for g in grads]
-        dot = torch.stack([(g * w).sum() for g, w in zip(grads, grads_mean, strict=True)]).sum()
-        products = torch.autograd.grad(dot, params)
-        return grads_mean, [mean(p) if averaged else p for p in products]
 
-    z, expected = parts(own), whole(x)
-    found["outputs"] = error(z, expected)
-    buffers = [b for b in whole.buffers() if b.is_floating_point()]
-    if buffers:
-        found["statistics"] = error([b for b in parts.buffers() if b.is_floating_point()], buffers)
-    (g, hg), (g_whole, hg_whole) = second(parts, own, True), second(whole, x, False)
-    found["gradient"], found["hessian product"] = error(g, g_whole), error(hg, hg_whole)
+@cache
+def _whole(kind: str, side: int, training: bool, rows: int) -> dict[str, list[Tensor]]:
+    return _seen(network(kind).double().train(training), images(rows, side), None)
+
+
+def _seen(net: nn.Module, x: Tensor, along: list[Tensor] | None) -> dict[str, list[Tensor]]:
+    """All passes of one network; the tangent is that along some gradient, of a whole network its own."""
+    params, y = list(net.parameters()), torch.arange(len(x)) % CLASSES
+    outputs = net(x)
+    statistics = [b.clone() for b in net.buffers() if b.is_floating_point()]
+    grads = torch.autograd.grad(F.cross_entropy(net(x), y), params, create_graph=True)
+    # The processes' gradients are averaged before any product is taken, as a trainer does.
+    averaged = [g.detach() if along is None else mean(g) for g in grads]
+    dot = torch.stack([(g * w).sum() for g, w in zip(grads, averaged, strict=True)]).sum()
+    products = [p if along is None else mean(p) for p in torch.autograd.grad(dot, params)]
     with torch.no_grad(), forward_ad.dual_level():
-        tangents = []
-        for net, at in ((parts, own), (whole, x)):
-            duals = {n: forward_ad.make_dual(p, w) for (n, p), w in zip(net.named_parameters(), g_whole, strict=True)}
-            tangents.append(forward_ad.unpack_dual(torch.func.functional_call(net, duals, (at,))).tangent.clone())
-        found["tangent"] = error(*tangents)
-    return found
+        named = zip(net.named_parameters(), along or averaged, strict=True)
+        duals = {name: forward_ad.make_dual(p, w) for (name, p), w in named}
+        tangent = forward_ad.unpack_dual(torch.func.functional_call(net, duals, (x,))).tangent.clone()
+    found = {"outputs": [outputs.detach()], "statistics": statistics, "gradient": averaged}
+    return found | {"hessian product": products, "tangent": [tangent]}
 
 
-def training(kind: str, steps: int = 3) -> float:
+def training(kind: str) -> float:
     """SGD with momentum on averaged gradients: the weights beside those of whole images, relative to the update."""
-    x = images()
-    whole = network(kind).double()
-    parts = spatial(copy.deepcopy(whole), dist.group.WORLD, x)
+    x, group, whole = images(), dist.group.WORLD, network(kind).double()
     start = [p.detach().clone() for p in whole.parameters()]
+    expected = from_first(lambda: _after_steps(whole, x, lambda g: g))
+    found = _after_steps(spatial(network(kind).double(), group, x), split_width(x, group), mean)
+    a, b = ([p - old for p, old in zip(weights, start, strict=True)] for weights in (found, expected))
+    return error(a, b)
+
+
+def _after_steps(net: nn.Module, x: Tensor, reduced: Callable[[Tensor], Tensor]) -> list[Tensor]:
     y = torch.arange(len(x)) % CLASSES
-    for net, at in ((whole, x), (parts, split_width(x, dist.group.WORLD))):
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(net(at), y).backward()
-            for p in net.parameters() if net is parts else ():
-                p.grad = mean(p.grad)
-            optimizer.step()
-    moved = [a.detach() - b for a, b in zip(whole.parameters(), start, strict=True)]
-    return error([a.detach() - b for a, b in zip(parts.parameters(), start, strict=True)], moved)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        for p in net.parameters():
+            p.grad = reduced(p.grad)
+        optimizer.step()
+    return [p.detach() for p in net.parameters()]
 
 
 def adjoint(left: int, right: int) -> list[float]:
@@ -269,17 +273,16 @@ class _Mean(nn.Module):
 # ------------------------------------------------------------------------------------------------------ the trainer
 
 
-def _trained(mode: Any, mesh: Any, optimizer: str, steps: int, **options: Any) -> metapl.BilevelTrainer:
-    """A trainer after some steps, on this process's rows and columns; without a mesh, on everything."""
+def _trained(mode: Any, mesh: Any, optimizer: str, side: int) -> tuple[metapl.BilevelTrainer, list[dict[str, float]]]:
+    """A trainer after two steps on this process's rows and columns, without a mesh on everything; and its reports."""
     from metapl.distributed import shard
 
     torch.manual_seed(4)
     nets = [small_cnn(CLASSES).double(), network("layers").double()]
     for norm in [part for net in nets for part in net.modules() if isinstance(part, nn.BatchNorm2d)]:
         norm.eval()  # each share of rows has statistics of its own
-    example = images(2, 64)
     if mesh is not None:
-        nets = [shard(net, mesh, example=example if mesh.spatial > 1 else None) for net in nets]
+        nets = [shard(net, mesh, example=images(2, side) if mesh.spatial > 1 else None) for net in nets]
     build = {
         "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, eps=1e-2),
@@ -290,35 +293,38 @@ def _trained(mode: Any, mesh: Any, optimizer: str, steps: int, **options: Any) -
         inner_optimizer=build(nets[1].parameters()),
         outer_optimizer=build(nets[0].parameters()),
         generator=torch.Generator().manual_seed(5),
-        **options,
     )
-    draw = torch.Generator().manual_seed(6)
-    trainer.scalars = []  # type: ignore[attr-defined]  # for this test
-    for _ in range(steps):
-        x, u = (torch.randn(4, 3, 64, 64, generator=draw, dtype=torch.float64) for _ in range(2))
+    draw, rows = torch.Generator().manual_seed(6), []
+    for _ in range(2):
+        x, u = (torch.randn(4, 3, side, side, generator=draw, dtype=torch.float64) for _ in range(2))
         y = torch.randint(CLASSES, (4,), generator=draw)
         if mesh is not None:
             x, u, y = mesh.part(x), mesh.part(u), y.chunk(mesh.shares)[dist.get_rank() // mesh.spatial]
-        trainer.scalars.append(trainer.step((x, y), u).as_dict())  # type: ignore[attr-defined]  # as above
-    return trainer
+        rows.append(trainer.step((x, y), u).as_dict())
+    return trainer, rows
 
 
-def parity(
-    mode: Any, optimizer: str, steps: int = 2, replicate: int = 1, shards: int = 1, spatial: int = 2, **options: Any
-) -> dict[str, float]:
-    """Weights after some steps on a mesh, and the reports' scalars, beside those of one process."""
+@cache
+def _alone(mode: Any, optimizer: str, side: int) -> tuple[list[list[Tensor]], list[dict[str, float]]]:
+    """The weights of one process, and its reports."""
+    trainer, rows = _trained(mode, None, optimizer, side)
+    return [[p.detach() for p in net.parameters()] for net in (trainer.teacher, trainer.student)], rows
+
+
+def parity(mode: Any, optimizer: str, replicate: int = 1, shards: int = 1, spatial: int = 2) -> dict[str, float]:
+    """Weights after two steps on a mesh, and the reports' scalars, beside those of one process."""
     from metapl.distributed import Mesh
 
-    mesh = Mesh(replicate=replicate, shard=shards, spatial=spatial)
-    trainer, alone = (_trained(mode, m, optimizer, steps, **options) for m in (mesh, None))
+    side = 16 * spatial
+    weights, reports = from_first(lambda: _alone(mode, optimizer, side))
+    trainer, rows = _trained(mode, Mesh(replicate=replicate, shard=shards, spatial=spatial), optimizer, side)
+    for layout in trainer._layouts:
+        layout.reshard()
     found = {}
-    for role in ("teacher", "student"):
-        parts, whole = getattr(trainer, role), getattr(alone, role)
-        for layout in trainer._layouts:
-            layout.reshard()
-        held = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parts.parameters()]
-        found[role] = error(held, whole.parameters())
-    scalars = zip(trainer.scalars, alone.scalars, strict=True)  # type: ignore[attr-defined]  # as above
+    for role, expected in zip(("teacher", "student"), weights, strict=True):
+        parts = getattr(trainer, role).parameters()
+        found[role] = error([p.full_tensor() if hasattr(p, "full_tensor") else p for p in parts], expected)
+    scalars = zip(rows, reports, strict=True)
     pairs = [(row[name], value) for row, other in scalars for name, value in other.items() if value == value]
     found["scalars"] = max(abs(a - b) / max(abs(b), 1e-6) for a, b in pairs)
     return found

@@ -26,7 +26,7 @@ def found(**options: Any) -> Ablation:
 
 
 def test_the_figures_are_what_is_known_of_the_modes() -> None:
-    modes = found(draws=40).modes
+    modes = found(draws=16).modes
     assert tuple(modes) == metapl.MODES
     assert isinstance(modes["implicit"], str)
     assert "curvature" in modes["implicit"]

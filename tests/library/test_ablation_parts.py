@@ -41,7 +41,7 @@ def test_the_settings_are_varied_against_the_exact_gradient_with_the_same_settin
     problem, trainer = trainer_for(problem=metapl.PseudoLabels(temperature=2.0))
     before, random = everything(problem), torch.get_rng_state()
     modes = ["forward", "difference", "reinforce", "none"]
-    found = ablate(trainer, problem.labeled, problem.unlabeled, modes, stability=True, rounds=1, draws=30)
+    found = ablate(trainer, problem.labeled, problem.unlabeled, modes, stability=True, rounds=1, draws=12)
     assert same(before, everything(problem))
     assert torch.equal(random, torch.get_rng_state())
     assert [*found.stability] == ["epsilon", "temperature", "batch_size"]

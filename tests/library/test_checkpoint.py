@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import multiprocessing
 import os
 import pickle
 import random
-import subprocess
-import sys
+import resource
+import signal
+import time
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -403,70 +406,65 @@ def test_ctrl_c_within_the_writer_stays_ctrl_c(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
-FULL_DISK = """
-import resource, sys, torch
-from metapl.runs.checkpoint import CheckpointFolder, CheckpointError
-folder = CheckpointFolder(sys.argv[1])
-folder.write(1, {"step": 1})
-for limit in (10, 86, 87, 2000, 100_000, 8_000_100):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        folder.write(2, {"step": 2, "weights": torch.ones(2_000_000)})
-    except CheckpointError as error:
-        message = str(error)
-        assert "File too large (it needs 8.0 MB)" in message, message
-        assert "the checkpoints before it are as they were. Free some room, raise the limit" in message, message
-    else:
-        raise SystemExit(f"{limit} bytes held it all")
-    assert [path.name for path in folder.folder.iterdir()] == ["step-00000001.ckpt"]
-assert folder.newest().state == {"step": 1}
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-folder.write(2, {"step": 2})
-"""
+def _on_a_full_disk(where: Path) -> None:
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    folder, unlimited = CheckpointFolder(where), (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    folder.write(1, {"step": 1})
+    for limit in (10, 86, 87, 2000, 100_000, 8_000_100):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(CheckpointError, match=r"File too large \(it needs 8\.0 MB\)") as caught:
+            folder.write(2, {"step": 2, "weights": torch.ones(2_000_000)})
+        assert "the checkpoints before it are as they were. Free some room, raise the limit" in str(caught.value)
+        assert [path.name for path in folder.folder.iterdir()] == ["step-00000001.ckpt"]
+    found = folder.newest()
+    assert found is not None
+    assert found.state == {"step": 1}
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    folder.write(2, {"step": 2})
 
 
 def test_a_full_disk_leaves_the_old_one_whole_and_says_so(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (0, "")
+    """In a process of its own, whose files may not become long."""
+    limited = multiprocessing.get_context("fork").Process(target=_on_a_full_disk, args=(tmp_path,))
+    limited.start()
+    limited.join(60)
+    assert limited.exitcode == 0
     found = CheckpointFolder(tmp_path).newest()
     assert found is not None
     assert found.state == {"step": 2}
 
 
-WRITER = """
-import itertools, os, random, signal, sys, time, torch
-from metapl.runs.checkpoint import CheckpointFolder
-torch.set_num_threads(1)  # a pool of threads does not outlive a fork
-folder = CheckpointFolder(sys.argv[1], keep=2)
-folder.write(1, {"step": 1, "weights": torch.full((2_000_000,), 1.0)})
-draw, strays = random.Random(0), 0
-for _ in range(12):
-    start = folder.newest().state["step"]
-    child = os.fork()
-    if child == 0:
-        for step in itertools.count(start + 1):
-            folder.write(step, {"step": step, "weights": torch.full((2_000_000,), float(step))})
-    deadline = time.monotonic() + 60
-    while folder.paths()[0].name <= f"step-{start:08d}.ckpt":
-        assert time.monotonic() < deadline, "the child writes nothing"
-        time.sleep(0.002)
-    time.sleep(draw.uniform(0.0, 0.08))
-    os.kill(child, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    strays += any(name.endswith(".tmp") for name in os.listdir(sys.argv[1]))
-    found = folder.newest()
-    assert found.skipped == () and found.state["step"] >= start
-    assert (found.state["weights"] == found.state["step"]).all()
-assert 1 <= len(folder.paths()) <= 3
-print(strays)
-"""
+def _write_on(folder: CheckpointFolder, start: int) -> None:
+    torch.set_num_threads(1)
+    for step in itertools.count(start + 1):
+        folder.write(step, {"step": step, "weights": torch.full((2_000_000,), float(step))})
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_kill_at_any_moment_leaves_a_whole_newest(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert int(run.stdout) > 0, "no kill fell into the writing, so nothing was tested"
+    folder, draw, strays = CheckpointFolder(tmp_path, keep=2), random.Random(0), 0
+    folder.write(1, {"step": 1, "weights": torch.full((2_000_000,), 1.0)})
+    start = 1
+    for _ in range(12):
+        child = multiprocessing.get_context("fork").Process(target=_write_on, args=(folder, start))
+        child.start()
+        deadline = time.monotonic() + 60
+        while folder.paths()[0].name <= f"step-{start:08d}.ckpt":
+            assert time.monotonic() < deadline, "the child writes nothing"
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0.0, 0.08))
+        child.kill()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        strays += any(path.name.endswith(".tmp") for path in tmp_path.iterdir())
+        found = folder.newest()
+        assert found is not None
+        assert found.skipped == ()
+        assert found.state["step"] >= start
+        assert (found.state["weights"] == found.state["step"]).all()
+        start = found.state["step"]
+    assert 1 <= len(folder.paths()) <= 3
+    assert strays > 0, "no kill fell into the writing, so nothing was tested"
 
 
 # Random number generators

@@ -1,6 +1,7 @@
 """What a step of each mode costs in student forward passes, and the documentation's account of it."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,12 @@ BOUNDS: list[tuple[str | Estimator, float]] = [
 ]
 
 
+@cache
 def passes(mode: str | Estimator) -> float:
     """FLOPs of a step on equal batches, after the first, over those of a forward pass of the student."""
     torch.manual_seed(0)
     teacher, student = (metapl.models.wide_resnet28_2(num_classes=10) for _ in range(2))
-    unlabeled, labeled = torch.randn(2, 3, 32, 32), (torch.randn(2, 3, 32, 32), torch.tensor([3, 7]))
+    unlabeled, labeled = torch.randn(2, 3, 16, 16), (torch.randn(2, 3, 16, 16), torch.tensor([3, 7]))
     trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=())
     trainer.step(labeled, unlabeled)
     with FlopCounterMode(display=False) as step:

@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, noisy_teacher, toy, unmoved, warm
+from problems_zoo import OPTIMISERS, STUDENTS, Optimiser, Toy, noisy_teacher, product, toy, unmoved, warm
 from reference import error
 
 import metapl
@@ -29,6 +29,9 @@ ESTIMATORS: dict[str, tuple[Any, str, str, float | None]] = {
     "reinforce_per_example_by_difference": (ReinforcePerExample(tangent="difference"), "hard", "score", DIFFERENCE),
 }
 SOFT = [name for name, (_, kind, _, _) in ESTIMATORS.items() if kind == "soft"]
+
+EACH_KIND = ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip")
+EVERY = product(ESTIMATORS, STUDENTS, OPTIMISERS, usual=[*ESTIMATORS, "mlp", *EACH_KIND])
 
 
 def check_against_reference(
@@ -70,9 +73,7 @@ def check_against_reference(
     return found, expected
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "student", "optimiser"), EVERY)
 def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
     problem, rule = toy(student), OPTIMISERS[optimiser]
     inner = rule.build(problem.student)
@@ -80,9 +81,7 @@ def test_fresh_optimiser(estimator: str, student: str, optimiser: str) -> None:
         check_against_reference(estimator, problem, rule, inner, None, None)
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "student", "optimiser"), EVERY)
 def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
     problem, rule = toy(student), OPTIMISERS[optimiser]
     inner, inner_state, rule_state = warm(problem, rule)
@@ -95,9 +94,15 @@ def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
     return unmoved(problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False)
 
 
-@pytest.mark.parametrize("optimiser", [name for name in OPTIMISERS if name.startswith("torchopt")])
-@pytest.mark.parametrize("student", ["mlp", "dropout"])
-@pytest.mark.parametrize("estimator", ["unrolled", "forward", "reinforce_per_example"])
+@pytest.mark.parametrize(
+    ("estimator", "student", "optimiser"),
+    product(
+        ("unrolled", "forward", "reinforce_per_example"),
+        ("mlp", "dropout"),
+        [name for name in OPTIMISERS if name.startswith("torchopt")],
+        usual=("unrolled", "forward", "mlp", "torchopt_adamw"),
+    ),
+)
 def test_three_steps_chained_by_inner_state(estimator: str, student: str, optimiser: str) -> None:
     """Each step with a transform built anew, as after a resume."""
     problem, rule = toy(student), OPTIMISERS[optimiser]
@@ -185,9 +190,15 @@ def test_a_teacher_with_dropout_and_batch_norm(estimator: str, student: str) -> 
 SINGLE = {"unrolled": 2e-5, "forward": 2e-5, "difference": 2e-3, "difference_one_sided": 5e-3}
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd", "torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("estimator", SINGLE)
+@pytest.mark.parametrize(
+    ("estimator", "student", "optimiser"),
+    product(
+        SINGLE,
+        STUDENTS,
+        ("torch_sgd", "torch_sgd_nesterov", "torch_adamw", "torchopt_clip"),
+        usual=[*SINGLE, "mlp", "torch_adamw"],
+    ),
+)
 def test_float32_agrees_with_float64(estimator: str, student: str, optimiser: str) -> None:
     mode, rule = ESTIMATORS[estimator][0], OPTIMISERS[optimiser]
     grads = []

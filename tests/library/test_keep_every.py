@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import OPTIMISERS, STUDENTS, Toy, toy, unmoved, warm
+from problems_zoo import OPTIMISERS, STUDENTS, Toy, product, toy, unmoved, warm
 from reference import error
 from test_lookahead import batches
 from torch import Tensor, nn
@@ -32,9 +32,15 @@ def gradient(problem: Toy, inner: Any, inner_state: Any, ahead: list[Any], mode:
     )
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_clip_momentum"])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("keep_every", [2, 3, 9])
+@pytest.mark.parametrize(
+    ("keep_every", "student", "optimiser"),
+    product(
+        (2, 3, 9),
+        STUDENTS,
+        ("torch_sgd_nesterov", "torch_adamw", "torchopt_clip_momentum"),
+        usual=(2, 3, "mlp", "torch_adamw"),
+    ),
+)
 def test_the_feedback_is_that_of_all_steps_kept(keep_every: int, student: str, optimiser: str) -> None:
     problem, rule = toy(student), OPTIMISERS[optimiser]
     ahead = batches(5, problem)
@@ -71,8 +77,15 @@ def test_with_truncation(truncate: int) -> None:
     assert error(found.grads, expected.grads) < 1e-13
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam_amsgrad", "torch_adamw"])
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"clip_norm": 0.1}, {"recompute_teacher": True}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "optimiser"),
+    product(
+        ({}, {"accumulate": 2}, {"clip_norm": 0.1}, {"recompute_teacher": True}),
+        ("torch_sgd_nesterov", "torch_adam_amsgrad", "torch_adamw"),
+        usual=({}, "torch_adamw"),
+    ),
+    ids=str,
+)
 def test_a_trainer_goes_the_same_way(options: dict[str, Any], optimiser: str) -> None:
     """In the weights, the running statistics and the optimizers' states, over three of its steps."""
     found = []

@@ -18,6 +18,7 @@ from problems_zoo import (
     everything,
     mlp,
     noisy_teacher,
+    product,
     same,
     toy,
     unmoved,
@@ -78,10 +79,10 @@ def check(
     return found
 
 
-@pytest.mark.parametrize("optimiser", UPDATES)
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("steps", [1, 2, 5])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    ("estimator", "steps", "student", "optimiser"),
+    product(ESTIMATORS, (1, 2, 5), STUDENTS, UPDATES, usual=[*ESTIMATORS, 5, "mlp", "torch_adamw"]),
+)
 def test_the_feedback_on_every_step_is_exact(estimator: str, steps: int, student: str, optimiser: str) -> None:
     problem = toy(student)
     check(estimator, problem, optimiser, batches(steps, problem))

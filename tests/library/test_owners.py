@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import context
 
 import metapl as library
 from metapl import MetaplError
@@ -44,9 +44,8 @@ def _fitted(out: str, answers: Any, go: Any) -> None:
 
 def test_two_fits_in_one_folder(tmp_path: Path) -> None:
     """In processes of their own: one trains, the other is told why not, and the checkpoints are the one's."""
-    context = multiprocessing.get_context("spawn")
-    answers, go, out = context.Queue(), context.Event(), tmp_path / "out"
-    both = [context.Process(target=_fitted, args=(str(out), answers, go)) for _ in range(2)]
+    answers, go, out = context().Queue(), context().Event(), tmp_path / "out"
+    both = [context().Process(target=_fitted, args=(str(out), answers, go)) for _ in range(2)]
     for process in both:
         process.start()
     said = sorted([answers.get(timeout=120), answers.get(timeout=120)], key=len)

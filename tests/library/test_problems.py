@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import OPTIMISERS, STUDENTS, Toy, mlp, toy, warm
+from problems_zoo import OPTIMISERS, STUDENTS, Toy, mlp, product, toy, warm
 from reference import error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -106,10 +106,16 @@ def double_backward(name: str, case: Toy, rule: reference.Rule, state: Any) -> d
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip"])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("mode", ["unrolled", "forward", "difference"])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    ("name", "mode", "student", "optimiser"),
+    product(
+        PROBLEMS,
+        ("unrolled", "forward", "difference"),
+        STUDENTS,
+        ("torch_sgd_nesterov", "torch_adam", "torchopt_clip"),
+        usual=[*PROBLEMS, "unrolled", "forward", "difference", "dropout", "torch_sgd_nesterov"],
+    ),
+)
 def test_own_problems_are_exact(name: str, mode: str, student: str, optimiser: str) -> None:
     case = noisy_toy(name, student)
     inner, inner_state, state = warm(case, OPTIMISERS[optimiser])

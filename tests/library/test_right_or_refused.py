@@ -316,7 +316,7 @@ class FakeQuantized(nn.Module):
 @pytest.mark.parametrize("mode", ["difference", metapl.feedback.ReinforcePerExample(tangent="difference")], ids=str)
 def test_a_difference_of_outputs_that_jump_is_never_right_by_chance(mode: Any, dtype: torch.dtype) -> None:
     """The derivative of the loss alone agrees in one of ten of these, with feedback that is wrong by its own size."""
-    for seed in range(20):
+    for seed in range(12):
         torch.manual_seed(seed)
         teacher, student = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(dtype), FakeQuantized().to(dtype)
         x, y, u = torch.randn(8, 1, 4, 4, dtype=dtype), torch.arange(8) % 3, torch.randn(8, 1, 4, 4, dtype=dtype)

@@ -105,14 +105,13 @@ def test_mean_over_labels_tends_to_the_soft_gradient(
     """In direction and in length, with its bias falling as η (one credit per draw) or η² (labels' expectation)."""
     how, _, order = HARD[mode]
     problem, gaps = toy("mlp", rows=ROWS), []
-    for eta in (0.02, 0.01, 0.005):
+    for eta in (0.01, 0.005):
         soft = soft_gradient(problem, optimiser(eta))
         mean, _ = library_mean(how, problem, optimiser(eta), monkeypatch)
         gaps.append(float((mean - soft).norm() / soft.norm()))
         assert torch.cosine_similarity(mean, soft, dim=0) > 1 - 5e-3
         assert abs(mean.norm() / soft.norm() - 1) < 0.05
-    assert gaps[0] > gaps[1] > gaps[2]
-    assert gaps[1] / gaps[2] == pytest.approx(2**order, rel=0.15)
+    assert gaps[0] / gaps[1] == pytest.approx(2**order, rel=0.15)
 
 
 @pytest.mark.parametrize("mode", HARD)
@@ -123,8 +122,9 @@ def test_the_mean_step_of_plain_sgd_is_the_soft_step(mode: str, monkeypatch: pyt
     assert error(theta, soft.student_params) < 1e-12
 
 
-@pytest.mark.parametrize("warmed", [False, True])
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam", "torchopt_clip"])
+@pytest.mark.parametrize(
+    ("optimiser", "warmed"), [("torch_sgd_nesterov", True), ("torch_adam", True), ("torchopt_clip", False)]
+)
 @pytest.mark.parametrize("mode", HARD)
 def test_mean_over_labels_is_that_of_the_formula(
     mode: str, optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch
@@ -172,9 +172,12 @@ def test_bias_under_an_active_clip_stays_as_the_learning_rate_falls(
     assert found == (pytest.approx(gap, abs=0.03), pytest.approx(length, abs=0.03), pytest.approx(0.95, abs=0.02))
 
 
-@pytest.mark.parametrize("warmed", [False, True])
 @pytest.mark.parametrize(
-    "optimiser", ["torch_sgd", "torch_sgd_momentum", "torch_sgd_nesterov", "torch_adam", "torch_adamw", "torchopt_clip"]
+    ("optimiser", "warmed"),
+    [
+        *((name, False) for name in ("torch_sgd", "torch_adam", "torchopt_clip")),
+        *((f"torch_{name}", True) for name in ("sgd_momentum", "sgd_nesterov", "adam", "adamw")),
+    ],
 )
 def test_loss_difference_is_the_gradient_of_the_expected_labelled_loss(
     optimiser: str, warmed: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from fits import batches, bilevel, single
 
+import metapl
 from metapl.errors import MetaplError
 from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointFolder
@@ -103,13 +105,27 @@ WRONG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_checkpoint_that_was_sealed_with_wrong_values_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def fitted(out: Path, resume: bool, trainer: metapl.BilevelTrainer) -> None:
     labeled, unlabeled = batches(5)
-    how: dict[str, Any] = {"out": str(tmp_path), "steps": 8, "save_every": 4, "progress": False, "say": lambda _: None}
-    bilevel().fit(labeled, unlabeled, **how)
-    newest, older = CheckpointFolder(tmp_path / "checkpoints/fit").paths()
-    newest.unlink()
+    how: dict[str, Any] = {"steps": 8, "save_every": 4, "progress": False, "say": lambda _: None}
+    trainer.fit(labeled, unlabeled, out=str(out), resume=resume, **how)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fit whose newest checkpoint is of its fourth step."""
+    out = tmp_path_factory.mktemp("run")
+    fitted(out, False, bilevel())
+    CheckpointFolder(out / "checkpoints/fit").paths()[0].unlink()
+    return out
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_checkpoint_that_was_sealed_with_wrong_values_is_refused_in_one_line(
+    name: str, stopped: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (older,) = CheckpointFolder(run / "checkpoints/fit").paths()
     state = checkpoint.load(older)
     checkpoint.save(older, WRONG[name](state))
     trainer = bilevel()
@@ -117,9 +133,9 @@ def test_a_checkpoint_that_was_sealed_with_wrong_values_is_refused_in_one_line(n
     with pytest.raises(
         MetaplError, match=r"step-00000004\.ckpt|the checkpoint has the states|this is no state for this BilevelTrainer"
     ) as told:
-        trainer.fit(labeled, unlabeled, resume=True, **how)
+        fitted(run, True, trainer)
     assert "\n" not in str(told.value)
     if name != "momentum of another shape":
         assert all(torch.equal(before[key], value) for key, value in trainer.student.state_dict().items())
     checkpoint.save(older, state)
-    bilevel().fit(labeled, unlabeled, resume=True, **how)
+    fitted(run, True, bilevel())

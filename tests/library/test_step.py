@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import torchopt
-from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, same, toy
+from problems_zoo import ANYWHERE, OPTIMISERS, STUDENTS, Toy, everything, mlp, noisy_teacher, product, same, toy
 from reference import error, flat
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,9 +37,15 @@ def moved(before: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach() - before[n] for n, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip"])
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("mode", ANYWHERE)
+@pytest.mark.parametrize(
+    ("mode", "student", "optimiser"),
+    product(
+        ANYWHERE,
+        STUDENTS,
+        ("torch_sgd_nesterov", "torch_adamw", "torchopt_sgd_nesterov", "torchopt_clip"),
+        usual=(*ANYWHERE, "dropout", "torch_sgd_nesterov"),
+    ),
+)
 def test_a_step_does_what_the_hypergradient_says(mode: str, student: str, optimiser: str) -> None:
     """Two steps in a row: the teacher moves by −grads exactly, the student to θ′, the state goes on."""
     case, rule, state = toy(student, teacher=noisy_teacher), OPTIMISERS[optimiser], None

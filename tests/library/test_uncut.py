@@ -54,10 +54,18 @@ def test_each_method_beside_a_cut_student_is_as_in_one_process(two: Ranks, metho
     check(two, [{"method": method, **case} for case in (*images, products)])
 
 
-@pytest.mark.parametrize("method", ["example_weights", "noise_transition", "label_correction"])
-def test_shares_of_the_rows_beside_cuts(four: Ranks, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "others"),
+    [
+        ("example_weights", ("shard", "replicate")),
+        ("label_correction", ("shard",)),
+        pytest.param("label_correction", ("replicate",), marks=pytest.mark.long),
+        pytest.param("noise_transition", ("shard", "replicate"), marks=pytest.mark.long),  # a table too
+    ],
+)
+def test_shares_of_the_rows_beside_cuts(four: Ranks, method: str, others: tuple[str, ...]) -> None:
     """Each share of the rows counts once, however many processes hold it."""
-    cut = [{"mode": "forward", "mesh": {other: 2, "spatial": 2}, "images": True} for other in ("shard", "replicate")]
+    cut = [{"mode": "forward", "mesh": {other: 2, "spatial": 2}, "images": True} for other in others]
     products = {"mode": "difference", "mesh": {"shard": 2, "tensor": 2}, "images": False}
     check(four, [{"method": method, **case} for case in (*cut, products)])
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, Toy, mlp, toy
+from problems_zoo import CLASSES, OPTIMISERS, Toy, mlp, product, toy
 from reference import error
 from replays import ALL, put, twin
 from torch import Tensor, nn
@@ -377,6 +377,8 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
     **{f"attribute: {name}": lambda name=name: Attribute(*copy.deepcopy(ATTRIBUTES[name])) for name in ATTRIBUTES},
 }
 
+NAMED, EACH_WAY = [kind for kind in MOVING if ":" not in kind], ["forward", "difference", "unrolled", "none"]
+
 WRITTEN = ("frozen", "frozen by .data", "view of frozen", "statistics", "frozen moved backward")
 """Frozen parameters that are written to, by which the graphs of earlier steps would be changed."""
 
@@ -384,10 +386,13 @@ BOUND = {torch.float64: {"difference": 1e-4, "": 1e-9}, torch.float32: {"differe
 SOFT = ("unrolled", "forward", "difference", "difference_one_sided")
 
 
-@pytest.mark.parametrize("kind", MOVING)
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    ("mode", "steps"), [*((mode, 1) for mode in ALL), ("forward", 3), ("unrolled", 3), ("none", 3)], ids=str
+    ("mode", "steps", "dtype", "kind"),
+    [
+        *product(ALL, [1], TYPES, MOVING, usual=[*EACH_WAY, 1, torch.float64, *NAMED]),
+        *product(["forward", "unrolled", "none"], [3], TYPES, MOVING, usual=[torch.float64, *MOVING]),
+    ],
+    ids=str,
 )
 def test_state_moves_once(mode: str, steps: int, dtype: torch.dtype, kind: str) -> None:
     """By the inner passes, in order; the gradient is of the passes that were, and a call moves nothing."""
