@@ -15,6 +15,8 @@ from metapl.apps.export import network, programs
 from metapl.apps.export.programs import ONNX, PROGRAM
 from metapl.apps.reports.style import STYLE
 
+collect_ignore = ["warm.py"]  # which works when it is imported, for whom processes are forked from
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _blank_pages() -> None:
