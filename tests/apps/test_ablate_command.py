@@ -66,6 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
+@pytest.mark.usefixtures("small_pages")
 def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "ablate digits --steps 4 --draws 2 --rounds 1 --stability --train-steps 2 --train-seeds 0,3 --out there"
     assert main(arguments.split()) == 0
@@ -84,7 +85,7 @@ def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: py
     assert content["trainings"]["seeds"] == [0, 3]
     assert {*content["trainings"]["modes"]} == {*metapl.MODES, *content["altered"]} - {"implicit"}
     assert content["trainings"]["modes"]["none"]["accuracy"]["mean"] > 0
-    assert (folder / "there/ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "there/ablation.png").stat().st_size > 1000
     assert max(map(len, said.splitlines())) <= 80
     for words in ("temperature of the pseudo-labels", "trainings of 2 steps", "altered feedback, as a control"):
         assert words in said

@@ -346,6 +346,7 @@ def test_finetune_repeats_what_train_did(run: Path) -> None:
     assert text.count(f"{before['finetuned_test_accuracy']:.2%}") >= 2
 
 
+@pytest.mark.usefixtures("small_pages")
 def test_finetune_with_options_replaces_the_finetuned_student_alone(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

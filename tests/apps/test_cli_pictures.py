@@ -224,6 +224,7 @@ def test_a_name_does_not_reach_a_terminal_as_it_is(
     assert ("\x1b" in capsys.readouterr().out) != terminal
 
 
+@pytest.mark.usefixtures("small_pages")
 def test_predict_draws_pictures_in_color(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "predict", resnet / "run", resnet / "many", "--grid", tmp_path / "grid.png")
     assert len(rows(text)) == len(list((resnet / "many").iterdir()))
@@ -289,6 +290,7 @@ def test_evaluate_says_which_pictures_were_trained_on(
     assert f"note: 1 test pictures are among the unlabeled ones too: {other}/is 0/new.png is {seen}" in notes
 
 
+@pytest.mark.usefixtures("blank_programs")
 def test_the_card_says_what_was_measured_and_no_place_of_a_file(
     resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +313,7 @@ def test_the_card_says_what_was_measured_and_no_place_of_a_file(
     assert resnet.name not in card
 
 
+@pytest.mark.usefixtures("blank_programs")
 def test_the_card_counts_the_examples_of_a_split(
     many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,9 @@ def test_bash_completes_commands_recipes_flags_and_values(script: Path, line: st
     assert len(expected) > 1 or found == expected
 
 
-@pytest.mark.parametrize(("shell", "begins"), [("zsh", "#compdef metapl"), ("fish", "#")])
+@pytest.mark.parametrize(
+    ("shell", "begins"), [pytest.param("zsh", "#compdef metapl", marks=pytest.mark.long), ("fish", "#")]
+)
 def test_other_shells_have_scripts_too(shell: str, begins: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["--print-completion", shell]) == 0

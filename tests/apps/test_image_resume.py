@@ -145,22 +145,28 @@ def test_killed_and_resumed(nurseries: list[Nursery], pictures: Path, whole: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "saved"),
+    ("moment", "signals", "saved"),
     [
-        (MOMENTS[0], "stopped; go on"),
-        ((*WAITING, 2), "stopped after step 2; saved to .*fit/step-00000002.ckpt"),
-        ((*STEP, 5), "stopped after step 9; saved to .*fit/step-00000009.ckpt"),
+        (MOMENTS[0], [-TERMINATE], "stopped; go on"),
+        ((*WAITING, 2), [-INTERRUPT], "stopped after step 2; saved to .*fit/step-00000002.ckpt"),
+        (
+            (*STEP, 5),
+            [-INTERRUPT, TERMINATE],
+            "stopped after step 9; saved to .*fit/step-00000009.ckpt",
+        ),
         (
             ("metapl.runs.checkpoint:CheckpointFolder", "write", 2),
+            [-INTERRUPT],
             "stopped after step 8; saved to .*step-00000008.ckpt",
         ),
         # The teacher takes the four steps of the wait by a LossTrainer too.
-        ((*TUNING, 4 + 3), "stopped after step 3; saved to .*finetune/step-00000003.ckpt"),
+        ((*TUNING, 4 + 3), [-TERMINATE], "stopped after step 3; saved to .*finetune/step-00000003.ckpt"),
     ],
     ids=["listing", "waiting", "training", "writing", "finetuning"],
 )
 def test_stopped_and_resumed(
     moment: Any,
+    signals: list[int],
     saved: str,
     nurseries: list[Nursery],
     pictures: Path,
@@ -168,28 +174,20 @@ def test_stopped_and_resumed(
     request: pytest.FixtureRequest,
 ) -> None:
     """By Ctrl-C, which a terminal sends to the workers too; by a SIGTERM to all, or to the parent."""
-
-    def one(nursery: Nursery, signals: list[int]) -> list[int]:
-        groups = []
-        for signum in signals:
-            out = pictures / f"stopped {signum} {request.node.callspec.id}"
-            groups.append(nursery.start(command(pictures) + f" --out '{out}'", out, (*moment, signum)))
-            code, words = nursery.wait(), said(out)
-            assert code == 128 + abs(signum), words
-            assert re.search(saved, words), words
-            assert "Traceback" not in words
-            assert not left(groups[-1])
-            checkpoints = newest(out)
-            code, words = nursery.run(pasted(words), out)
-            assert code == 0, words
-            assert_resumed(words, checkpoints)
-            assert_equal(out, whole)
-        return groups
-
-    with ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(one, nurseries, ([-TERMINATE], [-INTERRUPT, TERMINATE] if moment == (*STEP, 5) else [-INTERRUPT]))
-        )
+    nursery = nurseries[0]
+    for signum in signals:
+        out = pictures / f"stopped {signum} {request.node.callspec.id}"
+        group = nursery.start(command(pictures) + f" --out '{out}'", out, (*moment, signum))
+        code, words = nursery.wait(), said(out)
+        assert code == 128 + abs(signum), words
+        assert re.search(saved, words), words
+        assert "Traceback" not in words
+        assert not left(group)
+        checkpoints = newest(out)
+        code, words = nursery.run(pasted(words), out)
+        assert code == 0, words
+        assert_resumed(words, checkpoints)
+        assert_equal(out, whole)
 
 
 def snapshot(out: Path) -> dict[Path, tuple[int, bytes]]:

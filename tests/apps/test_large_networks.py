@@ -44,8 +44,15 @@ def test_counts_are_those_of_timm() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [*BLOCKS, "vit_1b_14"])
-@pytest.mark.parametrize("fields", [{}, {"in_channels": 1, "image_size": 112}])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("efficientnet_l2", {}),
+        ("efficientnet_b6_wide", {"in_channels": 1, "image_size": 112}),
+        ("vit_1b_14", {}),
+        ("vit_1b_14", {"in_channels": 1, "image_size": 112}),
+    ],
+)
 def test_its_code_builds_it(name: str, fields: dict[str, int]) -> None:
     import torchvision
 
@@ -59,7 +66,7 @@ def test_its_code_builds_it(name: str, fields: dict[str, int]) -> None:
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("name", [*BLOCKS, "vit_1b_14"])
+@pytest.mark.parametrize("name", ["efficientnet_b6_wide", "vit_1b_14"])
 def test_a_pass_at_any_size_of_pictures(name: str) -> None:
     size = 28 if name == "vit_1b_14" else 64
     fields = {"image_size": size} if name == "vit_1b_14" else {}

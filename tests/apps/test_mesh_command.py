@@ -111,11 +111,25 @@ def test_labels_that_may_be_wrong(two: Ranks, tmp_path: Path) -> None:
     trained(None, [*command, "--accumulate", "2"], tmp_path / "parts")
     weights = {row["file"]: float(row["weight"]) for row in suspects(tmp_path / "parts")}
     assert len(set(weights.values())) > 1
-    for name in ("replicate", "shard"):
-        trained(two, [*command, f"--mesh.{name}", "2"], tmp_path / name)
-        same(tmp_path / name, tmp_path / "parts", ("warm", "fit", "finetune"))
-        found = {row["file"]: float(row["weight"]) for row in suspects(tmp_path / name)}
-        assert found == pytest.approx(weights, abs=2e-3)
+    trained(two, [*command, "--mesh.replicate", "2"], tmp_path / "replicate")
+    same(tmp_path / "replicate", tmp_path / "parts", ("warm", "fit", "finetune"))
+    found = {row["file"]: float(row["weight"]) for row in suspects(tmp_path / "replicate")}
+    assert found == pytest.approx(weights, abs=2e-3)
+
+
+def test_digits_by_shards(two: Ranks, tmp_path: Path) -> None:
+    """The numbers of one process; what one left is gone on with by two, and a finished run is left alone."""
+    sharded = [*TINY, "--mesh.shard", "2"]
+    said = trained(two, sharded, tmp_path / "shard")
+    assert "Test accuracy" in said
+    trained(None, [*TINY], tmp_path / "alone")
+    same(tmp_path / "shard", tmp_path / "alone", ("fit",))
+    left = as_if_killed(tmp_path / "shard", tmp_path / "again", step=4)
+    assert [path.suffix for path in (left / "checkpoints" / "fit").iterdir()] == [".parts"]
+    trained(two, [*sharded, "--resume"], left)
+    assert "is finished already" in trained(two, [*sharded, "--resume"], left)
+    for name in ("student.safetensors", "finetuned_student.safetensors", "teacher.safetensors"):
+        assert (left / name).read_bytes() == (tmp_path / "shard" / name).read_bytes()
 
 
 def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
@@ -168,6 +182,7 @@ def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        ([], "2 processes were started, and no mesh says what each of them does"),
         (["--mesh.shard", "2", "--labeled-batch", "9"], "labeled_batch of 9, which 2 ranks do not share equally"),
         (
             ["--mesh.tensor", "2", "--mode", "forward"],

@@ -119,6 +119,7 @@ def test_names_that_are_not_utf8_come_out_of_predict_as_they_are(
     assert any(line.startswith(picture + b",") for line in printed.read_bytes().splitlines())
 
 
+@pytest.mark.usefixtures("blank_programs")
 def test_classes_of_any_name_go_through_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training, evaluating, predicting and the model card."""
     root, evil, other = color_folders(tmp_path / "root"), "=a\x1b[2J\u202e|<b>*c*", os.fsdecode(b"caf\xe9\n[x](y)")

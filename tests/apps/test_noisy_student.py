@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_runs import NOISY_STUDENT, built_once, trained
 
-from metapl.apps.commands import main
-from metapl.apps.experiments import rounds
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.experiments.rounds import FOLDER, LABELS, SELECTED
-from metapl.apps.labels import LabelStore, LabelWriter
+from metapl.apps.labels import LabelStore
 from metapl.runs.fingerprints import fingerprint
-from metapl.training.loss_trainer import LossTrainer
-
-TINY = (
-    *("noisy-student", "digits", "--steps", "6", "--rounds", "2", "--hidden", "4", "--labeled-batch", "8"),
-    *("--ratio", "2", "--threshold", "0.12", "--log-every", "1", "--validate-every", "3", "--save-every", "2"),
-)
-"""A run of two rounds that takes two seconds."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("noisy") / "whole"
-    assert main([*TINY, "--out", str(run)]) == 0
-    return run
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    names = ("metrics.jsonl", "result.json", "student.safetensors", "teacher.safetensors")
-    return {name: (run / name).read_bytes() for name in names}
+    return built_once(tmp_path_factory, "noisy student", lambda out: trained(*NOISY_STUDENT, "--out", str(out)))
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -73,53 +56,3 @@ def test_examples_above_the_threshold_are_kept_and_balanced(whole: Path) -> None
         assert counts == {max(each["kept_per_class"].values())}
         assert each["copies"] == len(chosen.rows_with_copies()) == sum(each["copies_per_class"].values())
         assert each["unlabeled"] == sum(each["labeled_per_class"].values()) == len(labels)
-
-
-def stops(patch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
-    """Ctrl-C in the middle of a call."""
-    real, calls = getattr(owner, name), []
-
-    def stopped(*given: Any, **named: Any) -> Any:
-        calls.append(name)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*given, **named)
-
-    patch.setattr(owner, name, stopped)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "at"),
-    [
-        (LossTrainer, "step", 3),  # while the first teacher is trained
-        (LabelWriter, "add", 2),  # while its labels are stored
-        (LabelWriter, "_describe", 4),  # while the last of them are
-        (rounds, "select", 1),  # between labels and selection
-        (LabelWriter, "add_table", 1),  # while the selection is written
-        (LossTrainer, "step", 9),  # while the first student is trained
-        (LabelWriter, "add", 7),  # while the first student labels
-        (LossTrainer, "step", 17),  # while the last student is trained
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_a_run_that_is_stopped_in_any_stage_ends_as_one_that_was_not(
-    owner: Any, name: str, at: int, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        stops(patch, owner, name, at)
-        assert main([*TINY, "--out", str(run)]) == 130
-    assert not (run / "result.json").exists()
-    assert main([*TINY, "--out", str(run), "--resume"]) == 0
-    assert contents(run) == contents(whole)
-
-
-def test_a_run_that_is_stopped_while_a_student_is_finetuned_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    command = (*TINY, "--training", "pretrain_finetune", "--finetune-steps", "4", "--dropout", "0.1")
-    runs = tmp_path / "whole", tmp_path / "stopped"
-    assert main([*command, "--out", str(runs[0])]) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        stops(patch, LossTrainer, "step", 15)  # of the first student's finetuning, after two trainings of six
-        assert main([*command, "--out", str(runs[1])]) == 130
-    assert main([*command, "--out", str(runs[1]), "--resume"]) == 0
-    assert contents(runs[0]) == contents(runs[1])

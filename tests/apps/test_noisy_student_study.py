@@ -20,6 +20,8 @@ from metapl.problems.base import Signal
 from metapl.problems.stored import NoisyStudentLoss
 from metapl.training.options import FitOptions
 
+pytestmark = pytest.mark.docs
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

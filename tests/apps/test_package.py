@@ -199,10 +199,11 @@ def test_the_distributions_have_the_package_and_its_license(distributions: tuple
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "metapl").rglob("*.py")} | {"metapl/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
-    info = f"metapl-{PROJECT['version']}.dist-info"
+        info = f"metapl-{PROJECT['version']}.dist-info"
+        metadata, commands = (archive.read(f"{info}/{name}").decode() for name in ("METADATA", "entry_points.txt"))
     assert {name for name in names if not name.startswith(f"{info}/")} == package
     assert f"{info}/licenses/LICENSE" in names
+    assert "metapl = metapl.apps.commands:main\n" in commands
     assert f"Version: {PROJECT['version']}\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
     with tarfile.open(source) as archive:
@@ -212,19 +213,20 @@ def test_the_distributions_have_the_package_and_its_license(distributions: tuple
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_alone_trains(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     """Beside this environment's libraries, and away from the checkout."""
     site = tmp_path / "site"
     install = ["install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(site)]
     subprocess.run([sys.executable, "-m", "pip", *install, str(distributions[1])], check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    where = [sys.executable, "-c", "import metapl; print(metapl.__file__)"]
+    where = [sys.executable, "-c", "import importlib.util as u; print(u.find_spec('metapl').origin)"]
     found = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert found.stdout == f"{site / 'metapl' / '__init__.py'}\n"
-    train = [sys.executable, str(site / "bin" / "metapl"), "train", "digits", "--steps", "50", "--out", "run"]
+    train = [sys.executable, str(site / "bin" / "metapl"), "train", "digits", "--steps", "2", "--out", "run"]
     done = subprocess.run(train, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0.1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0
 
 
 def test_the_citation_is_of_this_version() -> None:

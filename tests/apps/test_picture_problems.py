@@ -18,6 +18,8 @@ from benchmarks.pictures import problems
 from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import FOREIGN, PROBLEMS, Pictures, arrays, class_counts, half, make, smaller, table
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("labeled", "unlabeled", "test")
 # By number: whoever tunes reads test names, and those of the unseen half say what is in it.
@@ -155,7 +157,6 @@ def test_foreign_pictures_come_from_the_same_half(monkeypatch: pytest.MonkeyPatc
     assert drawn == {"seen"}
 
 
-@pytest.mark.docs
 def test_the_command_shows_the_seen_half_and_the_readme_has_its_table() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.pictures.problems"],

@@ -17,6 +17,8 @@ from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 from metapl.runs.environment import environment
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pictures.md"
 TINY = ("--problems", "fruits", "--methods", "supervised", "--minutes", "0.1", "--jobs", "1")
@@ -159,7 +161,6 @@ def test_the_figure_and_the_page_are_made_from_the_rows(tmp_path: Path) -> None:
     assert page.read_text() == "a page without marks\n"
 
 
-@pytest.mark.docs
 def test_the_page_has_the_tables_of_the_committed_rows() -> None:
     shown = dict(re.findall(r"<!-- (\w+):begin -->\n(.*?)<!-- \1:end -->", PAGE.read_text(), re.DOTALL))
     assert "unseen" in shown

@@ -88,10 +88,12 @@ SHARED = {
     "small_cnn, cut": (pictures("small_cnn"), {"spatial": 2}),
     "products": (digits("difference"), {"tensor": 2}),
 }
+OFTEN = ("forward", "small_cnn, cut", "products")
+"""One of each layout; the others differ in the estimator, the optimizer or the network."""
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.long) if case in ("none", "replicas") else case for case in SHARED]
+    "case", [pytest.param(case, marks=pytest.mark.long) if case not in OFTEN else case for case in SHARED]
 )
 def test_a_plan_for_two_processes_is_what_each_holds(two: Ranks, case: str) -> None:
     recipe, sizes = SHARED[case]

@@ -22,7 +22,7 @@ import test_robustness
 import test_sealed_runs
 from app_faults import FAULTS
 from command import metapl
-from tiny_runs import tiny  # noqa: F401 - a fixture
+from tiny_runs import NOISY_STUDENT, tiny  # noqa: F401 - a fixture
 
 from metapl.apps.pictures.sets.digits import load_digits_split
 
@@ -43,7 +43,7 @@ Check = Callable[[Here], None]
 
 def labels_of_the_round_before(here: Here) -> None:
     run = here.folder / "run"
-    metapl(*test_noisy_student.TINY, "--steps", "2", "--out", run)
+    metapl(*NOISY_STUDENT, "--steps", "2", "--out", run)
     test_noisy_student.test_a_round_learns_from_the_labels_of_the_network_before_it(run)
 
 

@@ -8,25 +8,17 @@ from torch import nn
 
 import metapl
 
-FIRST = (
-    "pooled_cnn",
-    "small_cnn",
-    "wide_resnet28_2",
-    "resnet18",
-    "resnet50",
-    "efficientnet_b0",
-    "efficientnet_b0_svhn",
-)
+FIRST = ("pooled_cnn", "small_cnn", "resnet18", "efficientnet_b0_svhn", "timm:resnet10t", "timm:test_vit")
 """One of each kind; the others are built of the same blocks, and ``make test-long`` tries those."""
 
 HUGE = ("b6_wide", "l2", "vit_l_", "vit_h_", "vit_1b_")
 """Networks of more than 300 million weights, of the blocks of smaller ones, which are not run."""
 
-OF_TIMM = ("timm:resnet10t", "timm:resnet18", "timm:vit_tiny_patch16_224", "timm:test_vit")
 OTHERS = [n for n in metapl.apps.networks.NAMES if n not in FIRST and not any(part in n for part in HUGE)]
+OTHERS += ["timm:resnet18", "timm:vit_tiny_patch16_224"]
 
 
-@pytest.mark.parametrize("name", [*FIRST, *OF_TIMM, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
+@pytest.mark.parametrize("name", [*FIRST, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_the_ratio_of_every_network_is_that_at_its_outputs(name: str) -> None:
     """By hand, from gradients at the outputs; many of these networks have layers without a bias."""
     if name.startswith("timm:"):

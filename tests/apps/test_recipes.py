@@ -38,6 +38,7 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.usefixtures("small_pages")
 def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
     result = run(tmp_path)
     left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
@@ -77,6 +78,7 @@ def test_a_run_leaves_behind_what_it_says(tmp_path: Path) -> None:
     assert (result["recipe"], result["method"], result["seed"], result["steps"]) == ("digits", "mpl", 0, 6)
     assert result["evaluation"]["accuracy"] == result["test_accuracy"]
     assert result["evaluation"]["n"] == 400
+    assert (tmp_path / "report.png").stat().st_size > 1000
 
 
 def test_a_run_says_with_what_it_was_made(tmp_path: Path) -> None:
@@ -251,6 +253,7 @@ def test_fields_that_do_not_fit_together_are_refused() -> None:
         from_dict(Optimizer, {"lr": 0.1, "speed": 3})
 
 
+@pytest.mark.usefixtures("small_pages")
 def test_a_comparison_leaves_its_own_files_beside_its_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = (
         "train digits --compare --seeds 0-1 --methods mpl none --jobs 1 --steps 4 --hidden 8 --validate-every 2 "

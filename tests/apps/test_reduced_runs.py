@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import PROVENANCE, TINY, color_run, images_command
+from tiny_runs import PROVENANCE, REDUCED, TINY, built_once, color_run, images_command, trained
 
 from metapl.apps.commands import main
 from metapl.apps.experiments import experiment
@@ -21,17 +19,11 @@ from metapl.apps.experiments.labels_given import rows_of
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.pictures import load_digits_split
 from metapl.runs.fingerprints import fingerprint
-from metapl.training.loss_trainer import LossTrainer
-from metapl.training.trainer import BilevelTrainer
-
-REDUCED = (*TINY, "--method", "reduced_mpl")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("reduced") / "whole"
-    assert main([*REDUCED, "--out", str(run)]) == 0
-    return run
+    return built_once(tmp_path_factory, "reduced", lambda out: trained(*REDUCED, "--out", str(out)))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +41,9 @@ def stored(run: Path) -> dict[str, torch.Tensor]:
     return {part: store[list(store)] for part, store in stores.items()}
 
 
-def test_the_store_has_the_labels_of_the_trained_teacher(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_store_has_the_labels_of_the_trained_teacher(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teachers = []
     label_by = experiment.label_by
 
@@ -58,7 +52,7 @@ def test_the_store_has_the_labels_of_the_trained_teacher(whole: Path, monkeypatc
         return label_by(teacher, *given)
 
     monkeypatch.setattr(experiment, "label_by", noted)
-    run = whole.with_name("again")
+    run = tmp_path / "again"
     assert main([*REDUCED, "--out", str(run)]) == 0
     assert contents(run) == contents(whole)
     split = load_digits_split(2, 0)
@@ -73,44 +67,6 @@ def test_the_store_has_the_labels_of_the_trained_teacher(whole: Path, monkeypatc
             found = stored(run)[part]
             assert found.shape == (len(images), 10)
             assert (found - teacher(images).softmax(-1)).abs().max() < 1e-3
-
-
-def stops(patch: pytest.MonkeyPatch, owner: type, name: str, at: int) -> None:
-    """Ctrl-C in the middle of a call."""
-    real, calls = getattr(owner, name), []
-
-    def stopped(*given: Any, **named: Any) -> Any:
-        calls.append(name)
-        if len(calls) == at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*given, **named)
-
-    patch.setattr(owner, name, stopped)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "at"),
-    [
-        (LossTrainer, "step", 3),  # while the teacher is trained
-        (LabelWriter, "add", 2),  # while its labels are stored
-        (LabelWriter, "_describe", 4),  # while the last of them are
-        (BilevelTrainer, "step", 3),  # while the student is trained
-        (LossTrainer, "step", 8),  # while it is finetuned
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_a_run_that_is_stopped_in_any_phase_ends_as_one_that_was_not(
-    owner: type, name: str, at: int, whole: Path, tmp_path: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stops(patch, owner, name, at)
-        assert main([*REDUCED, "--out", str(tmp_path / "run")]) == 130
-    assert not (tmp_path / "run" / "result.json").exists()
-    assert main([*REDUCED, "--out", str(tmp_path / "run"), "--resume"]) == 0
-    assert contents(tmp_path / "run") == contents(whole)
-    assert all(
-        torch.equal(a, b) for a, b in zip(stored(tmp_path / "run").values(), stored(whole).values(), strict=True)
-    )
 
 
 @pytest.mark.long

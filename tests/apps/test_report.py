@@ -136,15 +136,14 @@ def test_lines_between_a_thousand_classes_do_not_hide_the_cells(tmp_path: Path) 
     assert cells.min() < 100
 
 
-@pytest.mark.parametrize("size", [1, 2, 10, 40, 100, 150])
-def test_matrices_of_many_classes(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(("size", "named"), [(1, True), (1, False), (40, True), (150, True), (150, False)])
+def test_matrices_of_many_classes(tmp_path: Path, size: int, named: bool) -> None:
     confusion = 900 * torch.eye(size, dtype=torch.int64) + 1
-    names = [f"a class with a long name, number {index}" for index in range(size)]
+    classes = [f"a class with a long name, number {index}" for index in range(size)] if named else None
     side = min(max(5.2, 0.26 * size), 10.5)
-    for classes in (names, None):
-        width, height = draw(tmp_path / "report.png", curves={}, confusion=confusion, classes=classes)
-        assert 0 < width / 150 - 0.8 - side < 3.5
-        assert 0 < height / 150 - 0.8 - side < 4.8
+    width, height = draw(tmp_path / "report.png", curves={}, confusion=confusion, classes=classes)
+    assert 0 < width / 150 - 0.8 - side < 3.5
+    assert 0 < height / 150 - 0.8 - side < 4.8
 
 
 def test_no_examples_at_all(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from forked import context
 
 from metapl import MetaplError
 from metapl.apps.experiments import jobs
@@ -73,6 +74,8 @@ def _killed(job: Job) -> None:
 
 def test_a_worker_that_is_killed_is_reported_and_the_others_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_run", _killed)
+    server = context()  # whose processes have imported everything
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
     two = [Job(Digits(seed=seed), "mpl", tmp_path / str(seed), False) for seed in (0, 1)]
     with pytest.raises(MetaplError, match=r"was killed \(mpl, seed 0, mpl, seed 1\): was there too little memory"):
         list(jobs.run_all(two, workers=2))

@@ -23,6 +23,8 @@ try:
 finally:
     del sys.path[0]
 
+pytestmark = pytest.mark.docs
+
 METHODS: tuple[Method, ...] = ("supervised", "pseudo_labels", "mpl", "none")
 SEEDS = (3, 1, 4)
 TINY: dict[str, Any] = {"points": 40, "unlabeled_batch": 5, "init_scale": 0.9, "steps": 4}

@@ -20,6 +20,8 @@ from metapl.models import mlp
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 
+pytestmark = pytest.mark.docs
+
 ROOT = Path(__file__).parents[2]
 SEEDS, STEPS, BATCH = (3, 4), 4, 6
 

@@ -24,6 +24,14 @@ TINY = (
 """A run of a second, all of whose files are there."""
 
 
+NOISY_STUDENT = (
+    *("noisy-student", "digits", "--steps", "6", "--rounds", "2", "--hidden", "4", "--labeled-batch", "8"),
+    *("--ratio", "2", "--threshold", "0.12", "--log-every", "1", "--validate-every", "3", "--save-every", "2"),
+)
+REDUCED = (*TINY, "--method", "reduced_mpl")
+"""Runs of several phases, of a second or two."""
+
+
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
     """The folder that ``build`` fills the first time that anybody of a session asks for it, in whichever process."""
     root = factory.getbasetemp()

@@ -18,9 +18,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 PRELOADED = [
     *("torch", "metapl", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "torchopt"),
@@ -33,6 +35,7 @@ PRELOADED = [
         "sklearn.datasets",
     ),
     *("metapl.execution.kernels", "pytest"),
+    "warm",  # of the application's tests, where they are there
 ]
 
 Point = tuple[str, str, int, int]
@@ -49,6 +52,9 @@ def context() -> Any:
     """Where processes come from."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
+    with _ONE_AT_A_TIME, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # by which the server finds the modules of the tests
+        forkserver.ensure_running()
     return found
 
 

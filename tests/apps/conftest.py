@@ -1,0 +1,64 @@
+"""What holds in every test of the application."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blank import DRAWN, canvas, leave_pages_blank
+
+from metapl.apps.export import network
+from metapl.apps.export.network import ONNX, PROGRAM
+from metapl.apps.reports.canvas import STYLE
+
+collect_ignore = ["warm.py"]  # which works when it is imported, for whom processes are forked from
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blank_pages() -> None:
+    leave_pages_blank()
+
+
+@pytest.fixture
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are drawn, with 30 dots an inch."""
+    _draw(monkeypatch, 30)
+
+
+@pytest.fixture
+def full_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages as users get them."""
+    _draw(monkeypatch, 150)
+
+
+def _draw(patch: pytest.MonkeyPatch, dots: int) -> None:
+    patch.setattr(canvas, "png", DRAWN)
+    patch.setitem(STYLE, "figure.dpi", dots)
+
+
+@pytest.fixture
+def blank_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports have files in the place of programs, which take ten seconds and a process that tries them."""
+    files = {PROGRAM: b"a program", ONNX: b"for others"}
+    monkeypatch.setattr(
+        network,
+        "programs",
+        lambda module, shape, onnx=False: {name: files[name] for name in files if onnx or name == PROGRAM},
+    )
+
+
+@pytest.fixture
+def tried_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of exports are tried in this process."""
+
+    def tried(command: list[str], *, cwd: Path, **_options: Any) -> subprocess.CompletedProcess[str]:
+        with contextlib.chdir(cwd), pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "metapl", None)
+            exec(command[-1], {})
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(network.subprocess, "run", tried)
