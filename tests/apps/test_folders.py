@@ -407,12 +407,12 @@ def test_summary(mixed: Files, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_depth_by_number(mixed: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metapl.apps.pictures import verify
+    from metapl.apps.pictures import check
 
     assert verify_files(mixed).depth == "decode"
-    monkeypatch.setattr(verify, "DECODE_UP_TO", 6)
+    monkeypatch.setattr(check, "DECODE_UP_TO", 6)
     assert verify_files(mixed).depth == "header"
-    monkeypatch.setattr(verify, "HEADER_UP_TO", 6)
+    monkeypatch.setattr(check, "HEADER_UP_TO", 6)
     assert verify_files(mixed).depth == "size"
 
 

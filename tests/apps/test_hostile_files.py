@@ -22,13 +22,11 @@ from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.pictures.check import check_folders, same_pictures
-from metapl.apps.pictures.folders import scan_labeled, scan_unlabeled, walk
-from metapl.apps.pictures.hashes import hash_files
+from metapl.apps.pictures.check import check_folders, same_pictures, verify_files
+from metapl.apps.pictures.csv_files import csv_rows
+from metapl.apps.pictures.folders import hash_files, scan_labeled, scan_unlabeled, walk
 from metapl.apps.pictures.reader import UnreadableImage, gray_image, image_size, read_image
-from metapl.apps.pictures.splits import Split
-from metapl.apps.pictures.tables import csv_rows
-from metapl.apps.pictures.verify import verify_files
+from metapl.apps.pictures.sets import Split
 from metapl.errors import MetaplError
 
 

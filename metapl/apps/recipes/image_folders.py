@@ -18,13 +18,12 @@ from metapl.apps.pictures.check import (
     check_folders,
     find_nested,
     find_other_classes,
+    verify_files,
     without_copies,
 )
-from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.hashes import hash_files
-from metapl.apps.pictures.splits import stratified_split
+from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.sets import stratified_split
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.pictures.verify import verify_files
 from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
 from metapl.apps.pictures.views.crops import ResizedCrop

@@ -1,9 +1,8 @@
 """Views that change a whole batch by a few tensor operations: affine maps, colors, holes and mirroring.
 
-A chain of them costs less than the passes of a small network on the same pictures. Each takes float pictures in [0, 1]
-and keeps them there. What a picture becomes depends on (seed, step, example) alone, to the last bit on one device:
-angles come from :func:`metapl.data.draws.cosine_and_sine`, sums over a picture are exact, and everything else is
-elementwise or works on one picture at a time. Products of batched matrices would depend on the batch.
+What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles come from
+:func:`metapl.data.draws.cosine_and_sine`, sums over a picture are exact, and everything else is elementwise or works on
+one picture at a time. Products of batched matrices would depend on the batch.
 """
 
 from __future__ import annotations
@@ -24,8 +23,6 @@ from metapl.data import draws
 from metapl.execution.device import to_device
 from metapl.runs.fields import Range
 
-_PADDING = {"border": "border", "reflect": "reflection"}
-
 
 @dataclass(frozen=True)
 class Affine(PictureView):
@@ -42,12 +39,8 @@ class Affine(PictureView):
         fill: what stands around the picture: ``"border"`` continues its outermost pixels, ``"reflect"`` mirrors it, and
             a number in [0, 1] is a level.
 
-    Call: ``view(images, seed=, step=, examples=)`` takes float32 or float64 images (B, C, H, W) in [0, 1] and
-    ``examples`` (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order
-    matters. Cost: one call of ``grid_sample`` for the batch.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, images of another kind or not one example index each.
+    Call, raises: as :class:`Weak`, with float32 or float64 images in [0, 1]. Cost: one call of ``grid_sample`` for the
+    batch.
 
     >>> view = Affine(degrees=15, translate=0.1, scale=(0.9, 1.1))
     >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
@@ -70,11 +63,11 @@ class Affine(PictureView):
         # Not one fused operation, which may round differently at the end of a tensor than in its middle.
         grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         if isinstance(self.fill, str):
-            moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)
+            padding = "border" if self.fill == "border" else "reflection"
+            moved = F.grid_sample(images, grid_BHW2, padding_mode=padding, align_corners=False)
         else:
             moved = F.grid_sample(images - self.fill, grid_BHW2, align_corners=False).add_(self.fill)
-        # Weights may add up to a rounding more than 1.
-        return moved.clamp_(0, 1)
+        return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
 
     def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
         """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
@@ -150,9 +143,7 @@ class Color(PictureView):
 
 @dataclass(frozen=True)
 class Hole(PictureView):
-    """Cover a square of each picture by one color.
-
-    The center is uniform on the picture, so that a part of the square may lie outside.
+    """Cover a square of each picture, whose center is uniform on the picture, by one color.
 
     Args:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
@@ -210,8 +201,7 @@ class Recolor(PictureView):
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
     x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
-    A network that learns the same label for such pictures learns shapes: not for classes that differ in color or
-    brightness.
+    Not for classes that differ in color or brightness.
 
     Args:
         permute: draw π; pictures of one channel have no order.
@@ -237,10 +227,10 @@ class Recolor(PictureView):
 
 @dataclass(frozen=True)
 class Sometimes(PictureView):
-    """Change a part of the pictures, and leave the others as they are.
+    """Change a part of the pictures: x ↦ view(x) with probability ``share``, and x otherwise.
 
-    x ↦ view(x) with probability ``share``, and x otherwise. A network that predicts pictures as they are should have
-    seen such pictures: interpolation takes away noise and fine lines, and batch norm's statistics are of what was seen.
+    A network that predicts pictures as they are should have seen such pictures: interpolation takes away noise and fine
+    lines, and batch norm's statistics are of what was seen.
 
     Args:
         view: changes pictures and keeps their shape.

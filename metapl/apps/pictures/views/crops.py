@@ -19,9 +19,6 @@ from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
 
 Share = Annotated[float, Range(above=0, most=1)]
 
-GREY = operations.GREY / 255
-"""The middle level, which fills what no pixel comes to."""
-
 
 @dataclass(frozen=True)
 class Weak(PictureView):
@@ -48,7 +45,7 @@ class Weak(PictureView):
     takes = base.FLOATING_OR_BYTES
     pad: AtLeastZero = 4
     flip: bool = True
-    fill: float = GREY
+    fill: float = operations.GREY / 255
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
@@ -62,9 +59,8 @@ class Weak(PictureView):
 class ResizedCrop(PictureView):
     """Cut a random rectangle out of each image, bring it to one size, and mirror half of them.
 
-    The rectangle has an area uniform on scale · HW and a ratio width : height log-uniform on ``ratio``, at a uniform
-    place; after ten draws that do not fit, it is the middle of the image at the nearest ratio allowed. That is
-    torchvision's ``RandomResizedCrop``.
+    As torchvision's ``RandomResizedCrop``: an area uniform on scale · HW and a ratio width : height log-uniform on
+    ``ratio``, at a uniform place; after ten draws that do not fit, the middle of the image at the nearest ratio.
 
     Args:
         size: side of the result in pixels.
@@ -96,9 +92,8 @@ class ResizedCrop(PictureView):
         return result
 
     def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """What the view cuts out of images of one size, for whoever decodes no more of a file than that: (B, 4) int64,
-        top, left, height and width in pixels, and (B,) bool, whether to mirror. The examples are on the CPU, as
-        logarithms differ between devices."""
+        """What the view cuts out of images of one size: (B, 4) int64, top, left, height and width in pixels, and (B,)
+        bool, whether to mirror. The examples are on the CPU, as logarithms differ between devices."""
         u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])

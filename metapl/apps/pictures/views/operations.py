@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-GREY = 128
-"""What fills the places that no pixel comes from: the middle level, as in the authors' code."""
+GREY = 128  # fills the places that no pixel comes from: the middle level, as in the authors' code
 
 
 def autocontrast(levels: Tensor) -> Tensor:
@@ -40,10 +39,8 @@ def color(levels: Tensor, factor: float) -> Tensor:
 
 
 def contrast(levels: Tensor, factor: float) -> Tensor:
-    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``.
-
-    The authors' code takes its pixel count / 256 for the mean: a slip, which is not followed.
-    """
+    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``; the authors' code takes its pixel count / 256
+    for the mean: a slip, which is not followed."""
     luma = _luma(levels)
     pixels = luma[0].numel()
     mean = (2 * luma.sum((1, 2, 3), keepdim=True, dtype=torch.int64) + pixels) // (2 * pixels)
@@ -79,8 +76,6 @@ def _luma(levels: Tensor) -> Tensor:
     return total.bitwise_right_shift_(16).to(torch.uint8)  # type: ignore[no-any-return]
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
-
 # (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in pixels from the upper left corner.
 Affine = tuple[float, float, float, float, float, float]
 
@@ -88,7 +83,6 @@ Affine = tuple[float, float, float, float, float, float]
 def rotation(degrees: float, height: int, width: int) -> Affine:
     """Counterclockwise about the center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # The center comes from itself.
     return cos, -sin, (width - cos * width + sin * height) / 2, sin, cos, (height - sin * width - cos * height) / 2
 
 
@@ -101,10 +95,9 @@ def fixed_point(matrix: Affine) -> list[int]:
 def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
     """Move each picture by its own map, a row of int64 from :func:`fixed_point`, to the nearest pixel, with grey where
     none is. ``Image.transform(AFFINE, NEAREST)``."""
-    height, width = levels.shape[2:]
     a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
-    y = torch.arange(height, device=levels.device)[:, None]
-    x = torch.arange(width, device=levels.device)
+    y = torch.arange(levels.shape[2], device=levels.device)[:, None]
+    x = torch.arange(levels.shape[3], device=levels.device)
     return _gather(levels, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16, GREY)
 
 
@@ -124,8 +117,7 @@ def _gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
     _, channels, height, width = images.shape
     nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
     inside = (nearest_rows == rows) & (nearest_cols == cols)
-    places = nearest_rows * width + nearest_cols
-    flat = places.flatten(1)[:, None].expand(-1, channels, -1)
+    flat = (nearest_rows * width + nearest_cols).flatten(1)[:, None].expand(-1, channels, -1)
     return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
 
 

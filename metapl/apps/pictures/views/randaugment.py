@@ -1,7 +1,5 @@
-"""The strong view of the paper's image protocols: RandAugment and Cutout.
-
-Where the settings of the paper are not known, they are those of the code that its authors published.
-"""
+"""The strong view of the paper's image protocols: RandAugment and Cutout, with the settings of the authors' code where
+the paper does not say."""
 
 from __future__ import annotations
 
@@ -59,17 +57,13 @@ class RandAugment(PictureView):
         operations: names from ``CIFAR_OPERATIONS``.
         probability: smallest and largest p; (1, 1) has every drawn operation take place, as RandAugment's paper does.
         translate: share of the side that ℓ = 1 moves by: an eighth for CIFAR-10, 100/224 for ImageNet.
-        cutout: side of the square in pixels, 0 for none; its center is uniform on the image, and what lies outside the
-            image is lost.
+        cutout: side of the square in pixels, 0 for none; its center is uniform on the image.
 
-    Call: as :class:`Weak`, with C = 1 or 3 and values in [0, 1] or bytes. For Sample Pairing, the other image depends
-    on which examples the batch holds. On CUDA, values outside [0, 1] are cut off, as a look would hold the device up.
+    Call, raises: as :class:`Weak`, with C = 1 or 3 and values in [0, 1] or bytes; on CUDA, others are cut off instead
+    of refused. For Sample Pairing, the other image depends on which examples the batch holds.
 
     Cost: each image is changed by its own operations alone; one transfer to the device and no synchronisation, with
-    ``examples`` on the CPU. From CUDA they are fetched, which is one.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Weak`, or, on the CPU, values outside [0, 1].
+    ``examples`` on the CPU.
 
     The paper's section 3.2 and Table 5.
 
@@ -99,9 +93,8 @@ class RandAugment(PictureView):
         return self.magnitude / self.scale
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        levels = images
-        if images.is_floating_point():
-            levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8)
+        is_float = images.is_floating_point()
+        levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
         counts, rows = self._plan(seed, step, examples.cpu(), *images.shape[2:])
         rows = to_device(rows, images.device)
         changed = levels
@@ -112,18 +105,20 @@ class RandAugment(PictureView):
         changed = changed[rows[-3]]
         if self.cutout > 0:
             changed = operations.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, operations.GREY)
-        if not images.is_floating_point():
+        if not is_float:
             return changed
         wide = torch.promote_types(images.dtype, torch.float32)
         # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
         return (changed.to(wide) / torch.full((), 255.0, dtype=wide, device=changed.device)).to(images.dtype)
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
-        """All draws, on the CPU, where the host can read how many images each operation gets: per drawn operation, the
-        number of images in each of ``_groups``, and rows (8n + 3, B). These are per drawn operation, with the images in
-        the order of their groups: where each stands in the order before, the image to pair it with, and six numbers of
-        an affine map. Then, in the order of the batch: where each stands in the last order, and the center of its
-        square."""
+        """All draws, on the CPU, where the host can read how many images each operation gets.
+
+        Per drawn operation, the number of images in each of ``_groups``, and rows (8n + 3, B): per drawn operation,
+        with the images in the order of their groups, where each stands in the order before, the image to pair it with,
+        and six numbers of an affine map; then, in the order of the batch, where each stands in the last order, and the
+        center of its square.
+        """
         u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
         low, high = self.probability
         p_B = low + (high - low) * u[:, 0]
@@ -131,15 +126,12 @@ class RandAugment(PictureView):
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
         signed, size = (self.level, -self.level), (self.translate, height, width)
         stay: operations.Affine = (1, 0, 0, 0, 1, 0)
-        moves = (
-            [_MOVES[name](level, *size) if name in _MOVES else stay for level in signed] for name in self.operations
-        )
-        maps = torch.tensor([list(map(operations.fixed_point, both)) for both in moves])
+        moves = [_MOVES.get(name, lambda *_: stay) for name in self.operations]
+        maps = torch.tensor([[operations.fixed_point(move(level, *size)) for level in signed] for move in moves])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
-            # Group 0 is left as it is.
-            group_B = group_of[choice_B] * (u_place_B < p_B)
+            group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
             order_B = group_B.argsort(stable=True)
             matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
             rows += [place_B[order_B], _others(examples, u_other_B)[order_B], *matrices_B6[order_B].T]
