@@ -174,11 +174,9 @@ def _by_class(found: Statistics) -> str:
 
 
 def _histograms(found: Statistics) -> str:
-    low, middle, high = found.quartiles_of_confidence
     most = found.greatest_entropy
     return (
-        f"confidence: mean {found.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}\n"
-        f"{_bars(found.confidence, 1.0)}\n\n"
+        f"confidence: mean {found.mean_confidence:.1%}\n{_bars(found.confidence, 1.0)}\n\n"
         f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}"
     )
 

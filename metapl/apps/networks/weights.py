@@ -160,7 +160,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
     state = {str(name): t for name, t in stored.items()}
     if bad := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
-        raise MetaplError(f"{path} holds tensors that are sparse, quantized or empty: {few(bad)}; expected dense ones.")
+        fault = f"{path} holds tensors that are sparse, quantized or without values: {few(bad)}"
+        raise MetaplError(f"{fault}; expected dense ones.")
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
         raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
     return state

@@ -222,42 +222,28 @@ def _is_visible(name: str) -> bool:
 def walk(
     root: str | Path, refuse: Callable[[OSError], None], above: str | Path | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Folders, each once, with the names of the folders and of the files in them, sorted, however deep they are.
+    """Folders, each once, with the names of the folders and of the files in them, sorted, links followed.
 
-    Args:
-        root: where to begin; links to folders are followed, also one that leads back into a folder above it. What is
-            taken from the list of a folder's folders before the next one is asked for is not gone into.
-        refuse: called with the error where a folder cannot be listed.
-        above: a folder that counts as listed already, such as that of a class's sisters.
+    What is taken from the list of a folder's folders is not gone into. ``refuse`` is called with the error where a
+    folder cannot be listed; the folder ``above`` counts as listed already.
     """
 
-    def identity(folder: str | Path) -> tuple[int, int]:
+    def identity(folder: str) -> tuple[int, int]:
         status = os.stat(folder)
         return status.st_dev, status.st_ino  # what a folder and a link to it have in common
 
-    # Not os.walk, which calls itself for every folder in a folder.
-    waiting = [os.fspath(root)]
-    seen = set() if above is None else {identity(above)}
-    while waiting:
-        folder = waiting.pop()
-        inside: list[str] = []
-        files: list[str] = []
-        try:
-            known = identity(folder)
-            if known in seen:
+    seen = set() if above is None else {identity(os.fspath(above))}
+    try:
+        for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
+            known = ask(identity, folder)
+            if known is None or known in seen:
+                inside.clear()
                 continue
             seen.add(known)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    # entry.is_dir() asks no more than it must, and fails of a link that leads to itself.
-                    is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
-                    (inside if is_folder else files).append(entry.name)
-        except OSError as error:
-            refuse(error)
-            continue
-        inside.sort()
-        yield folder, inside, sorted(files)
-        waiting += [os.path.join(folder, name) for name in reversed(inside)]
+            inside.sort()
+            yield folder, inside, sorted(files)
+    except RecursionError as error:  # before Python 3.12, os.walk calls itself for every folder in a folder
+        raise MetaplError(f"{root} has folders in folders, too many to go into; expected fewer.") from error
 
 
 def digest(path: str) -> bytes:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -332,9 +332,8 @@ def load_image_data(
     """Load a data set that lies on disk as torchvision keeps it; nothing is downloaded.
 
     Args:
-        name: "cifar10", "cifar100" and "svhn" are read into memory; "imagenet" (its archives are unpacked where that
-            was not done yet) and "imagefolder" (a folder with ``train``, and ``test`` or ``val``, each with one folder a
-            class) stay in files.
+        name: "cifar10", "cifar100" and "svhn" are read into memory; "imagenet" (its archives are unpacked where need
+            be) and "imagefolder" (with ``train``, and ``test`` or ``val``, each with one folder a class) stay in files.
         root: the folder that torchvision calls so.
         size: (height, width) that pictures in files are brought to.
         log, center, mode: of pictures in files, see :class:`metapl.apps.pictures.FileImages`.
@@ -384,12 +383,7 @@ def _in_memory(name: str, root: Path) -> ImageData:
     given = [f", split={json.dumps(value)}" for value in values] if is_svhn else [""]
     calls = "; ".join(f"D({json.dumps(str(root))}{which}, download=True)" for which in given)
     command = f"python -c {shlex.quote(f'from torchvision.datasets import {called} as D; {calls}')}"
-    if is_svhn:
-        files = [root / kind.split_list[value][1] for value in values]
-    else:
-        listed = [file for file, _ in (*kind.train_list, *kind.test_list)]
-        files = [root / kind.base_folder / file for file in (*listed, kind.meta["filename"])]
-    *parts, test = (_loaded(name, partial(kind, root, **{argument: value}), files, command) for value in values)
+    *parts, test = (_loaded(name, partial(kind, root, **{argument: value}), command) for value in values)
 
     def pixels(part: Any) -> Tensor:
         data = torch.from_numpy(part.data)
@@ -415,40 +409,30 @@ def _in_memory(name: str, root: Path) -> ImageData:
 def _in_files(name: str, root: Path) -> tuple[Any, Any]:
     """What torchvision has of the pictures to train and to test on."""
     from torchvision.datasets import ImageFolder, ImageNet
-    from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE
 
     if name == "imagefolder":
-        held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+        held_out = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
         mend = f"put one folder a class into {root / 'train'} and into {root / 'test'} (or {root / 'val'})"
-        places = (root / "train", held_out)
-        train, test = (_loaded(name, partial(ImageFolder, place), [place], mend) for place in places)
-        return train, test
-    archives = {split: root / file for split, (file, _) in ARCHIVE_META.items()}
-    mend = (
-        f"get {', '.join(path.name for path in archives.values())} from "
-        "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (it takes an account) and put them into "
-        f"{root}; they are unpacked there when first used"
-    )
-
-    def load(split: str) -> Any:
-        needed = [root / META_FILE if (root / META_FILE).exists() else archives["devkit"]]
-        needed.append(root / split if (root / split).is_dir() else archives[split])
-        return _loaded(name, partial(ImageNet, root, split=split), needed, mend)
-
-    return load("train"), load("val")
+        loads = [partial(ImageFolder, root / part) for part in ("train", held_out)]
+    else:
+        mend = (
+            "get ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar from "
+            "https://image-net.org/challenges/LSVRC/2012/2012-downloads.php (it takes an account) and put them into "
+            f"{root}; they are unpacked there when first used"
+        )
+        loads = [partial(ImageNet, root, split=split) for split in ("train", "val")]
+    train, test = (_loaded(name, load, mend) for load in loads)
+    return train, test
 
 
-def _loaded(name: str, load: Callable[[], Any], files: Iterable[Path], mend: str) -> Any:
-    """What torchvision loads, or what is missing and how to get it."""
-    missing = [path for path in files if not path.exists()]
-    if missing:
-        raise MetaplError(f"the data set {name!r} is not there: {missing[0]} does not exist. To get it: {mend}")
+def _loaded(name: str, load: Callable[[], Any], mend: str) -> Any:
+    """What torchvision loads, or why it cannot and how to get it."""
     try:
         return load()
-    except Exception as error:  # damaged files fail in pickle, scipy, torchvision or the unpacking
+    except Exception as error:  # missing and damaged files fail in pickle, scipy, torchvision or the unpacking
         if out_of_memory(error):
             raise
         raise MetaplError(
-            f"the data set {name!r} cannot be loaded ({reason_of(error)}); expected files as torchvision knows them, "
-            f"by their MD5 where it has one: remove what is there, then {mend}"
+            f"the data set {name!r} is not there, or not as torchvision knows it ({reason_of(error)}); remove damaged "
+            f"files. To get it: {mend}"
         ) from error

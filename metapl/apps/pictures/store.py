@@ -98,14 +98,12 @@ class FileImages:
     function of their position. It is recorded once, whichever process meets it: as a line of ``log``, or as a warning.
 
     Args:
-        paths: of the files.
+        paths: of the files; kept as one array of bytes, which worker processes share.
         size: (height, width) of every picture, see :func:`metapl.apps.pictures.reader.read_image`.
         mode: "RGB" or "L".
         center: share of the centered box that is used where no other box is asked for, see ``read_image``.
         log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
             :func:`replaced_files`.
-
-    Cost: paths are kept as one array of bytes, which worker processes share.
 
     Raises:
         MetaplError: no path, or a side below 1; when fetching, 32 files in a row, or all, cannot be read.
@@ -167,6 +165,9 @@ class FileImages:
         """Where a picture is."""
         return Path(self._path(int(self._indices[index])))
 
+    def _path(self, number: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
+
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self._whole(indices, self._next_sound)
 
@@ -189,31 +190,11 @@ class FileImages:
         return kept.index_select(0, self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
-        """V boxes of each of the pictures ``indices``, (B,) int64; none for the center alone: V tensors, uint8
-        (B, C, H, W), and which pictures they are, (B,) int64."""
+        """V boxes of each of the pictures ``indices``, (B,) int64: V tensors, uint8 (B, C, H, W), and which pictures
+        they are, (B,) int64."""
         found = [self._next_sound(index, boxes) for index, boxes in zip(indices.tolist(), crops, strict=True)]
         views = zip(*(images for images, _ in found), strict=True)
         return [torch.stack(view) for view in views], torch.tensor([used for _, used in found], dtype=torch.int64)
-
-    def dead_readers(self) -> list[Path]:
-        """The files that worker processes were reading when they died, each reported once; to be called after a loader
-        failed and before its workers are stopped."""
-        slots = self._reading.numpy()
-        reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
-        alive = {child.pid: child for child in active_children()}
-        if reading and reading.keys() <= alive.keys():
-            # A process loses its connections, which is what a loader may fail of, a moment before it counts as dead.
-            # When it does, torch's signal handler raises wherever this process is at.
-            with contextlib.suppress(RuntimeError):
-                ending = wait([alive[pid].sentinel for pid in reading], timeout=1)
-                for pid in reading:
-                    if alive[pid].sentinel in ending:
-                        alive[pid].join()
-            alive = {child.pid: child for child in active_children()}
-        dead = [worker for pid, worker in reading.items() if pid not in alive]
-        numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
-        slots[dead, 1] = 0
-        return [Path(self._path(number)) for number in numbers]
 
     def _next_sound(self, index: int, crops: Sequence[Crop] = ()) -> tuple[list[Tensor], int]:
         tries = min(_IN_A_ROW, len(self))
@@ -221,12 +202,11 @@ class FileImages:
             pictures = self._try(candidate % len(self), crops)
             if pictures is not None:
                 return pictures, candidate % len(self)
-        first = self.path(index)
-        raise MetaplError(
-            f"{tries} pictures in a row cannot be read, the first being {first}: is the disk still there?"
-        )
+        first = f"the first being {self.path(index)}"
+        raise MetaplError(f"{tries} pictures in a row cannot be read, {first}: is the disk still there?")
 
     def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
+        """Boxes of a picture, or the whole one; None where it cannot be read."""
         number = int(self._indices[index])
         there, kept = (None, None) if crops or self._kept is None else self._kept
         if there is not None and kept is not None and there[number]:
@@ -253,8 +233,25 @@ class FileImages:
             there[number] = 1
         return [picture]
 
-    def _path(self, number: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
+    def dead_readers(self) -> list[Path]:
+        """The files that worker processes were reading when they died, each reported once; to be called after a loader
+        failed and before its workers are stopped."""
+        slots = self._reading.numpy()
+        reading = {int(pid): worker for worker, (pid, number) in enumerate(slots) if number > 0}
+        alive = {child.pid: child for child in active_children()}
+        if reading and reading.keys() <= alive.keys():
+            # A process loses its connections, which is what a loader may fail of, a moment before it counts as dead.
+            # When it does, torch's signal handler raises wherever this process is at.
+            with contextlib.suppress(RuntimeError):
+                ending = wait([alive[pid].sentinel for pid in reading], timeout=1)
+                for pid in reading:
+                    if alive[pid].sentinel in ending:
+                        alive[pid].join()
+            alive = {child.pid: child for child in active_children()}
+        dead = [worker for pid, worker in reading.items() if pid not in alive]
+        numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
+        slots[dead, 1] = 0
+        return [Path(self._path(number)) for number in numbers]
 
 
 def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -126,8 +126,8 @@ class RandAugment(PictureView):
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
         signed, size = (self.level, -self.level), (self.translate, height, width)
         stay: operations.Affine = (1, 0, 0, 0, 1, 0)
-        moves = [_MOVES.get(name, lambda *_: stay) for name in self.operations]
-        maps = torch.tensor([[operations.fixed_point(move(level, *size)) for level in signed] for move in moves])
+        moves = ([_MOVES[op](level, *size) if op in _MOVES else stay for level in signed] for op in self.operations)
+        maps = torch.tensor([list(map(operations.fixed_point, both)) for both in moves])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
