@@ -117,10 +117,9 @@ def statistics(store: LabelStore) -> Statistics:
 
 @dataclass(frozen=True)
 class Selection:
-    """How many rows :func:`select` kept, and why others were dropped.
+    """How many of the ``rows`` of a store :func:`select` kept, and why others were dropped.
 
     Args:
-        rows: of the store selected from.
         overlapping, unsure, beyond: left out because their files stand in the folder, for their confidence, and because
             others of their class are more confident.
         kept, copies: rows of the new store; each as often as it counts.
@@ -161,8 +160,7 @@ def select(
        ids come first. With ``any_class``, those with the greatest stored probability of this class, whatever their most
        probable class is; an example can be kept for several classes, and is kept once;
     4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
-       ⌊N / n⌋ times, and N mod n of them once more: the first in the order of the number that the last eight bytes of
-       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. How often each counts is in the
+       ⌊N / n⌋ times, and N mod n of them, drawn by the MD5 of their ids, once more. How often each counts is in the
        column ``copies``, see :meth:`LabelStore.rows_with_copies`.
 
     Args:
@@ -311,6 +309,7 @@ def _balanced(rows: Tables, counts: Values, goal: int) -> Tables:
     whole, rest = np.divmod(goal, np.maximum(counts, 1))
 
     def by_hash(table: pa.Table) -> Keys:
+        # The last eight bytes of the MD5 of an id as text, as a little-endian number.
         digests = (hashlib.md5(str(name).encode(), usedforsecurity=False).digest() for name in table["id"].to_pylist())
         return table["label"].to_numpy(), np.frombuffer(b"".join(digests), "<u8")[1::2]
 

@@ -138,16 +138,10 @@ class Family:
 
 # ----------------------------------------------------------------------------------------------------------------- own
 
-_WIDTHS = {"wide_resnet28_2": 2, "wide_resnet28_10": 10}
-
 
 def _own(a: Architecture) -> nn.Module:
-    fields: dict[str, Any] = {"in_channels": a.in_channels, "dropout": a.dropout}
-    if a.name == "pooled_cnn":
-        return pooled_cnn(a.num_classes, image_size=a.image_size, **fields)
-    if a.name == "small_cnn":
-        return small_cnn(a.num_classes, **fields)
-    return wide_resnet(28, _WIDTHS[a.name], a.num_classes, **fields)
+    sized = {"image_size": a.image_size} if a.name == "pooled_cnn" else {}
+    return _OWN[a.name](a.num_classes, in_channels=a.in_channels, dropout=a.dropout, **sized)
 
 
 def _own_code(a: Architecture) -> list[str]:
@@ -190,6 +184,13 @@ def pooled_cnn(
     )
     return PooledFeatures(nn.Sequential(*stages), widths[-1], num_classes, dropout)
 
+
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "pooled_cnn": pooled_cnn,
+    "small_cnn": small_cnn,
+    "wide_resnet28_2": partial(wide_resnet, 28, 2),
+    "wide_resnet28_10": partial(wide_resnet, 28, 10),
+}
 
 # --------------------------------------------------------------------------------------------------------- torchvision
 
@@ -353,7 +354,7 @@ _VITS = {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14, "1b_14": 14
 _TIMM = Family(library="timm", build=lambda a: _timm(a)[0], code=_timm_code, stochastic_depth=True)
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("pooled_cnn", "small_cnn", *_WIDTHS), Family(library="metapl", build=_own, code=_own_code)),
+    **dict.fromkeys(_OWN, Family(library="metapl", build=_own, code=_own_code)),
     **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
     **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in (*range(8), "0_svhn")},
     **dict.fromkeys(_SCALES, _EFFICIENTNET),

@@ -86,22 +86,20 @@ def load_weights(
     # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
     optional = {*fresh, *(name for name in own if name.endswith("num_batches_tracked") and name not in state)}
     expected = {name: t for name, t in own.items() if name not in optional}
-    pairs = [(name, fits[name], t) for name, t in expected.items() if name in fits]
-    kinds = {
-        "it lacks": [name for name in expected if name not in fits],
-        "the network has no": [name for name in fits if name not in expected],
-        "other shapes:": [f"{n} {(*a.shape,)} instead of {(*b.shape,)}" for n, a, b in pairs if a.shape != b.shape],
-        "whole numbers for real ones or the reverse:": [
-            name for name, a, b in pairs if a.is_floating_point() != b.is_floating_point()
-        ],
-    }
-    if faults := [f"{kind} {few(names)}" for kind, names in kinds.items() if names]:
+    kinds = {name: (_kind(fits.get(name)), _kind(expected.get(name))) for name in {**expected, **fits}}
+    if faults := [f"{name} {a} instead of {b}" for name, (a, b) in kinds.items() if a != b]:
         raise MetaplError(
-            f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
-            "number of classes; create the network that the weights are of."
+            f"the weights in {path} are not of this network: {few(faults)}. Only the head may differ, by its number of "
+            "classes; create the network that the weights are of."
         )
     module.load_state_dict({**own, **fits})
     return LoadedWeights(path, tuple(fits), tuple(fresh), interpolated)
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{(*tensor.shape,)}" + " of whole numbers" * (not tensor.is_floating_point())
 
 
 def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | None:
@@ -223,8 +221,8 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if not images.is_floating_point():
-            expected = "expected floating-point values in [0, 1]: images / 255."
-            raise MetaplError(f"a normalized network got {images.dtype} pictures; {expected}")
+            given = f"a normalized network got {images.dtype} pictures"
+            raise MetaplError(f"{given}; expected floating-point values in [0, 1]: images / 255.")
         # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
         logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
         return logits

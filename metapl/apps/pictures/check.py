@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def check_folders(
     test: LabeledFiles | None = None,
     progress: Progress = silent,
 ) -> list[Finding]:
-    """Find what would spoil a training with these folders.
+    """Find what would spoil a training with these folders; errors come first.
 
     Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
     folders inside that of the classes; a class without pictures; a class of validation or test that training does not
@@ -146,9 +147,6 @@ def check_folders(
         labeled, unlabeled: the folders trained on.
         validation, test: the folders that are not.
         progress: called with the number of files whose bytes were compared.
-
-    Returns:
-        errors first; empty where all is well.
 
     Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
     same size, and beyond 4 KiB only where these agree too.
@@ -192,8 +190,8 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         name, _, below = picture.partition("/")
         inside[name].add(below.rpartition("/")[0].partition("/")[0])
     deep = sorted(name for name, folders in inside.items() if "" not in folders)
-    parts = {name: part for name in classes if (part := _part(name))}
-    if len({*parts.values()}) > 1:
+    parts = [name for name in classes if _PARTS.fullmatch(name)]
+    if len(parts) > 1:
         is_layout, instead = any(name in parts for name in deep), _trained_on(labeled)
         what = (
             f"the classes in {root} are {few(classes)}, which {'are' if is_layout else 'may be'} the parts of a data "
@@ -210,22 +208,14 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         yield Finding("warning", what, tuple(root / name for name in deep))
 
 
-_PARTS = {
-    **dict.fromkeys(("labeled", "labelled", "train", "training"), "labeled"),
-    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing", "heldout"), "test"),
-}
-
-
-def _part(folder: str) -> str | None:
-    """The part of a data set that a folder is called like: "Held-out" is test."""
-    return _PARTS.get("".join(filter(str.isalpha, folder.casefold())))
+_PARTS = re.compile(r"(?P<own>labell?ed|train(ing)?)|unlabell?ed|val(id(ation)?)?|test(ing)?|held[ _-]?out", re.I)
+"""What folders are called that hold the parts of a data set."""
 
 
 def _trained_on(labeled: LabeledFiles) -> str:
     """The folder among the classes that is called like one of labeled pictures, if any."""
-    return next((shown(labeled.root / name) for name in labeled.classes if _part(name) == "labeled"), "")
+    found = (name for name in labeled.classes if (part := _PARTS.fullmatch(name)) and part["own"])
+    return next((shown(labeled.root / name) for name in found), "")
 
 
 def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:

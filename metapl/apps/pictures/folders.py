@@ -37,13 +37,8 @@ def silent(done: int) -> None:
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures below a folder.
-
-    Args:
-        root: the folder.
-        names: of the files, relative to it, with slashes, in the order of their characters.
-        passed_over: number of other files, by suffix.
-    """
+    """The pictures below a folder: their names relative to it, with slashes, in the order of their characters, and the
+    number of other files by suffix."""
 
     root: Path
     names: tuple[str, ...]
@@ -104,9 +99,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
     as ``metapl shards`` and WebDataset write them, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
 
-    Args:
-        folder: any folder.
-        progress: called with the number of pictures so far, once a folder.
+    ``progress`` is called with the number of pictures so far, once a folder.
 
     Cost: no file is opened; about a second for 100,000 files on a local disk.
 
@@ -258,8 +251,8 @@ def digest(path: str) -> bytes:
 
 
 def ask(question: Callable[[str], T], path: str) -> T | None:
-    """What a function says of a file that a scan found, such as its size; None where it cannot be read: a link may lead
-    nowhere, and a file be gone since. Whoever reads the pictures leaves it out, and says so."""
+    """What a function says of a file that a scan found; None where it cannot be read, as a link that leads nowhere.
+    Whoever reads the pictures leaves it out, and says so."""
     try:
         return question(path)
     except OSError:

@@ -33,8 +33,7 @@ class Split:
     """The parts of a data set, as indices.
 
     Args:
-        name: of the protocol, such as "cifar10-4k".
-        seed: that it was drawn from.
+        name, seed: of the protocol, such as "cifar10-4k", and that it was drawn from.
         labeled, unlabeled, validation: indices into the training data, disjoint, sorted, int64.
         test: indices into the test data.
         labels_hash: SHA-256 of the labels of the training and of the test data; the order counts.
@@ -79,9 +78,8 @@ class Split:
         split = cls(name=content["name"], seed=content["seed"], labels_hash=content["labels_hash"], **indices)
         if split.labels_hash != labels_hash(train_labels, test_labels):
             raise MetaplError(
-                f"{path} is the split {split.name!r} of other data: its parts have {sum(split.counts().values())} "
-                f"examples; there are {len(train_labels)} to train on and {len(test_labels)} to test on, or their "
-                "labels are in another order; expected the data set that the split was drawn for, with all its files"
+                f"{path} is the split {split.name!r} of other data, or of the same in another order; expected the data "
+                f"set that it was drawn for, with all its files: here are {len(train_labels)} and {len(test_labels)}."
             )
         return split
 
@@ -219,13 +217,8 @@ def _rank_in_class(classes: Tensor) -> Tensor:
 class DigitsSplit:
     """The digits in four disjoint parts; images float32 (n, 1, 8, 8) in [0, 1], labels int64 (n,) in 0, …, 9.
 
-    Args:
-        labeled: (images, labels), the same number of every class.
-        unlabeled: images.
-        unlabeled_truth: the labels that were hidden, for diagnostics only: nothing may be trained, selected or stopped
-            on them.
-        validation: (images, labels), to select on.
-        test: (images, labels), to open once.
+    ``unlabeled_truth`` has the labels that were hidden, for diagnostics only: nothing may be trained, selected or
+    stopped on them.
     """
 
     labeled: tuple[Tensor, Tensor]
