@@ -1,7 +1,7 @@
 """Pictures: in files and in memory, their batches, views and known data sets."""
 
 from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.check import Finding, Skipped, Verified, check_folders, verify_files
+from metapl.apps.pictures.check import Finding, Verified, check_folders, verify_files
 from metapl.apps.pictures.folders import Files, LabeledFiles, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.reader import UnreadableImage, read_image
 from metapl.apps.pictures.sets import (
@@ -22,6 +22,6 @@ from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERAT
 __all__ = ["CIFAR_OPERATIONS", "SVHN_OPERATIONS", "Affine", "Chain", "Color", "DigitsSplit", "EvaluationBatches"]
 __all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "ImageData", "Images", "LabeledBatches"]
 __all__ += ["LabeledFiles", "MemoryImages", "RandAugment", "Recolor", "ResizedCrop", "Seeded", "ShiftNoiseCutout"]
-__all__ += ["Skipped", "Sometimes", "Split", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
+__all__ += ["Sometimes", "Split", "UnlabeledBatches", "UnreadableImage", "Verified", "View", "Weak"]
 __all__ += ["check_folders", "draw_split", "load_digits_split", "load_image_data", "read_image", "replaced_files"]
 __all__ += ["scan_labeled", "scan_unlabeled", "stratified_split", "verify_files"]

@@ -26,37 +26,23 @@ DECODE_UP_TO, DECODE_BYTES, HEADER_UP_TO = 5_000, 2**29, 50_000
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A file that is not used: its name in its folder, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Verified:
-    """What :func:`verify_files` found.
-
-    Args:
-        sound: indices of the files that passed.
-        skipped: the others.
-        depth: how far the files were examined.
-    """
+    """What :func:`verify_files` found: the indices of the files that passed, the names of the others with the reason,
+    and how far the files were examined."""
 
     sound: tuple[int, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: dict[str, str]
     depth: Depth
 
     def summary(self) -> str:
         """One line a reason, the most frequent first, with the number of files and the first few.
 
-        >>> empty = (Skipped("a.png", "the file is empty"), Skipped("b.png", "the file is empty"))
-        >>> Verified((0,), empty, "size").summary()
+        >>> Verified((0,), {"a.png": "the file is empty", "b.png": "the file is empty"}, "size").summary()
         '2 skipped: the file is empty (a.png, b.png)'
         """
         reasons = defaultdict(list)
-        for file in self.skipped:
-            reasons[file.reason.split(" (")[0]].append(file.name)  # without what is the file's own
+        for name, reason in self.skipped.items():
+            reasons[reason.split(" (")[0]].append(name)  # without what is the file's own
         ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
         return "\n".join(f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked)
 
@@ -78,7 +64,7 @@ def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress
         total = sum(size for size in sizes if isinstance(size, int))
         few_enough = len(sizes) <= DECODE_UP_TO and total <= DECODE_BYTES
         depth = "size" if len(sizes) > HEADER_UP_TO else "decode" if few_enough else "header"
-    sound, skipped = [], []
+    sound, skipped = [], {}
     for index, (path, size) in enumerate(zip(files.paths(), sizes, strict=True)):
         fault = size if isinstance(size, str) else None
         try:
@@ -91,9 +77,9 @@ def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress
         if fault is None:
             sound.append(index)
         else:
-            skipped.append(Skipped(files.names[index], fault))
+            skipped[files.names[index]] = fault
         progress(index + 1)
-    return Verified(tuple(sound), tuple(skipped), depth)
+    return Verified(tuple(sound), skipped, depth)
 
 
 def _size(path: str) -> int | str:
@@ -257,9 +243,6 @@ class _File(NamedTuple):
     label: int = 0
 
 
-_Groups = list[list[_File]]
-
-
 def find_copies(
     labeled: LabeledFiles,
     unlabeled: Files | None,
@@ -278,20 +261,10 @@ def find_copies(
     def on(group: list[_File], side: str) -> list[str]:
         return [file.path for file in group if file.side == side]
 
-    def unlabeled_too(groups: _Groups) -> bool:
-        """Whether every labeled picture is an unlabeled one as well."""
-        return sum(len(on(group, "labeled")) for group in groups if on(group, "unlabeled")) == len(labeled)
-
     def contradict(group: list[_File]) -> bool:
         return len({file.label for file in group if file.side == "labeled"}) > 1
 
-    def matter(groups: _Groups) -> _Groups:
-        # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
-        usual = [] if unlabeled_too(groups) else [{"labeled", "unlabeled"}]
-        sides = ((group, {file.side for file in group}) for group in groups)
-        return [group for group, found in sides if contradict(group) or (len(found) > 1 and found not in usual)]
-
-    groups = _same_bytes(files, matter, progress)
+    groups = _same_bytes(files, lambda group: contradict(group) or len({file.side for file in group}) > 1, progress)
     for held_out, other in (
         *((held_out, other) for held_out in ("test", "validation") for other in ("labeled", "unlabeled")),
         ("test", "validation"),
@@ -308,22 +281,23 @@ def find_copies(
                 tuple(Path(path) for pair in pairs for path in pair),
                 f"{held_out} copies",
             )
-    if unlabeled is not None and unlabeled_too(groups):
+    twice = sum(len(on(group, "labeled")) for group in groups if on(group, "unlabeled"))
+    if unlabeled is not None and twice == len(labeled):
         # Usual in the papers, and of no use where there are no others.
         note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
         if len(unlabeled) > len(labeled):
             note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
         what = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
         yield Finding("warning", what, kind="labeled copies")
-    if twice := [on(group, "labeled") for group in groups if contradict(group)]:
-        what = f"{len(twice)} pictures are in two classes: {few(map(' and '.join, twice))}; remove them from one."
-        yield Finding("error", what, tuple(Path(path) for paths in twice for path in paths), "contradiction")
+    if doubtful := [on(group, "labeled") for group in groups if contradict(group)]:
+        what = f"{len(doubtful)} pictures are in two classes: {few(map(' and '.join, doubtful))}; remove them from one."
+        yield Finding("error", what, tuple(Path(path) for paths in doubtful for path in paths), "contradiction")
 
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
     """The paths in one folder, and those in another, of each picture that both have, by its bytes."""
     both = [*(_File("own", path) for path in files.paths()), *(_File("other", path) for path in others.paths())]
-    for group in _same_bytes(both, lambda groups: [g for g in groups if len({file.side for file in g}) == 2]):
+    for group in _same_bytes(both, lambda group: len({file.side for file in group}) == 2):
         yield [file.path for file in group if file.side == "own"], [f.path for f in group if f.side == "other"]
 
 
@@ -333,24 +307,26 @@ def without_copies(files: FilesT, of: Files) -> FilesT:
     return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
 
 
-def _same_bytes(files: list[_File], matter: Callable[[_Groups], _Groups], progress: Progress = silent) -> _Groups:
-    """Groups of files with the same bytes; ``matter`` says which groups, alike so far, are compared further.
+def _same_bytes(
+    files: list[_File], matters: Callable[[list[_File]], bool], progress: Progress = silent
+) -> list[list[_File]]:
+    """Groups of files with the same bytes; ``matters`` says of a group, alike so far, whether it is compared further.
 
     Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
     of them is compared before all their bytes.
     """
     groups, compared = [files], 0
     for key in (size_of, _middle, digest):
-        alike: _Groups = []
+        alike = []
         for group in groups:
             by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
             for file in group:
                 by_key[ask(key, file.path)].append(file)
                 compared += key is _middle
             by_key.pop(None, None)
-            alike += (same for same in by_key.values() if len(same) > 1)
+            alike += [same for same in by_key.values() if len(same) > 1 and matters(same)]
             progress(compared)
-        groups = matter(alike)
+        groups = alike
     return groups
 
 

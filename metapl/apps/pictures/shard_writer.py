@@ -46,8 +46,8 @@ def write_shards(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     files = scan_unlabeled(folder)
     verified = verify_files(files, "size")  # links may lead nowhere
-    for one in verified.skipped:
-        no_picture(str(files.root / one.name))
+    for name in verified.skipped:
+        no_picture(str(files.root / name))
     fault = None
     if per_shard < 1:
         fault = f"write_shards got per_shard={per_shard}; expected 1 picture or more"

@@ -416,7 +416,7 @@ class Look:
             self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
         if not verified.sound:
             raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        self.skipped.update({str(files.root / file.name): file.reason for file in verified.skipped})
+        self.skipped.update({str(files.root / one): reason for one, reason in verified.skipped.items()})
         return files.keep(verified.sound) if verified.skipped else files
 
     def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles | None]) -> None:

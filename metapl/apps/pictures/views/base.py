@@ -30,6 +30,8 @@ GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FL
     13
 )
 
+GREY = 128  # fills the places that no pixel comes to: the middle level of 255, as in the authors' code
+
 
 class View(Protocol):
     """What the batches call: images in, images out, with every draw fixed by seed, step and example."""
@@ -188,3 +190,32 @@ class Seeded(PictureView):
 def below(u: Tensor, bound: Tensor | int) -> Tensor:
     """Uniform [0, 1) in float64 to uniform {0, …, bound − 1}: 53 bits keep the product below any bound in use."""
     return (u * bound).long()
+
+
+def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: float) -> Tensor:
+    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), of either sign, with ``fill``
+    outside it; for images (B, C, H, W) of any dtype."""
+    height, width = images.shape[2:]
+    rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
+    cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
+    if flip_B is not None:
+        cols_BW = torch.where(flip_B[:, None], width - 1 - cols_BW, cols_BW)
+    return gather(images, rows_BH[:, :, None], cols_BW[:, None, :], fill)
+
+
+def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
+    """The pixels at ``rows`` and ``cols``, which broadcast to (B, H, W), and ``fill`` where there are none."""
+    _, channels, height, width = images.shape
+    nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    inside = (nearest_rows == rows) & (nearest_cols == cols)
+    flat = (nearest_rows * width + nearest_cols).flatten(1)[:, None].expand(-1, channels, -1)
+    return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
+
+
+def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor:
+    """Fill a square with the given upper left corner (row, column); what lies outside the image is lost."""
+    height, width = images.shape[2:]
+    rows_BH = torch.arange(height, device=images.device) - corners_B2[:, :1]
+    cols_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
+    square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & ((cols_BW >= 0) & (cols_BW < side))[:, None, :]
+    return images.masked_fill(square_BHW[:, None], fill)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metapl.apps.pictures.views import base, operations
+from metapl.apps.pictures.views import base
 from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, below
 from metapl.data import draws
 from metapl.errors import MetaplError
@@ -45,14 +45,14 @@ class Weak(PictureView):
     takes = base.FLOATING_OR_BYTES
     pad: AtLeastZero = 4
     flip: bool = True
-    fill: float = operations.GREY / 255
+    fill: float = base.GREY / 255
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
         offsets_B2 = below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
         flip_B = (u_B3[:, 2] < 0.5) & self.flip
         fill = self.fill if images.is_floating_point() else round(255 * self.fill)
-        return operations.crop_flip(images, offsets_B2, flip_B, fill)
+        return base.crop_flip(images, offsets_B2, flip_B, fill)
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,11 @@ class ShiftNoiseCutout(PictureView):
         examples = to_device(examples, images.device)
         u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
-        images = operations.crop_flip(images, offsets_B2, None, 0.0)
+        images = base.crop_flip(images, offsets_B2, None, 0.0)
         if self.noise > 0:
             z = draws.normal(seed, step, examples, images[0].numel(), stream=base.NOISE)
             images = images + self.noise * z.view_as(images).to(images.dtype)
         if self.cutout > 0:
             room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
-            images = operations.cutout(images, below(u_B4[:, 2:], room), self.cutout, 0.0)
+            images = base.cutout(images, below(u_B4[:, 2:], room), self.cutout, 0.0)
         return images
