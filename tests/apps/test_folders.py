@@ -327,6 +327,7 @@ def test_bytes_are_read_only_where_they_can_matter(tmp_path: Path, monkeypatch: 
     large = bytes(range(256)) * 400
     write("l/a/1.bmp", large)
     write("l/b/1.bmp", b"of a size of its own")
+    write("l/a/2.bmp", b"of another one")
     write("l/b/2.bmp", b"1234")
     write("u/1.bmp", large[:50_000] + b"x" * 10 + large[50_010:])  # differs in the middle
     write("u/2.bmp", b"x" + large[1:])  # differs at the start

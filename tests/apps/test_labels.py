@@ -10,6 +10,7 @@ import pickle
 import resource
 import shutil
 import signal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from metapl import MetaplError
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
+from metapl.apps.labels import store as reading
 from metapl.apps.labels.writer import entropy, most_probable
 from metapl.runs import ownership
 
@@ -161,30 +163,30 @@ def test_other_readers_of_parquet_understand_a_part(tmp_path: Path) -> None:
 def test_numbers_are_read_from_a_memory_map(tmp_path: Path) -> None:
     store = written(tmp_path / "store", list(range(20)), softmax(20), top_k=2)
     store.at([0])
-    assert store._columns.cache_info().currsize == 1, "other parts are not touched"
+    assert store._sound == {0}, "other parts are not touched"
     opened = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
     assert not any(path.startswith(str(tmp_path)) for path in opened), "a process may have few open files"
     assert f"{store.folder}/{store.parts[0].file}" in Path("/proc/self/maps").read_text()
-    for column in store._columns(0).values():
+    for column in reading._columns(store._checked(0)).values():
         assert not column.flags.owndata
         assert not column.flags.writeable
 
 
 def test_a_store_with_more_parts_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAPPED_PARTS", "KNOWN_PARTS"):
-        monkeypatch.setattr(f"metapl.apps.labels.store.{name}", 2)
+    for name in ("_columns", "_names"):
+        monkeypatch.setattr(reading, name, lru_cache(2)(getattr(reading, name).__wrapped__))
     p = softmax(40)
     store = written(tmp_path / "store", names(40), p, rows_per_part=5)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     assert torch.allclose(store[[names(40)[i] for i in order]], read_by_hand(p[order], None), atol=1e-6)
-    assert [read.cache_info().currsize for read in (store._columns, store._names)] == [2, 2]
+    assert [read.cache_info().currsize for read in (reading._columns, reading._names)] == [2, 2]
 
 
 def test_worker_processes_read_for_themselves(tmp_path: Path) -> None:
     store = written(tmp_path / "store", names(30), softmax(30))
     store.at([0])
     copy = pickle.loads(pickle.dumps(store))
-    assert (copy._sound, copy._columns.cache_info().currsize) == (set(), 0)
+    assert (store._sound, copy._sound) == ({0}, set())
     served = DataLoader(
         [[i, 29 - i] for i in range(6)],
         batch_size=None,

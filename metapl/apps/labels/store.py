@@ -43,11 +43,10 @@ class LabelStore:
     Args:
         folder: of the store. Worker processes may be given a copy, which reads for itself.
 
-    Cost: to open it, some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read
-    (about 1 ms a MB), once in a process; then its numbers are read from a memory map: 2 K bytes a row (6 K with
-    classes), in any order. To find rows by their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the
-    64 parts used last. Where the same examples are read again and again, ask for their rows once, by :meth:`rows`, and
-    read by :meth:`at`.
+    Cost: some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read (about 1 ms a
+    MB); then its numbers are read from a memory map: 2 K bytes a row (6 K with classes), in any order. To find rows by
+    their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the 64 parts used last: of examples that
+    are read again and again, ask for the rows once, by :meth:`rows`, and read by :meth:`at`.
 
     Raises:
         MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part
@@ -90,23 +89,12 @@ class LabelStore:
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self._firsts = [part.first for part in self.parts]
         self._kinds: tuple[type, ...] = (int, np.integer) if content.numbers else (str,)  # what an id may be
-        self._forget()
+        self._sound: set[int] = set()
         for part in self.parts:
             self._check_size(part)
 
-    def _forget(self) -> None:
-        """As if nothing had been read yet."""
-        self._sound: set[int] = set()
-        self._columns = lru_cache(MAPPED_PARTS)(self._mapped)
-        self._names = lru_cache(KNOWN_PARTS)(lambda number: self.table(number, ["id"]).column(0).combine_chunks())
-
     def __getstate__(self) -> dict[str, Any]:
-        # Memory maps and what was found sound stay with the process.
-        return {name: value for name, value in vars(self).items() if name not in ("_sound", "_columns", "_names")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
+        return {**vars(self), "_sound": set()}  # what was found sound stays with the process
 
     @property
     def sha256(self) -> str:
@@ -141,8 +129,7 @@ class LabelStore:
         """The rows of examples, int64 (B,). A MetaplError where there is no such example."""
         wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
         if not all(isinstance(name, self._kinds) for name in wanted):
-            expected = "integers" if self._numbers else "strings"
-            raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
+            raise MetaplError(f"the ids are {described(ids)}; expected {'integers' if self._numbers else 'strings'}.")
         rows = self._find(wanted)
         if missing := [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
@@ -157,7 +144,7 @@ class LabelStore:
         parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
         for number, where in _by_part(parts):
             if number >= 0:  # before the first part there is nothing
-                names = self._names(number)
+                names = _names(self._checked(number))
                 given = [ids[i] if _is_storable(ids[i]) else None for i in where.tolist()]
                 places = pc.fill_null(pc.index_in(pa.array(given, names.type), value_set=names), -1)
                 within = np.asarray(places.to_numpy(zero_copy_only=False), dtype=np.int64)
@@ -173,9 +160,9 @@ class LabelStore:
         width, lists = self.top_k or len(self.classes), [*layout.MAPPED][: 1 if self.top_k is None else 2]
         stored = {name: np.empty((len(wanted), width), layout.MAPPED[name]) for name in lists}
         for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
-            columns, places = self._columns(number), wanted[where] - self._starts[number]
+            columns, places = _columns(self._checked(number)), wanted[where] - self._starts[number]
             for name, values in stored.items():
-                values[where] = columns[name][places]
+                values[where] = columns[name].reshape(-1, width)[places]
         return spread(stored["probabilities"], stored.get("classes"), len(self.classes))
 
     def rows_with_copies(self) -> Values:
@@ -187,12 +174,11 @@ class LabelStore:
         """Check the bytes of all parts, whether or not they were read; a MetaplError names one that is damaged."""
         self._sound.clear()
         for number in range(len(self.parts)):
-            self._check(number)
+            self._checked(number)
 
     def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of a part by its number, as pyarrow reads them: all columns, or those of these names."""
-        self._check(number)
-        return layout.read_rows(self.folder / self.parts[number].file, columns)
+        return layout.read_rows(self._checked(number), columns)
 
     def digests(self) -> Iterator[tuple[Any, bytes]]:
         """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
@@ -211,15 +197,15 @@ class LabelStore:
             state = f"{'truncated' if size < part.bytes else 'damaged'}: it has {size:,} bytes"
             raise MetaplError(f"{path} is {state}, and {part.bytes:,} were written. {layout.AGAIN}")
 
-    def _check(self, number: int) -> None:
-        """Refuse a part that is not as it was written; asked once."""
+    def _checked(self, number: int) -> Path:
+        """The file of a part, which is refused where it is not as it was written; asked once."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if number in self._sound:
-            return
         part, classes = self.parts[number], len(self.classes)
         path = self.folder / part.file
+        if number in self._sound:
+            return path
         self._check_size(part)
         with open_plain(path) as file:
             if sha256_of(file) != part.sha256:
@@ -234,17 +220,22 @@ class LabelStore:
         if not is_part:
             raise MetaplError(f"{path} is not a part as {layout.DESCRIPTION} describes it. {layout.AGAIN}")
         self._sound.add(number)
+        return path
 
-    def _mapped(self, number: int) -> dict[str, Values]:
-        """The columns of a part that are read without a decoder, a row an example."""
-        import pyarrow as pa
 
-        self._check(number)
-        part = self.parts[number]
-        # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
-        with pa.memory_map(os.fsencode(self.folder / part.file)) as file:
-            columns = layout.mapped_columns(file.read_buffer())
-        return {name: column.reshape(part.rows, -1) for name, column in columns.items()}
+@lru_cache(MAPPED_PARTS)
+def _columns(path: Path) -> dict[str, Values]:
+    """The columns of a part that are read without a decoder."""
+    import pyarrow as pa
+
+    # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
+    with pa.memory_map(os.fsencode(path)) as file:
+        return layout.mapped_columns(file.read_buffer())
+
+
+@lru_cache(KNOWN_PARTS)
+def _names(path: Path) -> pa.Array:
+    return layout.read_rows(path, ["id"]).column(0).combine_chunks()
 
 
 def _by_part(parts: Values) -> Iterator[tuple[int, Values]]:

@@ -52,16 +52,14 @@ class LabelWriter:
         classes: their names, in the order of the probabilities.
         top_k: how many of the greatest probabilities are kept of an example; None keeps all.
         provenance: what is known of the distributions, such as the model, as values that JSON has.
-        rows_per_part: rows of a file; what a kill costs. At most 16,384, and fewer where that would be more than 2^24
-            numbers.
+        rows_per_part: rows of a file, at most 16,384 and 2^24 numbers; what a kill costs.
         resume: go on with a store that is not whole, or find out that it is.
 
     Cost: the rows of a part in memory, twice while it is written.
 
     Raises:
         MetaplError: when the block is entered: pyarrow is not installed; the folder holds other files, or a finished
-            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`;
-            the disk refused, or nothing was added.
+            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "store"

@@ -101,8 +101,8 @@ def read_image(
 
 
 def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB") -> list[Tensor]:
-    """Read boxes of a picture, decoding it once: for each crop, which says from the (height, width) of the upright
-    picture which box of it to use, uint8 (3, H, W) or (1, H, W) of this size; else as :func:`read_image`."""
+    """Read boxes of a picture, decoding it once: for each crop of the upright picture, uint8 (3, H, W) or (1, H, W) of
+    this size; else as :func:`read_image`."""
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
     with _opened(path) as image:

@@ -33,15 +33,8 @@ def write_shards(
     """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
 
     The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
-    pictures give the same bytes. Shards that were written before are kept where they have their checksums and the bytes
-    of the pictures, and written again where not.
-
-    Args:
-        folder, out: of pictures, any tree; of the shards, made if need be.
-        per_shard: pictures of a shard.
-        progress: called with the number of pictures done.
-        no_picture: called with the path of each file that is no picture by its header, or is not there. It is copied,
-            unless it is empty.
+    pictures give the same bytes. Shards that are there are kept where they have their checksums and these bytes.
+    ``no_picture`` is called with the path of each file that is no picture by its header (it is copied), or is empty.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     files = scan_unlabeled(folder)

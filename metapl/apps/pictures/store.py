@@ -208,8 +208,8 @@ class FileImages:
     def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
         """Boxes of a picture, or the whole one; None where it cannot be read."""
         number = int(self._indices[index])
-        there, kept = (None, None) if crops or self._kept is None else self._kept
-        if there is not None and kept is not None and there[number]:
+        there, kept = self._kept if self._kept is not None and not crops else (None, torch.empty(0))
+        if there is not None and there[number]:
             return [kept[number]]
         path, worker = self._path(number), get_worker_info()
         slot = self._reading.numpy()[worker.id] if worker is not None and worker.id < _WORKERS else np.zeros(2)
@@ -228,7 +228,7 @@ class FileImages:
             return None
         finally:
             slot[1] = 0
-        if there is not None and kept is not None:
+        if there is not None:
             kept[number] = picture
             there[number] = 1
         return [picture]

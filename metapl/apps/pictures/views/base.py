@@ -26,9 +26,8 @@ Positive = Annotated[float, Range(above=0)]
 Probability = Annotated[float, Range(0, most=1)]
 
 # The streams of draws, one for each use.
-GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES, SEEDED = range(
-    13
-)
+GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES = range(12)
+SEEDED = 12
 
 GREY = 128  # fills the places that no pixel comes to: the middle level of 255, as in the authors' code
 
