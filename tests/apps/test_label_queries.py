@@ -266,11 +266,11 @@ def test_the_same_selection_gives_the_same_files_and_goes_on_where_it_was_stoppe
     ("asked", "expected"),
     [
         ({}, "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap"),
-        ({"threshold": 1.0}, r"the threshold is 1.0; expected a confidence in \[0, 1\)"),
-        ({"threshold": math.nan}, "the threshold is nan"),
-        ({"threshold": -0.1}, "the threshold is -0.1"),
-        ({"per_class": 0}, "0 examples a class were asked for"),
-        ({"per_class": 10**30, "balance": True}, "examples a class were asked for; expected 1 to 1,000,000,000"),
+        ({"threshold": 1.0}, r"threshold=1.0: expected a number in \[0, 1\) or None"),
+        ({"threshold": math.nan}, "threshold=nan"),
+        ({"threshold": -0.1}, "threshold=-0.1"),
+        ({"per_class": 0}, "per_class=0: expected a whole number from 1 to 1,000,000,000"),
+        ({"per_class": 10**30, "balance": True}, "per_class=10+: expected a whole number from 1 to 1,000,000,000"),
         (
             {"per_class": 10**9, "balance": True},
             "would count 5,000,000,000 examples .*; expected at most .* smaller per_class",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from metapl.apps.labels.store import LabelStore, Values
 from metapl.apps.labels.writer import LabelWriter
 from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled, silent
 from metapl.errors import MetaplError
+from metapl.runs.fields import Range, check_arguments
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -141,8 +142,8 @@ def select(
     store: LabelStore,
     out: Path,
     *,
-    threshold: float | None = None,
-    per_class: int | None = None,
+    threshold: Annotated[float, Range(0, 1)] | None = None,
+    per_class: Annotated[int, Range(1, most=MOST_COPIES)] | None = None,
     any_class: bool = False,
     balance: bool = False,
     drop_overlap: Path | None = None,
@@ -184,13 +185,10 @@ def select(
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    check_arguments(select, locals())
     fault = None
     if threshold is None and per_class is None and not balance and drop_overlap is None:
         fault = "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap"
-    elif threshold is not None and not 0 <= threshold < 1:
-        fault = f"the threshold is {threshold}; expected a confidence in [0, 1)"
-    elif per_class is not None and not 1 <= per_class <= MOST_COPIES:
-        fault = f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}"
     elif any_class and (per_class is None or balance):
         fault = "any_class needs per_class, and no balance: an example can be of several classes"
     elif drop_overlap is not None and not store.has_digests:

@@ -15,9 +15,18 @@ from metapl.apps.pictures.sets import (
 )
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages, replaced_files
 from metapl.apps.pictures.views.base import Chain, Identity, Seeded, View
-from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
-from metapl.apps.pictures.views.crops import ResizedCrop, ShiftNoiseCutout, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
+from metapl.apps.pictures.views.transforms import (
+    Affine,
+    Color,
+    Flip,
+    Hole,
+    Recolor,
+    ResizedCrop,
+    ShiftNoiseCutout,
+    Sometimes,
+    Weak,
+)
 
 __all__ = ["CIFAR_OPERATIONS", "SVHN_OPERATIONS", "Affine", "Chain", "Color", "DigitsSplit", "EvaluationBatches"]
 __all__ += ["FileImages", "Files", "Finding", "Flip", "Hole", "Identity", "ImageData", "Images", "LabeledBatches"]

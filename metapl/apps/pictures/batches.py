@@ -20,7 +20,7 @@ from torch import Tensor
 from metapl.apps.pictures.reader import Box
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages, pick
 from metapl.apps.pictures.views.base import View
-from metapl.apps.pictures.views.crops import ResizedCrop
+from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
 from metapl.data.identity import NAMES
 from metapl.data.sampler import StepSampler

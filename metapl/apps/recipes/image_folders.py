@@ -25,8 +25,7 @@ from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, 
 from metapl.apps.pictures.sets import stratified_split
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.pictures.views.base import Chain, Identity, View
-from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
-from metapl.apps.pictures.views.crops import ResizedCrop
+from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
 from metapl.apps.recipes.ranges import Share, Steps, Weight, require
