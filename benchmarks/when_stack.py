@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl.apps.pictures.views import operations
+from metapl.apps.pictures.views import base
 
 CLASSES = 10
 Weights = list[Tensor]
@@ -417,7 +417,7 @@ def shifted(pictures: Tensor) -> Tensor:
     images = pictures.unflatten(-1, (1, SIDE, SIDE))
     steps = range(-SHIFT, SHIFT + 1)
     moves = [torch.tensor([down, right]).expand(len(images), 2) for down in steps for right in steps]
-    return torch.stack([operations.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
+    return torch.stack([base.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
 
 
 def masks() -> Tensor:
@@ -425,7 +425,7 @@ def masks() -> Tensor:
     places = range(SIDE - CUTOUT + 1)
     corners = torch.tensor([[row, column] for row in places for column in places])
     ones = torch.ones(len(corners), 1, SIDE, SIDE)
-    return operations.cutout(ones, corners, CUTOUT, 0.0).flatten(1)
+    return base.cutout(ones, corners, CUTOUT, 0.0).flatten(1)
 
 
 def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:

@@ -18,8 +18,7 @@ from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.export import network as exports
 from metapl.apps.labels import queries
-from metapl.apps.pictures.sets.digits import DigitsSplit
-from metapl.apps.pictures.splits import Split
+from metapl.apps.pictures.sets import DigitsSplit, Split
 from metapl.apps.pictures.views.base import PictureView
 from metapl.apps.recipes.methods import noisy_student
 from metapl.apps.recipes.methods.beside import MetaPseudoLabels

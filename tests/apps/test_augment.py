@@ -24,7 +24,7 @@ from metapl.apps.pictures import (
     View,
     Weak,
 )
-from metapl.apps.pictures.views import base, operations, randaugment
+from metapl.apps.pictures.views import base, randaugment
 from metapl.data import draws
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
@@ -137,17 +137,17 @@ def test_directions_of_moves(degrees: float) -> None:
     images = pictures()
     height, width = images.shape[2:]
 
-    def ours(matrix: operations.Affine) -> Tensor:
-        return operations.affine(images, torch.tensor([operations.fixed_point(matrix)] * len(images)))
+    def ours(matrix: randaugment.Affine) -> Tensor:
+        return randaugment.affine(images, torch.tensor([randaugment.fixed_point(matrix)] * len(images)))
 
-    got = ours(operations.rotation(degrees, height, width))
+    got = ours(randaugment.rotation(degrees, height, width))
     assert torch.equal(got, each(lambda image: turned(image, degrees), images))
     slope, move = degrees / 100, randaugment._MOVES
     sheared = ours(move["ShearX"](slope / 0.3, 1, height, width)), ours(move["ShearY"](slope / 0.3, 1, height, width))
     assert torch.equal(sheared[0], each(lambda i: moved(i, (1, slope, 0, 0, 1, 0)), images))
     assert torch.equal(sheared[1], each(lambda i: moved(i, (1, 0, 0, slope, 1, 0)), images))
     right, down = move["TranslateX"](3 / width, 1, height, width), move["TranslateY"](-2 / height, 1, height, width)
-    got = operations.affine(ours(right), torch.tensor([operations.fixed_point(down)] * len(images)))
+    got = randaugment.affine(ours(right), torch.tensor([randaugment.fixed_point(down)] * len(images)))
     assert torch.equal(got[:, :, :-2, 3:], images[:, :, 2:, :-3])
     assert (got[:, :, -2:] == 128).all()
     assert (got[:, :, :, :3] == 128).all()
@@ -469,8 +469,9 @@ Fault = Callable[[pytest.MonkeyPatch], None]
 
 
 def _wrapped(name: str, change: Callable[..., Any]) -> Fault:
-    real = getattr(operations, name)
-    return lambda patch: patch.setattr(operations, name, lambda *arguments: change(real, *arguments))
+    room = base if hasattr(base, name) else randaugment
+    real = getattr(room, name)
+    return lambda patch: patch.setattr(room, name, lambda *arguments: change(real, *arguments))
 
 
 def _instead(table: dict[str, Any], name: str, change: Callable[..., Any]) -> Fault:
@@ -536,7 +537,7 @@ FAULTS: dict[str, tuple[Fault, Callable[[], None]]] = {
         test_cutout_is_a_grey_square_lost_outside_the_image,
     ),
     "square_black": (
-        lambda patch: patch.setattr(operations, "GREY", 0),
+        lambda patch: patch.setattr(base, "GREY", 0),
         test_cutout_is_a_grey_square_lost_outside_the_image,
     ),
     "paired_with_itself": (

@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from metapl.apps.experiments import side_by_side as compare
+from metapl.apps.pictures.csv_files import csv_rows
 from metapl.apps.pictures.reader import gray_image
-from metapl.apps.pictures.tables import csv_rows
 from metapl.apps.recipes import Digits
 from metapl.errors import MetaplError
 

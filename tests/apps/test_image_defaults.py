@@ -23,7 +23,7 @@ from metapl.apps.experiments.settle import Colors, Look, chosen, fitted
 from metapl.apps.pictures import Affine, Chain, Color, Flip, Hole, Recolor, Sometimes, View
 from metapl.apps.pictures.store import MemoryImages
 from metapl.apps.pictures.views.base import Identity
-from metapl.apps.pictures.views.crops import ResizedCrop, Weak
+from metapl.apps.pictures.views.transforms import ResizedCrop, Weak
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_folders import (

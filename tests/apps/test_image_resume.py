@@ -53,7 +53,7 @@ STEP, WAITING, TUNING = (
 )
 MOMENTS = [
     ("metapl.apps.pictures.folders", "_pictures", 3),  # listing
-    ("metapl.apps.pictures.verify", "read_image", 20),  # looking which files are sound
+    ("metapl.apps.pictures.check", "read_image", 20),  # looking which files are sound
     ("metapl.apps.recipes.image_folders", "hash_files", 2),
     (*WAITING, 3),
     ("os", "replace", 2),  # a checkpoint is written and has no name yet

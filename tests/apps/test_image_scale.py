@@ -29,10 +29,9 @@ from PIL import Image
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.settle import settled
-from metapl.apps.pictures import hashes, verify
+from metapl.apps.pictures import check
 from metapl.apps.pictures.check import check_folders
-from metapl.apps.pictures.folders import scan_labeled, scan_unlabeled
-from metapl.apps.pictures.hashes import hash_files
+from metapl.apps.pictures.folders import hash_files, scan_labeled, scan_unlabeled
 from metapl.apps.pictures.store import replaced_files
 from metapl.apps.recipes import ImageFolders
 from metapl.errors import MetaplError
@@ -240,7 +239,7 @@ def test_large_folders_are_known_by_names_and_sizes(tmp_path: Path, monkeypatch:
     (tmp_path / "b.png").unlink()
     for limit in ("WHOLE_UP_TO", "WHOLE_BYTES"):
         with monkeypatch.context() as patch:
-            patch.setattr(hashes, limit, 0)
+            patch.setattr(f"metapl.apps.pictures.folders.{limit}", 0)
             first, *others = changes()
             assert first.startswith("names and sizes: ")
             assert [one == first for one in others] == [True, False, False]
@@ -252,9 +251,9 @@ def test_how_far_files_are_looked_into_depends_on_their_sizes_too(
 ) -> None:
     picture(tmp_path / "1.png", 1)
     files = scan_unlabeled(tmp_path)
-    assert verify.verify_files(files).depth == "decode"
-    monkeypatch.setattr(verify, "DECODE_BYTES", 10)
-    assert verify.verify_files(files).depth == "header"
+    assert check.verify_files(files).depth == "decode"
+    monkeypatch.setattr(check, "DECODE_BYTES", 10)
+    assert check.verify_files(files).depth == "header"
 
 
 # ------------------------------------------------------------------------------------------------------- the terminal
@@ -444,7 +443,7 @@ def test_files_that_break_while_it_trains(
     cut = [tmp_path / name for name in ("labeled/a/2.png", "val/b/1.png", "unlabeled/3.png", "unlabeled/4.png")]
     for path in cut:
         path.write_bytes(path.read_bytes()[:-60])
-    monkeypatch.setattr(verify, "DECODE_UP_TO", 1)
+    monkeypatch.setattr(check, "DECODE_UP_TO", 1)
     results = []
     for workers in ("0", "2"):
         run = tmp_path / f"run{workers}"

@@ -10,6 +10,7 @@ import pickle
 import resource
 import shutil
 import signal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from metapl import MetaplError
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
+from metapl.apps.labels import store as reading
 from metapl.apps.labels.writer import entropy, most_probable
 from metapl.runs import ownership
 
@@ -161,30 +163,30 @@ def test_other_readers_of_parquet_understand_a_part(tmp_path: Path) -> None:
 def test_numbers_are_read_from_a_memory_map(tmp_path: Path) -> None:
     store = written(tmp_path / "store", list(range(20)), softmax(20), top_k=2)
     store.at([0])
-    assert store._columns.cache_info().currsize == 1, "other parts are not touched"
+    assert store._sound == {0}, "other parts are not touched"
     opened = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
     assert not any(path.startswith(str(tmp_path)) for path in opened), "a process may have few open files"
     assert f"{store.folder}/{store.parts[0].file}" in Path("/proc/self/maps").read_text()
-    for column in store._columns(0).values():
+    for column in reading._columns(store._checked(0)).values():
         assert not column.flags.owndata
         assert not column.flags.writeable
 
 
 def test_a_store_with_more_parts_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MAPPED_PARTS", "KNOWN_PARTS"):
-        monkeypatch.setattr(f"metapl.apps.labels.store.{name}", 2)
+    for name in ("_columns", "_names"):
+        monkeypatch.setattr(reading, name, lru_cache(2)(getattr(reading, name).__wrapped__))
     p = softmax(40)
     store = written(tmp_path / "store", names(40), p, rows_per_part=5)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     assert torch.allclose(store[[names(40)[i] for i in order]], read_by_hand(p[order], None), atol=1e-6)
-    assert [read.cache_info().currsize for read in (store._columns, store._names)] == [2, 2]
+    assert [read.cache_info().currsize for read in (reading._columns, reading._names)] == [2, 2]
 
 
 def test_worker_processes_read_for_themselves(tmp_path: Path) -> None:
     store = written(tmp_path / "store", names(30), softmax(30))
     store.at([0])
     copy = pickle.loads(pickle.dumps(store))
-    assert (copy._sound, copy._columns.cache_info().currsize) == (set(), 0)
+    assert (store._sound, copy._sound) == ({0}, set())
     served = DataLoader(
         [[i, 29 - i] for i in range(6)],
         batch_size=None,
@@ -381,32 +383,23 @@ def edited_part(path: Path, **changes: Any) -> None:
         (lambda path: path.write_text("[]"), r"is damaged: it holds \[\]; expected an object"),
         (lambda path: path.write_bytes(b"\x00\xff"), "cannot be read"),
         (lambda path: edited(path, format=2), "is of format 2; this metapl reads format 1"),
-        (lambda path: edited(path, parts=[]), "is damaged: it has no parts"),
+        (lambda path: edited(path, parts=[]), "is damaged: its parts are not such as it describes"),
         (lambda path: edited(path, parts=[{"file": "x"}]), "is damaged: "),
         (lambda path: edited(path, classes="ab"), "is damaged: it.classes is 'ab'"),
         (lambda path: edited(path, classes=[]), "the classes are ; expected one or more"),
-        (
-            lambda path: edited(path, classes=[*CLASSES[:4]]),
-            "its column label has 0 to 4; expected 0 to 3",
-        ),
-        (lambda path: edited(path, classes=[*CLASSES, "f"]), "it has 50 probabilities in 10 rows; expected 6 in each"),
+        (lambda path: edited(path, classes=[*CLASSES[:4]]), "is not a part as store.json describes it"),
+        (lambda path: edited(path, classes=[*CLASSES, "f"]), "is not a part as store.json describes it"),
         (lambda path: edited(path, top_k=9), "is damaged: top_k is 9; expected 1 to 5"),
-        (lambda path: edited(path, top_k=2), "its columns are id, .*; expected classes as list"),
-        (lambda path: edited(path, digests=True), "its columns are id, .*; expected digest as"),
-        (
-            lambda path: edited(path, numbers=True),
-            "its part 0 is .*, and ids that are integers",
-        ),
-        (lambda path: edited(path, rows=10**30), "it has 10+ rows; expected 30, of its parts"),
+        (lambda path: edited(path, top_k=2), "is not a part as store.json describes it"),
+        (lambda path: edited(path, digests=True), "is not a part as store.json describes it"),
+        (lambda path: edited(path, numbers=True), "its parts are not such as it describes"),
+        (lambda path: edited(path, rows=10**30), "its parts are not such as it describes"),
         (
             lambda path: edited_part(path, rows=10**30),
             r"parts\.0\.rows is 10+; expected a whole number from 1 to 16,384",
         ),
-        (lambda path: edited_part(path, rows=9), "expected 29, of its parts"),
-        (
-            lambda path: edited_part(path, file="../x.parquet"),
-            "its part 0 is .*; expected the file part-00000",
-        ),
+        (lambda path: edited_part(path, rows=9), "its parts are not such as it describes"),
+        (lambda path: edited_part(path, file="../x.parquet"), "its parts are not such as it describes"),
         (lambda path: edited(path, complete=False), "is not whole: its writer was stopped"),
     ],
 )
@@ -426,21 +419,17 @@ def parquet(**columns: Any) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"hello", "it is not a Parquet file"),
-        (parquet(id=["a"] * 10), "its columns are id; expected id as string"),
-        (parquet(id=["a"]), "it has 1 rows in 1 groups; expected 10 in one"),
-    ],
+    "content",
+    [b"hello", parquet(id=["a"] * 10), parquet(id=["a"])],
     ids=["text", "only ids", "fewer rows"],
 )
-def test_a_foreign_part_with_its_own_description_is_named(content: bytes, expected: str, store: LabelStore) -> None:
+def test_a_foreign_part_with_its_own_description_is_named(content: bytes, store: LabelStore) -> None:
     sha256 = hashlib.sha256(content).hexdigest()
     path = store.folder / layout.part_name(0, sha256)
     path.write_bytes(content)
     changes = {"file": path.name, "bytes": len(content), "sha256": sha256}
     edited_part(store.folder / layout.DESCRIPTION, **changes)
-    with pytest.raises(MetaplError, match=f"{path.name} is not a part as store.json describes it: {expected}"):
+    with pytest.raises(MetaplError, match=f"{path.name} is not a part as store.json describes it"):
         read_everything(store.folder)
 
 

@@ -24,7 +24,7 @@ from app_faults import FAULTS
 from command import metapl
 from tiny_runs import NOISY_STUDENT, tiny  # noqa: F401 - a fixture
 
-from metapl.apps.pictures.sets.digits import load_digits_split
+from metapl.apps.pictures.sets import load_digits_split
 
 
 @dataclass(frozen=True)

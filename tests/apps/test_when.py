@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.pictures.views import operations
+from metapl.apps.pictures.views import base
 from metapl.feedback import Altered, Estimator, Forward
 from metapl.models import mlp
 from metapl.problems.losses import CrossEntropy
@@ -194,7 +194,7 @@ def test_the_stack_s_views_are_those_of_the_library(stack: ModuleType) -> None:
     assert torch.equal(kept.sum(-1), torch.full(kept.shape[:-1], 60))  # the square takes 4 of the 64 values
     images = pictures[0].unflatten(-1, (1, 8, 8))
     moves = torch.tensor([[-1, 0]]).expand(20, 2)  # the second of nine
-    assert torch.equal(stack.shifted(pictures[0])[1], operations.crop_flip(images, moves, None, 0.0).flatten(1))
+    assert torch.equal(stack.shifted(pictures[0])[1], base.crop_flip(images, moves, None, 0.0).flatten(1))
     # What is left of a picture after the nearest of its nine shifts is the noise.
     noise = (seen[0, 0][:, None] - stack.shifted(pictures[0])[:, which[0, 0]].transpose(0, 1)) * kept[0, 0][:, None]
     nearest = noise.square().sum(-1).min(1)

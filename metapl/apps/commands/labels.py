@@ -158,10 +158,9 @@ class Stats(Command):
             about = {"store": str(self.store), "top_k": store.top_k, "provenance": dict(store.provenance)}
             tell(json.dumps({**about, **found.to_json()}, indent=2))
         else:
-            low, middle, high = found.quartiles_of_confidence
             most = found.greatest_entropy
             tell(f"{_heading(store, found)}\n\n{_by_class(found)}\n")
-            tell(f"confidence: mean {found.mean_confidence:.1%}, quartiles {low:.1%}, {middle:.1%}, {high:.1%}")
+            tell(f"confidence: mean {found.mean_confidence:.1%}")
             tell(f"{_bars(found.confidence, 1.0)}\n")
             tell(f"entropy: mean {found.mean_entropy:.2f} of at most {most:.2f} nats\n{_bars(found.entropy, most)}")
         if self.png is not None:

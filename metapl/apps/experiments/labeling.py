@@ -18,9 +18,8 @@ from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
 from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.folders import ask, digest, scan_unlabeled
-from metapl.apps.pictures.hashes import hashes
-from metapl.apps.pictures.sets.torchvision_sets import load_image_data
+from metapl.apps.pictures.folders import ask, digest, hashes, scan_unlabeled
+from metapl.apps.pictures.sets import load_image_data
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.recipes import Digits, ImageRecipe, Recipe
 from metapl.data.feed import feed

@@ -5,10 +5,9 @@ A store is a folder:
 store.json                         classes, encoding, provenance and the parts; sealed by a checksum
 part-00000-0123456789abcdef.parquet  rows of the store, with the beginning of the file's SHA-256 in its name
 
-A part is a Parquet file of one row group, which any reader of Parquet understands. Its rows are in the order of their
-ids, and so are the parts. It is written to memory, then to a temporary file, and gets its name when its bytes are on
-disk; then the description, which names it, is replaced. So a writer that was killed goes on behind the last part that
-the description names, and a part that it does not name yet is written again.
+A part is a Parquet file of one row group. Its rows are in the order of their ids, and so are the parts. It gets its
+name when its bytes are on disk; then the description, which names it, is replaced. So a writer that was killed goes on
+behind the last part that the description names, and a part that it does not name yet is written again.
 
 The numbers of the distributions are neither compressed nor encoded, and those of a part lie in one page. So they stand
 one after another at the end of their column, and are read from there in a memory map, without a decoder.
@@ -39,16 +38,12 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 FORMAT, DESCRIPTION = 1, "store.json"
-"""The layout of stores that this version writes and reads."""
 
+# Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21.
 DIGEST_BYTES = 16
-"""Of the SHA-256 of a picture's file: the chance that any two of a billion pictures share them is 1 in 10^21."""
 
-PAGE_VALUES = 2**24
-"""Numbers of a part's distributions: pages of Parquet end long before 2^31 bytes, and a part is held in memory."""
-
-PAGE_ROWS = 16_384
-"""Rows of a part: from 20,000 on, pyarrow begins another page."""
+PAGE_VALUES = 2**24  # numbers of a part's distributions: pages of Parquet end long before 2^31 bytes
+PAGE_ROWS = 16_384  # rows of a part: from 20,000 on, pyarrow begins another page
 
 AGAIN = "Put the file back from a copy, or write the labels again to another folder (--out)."
 
@@ -60,8 +55,7 @@ require = partial(require_extra, "labels", "stored labels need")
 
 @dataclass(frozen=True)
 class Part:
-    """A file of a store, as the description has it: its name, rows, first and last id (strings or integers), its bytes
-    and their SHA-256 in hexadecimal."""
+    """A file of a store, as the description has it, with its first and last id, its bytes and their SHA-256."""
 
     file: str
     rows: Annotated[int, Range(1, most=PAGE_ROWS)]
@@ -98,11 +92,7 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def read_description(folder: Path) -> Description:
-    """What the description of a store says.
-
-    Raises:
-        MetaplError: there is none, it is damaged, or it is of another format.
-    """
+    """What the description of a store says; a MetaplError where it is missing, damaged or of another format."""
     file = folder / DESCRIPTION
     if not file.exists():
         state = "is a file" if folder.exists() else "does not exist"
@@ -117,7 +107,9 @@ def read_description(folder: Path) -> Description:
     hints = get_type_hints(Description)
     missing = [name for name in hints if name not in content]
     fault = f"it does not say {missing[0]}, or an earlier metapl began it" if missing else None
-    fault = fault or misfit_entries(content, hints) or _contradiction(content)
+    fault = fault or misfit_entries(content, hints) or classes_fault(content["classes"], content["top_k"])
+    if fault is None and not _fit_together(content):
+        fault = "its parts are not such as it describes"
     if fault is None and content.get("seal") != _seal(content):
         fault = "its checksum (seal) is of another content"
     if fault is not None:
@@ -126,25 +118,17 @@ def read_description(folder: Path) -> Description:
     return Description(**{name: content[name] for name in hints} | {"parts": parts})
 
 
-def _contradiction(content: Mapping[str, Any]) -> str | None:
-    """What in a description, whose types are as they should be, cannot be."""
+def _fit_together(content: Mapping[str, Any]) -> bool:
+    """Whether the parts of a description, whose types are as they should be, are named and counted as it says."""
     parts, kind = content["parts"], int if content["numbers"] else str
-    fault = classes_fault(content["classes"], content["top_k"])
-    if fault is not None or (content["complete"] and not parts):
-        return fault or "it has no parts"
-    for number, part in enumerate(parts):
-        if (
-            {*part} != {*Part.__dataclass_fields__}
-            or part["file"] != part_name(number, part["sha256"])
-            or not _PART.fullmatch(part["file"])
-            or not type(part["first"]) is type(part["last"]) is kind
-        ):
-            return (
-                f"its part {number} is {few([part], longest=60)}; expected the file part-{number:05} with the "
-                f"beginning of its SHA-256, and ids that are {'integers' if content['numbers'] else 'strings'}"
-            )
-    rows = sum(part["rows"] for part in parts)
-    return None if content["rows"] == rows else f"it has {content['rows']!s:.30} rows; expected {rows:,}, of its parts"
+    named = all(
+        {*part} == {*Part.__dataclass_fields__}
+        and part["file"] == part_name(number, part["sha256"])
+        and _PART.fullmatch(part["file"])
+        and type(part["first"]) is type(part["last"]) is kind
+        for number, part in enumerate(parts)
+    )
+    return named and (bool(parts) or not content["complete"]) and content["rows"] == sum(part["rows"] for part in parts)
 
 
 def classes_fault(classes: Sequence[str], top_k: int | None) -> str | None:
@@ -157,6 +141,9 @@ def classes_fault(classes: Sequence[str], top_k: int | None) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
+
+# The columns of lists, whose numbers are read without a decoder.
+MAPPED: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16), "classes": np.dtype(np.int32)}
 
 
 def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
@@ -178,10 +165,6 @@ def schema(*, numbers: bool, sparse: bool, digests: bool) -> pa.Schema:
         **({"classes": several(pa.int32())} if sparse else {}),
     }
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()])
-
-
-MAPPED: dict[str, np.dtype[Any]] = {"probabilities": np.dtype(np.float16), "classes": np.dtype(np.int32)}
-"""The columns of lists, whose numbers are read without a decoder."""
 
 
 def encoded(table: pa.Table) -> pa.Buffer:
@@ -234,31 +217,24 @@ def part_name(number: int, sha256: str) -> str:
     return f"part-{number:05}-{sha256[:16]}.parquet"
 
 
-def part_fault(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width: int, classes: int) -> str | None:
-    """What is wrong with a part, by what Parquet says of it: expected are these columns and rows, so many probabilities
-    (``width``) of an example, and so many classes. None where it is as it is written."""
+def is_part(metadata: pq.FileMetaData, expected: pa.Schema, rows: int, width: int, classes: int) -> bool:
+    """Whether a file, by what Parquet says of it, has these columns and rows, so many probabilities (``width``) of an
+    example, unencoded, and labels and copies within their ranges."""
     columns = metadata.schema.to_arrow_schema()
-    if metadata.num_rows != rows or metadata.num_row_groups != 1:
-        return f"it has {metadata.num_rows:,} rows in {metadata.num_row_groups} groups; expected {rows:,} in one"
-    if not columns.equals(expected):
-        differing = [one for one in expected if one.name not in columns.names or columns.field(one.name) != one]
-        what = f"{differing[0].name} as {differing[0].type}" if differing else f"only {', '.join(expected.names)}"
-        return f"its columns are {few(columns.names, 10, 30)}; expected {what}"
-    group, ranges = (
-        metadata.row_group(0),
-        dict.fromkeys(("label", "classes"), (0, classes - 1)) | {"copies": (1, 2**31)},
-    )
+    if (metadata.num_rows, metadata.num_row_groups) != (rows, 1) or not columns.equals(expected):
+        return False
+    group = metadata.row_group(0)
+    ranges = {"label": (0, classes - 1), "classes": (0, classes - 1), "copies": (1, 2**31)}
     for chunk in map(group.column, range(group.num_columns)):
         name, known = chunk.path_in_schema.partition(".")[0], chunk.statistics
-        if name in MAPPED and chunk.num_values != rows * width:
-            return f"it has {chunk.num_values:,} {name} in {rows:,} rows; expected {width:,} in each"
-        if name in MAPPED and (chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page):
-            return f"its column {name} is compressed or encoded; expected plain numbers"
+        is_plain = chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
+        if name in MAPPED and not (is_plain and chunk.num_values == rows * width):
+            return False
         if name in ranges:
-            (least, most), found = ranges[name], [known.min, known.max] if known and known.has_min_max else []
-            if not found or not least <= found[0] <= found[1] <= most:
-                return f"its column {name} has {' to '.join(map(str, found))}; expected {least} to {most:,}"
-    return None
+            least, most = ranges[name]
+            if not (known and known.has_min_max and least <= known.min <= known.max <= most):
+                return False
+    return True
 
 
 def store_around(path: Path) -> Path | None:

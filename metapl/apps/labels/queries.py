@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from metapl.apps.labels.files import DIGEST_BYTES
-from metapl.apps.labels.store import LabelStore
+from metapl.apps.labels.store import LabelStore, Values
 from metapl.apps.labels.writer import LabelWriter
-from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled
+from metapl.apps.pictures.folders import Progress, ask, digest, scan_unlabeled, silent
 from metapl.errors import MetaplError
+from metapl.runs.fields import Range, check_arguments
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+# Examples with their copies: `LabelStore.rows_with_copies` takes 8 bytes for each, and some memory on top.
 MOST_COPIES = 1_000_000_000
-"""Examples with their copies: :meth:`LabelStore.rows_with_copies` takes 8 bytes for each, and some memory on top."""
 
-COUNTERS = 2**22
-"""Of 8 bytes each, by which the first of each class are found."""
+COUNTERS = 2**22  # of 8 bytes each, by which the first of each class are found
 
 BINS = 20
 """Of the histograms of confidence and entropy."""
+
+# ---------------------------------------------------------------------------------------------------------- statistics
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Statistics:
         class_confidence: mean of the confidence over these; None where there are none.
         confidence: examples by confidence, in 20 bins from 0 to 1; of the last, 1 is part.
         entropy: examples by entropy, in 20 bins from 0 to the logarithm of the number of classes.
-        mean_confidence, quartiles_of_confidence: over all examples.
-        mean_entropy: in nats.
+        mean_confidence, mean_entropy: over all examples; the latter in nats.
     """
 
     rows: int
@@ -55,29 +56,71 @@ class Statistics:
     confidence: tuple[int, ...]
     entropy: tuple[int, ...]
     mean_confidence: float
-    quartiles_of_confidence: tuple[float, ...]
     mean_entropy: float
 
     @property
     def greatest_entropy(self) -> float:
-        """The end of the last bin of ``entropy``, in nats: that of evenly spread ones; 1 for a single class."""
-        return _greatest_entropy(self.classes)
+        """The end of the last bin of ``entropy``, in nats."""
+        return _greatest_entropy(len(self.classes))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
 
 
-def _greatest_entropy(classes: Sequence[str]) -> float:
-    return math.log(len(classes)) if len(classes) > 1 else 1.0
+def _greatest_entropy(classes: int) -> float:
+    return math.log(classes) if classes > 1 else 1.0
+
+
+def statistics(store: LabelStore) -> Statistics:
+    """Counts by class, and how confident the labels are.
+
+    Cost: all parts are read once, of the rows some 20 bytes each; memory for a part.
+
+    Raises:
+        MetaplError: a part is damaged.
+    """
+    classes = len(store.classes)
+    counts, copies = np.zeros((2, classes), np.int64)
+    confidences, entropies = np.zeros((2, BINS), np.int64)
+    sums, total = np.zeros(classes), 0.0
+
+    def histogram(values: Values, upper: float) -> Values:
+        bins = np.clip(np.floor(values.astype(np.float64) / upper * BINS), 0, BINS - 1)
+        return np.bincount(bins.astype(np.int64), minlength=BINS)
+
+    columns = ("label", "confidence", "entropy", "copies")
+    for table in _every(store)({*columns}):
+        label, confidence, entropy, copies_B = (table[name].to_numpy() for name in columns)
+        counts += np.bincount(label, minlength=classes)
+        copies += np.bincount(label, copies_B, classes).astype(np.int64)
+        sums += np.bincount(label, confidence, classes)
+        confidences += histogram(confidence, 1.0)
+        entropies += histogram(entropy, _greatest_entropy(classes))
+        total += float(entropy.sum(dtype=np.float64))
+    means = (float(each / count) if count else None for each, count in zip(sums, counts, strict=True))
+    return Statistics(
+        rows=len(store),
+        copies=int(copies.sum()),
+        classes=store.classes,
+        counts=tuple(counts.tolist()),
+        class_copies=tuple(copies.tolist()),
+        class_confidence=tuple(means),
+        confidence=tuple(confidences.tolist()),
+        entropy=tuple(entropies.tolist()),
+        mean_confidence=float(sums.sum()) / len(store),
+        mean_entropy=total / len(store),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How many rows :func:`select` kept, and why others were dropped.
+    """How many of the ``rows`` of a store :func:`select` kept, and why others were dropped.
 
     Args:
-        rows: of the store selected from.
         overlapping, unsure, beyond: left out because their files stand in the folder, for their confidence, and because
             others of their class are more confident.
         kept, copies: rows of the new store; each as often as it counts.
@@ -95,68 +138,12 @@ class Selection:
     unread: int = 0
 
 
-def statistics(store: LabelStore) -> Statistics:
-    """Counts by class, and how confident the labels are.
-
-    Cost: all parts are read three times, of the rows some 20 bytes each; memory for a part, and 100 MB.
-
-    Raises:
-        MetaplError: a part is damaged.
-    """
-    classes, top = len(store.classes), _greatest_entropy(store.classes)
-    counts, copies = np.zeros((2, classes), np.int64)
-    confidences, entropies = np.zeros((2, BINS), np.int64)
-    sums, total = np.zeros(classes), 0.0
-
-    def histogram(values: Values, upper: float) -> Values:
-        bins = np.clip(np.floor(values.astype(np.float64) / upper * BINS), 0, BINS - 1)
-        return np.bincount(bins.astype(np.int64), minlength=BINS)
-
-    columns = ("label", "confidence", "entropy", "copies")
-    for table in _every(store)({*columns}):
-        label, confidence, entropy, copies_B = (table[name].to_numpy() for name in columns)
-        counts += np.bincount(label, minlength=classes)
-        copies += np.bincount(label, copies_B, classes).astype(np.int64)
-        sums += np.bincount(label, confidence, classes)
-        confidences += histogram(confidence, 1.0)
-        entropies += histogram(entropy, top)
-        total += float(entropy.sum(dtype=np.float64))
-    means = (float(each / count) if count else None for each, count in zip(sums, counts, strict=True))
-    return Statistics(
-        rows=len(store),
-        copies=int(copies.sum()),
-        classes=store.classes,
-        counts=tuple(counts.tolist()),
-        class_copies=tuple(copies.tolist()),
-        class_confidence=tuple(means),
-        confidence=tuple(confidences.tolist()),
-        entropy=tuple(entropies.tolist()),
-        mean_confidence=float(sums.sum()) / len(store),
-        quartiles_of_confidence=_quartiles(store),
-        mean_entropy=total / len(store),
-    )
-
-
-def _quartiles(store: LabelStore) -> tuple[float, ...]:
-    """Of the confidence: the values at these places of their order, between two of them in proportion."""
-    places = np.array([0.25, 0.5, 0.75]) * (len(store) - 1)
-    ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
-
-    def asked(table: pa.Table) -> Keys:
-        bits = table["confidence"].to_numpy().view(np.uint32)
-        return np.repeat(np.arange(len(ranks)), len(bits)), np.tile(bits, len(ranks))
-
-    found, _, _ = _cut(_every(store), {"confidence"}, asked, ranks + 1, 32, exact=True)
-    low, high = found.astype(np.uint32).view(np.float32).astype(np.float64).reshape(2, -1)
-    return tuple((low + (high - low) * (places - np.floor(places))).tolist())
-
-
 def select(
     store: LabelStore,
     out: Path,
     *,
-    threshold: float | None = None,
-    per_class: int | None = None,
+    threshold: Annotated[float, Range(0, 1)] | None = None,
+    per_class: Annotated[int, Range(1, most=MOST_COPIES)] | None = None,
     any_class: bool = False,
     balance: bool = False,
     drop_overlap: Path | None = None,
@@ -174,8 +161,7 @@ def select(
        ids come first. With ``any_class``, those with the greatest stored probability of this class, whatever their most
        probable class is; an example can be kept for several classes, and is kept once;
     4. classes that have fewer are filled up by duplication: of a class with n examples and a goal of N, each counts
-       ⌊N / n⌋ times, and N mod n of them once more: the first in the order of the number that the last eight bytes of
-       the MD5 of an id (as UTF-8 text, numbers in decimal) make in little-endian order. How often each counts is in the
+       ⌊N / n⌋ times, and N mod n of them, drawn by the MD5 of their ids, once more. How often each counts is in the
        column ``copies``, see :meth:`LabelStore.rows_with_copies`.
 
     Args:
@@ -199,13 +185,10 @@ def select(
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    check_arguments(select, locals())
     fault = None
     if threshold is None and per_class is None and not balance and drop_overlap is None:
         fault = "nothing was asked for; expected one or more of threshold, per_class, balance and drop_overlap"
-    elif threshold is not None and not 0 <= threshold < 1:
-        fault = f"the threshold is {threshold}; expected a confidence in [0, 1)"
-    elif per_class is not None and not 1 <= per_class <= MOST_COPIES:
-        fault = f"{per_class!s:.30} examples a class were asked for; expected 1 to {MOST_COPIES:,}"
     elif any_class and (per_class is None or balance):
         fault = "any_class needs per_class, and no balance: an example can be of several classes"
     elif drop_overlap is not None and not store.has_digests:
@@ -227,10 +210,8 @@ def select(
     before = store.provenance.get("selected", [])
     provenance = {**store.provenance, "selected": [*(before if isinstance(before, list) else [before]), asked]}
     most = max(part.rows for part in store.parts)
-    writer = LabelWriter(
-        out, store.classes, top_k=store.top_k, provenance=provenance, rows_per_part=most, resume=resume
-    )
-    with writer:
+    how: dict[str, Any] = {"top_k": store.top_k, "provenance": provenance, "rows_per_part": most, "resume": resume}
+    with LabelWriter(out, store.classes, **how) as writer:
         digests = pa.array(known, pa.binary(DIGEST_BYTES))
         least = pa.scalar(threshold, pa.float32())  # as confidence is stored: in float64, 0.3 is below 0.3 of float32
         steps: list[tuple[object, Callable[[Tables], Tables]]] = [
@@ -251,9 +232,8 @@ def select(
                 f"{unsure:,} are not above the threshold; lower it."
             )
         goal = per_class or int(counts.max())
-        if balance:
-            copies = goal * int(np.count_nonzero(counts))
-        else:
+        copies = goal * int(np.count_nonzero(counts))
+        if not balance:
             copies = sum(int(table["copies"].to_numpy().sum(dtype=np.int64)) for table in rows({"copies"}))
         if copies > MOST_COPIES:
             fault = f"the new store would count {copies:,} examples with their copies"
@@ -264,16 +244,13 @@ def select(
                 behind = table if last is None else table.filter(pc.greater(table["id"], last))
                 writer.add_table(behind.select(names))
                 done += len(behind)
-                if progress is not None:
-                    progress(done)
+                (progress or silent)(done)
     missing = tuple(name for name, count in zip(store.classes, counts.tolist(), strict=True) if not count)
     kept = int(counts.sum())
     return Selection(len(store), overlapping, unsure, beyond, kept, copies, missing, unread=found.count(None))
 
 
 # -------------------------------------------------------------------------------------------------- rows that are left
-
-Values = np.ndarray[Any, Any]
 
 Tables = Callable[[set[str]], Iterator["pa.Table"]]
 """A pass over the rows of a store that are left, in their order: a table of each part that has any, with the columns of
@@ -330,6 +307,7 @@ def _balanced(rows: Tables, counts: Values, goal: int) -> Tables:
     whole, rest = np.divmod(goal, np.maximum(counts, 1))
 
     def by_hash(table: pa.Table) -> Keys:
+        # The last eight bytes of the MD5 of an id as text, as a little-endian number.
         digests = (hashlib.md5(str(name).encode(), usedforsecurity=False).digest() for name in table["id"].to_pylist())
         return table["label"].to_numpy(), np.frombuffer(b"".join(digests), "<u8")[1::2]
 
@@ -368,17 +346,13 @@ def _first_of_each(
 
 
 def _cut(
-    rows: Tables, needs: set[str], keys: Callable[[pa.Table], Keys], most: Values, bits: int, *, exact: bool = False
+    rows: Tables, needs: set[str], keys: Callable[[pa.Table], Keys], most: Values, bits: int
 ) -> tuple[Values, Values, int]:
-    """Find the ``most`` (C,) least keys of each class, digit by digit from the highest: a pass over the rows for each.
+    """Find the ``most`` (C,) least keys, of so many bits, of each class, digit by digit from the highest: a pass over
+    the rows, of the columns ``needs``, for each, until the digits tell which rows these are.
 
-    Args:
-        rows, needs, keys, bits: which rows, and their keys of so many bits by these columns.
-        exact: also where the first digits tell which rows these are, until the prefix is the greatest of their keys.
-
-    Returns:
-        prefix, ties, shift: of each class, those rows are of the first whose bits from ``shift`` on are less than this,
-        and so many of those of which they are equal, in the order of the rows.
+    Returns prefix, ties, shift: of each class, those rows are of the first whose bits from ``shift`` on are less than
+    this, and so many of those of which they are equal, in the order of the rows.
     """
     each, digit_bits = np.arange(len(most)), max(1, COUNTERS.bit_length() - 1 - len(most).bit_length())
     prefix, wanted, shift = np.zeros(len(most), np.uint64), most, bits
@@ -398,6 +372,6 @@ def _cut(
         there = counts[each, digit]
         wanted = wanted - (totals[each, digit] - there)
         prefix = (prefix << np.uint64(step)) | digit.astype(np.uint64)
-        if not exact and ((wanted == 0) | (wanted == there)).all():
+        if ((wanted == 0) | (wanted == there)).all():
             break
     return prefix, wanted, shift

@@ -23,11 +23,10 @@ from metapl.runs.sealed import open_plain, sha256_of
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MAPPED_PARTS = 16_384
-"""Parts that are mapped; Linux gives a process 65,530 maps."""
+MAPPED_PARTS = 16_384  # parts that are mapped; Linux gives a process 65,530 maps
+KNOWN_PARTS = 64  # parts whose names are held in memory
 
-KNOWN_PARTS = 64
-"""Parts whose names are held in memory."""
+Values = np.ndarray[Any, Any]
 
 
 class LabelStore:
@@ -44,11 +43,10 @@ class LabelStore:
     Args:
         folder: of the store. Worker processes may be given a copy, which reads for itself.
 
-    Cost: to open it, some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read
-    (about 1 ms a MB), once in a process; then its numbers are read from a memory map: 2 K bytes a row (6 K with
-    classes), in any order. To find rows by their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the
-    64 parts used last. So where the same examples are read again and again, ask for their rows once, by :meth:`rows`,
-    and read by :meth:`at`.
+    Cost: some 200 bytes a part. A part is checked whole by its SHA-256 when something of it is first read (about 1 ms a
+    MB); then its numbers are read from a memory map: 2 K bytes a row (6 K with classes), in any order. To find rows by
+    their ids, a part's ids are decoded (about 1 ms for 10,000) and kept for the 64 parts used last: of examples that
+    are read again and again, ask for the rows once, by :meth:`rows`, and read by :meth:`at`.
 
     Raises:
         MetaplError: there is no store, or it is not whole, damaged or of a later format; later, when it is read: a part
@@ -90,28 +88,23 @@ class LabelStore:
         self.parts, self.has_digests, self._numbers = tuple(content.parts), content.digests, content.numbers
         self._starts = np.cumsum([0, *(part.rows for part in self.parts)])
         self._firsts = [part.first for part in self.parts]
-        self._forget()
+        self._kinds: tuple[type, ...] = (int, np.integer) if content.numbers else (str,)  # what an id may be
+        self._sound: set[int] = set()
         for part in self.parts:
             self._check_size(part)
 
-    def _forget(self) -> None:
-        """As if nothing had been read yet."""
-        self._sound: set[int] = set()
-        self._columns = lru_cache(MAPPED_PARTS)(self._mapped)
-        self._names = lru_cache(KNOWN_PARTS)(lambda number: self.table(number, ["id"]).column(0).combine_chunks())
-
     def __getstate__(self) -> dict[str, Any]:
-        # Memory maps and what was found sound stay with the process.
-        return {name: value for name, value in vars(self).items() if name not in ("_sound", "_columns", "_names")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
+        return {**vars(self), "_sound": set()}  # what was found sound stays with the process
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the labels, from the checksums of the parts; when they were written is left out."""
         return hashlib.sha256("".join(part.sha256 for part in self.parts).encode()).hexdigest()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of its parts."""
+        return layout.schema(numbers=self._numbers, sparse=self.top_k is not None, digests=self.has_digests)
 
     def __len__(self) -> int:
         """Number of rows, each of another example."""
@@ -125,39 +118,24 @@ class LabelStore:
     def __contains__(self, example: object) -> bool:
         return isinstance(example, self._kinds) and bool(self._find([example])[0] >= 0)
 
-    def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+    def __getitem__(self, ids: str | int | Sequence[str] | Sequence[int] | Values | Tensor) -> Tensor:
         """The distributions of examples by B ids in any order, float32 (B, C) on the CPU, each row summing to 1; (C,)
-        of one id.
-
-        Raises:
-            MetaplError: there is no such example.
-        """
+        of one id. A MetaplError where there is no such example."""
         if isinstance(ids, str | int | np.integer):
             return self.at(self.rows([cast(Any, ids)]))[0]
         return self.at(self.rows(ids))
 
-    def rows(self, ids: Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor) -> np.ndarray[Any, Any]:
-        """The rows of examples, int64 (B,).
-
-        Raises:
-            MetaplError: there is no such example.
-        """
+    def rows(self, ids: Sequence[str] | Sequence[int] | Values | Tensor) -> Values:
+        """The rows of examples, int64 (B,). A MetaplError where there is no such example."""
         wanted = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
         if not all(isinstance(name, self._kinds) for name in wanted):
-            expected = "integers" if self._numbers else "strings"
-            raise MetaplError(f"the ids are {described(ids)}; expected {expected}, as they are stored.")
+            raise MetaplError(f"the ids are {described(ids)}; expected {'integers' if self._numbers else 'strings'}.")
         rows = self._find(wanted)
-        missing = [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]
-        if missing:
+        if missing := [name for name, row in zip(wanted, rows.tolist(), strict=True) if row < 0]:
             raise MetaplError(f"{self.folder} has no labels of {few(missing)}; expected examples that it was made of.")
         return rows
 
-    @property
-    def _kinds(self) -> tuple[type, ...]:
-        """What an id may be."""
-        return (int, np.integer) if self._numbers else (str,)
-
-    def _find(self, ids: Sequence[Any]) -> np.ndarray[Any, Any]:
+    def _find(self, ids: Sequence[Any]) -> Values:
         """The rows of examples; −1 where there is none."""
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -166,71 +144,47 @@ class LabelStore:
         parts = np.array([bisect.bisect_right(self._firsts, name) - 1 for name in ids], dtype=np.int64)
         for number, where in _by_part(parts):
             if number >= 0:  # before the first part there is nothing
-                names = self._names(number)
+                names = _names(self._checked(number))
                 given = [ids[i] if _is_storable(ids[i]) else None for i in where.tolist()]
                 places = pc.fill_null(pc.index_in(pa.array(given, names.type), value_set=names), -1)
                 within = np.asarray(places.to_numpy(zero_copy_only=False), dtype=np.int64)
                 rows[where] = np.where(within >= 0, within + self._starts[number], -1)
         return rows
 
-    def at(self, rows: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+    def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
         """The distributions of B rows of 0, …, len − 1 in any order, float32 (B, C) on the CPU, each summing to 1; read
-        from memory maps.
-
-        Raises:
-            MetaplError: there is no such row, or a part is damaged.
-        """
+        from memory maps. A MetaplError where there is no such row, or a part is damaged."""
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
-        outside = wanted[(wanted < 0) | (wanted >= len(self))].tolist()
-        if outside:
+        if outside := wanted[(wanted < 0) | (wanted >= len(self))].tolist():
             raise MetaplError(f"{self.folder} has no row {few(outside)}; expected 0 to {len(self) - 1:,}.")
-        width = self.top_k or len(self.classes)
-        stored = {name: np.empty((len(wanted), width), kind) for name, kind in self._lists.items()}
+        width, lists = self.top_k or len(self.classes), [*layout.MAPPED][: 1 if self.top_k is None else 2]
+        stored = {name: np.empty((len(wanted), width), layout.MAPPED[name]) for name in lists}
         for number, where in _by_part(np.searchsorted(self._starts, wanted, side="right") - 1):
-            columns, places = self._columns(number), wanted[where] - self._starts[number]
+            columns, places = _columns(self._checked(number)), wanted[where] - self._starts[number]
             for name, values in stored.items():
-                values[where] = columns[name][places]
+                values[where] = columns[name].reshape(-1, width)[places]
         return spread(stored["probabilities"], stored.get("classes"), len(self.classes))
 
-    def rows_with_copies(self) -> np.ndarray[Any, Any]:
+    def rows_with_copies(self) -> Values:
         """The rows, int64, each as often as it counts: what to draw from where classes were balanced by duplication."""
         tables = (self.table(number, ["copies"]) for number in range(len(self.parts)))
         return np.repeat(np.arange(len(self)), np.concatenate([table.column(0).to_numpy() for table in tables]))
 
     def verify(self) -> None:
-        """Check the bytes of all parts, whether or not they were read.
-
-        Raises:
-            MetaplError: one is damaged; it is named.
-        """
+        """Check the bytes of all parts, whether or not they were read; a MetaplError names one that is damaged."""
         self._sound.clear()
         for number in range(len(self.parts)):
-            self._check(number)
+            self._checked(number)
 
     def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a part by its number, as pyarrow reads them: all columns, or those of these names.
-
-        Raises:
-            MetaplError: the part is damaged.
-        """
-        self._check(number)
-        return layout.read_rows(self.folder / self.parts[number].file, columns)
+        """The rows of a part by its number, as pyarrow reads them: all columns, or those of these names."""
+        return layout.read_rows(self._checked(number), columns)
 
     def digests(self) -> Iterator[tuple[Any, bytes]]:
         """The ids, each with the first 16 bytes of the SHA-256 of its file; none where the store does not have them."""
         for number in range(len(self.parts) if self.has_digests else 0):
             table = self.table(number, ["id", "digest"])
             yield from zip(table["id"].to_pylist(), table["digest"].to_pylist(), strict=True)
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of its parts."""
-        return layout.schema(numbers=self._numbers, sparse=self.top_k is not None, digests=self.has_digests)
-
-    @property
-    def _lists(self) -> dict[str, np.dtype[Any]]:
-        """The columns that hold several numbers of an example."""
-        return {name: kind for name, kind in layout.MAPPED.items() if name == "probabilities" or self.top_k is not None}
 
     def _check_size(self, part: Part) -> None:
         path = self.folder / part.file
@@ -243,15 +197,15 @@ class LabelStore:
             state = f"{'truncated' if size < part.bytes else 'damaged'}: it has {size:,} bytes"
             raise MetaplError(f"{path} is {state}, and {part.bytes:,} were written. {layout.AGAIN}")
 
-    def _check(self, number: int) -> None:
-        """Refuse a part that is not as it was written; asked once."""
+    def _checked(self, number: int) -> Path:
+        """The file of a part, which is refused where it is not as it was written; asked once."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if number in self._sound:
-            return
         part, classes = self.parts[number], len(self.classes)
-        path, fault = self.folder / part.file, None
+        path = self.folder / part.file
+        if number in self._sound:
+            return path
         self._check_size(part)
         with open_plain(path) as file:
             if sha256_of(file) != part.sha256:
@@ -260,26 +214,31 @@ class LabelStore:
             file.seek(0)
             try:
                 metadata = pq.read_metadata(file)
-                fault = layout.part_fault(metadata, self.schema, part.rows, self.top_k or classes, classes)
-            except (pa.ArrowException, OSError) as error:
-                fault = f"it is not a Parquet file ({few([error], longest=120)})"
-        if fault is not None:
-            raise MetaplError(f"{path} is not a part as {layout.DESCRIPTION} describes it: {fault}. {layout.AGAIN}")
+                is_part = layout.is_part(metadata, self.schema, part.rows, self.top_k or classes, classes)
+            except (pa.ArrowException, OSError):
+                is_part = False
+        if not is_part:
+            raise MetaplError(f"{path} is not a part as {layout.DESCRIPTION} describes it. {layout.AGAIN}")
         self._sound.add(number)
-
-    def _mapped(self, number: int) -> dict[str, np.ndarray[Any, Any]]:
-        """The columns of a part that are read without a decoder, a row an example."""
-        import pyarrow as pa
-
-        self._check(number)
-        part = self.parts[number]
-        # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
-        with pa.memory_map(os.fsencode(self.folder / part.file)) as file:
-            columns = layout.mapped_columns(file.read_buffer())
-        return {name: column.reshape(part.rows, -1) for name, column in columns.items()}
+        return path
 
 
-def _by_part(parts: np.ndarray[Any, Any]) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+@lru_cache(MAPPED_PARTS)
+def _columns(path: Path) -> dict[str, Values]:
+    """The columns of a part that are read without a decoder."""
+    import pyarrow as pa
+
+    # Unlike mmap.mmap, pyarrow's map does not need its file to stay open: a process may have few of these.
+    with pa.memory_map(os.fsencode(path)) as file:
+        return layout.mapped_columns(file.read_buffer())
+
+
+@lru_cache(KNOWN_PARTS)
+def _names(path: Path) -> pa.Array:
+    return layout.read_rows(path, ["id"]).column(0).combine_chunks()
+
+
+def _by_part(parts: Values) -> Iterator[tuple[int, Values]]:
     """Each part that occurs, and where."""
     order = np.argsort(parts, kind="stable")
     for where in np.split(order, np.flatnonzero(np.diff(parts[order])) + 1):
@@ -296,12 +255,9 @@ def _is_storable(name: str | int) -> bool:
     return is_text(name) if isinstance(name, str) else -(2**63) <= name < 2**63
 
 
-def spread(stored_BK: np.ndarray[Any, Any], classes_BK: np.ndarray[Any, Any] | None, classes: int) -> Tensor:
-    """Distributions, float32 (B, C), of the stored probabilities of some classes, which are different ones in a row, or
-    of all C in their order (None); see :class:`LabelStore`.
-
-    By numpy, in one thread: torch's would wait for each other at every small batch.
-    """
+def spread(stored_BK: Values, classes_BK: Values | None, classes: int) -> Tensor:
+    """Distributions, float32 (B, C), of the stored probabilities of some classes, or of all C in their order (None);
+    see :class:`LabelStore`. By numpy, in one thread: torch's would wait for each other at every small batch."""
     s_BK = stored_BK.astype(np.float32)
     sum_B1 = s_BK.sum(axis=1, keepdims=True)
     # NaN is not above 0 either.

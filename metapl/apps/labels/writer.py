@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 Ids = Sequence[str] | Sequence[int] | np.ndarray[Any, Any] | Tensor
 
+# How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6.
 TOLERANCE = 1e-3
-"""How far the sum of an example's probabilities may be from 1; those of a softmax are within a few 1e-6."""
 
+# What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are.
 FREE = ("begun", "made_with", "run", "pictures")
-"""What a resumed writer's provenance may say otherwise: when, on which machine, where the run and the pictures are."""
 
 ELSEWHERE = "give another folder (--out)"
 
@@ -52,22 +52,19 @@ class LabelWriter:
         classes: their names, in the order of the probabilities.
         top_k: how many of the greatest probabilities are kept of an example; None keeps all.
         provenance: what is known of the distributions, such as the model, as values that JSON has.
-        rows_per_part: rows of a file; what a kill costs. At most 16,384, and fewer where that would be more than 2^24
-            numbers.
+        rows_per_part: rows of a file, at most 16,384 and 2^24 numbers; what a kill costs.
         resume: go on with a store that is not whole, or find out that it is.
 
     Cost: the rows of a part in memory, twice while it is written.
 
     Raises:
         MetaplError: when the block is entered: pyarrow is not installed; the folder holds other files, or a finished
-            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`;
-            the disk refused, or nothing was added.
+            store; another process is writing to it; or what is resumed was begun otherwise. Later: see :meth:`add`.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "store"
     >>> with LabelWriter(folder, ["cat", "dog"]) as writer:
     ...     writer.add(["a.png", "b.png"], torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
-    >>> from metapl.apps.labels import LabelStore
     >>> LabelStore(folder)["a.png"]
     tensor([0.2500, 0.7500])
     """
@@ -83,16 +80,15 @@ class LabelWriter:
         resume: bool = False,
     ) -> None:
         fault = layout.classes_fault(classes, top_k)
+        if fault is None and not 1 <= rows_per_part <= PAGE_ROWS:
+            fault = f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}"
         if fault is not None:
             raise MetaplError(f"{fault}.")
-        if not 1 <= rows_per_part <= PAGE_ROWS:
-            raise MetaplError(f"rows_per_part is {rows_per_part}; expected 1 to {PAGE_ROWS:,}.")
         self.folder, self.classes, self.top_k, self.resume = Path(folder), tuple(classes), top_k, resume
         self.rows_per_part = max(1, min(rows_per_part, PAGE_VALUES // (top_k or len(classes))))
         begun = datetime.now(UTC).isoformat(timespec="seconds")
         self.provenance = {"begun": begun, "made_with": environment(), **(provenance or {})}
-        self.complete = False
-        """Whether the store that was to be resumed is whole, so that there is nothing to add."""
+        self.complete = False  # whether the store that was to be resumed is whole, so that there is nothing to add
         self._there: LabelStore | None = None
         self._parts: list[Part] = []
         self._schema: pa.Schema | None = None
@@ -116,15 +112,13 @@ class LabelWriter:
 
     def __enter__(self) -> Self:
         layout.require("pyarrow")
-        around = layout.store_around(self.folder)
-        if around is not None:
+        if (around := layout.store_around(self.folder)) is not None:
             raise MetaplError(f"{self.folder} lies in the store {around}; {ELSEWHERE}.")
         if self.folder.exists() and not self.folder.is_dir():
             raise MetaplError(f"{self.folder} is not a folder; expected that of a store, or a new one: {ELSEWHERE}.")
         with ExitStack() as stack:
             stack.enter_context(owned(self.folder))
-            others = sorted(name for name in os.listdir(self.folder) if not layout.is_own(name))
-            if others:
+            if others := sorted(name for name in os.listdir(self.folder) if not layout.is_own(name)):
                 raise MetaplError(f"{self.folder} holds files that are not a store's ({few(others)}); {ELSEWHERE}.")
             if (self.folder / DESCRIPTION).exists():
                 self._go_on(layout.read_description(self.folder))
@@ -138,8 +132,7 @@ class LabelWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            # What is on disk stays as it is, so that a writer can go on with it.
+        if error is not None:  # what is on disk stays, for a writer to go on with
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
@@ -154,9 +147,9 @@ class LabelWriter:
     def _go_on(self, before: Description) -> None:
         """Go on with what is there, begun as it is now."""
         if not self.resume:
-            state, mend = ("an unfinished", "go on with resume=True (--resume)")
-            if before.complete:
-                state, mend = ("a", ELSEWHERE)
+            state, mend = (
+                ("a", ELSEWHERE) if before.complete else ("an unfinished", "go on with resume=True (--resume)")
+            )
             raise MetaplError(f"{self.folder} holds {state} store of labels; {mend}.")
         then, now = (
             {"classes": [*content.classes], "top_k": content.top_k, "rows_per_part": content.rows_per_part}
@@ -210,10 +203,9 @@ class LabelWriter:
         in_order = names if self._last is None else [self._last, *names]
         if {type(name) for name in in_order} not in (set(), {str}, {int}):
             raise MetaplError(f"the ids are {described(ids)}; expected strings, or integers, over all calls.")
-        for one, other in pairwise(in_order):
-            if not one < other:
-                fault = f"the id {few([other])} comes after {few([one])}"
-                raise MetaplError(f"{fault}; expected each greater than the one before: sort the examples, each once.")
+        if wrong := next(((one, other) for one, other in pairwise(in_order) if not one < other), None):
+            fault = f"the id {few([wrong[1]])} comes after {few([wrong[0]])}"
+            raise MetaplError(f"{fault}; expected each greater than the one before: sort the examples, each once.")
         kept_BK, columns = p_BC, {}
         if self.top_k is not None:
             classes_BK = most_probable(p_BC, self.top_k)
@@ -292,7 +284,7 @@ class LabelWriter:
 
 def most_probable(p_BC: Tensor, k: int) -> Tensor:
     """The k most probable classes of each example, the most probable first; of equals the first."""
-    values, classes = p_BC.topk(min(k + 1, p_BC.shape[1]), dim=1)
+    values, classes = p_BC.topk(min(k + 1, p_BC.shape[1]), dim=1)  # a sort of all takes several times as long
     chosen = classes[:, :k]
     if values.shape[1] > k:
         tied = values[:, k - 1] == values[:, k]

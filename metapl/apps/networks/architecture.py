@@ -31,12 +31,11 @@ class Architecture:
     Args:
         name: one of :data:`NAMES`, or ``timm:NAME``, such as ``timm:convnext_tiny``.
         num_classes: number of outputs, 1 or more.
-        dropout: probability in [0, 1) of zeroing a value, 0 whatever the library's own default is; where it acts
-            depends on the network, see :func:`create`.
-        stochastic_depth: probability in [0, 1) of dropping the last block (one minus its survival probability).
+        dropout: probability in [0, 1) of zeroing a value; where it acts depends on the network, see :func:`create`.
+        stochastic_depth: probability in [0, 1) of dropping the last block.
         in_channels: channels of a picture: 3 for color, 1 for grey.
-        image_size: side of the square pictures in pixels. Vision transformers (None: their usual 224) and pooled_cnn
-            are built for one, and position embeddings of another resolution are interpolated; the others take any.
+        image_size: side of the pictures in pixels. Vision transformers (None: 224) and pooled_cnn are built for one,
+            and position embeddings of another are interpolated; the others take any.
 
     Raises:
         MetaplError: an unknown name, a number out of its range, or a field that the network does not have.
@@ -55,14 +54,14 @@ class Architecture:
     def __post_init__(self) -> None:
         family = self.family
         check_fields(self)
-        for field, has in (("dropout", family.dropout), ("stochastic_depth", family.stochastic_depth)):
-            if getattr(self, field) > 0.0 and not has:
+        for field in ("dropout", "stochastic_depth"):
+            if getattr(self, field) > 0.0 and not getattr(family, field):
                 having = ", ".join(name for name, known in FAMILIES.items() if getattr(known, field))
                 given = f"{self.name} has no {field}, and {field}={getattr(self, field)} was given"
                 raise MetaplError(f"{given}; leave it out, or take a network that has it: {having}.")
         if family.patch is not None and self.image_size is not None and self.image_size % family.patch:
-            given = f"{self.name} got image_size={self.image_size}"
-            raise MetaplError(f"{given}; expected a multiple of its patch, {family.patch}.")
+            expected = f"expected a multiple of its patch, {family.patch}"
+            raise MetaplError(f"{self.name} got image_size={self.image_size}; {expected}.")
 
     @property
     def family(self) -> Family:
@@ -71,10 +70,9 @@ class Architecture:
             return _TIMM
         if self.name not in FAMILIES:
             # With a cutoff of 0 every name comes back, in the order of likeness.
-            known = difflib.get_close_matches(self.name, NAMES, n=len(NAMES), cutoff=0.0)
+            known = ", ".join(difflib.get_close_matches(self.name, NAMES, n=len(NAMES), cutoff=0.0))
             meant = did_you_mean(self.name, NAMES) or "."
-            expected = f"Expected one of {', '.join(known)}, or timm:NAME."
-            raise MetaplError(f"there is no network {self.name!r}{meant} {expected}")
+            raise MetaplError(f"there is no network {self.name!r}{meant} Expected one of {known}, or timm:NAME.")
         return FAMILIES[self.name]
 
     def create(self, weights: str | os.PathLike[str] | None = None) -> nn.Module:
@@ -101,25 +99,16 @@ class Architecture:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How networks of one kind are built, and what they have.
-
-    Args:
-        library: the package that builds them: torchvision, timm or metapl.
-        build: makes one.
-        code: the lines of Python that make one by ``library`` alone, as ``model``, without noise, which has no weights.
-        stem, head: the names of the layers that see the channels, and that turn features into classes.
-        dropout, stochastic_depth: whether they have it.
-        patch: the side in pixels that a picture's must be a multiple of, where the network is built for one size.
-    """
+    """How networks of one kind are built, and what they have."""
 
     library: str
     build: Callable[[Architecture], nn.Module]
-    code: Callable[[Architecture], list[str]]
-    stem: str = ""
+    code: Callable[[Architecture], list[str]]  # without noise, which has no weights
+    stem: str = ""  # the layer that sees the channels
     head: str = "head"
     dropout: bool = True
     stochastic_depth: bool = False
-    patch: int | None = None
+    patch: int | None = None  # what the side of a picture is a multiple of, where the network is built for one size
 
     def heads(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the layers that turn features into classes; a distilled network of timm has several."""
@@ -130,8 +119,7 @@ class Family:
         return tuple(name for name, part in module.named_modules() if id(part) in wanted)
 
     def adapt(self, module: nn.Module, state: dict[str, Tensor]) -> tuple[str, ...]:
-        """Fit the weights of a file in place to a network of another resolution, and name what was changed: position
-        embeddings, by torchvision's own rule."""
+        """Bring the position embeddings of a file to a network's resolution, in place, and name what was changed."""
         key = "encoder.pos_embedding"
         own = module.state_dict().get(key) if self.patch is not None else None
         if own is None or key not in state or state[key].shape == own.shape or state[key].ndim != 3:
@@ -148,16 +136,10 @@ class Family:
 
 # ----------------------------------------------------------------------------------------------------------------- own
 
-_WIDTHS = {"wide_resnet28_2": 2, "wide_resnet28_10": 10}
-
 
 def _own(a: Architecture) -> nn.Module:
-    fields: dict[str, Any] = {"in_channels": a.in_channels, "dropout": a.dropout}
-    if a.name == "pooled_cnn":
-        return pooled_cnn(a.num_classes, image_size=a.image_size, **fields)
-    if a.name == "small_cnn":
-        return small_cnn(a.num_classes, **fields)
-    return wide_resnet(28, _WIDTHS[a.name], a.num_classes, **fields)
+    sized = {"image_size": a.image_size} if a.name == "pooled_cnn" else {}
+    return _OWN[a.name](a.num_classes, in_channels=a.in_channels, dropout=a.dropout, **sized)
 
 
 def _own_code(a: Architecture) -> list[str]:
@@ -166,41 +148,18 @@ def _own_code(a: Architecture) -> list[str]:
     return [f'model = metapl.apps.networks.create("{a.name}", num_classes={a.num_classes}{channels}{size})']
 
 
-_POOLED_WIDTHS = (32, 64, 128, 192)
-"""Channels of four stages. Two stages have 64 and 128, one has 128; those after the fourth have as many as it."""
-
-
 def pooled_cnn(
     num_classes: AtLeastOne = 10,
     in_channels: AtLeastOne = 3,
     dropout: Noise = 0.0,
     image_size: AtLeastOne | None = None,
 ) -> nn.Module:
-    """Build a network that learns fast from few pictures of 16 to 96 pixels.
+    """Build a network that learns fast from few pictures of ``image_size`` (None: 32) pixels, 16 to 96.
 
     Stages of 32, 64, 128, 192, 192, ... channels (64 and 128, where there are two), each a 3x3 convolution, pooling,
     batch norm and ReLU, pool by the greatest of 2x2 values until the side is 6 to 11 pixels; one more stage does not.
     Above 40 pixels, the first convolution has a stride of 2 and no pooling. Then the mean over positions, dropout and a
-    linear layer.
-
-    Args:
-        num_classes: number of outputs, 1 or more.
-        in_channels: channels of a picture: 3 for color, 1 for grey.
-        dropout: probability in [0, 1) of zeroing a feature before the linear layer.
-        image_size: side of the pictures that it is built for, in pixels, 1 or more; None: 32. It takes larger ones too,
-            and smaller ones that do not vanish in the pooling.
-
-    Returns:
-        A module from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``).
-
-    Cost: 94,762 weights for pictures of 3x32x32 and 10 classes.
-
-    Raises:
-        MetaplError: a size below 1, or a dropout outside [0, 1).
-
-    >>> network = pooled_cnn(num_classes=7, in_channels=1, image_size=24)
-    >>> network(torch.zeros(2, 1, 24, 24)).shape
-    torch.Size([2, 7])
+    linear layer. It takes larger pictures too, and smaller ones that do not vanish in the pooling.
     """
     check_arguments(pooled_cnn, locals())
     side = 32 if image_size is None else image_size
@@ -213,8 +172,7 @@ def pooled_cnn(
         plan.append((1, True))
         side //= 2
     plan.append((1, False))
-    skipped = max(0, 3 - len(plan))
-    widths = [_POOLED_WIDTHS[min(skipped + stage, len(_POOLED_WIDTHS) - 1)] for stage in range(len(plan))]
+    widths = [(32, 64, 128, 192)[min(max(0, 3 - len(plan)) + stage, 3)] for stage in range(len(plan))]
     # Pooling before batch norm leaves the others a quarter of the values: a step is up to 1.25 times as fast.
     stages = (
         nn.Sequential(
@@ -228,15 +186,20 @@ def pooled_cnn(
     return PooledFeatures(nn.Sequential(*stages), widths[-1], num_classes, dropout)
 
 
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "pooled_cnn": pooled_cnn,
+    "small_cnn": small_cnn,
+    "wide_resnet28_2": partial(wide_resnet, 28, 2),
+    "wide_resnet28_10": partial(wide_resnet, 28, 10),
+}
+
 # --------------------------------------------------------------------------------------------------------- torchvision
 
+# Stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32.
 _KEEPING_STAGES = (2, 3)
-"""The stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32."""
 
-_IMAGENET_CLASSES = 1000
-"""The head of an EfficientNet is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes
-long to unlearn; so it is drawn as for these many classes at least."""
-
+# Of each stage of EfficientNet-B0 expansion, kernel, stride, channels before and after, blocks. torchvision scales them
+# up to B7 by name; further than that it has the parts alone.
 _STAGES = (
     (1, 3, 1, 32, 16, 1),
     (6, 3, 2, 16, 24, 2),
@@ -246,16 +209,14 @@ _STAGES = (
     (6, 5, 2, 112, 192, 4),
     (6, 3, 1, 192, 320, 1),
 )
-"""Of each stage of EfficientNet-B0 expansion, kernel, stride, channels before and after, blocks. torchvision scales
-them up to B7 by name; further than that it has the parts alone."""
 
+# The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels, section 4, which
+# says the depth of B6 and a width of 5.0; that makes 317 million weights, and the 390 million that it prints follow
+# from no depth at this width.
 _SCALES = {"efficientnet_b6_wide": (5.0, 2.6), "efficientnet_l2": (4.3, 5.3)}
-"""The factors of width and depth beyond B7. L2: Noisy Student, Table 8. B6-Wide: Meta Pseudo Labels, section 4, which
-says the depth of B6 and a width of 5.0; that makes 317 million weights, and the 390 million that it prints follow from
-no depth at this width."""
 
+# A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth.
 _LARGE_VIT = {"patch_size": 14, "num_layers": 24, "num_heads": 16, "hidden_dim": 2048, "mlp_dim": 8192}
-"""A vision transformer of 1.2 billion weights, of the usual shape: twice the width of ViT-L at its depth."""
 
 
 def _torchvision(a: Architecture) -> nn.Module:
@@ -263,17 +224,16 @@ def _torchvision(a: Architecture) -> nn.Module:
     from torchvision.models.efficientnet import EfficientNet, MBConvConfig
     from torchvision.ops import StochasticDepth
 
+    is_resnet = a.name.startswith("resnet")
     if a.name in _SCALES:
         width, depth = _SCALES[a.name]
         stages = [MBConvConfig(*stage, width_mult=width, depth_mult=depth) for stage in _STAGES]
-        # The batch norm of B5 to B7.
-        norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)
+        norm = partial(nn.BatchNorm2d, eps=0.001, momentum=0.01)  # of B5 to B7
         module: Any = EfficientNet(stages, a.dropout, num_classes=a.num_classes, norm_layer=norm)
     else:
         name, given = _call(a)
-        noise = {} if a.name.startswith("resnet") else {"dropout": a.dropout}
-        module = getattr(models, name)(**given, **noise)
-    if a.name.startswith("resnet") and a.dropout > 0:
+        module = getattr(models, name)(**given, **({} if is_resnet else {"dropout": a.dropout}))
+    if is_resnet and a.dropout > 0:
         module.fc = _DroppedLinear(module.fc.in_features, a.num_classes, a.dropout)
     if a.name.startswith("efficientnet"):
         for stage in _KEEPING_STAGES if a.name.endswith("_svhn") else ():
@@ -283,11 +243,12 @@ def _torchvision(a: Architecture) -> nn.Module:
         blocks = [m for m in module.modules() if isinstance(m, StochasticDepth)]
         for number, block in enumerate(blocks, start=1):
             block.p = a.stochastic_depth * number / len(blocks)
+        # The head is drawn from ±1/sqrt(classes). For three classes that makes logits of ten, which takes long to
+        # unlearn; so it is drawn as for ImageNet's thousand at least.
         with torch.no_grad():
-            module.get_parameter("classifier.1.weight").mul_(min(1.0, a.num_classes / _IMAGENET_CLASSES) ** 0.5)
+            module.get_parameter("classifier.1.weight").mul_(min(1.0, a.num_classes / 1000) ** 0.5)
     old = module.get_submodule(a.family.stem)
     if old.in_channels != a.in_channels:
-        # A fresh first convolution for pictures that do not have three channels.
         has_bias = old.bias is not None
         new = nn.Conv2d(a.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=has_bias)
         if new.bias is None:
@@ -331,6 +292,10 @@ def _torchvision_code(a: Architecture) -> list[str]:
     return lines
 
 
+def _arguments(given: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in given.items())
+
+
 class _DroppedLinear(nn.Linear):
     """A linear layer behind dropout, under the names of a plain one."""
 
@@ -344,9 +309,6 @@ class _DroppedLinear(nn.Linear):
 
 # ---------------------------------------------------------------------------------------------------------------- timm
 
-_OWN_NAMES = {"drop_rate": "dropout", "drop_path_rate": "stochastic_depth", "in_chans": "in_channels"}
-"""What timm's arguments are called here."""
-
 
 def _timm(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and the arguments that timm took for it."""
@@ -358,17 +320,20 @@ def _timm(a: Architecture) -> tuple[nn.Module, dict[str, Any]]:
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.0))
         raise MetaplError(f"timm {timm.__version__} has no network {name!r}; the likest of those it has: {near}.")
     # Only what differs from timm's defaults, for not every network takes every argument.
-    usual = {"in_chans": 3, "drop_rate": 0, "drop_path_rate": 0, "img_size": None}
-    sizes = (a.in_channels, a.dropout, a.stochastic_depth, a.image_size)
-    given = {field: value for field, value in zip(usual, sizes, strict=True) if value != usual[field]}
-    fields: dict[str, Any] = {"num_classes": a.num_classes, **given}
+    fields: dict[str, Any] = {"num_classes": a.num_classes}
+    own = {"in_chans": "in_channels", "drop_rate": "dropout", "drop_path_rate": "stochastic_depth"}
+    for theirs, ours in own.items():
+        if getattr(a, ours) != getattr(Architecture, ours):
+            fields[theirs] = getattr(a, ours)
+    if a.image_size is not None:
+        fields["img_size"] = a.image_size
     while True:
         try:
             return timm.create_model(name, pretrained=False, **fields), fields
         except TypeError as error:
             refused = next((field for field in fields if f"'{field}'" in str(error)), "")
-            if refused in _OWN_NAMES:
-                raise MetaplError(f"{a.name} has no {_OWN_NAMES[refused]}; leave it out.") from error
+            if refused in own:
+                raise MetaplError(f"{a.name} has no {own[refused]}; leave it out.") from error
             if refused != "img_size":
                 raise
             del fields["img_size"]  # a network that takes any
@@ -381,10 +346,6 @@ def _timm_code(a: Architecture) -> list[str]:
     return [f'model = timm.create_model("{a.name.removeprefix("timm:")}", {_arguments(given)})']
 
 
-def _arguments(given: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in given.items())
-
-
 # -------------------------------------------------------------------------------------------------------- the registry
 
 _TORCHVISION = partial(Family, library="torchvision", build=_torchvision, code=_torchvision_code)
@@ -394,16 +355,15 @@ _VITS = {"b_16": 16, "b_32": 32, "l_16": 16, "l_32": 32, "h_14": 14, "1b_14": 14
 _TIMM = Family(library="timm", build=lambda a: _timm(a)[0], code=_timm_code, stochastic_depth=True)
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("pooled_cnn", "small_cnn", *_WIDTHS), Family(library="metapl", build=_own, code=_own_code)),
+    **dict.fromkeys(_OWN, Family(library="metapl", build=_own, code=_own_code)),
     **{f"resnet{depth}": _RESNET for depth in (18, 34, 50, 101, 152)},
     **{f"efficientnet_b{scale}": _EFFICIENTNET for scale in (*range(8), "0_svhn")},
     **dict.fromkeys(_SCALES, _EFFICIENTNET),
     **{f"vit_{size}": _TORCHVISION(stem="conv_proj", head="heads.head", patch=side) for size, side in _VITS.items()},
 }
-"""The networks by name; beside them, ``timm:NAME`` stands for every network of timm."""
 
 NAMES: tuple[str, ...] = tuple(FAMILIES)
-"""What :func:`create` builds, beside ``timm:NAME``."""
+"""What :func:`create` builds; beside them, ``timm:NAME`` stands for every network of timm."""
 
 
 def create(
@@ -418,8 +378,7 @@ def create(
 ) -> nn.Module:
     """Build a network by name.
 
-    The linear rule of stochastic depth, with survival probabilities p_l, is 1 − p_l = (l/L)(1 − p_L): block l of L is
-    dropped with probability (l/L) · ``stochastic_depth``, in training alone.
+    Block l of L is dropped with probability (l/L) · ``stochastic_depth``, in training alone.
 
     ====================  ==================================  =====================  ================
     name                  network                             dropout                stochastic depth
@@ -443,18 +402,15 @@ def create(
 
     Args:
         name, num_classes, dropout, stochastic_depth, in_channels, image_size: as in :class:`Architecture`.
-        weights: a local file of a state dict to start from, ``.safetensors`` or what ``torch.save`` wrote; a head for
-            another number of classes is left out, see :func:`metapl.apps.networks.load_weights`. None: fresh weights
-            from the default generator.
+        weights: a local file of a state dict to start from; a head for another number of classes is left out, see
+            :func:`metapl.apps.networks.load_weights`. None: fresh weights from the default generator.
 
     Returns:
         A module in training mode from images (B, ``in_channels``, H, W) to logits (B, ``num_classes``). It runs with
         every mode of feedback.
 
     Raises:
-        MetaplError: an unknown name (the known ones are listed, the likest first), a number out of its range, a
-            dropout or stochastic depth that the network does not have, timm not installed, a file of weights that is
-            damaged or of another network.
+        MetaplError: as :class:`Architecture`; timm is not installed; the weights are damaged or of another network.
 
     >>> import torch
     >>> with torch.device("meta"):

@@ -1,10 +1,12 @@
-"""Pretrained weights from a local file, ImageNet's as torchvision fetches them among these."""
+"""What is done with a network that stands: weights of a file put into it, parameters grouped for optimisers, the
+normalisation of pictures put before it."""
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from urllib.parse import urlparse
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from metapl.errors import MetaplError, few, reason_of
 
@@ -47,15 +50,12 @@ def load_weights(
     heads: Iterable[str] = (),
     adapt: Callable[[nn.Module, dict[str, Tensor]], tuple[str, ...]] | None = None,
 ) -> LoadedWeights:
-    """Put the weights of a local file into a network.
-
-    The file is a state dict by ``torch.save``, alone or under "state_dict" or "model" as training programs store it,
-    or ``.safetensors``. It is read without running code from it. Prefixes that data parallelism and ``torch.compile``
-    put before every name are taken off.
+    """Put the weights of a local file into a network, which is changed in place, or not at all.
 
     Args:
-        module: the network; it is changed in place, or not at all.
-        file: a ``.safetensors`` file, or one that ``torch.save`` wrote.
+        module: the network.
+        file: a state dict, ``.safetensors`` or by ``torch.save``, alone or under "state_dict" or "model". It is read
+            without running code from it. Prefixes of data parallelism and ``torch.compile`` are taken off its names.
         heads: names of the layers that give the classes. One whose number of classes differs from the file's, or that
             the file does not have, keeps the weights that it has.
         adapt: called with the network and the file's tensors, may change the latter and names those it changed.
@@ -86,40 +86,32 @@ def load_weights(
     # Files from before PyTorch 0.4.1 do not count batches; only momentum=None would ask for the count.
     optional = {*fresh, *(name for name in own if name.endswith("num_batches_tracked") and name not in state)}
     expected = {name: t for name, t in own.items() if name not in optional}
-    pairs = [(name, fits[name], t) for name, t in expected.items() if name in fits]
-    kinds = {
-        "it lacks": [name for name in expected if name not in fits],
-        "the network has no": [name for name in fits if name not in expected],
-        "other shapes:": [f"{n} {(*a.shape,)} instead of {(*b.shape,)}" for n, a, b in pairs if a.shape != b.shape],
-        "whole numbers for real ones or the reverse:": [
-            name for name, a, b in pairs if a.is_floating_point() != b.is_floating_point()
-        ],
-    }
-    faults = [f"{kind} {few(names)}" for kind, names in kinds.items() if names]
-    if faults:
+    kinds = {name: (_kind(fits.get(name)), _kind(expected.get(name))) for name in {**expected, **fits}}
+    if faults := [f"{name} {a} instead of {b}" for name, (a, b) in kinds.items() if a != b]:
         raise MetaplError(
-            f"the weights in {path} are not of this network: {'; '.join(faults)}. Only the head may differ, by its "
-            "number of classes; create the network that the weights are of."
+            f"the weights in {path} are not of this network: {few(faults)}. Only the head may differ, by its number of "
+            "classes; create the network that the weights are of."
         )
     module.load_state_dict({**own, **fits})
     return LoadedWeights(path, tuple(fits), tuple(fresh), interpolated)
 
 
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{(*tensor.shape,)}" + " of whole numbers" * (not tensor.is_floating_point())
+
+
 def head_outputs(file: str | os.PathLike[str], heads: Iterable[str]) -> int | None:
-    """The number of classes of the weights in a file: the outputs of the first of the ``heads``, which are layers that
-    give the classes, that the file has; None: it has none of them. Raises as :func:`load_weights`."""
+    """The number of classes of the weights in a file, by the first of the ``heads`` that it has; None: it has none."""
     state = _without_prefixes(_state_dict(Path(file)), ())
     names = [f"{head}.{part}" for head in heads for part in ("bias", "weight")]
     return next((len(state[name]) for name in names if name in state and state[name].ndim), None)
 
 
 def fetch_imagenet_weights(name: str) -> Path:
-    """The file of a torchvision network's newest ImageNet weights, ``resnet18``'s say, downloaded once into torch's
-    cache, its hash checked by torch.
-
-    Raises:
-        MetaplError: torchvision has no weights of that network, or the file is not there and cannot be downloaded.
-    """
+    """The file of a torchvision network's newest ImageNet weights, downloaded once into torch's cache, its hash checked
+    by torch; a MetaplError where there are none, or they cannot be had."""
     from torchvision.models import get_model_weights
 
     try:
@@ -166,8 +158,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise MetaplError(f"{path} holds {kind}; expected tensors by name, as model.state_dict() gives them.")
     state = {str(name): t for name, t in stored.items()}
     if bad := [name for name, t in state.items() if t.layout != torch.strided or t.is_meta or t.is_quantized]:
-        given = f"{path} holds tensors that are sparse, quantized or without values: {few(bad)}"
-        raise MetaplError(f"{given}; expected dense ones, as tensor.to_dense() and tensor.dequantize() give them.")
+        fault = f"{path} holds tensors that are sparse, quantized or without values: {few(bad)}"
+        raise MetaplError(f"{fault}; expected dense ones.")
     if bad := [name for name, t in state.items() if not t.isfinite().all()]:
         raise MetaplError(f"{path} holds values that are not finite, in {few(bad)}; expected finite weights.")
     return state
@@ -179,3 +171,88 @@ def _without_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[st
             return state
         state = {name.removeprefix(prefix): t for name, t in state.items()}
     return state
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, *, on_norms: bool = False) -> list[dict[str, Any]]:
+    """Split a network's parameters by whether weight decay acts on them, for ``torch.optim``.
+
+    Without ``on_norms``, decay leaves alone vectors and single numbers (biases, scales and shifts of norms, layer
+    scales) and every parameter of a norm layer: to shrink these does not make the function simpler.
+
+    Args:
+        module: the network.
+        weight_decay: λ of the decayed parameters, 0 or more.
+        on_norms: decay every parameter alike.
+
+    Returns:
+        One or two groups ``{"params": [...], "weight_decay": λ}`` in the order of ``module.parameters()``; the decayed
+        one first, none of them empty.
+
+    Raises:
+        MetaplError: a weight decay below 0.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> [(len(g["params"]), g["weight_decay"]) for g in parameter_groups(net, 5e-4)]
+    [(1, 0.0005), (3, 0.0)]
+    """
+    if not weight_decay >= 0:
+        raise MetaplError(f"parameter_groups got weight_decay={weight_decay}; expected a number of 0 or more.")
+    if on_norms:
+        return [{"params": list(module.parameters()), "weight_decay": weight_decay}]
+    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    of_norms = {id(p) for m in module.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)}
+    is_spared = {p: p.ndim <= 1 or id(p) in of_norms for p in module.parameters()}
+    decays = ((False, weight_decay), (True, 0.0))
+    groups = [{"params": [p for p in is_spared if is_spared[p] == spared], "weight_decay": w} for spared, w in decays]
+    return [group for group in groups if group["params"]]
+
+
+class Normalized(nn.Module):
+    """A network behind the normalisation of its input; see :func:`normalized`."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.module = module
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not images.is_floating_point():
+            given = f"a normalized network got {images.dtype} pictures"
+            raise MetaplError(f"{given}; expected floating-point values in [0, 1]: images / 255.")
+        # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they came.
+        logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
+        return logits
+
+    def extra_repr(self) -> str:
+        return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def normalized(module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Normalized:
+    r"""Put the normalisation of pictures into the network: what goes in is in [0, 1].
+
+    .. math:: \mathrm{logits} = f\big((x_c - \mathrm{mean}_c) / \mathrm{std}_c\big)
+
+    Args:
+        module: a network f of normalised pictures.
+        mean, std: one finite number per channel, in units of [0, 1], ``std`` above 0. They are buffers, saved with the
+            weights (beside ``module.…``) and never trained.
+
+    Returns:
+        A module from images (B, C, H, W) in [0, 1] to logits (B, K). :func:`metapl.apps.export.export` writes the
+        weights of ``module`` under its own names, and mean and std beside them.
+
+    Raises:
+        MetaplError: another mean or std; on a call, pictures of whole numbers.
+
+    >>> normalized(nn.Flatten(), mean=[0.5], std=[0.25])(torch.ones(2, 1, 1, 1))
+    tensor([[2.],
+            [2.]])
+    """
+    if not mean or len(mean) != len(std) or not all(map(math.isfinite, [*mean, *std])) or min(std) <= 0:
+        expected = "one finite number per channel in each, those of std above 0"
+        raise MetaplError(f"normalized got mean={list(mean)}, std={list(std)}; expected {expected}.")
+    return Normalized(module, mean, std)

@@ -20,7 +20,7 @@ from torch import Tensor
 from metapl.apps.pictures.reader import Box
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages, pick
 from metapl.apps.pictures.views.base import View
-from metapl.apps.pictures.views.crops import ResizedCrop
+from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
 from metapl.data.identity import NAMES
 from metapl.data.sampler import StepSampler
@@ -30,8 +30,8 @@ from metapl.runs.fingerprints import as_values, fingerprint
 
 Fetched = tuple[Tensor, ...]
 
+# Fields that are views: one derived seed each, so that no two of one step share their draws even under one seed.
 ROLES = ("view", "weak", "strong")
-"""Fields that are views: one derived seed each, so that no two of one step share their draws even under one seed."""
 
 
 class PictureBatches(StepBatches[BatchT]):
@@ -66,19 +66,17 @@ class ExampleBatches(PictureBatches[BatchT]):
     crop: ResizedCrop | None
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
         counts = {"images": len(self.images), **{key: len(column) for key, column in self.columns.items()}}
-        if set(counts.values()) != {self.sampler.size}:
+        fault = None
+        if {*counts.values()} != {self.sampler.size}:
             given = ", ".join(f"{count} {key}" for key, count in counts.items())
-            raise MetaplError(
-                f"{name} got {given} and a sampler of size {self.sampler.size}; expected the same number everywhere: "
-                "StepSampler(len(images), batch_size, seed)"
-            )
-        if self.steps is not None and self.steps < 0:
-            raise MetaplError(f"{name} got steps {self.steps}; expected 0 or more, or None for an endless stream")
-        if self.crop is not None and not isinstance(self.images, FileImages):
-            given = type(self.images).__name__
-            raise MetaplError(f"{name} got a crop for {given}; images in memory are cropped by a view, files by a crop")
+            fault = f"{given} and a sampler of size {self.sampler.size}; expected the same number everywhere"
+        elif self.steps is not None and self.steps < 0:
+            fault = f"steps {self.steps}; expected 0 or more, or None for an endless stream"
+        elif self.crop is not None and not isinstance(self.images, FileImages):
+            fault = f"a crop for {type(self.images).__name__}; images in memory are cropped by a view, files by a crop"
+        if fault is not None:
+            raise MetaplError(f"{type(self).__name__} got {fault}")
 
     @property
     def views(self) -> dict[str, View]:
@@ -188,8 +186,8 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
         crop: draws a box of the full image that is then brought to the size of ``images``; these are in files.
         stored: (n, C) stored class distributions, which items then hold too: (x, y, stored).
 
-    Items: x (B, ...) and y (B, ...). An example that a batch holds more than once is augmented anew each time. Where a
-    file is broken, both are of the one that replaces it, seen through the view that was drawn for the broken one.
+    Items: x (B, ...) and y (B, ...). Where a file is broken, both are of the one that replaces it, seen through the
+    view that was drawn for the broken one.
 
     Raises:
         MetaplError: images, labels and sampler disagree on n, steps is negative, or a crop of images in memory; on
@@ -215,18 +213,16 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
-    """The unlabeled batches: item t is (weak, strong), two views of the same images, or one tensor.
+    """The unlabeled batches: item t is (weak, strong), two views of the same images with independent draws.
 
-    weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t), with independent draws.
+    weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t).
 
     Args:
         images, sampler, seed, steps: as in :class:`LabeledBatches`.
         weak: the view that the teacher labels.
-        strong: the view that the student learns, or None for items of the weak view alone.
+        strong: the view that the student learns, or None for items of the weak view alone, one tensor.
         crop: draws a box for each view; files are decoded once.
         stored: (n, C) stored class distributions, which items then hold too, at their end.
-
-    Items: a pair of tensors (B, ...), or one tensor (B, ...) without a strong view.
 
     Raises:
         MetaplError: as :class:`LabeledBatches`.
@@ -275,10 +271,8 @@ class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels) or self.batch_size < 1:
-            raise MetaplError(
-                f"EvaluationBatches got {len(self.images)} images, {len(self.labels)} labels and batch_size "
-                f"{self.batch_size}; expected as many labels as images, and 1 or more a batch"
-            )
+            given = f"{len(self.images)} images, {len(self.labels)} labels, batch_size {self.batch_size}"
+            raise MetaplError(f"EvaluationBatches got {given}; expected as many labels as images, 1 or more a batch")
 
     @property
     def steps(self) -> int:  # type: ignore[override]  # follows from the rest

@@ -1,9 +1,10 @@
-"""Problems with the folders of a training, found before it begins."""
+"""What is wrong with files and folders of pictures, found before a training begins."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,19 +12,87 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, ask, digest, silent
-from metapl.apps.pictures.shards import open_picture, size_of
+from metapl.apps.pictures.reader import UnreadableImage, image_size, read_image
+from metapl.apps.pictures.shards import open_picture, size_of, status_of
 from metapl.errors import few
+from metapl.runs.sealed import irregular
 from metapl.words import shown
 
-Kind = Literal["classes", "test copies", "validation copies", "labeled copies", "contradiction"]
+# ------------------------------------------------------------------------------------------------- files, one by one
 
-_PARTS = {
-    **dict.fromkeys(("labeled", "labelled", "train", "training"), "labeled"),
-    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing", "heldout"), "test"),
-}
-"""What folders are called that hold the parts of a data set, and the part."""
+Depth = Literal["decode", "header", "size"]
+
+DECODE_UP_TO, DECODE_BYTES, HEADER_UP_TO = 5_000, 2**29, 50_000
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What :func:`verify_files` found: the indices of the files that passed, the names of the others with the reason,
+    and how far the files were examined."""
+
+    sound: tuple[int, ...]
+    skipped: dict[str, str]
+    depth: Depth
+
+    def summary(self) -> str:
+        """One line a reason, the most frequent first, with the number of files and the first few.
+
+        >>> Verified((0,), {"a.png": "the file is empty", "b.png": "the file is empty"}, "size").summary()
+        '2 skipped: the file is empty (a.png, b.png)'
+        """
+        reasons = defaultdict(list)
+        for name, reason in self.skipped.items():
+            reasons[reason.split(" (")[0]].append(name)  # without what is the file's own
+        ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
+        return "\n".join(f"{len(names)} skipped: {reason} ({few(names)})" for reason, names in ranked)
+
+
+def verify_files(files: Files, depth: Depth | None = None, *, progress: Progress = silent) -> Verified:
+    """Find which files can be used, and why the others cannot.
+
+    Args:
+        files: from a scan.
+        depth: "decode" reads each picture whole; "header" finds what is empty, no picture, or too large; "size" finds
+            empty files. None: decode up to 5,000 files and half a gigabyte, header up to 50,000 files, and size beyond.
+            What is found later, while training, is replaced there (see :class:`metapl.apps.pictures.FileImages`).
+        progress: called with the number of files examined.
+
+    Cost: per file, about 0.01 ms for the size, 0.1 ms for the header, and one decoding.
+    """
+    sizes = [_size(path) for path in files.paths()]
+    if depth is None:
+        total = sum(size for size in sizes if isinstance(size, int))
+        few_enough = len(sizes) <= DECODE_UP_TO and total <= DECODE_BYTES
+        depth = "size" if len(sizes) > HEADER_UP_TO else "decode" if few_enough else "header"
+    sound, skipped = [], {}
+    for index, (path, size) in enumerate(zip(files.paths(), sizes, strict=True)):
+        fault = size if isinstance(size, str) else None
+        try:
+            if fault is None and depth == "header":
+                image_size(path)
+            elif fault is None and depth == "decode":
+                read_image(path, size=(1, 1))  # of a size, JPEGs are decoded several times as fast
+        except UnreadableImage as error:
+            fault = error.reason
+        if fault is None:
+            sound.append(index)
+        else:
+            skipped[files.names[index]] = fault
+        progress(index + 1)
+    return Verified(tuple(sound), skipped, depth)
+
+
+def _size(path: str) -> int | str:
+    """Size of a file, or why it is not one to read."""
+    try:
+        mode, size = status_of(path)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    kind = irregular(mode)
+    return f"it is {kind}" if kind is not None else size or "the file is empty"
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
 
 
 @dataclass(frozen=True)
@@ -34,13 +103,14 @@ class Finding:
         level: an "error" makes results wrong or training impossible; a "warning" may be meant so.
         message: what was found, with the first few files, and how to mend it.
         files: all the files that it is about.
-        kind: of the classes' folders, of pictures that stand in two folders, or in two classes ("contradiction").
+        kind: "classes", "contradiction", or of which pictures there are copies: "test copies", "validation copies" or
+            "labeled copies".
     """
 
     level: Literal["error", "warning"]
     message: str
     files: tuple[Path, ...] = ()
-    kind: Kind = "classes"
+    kind: str = "classes"
 
 
 def check_folders(
@@ -50,7 +120,7 @@ def check_folders(
     test: LabeledFiles | None = None,
     progress: Progress = silent,
 ) -> list[Finding]:
-    """Find what would spoil a training with these folders.
+    """Find what would spoil a training with these folders; errors come first.
 
     Errors: fewer than two classes; classes that are the parts of a data set, such as labeled and test; another of these
     folders inside that of the classes; a class without pictures; a class of validation or test that training does not
@@ -63,9 +133,6 @@ def check_folders(
         labeled, unlabeled: the folders trained on.
         validation, test: the folders that are not.
         progress: called with the number of files whose bytes were compared.
-
-    Returns:
-        errors first; empty where all is well.
 
     Cost: one question to the file system for each file. Bytes are read only of files that another side has with the
     same size, and beyond 4 KiB only where these agree too.
@@ -109,8 +176,8 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         name, _, below = picture.partition("/")
         inside[name].add(below.rpartition("/")[0].partition("/")[0])
     deep = sorted(name for name, folders in inside.items() if "" not in folders)
-    parts = {name: part for name in classes if (part := _part(name))}
-    if len({*parts.values()}) > 1:
+    parts = [name for name in classes if _PARTS.fullmatch(name)]
+    if len(parts) > 1:
         is_layout, instead = any(name in parts for name in deep), _trained_on(labeled)
         what = (
             f"the classes in {root} are {few(classes)}, which {'are' if is_layout else 'may be'} the parts of a data "
@@ -127,14 +194,14 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         yield Finding("warning", what, tuple(root / name for name in deep))
 
 
-def _part(folder: str) -> str | None:
-    """The part of a data set that a folder is called like: "Held-out" is test."""
-    return _PARTS.get("".join(filter(str.isalpha, folder.casefold())))
+_PARTS = re.compile(r"(?P<own>labell?ed|train(ing)?)|unlabell?ed|val(id(ation)?)?|test(ing)?|held[ _-]?out", re.I)
+"""What folders are called that hold the parts of a data set."""
 
 
 def _trained_on(labeled: LabeledFiles) -> str:
     """The folder among the classes that is called like one of labeled pictures, if any."""
-    return next((shown(labeled.root / name) for name in labeled.classes if _part(name) == "labeled"), "")
+    found = (name for name in labeled.classes if (part := _PARTS.fullmatch(name)) and part["own"])
+    return next((shown(labeled.root / name) for name in found), "")
 
 
 def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:
@@ -167,21 +234,13 @@ def find_other_classes(labeled: LabeledFiles, held_out: LabeledFiles, name: str)
         yield Finding("warning", f"{folder} has no picture of {few(missing)}: nothing is measured there.")
 
 
+# -------------------------------------------------------------------------------------------------------------- copies
+
+
 class _File(NamedTuple):
     side: str
     path: str
     label: int = 0
-
-
-_Groups = list[list[_File]]
-
-_LEAKS: tuple[tuple[str, str, Kind], ...] = (
-    ("test", "labeled", "test copies"),
-    ("test", "unlabeled", "test copies"),
-    ("validation", "labeled", "validation copies"),
-    ("validation", "unlabeled", "validation copies"),
-    ("test", "validation", "test copies"),
-)
 
 
 def find_copies(
@@ -194,37 +253,23 @@ def find_copies(
     trained: bool = False,
 ) -> Iterator[Finding]:
     """The pictures that stand on several sides, or in several classes, by their bytes; see :func:`check_folders`.
-
-    Args:
-        trained: the labeled and unlabeled pictures were already trained on, so that the others are to be mended.
-    """
+    ``trained``: the labeled and unlabeled ones were already trained on, so that the others are to be mended."""
     files = [_File("labeled", *one) for one in zip(labeled.paths(), labeled.labels, strict=True)]
     for side, folder in (("unlabeled", unlabeled), ("validation", validation), ("test", test)):
         files += [] if folder is None else [_File(side, path) for path in folder.paths()]
 
-    def unlabeled_too(groups: _Groups) -> bool:
-        """Whether every labeled picture is an unlabeled one as well."""
-        twice = (group for group in groups if any(file.side == "unlabeled" for file in group))
-        return sum(file.side == "labeled" for group in twice for file in group) == len(labeled)
+    def on(group: list[_File], side: str) -> list[str]:
+        return [file.path for file in group if file.side == side]
 
     def contradict(group: list[_File]) -> bool:
         return len({file.label for file in group if file.side == "labeled"}) > 1
 
-    def matter(groups: _Groups) -> _Groups:
-        # That some labeled pictures are unlabeled too is usual; it is a finding where all of them might be.
-        usual = [] if unlabeled_too(groups) else [{"labeled", "unlabeled"}]
-        sides = ((group, {file.side for file in group}) for group in groups)
-        return [group for group, on in sides if contradict(group) or (len(on) > 1 and on not in usual)]
-
-    groups = _same_bytes(files, matter, progress)
-    for held_out, other, kind in _LEAKS:
-        pairs = [
-            (file.path, copy)
-            for group in groups
-            for copy in [file.path for file in group if file.side == other][:1]
-            for file in group
-            if file.side == held_out
-        ]
+    groups = _same_bytes(files, lambda group: contradict(group) or len({file.side for file in group}) > 1, progress)
+    for held_out, other in (
+        *((held_out, other) for held_out in ("test", "validation") for other in ("labeled", "unlabeled")),
+        ("test", "validation"),
+    ):
+        pairs = [(path, copy) for group in groups for copy in on(group, other)[:1] for path in on(group, held_out)]
         if pairs:
             harmless = other == "validation"
             named = few(path + f" is {copy}" * (path != copy) for path, copy in pairs)
@@ -234,54 +279,54 @@ def find_copies(
                 f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; {spoilt}: remove them from "
                 f"the {held_out if trained else other} folder.",
                 tuple(Path(path) for pair in pairs for path in pair),
-                kind,
+                f"{held_out} copies",
             )
-    if unlabeled is not None and unlabeled_too(groups):
+    twice = sum(len(on(group, "labeled")) for group in groups if on(group, "unlabeled"))
+    if unlabeled is not None and twice == len(labeled):
         # Usual in the papers, and of no use where there are no others.
         note = "it has no others, so there is nothing more to learn from; name a folder with more pictures."
         if len(unlabeled) > len(labeled):
             note = f"they are {len(labeled):,} of its {len(unlabeled):,}; that is usual and does no harm."
         what = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
         yield Finding("warning", what, kind="labeled copies")
-    twice = [[file.path for file in group if file.side == "labeled"] for group in groups if contradict(group)]
-    if twice:
-        what = f"{len(twice)} pictures are in two classes: {few(map(' and '.join, twice))}; remove them from one."
-        yield Finding("error", what, tuple(Path(path) for paths in twice for path in paths), "contradiction")
+    if doubtful := [on(group, "labeled") for group in groups if contradict(group)]:
+        what = f"{len(doubtful)} pictures are in two classes: {few(map(' and '.join, doubtful))}; remove them from one."
+        yield Finding("error", what, tuple(Path(path) for paths in doubtful for path in paths), "contradiction")
 
 
 def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
-    """The paths in one folder, and those in another, of each picture that both have, by its bytes; cost as of
-    :func:`check_folders`."""
+    """The paths in one folder, and those in another, of each picture that both have, by its bytes."""
     both = [*(_File("own", path) for path in files.paths()), *(_File("other", path) for path in others.paths())]
-    for group in _same_bytes(both, lambda groups: [g for g in groups if len({file.side for file in g}) == 2]):
-        own = [file.path for file in group if file.side == "own"]
-        yield own, [file.path for file in group if file.side == "other"]
+    for group in _same_bytes(both, lambda group: len({file.side for file in group}) == 2):
+        yield [file.path for file in group if file.side == "own"], [f.path for f in group if f.side == "other"]
 
 
 def without_copies(files: FilesT, of: Files) -> FilesT:
-    """Those of the files that another folder does not have too; cost as :func:`same_pictures`."""
+    """Those of the files that another folder does not have too."""
     copies = {path for own, _ in same_pictures(files, of) for path in own}
     return files.keep([i for i, path in enumerate(files.paths()) if path not in copies]) if copies else files
 
 
-def _same_bytes(files: list[_File], matter: Callable[[_Groups], _Groups], progress: Progress = silent) -> _Groups:
-    """Groups of files with the same bytes; ``matter`` says which groups, alike so far, are compared further.
+def _same_bytes(
+    files: list[_File], matters: Callable[[list[_File]], bool], progress: Progress = silent
+) -> list[list[_File]]:
+    """Groups of files with the same bytes; ``matters`` says of a group, alike so far, whether it is compared further.
 
     Each key costs more than the one before and sees fewer files. Uncompressed pictures all have one size, so a piece
     of them is compared before all their bytes.
     """
     groups, compared = [files], 0
     for key in (size_of, _middle, digest):
-        alike: _Groups = []
+        alike = []
         for group in groups:
             by_key: defaultdict[Hashable, list[_File]] = defaultdict(list)
             for file in group:
                 by_key[ask(key, file.path)].append(file)
                 compared += key is _middle
             by_key.pop(None, None)
-            alike += (same for same in by_key.values() if len(same) > 1)
+            alike += [same for same in by_key.values() if len(same) > 1 and matters(same)]
             progress(compared)
-        groups = matter(alike)
+        groups = alike
     return groups
 
 

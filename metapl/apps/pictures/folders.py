@@ -1,4 +1,4 @@
-"""Folders of images: the files in them, and their classes."""
+"""Folders of images: the files in them, their classes and bytes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metapl.apps.pictures.reader import SUFFIXES
-from metapl.apps.pictures.shards import SUFFIX, Manifest, members, open_picture
+from metapl.apps.pictures.shards import SUFFIX, Manifest, members, open_picture, size_of
 from metapl.errors import MetaplError, few
 from metapl.words import shown
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called now and then with the number of files done."""
 
 FilesT = TypeVar("FilesT", bound="Files")
 T = TypeVar("T")
+
+WHOLE_UP_TO, WHOLE_BYTES = 5_000, 2**30
+"""Files of a folder whose bytes are all hashed, and how many bytes; of larger folders, names and sizes are taken."""
 
 
 def silent(done: int) -> None:
@@ -33,13 +37,8 @@ def silent(done: int) -> None:
 
 @dataclass(frozen=True)
 class Files:
-    """The pictures below a folder.
-
-    Args:
-        root: the folder.
-        names: of the files, relative to it, with slashes, in the order of their characters.
-        passed_over: number of other files, by suffix.
-    """
+    """The pictures below a folder: their names relative to it, with slashes, in the order of their characters, and the
+    number of other files by suffix."""
 
     root: Path
     names: tuple[str, ...]
@@ -80,14 +79,10 @@ class LabeledFiles(Files):
         return dataclasses.replace(super().keep(indices), labels=tuple(self.labels[i] for i in indices))
 
     def targets(self, classes: Sequence[str] | None = None) -> Tensor:
-        """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own.
-
-        Raises:
-            MetaplError: there are pictures of a class that is not among ``classes``.
-        """
+        """The labels, int64 (n,), as indices into ``classes``; None: into the folder's own. A MetaplError where there
+        are pictures of another class."""
         known = {name: index for index, name in enumerate(self.classes if classes is None else classes)}
-        unknown = sorted({self.classes[label] for label in self.labels} - known.keys())
-        if unknown:
+        if unknown := sorted({self.classes[label] for label in self.labels} - known.keys()):
             raise MetaplError(f"{self.root} has pictures of {few(unknown)}; expected {few(known, 20)} alone.")
         return torch.tensor([known[self.classes[label]] for label in self.labels], dtype=torch.int64)
 
@@ -104,9 +99,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
     as ``metapl shards`` and WebDataset write them, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
 
-    Args:
-        folder: any folder.
-        progress: called with the number of pictures so far, once a folder.
+    ``progress`` is called with the number of pictures so far, once a folder.
 
     Cost: no file is opened; about a second for 100,000 files on a local disk.
 
@@ -190,7 +183,12 @@ def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], 
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise MetaplError(f"{root} {state}; expected a folder with pictures.")
-    for folder, inside, files in walk(root, _refuse, above):
+
+    def refuse(error: OSError) -> NoReturn:
+        fault = f"{shown(error.filename)} cannot be listed: {error.strerror}"
+        raise MetaplError(f"{fault}; expected a folder that can be read.") from error
+
+    for folder, inside, files in walk(root, refuse, above):
         inside[:] = filter(_is_visible, inside)
         below = Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
@@ -205,8 +203,7 @@ def _in_shards(root: Path) -> Iterator[list[str]]:
     for _, files in _listed(root):
         for tar in (name for name in files if name.endswith(SUFFIX)):
             inside = [name for name, _, _ in members(root / tar) if all(map(_is_visible, name.split("/")))]
-            twice = [name for name, times in Counter(inside).items() if times > 1]
-            if twice:
+            if twice := [name for name, times in Counter(inside).items() if times > 1]:
                 raise MetaplError(f"{shown(root / tar)} has {few(twice)} more than once; expected each name once.")
             yield [f"{tar}/{name}" for name in inside]
 
@@ -215,51 +212,31 @@ def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def _refuse(error: OSError) -> NoReturn:
-    where = shown(error.filename)
-    raise MetaplError(f"{where} cannot be listed: {error.strerror}; expected a folder that can be read.") from error
-
-
 def walk(
     root: str | Path, refuse: Callable[[OSError], None], above: str | Path | None = None
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Folders, each once, with the names of the folders and of the files in them, sorted, however deep they are.
+    """Folders, each once, with the names of the folders and of the files in them, sorted, links followed.
 
-    Args:
-        root: where to begin; links to folders are followed, also one that leads back into a folder above it. What is
-            taken from the list of a folder's folders before the next one is asked for is not gone into.
-        refuse: called with the error where a folder cannot be listed.
-        above: a folder that counts as listed already, such as that of a class's sisters.
+    What is taken from the list of a folder's folders is not gone into. ``refuse`` is called with the error where a
+    folder cannot be listed; the folder ``above`` counts as listed already.
     """
-    # Not os.walk, which calls itself for every folder in a folder.
-    waiting = [os.fspath(root)]
-    seen = set() if above is None else {_identity(above)}
-    while waiting:
-        folder = waiting.pop()
-        inside: list[str] = []
-        files: list[str] = []
-        try:
-            identity = _identity(folder)
-            if identity in seen:
+
+    def identity(folder: str) -> tuple[int, int]:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino  # what a folder and a link to it have in common
+
+    seen = set() if above is None else {identity(os.fspath(above))}
+    try:
+        for folder, inside, files in os.walk(root, onerror=refuse, followlinks=True):
+            known = ask(identity, folder)
+            if known is None or known in seen:
+                inside.clear()
                 continue
-            seen.add(identity)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    # entry.is_dir() asks no more than it must, and fails of a link that leads to itself.
-                    is_folder = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
-                    (inside if is_folder else files).append(entry.name)
-        except OSError as error:
-            refuse(error)
-            continue
-        inside.sort()
-        yield folder, inside, sorted(files)
-        waiting += [os.path.join(folder, name) for name in reversed(inside)]
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    """What a folder and a link to it have in common."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+            seen.add(known)
+            inside.sort()
+            yield folder, inside, sorted(files)
+    except RecursionError as error:  # before Python 3.12, os.walk calls itself for every folder in a folder
+        raise MetaplError(f"{root} has folders in folders, too many to go into; expected fewer.") from error
 
 
 def digest(path: str) -> bytes:
@@ -274,9 +251,41 @@ def digest(path: str) -> bytes:
 
 
 def ask(question: Callable[[str], T], path: str) -> T | None:
-    """What a function says of a file that a scan found, such as its size; None where it cannot be read: a link may lead
-    nowhere, and a file be gone since. Whoever reads the pictures leaves it out, and says so."""
+    """What a function says of a file that a scan found; None where it cannot be read, as a link that leads nowhere.
+    Whoever reads the pictures leaves it out, and says so."""
     try:
         return question(path)
     except OSError:
         return None
+
+
+def hash_files(files: Files) -> str:
+    """What a folder holds: SHA-256 over the names, the classes and the bytes of its files, in hexadecimal.
+
+    Beyond ``WHOLE_UP_TO`` files or ``WHOLE_BYTES``, sizes stand for bytes, and the result begins with "names and
+    sizes:". Files that cannot be read count by their names.
+    """
+    sizes = [ask(size_of, path) for path in files.paths()]
+    whole = len(sizes) <= WHOLE_UP_TO and sum(size or 0 for size in sizes) <= WHOLE_BYTES
+    sha256 = hashlib.sha256()
+    labels = files.labels if isinstance(files, LabeledFiles) else [None] * len(sizes)
+    for name, label, path, size in zip(files.names, labels, files.paths(), sizes, strict=True):
+        content = (ask(digest, path) or b"") if whole else str(size).encode()
+        sha256.update(f"{name}\0{label}\0".encode("utf-8", "surrogateescape") + content)
+    return sha256.hexdigest() if whole else f"names and sizes: {sha256.hexdigest()}"
+
+
+def hashes(**parts: Any) -> dict[str, str]:
+    """SHA-256 of each part of examples in memory, in hexadecimal: tensors, or tuples of them.
+
+    >>> hashes(x=torch.zeros(2))["x"][:8]
+    '46d4846c'
+    """
+    found = {}
+    for name, part in parts.items():
+        sha256 = hashlib.sha256()
+        for tensor in pytree.tree_leaves(part):
+            sha256.update(f"{tensor.dtype} {tuple(tensor.shape)}:".encode())
+            sha256.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        found[name] = sha256.hexdigest()
+    return found

@@ -24,19 +24,16 @@ if TYPE_CHECKING:
 
 _KINDS = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp")
 SUFFIXES = tuple(f".{kind}" for kind in _KINDS)
-"""Suffixes by which pictures are found in a folder; the case of the letters does not matter."""
 
 # Pillow tries no others. Some of its readers start programs: EPS runs Ghostscript, whatever the file's name ends with.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
-MAX_PIXELS = 89_478_485
-"""Pixels above which a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too."""
+MAX_PIXELS = 89_478_485  # above, a picture is refused unread: a quarter of a gigabyte of RGB, Pillow's own limit too
+LARGE = 2**24  # pixels above which a picture is shrunk before it is converted, which takes several copies
 
-LARGE = 2**24
-"""Pixels above which a picture is shrunk before it is converted, which takes several copies."""
+LUMA = (0.299, 0.587, 0.114)  # red, green and blue in brightness: ITU-R BT.601, as in Pillow
 
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in brightness: ITU-R BT.601, as in Pillow."""
+_ORIENTATION = 0x0112  # of EXIF
 
 Mode = Literal["RGB", "L"]
 
@@ -84,7 +81,7 @@ def read_image(
     size, which is several times as fast; values then differ from those of full decoding by a few levels.
 
     Raises:
-        UnreadableImage: the file cannot be opened, is empty, truncated, no picture, of more than :data:`MAX_PIXELS`, or
+        UnreadableImage: the file cannot be opened, is empty, truncated, no picture, of more than 89,478,485 pixels, or
             of numbers whose range is unknown (floating point, 32 bits).
         MetaplError: a size below 1, a center outside (0, 1]; the memory does not suffice.
 
@@ -104,11 +101,8 @@ def read_image(
 
 
 def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], mode: Mode = "RGB") -> list[Tensor]:
-    """Read boxes of a picture, decoding it once: for each crop, which says from the (height, width) of the upright
-    picture which box of it to use, uint8 (3, H, W) or (1, H, W) of this size, whatever the shape of the box.
-
-    Path, mode, cost, raises: as :func:`read_image`.
-    """
+    """Read boxes of a picture, decoding it once: for each crop of the upright picture, uint8 (3, H, W) or (1, H, W) of
+    this size; else as :func:`read_image`."""
     if min(size) < 1:
         raise MetaplError(f"read_image got size {size}; expected sides of 1 or more")
     with _opened(path) as image:
@@ -134,9 +128,6 @@ def read_crops(path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int]
         return [_resized(upright, size, box, (width, height)) for box in boxes]
 
 
-_ORIENTATION = 0x0112  # of EXIF
-
-
 def fitted(image: Image, *, mode: Mode = "RGB", size: tuple[int, int]) -> Tensor:
     """A picture of Pillow's, such as a frame of a video, brought to a mode and a size as :func:`read_image` does."""
     plain = _plain(image, mode)
@@ -156,8 +147,7 @@ def gray_image(path: str | Path, size: int) -> Tensor:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of a picture as its header has them, before any turning; raises as :func:`read_image`, for what
-    the header shows."""
+    """(height, width) of a picture as its header has them, before any turning."""
     with _opened(path) as image:
         return image.height, image.width
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.folders import Files, Progress, ask, digest, scan_unlabeled, silent
 from metapl.apps.pictures.reader import UnreadableImage, image_size
 from metapl.apps.pictures.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
-from metapl.apps.pictures.verify import verify_files
 from metapl.errors import MetaplError, few
 from metapl.runs.atomic import is_temporary, remove_temporary, replacing
 from metapl.runs.ownership import LOCK, owned
@@ -33,36 +33,26 @@ def write_shards(
     """Write the pictures of a folder as tar files that WebDataset reads too, and that stand for the folder in training.
 
     The pictures are copied byte by byte in the order of their names, and a shard has no time or owner in it: the same
-    pictures give the same bytes. A shard gets its name when it is whole.
-
-    Args:
-        folder: of pictures, as for ``scan_unlabeled``: any tree.
-        out: folder of the shards; made if need be. Those that were written before are kept where they have their
-            checksums and the bytes of the pictures, and written again where not.
-        per_shard: pictures of a shard.
-        progress: called with the number of pictures done.
-        no_picture: called with the path of each file that is no picture by its header, or is not there. It is copied,
-            unless it is empty.
-
-    Cost: one reading and one writing of every picture, in memory for the largest; one reading of what is there.
-
-    Raises:
-        MetaplError: a picture cannot be read; ``out`` holds something else, lies in the folder, or cannot be written.
+    pictures give the same bytes. Shards that are there are kept where they have their checksums and these bytes.
+    ``no_picture`` is called with the path of each file that is no picture by its header (it is copied), or is empty.
     """
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
-    if per_shard < 1:
-        raise MetaplError(f"write_shards got per_shard={per_shard}; expected 1 picture or more.")
     files = scan_unlabeled(folder)
     verified = verify_files(files, "size")  # links may lead nowhere
-    for one in verified.skipped:
-        no_picture(str(files.root / one.name))
-    if not verified.sound:
-        raise MetaplError(f"none of the {len(files):,} pictures in {shown(files.root)} can be read.")
+    for name in verified.skipped:
+        no_picture(str(files.root / name))
+    fault = None
+    if per_shard < 1:
+        fault = f"write_shards got per_shard={per_shard}; expected 1 picture or more"
+    elif not verified.sound:
+        fault = f"none of the {len(files):,} pictures in {shown(files.root)} can be read"
+    elif out.resolve().is_relative_to(folder.resolve()):
+        fault = f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected another place"
+    elif out.exists() and not out.is_dir():
+        fault = f"{shown(out)} is a file; expected a folder for the shards"
+    if fault is not None:
+        raise MetaplError(f"{fault}.")
     files = files.keep(verified.sound)
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise MetaplError(f"{shown(out)} lies in {shown(folder)}, whose pictures are read; expected another place.")
-    if out.exists() and not out.is_dir():
-        raise MetaplError(f"{shown(out)} is a file; expected a folder for the shards.")
     listing = hashlib.sha256()
     for name, where in zip(files.names, files.paths(), strict=True):
         listing.update(f"{name}\0{ask(size_of, where)}\0".encode("utf-8", "surrogateescape"))
@@ -93,11 +83,7 @@ def write_shards(
 
 
 def check_shards(folder: str | Path, progress: Progress = silent) -> Manifest:
-    """Compare the bytes of all shards with their checksums.
-
-    Raises:
-        MetaplError: there is no manifest, or a shard is not as it was written.
-    """
+    """Compare the bytes of all shards with their checksums; a MetaplError where one is not as it was written."""
     folder = Path(folder).expanduser()
     manifest = Manifest.read(folder)
     if manifest is None:

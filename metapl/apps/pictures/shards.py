@@ -30,11 +30,7 @@ SUFFIX, MANIFEST, FORMAT = ".tar", "shards.json", 1
 
 def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
     """The plain files of a tar file, from its headers alone (20 µs a member): the name without a leading ``./`` or
-    ``/``, where its bytes begin, and how many they are.
-
-    Raises:
-        MetaplError: it is no tar file, compressed, or cut.
-    """
+    ``/``, where its bytes begin, and how many they are. A MetaplError where it is no tar file, compressed, or cut."""
     try:
         with open_plain(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for entry in tar:
@@ -45,16 +41,15 @@ def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
             file.seek(max(0, size - 2 * tarfile.BLOCKSIZE))
             if file.read().strip(b"\0") or size < 2 * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, EOFError) as error:
-        fault = f"{shown(path)} cannot be read as a tar file: {reason_of(error)}"
-        raise MetaplError(f"{fault}; expected a whole, uncompressed one, such as `metapl shards` writes.") from error
-    except OSError as error:
-        raise MetaplError(f"{shown(path)} cannot be read: {error.strerror}.") from error
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise MetaplError(
+            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, uncompressed one, such "
+            "as `metapl shards` writes."
+        ) from error
 
 
 def open_picture(path: str | os.PathLike[str]) -> io.BufferedReader | io.BytesIO:
-    """Open a file, or a member of a tar file, for reading its bytes; raises as
-    :func:`~metapl.runs.sealed.open_plain`, also where there is no such member."""
+    """Open a file, or a member of a tar file, for reading its bytes; an OSError where there is none."""
     tar = _split(path)
     if tar is None:
         return open_plain(path)
@@ -72,70 +67,8 @@ def status_of(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
-    """The size of a file, or of a member of a tar file, in bytes; raises as :func:`status_of`."""
+    """The size in bytes of either; an OSError where there is none."""
     return status_of(path)[1]
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """A shard in a manifest: its name, its pictures, its bytes and their SHA-256."""
-
-    file: str
-    pictures: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``metapl shards`` notes of the shards that it has written, in ``shards.json`` beside them.
-
-    Args:
-        listing: SHA-256 of the names and sizes of all pictures.
-        pictures: of the folder.
-        per_shard: pictures of a shard, but for the last.
-        shards: what is written.
-    """
-
-    listing: str
-    pictures: int
-    per_shard: int
-    shards: tuple[ShardFile, ...] = ()
-
-    @property
-    def total(self) -> int:
-        """The number of shards when all are written."""
-        return -(-self.pictures // self.per_shard)
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a folder, if it has one; a MetaplError where it cannot be read."""
-        path = folder / MANIFEST
-        if not path.exists():
-            return None
-        mend = "Write the shards again, or remove this file and the tar files are taken as they are."
-        hints = {"format": Literal[1], "listing": str, "pictures": int, "per_shard": int, "shards": list[ShardFile]}
-        content = read_json(path, hints, hints, mend=mend)
-        try:
-            shards = tuple(ShardFile(**shard) for shard in content["shards"])
-            return cls(content["listing"], content["pictures"], content["per_shard"], shards)
-        except TypeError as error:
-            raise MetaplError(f"{shown(path)} is damaged: {reason_of(error)}. {mend}") from error
-
-    def check_files(self, folder: Path) -> None:
-        """Refuse shards that are missing or of another size, and fewer than there are to be."""
-        if len(self.shards) < self.total:
-            raise MetaplError(
-                f"{shown(folder)} has {len(self.shards)} of {self.total} shards, as their writing was stopped; give "
-                "the command that wrote them once more, and it goes on."
-            )
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-        wrong = [shard.file for shard in self.shards if sizes.get(shard.file) != shard.bytes]
-        if wrong:
-            raise MetaplError(
-                f"{shown(folder)}: {few(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written (missing, or of "
-                f"another size than in {MANIFEST}); copy the folder again, or write the shards again."
-            )
 
 
 def _split(path: str | os.PathLike[str]) -> tuple[str, str] | None:
@@ -175,3 +108,57 @@ def _index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
 def _hash(name: str) -> int:
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard in a manifest: its name, its pictures, its bytes and their SHA-256."""
+
+    file: str
+    pictures: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``metapl shards`` notes of the shards that it has written, in ``shards.json`` beside them."""
+
+    listing: str  # SHA-256 of the names and sizes of all pictures
+    pictures: int
+    per_shard: int  # but for the last
+    shards: tuple[ShardFile, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """The number of shards when all are written."""
+        return -(-self.pictures // self.per_shard)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest of a folder, if it has one; a MetaplError where it cannot be read."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        mend = "Write the shards again, or remove this file and the tar files are taken as they are."
+        hints = {"format": Literal[1], "listing": str, "pictures": int, "per_shard": int, "shards": list[ShardFile]}
+        content = read_json(path, hints, hints, mend=mend)
+        try:
+            shards = tuple(ShardFile(**shard) for shard in content["shards"])
+            return cls(content["listing"], content["pictures"], content["per_shard"], shards)
+        except TypeError as error:
+            raise MetaplError(f"{shown(path)} is damaged: {reason_of(error)}. {mend}") from error
+
+    def check_files(self, folder: Path) -> None:
+        """Refuse shards that are missing or of another size, and fewer than there are to be."""
+        if len(self.shards) < self.total:
+            raise MetaplError(
+                f"{shown(folder)} has {len(self.shards)} of {self.total} shards, as their writing was stopped; give "
+                "the command that wrote them once more, and it goes on."
+            )
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        if wrong := [shard.file for shard in self.shards if sizes.get(shard.file) != shard.bytes]:
+            raise MetaplError(
+                f"{shown(folder)}: {few(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written (missing, or of "
+                f"another size than in {MANIFEST}); copy the folder again, or write the shards again."
+            )

@@ -98,14 +98,12 @@ class FileImages:
     function of their position. It is recorded once, whichever process meets it: as a line of ``log``, or as a warning.
 
     Args:
-        paths: of the files.
+        paths: of the files; kept as one array of bytes, which worker processes share.
         size: (height, width) of every picture, see :func:`metapl.apps.pictures.reader.read_image`.
         mode: "RGB" or "L".
         center: share of the centered box that is used where no other box is asked for, see ``read_image``.
         log: file that gets a line of JSON, ``{"file": …, "reason": …}``, for each replaced file; see
             :func:`replaced_files`.
-
-    Cost: paths are kept as one array of bytes, which worker processes share.
 
     Raises:
         MetaplError: no path, or a side below 1; when fetching, 32 files in a row, or all, cannot be read.
@@ -167,6 +165,9 @@ class FileImages:
         """Where a picture is."""
         return Path(self._path(int(self._indices[index])))
 
+    def _path(self, number: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
+
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self._whole(indices, self._next_sound)
 
@@ -189,11 +190,48 @@ class FileImages:
         return kept.index_select(0, self._indices[used]), used
 
     def fetch_crops(self, indices: Tensor, crops: Sequence[Sequence[Crop]]) -> tuple[list[Tensor], Tensor]:
-        """V boxes of each of the pictures ``indices``, (B,) int64; none for the center alone: V tensors, uint8
-        (B, C, H, W), and which pictures they are, (B,) int64."""
+        """V boxes of each of the pictures ``indices``, (B,) int64: V tensors, uint8 (B, C, H, W), and which pictures
+        they are, (B,) int64."""
         found = [self._next_sound(index, boxes) for index, boxes in zip(indices.tolist(), crops, strict=True)]
         views = zip(*(images for images, _ in found), strict=True)
         return [torch.stack(view) for view in views], torch.tensor([used for _, used in found], dtype=torch.int64)
+
+    def _next_sound(self, index: int, crops: Sequence[Crop] = ()) -> tuple[list[Tensor], int]:
+        tries = min(_IN_A_ROW, len(self))
+        for candidate in range(index, index + tries):
+            pictures = self._try(candidate % len(self), crops)
+            if pictures is not None:
+                return pictures, candidate % len(self)
+        first = f"the first being {self.path(index)}"
+        raise MetaplError(f"{tries} pictures in a row cannot be read, {first}: is the disk still there?")
+
+    def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
+        """Boxes of a picture, or the whole one; None where it cannot be read."""
+        number = int(self._indices[index])
+        there, kept = self._kept if self._kept is not None and not crops else (None, torch.empty(0))
+        if there is not None and there[number]:
+            return [kept[number]]
+        path, worker = self._path(number), get_worker_info()
+        slot = self._reading.numpy()[worker.id] if worker is not None and worker.id < _WORKERS else np.zeros(2)
+        slot[:] = os.getpid(), number + 1
+        try:
+            if crops:
+                return read_crops(path, crops, size=self.size, mode=self.mode)
+            picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
+        except UnreadableImage as error:
+            if not self._recorded[number]:
+                self._recorded[number] = 1
+                if self.log is None:
+                    warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)
+                else:
+                    record_files(self.log, {path: error.reason})
+            return None
+        finally:
+            slot[1] = 0
+        if there is not None:
+            kept[number] = picture
+            there[number] = 1
+        return [picture]
 
     def dead_readers(self) -> list[Path]:
         """The files that worker processes were reading when they died, each reported once; to be called after a loader
@@ -214,47 +252,6 @@ class FileImages:
         numbers = sorted({int(slots[worker, 1]) - 1 for worker in dead})
         slots[dead, 1] = 0
         return [Path(self._path(number)) for number in numbers]
-
-    def _next_sound(self, index: int, crops: Sequence[Crop] = ()) -> tuple[list[Tensor], int]:
-        tries = min(_IN_A_ROW, len(self))
-        for candidate in range(index, index + tries):
-            pictures = self._try(candidate % len(self), crops)
-            if pictures is not None:
-                return pictures, candidate % len(self)
-        first = self.path(index)
-        raise MetaplError(
-            f"{tries} pictures in a row cannot be read, the first being {first}: is the disk still there?"
-        )
-
-    def _try(self, index: int, crops: Sequence[Crop]) -> list[Tensor] | None:
-        number = int(self._indices[index])
-        there, kept = (None, None) if crops or self._kept is None else self._kept
-        if there is not None and kept is not None and there[number]:
-            return [kept[number]]
-        path, worker = self._path(number), get_worker_info()
-        slot = self._reading.numpy()[worker.id] if worker is not None and worker.id < _WORKERS else np.zeros(2)
-        slot[:] = os.getpid(), number + 1
-        try:
-            if crops:
-                return read_crops(path, crops, size=self.size, mode=self.mode)
-            picture = read_image(path, size=self.size, mode=self.mode, center=self.center)
-        except UnreadableImage as error:
-            if not self._recorded[number]:
-                self._recorded[number] = 1
-                if self.log is None:
-                    warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)
-                else:
-                    record_files(self.log, {path: error.reason})
-            return None
-        finally:
-            slot[1] = 0
-        if there is not None and kept is not None:
-            kept[number] = picture
-            there[number] = 1
-        return [picture]
-
-    def _path(self, number: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]].tobytes())
 
 
 def shared_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

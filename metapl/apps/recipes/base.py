@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps.networks import Architecture
-from metapl.apps.pictures.splits import Split
+from metapl.apps.pictures.sets import Split
 from metapl.apps.recipes.ranges import Batch, Share, SomeSteps, Steps
 from metapl.apps.recipes.self_training import Selection
 from metapl.apps.recipes.settings import Optimizer, Softness

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout, UnlabeledBatches, load_digits_split
-from metapl.apps.pictures.hashes import hashes
+from metapl.apps.pictures.csv_files import csv_rows
+from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.reader import SUFFIXES, gray_image
-from metapl.apps.pictures.tables import csv_rows
 from metapl.apps.recipes.base import Recipe, Role, Task
 from metapl.apps.recipes.methods import OF_PICTURES
 from metapl.apps.recipes.ranges import require

@@ -18,16 +18,14 @@ from metapl.apps.pictures.check import (
     check_folders,
     find_nested,
     find_other_classes,
+    verify_files,
     without_copies,
 )
-from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.hashes import hash_files
-from metapl.apps.pictures.splits import stratified_split
+from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, hash_files, scan_labeled, scan_unlabeled
+from metapl.apps.pictures.sets import stratified_split
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.pictures.verify import verify_files
 from metapl.apps.pictures.views.base import Chain, Identity, View
-from metapl.apps.pictures.views.batched import Affine, Color, Flip, Hole, Recolor, Sometimes
-from metapl.apps.pictures.views.crops import ResizedCrop
+from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
 from metapl.apps.recipes.ranges import Share, Steps, Weight, require
@@ -417,7 +415,7 @@ class Look:
             self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
         if not verified.sound:
             raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        self.skipped.update({str(files.root / file.name): file.reason for file in verified.skipped})
+        self.skipped.update({str(files.root / one): reason for one, reason in verified.skipped.items()})
         return files.keep(verified.sound) if verified.skipped else files
 
     def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles | None]) -> None:

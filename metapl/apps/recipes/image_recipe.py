@@ -17,8 +17,8 @@ from metapl.apps.pictures.batches import EvaluationBatches, LabeledBatches, Unla
 from metapl.apps.pictures.reader import SUFFIXES, read_image
 from metapl.apps.pictures.store import Images
 from metapl.apps.pictures.views.base import Chain, Identity, View
-from metapl.apps.pictures.views.crops import ResizedCrop, Weak
 from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERATIONS, RandAugment
+from metapl.apps.pictures.views.transforms import ResizedCrop, Weak
 from metapl.apps.recipes.base import Recipe, Role
 from metapl.apps.recipes.methods import OF_PICTURES
 from metapl.apps.recipes.ranges import Batch, require

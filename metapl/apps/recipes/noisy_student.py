@@ -11,10 +11,8 @@ from typing import Annotated
 
 import tyro
 
-from metapl.apps.pictures.folders import scan_unlabeled
-from metapl.apps.pictures.hashes import hash_files, hashes
-from metapl.apps.pictures.sets.torchvision_sets import ImageData
-from metapl.apps.pictures.splits import Split
+from metapl.apps.pictures.folders import hash_files, hashes, scan_unlabeled
+from metapl.apps.pictures.sets import ImageData, Split
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes.image_recipe import ImageParts, Strong
 from metapl.apps.recipes.protocols import Vision, pair, preset

@@ -18,8 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 import tyro
 
-from metapl.apps.pictures.sets.torchvision_sets import ImageData, load_image_data
-from metapl.apps.pictures.splits import Split
+from metapl.apps.pictures.sets import ImageData, Split, load_image_data
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole

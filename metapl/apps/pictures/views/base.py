@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from metapl.data import draws
 from metapl.errors import MetaplError
+from metapl.execution.checks import described
 from metapl.runs.fields import Range, check_fields
 
 WIDE = (torch.float32, torch.float64)
@@ -24,6 +28,8 @@ Probability = Annotated[float, Range(0, most=1)]
 # The streams of draws, one for each use.
 GEOMETRY, NOISE, CROP, RESIZED_CROP, OPERATIONS, CUTOUT, AFFINE, COLOR, HOLE, FLIP, RECOLOR, SOMETIMES = range(12)
 SEEDED = 12
+
+GREY = 128  # fills the places that no pixel comes to: the middle level of 255, as in the authors' code
 
 
 class View(Protocol):
@@ -49,9 +55,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Chain:
-    """One view after another, first to last, each with draws of its own.
-
-    x ↦ v_n(… v_1(x)), where v_i draws from fold_in(seed, i).
+    """One view after another, x ↦ v_n(… v_1(x)), where v_i draws from fold_in(seed, i).
 
     >>> from metapl.apps.pictures import Flip, ShiftNoiseCutout
     >>> view = Chain((Flip(), ShiftNoiseCutout()))
@@ -69,15 +73,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class PictureView(ABC):
-    """A view of pictures of some types, which refuses all others.
+    """A view of pictures (B, C, H, W) of some types, which refuses all others; neither the rest of the batch nor its
+    order matters.
 
-    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W) and ``examples`` (B,) int64, and returns
-    images of the same dtype on the same device. Neither the rest of the batch nor its order matters.
-
-    Raises:
-        MetaplError: a field outside its range, or a pair whose first is above its second; on the call, images of
-            another kind, a number of examples other than B, or, of views that change colors, neither 1 nor 3 channels,
-            or values outside [0, 1]; these are looked for on the CPU only, since elsewhere that holds the device up.
+    Views that change colors take 1 or 3 channels of values in [0, 1]; values are looked at on the CPU only, since
+    elsewhere that holds the device up.
     """
 
     takes: ClassVar[tuple[torch.dtype, ...]] = WIDE
@@ -90,27 +90,27 @@ class PictureView(ABC):
                 self.require(value[0] <= value[1], name, "smallest <= largest")
 
     def __call__(self, images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
-        name = type(self).__name__
+        fault, takes_bytes = "", torch.uint8 in self.takes
         if images.ndim != 4 or images.dtype not in self.takes:
-            scaled = "" if torch.uint8 in self.takes else "images.float() / 255, and "
-            raise MetaplError(
-                f"{name} got images of shape {tuple(images.shape)} and dtype {images.dtype}; expected "
-                f"{' or '.join(map(str, self.takes))} (B, C, H, W): {scaled}images[:, None] where the channel is "
-                "missing"
+            fault = (
+                f"images of shape {tuple(images.shape)} and dtype {images.dtype}; expected "
+                f"{' or '.join(map(str, self.takes))} (B, C, H, W): "
+                f"{'' if takes_bytes else 'images.float() / 255, and '}images[:, None] where the channel is missing"
             )
-        if examples.shape != images.shape[:1]:
-            raise MetaplError(
-                f"{name} got examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index "
-                f"per image, ({len(images)},): the indices that picked the images from the data set"
+        elif examples.shape != images.shape[:1]:
+            fault = (
+                f"examples of shape {tuple(examples.shape)} for {len(images)} images; expected one index per image, "
+                f"({len(images)},): the indices that picked the images from the data set"
             )
-        if self.is_colored and images.shape[1] not in (1, 3):
-            raise MetaplError(f"{name} got images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)")
-        if self.is_colored and images.device.type == "cpu" and images.numel() and images.is_floating_point():
+        elif self.is_colored and images.shape[1] not in (1, 3):
+            fault = f"images of {images.shape[1]} channels; expected 1 (grey) or 3 (RGB)"
+        elif self.is_colored and images.device.type == "cpu" and images.numel() and images.is_floating_point():
             low, high = (bound.item() for bound in images.aminmax())
-            over = 0.5 / 255 if torch.uint8 in self.takes else 0.0  # a resized image may exceed 1 by a rounding
+            over = 0.5 / 255 if takes_bytes else 0.0  # a resized image may exceed 1 by a rounding
             if not -over <= low <= high <= 1 + over:
-                given = f"{name} got images with values from {low:g} to {high:g}"
-                raise MetaplError(f"{given}; expected 0 to 1: normalise after the views")
+                fault = f"images with values from {low:g} to {high:g}; expected 0 to 1: normalise after the views"
+        if fault:
+            raise MetaplError(f"{type(self).__name__} got {fault}")
         return self.see(images, seed, step, examples)
 
     @abstractmethod
@@ -123,6 +123,98 @@ class PictureView(ABC):
             raise MetaplError(f"{type(self).__name__}({field}={getattr(self, field)!r}): expected {expected}.")
 
 
+@dataclass(frozen=True)
+class Seeded(PictureView):
+    """A transform of one image, such as those of ``torchvision.transforms.v2``, as a view.
+
+    Before each image, the default generators of torch (on the CPU and, for images there, on CUDA), Python and numpy are
+    seeded by (seed, step, example); after the batch they are as they were.
+
+    Args:
+        transform: takes an image (C, H, W) and returns a tensor; all results have one shape. What it draws comes from
+            the default generators: one with a generator of its own is not seeded. Workers need one that can be pickled
+            where processes are not forked.
+
+    Call: as other views, with images (B, C, H, W), floating point or uint8. The result has the dtype and the shape that
+    the transform gives.
+
+    Cost: one call of the transform per image, and about 0.03 ms for the seeds. Views of whole batches are faster.
+
+    Raises:
+        MetaplError: what is given cannot be called; on the call, images of another kind, a number of examples other
+            than B, or results that are not tensors of one shape.
+
+    >>> from torchvision.transforms import v2
+    >>> view = Seeded(v2.Compose([v2.RandomPerspective(), v2.ColorJitter(brightness=0.4)]))
+    >>> images, examples = torch.rand(4, 3, 32, 32), torch.arange(4)
+    >>> first = view(images, seed=0, step=7, examples=examples)
+    >>> torch.equal(first[2:3], view(images[2:3], seed=0, step=7, examples=examples[2:3]))
+    True
+    """
+
+    takes = FLOATING_OR_BYTES
+    transform: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if not callable(self.transform) or isinstance(self.transform, type):
+            example = "such as torchvision.transforms.v2.RandomHorizontalFlip()"
+            raise MetaplError(f"Seeded got {described(self.transform)}; expected a transform of one image, {example}")
+
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        # 32 bits, which is what numpy takes.
+        keys = (draws.bits(seed, step, examples.cpu(), 1, stream=SEEDED)[:, 0] & 0xFFFFFFFF).tolist()
+        python, numpy, device = random.getstate(), np.random.get_state(), images.device  # noqa: NPY002
+        seen = []
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                for image, key in zip(images, keys, strict=True):
+                    torch.default_generator.manual_seed(key)
+                    random.seed(key)
+                    np.random.seed(key)  # noqa: NPY002  # what transforms draw from
+                    if device.type == "cuda":
+                        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+                    seen.append(self.transform(image))
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+        shapes = {tuple(x.shape) if isinstance(x, Tensor) else described(x) for x in seen}
+        if len(shapes) > 1 or not all(isinstance(x, Tensor) for x in seen):
+            raise MetaplError(
+                f"the transform of Seeded gave {' and '.join(map(str, sorted(shapes, key=str)))} for images of shape "
+                f"{tuple(images.shape[1:])}; expected tensors of one shape: end it with a resize or a crop of one size"
+            )
+        return torch.stack(seen) if seen else images
+
+
 def below(u: Tensor, bound: Tensor | int) -> Tensor:
     """Uniform [0, 1) in float64 to uniform {0, …, bound − 1}: 53 bits keep the product below any bound in use."""
     return (u * bound).long()
+
+
+def crop_flip(images: Tensor, offsets_B2: Tensor, flip_B: Tensor | None, fill: float) -> Tensor:
+    """Mirror the images of ``flip_B``, then cut each at its own offset (down, right), of either sign, with ``fill``
+    outside it; for images (B, C, H, W) of any dtype."""
+    height, width = images.shape[2:]
+    rows_BH = torch.arange(height, device=images.device) + offsets_B2[:, :1]
+    cols_BW = torch.arange(width, device=images.device) + offsets_B2[:, 1:]
+    if flip_B is not None:
+        cols_BW = torch.where(flip_B[:, None], width - 1 - cols_BW, cols_BW)
+    return gather(images, rows_BH[:, :, None], cols_BW[:, None, :], fill)
+
+
+def gather(images: Tensor, rows: Tensor, cols: Tensor, fill: float) -> Tensor:
+    """The pixels at ``rows`` and ``cols``, which broadcast to (B, H, W), and ``fill`` where there are none."""
+    _, channels, height, width = images.shape
+    nearest_rows, nearest_cols = rows.clamp(0, height - 1), cols.clamp(0, width - 1)
+    inside = (nearest_rows == rows) & (nearest_cols == cols)
+    flat = (nearest_rows * width + nearest_cols).flatten(1)[:, None].expand(-1, channels, -1)
+    return images.flatten(2).gather(2, flat).view_as(images).masked_fill(~inside[:, None], fill)
+
+
+def cutout(images: Tensor, corners_B2: Tensor, side: int, fill: float) -> Tensor:
+    """Fill a square with the given upper left corner (row, column); what lies outside the image is lost."""
+    height, width = images.shape[2:]
+    rows_BH = torch.arange(height, device=images.device) - corners_B2[:, :1]
+    cols_BW = torch.arange(width, device=images.device) - corners_B2[:, 1:]
+    square_BHW = ((rows_BH >= 0) & (rows_BH < side))[:, :, None] & ((cols_BW >= 0) & (cols_BW < side))[:, None, :]
+    return images.masked_fill(square_BHW[:, None], fill)

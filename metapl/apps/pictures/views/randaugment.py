@@ -1,17 +1,16 @@
-"""The strong view of the paper's image protocols: RandAugment and Cutout.
-
-Where the settings of the paper are not known, they are those of the code that its authors published.
-"""
+"""The strong view of the paper's image protocols: RandAugment and Cutout, with the settings of the authors' code where
+the paper does not say."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metapl.apps.pictures.views import base, operations
+from metapl.apps.pictures.views import base
 from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, below
 from metapl.data import draws
 from metapl.execution.device import to_device
@@ -59,17 +58,13 @@ class RandAugment(PictureView):
         operations: names from ``CIFAR_OPERATIONS``.
         probability: smallest and largest p; (1, 1) has every drawn operation take place, as RandAugment's paper does.
         translate: share of the side that ℓ = 1 moves by: an eighth for CIFAR-10, 100/224 for ImageNet.
-        cutout: side of the square in pixels, 0 for none; its center is uniform on the image, and what lies outside the
-            image is lost.
+        cutout: side of the square in pixels, 0 for none; its center is uniform on the image.
 
-    Call: as :class:`Weak`, with C = 1 or 3 and values in [0, 1] or bytes. For Sample Pairing, the other image depends
-    on which examples the batch holds. On CUDA, values outside [0, 1] are cut off, as a look would hold the device up.
+    Call, raises: as :class:`Weak`, with C = 1 or 3 and values in [0, 1] or bytes; on CUDA, others are cut off instead
+    of refused. For Sample Pairing, the other image depends on which examples the batch holds.
 
     Cost: each image is changed by its own operations alone; one transfer to the device and no synchronisation, with
-    ``examples`` on the CPU. From CUDA they are fetched, which is one.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, as :class:`Weak`, or, on the CPU, values outside [0, 1].
+    ``examples`` on the CPU.
 
     The paper's section 3.2 and Table 5.
 
@@ -99,9 +94,8 @@ class RandAugment(PictureView):
         return self.magnitude / self.scale
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        levels = images
-        if images.is_floating_point():
-            levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8)
+        is_float = images.is_floating_point()
+        levels = (255 * images.float()).round().clamp(0, 255).to(torch.uint8) if is_float else images
         counts, rows = self._plan(seed, step, examples.cpu(), *images.shape[2:])
         rows = to_device(rows, images.device)
         changed = levels
@@ -111,8 +105,8 @@ class RandAugment(PictureView):
             changed = torch.cat([self._change(name, x, levels, row) for name, x, row in each if len(x)] or [changed])
         changed = changed[rows[-3]]
         if self.cutout > 0:
-            changed = operations.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, operations.GREY)
-        if not images.is_floating_point():
+            changed = base.cutout(changed, rows[-2:].T - self.cutout // 2, self.cutout, base.GREY)
+        if not is_float:
             return changed
         wide = torch.promote_types(images.dtype, torch.float32)
         # CUDA divides by a number of the host's as it multiplies by the rounded reciprocal; the CPU does not.
@@ -120,26 +114,22 @@ class RandAugment(PictureView):
 
     def _plan(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[list[list[int]], Tensor]:
         """All draws, on the CPU, where the host can read how many images each operation gets: per drawn operation, the
-        number of images in each of ``_groups``, and rows (8n + 3, B). These are per drawn operation, with the images in
-        the order of their groups: where each stands in the order before, the image to pair it with, and six numbers of
-        an affine map. Then, in the order of the batch: where each stands in the last order, and the center of its
-        square."""
+        number of images in each of ``_groups``, and rows (8n + 3, B). Per drawn operation, with the images in the order
+        of their groups: where each stands in the order before, the image to pair it with, and six numbers of an affine
+        map. Then, in the order of the batch: where each stands in the last order, and the center of its square."""
         u = draws.uniform(seed, step, examples, 1 + 4 * self.n, stream=base.OPERATIONS, dtype=torch.float64)
         low, high = self.probability
         p_B = low + (high - low) * u[:, 0]
         groups = self._groups
         group_of = torch.tensor([groups.index(_MOVED if name in _MOVES else name) for name in self.operations])
         signed, size = (self.level, -self.level), (self.translate, height, width)
-        stay: operations.Affine = (1, 0, 0, 0, 1, 0)
-        moves = (
-            [_MOVES[name](level, *size) if name in _MOVES else stay for level in signed] for name in self.operations
-        )
-        maps = torch.tensor([list(map(operations.fixed_point, both)) for both in moves])
+        stay: Affine = (1, 0, 0, 0, 1, 0)
+        moves = ([_MOVES[op](level, *size) if op in _MOVES else stay for level in signed] for op in self.operations)
+        maps = torch.tensor([list(map(fixed_point, both)) for both in moves])
         counts, rows, place_B = [], [], torch.arange(len(examples))
         for u_choice_B, u_place_B, u_sign_B, u_other_B in u[:, 1:].T.split(4):
             choice_B = below(u_choice_B, len(self.operations))
-            # Group 0 is left as it is.
-            group_B = group_of[choice_B] * (u_place_B < p_B)
+            group_B = group_of[choice_B] * (u_place_B < p_B)  # group 0 is left as it is
             order_B = group_B.argsort(stable=True)
             matrices_B6 = maps[choice_B, (u_sign_B < 0.5).long()]
             rows += [place_B[order_B], _others(examples, u_other_B)[order_B], *matrices_B6[order_B].T]
@@ -157,29 +147,29 @@ class RandAugment(PictureView):
         if group == _AS_IT_IS:
             return images
         if group == _MOVED:
-            return operations.affine(images, rows[2:].T)
+            return affine(images, rows[2:].T)
         if group == _PAIRED:
-            return operations.blend(images, originals[rows[1]], min(0.4 * self.level, 0.4))
+            return blend(images, originals[rows[1]], min(0.4 * self.level, 0.4))
         return _RECOLORS[group](images, self.level)
 
 
 _AS_IT_IS, _MOVED, _PAIRED = "as it is", "moved", "Sample Pairing"
 
 _RECOLORS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "AutoContrast": lambda levels, level: operations.autocontrast(levels),
-    "Brightness": lambda levels, level: operations.blend(torch.zeros_like(levels), levels, 0.1 + 1.8 * level),
-    "Color": lambda levels, level: operations.color(levels, 0.1 + 1.8 * level),
-    "Contrast": lambda levels, level: operations.contrast(levels, 0.1 + 1.8 * level),
-    "Equalize": lambda levels, level: operations.equalize(levels),
+    "AutoContrast": lambda levels, level: autocontrast(levels),
+    "Brightness": lambda levels, level: blend(torch.zeros_like(levels), levels, 0.1 + 1.8 * level),
+    "Color": lambda levels, level: color(levels, 0.1 + 1.8 * level),
+    "Contrast": lambda levels, level: contrast(levels, 0.1 + 1.8 * level),
+    "Equalize": lambda levels, level: equalize(levels),
     "Invert": lambda levels, level: 255 - levels,
-    "Sharpness": lambda levels, level: operations.sharpness(levels, 0.1 + 1.8 * level),
+    "Sharpness": lambda levels, level: sharpness(levels, 0.1 + 1.8 * level),
     "Posterize": lambda levels, level: levels & (256 - (1 << (8 - min(max(int(4 * level), 1), 8)))),
     "Solarize": lambda levels, level: torch.where(levels < int(256 * level) % 256, levels, 255 - levels),
 }
 
 # By signed level, share to translate by, height and width. Rows shear to the left, columns up.
-_MOVES: dict[str, Callable[[float, float, int, int], operations.Affine]] = {
-    "Rotate": lambda level, share, height, width: operations.rotation(30 * level, height, width),
+_MOVES: dict[str, Callable[[float, float, int, int], Affine]] = {
+    "Rotate": lambda level, share, height, width: rotation(30 * level, height, width),
     "ShearX": lambda level, share, height, width: (1, 0.3 * level, 0, 0, 1, 0),
     "ShearY": lambda level, share, height, width: (1, 0, 0, 0.3 * level, 1, 0),
     "TranslateX": lambda level, share, height, width: (1, 0, -share * level * width, 0, 1, 0),
@@ -193,3 +183,95 @@ def _others(examples: Tensor, u_B: Tensor) -> Tensor:
     order_B = examples.argsort(stable=True)
     rank_B = order_B.argsort()
     return order_B[(rank_B + 1 + below(u_B, max(batch - 1, 1))) % batch]
+
+
+# --------------------------------------------------------------------------------------- the operations, as in Pillow
+
+# On batches of 8-bit levels (B, C, H, W), C = 1 or 3. All arithmetic is on integers or is single float operations that
+# IEEE 754 rounds in one way only, so that a picture's result is the same on every device and in every batch.
+
+
+def autocontrast(levels: Tensor) -> Tensor:
+    """Stretch each channel of each picture to 0 … 255; a channel of one level stays. ``ImageOps.autocontrast``."""
+    low = levels.amin((2, 3), keepdim=True).double()
+    high = levels.amax((2, 3), keepdim=True).double()
+    flat = high <= low
+    # A number over a tensor would be the number times a rounded reciprocal.
+    scale = torch.full_like(low, 255.0) / torch.where(flat, 1.0, high - low)
+    stretched = levels.double().mul_(scale).add_(-low * scale).clamp_(0, 255).to(torch.uint8)
+    return torch.where(flat, levels, stretched)
+
+
+def equalize(levels: Tensor) -> Tensor:
+    """Flatten the histogram of each channel of each picture. ``ImageOps.equalize``."""
+    from torchvision.transforms.v2 import functional  # two seconds of import that nothing else here needs
+
+    return functional.equalize_image(levels)  # type: ignore[no-any-return]
+
+
+def color(levels: Tensor, factor: float) -> Tensor:
+    """Away from the grey picture by ``factor``; a picture of one channel stays. ``ImageEnhance.Color``."""
+    return levels if levels.shape[1] == 1 else blend(_luma(levels).expand_as(levels), levels, factor)
+
+
+def contrast(levels: Tensor, factor: float) -> Tensor:
+    """Away from the mean grey by ``factor``. ``ImageEnhance.Contrast``; the authors' code takes its pixel count / 256
+    for the mean: a slip, which is not followed."""
+    luma = _luma(levels)
+    pixels = luma[0].numel()
+    mean = (2 * luma.sum((1, 2, 3), keepdim=True, dtype=torch.int64) + pixels) // (2 * pixels)
+    return blend(mean.to(torch.uint8).expand_as(levels), levels, factor)
+
+
+def sharpness(levels: Tensor, factor: float) -> Tensor:
+    """Away from the smoothed picture by ``factor``; the outermost pixels stay. ``ImageEnhance.Sharpness``."""
+    if min(levels.shape[2:]) < 3:
+        return levels
+    x = levels.short()
+    rows = (x[:, :, :-2] + x[:, :, 1:-1]).add_(x[:, :, 2:])
+    # The kernel is 1 everywhere and 5 in the middle.
+    total = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(x[:, :, 1:-1, 1:-1], alpha=4)
+    smooth = levels.clone()
+    # 13 is odd, so that no value is so close to halfway between two levels that a rounding could decide.
+    smooth[:, :, 1:-1, 1:-1] = total.float().mul_(1 / 13).add_(0.5).to(torch.uint8)
+    return blend(smooth, levels, factor)
+
+
+def blend(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """start + weight · (end − start), cut to 0 … 255 and truncated; weight > 1 goes beyond ``end``. ``Image.blend``."""
+    # In place and step by step, each rounded as Pillow does it.
+    return end.float().sub_(start).mul_(weight).add_(start).clamp_(0, 255).to(torch.uint8)
+
+
+def _luma(levels: Tensor) -> Tensor:
+    """(B, 1, H, W): 0.299 R + 0.587 G + 0.114 B to 16 bits after the point, rounded. ``Image.convert("L")``."""
+    if levels.shape[1] == 1:
+        return levels
+    red, green, blue = levels.int().split(1, dim=1)
+    total = red.mul_(19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(1 << 15)
+    return total.bitwise_right_shift_(16).to(torch.uint8)  # type: ignore[no-any-return]
+
+
+# (a, b, c, d, e, f): the pixel at (x, y) comes from (ax + by + c, dx + ey + f), in pixels from the upper left corner.
+Affine = tuple[float, float, float, float, float, float]
+
+
+def rotation(degrees: float, height: int, width: int) -> Affine:
+    """Counterclockwise about the center."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return cos, -sin, (width - cos * width + sin * height) / 2, sin, cos, (height - sin * width - cos * height) / 2
+
+
+def fixed_point(matrix: Affine) -> list[int]:
+    """An affine map of pixel indices in units of 2⁻¹⁶ pixels, for :func:`affine`. Pixels are taken at their centers."""
+    a, b, c, d, e, f = matrix
+    return [math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2)]
+
+
+def affine(levels: Tensor, matrices_B6: Tensor) -> Tensor:
+    """Move each picture by its own map, a row of int64 from :func:`fixed_point`, to the nearest pixel, with grey where
+    none is. ``Image.transform(AFFINE, NEAREST)``."""
+    a, b, c, d, e, f = matrices_B6[:, :, None, None].unbind(1)
+    y = torch.arange(levels.shape[2], device=levels.device)[:, None]
+    x = torch.arange(levels.shape[3], device=levels.device)
+    return base.gather(levels, (d * x + (e * y + f)) >> 16, (a * x + (b * y + c)) >> 16, base.GREY)

@@ -1,9 +1,9 @@
-"""Views that change a whole batch by a few tensor operations: affine maps, colors, holes and mirroring.
+"""Views that move, cut, mirror and recolor images: the paper's beside RandAugment, ImageNet's, the digits', and those
+of folders of pictures.
 
-A chain of them costs less than the passes of a small network on the same pictures. Each takes float pictures in [0, 1]
-and keeps them there. What a picture becomes depends on (seed, step, example) alone, to the last bit on one device:
-angles come from :func:`metapl.data.draws.cosine_and_sine`, sums over a picture are exact, and everything else is
-elementwise or works on one picture at a time. Products of batched matrices would depend on the batch.
+What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles come from
+:func:`metapl.data.draws.cosine_and_sine`, sums over a picture are exact, and everything else is elementwise or works on
+one picture at a time. Products of batched matrices would depend on the batch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,141 @@ from torch.nn import functional as F
 
 from metapl.apps.pictures.reader import LUMA
 from metapl.apps.pictures.views import base
-from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, View
+from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, View, below
 from metapl.data import draws
+from metapl.errors import MetaplError
 from metapl.execution.device import to_device
-from metapl.runs.fields import Range
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
 
-_PADDING = {"border": "border", "reflect": "reflection"}
+Share = Annotated[float, Range(above=0, most=1)]
+
+
+@dataclass(frozen=True)
+class Weak(PictureView):
+    """Mirror half of the images, pad them all, and cut each to its size at a random place.
+
+    x ↦ the (H, W) window of pad(flip(x)) at a corner uniform on {0, …, 2·pad}².
+
+    Args:
+        pad: width of the frame in pixels, 0 or more; the authors' code takes an eighth of the side, 4 for CIFAR-10.
+        flip: whether half of the images are mirrored left to right; not for digits and other writing.
+        fill: value of the frame in units of the images' range (of 255 where they are uint8); by default the middle
+            grey of images in [0, 1], as in the authors' code.
+
+    Call: ``view(images, seed=, step=, examples=)`` takes images (B, C, H, W), floating point or uint8, and ``examples``
+    (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order matters.
+
+    Raises:
+        MetaplError: a negative pad; on the call, images of another kind, or not one example index per image.
+
+    >>> Weak()(torch.rand(2, 3, 32, 32), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 32, 32])
+    """
+
+    takes = base.FLOATING_OR_BYTES
+    pad: AtLeastZero = 4
+    flip: bool = True
+    fill: float = base.GREY / 255
+
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        u_B3 = to_device(draws.uniform(seed, step, examples, 3, stream=base.CROP, dtype=torch.float64), images.device)
+        offsets_B2 = below(u_B3[:, :2], 2 * self.pad + 1) - self.pad
+        flip_B = (u_B3[:, 2] < 0.5) & self.flip
+        fill = self.fill if images.is_floating_point() else round(255 * self.fill)
+        return base.crop_flip(images, offsets_B2, flip_B, fill)
+
+
+@dataclass(frozen=True)
+class ResizedCrop(PictureView):
+    """Cut a random rectangle out of each image, bring it to one size, and mirror half of them.
+
+    As torchvision's ``RandomResizedCrop``: an area uniform on scale · HW and a ratio width : height log-uniform on
+    ``ratio``, at a uniform place; after ten draws that do not fit, the middle of the image at the nearest ratio.
+
+    Args:
+        size: side of the result in pixels.
+        scale: smallest and largest share of the image's area, 0 < smallest ≤ largest ≤ 1.
+        ratio: smallest and largest ratio width : height, 0 < smallest ≤ largest.
+        flip: whether half of the images are mirrored left to right.
+
+    Call, raises: as :class:`Weak`, but returns (B, C, size, size). Resized bilinearly with antialiasing, as Pillow
+    does; the authors' code resizes bicubically without. Cost: one call of ``interpolate`` per image.
+
+    >>> ResizedCrop(24)(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
+    torch.Size([2, 3, 24, 24])
+    """
+
+    takes = base.FLOATING_OR_BYTES
+    size: AtLeastOne
+    scale: tuple[Share, Share] = (0.08, 1.0)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        boxes, flips = self.boxes(seed, step, examples.cpu(), *images.shape[2:])
+        result = images.new_empty((*images.shape[:2], self.size, self.size))
+        for i, ((top, left, height, width), flip) in enumerate(zip(boxes.tolist(), flips.tolist(), strict=True)):
+            crop = images[i : i + 1, :, top : top + height, left : left + width].float()
+            crop = F.interpolate(crop, (self.size, self.size), mode="bilinear", antialias=True)
+            crop = crop.flip(3) if flip else crop
+            result[i] = crop[0] if images.is_floating_point() else crop[0].round()
+        return result
+
+    def boxes(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """What the view cuts out of images of one size: (B, 4) int64, top, left, height and width in pixels, and (B,)
+        bool, whether to mirror. The examples are on the CPU, as logarithms differ between devices."""
+        u = draws.uniform(seed, step, examples, 23, stream=base.RESIZED_CROP, dtype=torch.float64)
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3:13])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        ratio = (low + (high - low) * u[:, 13:]).exp()
+        # The last column is what to fall back on, and always fits.
+        middle = min(max(width / height, self.ratio[0]), self.ratio[1])
+        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long()
+        whole = torch.tensor([min(height, round(width / middle)), min(width, round(height * middle))]).clamp(min=1)
+        sides = torch.cat([sides, whole.expand(len(u), 1, 2)], dim=1)
+        room = torch.tensor([height, width]) - sides
+        first = ((room >= 0) & (sides > 0)).all(2).int().argmax(1)
+        at = torch.arange(len(u))
+        sides, room = sides[at, first], room[at, first]
+        corners = torch.where((first == 10)[:, None], room // 2, below(u[:, :2], room + 1))
+        return torch.cat([corners, sides], dim=1), (u[:, 2] < 0.5) & self.flip
+
+
+@dataclass(frozen=True)
+class ShiftNoiseCutout(PictureView):
+    """Shift each image, add noise, and set one square to 0: the view of the digits.
+
+    x ↦ (x moved by (dy, dx) + σz) · [outside the square], with dy, dx uniform on {−shift, …, shift}, z standard normal
+    per value, and the square uniform over the places where it fits whole. What moves in is 0; values are not clipped.
+
+    Args:
+        shift: largest move along each axis in pixels, 0 or more.
+        noise: σ, 0 or more, in units of the images' range.
+        cutout: side of the square in pixels, 0 (none) or more.
+
+    Call, raises: as :class:`Weak`, with float images, which are refused where they are smaller than the square.
+    """
+
+    takes = base.FLOATING
+    shift: AtLeastZero = 1
+    noise: NotNegative = 0.2
+    cutout: AtLeastZero = 2
+
+    def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
+        if self.cutout > min(images.shape[2:]):
+            given = f"images of {images.shape[2]}x{images.shape[3]} pixels and a cutout of {self.cutout}"
+            raise MetaplError(f"ShiftNoiseCutout got {given}; expected a square that fits into the image")
+        examples = to_device(examples, images.device)
+        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.GEOMETRY, dtype=torch.float64)
+        offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
+        images = base.crop_flip(images, offsets_B2, None, 0.0)
+        if self.noise > 0:
+            z = draws.normal(seed, step, examples, images[0].numel(), stream=base.NOISE)
+            images = images + self.noise * z.view_as(images).to(images.dtype)
+        if self.cutout > 0:
+            room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
+            images = base.cutout(images, below(u_B4[:, 2:], room), self.cutout, 0.0)
+        return images
 
 
 @dataclass(frozen=True)
@@ -42,12 +171,8 @@ class Affine(PictureView):
         fill: what stands around the picture: ``"border"`` continues its outermost pixels, ``"reflect"`` mirrors it, and
             a number in [0, 1] is a level.
 
-    Call: ``view(images, seed=, step=, examples=)`` takes float32 or float64 images (B, C, H, W) in [0, 1] and
-    ``examples`` (B,) int64, and returns the same shape, dtype and device. Neither the rest of the batch nor its order
-    matters. Cost: one call of ``grid_sample`` for the batch.
-
-    Raises:
-        MetaplError: a field outside its range; on the call, images of another kind or not one example index each.
+    Call, raises: as :class:`Weak`, with float32 or float64 images in [0, 1]. Cost: one call of ``grid_sample`` for the
+    batch.
 
     >>> view = Affine(degrees=15, translate=0.1, scale=(0.9, 1.1))
     >>> view(torch.rand(2, 3, 32, 48), seed=0, step=5, examples=torch.tensor([3, 4])).shape
@@ -70,11 +195,11 @@ class Affine(PictureView):
         # Not one fused operation, which may round differently at the end of a tensor than in its middle.
         grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
         if isinstance(self.fill, str):
-            moved = F.grid_sample(images, grid_BHW2, padding_mode=_PADDING[self.fill], align_corners=False)
+            padding = "border" if self.fill == "border" else "reflection"
+            moved = F.grid_sample(images, grid_BHW2, padding_mode=padding, align_corners=False)
         else:
             moved = F.grid_sample(images - self.fill, grid_BHW2, align_corners=False).add_(self.fill)
-        # Weights may add up to a rounding more than 1.
-        return moved.clamp_(0, 1)
+        return moved.clamp_(0, 1)  # weights may add up to a rounding more than 1
 
     def _maps(self, seed: int, step: int, examples: Tensor, height: int, width: int) -> Tensor:
         """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
@@ -150,9 +275,7 @@ class Color(PictureView):
 
 @dataclass(frozen=True)
 class Hole(PictureView):
-    """Cover a square of each picture by one color.
-
-    The center is uniform on the picture, so that a part of the square may lie outside.
+    """Cover a square of each picture, whose center is uniform on the picture, by one color.
 
     Args:
         side: smallest and largest side of the square, as shares of the picture's shorter side, 0 ≤ smallest ≤ largest.
@@ -210,8 +333,7 @@ class Recolor(PictureView):
     """Exchange the colors of each picture: its channels in another order, and light for dark.
 
     x_c ↦ x_π(c), then 1 − x with probability ``invert``; π is one of the six orders of red, green and blue, all alike.
-    A network that learns the same label for such pictures learns shapes: not for classes that differ in color or
-    brightness.
+    Not for classes that differ in color or brightness.
 
     Args:
         permute: draw π; pictures of one channel have no order.
@@ -237,10 +359,10 @@ class Recolor(PictureView):
 
 @dataclass(frozen=True)
 class Sometimes(PictureView):
-    """Change a part of the pictures, and leave the others as they are.
+    """Change a part of the pictures: x ↦ view(x) with probability ``share``, and x otherwise.
 
-    x ↦ view(x) with probability ``share``, and x otherwise. A network that predicts pictures as they are should have
-    seen such pictures: interpolation takes away noise and fine lines, and batch norm's statistics are of what was seen.
+    A network that predicts pictures as they are should have seen such pictures: interpolation takes away noise and fine
+    lines, and batch norm's statistics are of what was seen.
 
     Args:
         view: changes pictures and keeps their shape.

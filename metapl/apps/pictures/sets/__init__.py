@@ -1,1 +1,0 @@
-"""Known data sets: scikit-learn's ``digits``, and ``torchvision_sets`` with the splits of the paper."""
