@@ -25,8 +25,7 @@ from metapl.apps.experiments.settle import settled
 from metapl.apps.experiments.side_by_side import _draw
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.methods.noisy_student import first_teacher
-from metapl.apps.recipes.self_training import FirstTeacher, SelfTraining
-from metapl.apps.recipes.settings import OpenOptimizer
+from metapl.apps.recipes.settings import FirstTeacher, OpenOptimizer, SelfTraining
 from metapl.apps.reports.rounds import draw_rounds
 from metapl.runs.rows import Metrics
 from metapl.training.loss_trainer import LossTrainer

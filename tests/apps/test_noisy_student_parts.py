@@ -27,9 +27,8 @@ from metapl.apps.planning.plan import plan
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import Run
 from metapl.apps.recipes.methods.noisy_student import NoisyStudent, _finetuned, end_matched, networks_of
-from metapl.apps.recipes.noisy_student import PAPER_RECIPES
-from metapl.apps.recipes.self_training import SelfTraining
-from metapl.apps.recipes.settings import OpenOptimizer
+from metapl.apps.recipes.protocols import PAPER_RECIPES
+from metapl.apps.recipes.settings import OpenOptimizer, SelfTraining
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal

@@ -16,7 +16,7 @@ from metapl.apps.experiments.folder import weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
 from metapl.apps.experiments.load_run import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
-from metapl.apps.recipes.ranges import MOST_IN_A_BATCH
+from metapl.apps.recipes.settings import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.runs.sealed import sha256_of

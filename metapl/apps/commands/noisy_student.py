@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from metapl.apps.commands.train import Train
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import Method, Unasked
-from metapl.apps.recipes.noisy_student import NOISY_STUDENT_RECIPES
+from metapl.apps.recipes.protocols import NOISY_STUDENT_RECIPES
 from metapl.apps.recipes.settings import Optimizer
 from metapl.distributed.mesh import Mesh
 

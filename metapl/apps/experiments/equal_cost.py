@@ -14,7 +14,7 @@ import torch
 from metapl.apps.recipes.base import Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
-from metapl.apps.recipes.self_training import SelfTraining
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
 from metapl.metrics.cost import flops
@@ -71,7 +71,7 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
     """For each method the recipe with which it costs what the first one costs with the recipe as it is.
 
     The first teacher, of methods that have one, is trained alike in all of them, by
-    :class:`~metapl.apps.recipes.self_training.FirstTeacher`: as in the first of these methods. What is left of the cost
+    :class:`~metapl.apps.recipes.settings.FirstTeacher`: as in the first of these methods. What is left of the cost
     decides the steps of the rest. So for the same seed all of them learn from the same labels.
 
     Raises:

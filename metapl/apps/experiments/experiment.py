@@ -369,7 +369,8 @@ def _inside(network: nn.Module) -> nn.Module:
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    phase = EVERY_METHOD[content["method"]].last_phase(len(content.get("rounds", ())))
+    rounds = EVERY_METHOD[content["method"]].is_noisy_student
+    phase = f"round-{len(content['rounds'])}" if rounds else "fit"
     return Metrics(folder / "metrics.jsonl").rows(phase)
 
 

@@ -15,7 +15,7 @@ from metapl.apps.experiments.store import stored, stored_result
 from metapl.apps.recipes import ImageRecipe, Recipe
 from metapl.apps.recipes.base import Role
 from metapl.apps.recipes.methods import titled
-from metapl.apps.recipes.self_training import SelfTraining
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError
 
 NetworkName = Literal["delivered", "student", "finetuned", "teacher"]

@@ -73,8 +73,8 @@ class Rounds:
 
     Args:
         recipe, folder, task: of the run.
-        settings: how labels are made and selected, a :class:`~metapl.apps.recipes.self_training.SelfTraining`, or with
-            ``any_class`` a :class:`~metapl.apps.recipes.self_training.Selection`.
+        settings: how labels are made and selected, a :class:`~metapl.apps.recipes.settings.SelfTraining`, or with
+            ``any_class`` a :class:`~metapl.apps.recipes.settings.Selection`.
         any_class: select as Meta Pseudo Labels does: for each class, the examples that are most probably of it.
         measure: what a network reaches, by the names of ``result.json``.
         say: takes what a user should know.

@@ -27,9 +27,7 @@ from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.recipes.base import SELECTED_ON, Task, rehearse
 from metapl.apps.recipes.image_folders import Changes, ImageFolders
 from metapl.apps.recipes.image_recipe import IMAGENET, ImageParts, whole
-from metapl.apps.recipes.ranges import require
-from metapl.apps.recipes.self_training import SelfTraining
-from metapl.apps.recipes.settings import OPEN
+from metapl.apps.recipes.settings import OPEN, SelfTraining, require
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.training import FitResult, Say, Trainer

@@ -11,7 +11,7 @@ from metapl.apps.experiments.folder import PLACES, WEIGHTS, RunFolder
 from metapl.apps.recipes import RECIPES, ImageFolders
 from metapl.apps.recipes.base import Recipe, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
-from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
+from metapl.apps.recipes.protocols import PAPER_RECIPES, NoisyImagenet
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastZero, Range, misfit, misfit_entries

@@ -10,8 +10,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task
-from metapl.apps.recipes.ranges import Share, SomeSteps, Weight
-from metapl.apps.recipes.settings import Optimizer
+from metapl.apps.recipes.settings import Optimizer, Share, SomeSteps, Weight
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range
@@ -21,14 +20,9 @@ Losses = tuple[TeacherLoss, ...]
 
 ONE = {"student": "network", "finetuned": "finetuned network", "teacher": "teacher"}
 
-FIXMATCH_THRESHOLD = 0.85
-"""Published is 0.95 (arXiv:2001.07685), and with few steps 0.85 reached more (docs/pictures.md)."""
-
-USUAL_SMOOTHING = 0.1
-"""Of the baseline by label smoothing, where the recipe smooths nothing."""
-
-ON_LABELED = ("unlabeled_batch",)
-"""What methods have no use for that learn from labeled examples alone."""
+FIXMATCH_THRESHOLD = 0.85  # published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
+USUAL_SMOOTHING = 0.1  # of the baseline by label smoothing, where the recipe smooths nothing
+ON_LABELED = ("unlabeled_batch",)  # what methods have no use for that learn from labeled examples alone
 
 
 def alone(recipe: Recipe, task: Task, network: nn.Module, optimizer: Optimizer, losses: Losses, **phase: Any) -> Phase:
@@ -75,7 +69,6 @@ class Alone(Method):
         yield alone(run.recipe, run.task, run.teacher, self.teacher, self.losses())
 
 
-@dataclass(frozen=True, kw_only=True)
 class Supervised(Alone):
     """The labeled examples alone."""
 

@@ -18,24 +18,13 @@ from torch import nn
 from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task, variant
 from metapl.apps.recipes.methods.alone import ONE, alone
 from metapl.apps.recipes.methods.beside import altered, bilevel
-from metapl.apps.recipes.ranges import SomeSteps, require
-from metapl.apps.recipes.settings import OpenOptimizer, Optimizer
+from metapl.apps.recipes.settings import OpenOptimizer, Optimizer, SomeSteps, require
 from metapl.feedback import estimator
 from metapl.models.corrector import Corrector
-from metapl.problems import (
-    ExampleWeights,
-    LabelCorrection,
-    MetaWeightNet,
-    NoiseTransition,
-    Problem,
-    Table,
-    WeightNet,
-)
+from metapl.problems import ExampleWeights, LabelCorrection, MetaWeightNet, NoiseTransition, Problem, Table, WeightNet
 from metapl.problems.losses import CrossEntropy
 
-TRUSTED = 4.0
-"""Logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first."""
-
+TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
 PLAIN = (CrossEntropy(),)
 
 
@@ -64,7 +53,6 @@ class Doubting(Method):
     student: Optimizer = field(default_factory=OpenOptimizer)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Plain(Doubting):
     """All labels as they are."""
 
@@ -82,7 +70,6 @@ class Plain(Doubting):
         yield alone(run.recipe, run.task, run.student, self.student, PLAIN, labeled=self.source(run.task))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Clean(Plain):
     """The clean labels alone."""
 
@@ -106,12 +93,9 @@ class LearnedLabels(Doubting):
     """
 
     control = "plain"
-    rate: ClassVar[float] = 1e-3
-    """The learning rate of what is learned, where that is left open."""
-    problem: ClassVar[type[Problem]]
-    """The losses."""
-    alteration: ClassVar[Literal["permuted", "random_sign"] | None] = None
-    """How a control changes the feedback."""
+    rate: ClassVar[float] = 1e-3  # the learning rate of what is learned, where that is left open
+    problem: ClassVar[type[Problem]]  # the losses
+    alteration: ClassVar[str | None] = None  # how a control changes the feedback
 
     teacher: Optimizer = field(default_factory=LabelOptimizer)
     mode: Literal["forward", "difference"] = "forward"
@@ -148,7 +132,6 @@ class LearnedLabels(Doubting):
         yield Phase(trainer, task.labeled, task.unlabeled, task, options=rest)
 
 
-@dataclass(frozen=True, kw_only=True)
 class LearnedWeights(LearnedLabels):
     """A weight for each picture."""
 
@@ -163,7 +146,6 @@ class LearnedWeights(LearnedLabels):
         return Table(torch.zeros(len(run.task.doubtful.given)))
 
 
-@dataclass(frozen=True, kw_only=True)
 class WeightsOfLosses(LearnedLabels):
     """A weight for each picture, as a function of the network's loss."""
 
@@ -175,7 +157,6 @@ class WeightsOfLosses(LearnedLabels):
         return WeightNet()
 
 
-@dataclass(frozen=True, kw_only=True)
 class Corrected(LearnedLabels):
     """Another network that corrects labels."""
 
@@ -187,7 +168,6 @@ class Corrected(LearnedLabels):
         return Corrector(run.recipe.network("teacher"), len(run.task.classes), TRUSTED)
 
 
-@dataclass(frozen=True, kw_only=True)
 class NoiseMatrix(LearnedLabels):
     """How often each class is taken for each other one."""
 
@@ -202,7 +182,7 @@ class NoiseMatrix(LearnedLabels):
 
 LEARNED: tuple[type[LearnedLabels], ...] = (LearnedWeights, WeightsOfLosses, Corrected, NoiseMatrix)
 
-ALTERED = tuple(
+ALTERED = tuple(  # the same with altered feedback
     variant(
         *(kind, __name__, f"{kind.__name__}_{how}", f"{kind.name}_{how}", f"{kind.title}, feedback {words}"),
         place="control",
@@ -212,6 +192,4 @@ ALTERED = tuple(
     for kind in LEARNED
     for how, words in (("permuted", "permuted"), ("random_sign", "with random signs"))
 )
-"""The same with altered feedback."""
-
 globals().update({kind.__name__: kind for kind in ALTERED})  # a worker process finds them by name
