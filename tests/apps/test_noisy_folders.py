@@ -23,8 +23,8 @@ from test_resume import KILL, Nursery, assert_equal
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.accuracies import READOUTS, Comparison
+from metapl.apps.experiments.experiment import check_shares
 from metapl.apps.experiments.settle import settled
-from metapl.apps.experiments.shares import check_shares
 from metapl.apps.recipes import NoisyFolders
 from metapl.apps.recipes.methods import METHODS, NOISY_METHODS
 from metapl.apps.recipes.methods.label_noise import LabelOptimizer

@@ -13,7 +13,7 @@ import torch
 
 from metapl.apps.commands import main
 from metapl.apps.experiments import rounds
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.experiments.rounds import FOLDER, LABELS, SELECTED
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.runs.fingerprints import fingerprint

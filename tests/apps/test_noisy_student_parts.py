@@ -17,9 +17,9 @@ from torchvision.ops import StochasticDepth
 
 from metapl.apps.commands import main
 from metapl.apps.commands.plan import _costs
-from metapl.apps.experiments.equal_cost import at_equal_cost, operations, with_steps
+from metapl.apps.experiments.accuracies import better_before
 from metapl.apps.experiments.rounds import Noised, Rounds
-from metapl.apps.experiments.summary import better_before
+from metapl.apps.experiments.side_by_side import at_equal_cost, operations, with_steps
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.apps.networks import Architecture

@@ -17,7 +17,7 @@ from tiny_runs import PROVENANCE, TINY, color_run, images_command
 
 from metapl.apps.commands import main
 from metapl.apps.experiments import experiment
-from metapl.apps.experiments.labels_given import rows_of
+from metapl.apps.experiments.labeling import rows_of
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.pictures import load_digits_split
 from metapl.runs.fingerprints import fingerprint

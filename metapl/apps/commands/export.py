@@ -10,9 +10,7 @@ from typing import Annotated, Any
 from metapl.apps.commands.folders import held
 from metapl.apps.commands.inputs import Network
 from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.load_run import LoadedRun, load_run
-from metapl.apps.experiments.store import describe, stored_data
+from metapl.apps.experiments.folder import LoadedRun, RunFolder, describe, load_run, stored_data
 from metapl.apps.export import export
 from metapl.apps.export.programs import can_run_onnx, require_onnx
 from metapl.apps.recipes.methods import title

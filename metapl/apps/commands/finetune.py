@@ -15,9 +15,7 @@ import torch
 from metapl.apps.commands.parse import Command, Run, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments.experiment import Experiment, Network, delivered
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.load_run import LoadedRun, load_run
-from metapl.apps.experiments.store import stored_result
+from metapl.apps.experiments.folder import LoadedRun, RunFolder, load_run, stored_result
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.methods import titled
 from metapl.errors import MetaplError

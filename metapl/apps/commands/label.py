@@ -12,9 +12,8 @@ import tyro
 from metapl.apps.commands.inputs import Network
 from metapl.apps.commands.labels import kept
 from metapl.apps.commands.parse import Command, Run, Switch, unset
-from metapl.apps.experiments.folder import weights_file
+from metapl.apps.experiments.folder import load_run, weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
-from metapl.apps.experiments.load_run import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few

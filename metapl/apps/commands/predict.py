@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metapl.apps.commands.folders import check_file
 from metapl.apps.commands.inputs import Inputs, Network, require_finite
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.reports import MOST_GROUPS, SOFTWARE, Gallery, draw_grid, pictures_a_group
 from metapl.errors import MetaplError, few

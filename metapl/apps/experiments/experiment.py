@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from metapl.apps.experiments.accuracies import spoken_rounds, summary
 from metapl.apps.experiments.folder import RunFolder, weights_file
 from metapl.apps.experiments.galleries import FILE as GALLERIES
-from metapl.apps.experiments.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.apps.experiments.labels_given import label_by, labels_given
+from metapl.apps.experiments.galleries import (
+    SUSPECTS,
+    draw_galleries,
+    find_suspects,
+    read_galleries,
+    suspects_gallery,
+    taken_for_others,
+    write_galleries,
+    write_suspects,
+)
+from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
-from metapl.apps.experiments.shares import check_runs
-from metapl.apps.experiments.summary import spoken_rounds, summary
-from metapl.apps.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title
@@ -30,6 +37,7 @@ from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks
 from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import takes_whole_images
+from metapl.distributed.tensor import pairs_of
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
@@ -42,19 +50,12 @@ from metapl.training.selection import weights_of
 
 @dataclass(frozen=True)
 class Network:
-    """A network that a run has trained, and what it reaches.
+    """A network that a run has trained, and what it reaches."""
 
-    Args:
-        name: student, finetuned or teacher.
-        weights: its weights, on the host.
-        validation_accuracy: a fraction; None without validation.
-        evaluation: on the test set; None without one.
-    """
-
-    name: str
-    weights: Mapping[str, Tensor]
-    validation_accuracy: float | None
-    evaluation: Evaluation | None
+    name: str  # student, finetuned or teacher
+    weights: Mapping[str, Tensor]  # on the host
+    validation_accuracy: float | None  # a fraction
+    evaluation: Evaluation | None  # on the test set
 
     @property
     def file(self) -> str:
@@ -85,10 +86,7 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
 
     def run(self, method: str | None = None) -> dict[str, Any]:
-        """Train, finetune, evaluate on the test set once, and write the folder's files.
-
-        Args:
-            method: in the place of the recipe's own.
+        """Train by the recipe's or another method, finetune, evaluate on the test set once, and write all files.
 
         Returns: what ``result.json`` holds: the accuracies of each network on validation and on the test set, where
         there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
@@ -291,14 +289,10 @@ class Experiment:
 
 @dataclass(eq=False)
 class Training(Run):
-    """A run in its folder: what its method asks for is laid out, stored and kept.
-
-    Args:
-        trainer, result: what it ended with.
-    """
+    """A run in its folder: what its method asks for is laid out, stored and kept."""
 
     experiment: Experiment
-    trainer: Trainer = field(init=False)
+    trainer: Trainer = field(init=False)  # what it ended with
     result: FitResult = field(init=False)
 
     def __post_init__(self) -> None:
@@ -384,3 +378,46 @@ def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = Non
     device = next(network.parameters()).device
     logits, labels = predict_logits(network, batches_of(data, device))
     return evaluate_logits(logits, labels, classes and list(classes))
+
+
+# -------------------------------------------------------------------------------------- whether processes can share it
+
+
+def check_runs(recipe: Recipe, mesh: Mesh, methods: Iterable[str]) -> None:
+    """Refuse methods and options that do not run in the processes of a mesh; nothing is read or built."""
+    for method in methods if mesh.size > 1 else ():
+        if EVERY_METHOD[method].selects or EVERY_METHOD[method].reduced:
+            raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
+    if getattr(recipe, "compile", False) and mesh.together > 1:
+        raise MetaplError(
+            "--compile does not run with --mesh.spatial or --mesh.tensor; leave it out, or give --mesh.replicate and "
+            "--mesh.shard."
+        )
+
+
+def check_shares(recipe: Recipe, mesh: Mesh) -> None:
+    """Refuse what the ranks do not share equally: batches, the columns of pictures and the products of a network."""
+    parts, side = getattr(recipe, "accumulate", 1), recipe.input_shape[-1]
+    for name in recipe.batches_shared:
+        size = getattr(recipe, name, None)
+        if size is not None and size % (mesh.shares * parts):
+            raise MetaplError(
+                f"{recipe.name} has {'an' if name == 'unlabeled_batch' else 'a'} {name} of {size:,}, which "
+                f"{mesh.shares:,} ranks do not share equally{f' in {parts} parts' if parts > 1 else ''}; expected a "
+                f"multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
+            )
+    if side % mesh.spatial:
+        raise MetaplError(
+            f"{recipe.name} has pictures of {side} pixels, which cannot be cut into {mesh.spatial} parts; expected a "
+            f"multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
+        )
+    network = getattr(recipe, "network_name", None)
+    if mesh.tensor > 1 and network is not None:
+        with torch.random.fork_rng(devices=[]):
+            pairs = pairs_of(recipe.network())
+        if not pairs:
+            raise MetaplError(
+                f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them, "
+                "whose products several processes could compute together; give --network vit_b_16 or another vision "
+                "transformer, or --mesh.spatial or --mesh.shard in the place of --mesh.tensor."
+            )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from metapl.apps.experiments.shares import check_shares
+from metapl.apps.experiments.experiment import check_shares
 from metapl.apps.planning.rehearsal import Rehearsal, laid_out, rehearsed, stage
 from metapl.apps.recipes.base import ROLES, Recipe, Role
 from metapl.apps.recipes.methods.beside import Pair, bilevel_trainer
