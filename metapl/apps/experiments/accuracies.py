@@ -64,7 +64,6 @@ class Comparison:
         return cls(seeds, accuracies, evaluations[0].n, chance, stores)
 
     def mean(self, method: str, readout: str) -> float:
-        """Over the seeds."""
         return statistics.fmean(self.methods[method][readout])
 
     def pair(self) -> tuple[str, str] | None:
@@ -130,7 +129,6 @@ class Comparison:
         return table(rows, left=len(rows[0]))
 
     def caption(self) -> str:
-        """What the table shows."""
         over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
         return f"test accuracy in % on {self.examples:,} examples{over}{where_one_network(self.methods)}"
 
@@ -182,7 +180,6 @@ class Comparison:
         return f"the {len(self.stores)} {who} learned from {what}, seed by seed"
 
     def to_json(self) -> dict[str, Any]:
-        """For ``result.json``."""
         content: dict[str, Any] = {
             "seeds": list(self.seeds),
             "methods": self.methods,
@@ -218,7 +215,6 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def seeds_in_words(n: int) -> str:
-    """1 seed, or 2 seeds."""
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
@@ -250,7 +246,6 @@ def _question(name: str) -> _Question:
 
 
 def _verdict(test: PairedTest, asked: _Question) -> str:
-    """What a paired test says."""
     if test.n < ENOUGH_SEEDS:
         return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {asked.question}"
     if test.p is None:  # all differences are the same

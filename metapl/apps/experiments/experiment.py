@@ -59,7 +59,6 @@ class Network:
 
     @property
     def file(self) -> str:
-        """Where its weights are in the run folder."""
         return weights_file(self.name)
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
@@ -69,7 +68,6 @@ class Network:
         return {prefix + key: value for key, value in found.items() if value is not None}
 
     def as_delivered(self) -> dict[str, Any]:
-        """What ``result.json`` says of the network that is delivered."""
         evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
         return {"delivered": self.name, **self.accuracies(), **evaluation}
 
@@ -117,7 +115,6 @@ class Experiment:
         record_files(self.skipped, task.skipped)
 
     def train(self, task: Task) -> Training:
-        """The recipe's method, phase by phase."""
         teacher, student = self.laid_out_for(self.recipe.torch_device())
         run = Training(self.recipe, task, teacher, student, self)
         run.trainer, run.result = run.train(self.fit)
@@ -190,7 +187,6 @@ class Experiment:
 
     @property
     def skipped(self) -> Path:
-        """Where the files are listed that cannot be read."""
         return self.folder.path / "skipped.jsonl"
 
     # --------------------------------------------------------------------------------------------------------- fits
@@ -200,7 +196,6 @@ class Experiment:
         return task.validation is not None and task.validation_size >= SELECTED_ON
 
     def options(self, task: Task) -> dict[str, Any]:
-        """What every fit of the run has in common."""
         return {
             "validation": task.validation,
             "truth": task.truth,
@@ -239,7 +234,6 @@ class Experiment:
         return result
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
-        """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
         return self.network("finetuned", task, _inside(student), tuned.validation_accuracy, tuned.weights)
 
@@ -374,7 +368,6 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:
-    """A network on (inputs, labels), or batches of these."""
     device = next(network.parameters()).device
     logits, labels = predict_logits(network, batches_of(data, device))
     return evaluate_logits(logits, labels, classes and list(classes))

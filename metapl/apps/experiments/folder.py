@@ -72,7 +72,6 @@ NetworkName = Literal["delivered", "student", "finetuned", "teacher"]  # the one
 
 
 def weights_file(network: str) -> str:
-    """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
     return WEIGHTS[network]
 
 
@@ -88,7 +87,6 @@ class RunFolder(Folder):
 
     @property
     def exists(self) -> bool:
-        """Whether a run has been started here."""
         return (self.path / "recipe.json").is_file()
 
     @contextmanager
@@ -171,7 +169,6 @@ class RunFolder(Folder):
         return read_json(self.path / name, hints, needed)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file whole or not at all."""
         write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
@@ -281,7 +278,6 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
 
 
 def stored_data(folder: RunFolder) -> dict[str, Any]:
-    """What the ``data.json`` of a run folder holds."""
     return folder.read_json("data.json", DATA, ("hash",))
 
 
@@ -353,7 +349,6 @@ class LoadedRun:
 
     @property
     def is_comparison(self) -> bool:
-        """Whether several methods were run here."""
         return "compare" in self.description
 
     @property
@@ -366,23 +361,19 @@ class LoadedRun:
 
     @property
     def title(self) -> str:
-        """The run in words."""
         return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """The names of the networks that it has."""
         return tuple(name for name, file in WEIGHTS.items() if (self.folder.path / file).is_file())
 
     @property
     def rounds(self) -> SelfTraining | None:
-        """The rounds of a run of Noisy Student."""
         settings = self.recipe.method.selection
         return settings if isinstance(settings, SelfTraining) else None
 
     @property
     def finetuned_larger(self) -> bool:
-        """Whether its last student was finetuned on larger pictures."""
         return self.rounds is not None and self.rounds.finetune_size is not None
 
     def name(self, asked: NetworkName) -> str:
@@ -425,11 +416,9 @@ class LoadedRun:
         return network
 
     def titled(self, name: str) -> str:
-        """One of its networks in words."""
         return titled(self.result["method"], name)
 
     def heading(self, name: str) -> str:
-        """The run and one of its networks in words."""
         which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
         return f"{self.title}, {self.titled(name)} ({weights_file(name)}{which})"
 

@@ -167,7 +167,6 @@ def write_suspects(folder: Path, suspects: Sequence[Suspect], task: Task) -> Non
 
 
 def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
-    """Pictures of the most suspicious."""
     assert task.doubtful is not None
     names, shown = task.classes, suspects[:SUSPECTS_SHOWN]
     pictures, _ = task.doubtful.examples.images.fetch(torch.tensor([one.position for one in shown]))

@@ -29,7 +29,6 @@ PATIENCE = 30.0  # seconds that a worker has to save the step under way before i
 
 
 def aloud(text: str) -> None:
-    """Show a message on standard output."""
     tell(text, wrap=True)
 
 
@@ -45,12 +44,10 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there."""
         return (self.folder / "result.json").exists()
 
     @property
     def title(self) -> str:
-        """In words."""
         return f"{self.method}, seed {self.recipe.seed}"
 
     def run(

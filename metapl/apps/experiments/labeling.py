@@ -72,7 +72,6 @@ class InOrder(StepBatches[Read], ABC):
         return -(-self.pictures() // self.batch_size) - self.first
 
     def numbers(self, step: int) -> range:
-        """Of the pictures of a batch."""
         start = (self.first + step) * self.batch_size
         return range(start, min(start + self.batch_size, self.pictures()))
 
@@ -149,7 +148,6 @@ class Labeled:
     name: str  # of the folder or of the data set
 
     def hash(self) -> str:
-        """SHA-256 over the ids."""
         whole = hashlib.sha256()
         for name in self.ids:
             whole.update(f"{name}\0".encode("utf-8", "surrogateescape"))

@@ -118,7 +118,6 @@ class Rounds:
         return Chosen(ids[rows], rows, len(names), chosen)
 
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
-        """Keep what the network of a round reaches."""
         self.records[number - 1] |= {
             "parameters": sum(p.numel() for p in network.parameters()),
             "best_step": result.step,
@@ -169,7 +168,6 @@ class Rounds:
         return self.reached[number]
 
     def _labeled(self, number: int, teacher: nn.Module) -> LabelStore:
-        """The labels of all unlabeled examples."""
         images, view = self.task.unlabeled.images, noisy_view(self.task)
         seed, noisy = fold_in(self.recipe.seed, number), self.settings.noisy_teacher
         pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)

@@ -323,7 +323,6 @@ def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> flo
     seconds = 0.0
 
     def timed(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
-        """In the place of a fit, a few steps."""
         nonlocal seconds
         sources = [source for source in (labeled, unlabeled) if source is not None]
         share: float = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run

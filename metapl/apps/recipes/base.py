@@ -65,7 +65,6 @@ class Task:
 
     @property
     def validation_size(self) -> int:
-        """Number of validation examples."""
         return len(self._validation_labels())
 
     @property
@@ -124,7 +123,6 @@ class Chosen:
 
 
 def picked(images: Any, positions: Tensor) -> Any:
-    """Some of a tensor of images, or of images in memory or in files."""
     return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
@@ -275,7 +273,6 @@ class Method(ABC):
         return max(accuracies, key=lambda name: accuracies[name] or 0.0) if select else cls.delivers
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """Of its networks."""
         return {role: getattr(self, role) for role in ROLES if hasattr(self, role)}
 
     def options(self, recipe: Recipe) -> dict[str, Any]:
@@ -289,7 +286,6 @@ class Method(ABC):
         """Refuse networks that do not go together; they are built without weights."""
 
     def whole(self) -> Self:
-        """With whole paths, as it can be stored."""
         return self
 
     def with_forced(self) -> Self:
@@ -428,7 +424,6 @@ class Recipe(ABC):
 
     @classmethod
     def rivals(cls, own: str) -> tuple[str, ...]:
-        """What a method is compared with."""
         return tuple(name for name, method in cls.known.items() if method.place == "compared" and name != own)
 
     @classmethod
@@ -437,7 +432,6 @@ class Recipe(ABC):
         return tuple(name for name, method in cls.known.items() if method.place == "control")
 
     def with_method(self, **fields: Any) -> Self:
-        """The recipe with other values of fields of its method."""
         return dataclasses.replace(self, method=dataclasses.replace(self.method, **fields))
 
     @property
@@ -516,7 +510,6 @@ class Recipe(ABC):
         return {}
 
     def torch_device(self) -> torch.device:
-        """Where it runs."""
         return torch.device("cpu")
 
 

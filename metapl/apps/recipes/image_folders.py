@@ -343,11 +343,9 @@ class ImageFolders(ImageRecipe):
         )
 
     def spoken(self, few: LabeledFiles, many: Files) -> str:
-        """What is learned from, in words."""
         return f"{len(few):,} labeled pictures of {spoken_classes(self.classes)}, {len(many):,} unlabeled"
 
     def parts(self, few: LabeledFiles, many: Files, log: Path | None) -> ImageParts:
-        """What is learned from."""
         labels = few.targets(self.classes)
         return ImageParts(few=self.images(few.paths(), log), labels=labels, many=self.images(many.paths(), log))
 
@@ -372,7 +370,6 @@ def _shares(steps: int) -> dict[str, int]:
 
 
 def _listed(scan: Callable[[str, Progress], FilesT], folder: str, name: str, say: Say, progress: bool) -> FilesT:
-    """The files of a folder."""
     with counting(f"listing {_word(name)} files", progress) as count:
         files = scan(folder, count)
     if files.passed_over:

@@ -153,7 +153,6 @@ class ImageRecipe(Recipe):
     # ------------------------------------------------------------------------------------------------------ the data
 
     def views(self) -> Views:
-        """What is done to the pictures of a step."""
         if self.resized_crop:
             # The crop mirrors too, so nothing is left for the weak view to do.
             crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
@@ -191,7 +190,6 @@ class ImageRecipe(Recipe):
 
     @property
     def colors(self) -> Literal["L", "RGB"]:
-        """How files are read."""
         return "L" if self.grey else "RGB"
 
     @property
@@ -276,7 +274,6 @@ class ImageRecipe(Recipe):
         return {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
 
     def torch_device(self) -> torch.device:
-        """A GPU where there is one, if wanted."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise MetaplError("device=cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -72,7 +72,6 @@ class Optimizer:
         require(self, self.algorithm == "sgd" or not self.momentum, "momentum", "0 with adamw, which has its own")
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over a module's parameters."""
         groups = parameter_groups(module, self.weight_decay, on_norms=self.decay_norms)
         if self.algorithm == "adamw":
             return torch.optim.AdamW(groups, lr=self.lr)
@@ -144,7 +143,6 @@ class Labeling(Softness):
         self.problem().for_modes(self.estimator().labels, self.mode)
 
     def estimator(self) -> feedback.Estimator:
-        """The mode."""
         return feedback.estimator(self.mode)
 
     def problem(self) -> PseudoLabels:

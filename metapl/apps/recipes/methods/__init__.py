@@ -74,5 +74,4 @@ def titled(method: str, network: str) -> str:
 
 
 def title(method: str) -> str:
-    """A method in words."""
     return EVERY_METHOD[method].title if method in EVERY_METHOD else method

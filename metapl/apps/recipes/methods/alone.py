@@ -26,7 +26,6 @@ ON_LABELED = ("unlabeled_batch",)  # what methods have no use for that learn fro
 
 
 def alone(recipe: Recipe, task: Task, network: nn.Module, optimizer: Optimizer, losses: Losses, **phase: Any) -> Phase:
-    """A network on its own losses."""
     trainer = LossTrainer(network, losses, optimizer=optimizer.build(network), **recipe.trainer_options())
     unlabeled = task.unlabeled if any(isinstance(term, UDA) for term in losses) else None
     return Phase(**{"trainer": trainer, "labeled": task.labeled, "unlabeled": unlabeled, "task": task} | phase)
@@ -43,7 +42,6 @@ class Smoothed(Method):
     label_smoothing: Share = 0.1
 
     def supervised(self) -> Losses:
-        """The loss on labeled examples."""
         return (CrossEntropy(self.label_smoothing),)
 
 

@@ -55,15 +55,12 @@ class Pair(WithUda):
     teacher: Optimizer = field(default_factory=Optimizer)
 
     def teacher_losses(self) -> Losses:
-        """The teacher's own losses."""
         return (*self.supervised(), self.uda()) if self.uda_weight else self.supervised()
 
     def estimator(self, recipe: Recipe) -> Any:
-        """The mode."""
         return self.feedback.estimator()
 
     def kind(self) -> Kind | None:
-        """Of the labels."""
         return self.feedback.labels
 
     def feedback_options(self, losses: bool = True) -> dict[str, Any]:
@@ -136,14 +133,12 @@ class Together(Pair):
 
 
 def altered(mode: Any, how: Any, recipe: Recipe) -> Any:
-    """The mode with the feedback that a control has."""
     return mode if how is None else Altered(mode, how, seed=recipe.seed)
 
 
 def bilevel(
     recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any, mode: Any, problem: Any, **options: Any
 ) -> BilevelTrainer:
-    """The trainer of two networks by the optimizers of a method and the options of a recipe."""
     optimizers = {"inner_optimizer": method.student.build(student), "outer_optimizer": method.teacher.build(teacher)}
     return BilevelTrainer(teacher, student, mode, problem=problem, **optimizers, **options, **recipe.trainer_options())
 

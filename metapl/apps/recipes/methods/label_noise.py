@@ -63,7 +63,6 @@ class Plain(Doubting):
     idle: ClassVar[tuple[str, ...]] = ("clean_batch",)
 
     def source(self, task: Task) -> Any:
-        """The batches that are learned from."""
         return task.everything
 
     def phases(self, run: Run) -> Phases:
@@ -102,7 +101,6 @@ class LearnedLabels(Doubting):
     warm_steps: SomeSteps | None = None
 
     def optimizer(self) -> Optimizer:
-        """Of what is learned."""
         return dataclasses.replace(self.teacher, lr=self.teacher.lr or self.rate)
 
     @abstractmethod

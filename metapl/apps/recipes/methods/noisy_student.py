@@ -61,7 +61,6 @@ class NoisyStudent(Smoothed, Alone):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The last student, its teacher, and the student finetuned at a larger size if it is."""
         larger = self.self_training.finetune_size is not None
         return ("student", "teacher", "finetuned") if larger else ("student", "teacher")
 
@@ -119,7 +118,6 @@ class NoisyStudent(Smoothed, Alone):
 
 
 def _control(made: str, name: str, how: str, **forced: Any) -> type[NoisyStudent]:
-    """A control, whose rounds have fields of its own."""
     return variant(NoisyStudent, __name__, made, name, f"Noisy Student, {how}", forced=forced)
 
 
@@ -315,13 +313,11 @@ class PseudoLabeledBatches(UnlabeledBatches):
 
 
 def noisy_view(task: Task) -> View:
-    """The augmentation that a student meets."""
     view: View = task.unlabeled.weak if task.unlabeled.strong is None else task.unlabeled.strong
     return view
 
 
 def _with_noise(recipe: Recipe, task: Task, number: int) -> LabeledBatches:
-    """The labeled batches of a round, augmented as the unlabeled ones are."""
     labeled, seed = task.labeled, fold_in(recipe.seed, number)
     sampler = dataclasses.replace(labeled.sampler, seed=seed)
     noisy: LabeledBatches = dataclasses.replace(labeled, view=noisy_view(task), sampler=sampler, seed=seed)
