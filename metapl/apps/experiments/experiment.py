@@ -102,10 +102,8 @@ class Experiment:
         """Leave behind on which data this runs; refuse to go on with a run on other data."""
         path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
         if path.exists() and self.folder.read_json("data.json") != record:
-            raise MetaplError(
-                f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
-                "back as they were, or start another run with another --out."
-            )
+            since = f"since the run in {self.folder.path} was started (see its data.json)"
+            raise MetaplError(f"the data have changed {since}; put them back, or start another run with another --out.")
         if self.folder.exists:
             self.folder.relocate(as_dict(self.recipe))
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -394,10 +392,10 @@ def check_shares(recipe: Recipe, mesh: Mesh) -> None:
     for name in recipe.batches_shared:
         size = getattr(recipe, name, None)
         if size is not None and size % (mesh.shares * parts):
+            how = f"{mesh.shares:,} ranks do not share equally{f' in {parts} parts' if parts > 1 else ''}"
             raise MetaplError(
-                f"{recipe.name} has {'an' if name == 'unlabeled_batch' else 'a'} {name} of {size:,}, which "
-                f"{mesh.shares:,} ranks do not share equally{f' in {parts} parts' if parts > 1 else ''}; expected a "
-                f"multiple of {mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
+                f"{recipe.name} has a {name} of {size:,}, which {how}; expected a multiple of "
+                f"{mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
             )
     if side % mesh.spatial:
         raise MetaplError(
@@ -410,7 +408,6 @@ def check_shares(recipe: Recipe, mesh: Mesh) -> None:
             pairs = pairs_of(recipe.network())
         if not pairs:
             raise MetaplError(
-                f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them, "
-                "whose products several processes could compute together; give --network vit_b_16 or another vision "
-                "transformer, or --mesh.spatial or --mesh.shard in the place of --mesh.tensor."
+                f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them; "
+                "give --network vit_b_16 or another vision transformer, or --mesh.spatial or --mesh.shard instead."
             )

@@ -224,9 +224,9 @@ class Vision(ImageRecipe):
 class Cifar10(Vision):
     """CIFAR-10-4K with the settings of the authors' code: WRN-28-2, 300,000 steps, seven times as many unlabeled.
 
-    Of the 50,000 training pictures 4,000 keep their labels, 41,000 are unlabeled, 5,000 are selected on. The learning
-    rates are the authors' 0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of
-    1 in its own units (theirs has no gradient at all): `metapl compare` it with mode none. Finetuning is the paper's.
+    4,000 pictures keep their labels, 41,000 are unlabeled, 5,000 are selected on. The learning rates are the authors'
+    0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of 1 (theirs has no
+    gradient at all: compare it with mode none). Finetuning is the paper's.
     """
 
 
@@ -250,9 +250,8 @@ class Cifar10(Vision):
 class Cifar10Paper(Cifar10):
     """CIFAR-10-4K with the paper's table: 1,000,000 steps, Algorithm 1 with the cosine and a moving-average baseline.
 
-    Of the paper: network, steps, warm-up, weight decay, label smoothing, learning rates, dropout, UDA's weight and
-    temperature, no threshold. It does not tell the unlabeled batch, the magnitude of RandAugment and the average of
-    the weights; these are the authors' code's. The feedback has a weight of 1 on the cosine.
+    The unlabeled batch, the magnitude of RandAugment and the average of the weights, which the paper does not tell, are
+    the authors' code's. The feedback has a weight of 1 on the cosine.
     """
 
 
@@ -269,9 +268,8 @@ class Cifar10Paper(Cifar10):
 class Svhn(Cifar10Paper):
     """SVHN-1K with the paper's table: WRN-28-2, 1,000 labels, core and extra pictures unlabeled.
 
-    Of the 604,388 training pictures 1,000 of the core keep their labels and 5,000 are selected on. Its column of the
-    table was noted from memory and is to be checked. RandAugment takes the paper's list for SVHN, and nothing is
-    mirrored. What the paper does not tell is the authors' code's for CIFAR-10. The feedback as there.
+    5,000 pictures are selected on. Its column of the table was noted from memory and is to be checked. RandAugment
+    takes the paper's list for SVHN, and nothing is mirrored. What the paper does not tell is as for CIFAR-10.
     """
 
 
@@ -304,10 +302,9 @@ class Svhn(Cifar10Paper):
 class Imagenet10(Vision):
     """ImageNet-10% with the settings of the authors' code: ResNet-50 at 224 pixels, 700,000 steps.
 
-    Of each class 128 pictures keep their labels, and 25,000 are selected on; reported on are the 50,000 validation
-    pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates are the authors' 0.4 and 0.6 for 256
-    labeled pictures, for 1,024. The feedback is the exact gradient with a weight of 1. Batches of 1,024 and 15,360
-    are for many machines: on one GPU, accumulate them or take smaller ones and lower learning rates.
+    Reported on are the 50,000 validation pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates
+    are the authors' 0.4 and 0.6 for 256 labeled pictures, for 1,024. The feedback is the exact gradient with a weight
+    of 1. Batches of 1,024 and 15,360 are for many machines: on one GPU, accumulate them or take smaller ones.
     """
 
 
@@ -365,11 +362,10 @@ class NoisyVision(Vision):
 class NoisyImagenet(Vision):
     """ImageNet and other pictures without labels by Noisy Student: EfficientNet-B0, 700 epochs of the labeled pictures.
 
-    Of the paper: 2,048 labeled pictures a batch, a learning rate of 0.128 that is multiplied by 0.97 every 4.8 epochs,
-    dropout 0.5, the last block kept with a probability of 0.8, RandAugment of two operations with magnitude 27 (taken
-    to be of 30), one unlabeled picture for each labeled one, and 130,000 of each class. Its 130 million unlabeled
-    pictures are not public, and YFCC100M is what it takes beside them; give their folder, or leave it out to take the
-    labels off most of ImageNet instead.
+    Of the paper: batches, the learning rate and its decay by 0.97 every 4.8 epochs, dropout, the last block kept with a
+    probability of 0.8, RandAugment with magnitude 27 (taken to be of 30), one unlabeled picture for each labeled one,
+    and 130,000 of each class; the rest is of imagenet-10pct. Its 130 million unlabeled pictures are not public: give a
+    folder such as YFCC100M, or none to take the labels off most of ImageNet instead.
 
     Args:
         unlabeled: unlabeled pictures: a folder, with or without subfolders. All of ImageNet then keeps its labels.
@@ -456,10 +452,9 @@ NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet, *
 class ImagenetL2(ImageRecipe):
     """EfficientNet-L2 as teacher and student, on ImageNet and unlabeled pictures: the paper's largest experiment.
 
-    Of the paper: the network, 512 pixels, 2,048 labeled and 16,384 unlabeled pictures a step, 1,000,000 steps, and
-    20,000 of finetuning. Of Noisy Student: dropout and stochastic depth. Neither tells the optimizer, the losses and
-    the average of the weights, which are those of imagenet-10pct, nor the precision. The feedback is the exact
-    gradient.
+    Of the paper: the network, pixels, batches, and steps. Of Noisy Student: dropout and stochastic depth. Neither tells
+    the optimizer, the losses and the average of the weights, which are those of imagenet-10pct, nor the precision. The
+    feedback is the exact gradient.
     """
 
     classes: ClassVar[tuple[str, ...]] = IMAGENET_CLASSES
