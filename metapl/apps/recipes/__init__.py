@@ -16,13 +16,7 @@ from metapl.apps.recipes.protocols import (
 )
 from metapl.apps.recipes.settings import Feedback, Optimizer
 
-RECIPES: dict[str, type] = {
-    Digits.name: Digits,
-    ImageFolders.name: ImageFolders,
-    NoisyFolders.name: NoisyFolders,
-    **{kind.name: kind for kind in PROTOCOL_RECIPES},
-}
-"""Recipes by name."""
+RECIPES: dict[str, type] = {kind.name: kind for kind in (Digits, ImageFolders, NoisyFolders, *PROTOCOL_RECIPES)}
 
 __all__ = [
     "PROTOCOL_RECIPES",

@@ -196,45 +196,36 @@ Place = Literal["compared", "control", "headroom"] | None
 class Method(ABC):
     """A way to train a recipe: a type with its own fields, which are flags, and the phases that it goes through.
 
-    What a type says of itself:
-        name, title: in commands and files, and in words.
-        place: in a comparison: compared by default, a control of the feedback, or the headroom, which trains on the
-            true labels of all examples. None: only if it is named.
-        control: the method that it is tested against.
-        delivers: the network that is delivered where validation cannot tell them apart.
-        networks: the networks of a run in words.
-        one_network: there is neither teacher nor student, but a network that is trained by itself.
-        built_as: which of the recipe's two networks the trained one is built as.
-        teaches: a teacher learns beside the student.
-        reduced: a small network adjusts stored labels.
-        doubting: given labels may be wrong.
-        selects: a network's stored labels decide which unlabeled examples are learned from.
-        is_noisy_student: students learn from stored labels one after another.
-        indexed: its batches say which examples they have.
-        idle: fields of recipes that it has no use for.
-        forced: fields of the rounds that a control has of its own.
+    What a type says of itself stands in keywords of its class, or in its body.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
+    name: ClassVar[str]  # in commands and files
+    title: ClassVar[str]  # in words
+    # In a comparison: compared by default, a control of the feedback, or the headroom, which trains on the true labels
+    # of all examples; None: only if it is named.
     place: ClassVar[Place] = None
-    control: ClassVar[str | None] = None
-    delivers: ClassVar[Literal["student", "finetuned"]] = "finetuned"
+    control: ClassVar[str | None] = None  # the method that it is tested against
+    delivers: ClassVar[Literal["student", "finetuned"]] = "finetuned"  # where validation cannot tell networks apart
     networks: ClassVar[Mapping[str, str]] = {
         "student": "student",
         "finetuned": "finetuned student",
         "teacher": "teacher",
     }
-    one_network: ClassVar[bool] = False
-    built_as: ClassVar[Role] = "student"
-    teaches: ClassVar[bool] = False
-    reduced: ClassVar[bool] = False
-    doubting: ClassVar[bool] = False
-    selects: ClassVar[bool] = False
-    is_noisy_student: ClassVar[bool] = False
-    indexed: ClassVar[bool] = False
-    idle: ClassVar[tuple[str, ...]] = ()
-    forced: ClassVar[Mapping[str, Any]] = {}
+    one_network: ClassVar[bool] = False  # neither teacher nor student, but a network that is trained by itself
+    built_as: ClassVar[Role] = "student"  # which of the recipe's two networks the trained one is built as
+    teaches: ClassVar[bool] = False  # a teacher learns beside the student
+    reduced: ClassVar[bool] = False  # a small network adjusts stored labels
+    doubting: ClassVar[bool] = False  # given labels may be wrong
+    selects: ClassVar[bool] = False  # a network's stored labels decide which unlabeled examples are learned from
+    is_noisy_student: ClassVar[bool] = False  # students learn from stored labels one after another
+    indexed: ClassVar[bool] = False  # its batches say which examples they have
+    idle: ClassVar[tuple[str, ...]] = ()  # fields of recipes that it has no use for
+    forced: ClassVar[Mapping[str, Any]] = {}  # fields of the rounds that a control has of its own
+
+    def __init_subclass__(cls, **said: Any) -> None:
+        super().__init_subclass__()
+        for name, value in said.items():
+            setattr(cls, name, value)
 
     def __post_init__(self) -> None:
         check_fields(self)

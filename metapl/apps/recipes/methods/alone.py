@@ -67,39 +67,32 @@ class Alone(Method):
         yield alone(run.recipe, run.task, run.teacher, self.teacher, self.losses())
 
 
-class Supervised(Alone):
+class Supervised(Alone, name="supervised", title="supervised, labeled data only", place="compared", idle=ON_LABELED):
     """The labeled examples alone."""
-
-    name = "supervised"
-    title = "supervised, labeled data only"
-    place = "compared"
-    idle = ON_LABELED
 
     def losses(self) -> Losses:
         return (CrossEntropy(),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelSmoothing(Smoothed, Alone):
+class LabelSmoothing(Smoothed, Alone, name="label_smoothing", title="supervised with label smoothing", idle=ON_LABELED):
     """The labeled examples alone, their labels smoothed, by 0.1 where label_smoothing is 0."""
-
-    name = "label_smoothing"
-    title = "supervised with label smoothing"
-    idle = ON_LABELED
 
     def losses(self) -> Losses:
         return (CrossEntropy(self.label_smoothing or USUAL_SMOOTHING),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everything(Smoothed, Alone):
+class Everything(
+    Smoothed,
+    Alone,
+    name="supervised_everything",
+    title="supervised with all true labels (headroom)",
+    place="headroom",
+    delivers="student",
+    idle=ON_LABELED,
+):
     """All examples with their true labels."""
-
-    name = "supervised_everything"
-    title = "supervised with all true labels (headroom)"
-    place = "headroom"
-    delivers = "student"
-    idle = ON_LABELED
 
     def losses(self) -> Losses:
         return self.supervised()
@@ -162,23 +155,16 @@ class WithUda(Consistent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByUda(WithUda, Alone):
+class ByUda(WithUda, Alone, name="uda", title="UDA alone", place="compared"):
     """One network, on the labeled examples and on its own labels of examples that it is sure of."""
-
-    name = "uda"
-    title = "UDA alone"
-    place = "compared"
 
     def losses(self) -> Losses:
         return (*self.supervised(), self.uda())
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixMatch(Consistent, Alone):
+class FixMatch(Consistent, Alone, name="fixmatch", title="FixMatch alone"):
     """UDA with the most probable class as the label where the network is sure of it."""
-
-    name = "fixmatch"
-    title = "FixMatch alone"
 
     def losses(self) -> Losses:
         return (*self.supervised(), self.uda(temperature=0.0, threshold=FIXMATCH_THRESHOLD))

@@ -16,19 +16,9 @@ import tyro
 from torch import nn
 
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.recipes.base import Method, Phase, Phases, Place, Recipe, Run, variant
+from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, variant
 from metapl.apps.recipes.methods.alone import Losses, WithUda, alone
-from metapl.apps.recipes.settings import (
-    SIZE,
-    Feedback,
-    Labeling,
-    Optimizer,
-    Share,
-    Softness,
-    SomeSteps,
-    Steps,
-    Weight,
-)
+from metapl.apps.recipes.settings import SIZE, Feedback, Labeling, Optimizer, Share, Softness, SomeSteps, Steps, Weight
 from metapl.errors import MetaplError
 from metapl.feedback import Altered
 from metapl.models import label_adjuster
@@ -151,22 +141,13 @@ def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, meth
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaPseudoLabels(Fed, Together):
+class MetaPseudoLabels(Fed, Together, name="mpl", title="Meta Pseudo Labels", place="compared", control="none"):
     """A teacher and a student, with feedback."""
-
-    name = "mpl"
-    title = "Meta Pseudo Labels"
-    place: ClassVar[Place] = "compared"
-    control: ClassVar[str | None] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithoutFeedback(Unfed, Together):
+class WithoutFeedback(Unfed, Together, name="none", title="same loop, no feedback", place="compared"):
     """A teacher and a student, without feedback."""
-
-    name = "none"
-    title = "same loop, no feedback"
-    place: ClassVar[Place] = "compared"
 
 
 def _control(made: str, name: str, title: str) -> type[MetaPseudoLabels]:
@@ -180,7 +161,7 @@ RandomSign = _control("RandomSign", "random_sign", "MPL, feedback with random si
 
 
 @dataclass(frozen=True, kw_only=True)
-class PseudoLabeled(Method):
+class PseudoLabeled(Method, name="pseudo_labels", title="pseudo labels of a fixed teacher, soft", place="compared"):
     """A student on the labels of a teacher that learned from the labeled examples alone: eq. (1) of the paper.
 
     Args:
@@ -190,9 +171,6 @@ class PseudoLabeled(Method):
         feedback: how the teacher's outputs become labels.
     """
 
-    name = "pseudo_labels"
-    title = "pseudo labels of a fixed teacher, soft"
-    place: ClassVar[Place] = "compared"
     labels: ClassVar[Kind] = "soft"
 
     student: Optimizer = field(default_factory=Optimizer)
@@ -209,13 +187,10 @@ class PseudoLabeled(Method):
         yield Phase(trainer, task.labeled, task.unlabeled, task)
 
 
-class PseudoLabeledHard(PseudoLabeled):
+class PseudoLabeledHard(
+    PseudoLabeled, name="pseudo_labels_hard", title="pseudo labels of a fixed teacher, hard", place=None, labels="hard"
+):
     """A student on the most probable classes by a fixed teacher."""
-
-    name = "pseudo_labels_hard"
-    title = "pseudo labels of a fixed teacher, hard"
-    place = None
-    labels = "hard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,17 +252,12 @@ class Reduced(Pair):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReducedMetaPseudoLabels(Fed, Reduced):
+class ReducedMetaPseudoLabels(
+    Fed, Reduced, name="reduced_mpl", title="Reduced MPL (stored labels, adjusted)", control="reduced_none"
+):
     """A student on stored labels, adjusted by a small network that learns from the student."""
-
-    name = "reduced_mpl"
-    title = "Reduced MPL (stored labels, adjusted)"
-    control = "reduced_none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReducedWithoutFeedback(Unfed, Reduced):
+class ReducedWithoutFeedback(Unfed, Reduced, name="reduced_none", title="stored labels, adjusted without feedback"):
     """A student on stored labels, adjusted by a small network that does not learn from the student."""
-
-    name = "reduced_none"
-    title = "stored labels, adjusted without feedback"

@@ -53,14 +53,10 @@ class Doubting(Method):
     student: Optimizer = field(default_factory=OpenOptimizer)
 
 
-class Plain(Doubting):
+class Plain(
+    Doubting, name="plain", title="plain, given and clean labels", networks=ONE, one_network=True, idle=("clean_batch",)
+):
     """All labels as they are."""
-
-    name = "plain"
-    title = "plain, given and clean labels"
-    networks = ONE
-    one_network = True
-    idle: ClassVar[tuple[str, ...]] = ("clean_batch",)
 
     def source(self, task: Task) -> Any:
         return task.everything
@@ -69,12 +65,8 @@ class Plain(Doubting):
         yield alone(run.recipe, run.task, run.student, self.student, PLAIN, labeled=self.source(run.task))
 
 
-class Clean(Plain):
+class Clean(Plain, name="clean", title="plain, clean labels alone", idle=("labeled_batch",)):
     """The clean labels alone."""
-
-    name = "clean"
-    title = "plain, clean labels alone"
-    idle = ("labeled_batch",)
 
     def source(self, task: Task) -> Any:
         return task.labeled
@@ -130,49 +122,41 @@ class LearnedLabels(Doubting):
         yield Phase(trainer, task.labeled, task.unlabeled, task, options=rest)
 
 
-class LearnedWeights(LearnedLabels):
+class LearnedWeights(
+    LearnedLabels,
+    name="example_weights",
+    title="learned weights of examples",
+    indexed=True,
+    rate=0.1,
+    problem=ExampleWeights,
+):
     """A weight for each picture."""
-
-    name = "example_weights"
-    title = "learned weights of examples"
-    indexed = True
-    rate = 0.1
-    problem = ExampleWeights
 
     def learned(self, run: Run) -> nn.Module:
         assert run.task.doubtful is not None
         return Table(torch.zeros(len(run.task.doubtful.given)))
 
 
-class WeightsOfLosses(LearnedLabels):
+class WeightsOfLosses(
+    LearnedLabels, name="meta_weight_net", title="weights learned from losses", problem=MetaWeightNet
+):
     """A weight for each picture, as a function of the network's loss."""
-
-    name = "meta_weight_net"
-    title = "weights learned from losses"
-    problem = MetaWeightNet
 
     def learned(self, run: Run) -> nn.Module:
         return WeightNet()
 
 
-class Corrected(LearnedLabels):
+class Corrected(LearnedLabels, name="label_correction", title="learned corrections of labels", problem=LabelCorrection):
     """Another network that corrects labels."""
-
-    name = "label_correction"
-    title = "learned corrections of labels"
-    problem = LabelCorrection
 
     def learned(self, run: Run) -> nn.Module:
         return Corrector(run.recipe.network("teacher"), len(run.task.classes), TRUSTED)
 
 
-class NoiseMatrix(LearnedLabels):
+class NoiseMatrix(
+    LearnedLabels, name="noise_transition", title="a learned matrix of label noise", rate=0.05, problem=NoiseTransition
+):
     """How often each class is taken for each other one."""
-
-    name = "noise_transition"
-    title = "a learned matrix of label noise"
-    rate = 0.05
-    problem = NoiseTransition
 
     def learned(self, run: Run) -> nn.Module:
         return Table(TRUSTED * torch.eye(len(run.task.classes)))

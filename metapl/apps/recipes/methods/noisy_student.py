@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Place, Recipe, Run, Task, variant
+from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Recipe, Run, Task, variant
 from metapl.apps.recipes.methods.alone import Alone, Losses, Smoothed
 from metapl.apps.recipes.methods.beside import MetaPseudoLabels, WithoutFeedback
 from metapl.apps.recipes.settings import FirstTeacher, Selection, SelfTraining
@@ -155,23 +155,27 @@ class Filtered(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilteredMetaPseudoLabels(Filtered, MetaPseudoLabels):
+class FilteredMetaPseudoLabels(
+    Filtered,
+    MetaPseudoLabels,
+    name="mpl_filtered",
+    title="Meta Pseudo Labels, unlabeled examples selected",
+    place=None,
+    control="none_filtered",
+):
     """Meta Pseudo Labels on unlabeled examples that are selected by a teacher's labels."""
-
-    name = "mpl_filtered"
-    title = "Meta Pseudo Labels, unlabeled examples selected"
-    place: ClassVar[Place] = None
-    control = "none_filtered"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilteredWithoutFeedback(Filtered, WithoutFeedback):
+class FilteredWithoutFeedback(
+    Filtered,
+    WithoutFeedback,
+    name="none_filtered",
+    title="same loop, no feedback, unlabeled examples selected",
+    place=None,
+    control=None,
+):
     """The same without feedback."""
-
-    name = "none_filtered"
-    title = "same loop, no feedback, unlabeled examples selected"
-    place: ClassVar[Place] = None
-    control = None
 
 
 # ----------------------------------------------------------------------------------------------- networks and phases
