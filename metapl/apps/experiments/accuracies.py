@@ -67,8 +67,7 @@ class Comparison:
         return statistics.fmean(self.methods[method][readout])
 
     def pair(self) -> tuple[str, str] | None:
-        """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
-        or what learns about labels and plain training."""
+        """The first method that was run beside its control, MPL before others, and that control."""
         for name in sorted(self.methods, key=lambda name: name != "mpl"):
             control = EVERY_METHOD[name].control if name in EVERY_METHOD else None
             if control in self.methods:
@@ -133,10 +132,7 @@ class Comparison:
         return f"test accuracy in % on {self.examples:,} examples{over}{where_one_network(self.methods)}"
 
     def sentence(self) -> str:
-        """Whether the teacher's feedback helped, with its statistics, and which method is the best.
-
-        Feedback is not mentioned where MPL or the loop without feedback was not trained.
-        """
+        """Whether what was run beside its control helped, with its statistics, and which method is the best."""
         difference, pair, best = self.against_control(), self.pair(), self.best()
         reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
         said = f"the best on the test set is {title(best)} with {reached}"

@@ -329,8 +329,7 @@ class Training(Run):
         self.rounds.trained(number, network, result)
 
     def keep(self, name: str) -> Network:
-        """A network of the run by its name, with what it reaches: the student, the teacher, or the student finetuned,
-        of Noisy Student on larger pictures."""
+        """The student, the teacher, or the student finetuned, of Noisy Student on larger pictures, as measured."""
         experiment, task, result = self.experiment, self.data, self.result
         rounds = self.rounds if self.recipe.method.is_noisy_student else None
         if name == "student":

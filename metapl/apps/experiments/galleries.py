@@ -31,10 +31,7 @@ SHOWN, SUSPECTS_SHOWN = 12, 48  # pictures in a gallery, and in the one of suspe
 
 
 def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str = "student") -> list[Gallery]:
-    """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
-
-    ``labeler`` makes the pseudo-labels, and ``student``, of this name in words, is validated. One forward pass each.
-    """
+    """The labeler's most and least confident pseudo-labels, and the student's most confident mistakes on validation."""
     found, names = [], task.classes
     if task.sample is not None:
         seen = _look(labeler, task.sample)
@@ -126,10 +123,7 @@ class Suspect(NamedTuple):
 
 
 def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
-    """All the examples, the most suspicious first: those whose given label the network finds least probable.
-
-    The trainer's student looks at each of them without augmentation: one forward pass per example.
-    """
+    """All the examples, first those whose given label the network finds least probable, without augmentation."""
     teacher, weights = trained.teacher, None
     if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
         weights = teacher.values.detach().cpu().sigmoid().tolist()

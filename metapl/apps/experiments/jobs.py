@@ -76,10 +76,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Trial:
-    """The networks of a run by a method laid out, and nothing else: what cannot be cut is refused.
-
-    The number of the recipe's steps may be open.
-    """
+    """The networks of a run by a method laid out, and nothing else: what cannot be cut is refused."""
 
     recipe: Recipe
     method: str

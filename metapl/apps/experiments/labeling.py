@@ -155,10 +155,7 @@ class Labeled:
 
 
 def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: str | None = None) -> Labeled:
-    """The pictures of a folder, or of a data set by its name, for a network of this recipe.
-
-    ``data_root`` is where torchvision keeps the data set; None: where the run had it.
-    """
+    """The pictures of a folder, or of a data set by its name, which lies where the run had it, or in ``data_root``."""
     if data_root is not None and (pictures == "digits" or pictures not in DATA_SETS):
         raise MetaplError(
             f"--data-root {data_root} has no effect on {pictures}: it says where torchvision's data sets lie; leave it "
@@ -340,10 +337,7 @@ PICTURES_OF = {"labels": "unlabeled", "labeled_labels": "labeled"}  # the folder
 
 
 def label_by(teacher: nn.Module, recipe: Recipe, folder: Path, task: Task, say: Say) -> Stored:
-    """Store the labels of a task's examples in a run folder, and read them.
-
-    A run that resumes goes on with the stores that are there; a teacher with other weights is refused.
-    """
+    """Store the labels of a task's examples in a run folder, or go on with those of the same weights; read them."""
     stored = {}
     for name, batches in (("unlabeled", task.unlabeled), ("labeled", task.labeled)):
         labeled = Labeled(SourcePictures(batches.images), range(len(batches.images)), name)
@@ -384,10 +378,7 @@ def check_labels_given(recipe: Recipe) -> None:
 
 
 def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
-    """The labels that the recipe's method names; None where its teacher is to be trained first.
-
-    Those that the network of another run gives are stored in ``folder``, which is that of this run.
-    """
+    """The labels that the recipe's method names; another run's are stored in ``folder``. None: a teacher is trained."""
     given = {name: place for name, place in recipe.method.labels_from.items() if place is not None}
     if not given:
         return None

@@ -140,10 +140,7 @@ class Rounds:
         return [] if gallery is None else [gallery]
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The examples whose label changed from the round before: their numbers, the earlier labels and the later ones.
-
-        The most confident ones, by the later labels, come first.
-        """
+        """Of examples whose label changed, the surest first: their numbers, the labels before, the labels now."""
         before, after = (_stored_labels(LabelStore(self._place(each, LABELS))) for each in (number - 1, number))
         # A file that became unreadable is in one of them alone.
         _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)

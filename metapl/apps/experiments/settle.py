@@ -207,18 +207,12 @@ class Look:
 
     @property
     def exchangeable(self) -> bool:
-        """Whether colors, or light and dark in grey pictures, may be exchanged without changing what is shown.
-
-        Where all marks of grey pictures are light, as in an X-ray, a dark one may mean something else.
-        """
+        """Whether colors may be exchanged, or light and dark; not where all marks are light, as in an X-ray."""
         return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
-    """Look at the files of a data set, and the classes of the labeled ones, int64 (len(labeled),).
-
-    Decodes at most ``LOOKED_AT`` pictures of each kind, spread evenly over the files, so the same for the same files.
-    """
+    """What at most ``LOOKED_AT`` pictures of each kind show, evenly spread; labels are int64 (len(labeled),)."""
     sides, pictures, classes, square = [], [], [], True
     few, many = (
         list(zip(files, each, strict=True))[:: max(1, -(-len(files) // LOOKED_AT))]

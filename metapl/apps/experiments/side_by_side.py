@@ -87,10 +87,7 @@ def compare(
 
 
 def check_method(recipe: Recipe, task: Task) -> None:
-    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
-
-    Cost: the networks are built; the default generator is put back.
-    """
+    """Refuse options of no use together, and data that a method cannot be trained on; nothing is trained."""
 
     def check(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
         FitOptions(**{"steps": recipe.steps, **recipe.fit_options(), **options})
@@ -153,8 +150,7 @@ def run_jobs(
 
 
 def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    """``report.png`` of a comparison: curves averaged over seeds, and the confusion matrix of the method that is
-    delivered, summed over them."""
+    """``report.png``: curves averaged over seeds, and the delivered method's confusion matrix, summed over them."""
     from metapl.apps.reports import draw_report
 
     seeds, many = comparison.seeds, len(comparison.methods)
@@ -234,8 +230,7 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
 
 
 def kinds_of_steps(trainer: Trainer, steps: int, wait: int) -> list[tuple[int, int, Any]]:
-    """The first and the last step of each kind, and what does it: they differ while a student waits, and before a loss
-    such as UDA begins."""
+    """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
     waits = min(wait, steps) if trainer.teacher is not None else 0
     ends = sorted({0, waits, steps, *(min(start, steps) for start in trainer.late_starts)})
     return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]

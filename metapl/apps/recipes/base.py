@@ -177,10 +177,7 @@ class Run:
 
 
 def rehearse(recipe: Recipe, task: Task, fit: Fit, device: torch.device | None = None) -> nn.Module:
-    """The student after a recipe's phases with fresh networks and even labels, by ``fit`` in the place of each fit.
-
-    The default generators are put back.
-    """
+    """The student after a recipe's phases with even labels, by ``fit`` in the place of each fit; no generator moves."""
     with torch.random.fork_rng(devices=[] if device is None else None):
         run = Run(recipe, task, *(recipe.network(role).to(device) for role in ROLES))
         run.train(fit)
@@ -305,10 +302,7 @@ M = TypeVar("M", bound=Method)
 
 
 def variant(kind: type[M], module: str, made: str, name: str, title: str, **said: Any) -> type[M]:
-    """A method, such as a control, that differs from another only in what its type says of itself.
-
-    A worker process finds it in ``module`` as ``made``.
-    """
+    """A method that differs from another only in what its type says; a worker finds it in ``module`` as ``made``."""
     about = {"name": name, "title": title, "control": None, "__doc__": f"{title}.", "__module__": module, **said}
     return type(made, (kind,), about)
 

@@ -390,10 +390,7 @@ class NoisyImagenet(Vision):
 def _row(
     model: str, image_size: int, epochs: int, ratio: int = 3, networks: tuple[str, ...] = (), rounds: int = 1
 ) -> type[NoisyImagenet]:
-    """A row of the paper's study of model sizes (its Figure 2 and Table 9), or of its Table 7.
-
-    ``ratio`` is that of unlabeled pictures to labeled ones; sides of B0 to B6 are those of EfficientNet's paper.
-    """
+    """A row of the paper's study of model sizes (its Figure 2 and Table 9), or of its Table 7."""
     said = {"__module__": __name__, "__doc__": NoisyImagenet.__doc__}
     made: type[NoisyImagenet] = type(f"NoisyImagenet{model.upper()}", (NoisyImagenet,), said)
     rounds_of = SelfTraining(rounds=rounds, networks=networks, per_class=130_000, ratio=ratio)

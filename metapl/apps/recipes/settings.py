@@ -180,10 +180,7 @@ class Feedback(Labeling):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstTeacher:
-    """What the first teacher takes of a recipe, where methods at equal cost have steps and networks of their own.
-
-    With the same values and seed, it has the same weights and gives the same labels in all of them.
-    """
+    """What the first teacher takes of a recipe: the same in methods that have steps and networks of their own."""
 
     steps: int
     warmup: int

@@ -238,10 +238,7 @@ def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
 
 
 def _first_teacher(recipe: Recipe, task: Task) -> Phase:
-    """The network of round 0, which learns from the labeled examples alone, with noise, whatever method the run is by.
-
-    It is a function of the task, the seed and what :func:`first_teacher` gives.
-    """
+    """Round 0, on labeled examples alone, with noise; a function of task, seed and what :func:`first_teacher` gives."""
     own, settings = first_teacher(recipe)
     torch.manual_seed(fold_in(own.seed, 0))
     network, method = _network(own), own.method
