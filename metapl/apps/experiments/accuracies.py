@@ -161,8 +161,6 @@ class Comparison:
 
         >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
         >>> methods = {"noisy_student": accuracies, "mpl_filtered": accuracies}
-        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "b"]}).labels()
-        'the 2 methods with a first teacher learned from the same stored labels of it, seed by seed'
         >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "c"]}).labels()
         'note: the methods with a first teacher did not learn from the same stored labels of it, for seed 1'
         """

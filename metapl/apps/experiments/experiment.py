@@ -15,19 +15,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from metapl.apps.experiments import galleries
 from metapl.apps.experiments.accuracies import spoken_rounds, summary
 from metapl.apps.experiments.folder import RunFolder, weights_file
-from metapl.apps.experiments.galleries import FILE as GALLERIES
-from metapl.apps.experiments.galleries import (
-    SUSPECTS,
-    draw_galleries,
-    find_suspects,
-    read_galleries,
-    suspects_gallery,
-    taken_for_others,
-    write_galleries,
-    write_suspects,
-)
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.pictures.store import record_files, replaced_files
@@ -122,17 +112,18 @@ class Experiment:
         """Write what a training ended with: pictures, networks, figures and ``result.json``, which is returned."""
         trained, method, folder = run.trainer, self.recipe.method, self.folder
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
-        galleries = draw_galleries(task, labeler, trained.student, method.networks["student"])
+        shown = galleries.draw_galleries(task, labeler, trained.student, method.networks["student"])
         if task.doubtful is not None:
-            found = find_suspects(task.doubtful, trained)
-            write_suspects(folder.path, found, task)
+            found = galleries.find_suspects(task.doubtful, trained)
+            galleries.write_suspects(folder.path, found, task)
+            others = f"{galleries.taken_for_others(found):,} of {len(found):,}"
             self.say(
-                f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; of "
-                f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+                f"labels that may be wrong: {folder.path / galleries.SUSPECTS}, the most suspicious first; of {others} "
+                "the network finds another class more probable"
             )
-            galleries.append(suspects_gallery(found, task))
+            shown.append(galleries.suspects_gallery(found, task))
         changed = run.rounds.galleries() if method.selects else []
-        sealed = {GALLERIES: write_galleries(folder.path, galleries)}
+        sealed = {galleries.FILE: galleries.write_galleries(folder.path, shown)}
         networks = {name: run.keep(name) for name in method.kept}
         for network in networks.values():
             sealed[network.file] = folder.write_weights(network.file, network.weights)
@@ -180,7 +171,7 @@ class Experiment:
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
             summary=" ".join(summary(content)),
-            galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
+            galleries=galleries.read_galleries(self.folder.path, content.get("sha256", {}).get(galleries.FILE)),
         )
 
     @property
