@@ -95,6 +95,14 @@ IMAGENET: dict[str, Any] = {
     "num_workers": 8,
 }
 SPREAD = 100 / 224  # the greatest shift of RandAugment on such pictures
+EXACT = Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1)
+AT_SCALE: dict[str, Any] = {"feedback": EXACT, "uda_weight": 20.0, "uda_temperature": 0.5, "uda_ramp": 50_000}
+
+
+def published(optimizers: dict[str, Optimizer], uda_weight: float, temperature: float) -> dict[str, Any]:
+    """The settings of a column of the paper's table."""
+    uda = {"uda_weight": uda_weight, "uda_temperature": temperature, "uda_threshold": 0.0, "uda_ramp": 0}
+    return {**optimizers, **uda, "feedback": ALGORITHM_1, "wait": 0}
 
 
 @lru_cache(maxsize=1)
@@ -232,16 +240,7 @@ class Cifar10(Vision):
 
 @preset(
     name="cifar10-4k-paper",
-    settings={
-        **pair(0.3, 0.125, 5e-4),
-        "feedback": ALGORITHM_1,
-        "wait": 0,
-        "label_smoothing": 0.1,
-        "uda_weight": 1.0,
-        "uda_temperature": 0.8,
-        "uda_threshold": 0.0,
-        "uda_ramp": 0,
-    },
+    settings={**published(pair(0.3, 0.125, 5e-4), uda_weight=1.0, temperature=0.8), "label_smoothing": 0.1},
     dropout=0.35,
     teacher_dropout=0.5,
     steps=1_000_000,
@@ -277,14 +276,7 @@ class Svhn(Cifar10Paper):
     name="imagenet-10pct",
     protocol="imagenet-10pct",
     fixed={"data": "imagenet"},
-    settings={
-        **pair(1.6, 2.4, 1e-4),
-        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
-        "wait": 20_000,
-        "uda_weight": 20.0,
-        "uda_temperature": 0.5,
-        "uda_ramp": 50_000,
-    },
+    settings={**pair(1.6, 2.4, 1e-4), **AT_SCALE, "wait": 20_000},
     network_name="resnet50",
     dropout=0.1,
     channels_last=True,
@@ -310,15 +302,7 @@ class Imagenet10(Vision):
 
 @preset(
     name="imagenet-10pct-paper",
-    settings={
-        **pair(0.8, 0.5, 2e-4),
-        "feedback": ALGORITHM_1,
-        "wait": 0,
-        "uda_weight": 16.0,
-        "uda_temperature": 0.75,
-        "uda_threshold": 0.0,
-        "uda_ramp": 0,
-    },
+    settings=published(pair(0.8, 0.5, 2e-4), uda_weight=16.0, temperature=0.75),
     steps=500_000,
     labeled_batch=2_048,
     unlabeled_batch=15 * 2_048,
@@ -425,12 +409,7 @@ NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet, *
 
 @preset(
     name="imagenet-l2",
-    settings={
-        "uda_weight": 20.0,
-        "uda_temperature": 0.5,
-        "uda_ramp": 50_000,
-        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
-    },
+    settings=AT_SCALE,
     network_name="efficientnet_l2",
     image_size=512,
     resized_crop=True,
