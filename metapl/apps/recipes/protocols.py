@@ -232,9 +232,9 @@ class Vision(ImageRecipe):
 class Cifar10(Vision):
     """CIFAR-10-4K with the settings of the authors' code: WRN-28-2, 300,000 steps, seven times as many unlabeled.
 
-    4,000 pictures keep their labels, 41,000 are unlabeled, 5,000 are selected on. The learning rates are the authors'
-    0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of 1 (theirs has no
-    gradient at all: compare it with mode none). Finetuning is the paper's.
+    Labels are kept by 4,000 pictures; 41,000 are unlabeled, 5,000 are selected on. The learning rates are those of the
+    authors, 0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of 1 (theirs has
+    no gradient at all: compare it with mode none). Finetuning is the paper's.
     """
 
 
@@ -267,7 +267,7 @@ class Cifar10Paper(Cifar10):
 class Svhn(Cifar10Paper):
     """SVHN-1K with the paper's table: WRN-28-2, 1,000 labels, core and extra pictures unlabeled.
 
-    5,000 pictures are selected on. Its column of the table was noted from memory and is to be checked. RandAugment
+    Selected on are 5,000 pictures. Its column of the table was noted from memory and is to be checked. RandAugment
     takes the paper's list for SVHN, and nothing is mirrored. What the paper does not tell is as for CIFAR-10.
     """
 
@@ -296,7 +296,7 @@ class Imagenet10(Vision):
 
     Reported on are the 50,000 validation pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates
     are the authors' 0.4 and 0.6 for 256 labeled pictures, for 1,024. The feedback is the exact gradient with a weight
-    of 1. Batches of 1,024 and 15,360 are for many machines: on one GPU, accumulate them or take smaller ones.
+    of 1. Batches of 1,024 and 15,360 are for many machines: on one GPU, accumulate them, or lower batches and rates.
     """
 
 
