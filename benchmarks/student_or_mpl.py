@@ -23,9 +23,8 @@ from machine import arguments, parsed, write_between_marks
 
 from metapl.apps.commands import main as metapl
 from metapl.apps.commands.train import COMPARED
-from metapl.apps.experiments.equal_cost import operations
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.store import stored, stored_result
+from metapl.apps.experiments.folder import RunFolder, stored, stored_result
+from metapl.apps.experiments.side_by_side import operations
 from metapl.apps.recipes.methods import title
 from metapl.runs.environment import environment
 

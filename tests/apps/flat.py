@@ -15,7 +15,7 @@ def made(kind: type[R], method: str | None = None, **fields: Any) -> R:
     of_recipe = {each.name for each in dataclasses.fields(kind)}
     own = {name: value for name, value in fields.items() if name in of_recipe}
     rest = {name: value for name, value in fields.items() if name not in of_recipe}
-    return kind(**own, method=kind.by_name(method or kind.own, **rest))
+    return kind(**own, method=dataclasses.replace(kind.by_name(method or kind.own), **rest))
 
 
 def known(kind: type[R], method: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from metapl.apps.networks import Architecture, load_weights
 from metapl.apps.pictures.reader import UnreadableImage
 from metapl.apps.recipes import Digits
 from metapl.apps.recipes.methods.noisy_student import networks_of
-from metapl.apps.recipes.self_training import SelfTraining
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.apps.reports.robustness import draw_evaluations
 from metapl.errors import MetaplError
 

@@ -18,9 +18,9 @@ from PIL import Image
 from metapl.apps.commands import main
 from metapl.apps.commands.compare import MEASURED, _fields
 from metapl.apps.experiments import settle
+from metapl.apps.experiments.accuracies import summary
 from metapl.apps.experiments.experiment import Experiment, Network, delivered
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder
-from metapl.apps.experiments.summary import summary
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import SELECTED_ON
 from metapl.metrics import evaluate_logits

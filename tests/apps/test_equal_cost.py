@@ -18,16 +18,14 @@ from torch import nn
 from metapl.apps import reports as report
 from metapl.apps.commands import main
 from metapl.apps.experiments.accuracies import Comparison
-from metapl.apps.experiments.equal_cost import _by_phase, at_equal_cost, operations, with_steps
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.experiments.rounds import FOLDER, LABELS
 from metapl.apps.experiments.settle import settled
-from metapl.apps.experiments.side_by_side import _draw
+from metapl.apps.experiments.side_by_side import _by_phase, _draw, at_equal_cost, operations, with_steps
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.methods.noisy_student import first_teacher
-from metapl.apps.recipes.self_training import FirstTeacher, SelfTraining
-from metapl.apps.recipes.settings import OpenOptimizer
-from metapl.apps.reports import draw_rounds
+from metapl.apps.recipes.settings import FirstTeacher, OpenOptimizer, SelfTraining
+from metapl.apps.reports.page import draw_rounds
 from metapl.runs.rows import Metrics
 from metapl.training.loss_trainer import LossTrainer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metapl.apps.commands.runs import _card
 from metapl.apps.evaluation.imagenet import IMAGENET_A
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.export import export
 from metapl.apps.networks import Architecture, load_weights, normalized
 from metapl.apps.reports import robustness

@@ -27,7 +27,7 @@ from metapl.apps.pictures import (
 )
 from metapl.apps.pictures.check import without_copies
 from metapl.apps.recipes import ImageFolders
-from metapl.apps.recipes.image_folders import Look
+from metapl.apps.recipes.image_folders import apart
 from metapl.errors import MetaplError
 
 
@@ -295,7 +295,7 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     assert len(said_of_it) == 1
     assert any(f"4 labeled pictures of 2 classes (cat, dog), {4 + others} unlabeled" in line for line in said)
     with pytest.raises(MetaplError, match=r"all 4 unlabeled pictures in .* expected others, or --val-fraction 0"):
-        Look(said.append, progress=False).apart(scan_unlabeled(labeled / "cat"), scan_labeled(labeled))
+        apart(scan_unlabeled(labeled / "cat"), scan_labeled(labeled), said.append)
 
 
 def test_a_picture_in_two_classes(tmp_path: Path) -> None:

@@ -42,8 +42,7 @@ from metapl.apps.recipes.image_folders import (
 )
 from metapl.apps.recipes.image_recipe import ImageParts, Strong
 from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS, title
-from metapl.apps.recipes.self_training import SelfTraining
-from metapl.apps.recipes.settings import SGD_RATE, OpenOptimizer, Optimizer
+from metapl.apps.recipes.settings import SGD_RATE, OpenOptimizer, Optimizer, SelfTraining
 from metapl.errors import MetaplError
 from metapl.runs.rows import Metrics
 

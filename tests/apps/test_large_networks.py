@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.efficientnet import MBConv
 
 from metapl.apps.networks import Architecture, create
-from metapl.apps.recipes.large import LARGE_RECIPES
+from metapl.apps.recipes.protocols import LARGE_RECIPES
 from metapl.errors import MetaplError
 
 BLOCKS = {"efficientnet_l2": (6, 11, 11, 16, 16, 22, 6), "efficientnet_b6_wide": (3, 6, 6, 8, 8, 11, 3)}

@@ -174,7 +174,8 @@ def test_what_is_given_is_not_chosen(colored: Path) -> None:
     given: dict[str, Any] = {"image_size": 9, "grey": True, "network_name": "small_cnn", "val_fraction": 0.5}
     given |= {"warmup": 2, "validate_every": 7, "mean": (0.1,), "std": (0.2,)}
     of_method = {"wait": 3, "uda_ramp": 1}
-    found = settled(recipe(colored, **given, changes=changes, method=ImageFolders.by_name("mpl", **of_method)))
+    method: Any = dataclasses.replace(ImageFolders.by_name("mpl"), **of_method)
+    found = settled(recipe(colored, **given, changes=changes, method=method))
     assert {name: getattr(found, name) for name in given} == given
     assert {name: getattr(found.method, name) for name in of_method} == of_method
     assert found.changes.recolor

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 - fixtures
 
 from metapl.apps.commands import main
-from metapl.apps.experiments import suspects
+from metapl.apps.experiments import galleries
 from metapl.apps.pictures.csv_files import CsvRows
 from metapl.errors import few
 from metapl.words import TURNS, cell, shown
@@ -143,11 +143,11 @@ def test_classes_of_any_name_go_through_everything(tmp_path: Path, capsys: pytes
 def test_suspects_have_the_same_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of files and of classes alike, which are as they are on the disk but for formulas."""
     for name in ("draw_grid", "suspects_gallery"):
-        monkeypatch.setattr(suspects, name, lambda *given: None)
+        monkeypatch.setattr(galleries, name, lambda *given: None)
     task: Any = SimpleNamespace(classes=("=cmd|' /C calc'!A0", "a\rb", '"c"'))
     names = ("=1+1.png", "x\ry.png", "x\ny,z.png", "caf\udce9.png", "@a")
-    found = [suspects.Suspect(name, i, i % 3, (i + 1) % 3, 0.25, 0.5) for i, name in enumerate(names)]
-    suspects.write_suspects(tmp_path, found, task)
+    found = [galleries.Suspect(name, i, i % 3, (i + 1) % 3, 0.25, 0.5) for i, name in enumerate(names)]
+    galleries.write_suspects(tmp_path, found, task)
     with (tmp_path / "suspects.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         header, *table = csv.reader(file)
     assert header == ["file", "given", "probably", "p_given", "p_probably"]

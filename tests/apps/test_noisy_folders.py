@@ -23,8 +23,8 @@ from test_resume import KILL, Nursery, assert_equal
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.accuracies import READOUTS, Comparison
+from metapl.apps.experiments.experiment import check_shares
 from metapl.apps.experiments.settle import settled
-from metapl.apps.experiments.shares import check_shares
 from metapl.apps.recipes import NoisyFolders
 from metapl.apps.recipes.methods import METHODS, NOISY_METHODS
 from metapl.apps.recipes.methods.label_noise import LabelOptimizer
@@ -264,10 +264,10 @@ REFUSED = (
     (same, "are the same folder; expected two folders"),
     (nested, "are one inside the other; expected two folders"),
     (shared, r"1 clean pictures are among the labeled ones too: .*bar-00.png is .*x.png; remove them from"),
-    (other_classes, "the classes differ: beam is in .*noisy alone; Beam is in .*clean alone"),
+    (other_classes, "classes differ: beam in .*noisy alone; Beam in .*clean alone"),
     (no_clean, "clean has no picture in it"),
     (one_class_empty, "class 'beam' has no picture in"),
-    (one_given_class_empty, "bar has no picture in .*noisy; put some there, or remove the class from .*clean too"),
+    (one_given_class_empty, "no picture of bar in .*noisy; put some there, or remove it from .*clean too"),
     (missing, "nowhere does not exist; expected a folder with pictures"),
 )
 

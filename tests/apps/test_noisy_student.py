@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_runs import NOISY_STUDENT, built_once, trained
 
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.experiments.rounds import FOLDER, LABELS, SELECTED
 from metapl.apps.labels import LabelStore
 from metapl.runs.fingerprints import fingerprint

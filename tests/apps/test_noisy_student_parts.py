@@ -17,9 +17,9 @@ from torchvision.ops import StochasticDepth
 
 from metapl.apps.commands import main
 from metapl.apps.commands.plan import _costs
-from metapl.apps.experiments.equal_cost import at_equal_cost, operations, with_steps
+from metapl.apps.experiments.accuracies import better_before
 from metapl.apps.experiments.rounds import Noised, Rounds
-from metapl.apps.experiments.summary import better_before
+from metapl.apps.experiments.side_by_side import at_equal_cost, operations, with_steps
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.queries import select
 from metapl.apps.networks import Architecture
@@ -27,9 +27,8 @@ from metapl.apps.planning.plan import plan
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import Run
 from metapl.apps.recipes.methods.noisy_student import NoisyStudent, _finetuned, end_matched, networks_of
-from metapl.apps.recipes.noisy_student import PAPER_RECIPES
-from metapl.apps.recipes.self_training import SelfTraining
-from metapl.apps.recipes.settings import OpenOptimizer
+from metapl.apps.recipes.protocols import PAPER_RECIPES
+from metapl.apps.recipes.settings import OpenOptimizer, SelfTraining
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal

@@ -16,7 +16,7 @@ from tiny_runs import IMAGES, color_run
 from torchvision import datasets
 
 from metapl.apps.commands import main
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.labels import LabelStore
 from metapl.training.loss_trainer import LossTrainer
 

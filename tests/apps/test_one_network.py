@@ -10,8 +10,7 @@ import pytest
 from command import said
 from PIL import Image, ImageDraw
 
-from metapl.apps.experiments.accuracies import READOUTS, Comparison
-from metapl.apps.experiments.summary import summary
+from metapl.apps.experiments.accuracies import READOUTS, Comparison, summary
 from metapl.apps.recipes.methods import EVERY_METHOD, titled
 from metapl.metrics import Evaluation
 

@@ -19,8 +19,7 @@ import metapl
 from metapl import LossTrainer, MetaplError
 from metapl.apps.commands import main
 from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.experiments.folder import FORMAT, WEIGHTS, RunFolder
-from metapl.apps.experiments.store import describe, stored
+from metapl.apps.experiments.folder import FORMAT, WEIGHTS, RunFolder, describe, stored
 from metapl.apps.recipes import RECIPES, Digits, Feedback, ImageFolders, Optimizer, from_dict
 from metapl.apps.recipes.methods import CONTROLS, METHODS
 from metapl.metrics import evaluate_logits

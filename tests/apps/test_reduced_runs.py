@@ -15,7 +15,7 @@ from tiny_runs import PROVENANCE, REDUCED, TINY, built_once, color_run, images_c
 
 from metapl.apps.commands import main
 from metapl.apps.experiments import experiment
-from metapl.apps.experiments.labels_given import rows_of
+from metapl.apps.experiments.labeling import rows_of
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.pictures import load_digits_split
 from metapl.runs.fingerprints import fingerprint

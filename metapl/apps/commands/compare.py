@@ -18,9 +18,7 @@ from metapl.apps.commands.parse import Command, Folder, unset
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
-from metapl.apps.experiments.folder import RunFolder, flat
-from metapl.apps.experiments.load_run import LoadedRun, load_run
-from metapl.apps.experiments.store import stored_data, stored_result
+from metapl.apps.experiments.folder import LoadedRun, RunFolder, flat, load_run, stored_data, stored_result
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD

@@ -21,8 +21,7 @@ from metapl.apps.evaluation import imagenet as sets
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.evaluation.imagenet import Pictures, Subject, is_imagenet
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack, Robustness, measure
-from metapl.apps.experiments.folder import weights_file
-from metapl.apps.experiments.load_run import LoadedRun, load_run
+from metapl.apps.experiments.folder import LoadedRun, load_run, weights_file
 from metapl.apps.recipes import ImageRecipe
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits

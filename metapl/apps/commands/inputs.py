@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps.commands.parse import unset
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.load_run import NetworkName
+from metapl.apps.experiments.folder import NetworkName, RunFolder
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import scan_labeled, walk
 from metapl.apps.recipes import ImageFolders

@@ -13,14 +13,13 @@ import tyro
 
 from metapl.apps.commands.inputs import Network, check_file, counted
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
-from metapl.apps.experiments.folder import weights_file
+from metapl.apps.experiments.folder import load_run, weights_file
 from metapl.apps.experiments.labeling import BATCH, provenance, rows_per_part, to_label, write_labels
-from metapl.apps.experiments.load_run import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.drawing import draw_statistics
 from metapl.apps.labels.files import store_around
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
-from metapl.apps.recipes.ranges import MOST_IN_A_BATCH
+from metapl.apps.recipes.settings import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.runs.sealed import sha256_of

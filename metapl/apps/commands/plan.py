@@ -16,10 +16,8 @@ from metapl.apps.commands.parse import Command, File, unset
 from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose, self_trained
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.apps.recipes.base import Recipe
-from metapl.apps.recipes.large import IMAGENET_CLASSES, LARGE_RECIPES
-from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
-from metapl.apps.recipes.ranges import MOST_STEPS
-from metapl.apps.recipes.settings import Mode
+from metapl.apps.recipes.protocols import IMAGENET_CLASSES, LARGE_RECIPES, PAPER_RECIPES, NoisyImagenet
+from metapl.apps.recipes.settings import MOST_STEPS, Mode
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from metapl.apps.commands.inputs import Inputs, Network, check_file, counted, require_finite
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
-from metapl.apps.experiments.load_run import load_run
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.reports.canvas import SOFTWARE
 from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group

@@ -18,9 +18,7 @@ from metapl.apps.commands.inputs import Network, counted, held
 from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments import experiment
-from metapl.apps.experiments.folder import RunFolder
-from metapl.apps.experiments.load_run import LoadedRun, load_run
-from metapl.apps.experiments.store import describe, stored_data, stored_result
+from metapl.apps.experiments.folder import LoadedRun, RunFolder, describe, load_run, stored_data, stored_result
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards

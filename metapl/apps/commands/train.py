@@ -19,19 +19,17 @@ from metapl.apps.commands.inputs import run_folder
 from metapl.apps.commands.launch import Lead, check_started, from_first, program, run_together
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.commands.process import exit_code
-from metapl.apps.experiments.accuracies import parse_seeds
-from metapl.apps.experiments.folder import RunFolder
+from metapl.apps.experiments.accuracies import parse_seeds, summary
+from metapl.apps.experiments.experiment import check_runs, check_shares
+from metapl.apps.experiments.folder import RunFolder, stored
 from metapl.apps.experiments.jobs import Job, Trial, aloud
-from metapl.apps.experiments.labels_given import check_labels_given
+from metapl.apps.experiments.labeling import check_labels_given
 from metapl.apps.experiments.settle import settled
-from metapl.apps.experiments.shares import check_runs, check_shares
 from metapl.apps.experiments.side_by_side import compare
-from metapl.apps.experiments.store import stored
-from metapl.apps.experiments.summary import summary
 from metapl.apps.recipes import RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
-from metapl.apps.recipes.noisy_student import NOISY_STUDENT_RECIPES
+from metapl.apps.recipes.protocols import NOISY_STUDENT_RECIPES
 from metapl.apps.recipes.settings import Optimizer
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError

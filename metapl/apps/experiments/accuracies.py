@@ -1,4 +1,4 @@
-"""Methods side by side over the same seeds, and what can be said of the difference."""
+"""What runs reached, in sentences, and the accuracies of several methods over several seeds: do they differ?"""
 
 from __future__ import annotations
 
@@ -8,41 +8,34 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from metapl.apps.experiments.folder import READOUTS as READOUTS
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, PairedTest, paired_test, with_chance
+from metapl.metrics import Evaluation, PairedTest, interval, paired_test, spoken, with_chance
 from metapl.words import table
 
-DELIVERED, STUDENT, FINETUNED = READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
-"""What is compared: the network that a run delivers, the student, and the student finetuned."""
+DELIVERED, STUDENT, FINETUNED = READOUTS
 
 MOST_SEEDS = 10_000
 
+# With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference, and
+# one that it finds is as often luck.
 ENOUGH_SEEDS = 5
-"""With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever finds a difference,
-and one that it finds is as often luck."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies by method, paired over seeds.
+    """Accuracies by method, paired over seeds."""
 
-    Args:
-        seeds: the seeds, in the order of the lists.
-        methods: name → accuracies, fractions, one for each seed: of each of :data:`READOUTS`, and as
-            "validation_accuracy" of the delivered network, where validation can tell networks apart.
-        examples: in the test set.
-        chance: the accuracy of guessing there; see :func:`metapl.metrics.chance_level`.
-        stores: name → SHA-256 of the labels that the first teacher gave the unlabeled examples, one for each seed; of
-            methods that have one.
-    """
-
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # in the order of the lists
+    # By name, accuracies as fractions, one for each seed: of each of READOUTS, and as "validation_accuracy" of the
+    # delivered network, where validation can tell networks apart.
     methods: dict[str, dict[str, list[float]]]
-    examples: int
-    chance: float
+    examples: int  # in the test set
+    chance: float  # the accuracy of guessing there
+    # Of methods with a first teacher, SHA-256 of the labels that it gave the unlabeled examples, one for each seed.
     stores: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -59,10 +52,10 @@ class Comparison:
         for method in methods:
             by_seed = [results[method, seed] for seed in seeds]
             validated = all(result["delivered_by"] == "validation" for result in by_seed)
-            readouts = (*READOUTS, "validation_accuracy") if validated else READOUTS
             # A student that is not finetuned, as in Noisy Student, stands for the finetuned one.
             accuracies[method] = {
-                readout: [result.get(readout, result[STUDENT]) for result in by_seed] for readout in readouts
+                readout: [result.get(readout, result[STUDENT]) for result in by_seed]
+                for readout in (*READOUTS, *(["validation_accuracy"] if validated else []))
             }
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
         teaching = [method for method in methods if EVERY_METHOD[method].selects]
@@ -70,13 +63,15 @@ class Comparison:
         chance = statistics.fmean(result.chance for result in evaluations)
         return cls(seeds, accuracies, evaluations[0].n, chance, stores)
 
+    def mean(self, method: str, readout: str) -> float:
+        return statistics.fmean(self.methods[method][readout])
+
     def pair(self) -> tuple[str, str] | None:
-        """The first method that was run beside its control, and that control: MPL and the same loop without feedback,
-        or what learns about labels and plain training."""
+        """The first method that was run beside its control, MPL before others, and that control."""
         for name in sorted(self.methods, key=lambda name: name != "mpl"):
-            method = EVERY_METHOD.get(name)
-            if method is not None and method.control in self.methods:
-                return name, method.control
+            control = EVERY_METHOD[name].control if name in EVERY_METHOD else None
+            if control in self.methods:
+                return name, str(control)
         return None
 
     def against_control(self) -> tuple[PairedTest, str] | None:
@@ -86,17 +81,16 @@ class Comparison:
         others it is the student of the first against the better read-out of the second, the one with the higher mean
         on the test set, which favors the control.
         """
-        pair = self.pair()
-        if pair is None:
+        if (pair := self.pair()) is None:
             return None
-        method, control = (self.methods[name] for name in pair)
-        asked = _question(pair[0])
-        better = max(asked.readouts, key=lambda readout: statistics.fmean(control[readout]))
-        return paired_test(method[asked.own], control[better]), better
+        method, control = pair
+        asked = _question(method)
+        better = max(asked.readouts, key=lambda readout: self.mean(control, readout))
+        return paired_test(self.methods[method][asked.own], self.methods[control][better]), better
 
     def best(self) -> str:
         """The method whose delivered networks have the highest mean accuracy on the test set; the earlier of equals."""
-        return max(self._methods(), key=lambda name: statistics.fmean(self.methods[name][DELIVERED]))
+        return max(self._methods(), key=lambda name: self.mean(name, DELIVERED))
 
     def delivered(self) -> tuple[str, int]:
         """The method with the highest mean validation accuracy and its best seed by it; the earlier of equals.
@@ -104,9 +98,9 @@ class Comparison:
         The test set has no say in it. Where validation cannot tell them apart, it is the first method's first seed.
         """
         names = self._methods()
-        if any("validation_accuracy" not in self.methods[name] for name in names):
+        if not self._validated():
             return names[0], self.seeds[0]
-        method = max(names, key=lambda name: statistics.fmean(self.methods[name]["validation_accuracy"]))
+        method = max(names, key=lambda name: self.mean(name, "validation_accuracy"))
         by_seed = dict(zip(self.seeds, self.methods[method]["validation_accuracy"], strict=True))
         return method, max(self.seeds, key=by_seed.__getitem__)
 
@@ -114,6 +108,9 @@ class Comparison:
         """The methods that can be used, or all where the headroom is alone."""
         headroom = [name for name, method in EVERY_METHOD.items() if method.place == "headroom"]
         return [name for name in self.methods if name not in headroom] or list(self.methods)
+
+    def _validated(self) -> bool:
+        return all("validation_accuracy" in self.methods[name] for name in self._methods())
 
     def table(self) -> str:
         """The methods with mean ± standard deviation of all read-outs, in %.
@@ -131,38 +128,31 @@ class Comparison:
         return table(rows, left=len(rows[0]))
 
     def caption(self) -> str:
-        """What the table shows."""
         over = f", mean ± standard deviation over {seeds_in_words(len(self.seeds))}" if len(self.seeds) > 1 else ""
         return f"test accuracy in % on {self.examples:,} examples{over}{where_one_network(self.methods)}"
 
     def sentence(self) -> str:
-        """Whether the teacher's feedback helped, with its statistics, and which method is the best.
-
-        Feedback is not mentioned where MPL or the loop without feedback was not trained.
-        """
+        """Whether what was run beside its control helped, with its statistics, and which method is the best."""
         difference, pair, best = self.against_control(), self.pair(), self.best()
-        reached = with_chance(statistics.fmean(self.methods[best][DELIVERED]), self.examples, self.chance)
+        reached = with_chance(self.mean(best, DELIVERED), self.examples, self.chance)
         said = f"the best on the test set is {title(best)} with {reached}"
         if difference is not None and pair is not None:
             (test, readout), (name, control), asked = difference, pair, _question(pair[0])
-            own, other = (
-                statistics.fmean(self.methods[one][which]) for one, which in ((name, asked.own), (control, readout))
-            )
             which = titled(control, "finetuned" if readout == FINETUNED else "student")
             better = f" (its {which}, the better of its two read-outs)" if len(asked.readouts) > 1 else ""
             said = (
-                f"{asked.subject} reaches {own:.1%} on the test set (n = {self.examples:,}, chance {self.chance:.1%}), "
-                f"{asked.control} {other:.1%}{better}: {100 * test.mean:+.1f} points over "
-                f"{seeds_in_words(test.n)}{_verdict(test, asked)}{f'; {said}' if best != name else ''}"
+                f"{asked.subject} reaches {self.mean(name, asked.own):.1%} on the test set (n = {self.examples:,}, "
+                f"chance {self.chance:.1%}), {asked.control} {self.mean(control, readout):.1%}{better}: "
+                f"{100 * test.mean:+.1f} points over {seeds_in_words(test.n)}{_verdict(test, asked)}"
+                f"{f'; {said}' if best != name else ''}"
             )
         return f"{said[0].upper()}{said[1:]}."
 
     def delivery(self) -> str:
         """Which run the comparison delivers, and why that one."""
         method, seed = self.delivered()
-        if any("validation_accuracy" not in self.methods[name] for name in self._methods()):
-            why = ", the first one named; there was no validation that could tell them apart"
-        else:
+        why = ", the first one named; there was no validation that could tell them apart"
+        if self._validated():
             why = "; of all methods it has the best mean validation accuracy"
         return f"delivered: {title(method)}, seed {seed}{why}"
 
@@ -171,8 +161,6 @@ class Comparison:
 
         >>> accuracies = dict.fromkeys(READOUTS, [0.8, 0.9])
         >>> methods = {"noisy_student": accuracies, "mpl_filtered": accuracies}
-        >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "b"]}).labels()
-        'the 2 methods with a first teacher learned from the same stored labels of it, seed by seed'
         >>> Comparison((0, 1), methods, 400, 0.1, {"noisy_student": ["a", "b"], "mpl_filtered": ["a", "c"]}).labels()
         'note: the methods with a first teacher did not learn from the same stored labels of it, for seed 1'
         """
@@ -186,8 +174,6 @@ class Comparison:
         return f"the {len(self.stores)} {who} learned from {what}, seed by seed"
 
     def to_json(self) -> dict[str, Any]:
-        """For ``result.json``."""
-        difference = self.against_control()
         content: dict[str, Any] = {
             "seeds": list(self.seeds),
             "methods": self.methods,
@@ -197,7 +183,7 @@ class Comparison:
             "delivery": self.delivery(),
             **({"stores": self.stores} if self.stores else {}),
         }
-        if difference is not None:
+        if (difference := self.against_control()) is not None:
             content["_against_".join(self.pair() or ())] = {"read_out": difference[1], **difference[0].to_json()}
         return content
 
@@ -223,31 +209,18 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def seeds_in_words(n: int) -> str:
-    """
-    >>> seeds_in_words(1), seeds_in_words(10)
-    ('1 seed', '10 seeds')
-    """
     return f"{n} seed{'s' if n != 1 else ''}"
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What the comparison of a method with its control asks.
+class _Question(NamedTuple):
+    """What the comparison of a method with its control asks."""
 
-    Args:
-        subject, control: the networks, as the sentence calls them.
-        question: what the test could tell, after "tell" and "show".
-        answers: where the difference is above 0, and where it is not.
-        own: the read-out of the method.
-        readouts: those of the control, of which the better one counts.
-    """
-
-    subject: str
+    subject: str  # the networks, as the sentence calls them
     control: str
-    question: str
-    answers: tuple[str, str]
-    own: str = STUDENT
-    readouts: tuple[str, ...] = (STUDENT, FINETUNED)
+    question: str  # what the test could tell, after "tell" and "show"
+    answers: tuple[str, str]  # where the difference is above 0, and where it is not
+    own: str = STUDENT  # the read-out of the method
+    readouts: tuple[str, ...] = (STUDENT, FINETUNED)  # those of the control, of which the better one counts
 
 
 def _question(name: str) -> _Question:
@@ -267,7 +240,6 @@ def _question(name: str) -> _Question:
 
 
 def _verdict(test: PairedTest, asked: _Question) -> str:
-    """What a paired test says."""
     if test.n < ENOUGH_SEEDS:
         return f"; at least {ENOUGH_SEEDS} seeds are needed to tell {asked.question}"
     if test.p is None:  # all differences are the same
@@ -299,3 +271,69 @@ def parse_seeds(text: str, flag: str = "--seeds") -> tuple[int, ...]:
     if times > 1:
         raise MetaplError(f"{flag}={text!r}: expected each seed once and none twice; {again} is named again.")
     return tuple(itertools.chain(*ranges))
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """What a run reached, in sentences: ``result.json`` in words."""
+    method, lines = EVERY_METHOD[content["method"]], []
+    words, name, tested = method.networks, content["delivered"], content.get("evaluation")
+    why = "by validation" if content["delivered_by"] == "validation" else "the rule where validation cannot tell"
+    if method.is_noisy_student:
+        why = "of the last round" + ", at its best step by validation" * (why == "by validation")
+    if tested is not None:
+        chance = Evaluation(**tested).chance
+        lines.append(f"Test accuracy of the {words[name]}: {spoken(tested['accuracy'], tested['n'], chance)}.")
+        if interval(round(tested["accuracy"] * tested["n"]), tested["n"])[0] <= chance:
+            lines.append("That is not shown to be better than guessing: it may need more steps, or other choices.")
+    if (reached := content.get("validation_accuracy")) is not None:
+        guessed = content.get("validation_chance")  # older runs did not store it
+        lines.append(f"Validation accuracy: {spoken(reached, content['validation_size'], guessed)}.")
+    if not lines:
+        lines.append(f"The {words[name]} is delivered; without --test and --val nothing says how good it is.")
+    part = "test" if tested is not None else "validation"
+    others = {name: content.get(f"{name}_{part}_accuracy") for name in words}
+    shown = ", ".join(f"{words[name]} {100 * value:.1f} %" for name, value in others.items() if value is not None)
+    if shown:
+        lines.append(f"On {part}: {shown}; delivered is the {words[name]} ({why}).")
+    if tested is not None and method.is_noisy_student:
+        lines += better_before(content["rounds"], tested["accuracy"])
+    return lines
+
+
+def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rounds reached and kept, in sentences.
+
+    >>> counts = {"round": 1, "kept": 90, "copies": 90, "unlabeled": 100}
+    >>> spoken_rounds([{"teacher": {"test_accuracy": 0.8}, **counts}])[0]  # of another method than Noisy Student
+    'Test accuracy of the first teacher, whose labels they are: 80.0 %.'
+    """
+    last, lines = rounds[-1], []
+    taught = rounds[0]["teacher"].get("test_accuracy")
+    if "weights_fingerprint" in last and "test_accuracy" in last:
+        reached = [taught, *(each["test_accuracy"] for each in rounds)]
+        lines.append(f"Test accuracy by round: {', '.join(f'{100 * each:.1f} %' for each in reached)}.")
+    elif taught is not None:
+        lines.append(f"Test accuracy of the first teacher, whose labels they are: {100 * taught:.1f} %.")
+    kept = f"{last['kept']:,} of {last['unlabeled']:,}"
+    copies = f", which count as {last['copies']:,}" if last["copies"] != last["kept"] else ""
+    lines.append(f"In round {last['round']}, {kept} unlabeled examples were learned from{copies}.")
+    return lines
+
+
+def better_before(rounds: Sequence[Mapping[str, Any]], delivered: float) -> list[str]:
+    """A sentence where an earlier network did better on the test set than the one that is delivered.
+
+    >>> better_before([{"test_accuracy": 0.8, "teacher": {"test_accuracy": 0.7}}, {"test_accuracy": 0.75}], 0.75)
+    ['Round 1 reached 80.0 % on test, more than the last, which is delivered by rule: the test set chooses nothing.']
+    """
+    reached = [each.get("test_accuracy") or 0.0 for each in (rounds[0]["teacher"], *rounds[:-1])]
+    best = max(range(len(reached)), key=reached.__getitem__)
+    if reached[best] <= delivered:
+        return []
+    return [
+        f"Round {best} reached {100 * reached[best]:.1f} % on test, more than the last, which is delivered by rule: "
+        "the test set chooses nothing."
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from metapl.apps.experiments import galleries
+from metapl.apps.experiments.accuracies import spoken_rounds, summary
 from metapl.apps.experiments.folder import RunFolder, weights_file
-from metapl.apps.experiments.galleries import FILE as GALLERIES
-from metapl.apps.experiments.galleries import draw_galleries, read_galleries, write_galleries
-from metapl.apps.experiments.labels_given import label_by, labels_given
+from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
-from metapl.apps.experiments.shares import check_runs
-from metapl.apps.experiments.summary import spoken_rounds, summary
-from metapl.apps.experiments.suspects import SUSPECTS, find_suspects, suspects_gallery, taken_for_others, write_suspects
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title
@@ -30,6 +27,7 @@ from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks
 from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import takes_whole_images
+from metapl.distributed.tensor import pairs_of
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
@@ -42,23 +40,15 @@ from metapl.training.selection import weights_of
 
 @dataclass(frozen=True)
 class Network:
-    """A network that a run has trained, and what it reaches.
+    """A network that a run has trained, and what it reaches."""
 
-    Args:
-        name: student, finetuned or teacher.
-        weights: its weights, on the host.
-        validation_accuracy: a fraction; None without validation.
-        evaluation: on the test set; None without one.
-    """
-
-    name: str
-    weights: Mapping[str, Tensor]
-    validation_accuracy: float | None
-    evaluation: Evaluation | None
+    name: str  # student, finetuned or teacher
+    weights: Mapping[str, Tensor]  # on the host
+    validation_accuracy: float | None  # a fraction
+    evaluation: Evaluation | None  # on the test set
 
     @property
     def file(self) -> str:
-        """Where its weights are in the run folder."""
         return weights_file(self.name)
 
     def accuracies(self, prefix: str = "") -> dict[str, float]:
@@ -68,7 +58,6 @@ class Network:
         return {prefix + key: value for key, value in found.items() if value is not None}
 
     def as_delivered(self) -> dict[str, Any]:
-        """What ``result.json`` says of the network that is delivered."""
         evaluation = {} if self.evaluation is None else {"evaluation": self.evaluation.to_json()}
         return {"delivered": self.name, **self.accuracies(), **evaluation}
 
@@ -85,10 +74,7 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
 
     def run(self, method: str | None = None) -> dict[str, Any]:
-        """Train, finetune, evaluate on the test set once, and write the folder's files.
-
-        Args:
-            method: in the place of the recipe's own.
+        """Train by the recipe's or another method, finetune, evaluate on the test set once, and write all files.
 
         Returns: what ``result.json`` holds: the accuracies of each network on validation and on the test set, where
         there is one, as ``student_test_accuracy`` and the like; ``delivered``, the name of the network that is used
@@ -106,10 +92,8 @@ class Experiment:
         """Leave behind on which data this runs; refuse to go on with a run on other data."""
         path, record = self.folder.path / "data.json", json.loads(json.dumps(task.record))
         if path.exists() and self.folder.read_json("data.json") != record:
-            raise MetaplError(
-                f"the data have changed since the run in {self.folder.path} was started (see its data.json); put them "
-                "back as they were, or start another run with another --out."
-            )
+            since = f"since the run in {self.folder.path} was started (see its data.json)"
+            raise MetaplError(f"the data have changed {since}; put them back, or start another run with another --out.")
         if self.folder.exists:
             self.folder.relocate(as_dict(self.recipe))
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -119,7 +103,6 @@ class Experiment:
         record_files(self.skipped, task.skipped)
 
     def train(self, task: Task) -> Training:
-        """The recipe's method, phase by phase."""
         teacher, student = self.laid_out_for(self.recipe.torch_device())
         run = Training(self.recipe, task, teacher, student, self)
         run.trainer, run.result = run.train(self.fit)
@@ -129,17 +112,18 @@ class Experiment:
         """Write what a training ended with: pictures, networks, figures and ``result.json``, which is returned."""
         trained, method, folder = run.trainer, self.recipe.method, self.folder
         labeler = trained.teacher if trained.teacher is not None and trained.teacher_classifies else trained.student
-        galleries = draw_galleries(task, labeler, trained.student, method.networks["student"])
+        shown = galleries.draw_galleries(task, labeler, trained.student, method.networks["student"])
         if task.doubtful is not None:
-            found = find_suspects(task.doubtful, trained)
-            write_suspects(folder.path, found, task)
+            found = galleries.find_suspects(task.doubtful, trained)
+            galleries.write_suspects(folder.path, found, task)
+            others = f"{galleries.taken_for_others(found):,} of {len(found):,}"
             self.say(
-                f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; of "
-                f"{taken_for_others(found):,} of {len(found):,} the network finds another class more probable"
+                f"labels that may be wrong: {folder.path / galleries.SUSPECTS}, the most suspicious first; of {others} "
+                "the network finds another class more probable"
             )
-            galleries.append(suspects_gallery(found, task))
+            shown.append(galleries.suspects_gallery(found, task))
         changed = run.rounds.galleries() if method.selects else []
-        sealed = {GALLERIES: write_galleries(folder.path, galleries)}
+        sealed = {galleries.FILE: galleries.write_galleries(folder.path, shown)}
         networks = {name: run.keep(name) for name in method.kept}
         for network in networks.values():
             sealed[network.file] = folder.write_weights(network.file, network.weights)
@@ -187,12 +171,11 @@ class Experiment:
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
             summary=" ".join(summary(content)),
-            galleries=read_galleries(self.folder.path, content.get("sha256", {}).get(GALLERIES)),
+            galleries=galleries.read_galleries(self.folder.path, content.get("sha256", {}).get(galleries.FILE)),
         )
 
     @property
     def skipped(self) -> Path:
-        """Where the files are listed that cannot be read."""
         return self.folder.path / "skipped.jsonl"
 
     # --------------------------------------------------------------------------------------------------------- fits
@@ -202,7 +185,6 @@ class Experiment:
         return task.validation is not None and task.validation_size >= SELECTED_ON
 
     def options(self, task: Task) -> dict[str, Any]:
-        """What every fit of the run has in common."""
         return {
             "validation": task.validation,
             "truth": task.truth,
@@ -241,7 +223,6 @@ class Experiment:
         return result
 
     def finetuned(self, task: Task, student: nn.Module, before: FitResult) -> Network:
-        """:meth:`finetune`, and what the student then reaches."""
         tuned = self.finetune(task, student, before)
         return self.network("finetuned", task, _inside(student), tuned.validation_accuracy, tuned.weights)
 
@@ -291,14 +272,10 @@ class Experiment:
 
 @dataclass(eq=False)
 class Training(Run):
-    """A run in its folder: what its method asks for is laid out, stored and kept.
-
-    Args:
-        trainer, result: what it ended with.
-    """
+    """A run in its folder: what its method asks for is laid out, stored and kept."""
 
     experiment: Experiment
-    trainer: Trainer = field(init=False)
+    trainer: Trainer = field(init=False)  # what it ended with
     result: FitResult = field(init=False)
 
     def __post_init__(self) -> None:
@@ -343,8 +320,7 @@ class Training(Run):
         self.rounds.trained(number, network, result)
 
     def keep(self, name: str) -> Network:
-        """A network of the run by its name, with what it reaches: the student, the teacher, or the student finetuned,
-        of Noisy Student on larger pictures."""
+        """The student, the teacher, or the student finetuned, of Noisy Student on larger pictures, as measured."""
         experiment, task, result = self.experiment, self.data, self.result
         rounds = self.rounds if self.recipe.method.is_noisy_student else None
         if name == "student":
@@ -369,7 +345,8 @@ def _inside(network: nn.Module) -> nn.Module:
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    phase = EVERY_METHOD[content["method"]].last_phase(len(content.get("rounds", ())))
+    rounds = EVERY_METHOD[content["method"]].is_noisy_student
+    phase = f"round-{len(content['rounds'])}" if rounds else "fit"
     return Metrics(folder / "metrics.jsonl").rows(phase)
 
 
@@ -379,7 +356,48 @@ def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str
 
 
 def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = None) -> Evaluation:
-    """A network on (inputs, labels), or batches of these."""
     device = next(network.parameters()).device
     logits, labels = predict_logits(network, batches_of(data, device))
     return evaluate_logits(logits, labels, classes and list(classes))
+
+
+# -------------------------------------------------------------------------------------- whether processes can share it
+
+
+def check_runs(recipe: Recipe, mesh: Mesh, methods: Iterable[str]) -> None:
+    """Refuse methods and options that do not run in the processes of a mesh; nothing is read or built."""
+    for method in methods if mesh.size > 1 else ():
+        if EVERY_METHOD[method].selects or EVERY_METHOD[method].reduced:
+            raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
+    if getattr(recipe, "compile", False) and mesh.together > 1:
+        raise MetaplError(
+            "--compile does not run with --mesh.spatial or --mesh.tensor; leave it out, or give --mesh.replicate and "
+            "--mesh.shard."
+        )
+
+
+def check_shares(recipe: Recipe, mesh: Mesh) -> None:
+    """Refuse what the ranks do not share equally: batches, the columns of pictures and the products of a network."""
+    parts, side = getattr(recipe, "accumulate", 1), recipe.input_shape[-1]
+    for name in recipe.batches_shared:
+        size = getattr(recipe, name, None)
+        if size is not None and size % (mesh.shares * parts):
+            how = f"{mesh.shares:,} ranks do not share equally{f' in {parts} parts' if parts > 1 else ''}"
+            raise MetaplError(
+                f"{recipe.name} has a {name} of {size:,}, which {how}; expected a multiple of "
+                f"{mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
+            )
+    if side % mesh.spatial:
+        raise MetaplError(
+            f"{recipe.name} has pictures of {side} pixels, which cannot be cut into {mesh.spatial} parts; expected a "
+            f"multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
+        )
+    network = getattr(recipe, "network_name", None)
+    if mesh.tensor > 1 and network is not None:
+        with torch.random.fork_rng(devices=[]):
+            pairs = pairs_of(recipe.network())
+        if not pairs:
+            raise MetaplError(
+                f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them; "
+                "give --network vit_b_16 or another vision transformer, or --mesh.spatial or --mesh.shard instead."
+            )

@@ -15,6 +15,7 @@ result.json           the end: accuracies
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,51 +24,60 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from metapl.apps.recipes import RECIPES, ImageFolders, ImageRecipe
+from metapl.apps.recipes.base import Recipe, Role, as_dict, recipe_from_dict
+from metapl.apps.recipes.methods import EVERY_METHOD, titled
+from metapl.apps.recipes.protocols import PAPER_RECIPES, NoisyImagenet
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError, few
+from metapl.metrics import Evaluation
 from metapl.runs.atomic import remove_temporary, write_whole
 from metapl.runs.cores import default_threads
 from metapl.runs.environment import environment
+from metapl.runs.fields import AtLeastZero, Range, misfit, misfit_entries
 from metapl.runs.ownership import LOCK, Folder
 from metapl.runs.sealed import read_json, read_sealed
 
-FORMAT = 3
-"""The layout of run folders that this version writes and reads."""
+FORMAT = 3  # the layout of run folders that this version writes and reads
 
+# Fields of recipes in which the parts of a run may differ, for they change nothing but speed; and those that say where
+# the data lie, which may have moved: what they hold is compared by its hashes.
 SPEED_ALONE = ("num_workers",)
-"""Fields of recipes in which the parts of a run may differ: they change nothing but speed."""
-
 PLACES = ("labeled", "unlabeled", "clean", "val", "test", "data_root")
-"""Fields of recipes that say where the data lie, which may have moved: what they hold is compared by its hashes."""
 
 WEIGHTS = {
     "student": "student.safetensors",
     "finetuned": "finetuned_student.safetensors",
     "teacher": "teacher.safetensors",
 }
+# What is compared: the network that a run delivers, the student, and the student finetuned.
+READOUTS = ("test_accuracy", "student_test_accuracy", "finetuned_test_accuracy")
 
-ANOTHER = (
+ANOTHER = (  # what to do where a file of a run is not as it was written
     "Put the file back from a copy, or train again with another --out; finetuned weights are made anew by: metapl "
     "finetune."
 )
-"""What to do where a file of a run is not as it was written."""
-
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."
+
+KNOWN: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
+
+NetworkName = Literal["delivered", "student", "finetuned", "teacher"]  # the one that a run delivers, or one of its own
 
 
 def weights_file(network: str) -> str:
-    """The file of a network's weights in a run folder: of the student, the student finetuned or the teacher."""
     return WEIGHTS[network]
 
 
 @dataclass(frozen=True)
 class _MadeWith:
-    """What is read of what a run was made with."""
-
-    threads: int
+    threads: int  # what is read of what a run was made with
 
 
 class RunFolder(Folder):
@@ -77,24 +87,21 @@ class RunFolder(Folder):
 
     @property
     def exists(self) -> bool:
-        """Whether a run has been started here."""
         return (self.path / "recipe.json").is_file()
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
-        """:meth:`held`, by a run of this recipe: a new one, or the one that is there.
-
-        Raises:
-            MetaplError: as there; or a run is here and ``resume`` is not asked for; or it is of another recipe or
-                format; or there are files here that are not a run's.
-        """
+        """:meth:`held`, by a run of this recipe: a new one, or with ``resume`` the one that is there, of the same."""
         with self.held():
             self.check(resume)
             if not self.exists:
                 self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
                 yield
                 return
-            before, now = (_by_flag(content) for content in (self.recipe(), json.loads(json.dumps(dict(recipe)))))
+            before, now = (
+                {name.removeprefix("fields."): value for name, value in flat(content).items()}
+                for content in (self.recipe(), json.loads(json.dumps(dict(recipe))))
+            )
             moved = {name for name in PLACES if isinstance(before.get(name), str) and isinstance(now.get(name), str)}
             known = sorted({*before, *now} - {*SPEED_ALONE, *moved})
             changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in known if before.get(k) != now.get(k)]
@@ -111,8 +118,7 @@ class RunFolder(Folder):
         if not self.exists and self.path.is_dir():
             # Hidden files are a file manager's; the other kind is what a killed start left.
             left = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
-            others = sorted(name for name in os.listdir(self.path) if not left.fullmatch(name))
-            if others:
+            if others := sorted(name for name in os.listdir(self.path) if not left.fullmatch(name)):
                 raise MetaplError(
                     f"{self.path} holds files that are not a run's ({few(others)}), and no recipe.json; expected an "
                     "empty folder, or a new one: give another --out."
@@ -133,10 +139,7 @@ class RunFolder(Folder):
             self.write_json("recipe.json", content)
 
     def threads(self) -> int:
-        """Threads of the linear algebra that the run in the folder was started with; for a new one, the default.
-
-        A resumed run, or one that is evaluated again, takes as many: rounding depends on their number.
-        """
+        """Threads of the linear algebra, on whose number rounding depends: those that the run here was started with."""
         begun = self._description().get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
 
@@ -153,7 +156,6 @@ class RunFolder(Folder):
         return recipe
 
     def _description(self) -> dict[str, Any]:
-        """What recipe.json holds."""
         return self.read_json("recipe.json", {"recipe": dict[str, Any], "made_with": _MadeWith}, ("recipe",))
 
     def read_json(
@@ -167,7 +169,6 @@ class RunFolder(Folder):
         return read_json(self.path / name, hints, needed)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file whole or not at all."""
         write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
@@ -179,14 +180,13 @@ class RunFolder(Folder):
         return hashlib.sha256(content).hexdigest()
 
     def read_weights(self, name: str, sha256: str | None = None) -> dict[str, Tensor]:
-        """The weights in a safetensors file of the folder; ``sha256`` is that of the file as it was written, None where
-        that is not known, as of runs of earlier versions."""
+        """The weights in a safetensors file of the folder, of this SHA-256 where that is known."""
         from safetensors.torch import load
 
         file = self.path / name
-        if not file.is_file() and not (self.path / "result.json").is_file():
-            raise MetaplError(f"{file} is missing. The run has not come so far: finish it with --resume.")
         if not file.is_file():
+            if not (self.path / "result.json").is_file():
+                raise MetaplError(f"{file} is missing. The run has not come so far: finish it with --resume.")
             left = [network for network, other in WEIGHTS.items() if (self.path / other).is_file()]
             instead = f" What is left: --network {' or '.join(left)}." if left else ""
             raise MetaplError(
@@ -201,11 +201,6 @@ class RunFolder(Folder):
         return weights
 
 
-def _by_flag(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What is run and how, with every field by the name that it has on the command line."""
-    return {name.removeprefix("fields."): value for name, value in flat(recipe).items()}
-
-
 def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested values by their whole names, as on the command line.
 
@@ -214,6 +209,245 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for name, value in values.items():
-        whole = f"{above}{name}"
-        fields |= flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
+        fields |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
     return fields
+
+
+# ------------------------------------------------------------------------------------------------- recipes and results
+
+Fraction = Annotated[float, Range(0, most=1)]
+FINETUNED_WITH: dict[str, Any] = dict.fromkeys(("steps", "lr"), Annotated[float, Range(0)])
+
+# What result.json must say, and what it and data.json may say, with types. The names of accuracies end in "_accuracy".
+TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
+RESULT: dict[str, Any] = {
+    "recipe": str,
+    "method": Literal[tuple(EVERY_METHOD)],
+    **dict.fromkeys(("seed", "steps", "best_step", "validation_size"), AtLeastZero),
+    "validation_chance": float | None,
+    "delivered": Literal[tuple(WEIGHTS)],
+    "delivered_by": Literal["validation", "rule"],
+    "evaluation": dict[str, Any],
+    "sha256": dict[str, str],
+    "finetuned_with": dict[str, float],
+    "rounds": list[dict[str, Any]],
+    "seeds": list[int],
+    "methods": dict[str, dict[str, list[float]]],
+    "delivery": str,
+    "stores": dict[str, list[str]],
+}
+DATA: dict[str, Any] = {
+    "hash": dict[str, str],
+    "data": str,
+    "counts": dict[str, int],
+    **dict.fromkeys(("labeled", "unlabeled", "clean", "validation", "test"), int | list[str] | list[int]),
+}
+
+
+def describe(recipe: Recipe, **run_by: Any) -> dict[str, Any]:
+    """A recipe and its method as plain values, with their names and how they are run."""
+    return {"name": recipe.name, "method": recipe.method.name, **run_by, "fields": as_dict(recipe)}
+
+
+def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe of a run folder, and its whole description."""
+    file, description = folder.path / "recipe.json", folder.recipe()
+    hints: dict[str, Any] = {"name": str, "method": str, "fields": dict[str, Any]}
+    if fault := misfit_entries(description, hints, "its recipe") or _unsaid(description, hints):
+        raise MetaplError(f"{file} is damaged: {fault}.")
+    kind = KNOWN.get(description["name"])
+    if kind is None:
+        what = f"a run of the recipe {description['name']!r}, which this metapl does not have"
+        raise MetaplError(f"{folder.path} is {what}; it has {', '.join(KNOWN)}.")
+    try:
+        recipe = recipe_from_dict(kind, description["method"], description["fields"])
+    except (MetaplError, TypeError) as error:  # TypeError: a field without a default is missing
+        raise MetaplError(f"{file} is damaged or of another version: {error}") from error
+    if isinstance(recipe, ImageFolders) and not recipe.complete:
+        missing = ", ".join(name for name in recipe.chosen if getattr(recipe, name) is None)
+        raise MetaplError(f"{file} is damaged: it has no value for {missing}.")
+    return recipe, description
+
+
+def stored_result(folder: RunFolder) -> dict[str, Any]:
+    """What the ``result.json`` of a run folder holds, where it is whole and of the run in ``recipe.json``."""
+    result = folder.read_json("result.json")
+    for fault in chain(_faults(result), _contradictions(result, folder.recipe())):
+        raise MetaplError(f"{folder.path / 'result.json'} is damaged or of another version: {fault}.")
+    return result
+
+
+def stored_data(folder: RunFolder) -> dict[str, Any]:
+    return folder.read_json("data.json", DATA, ("hash",))
+
+
+def _unsaid(content: dict[str, Any], names: Any) -> str | None:
+    return next((f"it does not say {name}" for name in names if name not in content), None)
+
+
+def _faults(result: dict[str, Any]) -> Iterator[str | None]:
+    """What is wrong with a ``result.json``; each is looked for only where there was nothing before it."""
+    fractions = {name: Fraction for name in result if name.endswith("_accuracy")}
+    if fault := _unsaid(result, TOLD) or misfit_entries(result, {**RESULT, **fractions}, "its content"):
+        yield fault
+    tuned = result.get("finetuned_with")
+    if tuned is not None and (fault := _unsaid(tuned, FINETUNED_WITH) or misfit_entries(tuned, FINETUNED_WITH, "")):
+        yield f"of finetuned_with, {fault}"
+    if "methods" in result:
+        if fault := _unsaid(result, ("seeds", "delivery")):
+            yield fault
+        for name, readouts in result["methods"].items():
+            if name not in EVERY_METHOD or not readouts.keys() >= set(READOUTS):
+                yield f"methods.{name} does not say {', '.join(READOUTS)} of a method"
+            if any(len(values) != len(result["seeds"]) for values in readouts.values()):
+                yield f"methods.{name} has not one value for each of the {len(result['seeds'])} seeds"
+        if result["method"] not in result["methods"] or result["seed"] not in result["seeds"]:
+            yield "the run that it delivers is not one of its own"
+    if "evaluation" in result:
+        try:
+            found = Evaluation(**result["evaluation"])
+        except TypeError as error:
+            yield f"its evaluation {str(error).removeprefix('Evaluation.__init__() ')}"
+        if fault := misfit(result["evaluation"], Evaluation, "evaluation"):
+            yield fault
+        width, classes = len(found.confusion), found.per_class if found.classes is None else found.classes
+        wide = {width, len(found.per_class), len(classes), *map(len, found.confusion)}
+        counts = [count for row in found.confusion for count in row]
+        if len(wide) > 1 or found.n < 1 or sum(counts) != found.n or min(counts) < 0:
+            yield f"its evaluation has tables that do not fit each other and n = {found.n}"
+        if not 0 <= found.accuracy <= 1:
+            yield f"its evaluation has the accuracy {found.accuracy}"
+
+
+def _contradictions(result: dict[str, Any], description: dict[str, Any]) -> Iterator[str]:
+    """Where a ``result.json`` is of another run than a ``recipe.json``: both have the same name in every folder."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    if "compare" in description:
+        for name, of in (("methods", "compare"), ("seeds", "seeds")):
+            if isinstance(run := description.get(of), list):
+                pairs[name] = sorted(map(str, result.get(name, ()))), sorted(map(str, run))
+    else:
+        fields = description.get("fields")
+        seed = fields.get("seed") if isinstance(fields, dict) else None
+        pairs = {"method": (result["method"], description.get("method")), "seed": (result["seed"], seed)}
+    for name, (told, run) in pairs.items():
+        if told != run:
+            yield f"its {name} is {told!s:.60}, and that of recipe.json {run!s:.60}"
+
+
+# ---------------------------------------------------------------------------------------------------- a run that ended
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run, or a comparison and the run whose networks it delivers, whose method and seed the recipe then has."""
+
+    folder: RunFolder
+    recipe: Recipe
+    description: dict[str, Any]  # what recipe.json holds
+    result: dict[str, Any]  # what result.json holds
+
+    @property
+    def is_comparison(self) -> bool:
+        return "compare" in self.description
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run was trained; the CPU, which every machine has, where that device is not here."""
+        try:
+            return self.recipe.torch_device()
+        except MetaplError:
+            return torch.device("cpu")
+
+    @property
+    def title(self) -> str:
+        return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return tuple(name for name, file in WEIGHTS.items() if (self.folder.path / file).is_file())
+
+    @property
+    def rounds(self) -> SelfTraining | None:
+        settings = self.recipe.method.selection
+        return settings if isinstance(settings, SelfTraining) else None
+
+    @property
+    def finetuned_larger(self) -> bool:
+        return self.rounds is not None and self.rounds.finetune_size is not None
+
+    def name(self, asked: NetworkName) -> str:
+        """Which network is meant; refused where the run has no such network."""
+        delivered: str = self.result["delivered"]
+        if asked == "delivered":
+            return delivered
+        if asked not in self.networks:
+            has = f"{self.folder.path} has no {weights_file(asked)}"
+            raise MetaplError(f"--network {asked}: {has}; expected one of its networks: {', '.join(self.networks)}.")
+        if self.finetuned_larger and asked != delivered and "finetuned" in (asked, delivered):
+            raise MetaplError(
+                f"--network {asked}: it takes pictures of another size than the network that {self.folder.path} "
+                f"delivers; expected --network {delivered}, or none."
+            )
+        return asked
+
+    def network(self, name: str) -> nn.Module:
+        """One of the run's networks, by its name, with its weights."""
+        torch.set_num_threads(getattr(self.recipe, "threads", self.folder.threads()))
+        role: Role = "teacher" if name == "teacher" else self.recipe.method.built_as
+        recipe, file = self.recipe, weights_file(name)
+        if self.rounds is not None and name == "teacher":  # of another network than its student, perhaps
+            recipe = stored(self.folder)[0].by(self.result["method"])
+            named = self.rounds.network(len(self.result["rounds"]) - 1)
+            recipe = recipe if named is None else recipe.with_network(named)
+        if isinstance(recipe, ImageRecipe):  # what it was started from need not be there any more
+            recipe = dataclasses.replace(recipe, weights=None)
+        weights, network = self.folder.read_weights(file, self.result.get("sha256", {}).get(file)), recipe.network(role)
+        given, expected = (
+            {key: tuple(value.shape) for key, value in tensors.items()} for tensors in (weights, network.state_dict())
+        )
+        for key in sorted(given.keys() | expected.keys()):
+            if given.get(key) != expected.get(key):
+                raise MetaplError(
+                    f"{self.folder.path / file} does not fit the network of recipe.json: {key} is "
+                    f"{given.get(key, 'missing')} in the file and {expected.get(key, 'missing')} in the network."
+                )
+        network.load_state_dict(weights)
+        return network
+
+    def titled(self, name: str) -> str:
+        return titled(self.result["method"], name)
+
+    def heading(self, name: str) -> str:
+        which = f", delivered by {self.result['delivered_by']}" if name == self.result["delivered"] else ""
+        return f"{self.title}, {self.titled(name)} ({weights_file(name)}{which})"
+
+
+def load_run(path: Path) -> LoadedRun:
+    """The run in a folder, where it is finished, whole and of this version."""
+    if not path.is_dir():
+        state = f"{path} is a file" if path.exists() else f"there is no folder {path}"
+        raise MetaplError(f"{state}; expected the folder of a run that metapl train wrote, such as runs/digits-001.")
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
+    recipe, description = stored(folder)
+    if not (path / "result.json").is_file():
+        raise MetaplError(
+            f"the run in {path} is not finished; go on with it by the command that started it, with --out {path} "
+            "--resume."
+        )
+    result = stored_result(folder)
+    run = LoadedRun(folder, recipe.compared(result["method"], result["seed"]), description, result)
+    settings = run.rounds
+    if settings is None:
+        return run
+    if (told := len(result.get("rounds", ()))) != settings.rounds:
+        raise MetaplError(
+            f"{path / 'result.json'} is damaged: it tells of {told} rounds, and recipe.json of {settings.rounds}."
+        )
+    last = settings.network(-1)
+    own = run.recipe if last is None else run.recipe.with_network(last)
+    if result["delivered"] == "finetuned" and settings.finetune_size is not None:
+        own = own.at_size(settings.finetune_size)
+    return dataclasses.replace(run, recipe=own)

@@ -1,44 +1,37 @@
-"""Pictures that say more than figures: what the teacher is sure of, what it is not, and what the student gets wrong."""
+"""Pictures that say more than figures: what the teacher is sure of, what it is not, what the student gets wrong, and
+the examples whose given labels are most likely wrong."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from metapl.apps.experiments.folder import ANOTHER
-from metapl.apps.recipes.base import Task
-from metapl.apps.reports import Gallery
+from metapl.apps.pictures.csv_files import written_csv
+from metapl.apps.recipes.base import Doubtful, Task
+from metapl.apps.reports import Gallery, draw_grid
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.problems import Table
 from metapl.runs.atomic import replacing
 from metapl.runs.sealed import read_sealed
+from metapl.training import Trainer
+from metapl.training.trainer import BilevelTrainer
 
-SHOWN = 12
-"""Pictures in a gallery."""
-
-FILE = "pictures.safetensors"
+FILE, SUSPECTS, GRID = "pictures.safetensors", "suspects.csv", "suspects.png"
+SHOWN, SUSPECTS_SHOWN = 12, 48  # pictures in a gallery, and in the one of suspects
 
 
 def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str = "student") -> list[Gallery]:
-    """The most and the least confident pseudo-labels, and the most confident mistakes on validation.
-
-    Args:
-        task: ``sample`` and ``validation``, where there are any, are looked at as they are, without augmentation.
-        labeler: who makes the pseudo-labels.
-        student: who is validated.
-        name: of the one who is validated, in words.
-
-    Returns: galleries of at most ``SHOWN`` pictures; none of examples that are not pictures of 1 or 3 channels.
-
-    Cost: one forward pass per example.
-    """
+    """The labeler's most and least confident pseudo-labels, and the student's most confident mistakes on validation."""
     found, names = [], task.classes
     if task.sample is not None:
         seen = _look(labeler, task.sample)
@@ -75,8 +68,7 @@ def gallery_of(
     captions: Sequence[str],
     marks: Sequence[bool | None] | None = None,
 ) -> Gallery | None:
-    """Examples (C, H, W) in [0, 1] as a gallery; None where there are none, or they are not pictures of 1 or 3
-    channels."""
+    """Examples (C, H, W) in [0, 1] as a gallery; None where there are none, or not pictures of 1 or 3 channels."""
     if not len(pictures) or pictures[0].ndim != 3 or pictures[0].shape[0] not in (1, 3):
         return None
     levels = (torch.stack(tuple(pictures)).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -96,11 +88,7 @@ def write_galleries(folder: Path, galleries: Sequence[Gallery]) -> str:
 
 
 def read_galleries(folder: Path, sha256: str | None = None) -> list[Gallery]:
-    """What :func:`write_galleries` kept; nothing where there is no such file.
-
-    Raises:
-        MetaplError: the file is not the one of this SHA-256, where that is known, or cannot be read.
-    """
+    """What :func:`write_galleries` kept, of this SHA-256 where that is known; nothing where there is no such file."""
     from safetensors.torch import load
 
     path = folder / FILE
@@ -112,10 +100,75 @@ def read_galleries(folder: Path, sha256: str | None = None) -> list[Gallery]:
         length = int.from_bytes(content[:8], "little")
         words = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["galleries"])
         return [
-            Gallery(
-                entry["title"], entry["note"], pictures[str(number)], tuple(entry["captions"]), tuple(entry["marks"])
-            )
-            for number, entry in enumerate(words)
+            Gallery(of["title"], of["note"], pictures[str(number)], tuple(of["captions"]), tuple(of["marks"]))
+            for number, of in enumerate(words)
         ]
     except Exception as error:  # safetensors raises its own types; without a checksum anything may stand there
         raise MetaplError(f"{path} cannot be read: {type(error).__name__}, {error}; remove it to go on.") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- suspects
+
+
+class Suspect(NamedTuple):
+    """An example, and what the network takes it for."""
+
+    name: str  # such as its file
+    position: int  # in the data set
+    given: int  # its label
+    probably: int  # the most probable class
+    p_given: float
+    p_probably: float
+    weight: float | None = None  # that was learned for it, where weights of examples were
+
+
+def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
+    """All the examples, first those whose given label the network finds least probable, without augmentation."""
+    teacher, weights = trained.teacher, None
+    if isinstance(trained, BilevelTrainer) and isinstance(teacher, Table) and teacher.values.ndim == 1:  # one each
+        weights = teacher.values.detach().cpu().sigmoid().tolist()
+    found: list[tuple[float, int, int, int, float]] = []
+    for inputs, positions in batches_of(doubtful.examples, torch.device("cpu")):
+        given = doubtful.given[positions]
+        logits, _ = predict_logits(trained.student, [(inputs, given)])
+        log_p = logits.double().log_softmax(dim=1)
+        best = log_p.max(dim=1)
+        of_given = log_p.gather(1, given[:, None])[:, 0]
+        found += zip(*(c.tolist() for c in (of_given, positions, given, best.indices, best.values)), strict=True)
+    suspects = []
+    for log_p_given, i, label, taken, log_p_best in sorted(found):
+        learned = None if weights is None else weights[i]
+        p = math.exp(log_p_given), math.exp(log_p_best)
+        suspects.append(Suspect(doubtful.names[i], i, label, taken, *p, learned))
+    return suspects
+
+
+def taken_for_others(suspects: Sequence[Suspect]) -> int:
+    """Of how many the network finds another class more probable than the given one."""
+    return sum(one.probably != one.given for one in suspects)
+
+
+def write_suspects(folder: Path, suspects: Sequence[Suspect], task: Task) -> None:
+    """``suspects.csv`` with all of them, and ``suspects.png`` with the first."""
+    names, weighed = task.classes, any(one.weight is not None for one in suspects)
+    with written_csv(folder / SUSPECTS) as writer:
+        writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weighed else [])])
+        for one in suspects:
+            cells = [one.name, names[one.given], names[one.probably], f"{one.p_given:.3g}", f"{one.p_probably:.3g}"]
+            writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])
+    note = "Beneath each: the given label, what the network takes it for and how surely, and its file."
+    draw_grid(folder / GRID, "Labels that may be wrong", note, [suspects_gallery(suspects, task)])
+
+
+def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
+    assert task.doubtful is not None
+    names, shown = task.classes, suspects[:SUSPECTS_SHOWN]
+    pictures, _ = task.doubtful.examples.images.fetch(torch.tensor([one.position for one in shown]))
+    captions = tuple(
+        f"{names[one.given]}\n{names[one.probably]}, {one.p_probably:.0%}\n{Path(one.name).name}" for one in shown
+    )
+    note = (
+        f"of {len(suspects):,} labels that may be wrong, the most suspicious first; of {taken_for_others(suspects):,} "
+        "the network finds another class more probable; beneath each, the given label first"
+    )
+    return Gallery("Suspects", note, pictures, captions, (None,) * len(shown))

@@ -18,59 +18,44 @@ from typing import Any
 import torch
 
 from metapl.apps.experiments.experiment import Experiment
-from metapl.apps.experiments.folder import ANOTHER, RunFolder
-from metapl.apps.experiments.store import describe, places, stored_result
+from metapl.apps.experiments.folder import ANOTHER, RunFolder, describe, stored_result
 from metapl.apps.recipes.base import Recipe
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.sealed import read_sealed
 from metapl.words import tell
 
-PATIENCE = 30.0
-"""Seconds that a worker has to save the step under way before it is killed."""
+PATIENCE = 30.0  # seconds that a worker has to save the step under way before it is killed
 
 
 def aloud(text: str) -> None:
-    """Show a message on standard output."""
     tell(text, wrap=True)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe by one method.
-
-    Args:
-        recipe, method, folder, resume: as they are run.
-        threads: of the linear algebra, where the recipe does not say; None: as many as the run was started with, or
-            the default of a new one.
-    """
+    """One recipe by one method."""
 
     recipe: Recipe
     method: str
     folder: Path
     resume: bool
-    threads: int | None = None
+    threads: int | None = None  # where the recipe does not say; None: as the run was started with
 
     @property
     def finished(self) -> bool:
-        """Whether its result is there."""
         return (self.folder / "result.json").exists()
 
     @property
     def title(self) -> str:
-        """In words."""
         return f"{self.method}, seed {self.recipe.seed}"
 
     def run(
         self, *, progress: bool = False, quiet: bool = True, within: RunFolder | None = None, mesh: Mesh | None = None
     ) -> dict[str, Any]:
-        """Run it here; a run that is finished already only gives its result, if its networks are those it was of.
+        """Run it here, ``within`` a folder that the caller may hold already, as one of the processes of a mesh.
 
-        Args:
-            progress: show how far it is.
-            quiet: show no messages.
-            within: the folder, where the caller holds it already.
-            mesh: processes that train together, of which this is one.
+        A run that is finished only gives its result, if its networks are those it was of.
         """
         folder, recipe = within or RunFolder(self.folder), self.recipe.by(self.method)
         torch.set_num_threads(getattr(self.recipe, "threads", self.threads or folder.threads()))
@@ -83,17 +68,15 @@ class Job:
             for name, sha256 in result.get("sha256", {}).items():
                 if (folder.path / name).is_file():  # weights may have been removed for their room
                     read_sealed(folder.path / name, sha256, mend=ANOTHER)
-            if folder.places() != places(self.recipe):  # the data have moved: are they the same?
+            moved = any(getattr(self.recipe, name) != place for name, place in folder.places().items())
+            if moved:  # are the data the same?
                 experiment.record(self.recipe.task())
             return result
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The networks of a run by a method laid out, and nothing else: what cannot be cut is refused.
-
-    The number of the recipe's steps may be open.
-    """
+    """The networks of a run by a method laid out, and nothing else: what cannot be cut is refused."""
 
     recipe: Recipe
     method: str
@@ -111,16 +94,9 @@ def run_all(
 ) -> Generator[tuple[Job, dict[str, Any], float], None, None]:
     """Run the jobs, ``workers`` at a time, and give each with its result and the seconds it took as it ends.
 
-    Args:
-        jobs: as they are to be run.
-        workers: processes; one is this one.
-        here: runs a job where there is one worker.
-
-    However this ends, no worker is left: where it is stopped, or a job fails, the others save the step under way and
-    go; and a worker whose parent was killed ends itself, so that nobody goes on writing to the folders.
-
-    Raises:
-        MetaplError: what a job raised, or that a process was killed.
+    One worker is this process, where ``here`` runs a job. However this ends, no worker is left: where it is stopped, or
+    a job fails, the others save the step under way and go; and a worker whose parent was killed ends itself, so that
+    nobody goes on writing to the folders.
     """
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:

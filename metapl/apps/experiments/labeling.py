@@ -1,4 +1,7 @@
-"""A teacher's labels of many pictures, written to a store: in eval mode, of pictures as they are."""
+"""A teacher's labels of many pictures, written to a store: in eval mode, of pictures as they are.
+
+Reduced MPL takes them of the run's own teacher, or of a store or another run that a user gives.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.experiments.folder import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
@@ -22,23 +26,25 @@ from metapl.apps.pictures.folders import ask, digest, hashes, scan_unlabeled
 from metapl.apps.pictures.sets import load_image_data
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.recipes import Digits, ImageRecipe, Recipe
+from metapl.apps.recipes.base import Stored, Task
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import logits_of
 from metapl.runs.fingerprints import fingerprint
+from metapl.training import Say
 from metapl.training.progress import counting, progress
 from metapl.words import shown
 
+# What can be labeled by its name: all of the digits, and the training pictures of the others.
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet", "imagefolder")
-"""What can be labeled by its name: all of the digits, and the training pictures of the others."""
 
+# Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part, at least.
 BATCH, PARTS, FEWEST_ROWS = 256, 1000, 1024
-"""Pictures in a pass; the most parts of a store, unless that would make them too large; rows of a part, at least."""
 
+# Pictures (B, C, H, W); their numbers, int64 (B,); what their files begin with as SHA-256, uint8 (B, 16) or (B, 0);
+# and the numbers of files that cannot be read, each with the reason.
 Read = tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]
-"""Pictures (B, C, H, W); their numbers, int64 (B,); what their files begin with as SHA-256, uint8 (B, 16) or (B, 0);
-and the numbers of files that cannot be read, each with the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +71,6 @@ class InOrder(StepBatches[Read], ABC):
         return -(-self.pictures() // self.batch_size) - self.first
 
     def numbers(self, step: int) -> range:
-        """Of the pictures of a batch."""
         start = (self.first + step) * self.batch_size
         return range(start, min(start + self.batch_size, self.pictures()))
 
@@ -135,20 +140,13 @@ class SourcePictures(InOrder):
 
 @dataclass(frozen=True)
 class Labeled:
-    """What is to be labeled.
-
-    Args:
-        pictures: as batches.
-        ids: of each number, ascending: names of files in their folder, or the numbers themselves.
-        name: of the folder or of the data set.
-    """
+    """What is to be labeled."""
 
     pictures: InOrder
-    ids: Sequence[str] | range
-    name: str
+    ids: Sequence[str] | range  # of each number, ascending: names of files in their folder, or the numbers themselves
+    name: str  # of the folder or of the data set
 
     def hash(self) -> str:
-        """SHA-256 over the ids."""
         whole = hashlib.sha256()
         for name in self.ids:
             whole.update(f"{name}\0".encode("utf-8", "surrogateescape"))
@@ -156,16 +154,7 @@ class Labeled:
 
 
 def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: str | None = None) -> Labeled:
-    """The pictures of a folder, or of a data set by its name.
-
-    Args:
-        pictures: one of ``DATA_SETS``, or a folder.
-        recipe: of the run whose network labels them.
-        data_root: where torchvision keeps the data set; None: where the run had it.
-
-    Raises:
-        MetaplError: there is no such folder, no picture in it, or the data set is not for this recipe.
-    """
+    """The pictures of a folder, or of a data set by its name, which lies where the run had it, or in ``data_root``."""
     if data_root is not None and (pictures == "digits" or pictures not in DATA_SETS):
         raise MetaplError(
             f"--data-root {data_root} has no effect on {pictures}: it says where torchvision's data sets lie; leave it "
@@ -191,11 +180,9 @@ def to_label(pictures: str, recipe: Recipe, batch_size: int = BATCH, data_root: 
         return Labeled(SourcePictures(images, batch_size=batch_size), range(len(images)), "digits")
     root = data_root or getattr(recipe, "data_root", None)
     if root is None:
-        raise MetaplError(
-            f"where {pictures} lies is not known; give the folder that torchvision calls so: --data-root DIR."
-        )
+        raise MetaplError(f"where {pictures} lies is not known; expected the folder of torchvision: --data-root DIR.")
     side = (recipe.image_size, recipe.image_size)
-    train = load_image_data(pictures, root, side, center=recipe.center, mode="L" if recipe.grey else "RGB").train
+    train = load_image_data(pictures, root, side, center=recipe.center, mode=recipe.colors).train
     if train.shape != recipe.input_shape:
         given, expected = (
             f"{height}x{width} {'grey' if channels == 1 else 'in colors'}"
@@ -235,19 +222,9 @@ def rows_per_part(examples: int) -> int:
 
 
 def store_labels(
-    network: nn.Module,
-    labeled: Labeled,
-    place: Path,
-    classes: Sequence[str],
-    about: Mapping[str, Any],
-    say: Callable[[str], None],
+    network: nn.Module, labeled: Labeled, place: Path, classes: Sequence[str], about: Mapping[str, Any], say: Say
 ) -> LabelStore:
-    """The store of a network's labels in a run's folder; one that is there already is gone on with.
-
-    Args:
-        about: by :func:`provenance`; a store that says otherwise is refused.
-        say: takes the reason of each file that is left out.
-    """
+    """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with."""
     part = rows_per_part(len(labeled.ids))
     with LabelWriter(place, classes, provenance=about, rows_per_part=part, resume=place.exists()) as writer:
         write_labels(network, labeled, writer, skip=say)
@@ -262,16 +239,10 @@ def refuse_other_pictures(
     tell_progress: bool,
     unread: Callable[[str], object] = lambda path: None,
 ) -> None:
-    """Refuse labels of pictures that were replaced under their names.
+    """Refuse labels of pictures that were replaced under their names: ``known`` ids with the digests that they had.
 
-    Args:
-        known: ids, each with the digest of the file that was labeled.
-        file: gives the file of an id; None: it is not compared. Nor is one that cannot be read, which whoever wants its
-            picture says.
-        store: that has the labels.
-        unread: takes the path of each file that cannot be read.
-
-    Cost: one reading of every file: for a million of 100 KB some four minutes of a local disk, and no decoding.
+    ``file`` gives the file of an id, or None, which is not compared; nor is one that cannot be read, which ``unread``
+    takes. Cost: one reading of every file: for a million of 100 KB some four minutes of a local disk, and no decoding.
     """
     others, count = [], 0
     with counting("comparing pictures with those that were labeled", tell_progress) as update:
@@ -301,23 +272,14 @@ def write_labels(
     unread: Callable[[str], object] = lambda path: None,
     tell_progress: bool = False,
 ) -> None:
-    """Write softmax(network(x) / temperature) of every picture behind those that the writer has.
+    """Write softmax(network(x) / temperature) of every picture behind those that the writer has, which it compares.
 
     Args:
         network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
             of its first parameter. Afterwards it is in the mode that it was in.
-        labeled: which pictures.
-        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes. The files
-            of pictures that it has labels of are read, to tell whether they are still the same.
-        temperature: above 0.
-        num_workers: processes that read pictures; it changes nothing but the speed.
+        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
         skip: takes the reason of each file that is left out.
         unread: takes the path of each file that cannot be read, and of which the writer has labels.
-        tell_progress: show how far it is on standard error.
-
-    Raises:
-        MetaplError: the writer has labels of other pictures, the network's outputs are not finite, a worker died, or
-            the disk refused.
     """
     ids: Sequence[Any] = labeled.ids
     there = LabelStore(writer.folder) if writer.complete else writer
@@ -365,3 +327,80 @@ def _refuse_infinite(logits_BC: Tensor, names: Sequence[Any], why: str) -> None:
     finite = logits_BC.isfinite().all(dim=1).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
         raise MetaplError(f"the network's outputs are not finite for {few(bad)}; {why}.")
+
+
+# --------------------------------------------------------------------------------------------------------- Reduced MPL
+
+FOLDER = "labels"  # where a run keeps the stored labels, in its folder
+PICTURES_OF = {"labels": "unlabeled", "labeled_labels": "labeled"}  # the folder whose pictures each store has labels of
+
+
+def label_by(teacher: nn.Module, recipe: Recipe, folder: Path, task: Task, say: Say) -> Stored:
+    """Store the labels of a task's examples in a run folder, or go on with those of the same weights; read them."""
+    stored = {}
+    for name, batches in (("unlabeled", task.unlabeled), ("labeled", task.labeled)):
+        labeled = Labeled(SourcePictures(batches.images), range(len(batches.images)), name)
+        about = provenance(teacher, labeled, recipe)
+        store = store_labels(teacher, labeled, folder / FOLDER / name, task.classes, about, say)
+        stored[name] = rows_of(store, labeled.ids)
+    say(f"the teacher's labels are in {folder / FOLDER}")
+    return stored
+
+
+def rows_of(store: LabelStore, ids: Any) -> Tensor:
+    """The distributions of these examples, float32 (n, C); even ones for examples that the store leaves out."""
+    known = [(row, name) for row, name in enumerate(ids) if name in store]
+    if not known:
+        raise MetaplError(f"the store {store.folder} has none of the {len(ids):,} examples; expected their labels.")
+    rows = torch.full((len(ids), len(store.classes)), 1 / len(store.classes))
+    rows[[row for row, _ in known]] = store[[name for _, name in known]]
+    return rows
+
+
+def check_labels_given(recipe: Recipe) -> None:
+    """Refuse a store or a run that is of other classes, or of other pictures, or is damaged; nothing is written."""
+    given: Any = recipe  # labels are given of folders alone
+    for name, place in recipe.method.labels_from.items():
+        if place is None:
+            continue
+        store = None if name == "teacher" else LabelStore(place)
+        classes = load_run(Path(place)).recipe.classes if store is None else store.classes
+        if classes != given.classes:
+            raise MetaplError(
+                f"the {'run' if store is None else 'store'} {place} has the classes {few(classes)}; expected those of "
+                f"{given.labeled}, in this order: {few(given.classes)}."
+            )
+        if store is not None:
+            files = scan_unlabeled(getattr(given, PICTURES_OF[name]))
+            file = dict(zip(files.names, files.paths(), strict=True)).get
+            refuse_other_pictures(store.digests(), file, store.folder, tell_progress=True)
+
+
+def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
+    """The labels that the recipe's method names; another run's are stored in ``folder``. None: a teacher is trained."""
+    given = {name: place for name, place in recipe.method.labels_from.items() if place is not None}
+    if not given:
+        return None
+    folders, stores = {part: getattr(recipe, part) for part in PICTURES_OF.values()}, {}
+    if "teacher" in given:
+        run = load_run(Path(given["teacher"]))
+        delivered = run.name("delivered")
+        say(f"labels are those of {run.heading(delivered)}")
+        for part, pictures in folders.items():
+            network, labeled = run.network(delivered).to(run.device), to_label(pictures, run.recipe)
+            about = {"run": str(run.folder.path), **provenance(network, labeled, run.recipe)}
+            stores[part] = store_labels(network, labeled, folder / FOLDER / part, run.recipe.classes, about, say)
+    else:
+        stores = {PICTURES_OF[name]: LabelStore(place) for name, place in given.items()}
+        if "labeled" not in stores:
+            say("note: without --labeled-labels, the labels are adjusted by the student's feedback alone.")
+    found = {}
+    for part, store in stores.items():
+        images, root = getattr(task, part).images, Path(folders[part])
+        # In a store, pictures are called by their paths in the folder.
+        names = [images.path(number).relative_to(root).as_posix() for number in range(len(images))]
+        if missing := [name for name in names if name not in store]:
+            which = f"{len(missing):,} pictures ({few(missing)})"
+            say(f"note: {store.folder} has no labels of {which}: even ones are taken.")
+        found[part] = rows_of(store, names)
+    return found

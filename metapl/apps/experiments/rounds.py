@@ -7,7 +7,7 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,19 @@ from torch import Tensor, nn
 from metapl.apps.experiments.galleries import SHOWN, gallery_of
 from metapl.apps.experiments.labeling import Labeled, Read, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore
-from metapl.apps.labels.queries import Selection, select, statistics
+from metapl.apps.labels.queries import select, statistics
 from metapl.apps.pictures.views.base import View
 from metapl.apps.recipes.base import Chosen, Recipe, Task, picked
 from metapl.apps.recipes.methods.noisy_student import noisy_view
 from metapl.apps.reports import Gallery
 from metapl.data.draws import fold_in
+from metapl.errors import few
 from metapl.problems.stored import with_model_noise
 from metapl.runs.fingerprints import fingerprint
 from metapl.training import FitResult, Say
 
-FOLDER = "rounds"
-"""Where a run keeps the stores of its rounds, in its folder."""
-
+FOLDER = "rounds"  # where a run keeps the stores of its rounds: of all unlabeled examples, and of the selected ones
 LABELS, SELECTED = "labels", "selected"
-"""The stores of a round: of all unlabeled examples, and of the selected ones."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,60 +67,38 @@ class Noised(nn.Module):
 
 @dataclass(frozen=True)
 class Rounds:
-    """The rounds of a run: they label, select, and keep what was found.
-
-    Args:
-        recipe, folder, task: of the run.
-        settings: how labels are made and selected, a :class:`~metapl.apps.recipes.self_training.SelfTraining`, or with
-            ``any_class`` a :class:`~metapl.apps.recipes.self_training.Selection`.
-        any_class: select as Meta Pseudo Labels does: for each class, the examples that are most probably of it.
-        measure: what a network reaches, by the names of ``result.json``.
-        say: takes what a user should know.
-        records: what ``result.json`` says of each round, from the first student on.
-        reached: what the network of each round reaches, by its number.
-        teachers: the network that labeled last.
-    """
+    """The rounds of a run: they label, select, and keep what was found."""
 
     recipe: Recipe
     folder: Path
     task: Task
-    settings: Any
-    any_class: bool
-    measure: Callable[[nn.Module], dict[str, float]]
+    settings: Any  # how labels are made and selected: SelfTraining, or with any_class Selection
+    any_class: bool  # select as Meta Pseudo Labels does: for each class, the examples that are most probably of it
+    measure: Callable[[nn.Module], dict[str, float]]  # what a network reaches, by the names of result.json
     say: Say
-    records: list[dict[str, Any]] = field(default_factory=list)
-    reached: dict[int, dict[str, float]] = field(default_factory=dict)
-    teachers: list[nn.Module] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)  # of each round for result.json, from the first student
+    reached: dict[int, dict[str, float]] = field(default_factory=dict)  # by the network of each round, by its number
+    teachers: list[nn.Module] = field(default_factory=list)  # the network that labeled last
 
     def choose(self, number: int, teacher: nn.Module) -> Chosen:
-        """Store the labels that a network gives the unlabeled examples, and select from them.
-
-        Args:
-            number: of the round that learns from them, from 1.
-            teacher: the network of the round before.
-        """
+        """Store the labels by the network of the round before, and select from them for round ``number``, from 1."""
         self.teachers[:] = [teacher]
         settings, names, place = self.settings, self.task.classes, self._place(number, SELECTED)
-        labels = self._labeled(number, teacher)
+        labels, threshold = self._labeled(number, teacher), None
         if self.any_class:
-            threshold = None
-            how: dict[str, Any] = {
-                "per_class": settings.per_class or -(-len(labels) // len(labels.classes)),
-                "any_class": True,
-            }
+            most = settings.per_class or -(-len(labels) // len(labels.classes))
+            how: dict[str, Any] = {"per_class": most, "any_class": True}
         else:
             threshold = self.threshold(labels)
             how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
         selection = select(labels, place, resume=place.exists(), **how)
         chosen = LabelStore(place)
         before, after = statistics(labels), statistics(chosen)
+        reached = self._measured(number - 1, teacher)
+        weights = fingerprint(dict(teacher.state_dict()))
         record: dict[str, Any] = {
             "round": number,
-            "teacher": {
-                "round": number - 1,
-                "weights_fingerprint": fingerprint(dict(teacher.state_dict())),
-                **self._measured(number - 1, teacher),
-            },
+            "teacher": {"round": number - 1, "weights_fingerprint": weights, **reached},
             "store": labels.folder.relative_to(self.folder).as_posix(),
             "store_sha256": labels.sha256,
             "threshold": threshold,
@@ -136,13 +112,12 @@ class Rounds:
             "changed_labels": None if number == 1 else len(self.changed(number)[0]),
         }
         self.records.append(record)
-        self._tell(record, selection)
+        self._tell(record, selection.missing)
         rows = torch.from_numpy(chosen.rows_with_copies())
         ids = torch.from_numpy(np.fromiter(chosen, dtype=np.int64, count=len(chosen)))
         return Chosen(ids[rows], rows, len(names), chosen)
 
     def trained(self, number: int, network: nn.Module, result: FitResult) -> None:
-        """Keep what the network of a round reaches."""
         self.records[number - 1] |= {
             "parameters": sum(p.numel() for p in network.parameters()),
             "best_step": result.step,
@@ -152,23 +127,20 @@ class Rounds:
 
     def galleries(self) -> list[Gallery]:
         """Pictures whose label changed from the round before to the last one."""
-        last = len(self.records)
-        which, before, after = self.changed(last) if last > 1 else (torch.empty(0),) * 3
-        if not len(which):
+        last, record, names = len(self.records), self.records[-1], self.task.classes
+        if not record["changed_labels"]:
             return []
-        note = f"{len(which):,} of {self.records[-1]['unlabeled']:,}; the most confident of them, by the later label"
-        names = self.task.classes
-        captions = [f"{names[b]} → {names[a]}" for b, a in zip(before.tolist(), after.tolist(), strict=True)][:SHOWN]
-        pictures, *_ = SourcePictures(picked(self.task.unlabeled.images, which[:SHOWN])).batch(0)
+        which, before, after = (part[:SHOWN] for part in self.changed(last))
+        captions = [f"{names[b]} → {names[a]}" for b, a in zip(before.tolist(), after.tolist(), strict=True)]
+        pictures, *_ = SourcePictures(picked(self.task.unlabeled.images, which)).batch(0)
+        of = f"{record['changed_labels']:,} of {record['unlabeled']:,}"
+        note = f"{of}; the most confident of them, by the later label"
         title = f"Pseudo-labels that changed from round {last - 1} to round {last}"
         gallery = gallery_of(title, note, list(pictures), captions)
         return [] if gallery is None else [gallery]
 
     def changed(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The examples whose label changed from the round before: their numbers, the earlier labels and the later ones.
-
-        The most confident ones, by the later labels, come first.
-        """
+        """Of examples whose label changed, the surest first: their numbers, the labels before, the labels now."""
         before, after = (_stored_labels(LabelStore(self._place(each, LABELS))) for each in (number - 1, number))
         # A file that became unreadable is in one of them alone.
         _, old, new = np.intersect1d(before[0], after[0], assume_unique=True, return_indices=True)
@@ -193,7 +165,6 @@ class Rounds:
         return self.reached[number]
 
     def _labeled(self, number: int, teacher: nn.Module) -> LabelStore:
-        """The labels of all unlabeled examples."""
         images, view = self.task.unlabeled.images, noisy_view(self.task)
         seed, noisy = fold_in(self.recipe.seed, number), self.settings.noisy_teacher
         pictures = Augmented(images, view=view, seed=seed) if noisy else SourcePictures(images)
@@ -204,12 +175,12 @@ class Rounds:
         labeler = Noised(teacher, seed) if noisy else teacher
         return store_labels(labeler, labeled, self._place(number, LABELS), self.task.classes, about, self.say)
 
-    def _tell(self, record: dict[str, Any], selection: Selection) -> None:
-        copies = f", {selection.copies:,} with copies" if selection.copies != selection.kept else ""
+    def _tell(self, record: dict[str, Any], missing: Sequence[str]) -> None:
+        copies = f", {record['copies']:,} with copies" if record["copies"] != record["kept"] else ""
         reached = record["teacher"].get("test_accuracy")
         tested = "" if reached is None else f", whose test accuracy is {reached:.1%}"
         self.say(
-            f"round {record['round']}: {selection.kept:,} of {selection.rows:,} unlabeled examples are learned "
+            f"round {record['round']}: {record['kept']:,} of {record['unlabeled']:,} unlabeled examples are learned "
             f"from{copies}, by labels of the network of round {record['round'] - 1}{tested}"
         )
         if record["threshold"] not in (None, getattr(self.settings, "threshold", None)):
@@ -217,11 +188,10 @@ class Rounds:
                 f"note: of no example is that network more confident than {self.settings.threshold:g}, so all are "
                 "kept; it may need more --steps"
             )
-        if selection.missing:
-            missing = ", ".join(selection.missing[:5]) + (" ..." if len(selection.missing) > 5 else "")
+        if missing:
             self.say(
-                f"note: of these classes no unlabeled example is kept: {missing}. The student sees them in labeled "
-                "examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
+                f"note: of these classes no unlabeled example is kept: {few(missing)}. The student sees them in "
+                "labeled examples alone; more --steps make a better teacher, and a lower --threshold keeps more"
             )
 
 

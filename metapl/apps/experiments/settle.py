@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from metapl.apps.experiments.equal_cost import kinds_of_steps
+from metapl.apps.experiments.side_by_side import kinds_of_steps
 from metapl.apps.networks.weights import fetch_imagenet_weights
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
@@ -27,40 +27,20 @@ from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.apps.recipes.base import SELECTED_ON, Task, rehearse
 from metapl.apps.recipes.image_folders import Changes, ImageFolders
 from metapl.apps.recipes.image_recipe import IMAGENET, ImageParts, whole
-from metapl.apps.recipes.ranges import require
-from metapl.apps.recipes.self_training import SelfTraining
-from metapl.apps.recipes.settings import OPEN
+from metapl.apps.recipes.settings import OPEN, SelfTraining, require
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.training import FitResult, Say, Trainer
 
-SET_ASIDE = 0.2
-"""Part of the labeled pictures that is set aside to select on, where that is enough of them to tell anything."""
-
-SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128
-"""Pixels to which pictures are brought: within the first two when a network starts from nothing, on a CPU."""
-
-AGAIN = 2
-"""How often the number of steps is measured again where parts of it were asked for."""
-
-REHEARSED = 1000
-"""Steps of the recipe that is measured: of such a recipe, a few are taken."""
-
-MINUTES = 5.0
-"""How long training may take where neither minutes nor steps are given."""
-
-MANY_COPIES = 10
-"""How often a picture may be in one batch before that is told."""
-
-FEW_STEPS = 300
-"""Steps below which a network that starts from nothing has hardly learned."""
-
-PRETRAINED_NETWORK = "resnet18"
-
-PHOTOGRAPHS = 128
-"""Side in pixels from which on color pictures are taken for photographs."""
-
-IMAGENET_WEIGHTS = "imagenet"
+SET_ASIDE = 0.2  # part of the labeled pictures to select on, where that is enough of them to tell anything
+SMALLEST_SIDE, GREATEST_SIDE, PRETRAINED_SIDE = 16, 48, 128  # pixels; the first two where a network starts from nothing
+PRETRAINED_NETWORK, IMAGENET_WEIGHTS = "resnet18", "imagenet"
+PHOTOGRAPHS = 128  # side in pixels from which on color pictures are taken for photographs
+MINUTES = 5.0  # for training, where neither minutes nor steps are given
+REHEARSED = 1000  # steps of the recipe that is measured: of such a recipe, a few are taken
+AGAIN = 2  # how often the number of steps is measured again where parts of it were asked for
+FEW_STEPS = 300  # below which a network that starts from nothing has hardly learned
+MANY_COPIES = 10  # how often a picture may be in one batch before that is told
 
 
 def settled(
@@ -71,11 +51,8 @@ def settled(
 ) -> ImageFolders:
     """The recipe as it can be stored: whole paths, the classes that are found, and a value for every field.
 
-    Args:
-        recipe: as it was given.
-        before: the recipe of the run that is resumed: what was chosen then is not chosen anew.
-        say: takes what was chosen, and what may be better.
-        check: refuses the recipe before any step of it is measured; the number of steps may be open still.
+    What was chosen in ``before``, the recipe of the run that is resumed, is not chosen anew. ``check`` refuses the
+    recipe before any step of it is measured; the number of steps may be open still.
     """
     given, say = recipe, say or (lambda text: None)
     places: dict[str, Any] = {name: whole(getattr(given, name)) for name in given.places}
@@ -184,95 +161,58 @@ def chosen(recipe: ImageFolders, seen: Look | None = None) -> str:
 
 # ------------------------------------------------------------------------------------------- what the pictures show
 
+# How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels that a picture is
+# brought to for a look at its colors; rows and columns where the object of most pictures is, not the background.
 LOOKED_AT, SIDE = 256, 32
-"""How many pictures are read at most, of the labeled ones, and again of the unlabeled ones; pixels that a picture is
-brought to for a look at its colors."""
-
 MIDDLE = slice(SIDE // 4, -(SIDE // 4))
-"""Rows and columns where the object of most pictures is: its colors are compared, and not the background's."""
 
+# Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey; standard
+# deviation in [0, 1] that blank pictures are given.
 ALIKE, SMALLEST_STD = 8, 0.05
-"""Greatest difference between the channels of a pixel, in levels of 256, in a picture that counts as grey; standard
-deviation in [0, 1] that blank pictures are given."""
 
+# Shuffles of the labels that colors are compared with; of these and the labels as they are, the most that find the
+# classes as well where color tells them apart, and where it may: by chance it does so in one set of a hundred, and may
+# in one of ten. Colors that are exchanged for nothing cost the only thing that tells such classes apart, and colors
+# that are kept for nothing a kind of augmentation.
 SHUFFLES, CHANCES, DOUBTS = 199, 2, 20
-"""Shuffles of the labels that colors are compared with; of these and the labels as they are, the most that find the
-classes as well where color tells them apart, and where it may: by chance it does so in one set of a hundred, and may in
-one of ten. Colors that are exchanged for nothing cost the only thing that tells such classes apart, and colors that are
-kept for nothing a kind of augmentation."""
 
+# Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with marks of the rarer
+# kind where both light and dark marks are usual.
 AROUND, BOTH = 9, 0.2
-"""Pixels, of ``SIDE``, of the square that a pixel is compared with; share of pictures, at least, with marks of the
-rarer kind where both light and dark marks are usual."""
 
 
 @dataclass(frozen=True)
 class Colors:
-    """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart.
+    """Whether the mean color of the middle, or its mean level of grey, tells the labeled pictures' classes apart."""
 
-    Args:
-        right: share of pictures whose class is that of the nearest mean color, each picture left out of the means,
-            averaged over classes.
-        chance: the same share expected of guessing evenly among the classes.
-        tell: whether ``right`` is more than chance explains.
-        may_tell: whether it is rather more than chance explains, and the pictures are too few to say.
-    """
-
-    right: float
-    chance: float
-    tell: bool
-    may_tell: bool = False
+    right: float  # share of pictures that are nearest to the mean of the others of their class, averaged over classes
+    chance: float  # the same share expected of guessing evenly among the classes
+    tell: bool  # whether it is more than chance explains
+    may_tell: bool = False  # whether it is rather more, and the pictures are too few to say
 
 
 @dataclass(frozen=True)
 class Look:
-    """A data set as a few of its pictures show it.
+    """A data set as a few of its pictures show it."""
 
-    Args:
-        side: median of the shorter sides, in pixels.
-        grey: none of the pictures has colors.
-        mean, std: of each channel (one where ``grey``), in [0, 1].
-        level: mean and standard deviation of the pictures without their colors.
-        colors: whether color alone tells the classes apart.
-        light: share of the pictures whose marks are lighter than what is around them, not darker.
-        shares: of the classes among all labeled pictures, as if each had one more: no share is 0.
-        square: all of the pictures are as high as wide.
-    """
-
-    side: int
-    grey: bool
-    mean: tuple[float, ...]
+    side: int  # median of the shorter sides, in pixels
+    grey: bool  # none of the pictures has colors
+    mean: tuple[float, ...]  # of each channel (one where grey), in [0, 1]
     std: tuple[float, ...]
-    level: tuple[float, float]
+    level: tuple[float, float]  # mean and standard deviation of the pictures without their colors
     colors: Colors
-    light: float
-    shares: tuple[float, ...]
-    square: bool = True
+    light: float  # share of the pictures whose marks are lighter than what is around them, not darker
+    shares: tuple[float, ...]  # of the classes among all labeled pictures, as if each had one more: no share is 0
+    square: bool = True  # all of the pictures are as high as wide
 
     @property
     def exchangeable(self) -> bool:
-        """Whether colors, or light and dark in grey pictures, may be exchanged without changing what is shown.
-
-        Where all marks of grey pictures are light, as in an X-ray, a dark one may mean something else.
-        """
+        """Whether colors may be exchanged, or light and dark; not where all marks are light, as in an X-ray."""
         return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
-    """Look at a data set.
-
-    Args:
-        labeled: files.
-        labels: int64 (len(labeled),), their classes.
-        unlabeled: files.
-
-    Returns: the same for the same files in the same order.
-
-    Cost: decodes at most ``LOOKED_AT`` pictures of each kind, spread evenly over the files.
-
-    Raises:
-        MetaplError: not one of the labeled pictures can be read.
-    """
+    """What at most ``LOOKED_AT`` pictures of each kind show, evenly spread; labels are int64 (len(labeled),)."""
     sides, pictures, classes, square = [], [], [], True
     few, many = (
         list(zip(files, each, strict=True))[:: max(1, -(-len(files) // LOOKED_AT))]
@@ -318,14 +258,9 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
 def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     """Whether the nearest class mean, with each example left out of its own, finds the classes.
 
-    The share found, averaged over classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the
-    sizes of the classes, colors that have nothing to do with them tell them apart in one of a hundred sets.
-
-    Args:
-        colors_NC: (N, C), the mean color of each picture's middle.
-        labels_N: int64 (N,).
-
-    Returns: with ``tell`` False where no class has two examples, since then nothing can be left out.
+    ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over classes, is compared with
+    that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the classes, colors that have nothing to do with
+    them tell them apart in one of a hundred sets. They do not where no class has two examples.
 
     >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
     >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3)).tell
@@ -360,17 +295,11 @@ def _found(colors_NC: Tensor, labels: Tensor) -> float:
 
 # ------------------------------------------------------------------------------------ how many steps fit into a time
 
-SHARE = 0.85
-"""Part of the time that steps get; the rest is for reading pictures, validation, finetuning and the report."""
+SHARE = 0.85  # part of the time that steps get; the rest is for reading, validation, finetuning and the report
+WARM, TIMED, SECONDS = 2, 20, 4.0  # steps before the timing, the most timed steps, and the most time that they take
+PICTURES, LARGER = 128, 1.25  # pictures of noise that steps are taken on; how much larger in files than seen
 
-WARM, TIMED, SECONDS = 2, 20, 4.0
-"""Steps before the timing, the greatest number of timed steps, and the greatest time that they may take."""
-
-PICTURES, LARGER = 128, 1.25
-"""Pictures of noise that the steps are taken on; how much larger they are in files than the network sees them."""
-
-Clock = Callable[[], float]
-"""Seconds from some moment on."""
+Clock = Callable[[], float]  # seconds from some moment on
 
 
 def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monotonic) -> int:
@@ -380,21 +309,14 @@ def steps_within(recipe: ImageFolders, minutes: float, clock: Clock = time.monot
 
 
 def seconds_per_step(recipe: ImageFolders, clock: Clock = time.monotonic) -> float:
-    """What a step of the recipe's method takes on this machine, on pictures of noise.
+    """What a step of a complete recipe's method takes on this machine, on pictures of noise.
 
     Each kind of step is timed, and counts as often as it comes. Where views are cut out of the files themselves, these
-    are files too, and reading them is a part of the step.
-
-    Args:
-        recipe: complete, of any number of steps.
-        clock: ``time.process_time`` where other processes share the cores.
-
-    Cost: some seconds; the default generator is put back.
+    are files too, and reading them is a part of the step. Cost: some seconds; the default generator is put back.
     """
     seconds = 0.0
 
     def timed(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
-        """In the place of a fit, a few steps."""
         nonlocal seconds
         sources = [source for source in (labeled, unlabeled) if source is not None]
         share: float = options.get("steps", recipe.steps) / recipe.steps  # of a phase that is shorter than the run
@@ -443,4 +365,4 @@ def _noise(recipe: ImageFolders, folder: Path) -> Images:
     paths = [folder / f"{number}.png" for number in range(PICTURES)]
     for path, picture in zip(paths, levels(round(LARGER * recipe.image_size)), strict=True):
         Image.fromarray(picture.squeeze(0).numpy() if recipe.grey else picture.permute(1, 2, 0).numpy()).save(path)
-    return FileImages(paths, size=(recipe.image_size,) * 2, mode="L" if recipe.grey else "RGB")
+    return FileImages(paths, size=(recipe.image_size,) * 2, mode=recipe.colors)

@@ -1,34 +1,40 @@
-"""A recipe by several methods and seeds: the runs, and what the comparison leaves in its own folder."""
+"""A recipe by several methods and seeds: the runs, the steps that cost the same, and what they leave together."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
-from metapl.apps.experiments.equal_cost import at_equal_cost
 from metapl.apps.experiments.experiment import last_fit
-from metapl.apps.experiments.folder import WEIGHTS, RunFolder
+from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
+from metapl.apps.experiments.galleries import GRID, SUSPECTS
 from metapl.apps.experiments.jobs import Job, aloud, run_all
-from metapl.apps.experiments.store import describe
-from metapl.apps.experiments.suspects import GRID, SUSPECTS
 from metapl.apps.recipes.base import Recipe, Task, rehearse
-from metapl.apps.recipes.methods import title
+from metapl.apps.recipes.methods import EVERY_METHOD, title
+from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
+from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError
+from metapl.execution.device import to_device
 from metapl.metrics import Evaluation, with_chance
+from metapl.metrics.cost import flops
 from metapl.runs.cores import available_cores, default_threads
 from metapl.training import FitOptions, FitResult, Trainer
 from metapl.training.progress import duration
 
-SHOWN = 7
-"""Methods that one picture can tell apart."""
+SHOWN = 7  # methods that one picture can tell apart
+SHARES = ("wait", "warmup", "uda_ramp", "uda_start")  # fields that count steps, and become more or fewer with them
 
 
 def compare(
@@ -42,15 +48,10 @@ def compare(
     equal_cost: bool = False,
     together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> Comparison:
-    """Train by each method with each seed, and compare.
+    """Train a settled recipe by each method with each seed, ``jobs`` runs at a time, and compare.
 
-    Args:
-        recipe: settled.
-        resume: go on with the comparison in the folder.
-        jobs: runs at a time; None: one for each core, and one on a GPU.
-        together: runs a job in all processes of a mesh; None: each job is of one process.
-        equal_cost: give each method as many steps as cost what the first method costs; see
-            :func:`metapl.apps.experiments.equal_cost.at_equal_cost`.
+    At ``equal_cost`` each method takes as many steps as cost what the first one costs; see :func:`at_equal_cost`.
+    ``together`` runs a job in all processes of a mesh; None: each job is of one process.
     """
     out = folder.path
     description = describe(recipe, compare=list(methods), seeds=list(seeds))
@@ -62,7 +63,11 @@ def compare(
                 check_method(recipe.compared(method, seeds[0]), task)
             if equal_cost:
                 sized = at_equal_cost(recipe, methods, task)
-                aloud(_spoken_steps(sized))
+                counts = ", ".join(f"{method} {own.steps:,}" for method, own in sized.items())
+                rounds = [own.method.selection for own in sized.values()]
+                shared = {each.first.steps for each in rounds if each is not None and each.first is not None}
+                first = "".join(f"; the first teacher of each that has one {steps:,}" for steps in shared)
+                aloud(f"steps at equal cost: {counts}{first}")
         results = run_jobs(recipe, out, methods, seeds, resume=resume, jobs=jobs, sized=sized, together=together)
         folder.relocate(description["fields"])  # each run has compared the data
         comparison = Comparison.of(tuple(seeds), methods, results)
@@ -82,13 +87,7 @@ def compare(
 
 
 def check_method(recipe: Recipe, task: Task) -> None:
-    """Refuse options that a method has no use for together, and data that it cannot be trained on; nothing is trained.
-
-    Cost: the networks are built; the default generator is put back.
-
-    Raises:
-        MetaplError: as the run would, and which method it is.
-    """
+    """Refuse options of no use together, and data that a method cannot be trained on; nothing is trained."""
 
     def check(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
         FitOptions(**{"steps": recipe.steps, **recipe.fit_options(), **options})
@@ -111,13 +110,10 @@ def run_jobs(
     *,
     resume: bool,
     jobs: int | None,
-    sized: Mapping[str, Recipe] | None = None,
+    sized: Mapping[str, Recipe],
     together: Callable[[Job], dict[str, Any]] | None = None,
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """The result of each method and seed, from runs side by side; finished ones are not run again.
-
-    ``sized`` has the recipes of methods that take another number of steps than the recipe.
-    """
+    """The result of each method and seed, from runs side by side; finished ones are not run again."""
     on_gpu = recipe.torch_device().type == "cuda"
     at_once = 1 if on_gpu or together is not None else available_cores()
     workers = min(jobs or at_once, len(methods) * len(seeds))
@@ -129,7 +125,7 @@ def run_jobs(
         for method in methods:
             place = out / method / f"seed-{seed}"
             begun = resume or (place / "recipe.json").exists()
-            own = (sized or {}).get(method, recipe).compared(method, seed)
+            own = sized.get(method, recipe).compared(method, seed)
             to_compare.append(Job(own, method, place, begun, threads=threads))
     words = f"{len(methods)} method{'s' if len(methods) != 1 else ''} x {seeds_in_words(len(seeds))}"
     aloud(f"{words}, {workers} at a time -> {out}")
@@ -153,19 +149,8 @@ def run_jobs(
     return results
 
 
-def _spoken_steps(sized: Mapping[str, Recipe]) -> str:
-    """The steps that methods take at equal cost, in words."""
-    counts = ", ".join(f"{method} {recipe.steps:,}" for method, recipe in sized.items())
-    rounds = [recipe.method.selection for recipe in sized.values()]
-    shared = {each.first.steps for each in rounds if each is not None and each.first is not None}
-    return f"steps at equal cost: {counts}" + "".join(
-        f"; the first teacher of each that has one {steps:,}" for steps in shared
-    )
-
-
 def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
-    """``report.png`` of a comparison: curves averaged over seeds, and the confusion matrix of the method that is
-    delivered, summed over them."""
+    """``report.png``: curves averaged over seeds, and the delivered method's confusion matrix, summed over them."""
     from metapl.apps.reports import draw_report
 
     seeds, many = comparison.seeds, len(comparison.methods)
@@ -203,12 +188,94 @@ def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, flo
     [{'step': 1, 'x': 2.0}]
     """
     by_step: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for rows in runs:
-        for row in rows:
-            by_step[row["step"]].append(row)
+    for row in (row for rows in runs for row in rows):
+        by_step[row["step"]].append(row)
     found = []
     for step, rows in sorted(by_step.items()):
         if len(rows) == len(runs):
             names = [k for k in rows[0] if k != "step" and all(isinstance(row.get(k), float) for row in rows)]
             found.append({"step": step, **{name: sum(row[name] for row in rows) / len(rows) for name in names}})
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------- equal cost
+
+
+def operations(recipe: Recipe, method: str, task: Task) -> float:
+    """Floating-point operations of products and convolutions in all steps of a method, its earlier phases included.
+
+    Cost: a step of each kind in each phase; the default generator is put back. Passes that label, validate and test are
+    not counted, and neither are finetunings: their steps are the recipe's, whatever the steps of the method are.
+    """
+    return sum(_by_phase(recipe, method, task).values())
+
+
+def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
+    """:func:`operations` of each phase by its name."""
+    spent: defaultdict[str, float] = defaultdict(float)
+
+    def count(
+        trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, *, phase: str = "fit", **over: Any
+    ) -> FitResult:
+        if not phase.endswith(FINETUNED):
+            firsts = [None if source is None else source[0] for source in (labeled, unlabeled)]
+            batches = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: to_device(t, trainer.device), firsts)
+            for first, last, step in kinds_of_steps(trainer, over.get("steps", recipe.steps), over.get("wait", 0)):
+                trainer.steps_done = first
+                spent[phase] += (last - first) * flops(partial(step, *batches))
+        return FitResult(None, 0, {})
+
+    rehearse(recipe.compared(method, recipe.seed), task, count, recipe.torch_device())
+    return spent
+
+
+def kinds_of_steps(trainer: Trainer, steps: int, wait: int) -> list[tuple[int, int, Any]]:
+    """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
+    waits = min(wait, steps) if trainer.teacher is not None else 0
+    ends = sorted({0, waits, steps, *(min(start, steps) for start in trainer.late_starts)})
+    return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
+
+
+def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[str, Recipe]:
+    """For each method the recipe with which it costs what the first one costs with the recipe as it is.
+
+    The first teacher, of methods that have one, is trained alike in all of them, as in the first of these methods. What
+    is left of the cost decides the steps of the rest. So for the same seed all of them learn from the same labels.
+    """
+    costs: dict[str, dict[str, float]] = {}
+    for method in methods:
+        try:
+            costs[method] = _by_phase(recipe, method, task)
+        except MetaplError as error:
+            raise MetaplError(f"{method}: {error}") from error
+    totals = {method: sum(cost.values()) for method, cost in costs.items()}
+
+    def sized(method: str, cost: float, own: float) -> Recipe:
+        return with_steps(recipe.compared(method, recipe.seed), max(1, round(cost / own * recipe.steps)))
+
+    whole = totals[methods[0]]
+    found = {method: sized(method, whole, total) for method, total in totals.items()}
+    teaching = [method for method in methods if EVERY_METHOD[method].selects]
+    for method in teaching:
+        shared, taught = first_teacher(found[teaching[0]])[1], costs[method][FIRST]
+        rest = sized(method, whole - taught * shared.steps / recipe.steps, totals[method] - taught)
+        rounds: Any = rest.method.selection
+        found[method] = rest.with_method(self_training=dataclasses.replace(rounds, first=shared))
+    return found
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another number of steps, and its phases, warm starts and validations in proportion."""
+    share, rounds = steps / recipe.steps, recipe.method.selection
+    fields, of_method = (
+        dict[str, Any]({name: round(share * value) for name in SHARES if (value := getattr(one, name, None))})
+        for one in (recipe, recipe.method)
+    )
+    if "wait" in of_method:
+        of_method["wait"] = min(of_method["wait"], steps - 1)
+    if isinstance(rounds, SelfTraining) and rounds.warm_steps is not None:
+        warm = max(1, round(share * rounds.warm_steps))
+        of_method["self_training"] = dataclasses.replace(rounds, warm_steps=warm)
+    every = max(1, round(share * recipe.validate_every))
+    method = dataclasses.replace(recipe.method, **of_method)
+    return dataclasses.replace(recipe, **fields, steps=steps, validate_every=every, method=method)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from metapl.apps.experiments.shares import check_shares
+from metapl.apps.experiments.experiment import check_shares
 from metapl.apps.planning.rehearsal import Rehearsal, laid_out, rehearsed, stage
 from metapl.apps.recipes.base import ROLES, Recipe
 from metapl.apps.recipes.methods.beside import Pair, bilevel_trainer

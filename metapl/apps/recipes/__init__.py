@@ -16,13 +16,8 @@ from metapl.apps.recipes.protocols import (
 )
 from metapl.apps.recipes.settings import Feedback, Optimizer
 
-RECIPES: dict[str, type] = {
-    Digits.name: Digits,
-    ImageFolders.name: ImageFolders,
-    NoisyFolders.name: NoisyFolders,
-    **{kind.name: kind for kind in PROTOCOL_RECIPES},
-}
-"""Recipes by name."""
+_KINDS: tuple[type[Recipe], ...] = (Digits, ImageFolders, NoisyFolders, *PROTOCOL_RECIPES)
+RECIPES: dict[str, type] = {kind.name: kind for kind in _KINDS}
 
 __all__ = [
     "PROTOCOL_RECIPES",

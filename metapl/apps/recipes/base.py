@@ -16,85 +16,55 @@ from torch import Tensor, nn
 
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.sets import Split
-from metapl.apps.recipes.ranges import Batch, Share, SomeSteps, Steps
-from metapl.apps.recipes.self_training import Selection
-from metapl.apps.recipes.settings import Optimizer, Softness
+from metapl.apps.recipes.settings import Batch, Optimizer, Selection, Share, Softness, SomeSteps, Steps
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
 from metapl.runs.fields import Range, check_fields, misfit_entries
 from metapl.training import FitOptions, FitResult, Say, Trainer
 
-SELECTED_ON = 50
-"""The fewest validation examples to choose a student by: with 50, one standard error is 7 points."""
+SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
 
 Role = Literal["teacher", "student"]
 ROLES: tuple[Role, ...] = ("teacher", "student")
 
-SEEDS = tyro.conf.create_mutex_group(required=False)
-"""Flags that say which seeds, of which one is given."""
+SEEDS = tyro.conf.create_mutex_group(required=False)  # flags that say which seeds, of which one is given
 
 Asked = TypeVar("Asked")
-Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]
-"""A field that is no flag of the commands that make the recipe."""
+Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]  # a field that is no flag of the commands that make the recipe
 
 FIT_OPTIONS = tuple(each.name for each in dataclasses.fields(FitOptions) if each.name not in ("steps", "phase"))
 
 
 @dataclass(frozen=True, eq=False)
 class Doubtful:
-    """Examples whose given labels may be wrong.
+    """Examples whose given labels may be wrong."""
 
-    Args:
-        examples: :class:`~metapl.apps.pictures.batches.EvaluationBatches` of all of them, with their positions as
-        labels. given: int64 (n,), their labels.
-        names: n, such as their files.
-    """
-
-    examples: Any
-    given: Tensor
-    names: tuple[str, ...]
+    examples: Any  # EvaluationBatches of all of them, with their positions as labels
+    given: Tensor  # int64 (n,), their labels
+    names: tuple[str, ...]  # such as their files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a recipe trains on.
+    """What a recipe trains on. Examples to look at are (inputs, labels), or batches of these."""
 
-    Args:
-        labeled, unlabeled: sources of batches, for ``fit``.
-        finetuning: source of labeled batches for finetuning.
-        validation, test: (inputs, labels), or batches of these; None where there are none.
-        classes: names.
-        everything: source of labeled batches of the labeled and the unlabeled examples with their true labels, for
-            the headroom; None where these are not known.
-        truth: (inputs, labels), or batches of these, of unlabeled examples whose labels are known, for looking at
-            pseudo-labels only.
-        sample: some unlabeled examples as they are, (inputs, anything) or batches of these, for the report.
-        test_names: what the test examples are called, such as their files; None where they have no names.
-        doubtful: examples whose labels may be wrong, for the list of suspects; None where labels are right or unknown.
-        split: how the examples were divided, for the run folder's ``split.json``.
-        skipped: files that are left out, each with the reason.
-        record: what was found and how it was split, for the run folder's ``data.json``; its ``hash`` says of which
-            data: a run is resumed on the same data only.
-    """
-
-    labeled: Any
+    labeled: Any  # sources of batches, for fit
     unlabeled: Any
-    finetuning: Any
-    classes: tuple[str, ...]
-    record: Mapping[str, Any]
+    finetuning: Any  # a source of labeled batches
+    classes: tuple[str, ...]  # names
+    record: Mapping[str, Any]  # for the run folder's data.json; a run is resumed on data of the same "hash" only
     validation: Any = None
     test: Any = None
-    everything: Any = None
-    truth: Any = None
-    sample: Any = None
-    test_names: tuple[str, ...] | None = None
-    doubtful: Doubtful | None = None
-    split: Split | None = None
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    everything: Any = None  # labeled batches of all examples with their true labels, for the headroom
+    truth: Any = None  # unlabeled examples whose labels are known, for looking at pseudo-labels only
+    sample: Any = None  # some unlabeled examples as they are, for the report
+    test_names: tuple[str, ...] | None = None  # such as files
+    doubtful: Doubtful | None = None  # for the list of suspects
+    split: Split | None = None  # how the examples were divided, for the run folder's split.json
+    skipped: Mapping[str, str] = field(default_factory=dict)  # files that are left out, each with the reason
 
     @property
     def validation_size(self) -> int:
-        """Number of validation examples."""
         return len(self._validation_labels())
 
     @property
@@ -112,60 +82,35 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Phase:
-    """A fit, as a part of a training.
-
-    Args:
-        trainer: what is fitted.
-        labeled, unlabeled: sources of batches.
-        task: its validation and truth are looked at.
-        name: of the phase, in files.
-        options: of the fit, in the place of the recipe's.
-    """
+    """A fit, as a part of a training."""
 
     trainer: Trainer
-    labeled: Any
+    labeled: Any  # sources of batches
     unlabeled: Any
-    task: Task
-    name: str = "fit"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    task: Task  # its validation and truth are looked at
+    name: str = "fit"  # in files
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the fit, in the place of the recipe's
 
 
+# One phase after another; each is fitted before the next one is asked for, and what it ended with is sent back.
 Phases = Generator[Phase, FitResult, None]
-"""One phase after another; each is fitted before the next one is asked for, and what it ended with is sent back."""
 
+# Fits a trainer to sources of batches, as metapl.apps.experiments.experiment.Experiment.fit does.
 Fit = Callable[..., FitResult]
-"""Fits a trainer to sources of labeled and unlabeled batches, as
-:meth:`metapl.apps.experiments.experiment.Experiment.fit` does."""
 
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Class distributions that a teacher gave the examples of a task, in the order of these.
-
-    Args:
-        unlabeled: float32 (n, C), of the unlabeled examples.
-        labeled: of the labeled ones; None where they are not known.
-    """
-
-    unlabeled: Tensor
-    labeled: Tensor | None = None
+# Class distributions, float32 (n, C), that a teacher gave the "unlabeled" examples of a task, and the "labeled" ones
+# where these are known.
+Stored = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Unlabeled examples that were selected, with their labels.
+    """Unlabeled examples that were selected, with their labels."""
 
-    Args:
-        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it counts.
-        rows: int64 (n,), the row of each in the store.
-        classes: the number of classes.
-        store: of their labels; None: all labels are even.
-    """
-
-    positions: Tensor
-    rows: Tensor
-    classes: int
-    store: Any = None
+    positions: Tensor  # int64 (n,), their numbers among all unlabeled examples, each as often as it counts
+    rows: Tensor  # int64 (n,), the row of each in the store
+    classes: int  # how many
+    store: Any = None  # of their labels; None: all labels are even
 
     def labels(self, rows: Tensor) -> Tensor:
         """The distributions of rows of the store, float32 (B, C)."""
@@ -178,7 +123,6 @@ class Chosen:
 
 
 def picked(images: Any, positions: Tensor) -> Any:
-    """Some of a tensor of images, or of images in memory or in files."""
     return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
@@ -190,10 +134,7 @@ def _even(count: int, classes: int) -> Tensor:
 class Run:
     """What a method trains in; this one is a rehearsal: nothing is stored, labels are even, all examples are selected.
 
-    Args:
-        recipe: what is run.
-        task: its data.
-        teacher, student: networks with fresh weights, laid out over the processes that train together.
+    Its networks have fresh weights, and are laid out over the processes that train together.
     """
 
     recipe: Recipe
@@ -202,10 +143,7 @@ class Run:
     student: nn.Module
 
     def train(self, fit: Fit) -> tuple[Trainer, FitResult]:
-        """Go through the phases of the recipe's method.
-
-        Returns: the trainer whose student is the network that is kept, and what its fit ended with.
-        """
+        """Go through the phases of the method: the trainer of the network that is kept, and what its fit ended with."""
         phases = self.recipe.method.phases(self)
         phase = next(phases)
         while True:
@@ -226,10 +164,8 @@ class Run:
 
     def label(self, teacher: nn.Module) -> Stored:
         """Store and give the labels of the examples by a network."""
-        unlabeled, labeled = (
-            _even(len(source.images), len(self.task.classes)) for source in (self.task.unlabeled, self.task.labeled)
-        )
-        return Stored(unlabeled, labeled)
+        parts = {"unlabeled": self.task.unlabeled, "labeled": self.task.labeled}
+        return {name: _even(len(source.images), len(self.task.classes)) for name, source in parts.items()}
 
     def select(self, number: int, teacher: nn.Module) -> Chosen:
         """Store the labels of the unlabeled examples by the network of the round before, and select from them."""
@@ -241,14 +177,7 @@ class Run:
 
 
 def rehearse(recipe: Recipe, task: Task, fit: Fit, device: torch.device | None = None) -> nn.Module:
-    """Go through the fits of a recipe's method with fresh networks and labels that are even, of which none is stored.
-
-    Args:
-        fit: what is done in the place of each fit.
-        device: of the networks; None: the CPU.
-
-    Returns: the student. The default generators are put back.
-    """
+    """The student after a recipe's phases with even labels, by ``fit`` in the place of each fit; no generator moves."""
     with torch.random.fork_rng(devices=[] if device is None else None):
         run = Run(recipe, task, *(recipe.network(role).to(device) for role in ROLES))
         run.train(fit)
@@ -264,49 +193,43 @@ Place = Literal["compared", "control", "headroom"] | None
 class Method(ABC):
     """A way to train a recipe: a type with its own fields, which are flags, and the phases that it goes through.
 
-    What a type says of itself:
-        name, title: in commands and files, and in words.
-        place: in a comparison: compared by default, a control of the feedback, or the headroom, which trains on the
-            true labels of all examples. None: only if it is named.
-        control: the method that it is tested against.
-        kept: the networks of a run, by their names in files.
-        delivers: the network that is delivered where validation cannot tell them apart.
-        networks: the networks of a run in words.
-        one_network: there is neither teacher nor student, but a network that is trained by itself.
-        built_as: which of the recipe's two networks the trained one is built as.
-        teaches: a teacher learns beside the student.
-        reduced: a small network adjusts stored labels.
-        doubting: given labels may be wrong.
-        selects: a network's stored labels decide which unlabeled examples are learned from.
-        is_noisy_student: students learn from stored labels one after another.
-        indexed: its batches say which examples they have.
-        idle: fields of recipes that it has no use for.
-        forced: fields of the rounds that a control has of its own.
+    What a type says of itself stands in keywords of its class, or in its body.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
+    name: ClassVar[str]  # in commands and files
+    title: ClassVar[str]  # in words
+    # In a comparison: compared by default, a control of the feedback, or the headroom, which trains on the true labels
+    # of all examples; None: only if it is named.
     place: ClassVar[Place] = None
-    control: ClassVar[str | None] = None
-    delivers: ClassVar[Literal["student", "finetuned"]] = "finetuned"
+    control: ClassVar[str | None] = None  # the method that it is tested against
+    delivers: ClassVar[Literal["student", "finetuned"]] = "finetuned"  # where validation cannot tell networks apart
     networks: ClassVar[Mapping[str, str]] = {
         "student": "student",
         "finetuned": "finetuned student",
         "teacher": "teacher",
     }
-    one_network: ClassVar[bool] = False
-    built_as: ClassVar[Role] = "student"
-    teaches: ClassVar[bool] = False
-    reduced: ClassVar[bool] = False
-    doubting: ClassVar[bool] = False
-    selects: ClassVar[bool] = False
-    is_noisy_student: ClassVar[bool] = False
-    indexed: ClassVar[bool] = False
-    idle: ClassVar[tuple[str, ...]] = ()
-    forced: ClassVar[Mapping[str, Any]] = {}
+    one_network: ClassVar[bool] = False  # neither teacher nor student, but a network that is trained by itself
+    built_as: ClassVar[Role] = "student"  # which of the recipe's two networks the trained one is built as
+    teaches: ClassVar[bool] = False  # a teacher learns beside the student
+    reduced: ClassVar[bool] = False  # a small network adjusts stored labels
+    doubting: ClassVar[bool] = False  # given labels may be wrong
+    selects: ClassVar[bool] = False  # a network's stored labels decide which unlabeled examples are learned from
+    is_noisy_student: ClassVar[bool] = False  # students learn from stored labels one after another
+    indexed: ClassVar[bool] = False  # its batches say which examples they have
+    idle: ClassVar[tuple[str, ...]] = ()  # fields of recipes that it has no use for
+    forced: ClassVar[Mapping[str, Any]] = {}  # fields of the rounds that a control has of its own
+
+    def __init_subclass__(cls, **said: Any) -> None:
+        super().__init_subclass__()
+        for name, value in said.items():
+            setattr(cls, name, value)
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @abstractmethod
+    def phases(self, run: Run) -> Phases:
+        """The fits, the last of which ends with the network that is kept."""
 
     @property
     def selection(self) -> Selection | None:
@@ -316,46 +239,29 @@ class Method(ABC):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The networks of a run."""
+        """The networks of a run, by their names in files."""
         return ("student", "teacher", "finetuned") if self.teaches else ("student", "finetuned")
-
-    @classmethod
-    def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
-        """Fields of recipes that are no flags beside it, and beside others that are given."""
-        return cls.idle
-
-    @abstractmethod
-    def phases(self, run: Run) -> Phases:
-        """The fits, the last of which ends with the network that is kept."""
-
-    @classmethod
-    def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
-        """The name of the network that a run delivers.
-
-        Args:
-            accuracies: on validation, by network.
-            select: whether validation can tell them apart; it is then the best by it, the first of equals. Otherwise
-                it is what the method delivers, which did better on the seen half of benchmarks/pictures.
-        """
-        return max(accuracies, key=lambda name: accuracies[name] or 0.0) if select else cls.delivers
-
-    @classmethod
-    def last_phase(cls, rounds: int) -> str:
-        """The name of the main phase."""
-        return "fit"
-
-    def optimizers(self) -> dict[str, Optimizer]:
-        """Of its networks."""
-        return {role: getattr(self, role) for role in ROLES if hasattr(self, role)}
 
     @property
     def labels_from(self) -> Mapping[str, str | None]:
         """Where the labels of a teacher come from that a user gave: a run, and stores of labels."""
         return {}
 
-    def whole(self) -> Self:
-        """With whole paths, as it can be stored."""
-        return self
+    @classmethod
+    def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
+        """Fields of recipes that are no flags beside it, and beside other words of the command."""
+        return cls.idle
+
+    @classmethod
+    def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
+        """The network that a run delivers: the best by validation, the first of equals, where that can ``select``.
+
+        Otherwise it is what the method delivers, which did better on the seen half of benchmarks/pictures.
+        """
+        return max(accuracies, key=lambda name: accuracies[name] or 0.0) if select else cls.delivers
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {role: getattr(self, role) for role in ROLES if hasattr(self, role)}
 
     def options(self, recipe: Recipe) -> dict[str, Any]:
         """Options of the main phase in which it differs from the recipe's."""
@@ -367,14 +273,17 @@ class Method(ABC):
     def check_networks(self, recipe: Recipe) -> None:  # noqa: B027  # likewise
         """Refuse networks that do not go together; they are built without weights."""
 
+    def whole(self) -> Self:
+        return self
+
     def with_forced(self) -> Self:
         """With the fields that a control has of its own."""
         return self
 
-    def settled(self, names: Mapping[str, Any]) -> Self:
+    def settled(self, values: Mapping[str, Any]) -> Self:
         """With these values for fields that were left open."""
-        known = {each.name for each in dataclasses.fields(self)}
-        missing: dict[str, Any] = {name: names[name] for name in known & names.keys() if getattr(self, name) is None}
+        known = {each.name for each in dataclasses.fields(self)} & values.keys()
+        missing: dict[str, Any] = {name: values[name] for name in known if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
     def for_rate(self, rate: float) -> Self:
@@ -393,18 +302,13 @@ M = TypeVar("M", bound=Method)
 
 
 def variant(kind: type[M], module: str, made: str, name: str, title: str, **said: Any) -> type[M]:
-    """A method, such as a control, that differs from another only in what its type says of itself.
-
-    Args:
-        module, made: where a worker process finds the type, and by which name.
-        said: further attributes.
-    """
+    """A method that differs from another only in what its type says; a worker finds it in ``module`` as ``made``."""
     about = {"name": name, "title": title, "control": None, "__doc__": f"{title}.", "__module__": module, **said}
-    return dataclass(frozen=True, kw_only=True)(type(made, (kind,), about))
+    return type(made, (kind,), about)
 
 
 def _narrowed(value: Any, hint: Any) -> Any:
-    """How a teacher labels, with feedback or without, and what is selected by its labels."""
+    """How a teacher labels, with feedback or without, and what is selected by its labels, as another method has it."""
     if not isinstance(value, Softness | Selection) or type(value) is hint:
         return value
     return hint(**{f.name: getattr(value, f.name) for f in dataclasses.fields(hint) if hasattr(value, f.name)})
@@ -443,18 +347,12 @@ class Recipe(ABC):
     """
 
     name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
-    """Suffixes of the files that :meth:`read` finds in a folder."""
+    reads: ClassVar[tuple[str, ...]]  # suffixes of the files that read finds in a folder
     batches_shared: ClassVar[tuple[str, ...]] = ("labeled_batch", "unlabeled_batch", "finetune_batch")
-    """Fields, where there are such, with the sizes of batches that several processes share."""
-    known: ClassVar[Mapping[str, type[Method]]]
-    """The methods that it can be trained by."""
-    own: ClassVar[str] = "mpl"
-    """The method that trains it, unless another is asked for."""
-    settings: ClassVar[Mapping[str, Any]] = {}
-    """Fields of methods in which its defaults differ from theirs."""
-    looks: ClassVar[bool] = False
-    """Whether what is left open is chosen by looking at pictures."""
+    known: ClassVar[Mapping[str, type[Method]]]  # the methods that it can be trained by
+    own: ClassVar[str] = "mpl"  # the method that trains it, unless another is asked for
+    settings: ClassVar[Mapping[str, Any]] = {}  # fields of methods in which its defaults differ from theirs
+    looks: ClassVar[bool] = False  # whether what is left open is chosen by looking at pictures
 
     seed: Annotated[int, Range(0, most=2**32 - 1), SEEDS] = 0
     steps: Steps = 600
@@ -482,16 +380,11 @@ class Recipe(ABC):
             FitOptions(steps=self.steps, **self.fit_options() | self.method.options(self))
 
     @classmethod
-    def by_name(cls, name: str, **fields: Any) -> Method:
-        """A method with the recipe's defaults.
-
-        Args:
-            name: of ``known``.
-            fields: that are not as in the defaults.
-        """
+    def by_name(cls, name: str) -> Method:
+        """A method with the recipe's defaults."""
         if name not in cls.known:
             raise MetaplError(f"{cls.name} cannot be trained by {name!r}; expected one of {', '.join(cls.known)}.")
-        return dataclasses.replace(cls.known[name].of(cls.settings), **fields)
+        return cls.known[name].of(cls.settings)
 
     def by(self, method: str, seed: int | None = None) -> Self:
         """The recipe by a method, which takes the fields that it has in common with the recipe's own."""
@@ -504,20 +397,18 @@ class Recipe(ABC):
         """The recipe for a run of a comparison by a method: beside Noisy Student, others train its last network.
 
         >>> from metapl.apps.recipes import Digits
-        >>> from metapl.apps.recipes.self_training import SelfTraining
+        >>> from metapl.apps.recipes.settings import SelfTraining
         >>> rounds = SelfTraining(rounds=2, networks=("8", "16x16"))
         >>> recipe = Digits(method="noisy_student").with_method(self_training=rounds)
         >>> recipe.compared("supervised", 0).hidden, recipe.compared("noisy_student", 0).hidden
         ((16, 16), (32, 32))
         """
-        own = self.by(method, seed)
-        settings = self.method.selection
-        last = None if settings is None else settings.last
+        own, rounds = self.by(method, seed), self.method.selection
+        last = None if rounds is None else rounds.network(-1)
         return own if last is None or own.method.is_noisy_student else own.with_network(last)
 
     @classmethod
     def rivals(cls, own: str) -> tuple[str, ...]:
-        """What a method is compared with."""
         return tuple(name for name, method in cls.known.items() if method.place == "compared" and name != own)
 
     @classmethod
@@ -526,7 +417,6 @@ class Recipe(ABC):
         return tuple(name for name, method in cls.known.items() if method.place == "control")
 
     def with_method(self, **fields: Any) -> Self:
-        """The recipe with other values of fields of its method."""
         return dataclasses.replace(self, method=dataclasses.replace(self.method, **fields))
 
     @property
@@ -534,53 +424,16 @@ class Recipe(ABC):
         """Whether every field that decides the training has a value."""
         return True
 
+    def settled(self) -> Recipe:
+        """The recipe as it can be stored: whole paths, and the classes that are found."""
+        return self
+
+    # ------------------------------------------------------------------------------------------------------ its data
+
     @property
     @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """Their names, in the order of the network's outputs."""
-
-    @abstractmethod
-    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
-        """The data.
-
-        Args:
-            say: takes what a user should know of them.
-            progress: show how far it is, where it takes long.
-            log: where files are recorded that turn out to be unreadable later; see
-                :class:`metapl.apps.pictures.FileImages`.
-        """
-
-    @abstractmethod
-    def network(self, role: Role = "student") -> nn.Module:
-        """The teacher or the student with fresh weights, from the default generator."""
-
-    @abstractmethod
-    def with_network(self, name: str) -> Self:
-        """The recipe with another network.
-
-        Args:
-            name: as ``--networks`` of ``metapl noisy-student`` takes it.
-        """
-
-    def at_size(self, size: int) -> Self:
-        """The recipe with larger pictures.
-
-        Raises:
-            MetaplError: it has no pictures of other sizes, or its network is built for one size.
-        """
-        raise MetaplError(f"--finetune-size {size}: the pictures of {self.name} have one size; leave it out.")
-
-    def architecture(self) -> Architecture | None:
-        """What builds the student without metapl's wrappers; None for a network that has no name."""
-        return None
-
-    @abstractmethod
-    def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        """The examples in a user's file: where each stands, and the network's input for it.
-
-        Raises:
-            MetaplError: the file cannot be read; the message begins with its path.
-        """
 
     @property
     @abstractmethod
@@ -592,13 +445,37 @@ class Recipe(ABC):
     def input_note(self) -> str:
         """How the network's input is made of a file, in a sentence."""
 
+    @abstractmethod
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+        """The data; ``log`` lists files that turn out to be unreadable later, as :class:`FileImages` does."""
+
+    @abstractmethod
+    def read(self, path: Path) -> list[tuple[str, Tensor]]:
+        """The examples in a user's file: where each stands, and the network's input for it."""
+
+    # -------------------------------------------------------------------------------------------------- its networks
+
+    @abstractmethod
+    def network(self, role: Role = "student") -> nn.Module:
+        """The teacher or the student with fresh weights, from the default generator."""
+
+    @abstractmethod
+    def with_network(self, name: str) -> Self:
+        """The recipe with another network, by its name as in ``--networks`` of ``metapl noisy-student``."""
+
+    def at_size(self, size: int) -> Self:
+        """The recipe with larger pictures; refused where the network is built for one size."""
+        raise MetaplError(f"--finetune-size {size}: the pictures of {self.name} have one size; leave it out.")
+
+    def architecture(self) -> Architecture | None:
+        """What builds the student without metapl's wrappers; None for a network that has no name."""
+        return None
+
+    # -------------------------------------------------------------------------------------------------- its training
+
     def decided_by_minutes(self) -> tuple[str, ...]:
         """Fields that follow from a time for training, by way of the number of steps."""
         return ()
-
-    def settled(self) -> Recipe:
-        """The recipe as it can be stored: whole paths, and the classes that are found."""
-        return self
 
     def fit_options(self) -> dict[str, Any]:
         """Fields of :class:`metapl.training.FitOptions` but ``steps`` and ``phase``."""
@@ -618,7 +495,6 @@ class Recipe(ABC):
         return {}
 
     def torch_device(self) -> torch.device:
-        """Where it runs."""
         return torch.device("cpu")
 
 
@@ -636,8 +512,6 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_from_dict(kind: type[Recipe], method: str, values: Mapping[str, Any]) -> Recipe:
     """A recipe from what :func:`as_dict` made of it, by way of JSON."""
-    if method not in kind.known:
-        raise MetaplError(f"{kind.__name__} has no method {method}")
     usual = kind.by_name(method)
     names = {each.name for each in dataclasses.fields(usual)}
     if missing := names - values.keys():
@@ -651,9 +525,7 @@ def recipe_from_dict(kind: type[Recipe], method: str, values: Mapping[str, Any])
 def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type] | None = None, **made: Any) -> R:
     """A dataclass from the dictionary that :func:`dataclasses.asdict` made of it, by way of JSON.
 
-    Args:
-        kinds: of fields, where they are not as the type says.
-        made: further fields, as they are.
+    ``kinds`` of fields count where these are not as the type says; further fields are ``made`` already.
 
     >>> from_dict(Optimizer, {"lr": 0.3, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}).momentum
     0.9

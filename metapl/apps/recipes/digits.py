@@ -16,8 +16,7 @@ from metapl.apps.pictures.folders import hashes
 from metapl.apps.pictures.reader import SUFFIXES, gray_image
 from metapl.apps.recipes.base import Recipe, Role, Task
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import require
-from metapl.apps.recipes.settings import Optimizer
+from metapl.apps.recipes.settings import Optimizer, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
@@ -79,22 +78,24 @@ class Digits(Recipe):
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
         split = load_digits_split(self.labels_per_class, self.seed)
         images, labels = split.labeled
-        few = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=0)
+        truth = (split.unlabeled, split.unlabeled_truth)
+
+        def labeled(images: Tensor, labels: Tensor, stream: int, seed: int) -> LabeledBatches:
+            sampler = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=stream)
+            return LabeledBatches(images, labels, sampler, self.view, seed)
+
         many = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=self.seed, stream=1)
-        again = StepSampler(len(images), self.labeled_batch, seed=self.seed, stream=2)
-        known = torch.cat([images, split.unlabeled]), torch.cat([labels, split.unlabeled_truth])
-        all_of_them = StepSampler(len(known[0]), self.labeled_batch, seed=self.seed, stream=0)
         return Task(
-            labeled=LabeledBatches(images, labels, few, self.view, self.seed),
+            labeled=labeled(images, labels, 0, self.seed),
             unlabeled=UnlabeledBatches(split.unlabeled, many, Identity(), self.view, self.seed),
-            finetuning=LabeledBatches(images, labels, again, self.view, self.seed + 1),
+            finetuning=labeled(images, labels, 2, self.seed + 1),
             validation=split.validation,
             test=split.test,
             classes=self.classes,
             record={"hash": hashes(labeled=split.labeled, unlabeled=split.unlabeled, test=split.test)},
-            everything=LabeledBatches(*known, all_of_them, self.view, self.seed),
-            truth=(split.unlabeled, split.unlabeled_truth),
-            sample=(split.unlabeled, split.unlabeled_truth),
+            everything=labeled(torch.cat([images, truth[0]]), torch.cat([labels, truth[1]]), 0, self.seed),
+            truth=truth,
+            sample=truth,
         )
 
     def network(self, role: Role = "student") -> nn.Module:
@@ -103,9 +104,7 @@ class Digits(Recipe):
     def with_network(self, name: str) -> Digits:
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
-            raise MetaplError(
-                f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one layer."
-            )
+            raise MetaplError(f"--networks {name}: expected widths of hidden layers, such as 32x32, or 64 for one.")
         return dataclasses.replace(self, hidden=tuple(map(int, widths)))
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:

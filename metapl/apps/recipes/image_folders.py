@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, Self, TypeVar
@@ -28,8 +28,7 @@ from metapl.apps.pictures.views.base import Chain, Identity, View
 from metapl.apps.pictures.views.transforms import Affine, Color, Flip, Hole, Recolor, ResizedCrop, Sometimes
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import LARGEST_SIDE, ImageParts, ImageRecipe, Views
-from metapl.apps.recipes.ranges import Share, Steps, Weight, require
-from metapl.apps.recipes.settings import OPEN, OpenOptimizer, Optimizer
+from metapl.apps.recipes.settings import OPEN, OpenOptimizer, Optimizer, Share, Steps, Weight, require
 from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.runs.fields import Range, check_fields
@@ -37,30 +36,29 @@ from metapl.runs.sealed import read_plain
 from metapl.training import Say
 from metapl.training.progress import counting
 
-MOST_MINUTES = 60 * 24 * 366
-"""A year."""
+IN_MEMORY = 2**30  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
+HUE = 0.1  # share of a turn by which colors are changed that do not tell classes apart
 
-IN_MEMORY = 2**30
-"""Bytes of decoded pictures that are kept in memory; of larger folders, files are read each time they are drawn."""
-
-HUE = 0.1
-"""Share of a turn by which colors are changed that do not tell classes apart."""
-
+# Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, of its
+# ramp, and on labels as they are given before anything is learned about them.
 WAIT, WARMUP, START, RAMP, WARM = 0.75, 0.05, 0.4, 0.1, 0.2
-"""Shares of the steps: before the student of a teacher begins, of the growing learning rates, before UDA begins, of
-its ramp, and on labels as they are given before anything is learned about them."""
 
-Minutes = Annotated[float, Range(above=0, most=MOST_MINUTES)]
-
-LONG, SELECTED = (tyro.conf.create_mutex_group(required=False) for _ in range(2))
-"""Flags of which one is given: how long it takes, and what is selected on."""
-
+# Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
+# may take away what a class is told by: a hole covers one of the things to be counted.
 FINETUNED_ON_CHANGED = 0.5
-"""Share of the pictures that are changed in finetuning; the others are as they will be when they are predicted. Changes
-may take away what a class is told by: a hole covers one of the things to be counted."""
 
-OF_METHOD = ("wait", "uda_start", "uda_ramp", "uda_prior", "warm_steps")
-"""Fields of methods, where they have such, that a recipe chooses for itself where they are None."""
+# Learning rates of AdamW by the beginning of a network's name, and with pretrained weights.
+RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
+OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
+
+# Greatest norm of a gradient in networks other than pooled_cnn and small_cnn, some of which diverge at first without
+# it; and in these two.
+CLIPPED, NOT_CLIPPED = 1.0, 0.0
+
+OF_METHOD = ("wait", "uda_start", "uda_ramp", "uda_prior", "warm_steps")  # fields of methods that are chosen where None
+
+Minutes = Annotated[float, Range(above=0, most=60 * 24 * 366)]  # a year
+LONG, SELECTED = (tyro.conf.create_mutex_group(required=False) for _ in range(2))  # of whose flags one is given
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -107,11 +105,11 @@ class Changes:
 
     def strong(self) -> View:
         """What is learned from."""
-        return Chain((*self._flip(), self._moved(1.0), *self._colored()))
+        return Chain((*self._moved(1.0), *self._colored()))
 
     def weak(self) -> View:
         """What is labeled: a quarter of the movement, and nothing else but mirroring."""
-        return Chain((*self._flip(), self._moved(0.25)))
+        return Chain(self._moved(0.25))
 
     def after_crop(self) -> View:
         """What is learned from, of a part of a picture."""
@@ -121,27 +119,16 @@ class Changes:
         color = Color(self.brightness, self.contrast, self.saturation, self.hue or 0.0)
         return (color, Hole((self.hole / 5, self.hole)), *((Recolor(),) if self.recolor else ()))
 
-    def _flip(self) -> tuple[View, ...]:
-        return (Flip(),) if self.mirror else ()
-
-    def _moved(self, share: float) -> Affine:
+    def _moved(self, share: float) -> tuple[View, ...]:
         zoom = math.exp(share * math.log(self.zoom))
-        return Affine(share * self.degrees, share * self.translate, (1 / zoom, zoom), share * self.shear)
+        moved = Affine(share * self.degrees, share * self.translate, (1 / zoom, zoom), share * self.shear)
+        return (*((Flip(),) if self.mirror else ()), moved)
 
     def settled(self, recolor: bool) -> Changes:
         """With a value for every field: ``recolor`` where it was left open, and the hue that goes with it."""
         recolor = recolor if self.recolor is None else self.recolor
         hue = (HUE if recolor else 0.0) if self.hue is None else self.hue
         return dataclasses.replace(self, recolor=recolor, hue=hue)
-
-
-RATES = {"pooled_cnn": 1e-2, "small_cnn": 4e-3, "wide_resnet": 1e-3, "resnet": 1e-3, "efficientnet": 3e-4, "vit": 3e-4}
-OTHER_RATE, PRETRAINED_RATE = 5e-4, 2e-4
-"""Learning rates of AdamW by the beginning of a network's name, and with pretrained weights."""
-
-CLIPPED, NOT_CLIPPED = 1.0, 0.0
-"""Greatest norm of a gradient in networks other than pooled_cnn and small_cnn, some of which diverge at first without
-it; and in these two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,16 +171,12 @@ class ImageFolders(ImageRecipe):
     """
 
     name: ClassVar[str] = "images"
-    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
-    """Fields that are folders."""
-    chosen: ClassVar[tuple[str, ...]] = (
+    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")  # fields that are folders
+    chosen: ClassVar[tuple[str, ...]] = (  # fields that the recipe chooses for itself where they are None
         *("steps", "image_size", "grey", "network_name", "warmup", "validate_every", "val_fraction", "mean", "std"),
     )
-    """Fields that the recipe chooses for itself where they are None."""
-    sides: ClassVar[tuple[str, str]] = ("labeled", "unlabeled")
-    """The folder with the pictures whose labels are right, and the other one."""
-    batch_of_few: ClassVar[str] = "labeled_batch"
-    """The field with the number of pictures in a batch of those whose labels are right."""
+    sides: ClassVar[tuple[str, str]] = ("labeled", "unlabeled")  # pictures whose labels are right, and the others
+    batch_of_few: ClassVar[str] = "labeled_batch"  # the field with the number of the first in a batch
     looks = True
     own: ClassVar[str] = "uda"
     settings: ClassVar[dict[str, Any]] = {
@@ -237,26 +220,6 @@ class ImageFolders(ImageRecipe):
         require(self, (self.mean is None) == (self.std is None), "std", "a mean and a std, or neither")
         super().__post_init__()
 
-    def for_network(self, name: str) -> Self:
-        """The recipe with the rates and the clipping with which such a network trains, where none were given."""
-        family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
-        rate = PRETRAINED_RATE if self.weights else family
-        clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
-        return dataclasses.replace(self, method=self.method.for_rate(rate), clip_norm=clip)
-
-    def with_network(self, name: str) -> Self:
-        """The recipe with another network; rates and clipping that are as where none were given become those of it."""
-        changed, was = super().with_network(name), self.network_name
-        if name == was or was is None:
-            return changed
-        own = {role: dataclasses.replace(one, lr=OPEN) for role, one in self.method.optimizers().items()}
-        opened = dataclasses.replace(self, method=dataclasses.replace(self.method, **own), clip_norm=OPEN)
-        usual = opened.for_network(was)
-        derived = {role: one for role, one in own.items() if getattr(self.method, role) == getattr(usual.method, role)}
-        clip = OPEN if self.clip_norm == usual.clip_norm else self.clip_norm
-        method = dataclasses.replace(self.method, **derived)
-        return dataclasses.replace(changed, method=method, clip_norm=clip).for_network(name)
-
     @property
     def complete(self) -> bool:
         of_method = all(getattr(self.method, name, 0) is not None for name in OF_METHOD)
@@ -266,51 +229,52 @@ class ImageFolders(ImageRecipe):
     def classes(self) -> tuple[str, ...]:
         return self.class_names or self.trained_on()[0].classes
 
-    def trained_on(self) -> tuple[LabeledFiles, Files]:
-        """The pictures whose labels are right, and the others."""
-        return scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
+    # --------------------------------------------------------------------------------------- what is left open
 
-    def check_first(self) -> None:
-        """Refuse what can be seen of the folders at once, before anything is measured."""
-        labeled, unlabeled = self.trained_on()
-        held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
-        refuse_errors([*find_nested(labeled, {"unlabeled": unlabeled.root} | held_out).values()])
-        for name, folder in held_out.items():
-            refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
-        if not verify_files(labeled).skipped:  # else the files that are left out are listed first
-            refuse_errors(check_folders(labeled))
+    def for_network(self, name: str) -> Self:
+        """The recipe with the rates and the clipping with which such a network trains, where none were given."""
+        family = next((rate for stem, rate in RATES.items() if name.startswith(stem)), OTHER_RATE)
+        clip = (NOT_CLIPPED if name.endswith("_cnn") else CLIPPED) if self.clip_norm is OPEN else self.clip_norm
+        method = self.method.for_rate(PRETRAINED_RATE if self.weights else family)
+        return dataclasses.replace(self, method=method, clip_norm=clip)
+
+    def with_network(self, name: str) -> Self:
+        """The recipe with another network; rates and clipping that are as where none were given become those of it."""
+        changed, was = super().with_network(name), self.network_name
+        if name == was or was is None:
+            return changed
+        own = {role: dataclasses.replace(one, lr=OPEN) for role, one in self.method.optimizers().items()}
+        usual = dataclasses.replace(self.with_method(**own), clip_norm=OPEN).for_network(was)
+        derived = {role: one for role, one in own.items() if getattr(self.method, role) == getattr(usual.method, role)}
+        clip = OPEN if self.clip_norm == usual.clip_norm else self.clip_norm
+        return dataclasses.replace(changed.with_method(**derived), clip_norm=clip).for_network(name)
+
+    def by(self, method: str, seed: int | None = None) -> Self:
+        made = super().by(method, seed)
+        made = made if made.steps is OPEN else made.scheduled(made.steps)
+        return made if self.network_name is OPEN else made.for_network(self.network_name)
 
     def scheduled(self, steps: int) -> Self:
         """The recipe with this number of steps, and with the phases that are a share of it."""
-        shares = self._shares(steps)
+        shares = _shares(steps)
         own = ("warmup", "validate_every")
         missing: dict[str, Any] = {name: shares[name] for name in own if getattr(self, name) is None}
         return dataclasses.replace(self, steps=steps, method=self.method.settled(shares), **missing)
 
-    def _shares(self, steps: int) -> dict[str, int]:
-        """What is a share of the steps."""
-        return {
-            "wait": min(round(WAIT * steps), steps - 1),
-            "warmup": round(WARMUP * steps),
-            "uda_ramp": round(RAMP * steps),
-            "uda_start": round(START * steps),
-            "warm_steps": round(WARM * steps),
-            "validate_every": max(1, round(steps / 20)),
-        }
-
-    def by(self, method: str, seed: int | None = None) -> Self:
-        made = super().by(method, seed)
-        if made.steps is not OPEN:
-            made = made.scheduled(made.steps)
-        return made if self.network_name is OPEN else made.for_network(self.network_name)
-
     def decided_by_minutes(self) -> tuple[str, ...]:
-        """Fields of a settled recipe that follow from its minutes, by way of the steps; none if steps were given."""
         if self.minutes is OPEN:
             return ()
-        shares = self._shares(self.steps).items()
         have = {**vars(self), **vars(self.method)}
-        return "steps", *(name for name, value in shares if name in have and have[name] == value)
+        return "steps", *(name for name, value in _shares(self.steps).items() if name in have and have[name] == value)
+
+    def warmup_after(self, wait: int) -> int:
+        # A student that waits has fewer steps, and warms up over the same share of them.
+        return round((self.steps - wait) / self.steps * self.warmup)
+
+    def trainer_options(self) -> dict[str, Any]:
+        return super().trainer_options() | {"clip_norm": self.clip_norm or None}
+
+    # --------------------------------------------------------------------------------------------- the pictures
 
     def normalization(self) -> tuple[Sequence[float], Sequence[float]]:
         assert self.mean is not None  # settled
@@ -326,34 +290,43 @@ class ImageFolders(ImageRecipe):
         strong = self.changes.strong()
         return Views(self.changes.weak(), strong, strong, finetuned=Sometimes(strong, FINETUNED_ON_CHANGED))
 
-    def warmup_after(self, wait: int) -> int:
-        # A student that waits has fewer steps, and warms up over the same share of them.
-        return round((self.steps - wait) / self.steps * self.warmup)
+    def trained_on(self) -> tuple[LabeledFiles, Files]:
+        """The pictures whose labels are right, and the others."""
+        return scan_labeled(self.labeled), scan_unlabeled(self.unlabeled)
 
-    def trainer_options(self) -> dict[str, Any]:
-        return super().trainer_options() | {"clip_norm": self.clip_norm or None}
+    def check_first(self) -> None:
+        """Refuse what can be seen of the folders at once, before anything is measured."""
+        labeled, unlabeled = self.trained_on()
+        held_out = {name: Path(folder) for name, folder in (("validation", self.val), ("test", self.test)) if folder}
+        refuse_errors([*find_nested(labeled, {"unlabeled": unlabeled.root} | held_out).values()])
+        for name, folder in held_out.items():
+            refuse_errors([*find_other_classes(labeled, scan_labeled(folder), name)])
+        if not verify_files(labeled).skipped:  # else the files that are left out are listed first
+            refuse_errors(check_folders(labeled))
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
-        look = Look(say or (lambda text: None), progress)
-        found: dict[str, Any] = {}
+        say, skipped, found = say or (lambda text: None), dict[str, str](), dict[str, Any]()
         for name in self.places:
             if (folder := getattr(self, name)) is not None:
                 scan: Any = scan_unlabeled if name == "unlabeled" else scan_labeled
-                found[name] = look.listed(scan, folder, name)
-        found = {name: look.sound(files, name) for name, files in found.items()}
+                found[name] = _listed(scan, folder, name, say, progress)
+        found = {name: _sound(files, name, skipped, say, progress) for name, files in found.items()}
         few, many, val, test = (found.get(name) for name in (*self.sides, "val", "test"))
         assert few is not None
         assert many is not None
-        look.compare(few, many, {"val": val, "test": test})
+        with counting("comparing files", progress) as count:
+            findings = check_folders(few, many, val, test, count)
+        refuse_errors(findings)
+        for finding in findings:
+            say(f"note: {finding.message}")
         hashes = {name: hash_files(files) for name, files in found.items()}
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.seed)
             few, val = few.keep(train.tolist()), few.keep(aside.tolist())
-            many = look.apart(many, val)
-        look.tell(
-            f"{self.spoken(few, many)}, {len(val) if val else 'none'} for validation, "
-            f"{f'{len(test):,}' if test else 'none'} to test on"
-        )
+            with counting("comparing files", progress):
+                many = apart(many, val, say)
+        held_out = f"{len(val) if val else 'none'} for validation, {f'{len(test):,}' if test else 'none'} to test on"
+        say(f"{self.spoken(few, many)}, {held_out}")
         # What describes stored labels has the hashes of their parts, or of the weights of a run.
         for name, place in self.method.labels_from.items():
             if place:
@@ -369,82 +342,75 @@ class ImageFolders(ImageRecipe):
             **self.batches(dataclasses.replace(self.parts(few, many, log), **held)),
             classes=self.classes,
             test_names=test.names if test else None,
-            skipped=look.skipped,
+            skipped=skipped,
             record={**listed, self.sides[1]: len(many), "hash": hashes},
         )
 
     def spoken(self, few: LabeledFiles, many: Files) -> str:
-        """What is learned from, in words."""
         return f"{len(few):,} labeled pictures of {spoken_classes(self.classes)}, {len(many):,} unlabeled"
 
     def parts(self, few: LabeledFiles, many: Files, log: Path | None) -> ImageParts:
-        """What is learned from."""
         labels = few.targets(self.classes)
         return ImageParts(few=self.images(few.paths(), log), labels=labels, many=self.images(many.paths(), log))
 
     def images(self, paths: Iterable[str], log: Path | None) -> FileImages:
         """Each file is read when it is first drawn, and kept where all fit: training starts at once."""
         side = self.image_size
-        images = FileImages([*paths], size=(side, side), mode="L" if self.grey else "RGB", log=log)
+        images = FileImages([*paths], size=(side, side), mode=self.colors, log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.resized_crop else images
 
 
-@dataclass(frozen=True)
-class Look:
-    """At the folders, before training: says what a user should know, and keeps which files are left out, and why."""
+def _shares(steps: int) -> dict[str, int]:
+    """What is a share of the steps."""
+    return {
+        "wait": min(round(WAIT * steps), steps - 1),
+        "warmup": round(WARMUP * steps),
+        "uda_ramp": round(RAMP * steps),
+        "uda_start": round(START * steps),
+        "warm_steps": round(WARM * steps),
+        "validate_every": max(1, round(steps / 20)),
+    }
 
-    tell: Say
-    progress: bool
-    skipped: dict[str, str] = field(default_factory=dict)
 
-    def listed(self, scan: Callable[[str, Progress], FilesT], folder: str, name: str) -> FilesT:
-        """The files of a folder."""
-        with counting(f"listing {_word(name)} files", self.progress) as count:
-            files = scan(folder, count)
-        if files.passed_over:
-            others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
-            self.tell(f"{name}: files without the name of a picture are passed over: {others}")
-        return files
+def _listed(scan: Callable[[str, Progress], FilesT], folder: str, name: str, say: Say, progress: bool) -> FilesT:
+    with counting(f"listing {_word(name)} files", progress) as count:
+        files = scan(folder, count)
+    if files.passed_over:
+        others = ", ".join(f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items()))
+        say(f"{name}: files without the name of a picture are passed over: {others}")
+    return files
 
-    def sound(self, files: FilesT, name: str) -> FilesT:
-        """Those that can be read."""
-        with counting(f"looking at {_word(name)} files", self.progress, len(files)) as count:
-            verified = verify_files(files, progress=count)
-        if verified.skipped:
-            self.tell(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
-        if not verified.sound:
-            raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
-        self.skipped.update({str(files.root / one): reason for one, reason in verified.skipped.items()})
-        return files.keep(verified.sound) if verified.skipped else files
 
-    def compare(self, labeled: LabeledFiles, unlabeled: Files, held_out: Mapping[str, LabeledFiles | None]) -> None:
-        """Refuse folders that would spoil the training."""
-        with counting("comparing files", self.progress) as count:
-            findings = check_folders(labeled, unlabeled, held_out["val"], held_out["test"], count)
-        refuse_errors(findings)
-        for finding in findings:
-            self.tell(f"note: {finding.message}")
+def _sound(files: FilesT, name: str, skipped: dict[str, str], say: Say, progress: bool) -> FilesT:
+    """Those that can be read; the others are added to ``skipped``, with the reason."""
+    with counting(f"looking at {_word(name)} files", progress, len(files)) as count:
+        verified = verify_files(files, progress=count)
+    if verified.skipped:
+        say(f"{name}: {len(verified.skipped):,} of {len(files):,} files are left out\n{verified.summary()}")
+    if not verified.sound:
+        raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
+    skipped.update({str(files.root / one): reason for one, reason in verified.skipped.items()})
+    return files.keep(verified.sound) if verified.skipped else files
 
-    def apart(self, unlabeled: Files, val: Files) -> Files:
-        """The unlabeled pictures that are not set aside for validation too; nothing may be learned from those."""
-        with counting("comparing files", self.progress):
-            others = without_copies(unlabeled, val)
-        if not others:
-            raise MetaplError(
-                f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled ones that are "
-                "set aside for validation; expected others, or --val-fraction 0."
-            )
-        if len(others) < len(unlabeled):
-            self.tell(
-                f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are copies of labeled "
-                "ones that are set aside for validation"
-            )
-        return others
+
+def apart(unlabeled: Files, val: Files, say: Say) -> Files:
+    """The unlabeled pictures that are not set aside for validation too; nothing may be learned from those."""
+    others = without_copies(unlabeled, val)
+    if not others:
+        raise MetaplError(
+            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled ones that are set "
+            "aside for validation; expected others, or --val-fraction 0."
+        )
+    if len(others) < len(unlabeled):
+        say(
+            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are copies of labeled ones "
+            "that are set aside for validation"
+        )
+    return others
 
 
 def _word(folder: str) -> str:
-    """A folder as it is called on the terminal."""
     return "validation" if folder == "val" else folder
 
 

@@ -21,22 +21,15 @@ from metapl.apps.pictures.views.randaugment import CIFAR_OPERATIONS, SVHN_OPERAT
 from metapl.apps.pictures.views.transforms import ResizedCrop, Weak
 from metapl.apps.recipes.base import Recipe, Role
 from metapl.apps.recipes.methods import OF_PICTURES
-from metapl.apps.recipes.ranges import Batch, require
-from metapl.apps.recipes.settings import Optimizer
+from metapl.apps.recipes.settings import Batch, Optimizer, require
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
 from metapl.runs.fields import Range
 from metapl.training.options import MOST_WORKERS
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation that pretrained weights expect."""
-
-EVALUATED_AT_ONCE, SAMPLED = 256, 2048
-"""Pictures in a batch of an evaluation; unlabeled pictures that the report looks at."""
-
-LARGEST_SIDE = 4096
-"""Pixels; a batch of larger pictures would not fit into any memory."""
-
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation that pretrained weights expect
+EVALUATED_AT_ONCE, SAMPLED = 256, 2048  # pictures in a batch of an evaluation; unlabeled ones that the report looks at
+LARGEST_SIDE = 4096  # pixels; a batch of larger pictures would not fit into any memory
 NESTEROV = Optimizer(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_norms=False)
 
 
@@ -62,59 +55,36 @@ class Strong:
 
     def view(self, weak: View) -> View:
         """RandAugment with one of the paper's two lists of operations, after the weak view."""
-        changed = RandAugment(
-            self.operations,
-            self.magnitude,
-            operations=SVHN_OPERATIONS if self.writing else CIFAR_OPERATIONS,
-            translate=self.translate,
-            cutout=self.cutout,
-        )
+        operations = SVHN_OPERATIONS if self.writing else CIFAR_OPERATIONS
+        options: Any = {"operations": operations, "translate": self.translate, "cutout": self.cutout}
+        changed = RandAugment(self.operations, self.magnitude, **options)
         return Chain((weak, changed, weak) if self.again else (weak, changed))
 
 
 @dataclass(frozen=True)
 class ImageParts:
-    """A recipe's pictures: a few with labels, many without, and pictures to select on and to report on.
-
-    Args:
-        few, labels: labeled pictures and int64 (n,).
-        many: unlabeled pictures.
-        hidden: int64, the true labels of these, where they are known: for looking at pseudo-labels only.
-        known: labeled and unlabeled pictures together with their true labels, where they are known: for the headroom.
-        given: int64, labels of the many pictures that may be wrong; with them, ``known`` has these.
-        names: of the many pictures, if they are to be named.
-        val: pictures to select on, and their labels; None where there are none.
-        test: pictures to report on, and their labels; None where there are none.
-    """
+    """A recipe's pictures: a few with labels, many without, and pictures to select on and to report on."""
 
     few: Images
-    labels: Tensor
+    labels: Tensor  # int64 (n,), of the few
     many: Images
     val: tuple[Images, Tensor] | None = None
     test: tuple[Images, Tensor] | None = None
-    hidden: Tensor | None = None
-    known: tuple[Images, Tensor] | None = None
-    given: Tensor | None = None
-    names: tuple[str, ...] = ()
+    hidden: Tensor | None = None  # true labels of the many: for looking at pseudo-labels only
+    known: tuple[Images, Tensor] | None = None  # few and many with their true, or given, labels: for the headroom
+    given: Tensor | None = None  # labels of the many that may be wrong
+    names: tuple[str, ...] = ()  # of the many
 
 
 @dataclass(frozen=True)
 class Views:
-    """What is done to the pictures of a step.
+    """What is done to the pictures of a step."""
 
-    Args:
-        weak: to unlabeled pictures, for the network that labels them.
-        strong: to the same pictures, for the network that learns these labels.
-        labeled: to labeled ones.
-        crop: the box that is cut out of a file before any of them.
-        finetuned: to labeled ones in finetuning; None: as in training.
-    """
-
-    weak: View
-    strong: View
+    weak: View  # to unlabeled pictures, for the network that labels them
+    strong: View  # to the same pictures, for the network that learns these labels
     labeled: View
-    crop: ResizedCrop | None = None
-    finetuned: View | None = None
+    crop: ResizedCrop | None = None  # the box that is cut out of a file before any of them
+    finetuned: View | None = None  # labeled pictures in finetuning; None: as in training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +117,7 @@ class ImageRecipe(Recipe):
     """
 
     reads: ClassVar[tuple[str, ...]] = SUFFIXES
-    center: ClassVar[float] = 1.0
-    """Share of a picture's sides that is looked at when it is evaluated."""
-
+    center: ClassVar[float] = 1.0  # share of a picture's sides that is looked at when it is evaluated
     known = OF_PICTURES
     settings: ClassVar[dict[str, Any]] = {"uda_ramp": 200, "student": NESTEROV, "teacher": NESTEROV}
 
@@ -185,7 +153,6 @@ class ImageRecipe(Recipe):
     # ------------------------------------------------------------------------------------------------------ the data
 
     def views(self) -> Views:
-        """What is done to the pictures of a step."""
         if self.resized_crop:
             # The crop mirrors too, so nothing is left for the weak view to do.
             crop = ResizedCrop(self.image_size, flip=not self.strong.writing)
@@ -207,8 +174,8 @@ class ImageRecipe(Recipe):
         known, finetuned = pictures.known, views.finetuned or views.labeled
         sampler = StepSampler(len(many), self.unlabeled_batch, seed=seed, stream=1)
         some = torch.arange(min(len(many), SAMPLED))
-        hidden = torch.zeros(len(many), dtype=torch.int64) if pictures.hidden is None else pictures.hidden
-        sample = looked_at(many.select(some), hidden[some])
+        hidden = torch.zeros_like(some) if pictures.hidden is None else pictures.hidden[some]
+        sample = looked_at(many.select(some), hidden)
         size = self.finetune_batch or self.labeled_batch
         return {
             "labeled": labeled(few, pictures.labels, self.labeled_batch, 0, seed, views.labeled),
@@ -220,6 +187,10 @@ class ImageRecipe(Recipe):
             "truth": None if pictures.hidden is None else sample,
             "everything": known and labeled(*known, self.labeled_batch, 0, seed, views.labeled),
         }
+
+    @property
+    def colors(self) -> Literal["L", "RGB"]:
+        return "L" if self.grey else "RGB"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -235,15 +206,12 @@ class ImageRecipe(Recipe):
         )
 
     def read(self, path: Path) -> list[tuple[str, Tensor]]:
-        """The network's input for a file."""
-        size = (self.image_size, self.image_size)
-        image = read_image(path, mode="L" if self.grey else "RGB", size=size, center=self.center)
+        image = read_image(path, mode=self.colors, size=(self.image_size,) * 2, center=self.center)
         return [(str(path), in_unit_range(image))]
 
     # -------------------------------------------------------------------------------------------------- the networks
 
     def architecture(self) -> networks.Architecture:
-        """What builds the student, without normalization."""
         return self._architecture("student", len(self.classes))
 
     def _architecture(self, role: Role, num_classes: int) -> networks.Architecture:
@@ -265,10 +233,8 @@ class ImageRecipe(Recipe):
         return normalized.to(memory_format=torch.channels_last) if self.channels_last else normalized
 
     def with_network(self, name: str) -> Self:
-        if name == self.network_name:
-            return self
         changed: dict[str, Any] = {"network_name": name, "weights": None}  # a file is of one network
-        return dataclasses.replace(self, **changed)
+        return self if name == self.network_name else dataclasses.replace(self, **changed)
 
     def at_size(self, size: int) -> Self:
         if size <= (self.image_size or 0):
@@ -282,11 +248,11 @@ class ImageRecipe(Recipe):
         larger = dataclasses.replace(self, **changed)
         _ = self.classes  # some recipes read their data for them, which must not be done on the meta device
         with torch.device("meta"):
-            shapes = [
+            own, other = (
                 {name: value.shape for name, value in sized.network("teacher").state_dict().items()}
                 for sized in (self, larger)
-            ]
-        if shapes[0] != shapes[1]:
+            )
+        if own != other:
             raise MetaplError(
                 f"--finetune-size {size}: {self.network_name} is built for pictures of one size; expected a network "
                 "that takes any, such as small_cnn, a resnet or an efficientnet."
@@ -308,7 +274,6 @@ class ImageRecipe(Recipe):
         return {name: getattr(self, name) for name in ("clip_norm", "accumulate", "precision", "compile")}
 
     def torch_device(self) -> torch.device:
-        """A GPU where there is one, if wanted."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise MetaplError("device=cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu.")
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")

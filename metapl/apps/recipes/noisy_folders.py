@@ -18,7 +18,7 @@ from metapl.apps.recipes.base import Doubtful, Task
 from metapl.apps.recipes.image_folders import ImageFolders, refuse_errors, spoken_classes
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, ImageParts, Strong
 from metapl.apps.recipes.methods import NOISY_METHODS
-from metapl.apps.recipes.ranges import Batch, require
+from metapl.apps.recipes.settings import Batch, require
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.training import Say
@@ -98,7 +98,6 @@ class NoisyFolders(ImageFolders):
         return scan_labeled(self.clean), scan_labeled(self.labeled)
 
     def check_first(self) -> None:
-        """Refuse what can be seen of the folders at once, before anything is measured."""
         first, second = (Path(folder).expanduser().resolve() for folder in (self.labeled, self.clean))
         if first == second or first in second.parents or second in first.parents:
             how = "the same folder" if first == second else "one inside the other"
@@ -109,24 +108,20 @@ class NoisyFolders(ImageFolders):
         clean, noisy = scan_labeled(self.clean), scan_labeled(self.labeled)
         refuse_errors(check_folders(clean))
         without = [
-            f"{few(missing)} {'is' if len(missing) == 1 else 'are'} in {one.root} alone"
+            f"{few(missing)} in {one.root} alone"
             for one, other in ((noisy, clean), (clean, noisy))
             if (missing := [name for name in one.classes if name not in other.classes])
         ]
         if without:
-            raise MetaplError(
-                f"the classes differ: {'; '.join(without)}; expected subfolders of the same names in both."
-            )
+            raise MetaplError(f"classes differ: {'; '.join(without)}; expected subfolders of the same names in both.")
         if empty := [name for name, count in noisy.counts().items() if not count]:
             raise MetaplError(
-                f"{few(empty)} {'has' if len(empty) == 1 else 'have'} no picture in {noisy.root}; put some there, or "
-                f"remove the class from {clean.root} too."
+                f"no picture of {few(empty)} in {noisy.root}; put some there, or remove it from {clean.root} too."
             )
         if pairs := [f"{same[0]} is {copies[0]}" for copies, same in same_pictures(noisy, clean)]:
             raise MetaplError(
                 f"{len(pairs)} clean pictures are among the labeled ones too: {few(pairs)}; remove them from "
-                f"{noisy.root}, for what is learned about labels is judged on clean pictures that the network was not "
-                "trained on."
+                f"{noisy.root}: labels are judged on clean pictures that the network was not trained on."
             )
 
     def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
@@ -134,37 +129,29 @@ class NoisyFolders(ImageFolders):
         return super().task(say, progress, log)
 
     def spoken(self, few: LabeledFiles, many: Files) -> str:
-        """What is learned from, in words."""
-        return (
-            f"{len(many):,} pictures of {spoken_classes(self.classes)} with labels that may be wrong, {len(few):,} "
-            "with clean ones"
-        )
+        of = f"pictures of {spoken_classes(self.classes)} with labels that may be wrong"
+        return f"{len(many):,} {of}, {len(few):,} with clean ones"
 
     def parts(self, few: LabeledFiles, many: Files, log: Path | None) -> ImageParts:
-        """What is learned from: the noisy pictures and the clean ones, together in one list of files."""
+        """The noisy pictures and the clean ones, together in one list of files."""
         assert isinstance(many, LabeledFiles)
         both, count = self.images([*many.paths(), *few.paths()], log), len(many)
         labels = torch.cat([many.targets(self.classes), few.targets(self.classes)])
-        return ImageParts(
-            few=both.select(torch.arange(count, len(both))),
-            labels=labels[count:],
-            many=both.select(torch.arange(count)),
-            given=labels[:count],
-            names=tuple(many.paths()),
-            known=(both, labels),
-        )
+        sides: Any = {"few": both.select(torch.arange(count, len(both))), "many": both.select(torch.arange(count))}
+        given, names = labels[:count], tuple(many.paths())
+        return ImageParts(**sides, labels=labels[count:], given=given, names=names, known=(both, labels))
 
     def batches(self, pictures: ImageParts) -> dict[str, Any]:
-        views, many = self.views(), pictures.many
+        views, many, known = self.views(), pictures.many, pictures.known
         given = torch.zeros(len(many), dtype=torch.int64) if pictures.given is None else pictures.given
-        kind = IndexedBatches if self.method.indexed else LabeledBatches
         sampler = StepSampler(len(many), self.labeled_batch, seed=self.seed, stream=1)
+        kind = IndexedBatches if self.method.indexed else LabeledBatches
         noisy = kind(many, given, sampler, views.labeled, self.seed + 2, crop=views.crop)
         clean = dataclasses.replace(self, labeled_batch=self.clean_batch)
         sources = super(NoisyFolders, clean).batches(pictures)
-        every = StepSampler(len(given) + len(pictures.few), self.labeled_batch, seed=self.seed, stream=0)
-        if pictures.given is not None and pictures.known is not None:
-            sources["everything"] = LabeledBatches(*pictures.known, every, views.labeled, self.seed, crop=views.crop)
+        if pictures.given is not None and known is not None:
+            every = StepSampler(len(known[1]), self.labeled_batch, seed=self.seed, stream=0)
+            sources["everything"] = LabeledBatches(*known, every, views.labeled, self.seed, crop=views.crop)
         examples = EvaluationBatches(many, torch.arange(len(many)), EVALUATED_AT_ONCE)
         doubtful = Doubtful(examples, given, pictures.names)
         return {**sources, "unlabeled": noisy, "sample": None, "doubtful": doubtful}

@@ -1,8 +1,11 @@
-"""The paper's picture protocols, and any other split of the data sets that torchvision knows.
+"""The papers' picture protocols, and any other split of the data sets that torchvision knows.
 
-``Vision`` is for any of them; the recipes after it are ``Vision`` with other defaults. Those named after a protocol
-take the settings of the code that the authors published, those that end with ``Paper`` the published table, as far as
-each states them; what is from neither is marked so. Every field can be changed.
+``Vision`` is for any of them; the recipes after it are ``Vision`` with other defaults, every one of which can be
+changed. Those named after a protocol take the settings of the code that the authors published, those that end with
+``Paper`` the published table, as far as each states them; what is from neither is marked so.
+
+Recipes of networks that take many machines are for ``metapl plan`` alone: their unlabeled pictures, 130 million of
+JFT-300M, are not public.
 """
 
 from __future__ import annotations
@@ -18,19 +21,24 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 import tyro
 
+from metapl.apps.pictures.folders import hash_files, hashes, scan_unlabeled
 from metapl.apps.pictures.sets import ImageData, Split, load_image_data
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes.base import Task
 from metapl.apps.recipes.image_recipe import ImageParts, ImageRecipe, Strong, whole
-from metapl.apps.recipes.ranges import require
-from metapl.apps.recipes.settings import Feedback, Optimizer
+from metapl.apps.recipes.settings import Feedback, Optimizer, SelfTraining, require
+from metapl.data.sampler import StepSampler
+from metapl.errors import MetaplError
 from metapl.runs.fields import Range
 from metapl.training import Say
 
 Names = Literal["cifar10", "cifar100", "svhn", "imagenet", "imagefolder"]
 
+IMAGENET_CLASSES = tuple(map(str, range(1000)))
+IMAGENET_TRAIN, LABELED_BATCH, EPOCHS = 1_281_167, 2_048, 350  # of Noisy Student
+
+# As published: sampled labels, the cosine of the two gradients, and a moving average taken off.
 ALGORITHM_1 = Feedback(mode="reinforce", normalization="cosine", baseline=0.99, pseudo_label_smoothing=0.1)
-"""As published: sampled labels, the cosine of the two gradients, and a moving average taken off."""
 
 K = TypeVar("K", bound=ImageRecipe)
 
@@ -38,12 +46,9 @@ K = TypeVar("K", bound=ImageRecipe)
 def preset(
     *, settings: Mapping[str, Any] | None = None, fixed: Mapping[str, Any] | None = None, **defaults: Any
 ) -> Callable[[type[K]], type[K]]:
-    """A recipe that is the one that it is derived from with other defaults, as values.
+    """A recipe that is the one that it is derived from with other defaults, of fields and of what its type says.
 
-    Args:
-        settings: of the methods, beside those of the recipe that it is derived from.
-        fixed: fields that are no flags any more.
-        defaults: of fields, and of what the type says of itself, such as its name.
+    ``settings`` are those of the methods, and ``fixed`` fields are no flags any more.
     """
 
     def made(kind: type[K]) -> type[K]:
@@ -64,6 +69,38 @@ def pair(student: float, teacher: float, weight_decay: float) -> dict[str, Optim
     """The optimizers of student and teacher by their learning rates, with Nesterov's momentum."""
     usual = Optimizer(momentum=0.9, nesterov=True, weight_decay=weight_decay, decay_norms=False)
     return {"student": dataclasses.replace(usual, lr=student), "teacher": dataclasses.replace(usual, lr=teacher)}
+
+
+def steps_of(epochs: int, examples: int = IMAGENET_TRAIN, batch: int = LABELED_BATCH) -> int:
+    """Steps of so many passes over the labeled examples.
+
+    >>> steps_of(350)
+    218949
+    """
+    return round(epochs * examples / batch)
+
+
+# What is long, and on photographs.
+IMAGENET: dict[str, Any] = {
+    "image_size": 224,
+    "resized_crop": True,
+    "labels_per_class": 128,
+    "validation": 25_000,
+    "ema_decay": 0.999,
+    "validate_every": 5_000,
+    "log_every": 100,
+    "save_every": 5_000,
+    "num_workers": 8,
+}
+SPREAD = 100 / 224  # the greatest shift of RandAugment on such pictures
+EXACT = Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1)
+AT_SCALE: dict[str, Any] = {"feedback": EXACT, "uda_weight": 20.0, "uda_temperature": 0.5, "uda_ramp": 50_000}
+
+
+def published(optimizers: dict[str, Optimizer], uda_weight: float, temperature: float) -> dict[str, Any]:
+    """The settings of a column of the paper's table."""
+    uda = {"uda_weight": uda_weight, "uda_temperature": temperature, "uda_threshold": 0.0, "uda_ramp": 0}
+    return {**optimizers, **uda, "feedback": ALGORITHM_1, "wait": 0}
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +154,6 @@ class Vision(ImageRecipe):
         return _loaded(self.data, self.data_root, self.image_size, self.center, "L" if self.grey else "RGB")
 
     def settled(self) -> Vision:
-        """The recipe as it can be stored: whole paths, and the classes that are found."""
         places = [name for name in ("data_root", "split", "weights", "unlabeled") if hasattr(self, name)]
         changes: dict[str, Any] = {name: whole(getattr(self, name)) for name in places}
         return dataclasses.replace(self, **changes, class_names=self._data().classes)
@@ -150,19 +186,18 @@ class Vision(ImageRecipe):
 
     def divided(self, data: ImageData, log: Path | None) -> tuple[ImageParts, dict[str, str], Split | None]:
         """The pictures, the hashes that say which they are, and how they were drawn."""
-        split = data.split(self.protocol, self.seed, self.labels_per_class, self.validation) if not self.split else None
-        split = split or Split.load(str(self.split), data.train_labels, data.test_labels)
-        train, labels = data.train, data.train_labels
-        together = torch.cat([split.labeled, split.unlabeled])
-        pictures = ImageParts(
-            few=train.select(split.labeled),
-            labels=labels[split.labeled],
-            many=train.select(split.unlabeled),
-            hidden=labels[split.unlabeled],
-            known=(train.select(together), labels[together]),
-            val=(train.select(split.validation), labels[split.validation]),
-            test=(data.test.select(split.test), data.test_labels[split.test]),
-        )
+        if self.split:
+            split = Split.load(self.split, data.train_labels, data.test_labels)
+        else:
+            split = data.split(self.protocol, self.seed, self.labels_per_class, self.validation)
+
+        def part(rows: torch.Tensor) -> tuple[Any, torch.Tensor]:
+            return data.train.select(rows), data.train_labels[rows]
+
+        (few, labels), (many, hidden) = part(split.labeled), part(split.unlabeled)
+        test = data.test.select(split.test), data.test_labels[split.test]
+        known = part(torch.cat([split.labeled, split.unlabeled]))
+        pictures = ImageParts(few, labels, many, part(split.validation), test, hidden, known)
         return pictures, {"labels": split.labels_hash, "split": split.hash}, split
 
 
@@ -195,24 +230,15 @@ class Vision(ImageRecipe):
 class Cifar10(Vision):
     """CIFAR-10-4K with the settings of the authors' code: WRN-28-2, 300,000 steps, seven times as many unlabeled.
 
-    Of the 50,000 training pictures 4,000 keep their labels, 41,000 are unlabeled, 5,000 are selected on. The learning
-    rates are the authors' 0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of
-    1 in its own units (theirs has no gradient at all): `metapl compare` it with mode none. Finetuning is the paper's.
+    Labels are kept by 4,000 pictures; 41,000 are unlabeled, 5,000 are selected on. The learning rates are those of the
+    authors, 0.05 for 256 labeled pictures, for 128. The feedback is the exact gradient with a weight of 1 (theirs has
+    no gradient at all: compare it with mode none). Finetuning is the paper's.
     """
 
 
 @preset(
     name="cifar10-4k-paper",
-    settings={
-        **pair(0.3, 0.125, 5e-4),
-        "feedback": ALGORITHM_1,
-        "wait": 0,
-        "label_smoothing": 0.1,
-        "uda_weight": 1.0,
-        "uda_temperature": 0.8,
-        "uda_threshold": 0.0,
-        "uda_ramp": 0,
-    },
+    settings={**published(pair(0.3, 0.125, 5e-4), uda_weight=1.0, temperature=0.8), "label_smoothing": 0.1},
     dropout=0.35,
     teacher_dropout=0.5,
     steps=1_000_000,
@@ -221,9 +247,8 @@ class Cifar10(Vision):
 class Cifar10Paper(Cifar10):
     """CIFAR-10-4K with the paper's table: 1,000,000 steps, Algorithm 1 with the cosine and a moving-average baseline.
 
-    Of the paper: network, steps, warm-up, weight decay, label smoothing, learning rates, dropout, UDA's weight and
-    temperature, no threshold. It does not tell the unlabeled batch, the magnitude of RandAugment and the average of
-    the weights; these are the authors' code's. The feedback has a weight of 1 on the cosine.
+    The unlabeled batch, the magnitude of RandAugment and the average of the weights, which the paper does not tell, are
+    the authors' code's. The feedback has a weight of 1 on the cosine.
     """
 
 
@@ -240,9 +265,8 @@ class Cifar10Paper(Cifar10):
 class Svhn(Cifar10Paper):
     """SVHN-1K with the paper's table: WRN-28-2, 1,000 labels, core and extra pictures unlabeled.
 
-    Of the 604,388 training pictures 1,000 of the core keep their labels and 5,000 are selected on. Its column of the
-    table was noted from memory and is to be checked. RandAugment takes the paper's list for SVHN, and nothing is
-    mirrored. What the paper does not tell is the authors' code's for CIFAR-10. The feedback as there.
+    Selected on are 5,000 pictures. Its column of the table was noted from memory and is to be checked. RandAugment
+    takes the paper's list for SVHN, and nothing is mirrored. What the paper does not tell is as for CIFAR-10.
     """
 
 
@@ -250,57 +274,33 @@ class Svhn(Cifar10Paper):
     name="imagenet-10pct",
     protocol="imagenet-10pct",
     fixed={"data": "imagenet"},
-    settings={
-        **pair(1.6, 2.4, 1e-4),
-        "feedback": Feedback(mode="forward", labels="soft", pseudo_label_smoothing=0.1),
-        "wait": 20_000,
-        "uda_weight": 20.0,
-        "uda_temperature": 0.5,
-        "uda_ramp": 50_000,
-    },
-    labels_per_class=128,
-    validation=25_000,
-    image_size=224,
-    resized_crop=True,
+    settings={**pair(1.6, 2.4, 1e-4), **AT_SCALE, "wait": 20_000},
     network_name="resnet50",
     dropout=0.1,
     channels_last=True,
     steps=700_000,
     labeled_batch=1_024,
     unlabeled_batch=15 * 1_024,
-    strong=Strong(magnitude=17, cutout=0, translate=100 / 224),
+    strong=Strong(magnitude=17, cutout=0, translate=SPREAD),
     warmup=5_000,
     clip_norm=5.0,
-    ema_decay=0.999,
     finetune_steps=2_000,
     finetune_batch=512,
     finetune=Optimizer(lr=1e-5),
-    validate_every=5_000,
-    log_every=100,
-    save_every=5_000,
-    num_workers=8,
+    **IMAGENET,
 )
 class Imagenet10(Vision):
     """ImageNet-10% with the settings of the authors' code: ResNet-50 at 224 pixels, 700,000 steps.
 
-    Of each class 128 pictures keep their labels, and 25,000 are selected on; reported on are the 50,000 validation
-    pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates are the authors' 0.4 and 0.6 for 256
-    labeled pictures, for 1,024. The feedback is the exact gradient with a weight of 1. Batches of 1,024 and 15,360
-    are for many machines: on one GPU, accumulate them or take smaller ones and lower learning rates.
+    Reported on are the 50,000 validation pictures of ILSVRC 2012, at a center crop of 224 of 256. The learning rates
+    are the authors' 0.4 and 0.6 for 256 labeled pictures, for 1,024. The feedback is the exact gradient with a weight
+    of 1. Batches of 1,024 and 15,360 are for many machines: on one GPU, accumulate them, or lower batches and rates.
     """
 
 
 @preset(
     name="imagenet-10pct-paper",
-    settings={
-        **pair(0.8, 0.5, 2e-4),
-        "feedback": ALGORITHM_1,
-        "wait": 0,
-        "uda_weight": 16.0,
-        "uda_temperature": 0.75,
-        "uda_threshold": 0.0,
-        "uda_ramp": 0,
-    },
+    settings=published(pair(0.8, 0.5, 2e-4), uda_weight=16.0, temperature=0.75),
     steps=500_000,
     labeled_batch=2_048,
     unlabeled_batch=15 * 2_048,
@@ -315,3 +315,152 @@ class Imagenet10Paper(Imagenet10):
 
 
 PROTOCOL_RECIPES: tuple[type[Vision], ...] = (Vision, Cifar10, Cifar10Paper, Svhn, Imagenet10, Imagenet10Paper)
+
+
+# ------------------------------------------------------------------------------------------------------ Noisy Student
+
+
+@preset(own="noisy_student", schedule="exponential")
+class NoisyVision(Vision):
+    """A data set that torchvision loads, of which a few training pictures keep their labels, by Noisy Student."""
+
+
+@preset(
+    name="imagenet",
+    protocol="imagenet-10pct",
+    own="noisy_student",
+    fixed={"data": "imagenet"},
+    settings={**pair(0.128, 0.128, 1e-5), "self_training": SelfTraining(per_class=130_000, ratio=1)},
+    network_name="efficientnet_b0",
+    dropout=0.5,
+    stochastic_depth=0.2,
+    schedule="exponential",
+    steps=steps_of(2 * EPOCHS),
+    labeled_batch=LABELED_BATCH,
+    unlabeled_batch=LABELED_BATCH,
+    strong=Strong(operations=2, magnitude=10 / 30 * 27, cutout=0, translate=SPREAD),  # ours is of 10, 27 is of 30
+    **IMAGENET,
+)
+class NoisyImagenet(Vision):
+    """ImageNet and other pictures without labels by Noisy Student: EfficientNet-B0, 700 epochs of the labeled pictures.
+
+    Of the paper: batches, the learning rate and its decay by 0.97 every 4.8 epochs, dropout, the last block kept with a
+    probability of 0.8, RandAugment with magnitude 27 (taken to be of 30), one unlabeled picture for each labeled one,
+    and 130,000 of each class; the rest is of imagenet-10pct. Its 130 million unlabeled pictures are not public: give a
+    folder such as YFCC100M, or none to take the labels off most of ImageNet instead.
+
+    Args:
+        unlabeled: unlabeled pictures: a folder, with or without subfolders. All of ImageNet then keeps its labels.
+    """
+
+    unlabeled: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+
+    def divided(self, data: ImageData, log: Path | None) -> tuple[ImageParts, dict[str, str], Split | None]:
+        if self.unlabeled is None:
+            return super().divided(data, log)
+        train, labels, files = data.train, data.train_labels, scan_unlabeled(self.unlabeled)
+        require(self, self.validation < len(train), "validation", f"fewer than the {len(train):,} training pictures")
+        order = StepSampler(len(train), len(train), seed=self.seed, stream=3).indices(0)
+        held_out, few = order[: self.validation].sort().values, order[self.validation :].sort().values
+        side = (self.image_size, self.image_size)
+        many = FileImages(files.paths(), size=side, mode=self.colors, center=self.center, log=log)
+        val, test = (train.select(held_out), labels[held_out]), (data.test, data.test_labels)
+        pictures = ImageParts(train.select(few), labels[few], many, val, test)
+        return pictures, {"unlabeled": hash_files(files), **hashes(labels=labels, validation=held_out)}, None
+
+
+def _row(
+    model: str, image_size: int, epochs: int, ratio: int = 3, networks: tuple[str, ...] = (), rounds: int = 1
+) -> type[NoisyImagenet]:
+    """A row of the paper's study of model sizes (its Figure 2 and Table 9), or of its Table 7."""
+    said = {"__module__": __name__, "__doc__": NoisyImagenet.__doc__}
+    made: type[NoisyImagenet] = type(f"NoisyImagenet{model.upper()}", (NoisyImagenet,), said)
+    rounds_of = SelfTraining(rounds=rounds, networks=networks, per_class=130_000, ratio=ratio)
+    return preset(
+        name=f"noisy-imagenet-{model}",
+        settings={"self_training": rounds_of},
+        network_name=f"efficientnet_{model}",
+        image_size=image_size,
+        steps=steps_of(epochs),
+        unlabeled_batch=ratio * LABELED_BATCH,
+    )(made)
+
+
+_ROWS = (
+    _row("b0", 224, 2 * EPOCHS, ratio=1),
+    *(_row(model, side, 2 * EPOCHS) for model, side in (("b1", 240), ("b2", 260), ("b3", 300), ("b4", 380))),
+    *(_row(model, side, EPOCHS) for model, side in (("b5", 456), ("b6", 528), ("b7", 600))),
+    _row("l2", 475, EPOCHS, ratio=14, networks=("efficientnet_b7", "efficientnet_l2"), rounds=3),
+)
+
+# The paper's protocols on ImageNet. B0 to B7 are teacher and student, once; L2 learns from B7, and then twice from
+# itself (its last round took a ratio of 28, and its teacher pictures of 600 pixels).
+PAPER_RECIPES: dict[str, type[NoisyImagenet]] = {kind.name: kind for kind in _ROWS}
+
+globals().update({kind.__name__: kind for kind in _ROWS})  # a worker process finds them by name
+
+NOISY_STUDENT_RECIPES: tuple[type[Vision], ...] = (NoisyVision, NoisyImagenet, *_ROWS)
+
+
+# ------------------------------------------------------------------------------------------------------- many machines
+
+
+@preset(
+    name="imagenet-l2",
+    settings=AT_SCALE,
+    network_name="efficientnet_l2",
+    image_size=512,
+    resized_crop=True,
+    dropout=0.5,
+    stochastic_depth=0.2,
+    steps=1_000_000,
+    labeled_batch=2_048,
+    unlabeled_batch=16_384,
+    strong=Strong(magnitude=17, cutout=0, translate=SPREAD),
+    warmup=5_000,
+    clip_norm=5.0,
+    ema_decay=0.999,
+    finetune_steps=20_000,
+    precision="bfloat16",
+)
+class ImagenetL2(ImageRecipe):
+    """EfficientNet-L2 as teacher and student, on ImageNet and unlabeled pictures: the paper's largest experiment.
+
+    Of the paper: the network, pixels, batches, and steps. Of Noisy Student: dropout and stochastic depth. Neither tells
+    the optimizer, the losses and the average of the weights, which are those of imagenet-10pct, nor the precision. The
+    feedback is the exact gradient.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = IMAGENET_CLASSES
+
+    def task(self, say: Say | None = None, progress: bool = False, log: Path | None = None) -> Task:
+        raise MetaplError(
+            f"{self.name} is for metapl plan: its unlabeled pictures, of JFT-300M, are not public. Train on your own "
+            f"by: metapl train images --method mpl --network {self.network_name} --image-size {self.image_size}."
+        )
+
+
+@preset(name="imagenet-b6-wide", network_name="efficientnet_b6_wide")
+class ImagenetB6Wide(ImagenetL2):
+    """EfficientNet-B6-Wide as teacher and student; everything else as imagenet-l2, as the paper has it."""
+
+
+ADAMW = Optimizer(algorithm="adamw", lr=3e-4, weight_decay=0.05, decay_norms=False)
+
+
+@preset(
+    name="vit-1b",
+    settings={"student": ADAMW, "teacher": ADAMW},
+    network_name="vit_1b_14",
+    image_size=224,
+    dropout=0.0,
+    stochastic_depth=0.0,
+)
+class Vit1B(ImagenetL2):
+    """Two vision transformers of 1.2 billion weights, by AdamW, with the batches and losses of imagenet-l2.
+
+    It is of no paper: the network is twice as wide as ViT-L, for pictures of 224 pixels in patches of 14.
+    """
+
+
+LARGE_RECIPES: tuple[type[ImagenetL2], ...] = (ImagenetL2, ImagenetB6Wide, Vit1B)

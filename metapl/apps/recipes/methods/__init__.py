@@ -14,6 +14,8 @@ from metapl.apps.recipes.methods.beside import (
     PseudoLabeled,
     PseudoLabeledHard,
     RandomSign,
+    ReducedMetaPseudoLabels,
+    ReducedWithoutFeedback,
     WithoutFeedback,
 )
 from metapl.apps.recipes.methods.label_noise import ALTERED, LEARNED, Clean, Plain
@@ -25,10 +27,10 @@ from metapl.apps.recipes.methods.noisy_student import (
     Uneven,
     WithoutNoise,
 )
-from metapl.apps.recipes.methods.reduced import ReducedMetaPseudoLabels, ReducedWithoutFeedback
 
 Methods = dict[str, type[Method]]
 
+# Meta Pseudo Labels, the same loop without feedback, the baselines, and altered feedback.
 METHODS: Methods = {
     "mpl": MetaPseudoLabels,
     "none": WithoutFeedback,
@@ -45,28 +47,20 @@ METHODS: Methods = {
     "class_means": ClassMeans,
     "random_sign": RandomSign,
 }
-"""Meta Pseudo Labels, the same loop without feedback, the baselines, and altered feedback, by name."""
-
 COMPARED = tuple(name for name, method in METHODS.items() if method.place == "compared")
 CONTROLS = tuple(name for name, method in METHODS.items() if method.place == "control")
 
-_OF_NOISY_LABELS: tuple[type[Method], ...] = (*LEARNED, Plain, Clean, *ALTERED)
-NOISY_METHODS: Methods = {kind.name: kind for kind in _OF_NOISY_LABELS}
-"""Methods for labels that may be wrong, by name."""
+# For labels that may be wrong.
+_NOISY: tuple[type[Method], ...] = (*LEARNED, Plain, Clean, *ALTERED)
+NOISY_METHODS: Methods = {kind.name: kind for kind in _NOISY}
 
-SELF_TRAINING_METHODS: Methods = {
-    "noisy_student": NoisyStudent,
-    "noisy_student_clean": WithoutNoise,
-    "noisy_student_uneven": Uneven,
-    "noisy_student_once": Once,
-    "mpl_filtered": FilteredMetaPseudoLabels,
-    "none_filtered": FilteredWithoutFeedback,
-}
-"""Noisy Student, its controls, and Meta Pseudo Labels on examples that are selected in its way, by name."""
+# Noisy Student, its controls, and Meta Pseudo Labels on examples that are selected in its way.
+_SELECTING: tuple[type[Method], ...] = (
+    *(NoisyStudent, WithoutNoise, Uneven, Once),
+    *(FilteredMetaPseudoLabels, FilteredWithoutFeedback),
+)
 
-OF_PICTURES: Methods = METHODS | SELF_TRAINING_METHODS
-"""What any recipe with labeled and unlabeled examples can be trained by."""
-
+OF_PICTURES: Methods = METHODS | {kind.name: kind for kind in _SELECTING}  # of labeled and unlabeled examples
 EVERY_METHOD: Methods = OF_PICTURES | NOISY_METHODS
 
 
@@ -80,5 +74,4 @@ def titled(method: str, network: str) -> str:
 
 
 def title(method: str) -> str:
-    """A method in words."""
     return EVERY_METHOD[method].title if method in EVERY_METHOD else method

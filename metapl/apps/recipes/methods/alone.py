@@ -10,8 +10,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task
-from metapl.apps.recipes.ranges import Share, SomeSteps, Weight
-from metapl.apps.recipes.settings import Optimizer
+from metapl.apps.recipes.settings import Optimizer, Share, SomeSteps, Weight
 from metapl.errors import MetaplError
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range
@@ -21,18 +20,12 @@ Losses = tuple[TeacherLoss, ...]
 
 ONE = {"student": "network", "finetuned": "finetuned network", "teacher": "teacher"}
 
-FIXMATCH_THRESHOLD = 0.85
-"""Published is 0.95 (arXiv:2001.07685), and with few steps 0.85 reached more (docs/pictures.md)."""
-
-USUAL_SMOOTHING = 0.1
-"""Of the baseline by label smoothing, where the recipe smooths nothing."""
-
-ON_LABELED = ("unlabeled_batch",)
-"""What methods have no use for that learn from labeled examples alone."""
+FIXMATCH_THRESHOLD = 0.85  # published is 0.95 (arXiv:2001.07685); with few steps this reached more (docs/pictures.md)
+USUAL_SMOOTHING = 0.1  # of the baseline by label smoothing, where the recipe smooths nothing
+ON_LABELED = ("unlabeled_batch",)  # what methods have no use for that learn from labeled examples alone
 
 
 def alone(recipe: Recipe, task: Task, network: nn.Module, optimizer: Optimizer, losses: Losses, **phase: Any) -> Phase:
-    """A network on its own losses."""
     trainer = LossTrainer(network, losses, optimizer=optimizer.build(network), **recipe.trainer_options())
     unlabeled = task.unlabeled if any(isinstance(term, UDA) for term in losses) else None
     return Phase(**{"trainer": trainer, "labeled": task.labeled, "unlabeled": unlabeled, "task": task} | phase)
@@ -49,7 +42,6 @@ class Smoothed(Method):
     label_smoothing: Share = 0.1
 
     def supervised(self) -> Losses:
-        """The loss on labeled examples."""
         return (CrossEntropy(self.label_smoothing),)
 
 
@@ -75,40 +67,32 @@ class Alone(Method):
         yield alone(run.recipe, run.task, run.teacher, self.teacher, self.losses())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Supervised(Alone):
+class Supervised(Alone, name="supervised", title="supervised, labeled data only", place="compared", idle=ON_LABELED):
     """The labeled examples alone."""
-
-    name = "supervised"
-    title = "supervised, labeled data only"
-    place = "compared"
-    idle = ON_LABELED
 
     def losses(self) -> Losses:
         return (CrossEntropy(),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelSmoothing(Smoothed, Alone):
+class LabelSmoothing(Smoothed, Alone, name="label_smoothing", title="supervised with label smoothing", idle=ON_LABELED):
     """The labeled examples alone, their labels smoothed, by 0.1 where label_smoothing is 0."""
-
-    name = "label_smoothing"
-    title = "supervised with label smoothing"
-    idle = ON_LABELED
 
     def losses(self) -> Losses:
         return (CrossEntropy(self.label_smoothing or USUAL_SMOOTHING),)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Everything(Smoothed, Alone):
+class Everything(
+    Smoothed,
+    Alone,
+    name="supervised_everything",
+    title="supervised with all true labels (headroom)",
+    place="headroom",
+    delivers="student",
+    idle=ON_LABELED,
+):
     """All examples with their true labels."""
-
-    name = "supervised_everything"
-    title = "supervised with all true labels (headroom)"
-    place = "headroom"
-    delivers = "student"
-    idle = ON_LABELED
 
     def losses(self) -> Losses:
         return self.supervised()
@@ -171,23 +155,16 @@ class WithUda(Consistent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByUda(WithUda, Alone):
+class ByUda(WithUda, Alone, name="uda", title="UDA alone", place="compared"):
     """One network, on the labeled examples and on its own labels of examples that it is sure of."""
-
-    name = "uda"
-    title = "UDA alone"
-    place = "compared"
 
     def losses(self) -> Losses:
         return (*self.supervised(), self.uda())
 
 
 @dataclass(frozen=True, kw_only=True)
-class FixMatch(Consistent, Alone):
+class FixMatch(Consistent, Alone, name="fixmatch", title="FixMatch alone"):
     """UDA with the most probable class as the label where the network is sure of it."""
-
-    name = "fixmatch"
-    title = "FixMatch alone"
 
     def losses(self) -> Losses:
         return (*self.supervised(), self.uda(temperature=0.0, threshold=FIXMATCH_THRESHOLD))

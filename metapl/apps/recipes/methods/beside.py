@@ -1,21 +1,32 @@
-"""A teacher and a student: trained together, with feedback or without, or the student on the labels of a fixed one."""
+"""A teacher and a student: trained together, with feedback or without, or the student on the labels of a fixed one.
+
+In Reduced Meta Pseudo Labels, the teacher's labels are stored, and a small network adjusts them for the student.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 import tyro
 from torch import nn
 
-from metapl.apps.recipes.base import Method, Phase, Phases, Place, Recipe, Run, variant
+from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
+from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, variant
 from metapl.apps.recipes.methods.alone import Losses, WithUda, alone
-from metapl.apps.recipes.ranges import Share, SomeSteps, Steps, Weight
-from metapl.apps.recipes.settings import SIZE, Feedback, Labeling, Optimizer, Softness
+from metapl.apps.recipes.settings import SIZE, Feedback, Labeling, Optimizer, Share, Softness, SomeSteps, Steps, Weight
+from metapl.errors import MetaplError
 from metapl.feedback import Altered
+from metapl.models import label_adjuster
+from metapl.problems import ReducedLabels, StoredCrossEntropy
 from metapl.problems.losses import CrossEntropy
 from metapl.training.trainer import BilevelTrainer
+
+Kind = Literal["soft", "hard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +45,26 @@ class Pair(WithUda):
     teacher: Optimizer = field(default_factory=Optimizer)
 
     def teacher_losses(self) -> Losses:
-        """The teacher's own losses."""
         return (*self.supervised(), self.uda()) if self.uda_weight else self.supervised()
 
     def estimator(self, recipe: Recipe) -> Any:
-        """The mode."""
         return self.feedback.estimator()
 
-    def kind(self) -> Literal["soft", "hard"] | None:
-        """Of the labels."""
+    def kind(self) -> Kind | None:
         return self.feedback.labels
 
     def feedback_options(self, losses: bool = True) -> dict[str, Any]:
-        """The option of :class:`metapl.BilevelTrainer` that sets the size of the feedback.
-
-        Args:
-            losses: whether the teacher has losses of its own, which a ratio is relative to.
-        """
+        """How large the feedback is, as :class:`metapl.BilevelTrainer` takes it; a ratio is relative to ``losses``."""
         return {}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Unfed(Pair):
     """A teacher without feedback, whose labels are those that the mode takes."""
 
     def estimator(self, recipe: Recipe) -> Any:
         return "none"
 
-    def kind(self) -> Literal["soft", "hard"] | None:
+    def kind(self) -> Kind | None:
         return self.feedback.problem().for_modes(self.feedback.estimator().labels, self.feedback.mode).kind
 
 
@@ -76,8 +79,7 @@ class Fed(Pair):
             it is not measured.
     """
 
-    alteration: ClassVar[Literal["permuted", "class_means", "random_sign"] | None] = None
-    """How a control changes the feedback."""
+    alteration: ClassVar[str | None] = None  # how a control changes the feedback
 
     feedback: Annotated[Feedback, tyro.conf.arg(name="")] = field(default_factory=Feedback)
     feedback_ratio: Annotated[Weight | None, SIZE] = None
@@ -121,24 +123,14 @@ class Together(Pair):
 
 
 def altered(mode: Any, how: Any, recipe: Recipe) -> Any:
-    """The mode with the feedback that a control has."""
     return mode if how is None else Altered(mode, how, seed=recipe.seed)
 
 
 def bilevel(
     recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any, mode: Any, problem: Any, **options: Any
 ) -> BilevelTrainer:
-    """The trainer of two networks by the optimizers of a method and the options of a recipe."""
-    return BilevelTrainer(
-        teacher,
-        student,
-        mode,
-        problem=problem,
-        inner_optimizer=method.student.build(student),
-        outer_optimizer=method.teacher.build(teacher),
-        **options,
-        **recipe.trainer_options(),
-    )
+    optimizers = {"inner_optimizer": method.student.build(student), "outer_optimizer": method.teacher.build(teacher)}
+    return BilevelTrainer(teacher, student, mode, problem=problem, **optimizers, **options, **recipe.trainer_options())
 
 
 def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, method: Any) -> BilevelTrainer:
@@ -149,22 +141,13 @@ def bilevel_trainer(recipe: Recipe, teacher: nn.Module, student: nn.Module, meth
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaPseudoLabels(Fed, Together):
+class MetaPseudoLabels(Fed, Together, name="mpl", title="Meta Pseudo Labels", place="compared", control="none"):
     """A teacher and a student, with feedback."""
-
-    name = "mpl"
-    title = "Meta Pseudo Labels"
-    place: ClassVar[Place] = "compared"
-    control: ClassVar[str | None] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithoutFeedback(Unfed, Together):
+class WithoutFeedback(Unfed, Together, name="none", title="same loop, no feedback", place="compared"):
     """A teacher and a student, without feedback."""
-
-    name = "none"
-    title = "same loop, no feedback"
-    place: ClassVar[Place] = "compared"
 
 
 def _control(made: str, name: str, title: str) -> type[MetaPseudoLabels]:
@@ -178,7 +161,7 @@ RandomSign = _control("RandomSign", "random_sign", "MPL, feedback with random si
 
 
 @dataclass(frozen=True, kw_only=True)
-class PseudoLabeled(Method):
+class PseudoLabeled(Method, name="pseudo_labels", title="pseudo labels of a fixed teacher, soft", place="compared"):
     """A student on the labels of a teacher that learned from the labeled examples alone: eq. (1) of the paper.
 
     Args:
@@ -188,10 +171,7 @@ class PseudoLabeled(Method):
         feedback: how the teacher's outputs become labels.
     """
 
-    name = "pseudo_labels"
-    title = "pseudo labels of a fixed teacher, soft"
-    place: ClassVar[Place] = "compared"
-    labels: ClassVar[Literal["soft", "hard"]] = "soft"
+    labels: ClassVar[Kind] = "soft"
 
     student: Optimizer = field(default_factory=Optimizer)
     teacher: Optimizer = field(default_factory=Optimizer)
@@ -207,11 +187,77 @@ class PseudoLabeled(Method):
         yield Phase(trainer, task.labeled, task.unlabeled, task)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PseudoLabeledHard(PseudoLabeled):
+class PseudoLabeledHard(
+    PseudoLabeled, name="pseudo_labels_hard", title="pseudo labels of a fixed teacher, hard", place=None, labels="hard"
+):
     """A student on the most probable classes by a fixed teacher."""
 
-    name = "pseudo_labels_hard"
-    title = "pseudo labels of a fixed teacher, hard"
-    place: ClassVar[Place] = None
-    labels = "hard"
+
+@dataclass(frozen=True, kw_only=True)
+class Reduced(Pair):
+    """A student on stored labels, adjusted by a small network, which has the teacher's optimizer and losses.
+
+    Args:
+        teacher_run: the run whose network labels the pictures, instead of a teacher that is trained first.
+        label_store: a store of the labels of --unlabeled, written by metapl label. Without --labeled-labels, the
+            network that adjusts them learns from the student's feedback alone.
+        labeled_label_store: with --labels: a store of the labels of --labeled, likewise.
+    """
+
+    reduced = True
+
+    teacher_run: Annotated[str | None, tyro.conf.arg(name="teacher", metavar="RUN")] = None
+    label_store: Annotated[str | None, tyro.conf.arg(name="labels", metavar="STORE")] = None
+    labeled_label_store: Annotated[str | None, tyro.conf.arg(name="labeled-labels", metavar="STORE")] = None
+
+    @property
+    def labels_from(self) -> Mapping[str, str | None]:
+        return {"teacher": self.teacher_run, "labels": self.label_store, "labeled_labels": self.labeled_label_store}
+
+    def whole(self) -> Self:
+        names = ("teacher_run", "label_store", "labeled_label_store")
+        changed: Any = {name: str(Path(at).expanduser().resolve()) for name in names if (at := getattr(self, name))}
+        return dataclasses.replace(self, **changed)
+
+    def check(self, recipe: Recipe) -> None:
+        given = [name for name, place in self.labels_from.items() if place is not None]
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        if given and not hasattr(recipe, "labeled"):
+            raise MetaplError(f"{flags}: labels are given of folders of pictures, which {recipe.name} has not.")
+        if given not in ([], ["teacher"], ["labels"], ["labels", "labeled_labels"]):
+            raise MetaplError(f"{flags}: expected --teacher, or --labels and perhaps --labeled-labels beside it.")
+
+    def phases(self, run: Run) -> Phases:
+        stored = run.labels_given()
+        if stored is None:
+            yield alone(run.recipe, run.task, run.teacher, self.teacher, self.teacher_losses(), name="teacher")
+            stored = run.label(run.teacher)
+        recipe, task, student = run.recipe, run.task, run.student
+        known, unlabeled = task.labeled, task.unlabeled
+        assert isinstance(known, LabeledBatches)
+        assert isinstance(unlabeled, UnlabeledBatches)
+        torch.manual_seed(recipe.seed)  # wherever the labels came from, and whatever was drawn for them
+        adjuster = label_adjuster(len(task.classes)).to(next(student.parameters()).device)
+        labels, own = self.feedback.problem(), tuple[StoredCrossEntropy, ...]()
+        if "labeled" in stored:
+            own = (StoredCrossEntropy(self.label_smoothing),)
+            known = dataclasses.replace(known, stored=stored["labeled"])
+        problem = ReducedLabels(self.kind(), labels.temperature, labels.label_smoothing)
+        options = {"teacher_losses": own, **self.feedback_options(losses=bool(own))}
+        trainer = bilevel(recipe, adjuster, student, self, self.estimator(recipe), problem, **options)
+        seen = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
+        pairs = dataclasses.replace(unlabeled, weak=seen, strong=None, stored=stored["unlabeled"])
+        # The small network has no opinion on examples, of which some could be right.
+        yield Phase(trainer, known, pairs, dataclasses.replace(task, truth=None), options=self.options(recipe))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedMetaPseudoLabels(
+    Fed, Reduced, name="reduced_mpl", title="Reduced MPL (stored labels, adjusted)", control="reduced_none"
+):
+    """A student on stored labels, adjusted by a small network that learns from the student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedWithoutFeedback(Unfed, Reduced, name="reduced_none", title="stored labels, adjusted without feedback"):
+    """A student on stored labels, adjusted by a small network that does not learn from the student."""

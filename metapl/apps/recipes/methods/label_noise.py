@@ -18,8 +18,7 @@ from torch import nn
 from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, Task, variant
 from metapl.apps.recipes.methods.alone import ONE, alone
 from metapl.apps.recipes.methods.beside import altered, bilevel
-from metapl.apps.recipes.ranges import SomeSteps, require
-from metapl.apps.recipes.settings import OpenOptimizer, Optimizer
+from metapl.apps.recipes.settings import OpenOptimizer, Optimizer, SomeSteps, require
 from metapl.feedback import estimator
 from metapl.models import Corrector
 from metapl.problems import (
@@ -33,9 +32,7 @@ from metapl.problems import (
 )
 from metapl.problems.losses import CrossEntropy
 
-TRUSTED = 4.0
-"""Logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first."""
-
+TRUSTED = 4.0  # logit of "no noise" in a matrix of label noise, and of the given label in a corrector, at first
 PLAIN = (CrossEntropy(),)
 
 
@@ -64,31 +61,20 @@ class Doubting(Method):
     student: Optimizer = field(default_factory=OpenOptimizer)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plain(Doubting):
+class Plain(
+    Doubting, name="plain", title="plain, given and clean labels", networks=ONE, one_network=True, idle=("clean_batch",)
+):
     """All labels as they are."""
 
-    name = "plain"
-    title = "plain, given and clean labels"
-    networks = ONE
-    one_network = True
-    idle: ClassVar[tuple[str, ...]] = ("clean_batch",)
-
     def source(self, task: Task) -> Any:
-        """The batches that are learned from."""
         return task.everything
 
     def phases(self, run: Run) -> Phases:
         yield alone(run.recipe, run.task, run.student, self.student, PLAIN, labeled=self.source(run.task))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clean(Plain):
+class Clean(Plain, name="clean", title="plain, clean labels alone", idle=("labeled_batch",)):
     """The clean labels alone."""
-
-    name = "clean"
-    title = "plain, clean labels alone"
-    idle = ("labeled_batch",)
 
     def source(self, task: Task) -> Any:
         return task.labeled
@@ -106,19 +92,15 @@ class LearnedLabels(Doubting):
     """
 
     control = "plain"
-    rate: ClassVar[float] = 1e-3
-    """The learning rate of what is learned, where that is left open."""
-    problem: ClassVar[type[Problem]]
-    """The losses."""
-    alteration: ClassVar[Literal["permuted", "random_sign"] | None] = None
-    """How a control changes the feedback."""
+    rate: ClassVar[float] = 1e-3  # the learning rate of what is learned, where that is left open
+    problem: ClassVar[type[Problem]]  # the losses
+    alteration: ClassVar[str | None] = None  # how a control changes the feedback
 
     teacher: Optimizer = field(default_factory=LabelOptimizer)
     mode: Literal["forward", "difference"] = "forward"
     warm_steps: SomeSteps | None = None
 
     def optimizer(self) -> Optimizer:
-        """Of what is learned."""
         return dataclasses.replace(self.teacher, lr=self.teacher.lr or self.rate)
 
     @abstractmethod
@@ -148,53 +130,41 @@ class LearnedLabels(Doubting):
         yield Phase(trainer, task.labeled, task.unlabeled, task, options=rest)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LearnedWeights(LearnedLabels):
+class LearnedWeights(
+    LearnedLabels,
+    name="example_weights",
+    title="learned weights of examples",
+    indexed=True,
+    rate=0.1,
+    problem=ExampleWeights,
+):
     """A weight for each picture."""
-
-    name = "example_weights"
-    title = "learned weights of examples"
-    indexed = True
-    rate = 0.1
-    problem = ExampleWeights
 
     def learned(self, run: Run) -> nn.Module:
         assert run.task.doubtful is not None
         return Table(torch.zeros(len(run.task.doubtful.given)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightsOfLosses(LearnedLabels):
+class WeightsOfLosses(
+    LearnedLabels, name="meta_weight_net", title="weights learned from losses", problem=MetaWeightNet
+):
     """A weight for each picture, as a function of the network's loss."""
-
-    name = "meta_weight_net"
-    title = "weights learned from losses"
-    problem = MetaWeightNet
 
     def learned(self, run: Run) -> nn.Module:
         return WeightNet()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Corrected(LearnedLabels):
+class Corrected(LearnedLabels, name="label_correction", title="learned corrections of labels", problem=LabelCorrection):
     """Another network that corrects labels."""
-
-    name = "label_correction"
-    title = "learned corrections of labels"
-    problem = LabelCorrection
 
     def learned(self, run: Run) -> nn.Module:
         return Corrector(run.recipe.network("teacher"), len(run.task.classes), TRUSTED)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseMatrix(LearnedLabels):
+class NoiseMatrix(
+    LearnedLabels, name="noise_transition", title="a learned matrix of label noise", rate=0.05, problem=NoiseTransition
+):
     """How often each class is taken for each other one."""
-
-    name = "noise_transition"
-    title = "a learned matrix of label noise"
-    rate = 0.05
-    problem = NoiseTransition
 
     def learned(self, run: Run) -> nn.Module:
         return Table(TRUSTED * torch.eye(len(run.task.classes)))
@@ -202,7 +172,7 @@ class NoiseMatrix(LearnedLabels):
 
 LEARNED: tuple[type[LearnedLabels], ...] = (LearnedWeights, WeightsOfLosses, Corrected, NoiseMatrix)
 
-ALTERED = tuple(
+ALTERED = tuple(  # the same with altered feedback
     variant(
         *(kind, __name__, f"{kind.__name__}_{how}", f"{kind.name}_{how}", f"{kind.title}, feedback {words}"),
         place="control",
@@ -212,6 +182,4 @@ ALTERED = tuple(
     for kind in LEARNED
     for how, words in (("permuted", "permuted"), ("random_sign", "with random signs"))
 )
-"""The same with altered feedback."""
-
 globals().update({kind.__name__: kind for kind in ALTERED})  # a worker process finds them by name

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
 from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Place, Recipe, Run, Task, variant
+from metapl.apps.recipes.base import Chosen, Method, Phase, Phases, Recipe, Run, Task, variant
 from metapl.apps.recipes.methods.alone import Alone, Losses, Smoothed
 from metapl.apps.recipes.methods.beside import MetaPseudoLabels, WithoutFeedback
-from metapl.apps.recipes.self_training import FirstTeacher, Selection, SelfTraining
+from metapl.apps.recipes.settings import FirstTeacher, Selection, SelfTraining
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
@@ -32,9 +32,9 @@ from metapl.problems.stored import NoisyStudentLoss, StoredLabelLoss
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, decay_interval
 
+# The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
+# last student on larger pictures.
 FIRST, FINETUNED, LARGER = "round-0", "-finetune", "resolution"
-"""The phase that trains the first teacher, what ends the name of one that finetunes a student, after the name of its
-round, and the phase that finetunes the last student on larger pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,6 @@ class NoisyStudent(Smoothed, Alone):
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The last student, its teacher, and the student finetuned at a larger size if it is."""
         larger = self.self_training.finetune_size is not None
         return ("student", "teacher", "finetuned") if larger else ("student", "teacher")
 
@@ -69,6 +68,12 @@ class NoisyStudent(Smoothed, Alone):
     def hidden(cls, words: Sequence[str]) -> tuple[str, ...]:
         finetunes = "pretrain_finetune" in " ".join(words) or any("finetune-size" in word for word in words)
         return cls.idle if finetunes else (*cls.idle, "finetune_steps", "finetune_batch", "finetune")
+
+    @classmethod
+    def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
+        """The last student, finetuned or not, of equals finetuned, and never its teacher."""
+        students = {name: accuracies[name] for name in reversed([*accuracies]) if name != "teacher"}
+        return super().delivered(students, True) if select else next(iter(students))
 
     def losses(self) -> Losses:
         return self.supervised()
@@ -81,16 +86,6 @@ class NoisyStudent(Smoothed, Alone):
 
     def check_networks(self, recipe: Recipe) -> None:
         networks_of(recipe, self.self_training)
-
-    @classmethod
-    def delivered(cls, accuracies: Mapping[str, float | None], select: bool) -> str:
-        """The last student, finetuned or not, of equals finetuned, and never its teacher."""
-        students = {name: accuracies[name] for name in reversed([*accuracies]) if name != "teacher"}
-        return super().delivered(students, True) if select else next(iter(students))
-
-    @classmethod
-    def last_phase(cls, rounds: int) -> str:
-        return f"round-{rounds}"
 
     def phases(self, run: Run) -> Phases:
         recipe, task, settings = run.recipe, run.task, self.self_training
@@ -123,7 +118,6 @@ class NoisyStudent(Smoothed, Alone):
 
 
 def _control(made: str, name: str, how: str, **forced: Any) -> type[NoisyStudent]:
-    """A control, whose rounds have fields of its own."""
     return variant(NoisyStudent, __name__, made, name, f"Noisy Student, {how}", forced=forced)
 
 
@@ -161,35 +155,34 @@ class Filtered(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilteredMetaPseudoLabels(Filtered, MetaPseudoLabels):
+class FilteredMetaPseudoLabels(
+    Filtered,
+    MetaPseudoLabels,
+    name="mpl_filtered",
+    title="Meta Pseudo Labels, unlabeled examples selected",
+    place=None,
+    control="none_filtered",
+):
     """Meta Pseudo Labels on unlabeled examples that are selected by a teacher's labels."""
-
-    name = "mpl_filtered"
-    title = "Meta Pseudo Labels, unlabeled examples selected"
-    place: ClassVar[Place] = None
-    control = "none_filtered"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilteredWithoutFeedback(Filtered, WithoutFeedback):
+class FilteredWithoutFeedback(
+    Filtered,
+    WithoutFeedback,
+    name="none_filtered",
+    title="same loop, no feedback, unlabeled examples selected",
+    place=None,
+    control=None,
+):
     """The same without feedback."""
-
-    name = "none_filtered"
-    title = "same loop, no feedback, unlabeled examples selected"
-    place: ClassVar[Place] = None
-    control = None
 
 
 # ----------------------------------------------------------------------------------------------- networks and phases
 
 
 def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
-    """The recipe with the network of each round, beginning with the first teacher's.
-
-    Raises:
-        MetaplError: a student has fewer parameters than its teacher, and that was not asked for; or is to begin with
-            weights of another network.
-    """
+    """The recipe with the network of each round, beginning with the first teacher's; refused if they do not go on."""
     names = [settings.network(number) for number in range(settings.rounds + 1)]
     recipes = [recipe if name is None else recipe.with_network(name) for name in names]
     _ = recipe.classes  # some recipes read their data for them, which must not be done on the meta device
@@ -205,6 +198,7 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
                 f"{teacher} has {sizes[teacher]:,}: Noisy Student's students are equal or larger. Give --networks in "
                 "the order of their sizes, or --allow-smaller to distill into a smaller one."
             )
+    steps, warm_steps = recipe.steps, settings.warm_steps
     if settings.warm_start and len(set(names)) > 1:
         raise MetaplError(
             f"--warm-start begins with the weights of the teacher, and --networks {' '.join(settings.networks)} are "
@@ -212,14 +206,13 @@ def networks_of(recipe: Recipe, settings: SelfTraining) -> list[Recipe]:
         )
     if settings.warm_start and recipe.schedule != "exponential":
         raise MetaplError(
-            f"--warm-start takes a learning rate that ends where that of a student from scratch would end, and "
-            f"--schedule {recipe.schedule} ends where it does whatever it begins with; expected --schedule exponential."
+            f"--warm-start ends at the learning rate where a student from scratch ends, and --schedule "
+            f"{recipe.schedule} has the same end whatever it begins with; expected --schedule exponential."
         )
-    steps = recipe.steps
-    if settings.warm_steps is not None and steps is not None and settings.warm_steps > steps:
+    if warm_steps is not None and steps is not None and warm_steps > steps:
         raise MetaplError(
-            f"--warm-steps {settings.warm_steps:,}: a student that begins with the weights of its teacher takes at "
-            f"most as many steps as one from scratch, {steps:,}; expected 1 to {steps:,}, or more --steps."
+            f"--warm-steps {warm_steps:,}: a student that begins with the weights of its teacher takes at most as many "
+            f"steps as one from scratch; expected 1 to {steps:,}, or more --steps."
         )
     if settings.finetune_size is not None:
         recipes[-1].at_size(settings.finetune_size)
@@ -245,10 +238,7 @@ def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
 
 
 def _first_teacher(recipe: Recipe, task: Task) -> Phase:
-    """The network of round 0, which learns from the labeled examples alone, with noise.
-
-    It is a function of the task, the seed and what :func:`first_teacher` gives, whatever method the run is by.
-    """
+    """Round 0, on labeled examples alone, with noise; a function of task, seed and what :func:`first_teacher` gives."""
     own, settings = first_teacher(recipe)
     torch.manual_seed(fold_in(own.seed, 0))
     network, method = _network(own), own.method
@@ -265,7 +255,7 @@ def _decay(recipe: Recipe, steps: int) -> dict[str, float]:
 
 
 def end_matched(steps: int, usual: int) -> float:
-    """The factor of the first learning rate with which a fit of ``steps`` ends at the rate where ``usual`` steps end.
+    """The factor of the first learning rate with which ``steps`` end at the rate where ``usual`` steps end.
 
     Both follow the exponential schedule of the usual number.
 
@@ -288,7 +278,6 @@ def finetuned_larger(recipe: Recipe, settings: SelfTraining, student: nn.Module,
     """The phase that finetunes the last student where it is, by a recipe at a larger size and the data of that.
 
     The first layers are frozen, with the statistics of their norms, and pictures are as they are.
-
     Source: Noisy Student, "Fixing the train-test resolution discrepancy"; it does not tell which layers are frozen.
     """
     torch.manual_seed(fold_in(recipe.seed, settings.rounds + 1))
@@ -325,31 +314,23 @@ class PseudoLabeledBatches(UnlabeledBatches):
 
 
 def noisy_view(task: Task) -> View:
-    """The augmentation that a student meets."""
     view: View = task.unlabeled.weak if task.unlabeled.strong is None else task.unlabeled.strong
     return view
 
 
 def _with_noise(recipe: Recipe, task: Task, number: int) -> LabeledBatches:
-    """The labeled batches of a round, augmented as the unlabeled ones are."""
-    labeled: LabeledBatches = task.labeled
-    seed = fold_in(recipe.seed, number)
+    labeled, seed = task.labeled, fold_in(recipe.seed, number)
     sampler = dataclasses.replace(labeled.sampler, seed=seed)
-    return dataclasses.replace(labeled, view=noisy_view(task), sampler=sampler, seed=seed)
+    noisy: LabeledBatches = dataclasses.replace(labeled, view=noisy_view(task), sampler=sampler, seed=seed)
+    return noisy
 
 
 def _pseudo_labeled(
     settings: SelfTraining, recipe: Recipe, task: Task, number: int, chosen: Chosen
 ) -> PseudoLabeledBatches:
     """Batches (x, stored) of selected examples as the student meets them."""
-    source: UnlabeledBatches = task.unlabeled
-    seed, augmented = fold_in(recipe.seed, number), settings.unlabeled_noise == "all"
-    return PseudoLabeledBatches(
-        chosen.of(source.images),
-        StepSampler(len(chosen.positions), settings.ratio * recipe.labeled_batch, seed=seed, stream=1),
-        noisy_view(task) if augmented else Identity(),
-        None,
-        seed,
-        crop=source.crop if augmented else None,
-        chosen=chosen,
-    )
+    source, seed, augmented = task.unlabeled, fold_in(recipe.seed, number), settings.unlabeled_noise == "all"
+    images, view = chosen.of(source.images), noisy_view(task) if augmented else Identity()
+    sampler = StepSampler(len(chosen.positions), settings.ratio * recipe.labeled_batch, seed=seed, stream=1)
+    crop = source.crop if augmented else None
+    return PseudoLabeledBatches(images, sampler, view, None, seed, crop=crop, chosen=chosen)
