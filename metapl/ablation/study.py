@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from metapl.ablation.gradients import CannotRun, Point, reasons_told, sibling, sweeps
-from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, recommendation
-from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Trainings
+from metapl.ablation.results import (
+    PREFERRED,
+    Ablation,
+    Distance,
+    ModeCost,
+    Outcome,
+    Trainings,
+    gives_the_gradient_of_a_step,
+    recommendation,
+)
 from metapl.errors import MetaplError
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
@@ -126,8 +134,7 @@ def ablate(
     reasons: dict[str, str] = {}
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
-    def running() -> list[Estimator]:
-        """The modes that ran at every point."""
+    def running() -> list[Estimator]:  # at every point
         return [mode for name, mode in estimates.items() if name not in reasons]
 
     def look(by: Iterable[Estimator], point: Point, exact: Tensor) -> None:
@@ -149,7 +156,12 @@ def ablate(
                     exact = point.exact()
                     look(running(), point, exact)
                     if altered and t == 0:
-                        controls = [mode for mode in _alterations(running()) if mode.name not in estimates]
+                        # Of the first mode that they can be made of, best of the preferred one.
+                        fit = [mode for mode in running() if mode.credits in ("signal", "example")]
+                        fit = [mode for mode in fit if not isinstance(mode, Altered)]
+                        fit.sort(key=lambda mode: mode.name != PREFERRED)
+                        controls = [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
+                        controls = [mode for mode in controls if mode.name not in estimates]
                         estimates |= {mode.name: mode for mode in controls}
                         look(controls, point, exact)
                     done()
@@ -187,13 +199,6 @@ def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
     return by_name
 
 
-def _alterations(running: Iterable[Estimator]) -> list[Estimator]:
-    """Of the first mode that they can be made of, best of the preferred one."""
-    fit = [mode for mode in running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
-    fit.sort(key=lambda mode: mode.name != PREFERRED)
-    return [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
-
-
 def _over_points(distances: Sequence[Distance]) -> tuple[float, float, float]:
     """The mean cosine, and the root mean squares of error and noise."""
     cosines, errors, noises = zip(*((d.cosine, d.relative_error, d.noise_to_signal) for d in distances), strict=True)
@@ -203,7 +208,6 @@ def _over_points(distances: Sequence[Distance]) -> tuple[float, float, float]:
 
 @contextmanager
 def _counted(what: str, shown: bool, total: int) -> Iterator[Callable[[], None]]:
-    """Give a function that counts one more."""
     with counting(what, shown, total) as update:
         numbers = itertools.count(1)
         yield lambda: update(next(numbers))
@@ -211,7 +215,6 @@ def _counted(what: str, shown: bool, total: int) -> Iterator[Callable[[], None]]
 
 @contextmanager
 def _put_back(trainer: BilevelTrainer) -> Iterator[dict[str, Any]]:
-    """The trainer's state; in the end the trainer and the default generators are as they were."""
     state, random = trainer.state_dict(), RandomState.now(trainer.device)
     try:
         yield state

@@ -212,14 +212,12 @@ class _ListFeed:
         self._position = position
 
     def close(self) -> None:
-        """There is nothing to stop."""
+        pass
 
 
 class _StepFeed(_ListFeed):
-    """The batches of a `StepBatches`, by their step: made whole by the loader, or on the device from what it fetches.
-
-    Both ways give the same batches and have the same position, so a run may change from one to the other.
-    """
+    """The batches of a `StepBatches`, by their step: made whole by the loader, or on the device from what it fetches. A
+    run may change from one to the other, for both give the same batches."""
 
     kind = "steps"
 
@@ -275,6 +273,7 @@ class _IteratorFeed:
         self._source, self._name, self._stop = source, name, stop
         self._parts = parts_of(source)
         self._generators = Generators(seed, name, self._parts)
+        self._start = self._generators.states  # at the start of the epoch
         self._epoch = self._batches = 0
         self._iterator: Iterator[Any] | None = None
 
@@ -292,7 +291,7 @@ class _IteratorFeed:
                         f"least one{self.why_empty}"
                     )
                 self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
-                self._ended()
+                self._start = self._generators.read()
         self._batches += 1
         return batch
 
@@ -303,12 +302,8 @@ class _IteratorFeed:
             return next(self._iterator, _END)  # type: ignore[arg-type]  # begun
 
     def _begin(self) -> None:
-        """Begin the epoch."""
         with _blamed(f"{self._name} could not begin epoch {self._epoch}", self._source):
             self._iterator = iter(self._source)
-
-    def _ended(self) -> None:
-        """An epoch has ended."""
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "batches": self._batches}
@@ -320,7 +315,7 @@ class _IteratorFeed:
         )
 
     def close(self) -> None:
-        """An iterator belongs to its owner, and may go on elsewhere."""
+        pass  # an iterator belongs to its owner, and may go on elsewhere
 
 
 class _EpochFeed(_IteratorFeed):
@@ -331,7 +326,6 @@ class _EpochFeed(_IteratorFeed):
 
     def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
         super().__init__(source, name, stop, seed)
-        self._start = self._generators.states  # at the start of the epoch
         if isinstance(source, DataLoader) and source.persistent_workers:  # else workers go on with their generators
             self._source = copy.copy(source)
             # A loader guards this attribute against being set; the user's own loader stays as it is.
@@ -364,9 +358,6 @@ class _EpochFeed(_IteratorFeed):
                 self._batches += 1
         finally:
             self._batches = taken
-
-    def _ended(self) -> None:
-        self._start = self._generators.read()
 
     def state(self) -> dict[str, Any]:
         stream = plain_states(self._start)
@@ -446,15 +437,16 @@ def _stop_workers(iterator: Iterator[Any] | None) -> None:
 
 
 def _entries(state: Any, expected_kind: str, name: str, /, **kinds: type) -> list[Any]:
-    """The entries of a saved state, or what is wrong with it."""
     kind = state.get("kind") if isinstance(state, Mapping) else None
     if kind != expected_kind:
         raise MetaplError(
             f"{name} got a state of kind {kind!r}; expected kind {expected_kind!r}, from the same kind of source as in "
             "the run to resume"
         )
-    wrong = [key for key, kind in kinds.items() if not isinstance(value := state.get(key, _END), kind) or value is _END]
-    wrong += [key for key in kinds if key not in wrong and isinstance(state[key], int) and state[key] < 0]
+    wrong = [
+        key for key, kind in kinds.items()
+        if not isinstance(value := state.get(key, _END), kind) or value is _END or (kind is int and value < 0)
+    ]  # fmt: skip
     if wrong:
         raise MetaplError(f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() returned")
     return [state[key] for key in kinds]
@@ -472,13 +464,11 @@ def _blamed(failure: str, source: Any) -> Iterator[None]:
         # Of an error in a worker process, the loader puts the traceback into its text.
         raise MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip()) from error.__cause__
     except Exception as error:
-        known = source.explain() if isinstance(source, StepBatches) else None
-        if known is not None:
+        if isinstance(source, StepBatches) and (known := source.explain()) is not None:
             raise MetaplError(f"{failure}: {known}") from error
-        raise MetaplError(
-            f"{failure} ({described(source)}): {type(error).__name__}: {reason_of(error)}; the error that caused this "
-            "one says where to mend the data"
-        ) from error
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        mend = "the error that caused this one says where to mend the data"
+        raise MetaplError(f"{failure} ({described(source)}): {what}; {mend}") from error
 
 
 def _refuse_source(source: Any, name: str) -> None:

@@ -52,10 +52,8 @@ class CheckpointError(MetaplError):
 
 
 class ClosedCheckpointError(CheckpointError):
-    """A checkpoint that may be whole, and that this process cannot read: of another format, or without the right to.
-
-    To go on from an older one would write over what it holds.
-    """
+    """A checkpoint that may be whole, and that this process cannot read: of another format, or without the right to. To
+    go on from an older one would write over what it holds."""
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
@@ -76,10 +74,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
-
-    Raises: :class:`CheckpointError`, which says what is wrong with the file and how to mend it.
-    """
+    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written."""
     with opened(Path(path)) as content:
         state = unpacked(content.packed, functools.cache(content.tensor))
     if not isinstance(state, dict):
@@ -96,11 +91,8 @@ class Found(NamedTuple):
 
 
 class CheckpointFolder:
-    """A folder that keeps the last few checkpoints, ``step-00001234.ckpt`` and so on; one process writes to it.
-
-    Args:
-        folder: made at the first write.
-        keep: how many checkpoints stay, at least 1. The disk needs room for one more.
+    """A folder that keeps the last few checkpoints, ``step-00001234.ckpt`` and so on; one process writes to it. The
+    disk needs room for one more than are kept.
 
     >>> import tempfile
     >>> checkpoints = CheckpointFolder(tempfile.mkdtemp(), keep=2)
@@ -193,6 +185,7 @@ class CheckpointFolder:
 # ------------------------------------------------------------------------------------------------------- trees as JSON
 
 _PLAIN = (int, float, bool, str, type(None))
+ELSEWHERE = "tensor in the parts"  # the only key of what stands for a tensor that is kept elsewhere
 
 
 class Packed:
@@ -287,10 +280,6 @@ def unpacked(value: Any, tensor: Callable[[int], Any], elsewhere: Callable[[Any]
     return found
 
 
-ELSEWHERE = "tensor in the parts"
-"""The only key of what stands for a tensor that is kept elsewhere."""
-
-
 def _type_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
@@ -375,15 +364,11 @@ def opened(path: Path, *, checked: bool = False) -> Iterator[Content]:
             raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
         try:
             yield Content(file, sha256)
-        except MetaplError:
-            raise
         except Exception as error:  # what was sealed may be anything, and shows in many types
-            if out_of_memory(error):
+            if isinstance(error, MetaplError) or out_of_memory(error):
                 raise
-            what = f"{type(error).__name__}: {reason_of(error)}"
-            raise CheckpointError(
-                f"{path} is whole, but holds what no metapl wrote ({what}); {_USE_AN_OLDER_ONE}"
-            ) from error
+            what = f"holds what no metapl wrote ({type(error).__name__}: {reason_of(error)})"
+            raise CheckpointError(f"{path} is whole, but {what}; {_USE_AN_OLDER_ONE}") from error
 
 
 def _read_line(path: Path, file: io.BufferedReader, checked: bool) -> str:

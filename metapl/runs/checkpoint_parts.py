@@ -37,8 +37,7 @@ REST = "rest.ckpt"
 Like = Callable[[str, torch.Size], Any]
 """By the name of a tensor and its shape, a DTensor whose layout it is to have; None: whole."""
 
-LEAVES_WITHIN = 60.0
-"""Seconds that a fit which ends waits for the parts under way."""
+LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 
 class PartsWriter:
@@ -177,16 +176,8 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict[str, Any]:
-    """Read a checkpoint, in parts or not.
-
-    Args:
-        path: a file, or a folder of parts.
-        like: the layouts that sharded tensors are read into; None: they are whole, on the host.
-        checked: whether another process has called :func:`check`.
-
-    Returns: the state.
-
-    Cost: of the parts, the pieces that this process asks for; without ``checked``, first all of them.
+    """The state in a checkpoint, a file or a folder of parts. Sharded tensors are read as ``like`` lays them out, or
+    whole, on the host. Cost: the pieces that this process asks for; unless another has ``checked``, first all of them.
     """
     if not path.is_dir():
         return checkpoint.load(path)

@@ -82,8 +82,9 @@ def check_fields(value: Any) -> None:
     Traceback (most recent call last):
     metapl.errors.FieldError: Smoothed(kind='firm'): expected 'soft', 'hard' or None.
     """
-    hints = _of_fields(type(value))
-    _refuse({name: getattr(value, name) for name in hints}, hints, f"{type(value).__name__}({{}})")
+    kind: Any = type(value)
+    hints = _of_fields(kind)
+    _refuse({name: getattr(value, name) for name in hints}, hints, f"{kind.__name__}({{}})")
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:

@@ -15,11 +15,10 @@ _SAID = re.compile(
     re.IGNORECASE,
 )
 
-LESS = (
+LESS = (  # not every recipe has all of these
     "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, raise --accumulate, or "
     "take --precision bfloat16"
 )
-"""What takes less memory; not every recipe has all of these."""
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -33,8 +32,7 @@ def out_of_memory(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen and "does not suffice" not in str(cause):
         seen.add(id(cause))
-        where = _where(cause)
-        if where is not None:
+        if where := _where(cause):
             return where
         cause = cause.__cause__ or cause.__context__
     return None

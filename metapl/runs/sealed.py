@@ -91,10 +91,8 @@ def read_plain(path: StrPath) -> bytes:
 
 
 def refuse_irregular(path: StrPath, mode: int | None = None) -> None:
-    """Stop where something else than a plain file has a name (an ``OSError``); one that is free passes.
-
-    To rename a file to the name of a device would take that away.
-    """
+    """Stop where something else than a plain file has a name (an ``OSError``): to rename a file to the name of a device
+    would take that away. A name that is free passes."""
     try:
         mode = os.stat(path).st_mode if mode is None else mode
     except FileNotFoundError:
@@ -114,6 +112,4 @@ def irregular(mode: int) -> str | None:
     """
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
-    if stat.S_ISFIFO(mode):
-        return "a pipe"
-    return "a socket" if stat.S_ISSOCK(mode) else "a device"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"

@@ -104,7 +104,8 @@ class Trainer(Stepwise):
         folder = Folder(out) if isinstance(out, str | Path) else out
         how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
         run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, *how)
-        return run.run(labeled, unlabeled, resume)
+        with run.records.held():
+            return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
         """Accuracy, per class, confusion matrix and calibration of the student on (inputs, labels) or batches."""
@@ -162,14 +163,12 @@ class Trainer(Stepwise):
             raise
 
     def _refuse_parts(self, name: str) -> None:
-        networks = [self.student, *([] if self.teacher is None else [self.teacher])]
-        if any(is_sharded(p) for network in networks for p in network.parameters()):
+        if any(is_sharded(p) for network in self.networks.values() for p in network.parameters()):
             raise MetaplError(
                 f"{name}() is not built yet for sharded networks, of which this process holds a part; write the "
                 "networks and optimizers with torch.distributed.checkpoint."
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        on = self.precision != "float32"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if on else nullcontext()

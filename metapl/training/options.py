@@ -14,13 +14,11 @@ from metapl.runs.fields import AtLeastOne, Range, check_fields
 from metapl.training.contract import Stepwise
 from metapl.words import did_you_mean
 
-MOST_WORKERS = 256
-"""Processes that prepare batches; a machine has no use for more, and some end when more are started."""
+MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
 
-
+# Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy Student; its smaller
+# models take twice as many of both).
 DECAY, DECAY_EPOCHS, EPOCHS = 0.97, 2.4, 350
-"""Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy Student; its smaller
-models take twice as many of both)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +71,12 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        names = {os.sep, os.altsep, "\0"}, ("", ".", "..")
+        is_name = isinstance(self.phase, str) and not names[0] & {*self.phase} and self.phase not in names[1]
         after = f" - wait={self.wait}" if self.wait else ""
         late = self.decay_every is not None and self.schedule != "exponential"
         for name, wrong, expected in (
-            ("phase", not is_file_name(self.phase), "a plain name, for it names a folder: phase='fit'"),
+            ("phase", not is_name, "a plain name, for it names a folder: phase='fit'"),
             ("wait", not 0 <= self.wait < self.steps, f"0 or more, and fewer than steps={self.steps}"),
             ("decay_every", late, "None, or a number beside schedule='exponential'"),
             ("warm_start", self.warm_start and not self.wait, "steps in which the teacher trains alone, wait=1000 say"),
@@ -87,12 +87,10 @@ class FitOptions:
 
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with its beginning."""
-        names = ("schedule", "warmup", "wait", "ema_decay", "warm_start", "select")
-        decisive = {name: getattr(self, name) for name in names}
-        if self.schedule == "exponential":
-            decisive["decay_every"] = self.decay_every
-        counts = self.schedule == "cosine" or (self.schedule == "exponential" and self.decay_every is None)
-        return decisive | ({"steps": self.steps} if counts else {})
+        names = ["schedule", "warmup", "wait", "ema_decay", "warm_start", "select"]
+        names += ["decay_every"] * (self.schedule == "exponential")
+        names += ["steps"] * (self.schedule != "constant" and self.decay_every is None)
+        return {name: getattr(self, name) for name in names}
 
     def waits(self, step: int) -> bool:
         """Whether the student waits at ``step``."""
@@ -145,12 +143,8 @@ class Rates:
         names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
         self.options = options
         self.optimizers = dict(zip(names[len(names) - len(optimizers) :], optimizers, strict=True))
-        groups = {name: o.param_groups for name, o in self.optimizers.items()}
-        self.base = {name: [group["lr"] for group in of] for name, of in groups.items()}
-        self.settings = {
-            name: [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in of]
-            for name, of in groups.items()
-        }
+        self.came_with = {name: [dict(group) for group in o.param_groups] for name, o in self.optimizers.items()}
+        self.base = {name: [group["lr"] for group in groups] for name, groups in self.came_with.items()}
 
     def move(self, step: int) -> None:
         """To where the schedule has them at ``step``."""
@@ -166,8 +160,8 @@ class Rates:
         """Of the optimizers that may differ from those of a checkpoint, take the settings that they came with."""
         for name, optimizer in self.optimizers.items():
             if f"{name.removesuffix('_lr')}_optimizer" in allowed:
-                for group, settings in zip(optimizer.param_groups, self.settings[name], strict=False):
-                    group.update(settings)
+                for group, own in zip(optimizer.param_groups, self.came_with[name], strict=False):
+                    group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
 
     def now(self) -> dict[str, float]:
         """``student_lr`` and ``teacher_lr``, where they are known; of several groups, the first one's."""
@@ -204,13 +198,3 @@ def decay_interval(steps: int) -> float:
     4.8
     """
     return steps * DECAY_EPOCHS / EPOCHS
-
-
-def is_file_name(name: Any) -> bool:
-    r"""Whether a name is that of a file or folder, and no path.
-
-    >>> [is_file_name(name) for name in ("fit", "../fit", "..", "", "a\0b")]
-    [True, False, False, False, False]
-    """
-    separators = {os.sep, os.altsep, "\0"}
-    return isinstance(name, str) and name not in ("", ".", "..") and not separators & set(name)

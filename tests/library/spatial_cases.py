@@ -314,7 +314,7 @@ def parity(
     found = {}
     for role in ("teacher", "student"):
         parts, whole = getattr(trainer, role), getattr(alone, role)
-        for layout in trainer._layouts:
+        for layout in trainer.layouts:
             layout.reshard()
         held = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parts.parameters()]
         found[role] = error(held, whole.parameters())

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 from metapl.apps.experiments.accuracies import READOUTS
-from metapl.apps.experiments.folder import PLACES, WEIGHTS, RunFolder
+from metapl.apps.experiments.folder import ANOTHER, PLACES, WEIGHTS, RunFolder
 from metapl.apps.recipes import RECIPES, ImageFolders
 from metapl.apps.recipes.base import Recipe, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
@@ -15,6 +15,7 @@ from metapl.apps.recipes.noisy_student import PAPER_RECIPES, NoisyImagenet
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastZero, Range, misfit, misfit_entries
+from metapl.runs.sealed import read_sealed
 
 KNOWN: dict[str, type[Recipe]] = {**RECIPES, NoisyImagenet.name: NoisyImagenet, **PAPER_RECIPES}
 
@@ -103,8 +104,11 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
     """What the ``data.json`` of a run folder holds.
 
     Raises:
-        MetaplError: it is missing or damaged.
+        MetaplError: it is missing, damaged, or of another run than ``result.json``.
     """
+    file = folder.path / "data.json"
+    if file.is_file() and (folder.path / "result.json").is_file():
+        read_sealed(file, stored_result(folder).get("sha256", {}).get(file.name), mend=ANOTHER)
     data = folder.read_json("data.json")
     if fault := _unsaid(data, ("hash",)) or misfit_entries(data, DATA, "its content"):
         raise MetaplError(f"{folder.path / 'data.json'} is damaged: {fault}.")
