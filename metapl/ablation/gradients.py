@@ -207,7 +207,6 @@ def sweeps(
 
 
 def _over_steps(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str:
-    """Modes with a ``relative_step``, as :class:`metapl.feedback.Difference` has."""
     with_step: list[Any] = [mode for mode in modes if hasattr(mode, "relative_step") and dataclasses.is_dataclass(mode)]
     if not with_step:
         return "none of the modes takes a finite difference, so there is no step size."

@@ -163,7 +163,6 @@ class Ablation:
 
 
 def _plain(found: Any) -> Any:
-    """Figures as dicts and lists; a text among them is the reason why there are none."""
     if isinstance(found, str):
         return {"reason": found}
     if isinstance(found, Outcome):
@@ -176,7 +175,6 @@ def _plain(found: Any) -> Any:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard error (None for one value) and the values."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
 
@@ -270,7 +268,6 @@ def _short(value: float) -> str:
 
 
 def _unit(values: Sequence[float], units: Mapping[str, float]) -> tuple[str, float]:
-    """The largest unit in which the greatest value is 1 or more; the units from the largest on."""
     greatest = max(values, default=0.0)
     return next(((name, one) for name, one in units.items() if greatest >= one), list(units.items())[-1])
 
@@ -370,7 +367,6 @@ def _least(values: Mapping[str, float]) -> tuple[list[str], float]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """a, b and c."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 

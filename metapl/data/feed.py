@@ -79,24 +79,22 @@ def feed(
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
         num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has its own number.
         seed: of what the source draws, any integer.
-        device: where the batches are wanted; None: wherever the source has them. Away from the CPU, what a
-            ``StepBatches`` leaves to :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done
-            there, and workers fetch no more than :meth:`~metapl.data.StepBatches.raw` batches.
+        device: where the batches are wanted; None: wherever the source has them. Away from the CPU, workers fetch the
+            :meth:`~metapl.data.StepBatches.raw` batches of a ``StepBatches``, and what it leaves to
+            :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done there.
 
     Returns: a feed at batch 0. Workers start with the first batch.
 
     Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; everything else is immediate.
-    Swapping generators takes about 0.2 ms a batch; ``StepBatches`` and lists do without. Copies to CUDA are queued and
-    not waited for, see :func:`~metapl.data.to_device`.
+    Swapping generators takes about 0.2 ms a batch; ``StepBatches`` and lists do without.
 
     Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
     generators that the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can
     be resumed" in docs/runs.md for the exceptions.
 
-    Raises: :class:`metapl.MetaplError` for a source that is none of these, has no batch or fewer than ``stop``. Later,
-    from ``next``: making a batch failed (the cause is chained), or an iterator ran out; from ``restore``: the state is
-    not one of such a source, or the source has no position. After a failure the same batch comes next, except from
-    iterators and from objects with ``state_dict``, which go on as they please.
+    Raises: :class:`metapl.MetaplError` for a source that is none of these, has no batch or fewer than ``stop``; from
+    ``next`` where making a batch failed or an iterator ran out (the same batch comes next, except from iterators and
+    objects with ``state_dict``); from ``restore`` for a state that is not of such a source.
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
@@ -443,10 +441,11 @@ def _entries(state: Any, expected_kind: str, name: str, /, **kinds: type) -> lis
             f"{name} got a state of kind {kind!r}; expected kind {expected_kind!r}, from the same kind of source as in "
             "the run to resume"
         )
-    wrong = [
-        key for key, kind in kinds.items()
-        if not isinstance(value := state.get(key, _END), kind) or value is _END or (kind is int and value < 0)
-    ]  # fmt: skip
+    wrong = []
+    for key, wanted in kinds.items():
+        value: Any = state.get(key, _END)
+        if value is _END or not isinstance(value, wanted) or (wanted is int and value < 0):
+            wrong.append(key)
     if wrong:
         raise MetaplError(f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() returned")
     return [state[key] for key in kinds]

@@ -44,11 +44,9 @@ class Generators:
             self.write(outside)
 
     def read(self) -> list[Any]:
-        """The states that the generators have now."""
         return [_state(generator) for generator in self._generators]
 
     def write(self, states: Sequence[Any]) -> None:
-        """Put the generators into these states."""
         for generator, state in zip(self._generators, states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state

@@ -124,7 +124,6 @@ class CheckpointFolder:
         return path
 
     def make(self) -> None:
-        """Make the folder, and remove what killed processes had begun to write to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.iterdir():  # only names that are made here: it may hold a user's files
             if re.fullmatch(r"step-\d{8,}(\.ckpt|(-\d+)?\.parts)\.[0-9a-f]{8}\.tmp", left.name):
@@ -152,7 +151,6 @@ class CheckpointFolder:
         )
 
     def paths(self) -> list[Path]:
-        """The checkpoints by name, newest first, whole or not."""
         return [path for _, path in self._numbered()]
 
     def _numbered(self) -> list[tuple[int, Path]]:
@@ -318,7 +316,6 @@ def write(path: Path, packed: Packed) -> str:
 
 
 def _bytes_of(t: Tensor) -> Any:
-    """The numbers of a tensor, in the order of its entries; of one on the host in its own memory."""
     flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if t.numel() else bytearray()  # of no numbers there is no view
 
@@ -341,7 +338,6 @@ class Content:
             raise ValueError("its tensors have another size")
 
     def tensor(self, number: int) -> Tensor:
-        """A tensor, on the host."""
         dtype, shape, begin = self.places[number]
         t = torch.empty(shape, dtype=dtype)
         self._file.seek(begin)

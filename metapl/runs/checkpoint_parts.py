@@ -102,8 +102,6 @@ class PartsWriter:
         return name, place.name
 
     def _finish(self, done: Future[Path], place: Path, path: Path, step: int, parts: Any, rest: Packed) -> None:
-        """In a thread of its own."""
-
         def part() -> list[Any]:
             name = f"part-{self.rank:05d}.ckpt"
             return [[name, checkpoint.write(place / name, Packed({"parts": parts}))]] if parts else []
@@ -227,6 +225,5 @@ def _read(name: str, shape: list[int], dtype: str, pieces: list[Any], like: Like
 
 
 def _box(t: Any) -> tuple[list[int], list[int]]:
-    """Where this process's part of a DTensor begins, and its shape."""
     [chunk] = t.__create_chunk_list__()
     return [*chunk.offsets], [*chunk.sizes]

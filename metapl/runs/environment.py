@@ -29,7 +29,6 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Of a package that the library itself does without."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -37,12 +37,10 @@ class Range:
     of: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is within it."""
         low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
         return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
 
     def words(self, kind: Any) -> str:
-        """What is expected, in words."""
         name = self.of or ("a whole number" if kind is int else "a number")
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below

@@ -20,11 +20,6 @@ WHOLE_NUMBERS = 2**24  # of a tensor, that are all read; of larger ones, every s
 
 
 def as_values(value: Any) -> Any:
-    """A setting as numbers, texts, lists and dicts: dataclasses by their fields, and what else there is by its type.
-
-    >>> as_values((1, None, torch.nn.ReLU()))
-    [1, None, 'torch.nn.modules.activation.ReLU']
-    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -93,7 +88,6 @@ def _kept(value: Any) -> dict[str, Any]:
 
 @cache
 def _arguments(kind: type[object]) -> tuple[tuple[str, ...], bool]:
-    """The names of a class's constructor's arguments, inherited ones too, and whether others may be given by name."""
     made_by = [vars(base).get("__init__") for base in kind.__mro__]
     written = [init for init in made_by if isinstance(init, FunctionType)]
     parameters = [p for init in written for p in inspect.signature(init).parameters.values()]
@@ -120,7 +114,6 @@ def network_record(network: nn.Module) -> dict[str, Any]:
 
 
 def _extra_repr(part: nn.Module) -> str:
-    """``extra_repr`` of the module without the values of its tensors, which move."""
     try:
         twin = object.__new__(type(part))
         vars(twin).update(vars(part))

@@ -16,15 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it.
-
-    >>> before = rng_state()
-    >>> first = random.random(), torch.rand(2)
-    >>> set_rng_state(before)
-    >>> second = random.random(), torch.rand(2)
-    >>> first[0] == second[0] and torch.equal(first[1], second[1])
-    True
-    """
+    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it."""
     version, words, next_gauss = random.getstate()
     return {
         "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
@@ -65,7 +57,6 @@ def _set(state: Mapping[str, Any]) -> None:
 
 
 def plain_states(value: Any) -> Any:
-    """NumPy's arrays and numbers as lists and numbers."""
     if isinstance(value, dict):
         return {key: plain_states(inner) for key, inner in value.items()}
     if isinstance(value, list):

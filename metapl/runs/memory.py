@@ -23,11 +23,7 @@ LESS = (  # not every recipe has all of these
 
 def out_of_memory(error: BaseException) -> str | None:
     """Whose memory did not suffice, where that is the error or one that it came from; None for any other error, and for
-    a refusal that says so itself.
-
-    >>> out_of_memory(MemoryError()), out_of_memory(ValueError("memory of a cat"))
-    ('of this machine', None)
-    """
+    a refusal that says so itself."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen and "does not suffice" not in str(cause):

@@ -46,7 +46,6 @@ class Folder:
                 self._is_held = False
 
     def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
-        """The checkpoints of a phase, of which the last ``keep`` stay."""
         return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
 
@@ -90,7 +89,6 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
 
 
 def _remove(paths: Collection[Path]) -> None:
-    """Remove files and empty folders, up to the first that is not."""
     with suppress(OSError, MemoryError):
         for path in paths:
             path.rmdir() if path.is_dir() else path.unlink()

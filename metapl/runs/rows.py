@@ -42,19 +42,16 @@ class Metrics:
             file.writelines(line_of(row) for row in rows if row["phase"] != phase or row["step"] <= step)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row."""
         refuse_irregular(self.file)
         with self.file.open("ab") as file:
             file.write(line_of(row))
 
     def sync(self) -> None:
-        """Put the rows on disk."""
         if self.file.exists():
             with self.file.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _lines(self) -> dict[int, dict[str, Any] | None]:
-        """Each line by its number, as a row, or None where it is not one."""
         lines = read_plain(self.file).split(b"\n")[:-1] if self.file.exists() else []
         return {number: _row(line) for number, line in enumerate(lines, 1) if line}
 
@@ -84,14 +81,6 @@ class Events:
 
     torch's ``SummaryWriter`` writes from a thread of its own: what is on disk when a process is killed is up to that
     thread, and a full disk ends it with a traceback that nobody can catch.
-
-    >>> import tempfile
-    >>> from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    >>> folder = tempfile.mkdtemp()
-    >>> with Events(Path(folder), start=0) as events:
-    ...     events.scalars(1, {"loss": 0.5})
-    >>> [(event.step, event.value) for event in EventAccumulator(folder).Reload().Scalars("loss")]
-    [(1, 0.5)]
     """
 
     def __init__(self, folder: Path, start: int) -> None:
@@ -107,14 +96,12 @@ class Events:
         self._write(start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """A point on the curve of each name."""
         from torch.utils.tensorboard.summary import scalar
 
         for name, value in values.items():
             self._write(step, summary=scalar(name, value))
 
     def counts(self, step: int, counts: Mapping[str, Sequence[int]]) -> None:
-        """A histogram of each name, with a bucket per class."""
         from torch.utils.tensorboard.summary import histogram_raw
 
         for name, per_class in counts.items():

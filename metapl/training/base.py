@@ -69,15 +69,13 @@ class Trainer(Stepwise):
             allow_changes: what may differ from the run that is resumed, some of ``student_optimizer``,
                 ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``networks`` (what their
                 modules say of themselves, and which parameters they learn), ``dtype``, ``labeled``, ``unlabeled`` and
-                ``validation``. Anything else that is known to differ is refused by name; what is given now counts.
-            progress: show on standard error how far it is: a bar on a terminal, else a line at a validation,
-                one a minute at most.
+                ``validation``. Anything else that is known to differ is refused by name.
+            progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
             say: where messages go; default: standard error.
-            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded (see
-                ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this
-                trainer, whose student is the one in training. It may raise :class:`metapl.StopFit`, which ends the fit
-                and keeps what was done; what it draws from the default generators of torch is undone. Saved and
-                restored with the run are callbacks that have ``state_dict`` and ``load_state_dict``.
+            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded, with the
+                number of steps done and the numbers of the row. It may raise :class:`metapl.StopFit`, which ends the
+                fit and keeps what was done; what it draws from torch's default generators is undone. One that has
+                ``state_dict`` and ``load_state_dict`` is saved and restored with the run.
             options: the other fields of :class:`FitOptions`.
 
         Returns: a :class:`FitResult`.

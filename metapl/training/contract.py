@@ -136,7 +136,6 @@ class Stepwise(ABC):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The student, and the teacher where there is one."""
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     @property

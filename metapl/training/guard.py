@@ -24,7 +24,6 @@ from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback.compatible import check_batches
 from metapl.feedback.hypergradient import check_ahead
 from metapl.problems.base import has_own
-from metapl.problems.losses import refuse_split_batches
 from metapl.updates import parameters_of, refuse_missing, runs_others_code
 
 
@@ -79,7 +78,7 @@ class StepGuard:
                 if outer is not None:
                     refuse_missing("outer_optimizer", outer, self.slots.learned, "teacher")
                 if trainer.feedback_ratio is not None:
-                    check_ratio(trainer, len(batches))
+                    check_options(trainer, len(batches))
                 self._given = [(t, t._version) for t in tensors_in((labeled, batches))]
                 try:
                     yield fault, student
@@ -108,7 +107,6 @@ class StepGuard:
         return self.student
 
     def refuse_moves(self, student: LocalStudent) -> None:
-        """Refuse a step whose passes have moved weights or batches."""
         for slots in (self.slots, student.slots):
             if slots.weights is not None:
                 slots.weights.check()
@@ -152,42 +150,41 @@ class StepGuard:
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def check_options(trainer: Any) -> None:
-    """Refuse options that do not go together."""
-    if trainer.accumulate > 1 and trainer.mode.keep_graph:
-        raise MetaplError(
+def check_options(trainer: Any, steps: int) -> None:
+    """Refuse options that do not go together, for a teacher that looks so many student steps ahead."""
+    graph, ratio = trainer.mode.keep_graph, trainer.feedback_ratio is not None
+    parts = {"accumulate": trainer.accumulate, "lookahead": steps}
+    several = next((f"{name}={n}" for name, n in parts.items() if n > 1), "")
+    for wrong, text in (
+        (
+            graph and trainer.accumulate > 1,
             f"accumulate={trainer.accumulate} with mode {trainer.mode.name!r}: expected 1 with 'unrolled', which keeps "
-            "the graph of the whole batch (mode 'forward' is as exact)."
-        )
-    refuse_split_batches(trainer.teacher_losses or (), trainer.accumulate)
-    check_ahead(trainer.mode, trainer.lookahead, trainer.problem, trainer.layout)
-    if trainer.teacher is None and trainer.compile and trainer.mode.keep_graph:
-        raise MetaplError(
+            "the graph of the whole batch (mode 'forward' is as exact).",
+        ),
+        (
+            graph and trainer.compile and trainer.teacher is None,
             "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
-            'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.'
-        )
-    if trainer.feedback_ratio is not None:
-        check_ratio(trainer, trainer.lookahead)
-
-
-def check_ratio(trainer: Any, steps: int) -> None:
-    """Refuse a ``feedback_ratio`` beside a weight, or where there is nothing, or more than one pass, to measure by."""
-    if trainer.feedback_weight != 1.0:
-        raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
-    if not has_losses(trainer):
-        raise MetaplError(
+            'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.',
+        ),
+        (
+            ratio and trainer.feedback_weight != 1.0,
+            "feedback_weight and feedback_ratio were both given; expected one of them.",
+        ),
+        (
+            ratio and not has_losses(trainer),
             "feedback_ratio was given, and there are no teacher losses to measure the feedback by; expected "
-            "teacher_losses=(...), or feedback_weight instead."
-        )
-    whole = [f"{name}={n}" for name, n in (("accumulate", trainer.accumulate), ("lookahead", steps)) if n > 1]
-    if whole:
-        raise MetaplError(
-            f"feedback_ratio is measured on one whole inner batch and does not go with {whole[0]}; use feedback_weight."
-        )
+            "teacher_losses=(...), or feedback_weight instead.",
+        ),
+        (
+            ratio and several,
+            f"feedback_ratio is measured on one whole inner batch and does not go with {several}; use feedback_weight.",
+        ),
+    ):
+        if wrong:
+            raise MetaplError(text)
 
 
 def has_losses(trainer: Any) -> bool:
-    """Whether the teacher has losses of its own."""
     given = trainer.teacher_losses
     return has_own(trainer.problem, "default_teacher_losses") if given is None else bool(given)
 

@@ -138,7 +138,6 @@ class FitRun:
         return self._finish()
 
     def _explained(self, error: Exception, sources: Iterable[Any]) -> str | None:
-        """What to say of an error that does not say it itself."""
         step, last = self.under_way + 1, self.records.last_good()
         if whose := out_of_memory(error):
             return f"step {step}: the memory {whose} does not suffice; {LESS} ({last})"
@@ -251,7 +250,6 @@ class FitRun:
             self.records.row(row)
 
     def _look(self, t: int) -> dict[str, float]:
-        """The accuracies on validation data after step t."""
         # A teacher that weighs examples, say, has no accuracy.
         labeler = self.trainer.teacher if self.trainer.teacher_classifies else None
         student = None if self.options.waits(t) else lambda: self._held("student")
@@ -385,7 +383,6 @@ class FitRun:
         return found
 
     def _take(self, state: dict[str, Any]) -> None:
-        """Put everything to where a checkpoint has it."""
         self.callbacks.restore(state.get("callbacks", []))
         trainer = state["trainer"]
         if {"student_optimizer", "teacher_optimizer"} & {*self.allow_changes}:
@@ -402,7 +399,6 @@ class FitRun:
         self.ended = state.get("ended")
 
     def _finish(self) -> FitResult:
-        """Put the student that is kept in place, and the teacher."""
         trainer, taught = self.trainer, None
         if trainer.teacher is not None:
             with self._held("teacher") as kept:

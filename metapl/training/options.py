@@ -32,12 +32,10 @@ class FitOptions:
         warmup: steps over which the rates grow linearly from 0 first.
         decay_every: of the exponential schedule; None: 2.4 of 350 parts of the steps, so that the rate ends at 1.2 % of
             what it was, as in Noisy Student.
-        wait: steps during which the teacher trains alone, on its own losses, before the student begins; the student's
-            schedule, warm-up included, and its average count from there. 3,000 for CIFAR-10 and 20,000 for ImageNet in
-            the code of the method's authors.
-        ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)); it is then what
-            is validated and kept. None: the student itself. The teacher, where there is one, is averaged alike: its
-            average is validated and kept, and the teacher itself makes the labels.
+        wait: steps during which the teacher trains alone, on its own losses, before the student begins, with its
+            schedule, warm-up included, and its average. The authors have 3,000 for CIFAR-10 and 20,000 for ImageNet.
+        ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)), which is then
+            validated and kept. A teacher is averaged alike, and itself makes the labels. None: no averages.
         warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights (the average's, where
             there is one). The two need the same architecture.
         select: keep the best student by validation, the latest of equals; False: keep the last one, whatever
@@ -93,7 +91,6 @@ class FitOptions:
         return {name: getattr(self, name) for name in names}
 
     def waits(self, step: int) -> bool:
-        """Whether the student waits at ``step``."""
         return step < self.wait
 
     def rate(self, step: int) -> float:
@@ -107,11 +104,7 @@ class FitOptions:
         return self._factor(step, self.steps)
 
     def student_rate(self, step: int) -> float:
-        """The factor of the student's base learning rate at ``step``: 0 while it waits, then as of a run that begins.
-
-        >>> [round(FitOptions(steps=6, warmup=1, wait=2).student_rate(t), 2) for t in range(7)]
-        [0.0, 0.0, 1.0, 1.0, 0.75, 0.25, 0.0]
-        """
+        """The same of the student's: 0 while it waits, then as of a run that begins."""
         return 0.0 if self.waits(step) else self._factor(step - self.wait, self.steps - self.wait)
 
     def _factor(self, step: int, steps: int) -> float:
@@ -126,11 +119,7 @@ class FitOptions:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether what is done ``every`` so many steps (None: never) is done after ``step``; the last one counts.
-
-        >>> [t for t in range(5) if FitOptions(steps=5).due(2, t)]
-        [1, 3, 4]
-        """
+        """Whether what is done ``every`` so many steps (None: never) is done after ``step``; the last one counts."""
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.steps)
 
 
@@ -147,12 +136,10 @@ class Rates:
         self.base = {name: [group["lr"] for group in groups] for name, groups in self.came_with.items()}
 
     def move(self, step: int) -> None:
-        """To where the schedule has them at ``step``."""
         for name in self.optimizers:
             self._scale(name, self.options.student_rate(step) if name == "student_lr" else self.options.rate(step))
 
     def put_back(self) -> None:
-        """To the base rates."""
         for name in self.optimizers:
             self._scale(name, 1.0)
 
@@ -164,7 +151,6 @@ class Rates:
                     group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
 
     def now(self) -> dict[str, float]:
-        """``student_lr`` and ``teacher_lr``, where they are known; of several groups, the first one's."""
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
 
     def _scale(self, name: str, factor: float) -> None:

@@ -78,8 +78,7 @@ def progress(shown: bool, *, name: str, start: int, steps: int) -> Iterator[Prog
 
 
 def duration(seconds: float) -> str:
-    """A time as one would say it.
-
+    """
     >>> duration(41.7), duration(200), duration(9000)
     ('42 s', '3 min', '2 h 30 min')
     """

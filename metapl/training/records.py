@@ -38,7 +38,6 @@ class Records:
         self.begun = False
 
     def held(self) -> AbstractContextManager[None]:
-        """Hold the folder against others, where there is one."""
         return nullcontext() if self.out is None else self.out.held()
 
     @contextmanager
@@ -77,7 +76,6 @@ class Records:
             raise
 
     def row(self, row: dict[str, float]) -> None:
-        """Keep the numbers of a step."""
         self.history.append(row)
         if self.metrics is not None:
             with self._writing():
@@ -89,7 +87,6 @@ class Records:
                     self.events.scalars(int(row["step"]), {k: value for k, value in row.items() if k != "step"})
 
     def counts(self, step: int, counts: dict[str, list[int]]) -> None:
-        """Keep the histograms of a step."""
         if self.events is not None:
             with self._writing():
                 self.events.counts(step, counts)
@@ -147,7 +144,6 @@ class Records:
             raise MetaplError(f"{self.metrics.file} is not a run's; expected a folder without it: give another out.")
 
     def last_good(self) -> str:
-        """What to go back to, in words."""
         return f"the last good checkpoint is {self.saved_at}" if self.saved_at else "no checkpoint was written before"
 
     @contextmanager

@@ -50,7 +50,6 @@ VERSIONS = {"torch": str(torch.__version__)}
 
 
 def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
-    """The optimizers, the trainer's own settings, the networks and the types of their weights."""
     networks = trainer.networks
     for network in networks.values():
         reshard(network)  # else it holds other tensors than the optimizer
@@ -76,7 +75,6 @@ def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
 
 
 def data_of(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """The batches and the validation data."""
     from metapl.data.identity import source_record  # needed for fitting only
 
     return {name: source_record(source) for name, source in sources.items() if source is not None}
@@ -109,7 +107,6 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def _of_networks(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the layers of both say of themselves, and whether their parameters are learned, then and now."""
     pairs: dict[str, tuple[Any, Any]] = {}
     # What a module says of itself depends on torch's version, its type hardly ever does.
     told = None if before.get("torch") == now.get("torch") else 1
@@ -145,7 +142,6 @@ def _short(value: Any, other: Any) -> str:
 
 
 def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:
-    """Names of parts, or a refusal."""
     if isinstance(allowed, str) or not {*PARTS} >= {*allowed}:
         raise MetaplError(f"allow_changes={allowed!r}: expected a list of some of {', '.join(PARTS)}.")
     return tuple(allowed)

@@ -59,7 +59,6 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the network by one step."""
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         learned, parts = len([*self.network.parameters()]), self._parts()
         torch._foreach_lerp_(self._kept[:learned], parts[:learned], 1 - decay)

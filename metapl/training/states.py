@@ -46,7 +46,6 @@ def check_state(trainer: str, state: Any, own: Mapping[str, Any], optimizers: Ma
 
 
 def names_of(optimizers: Mapping[str, Any]) -> dict[str, str]:
-    """The classes of optimizers, as a state keeps them."""
     return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
 
 
@@ -121,7 +120,6 @@ def _is_like(given: Any, own: Tensor) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A number, which may be a tensor without dimensions; None for anything else."""
     if isinstance(value, Tensor):
         plain = value.dim() == 0 and not value.is_meta and not value.is_complex() and value.dtype != torch.bool
         return float(value) if plain else None
@@ -205,19 +203,16 @@ def _entry_faults(
     except Exception:  # it wants a closure, or other gradients, or is not built from its settings
         pass
     for name in {**made, **values}:
-        value, own = local(values.get(name)), made.get(name)
-        if own is None and str(name).startswith(AS_WEIGHTS):
-            own = like
-        has_shape = isinstance(own, Tensor) and own.dim() > 0
+        value, own = local(values.get(name)), made.get(name, like if str(name).startswith(AS_WEIGHTS) else None)
         if value is None and name not in made:
             continue  # some versions of torch keep what is not there as None
-        if own is not None and not (_is_like(value, own) if has_shape else _number(value) is not None):
-            expected = f"the shape {tuple(own.shape)}" if has_shape else "a number"
-            yield f"{where}.{name} is {described(value)}; expected {expected}"
-        elif isinstance(value, Tensor | float | int):
+        if isinstance(own, Tensor) and own.dim():
+            yield from _faults(f"{where}.{name}", value, own)
+        elif own is not None and _number(value) is None:
+            yield f"{where}.{name} is {described(value)}; expected a number"
+        if isinstance(value, Tensor | float | int):
             t = torch.as_tensor(value)
-            held = t.to(parameter.dtype) if t.dim() and t.is_floating_point() else t  # as it is loaded
-            if not _finite(held):
+            if not _finite(t):
                 yield f"{where}.{name} has numbers that are NaN or infinite"
             elif not t.is_complex() and str(name).endswith(NEVER_NEGATIVE) and bool((t < 0).any()):
                 yield f"{where}.{name} has numbers below 0"

@@ -68,7 +68,6 @@ class Callbacks:
         return "; ".join(filter(None, reasons)) if reasons else None
 
     def restore(self, states: Sequence[Any]) -> None:
-        """Go on from the states in a checkpoint."""
         if len(states) != len(self.stateful):
             raise MetaplError(
                 f"the checkpoint has the states of {len(states)} callbacks, and {len(self.stateful)} of those given "

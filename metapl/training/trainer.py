@@ -20,14 +20,14 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_held, load_whole, whole
 from metapl.feedback import Estimator, Feedback, estimator
 from metapl.feedback.compatible import check_kind, check_teacher, prepare
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
+from metapl.feedback.hypergradient import Hypergradient, check_ahead, hypergradient
 from metapl.feedback.inner_step import outer_batch
 from metapl.feedback.instead import others_named
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path, take_steps
 from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal
-from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, starts
+from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
@@ -55,41 +55,36 @@ class BilevelTrainer(Trainer):
         teacher, student: modules on one device, with weights of their own. In several processes, both in
             ``DistributedDataParallel`` or sharded by ``fully_shard`` (docs/scale.md): every rank then gives its equal
             share of each batch, and the report's scalars are means over the ranks. No teacher, None, for a problem
-            that has none, such as :class:`metapl.problems.LearningToReweight`; the options of the teacher are then
-            refused.
+            that has none, such as :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
-        outer_optimizer: the teacher's: any ``torch.optim`` optimizer over the teacher's parameters. Both default to
+        outer_optimizer: the teacher's: any of ``torch.optim`` over the teacher's parameters. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
-            which is proportional to the student's learning rate. A much larger weight is dangerous: teacher and student
-            then follow each other's class frequencies and may collapse onto one class (docs/modes.md has
-            measurements). ``StepReport.feedback_ratio`` compares the feedback with the teacher's own losses.
-        feedback_ratio: an alternative to the weight: at every step, scale the feedback so that the norm of its gradient
-            at the teacher's outputs is this multiple of the norm of the own losses' gradient. The direction within a
-            step is that of the mode; the size no longer depends on the student's learning rate.
-        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with a graph at
-            the end (same dropout masks and statistics). Cost: one more teacher forward pass, one graph less in memory.
+            which is proportional to the student's learning rate. With a much larger one teacher and student follow each
+            other's class frequencies and may collapse onto one class (docs/modes.md has measurements).
+        feedback_ratio: in the place of the weight: at every step the feedback is scaled so that the norm of its
+            gradient at the teacher's outputs is this multiple of the norm of the own losses' gradient, whatever the
+            student's learning rate.
+        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
+            end (same dropout masks and statistics): one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
-        accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics, dropout masks and losses that are not means over examples (an ``outer_loss`` that returns
-            (sum, weight) is exact, a scalar one warns), which are per micro-batch.
-            Cost: one more teacher forward pass, for about 1/accumulate of the memory.
+        accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
+            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are not
+            means over examples (an ``outer_loss`` that returns (sum, weight) is exact, a scalar one warns).
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
-        lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
-            batches per step, the student takes a step on each of them, and the teacher takes one step on the feedback
-            on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead`
-            of any length.
-        compile: run the networks' passes, forward and backward, through ``torch.compile``. The numbers are the same to
-            rounding, dropout masks included (the first passes that draw are compared with eager ones). These passes
-            stay eager: the forward-mode pass of ``forward`` and ``reinforce_per_example``, the student's passes under
-            ``unrolled``, and everything outside a step, such as validation. The networks stay plain modules. Each kind
-            of pass is compiled when it first meets a batch shape, so batches should have one size.
+        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
+            the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
+            ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead` of any length.
+        compile: run the networks' passes, forward and backward, through ``torch.compile``; the same numbers to
+            rounding, dropout masks included (the first passes that draw are compared with eager ones). Eager stay the
+            forward-mode pass of ``forward`` and ``reinforce_per_example``, the student under ``unrolled``, and
+            everything outside a step. The networks stay plain modules; each batch shape compiles each kind of pass.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -150,7 +145,9 @@ class BilevelTrainer(Trainer):
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator = recompute_teacher, generator
         self.compile, self.outer_optimizer = compile, outer_optimizer
-        check_options(self)
+        check_options(self, lookahead)
+        refuse_split_batches(self.teacher_losses or (), accumulate)
+        check_ahead(self.mode, lookahead, self.problem, self.layout)
 
         # Double backward has no compiled form: there the student runs as it is.
         eager = self.layout if self.mode.keep_graph else None
@@ -350,7 +347,6 @@ class BilevelTrainer(Trainer):
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The student's and the teacher's optimizer; a TorchOpt transform has a schedule of its own."""
         return [*self._optimizers.values()]
 
     def settings(self) -> dict[str, Any]:
@@ -444,7 +440,6 @@ class BilevelTrainer(Trainer):
     def _gradient(
         self, mode: Estimator, problem: BilevelProblem, labeled: Any, unlabeled: Any, generator: Any = None
     ) -> Hypergradient:
-        """The teacher's gradient from the state as it is, which does not change."""
         for layout in self.layouts:
             layout.reshard()
         self.update.follow(self.layout.parameters())

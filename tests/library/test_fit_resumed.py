@@ -197,7 +197,7 @@ OF_ADAM: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "step inf": (("state", 0, "step"), lambda t: t / 0, r"state\.0\.step has numbers that are NaN or infinite"),
     "step below 0": (("state", 0, "step"), lambda t: -t, r"state\.0\.step has numbers below 0"),
     "step of a shape": (("state", 0, "step"), lambda t: t.expand(2), r"state\.0\.step is a tensor of shape \(2,\)"),
-    "no mean": (("state", 0), without("exp_avg"), r"exp_avg is of type NoneType; expected the shape"),
+    "no mean": (("state", 0), without("exp_avg"), r"exp_avg is of type NoneType; expected a tensor"),
     "mean None": (("state", 1, "exp_avg"), lambda _: None, r"state\.1\.exp_avg is of type NoneType"),
     "mean str": (("state", 0, "exp_avg"), lambda _: "abc", r"state\.0\.exp_avg is of type str"),
     "mean sparse": (("state", 0, "exp_avg"), lambda t: t.to_sparse(), r"exp_avg is a sparse_coo tensor"),
