@@ -37,7 +37,6 @@ class StepGuard:
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
         self.asked = nn.Module() if trainer.teacher is None else trainer.teacher
         self.slots = Slots(self.asked)
         self.spread = [layout for layout in trainer.layouts if layout.kind != "plain"]
@@ -47,21 +46,20 @@ class StepGuard:
         self._given: list[tuple[Tensor, int]] = []
 
     @contextmanager
-    def step(self, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, LocalStudent]]:
+    def step(self, trainer: Any, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, LocalStudent]]:
         """Begin a step: look at what has changed since the last one, and check the batches. If the step is refused or
         fails, restore everything.
 
         Yields: the fault of the step's report, and the student.
         """
         checks.no_inference_mode()
-        trainer = self.trainer
         problem, device, outer = trainer.problem, trainer.device, trainer.outer_optimizer
         networks = {"student": trainer.student, "teacher": trainer.teacher if problem.teacher_reads_inputs else None}
         how: dict[str, Any] = {"device": device, "optimizer": outer, "generator": trainer.generator}
         with step_lock, checkpoints_without_reentry():
             for layout in self.spread:
                 layout.begin_step()
-            student = self._looked_at()
+            student = self._looked_at(trainer)
             slots = self.slots, student.slots
             for role, one in zip(("teacher", "student"), slots, strict=True):
                 one.weights = one.compared(role, student.waits) if len(batches) == 1 else None
@@ -87,11 +85,10 @@ class StepGuard:
                     raise
                 student.slots.looked_at = self.slots.looked_at = True
 
-    def _looked_at(self) -> LocalStudent:
+    def _looked_at(self, trainer: Any) -> LocalStudent:
         """The student at the beginning of a step. It is looked at closely on the first one, and where it has changed
         since the last one; what was found out about it otherwise stands."""
-        trainer, known = self.trainer, self.student
-        layout, update = trainer.layout, trainer.update
+        known, layout, update = self.student, trainer.layout, trainer.update
         if not self.slots.hold():
             self.slots = Slots(self.asked)
         sharded = layout.kind == "sharded"  # whose weights come and go
@@ -118,19 +115,19 @@ class StepGuard:
             raise changed_input("a network or a function of the step") from cause
 
     @contextmanager
-    def both_or_none(self, first: bool) -> Iterator[None]:
+    def both_or_none(self, trainer: Any, first: bool) -> Iterator[None]:
         """Put both networks and their optimizers' states back if this block fails; cost: a copy of all of these.
 
         Only where the outer optimizer's step may fail: code of others runs in it, or it is the first one of a class
         that is none of the best known. Sharded networks are not put back.
         """
-        outer: Any = self.trainer.outer_optimizer
+        outer: Any = trainer.outer_optimizer
         known = type(outer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
         safe = outer is None or any(one.is_sharded for one in self.spread)
         if safe or not ((first and not known) or runs_others_code(outer)):
             yield
             return
-        update, parameters = self.trainer.update, self.trainer.layout.parameters()
+        update, parameters = trainer.update, trainer.layout.parameters()
         params = {name: p.detach().clone() for name, p in parameters.items()}
         state = pytree.tree_map_only(Tensor, Tensor.clone, update.read_state())
         teacher = [(p, p.detach().clone()) for p in parameters_of(outer)]

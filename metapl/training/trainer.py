@@ -209,7 +209,7 @@ class BilevelTrainer(Trainer):
             teacher_steps.append(step)
             return step.signal
 
-        with guard.step(labeled, batches) as (fault, student):
+        with guard.step(self, labeled, batches) as (fault, student):
             first = not student.slots.looked_at
             with self._autocast(), self.compiled():
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
@@ -239,7 +239,7 @@ class BilevelTrainer(Trainer):
             elif self.outer_optimizer is not None:
                 checks.sparse_gradients(self.outer_optimizer, guard.asked)
             guard.refuse_moves(student)
-            with guard.both_or_none(first):
+            with guard.both_or_none(self, first):
                 path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
                 if self.outer_optimizer is not None:
                     self.outer_optimizer.step()  # line 8: θ_T′
@@ -258,6 +258,8 @@ class BilevelTrainer(Trainer):
                 if name != "kind" and (name not in self._given_as or self._given_as[name] is not value):
                     object.__setattr__(self.problem, name, value)
             self._given_as = dict(now)
+        if self._teacher_trainer is not None:
+            self._teacher_trainer.problem = self.problem
 
     def _teacher_backward(
         self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
@@ -469,11 +471,10 @@ class _TeacherTrainer(LossTrainer):
         assert trainer.teacher_layout is not None
         self.layout = trainer.teacher_layout  # which knows the student's
         self.ranks = self.layout.ranks
-        self.trainer, self.compiled = trainer, trainer.compiled
+        self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        given = self.trainer.teacher_losses
-        return self.trainer.problem.default_teacher_losses(unlabeled) if given is None else given
+        return self.problem.default_teacher_losses(unlabeled) if self.given is None else self.given
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
