@@ -443,8 +443,7 @@ def _entries(state: Any, expected_kind: str, name: str, /, **kinds: type) -> lis
         )
     wrong = []
     for key, wanted in kinds.items():
-        value: Any = state.get(key, _END)
-        if value is _END or not isinstance(value, wanted) or (wanted is int and value < 0):
+        if key not in state or not isinstance(state[key], wanted) or (wanted is int and state[key] < 0):
             wrong.append(key)
     if wrong:
         raise MetaplError(f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() returned")
