@@ -18,8 +18,8 @@ try:
     from metapl.problems import BilevelProblem, PseudoLabels, Signal
     from metapl.problems.losses import UDA, CrossEntropy
     from metapl.training import StopFit
+    from metapl.training.contract import StepReport
     from metapl.training.loss_trainer import LossTrainer
-    from metapl.training.report import StepReport
     from metapl.training.trainer import BilevelTrainer
     from metapl.words import did_you_mean
 except KeyboardInterrupt:

@@ -2,12 +2,10 @@
 
 study       `ablate`: the modes at several points of a training, and short trainings by each
 gradients   a mode's gradients beside the exact one, what a call costs, and both over varied settings
-recommend   the sentence that recommends a mode
-results     what is returned, as values, JSON and tables
+results     what is returned, as values, JSON and tables, and the sentence that recommends a mode
 """
 
-from metapl.ablation.recommend import recommendation
-from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Sweep, Trainings
+from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Sweep, Trainings, recommendation
 from metapl.ablation.study import ablate
 
 __all__ = ["Ablation", "Distance", "ModeCost", "Outcome", "Sweep", "Trainings", "ablate", "recommendation"]

@@ -30,20 +30,17 @@ from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.memory import out_of_memory
 from metapl.training.trainer import BilevelTrainer
 
+# Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed.
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
-"""Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed."""
 
-SAME = (
+SAME = (  # what a sibling has in common with a trainer
     *("inner_optimizer", "outer_optimizer", "teacher_losses", "feedback_weight", "feedback_ratio", "lookahead"),
     *("recompute_teacher", "generator", "clip_norm", "precision", "accumulate", "compile"),
 )
-"""What a :func:`sibling` has in common with a trainer."""
 
-STEPS, TEMPERATURES = (0.01, 0.1, 1.0, 10.0), (0.25, 0.5, 1.0, 2.0)
-"""Of a sweep: times the step size that a mode has, and times the problem's temperature."""
-
-PARTS = (8, 4, 2, 1)
-"""Of the unlabeled batch; no part has fewer than two examples, which batch statistics need."""
+# Of a sweep: times the step size that a mode has, times the problem's temperature, and parts of the unlabeled batch, of
+# which none has fewer than two examples, which batch statistics need.
+STEPS, TEMPERATURES, PARTS = (0.01, 0.1, 1.0, 10.0), (0.25, 0.5, 1.0, 2.0), (8, 4, 2, 1)
 
 
 class CannotRun(MetaplError):
@@ -139,7 +136,7 @@ class Point:
             signal = None
             if enters_input(problem):
                 no_outputs: Any = None
-                signal = problem.signal(copy.deepcopy(trainer._asked), batch, no_outputs, generator=None)
+                signal = problem.signal(copy.deepcopy(trainer.guard.asked), batch, no_outputs, generator=None)
             inputs = read_batch(problem, "student_input", batch, signal)
 
         def student() -> None:
@@ -210,7 +207,6 @@ def sweeps(
 
 
 def _over_steps(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str:
-    """Modes with a ``relative_step``, as :class:`metapl.feedback.Difference` has."""
     with_step: list[Any] = [mode for mode in modes if hasattr(mode, "relative_step") and dataclasses.is_dataclass(mode)]
     if not with_step:
         return "none of the modes takes a finite difference, so there is no step size."

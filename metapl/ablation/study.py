@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from metapl.ablation.gradients import CannotRun, Point, reasons_told, sibling, sweeps
-from metapl.ablation.recommend import PREFERRED, gives_the_gradient_of_a_step, recommendation
-from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Trainings
+from metapl.ablation.results import (
+    PREFERRED,
+    Ablation,
+    Distance,
+    ModeCost,
+    Outcome,
+    Trainings,
+    gives_the_gradient_of_a_step,
+    recommendation,
+)
 from metapl.errors import MetaplError
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
@@ -24,7 +32,7 @@ from metapl.feedback.inner_step import read_batch
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of, eval_mode
 from metapl.problems.base import sum_and_weight
-from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, misfit_entries
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments, misfit
 from metapl.training.progress import counting
 from metapl.training.selection import Selection
 from metapl.training.trainer import BilevelTrainer
@@ -32,13 +40,8 @@ from metapl.training.trainer import BilevelTrainer
 Alteration = Literal["permuted", "class_means", "random_sign"]
 ALTERATIONS: tuple[Alteration, ...] = get_args(Alteration)
 
-NUMBERS: dict[str, Any] = {
-    "steps": AtLeastZero,
-    "draws": Annotated[int, Range(2)],  # of one draw no noise can be seen
-    "rounds": AtLeastOne | None,
-    "train_steps": AtLeastZero,
-    "train_seeds": tuple[Annotated[int, Range(0, below=2**63)], ...],
-}
+Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
+Seeds = tuple[Annotated[int, Range(0, below=2**63)], ...]
 
 
 def ablate(
@@ -47,12 +50,12 @@ def ablate(
     unlabeled: Any,
     modes: Sequence[str | Estimator] | None = None,
     *,
-    steps: int = 0,
-    draws: int = 8,
-    rounds: int | None = None,
+    steps: AtLeastZero = 0,
+    draws: Draws = 8,
+    rounds: AtLeastOne | None = None,
     altered: bool = True,
     stability: bool = False,
-    train_steps: int = 0,
+    train_steps: AtLeastZero = 0,
     train_seeds: Sequence[int] = (0, 1, 2, 3, 4),
     validation: Any = None,
     progress: bool = False,
@@ -74,9 +77,9 @@ def ablate(
             0: at the trainer's state alone.
         draws: of labels, for modes that draw them, and of alterations; 2 or more.
         rounds: rounds of timing; the least time of a mode counts. None: 5, and more for short calls, for a second.
-        altered: also measure the feedback of a mode altered in three ways (:class:`metapl.feedback.Altered`): of
-            ``forward``, or else of the first of the modes that runs and gives feedback on each example. These are
-            controls: what a training gains by them is not due to the feedback on each example.
+        altered: also measure, as controls, the feedback of ``forward``, or else of the first mode that runs and gives
+            feedback on each example, altered in three ways (:class:`metapl.feedback.Altered`): what a training gains by
+            them is not due to the feedback on each example.
         stability: also measure the modes over a few step sizes of finite differences (``epsilon``), temperatures and
             sizes of the unlabeled batch, at the last point.
         train_steps: steps of short trainings by each mode, and by altered feedback, from the trainer's state; 0: none.
@@ -84,15 +87,14 @@ def ablate(
         validation: (inputs, labels) or an iterable of such batches, on which short trainings are measured.
         progress: show on a terminal how far it is.
 
-    Returns: an :class:`metapl.ablation.Ablation`: ``modes`` and ``altered`` by name, ``recommended`` and the sentences
-    ``recommendation``, and what else was asked for. The trainer and the default generators are left as they were.
+    Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left as they were.
 
     Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the training between the points;
     stability: up to 12 × ``draws`` calls of each mode more; short trainings: ``train_steps`` steps for each mode and
     seed.
 
-    Raises: :class:`metapl.MetaplError` where no exact gradient can be had: the problem has no differentiable signal, or
-    the student neither a second derivative nor forward mode; and, before anything runs, for validation data that the
+    Raises: :class:`metapl.MetaplError` where no exact gradient can be had, for want of a differentiable signal, or of
+    both a second derivative and forward mode of the student; and, before anything runs, for validation data that the
     student could not be measured on.
 
     >>> import metapl, torch
@@ -104,15 +106,14 @@ def ablate(
     """
     if not isinstance(trainer, BilevelTrainer):
         raise MetaplError(f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer.")
-    numbers: dict[str, Any] = {"steps": steps, "draws": draws, "rounds": rounds, "train_steps": train_steps}
-    listed = isinstance(train_seeds, Sequence) and not isinstance(train_seeds, str)
-    seeds: Any = tuple(train_seeds) if listed else train_seeds
-    wrong = misfit_entries(numbers | ({"train_seeds": seeds} if train_steps else {}), NUMBERS, "ablate")
-    if not wrong and train_steps and len(set(seeds)) < max(1, len(seeds)):
-        wrong = f"ablate.train_seeds is {seeds}; expected one or more, none twice"
-    if wrong:
-        raise MetaplError(f"{wrong}.")
+    check_arguments(ablate, locals() | {"train_seeds": ()})
     if train_steps:
+        seeds: Any = [*train_seeds] if isinstance(train_seeds, range) else train_seeds
+        wrong = misfit(seeds, Seeds, "train_seeds")
+        if not wrong and len(set(seeds)) < max(1, len(seeds)):
+            wrong = f"train_seeds is {seeds}; expected one or more, none twice"
+        if wrong:
+            raise MetaplError(f"{wrong}.")
         for name, source in (("labeled", labeled), ("unlabeled", unlabeled), ("validation", validation)):
             if isinstance(source, Iterator):
                 raise MetaplError(
@@ -126,8 +127,7 @@ def ablate(
     reasons: dict[str, str] = {}
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
-    def running() -> list[Estimator]:
-        """The modes that ran at every point."""
+    def running() -> list[Estimator]:  # at every point
         return [mode for name, mode in estimates.items() if name not in reasons]
 
     def look(by: Iterable[Estimator], point: Point, exact: Tensor) -> None:
@@ -149,7 +149,12 @@ def ablate(
                     exact = point.exact()
                     look(running(), point, exact)
                     if altered and t == 0:
-                        controls = [mode for mode in _alterations(running()) if mode.name not in estimates]
+                        # Of the first mode that they can be made of, best of the preferred one.
+                        fit = [mode for mode in running() if mode.credits in ("signal", "example")]
+                        fit = [mode for mode in fit if not isinstance(mode, Altered)]
+                        fit.sort(key=lambda mode: mode.name != PREFERRED)
+                        controls = [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
+                        controls = [mode for mode in controls if mode.name not in estimates]
                         estimates |= {mode.name: mode for mode in controls}
                         look(controls, point, exact)
                     done()
@@ -187,15 +192,7 @@ def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
     return by_name
 
 
-def _alterations(running: Iterable[Estimator]) -> list[Estimator]:
-    """Of the first mode that they can be made of, best of the preferred one."""
-    fit = [mode for mode in running if mode.credits in ("signal", "example") and not isinstance(mode, Altered)]
-    fit.sort(key=lambda mode: mode.name != PREFERRED)
-    return [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
-
-
 def _over_points(distances: Sequence[Distance]) -> tuple[float, float, float]:
-    """The mean cosine, and the root mean squares of error and noise."""
     cosines, errors, noises = zip(*((d.cosine, d.relative_error, d.noise_to_signal) for d in distances), strict=True)
     n = len(distances)
     return sum(cosines) / n, math.hypot(*errors) / math.sqrt(n), math.hypot(*noises) / math.sqrt(n)
@@ -203,7 +200,6 @@ def _over_points(distances: Sequence[Distance]) -> tuple[float, float, float]:
 
 @contextmanager
 def _counted(what: str, shown: bool, total: int) -> Iterator[Callable[[], None]]:
-    """Give a function that counts one more."""
     with counting(what, shown, total) as update:
         numbers = itertools.count(1)
         yield lambda: update(next(numbers))
@@ -211,7 +207,6 @@ def _counted(what: str, shown: bool, total: int) -> Iterator[Callable[[], None]]
 
 @contextmanager
 def _put_back(trainer: BilevelTrainer) -> Iterator[dict[str, Any]]:
-    """The trainer's state; in the end the trainer and the default generators are as they were."""
     state, random = trainer.state_dict(), RandomState.now(trainer.device)
     try:
         yield state
@@ -270,7 +265,6 @@ def _trainings(
     """
 
     def ended(mode: Estimator, seed: int) -> tuple[float, ...]:
-        """Outer loss, and validation loss and accuracy if there is validation data."""
         trained = sibling(trainer, mode=replace(mode, seed=seed) if isinstance(mode, Altered) else mode)
         own = {"mode": trained.mode.name, "mode_state": trained.mode.init(), "generator": None}
         trained.load_state_dict({**start, **own})
@@ -305,7 +299,6 @@ def _trainings(
 
 
 def outer_loss_of(trainer: BilevelTrainer, labeled: Any) -> float:
-    """L of the student as it stands, in eval mode."""
     batch = read_batch(trainer.problem, "outer_batch", labeled)
     with eval_mode(trainer.student), torch.no_grad():
         outputs = trainer.student(trainer.problem.outer_input(batch))

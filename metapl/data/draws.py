@@ -158,7 +158,6 @@ def _sine_of_half_pi_times(t: Tensor) -> Tensor:
 
 
 def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
-    """Σ_k c_k x^k by Horner's rule."""
     value = torch.full_like(x, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         value = value * x + c

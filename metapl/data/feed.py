@@ -79,24 +79,22 @@ def feed(
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
         num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has its own number.
         seed: of what the source draws, any integer.
-        device: where the batches are wanted; None: wherever the source has them. Away from the CPU, what a
-            ``StepBatches`` leaves to :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done
-            there, and workers fetch no more than :meth:`~metapl.data.StepBatches.raw` batches.
+        device: where the batches are wanted; None: wherever the source has them. Away from the CPU, workers fetch the
+            :meth:`~metapl.data.StepBatches.raw` batches of a ``StepBatches``, and what it leaves to
+            :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done there.
 
     Returns: a feed at batch 0. Workers start with the first batch.
 
     Cost: to restore a ``DataLoader`` takes as long as the batches of the epoch so far; everything else is immediate.
-    Swapping generators takes about 0.2 ms a batch; ``StepBatches`` and lists do without. Copies to CUDA are queued and
-    not waited for, see :func:`~metapl.data.to_device`.
+    Swapping generators takes about 0.2 ms a batch; ``StepBatches`` and lists do without.
 
     Exactness: what is drawn on the CPU while a batch is made comes from generators seeded by (seed, name), and from
     generators that the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can
     be resumed" in docs/runs.md for the exceptions.
 
-    Raises: :class:`metapl.MetaplError` for a source that is none of these, has no batch or fewer than ``stop``. Later,
-    from ``next``: making a batch failed (the cause is chained), or an iterator ran out; from ``restore``: the state is
-    not one of such a source, or the source has no position. After a failure the same batch comes next, except from
-    iterators and from objects with ``state_dict``, which go on as they please.
+    Raises: :class:`metapl.MetaplError` for a source that is none of these, has no batch or fewer than ``stop``; from
+    ``next`` where making a batch failed or an iterator ran out (the same batch comes next, except from iterators and
+    objects with ``state_dict``); from ``restore`` for a state that is not of such a source.
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
@@ -212,14 +210,12 @@ class _ListFeed:
         self._position = position
 
     def close(self) -> None:
-        """There is nothing to stop."""
+        pass
 
 
 class _StepFeed(_ListFeed):
-    """The batches of a `StepBatches`, by their step: made whole by the loader, or on the device from what it fetches.
-
-    Both ways give the same batches and have the same position, so a run may change from one to the other.
-    """
+    """The batches of a `StepBatches`, by their step: made whole by the loader, or on the device from what it fetches. A
+    run may change from one to the other, for both give the same batches."""
 
     kind = "steps"
 
@@ -275,6 +271,7 @@ class _IteratorFeed:
         self._source, self._name, self._stop = source, name, stop
         self._parts = parts_of(source)
         self._generators = Generators(seed, name, self._parts)
+        self._start = self._generators.states  # at the start of the epoch
         self._epoch = self._batches = 0
         self._iterator: Iterator[Any] | None = None
 
@@ -292,7 +289,7 @@ class _IteratorFeed:
                         f"least one{self.why_empty}"
                     )
                 self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
-                self._ended()
+                self._start = self._generators.read()
         self._batches += 1
         return batch
 
@@ -303,12 +300,8 @@ class _IteratorFeed:
             return next(self._iterator, _END)  # type: ignore[arg-type]  # begun
 
     def _begin(self) -> None:
-        """Begin the epoch."""
         with _blamed(f"{self._name} could not begin epoch {self._epoch}", self._source):
             self._iterator = iter(self._source)
-
-    def _ended(self) -> None:
-        """An epoch has ended."""
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "batches": self._batches}
@@ -320,7 +313,7 @@ class _IteratorFeed:
         )
 
     def close(self) -> None:
-        """An iterator belongs to its owner, and may go on elsewhere."""
+        pass  # an iterator belongs to its owner, and may go on elsewhere
 
 
 class _EpochFeed(_IteratorFeed):
@@ -331,7 +324,6 @@ class _EpochFeed(_IteratorFeed):
 
     def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
         super().__init__(source, name, stop, seed)
-        self._start = self._generators.states  # at the start of the epoch
         if isinstance(source, DataLoader) and source.persistent_workers:  # else workers go on with their generators
             self._source = copy.copy(source)
             # A loader guards this attribute against being set; the user's own loader stays as it is.
@@ -364,9 +356,6 @@ class _EpochFeed(_IteratorFeed):
                 self._batches += 1
         finally:
             self._batches = taken
-
-    def _ended(self) -> None:
-        self._start = self._generators.read()
 
     def state(self) -> dict[str, Any]:
         stream = plain_states(self._start)
@@ -446,15 +435,16 @@ def _stop_workers(iterator: Iterator[Any] | None) -> None:
 
 
 def _entries(state: Any, expected_kind: str, name: str, /, **kinds: type) -> list[Any]:
-    """The entries of a saved state, or what is wrong with it."""
     kind = state.get("kind") if isinstance(state, Mapping) else None
     if kind != expected_kind:
         raise MetaplError(
             f"{name} got a state of kind {kind!r}; expected kind {expected_kind!r}, from the same kind of source as in "
             "the run to resume"
         )
-    wrong = [key for key, kind in kinds.items() if not isinstance(value := state.get(key, _END), kind) or value is _END]
-    wrong += [key for key in kinds if key not in wrong and isinstance(state[key], int) and state[key] < 0]
+    wrong = []
+    for key, wanted in kinds.items():
+        if key not in state or not isinstance(state[key], wanted) or (wanted is int and state[key] < 0):
+            wrong.append(key)
     if wrong:
         raise MetaplError(f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() returned")
     return [state[key] for key in kinds]
@@ -472,13 +462,11 @@ def _blamed(failure: str, source: Any) -> Iterator[None]:
         # Of an error in a worker process, the loader puts the traceback into its text.
         raise MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip()) from error.__cause__
     except Exception as error:
-        known = source.explain() if isinstance(source, StepBatches) else None
-        if known is not None:
+        if isinstance(source, StepBatches) and (known := source.explain()) is not None:
             raise MetaplError(f"{failure}: {known}") from error
-        raise MetaplError(
-            f"{failure} ({described(source)}): {type(error).__name__}: {reason_of(error)}; the error that caused this "
-            "one says where to mend the data"
-        ) from error
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        mend = "the error that caused this one says where to mend the data"
+        raise MetaplError(f"{failure} ({described(source)}): {what}; {mend}") from error
 
 
 def _refuse_source(source: Any, name: str) -> None:

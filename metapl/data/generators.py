@@ -14,9 +14,8 @@ import torch
 from metapl.data import draws
 from metapl.errors import MetaplError
 
+# Attributes of a source with parts that may hold generators or have ``set_epoch``.
 _PARTS = ("loader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
-"""Attributes of a source with parts that may hold generators or have ``set_epoch``."""
-
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -45,11 +44,9 @@ class Generators:
             self.write(outside)
 
     def read(self) -> list[Any]:
-        """The states that the generators have now."""
         return [_state(generator) for generator in self._generators]
 
     def write(self, states: Sequence[Any]) -> None:
-        """Put the generators into these states."""
         for generator, state in zip(self._generators, states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state

@@ -15,14 +15,12 @@ from metapl.data.feed import WithoutLabels
 from metapl.data.steps import StepBatches
 from metapl.runs.fingerprints import fingerprint, type_name
 
-NAMES = 50_000
-"""Names of files that are read; of more, every second, third and so on."""
+NAMES = 50_000  # names of files that are read; of more, every second, third and so on
 
+# Attributes in which data sets have their examples: torch's own, torchvision's, and many that are made after these; and
+# what torch's samplers keep of how they draw.
 HELD = ("tensors", "data", "targets", "labels", "samples", "imgs", "images")
-"""Attributes in which data sets have their examples: torch's own, torchvision's, and many that are made after these."""
-
 OF_SAMPLERS = ("replacement", "num_samples", "weights", "indices")
-"""What torch's samplers keep of how they draw."""
 
 
 def source_record(source: Any) -> dict[str, Any]:

@@ -1,8 +1,5 @@
-"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of t.
-
-A run that resumes at step t asks for item t, and nothing is replayed. That is the interface the trainer relies on: any
-object with ``__getitem__(step)`` serves it, and :func:`loader` serves the same items from worker processes.
-"""
+"""Batches by position: item t of a data set here is the whole batch of step t, a pure function of t, so that a run that
+resumes at step t asks for item t and nothing is replayed."""
 
 from __future__ import annotations
 
@@ -47,10 +44,8 @@ class StepBatches(Dataset[BatchT], ABC):
         return batch
 
     def explain(self) -> str | None:
-        """Which file workers died of, for the error about it; None where that is not what happened.
-
-        To be asked once a loader has failed, before its workers are stopped.
-        """
+        """Which file workers died of, once a loader has failed and before its workers are stopped; None where that is
+        not what happened."""
         return None
 
     @property
@@ -117,8 +112,7 @@ def loader(
     )
 
 
-PATIENCE = 30
-"""Seconds that a worker lives on after it was asked to end, for the step under way."""
+PATIENCE = 30  # seconds that a worker lives on after it was asked to end, for the step under way
 
 
 def _begin_worker(worker: int) -> None:

@@ -21,5 +21,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What the application has under this name."""
     return moved.attribute(__name__, name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import dense, finite
+from metapl.execution.checks import dense, described, finite
 from metapl.metrics.statistics import chance_level
 
 CALIBRATION_BINS = 15
@@ -71,8 +71,16 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
-    _check(logits_NC, labels_N, classes)
+    if logits_NC.ndim != 2 or labels_N.ndim != 1 or len(logits_NC) != len(labels_N) or logits_NC.numel() == 0:
+        given = f"logits {tuple(logits_NC.shape)} and labels {tuple(labels_N.shape)}"
+        raise MetaplError(f"{given} were given; expected (N, C) and (N,) with N and C at least 1")
+    if not logits_NC.is_floating_point():
+        raise MetaplError(f"the logits are {logits_NC.dtype}; expected floating-point numbers")
     count, width = logits_NC.shape
+    check_labels(labels_N, width)
+    if classes is not None and len(classes) != width:
+        raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
+    finite(logits_NC)
     labels_N = labels_N.to("cpu", torch.int64)
     log_p_NC = torch.log_softmax(logits_NC.detach().to("cpu", torch.float64), dim=1)
     # From the logits, for softmax can make a tie of two logits; `max` takes the first of equals on the CPU.
@@ -97,18 +105,13 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
     )
 
 
-def _check(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None) -> None:
-    given = f"logits {tuple(logits_NC.shape)} and labels {tuple(labels_N.shape)}"
-    if logits_NC.ndim != 2 or labels_N.ndim != 1 or len(logits_NC) != len(labels_N) or logits_NC.numel() == 0:
-        raise MetaplError(f"{given} were given; expected (N, C) and (N,) with N and C at least 1")
-    if not logits_NC.is_floating_point():
-        raise MetaplError(f"the logits are {logits_NC.dtype}; expected floating-point numbers")
-    if labels_N.is_floating_point() or labels_N.is_complex() or labels_N.dtype == torch.bool:
-        raise MetaplError(f"the labels are {labels_N.dtype}; expected integers, the index of each class")
-    dense(labels_N, "the labels are")
-    width, low, high = logits_NC.shape[1], int(labels_N.min()), int(labels_N.max())
-    if low < 0 or high >= width:
-        raise MetaplError(f"the labels run from {low} to {high}; {width} logits allow 0 to {width - 1}")
-    if classes is not None and len(classes) != width:
-        raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
-    finite(logits_NC)
+def check_labels(labels: Tensor, classes: int, of: str = "") -> None:
+    """Refuse labels that are not indices of so many classes; ``of`` says of which data they are."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise MetaplError(
+            f"the labels{of} are {described(labels)}; expected integers, the index of each class: labels.long()"
+        )
+    dense(labels, f"the labels{of} are")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise MetaplError(f"the labels{of} run from {low} to {high}; of {classes} classes, expected 0 to {classes - 1}")

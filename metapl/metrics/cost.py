@@ -21,8 +21,8 @@ def _convolution_backward(*given: Any, **shapes: Any) -> int:
 
 _OWN = {torch.ops.aten.convolution_backward: _convolution_backward}
 
+# Floating-point operations by operator: PyTorch's, with grouped convolutions counted right.
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {name: shape_wrapper(own) for name, own in _OWN.items()}
-"""Floating-point operations by operator: PyTorch's, with grouped convolutions counted right."""
 
 
 def flops(run: Callable[[], Any]) -> int:

@@ -16,8 +16,7 @@ from metapl.execution.batch import inputs_of, is_whole, labeled_pair, length, pl
 from metapl.execution.device import to_device
 from metapl.execution.layout import without_gradients
 
-ROWS = 1024
-"""Examples in a pass, where data comes as a whole."""
+ROWS = 1024  # examples in a pass, where data comes as a whole
 
 
 def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -115,7 +114,6 @@ def _is_array(data: Any) -> bool:
 
 
 def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
-    """Inputs whose arrays are tensors."""
     if isinstance(inputs, Tensor):
         return inputs
     if isinstance(inputs, dict) and inputs:

@@ -89,7 +89,6 @@ class PairedTest:
     p_permutation: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The same figures as a dict of numbers and lists, ready for `json.dumps`."""
         return {**asdict(self), "interval": None if self.interval is None else list(self.interval)}
 
 

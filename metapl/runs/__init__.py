@@ -1,13 +1,11 @@
 """A run on disk.
 
-rows              the rows that it leaves behind
+rows              the rows that it leaves behind, in a file and as curves of TensorBoard
 checkpoint        states that are whole, or are refused by name
 checkpoint_parts  the same of several processes, each of which writes its part
 generators        the default random number generators, as a checkpoint keeps them
 environment       versions and hardware
-tensorboard       event files
 atomic            files that are the old one or the whole new one
-locks             exclusive locks on files
 ownership         the folder of a fit, and that it has one owner
 fingerprints      settings and data as plain values
 fields            fields of a frozen value, held against their ranges and choices

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 from metapl.errors import MetaplError
 from metapl.runs.sealed import refuse_irregular
 
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -44,15 +46,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException:
         # Closing flushes what the disk has just refused, so it may fail in the same way again.
-        with contextlib.suppress(OSError):
-            file.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for clean in (file.close, temporary.unlink):
+            with contextlib.suppress(OSError):
+                clean()
         raise
     sync_folder(path.parent)
-
-
-_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def is_temporary(name: str) -> bool:
@@ -82,10 +80,8 @@ def write_whole(path: Path, content: Any, mend: str) -> None:
 
 @contextlib.contextmanager
 def written_last(path: Path, content: bytes) -> Iterator[None]:
-    """A file that appears when the block ends well, such as one whose pictures the block writes.
-
-    Its bytes are on disk before the block begins, so a full disk leaves neither it nor what the block writes.
-    """
+    """A file that appears when the block ends well, such as one whose pictures the block writes. Its bytes are on disk
+    before the block begins, so a full disk leaves neither it nor what the block writes."""
     with replacing(path) as file:
         file.write(content)
         file.flush()

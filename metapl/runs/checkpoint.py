@@ -52,10 +52,8 @@ class CheckpointError(MetaplError):
 
 
 class ClosedCheckpointError(CheckpointError):
-    """A checkpoint that may be whole, and that this process cannot read: of another format, or without the right to.
-
-    To go on from an older one would write over what it holds.
-    """
+    """A checkpoint that may be whole, and that this process cannot read: of another format, or without the right to. To
+    go on from an older one would write over what it holds."""
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
@@ -76,10 +74,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
-
-    Raises: :class:`CheckpointError`, which says what is wrong with the file and how to mend it.
-    """
+    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written."""
     with opened(Path(path)) as content:
         state = unpacked(content.packed, functools.cache(content.tensor))
     if not isinstance(state, dict):
@@ -96,11 +91,8 @@ class Found(NamedTuple):
 
 
 class CheckpointFolder:
-    """A folder that keeps the last few checkpoints, ``step-00001234.ckpt`` and so on; one process writes to it.
-
-    Args:
-        folder: made at the first write.
-        keep: how many checkpoints stay, at least 1. The disk needs room for one more.
+    """A folder that keeps the last few checkpoints, ``step-00001234.ckpt`` and so on; one process writes to it. The
+    disk needs room for one more than are kept.
 
     >>> import tempfile
     >>> checkpoints = CheckpointFolder(tempfile.mkdtemp(), keep=2)
@@ -132,7 +124,6 @@ class CheckpointFolder:
         return path
 
     def make(self) -> None:
-        """Make the folder, and remove what killed processes had begun to write to it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.iterdir():  # only names that are made here: it may hold a user's files
             if re.fullmatch(r"step-\d{8,}(\.ckpt|(-\d+)?\.parts)\.[0-9a-f]{8}\.tmp", left.name):
@@ -160,7 +151,6 @@ class CheckpointFolder:
         )
 
     def paths(self) -> list[Path]:
-        """The checkpoints by name, newest first, whole or not."""
         return [path for _, path in self._numbered()]
 
     def _numbered(self) -> list[tuple[int, Path]]:
@@ -193,6 +183,7 @@ class CheckpointFolder:
 # ------------------------------------------------------------------------------------------------------- trees as JSON
 
 _PLAIN = (int, float, bool, str, type(None))
+ELSEWHERE = "tensor in the parts"  # the only key of what stands for a tensor that is kept elsewhere
 
 
 class Packed:
@@ -287,10 +278,6 @@ def unpacked(value: Any, tensor: Callable[[int], Any], elsewhere: Callable[[Any]
     return found
 
 
-ELSEWHERE = "tensor in the parts"
-"""The only key of what stands for a tensor that is kept elsewhere."""
-
-
 def _type_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
 
@@ -329,7 +316,6 @@ def write(path: Path, packed: Packed) -> str:
 
 
 def _bytes_of(t: Tensor) -> Any:
-    """The numbers of a tensor, in the order of its entries; of one on the host in its own memory."""
     flat = t.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if t.numel() else bytearray()  # of no numbers there is no view
 
@@ -352,7 +338,6 @@ class Content:
             raise ValueError("its tensors have another size")
 
     def tensor(self, number: int) -> Tensor:
-        """A tensor, on the host."""
         dtype, shape, begin = self.places[number]
         t = torch.empty(shape, dtype=dtype)
         self._file.seek(begin)
@@ -375,15 +360,11 @@ def opened(path: Path, *, checked: bool = False) -> Iterator[Content]:
             raise CheckpointError(f"{path} could not be read: {error.strerror}; {_USE_AN_OLDER_ONE}") from error
         try:
             yield Content(file, sha256)
-        except MetaplError:
-            raise
         except Exception as error:  # what was sealed may be anything, and shows in many types
-            if out_of_memory(error):
+            if isinstance(error, MetaplError) or out_of_memory(error):
                 raise
-            what = f"{type(error).__name__}: {reason_of(error)}"
-            raise CheckpointError(
-                f"{path} is whole, but holds what no metapl wrote ({what}); {_USE_AN_OLDER_ONE}"
-            ) from error
+            what = f"holds what no metapl wrote ({type(error).__name__}: {reason_of(error)})"
+            raise CheckpointError(f"{path} is whole, but {what}; {_USE_AN_OLDER_ONE}") from error
 
 
 def _read_line(path: Path, file: io.BufferedReader, checked: bool) -> str:

@@ -37,8 +37,7 @@ REST = "rest.ckpt"
 Like = Callable[[str, torch.Size], Any]
 """By the name of a tensor and its shape, a DTensor whose layout it is to have; None: whole."""
 
-LEAVES_WITHIN = 60.0
-"""Seconds that a fit which ends waits for the parts under way."""
+LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 
 class PartsWriter:
@@ -103,8 +102,6 @@ class PartsWriter:
         return name, place.name
 
     def _finish(self, done: Future[Path], place: Path, path: Path, step: int, parts: Any, rest: Packed) -> None:
-        """In a thread of its own."""
-
         def part() -> list[Any]:
             name = f"part-{self.rank:05d}.ckpt"
             return [[name, checkpoint.write(place / name, Packed({"parts": parts}))]] if parts else []
@@ -177,16 +174,8 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict[str, Any]:
-    """Read a checkpoint, in parts or not.
-
-    Args:
-        path: a file, or a folder of parts.
-        like: the layouts that sharded tensors are read into; None: they are whole, on the host.
-        checked: whether another process has called :func:`check`.
-
-    Returns: the state.
-
-    Cost: of the parts, the pieces that this process asks for; without ``checked``, first all of them.
+    """The state in a checkpoint, a file or a folder of parts. Sharded tensors are read as ``like`` lays them out, or
+    whole, on the host. Cost: the pieces that this process asks for; unless another has ``checked``, first all of them.
     """
     if not path.is_dir():
         return checkpoint.load(path)
@@ -236,6 +225,5 @@ def _read(name: str, shape: list[int], dtype: str, pieces: list[Any], like: Like
 
 
 def _box(t: Any) -> tuple[list[int], list[int]]:
-    """Where this process's part of a DTensor begins, and its shape."""
     [chunk] = t.__create_chunk_list__()
     return [*chunk.offsets], [*chunk.sizes]

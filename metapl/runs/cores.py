@@ -11,11 +11,7 @@ CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
-    """The cores that this process may use, by its CPU affinity and the CPU limit of its container; 1 or more.
-
-    >>> 1 <= available_cores() <= os.cpu_count()
-    True
-    """
+    """The cores that this process may use, by its CPU affinity and the CPU limit of its container; 1 or more."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min(cores, _limit() or cores)

@@ -13,7 +13,6 @@ from metapl.runs.cores import available_cores
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record of a run."""
     cuda = torch.cuda.is_available()
     return {
         "metapl": version("metapl"),
@@ -30,7 +29,6 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Of a package that the library itself does without."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -39,8 +37,6 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, None) or platform.processor()

@@ -37,16 +37,10 @@ class Range:
     of: str = ""
 
     def holds(self, value: Any) -> bool:
-        """Whether a number is within it."""
-        return (
-            (self.least is None or value >= self.least)
-            and (self.below is None or value < self.below)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-        )
+        low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+        return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
 
     def words(self, kind: Any) -> str:
-        """What is expected, in words."""
         name = self.of or ("a whole number" if kind is int else "a number")
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
@@ -87,13 +81,8 @@ def check_fields(value: Any) -> None:
     metapl.errors.FieldError: Smoothed(kind='firm'): expected 'soft', 'hard' or None.
     """
     kind: Any = type(value)
-    for name, hint in _limited(kind).items():
-        given = getattr(value, name)
-        if misfit(given, hint) is not None:
-            expected = _words(hint)
-            if isinstance(given, float) and not math.isfinite(given):
-                expected = expected.replace("a number", "a finite number")
-            raise FieldError(f"{kind.__name__}({name}={given!r}): expected {expected}.", name, given, expected)
+    hints = _of_fields(kind)
+    _refuse({name: getattr(value, name) for name in hints}, hints, f"{kind.__name__}({{}})")
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -105,33 +94,52 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     Traceback (most recent call last):
     metapl.errors.FieldError: clip_norm=-1.0: expected a number above 0 or None.
     """
-    for name, hint in _annotated(function).items():
-        if misfit(given[name], hint) is not None:
+    _refuse(given, _of_arguments(function), "{}")
+
+
+def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> None:
+    for name, hint in hints.items():
+        if misfit(value := given[name], hint) is not None:
             expected = _words(hint)
-            raise FieldError(f"{name}={given[name]!r}: expected {expected}.", name, given[name], expected)
+            if isinstance(value, float) and not math.isfinite(value):
+                expected = expected.replace("a number", "a finite number")
+            raise FieldError(f"{shown.format(f'{name}={value!r}')}: expected {expected}.", name, value, expected)
 
 
 @cache
-def _annotated(function: Any) -> dict[str, Any]:
+def _of_arguments(function: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(function, include_extras=True)
-    return {name: hint for name, hint in hints.items() if name != "return" and _is_plain(hint)}
+    return {name: hint for name, hint in hints.items() if name != "return" and _is_limited(hint)}
 
 
 @cache
-def _limited(kind: Any) -> dict[str, Any]:
-    """The annotations of a dataclass's fields that are looked at."""
+def _of_fields(kind: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for above in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        for name, hint in typing.get_type_hints(above, include_extras=True).items():
-            if hint not in (int, float) or name not in found:
-                found[name] = hint
-    return {each.name: found[each.name] for each in dataclasses.fields(kind) if _is_plain(found[each.name])}
+        hints = typing.get_type_hints(above, include_extras=True)
+        found |= {name: hint for name, hint in hints.items() if hint not in (int, float) or name not in found}
+    return {field.name: found[field.name] for field in dataclasses.fields(kind) if _is_limited(found[field.name])}
 
 
-def _is_plain(hint: Any) -> bool:
+def _is_limited(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
-        return any(isinstance(note, Range) for note in hint.__metadata__) or _is_plain(hint.__origin__)
-    return hint in (bool, int, float) or get_origin(hint) is Literal or any(map(_is_plain, get_args(hint)))
+        kind, ranges = _ranged(hint)
+        return bool(ranges) or _is_limited(kind)
+    return hint in (bool, int, float) or get_origin(hint) is Literal or any(map(_is_limited, get_args(hint)))
+
+
+def _ranged(hint: Any) -> tuple[Any, list[Range]]:
+    """A type and its ranges; those of a union are its numbers' own."""
+    if get_origin(hint) is not Annotated:
+        return hint, []
+    kind, *said = get_args(hint)  # such as to the command line
+    ranges = [one for one in said if isinstance(one, Range)]
+    if ranges and get_origin(kind) in (Union, types.UnionType):
+        parts = [Annotated[(part, *ranges)] if _ranged(part)[0] in (int, float) else part for part in get_args(kind)]
+        return Union[tuple(parts)], []  # noqa: UP007 - of parts that are known at run time
+    if ranges and kind not in (int, float):
+        raise TypeError(f"{hint} has a range, and is neither a number nor a union with one")
+    return kind, ranges
 
 
 def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
@@ -149,21 +157,17 @@ def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
     >>> misfit({"a": [1, "x"]}, dict[str, tuple[int, ...]], "counts")
     "counts.a.1 is 'x'; expected a whole number"
     """
-    ranges, kind = [], hint
-    if get_origin(hint) is Annotated:
-        kind, *said = get_args(hint)  # such as to the command line
-        ranges = [one for one in said if isinstance(one, Range)]
-    if _fits_plainly(value, kind):
-        return None if all(one.holds(value) for one in ranges) else _unexpected(value, hint, where)
+    kind, ranges = _ranged(hint)
     origin, parts = get_origin(kind), get_args(kind)
+    if _fits_plainly(value, kind) and all(one.holds(value) for one in ranges):
+        return None
     if origin in (Union, types.UnionType):
         faults = [misfit(value, part, where) for part in parts]
         # Of a text that may be left out, say, the fault of the text itself says nothing of None.
         deeper = [fault for fault in faults if fault is not None and not fault.startswith(f"{where} is ")]
         return None if None in faults else deeper[0] if deeper else _unexpected(value, hint, where)
     if origin in (tuple, list) and isinstance(value, list | tuple):
-        ellipsis = origin is list or (len(parts) == 2 and parts[1] is Ellipsis)
-        hints = [parts[0]] * len(value) if ellipsis else list(parts)
+        hints = [parts[0]] * len(value) if origin is list or parts[1:] == (...,) else list(parts)
         if len(hints) != len(value):
             return f"{where} has {len(value)} entries; expected {len(hints)}"
         return _first(misfit(entry, hints[i], f"{where}.{i}") for i, entry in enumerate(value))
@@ -182,10 +186,8 @@ def misfit_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: s
 
 
 def _fits_plainly(value: Any, hint: Any) -> bool:
-    if hint is Any:
-        return True
-    if hint is None or hint is type(None):
-        return value is None
+    if hint in (Any, None, type(None)):
+        return hint is Any or value is None
     if hint is int:
         return not isinstance(value, bool) and isinstance(value, Integral)
     if hint is float:
@@ -212,13 +214,12 @@ def _unexpected(value: Any, hint: Any, where: str) -> str:
 
 
 def _words(hint: Any) -> str:
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        ranges = [note.words(parts[0]) for note in hint.__metadata__ if isinstance(note, Range)]
-        return " and ".join(ranges) or _words(parts[0])
+    kind, ranges = _ranged(hint)
+    if ranges:
+        return " and ".join(one.words(kind) for one in ranges)
+    origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        of_each = [(repr(one) for one in get_args(part)) if get_origin(part) is Literal else [_words(part)]
-                   for part in parts]  # fmt: skip
+        of_each = [map(repr, get_args(part)) if get_origin(part) is Literal else [_words(part)] for part in parts]
         *first, last = [words for choices in of_each for words in choices]
         return f"{', '.join(first)} or {last}"
     if origin is Literal:
@@ -226,4 +227,4 @@ def _words(hint: Any) -> str:
     if origin is tuple:
         return f"several, each {_words(parts[0])}" if parts[1:] == (...,) else f"({', '.join(map(_words, parts))})"
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

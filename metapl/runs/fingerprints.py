@@ -16,16 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-WHOLE_NUMBERS = 2**24
-"""Numbers of a tensor that are all read; of larger ones, every second, third and so on."""
+WHOLE_NUMBERS = 2**24  # of a tensor, that are all read; of larger ones, every second, third and so on
 
 
 def as_values(value: Any) -> Any:
-    """A setting as numbers, texts, lists and dicts: dataclasses by their fields, and what else there is by its type.
-
-    >>> as_values((1, None, torch.nn.ReLU()))
-    [1, None, 'torch.nn.modules.activation.ReLU']
-    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -50,10 +44,8 @@ def settings_of(owner: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def built_with(value: Any, known: set[int] | None = None) -> dict[str, str]:
     """The settings that an object keeps, by their names, in words: its attributes with the names of its constructor's
-    arguments (other attributes may be counters), what a function closes over, and the same of these.
-
-    Of a dataclass those fields count that are objects, as :func:`as_values` has the others. Objects that are ``known``
-    were told of before.
+    arguments (other attributes may be counters), what a function closes over, and the same of these. Of a dataclass
+    those fields count that are objects, as :func:`as_values` has the others; ``known`` ones were told of before.
 
     >>> built_with(nn.MultiheadAttention(4, 2))["num_heads"]
     '2'
@@ -70,8 +62,8 @@ def built_with(value: Any, known: set[int] | None = None) -> dict[str, str]:
 
 
 _PLAIN = (bool, int, float, str, bytes, type, type(None), Tensor, np.ndarray)
-_FEW = 100
-"""Entries of a list that are looked into; a longer one holds data."""
+_FEW = 100  # entries of a list that are looked into; a longer one holds data
+_OF_MODULES = frozenset(vars(nn.Module()))  # such as the mode, of which there are other records
 
 
 def _kept(value: Any) -> dict[str, Any]:
@@ -94,13 +86,8 @@ def _kept(value: Any) -> dict[str, Any]:
     return {name: held[key] for name in arguments for key in (name, f"_{name}") if key in kept}
 
 
-_OF_MODULES = frozenset(vars(nn.Module()))
-"""Attributes that every module has, such as its mode; they have records of their own."""
-
-
 @cache
 def _arguments(kind: type[object]) -> tuple[tuple[str, ...], bool]:
-    """The names of a class's constructor's arguments, inherited ones too, and whether others may be given by name."""
     made_by = [vars(base).get("__init__") for base in kind.__mro__]
     written = [init for init in made_by if isinstance(init, FunctionType)]
     parameters = [p for init in written for p in inspect.signature(init).parameters.values()]
@@ -109,10 +96,7 @@ def _arguments(kind: type[object]) -> tuple[tuple[str, ...], bool]:
 
 def network_record(network: nn.Module) -> dict[str, Any]:
     """What a network says of itself: of each module its type, ``extra_repr`` and what it was built with, and the names
-    of the parameters that it does not learn.
-
-    Left out is what depends on the network's mode, on how it is laid out over processes, and on values of tensors.
-    """
+    of the parameters that it does not learn; not its mode, how it is laid out over processes, and values of tensors."""
     modules: dict[str, list[str]] = {}
     known: set[int] = set()
     for name, part in network.named_modules():
@@ -130,7 +114,6 @@ def network_record(network: nn.Module) -> dict[str, Any]:
 
 
 def _extra_repr(part: nn.Module) -> str:
-    """``extra_repr`` of the module without the values of its tensors, which move."""
     try:
         twin = object.__new__(type(part))
         vars(twin).update(vars(part))

@@ -15,20 +15,8 @@ from metapl.errors import MetaplError, reason_of
 _LOG = logging.getLogger(__name__)
 
 
-class GeneratorStateError(MetaplError):
-    """What was given is not a state of the generators."""
-
-
 def rng_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it.
-
-    >>> before = rng_state()
-    >>> first = random.random(), torch.rand(2)
-    >>> set_rng_state(before)
-    >>> second = random.random(), torch.rand(2)
-    >>> first[0] == second[0] and torch.equal(first[1], second[1])
-    True
-    """
+    """The state of Python's, NumPy's and torch's default random number generators, as a checkpoint takes it."""
     version, words, next_gauss = random.getstate()
     return {
         "python": {"version": version, "words": list(words), "next_gauss": next_gauss},
@@ -41,14 +29,14 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what :func:`rng_state` returned; a warning says where the number of CUDA devices has changed.
 
-    Raises: :class:`GeneratorStateError` where it is not such a state; all generators are then as they were.
+    Raises: :class:`metapl.MetaplError` where it is not such a state; all generators are then as they were.
     """
     before = rng_state()
     try:
         _set(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         _set(before)
-        raise GeneratorStateError(
+        raise MetaplError(
             f"this is not a state of the random number generators ({type(error).__name__}: {reason_of(error)}); give "
             "what metapl.runs.generators.rng_state() returned"
         ) from error
@@ -69,7 +57,6 @@ def _set(state: Mapping[str, Any]) -> None:
 
 
 def plain_states(value: Any) -> Any:
-    """NumPy's arrays and numbers as lists and numbers, as a checkpoint has them."""
     if isinstance(value, dict):
         return {key: plain_states(inner) for key, inner in value.items()}
     if isinstance(value, list):

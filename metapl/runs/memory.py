@@ -15,26 +15,20 @@ _SAID = re.compile(
     re.IGNORECASE,
 )
 
-LESS = (
+LESS = (  # not every recipe has all of these
     "lower the batch sizes (--labeled-batch, --unlabeled-batch), --image-size or --num-workers, raise --accumulate, or "
     "take --precision bfloat16"
 )
-"""What takes less memory; not every recipe has all of these."""
 
 
 def out_of_memory(error: BaseException) -> str | None:
     """Whose memory did not suffice, where that is the error or one that it came from; None for any other error, and for
-    a refusal that says so itself.
-
-    >>> out_of_memory(MemoryError()), out_of_memory(ValueError("memory of a cat"))
-    ('of this machine', None)
-    """
+    a refusal that says so itself."""
     seen: set[int] = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen and "does not suffice" not in str(cause):
         seen.add(id(cause))
-        where = _where(cause)
-        if where is not None:
+        if where := _where(cause):
             return where
         cause = cause.__cause__ or cause.__context__
     return None

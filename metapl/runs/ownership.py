@@ -5,30 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import time
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import IO, Any, ClassVar
 
 from metapl.errors import MetaplError
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.runs.locks import lock
 
-LOCK = ".lock"
-"""The file that is locked. In the folder of a run it stays where it is when that is let go."""
-
-PATIENCE = 3.0
-"""Seconds that are waited for an owner that is just going."""
+LOCK = ".lock"  # the file that is locked; in the folder of a run it stays where it is when that is let go
+PATIENCE = 3.0  # seconds that are waited for an owner that is just going
+BEHIND_CONTENT = 2**30  # where the locked byte lies on Windows
 
 
 class Folder:
-    """The folder of a fit: checkpoints of its phases, and the rows that :mod:`metapl.training` records.
-
-    Args:
-        path: made where it is missing, when it is held.
-    """
+    """The folder of a fit: checkpoints of its phases, and the rows that :mod:`metapl.training` records. It is made,
+    where it is missing, when it is held."""
 
     undone: ClassVar[Collection[str]] = (LOCK,)
     """Names of files that are written before anything was trained, for :func:`owned`."""
@@ -51,7 +46,6 @@ class Folder:
                 self._is_held = False
 
     def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
-        """The checkpoints of a phase, of which the last ``keep`` stay."""
         return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
 
@@ -95,7 +89,6 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
 
 
 def _remove(paths: Collection[Path]) -> None:
-    """Remove files and empty folders, up to the first that is not."""
     with suppress(OSError, MemoryError):
         for path in paths:
             path.rmdir() if path.is_dir() else path.unlink()
@@ -121,7 +114,7 @@ def _taken(folder: Path) -> tuple[IO[bytes], bool]:
             lock(file, wait=False)
             # The file may have been removed by its owner before it was locked here; the name is what others look for.
             if os.path.samestat(found, os.stat(folder / LOCK)):
-                _close_in_forks(file)
+                _close_in_forks(weakref.ref(file))
                 return file, made is not None and os.path.samestat(found, made)
         except OSError as error:
             # What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows.
@@ -149,14 +142,27 @@ def _opened(path: Path) -> tuple[IO[bytes], bool]:
     return os.fdopen(os.open(path, flags), "rb+"), False
 
 
-def _close_in_forks(file: IO[bytes]) -> None:
+def _close_in_forks(held: weakref.ref[IO[bytes]]) -> None:
     """A forked process shares the lock: workers that outlive a parent that was killed would hold it."""
-    held = weakref.ref(file)
-
-    def close() -> None:
-        open_file = held()
-        if open_file is not None:
-            open_file.close()
-
     if hasattr(os, "register_at_fork"):  # Windows has no forks
-        os.register_at_fork(after_in_child=close)
+        os.register_at_fork(after_in_child=lambda: (file := held()) and file.close())
+
+
+def lock(file: IO[Any], *, wait: bool) -> None:
+    """Lock a file that is open for writing against other processes until it is closed, however they end; ``OSError``
+    where another holds it, unless that is to be waited for (on Windows, for ten seconds at most)."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        # Windows locks ranges of bytes and keeps other processes from reading them, so this one lies behind any
+        # content. The range starts at the file's position, which is put back.
+        before = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+        os.lseek(file.fileno(), BEHIND_CONTENT, os.SEEK_SET)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(file.fileno(), before, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

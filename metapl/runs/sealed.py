@@ -61,7 +61,6 @@ def read_json(
 
 
 def sha256_of(file: IO[bytes] | StrPath) -> str:
-    """The SHA-256 of a file, or of what is left of an open one, in hexadecimal."""
     if isinstance(file, str | os.PathLike):
         with open_plain(file) as opened:
             return sha256_of(opened)
@@ -85,16 +84,13 @@ def open_plain(path: StrPath) -> io.BufferedReader:
 
 
 def read_plain(path: StrPath) -> bytes:
-    """All bytes of a file; raises as :func:`open_plain`."""
     with open_plain(path) as file:
         return file.read()
 
 
 def refuse_irregular(path: StrPath, mode: int | None = None) -> None:
-    """Stop where something else than a plain file has a name (an ``OSError``); one that is free passes.
-
-    To rename a file to the name of a device would take that away.
-    """
+    """Stop where something else than a plain file has a name (an ``OSError``): to rename a file to the name of a device
+    would take that away. A name that is free passes."""
     try:
         mode = os.stat(path).st_mode if mode is None else mode
     except FileNotFoundError:
@@ -107,13 +103,7 @@ def refuse_irregular(path: StrPath, mode: int | None = None) -> None:
 
 
 def irregular(mode: int) -> str | None:
-    """What it is that is neither a file nor a folder, by its ``st_mode``; None for these two.
-
-    >>> irregular(os.stat(os.curdir).st_mode), irregular(os.stat(os.devnull).st_mode)
-    (None, 'a device')
-    """
+    """What it is that is neither a file nor a folder, by its ``st_mode``; None for these two."""
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
-    if stat.S_ISFIFO(mode):
-        return "a pipe"
-    return "a socket" if stat.S_ISSOCK(mode) else "a device"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import signal
 
+# From outside, and from a terminal that is closed; Windows has no SIGHUP.
 END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""From outside, and from a terminal that is closed; Windows has no SIGHUP. Who stops a group of processes may reach one
-of them twice."""
 
 
 def is_heard(number: int) -> bool:

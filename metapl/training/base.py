@@ -69,15 +69,13 @@ class Trainer(Stepwise):
             allow_changes: what may differ from the run that is resumed, some of ``student_optimizer``,
                 ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``networks`` (what their
                 modules say of themselves, and which parameters they learn), ``dtype``, ``labeled``, ``unlabeled`` and
-                ``validation``. Anything else that is known to differ is refused by name; what is given now counts.
-            progress: show on standard error how far it is: a bar on a terminal, else a line at a validation,
-                one a minute at most.
+                ``validation``. Anything else that is known to differ is refused by name.
+            progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
             say: where messages go; default: standard error.
-            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded (see
-                ``log_every`` and ``validate_every``): the number of steps done, the numbers of that row, and this
-                trainer, whose student is the one in training. It may raise :class:`metapl.StopFit`, which ends the fit
-                and keeps what was done; what it draws from the default generators of torch is undone. Saved and
-                restored with the run are callbacks that have ``state_dict`` and ``load_state_dict``.
+            callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded, with the
+                number of steps done and the numbers of the row. It may raise :class:`metapl.StopFit`, which ends the
+                fit and keeps what was done; what it draws from torch's default generators is undone. One that has
+                ``state_dict`` and ``load_state_dict`` is saved and restored with the run.
             options: the other fields of :class:`FitOptions`.
 
         Returns: a :class:`FitResult`.
@@ -104,7 +102,8 @@ class Trainer(Stepwise):
         folder = Folder(out) if isinstance(out, str | Path) else out
         how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
         run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, *how)
-        return run.run(labeled, unlabeled, resume)
+        with run.records.held():
+            return run.run(labeled, unlabeled, resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
         """Accuracy, per class, confusion matrix and calibration of the student on (inputs, labels) or batches."""
@@ -162,14 +161,12 @@ class Trainer(Stepwise):
             raise
 
     def _refuse_parts(self, name: str) -> None:
-        networks = [self.student, *([] if self.teacher is None else [self.teacher])]
-        if any(is_sharded(p) for network in networks for p in network.parameters()):
+        if any(is_sharded(p) for network in self.networks.values() for p in network.parameters()):
             raise MetaplError(
                 f"{name}() is not built yet for sharded networks, of which this process holds a part; write the "
                 "networks and optimizers with torch.distributed.checkpoint."
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        on = self.precision != "float32"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if on else nullcontext()

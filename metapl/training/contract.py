@@ -1,20 +1,108 @@
-"""What the loop requires of a trainer."""
+"""What the loop requires of a trainer, and the report of a step: its numbers, on the device until they are read."""
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.training.report import Report
+from metapl.problems.base import Problem, Signal, has_rows
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The numbers of a step. They stay on the device until they are read: ``as_dict`` gives floats.
+
+    Args:
+        step: the step's number, from 0.
+        scalars: by name.
+        fault: errors detected on the device; raised when the report is read.
+    """
+
+    step: int
+    scalars: dict[str, Tensor]
+    fault: checks.Fault = field(default_factory=checks.Fault, repr=False)
+
+    def as_dict(self) -> dict[str, float]:
+        """Every scalar, in one transfer from the device."""
+        self.fault.raise_if_found()
+        tensors = self._tensors()
+        values = torch.stack([t.detach().double().reshape(()) for t in tensors.values()]).tolist()
+        return dict(zip(tensors, values, strict=True))
+
+    def counts(self) -> dict[str, list[int]]:
+        """Whole numbers, a list for each name, such as the pseudo-labels of each class."""
+        return {}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.scalars
+
+    def __getattr__(self, name: str) -> float:
+        values = self.as_dict() if "scalars" in self.__dict__ and not name.startswith("_") else {}
+        if name not in values:
+            fields = "feedback and " if "feedback" in self.__dict__ else ""
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {fields}{', '.join(values)}")
+        return values[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport(Report):
+    """The numbers of one step of the bilevel trainer; an attribute or ``as_dict`` gives floats.
+
+    Args:
+        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a tuple
+            of them for a :class:`metapl.Lookahead`.
+        scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
+            of its own losses) and a ``teacher_<name>`` for each of these, ``feedback_ratio`` (the norm of the weighted
+            feedback's gradient at the teacher's outputs over that of its own losses; NaN without these, and for a
+            signal without rows whose feedback comes from several processes or micro-batches).
+        signal: the teacher's signal about the last inner batch, without its graph.
+        student_outputs: S(x_u; θ) on that batch.
+        problem: it gives the report its columns.
+        ranks: the processes that share the batch: the scalars are means over them, on whichever rank they are read;
+            ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
+    """
+
+    feedback: Tensor | tuple[Tensor, ...]
+    signal: Signal = field(repr=False)
+    student_outputs: Tensor = field(repr=False)
+    problem: Problem = field(repr=False)
+    ranks: Ranks = field(default=ALONE, repr=False)
+
+    def exchanged(self) -> StepReport:
+        """The same, when all ranks are here: later one may read the report alone."""
+        self.__dict__["_exchanged"] = self._columns()
+        return self
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.scalars, **(self._columns() if self.ranks.alone else self.__dict__["_exchanged"])}
+
+    def _columns(self) -> dict[str, Tensor]:
+        """``feedback_mean`` and ``feedback_std`` of h over its entries, and the problem's columns."""
+        parts = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
+        # Of the feedback on a signal without rows, such as a matrix, each rank has a share.
+        if not has_rows(self.problem, self.signal, len(self.student_outputs)):
+            parts = tuple(self.ranks.sum(h) for h in parts)
+        h = torch.cat([part.double().flatten() for part in parts])
+        columns = self.problem.columns(self.signal, self.student_outputs)
+        if self.ranks.alone:
+            return {"feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
+        means = self.ranks.mean_scalars({"feedback_mean": h.mean(), **columns})
+        spread = self.ranks.mean((h - means["feedback_mean"]).square().mean()).sqrt()
+        return {"feedback_mean": means.pop("feedback_mean"), "feedback_std": spread, **means}
+
+    def counts(self) -> dict[str, list[int]]:
+        return self.problem.counts(self.signal, self.student_outputs)
 
 
 class Stepwise(ABC):
@@ -23,6 +111,7 @@ class Stepwise(ABC):
     Attributes:
         student: the network that is trained, evaluated and kept.
         teacher: the network that makes the labels, where there is one.
+        teacher_classifies: whether the teacher gives class logits, so that its accuracy can be measured.
         as_given: the student as it was handed over, perhaps in ``DistributedDataParallel``.
         device: where the networks are.
         ranks: the processes that share its batches.
@@ -38,13 +127,16 @@ class Stepwise(ABC):
 
     @property
     def teacher_classifies(self) -> bool:
-        """Whether the teacher maps a student's inputs to class logits, so that its accuracy can be measured."""
         return self.teacher is not None
 
     @property
     def late_starts(self) -> Sequence[int]:
         """How many steps from now a loss begins that costs nothing before, such as UDA's."""
         return ()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     @property
     @abstractmethod

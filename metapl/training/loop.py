@@ -7,14 +7,14 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import length, micro_batches
@@ -26,23 +26,12 @@ from metapl.runs.checkpoint_parts import PartsWriter, check, load
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
 from metapl.runs.ownership import Folder
-from metapl.training.average import Average
-from metapl.training.contract import Say, Stepwise
+from metapl.training import resuming
+from metapl.training.contract import Report, Say, Stepwise
 from metapl.training.options import FitOptions, Rates
-from metapl.training.processes import layouts_of, of_this, parts_writer, with_ranks
 from metapl.training.progress import Progress, progress
 from metapl.training.records import Records
-from metapl.training.report import Report
-from metapl.training.resuming import (
-    VERSIONS,
-    check_state,
-    data_of,
-    going_on_from,
-    made_of,
-    refuse_changes,
-    version_note,
-)
-from metapl.training.selection import Best, Selection, weights_of
+from metapl.training.selection import Average, Best, Selection, weights_of
 from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
 
 if TYPE_CHECKING:
@@ -86,34 +75,15 @@ class FitRun:
         callbacks: Sequence[Callback] = (),
         allow_changes: Sequence[str] = (),
     ) -> None:
-        student, teacher = trainer.student, trainer.teacher
-        if options.wait and teacher is None:
-            raise MetaplError(
-                f"wait={options.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train "
-                "while its student waits; expected wait=0."
-            )
-        if truth is not None and teacher is not None and not trainer.teacher_classifies:
-            raise MetaplError(
-                "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher "
-                "gives no class logits; leave truth out, or set teacher_classifies = True on the problem."
-            )
-        if options.warm_start and teacher is not None:
-            shapes = [{name: t.shape for name, t in net.state_dict().items()} for net in (student, teacher)]
-            for name in {**shapes[0], **shapes[1]}:
-                here, there = (named.get(name, "missing") for named in shapes)
-                if here != there:
-                    raise MetaplError(
-                        f"warm_start=True needs a student of the teacher's architecture; {name} is {here} in the "
-                        f"student and {there} in the teacher."
-                    )
+        _check(trainer, options, truth)
+        self.trainer, self.options, self.ranks = trainer, options, trainer.ranks
         # One of several processes shows and writes.
         self.first = trainer.ranks.first
-        self.trainer, self.options, self.say = trainer, options, say if self.first else lambda text: None
-        self.shown = shown and self.first
+        self.say, self.shown = say if self.first else lambda text: None, shown and self.first
         self.rates = Rates(trainer, options)
         self.allow_changes = allow_changes
-        self.made_of = made_of(trainer, self.rates)  # before a callback moves anything
-        self.averages = {"student": self._average(student), "teacher": self._average(teacher)}
+        self.made_of = resuming.made_of(trainer, self.rates)  # before a callback moves anything
+        self.averages = {role: self._average(role) for role in ("student", "teacher")}
         self.selection = Selection(validation, truth, trainer.device, options.select, say)
         self.records = Records(out if self.first else None, options)
         self.callbacks = Callbacks(callbacks, trainer)
@@ -129,70 +99,70 @@ class FitRun:
         self.faults: list[tuple[int, Fault]] = []
 
     def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
-        with self.records.held():
-            return self._run(labeled, unlabeled, resume)
+        from metapl.data.feed import feed  # needed for fitting only
 
-    def _run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
         if labeled is None:
             raise MetaplError(
                 "labeled is None; expected a source of labeled batches (inputs, labels): a DataLoader, or a list."
             )
-        ranks, options = self.trainer.ranks, self.options
+        ranks, options = self.ranks, self.options
         resume = ranks.any(resume)  # the first of several processes knows of the run
         self.saves = ranks.any(self.records.kept)
         with ranks.agreed(waiting=True):
             if not resume:
                 self.records.refuse_another_run()
         self.selection.check(self.trainer.student, self.trainer.teacher)
-        sources = {
-            name: source for name, source in {"labeled": labeled, "unlabeled": unlabeled}.items() if source is not None
-        }
+        sources = {"labeled": labeled} | ({} if unlabeled is None else {"unlabeled": unlabeled})
         try:
             if self.saves:
                 known = self.records.checkpoints
-                self.parts = parts_writer(self.trainer, None if known is None else known.folder, options.keep)
+                self.parts = resuming.parts_writer(self.trainer, None if known is None else known.folder, options.keep)
             for name, source in sources.items():
-                self.feeds[name] = self._feed(source, name)
+                stop = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
+                how: dict[str, Any] = {"num_workers": options.num_workers, "device": self.trainer.device}
+                self.feeds[name] = feed(source, name=name, stop=stop, **how)
             if self.records.kept:
-                self.made_of |= data_of(sources | {"validation": self.selection.validation})
+                self.made_of |= resuming.data_of(sources | {"validation": self.selection.validation})
             self._steps(self._restore() if resume else 0)
         except Exception as error:
-            last = self.records.last_good()
-            if whose := out_of_memory(error):
-                step = self.under_way + 1
-                raise MetaplError(f"step {step}: the memory {whose} does not suffice; {LESS} ({last})") from error
-            # A callback may lose a connection of its own, to a server for example: no worker died then.
-            workers = 0 if error is self.callbacks.raised else options.num_workers
-            death = _worker_death(error, sources.values(), workers)  # asked before the workers are stopped
-            if death is None:
+            told = self._explained(error, sources.values())  # asked before the workers are stopped
+            if told is None:
                 raise
-            raise MetaplError(f"{death} ({last})") from error
+            raise MetaplError(told) from error
         finally:
             self.rates.put_back()
-            for feed in self.feeds.values():
-                feed.close()
+            for one in self.feeds.values():
+                one.close()
             if self.parts is not None:
                 self.parts.close()
         return self._finish()
 
-    def _feed(self, source: Any, name: str) -> Feed:
-        from metapl.data.feed import feed  # needed for fitting only
-
-        options = self.options
-        stop = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
-        return feed(source, name=name, stop=stop, num_workers=options.num_workers, device=self.trainer.device)
+    def _explained(self, error: Exception, sources: Iterable[Any]) -> str | None:
+        step, last = self.under_way + 1, self.records.last_good()
+        if whose := out_of_memory(error):
+            return f"step {step}: the memory {whose} does not suffice; {LESS} ({last})"
+        if error is self.callbacks.raised:
+            return None  # it may have lost a connection of its own, to a server for example: no worker died
+        if death := _worker_death(error, sources, self.options.num_workers):
+            return f"{death} ({last})"
+        # States of an optimizer show what they are where they are used.
+        first = self.resumed_from is not None and self.resumed_from[0] == self.under_way
+        if self.resumed_from and first and isinstance(error, RuntimeError | LookupError | TypeError | AttributeError):
+            return (
+                f"step {step}, the first after {self.resumed_from[1]}, failed ({type(error).__name__}: "
+                f"{reason_of(error):.200}); was that checkpoint of other networks or optimizers?"
+            )
+        return None
 
     # ----------------------------------------------------------------------------------------------------- the steps
 
     def _steps(self, start: int) -> None:
-        options, ranks = self.options, self.trainer.ranks
+        options, ranks = self.options, self.ranks
         with stop_requests() as stop:
-            dearer = [options.wait, *(start + later for later in self.trainer.late_starts)]
-            bar = progress(self.shown, name=options.phase, start=start, steps=options.steps, dearer=dearer)
+            bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
             with bar as progressing, self.records.opened(start, self.say):
                 for t in range(start, options.steps if self.ended is None else start):
-                    with self._first_after_resuming(t):
-                        row = self._one_step(t, progressing)
+                    row = self._one_step(t, progressing)
                     if row:
                         self._record(t + 1, {"step": t + 1, **row})
                     if self.ended or options.due(options.save_every, t):
@@ -207,19 +177,6 @@ class FitRun:
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
 
-    @contextmanager
-    def _first_after_resuming(self, t: int) -> Iterator[None]:
-        """Name the checkpoint where the step that follows it fails: states of an optimizer show what they are there."""
-        try:
-            yield
-        except (RuntimeError, LookupError, TypeError, AttributeError) as error:
-            if self.resumed_from is None or t != self.resumed_from[0] or out_of_memory(error):
-                raise
-            raise MetaplError(
-                f"step {t + 1}, the first after {self.resumed_from[1]}, failed ({type(error).__name__}: "
-                f"{reason_of(error):.200}); was that checkpoint of other networks or optimizers?"
-            ) from error
-
     def _one_step(self, t: int, progressing: Progress) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
         self.under_way, options, trainer = t, self.options, self.trainer
@@ -233,7 +190,7 @@ class FitRun:
         if options.warm_start and t == options.wait and trainer.teacher is not None:
             with self._held("teacher") as teacher:
                 load_whole(trainer.student, weights_of(teacher))
-            self.averages["student"] = self._average(trainer.student)
+            self.averages["student"] = self._average("student")
         try:
             report = trainer.teacher_step(labeled, unlabeled) if waits else trainer.step(labeled, unlabeled)
         except MetaplError as error:
@@ -267,7 +224,7 @@ class FitRun:
 
     def _own_rows(self, batch: Any) -> Any:
         """This process's share of a batch, where the sources serve whole ones."""
-        ranks = self.trainer.ranks
+        ranks = self.ranks
         if ranks.alone or not self.options.split_batches or batch is None:
             return batch
         if length(batch) % ranks.size:
@@ -293,7 +250,6 @@ class FitRun:
             self.records.row(row)
 
     def _look(self, t: int) -> dict[str, float]:
-        """The accuracies on validation data after step t."""
         # A teacher that weighs examples, say, has no accuracy.
         labeler = self.trainer.teacher if self.trainer.teacher_classifies else None
         student = None if self.options.waits(t) else lambda: self._held("student")
@@ -301,14 +257,14 @@ class FitRun:
         self.seen = self.selection.look(student, teacher, labeler, t + 1)
         return self.seen
 
-    def _average(self, network: nn.Module | None) -> Average | None:
-        decay = self.options.ema_decay
+    def _average(self, role: str) -> Average | None:
+        network, decay = self.trainer.networks.get(role), self.options.ema_decay
         return None if network is None or decay is None else Average(network, decay)
 
     def _held(self, role: str) -> AbstractContextManager[Any]:
         """What is validated and kept: the averaged network in a block, or the network."""
         average = self.averages[role]
-        return nullcontext(getattr(self.trainer, role)) if average is None else average.held()
+        return nullcontext(self.trainer.networks[role]) if average is None else average.held()
 
     def _watch(self, report: Report, t: int) -> None:
         """Remember whether a loss of step t was not finite, and what was wrong with its batch."""
@@ -323,11 +279,10 @@ class FitRun:
         for step, fault in self.faults:
             fault.raise_if_found(f"step {step + 1}: ")
         self.faults.clear()
-        networks = [network for network in (self.trainer.student, self.trainer.teacher) if network is not None]
-        finite = [torch.isfinite(local(p.detach())).all() for network in networks for p in network.parameters()]
+        weights = [local(p.detach()) for network in self.trainer.networks.values() for p in network.parameters()]
         if (first := float(self.first_bad)) != torch.inf:
             what = f"a loss was NaN or infinite at step {int(first)}"
-        elif self.trainer.ranks.any(not bool(torch.stack(finite).all())):
+        elif self.ranks.any(not bool(torch.stack([torch.isfinite(t).all() for t in weights]).all())):
             what = f"weights were NaN or infinite after step {t + 1}, and the losses were not yet"
         else:
             return
@@ -343,9 +298,9 @@ class FitRun:
         if not self.saves:
             return None
         self._refuse_bad(step - 1)
-        state, ranks, path = self._state(step), self.trainer.ranks, None
+        state, ranks, path = self._state(step), self.ranks, None
         if not ranks.alone:
-            state = with_ranks(state, ranks)
+            state["ranks"] = ranks.gathered(resuming.own_state(state))  # what differs between processes
             if self.parts is None:
                 state = gathered(state)
             self._settle()
@@ -365,38 +320,39 @@ class FitRun:
         return self.records.saved_at
 
     def _state(self, step: int) -> dict[str, Any]:
-        best = self.selection.best
-        averages = {name: None if one is None else one.state_dict() for name, one in self.averages.items()}
+        averages = {role: None if one is None else one.state_dict() for role, one in self.averages.items()}
         return {
             "step": step,
             "options": self.options.decisive(),
             "made_of": self.made_of,
-            "versions": VERSIONS,
+            "versions": resuming.VERSIONS,
             "trainer": self.trainer.live_state(),
             "average": averages["student"],
             "teacher_average": averages["teacher"],
             "seen": self.seen,
-            "best": {"accuracy": best.accuracy, "step": best.step, "weights": best.weights},
+            "best": dict(vars(self.selection.best)),
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
             "rng": rng_state(),
-            "callbacks": self.callbacks.state(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks.stateful],
             "ended": self.ended,
+            "rows": self.records.digest.hexdigest(),
         }
 
     def _restore(self) -> int:
         """Go on from the newest whole checkpoint of a fit that was made alike; the step to go on with."""
-        found, ranks, trainer = self._newest(), self.trainer.ranks, self.trainer
+        found, ranks, trainer, options = self._newest(), self.ranks, self.trainer, self.options
         if found is None:
             return 0
         file = found.path
-        with going_on_from(file):
-            state = of_this(found.state, trainer, file, whole_batches=self.options.split_batches, say=self.say)
-        with ranks.agreed(waiting=True), going_on_from(file):
-            check_state(file, state, trainer.student, self.options.steps)
-            self._refuse_other_options(file, state)
+        with resuming.going_on_from(file):
+            state = resuming.of_this(found.state, trainer, file, whole_batches=options.split_batches, say=self.say)
+        with ranks.agreed(waiting=True), resuming.going_on_from(file):
+            resuming.check_state(file, state, trainer.student, options.steps)
+            resuming.refuse_other_options(file, state, options.decisive(), self.feeds)
             if self.first:  # the others keep no record of the data
-                refuse_changes(file, state.get("made_of", {}), self.made_of, self.allow_changes)
-            note = version_note(state.get("versions"))
+                resuming.refuse_changes(file, state.get("made_of", {}), self.made_of, self.allow_changes)
+                self.records.refuse_other_rows(file, state)
+            note = resuming.version_note(state.get("versions"))
             if note is not None:
                 self.say(note)
             before = trainer.state_dict()
@@ -408,13 +364,12 @@ class FitRun:
                 raise
         step: int = state["step"]
         self.records.saved_at, self.resumed_from = file, (step, file)
-        of_phase = "" if self.options.phase == "fit" else f" of phase {self.options.phase}"
-        self.say(f"resumed at step {step}{of_phase}")
+        self.say(f"resumed at step {step}{'' if options.phase == 'fit' else f' of phase {options.phase}'}")
         return step
 
     def _newest(self) -> Found | None:
         """The newest whole checkpoint: the first of several processes finds it, and all read it."""
-        ranks, found = self.trainer.ranks, None
+        ranks, found = self.ranks, None
         with ranks.agreed(waiting=True):
             found = self.records.newest(self.say, load if ranks.alone else check) if self.first else None
         if ranks.alone:
@@ -423,22 +378,11 @@ class FitRun:
         found = None
         with ranks.agreed(waiting=True):  # as the networks are laid out, where they are sharded
             if path is not None:
-                like = None if self.parts is None else layouts_of(self._state(0), self.trainer)
+                like = None if self.parts is None else resuming.layouts_of(self._state(0), self.trainer)
                 found = Found(Path(path), load(Path(path), like, checked=True))
         return found
 
-    def _refuse_other_options(self, file: Path, state: dict[str, Any]) -> None:
-        before, now = state["options"], self.options.decisive()
-        changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
-        if changed:
-            what = ", ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
-            raise MetaplError(f"{file} is of a run with other options ({what}); resume it as it was started.")
-        if state["feeds"].keys() != self.feeds.keys():
-            had, has = (" and ".join(kinds) for kinds in (state["feeds"], self.feeds))
-            raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
-
     def _take(self, state: dict[str, Any]) -> None:
-        """Put everything to where a checkpoint has it."""
         self.callbacks.restore(state.get("callbacks", []))
         trainer = state["trainer"]
         if {"student_optimizer", "teacher_optimizer"} & {*self.allow_changes}:
@@ -448,15 +392,13 @@ class FitRun:
         for role, average in self.averages.items():
             if average is not None:
                 average.load_state_dict(state["average" if role == "student" else "teacher_average"])
-        self.seen = state["seen"]
-        self.selection.best = Best(**state["best"])
+        self.seen, self.selection.best = state["seen"], Best(**state["best"])
         for name, feed in self.feeds.items():
             feed.restore(state["feeds"][name])
         set_rng_state(state["rng"])
         self.ended = state.get("ended")
 
     def _finish(self) -> FitResult:
-        """Put the student that is kept in place, and the teacher."""
         trainer, taught = self.trainer, None
         if trainer.teacher is not None:
             with self._held("teacher") as kept:
@@ -464,18 +406,41 @@ class FitRun:
             load_whole(trainer.teacher, taught)
         best = self.selection.best
         if not best.weights:
-            accuracy = self.seen.get("student_validation_accuracy")
-            step = self.ended[0] if self.ended else self.options.steps
             with self._held("student") as candidate:
-                best = Best(accuracy, step, weights_of(candidate))
+                step = self.ended[0] if self.ended else self.options.steps
+                best = Best(self.seen.get("student_validation_accuracy"), step, weights_of(candidate))
         load_whole(trainer.student, best.weights)
-        history = self.records.history
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
-        history = history if trainer.ranks.alone else trainer.ranks.gathered(history)[0]
+        history = self.records.history if self.ranks.alone else self.ranks.gathered(self.records.history)[0]
         return FitResult(best.accuracy, best.step, best.weights, taught, history)
 
 
-def _worker_death(error: Exception, sources: Any, num_workers: int) -> str | None:
+def _check(trainer: Stepwise, options: FitOptions, truth: Any) -> None:
+    """Refuse what needs another teacher than there is."""
+    teacher, wrong = trainer.teacher, None
+    if options.wait and teacher is None:
+        wrong = (
+            f"wait={options.wait} was asked for, and a {type(trainer).__name__} has no teacher that could train while "
+            "its student waits; expected wait=0."
+        )
+    elif truth is not None and teacher is not None and not trainer.teacher_classifies:
+        wrong = (
+            "truth was given, to measure how many of the teacher's labels are right, and the problem's teacher gives "
+            "no class logits; leave truth out, or set teacher_classifies = True on the problem."
+        )
+    elif options.warm_start and teacher is not None:
+        here, there = ({name: t.shape for name, t in net.state_dict().items()} for net in (trainer.student, teacher))
+        other = next((name for name in {**here, **there} if here.get(name) != there.get(name)), None)
+        if other is not None:
+            wrong = (
+                f"warm_start=True needs a student of the teacher's architecture; {other} is "
+                f"{here.get(other, 'missing')} in the student and {there.get(other, 'missing')} in the teacher."
+            )
+    if wrong:
+        raise MetaplError(wrong)
+
+
+def _worker_death(error: Exception, sources: Iterable[Any], num_workers: int) -> str | None:
     """What became of a worker, if that is the error: torch raises it wherever the loop is at."""
     known = next((told for source in sources if (told := getattr(source, "explain", lambda: None)())), None)
     if known is not None:

@@ -34,13 +34,12 @@ from metapl.problems.losses import (
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
+from metapl.training.contract import Report
 from metapl.training.loop import FitResult
 from metapl.training.options import refuse_unknown
-from metapl.training.report import Report
 from metapl.training.states import check_state, names_of
 
-SETTINGS = ("clip_norm", "precision", "accumulate")
-"""What decides a step beside the losses."""
+SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
 
 class LossTrainer(Trainer):
@@ -63,11 +62,9 @@ class LossTrainer(Trainer):
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
 
-    role: ClassVar[str] = "network"
-    """The name of the network in errors."""
-    total: ClassVar[str] = "loss"
-    prefix: ClassVar[str] = "loss"
-    """The names of the sum of the losses and of each of them in reports."""
+    role: ClassVar[str] = "network"  # in errors
+    total: ClassVar[str] = "loss"  # in reports: the sum of the losses
+    prefix: ClassVar[str] = "loss"  # and each of them
 
     def __init__(
         self,
@@ -81,18 +78,15 @@ class LossTrainer(Trainer):
         compile: bool = False,
     ) -> None:
         check_arguments(LossTrainer.__init__, locals())
-        self.as_given = model
-        self.layout = layout_of("network", model)
-        self.ranks = self.layout.ranks
-        model = self.layout.network
-        refuse_compiled(model=model)
-        self.student = model
+        self.as_given, self.layout = model, layout_of("network", model)
+        self.ranks, self.student = self.layout.ranks, self.layout.network
+        refuse_compiled(model=self.student)
         checks.steps_alone(optimizer)
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         refuse_split_batches(self.losses, accumulate)
-        self.device = next(model.parameters()).device
+        self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*(self.layout.compilable() if compile else []))
         self.steps_done = 0
@@ -167,14 +161,12 @@ class LossTrainer(Trainer):
             self.layout.clip_gradients(self.clip_norm)
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        """The losses on an unlabeled batch."""
         return self.losses
 
     def settings(self) -> dict[str, Any]:
         return settings_of(self, ("losses", *SETTINGS))
 
     def live_state(self) -> dict[str, Any]:
-        """:meth:`state_dict` without the copies."""
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -14,13 +14,11 @@ from metapl.runs.fields import AtLeastOne, Range, check_fields
 from metapl.training.contract import Stepwise
 from metapl.words import did_you_mean
 
-MOST_WORKERS = 256
-"""Processes that prepare batches; a machine has no use for more, and some end when more are started."""
+MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
 
-
+# Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy Student; its smaller
+# models take twice as many of both).
 DECAY, DECAY_EPOCHS, EPOCHS = 0.97, 2.4, 350
-"""Of the exponential schedule: the factor, after how many epochs it comes, and of how many (Noisy Student; its smaller
-models take twice as many of both)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +32,10 @@ class FitOptions:
         warmup: steps over which the rates grow linearly from 0 first.
         decay_every: of the exponential schedule; None: 2.4 of 350 parts of the steps, so that the rate ends at 1.2 % of
             what it was, as in Noisy Student.
-        wait: steps during which the teacher trains alone, on its own losses, before the student begins; the student's
-            schedule, warm-up included, and its average count from there. 3,000 for CIFAR-10 and 20,000 for ImageNet in
-            the code of the method's authors.
-        ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)); it is then what
-            is validated and kept. None: the student itself. The teacher, where there is one, is averaged alike: its
-            average is validated and kept, and the teacher itself makes the labels.
+        wait: steps during which the teacher trains alone, on its own losses, before the student begins, with its
+            schedule, warm-up included, and its average. The authors have 3,000 for CIFAR-10 and 20,000 for ImageNet.
+        ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)), which is then
+            validated and kept. A teacher is averaged alike, and itself makes the labels. None: no averages.
         warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights (the average's, where
             there is one). The two need the same architecture.
         select: keep the best student by validation, the latest of equals; False: keep the last one, whatever
@@ -73,10 +69,12 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        names = {os.sep, os.altsep, "\0"}, ("", ".", "..")
+        is_name = isinstance(self.phase, str) and not names[0] & {*self.phase} and self.phase not in names[1]
         after = f" - wait={self.wait}" if self.wait else ""
         late = self.decay_every is not None and self.schedule != "exponential"
         for name, wrong, expected in (
-            ("phase", not is_file_name(self.phase), "a plain name, for it names a folder: phase='fit'"),
+            ("phase", not is_name, "a plain name, for it names a folder: phase='fit'"),
             ("wait", not 0 <= self.wait < self.steps, f"0 or more, and fewer than steps={self.steps}"),
             ("decay_every", late, "None, or a number beside schedule='exponential'"),
             ("warm_start", self.warm_start and not self.wait, "steps in which the teacher trains alone, wait=1000 say"),
@@ -87,15 +85,12 @@ class FitOptions:
 
     def decisive(self) -> dict[str, Any]:
         """What a resumed run must have in common with its beginning."""
-        names = ("schedule", "warmup", "wait", "ema_decay", "warm_start", "select")
-        decisive = {name: getattr(self, name) for name in names}
-        if self.schedule == "exponential":
-            decisive["decay_every"] = self.decay_every
-        counts = self.schedule == "cosine" or (self.schedule == "exponential" and self.decay_every is None)
-        return decisive | ({"steps": self.steps} if counts else {})
+        names = ["schedule", "warmup", "wait", "ema_decay", "warm_start", "select"]
+        names += ["decay_every"] * (self.schedule == "exponential")
+        names += ["steps"] * (self.schedule != "constant" and self.decay_every is None)
+        return {name: getattr(self, name) for name in names}
 
     def waits(self, step: int) -> bool:
-        """Whether the student waits at ``step``."""
         return step < self.wait
 
     def rate(self, step: int) -> float:
@@ -109,11 +104,7 @@ class FitOptions:
         return self._factor(step, self.steps)
 
     def student_rate(self, step: int) -> float:
-        """The factor of the student's base learning rate at ``step``: 0 while it waits, then as of a run that begins.
-
-        >>> [round(FitOptions(steps=6, warmup=1, wait=2).student_rate(t), 2) for t in range(7)]
-        [0.0, 0.0, 1.0, 1.0, 0.75, 0.25, 0.0]
-        """
+        """The same of the student's: 0 while it waits, then as of a run that begins."""
         return 0.0 if self.waits(step) else self._factor(step - self.wait, self.steps - self.wait)
 
     def _factor(self, step: int, steps: int) -> float:
@@ -128,11 +119,7 @@ class FitOptions:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def due(self, every: int | None, step: int) -> bool:
-        """Whether what is done ``every`` so many steps (None: never) is done after ``step``; the last one counts.
-
-        >>> [t for t in range(5) if FitOptions(steps=5).due(2, t)]
-        [1, 3, 4]
-        """
+        """Whether what is done ``every`` so many steps (None: never) is done after ``step``; the last one counts."""
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.steps)
 
 
@@ -145,20 +132,14 @@ class Rates:
         names = ["student_lr"] if trainer.teacher is None else ["student_lr", "teacher_lr"]
         self.options = options
         self.optimizers = dict(zip(names[len(names) - len(optimizers) :], optimizers, strict=True))
-        groups = {name: o.param_groups for name, o in self.optimizers.items()}
-        self.base = {name: [group["lr"] for group in of] for name, of in groups.items()}
-        self.settings = {
-            name: [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in of]
-            for name, of in groups.items()
-        }
+        self.came_with = {name: [dict(group) for group in o.param_groups] for name, o in self.optimizers.items()}
+        self.base = {name: [group["lr"] for group in groups] for name, groups in self.came_with.items()}
 
     def move(self, step: int) -> None:
-        """To where the schedule has them at ``step``."""
         for name in self.optimizers:
             self._scale(name, self.options.student_rate(step) if name == "student_lr" else self.options.rate(step))
 
     def put_back(self) -> None:
-        """To the base rates."""
         for name in self.optimizers:
             self._scale(name, 1.0)
 
@@ -166,11 +147,10 @@ class Rates:
         """Of the optimizers that may differ from those of a checkpoint, take the settings that they came with."""
         for name, optimizer in self.optimizers.items():
             if f"{name.removesuffix('_lr')}_optimizer" in allowed:
-                for group, settings in zip(optimizer.param_groups, self.settings[name], strict=False):
-                    group.update(settings)
+                for group, own in zip(optimizer.param_groups, self.came_with[name], strict=False):
+                    group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
 
     def now(self) -> dict[str, float]:
-        """``student_lr`` and ``teacher_lr``, where they are known; of several groups, the first one's."""
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
 
     def _scale(self, name: str, factor: float) -> None:
@@ -204,13 +184,3 @@ def decay_interval(steps: int) -> float:
     4.8
     """
     return steps * DECAY_EPOCHS / EPOCHS
-
-
-def is_file_name(name: Any) -> bool:
-    r"""Whether a name is that of a file or folder, and no path.
-
-    >>> [is_file_name(name) for name in ("fit", "../fit", "..", "", "a\0b")]
-    [True, False, False, False, False]
-    """
-    separators = {os.sep, os.altsep, "\0"}
-    return isinstance(name, str) and name not in ("", ".", "..") and not separators & set(name)

@@ -5,24 +5,18 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# What matters most comes first: what a narrow terminal has no room for is cut off at the end.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-"""What matters most comes first: what a narrow terminal has no room for is cut off at the end."""
 
-AT_LEAST = BAR.replace("{remaining} left", "at least {remaining} left")
-"""While steps are cheaper than those to come."""
-
-LINE_EVERY = 60.0
-"""The fewest seconds between two lines of a phase; only its last line does not wait."""
-
-EVERY = 0.1
-"""Seconds between two updates of a count."""
+LINE_EVERY = 60.0  # the fewest seconds between two lines of a phase; only its last line does not wait
+EVERY = 0.1  # seconds between two updates of a count
 
 
 class Progress:
@@ -33,21 +27,15 @@ class Progress:
         start, steps: the step it stands at, of how many.
         bar: of tqdm, on a terminal.
         lines: write lines, for pipes, files and notebooks: at the first validation, then at validations that come
-            :data:`LINE_EVERY` seconds or more after the last line, and at the end.
-        dearer: steps from which on each costs more than those before, such as the first one with UDA. The time that is
-            left is told by the steps since the last of these, and until the last one has come as a lower bound.
+            :data:`LINE_EVERY` seconds or more after the last line, and at the end. The time that is left is told by the
+            steps since the last line, for later steps may cost more than the first ones.
     """
 
-    def __init__(
-        self, name: str, start: int, steps: int, bar: Any = None, lines: bool = False, dearer: Sequence[int] = ()
-    ) -> None:
-        self.name, self.start, self.steps, self.bar, self.lines = name, start, steps, bar, lines
-        self.done, self.examples, self.since = start, 0, time.monotonic()
-        self.dearer = sorted(step for step in {*dearer} if start < step < steps)
+    def __init__(self, name: str, start: int, steps: int, bar: Any = None, lines: bool = False) -> None:
+        self.name, self.steps, self.bar, self.lines = name, steps, bar, lines
+        self.done, self.examples, self.since, self.accuracy = start, 0, time.monotonic(), ""
         self.timed = start, self.since  # from which step on the time of a step is measured, and when that was
-        self.accuracy = ""
         self.last_line = -math.inf  # when it was
-        self._show_bound()
 
     def advance(
         self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
@@ -58,55 +46,45 @@ class Progress:
         accuracy, now = row.get("student_validation_accuracy"), time.monotonic()
         if accuracy is not None:
             self.accuracy = f"{accuracy:.1%} of {examples:,}"
-        seconds = max(now - self.since, 1e-9)
         if self.bar is not None:
             self.bar.update()
             self.examples += sum(map(examples_in, batches))
             if row:
                 shown = f"accuracy {self.accuracy}, " if self.accuracy else ""
-                self.bar.set_postfix_str(f"{shown}{self.examples / seconds:.0f} examples/s", refresh=False)
+                rate = self.examples / max(now - self.since, 1e-9)
+                self.bar.set_postfix_str(f"{shown}{rate:.0f} examples/s", refresh=False)
         elif self.lines and due and (self.done >= self.steps or now - self.last_line >= LINE_EVERY):
-            self.last_line, (step, moment) = now, self.timed
+            step, moment = self.timed
+            self.timed, self.last_line = (self.done, now), now
+            when = f"about {duration((self.steps - self.done) * (now - moment) / (self.done - step))} left"
+            when = when if self.done < self.steps else f"after {duration(now - self.since)}"
             validated = "" if accuracy is None else f", validation accuracy {self.accuracy}"
-            left = duration((self.steps - self.done) * (now - moment) / (self.done - step))
-            when = f"{'at least' if self.dearer else 'about'} {left} left"
-            when = when if self.done < self.steps else f"after {duration(seconds)}"
             line = f"{self.name}: step {self.done:,} of {self.steps:,}{validated}, {when}"
             print(line, file=sys.stderr, flush=True)
-        if self.done in self.dearer:
-            self.dearer.remove(self.done)
-            self.timed = self.done, now
-            self._show_bound()
-
-    def _show_bound(self) -> None:
-        if self.bar is not None:
-            self.bar.bar_format = AT_LEAST if self.dearer else BAR
 
 
 @contextmanager
-def progress(shown: bool, *, name: str, start: int, steps: int, dearer: Sequence[int] = ()) -> Iterator[Progress]:
+def progress(shown: bool, *, name: str, start: int, steps: int) -> Iterator[Progress]:
     """What shows each step, if ``shown``; where standard error is not a terminal, in lines. See :class:`Progress`."""
     # Not tqdm's disable=True: it makes locks between processes even so, which a killed worker would leave behind.
     if not shown or not sys.stderr.isatty():
-        yield Progress(name, start, steps, lines=shown, dearer=dearer)
+        yield Progress(name, start, steps, lines=shown)
         return
     from tqdm import tqdm
 
-    with tqdm(
-        total=steps, initial=start, desc=name, leave=False, bar_format=BAR, dynamic_ncols=True, file=sys.stderr
-    ) as bar:
-        yield Progress(name, start, steps, bar, dearer=dearer)
+    how: dict[str, Any] = {"leave": False, "bar_format": BAR, "dynamic_ncols": True, "file": sys.stderr}
+    with tqdm(total=steps, initial=start, desc=name, **how) as bar:
+        yield Progress(name, start, steps, bar)
 
 
 def duration(seconds: float) -> str:
-    """A time as one would say it.
-
+    """
     >>> duration(41.7), duration(200), duration(9000)
     ('42 s', '3 min', '2 h 30 min')
     """
+    minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
@@ -118,10 +96,8 @@ def examples_in(batch: Any) -> int:
 
 @contextmanager
 def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts.
-
-    Nothing is shown where ``shown`` is False or standard error is not a terminal.
-    """
+    """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
+    nothing where ``shown`` is False or standard error is no terminal."""
     shown = shown and sys.stderr.isatty()
     last, width = time.monotonic(), 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,19 @@ from typing import Any
 from metapl.errors import MetaplError, few
 from metapl.runs.checkpoint import CheckpointError, Found
 from metapl.runs.ownership import Folder
-from metapl.runs.rows import Metrics
-from metapl.runs.tensorboard import Events
+from metapl.runs.rows import Events, Metrics, digest_of, line_of
 from metapl.training.contract import Say
 from metapl.training.options import FitOptions
 
 
 class Records:
-    """The records of one phase.
+    """The records of one phase, in the run's folder ``out``; None: nothing is kept.
 
-    Args:
-        out: the run's folder; None: nothing is kept.
-        options: the phase, and how many checkpoints stay.
+    Attributes:
+        history: the rows so far.
+        digest: of these as they are in the file; each checkpoint has it, so that rows of another run are noticed.
+        saved_at: the last checkpoint.
+        begun: whether a step was taken.
     """
 
     def __init__(self, out: Folder | None, options: FitOptions) -> None:
@@ -32,11 +33,11 @@ class Records:
         self.metrics = None if out is None else Metrics(out.path / "metrics.jsonl")
         self.events: Events | None = None
         self.history: list[dict[str, float]] = []
+        self.digest = digest_of(())
         self.saved_at: Path | None = None
-        self.begun = False  # whether a step was taken
+        self.begun = False
 
     def held(self) -> AbstractContextManager[None]:
-        """Hold the folder against others, where there is one."""
         return nullcontext() if self.out is None else self.out.held()
 
     @contextmanager
@@ -53,9 +54,11 @@ class Records:
             if start and not self.metrics.file.exists():
                 say(f"{self.metrics.file} is missing: it begins again after step {start:,}, without earlier rows")
             self.metrics.cut(self.phase, start)
+            rows = self.metrics.rows(self.phase)
+            self.digest = digest_of(rows)
             self.history = [
                 {name: math.nan if value is None else value for name, value in row.items() if name != "phase"}
-                for row in self.metrics.rows(self.phase)
+                for row in rows
             ]
             try:
                 # A folder per phase: TensorBoard drops the steps after a restart from every curve in a folder.
@@ -73,18 +76,17 @@ class Records:
             raise
 
     def row(self, row: dict[str, float]) -> None:
-        """Keep the numbers of a step."""
         self.history.append(row)
         if self.metrics is not None:
             with self._writing():
                 # JSON knows no NaN.
                 plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
                 self.metrics.add({"phase": self.phase, **plain})
+                self.digest.update(line_of({"phase": self.phase, **plain}))
                 if self.events is not None:
                     self.events.scalars(int(row["step"]), {k: value for k, value in row.items() if k != "step"})
 
     def counts(self, step: int, counts: dict[str, list[int]]) -> None:
-        """Keep the histograms of a step."""
         if self.events is not None:
             with self._writing():
                 self.events.counts(step, counts)
@@ -118,6 +120,19 @@ class Records:
             say(f"passed over {path.name}: {reason}")
         return newest
 
+    def refuse_other_rows(self, file: Path, state: Mapping[str, Any]) -> None:
+        """Stop where the rows before a checkpoint are not those that it was written after. Rows that are missing, or
+        damaged lines, are told when the records are opened."""
+        metrics, told = self.metrics, state.get("rows")  # checkpoints of earlier versions do not say
+        if metrics is None or told is None or not metrics.file.exists() or metrics.damaged():
+            return
+        rows = [row for row in metrics.rows(self.phase) if row["step"] <= state["step"]]
+        if digest_of(rows).hexdigest() != told:
+            raise MetaplError(
+                f"{metrics.file} is of another run than {file}, or was changed: its rows have another SHA-256 than was "
+                "noted. Put it back as it was; or remove it, and it begins again after that step."
+            )
+
     def refuse_another_run(self) -> None:
         """Stop where checkpoints of this phase are in the folder already, or rows that are not a run's."""
         if self.checkpoints is not None and self.checkpoints.paths():
@@ -129,7 +144,6 @@ class Records:
             raise MetaplError(f"{self.metrics.file} is not a run's; expected a folder without it: give another out.")
 
     def last_good(self) -> str:
-        """What to go back to, in words."""
         return f"the last good checkpoint is {self.saved_at}" if self.saved_at else "no checkpoint was written before"
 
     @contextmanager

@@ -1,22 +1,27 @@
-"""What a fit is made of, as plain values, and whether a checkpoint is of one that was made alike."""
+"""What a checkpoint of a fit says, whether it is of one that was made alike, and what of it is of one process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.layout import reshard
+from metapl.execution.shards import is_sharded
 from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
+from metapl.runs.checkpoint_parts import Like, PartsWriter, named
 from metapl.runs.fields import AtLeastZero, misfit_entries
 from metapl.runs.fingerprints import as_values, network_record, unwrapped
-from metapl.training.contract import Stepwise
+from metapl.runs.generators import rng_state, set_rng_state
+from metapl.training.contract import Say, Stepwise
 from metapl.training.options import Rates
 
 PARTS = (
@@ -24,26 +29,28 @@ PARTS = (
 )  # fmt: skip
 """What ``allow_changes`` may name."""
 
+# Settings of an optimizer that do not decide where it goes; its learning rate is compared as the schedule found it.
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr")
-"""Settings of an optimizer that do not decide where it goes; its learning rate is compared as the schedule found it."""
 
+# Words in the names of facts that a side may lack: what is not known, or was not kept by earlier versions.
 OPTIONAL = ("fingerprint", "parameters", "settings")
-"""Words in the names of facts that a side may lack: what is not known, or was not kept by earlier versions."""
 
+# What the state of a fit has to say, with types; tensors stand in other entries.
 BEST = {"accuracy": float | None, "step": int, "weights": dict[str, Any]}
 STATE: dict[str, Any] = {
     "step": AtLeastZero, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any],
-    "best": dict[str, Any], "ended": tuple[int, str] | None,
+    "best": dict[str, Any], "ended": tuple[int, str] | None, "rows": str,
 }  # fmt: skip
-"""What the state of a fit has to say, with types; tensors stand in other entries."""
 
 VERSIONS = {"torch": str(torch.__version__)}
 """What may round otherwise."""
 
 
+# ------------------------------------------------------------------------------------------------ what it was made of
+
+
 def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
-    """The optimizers, the trainer's own settings, the networks and the types of their weights."""
-    networks = {role: net for role, net in {"student": trainer.student, "teacher": trainer.teacher}.items() if net}
+    networks = trainer.networks
     for network in networks.values():
         reshard(network)  # else it holds other tensors than the optimizer
     dtypes = {role: {str(p.dtype).removeprefix("torch.") for p in net.parameters()} for role, net in networks.items()}
@@ -68,26 +75,19 @@ def made_of(trainer: Stepwise, rates: Rates) -> dict[str, Any]:
 
 
 def data_of(sources: Mapping[str, Any]) -> dict[str, Any]:
-    """The batches and the validation data."""
     from metapl.data.identity import source_record  # needed for fitting only
 
     return {name: source_record(source) for name, source in sources.items() if source is not None}
 
 
 def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> None:
-    """Stop where a run was made otherwise; what is not known of one of them is not compared.
-
-    Args:
-        file: the checkpoint.
-        before, now: what :func:`made_of` and :func:`data_of` gave.
-        allowed: parts that may differ.
-    """
-    changed: list[str] = []
-    parts = [part for part in PARTS if before and part not in allowed]  # a checkpoint of an earlier version has none
-    for part in parts:
+    """Stop where a run was made otherwise, by :func:`made_of` and :func:`data_of` before and now, but for the parts
+    that are ``allowed``; what is not known of one of them is not compared."""
+    changed: list[tuple[str, str]] = []
+    for part in [part for part in PARTS if part not in allowed]:
         had, has = before.get(part), now.get(part)
-        if part == "validation" and (had is None) != (has is None):
-            changed.append(f"{part} was {'not ' * (had is None)}given, now it is the other way round")
+        if before and part == "validation" and (had is None) != (has is None):
+            changed.append((part, f"{part} was {'not ' * (had is None)}given, now it is the other way round"))
         if not isinstance(had, Mapping) or not isinstance(has, Mapping):
             continue
         if part == "networks":
@@ -97,18 +97,16 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             pairs, shown = {name: (named_now(had.get(name)), has.get(name)) for name in {**had, **has}}, _short
         for name, (was, is_now) in sorted(pairs.items()):
             if was != is_now and not (None in (was, is_now) and {*OPTIONAL} & {*name.split(".")}):
-                changed.append(f"{part}.{name} was {shown(was, is_now)}, now {shown(is_now, was)}")
+                changed.append((part, f"{part}.{name} was {shown(was, is_now)}, now {shown(is_now, was)}"))
     if changed:
         more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-        named = [part for part in parts if any(change.startswith((f"{part}.", f"{part} ")) for change in changed)]
         raise MetaplError(
-            f"{file} is of a run that was made otherwise ({', '.join(changed[:6])}{more}); resume it as it was "
-            f"started, or say that this may change: allow_changes={named!r}."
+            f"{file} is of a run that was made otherwise ({', '.join(text for _, text in changed[:6])}{more}); resume "
+            f"it as it was started, or say that this may change: allow_changes={[*dict(changed)]!r}."
         )
 
 
 def _of_networks(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What the layers of both say of themselves, and whether their parameters are learned, then and now."""
     pairs: dict[str, tuple[Any, Any]] = {}
     # What a module says of itself depends on torch's version, its type hardly ever does.
     told = None if before.get("torch") == now.get("torch") else 1
@@ -144,10 +142,12 @@ def _short(value: Any, other: Any) -> str:
 
 
 def check_allowed(allowed: Sequence[str]) -> tuple[str, ...]:
-    """Names of parts, or a refusal."""
     if isinstance(allowed, str) or not {*PARTS} >= {*allowed}:
         raise MetaplError(f"allow_changes={allowed!r}: expected a list of some of {', '.join(PARTS)}.")
     return tuple(allowed)
+
+
+# ---------------------------------------------------------------------------------------------------------- its state
 
 
 def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps: int) -> None:
@@ -172,6 +172,21 @@ def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps:
         raise MetaplError(f"{file} is of a run that has done {state['step']} steps, and steps={steps}; expected more.")
 
 
+def refuse_other_options(
+    file: Path, state: Mapping[str, Any], now: Mapping[str, Any], sources: Collection[str]
+) -> None:
+    """Stop where the options that decide a step, or the kinds of sources, are others."""
+    before = state["options"]
+    changed = [
+        f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)
+    ]
+    if changed:
+        raise MetaplError(f"{file} is of a run with other options ({', '.join(changed)}); resume it as it was started.")
+    if {*state["feeds"]} != {*sources}:
+        had, has = (" and ".join(kinds) for kinds in (state["feeds"], sources))
+        raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
+
+
 @contextmanager
 def going_on_from(file: object) -> Iterator[None]:
     """Name the file where something cannot go on from what it holds."""
@@ -194,3 +209,70 @@ def version_note(before: Any) -> str | None:
     if then is None or then == VERSIONS["torch"]:
         return None
     return f"note: the run was begun with torch {then}, and this is {VERSIONS['torch']}, which may round otherwise"
+
+
+# ------------------------------------------------------------------------------------- of several processes together
+
+
+def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rng": state["rng"], "generator": state["trainer"].get("generator"), "feeds": state["feeds"]}
+
+
+def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWriter | None:
+    """What writes checkpoints in parts, of which ``keep`` stay in a folder that the first process knows: where networks
+    are sharded over all processes of the job. Elsewhere the first process has everything, or could not say who else
+    writes."""
+    ranks = trainer.ranks
+    sharded = any(is_sharded(p) for network in trainer.networks.values() for p in network.parameters())
+    if ranks.alone or not sharded or ranks.processes != dist.get_world_size():
+        return None
+    path = ranks.gathered(None if folder is None else str(folder.resolve()))[0]
+    return PartsWriter(Path(path), keep)
+
+
+def layouts_of(state: Mapping[str, Any], trainer: Stepwise) -> Like:
+    """The layouts of the tensors of a fit's state, by their names; those of optimizers may not be there yet."""
+    known = named(state)
+    optimizers = [key for key, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
+    for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
+
+    def like(name: str, shape: torch.Size) -> Any:
+        layout = known.get(name, known.get(name.rpartition("/")[0]))
+        return layout if layout is not None and layout.shape == shape else None
+
+    return like
+
+
+def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batches: bool, say: Say) -> dict[str, Any]:
+    """The state of a fit, by one process or several, with the generators and the places in the sources of this process.
+
+    On another number of processes, each takes the default generators of the first one; where the networks drop row
+    after row by these, each share seeds them anew, from that state and its number.
+
+    Raises: :class:`metapl.MetaplError` where the processes are as many as before no longer, and have sources of their
+    own rather than ``whole_batches``, of which each takes its share.
+    """
+    from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
+
+    ranks = trainer.ranks
+    if ranks.alone and "ranks" not in state:
+        return state
+    every = state.get("ranks") or [own_state(state)]
+    count = ranks.processes
+    if len(every) != count and ranks.size > 1 and not whole_batches:
+        raise MetaplError(
+            f"{file} is of a run in {len(every)} processes, each with sources of its own, and now there are {count}, "
+            "so their places in these are not known; resume it in as many, or give all of them the same whole batches, "
+            "with split_batches=True."
+        )
+    own = every[ranks.number if len(every) == count else 0]
+    if len(every) != count and any(map(drops_by_itself, trainer.networks.values())):
+        say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than before")
+        set_rng_state(own["rng"])
+        drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")
+        torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
+        own = own | {"rng": rng_state()}
+    held = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
+    return state | {"rng": own["rng"], "feeds": own["feeds"], "trainer": held}

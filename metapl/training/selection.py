@@ -1,9 +1,9 @@
-"""Validation, and which student is kept."""
+"""Which student is kept: the average of its weights, and the best one by validation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,107 @@ from torch.utils.data import Dataset
 from metapl.errors import MetaplError
 from metapl.execution.batch import is_whole, labeled_pair, length, rows
 from metapl.execution.checks import dense, described
+from metapl.execution.layout import reshard
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.shards import whole
+from metapl.execution.shards import as_sharded, laid_out_like, local, whole
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.metrics.classification import check_labels
 from metapl.metrics.predictions import batch_name, batches_of, iterated, logits_of
 from metapl.training.contract import Say
+
+
+class Average:
+    r"""The average that follows a network's weights, \theta̅ \leftarrow d_t \theta̅ + (1 - d_t) \theta.
+
+    .. math:: d_t = \min\big(\mathrm{decay}, \tfrac{1 + t}{10 + t}\big), \quad t = 0, 1, \dots
+
+    so early in training the average is over the last few steps only. Buffers (running statistics) are copied.
+    ``torch.optim.swa_utils.AveragedModel`` would do the same, but counts on the device, so that each step would wait
+    for it, and copies the module, which a sharded one does not allow.
+
+    Args:
+        network: whose weights take turns with their average.
+        decay: in [0, 1).
+
+    Cost: a copy of the weights, of sharded ones of this process's parts; one fused pass over them an update.
+
+    >>> network = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.zeros_(network.weight)
+    >>> average = Average(network, decay=0.995)
+    >>> _ = nn.init.ones_(network.weight)
+    >>> average.update()
+    >>> with average.held() as averaged:
+    ...     print(round(averaged.weight.item(), 6))  # d_0 = 1/10
+    0.9
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
+            raise MetaplError(
+                "the average of 16-bit weights does not move: its steps are below their resolution; expected "
+                "ema_decay=None, or 32-bit weights with precision='bfloat16'."
+            )
+        self.network, self.decay, self.steps = network, decay, 0
+        self._kept = [t.clone() for t in self._parts()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        learned, parts = len([*self.network.parameters()]), self._parts()
+        torch._foreach_lerp_(self._kept[:learned], parts[:learned], 1 - decay)
+        _write(self._kept[learned:], parts[learned:])
+        self.steps += 1
+
+    @contextmanager
+    def held(self) -> Iterator[nn.Module]:
+        """The network with the averaged weights in this block, and bit for bit its own afterwards."""
+        own = [t.clone() for t in self._parts()]
+        try:
+            _write(self._parts(), self._kept)
+            yield self.network
+        finally:
+            _write(self._parts(), own)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights, as the network's state has its own, and how many steps they have followed."""
+        return {"module": {name: as_sharded(kept, t) for name, t, kept in self._of_state()}, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, whole or laid out as the network is."""
+        given = {name: local(laid_out_like(state["module"][name], t)) for name, t, _ in self._of_state()}
+        for name, _, kept in self._of_state():
+            if kept.shape != given[name].shape:
+                raise ValueError(f"the average of {name} has the shape {tuple(given[name].shape)}")
+            kept.copy_(given[name])
+        self.steps = state["steps"]
+
+    def _tensors(self) -> list[Any]:
+        reshard(self.network)  # else a sharded network holds other tensors
+        return [*self.network.parameters(), *self.network.buffers()]
+
+    def _parts(self) -> list[Tensor]:
+        """This process's parts of the weights, sharing their memory."""
+        return [local(t).detach() for t in self._tensors()]
+
+    def _of_state(self) -> Iterator[tuple[str, Any, Tensor]]:
+        """The tensors of the network's state by name, each with this process's part of its average."""
+        kept = dict(zip(map(id, self._tensors()), self._kept, strict=True))
+        state = self.network.state_dict(keep_vars=True)
+        return ((name, t, kept[id(t)]) for name, t in state.items() if id(t) in kept)
+
+
+@torch.no_grad()
+def _write(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for t, value in zip(into, values, strict=True):
+        t.copy_(value)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's weights and buffers on the host; of a sharded one every process has all of them."""
+    return {name: whole(t).detach().cpu().clone() for name, t in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
 
 Kept = Callable[[], AbstractContextManager[nn.Module]]
 """A network in a block."""
@@ -50,10 +146,7 @@ class Selection:
         self.validation, self.truth, self.device, self.select = validation, truth, device, select
         self.say: Say = say or (lambda text: None)
         self.best = Best()
-        self.lost = 0
-        """Validation examples that could not be read."""
-        self.examples = 0
-        """On how many the last accuracy was measured."""
+        self.lost = self.examples = 0  # that could not be read; on which the last accuracy was measured
 
     def check(self, student: nn.Module, labeler: nn.Module | None = None) -> None:
         """Refuse validation data, and truth, that could not be used later; it costs a pass on two examples of each.
@@ -79,18 +172,7 @@ class Selection:
                         f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index "
                         "for each, and at least one example."
                     )
-                if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-                    raise MetaplError(
-                        f"{name} has the labels {described(labels)}; expected integers, one class index for each "
-                        "example: labels.long()."
-                    )
-                classes = logits_of(network, [rows(inputs, 0, 2)]).shape[-1]
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= classes:
-                raise MetaplError(
-                    f"the labels of {name} run from {low} to {high}; the network has {classes} classes: expected "
-                    f"0..{classes - 1}."
-                )
+                check_labels(labels, logits_of(network, [rows(inputs, 0, 2)]).shape[-1], f" of {name}")
 
     def look(
         self, student: Kept | None, teacher: Kept | None, labeler: nn.Module | None, step: int
@@ -142,18 +224,12 @@ class Selection:
         return evaluation.accuracy, evaluation.n
 
     def _batches(self, data: Any, name: str) -> Iterator[tuple[Any, Tensor]]:
-        """Batches of data; an iterator that an earlier look has used up is refused by name."""
         empty = True
         for batch in batches_of(data, self.device, name=name):
             empty = False
             yield batch
-        if empty and isinstance(data, Iterator):
+        if empty and isinstance(data, Iterator):  # an earlier look has used it up
             raise MetaplError(
                 f"{name} is {described(data)}, which can be read only once, and was read before; expected a pair "
                 "(inputs, labels), a list of batches or a DataLoader."
             )
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's weights and buffers on the host; of a sharded one every process has all of them."""
-    return {name: whole(t).detach().cpu().clone() for name, t in model.state_dict().items()}

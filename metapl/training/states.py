@@ -15,18 +15,17 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded, local
+from metapl.runs.fields import AtLeastZero, misfit
 
+# Settings of optimizers that do not decide what a state has in it, and that not every device takes; and those that an
+# optimizer of the same class has in some versions of torch, or beside a schedule of torch's own.
 OF_SPEED = {"foreach", "fused", "capturable", "differentiable"}
-"""Settings of optimizers that do not decide what a state has in it, and that not every device takes."""
-
 OF_VERSIONS = OF_SPEED | {"params", "maximize", "decoupled_weight_decay", "initial_lr", "param_names"}
-"""Settings that an optimizer of the same class has in some versions of torch, or beside a schedule of torch's own."""
 
+# What the names of entries of a state begin with that have a parameter's shape, in whatever optimizer; and what those
+# end with that count, or are means of squares and such.
 AS_WEIGHTS = ("momentum_buffer", "exp_", "max_exp_")
-"""What the names of those entries of a state begin with that have a parameter's shape, in whatever optimizer."""
-
 NEVER_NEGATIVE = ("step", "_sq", "square_avg", "sum", "_inf")
-"""What the names of those entries of a state end with that count, or are means of squares and such."""
 
 
 def check_state(trainer: str, state: Any, own: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
@@ -47,7 +46,6 @@ def check_state(trainer: str, state: Any, own: Mapping[str, Any], optimizers: Ma
 
 
 def names_of(optimizers: Mapping[str, Any]) -> dict[str, str]:
-    """The classes of optimizers, as a state keeps them."""
     return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
 
 
@@ -55,19 +53,20 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
     if not isinstance(state, Mapping):
         yield f"it is {described(state)}, and no dict with {', '.join(own)}"
         return
-    yield from _other_names("it", state, own, own)
-    kinds = state.get("optimizers")
+    yield from _other_names("it", state, own)
+    kinds = state["optimizers"]  # None where a resumed fit may have others
     if not isinstance(kinds, Mapping | None):
         yield f"its optimizers are {described(kinds)}, and no dict of the names of classes"
-        return
     for name, value in own.items():
-        given, where = state.get(name), f"its {name}"
-        if name in optimizers:
-            yield from _optimizer_faults(where, given, optimizers[name], (kinds or {}).get(name), kinds is None)
+        given, where = state[name], f"its {name}"
+        if name in ("mode", "lookahead"):
+            if given != value:
+                yield f"{where} is {given!r:.60}, and the trainer's is {value!r}"
+        elif name in optimizers:
+            yield from _optimizer_faults(where, given, optimizers[name], kinds)
         elif name == "steps_done":
-            if type(given) is not int or given < 0:
-                yield f"{where} is {given!r:.60}, and no number of steps"
-        elif name == "generator" and (given is None) != (value is None):
+            yield from filter(None, [misfit(given, AtLeastZero, where)])
+        elif (given is None) != (value is None) and name != "optimizers":
             yield f"{where} is {described(given)}, and the trainer's is {described(value)}"
         elif name == "mode_state":
             if not isinstance(given, Mapping):
@@ -75,13 +74,12 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
             for path, leaf in pytree.tree_flatten_with_path(given)[0]:
                 if isinstance(leaf, Tensor | float) and bool(local(torch.as_tensor(leaf)).isnan().any()):
                     yield f"{where}{pytree.keystr(path)} has NaN"
-        elif name not in ("lookahead", "optimizers"):  # which are compared by themselves
+        elif name != "optimizers":
             yield from _faults(where, given, value)
 
 
-def _other_names(where: str, given: Mapping[Any, Any], needed: Any, known: Any) -> Iterator[str]:
-    missing = [name for name in needed if name not in given]
-    other = [name for name in given if name not in known]
+def _other_names(where: str, given: Mapping[Any, Any], own: Mapping[Any, Any]) -> Iterator[str]:
+    missing, other = ([name for name in one if name not in two] for one, two in ((own, given), (given, own)))
     has = [f"{where} has no {few(missing)}"] * bool(missing)
     has += [f"{where} has {few(other)}, which the trainer's has not"] * bool(other)
     if has:
@@ -93,20 +91,18 @@ def _faults(where: str, given: Any, own: Any) -> Iterator[str]:
     if isinstance(own, Mapping):
         if not isinstance(given, Mapping):
             yield f"{where} is {described(given)}, and no dict"
-            return
-        yield from _other_names(where, given, own, own)
+        yield from _other_names(where, given, own)
         for name, value in own.items():
             yield from _faults(f"{where}.{name}", given[name], value)
     elif isinstance(own, tuple | list):
         if not isinstance(given, tuple | list) or len(given) != len(own):
             yield f"{where} is {described(given)}, and no list of {len(own)}"
-            return
         for i, value in enumerate(own):
             yield from _faults(f"{where}.{i}", given[i], value)
     elif isinstance(own, Tensor):
         if not _is_like(given, own):
             yield f"{where} is {described(given)}; expected {described(own)}"
-        elif not _finite(local(given).to(own.dtype)) and _finite(own):
+        if not _finite(local(given).to(own.dtype)) and _finite(own):
             yield f"{where} has numbers that are NaN or infinite"
 
 
@@ -123,49 +119,48 @@ def _is_like(given: Any, own: Tensor) -> bool:
     )
 
 
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        plain = value.dim() == 0 and not value.is_meta and not value.is_complex() and value.dtype != torch.bool
+        return float(value) if plain else None
+    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+
+
 # -------------------------------------------------------------------------------------------------------- optimizers
 
 
-def _optimizer_faults(where: str, given: Any, optimizer: Any, is_of: str | None, any_class: bool) -> Iterator[str]:
-    """What keeps an optimizer from going on from a state.
-
-    Args:
-        where: the name of the state.
-        given: the state.
-        optimizer: as it is; nothing of it is changed.
-        is_of: the class of the optimizer that the state is of; None where a resumed fit may have another.
-        any_class: the state may have other settings than the optimizer.
+def _optimizer_faults(where: str, given: Any, optimizer: Any, kinds: Mapping[str, Any] | None) -> Iterator[str]:
+    """What keeps an optimizer from going on from a state, of an optimizer of the class that ``kinds`` says; of any
+    class, with any settings, where that is None.
 
     Cost: a step of the optimizer's class on zeros of each parameter's shape, on the host, one parameter at a time.
     """
     kind, own = type(optimizer).__name__, optimizer.param_groups
-    is_state = isinstance(given, Mapping) and isinstance(given.get("state"), Mapping)
-    groups: Any = given.get("param_groups") if is_state else None
-    numbers = [group.get("params") if isinstance(group, Mapping) else None for group in groups or ()]
-    if not isinstance(groups, list) or not all(
-        isinstance(of, list) and all(type(i) is int for i in of) for of in numbers
+    groups: Any = given.get("param_groups") if isinstance(given, Mapping) else None
+    if (
+        misfit(groups, list[dict[str, Any]])
+        or misfit(given.get("state"), dict[Any, dict[str, Any]])
+        or any(misfit(group.get("params"), list[int]) for group in groups)
     ):
         yield f"{where} is {described(given)}, and no state of an optimizer of torch.optim"
-        return
-    if is_of not in (None, kind):
+    is_of = kind if kinds is None else kinds.get(where.removeprefix("its "))
+    if is_of != kind:
         yield f"{where} is of an optimizer {is_of}, and the trainer's is {kind}"
     sizes, own_sizes = ([len(group["params"]) for group in of] for of in (groups, own))
     if sizes != own_sizes:
         yield f"{where} is of an optimizer over groups of {sizes} parameters, and the trainer's are {own_sizes}"
-        return
     of_number: dict[int, Any] = {}
     for number, (group, own_group) in enumerate(zip(groups, own, strict=True)):
         other = (group.keys() ^ own_group.keys()) - OF_VERSIONS
-        if other and not any_class:
+        if other and kinds is not None:
             yield f"{where} is of another optimizer than {kind}: {few(sorted(other))} is in one of them alone"
         yield from _setting_faults(f"{where}['param_groups'][{number}]", group, own_group, optimizer)
         of_number |= {i: (p, group) for i, p in zip(group["params"], own_group["params"], strict=True)}
     if len(of_number) != sum(sizes):
         yield f"{where} has a number of a parameter twice"
-    foreign = [i for i, values in given["state"].items() if i not in of_number or not isinstance(values, Mapping)]
+    foreign = [i for i in given["state"] if i not in of_number]
     if foreign:
         yield f"{where}.state has {foreign[0]!r:.60}, which is no number of one of its parameters"
-        return
     for i, (p, group) in of_number.items():
         values = given["state"].get(i)
         if values:
@@ -175,39 +170,22 @@ def _optimizer_faults(where: str, given: Any, optimizer: Any, is_of: str | None,
 
 
 def _setting_faults(where: str, group: Mapping[str, Any], own: Mapping[str, Any], optimizer: Any) -> Iterator[str]:
-    for name in sorted(group.keys() & own.keys() - {"params", "param_names"}):
-        if not _same_kind(group[name], own[name]):
-            yield f"{where}['{name}'] is {group[name]!r:.60}; expected one such as {own[name]!r:.60}"
     if "lr" not in group:
         yield f"{where} has no lr"
-    like = torch.zeros(1)
+    for name in group.keys() & own.keys():
+        value, number = group[name], _number(group[name])
+        if (number is not None and not math.isfinite(number) and number != _number(own[name])) or (
+            isinstance(own[name], bool) and not isinstance(value, bool | None)
+        ):
+            yield f"{where}['{name}'] is {value!r:.60}; expected one such as {own[name]!r:.60}"
     try:
-        _rebuilt(optimizer, own, like)
+        _rebuilt(optimizer, own, torch.zeros(1))
     except Exception:  # of a class that is not built from its settings, they say nothing
         return
     try:
-        _rebuilt(optimizer, group, like)
+        _rebuilt(optimizer, group, torch.zeros(1))
     except Exception as error:
         yield f"{where} is refused by {type(optimizer).__name__}: {error}"
-
-
-def _same_kind(given: Any, own: Any) -> bool:
-    if isinstance(own, tuple | list):
-        return isinstance(given, tuple | list) and len(given) == len(own) and all(map(_same_kind, given, own))
-    if isinstance(own, bool | None):
-        return isinstance(given, bool | None) or (own is None and _number(given) is not None)
-    had, has = _number(own), _number(given)
-    if had is None:
-        return isinstance(given, type(own))
-    return has is not None and (math.isfinite(has) or has == had)
-
-
-def _number(value: Any) -> float | None:
-    """A number, which may be a tensor without dimensions; None for anything else."""
-    if isinstance(value, Tensor):
-        plain = value.dim() == 0 and not value.is_meta and not value.is_complex() and value.dtype != torch.bool
-        return float(value) if plain else None
-    return None if isinstance(value, bool) or not isinstance(value, Real) else float(value)
 
 
 def _entry_faults(
@@ -225,19 +203,16 @@ def _entry_faults(
     except Exception:  # it wants a closure, or other gradients, or is not built from its settings
         pass
     for name in {**made, **values}:
-        value, own = local(values.get(name)), made.get(name)
-        if own is None and str(name).startswith(AS_WEIGHTS):
-            own = like
-        has_shape = isinstance(own, Tensor) and own.dim() > 0
+        value, own = local(values.get(name)), made.get(name, like if str(name).startswith(AS_WEIGHTS) else None)
         if value is None and name not in made:
             continue  # some versions of torch keep what is not there as None
-        if own is not None and not (_is_like(value, own) if has_shape else _number(value) is not None):
-            expected = f"the shape {tuple(own.shape)}" if has_shape else "a number"
-            yield f"{where}.{name} is {described(value)}; expected {expected}"
-        elif isinstance(value, Tensor | float | int):
+        if isinstance(own, Tensor) and own.dim():
+            yield from _faults(f"{where}.{name}", value, own)
+        elif own is not None and _number(value) is None:
+            yield f"{where}.{name} is {described(value)}; expected a number"
+        if isinstance(value, Tensor | float | int):
             t = torch.as_tensor(value)
-            held = t.to(parameter.dtype) if t.dim() and t.is_floating_point() else t  # as it is loaded
-            if not _finite(held):
+            if not _finite(t):
                 yield f"{where}.{name} has numbers that are NaN or infinite"
             elif not t.is_complex() and str(name).endswith(NEVER_NEGATIVE) and bool((t < 0).any()):
                 yield f"{where}.{name} has numbers below 0"

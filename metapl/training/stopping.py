@@ -50,8 +50,7 @@ class Callbacks:
         self.given, self.trainer = tuple(given), trainer
         names = ("state_dict", "load_state_dict")
         self.stateful: list[Any] = [one for one in given if all(hasattr(one, name) for name in names)]
-        self.raised: Exception | None = None
-        """What a callback has raised, which ends the fit."""
+        self.raised: Exception | None = None  # what one has raised, which ends the fit
 
     def after(self, step: int, row: Mapping[str, float]) -> str | None:
         """Call each; why the fit is to stop, if one of them says so."""
@@ -68,12 +67,7 @@ class Callbacks:
                     raise
         return "; ".join(filter(None, reasons)) if reasons else None
 
-    def state(self) -> list[Any]:
-        """The states of the callbacks that have one."""
-        return [callback.state_dict() for callback in self.stateful]
-
     def restore(self, states: Sequence[Any]) -> None:
-        """Go on from :meth:`state`."""
         if len(states) != len(self.stateful):
             raise MetaplError(
                 f"the checkpoint has the states of {len(states)} callbacks, and {len(self.stateful)} of those given "

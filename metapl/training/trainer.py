@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import micro_batches
-from metapl.execution.buffers import Slots, explain_types, step_guard, step_lock
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
+from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout, layouts
-from metapl.execution.local import NOTHING, LocalStudent
-from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.compatible import check_batches, check_kind, check_mode, check_teacher, name_others, prepare
+from metapl.feedback.compatible import check_kind, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
 from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
-from metapl.problems.base import BilevelProblem, Signal, has_own
+from metapl.problems.base import BilevelProblem, Signal
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
+from metapl.training.contract import Report, StepReport
+from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
-from metapl.training.report import Report, StepReport
 from metapl.training.states import check_state, names_of
-from metapl.updates import Clipped, parameters_of, refuse_missing, runs_others_code, update_of
+from metapl.updates import Clipped, update_of
+
+# What parts of a trainer are made of; the other options are read at every step.
+_BUILT_WITH = frozenset(
+    ("teacher", "student", "inner_optimizer", "outer_optimizer", "accumulate", "clip_norm", "compile", "mode",
+     "precision", "teacher_losses")
+)  # fmt: skip
 
 
 class BilevelTrainer(Trainer):
@@ -54,41 +53,36 @@ class BilevelTrainer(Trainer):
         teacher, student: modules on one device, with weights of their own. In several processes, both in
             ``DistributedDataParallel`` or sharded by ``fully_shard`` (docs/scale.md): every rank then gives its equal
             share of each batch, and the report's scalars are means over the ranks. No teacher, None, for a problem
-            that has none, such as :class:`metapl.problems.LearningToReweight`; the options of the teacher are then
-            refused.
+            that has none, such as :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
-        outer_optimizer: the teacher's: any ``torch.optim`` optimizer over the teacher's parameters. Both default to
+        outer_optimizer: the teacher's: any of ``torch.optim`` over the teacher's parameters. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
-            which is proportional to the student's learning rate. A much larger weight is dangerous: teacher and student
-            then follow each other's class frequencies and may collapse onto one class (docs/modes.md has
-            measurements). ``StepReport.feedback_ratio`` compares the feedback with the teacher's own losses.
-        feedback_ratio: an alternative to the weight: at every step, scale the feedback so that the norm of its gradient
-            at the teacher's outputs is this multiple of the norm of the own losses' gradient. The direction within a
-            step is that of the mode; the size no longer depends on the student's learning rate.
-        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with a graph at
-            the end (same dropout masks and statistics). Cost: one more teacher forward pass, one graph less in memory.
+            which is proportional to the student's learning rate. With a much larger one teacher and student follow each
+            other's class frequencies and may collapse onto one class (docs/modes.md has measurements).
+        feedback_ratio: in the place of the weight: at every step the feedback is scaled so that the norm of its
+            gradient at the teacher's outputs is this multiple of the norm of the own losses' gradient, whatever the
+            student's learning rate.
+        recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
+            end (same dropout masks and statistics): one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
         clip_norm: the greatest global norm of either network's gradient; None: no clipping. The student's clip is part
             of its update, so the feedback includes its derivative.
-        accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
-            batch statistics, dropout masks and losses that are not means over examples (an ``outer_loss`` that returns
-            (sum, weight) is exact, a scalar one warns), which are per micro-batch.
-            Cost: one more teacher forward pass, for about 1/accumulate of the memory.
+        accumulate: micro-batches that each batch is split into: one more teacher forward pass, for about 1/accumulate
+            of the memory. The numbers are the same, except for batch statistics, dropout masks and losses that are not
+            means over examples (an ``outer_loss`` that returns (sum, weight) is exact, a scalar one warns).
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights and losses in float32.
-        lookahead: the number of student steps that the feedback looks ahead: :meth:`fit` draws this many unlabeled
-            batches per step, the student takes a step on each of them, and the teacher takes one step on the feedback
-            on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead`
-            of any length.
-        compile: run the networks' passes, forward and backward, through ``torch.compile``. The numbers are the same to
-            rounding, dropout masks included (the first passes that draw are compared with eager ones). These passes
-            stay eager: the forward-mode pass of ``forward`` and ``reinforce_per_example``, the student's passes under
-            ``unrolled``, and everything outside a step, such as validation. The networks stay plain modules. Each kind
-            of pass is compiled when it first meets a batch shape, so batches should have one size.
+        lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many unlabeled batches per step,
+            the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
+            ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead` of any length.
+        compile: run the networks' passes, forward and backward, through ``torch.compile``; the same numbers to
+            rounding, dropout masks included (the first passes that draw are compared with eager ones). Eager stay the
+            forward-mode pass of ``forward`` and ``reinforce_per_example``, the student under ``unrolled``, and
+            everything outside a step. The networks stay plain modules; each batch shape compiles each kind of pass.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -128,6 +122,7 @@ class BilevelTrainer(Trainer):
         checks.is_generator(generator)
         self.mode = estimator(mode)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
+        self._given_as = dict(getattr(problem, "__dict__", {}))
         check_teacher(
             teacher,
             self.problem,
@@ -137,45 +132,36 @@ class BilevelTrainer(Trainer):
             feedback_ratio=feedback_ratio is not None,
             recompute_teacher=recompute_teacher,
         )
-        self.given = teacher, student  # perhaps in DistributedDataParallel
-        self.as_given = student
+        self.given, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
-        self.ranks = self.layout.ranks
-        student = self.layout.network
-        teacher = None if self.teacher_layout is None else self.teacher_layout.network
-        networks = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-        refuse_compiled(**networks)
-        self.teacher, self.student = teacher, student
+        self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
+        self.ranks, self.student = self.layout.ranks, self.layout.network
+        self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
+        refuse_compiled(student=self.student, **({} if self.teacher is None else {"teacher": self.teacher}))
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator = recompute_teacher, generator
         self.compile, self.outer_optimizer = compile, outer_optimizer
-        self._check_options()
+        check_options(self, lookahead)
+        refuse_split_batches(self.teacher_losses or (), accumulate)
+        check_mode(self.mode, lookahead, self.problem, self.layout)
 
         # Double backward has no compiled form: there the student runs as it is.
         eager = self.layout if self.mode.keep_graph else None
-        found = [layout.compilable() for layout in self._layouts if compile and layout is not eager]
+        found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
         self.compiled = CompiledPasses(*(part for parts in found for part in parts))
-        self.inner_optimizer = default_optimizer(student) if inner_optimizer is None else inner_optimizer
+        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self._teacher_trainer: _TeacherTrainer | None = None
-        if teacher is not None:
-            self.outer_optimizer = default_optimizer(teacher) if outer_optimizer is None else outer_optimizer
-            _check_outer(self.outer_optimizer, teacher)
-            wrapped = teacher if self.given[0] is None else self.given[0]
-            self._teacher_trainer = _TeacherTrainer(self, wrapped, self.outer_optimizer)
+        if self.teacher is not None and teacher is not None:
+            self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else outer_optimizer
+            check_outer(self.outer_optimizer, self.teacher)
+            self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done = 0
-        self._problem = self.problem
-        self._given_as = dict(getattr(problem, "__dict__", {}))
-        # What was found out about the networks stands until they change; a problem without a teacher gets an empty one.
-        self._known: LocalStudent | None = None
-        self._asked = nn.Module() if teacher is None else teacher
-        self._slots = Slots(self._asked)
-        self._kind: tuple[Any, ...] = ()
-        self._spread = [layout for layout in self._layouts if layout.kind != "plain"]
+        self.guard = StepGuard(self)
         self._built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -207,23 +193,22 @@ class BilevelTrainer(Trainer):
         """
         self._follow_problem()
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
-        batches = inner_batches(unlabeled)
-        teacher_steps: list[TeacherStep] = []
+        batches, guard, teacher_steps = inner_batches(unlabeled), self.guard, list[TeacherStep]()
 
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit
-            given = self.problem, batch, outputs, self.generator, recompute, self.ranks, self._slots
-            step = TeacherStep(self._asked, *given)
+            given = self.problem, batch, outputs, self.generator, recompute, self.ranks, guard.slots
+            step = TeacherStep(guard.asked, *given)
             kind = len(batches), step.signal.sampled, *step.signal.differentiable()
-            if kind != self._kind:
+            if kind != guard.kind:
                 check_kind(step.signal, self.mode, self.problem, len(batches))
-                self._kind = kind
+                guard.kind = kind
             teacher_steps.append(step)
             return step.signal
 
-        with self._guard(labeled, batches) as (fault, student):
+        with guard.step(self, labeled, batches) as (fault, student):
             first = not student.slots.looked_at
-            with self._run_otherwise() if self.compiled.forwards or self.precision != "float32" else NOTHING:
+            with self._autocast(), self.compiled():
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     student,
                     self.update,
@@ -246,16 +231,16 @@ class BilevelTrainer(Trainer):
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
                 report = self._report(path, known, feedback, objectives, ahead, fault)
-            if self._teacher_trainer is not None and (self._spread or self.clip_norm is not None):
+            if self._teacher_trainer is not None and (guard.spread or self.clip_norm is not None):
                 self._teacher_trainer.clip()
             elif self.outer_optimizer is not None:
-                checks.sparse_gradients(self.outer_optimizer, self._asked)
-            self._refuse_moves(student)
-            with self._both_or_none() if self._may_fail(first) else NOTHING:
+                checks.sparse_gradients(self.outer_optimizer, guard.asked)
+            guard.refuse_moves(student)
+            with guard.both_or_none(self, first):
                 path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
                 if self.outer_optimizer is not None:
                     self.outer_optimizer.step()  # line 8: θ_T′
-            for layout in self._spread:
+            for layout in guard.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
@@ -270,35 +255,8 @@ class BilevelTrainer(Trainer):
                 if name != "kind" and (name not in self._given_as or self._given_as[name] is not value):
                     object.__setattr__(self.problem, name, value)
             self._given_as = dict(now)
-
-    def _may_fail(self, first: bool) -> bool:
-        """Whether the outer optimizer's step may fail: where code of others runs in it, and on the first step where it
-        is none of the best known. Sharded networks are not put back."""
-        outer = self.outer_optimizer
-        if outer is None or any(one.is_sharded for one in self._spread):
-            return False
-        known = type(outer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-        return (first and not known) or runs_others_code(outer)
-
-    @contextmanager
-    def _both_or_none(self) -> Iterator[None]:
-        """Put both networks and their optimizers' states back if this block fails; cost: a copy of all of these."""
-        outer: Any = self.outer_optimizer
-        parameters = self.layout.parameters()
-        params = {name: p.detach().clone() for name, p in parameters.items()}
-        state = pytree.tree_map_only(Tensor, Tensor.clone, self.update.read_state())
-        teacher = [(p, p.detach().clone()) for p in parameters_of(outer)]
-        held = {p: copy.deepcopy(values) for p, values in outer.state.items()}
-        try:
-            yield
-        except BaseException:
-            self.update.write(parameters, params, state)
-            with torch.no_grad():
-                for p, before in teacher:
-                    p.copy_(before)
-            outer.state.clear()
-            outer.state.update(held)
-            raise
+        if self._teacher_trainer is not None:
+            self._teacher_trainer.problem = self.problem
 
     def _teacher_backward(
         self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
@@ -330,17 +288,17 @@ class BilevelTrainer(Trainer):
         fault: checks.Fault,
     ) -> StepReport:
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
-        scalars = {"inner_loss": path.inner_loss, **known}
-        # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
-        signal, outputs = path.steps[-1].signal, path.steps[-1].outputs.clone()
+        of_teacher = teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}
+        signal = path.steps[-1].signal
         report = StepReport(
             self.steps_done,
-            scalars | (teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}),
+            {"inner_loss": path.inner_loss, **known, **of_teacher},
             fault,
             ranks=self.ranks,
             feedback=h if ahead else h[0],
+            # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
             signal=replace(signal, **{name: t.clone() for name, t in signal.fields().items()}),
-            student_outputs=outputs,
+            student_outputs=path.steps[-1].outputs.clone(),
             problem=self.problem,
         )
         return report if self.ranks.alone else report.exchanged()
@@ -360,64 +318,16 @@ class BilevelTrainer(Trainer):
         """
         if self._teacher_trainer is None:
             return super().teacher_step(labeled, unlabeled)
-        if not self._has_losses:
+        if not has_losses(self):
             raise MetaplError(
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
                 "expected teacher losses, or wait=0."
             )
         self._follow_problem()
-        self._teacher_trainer.problem = self.problem
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
         return report
-
-    @contextmanager
-    def _run_otherwise(self) -> Iterator[None]:
-        with self._autocast(), self.compiled():
-            yield
-
-    @property
-    def _layouts(self) -> list[Layout]:
-        return [layout for layout in (self.teacher_layout, self.layout) if layout is not None]
-
-    def _check_options(self) -> None:
-        """Refuse options that are wrong, or do not go together."""
-        if self.accumulate > 1 and self.mode.keep_graph:
-            raise MetaplError(
-                f"accumulate={self.accumulate} with mode {self.mode.name!r}: expected 1 with 'unrolled', which keeps "
-                "the graph of the whole batch (mode 'forward' is as exact)."
-            )
-        refuse_split_batches(self.teacher_losses or (), self.accumulate)
-        check_mode(self.mode, self.lookahead, self.problem, self.layout)
-        self._checked = self.lookahead
-        if self.teacher is None and self.compile and self.mode.keep_graph:
-            raise MetaplError(
-                "compile=True was given with mode 'unrolled', under which the student runs as it is, and teacher=None: "
-                'nothing would be compiled; leave compile out, or use mode="forward", which is as exact.'
-            )
-        if self.feedback_ratio is not None:
-            self._check_ratio(self.lookahead)
-
-    def _check_ratio(self, steps: int) -> None:
-        if self.feedback_weight != 1.0:
-            raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
-        if not self._has_losses:
-            raise MetaplError(
-                "feedback_ratio was given, and there are no teacher losses to measure the feedback by; expected "
-                "teacher_losses=(...), or feedback_weight instead."
-            )
-        whole = [f"{name}={n}" for name, n in (("accumulate", self.accumulate), ("lookahead", steps)) if n > 1]
-        if whole:
-            raise MetaplError(
-                f"feedback_ratio is measured on one whole inner batch and does not go with {whole[0]}; use "
-                "feedback_weight."
-            )
-
-    @property
-    def _has_losses(self) -> bool:
-        given = self.teacher_losses
-        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     @property
     def late_starts(self) -> list[int]:
@@ -425,12 +335,17 @@ class BilevelTrainer(Trainer):
 
     @property
     def teacher_classifies(self) -> bool:
-        """As the problem says."""
         return self.problem.teacher_classifies
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    @property
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        known = {"inner": self.inner_optimizer, "outer": self.outer_optimizer}
+        return {name: o for name, o in known.items() if isinstance(o, torch.optim.Optimizer)}
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        """The student's and the teacher's optimizer; a TorchOpt transform has a schedule of its own."""
         return [*self._optimizers.values()]
 
     def settings(self) -> dict[str, Any]:
@@ -441,15 +356,14 @@ class BilevelTrainer(Trainer):
         return values
 
     def live_state(self) -> dict[str, Any]:
-        """:meth:`state_dict` without the copies."""
         return {
+            "mode": self.mode.name,
+            "lookahead": self.lookahead,
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "student": self.student.state_dict(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "optimizers": names_of(self._optimizers),
-            "mode": self.mode.name,
-            "lookahead": self.lookahead,
             "mode_state": dict(self.mode_state),
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -460,10 +374,8 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
         """
-        if isinstance(state, Mapping) and {"mode", "teacher"} <= state.keys():
-            self._refuse_another_kind(state)
         check_state(type(self).__name__, state, self.live_state(), self._optimizers)
-        if self.generator is not None and state["generator"] is not None:
+        if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:
             load_whole(self.teacher, state["teacher"])
@@ -472,29 +384,9 @@ class BilevelTrainer(Trainer):
         self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
-        self.mode_state = dict(state["mode_state"])
-        self.steps_done = state["steps_done"]
+        self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
 
-    def _refuse_another_kind(self, state: Mapping[str, Any]) -> None:
-        """Refuse the state of a trainer with another mode or length of look-ahead, or where one has no teacher."""
-        as_before = "build the trainer as it was built before."
-        if state["mode"] != self.mode.name:
-            raise MetaplError(
-                f"the state is of a trainer with mode {state['mode']!r}, this one has {self.mode.name!r}; {as_before}"
-            )
-        if state.get("lookahead") not in (None, self.lookahead):  # without one it is refused by its names
-            raise MetaplError(
-                f"the state is of a trainer with lookahead={state['lookahead']}, this one has "
-                f"lookahead={self.lookahead}; {as_before}"
-            )
-        if (state["teacher"] is None) != (self.teacher is None):
-            without, with_one = ("this one", "the state") if self.teacher is None else ("the state", "this one")
-            raise MetaplError(f"{with_one} is of a trainer with a teacher, {without} of one without; {as_before}")
-
-    @property
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        known = {"inner": self.inner_optimizer, "outer": self.outer_optimizer}
-        return {name: o for name, o in known.items() if isinstance(o, torch.optim.Optimizer)}
+    # ------------------------------------------------------------------------------------------- beside the training
 
     def finetune(
         self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
@@ -530,8 +422,8 @@ class BilevelTrainer(Trainer):
             mode: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
-        estimate = self.mode if mode is None else estimator(mode)
-        return self._gradient(labeled, unlabeled, estimate, prepare(self.given_problem, estimate), generator)
+        estimate = estimator(self.mode if mode is None else mode)
+        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
@@ -539,29 +431,20 @@ class BilevelTrainer(Trainer):
         exact = self.problem.exact()
         if self.mode.credits == "nothing" or exact is None:
             return None
-        found = (
-            self._gradient(labeled, unlabeled, self.mode, self.problem),
-            self._gradient(labeled, unlabeled, estimator("forward"), exact),
-        )
+        compared = (self.mode, self.problem), (estimator("forward"), exact)
+        found = [self._gradient(*one, labeled, unlabeled) for one in compared]
         a, b = (torch.cat([whole(g).flatten().double() for g in gradient.grads.values()]) for gradient in found)
         return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
 
     def _gradient(
-        self,
-        labeled: Any,
-        unlabeled: Any,
-        mode: Estimator,
-        problem: BilevelProblem,
-        generator: torch.Generator | None = None,
+        self, mode: Estimator, problem: BilevelProblem, labeled: Any, unlabeled: Any, generator: Any = None
     ) -> Hypergradient:
-        """The teacher's gradient from the state as it is, which does not change."""
-        for layout in self._layouts:
+        for layout in self.layouts:
             layout.reshard()
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(
-                self.given[0],
-                self.given[1],
+                *self.given,
                 labeled=labeled,
                 unlabeled=unlabeled,
                 mode=mode,
@@ -570,82 +453,6 @@ class BilevelTrainer(Trainer):
                 generator=generator,
                 accumulate=self.accumulate,
             )
-
-    @contextmanager
-    def _guard(self, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, LocalStudent]]:
-        """Begin a step: look at what has changed since the last one, and check the batches. If the step is refused or
-        fails, restore everything.
-
-        Yields: the fault of the step's report, and the student.
-        """
-        checks.no_inference_mode()
-        networks = {"student": self.student, "teacher": self.teacher if self.problem.teacher_reads_inputs else None}
-        explain = partial(explain_types, labeled, batches, networks)
-        outer, generator = self.outer_optimizer, self.generator
-        with step_lock, checkpoints_without_reentry():
-            for layout in self._spread:
-                layout.begin_step()
-            student = self._looked_at()
-            slots = self._slots, student.slots
-            for role, one in zip(("teacher", "student"), slots, strict=True):
-                one.weights = one.compared(role, student.waits) if len(batches) == 1 else None
-            with step_guard(*slots, device=self.device, optimizer=outer, generator=generator, explain=explain) as fault:
-                if self.ranks.alone:
-                    checks.batches(labeled, batches, self.device)
-                else:
-                    check_batches(labeled, batches, self.device, self.ranks)
-                if self.problem is not self._problem:  # another was assigned
-                    self._problem, self._checked, self._kind = self.problem, 0, ()
-                    if self._teacher_trainer is not None:
-                        self._teacher_trainer.problem = self.problem
-                if len(batches) != self._checked:
-                    check_mode(self.mode, len(batches), self.problem, self.layout)
-                    self._checked = len(batches)
-                if outer is not None:
-                    refuse_missing("outer_optimizer", outer, self._slots.learned, "teacher")
-                if self.feedback_ratio is not None:
-                    self._check_ratio(len(batches))
-                self._given = [(t, t._version) for t in tensors_in((labeled, batches))]
-                try:
-                    yield fault, student
-                except RuntimeError as error:  # autograd's own, where a graph has saved what was changed
-                    self._refuse_changed_batches(error)
-                    raise
-                student.slots.looked_at = self._slots.looked_at = True
-
-    def _looked_at(self) -> LocalStudent:
-        """The student at the beginning of a step. It is looked at closely on the first one, and where it has changed
-        since the last one; what was found out about it otherwise stands."""
-        if not self._slots.hold():
-            self._slots = Slots(self._asked)
-        known, sharded = self._known, self.layout.kind == "sharded"  # whose weights come and go
-        if known is not None and not sharded and known.holds():
-            self.update.follow(known.parameters)
-            known.begin(first=not known.slots.looked_at)
-            return known
-        self.update.follow(self.layout.parameters())
-        looked_at = sharded and known is not None and known.slots.looked_at
-        keep_graph = self.mode.keep_graph
-        self._known = student_of(self.layout, self.update.parameters, double_backward=keep_graph, first=not looked_at)
-        self._known.slots.looked_at = looked_at
-        return self._known
-
-    def _refuse_moves(self, student: LocalStudent) -> None:
-        """Refuse a step whose passes have moved weights or batches."""
-        for slots in (self._slots, student.slots):
-            if slots.weights is not None:
-                slots.weights.check()
-                slots.weights = None
-        self._refuse_changed_batches()
-
-    def _refuse_changed_batches(self, cause: Exception | None = None) -> None:
-        if any(t._version != version for t, version in self._given):
-            raise changed_input("a network or a function of the step") from cause
-
-
-_NETWORKS = ("teacher", "student", "inner_optimizer", "outer_optimizer")
-_BUILT_WITH = frozenset((*_NETWORKS, "accumulate", "clip_norm", "compile", "mode", "precision", "teacher_losses"))
-"""What parts of a trainer are made of; the other options are read at every step."""
 
 
 class _TeacherTrainer(LossTrainer):
@@ -656,13 +463,8 @@ class _TeacherTrainer(LossTrainer):
     prefix = "teacher"
 
     def __init__(self, trainer: BilevelTrainer, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(
-            teacher,
-            optimizer=optimizer,
-            clip_norm=trainer.clip_norm,
-            precision=trainer.precision,
-            accumulate=trainer.accumulate,
-        )
+        options = {name: getattr(trainer, name) for name in SETTINGS}
+        super().__init__(teacher, optimizer=optimizer, **options)
         assert trainer.teacher_layout is not None
         self.layout = trainer.teacher_layout  # which knows the student's
         self.ranks = self.layout.ranks
@@ -675,17 +477,3 @@ class _TeacherTrainer(LossTrainer):
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.05."""
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-def _check_outer(optimizer: Any, teacher: nn.Module) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise MetaplError(
-            f"outer_optimizer is {checks.described(optimizer)}; expected a torch.optim optimizer over "
-            "teacher.parameters(); of a wrapper, what it wraps: outer_optimizer=optimizer.optimizer."
-        )
-    refuse_missing("outer_optimizer", optimizer, trainable(teacher), "teacher")
-    own = {id(p) for p in teacher.parameters()}
-    if any(id(p) not in own for p in parameters_of(optimizer)):
-        raise MetaplError(
-            "outer_optimizer holds tensors that are not the teacher's; build it from teacher.parameters()."
-        )

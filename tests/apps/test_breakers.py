@@ -173,8 +173,11 @@ def test_a_description_of_another_seed_under_the_same_name(
     assert "run of another recipe" in text or "result.json is damaged or of another version: its seed is" in text
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "teacher.safetensors", "pictures.safetensors"])
-def test_a_finished_run_with_other_weights_is_not_said_to_be_finished(
+SEALED = ("student.safetensors", "teacher.safetensors", "pictures.safetensors", "data.json", "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_a_finished_run_with_other_files_is_not_said_to_be_finished(
     name: str,
     run: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],

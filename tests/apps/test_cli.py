@@ -486,6 +486,8 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(
     assert f"{run} and {trained} are of different classes: only one of them has three, 3." in line
     shutil.copy(trained / "result.json", run)
     edit(run / "data.json", lambda content: content["hash"].update(test="0", unlabeled="1"))
+    assert "data.json is damaged or of another run" in refused(capsys, "compare", trained, run)
+    reseal(run)
     line = refused(capsys, "compare", trained, run)
     assert f"{run} and {trained} are on different data: test and unlabeled differ by their hashes" in line
     assert "Train both on the same files" in line

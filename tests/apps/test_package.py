@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import metapl
-import metapl.runs.locks
-from metapl.runs.locks import BEHIND_CONTENT, lock
+import metapl.runs.ownership
+from metapl.runs.ownership import BEHIND_CONTENT, lock
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -114,7 +114,7 @@ def test_a_name_that_is_not_there_is_refused_as_usual() -> None:
 
 HOLD = """
 import runpy, sys
-lock = runpy.run_path(sys.argv[1])["lock"]  # the file alone: the package takes seconds to import
+lock = runpy.run_path(sys.argv[1])["lock"]
 with open(sys.argv[2], "a+") as file:
     lock(file, wait=False)
     print("locked", flush=True)
@@ -124,7 +124,7 @@ with open(sys.argv[2], "a+") as file:
 
 def test_a_lock_holds_against_other_processes_until_theirs_ends(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    command = [sys.executable, "-c", HOLD, metapl.runs.locks.__file__, file]
+    command = [sys.executable, "-c", HOLD, metapl.runs.ownership.__file__, file]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with holder, file.open("a+") as mine:
         assert holder.stdout is not None

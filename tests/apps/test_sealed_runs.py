@@ -30,7 +30,8 @@ SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 
 def test_result_json_has_the_checksums_of_all_weights_and_pictures(tiny: Path) -> None:  # noqa: F811
     hashes = result(tiny)["sha256"]
-    assert hashes == {name: hashlib.sha256((tiny / name).read_bytes()).hexdigest() for name in SEALED}
+    names = (*SEALED, "data.json", "metrics.jsonl")
+    assert hashes == {name: hashlib.sha256((tiny / name).read_bytes()).hexdigest() for name in names}
 
 
 @pytest.mark.parametrize("name", SEALED)
@@ -81,7 +82,7 @@ def test_runs_from_before_checksums_are_loaded_without_them(
     said(capsys, "predict", run, digit)
     assert "is finished already" in said(capsys, *TINY, "--out", run, "--resume")
     said(capsys, "finetune", run)
-    assert result(run)["sha256"].keys() == {"finetuned_student.safetensors"}
+    assert result(run)["sha256"].keys() == {"finetuned_student.safetensors", "metrics.jsonl"}
     said(capsys, "evaluate", run, "--network", "finetuned")
 
 

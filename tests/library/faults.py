@@ -26,10 +26,9 @@ from metapl.problems.base import Signal
 from metapl.runs import checkpoint
 from metapl.runs.fields import Range
 from metapl.runs.rows import Metrics
-from metapl.training.average import Average
 from metapl.training.loop import FitRun
 from metapl.training.options import Rates
-from metapl.training.selection import Best, Selection
+from metapl.training.selection import Average, Best, Selection
 from metapl.updates import torchopt as transforms
 from metapl.updates.base import Clipped, Update
 from metapl.updates.torch_optim import SGD, TorchUpdate

@@ -212,7 +212,7 @@ def train(
         found["scalars"].append(report.as_dict())
         found["feedback"].append(report.feedback)
     found["graphs"] = counters["stats"]["unique_graphs"] - graphs
-    for layout_of_one in trainer._layouts:
+    for layout_of_one in trainer.layouts:
         layout_of_one.reshard()
     for name, network in (("teacher", trainer.teacher), ("student", trainer.student)):
         found[name] = {path: whole(p) for path, p in network.named_parameters()}
@@ -549,7 +549,7 @@ def moved(replicate: bool) -> dict[str, Any]:
     trainer = metapl.BilevelTrainer(teacher, student, mode="forward", teacher_losses=())
     for labeled, unlabeled in batches(2):
         trainer.step(share(labeled), share(unlabeled))
-    for layout in trainer._layouts:
+    for layout in trainer.layouts:
         layout.reshard()
     found = {}
     for role, network in (("teacher", trainer.teacher), ("student", trainer.student)):

@@ -318,7 +318,7 @@ def parity(mode: Any, optimizer: str, replicate: int = 1, shards: int = 1, spati
     side = 16 * spatial
     weights, reports = from_first(lambda: _alone(mode, optimizer, side))
     trainer, rows = _trained(mode, Mesh(replicate=replicate, shard=shards, spatial=spatial), optimizer, side)
-    for layout in trainer._layouts:
+    for layout in trainer.layouts:
         layout.reshard()
     found = {}
     for role, expected in zip(("teacher", "student"), weights, strict=True):

@@ -253,7 +253,7 @@ def test_a_network_that_alternates_between_known_graphs_is_not_looked_at_again()
     for on in (True, False, True, False):
         student.on = on
         step()
-        looked.append(trainer._known.first)
+        looked.append(trainer.guard.student.first)
     assert looked == [True, False, False, False]
 
 
@@ -264,8 +264,8 @@ def test_a_network_whose_graphs_never_repeat_is_not_looked_at_forever() -> None:
     for _ in range(40):
         terms.append(0)
         step()
-        looked += trainer._known.first
-    assert looked == len(trainer._known.graphs) - 1 < 40
+        looked += trainer.guard.student.first
+    assert looked == len(trainer.guard.student.graphs) - 1 < 40
 
 
 def hook_of_a_tensor(_: Switched, h: Tensor) -> Tensor:

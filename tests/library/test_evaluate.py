@@ -98,7 +98,7 @@ def test_json() -> None:
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), None, "at least 1"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), None, "floating-point"),
         (torch.zeros(2, 3), torch.zeros(2), None, "expected integers"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), None, "0 to 3; 3 logits allow 0 to 2"),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), None, "0 to 3; of 3 classes, expected 0 to 2"),
         (torch.zeros(2, 3), torch.tensor([0, -1]), None, "from -1 to 0"),
         (torch.zeros(2, 3), torch.tensor([0, 1]), ["a"], "1 names of classes were given for 3 logits"),
         (torch.tensor([[0.0, 1.0], [0.0, math.nan]]), torch.tensor([0, 1]), None, r"1 of 2 .*example 1\).*diverged"),

@@ -133,7 +133,7 @@ def test_what_is_no_terminal_gets_lines_at_validations(
     bilevel().fit(*batches(3), steps=2, validate_every=1, progress=False)
     n = len(VALIDATION[1])
     patterns = (
-        r"fit: step 2 of 5, at least \d+ s left",  # the student has waited so far
+        r"fit: step 2 of 5, about \d+ s left",  # the student has waited so far
         rf"fit: step 4 of 5, validation accuracy [\d.]+% of {n}, about \d+ s left",
         rf"fit: step 5 of 5, validation accuracy [\d.]+% of {n}, after \d+ s",
         r"fit: step 1 of 2, about \d+ s left",

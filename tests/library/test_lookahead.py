@@ -273,7 +273,7 @@ def test_a_fit_that_looks_ahead_goes_on_bit_for_bit(tmp_path: Path) -> None:
     resumed, _ = fitted(3, out=tmp_path / "run", save_every=1, resume=True)
     for a, b in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(MetaplError, match=r"trainer with lookahead=3, this one has lookahead=2"):
+    with pytest.raises(MetaplError, match=r"its lookahead is 3, and the trainer's is 2"):
         fitted(2, out=tmp_path / "run", save_every=1, resume=True)
 
 

@@ -126,7 +126,7 @@ def test_a_fit_without_labelled_data() -> None:
     [
         ((X[:0], Y[:0]), "at least one example"),
         ((X, Y[:3]), r"a tensor of shape \(3,\).* for 8 examples"),
-        ((X, Y + 1), r"run from 1 to 3; the network has 3 classes: expected 0\.\.2"),
+        ((X, Y + 1), r"the labels of validation run from 1 to 3; of 3 classes, expected 0 to 2"),
         ((X, Y - 1), r"run from -1 to 1"),
         ([(X, Y + 1)], r"run from 1 to 3"),
         ([], "validation has no batches"),
@@ -137,7 +137,7 @@ def test_a_fit_without_labelled_data() -> None:
         ({"x": X, "y": Y}, r"^validation is a dict with the keys 'x', 'y'; expected a pair"),
         (torch.utils.data.DataLoader(X, 4), r"^validation is of type DataLoader.*a batch of it is a tensor"),
         (torch.utils.data.TensorDataset(X, Y), r"^validation is a data set.*DataLoader\(validation, 256\)"),
-        ((X, Y.double()), r"^validation has the labels .* float64.*labels\.long\(\)"),
+        ((X, Y.double()), r"^the labels of validation are .* float64.*labels\.long\(\)"),
     ],
 )
 def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validation: Any, text: str) -> None:

@@ -62,6 +62,29 @@ def test_somebody_elses_rows_are_not_cut(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
 
 
+def test_rows_of_another_run_are_noticed_when_a_run_goes_on_and_when_it_is_finished(tmp_path: Path) -> None:
+    def fit(name: str, steps: int, resume: bool, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        how: dict[str, Any] = {"schedule": "constant", "log_every": 1, "save_every": 2, "progress": False}
+        return single().fit(
+            batches(5)[0][seed:], steps=steps, out=tmp_path / name, resume=resume, say=lambda _: None, **how
+        )
+
+    for seed, name in enumerate(("one", "other")):
+        fit(name, 4, False, seed)
+    rows = (tmp_path / "one/metrics.jsonl").read_bytes()
+    (tmp_path / "one/metrics.jsonl").write_bytes(other := (tmp_path / "other/metrics.jsonl").read_bytes())
+    assert other != rows
+    for steps in (4, 6):
+        with pytest.raises(MetaplError, match=r"one/metrics\.jsonl is of another run than .*step-00000004\.ckpt"):
+            fit("one", steps, True)
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == other
+    (tmp_path / "one/metrics.jsonl").unlink()
+    assert len(fit("one", 4, True).history) == 0
+    (tmp_path / "one/metrics.jsonl").write_bytes(rows)
+    assert len(fit("one", 6, True).history) == 6
+
+
 # ----------------------------------------------------------------------------------------------------- JSON of a run
 
 

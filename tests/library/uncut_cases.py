@@ -95,7 +95,7 @@ def train(method: str, mode: Any, mesh: dict[str, int] | None, images: bool, ste
             gradient = trainer.hypergradient(own(trusted), own(noisy))
             found["gradient"] = {name: whole(g) for name, g in gradient.grads.items()}
         found["scalars"].append(trainer.step(own(trusted), own(noisy)).as_dict())
-    for layout in trainer._layouts:
+    for layout in trainer.layouts:
         layout.reshard()
     for role, part in (("teacher", trainer.teacher), ("student", trainer.student)):
         assert part is not None

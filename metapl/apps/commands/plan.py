@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from metapl.ablation.recommend import size
+from metapl.ablation.results import size
 from metapl.apps.commands.inputs import check_file
 from metapl.apps.commands.parse import Command, File, unset
 from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose, self_trained

@@ -28,6 +28,7 @@ from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastOne, Range
 from metapl.runs.rows import Metrics
+from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult
 from metapl.training.progress import counting
 from metapl.training.selection import weights_of
@@ -138,12 +139,13 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     # Each file is replaced whole. Should the machine die between two, the weights are refused, for their SHA-256 is not
     # the one on record, and finetuning again mends it.
     sealed = {tuned.file: run.folder.write_weights(tuned.file, tuned.weights)}
-    result["sha256"] = run.result.get("sha256", {}) | sealed
-    run.folder.write_json("result.json", result)
     metrics = Metrics(run.folder.path / "metrics.jsonl")
     metrics.cut("finetune", 0)
     for row in rows:
         metrics.add(row)
+    sealed[metrics.file.name] = sha256_of(metrics.file)
+    result["sha256"] = run.result.get("sha256", {}) | sealed
+    run.folder.write_json("result.json", result)
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     experiment.Experiment(recipe, run.folder).report(result, evaluation, task)
     return result

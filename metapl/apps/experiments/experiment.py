@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.experiments import galleries
 from metapl.apps.experiments.accuracies import spoken_rounds, summary
-from metapl.apps.experiments.folder import RunFolder, weights_file
+from metapl.apps.experiments.folder import ANOTHER, RunFolder, weights_file
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.pictures.store import record_files, replaced_files
@@ -33,9 +33,12 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.runs.rows import Metrics
+from metapl.runs.sealed import read_sealed, sha256_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import finetune
 from metapl.training.selection import weights_of
+
+TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Experiment:
         networks = {name: run.keep(name) for name in method.kept}
         for network in networks.values():
             sealed[network.file] = folder.write_weights(network.file, network.weights)
+        sealed |= {name: sha256_of(folder.path / name) for name in TOLD if (folder.path / name).is_file()}
         chosen = networks[delivered(method.name, networks, self.selects(task))]
         content: dict[str, Any] = {
             "recipe": self.recipe.name,
@@ -345,9 +349,10 @@ def _inside(network: nn.Module) -> nn.Module:
 
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
-    rounds = EVERY_METHOD[content["method"]].is_noisy_student
-    phase = f"round-{len(content['rounds'])}" if rounds else "fit"
-    return Metrics(folder / "metrics.jsonl").rows(phase)
+    rounds, file = EVERY_METHOD[content["method"]].is_noisy_student, folder / "metrics.jsonl"
+    if file.is_file():
+        read_sealed(file, content.get("sha256", {}).get(file.name), mend=ANOTHER)
+    return Metrics(file).rows(f"round-{len(content['rounds'])}" if rounds else "fit")
 
 
 def delivered(method: str, networks: Mapping[str, Network], select: bool) -> str:

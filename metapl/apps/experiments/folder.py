@@ -278,6 +278,10 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
 
 
 def stored_data(folder: RunFolder) -> dict[str, Any]:
+    """What ``data.json`` holds, where it is of the run that ``result.json`` is of."""
+    file = folder.path / "data.json"
+    if file.is_file() and (folder.path / "result.json").is_file():
+        read_sealed(file, stored_result(folder).get("sha256", {}).get(file.name), mend=ANOTHER)
     return folder.read_json("data.json", DATA, ("hash",))
 
 
