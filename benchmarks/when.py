@@ -425,8 +425,9 @@ def read(raw: Path = RAW) -> list[Row]:
 
 
 def _key(row: Row) -> str:
-    names = ("final", "rule", "steps_run", *(f.name for f in dataclasses.fields(Arm)))
-    return json.dumps([row[name] for name in names], sort_keys=True)
+    names = ("final", "steps_run", *(f.name for f in dataclasses.fields(Arm)))
+    rule = dataclasses.asdict(Rule(**row["rule"]))  # with the defaults of what older rows do not name
+    return json.dumps([rule, *(row[name] for name in names)], sort_keys=True)
 
 
 def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool) -> None:

@@ -1,4 +1,5 @@
-r"""Meta Pseudo Labels for a stack of small networks, a network a seed: what ``benchmarks/when.py`` trains with.
+r"""Meta Pseudo Labels for a stack of small networks, a network a seed: what ``benchmarks/when.py`` and
+``benchmarks/feedback_worth.py`` train with.
 
 A step is written out in batched matrix products, so that twenty seeds take little more time than one through
 :class:`metapl.BilevelTrainer`. It computes what the trainer computes with mode ``forward``: plain SGD for the student,
@@ -193,6 +194,8 @@ class Rule:
         alteration: of the feedback; None: as it is.
         own_loss: whether the teacher learns from the labeled batch too.
         lookahead: student steps a teacher step.
+        uda: weight of the teacher's consistency loss on unlabeled pictures, :class:`metapl.UDA`; 0: there is none.
+        temperature, threshold, align: of that loss; its prior is the stack's.
     """
 
     student_lr: float = 1.0
@@ -203,6 +206,23 @@ class Rule:
     alteration: Alteration | None = None
     own_loss: bool = True
     lookahead: int = 1
+    uda: float = 0.0
+    temperature: float = 1.0
+    threshold: float = 0.0
+    align: float = 0.0
+
+    def target(self, p: Tensor, prior: Tensor | None) -> Tensor:
+        """What the strong view should be called, from the probabilities (S, B, C) of the weak one: as
+        :meth:`metapl.UDA.target` has it; zeros for pictures that are left out."""
+        if self.align:
+            shares = torch.full_like(p[:, :1], 1 / p.shape[-1]) if prior is None else prior[:, None]
+            p = p * (shares / p.mean(1, keepdim=True)) ** self.align
+            p = p / p.sum(-1, keepdim=True)
+        confident = p.amax(-1, keepdim=True) > self.threshold
+        if self.temperature not in (0.0, 1.0):
+            sharp = p ** (1 / self.temperature)
+            return sharp / sharp.sum(-1, keepdim=True) * confident
+        return (p if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1]).to(p)) * confident
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,40 +249,55 @@ class Stack:
 
     Args:
         rule: how.
-        teacher, student: the first weights, which this stack changes.
-        ema_decay: of the average of the student's weights; see :class:`metapl.training.average.Average`.
+        teacher, student: the first weights, which this stack changes; no student: the teacher is trained alone.
+        ema_decay: of the average of the student's weights, or of the teacher's where there is no student; see
+            :class:`metapl.training.average.Average`.
+        prior: (S, C), the shares of the classes that labels of the consistency loss are moved to; None: equal ones.
 
-    ``ratio`` is, seed by seed, the feedback's to the teacher's own loss in the last step: of the norms of their
+    ``ratio`` is, seed by seed, the feedback's to the teacher's own losses in the last step: of the norms of their
     gradients at the teacher's outputs.
     """
 
     rule: Rule
     teacher: Weights
-    student: Weights
+    student: Weights | None
     ema_decay: float
+    prior: Tensor | None = None
     average: Weights = field(init=False)
     velocity: Weights | None = field(init=False, default=None)
     ratio: Tensor = field(init=False)
     steps_done: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.average = copied(self.student)
-        self.ratio = torch.zeros(len(self.student[0]))
+        self.average = copied(self.teacher if self.student is None else self.student)
+        self.ratio = torch.zeros(len(self.teacher[0]))
 
-    def step(self, batch: Batch, rate: float) -> None:
-        """One step of Meta Pseudo Labels, at this factor of the base learning rates."""
-        rule, eta = self.rule, self.rule.student_lr * rate
-        inputs, logits = forward(self.teacher, torch.cat([*batch.weak, batch.labeled], 1))
-        on_unlabeled, on_labeled = logits.split([logits.shape[1] - batch.labeled.shape[1], batch.labeled.shape[1]], 1)
+    def begin(self) -> None:
+        """Let a student begin as the teacher's average, with an average of its own: a warm start."""
+        self.student, self.steps_done = copied(self.average), 0
+
+    def step(self, batch: Batch, rate: float, student_rate: float | None = None) -> None:
+        """One step of Meta Pseudo Labels, at this factor of the base learning rates; the student's may be another."""
+        rule, eta = self.rule, self.rule.student_lr * (rate if student_rate is None else student_rate)
+        seen = [*batch.weak, batch.labeled, *(batch.strong if rule.uda else ())]
+        inputs, logits = forward(self.teacher, torch.cat(seen, 1))
+        unlabeled = sum(x.shape[1] for x in batch.weak)
+        on_unlabeled, on_labeled, on_strong = logits.tensor_split((unlabeled, unlabeled + batch.labeled.shape[1]), 1)
         q = softmax(on_unlabeled)
         labels = q.chunk(len(batch.weak), 1)
         own = torch.zeros_like(on_labeled)
         if rule.own_loss:
             own = (softmax(on_labeled) - batch.targets) / on_labeled.shape[1]
-        path = self._path(batch, labels, eta)
+        if rule.uda:
+            targets = torch.cat([rule.target(one, self.prior) for one in labels], 1)
+            consistency = softmax(on_strong) * targets.sum(-1, keepdim=True) - targets
+            own = torch.cat([own, consistency * (rule.uda / unlabeled)], 1)
+        path = [] if self.student is None else self._path(batch, labels, eta)
         at_unlabeled = torch.zeros_like(q)
-        if rule.feedback != "none":
-            h = torch.cat(self._feedback(path, batch, labels, eta), 1)
+        heard = rule.feedback != "none" and bool(path)
+        if heard:
+            heeded = rule.alteration not in ("zero", "balance")  # what replaces it is not made from it
+            h = torch.cat(self._feedback(path, batch, labels, eta), 1) if heeded else q
             if rule.alteration is not None:
                 h = altered(h, q, rule.alteration, batch.rows, batch.coins)
             at_unlabeled = -q * (h - (q * h).sum(-1, keepdim=True))  # the gradient of −Σ h·q
@@ -270,17 +305,23 @@ class Stack:
             factor = self._factor(*norms)
             at_unlabeled *= factor
             self.ratio = (factor * norms[0] / norms[1])[:, 0, 0]
-        if rule.feedback != "none" or rule.own_loss:
+        if (
+            rule.uda and not heard
+        ):  # the rows of the weak views are zeros; without UDA they stay, as when.jsonl has them
+            self._move_teacher(backward(self.teacher, [x[:, unlabeled:] for x in inputs], own), rate)
+        elif heard or rule.own_loss:
             self._move_teacher(backward(self.teacher, inputs, torch.cat([at_unlabeled, own], 1)), rate)
-        self.student = path[-1].after
+        if path:
+            self.student = path[-1].after
         # After a step of the trainer, as a fit takes the average.
         decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
-        torch._foreach_lerp_(self.average, self.student, 1 - decay)
+        torch._foreach_lerp_(self.average, self.teacher if self.student is None else self.student, 1 - decay)
         self.steps_done += 1
 
     def _path(self, batch: Batch, labels: Sequence[Tensor], eta: float) -> list[_Step]:
         """The student's steps."""
         path: list[_Step] = []
+        assert self.student is not None
         for x, q in zip(batch.strong, labels, strict=True):
             before = path[-1].after if path else self.student
             inputs, logits = forward(before, x)

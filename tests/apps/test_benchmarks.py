@@ -22,6 +22,7 @@ BENCHMARKS = ROOT / "benchmarks"
 STUDIES = {
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
+    "feedback_worth": ("--workers", "1"),
     "label_noise": (),
     "noisy_student": (),
     "pictures_study": ("--jobs", "1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import metapl
 from metapl.apps.pictures.views import base
 from metapl.feedback import Altered, Estimator, Forward
 from metapl.models import mlp
-from metapl.problems.losses import CrossEntropy
+from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 
 pytestmark = pytest.mark.docs
@@ -76,6 +77,17 @@ CASES: dict[str, tuple[dict[str, Any], Estimator | str, dict[str, Any]]] = {
         {"lookahead": 3, "feedback": "learning_rate"},
         Forward(normalization="learning_rate"),
         {},
+    ),
+    "uda": ({"uda": 1.0, "size": 3.0}, Forward(), {"teacher_losses": (CrossEntropy(), UDA()), "feedback_weight": 3.0}),
+    "uda, sharpened and aligned": (
+        {"uda": 2.0, "temperature": 0.5, "align": 0.5, "feedback": "ratio", "size": 0.5},
+        Forward(),
+        {"teacher_losses": (CrossEntropy(), UDA(0.5, weight=2.0, align=0.5)), "feedback_ratio": 0.5},
+    ),
+    "fixmatch": (
+        {"uda": 1.0, "temperature": 0.0, "threshold": 0.1, "feedback": "none"},
+        "none",
+        {"teacher_losses": (CrossEntropy(), UDA(0.0, 0.1))},
     ),
     **{
         alteration: ({"alteration": alteration, "size": 3.0}, Altered(Forward(), alteration), {"feedback_weight": 3.0})
@@ -157,6 +169,30 @@ def test_supervised_steps_of_the_stack_are_those_of_the_library(stack: ModuleTyp
         assert difference(model, weights, s) < 1e-12
 
 
+def test_a_teacher_alone_is_a_network_that_learns_from_both_kinds_of_pictures(stack: ModuleType) -> None:
+    given, models, prior = batches(stack), networks(2), torch.linspace(1, 5, 10, dtype=torch.float64) / 30
+    rule = stack.Rule(teacher_lr=0.3, feedback="none", uda=1.0, threshold=0.1, align=1.0)
+    alone = stack.Stack(rule, stack.stacked(models), None, 0.5, prior.expand(2, 10))
+    for t, batch in enumerate(given):
+        alone.step(batch, stack.cosine(t, STEPS))
+    losses = CrossEntropy(), UDA(threshold=0.1, align=1.0, prior=tuple(prior.tolist()))
+    for s, model in enumerate(models):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        LossTrainer(model, losses, optimizer=optimizer).fit(
+            [(b.labeled[s], b.targets[s].argmax(-1)) for b in given],
+            [(b.weak[0][s], b.strong[0][s]) for b in given],
+            steps=STEPS,
+            log_every=STEPS,
+            ema_decay=0.5,
+            progress=False,
+        )
+        assert difference(model, alone.average, s) < 1e-12
+    alone.begin()
+    alone.step(given[0], 0.5, student_rate=0.0)  # a student that begins as the average, and rests
+    assert difference(model, alone.student, 1) < 1e-12
+    assert difference(model, alone.average, 1) < 1e-12
+
+
 def test_altered_feedback_is_what_it_is_called(stack: ModuleType) -> None:
     g = torch.Generator().manual_seed(0)
     h, q = torch.randn(2, 9, 10, generator=g).double(), torch.randn(2, 9, 10, generator=g).double().softmax(-1)
@@ -212,3 +248,18 @@ def test_the_batches_of_a_seed_depend_on_neither_the_other_seeds_nor_the_number_
         assert torch.equal(seen[: len(which_alone), 1:], seen_alone)
     other = stack.Views(pictures[1:], SEEDS[1:], stream=2, batch=5, steps=30).chunk()
     assert not torch.equal(other[0], alone.order[:, :25].transpose(0, 1))
+
+
+@pytest.mark.docs
+def test_without_uda_the_study_of_its_worth_repeats_the_rows_of_when(stack: ModuleType) -> None:
+    import feedback_worth as worth
+
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "when.jsonl").read_text().splitlines()[1:]]
+    told = {"final": True, "part": "length", "labels": 2, "steps": 1500}
+    place, seeds = worth.Place(2), (200, 201)
+    for method in ("none", "gradient"):
+        (row,) = (row for row in rows if {**row, **told, "method": method} == row)
+        stacks, _ = worth.train(place, worth.Arm("", ()), [stack.Rule(**row["rule"])], seeds, 1500)
+        data, shares = worth.pictures(place, seeds)
+        found = worth.accuracies(stacks[0].average, data.test, shares)
+        assert found.tolist() == pytest.approx(row["student"][:2], abs=1e-5)

@@ -1,0 +1,421 @@
+"""What is the teacher's feedback worth? Digits with UDA in the teacher, at equal processor time, over 40 seeds.
+
+    python benchmarks/feedback_worth.py                        # tune, then run; goes on where it was stopped
+    python benchmarks/feedback_worth.py --costs                # what a step of each arm costs, on an idle core
+    python benchmarks/feedback_worth.py --table                # the tables of the rows so far; runs nothing
+    python benchmarks/feedback_worth.py --miniature --out FILE # all of it in seconds, to see that it runs
+
+**The primary test, named before it was run**: two labels a class, equal frequencies, Meta Pseudo Labels (``mpl``) of
+6,000 steps minus the best other arm at equal processor time, best by its mean over the final seeds, by a two-sided
+paired sign-flip test over the 40 seeds. Everything else is descriptive.
+
+Data, networks and views are those of ``when.py``; the teacher learns from UDA besides its labels, and teacher and
+student begin together from weights of their own. An arm's steps are those that :data:`COSTS` gives it for the processor
+time of ``mpl``. In each place every arm has eight configurations, tried on 5 seeds; the one with the best mean accuracy
+on 197 validation images is taken, with the network as trained or finetuned, whichever is better there. The final seeds
+are 40 others, which no study of this project had before. Where frequencies are uneven, the classes' shares fall evenly
+from 5 to 1, in an order that each seed draws; of labels, unlabeled images and test images alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import arguments, described, parsed, results
+from torch import Tensor
+from when import (
+    BATCH,
+    EMA_DECAY,
+    LABELED,
+    Data,
+    drawn,
+    finetuned,
+    first_weights,
+    labeled_batches,
+    unlabeled_batches,
+)
+from when_stack import CLASSES, Batch, Rule, Stack, Weights, copied, cosine, forward
+
+from metapl.apps.pictures import load_digits_split
+from metapl.metrics import paired_test
+from metapl.runs.environment import environment
+
+RAW = Path(__file__).parent / "results" / "feedback_worth.jsonl"
+STEPS, FINETUNE_STEPS = 6000, 200
+READ_OUTS = "average", "finetuned"
+Row = dict[str, Any]
+
+# ------------------------------------------------------------------------------------------------------------ the arms
+
+
+def rules(**axes: tuple[Any, ...]) -> tuple[Rule, ...]:
+    """Every choice from these values."""
+    return tuple(Rule(uda=1.0, **dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values()))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Args:
+        title: in words.
+        rules: its eight configurations.
+        begins: share of the steps after which the student begins, as the teacher's average: 0: from the start, with
+            weights of its own; 1: never, the teacher is what is trained.
+    """
+
+    title: str
+    rules: tuple[Rule, ...]
+    begins: float = 0.0
+
+
+ALONE = {"feedback": ("none",), "teacher_lr": (0.03, 0.06, 0.12, 0.24)}
+PLAIN_OR_SHARP = {"temperature": (1.0, 0.5)}
+TEACHER_LR = {"teacher_lr": (0.03, 0.06)}
+ARMS: dict[str, Arm] = {
+    "uda": Arm("UDA", rules(**ALONE, **PLAIN_OR_SHARP), 1.0),
+    "uda_aligned": Arm("UDA, aligned to the labels' shares", rules(**ALONE, **PLAIN_OR_SHARP, align=(1.0,)), 1.0),
+    "fixmatch": Arm("FixMatch", rules(**ALONE, temperature=(0.0,), threshold=(0.8, 0.95)), 1.0),
+    "mpl": Arm("Meta Pseudo Labels", rules(**TEACHER_LR, **PLAIN_OR_SHARP, size=(1.0, 3.0))),
+    "none": Arm(
+        "same loop, no feedback", rules(**TEACHER_LR, **PLAIN_OR_SHARP, feedback=("none",), student_lr=(0.5, 1.0))
+    ),
+    "push": Arm(
+        "same loop, push to equal frequencies",
+        rules(**TEACHER_LR, **PLAIN_OR_SHARP, feedback=("ratio",), alteration=("balance",), size=(0.1, 0.3)),
+    ),
+    "late": Arm("MPL, student begins late", rules(**TEACHER_LR, **PLAIN_OR_SHARP, size=(1.0, 3.0)), 0.75),
+}
+
+COSTS: dict[str, float] = {
+    "uda": 0.449,
+    "uda_aligned": 0.439,
+    "fixmatch": 0.436,
+    "mpl": 1.0,
+    "none": 0.597,
+    "push": 0.62,
+    "late": 0.587,
+}
+"""Processor time of a step, relative to one of ``mpl``: by ``--costs``, on an idle core."""
+
+
+def steps_of(arm: str, steps: int) -> int:
+    """The steps that take the processor time of so many of ``mpl``."""
+    return round(steps / COSTS[arm])
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+@dataclass(frozen=True)
+class Place:
+    """Labels a class, on average, and how often the most frequent class is there for one of the least frequent."""
+
+    labels: int
+    uneven: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.labels} labels a class, {'equal' if self.uneven == 1 else f'1:{self.uneven}'} frequencies"
+
+
+PLACES = Place(2), Place(4), Place(2, 5), Place(4, 5)
+PRIMARY = PLACES[0]
+
+
+def apportioned(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in these proportions, at least 1 each.
+
+    >>> apportioned([5, 4, 1], 20)
+    [10, 8, 2]
+    """
+    exact = total * np.asarray(shares, dtype=float) / sum(shares)
+    counts = np.maximum(1, exact.astype(int))
+    for _ in range(total - counts.sum()):
+        counts[np.argmax(exact - counts)] += 1
+    return [int(n) for n in counts]
+
+
+@lru_cache(maxsize=2)
+def pictures(place: Place, seeds: tuple[int, ...]) -> tuple[Data, Tensor | None]:
+    """The splits of these seeds, and the classes' shares (S, C) where they are not those of the digits."""
+    if place.uneven == 1:
+        return drawn(place.labels, seeds), None
+    falling = np.linspace(place.uneven, 1, CLASSES)
+    few = apportioned(falling, place.labels * CLASSES)
+    parts: list[list[tuple[Tensor, Tensor]]] = [[], [], [], []]
+    shares = []
+    for seed in seeds:
+        order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(seed))
+        split = load_digits_split(max(few), seed)
+        many = int(split.unlabeled_truth.bincount(minlength=CLASSES).min())
+        counts = [round(many * share / place.uneven) for share in falling]
+        for part, (x, y), kept in (
+            (0, split.labeled, few),
+            (1, (split.unlabeled, split.unlabeled_truth), counts),
+            (2, split.validation, None),
+            (3, split.test, None),
+        ):
+            if kept is not None:
+                rows = torch.cat([(y == c).nonzero()[:n, 0] for c, n in zip(order, kept, strict=True)])
+                x, y = x[rows], y[rows]
+            parts[part].append((x.flatten(1), y))
+        shares.append(torch.zeros(CLASSES).scatter(0, order, torch.tensor(falling / falling.sum()).float()))
+    columns = [(torch.stack([x for x, _ in part]), torch.stack([y for _, y in part])) for part in parts]
+    return Data(*columns), torch.stack(shares)
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+
+@torch.no_grad()
+def train(
+    place: Place, arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], steps: int
+) -> tuple[list[Stack], list[list[list[float]]]]:
+    """Stacks that are trained side by side on the same batches, and of each the feedback's ratio at ten steps."""
+    data, _ = pictures(place, seeds)
+    teacher, student = first_weights(seeds)
+    labeled_shares = torch.stack([y.bincount(minlength=CLASSES) / len(y) for y in data.labeled[1]])
+    first = copied(student) if arm.begins == 0 else None
+    stacks = [Stack(rule, copied(teacher), first and copied(first), EMA_DECAY, labeled_shares) for rule in rules]
+    labeled = labeled_batches(*data.labeled, seeds, LABELED, BATCH, steps)
+    unlabeled = unlabeled_batches(data.unlabeled[0], seeds, BATCH, steps)
+    begins, nothing = round(arm.begins * steps), torch.empty(0)
+    ratios: list[list[list[float]]] = [[] for _ in rules]
+    for step, ((x, targets), (weak, strong)) in enumerate(zip(labeled, unlabeled, strict=True)):
+        batch = Batch(x, targets, [weak], [strong], nothing, nothing)
+        for stack, ratio in zip(stacks, ratios, strict=True):
+            if step == begins and stack.student is None:
+                stack.begin()
+            stack.step(batch, cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins)))
+            if (step + 1) % max(1, steps // 10) == 0:
+                ratio.append(stack.ratio.tolist())
+    return stacks, ratios
+
+
+def accuracies(weights: Weights, part: tuple[Tensor, Tensor], shares: Tensor | None) -> Tensor:
+    """Of each seed, as if the classes had these shares."""
+    x, y = part
+    right = (forward(weights, x)[1].argmax(-1) == y).float()
+    if shares is None:
+        return right.mean(1)
+    counts = torch.stack([each.bincount(minlength=CLASSES) for each in y])
+    weight = (shares / counts).gather(1, y)
+    return (right * weight).sum(1) / weight.sum(1)
+
+
+@torch.no_grad()
+def ran(place: Place, name: str, rules: Sequence[Rule], seeds: tuple[int, ...], steps: int, final: bool) -> list[Row]:
+    """A row for each rule and seed: tuning runs read the validation images, final runs the test images."""
+    torch.set_num_threads(1)
+    arm, count = ARMS[name], steps_of(name, steps)
+    began = time.process_time()
+    stacks, ratios = train(place, arm, rules, seeds, count)
+    seconds = (time.process_time() - began) / (len(rules) * len(seeds))
+    data, shares = pictures(place, seeds)
+    rows = []
+    for rule, stack, ratio in zip(rules, stacks, ratios, strict=True):
+        part = data.test if final else data.validation
+        tuned = finetuned(stack.average, data, seeds, min(FINETUNE_STEPS, count))
+        found = {"average": accuracies(stack.average, part, shares), "finetuned": accuracies(tuned, part, shares)}
+        if final:
+            x, truth = data.unlabeled
+            called = forward(stack.average, x)[1].argmax(-1)
+            counts = [torch.stack([y.bincount(minlength=CLASSES) for y in ys]) for ys in (called, truth)]
+            found["teacher"] = accuracies(stack.teacher, part, shares)
+            found["labels_right"] = (forward(stack.teacher, x)[1].argmax(-1) == truth).float().mean(1)
+            found["frequency_error"] = (counts[0] - counts[1]).abs().sum(1) / (2 * truth.shape[1])
+        for s, seed in enumerate(seeds):
+            row = {"final": final, "place": dataclasses.asdict(place), "arm": name, "seed": seed, "steps": count}
+            row |= {"seconds": round(seconds, 2), **{key: round(float(value[s]), 5) for key, value in found.items()}}
+            told = {"ratio": [round(each[s], 4) for each in ratio]} if any(map(any, ratio)) else {}
+            rows.append({**row, **told, "rule": dataclasses.asdict(rule)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run."""
+
+    tuning_seeds: tuple[int, ...] = tuple(range(110, 115))
+    seeds: tuple[int, ...] = tuple(range(300, 340))
+    steps: int = STEPS
+    configurations: int = 8
+    places: tuple[Place, ...] = PLACES
+
+
+MINIATURE = Size((110,), (300, 301), steps=8, configurations=2, places=(PLACES[0], PLACES[2]))
+
+
+def read(raw: Path = RAW) -> list[Row]:
+    """The rows of runs so far."""
+    lines = raw.read_text().splitlines() if raw.exists() else []
+    return [row for line in lines if "arm" in (row := json.loads(line))]
+
+
+def of(rows: Sequence[Row], place: Place, arm: str, final: bool) -> list[Row]:
+    """Those of an arm in a place, by seed."""
+    mine = [r for r in rows if r["arm"] == arm and r["final"] is final and r["place"] == dataclasses.asdict(place)]
+    return sorted(mine, key=lambda row: int(row["seed"]))
+
+
+def chosen(rows: Sequence[Row], place: Place, arm: str) -> tuple[Rule, str]:
+    """The configuration and the read-out with the best mean over the tuning seeds; of equals, the first."""
+    found: dict[tuple[Rule, str], list[float]] = {}
+    for row in of(rows, place, arm, final=False):
+        for name in READ_OUTS:
+            found.setdefault((Rule(**row["rule"]), name), []).append(row[name])
+    return max(found, key=lambda choice: float(np.mean(found[choice])))
+
+
+def study(size: Size, raw: Path, workers: int) -> None:
+    """Tune every arm in every place, then run what was chosen on the seeds that nobody has looked at."""
+    for final in (False, True):
+        rows = read(raw)
+        done = {(Place(**r["place"]), r["arm"]) for r in rows if r["final"] is final}
+        missing = [(place, name) for place in size.places for name in ARMS if (place, name) not in done]
+        jobs = []
+        for place, name in missing:
+            picked = [chosen(rows, place, name)[0]] if final else ARMS[name].rules[: size.configurations]
+            jobs.append((place, name, picked, size.seeds if final else size.tuning_seeds, size.steps, final))
+        if jobs:
+            _append(raw, [{"made_with": environment(), "costs": COSTS}])
+        for number, found in enumerate(results(ran, jobs, workers), 1):
+            _append(raw, found)
+            kind = "final" if final else "tuning"
+            print(f"{kind} {number}/{len(jobs)}: {found[0]['arm']}, {Place(**found[0]['place'])}", flush=True)
+
+
+def _append(raw: Path, rows: Sequence[Row]) -> None:
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with raw.open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))  # those of an arm at once: all or none
+
+
+@torch.no_grad()
+def costs(steps: int, rounds: int = 7) -> dict[str, float]:
+    """Processor time of a step of each arm, relative to ``mpl``: the least of some rounds, in turn. Drawing the batches
+    is not counted: it takes about as long as a step of networks that are so small, and is the same for all."""
+    torch.set_num_threads(1)
+    seeds, arms = Size.seeds, {name: dataclasses.replace(arm, begins=arm.begins // 1) for name, arm in ARMS.items()}
+    least = dict.fromkeys(ARMS, float("inf"))
+    data, _ = pictures(PRIMARY, seeds)
+    teacher, student = first_weights(seeds)
+    labeled, unlabeled = (
+        labeled_batches(*data.labeled, seeds, LABELED, BATCH, 1),
+        unlabeled_batches(data.unlabeled[0], seeds, BATCH, 1),
+    )
+    (x, targets), (weak, strong) = next(labeled), next(unlabeled)
+    batch = Batch(x, targets, [weak], [strong], torch.empty(0), torch.empty(0))
+    for _, (name, arm) in itertools.product(range(rounds), arms.items()):
+        stack = Stack(arm.rules[0], copied(teacher), None if arm.begins else copied(student), EMA_DECAY)
+        began = time.process_time()
+        for step in range(steps):
+            stack.step(batch, cosine(step, steps))
+        least[name] = min(least[name], time.process_time() - began)
+    late = ARMS["late"].begins
+    least["late"] = late * least["uda"] + (1 - late) * least["mpl"]
+    return {name: round(seconds / least["mpl"], 3) for name, seconds in least.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_000) -> float:
+    """Two-sided p of the paired sign-flip test: the share of random signs under which the mean difference is as large.
+
+    >>> sign_flip([1.0] * 10, [0.0] * 10) < 0.01
+    True
+    """
+    d = np.asarray(first) - np.asarray(second)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (flips, len(d)))
+    reached = (np.abs(signs @ d) >= abs(d.sum()) * (1 - 1e-12)).sum()
+    return float((reached + 1) / (flips + 1))
+
+
+def delivered(rows: Sequence[Row], place: Place, arm: str) -> list[float]:
+    """Test accuracies of an arm's final runs, seed by seed, by the read-out that tuning chose."""
+    read_out = chosen(rows, place, arm)[1]
+    return [row[read_out] for row in of(rows, place, arm, final=True)]
+
+
+def primary(rows: Sequence[Row]) -> str:
+    """The primary test in words."""
+    reached = {arm: delivered(rows, PRIMARY, arm) for arm in ARMS}
+    rival = max((arm for arm in ARMS if arm != "mpl"), key=lambda arm: float(np.mean(reached[arm])))
+    test, p = paired_test(reached["mpl"], reached[rival]), sign_flip(reached["mpl"], reached[rival])
+    low, high = (100 * end for end in test.interval or (float("nan"), float("nan")))
+    return (
+        f"Primary test ({PRIMARY}): Meta Pseudo Labels minus {ARMS[rival].title}, the best other arm: "
+        f"{100 * test.mean:+.1f} points (95 % {low:+.1f} to {high:+.1f}), sign-flip p = {p:.2g}, {test.n} seeds."
+    )
+
+
+def table(rows: Sequence[Row], place: Place) -> str:
+    """The arms of a place."""
+    lines = [
+        f"**{place}**",
+        "",
+        "| arm | steps | test accuracy | labels right | frequency error | MPL above it | 95 % | p |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    mpl = delivered(rows, place, "mpl")
+    for name, arm in ARMS.items():
+        mine, values = of(rows, place, name, final=True), delivered(rows, place, name)
+        mean = {key: 100 * float(np.mean([row[key] for row in mine])) for key in ("labels_right", "frequency_error")}
+        cells = [
+            arm.title,
+            f"{mine[0]['steps']:,}",
+            f"{100 * np.mean(values):.1f} ± {100 * np.std(values, ddof=1):.1f}",
+        ]
+        cells += [f"{mean['labels_right']:.1f}", f"{mean['frequency_error']:.1f}"]
+        test = paired_test(mpl, values)
+        if name == "mpl" or test.interval is None:
+            cells += ["–", "–", "–"]
+        else:
+            low, high = (100 * end for end in test.interval)
+            cells += [f"{100 * test.mean:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{sign_flip(mpl, values):.2g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    picked = "; ".join(f"{name}: {_settings(*chosen(rows, place, name))}" for name in ARMS)
+    return "\n".join([*lines, "", f"Chosen on the tuning seeds: {picked}."])
+
+
+def _settings(rule: Rule, read_out: str) -> str:
+    told = {"teacher's rate": rule.teacher_lr, "temperature": rule.temperature}
+    told |= {"threshold": rule.threshold} if rule.threshold else {}
+    told |= {"student's rate": rule.student_lr, "size": rule.size} if rule.feedback != "none" else {}
+    return ", ".join(f"{name} {value:g}" for name, value in told.items()) + f", {read_out}"
+
+
+def complete(rows: Sequence[Row]) -> Iterator[Place]:
+    """The places in which every arm has final rows."""
+    return (place for place in PLACES if all(of(rows, place, arm, final=True) for arm in ARMS))
+
+
+def main() -> None:
+    parser = arguments(__doc__, RAW)
+    parser.add_argument("--costs", action="store_true", help="measure what a step of each arm costs, and stop")
+    parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes")
+    given = parsed(parser)
+    if given.costs:
+        print(json.dumps({"costs": costs(20 if given.miniature else 200), **described("cpu")}))
+        return
+    if not given.table:
+        study(MINIATURE if given.miniature else Size(), given.out, given.workers)
+    rows = read(given.out)
+    places = [*complete(rows)]
+    print("\n\n".join([*([primary(rows)] if PRIMARY in places else []), *(table(rows, place) for place in places)]))
+
+
+if __name__ == "__main__":
+    main()
