@@ -254,7 +254,7 @@ def test_programs_that_cannot_be_are_refused_before_anything_is_written(
         export(create("small_cnn", 2), out, card=CARD, onnx=True)
     found = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnx") else found(name))
-    with pytest.raises(MetaplError, match=r"ONNX needs onnx and onnxscript, which are not .*pip install 'metapl\[onnx"):
+    with pytest.raises(MetaplError, match=r"ONNX needs onnx and onnxscript: not installed.*pip install 'metapl\[onnx"):
         export(create("small_cnn", 2), out, card=CARD, shape=(3, 8, 8), onnx=True)
     assert not out.exists()
 

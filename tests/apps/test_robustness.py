@@ -331,3 +331,18 @@ def test_a_file_that_cannot_be_read_is_counted_once_however_often_its_folder_is_
 
 def test_every_corruption_is_in_a_panel_and_in_the_table() -> None:
     assert [name for names in GROUPS.values() for name in names] == list(CORRUPTIONS)
+
+
+def test_wrong_kinds_severities_pictures_and_attacks_are_refused() -> None:
+    picture = torch.rand(1, 3, 8, 8)
+    for given, words in (
+        ((picture, "rain", 1), "'rain'.* one of gaussian_noise, .*jpeg_compression"),
+        ((picture, "snow", 0), "severity 0: expected 1 to 5"),
+        ((picture[0], "snow", 1), r"expected floating point \(B, C, H, W\)"),
+        ((picture.mul(255).byte(), "snow", 1), "uint8"),
+    ):
+        with pytest.raises(MetaplError, match=words):
+            corrupted(*given)
+    for attack, eps in (("PGD", 1.0), ("pgd", -1.0)):
+        with pytest.raises(MetaplError, match=f"attack '{attack}', eps={eps}: expected 'fgsm' or 'pgd', and 0 to 255"):
+            attacked(torch.nn.Flatten(), picture, torch.tensor([0]), attack, eps)  # type: ignore[arg-type]

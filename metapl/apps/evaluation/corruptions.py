@@ -23,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from metapl.data.draws import fold_in
+from metapl.errors import MetaplError, few
+from metapl.execution.checks import described
 
 Picture = NDArray[np.float64]  # (H, W, C) in [0, 1]
 
@@ -40,6 +42,11 @@ def corrupted(images: Tensor, corruption: str, severity: int, *, seed: int = 0, 
     >>> corrupted(torch.full((1, 3, 8, 8), 0.5), "brightness", 3)[0, 0, 0, 0]
     tensor(0.8000)
     """
+    if corruption not in CORRUPTIONS or severity not in SEVERITIES:
+        known = few(CORRUPTIONS, 20)
+        raise MetaplError(f"corruption {corruption!r}, severity {severity!r}: expected 1 to 5, and one of {known}.")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+        raise MetaplError(f"the pictures are {described(images)}; expected floating point (B, C, H, W), C = 1 or 3.")
     damage, constants = CORRUPTIONS[corruption]
     of = constants[severity - 1]
     kind = fold_in(fold_in(seed, list(CORRUPTIONS).index(corruption)), severity)

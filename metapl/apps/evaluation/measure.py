@@ -66,6 +66,8 @@ def attacked(network: nn.Module, images: Tensor, labels: Tensor, attack: Attack,
     >>> attacked(line, torch.full((1, 1, 1, 1), 0.5), torch.tensor([0]), "fgsm", 51)
     tensor([[[[0.3000]]]])
     """
+    if attack not in ("fgsm", "pgd") or not 0 <= eps <= LEVELS:
+        raise MetaplError(f"attack {attack!r}, eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of 1/{LEVELS}.")
     reach = eps / LEVELS
     steps, size = (1, reach) if attack == "fgsm" else (PGD_STEPS, reach / 4)
     least, most = (images - reach).clamp(min=0), (images + reach).clamp(max=1)
