@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+collect_ignore = ["conftest.py", "apps/conftest.py"]  # which hold no test, and share a name
+
 LONGEST = [
     *("test_plan", "test_sharded", "test_pictures", "test_report", "test_recipes", "test_cli_pictures", "test_export"),
     *("test_command_processes", "test_resume", "test_two_moons", "test_delivery", "test_mesh_command", "test_spatial"),

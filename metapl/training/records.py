@@ -127,7 +127,7 @@ class Records:
         if metrics is None or told is None or not metrics.file.exists() or metrics.damaged():
             return
         rows = [row for row in metrics.rows(self.phase) if row["step"] <= state["step"]]
-        if digest_of(rows).hexdigest() != told:
+        if rows and digest_of(rows).hexdigest() != told:
             raise MetaplError(
                 f"{metrics.file} is of another run than {file}, or was changed: its rows have another SHA-256 than was "
                 "noted. Put it back as it was; or remove it, and it begins again after that step."

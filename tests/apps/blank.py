@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from metapl.apps.reports import canvas
 
@@ -13,6 +14,7 @@ DRAWN = canvas.png
 
 def leave_pages_blank() -> None:
     """From here on, in this process."""
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), "white").save(file, "PNG")
+    file, made_by = io.BytesIO(), PngInfo()
+    made_by.add_text("Software", canvas.SOFTWARE)
+    Image.new("RGB", (8, 8), "white").save(file, "PNG", pnginfo=made_by)
     canvas.png = lambda figure: file.getvalue()

@@ -27,7 +27,7 @@ UNREAD = ("train", "images", "--labeled", "nowhere", "--unlabeled", "nowhere", "
         ("--method none --exact-every 2", "--exact-every"),
         ("--method none --feedback-weight 2", "--feedback-weight"),
         ("--method supervised --label-smoothing 0.1", "--label-smoothing"),
-        ("--method supervised --unlabelled-batch 8", "--unlabeled-batch"),
+        ("--method supervised --unlabelled-batch 8", "Unrecognized options: --unlabelled-batch"),
         ("--method supervised --uda-weight 2", "--uda-weight"),
         ("--method fixmatch --uda-threshold 0.9", "--uda-threshold"),
         ("--method fixmatch --uda-prior 0.5 0.5", "--uda-prior"),

@@ -243,5 +243,7 @@ def test_a_video_without_pyav_is_refused(subject: Subject, tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "tilt" / WNIDS[0]).mkdir(parents=True)
     (tmp_path / "tilt" / WNIDS[0] / "a.mp4").write_bytes(io.BytesIO().getvalue())
-    with pytest.raises(MetaplError, match=r"a folder of its frames, or get av, .* pip install 'metapl\[video\]'"):
+    with pytest.raises(
+        MetaplError, match=r"a folder of its frames, or get av: not installed.* pip install 'metapl\[video\]'"
+    ):
         imagenet_p(subject, tmp_path)

@@ -210,7 +210,7 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
         ({"num_classes": 0}, r"num_classes=0: expected a whole number of 1 or more"),
         ({"in_channels": 0}, "in_channels=0"),
         ({"image_size": 0}, "image_size=0"),
-        ({"dropout": 1.0}, r"dropout=1\.0: expected a probability in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout=1\.0: expected a number in \[0, 1\)"),
         ({"dropout": -0.1}, r"dropout=-0\.1"),
     ],
 )

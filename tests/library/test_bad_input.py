@@ -214,7 +214,7 @@ OPTIONS: dict[str, tuple[object, str]] = {
     "precision": ("float16", "'float32', 'bfloat16'"),
     "accumulate": (0, "a number of micro-batches, 1 or more"),
     "compile": (1, "True or False"),
-    "feedback_weight": (float("nan"), "a number"),
+    "feedback_weight": (float("nan"), "a finite number"),
     "feedback_ratio": (-1.0, "a number of 0 or more or None"),
     "recompute_teacher": ("no", "True or False"),
     "lookahead": (1.0, "a number of student steps, 1 or more"),
