@@ -79,5 +79,5 @@ def test_the_threads_of_a_job_do_not_depend_on_how_many_run(tmp_path: Path, monk
             compare.run_jobs(Digits(), tmp_path, ("mpl", "none", "uda"), (0, 1), resume=False, jobs=jobs, sized={})
     monkeypatch.setattr(Digits, "torch_device", lambda self: torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
-        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None)
+        compare.run_jobs(Digits(), tmp_path, ("mpl", "none"), (0, 1), resume=False, jobs=None, sized={})
     assert seen == [(6, {1}), (2, {1}), (1, {8})]
