@@ -345,7 +345,7 @@ def test_the_study_of_when_feedback_helps_was_run_as_it_says(tables: object) -> 
     assert set(final) <= set(when.ARMS)
     assert len(final) == sum(row["final"] for row in rows)
     for arm, row in final.items():
-        assert row["rule"] == dataclasses.asdict(when.rule_of(arm, rows))
+        assert when.Rule(**row["rule"]) == when.rule_of(arm, rows)
     for name, grid in when.GRIDS.items():
         tuning = [row["rule"] for row in rows if row["tuned"] == name and not row["final"]]
         assert sorted(map(str, tuning)) == sorted(str(dataclasses.asdict(rule)) for rule in grid.rules)
