@@ -179,7 +179,7 @@ def test_rows_are_read_by_the_thread_that_asks(store: LabelStore, monkeypatch: p
     threads = set()
 
     class Noted(io.FileIO):
-        def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+        def read(self, size: int | None = -1) -> bytes:
             threads.add(threading.get_ident())
             return super().read(-1 if size is None else size)
 
