@@ -117,7 +117,7 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("--factory my_networks:too_few", "returned (BilevelTrainer, tuple); expected (trainer, labeled, unlabeled)"),
         ("--factory my_networks:biuld", "AttributeError: module 'my_networks' has no attribute 'biuld'"),
         ("--factory my_networks:asks", "asks failed: TypeError: asks() missing 1 required positional argument: 'x'"),
-        ("--factory my_networks:fails", "fails failed: KeyError: 'students' (my_networks.py, line 23)"),
+        ("--factory my_networks:fails", "fails failed: KeyError: 'students' (my_networks.py, line 23).\n"),
         ("--factory my_networks:leaves", "leaves failed: SystemExit (my_networks.py, line 26)"),
         ("--factory my_networks:mode", "mode='forwards' was given; expected one of"),
         ("--factory elsewhere:build", "No module named 'elsewhere'; expected module:function"),

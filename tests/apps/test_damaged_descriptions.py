@@ -150,6 +150,7 @@ def test_an_evaluation_of_attacks_alone(tmp_path: Path, capsys: pytest.CaptureFi
         ({"corruptions": []}, "corruptions is []"),
         ({"corruptions": {"snow": {}}}, "an entry lacks its 'error'"),
         ({"corruptions": {"sleet": {"error": 0.5}}}, "it is of sleet, which are not known"),
+        ({"attacks": {"pgd": {"1e-05": 0.5}}}, None),  # as --eps 0.00001 is written
         ({"attacks": {"pgd": {"x": 0.5}}}, "attacks have ε = x; expected 0 to 255"),
         ({"attacks": {"pgd": {"nan": 0.5}}}, "attacks have ε = nan"),
         ({"attacks": {"p" * 5000: {"2": 0.5}}}, "which are not known"),

@@ -183,6 +183,10 @@ def test_the_parts_of_a_data_set_are_not_its_classes(tmp_path: Path) -> None:
         in finding.message
     )
     assert finding.message.endswith(str(root / "Labelled"))
+    pictures(tmp_path / "years" / "train2017", cat=[1, 2], dog=[3, 4])
+    pictures(tmp_path / "years" / "02_val", cat=[5, 6], dog=[7, 8])
+    found(check_folders(scan_labeled(tmp_path / "years")), "02_val, train2017", "the parts of a data set")
+    assert check_folders(scan_labeled(pictures(tmp_path / "toys", train1=[1, 2], train2=[3, 4]))) == []
     # Classes may be called so: bottles with a label and without.
     flat = pictures(tmp_path / "bottles", labeled=[1, 2], unlabeled=[3, 4])
     (finding,) = check_folders(scan_labeled(flat))

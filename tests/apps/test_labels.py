@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
 import resource
 import shutil
 import signal
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,20 @@ def test_numbers_are_read_from_a_memory_map(tmp_path: Path) -> None:
     for column in reading._columns(store._checked(0)).values():
         assert not column.flags.owndata
         assert not column.flags.writeable
+
+
+def test_rows_are_read_by_the_thread_that_asks(store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of pyarrow's that still holds the file when Python ends aborts the process."""
+    threads = set()
+
+    class Noted(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            threads.add(threading.get_ident())
+            return super().read(-1 if size is None else size)
+
+    monkeypatch.setattr(layout, "open_plain", Noted)
+    layout.read_rows(store.folder / store.parts[0].file, ["label", "confidence"])
+    assert threads == {threading.get_ident()}
 
 
 def test_a_store_with_more_parts_than_are_kept_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,11 @@ def plain(*colors: tuple[int, int, int], height: int = 16, width: int = 16) -> T
     return torch.tensor(colors, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, height, width)
 
 
-def gallery(pictures: Tensor, **changes: Any) -> Gallery:
-    captions = tuple(f"{index}\n98 %" for index in range(len(pictures)))
-    return Gallery(
-        **{"title": "Mistakes", "note": "on validation", "pictures": pictures, "captions": captions, **changes}
-    )
+def gallery(pictures: Any, **changes: Any) -> Gallery:
+    usual = {"title": "Mistakes", "note": "on validation", "pictures": pictures}
+    if "captions" not in changes:
+        usual["captions"] = tuple(f"{index}\n98 %" for index in range(len(pictures)))
+    return Gallery(**usual | changes)
 
 
 def rows(panels: int) -> list[dict[str, float]]:
@@ -397,6 +397,8 @@ OK = torch.zeros(2, 3, 8, 8)
         ({"pictures": OK - 0.5}, r"floating point in \[0, 1\]"),
         ({"pictures": OK + 255}, r"floating point in \[0, 1\]"),
         ({"pictures": OK / 0}, r"floating point in \[0, 1\]"),
+        ({"pictures": None, "captions": ()}, "NoneType"),
+        ({"pictures": torch.tensor(0.5), "captions": ()}, "expected"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], text: str) -> None:

@@ -202,6 +202,7 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digit",), "did you mean digits"),
         (("digits", "--mesh.shard", "0"), "--mesh.shard 0: expected a number of processes"),
         (("digits", "--mesh.shard", "3"), "labeled_batch of 64, which 3 ranks do not share equally"),
+        (("digits", "--unlabeled-batch", "7", "--mesh.shard", "2"), "digits has an unlabeled_batch of 7"),
         (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* mode 'difference'"),
         (("cifar10-4k", "--mesh.tensor", "2"), "has no two linear layers"),
         (("digits", "--mesh.spatial", "3"), "pictures of 8 pixels, which cannot be cut into 3"),

@@ -156,11 +156,11 @@ def made_by(name: str) -> Any:
         # The innermost line of the user's own says more than one inside a library.
         frames = traceback.extract_tb(error.__traceback__)
         own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
-        where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+        told = "; expected module:function, such as my_networks:build of my_networks.py in this folder"
+        if own:  # its name was right
+            told = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})"
         text = str(error).strip().partition("\n")[0].rstrip(".")
-        raise MetaplError(
-            f"--factory {name} failed: {type(error).__name__}{f': {text}' if text else ''}{where}; expected "
-            "module:function, such as my_networks:build of my_networks.py in this folder, or of one that is installed."
-        ) from error
+        kind = f"{type(error).__name__}{f': {text}' if text else ''}"
+        raise MetaplError(f"--factory {name} failed: {kind}{told}.") from error
     finally:
         sys.path.remove(folder)

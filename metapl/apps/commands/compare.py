@@ -317,7 +317,7 @@ def _read(file: Path) -> dict[str, Any]:
         if content.get("attacks") and content.get("accuracy") is None:
             raise ValueError("it has attacks, and no accuracy without them")
         for eps in (eps for by_eps in content.get("attacks", {}).values() for eps in by_eps):
-            if not re.fullmatch(r"\d+(\.\d+)?", eps) or float(eps) > LEVELS:
+            if not re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", eps) or float(eps) > LEVELS:
                 raise ValueError(f"attacks have ε = {short(eps)}; expected 0 to {LEVELS}")
     except LookupError as error:
         raise MetaplError(f"{file} is damaged: an entry lacks its {error}. {again}") from error

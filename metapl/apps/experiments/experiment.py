@@ -388,8 +388,9 @@ def check_shares(recipe: Recipe, mesh: Mesh) -> None:
         size = getattr(recipe, name, None)
         if size is not None and size % (mesh.shares * parts):
             how = f"{mesh.shares:,} ranks do not share equally{f' in {parts} parts' if parts > 1 else ''}"
+            one = "an" if name.startswith("u") else "a"
             raise MetaplError(
-                f"{recipe.name} has a {name} of {size:,}, which {how}; expected a multiple of "
+                f"{recipe.name} has {one} {name} of {size:,}, which {how}; expected a multiple of "
                 f"{mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
             )
     if side % mesh.spatial:

@@ -208,8 +208,9 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     import pyarrow.parquet as pq
 
     # Not by its path, in which pyarrow would look for names of columns (a folder a=1).
-    with open_plain(path) as file, pq.ParquetFile(file) as parquet:
-        # In one thread: a part is small, and where others use the cores, threads mostly wait for each other.
+    # In one thread: a part is small, where others use the cores, threads mostly wait for each other, and one that still
+    # holds the file when Python ends aborts the process.
+    with open_plain(path) as file, pq.ParquetFile(file, pre_buffer=False) as parquet:
         return parquet.read(None if columns is None else list(columns), use_threads=False)
 
 

@@ -176,8 +176,8 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         name, _, below = picture.partition("/")
         inside[name].add(below.rpartition("/")[0].partition("/")[0])
     deep = sorted(name for name, folders in inside.items() if "" not in folders)
-    parts = [name for name in classes if _PARTS.fullmatch(name)]
-    if len(parts) > 1:
+    parts = {name: part for name in classes if (part := _part(name))}
+    if len({*parts.values()}) > 1:
         is_layout, instead = any(name in parts for name in deep), _trained_on(labeled)
         what = (
             f"the classes in {root} are {few(classes)}, which {'are' if is_layout else 'may be'} the parts of a data "
@@ -194,14 +194,22 @@ def _class_findings(labeled: LabeledFiles) -> Iterator[Finding]:
         yield Finding("warning", what, tuple(root / name for name in deep))
 
 
-_PARTS = re.compile(r"(?P<own>labell?ed|train(ing)?)|unlabell?ed|val(id(ation)?)?|test(ing)?|held[ _-]?out", re.I)
-"""What folders are called that hold the parts of a data set."""
+_PARTS = re.compile(
+    "(?P<labeled>labell?ed|train(?:ing)?)|(?P<unlabeled>unlabell?ed)|(?P<validation>val(?:id(?:ation)?)?)"
+    "|(?P<test>test(?:ing)?|heldout)",
+    re.IGNORECASE,
+)
+
+
+def _part(folder: str) -> str | None:
+    """The part of a data set that a folder is called like, by its letters: "Held-out" and "test2017" are test."""
+    found = _PARTS.fullmatch("".join(filter(str.isalpha, folder)))
+    return found and found.lastgroup
 
 
 def _trained_on(labeled: LabeledFiles) -> str:
     """The folder among the classes that is called like one of labeled pictures, if any."""
-    found = (name for name in labeled.classes if (part := _PARTS.fullmatch(name)) and part["own"])
-    return next((shown(labeled.root / name) for name in found), "")
+    return next((shown(labeled.root / name) for name in labeled.classes if _part(name) == "labeled"), "")
 
 
 def find_nested(labeled: LabeledFiles, others: Mapping[str, Path]) -> dict[str, Finding]:

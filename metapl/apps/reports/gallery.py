@@ -74,7 +74,7 @@ class Gallery:
             fits = bool(((given >= 0) & (given <= 1)).all())  # NaN is refused as well
         elif fits:
             fits = given.dtype == torch.uint8
-        marks = (None,) * len(given) if self.marks is None else self.marks
+        marks = (None,) * len(self.captions) if self.marks is None else self.marks
         object.__setattr__(self, "marks", marks)
         known = all(mark is None or isinstance(mark, bool) for mark in marks)
         if not fits or not known or not len(marks) == len(self.captions) == len(given):
