@@ -156,7 +156,9 @@ class Weights:
 
     def watch(self) -> Watch:
         """The mode that looks at the operators of a pass."""
-        weights = {memory_of(t): name if learned else t for name, t, *_, learned in self._held}
+        # Where a frozen parameter shares the memory of a learned one, that counts.
+        held = sorted(self._held, key=lambda one: one[-1])
+        weights = {memory_of(t): name if learned else t for name, t, *_, learned in held}
         weights.pop(None, None)
         return Watch(self._refuse, weights)
 

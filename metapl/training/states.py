@@ -172,12 +172,9 @@ def _optimizer_faults(where: str, given: Any, optimizer: Any, kinds: Mapping[str
 def _setting_faults(where: str, group: Mapping[str, Any], own: Mapping[str, Any], optimizer: Any) -> Iterator[str]:
     if "lr" not in group:
         yield f"{where} has no lr"
-    for name in group.keys() & own.keys():
-        value, number = group[name], _number(group[name])
-        if (number is not None and not math.isfinite(number) and number != _number(own[name])) or (
-            isinstance(own[name], bool) and not isinstance(value, bool | None)
-        ):
-            yield f"{where}['{name}'] is {value!r:.60}; expected one such as {own[name]!r:.60}"
+    for name in group.keys() & own.keys() - {"params", "param_names"}:
+        if not _same_kind(group[name], own[name]):
+            yield f"{where}['{name}'] is {group[name]!r:.60}; expected one such as {own[name]!r:.60}"
     try:
         _rebuilt(optimizer, own, torch.zeros(1))
     except Exception:  # of a class that is not built from its settings, they say nothing
@@ -186,6 +183,15 @@ def _setting_faults(where: str, group: Mapping[str, Any], own: Mapping[str, Any]
         _rebuilt(optimizer, group, torch.zeros(1))
     except Exception as error:
         yield f"{where} is refused by {type(optimizer).__name__}: {error}"
+
+
+def _same_kind(given: Any, own: Any) -> bool:
+    if isinstance(own, tuple | list):
+        return isinstance(given, tuple | list) and len(given) == len(own) and all(map(_same_kind, given, own))
+    had, has = _number(own), _number(given)
+    if had is None and (own is not None or has is None):
+        return isinstance(given, bool | None if isinstance(own, bool | None) else type(own))
+    return has is not None and (math.isfinite(has) or has == had)
 
 
 def _entry_faults(

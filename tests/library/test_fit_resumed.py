@@ -150,7 +150,9 @@ OF_OPTIMIZERS: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "rate": (("param_groups", 0, "lr"), lambda _: float("nan"), r"\['lr'\] is nan; expected one such as"),
     "infinite rate": (("param_groups", 0, "lr"), lambda _: float("inf"), r"\['lr'\] is inf; expected one such as"),
     "negative rate": (("param_groups", 0, "lr"), lambda _: -1.0, "is refused by SGD: .*learning rate"),
-    "decay": (("param_groups", 0, "weight_decay"), lambda _: None, "is refused by SGD"),
+    "decay": (("param_groups", 0, "weight_decay"), lambda _: None, r"\['weight_decay'\] is None; expected one such as"),
+    "flag for a rate": (("param_groups", 0, "lr"), lambda _: True, r"\['lr'\] is True; expected one such as"),
+    "tensor": (("param_groups", 0, "momentum"), lambda _: torch.ones(1), r"\['momentum'\] is tensor.*one such as"),
     "no numbers": (("param_groups", 0, "params"), lambda ids: [[i] for i in ids], "no state of an optimizer of torch"),
     "twice": (("param_groups", 0, "params"), lambda ids: [0] * len(ids), "number of a parameter twice"),
     "foreign": (("state", 99), lambda _: {}, "state has 99, which is no number"),
@@ -211,8 +213,9 @@ OF_ADAM: dict[str, tuple[tuple[Any, ...], Any, str]] = {
     "square inf": (("state", 0, "exp_avg_sq"), lambda t: t / 0 + torch.inf, r"exp_avg_sq has numbers that are NaN or"),
     "amsgrad": (("param_groups", 0, "amsgrad"), lambda _: True, r"max_exp_avg_sq is of type NoneType"),
     "amsgrad str": (("param_groups", 0, "amsgrad"), lambda _: "yes", r"\['amsgrad'\] is 'yes'; expected"),
-    "rate": (("param_groups", 0, "lr"), lambda _: "abc", "is refused by Adam"),
-    "betas": (("param_groups", 0, "betas"), lambda _: None, "is refused by Adam"),
+    "rate": (("param_groups", 0, "lr"), lambda _: "abc", r"\['lr'\] is 'abc'; expected one such as"),
+    "betas": (("param_groups", 0, "betas"), lambda _: None, r"\['betas'\] is None; expected one such as"),
+    "three betas": (("param_groups", 0, "betas"), lambda given: (*given, 1.0), r"\['betas'\] is .*; expected one such"),
     "beta": (("param_groups", 0, "betas"), lambda _: (0.9, 1.5), "is refused by Adam: .*beta"),
 }
 

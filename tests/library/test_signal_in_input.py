@@ -201,6 +201,21 @@ def test_a_sampled_signal_in_the_input_gets_the_batchs_feedback(mode: str) -> No
     assert error(found.feedback, h[mode].detach()) < 1e-9
 
 
+class DrawnSize(DrawnInput):
+    def student_input(self, batch: Any, signal: Signal) -> Tensor:
+        return F.pad(super().student_input(batch, signal), (0, int(signal.value[0])))
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "loss_difference"])
+def test_a_sampled_signal_may_decide_the_size_of_the_input(mode: str) -> None:
+    case = toy("mlp")
+    student = nn.Sequential(nn.AdaptiveAvgPool2d(4), case.student)
+    trainer = metapl.BilevelTrainer(case.teacher, student, mode, problem=DrawnSize())
+    case.draw_from_start()
+    drawn = [trainer.step(**case.data()).signal.value for _ in range(8)]
+    assert any(value[0] != value[-1] for value in drawn)  # which take each other's places
+
+
 @pytest.mark.parametrize(
     ("mode", "text"),
     [

@@ -16,6 +16,7 @@ import metapl
 from metapl import MetaplError, Signal
 from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS
 from metapl.feedback import Altered, Implicit, ReinforcePerExample
+from metapl.feedback.inner_step import CopiedParams
 
 ROWS, CLASSES = 12, 4
 
@@ -362,6 +363,13 @@ def test_a_loss_that_writes_to_the_weights(mode: str) -> None:
     with pytest.raises(MetaplError, match="inner_loss changed params in place"):
         step(mode, Editing("inner_loss", "params", sampled=mode in ("reinforce", "loss_difference")), student)
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+
+
+def test_of_weights_that_a_loss_asks_for_one_by_one_no_others_are_copied() -> None:
+    params = CopiedParams({"weight": torch.ones(2), "bias": torch.ones(1)})
+    assert params.get("none") is None
+    assert torch.equal(params.get("bias"), torch.ones(1))
+    assert [*params.copies] == ["bias"]
 
 
 @pytest.mark.parametrize("read", ["items", "values", "get", "dict", "merged", "copy", "called"])

@@ -526,6 +526,25 @@ def test_a_frozen_parameter_that_is_exchanged_is_refused(mode: str) -> None:
     )
 
 
+class SharedMemory(Moving):
+    """A frozen parameter in the memory of a learned one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.ParameterList([frozen(CLASSES)])
+
+    def factor(self, h: Tensor) -> Any:
+        self.kept[0].mul_(0.9)
+        return 1.0
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_a_write_to_a_weight_by_a_frozen_parameter_is_refused(mode: str) -> None:
+    student = SharedMemory().double()
+    student.kept[0].data = student.head.bias.data
+    refused(case(student, torch.float64), mode, 1, "the student writes to its parameter head.bias")
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_teacher_that_writes_to_what_its_graph_reads_is_refused(steps: int) -> None:
     problem = case(mlp(), torch.float64, AverageInTheGraph(False).double())
