@@ -102,26 +102,17 @@ class LocalStudent:
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
 
-    def loss(
-        self,
-        params: Tree,
-        batches: Sequence[Any],
-        losses: Sequence[WeightedLoss],
-        start: RandomState,
-        *,
-        learned: bool = False,
-    ) -> Tensor:
+    def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
-        are now, and draws from ``start`` on. ``learned``: at weights that require a gradient."""
-        params = as_leaves(params) if learned else {name: p.detach() for name, p in params.items()}
-        # With gradients on, and weights that need none, there is a graph only where other tensors than these are read.
-        with no_fast_path(), self._beside(params, start):
-            values = [
-                loss(self.forward(x, params), self.for_loss(params)) for x, loss in zip(batches, losses, strict=True)
-            ]
-            for value, _ in values:
-                if value.requires_grad and not learned:
-                    self.gradient(value, params)
+        are now, and draws from ``start`` on."""
+        # The weights require a gradient, as in the pass that learns: a forward may ask.
+        at, values = as_leaves(params), list[tuple[Tensor, Tensor | float]]()
+        with no_fast_path(), self._beside(at, start):
+            for x, loss in zip(batches, losses, strict=True):
+                value, weight = loss(self.forward(x, at), self.for_loss(at))
+                if value.requires_grad:
+                    self.gradient(value, params)  # of which none is wanted, so that no node of the graph runs
+                values.append((value.detach(), weight))
         return self.mean_of_all(values)[0]
 
     def loss_and_gradient(

@@ -125,7 +125,7 @@ class Path:
         values are compared: L(θ) and L(θ′) are to be of one function."""
         loss = self._outer_loss_at(self.student.params)
         for _ in range(REPEATS if self.student.first else 0):
-            again = self.student.loss(self.student.params, *self._outer_pass(), learned=True)
+            again = self.student.loss(self.student.params, *self._outer_pass())
             check_outer_loss(again, loss, SAME_LOSS[self.steps[0].passes[0].rounded_to])
         return loss
 
