@@ -34,12 +34,14 @@ class Metrics:
         """The numbers of the lines that are not rows, the first being 1; a torn last line is not counted."""
         return [number for number, row in self._lines().items() if row is None]
 
-    def cut(self, phase: str, step: int) -> None:
-        """Forget damaged lines and rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
+    def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Forget damaged lines and rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once
+        with the rows ``then``."""
         rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as file:
             file.writelines(line_of(row) for row in rows if row["phase"] != phase or row["step"] <= step)
+            file.writelines(map(line_of, then))
 
     def add(self, row: Mapping[str, Any]) -> None:
         refuse_irregular(self.file)

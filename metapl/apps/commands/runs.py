@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 import tempfile
@@ -17,12 +18,12 @@ import tyro
 from metapl.apps.commands.inputs import Network, counted, held
 from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
 from metapl.apps.commands.process import exit_code
-from metapl.apps.experiments import experiment
-from metapl.apps.experiments.folder import LoadedRun, RunFolder, describe, load_run, stored_data, stored_result
+from metapl.apps.experiments import experiment, galleries
+from metapl.apps.experiments.folder import WEIGHTS, LoadedRun, RunFolder, describe, load_run, stored_data, stored_result
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
-from metapl.apps.recipes.base import Recipe
+from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import title, titled
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
@@ -109,10 +110,24 @@ def _compared(run: LoadedRun, result: dict[str, Any]) -> str:
     return f"{run.title}\n\n{table(rows)}\n\n{validation}; {test}\n"
 
 
+def _refuse_others(run: LoadedRun, task: Task) -> None:
+    """Refuse other data than those of the run, and files that go into the new report and are not as they were written:
+    the new checksums would hide that."""
+    if json.loads(json.dumps(task.record))["hash"] != stored_data(run.folder)["hash"]:
+        since = f"since the run in {run.folder.path} was started (see its data.json)"
+        raise MetaplError(f"the data have changed {since}; put them back, or start another run with metapl train.")
+    sealed, tuned = run.result.get("sha256", {}), run.folder.path / WEIGHTS["finetuned"]
+    galleries.read_galleries(run.folder.path, sealed.get(galleries.FILE))
+    # Where the last finetuning died between two files, the weights are the first of them, and this one mends it.
+    if not tuned.is_file() or sha256_of(tuned) == sealed.get(tuned.name):
+        experiment.last_fit(run.folder.path, run.result)
+
+
 def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     """Finetune by ``recipe`` and replace the files of the run; the new content of ``result.json``."""
     device = run.device
     student, task = run.network("student").to(device), recipe.task()
+    _refuse_others(run, task)
     torch.manual_seed(recipe.seed)
     for left in run.folder.path.glob(f"{SCRATCH}*"):  # by one that was killed
         shutil.rmtree(left, ignore_errors=True)
@@ -140,9 +155,7 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     # the one on record, and finetuning again mends it.
     sealed = {tuned.file: run.folder.write_weights(tuned.file, tuned.weights)}
     metrics = Metrics(run.folder.path / "metrics.jsonl")
-    metrics.cut("finetune", 0)
-    for row in rows:
-        metrics.add(row)
+    metrics.cut("finetune", 0, then=rows)
     sealed[metrics.file.name] = sha256_of(metrics.file)
     result["sha256"] = run.result.get("sha256", {}) | sealed
     run.folder.write_json("result.json", result)
