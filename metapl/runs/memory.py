@@ -11,7 +11,8 @@ _SAID = re.compile(
     r"cannot allocate memory(?! in static TLS block)|"  # the loader's own limit, whatever memory there is
     r"failed to map segment from shared object|"  # a library that is loaded
     r"could not create a (primitive|memory)|"  # oneDNN
-    r"resource temporarily unavailable|can't start new thread",  # a thread's stack
+    r"resource temporarily unavailable|can't start new thread|"  # a thread's stack
+    r"error return without exception set",  # what Python says where there is no memory for the error either
     re.IGNORECASE,
 )
 
@@ -42,6 +43,6 @@ def _where(error: BaseException) -> str | None:
         return "of this machine"
     if isinstance(error, OSError):
         return "of this machine" if error.errno == errno.ENOMEM else None
-    if isinstance(error, RuntimeError | ImportError) and _SAID.search(str(error)):
+    if isinstance(error, RuntimeError | ImportError | SystemError) and _SAID.search(str(error)):
         return "of the GPU" if "CUDA" in str(error) else "of this machine"
     return None

@@ -30,10 +30,11 @@ def exhausted(kind: str) -> Exception:
         "host, otherwise": RuntimeError("not enough memory: you tried to allocate 10 bytes."),
         "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         "system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+        "not even for an error": SystemError("error return without exception set"),
     }[kind]
 
 
-KINDS = ("python", "host", "host, otherwise", "gpu", "system")
+KINDS = ("python", "host", "host, otherwise", "gpu", "system", "not even for an error")
 
 
 @pytest.mark.parametrize("kind", KINDS)
