@@ -16,6 +16,7 @@ from metapl.execution.batch import micro_batches
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout, layouts
+from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_held, load_whole, whole
 from metapl.feedback import Estimator, Feedback, estimator
@@ -208,7 +209,8 @@ class BilevelTrainer(Trainer):
 
         with guard.step(self, labeled, batches) as (fault, student):
             first = not student.slots.looked_at
-            with self._autocast(), self.compiled():
+            bfloat16, compiled = self.precision != "float32", self.compiled.forwards
+            with self._autocast() if bfloat16 else NOTHING, self.compiled() if compiled else NOTHING:
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     student,
                     self.update,

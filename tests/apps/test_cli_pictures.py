@@ -248,6 +248,7 @@ def test_torchvision_alone_predicts_the_same(resnet: Path, tmp_path: Path, capsy
         assert [p for _, p in found] == pytest.approx([float(row["probability"]) for row in told], abs=1e-5)
 
 
+@pytest.mark.long  # make test runs the programs of small networks, in test_export
 def test_the_default_network_runs_in_plain_pytorch_and_as_onnx(
     many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,6 +144,7 @@ def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
         assert (left / name).read_bytes() == (tmp_path / "tensor" / name).read_bytes()
 
 
+@pytest.mark.long  # make test has test_pictures_by_every_mesh
 def test_torchvision_folders(two: Ranks, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         folders(tmp_path / "data", patch)
