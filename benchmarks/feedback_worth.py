@@ -97,17 +97,17 @@ ARMS: dict[str, Arm] = {
     "late": Arm("MPL, student begins late", rules(**TEACHER_LR, **PLAIN_OR_SHARP, size=(1.0, 3.0)), 0.75),
 }
 
-COSTS: dict[str, float] = {
-    "uda": 0.41,
-    "uda_aligned": 0.48,
-    "fixmatch": 0.46,
+COSTS = {
+    "uda": 0.404,
+    "uda_aligned": 0.418,
+    "fixmatch": 0.432,
     "mpl": 1.0,
-    "none": 0.63,
-    "push": 0.77,
-    "late": 0.56,
+    "none": 0.611,
+    "push": 0.72,
+    "late": 0.553,
 }
-"""Processor time of a step, relative to one of ``mpl``: by ``--costs``, so far on a busy machine; to be measured on an
-idle core before the study is run, and fixed then."""
+"""Processor time of a step, relative to one of ``mpl``: the mean of two runs of ``--costs``, one on each of two idle
+cores, fixed before the study was run."""
 
 
 def steps_of(arm: str, steps: int) -> int:
@@ -303,12 +303,12 @@ def _append(raw: Path, rows: Sequence[Row]) -> None:
 
 
 @torch.no_grad()
-def costs(steps: int, rounds: int = 7) -> dict[str, float]:
-    """Processor time of a step of each arm, relative to ``mpl``: the least of some rounds, in turn. Drawing the batches
-    is not counted: it takes about as long as a step of networks that are so small, and is the same for all."""
+def costs(steps: int, rounds: int = 25) -> dict[str, float]:
+    """Processor time of a step of each arm, relative to ``mpl``: the median of the ratios of some rounds, in each of
+    which every arm takes its steps in turn. Drawing the batches is not counted: it takes about as long as a step of networks
+    that are so small, and is the same for all."""
     torch.set_num_threads(1)
     seeds, arms = Size.seeds, {name: dataclasses.replace(arm, begins=arm.begins // 1) for name, arm in ARMS.items()}
-    least = dict.fromkeys(ARMS, float("inf"))
     data, _ = pictures(PRIMARY, seeds)
     teacher, student = first_weights(seeds)
     labeled, unlabeled = (
@@ -317,15 +317,16 @@ def costs(steps: int, rounds: int = 7) -> dict[str, float]:
     )
     (x, targets), (weak, strong) = next(labeled), next(unlabeled)
     batch = Batch(x, targets, [weak], [strong], torch.empty(0), torch.empty(0))
+    taken: dict[str, list[float]] = {name: [] for name in arms}
     for _, (name, arm) in itertools.product(range(rounds), arms.items()):
         stack = Stack(arm.rules[0], copied(teacher), None if arm.begins else copied(student), EMA_DECAY)
         began = time.process_time()
         for step in range(steps):
             stack.step(batch, cosine(step, steps))
-        least[name] = min(least[name], time.process_time() - began)
+        taken[name].append(time.process_time() - began)
+    ratio = {name: float(np.median(np.divide(seconds, taken["mpl"]))) for name, seconds in taken.items()}
     late = ARMS["late"].begins
-    least["late"] = late * least["uda"] + (1 - late) * least["mpl"]
-    return {name: round(seconds / least["mpl"], 3) for name, seconds in least.items()}
+    return {name: round(share, 3) for name, share in (ratio | {"late": late * ratio["uda"] + 1 - late}).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -409,7 +410,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes")
     given = parsed(parser)
     if given.costs:
-        print(json.dumps({"costs": costs(20 if given.miniature else 200), **described("cpu")}))
+        print(json.dumps({"costs": costs(2 if given.miniature else 60), **described("cpu")}))
         return
     if not given.table:
         study(MINIATURE if given.miniature else Size(), given.out, given.workers)
