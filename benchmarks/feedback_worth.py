@@ -305,8 +305,8 @@ def _append(raw: Path, rows: Sequence[Row]) -> None:
 @torch.no_grad()
 def costs(steps: int, rounds: int = 25) -> dict[str, float]:
     """Processor time of a step of each arm, relative to ``mpl``: the median of the ratios of some rounds, in each of
-    which every arm takes its steps in turn. Drawing the batches is not counted: it takes about as long as a step of networks
-    that are so small, and is the same for all."""
+    which every arm takes its steps in turn. Drawing the batches is not counted: it takes about as long as a step of
+    networks that are so small, and is the same for all."""
     torch.set_num_threads(1)
     seeds, arms = Size.seeds, {name: dataclasses.replace(arm, begins=arm.begins // 1) for name, arm in ARMS.items()}
     data, _ = pictures(PRIMARY, seeds)
