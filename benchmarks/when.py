@@ -137,8 +137,17 @@ WRONG: dict[str, tuple[Rule, ...]] = {
 STEPS, LENGTHS = 1500, (1500, 6000, 24000)
 """Of tuning and of most arms, and those that are compared."""
 
+# Of arms of 6,000 steps that were added when the others had been seen: the control tuned at its length, on a grid that
+# its choice at 1,500 steps is in the middle of, and UDA as a loss of the teacher.
+LATER: dict[str, tuple[Rule, ...]] = {
+    "none_long": _rules(feedback=("none",), student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
+    "none_uda": _rules(feedback=("none",), uda=(1.0,), student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
+    "gradient_uda": _rules(feedback=("gradient",), uda=(1.0,), student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
+}
+
 GRIDS: dict[str, Grid] = {
     **{name: Grid("right", 2, STEPS, rules) for name, rules in METHODS.items()},
+    **{name: Grid("right", 2, LENGTHS[1], rules) for name, rules in LATER.items()},
     **{name: Grid("style", 4, STEPS, rules) for name, rules in WRONG.items()},
 }
 
@@ -226,7 +235,8 @@ def _arms() -> list[Arm]:
         arms += [
             Arm("ahead", f"{method} as many teacher steps", method, lookahead=K) for method in ("none", "gradient")
         ]
-    return arms
+    arms += [Arm("length", "ratio balance", "ratio", steps=LENGTHS[1], alteration="balance")]
+    return arms + [Arm("length", method, method, steps=LENGTHS[1]) for method in LATER]
 
 
 ARMS: tuple[Arm, ...] = tuple(_arms())

@@ -20,6 +20,9 @@ TITLES = {
     "gradient": "feedback, weight (dies with the rate)",
     "learning_rate": "feedback ÷ learning rate",
     "ratio": "feedback, ratio to the own loss",
+    "none_long": "same loop, no feedback, tuned at this length",
+    "none_uda": "UDA in the teacher, no feedback, tuned at this length",
+    "gradient_uda": "UDA in the teacher, feedback, tuned at this length",
     "fixed": "fixed teacher",
     "alone": "feedback alone",
     "own": "own loss on the right labels, no feedback",
@@ -87,7 +90,7 @@ def _place(row: Row) -> tuple[object, ...]:
 
 def control(found: dict[Arm, Found], arm: Arm) -> Found | None:
     """The same loop without feedback: same data, same batches, same first weights."""
-    silent = "fixed" if arm.condition != "right" else "none"
+    silent = "fixed" if arm.condition != "right" else "none_uda" if arm.method == "gradient_uda" else "none"
     return next(
         (f for other, f in found.items() if other.group == arm.group and other.method.split()[0] == silent), None
     )

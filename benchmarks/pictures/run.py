@@ -16,6 +16,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +25,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pictures.problems import half, make, named
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.pictures.problem import Problem
+from benchmarks.pictures.problems import arrays, half, make, named
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
@@ -32,10 +38,8 @@ RESULTS = HERE.parent / "results"
 Row = dict[str, Any]
 
 
-def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> Row:
-    """One training; its accuracies on the test set."""
-    import torch
-
+def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row) -> Row:
+    """One training; its accuracies on the test set, and what it was like along the run."""
     from metapl.apps.experiments.jobs import Job
     from metapl.apps.experiments.settle import REHEARSED, settled, steps_within
     from metapl.apps.recipes import ImageFolders
@@ -44,19 +48,21 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        make(named(problem), seed, place / "pictures")
+        make(problem, seed, place / "pictures")
         parts = {part: str(place / "pictures" / part) for part in ("labeled", "unlabeled", "test")}
         since = time.process_time()
         recipe = ImageFolders(**parts, seed=seed, method=method, minutes=minutes)  # type: ignore[arg-type]
-        recipe = _with(recipe, settings | {"steps": REHEARSED, "precision": settings.get("precision", "bfloat16")})
+        recipe = configured(recipe, settings | {"steps": REHEARSED, "precision": settings.get("precision", "bfloat16")})
         complete = settled(recipe)
         steps = settings.get("steps") or steps_within(complete, minutes, time.process_time)
-        complete = settled(_with(recipe, {"steps": steps}))
+        complete = settled(configured(recipe, {"steps": steps}))
         result = Job(complete, method, place / "run", resume=False, threads=1).run()
+        seconds = time.process_time() - since
+        seen = along(place / "run") | labeled_by(place, arrays(problem, seed).unlabeled_labels)
     accuracies = {name: value for name, value in result.items() if name.endswith("test_accuracy")}
     return {
-        "half": named(problem).half,
-        "problem": problem,
+        "half": problem.half,
+        "problem": problem.name,
         "method": method,
         "seed": seed,
         "minutes": minutes,
@@ -65,20 +71,51 @@ def run(problem: str, method: str, seed: int, minutes: float, settings: Row) -> 
         "recolor": complete.changes.recolor,
         "image_size": complete.image_size,
         "delivered": result["delivered"],
-        "seconds": round(time.process_time() - since, 1),
+        "seconds": round(seconds, 1),
         **accuracies,
+        **seen,
         "made_with": environment(),
     }
 
 
-def _with(recipe: Any, settings: Row) -> Any:
+def along(folder: Path) -> Row:
+    """What a run with a teacher logged in the second half of its steps, on average."""
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in logged if row.get("feedback_ratio") is not None]
+    late = [row for row in rows if row["step"] > rows[-1]["step"] / 2]
+    return {
+        name: round(statistics.fmean(row[name] for row in late), 4)
+        for name in ("feedback_ratio", "agreement", "outer_loss", "inner_loss")
+        if late and name in late[0]
+    }
+
+
+def labeled_by(place: Path, truth: NDArray[np.int64]) -> Row:
+    """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
+    share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
+    from metapl.apps.experiments.experiment import evaluated
+    from metapl.apps.experiments.folder import load_run
+    from metapl.apps.pictures import EvaluationBatches
+
+    trained = load_run(place / "run")
+    network = trained.network("teacher" if "teacher" in trained.networks else "student")
+    own = np.flatnonzero(truth >= 0)
+    files = sorted((place / "pictures" / "unlabeled").iterdir())
+    images = trained.recipe.images([str(files[number]) for number in own], None)
+    found = evaluated(network, EvaluationBatches(images, torch.from_numpy(truth[own]), 256))
+    counts = np.asarray(found.confusion)
+    error = np.abs(counts.sum(0) - counts.sum(1)).sum() / (2 * len(own))
+    return {"labels_right": round(found.accuracy, 4), "frequency_error": round(float(error), 4)}
+
+
+def configured(recipe: Any, settings: Row) -> Any:
     """The recipe with other fields, its own or its method's; FIELD may be PART.FIELD."""
     for name, value in settings.items():
         first, dot, rest = name.partition(".")
         if not hasattr(recipe, first):
-            recipe = dataclasses.replace(recipe, method=_with(recipe.method, {name: value}))
+            recipe = dataclasses.replace(recipe, method=configured(recipe.method, {name: value}))
             continue
-        inner = _with(getattr(recipe, first), {rest: value}) if dot else value
+        inner = configured(getattr(recipe, first), {rest: value}) if dot else value
         recipe = dataclasses.replace(recipe, **{first: inner})
     return recipe
 
@@ -127,7 +164,7 @@ def main() -> None:
     file = given.out or RESULTS / f"pictures_{given.half}.jsonl"
     todo = list(missing(given, read(file)))
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(run, *one, given.minutes, dict(given.set)) for one in todo]
+        running = [pool.submit(run, named(name), *one, given.minutes, dict(given.set)) for name, *one in todo]
         for number, done in enumerate(as_completed(running), 1):
             row = done.result()
             with file.open("a") as raw:

@@ -1,0 +1,217 @@
+"""Is the feedback worth its time on pictures? `metapl train images` at equal time: UDA and Meta Pseudo Labels.
+
+    python -m benchmarks.pictures.feedback --costs      # seconds of a step, on an idle core; measured once, then fixed
+    python -m benchmarks.pictures.feedback --tune       # equally many configurations for each method
+    python -m benchmarks.pictures.feedback --minutes 3  # what was chosen, on other seeds; 3, 10 and 30
+    python -m benchmarks.pictures.feedback --table      # of the rows so far; runs nothing
+
+Three problems of the seen half, with 2,000 unlabeled pictures each. Tuning runs take seed 0 and 1.5 minutes of one
+core, final runs seeds 1 to 3. The steps of a run are those that its minutes have room for by the costs in the raw file:
+all configurations were measured in turn, so that a busy machine favors none. Runs that are there are not repeated. A
+method's configuration is the one with the best mean over the problems of what it delivers. The arm without feedback has
+the settings of the one with feedback, and is not tuned by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.pictures.problem import Problem
+from benchmarks.pictures.problems import make, named
+from benchmarks.pictures.run import RESULTS, Row, configured, read, run
+
+RAW = RESULTS / "pictures_feedback.jsonl"
+PROBLEMS, UNLABELED = ("arrows", "digits", "textures"), 2000
+TUNING_SEED, SEEDS, TUNING_MINUTES = 0, (1, 2, 3), 1.5
+USED = 0.85  # share of the minutes that steps get, as in the recipe; the rest is for finetuning and looking
+
+TOGETHER: Row = {"wait": 0, "warm_start": False, "feedback_ratio": 0.3}
+UDA_FROM_THE_START: Row = {"uda_start": 0}
+SGD: Row = {
+    f"{who}.{name}": value
+    for who in ("teacher", "student")
+    for name, value in {"algorithm": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}.items()
+}
+CONFIGURATIONS: dict[str, dict[str, Row]] = {
+    "uda": {
+        "as it is": {},
+        "UDA from the start": UDA_FROM_THE_START,
+        "half the rate": {"teacher.lr": 0.005},
+        "threshold 0.7": {"uda_threshold": 0.7},
+    },
+    "mpl": {
+        "as it was": {},
+        "together": TOGETHER,
+        "together, UDA from the start": TOGETHER | UDA_FROM_THE_START,
+        "together, UDA from the start, SGD": TOGETHER | UDA_FROM_THE_START | SGD,
+    },
+}
+
+
+def problem(name: str) -> Problem:
+    return dataclasses.replace(named(name), unlabeled=UNLABELED)
+
+
+def costs(rounds: int = 5) -> Row:
+    """Seconds of a step of each configuration on each problem: of UDA as it is, the median of some rounds; of others,
+    this times the median of the ratios in a round."""
+    import torch
+
+    from metapl.apps.experiments.settle import REHEARSED, seconds_per_step, settled
+    from metapl.apps.recipes import ImageFolders
+
+    torch.set_num_threads(1)
+    found: Row = {}
+    for name in PROBLEMS:
+        with TemporaryDirectory() as folder:
+            make(dataclasses.replace(problem(name), unlabeled=200, test=100), 0, Path(folder) / "pictures")
+            parts = {part: f"{folder}/pictures/{part}" for part in ("labeled", "unlabeled", "test")}
+            recipes = {}
+            for method, configurations in {**CONFIGURATIONS, "none": _unfed()}.items():
+                for label, settings in configurations.items():
+                    recipe = ImageFolders(**parts, method=method)  # type: ignore[arg-type]
+                    asked = settings | {"steps": REHEARSED, "precision": "bfloat16"}
+                    recipes[method, label] = settled(configured(recipe, asked))
+            taken: dict[tuple[str, str], list[float]] = {which: [] for which in recipes}
+            for _ in range(rounds):
+                for which, complete in recipes.items():
+                    taken[which].append(seconds_per_step(complete, time.process_time))
+        usual = taken["uda", "as it is"]
+        for (method, label), seconds in taken.items():
+            ratio = statistics.median(np.divide(seconds, usual).tolist())
+            found.setdefault(name, {}).setdefault(method, {})[label] = statistics.median(usual) * ratio
+    return found
+
+
+def _unfed() -> dict[str, Row]:
+    """What the loop without feedback takes of the configurations with feedback."""
+    feedback = ("feedback_ratio", "feedback_weight")
+    return {
+        label: {name: value for name, value in settings.items() if name not in feedback}
+        for label, settings in CONFIGURATIONS["mpl"].items()
+    }
+
+
+def steps_of(costs: Row, name: str, method: str, label: str, minutes: float) -> int:
+    return int(USED * 60 * minutes / costs[name][method][label])
+
+
+def one(name: str, method: str, label: str, seed: int, minutes: float, steps: int) -> Row:
+    """A run as a row."""
+    settings = (_unfed() if method == "none" else CONFIGURATIONS[method])[label]
+    row = run(problem(name), method, seed, minutes, settings | {"steps": steps})
+    return {**row, "configuration": label}
+
+
+def costs_in(rows: list[Row]) -> Row:
+    """The costs of all configurations, each as it was measured first."""
+    found: Row = {}
+    for row in rows:
+        for name, methods in row.get("costs", {}).items():
+            for method, labels in methods.items():
+                mine = found.setdefault(name, {}).setdefault(method, {})
+                mine |= {label: seconds for label, seconds in labels.items() if label not in mine}
+    return found
+
+
+def runs_in(rows: list[Row], seeds: tuple[int, ...]) -> list[Row]:
+    return [row for row in rows if row.get("seed") in seeds]
+
+
+def chosen(rows: list[Row], method: str) -> str:
+    """The configuration with the best mean over the problems."""
+    method = "mpl" if method == "none" else method
+    reached: dict[str, list[float]] = {}
+    for row in runs_in(rows, (TUNING_SEED,)):
+        if row["method"] == method:
+            reached.setdefault(row["configuration"], []).append(accuracy(row))
+    return max(reached, key=lambda label: statistics.fmean(reached[label]))
+
+
+def accuracy(row: Row) -> float:
+    """Test accuracy of the network that the run delivers, in %."""
+    return 100 * float(row[f"{row['delivered']}_test_accuracy"])
+
+
+def missing(rows: list[Row], minutes: float | None) -> Iterator[tuple[str, str, str, int, float]]:
+    """The tuning runs that are not there; with minutes, the final ones."""
+    there = {(r["problem"], r["method"], r["configuration"], r["seed"], r["minutes"]) for r in rows if "problem" in r}
+    for seed in SEEDS if minutes else (TUNING_SEED,):
+        for name in PROBLEMS:
+            for method in ("uda", "mpl", "none") if minutes else CONFIGURATIONS:
+                for label in [chosen(rows, method)] if minutes else CONFIGURATIONS[method]:
+                    asked = name, method, label, seed, minutes or TUNING_MINUTES
+                    if asked not in there:
+                        yield asked
+
+
+def table(rows: list[Row]) -> str:
+    """The tuning runs, and the final ones as far as they are there."""
+    lines = ["| method | configuration | " + " | ".join(PROBLEMS) + " | mean |", "|---|---|" + "---:|" * 4]
+    for method, configurations in CONFIGURATIONS.items():
+        for label in configurations:
+            mine = {r["problem"]: accuracy(r) for r in runs_in(rows, (TUNING_SEED,)) if _is(r, method, label)}
+            if mine.keys() >= {*PROBLEMS}:
+                cells = [f"{mine[name]:.1f}" for name in PROBLEMS] + [f"{statistics.fmean(mine.values()):.1f}"]
+                lines.append(f"| {method} | {label} | " + " | ".join(cells) + " |")
+    lines += ["", "| minutes | method | " + " | ".join(PROBLEMS) + " | mean |", "|---:|---|" + "---:|" * 4]
+    for minutes in sorted({row["minutes"] for row in runs_in(rows, SEEDS)}):
+        for method in ("uda", "mpl", "none"):
+            final = [r for r in runs_in(rows, SEEDS) if r["method"] == method and r["minutes"] == minutes]
+            found = [[accuracy(row) for row in final if row["problem"] == name] for name in PROBLEMS]
+            if all(found):
+                cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
+                lines.append(f"| {minutes:g} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _is(row: Row, method: str, label: str) -> bool:
+    return bool(row["method"] == method and row["configuration"] == label)
+
+
+def _append(file: Path, row: Row) -> None:
+    with file.open("a") as raw:
+        raw.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what: Any = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--costs", action="store_true", help="measure what a step costs")
+    what.add_argument("--tune", action="store_true", help="the tuning runs")
+    what.add_argument("--minutes", type=float, help="the final runs, of processor time on one core each")
+    what.add_argument("--table", action="store_true", help="print the tables of the rows so far")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RAW)
+    given = parser.parse_args()
+    if given.costs:
+        _append(given.out, {"costs": costs()})
+        return
+    rows = read(given.out)
+    if not given.table:
+        seconds = costs_in(rows)
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+            todo = [(*asked, steps_of(seconds, *asked[:3], asked[-1])) for asked in missing(rows, given.minutes)]
+            running = [pool.submit(one, *asked) for asked in todo]
+            for number, done in enumerate(as_completed(running), 1):
+                row = done.result()
+                _append(given.out, row)
+                told = f"{row['problem']} {row['method']} {row['configuration']!r} {row['steps']} steps"
+                print(f"[{number}/{len(todo)}] {told}: {accuracy(row):.1f}", flush=True)
+    print(table(read(given.out)))
+
+
+if __name__ == "__main__":
+    main()
