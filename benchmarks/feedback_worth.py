@@ -3,6 +3,7 @@
     python benchmarks/feedback_worth.py                        # tune, then run; goes on where it was stopped
     python benchmarks/feedback_worth.py --costs                # what a step of each arm costs, on an idle core
     python benchmarks/feedback_worth.py --table                # the tables of the rows so far; runs nothing
+    python benchmarks/feedback_worth.py --write docs/when.md   # puts them there, and draws the figure
     python benchmarks/feedback_worth.py --miniature --out FILE # all of it in seconds, to see that it runs
 
 **The primary test, named before it was run**: two labels a class, equal frequencies, Meta Pseudo Labels (``mpl``) of
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import arguments, described, parsed, results
+from machine import arguments, described, parsed, results, write_between_marks
 from torch import Tensor
 from when import (
     BATCH,
@@ -398,6 +399,52 @@ def _settings(rule: Rule, read_out: str) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in told.items()) + f", {read_out}"
 
 
+def block(rows: Sequence[Row]) -> str:
+    """The primary test, the tables, and what they were made with."""
+    places = [*complete(rows)]
+    seeds = len({row["seed"] for row in rows if row["final"]})
+    minutes = sum(row["seconds"] for row in rows) / 60
+    told = (
+        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
+        "from the same 1,797, so intervals and p speak of other draws of these images, not of other data). *Labels "
+        "right*: accuracy of the teacher, or of the one network, on the unlabeled images. *Frequency error*: the share "
+        "of these that the student, or the one network, would have to call otherwise for its class "
+        "frequencies to be right. Every arm has the processor time of 6,000 steps of Meta Pseudo Labels, by costs that "
+        "were measured once, and had eight configurations tried on five other seeds. p: sign-flip test; but for the "
+        f"primary one, not corrected for their number. {len(rows):,} runs in {minutes:.0f} minutes of one core. "
+        "`python benchmarks/feedback_worth.py`; raw rows: `benchmarks/results/feedback_worth.jsonl`."
+    )
+    first = [primary(rows)] if PRIMARY in places else []
+    return "\n\n".join([*first, *(table(rows, place) for place in places), told])
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Meta Pseudo Labels minus each other arm with its interval, a panel a place."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    places, others = [*complete(rows)], [name for name in ARMS if name != "mpl"]
+    figure = Figure(figsize=(10, 1.2 + 2.1 * ((len(places) + 1) // 2)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots((len(places) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flat
+    for axes, place in zip(panels, places, strict=False):
+        mpl = delivered(rows, place, "mpl")
+        for y, name in enumerate(others[::-1]):
+            test = paired_test(mpl, delivered(rows, place, name))
+            color = "#0072B2" if test.mean > 0 else "#D55E00"
+            axes.plot([100 * end for end in test.interval or (test.mean, test.mean)], [y, y], color=color)
+            axes.plot(100 * test.mean, y, "o", color=color, markersize=5)
+        axes.set_yticks(range(len(others)), [ARMS[name].title for name in others[::-1]], fontsize=8)
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.set_title(str(place), fontsize=9.5)
+        axes.grid(axis="x", color="0.92")
+        for edge in ("top", "right", "left"):
+            axes.spines[edge].set_visible(False)
+        axes.tick_params(left=False)
+    figure.suptitle("Meta Pseudo Labels minus the other arm at equal processor time, points, 95 %", fontsize=10.5)
+    figure.savefig(path, dpi=120)
+
+
 def complete(rows: Sequence[Row]) -> Iterator[Place]:
     """The places in which every arm has final rows."""
     return (place for place in PLACES if all(of(rows, place, arm, final=True) for arm in ARMS))
@@ -407,16 +454,20 @@ def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--costs", action="store_true", help="measure what a step of each arm costs, and stop")
     parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there, draw the figure, and stop")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes")
     given = parsed(parser)
     if given.costs:
         print(json.dumps({"costs": costs(2 if given.miniature else 60), **described("cpu")}))
         return
-    if not given.table:
+    if not (given.table or given.write):
         study(MINIATURE if given.miniature else Size(), given.out, given.workers)
     rows = read(given.out)
-    places = [*complete(rows)]
-    print("\n\n".join([*([primary(rows)] if PRIMARY in places else []), *(table(rows, place) for place in places)]))
+    if given.write:
+        write_between_marks(given.write, "feedback-worth", block(rows))
+        draw(given.write.with_name("feedback_worth.png"), rows)
+    else:
+        print(block(rows))
 
 
 if __name__ == "__main__":
