@@ -94,7 +94,8 @@ def note(rows: Rows) -> str:
     tuned_on = len({r["seed"] for r in tuning})
     return (
         f"Test accuracy in %, mean ± standard deviation over {len(seeds(rows))} seeds (400 test images each, drawn "
-        "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test, not "
+        "anew per seed from the same 1,797); differences are of the means as shown, p is from a paired t-test "
+        "over draws of these images, not "
         f"corrected for the number of rows. {_selection(rows)} Before, {len(tuning)} runs on {tuned_on} other seeds "
         "chose one of 12 configurations of each method, by the best checkpoint's accuracy on 197 labeled validation "
         "images; "

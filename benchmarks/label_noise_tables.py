@@ -133,7 +133,8 @@ def note(rows: Rows) -> str:
     count = len(seeds(rows))
     return (
         f"Test accuracy in %, mean ± standard error over {count} seeds (400 test images each, drawn anew per seed from "
-        "the same 1,797); differences are paired by seed, in points ± standard error, with p of the paired t-test, not "
+        "the same 1,797); differences are paired by seed, in points ± standard error, with p of the paired t-test "
+        "over draws of these images, not "
         f"corrected for the number of cells. {len(tuning)} runs on {len({row['seed'] for row in tuning})} other seeds "
         "chose one of 4 configurations of each method in each condition. `python benchmarks/label_noise.py`; raw rows: "
         "`benchmarks/results/label_noise.jsonl`."

@@ -239,7 +239,8 @@ def block(rows: Sequence[Row]) -> str:
     parts = [counted(rows), *(table(study, rows) for study in STUDIES)]
     parts.append(
         f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
-        "from the same 1,797); differences in points, with the paired t-test's interval and p, not corrected for the "
+        "from the same 1,797); differences in points, with the paired t-test's interval and p "
+        "over draws of these images, not corrected for the "
         f"number of rows. Paper: top-1 on ImageNet. {arms} arms, {STEPS:,} steps each, learning rate {lr:g} and "
         f"dropout {dropout:g} by validation on other seeds; {minutes:.0f} minutes, on a machine with other work. "
         "`python benchmarks/noisy_student.py`; raw rows: `benchmarks/results/noisy_student.jsonl`."

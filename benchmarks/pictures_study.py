@@ -220,7 +220,8 @@ def _note(rows: Sequence[Row]) -> str:
     tuned_on = len({r["seed"] for r in rows if r["phase"] == "tuning"})
     return (
         f"Test accuracy in %, mean ± standard deviation over {len(_seeds(rows))} seeds (400 test pictures each); "
-        "differences are of the means as shown, p is from a paired t-test, not corrected for the number of rows. In "
+        "differences are of the means as shown, p is from a paired t-test "
+        "over draws of these images, not corrected for the number of rows. In "
         "every run 197 labeled validation pictures select the student's checkpoint. Size of the feedback chosen by "
         f"validation on {tuned_on} other seeds ({sizes}): {chosen(rows)}. `python benchmarks/pictures_study.py`; raw "
         "rows: `benchmarks/results/pictures_study.jsonl`."

@@ -117,7 +117,8 @@ def block(rows: Sequence[Row], about: Row) -> str:
     return (
         f"{table(rows)}\n\n"
         f"What each delivers, in % of 400 test images, mean ± standard error over {len(seeds)} seeds ({seeds[0]} to "
-        f"{seeds[-1]}); differences in points, with the p of the paired t-test, not corrected for the number of rows. "
+        f"{seeds[-1]}); differences in points, with the p of the paired t-test "
+        "over draws of these images, not corrected for the number of rows. "
         f"Steps are those of each round, and of the main phase of methods without rounds. The first teacher takes "
         f"{teacher:,}, and reaches {points([*taught.values()]):.1f} %. Operations differ by {apart:.2f} % at most. "
         f"`{about['command']}`, run by `python benchmarks/student_or_mpl.py`; raw rows: "

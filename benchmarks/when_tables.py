@@ -221,7 +221,8 @@ def block(rows: Sequence[Row]) -> str:
         "from the same 1,797). *Labels right*: the teacher's accuracy on the unlabeled images at the end. *Frequency "
         "error*: the share of the unlabeled images that the student would have to call otherwise for its class "
         "frequencies to be right. Differences are between the better read-outs, by these means, of the "
-        "two; intervals and p are of the paired t-test, not corrected for the number of rows. "
+        "two; intervals and p are of the paired t-test "
+        "over draws of these images, not corrected for the number of rows. "
         f"{runs:,} runs in {minutes:.0f} minutes of one core. `python benchmarks/when.py`; raw rows: "
         "`benchmarks/results/when.jsonl`."
     )
