@@ -97,6 +97,16 @@ ARMS: dict[str, Arm] = {
     ),
     "late": Arm("MPL, student begins late", rules(**TEACHER_LR, **PLAIN_OR_SHARP, size=(1.0, 3.0)), 0.75),
 }
+ALIGNED = {**TEACHER_LR, **PLAIN_OR_SHARP, "align": (1.0,)}
+AFTER: dict[
+    str, Arm
+] = {  # no part of the primary test: what the feedback adds where the teacher's own labels are aligned
+    "mpl_aligned": Arm("MPL, its UDA aligned", rules(**ALIGNED, size=(1.0, 3.0))),
+    "none_aligned": Arm(
+        "same loop, no feedback, its UDA aligned", rules(**ALIGNED, feedback=("none",), student_lr=(0.5, 1.0))
+    ),
+}
+EVERY = ARMS | AFTER
 
 COSTS = {
     "uda": 0.404,
@@ -106,9 +116,11 @@ COSTS = {
     "none": 0.611,
     "push": 0.72,
     "late": 0.553,
+    "mpl_aligned": 1.014,
+    "none_aligned": 0.625,
 }
 """Processor time of a step, relative to one of ``mpl``: the mean of two runs of ``--costs``, one on each of two idle
-cores, fixed before the study was run."""
+cores, fixed before the study was run. Of the last two: without alignment, and what alignment adds to UDA."""
 
 
 def steps_of(arm: str, steps: int) -> int:
@@ -219,7 +231,7 @@ def accuracies(weights: Weights, part: tuple[Tensor, Tensor], shares: Tensor | N
 def ran(place: Place, name: str, rules: Sequence[Rule], seeds: tuple[int, ...], steps: int, final: bool) -> list[Row]:
     """A row for each rule and seed: tuning runs read the validation images, final runs the test images."""
     torch.set_num_threads(1)
-    arm, count = ARMS[name], steps_of(name, steps)
+    arm, count = EVERY[name], steps_of(name, steps)
     began = time.process_time()
     stacks, ratios = train(place, arm, rules, seeds, count)
     seconds = (time.process_time() - began) / (len(rules) * len(seeds))
@@ -284,10 +296,10 @@ def study(size: Size, raw: Path, workers: int) -> None:
     for final in (False, True):
         rows = read(raw)
         done = {(Place(**r["place"]), r["arm"]) for r in rows if r["final"] is final}
-        missing = [(place, name) for place in size.places for name in ARMS if (place, name) not in done]
+        missing = [(place, name) for place in size.places for name in EVERY if (place, name) not in done]
         jobs = []
         for place, name in missing:
-            picked = [chosen(rows, place, name)[0]] if final else ARMS[name].rules[: size.configurations]
+            picked = [chosen(rows, place, name)[0]] if final else EVERY[name].rules[: size.configurations]
             jobs.append((place, name, picked, size.seeds if final else size.tuning_seeds, size.steps, final))
         if jobs:
             _append(raw, [{"made_with": environment(), "costs": COSTS}])
@@ -372,8 +384,10 @@ def table(rows: Sequence[Row], place: Place) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     mpl = delivered(rows, place, "mpl")
-    for name, arm in ARMS.items():
-        mine, values = of(rows, place, name, final=True), delivered(rows, place, name)
+    for name, arm in EVERY.items():
+        if not (mine := of(rows, place, name, final=True)):
+            continue
+        values = delivered(rows, place, name)
         mean = {key: 100 * float(np.mean([row[key] for row in mine])) for key in ("labels_right", "frequency_error")}
         cells = [
             arm.title,
@@ -388,8 +402,25 @@ def table(rows: Sequence[Row], place: Place) -> str:
             low, high = (100 * end for end in test.interval)
             cells += [f"{100 * test.mean:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{sign_flip(mpl, values):.2g}"]
         lines.append("| " + " | ".join(cells) + " |")
-    picked = "; ".join(f"{name}: {_settings(*chosen(rows, place, name))}" for name in ARMS)
-    return "\n".join([*lines, "", f"Chosen on the tuning seeds: {picked}."])
+    there = (name for name in EVERY if of(rows, place, name, final=True))
+    picked = "; ".join(f"{name}: {_settings(*chosen(rows, place, name))}" for name in there)
+    return "\n".join([*lines, "", *_aligned(rows, place), f"Chosen on the tuning seeds: {picked}."])
+
+
+def _aligned(rows: Sequence[Row], place: Place) -> Iterator[str]:
+    """What the feedback adds where the teacher's own labels are aligned, in words."""
+    if not all(of(rows, place, name, final=True) for name in AFTER):
+        return
+    mpl = delivered(rows, place, "mpl_aligned")
+    said = []
+    for name in ("uda_aligned", "none_aligned"):
+        other = delivered(rows, place, name)
+        test, p = paired_test(mpl, other), sign_flip(mpl, other)
+        low, high = (100 * end for end in test.interval or (float("nan"), float("nan")))
+        said.append(f"{100 * test.mean:+.1f} ({low:+.1f} to {high:+.1f}, p = {p:.2g}) against {EVERY[name].title}")
+    added = f"Added when the others' tuning runs had been seen: {EVERY['mpl_aligned'].title}, is"
+    yield f"{added} {' and '.join(said)}."
+    yield ""
 
 
 def _settings(rule: Rule, read_out: str) -> str:
