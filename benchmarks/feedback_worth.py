@@ -98,9 +98,8 @@ ARMS: dict[str, Arm] = {
     "late": Arm("MPL, student begins late", rules(**TEACHER_LR, **PLAIN_OR_SHARP, size=(1.0, 3.0)), 0.75),
 }
 ALIGNED = {**TEACHER_LR, **PLAIN_OR_SHARP, "align": (1.0,)}
-AFTER: dict[
-    str, Arm
-] = {  # no part of the primary test: what the feedback adds where the teacher's own labels are aligned
+# No part of the primary test: what the feedback adds where the teacher's own labels are aligned.
+AFTER: dict[str, Arm] = {
     "mpl_aligned": Arm("MPL, its UDA aligned", rules(**ALIGNED, size=(1.0, 3.0))),
     "none_aligned": Arm(
         "same loop, no feedback, its UDA aligned", rules(**ALIGNED, feedback=("none",), student_lr=(0.5, 1.0))
