@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -39,6 +40,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "when",
         "when_stack",
         "when_tables",
+        "feedback_worth",
         "figures",
         "machine",
     ):
@@ -334,6 +336,27 @@ def test_the_page_on_when_feedback_helps_shows_the_tables_of_the_raw_rows(tables
     import when_tables
 
     assert shown("when") == when_tables.block(when.read())
+
+
+def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_have_its_figures(tables: object) -> None:
+    import feedback_worth as study
+
+    rows = study.read()
+    assert shown("feedback-worth") == study.block(rows)
+    for place, (name, arm) in itertools.product(study.PLACES, study.ARMS.items()):
+        tuning, final = (study.of(rows, place, name, final=final) for final in (False, True))
+        assert {study.Rule(**row["rule"]) for row in tuning} == {*arm.rules}
+        assert len(tuning) == 8 * len(study.Size.tuning_seeds)
+        assert [row["seed"] for row in final] == [*study.Size.seeds]
+        assert {study.Rule(**row["rule"]) for row in final} == {study.chosen(rows, place, name)[0]}
+        assert {row["steps"] for row in tuning + final} == {study.steps_of(name, study.STEPS)}
+    gap, p = re.search(r"other arm: (\S+) points .*p = (\S+),", study.primary(rows)).groups()  # type: ignore[union-attr]
+    pages = (
+        " ".join((ROOT / "README.md").read_text().split()),
+        " ".join((ROOT / "docs" / "when.md").read_text().split()),
+    )
+    assert f"{gap} points (95 % -2.0 to -0.0, p = {p})" in pages[0]
+    assert f"{gap.removeprefix('-')} points (p = {p}) *behind* it" in pages[1]
 
 
 def test_the_study_of_when_feedback_helps_was_run_as_it_says(tables: object) -> None:
