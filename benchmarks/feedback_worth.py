@@ -5,6 +5,7 @@
     python benchmarks/feedback_worth.py --table                # the tables of the rows so far; runs nothing
     python benchmarks/feedback_worth.py --write docs/when.md   # puts them there, and draws the figure
     python benchmarks/feedback_worth.py --miniature --out FILE # all of it in seconds, to see that it runs
+    python benchmarks/feedback_worth.py --device cuda --minutes 9   # the same on pictures; goes on at the next call
 
 **The primary test, named before it was run**: two labels a class, equal frequencies, Meta Pseudo Labels (``mpl``) of
 6,000 steps minus the best other arm at equal processor time, best by its mean over the final seeds, by a two-sided
@@ -16,6 +17,12 @@ time of ``mpl``. In each place every arm has eight configurations, tried on 5 se
 on 197 validation images is taken, with the network as trained or finetuned, whichever is better there. The final seeds
 are 40 others, which no study of this project had before. Where frequencies are uneven, the classes' shares fall evenly
 from 5 to 1, in an order that each seed draws; of labels, unlabeled images and test images alike.
+
+With ``--device cuda`` the same arms train the convolutional networks of ``feedback_worth_pictures.py`` on three of the
+generated problems, at equal time of the device; it was not run on a GPU yet. **Its primary test, named before it was
+run**: the same difference of the mean accuracy over the three problems, ``mpl`` at 3,000 steps, over 16 seeds. What the
+arms cost is measured in each problem before anything is trained there, and stands in the raw file; 4 other seeds, with
+other pictures, are for tuning. As many configurations as fit into what is left of the minutes are trained side by side.
 """
 
 from __future__ import annotations
@@ -23,12 +30,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -45,16 +53,19 @@ from when import (
     labeled_batches,
     unlabeled_batches,
 )
-from when_stack import CLASSES, Batch, Rule, Stack, Weights, copied, cosine, forward
+from when_stack import CLASSES, Batch, Passes, Rule, Stack, Weights, copied, cosine, forward
 
 from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
+from metapl.runs.cores import available_cores
 from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "feedback_worth.jsonl"
 STEPS, FINETUNE_STEPS = 6000, 200
 READ_OUTS = "average", "finetuned"
 Row = dict[str, Any]
+Part = Literal["unlabeled", "validation", "test"]
+Clock = Callable[[], float]
 
 # ------------------------------------------------------------------------------------------------------------ the arms
 
@@ -122,9 +133,9 @@ COSTS = {
 cores, fixed before the study was run. Of the last two: without alignment, and what alignment adds to UDA."""
 
 
-def steps_of(arm: str, steps: int) -> int:
-    """The steps that take the processor time of so many of ``mpl``."""
-    return round(steps / COSTS[arm])
+def steps_of(arm: str, steps: int, costs: Mapping[str, float] = COSTS) -> int:
+    """The steps that take the time of so many of ``mpl``."""
+    return max(1, round(steps / costs[arm]))
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -187,72 +198,121 @@ def pictures(place: Place, seeds: tuple[int, ...]) -> tuple[Data, Tensor | None]
     return Data(*columns), torch.stack(shares)
 
 
+class Task(Protocol):
+    """The pictures of a place for a stack of seeds, and the networks that learn from them: ``shares`` (S, C) are those
+    that the classes are given where accuracy is counted, and ``labeled_shares`` those among the labels."""
+
+    place: Any
+    seeds: tuple[int, ...]
+    passes: Passes
+    shares: Tensor | None
+    labeled_shares: Tensor
+
+    def first_weights(self) -> tuple[Weights, Weights]:
+        """Teachers and students as they begin; they stay as they are."""
+
+    def batches(self, steps: int) -> Iterator[Batch]:
+        """What is seen in each step."""
+
+    def finetuned(self, weights: Weights, steps: int) -> Weights:
+        """The networks after some more steps on the labeled pictures."""
+
+    def called(self, weights: Weights, part: Part) -> tuple[Tensor, Tensor]:
+        """The classes that the networks find in the pictures of a part, and the true ones, (S, n) both."""
+
+
+class Digits:
+    """A :class:`Task` on scikit-learn's digits."""
+
+    passes = Passes()
+
+    def __init__(self, place: Place, seeds: tuple[int, ...]) -> None:
+        self.place, self.seeds = place, seeds
+        self.data, self.shares = pictures(place, seeds)
+        self.labeled_shares = torch.stack([y.bincount(minlength=CLASSES) / len(y) for y in self.data.labeled[1]])
+
+    def first_weights(self) -> tuple[Weights, Weights]:
+        return first_weights(self.seeds)
+
+    def batches(self, steps: int) -> Iterator[Batch]:
+        labeled = labeled_batches(*self.data.labeled, self.seeds, LABELED, BATCH, steps)
+        unlabeled = unlabeled_batches(self.data.unlabeled[0], self.seeds, BATCH, steps)
+        nothing = torch.empty(0)
+        for (x, targets), (weak, strong) in zip(labeled, unlabeled, strict=True):
+            yield Batch(x, targets, [weak], [strong], nothing, nothing)
+
+    def finetuned(self, weights: Weights, steps: int) -> Weights:
+        return finetuned(weights, self.data, self.seeds, steps)
+
+    def called(self, weights: Weights, part: Part) -> tuple[Tensor, Tensor]:
+        x, y = getattr(self.data, part)
+        return forward(weights, x)[1].argmax(-1), y
+
+
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
 @torch.no_grad()
-def train(
-    place: Place, arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], steps: int
-) -> tuple[list[Stack], list[list[list[float]]]]:
+def train(task: Task, arm: Arm, rules: Sequence[Rule], steps: int) -> tuple[list[Stack], list[list[list[float]]]]:
     """Stacks that are trained side by side on the same batches, and of each the feedback's ratio at ten steps."""
-    data, _ = pictures(place, seeds)
-    teacher, student = first_weights(seeds)
-    labeled_shares = torch.stack([y.bincount(minlength=CLASSES) / len(y) for y in data.labeled[1]])
+    teacher, student = task.first_weights()
     first = copied(student) if arm.begins == 0 else None
-    stacks = [Stack(rule, copied(teacher), first and copied(first), EMA_DECAY, labeled_shares) for rule in rules]
-    labeled = labeled_batches(*data.labeled, seeds, LABELED, BATCH, steps)
-    unlabeled = unlabeled_batches(data.unlabeled[0], seeds, BATCH, steps)
-    begins, nothing = round(arm.begins * steps), torch.empty(0)
-    ratios: list[list[list[float]]] = [[] for _ in rules]
-    for step, ((x, targets), (weak, strong)) in enumerate(zip(labeled, unlabeled, strict=True)):
-        batch = Batch(x, targets, [weak], [strong], nothing, nothing)
+    stacks = [
+        Stack(rule, copied(teacher), first and copied(first), EMA_DECAY, task.labeled_shares, task.passes)
+        for rule in rules
+    ]
+    begins = round(arm.begins * steps)
+    ratios: list[list[Tensor]] = [[] for _ in rules]
+    for step, batch in enumerate(task.batches(steps)):
         for stack, ratio in zip(stacks, ratios, strict=True):
             if step == begins and stack.student is None:
                 stack.begin()
             stack.step(batch, cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins)))
             if (step + 1) % max(1, steps // 10) == 0:
-                ratio.append(stack.ratio.tolist())
-    return stacks, ratios
+                ratio.append(stack.ratio)
+    return stacks, [[each.tolist() for each in ratio] for ratio in ratios]
 
 
-def accuracies(weights: Weights, part: tuple[Tensor, Tensor], shares: Tensor | None) -> Tensor:
+def accuracies(called: Tensor, truth: Tensor, shares: Tensor | None = None) -> Tensor:
     """Of each seed, as if the classes had these shares."""
-    x, y = part
-    right = (forward(weights, x)[1].argmax(-1) == y).float()
+    right = (called == truth).float()
     if shares is None:
         return right.mean(1)
-    counts = torch.stack([each.bincount(minlength=CLASSES) for each in y])
-    weight = (shares / counts).gather(1, y)
+    counts = torch.stack([each.bincount(minlength=CLASSES) for each in truth])
+    weight = (shares / counts).gather(1, truth)
     return (right * weight).sum(1) / weight.sum(1)
 
 
 @torch.no_grad()
-def ran(place: Place, name: str, rules: Sequence[Rule], seeds: tuple[int, ...], steps: int, final: bool) -> list[Row]:
+def trained(task: Task, name: str, rules: Sequence[Rule], count: int, final: bool, clock: Clock) -> list[Row]:
     """A row for each rule and seed: tuning runs read the validation images, final runs the test images."""
-    torch.set_num_threads(1)
-    arm, count = EVERY[name], steps_of(name, steps)
-    began = time.process_time()
-    stacks, ratios = train(place, arm, rules, seeds, count)
-    seconds = (time.process_time() - began) / (len(rules) * len(seeds))
-    data, shares = pictures(place, seeds)
+    began = clock()
+    stacks, ratios = train(task, EVERY[name], rules, count)
+    seconds = (clock() - began) / (len(rules) * len(task.seeds))
+    part: Part = "test" if final else "validation"
     rows = []
     for rule, stack, ratio in zip(rules, stacks, ratios, strict=True):
-        part = data.test if final else data.validation
-        tuned = finetuned(stack.average, data, seeds, min(FINETUNE_STEPS, count))
-        found = {"average": accuracies(stack.average, part, shares), "finetuned": accuracies(tuned, part, shares)}
+        read_outs = {"average": stack.average, "finetuned": task.finetuned(stack.average, min(FINETUNE_STEPS, count))}
+        read_outs |= {"teacher": stack.teacher} if final else {}
+        found = {key: accuracies(*task.called(weights, part), task.shares) for key, weights in read_outs.items()}
         if final:
-            x, truth = data.unlabeled
-            called = forward(stack.average, x)[1].argmax(-1)
-            counts = [torch.stack([y.bincount(minlength=CLASSES) for y in ys]) for ys in (called, truth)]
-            found["teacher"] = accuracies(stack.teacher, part, shares)
-            found["labels_right"] = (forward(stack.teacher, x)[1].argmax(-1) == truth).float().mean(1)
+            called, truth = task.called(stack.average, "unlabeled")
+            classes = task.labeled_shares.shape[1]
+            counts = [torch.stack([y.bincount(minlength=classes) for y in ys]) for ys in (called, truth)]
+            found["labels_right"] = accuracies(*task.called(stack.teacher, "unlabeled"))
             found["frequency_error"] = (counts[0] - counts[1]).abs().sum(1) / (2 * truth.shape[1])
-        for s, seed in enumerate(seeds):
-            row = {"final": final, "place": dataclasses.asdict(place), "arm": name, "seed": seed, "steps": count}
+        for s, seed in enumerate(task.seeds):
+            row = {"final": final, "place": dataclasses.asdict(task.place), "arm": name, "seed": seed, "steps": count}
             row |= {"seconds": round(seconds, 2), **{key: round(float(value[s]), 5) for key, value in found.items()}}
             told = {"ratio": [round(each[s], 4) for each in ratio]} if any(map(any, ratio)) else {}
             rows.append({**row, **told, "rule": dataclasses.asdict(rule)})
     return rows
+
+
+def ran(place: Place, name: str, rules: Sequence[Rule], seeds: tuple[int, ...], steps: int, final: bool) -> list[Row]:
+    """:func:`trained` on digits, in a process of its own."""
+    torch.set_num_threads(1)
+    return trained(Digits(place, seeds), name, rules, steps_of(name, steps), final, time.process_time)
 
 
 @dataclass(frozen=True)
@@ -263,7 +323,7 @@ class Size:
     seeds: tuple[int, ...] = tuple(range(300, 340))
     steps: int = STEPS
     configurations: int = 8
-    places: tuple[Place, ...] = PLACES
+    places: tuple[Any, ...] = PLACES
 
 
 MINIATURE = Size((110,), (300, 301), steps=8, configurations=2, places=(PLACES[0], PLACES[2]))
@@ -275,13 +335,13 @@ def read(raw: Path = RAW) -> list[Row]:
     return [row for line in lines if "arm" in (row := json.loads(line))]
 
 
-def of(rows: Sequence[Row], place: Place, arm: str, final: bool) -> list[Row]:
+def of(rows: Sequence[Row], place: Any, arm: str, final: bool) -> list[Row]:
     """Those of an arm in a place, by seed."""
     mine = [r for r in rows if r["arm"] == arm and r["final"] is final and r["place"] == dataclasses.asdict(place)]
     return sorted(mine, key=lambda row: int(row["seed"]))
 
 
-def chosen(rows: Sequence[Row], place: Place, arm: str) -> tuple[Rule, str]:
+def chosen(rows: Sequence[Row], place: Any, arm: str) -> tuple[Rule, str]:
     """The configuration and the read-out with the best mean over the tuning seeds; of equals, the first."""
     found: dict[tuple[Rule, str], list[float]] = {}
     for row in of(rows, place, arm, final=False):
@@ -315,30 +375,91 @@ def _append(raw: Path, rows: Sequence[Row]) -> None:
 
 
 @torch.no_grad()
-def costs(steps: int, rounds: int = 25) -> dict[str, float]:
-    """Processor time of a step of each arm, relative to ``mpl``: the median of the ratios of some rounds, in each of
-    which every arm takes its steps in turn. Drawing the batches is not counted: it takes about as long as a step of
-    networks that are so small, and is the same for all."""
-    torch.set_num_threads(1)
-    seeds, arms = Size.seeds, {name: dataclasses.replace(arm, begins=arm.begins // 1) for name, arm in ARMS.items()}
-    data, _ = pictures(PRIMARY, seeds)
-    teacher, student = first_weights(seeds)
-    labeled, unlabeled = (
-        labeled_batches(*data.labeled, seeds, LABELED, BATCH, 1),
-        unlabeled_batches(data.unlabeled[0], seeds, BATCH, 1),
-    )
-    (x, targets), (weak, strong) = next(labeled), next(unlabeled)
-    batch = Batch(x, targets, [weak], [strong], torch.empty(0), torch.empty(0))
+def costs(task: Task, steps: int, rounds: int, clock: Clock) -> tuple[dict[str, float], float]:
+    """Time of a step of each arm, relative to ``mpl``, and of that in seconds: medians over some rounds after a first
+    one, in each of which every arm takes its steps in turn. Drawing the batches is not counted: it takes about as long
+    as a step of networks that are so small, and is the same for all."""
+    arms = {name: dataclasses.replace(arm, begins=arm.begins // 1) for name, arm in ARMS.items()}
+    (teacher, student), batch = task.first_weights(), next(task.batches(1))
     taken: dict[str, list[float]] = {name: [] for name in arms}
-    for _, (name, arm) in itertools.product(range(rounds), arms.items()):
-        stack = Stack(arm.rules[0], copied(teacher), None if arm.begins else copied(student), EMA_DECAY)
-        began = time.process_time()
+    for _, (name, arm) in itertools.product(range(rounds + 1), arms.items()):
+        first = None if arm.begins else copied(student)
+        stack = Stack(arm.rules[0], copied(teacher), first, EMA_DECAY, task.labeled_shares, task.passes)
+        began = clock()
         for step in range(steps):
             stack.step(batch, cosine(step, steps))
-        taken[name].append(time.process_time() - began)
-    ratio = {name: float(np.median(np.divide(seconds, taken["mpl"]))) for name, seconds in taken.items()}
+        taken[name].append(clock() - began)
+    of_mpl = taken["mpl"][1:]
+    ratio = {name: float(np.median(np.divide(seconds[1:], of_mpl))) for name, seconds in taken.items()}
     late = ARMS["late"].begins
-    return {name: round(share, 3) for name, share in (ratio | {"late": late * ratio["uda"] + 1 - late}).items()}
+    ratio["late"] = late * ratio["uda"] + 1 - late
+    return {name: round(share, 3) for name, share in ratio.items()}, float(np.median(of_mpl)) / steps
+
+
+# ------------------------------------------------------------------------------------------------ pictures on a device
+
+RAW_PICTURES = RAW.with_stem("feedback_worth_pictures")
+
+
+def sizes_of_pictures(miniature: bool) -> Size:
+    """How much is run on pictures."""
+    from feedback_worth_pictures import Generated
+
+    if miniature:
+        return Size((500,), (600, 601), steps=2, configurations=1, places=(Generated("digits", 48, 48, batch=4),))
+    places = tuple(Generated(name) for name in ("letters", "digits", "textures"))
+    return Size(tuple(range(500, 504)), tuple(range(600, 616)), steps=3000, places=places)
+
+
+def study_pictures(size: Size, raw: Path, device: torch.device, minutes: float, folder: Path, workers: int) -> None:
+    """As :func:`study`, a problem after another on one device; stops before the minutes are over, and goes on there."""
+    from feedback_worth_pictures import GeneratedTask
+
+    torch.backends.cudnn.benchmark = True
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def task_of(place: Any, final: bool) -> Task:
+        return GeneratedTask(place, size.seeds if final else size.tuning_seeds, device, folder, workers)
+
+    end, runs = clock() + 60 * minutes, 0
+    for place, final in itertools.product(size.places, (False, True)):
+        task, over = None, 1.5  # how much longer a run takes than its steps alone, until one is measured
+        for name, arm in ARMS.items():
+            rows = read(raw)
+            done = {Rule(**row["rule"]) for row in of(rows, place, name, final)}
+            wanted = [chosen(rows, place, name)[0]] if final else arm.rules[: size.configurations]
+            missing = [rule for rule in wanted if rule not in done]
+            while missing:
+                of_arms, of_mpl = measured(place, task_of, size.steps, raw, device, clock)
+                task = task or task_of(place, final)
+                began = clock()
+                beside = min(len(missing), int((end - began) / (over * of_mpl * size.steps)))
+                if beside < 1:
+                    told = f"{end - began:.0f} s are left, and a run takes {over * of_mpl * size.steps:.0f}"
+                    raise SystemExit(f"{told}: {'run the command again' if runs else 'more --minutes are needed'}.")
+                count = steps_of(name, size.steps, of_arms)
+                _append(raw, trained(task, name, missing[:beside], count, final, clock))
+                over = 1.2 * (clock() - began) / (beside * of_mpl * size.steps)
+                missing, runs = missing[beside:], runs + beside
+                print(f"{'final' if final else 'tuning'}: {name}, {place}, {beside} of {len(wanted)}", flush=True)
+
+
+def measured(
+    place: Any, task_of: Callable[[Any, bool], Task], steps: int, raw: Path, device: torch.device, clock: Clock
+) -> tuple[dict[str, float], float]:
+    """What the arms cost in a place, and seconds of a step of ``mpl``: as the raw file has it, once it is there."""
+    told = dataclasses.asdict(place)
+    for line in raw.read_text().splitlines() if raw.exists() else ():
+        if "costs" in (known := json.loads(line)) and known["place"] == told:
+            return known["costs"], known["seconds"]
+    relative, seconds = costs(task_of(place, True), min(20, steps), min(5, steps - 1), clock)
+    line = {"made_with": environment(), **described(device.type), "place": told}
+    _append(raw, [{**line, "costs": relative, "seconds": seconds}])
+    return relative, seconds
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -356,25 +477,26 @@ def sign_flip(first: Sequence[float], second: Sequence[float], flips: int = 200_
     return float((reached + 1) / (flips + 1))
 
 
-def delivered(rows: Sequence[Row], place: Place, arm: str) -> list[float]:
+def delivered(rows: Sequence[Row], place: Any, arm: str) -> list[float]:
     """Test accuracies of an arm's final runs, seed by seed, by the read-out that tuning chose."""
     read_out = chosen(rows, place, arm)[1]
     return [row[read_out] for row in of(rows, place, arm, final=True)]
 
 
-def primary(rows: Sequence[Row]) -> str:
-    """The primary test in words."""
-    reached = {arm: delivered(rows, PRIMARY, arm) for arm in ARMS}
+def primary(rows: Sequence[Row], places: Sequence[Any]) -> str:
+    """The primary test in words: of each seed's mean over these places."""
+    reached = {arm: np.mean([delivered(rows, place, arm) for place in places], axis=0).tolist() for arm in ARMS}
     rival = max((arm for arm in ARMS if arm != "mpl"), key=lambda arm: float(np.mean(reached[arm])))
     test, p = paired_test(reached["mpl"], reached[rival]), sign_flip(reached["mpl"], reached[rival])
     low, high = (100 * end for end in test.interval or (float("nan"), float("nan")))
+    where = "; ".join(map(str, places))
     return (
-        f"Primary test ({PRIMARY}): Meta Pseudo Labels minus {ARMS[rival].title}, the best other arm: "
+        f"Primary test ({where}): Meta Pseudo Labels minus {ARMS[rival].title}, the best other arm: "
         f"{100 * test.mean:+.1f} points (95 % {low:+.1f} to {high:+.1f}), sign-flip p = {p:.2g}, {test.n} seeds."
     )
 
 
-def table(rows: Sequence[Row], place: Place) -> str:
+def table(rows: Sequence[Row], place: Any) -> str:
     """The arms of a place."""
     lines = [
         f"**{place}**",
@@ -429,9 +551,15 @@ def _settings(rule: Rule, read_out: str) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in told.items()) + f", {read_out}"
 
 
+def of_places(rows: Sequence[Row], places: Sequence[Any], of_primary: Sequence[Any]) -> str:
+    """The primary test, and the tables of these places, as far as their runs are there."""
+    there = complete(rows, places)
+    first = [primary(rows, of_primary)] if all(place in there for place in of_primary) else []
+    return "\n\n".join([*first, *(table(rows, place) for place in there)])
+
+
 def block(rows: Sequence[Row]) -> str:
-    """The primary test, the tables, and what they were made with."""
-    places = [*complete(rows)]
+    """What was found on digits, and what it was made with."""
     seeds = len({row["seed"] for row in rows if row["final"]})
     minutes = sum(row["seconds"] for row in rows) / 60
     told = (
@@ -444,8 +572,7 @@ def block(rows: Sequence[Row]) -> str:
         f"primary one, not corrected for their number. {len(rows):,} runs in {minutes:.0f} minutes of one core. "
         "`python benchmarks/feedback_worth.py`; raw rows: `benchmarks/results/feedback_worth.jsonl`."
     )
-    first = [primary(rows)] if PRIMARY in places else []
-    return "\n\n".join([*first, *(table(rows, place) for place in places), told])
+    return f"{of_places(rows, PLACES, (PRIMARY,))}\n\n{told}"
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
@@ -453,7 +580,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    places, others = [*complete(rows)], [name for name in ARMS if name != "mpl"]
+    places, others = complete(rows, PLACES), [name for name in ARMS if name != "mpl"]
     figure = Figure(figsize=(10, 1.2 + 2.1 * ((len(places) + 1) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots((len(places) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flat
@@ -475,9 +602,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def complete(rows: Sequence[Row]) -> Iterator[Place]:
+def complete(rows: Sequence[Row], places: Sequence[Any]) -> list[Any]:
     """The places in which every arm has final rows."""
-    return (place for place in PLACES if all(of(rows, place, arm, final=True) for arm in ARMS))
+    return [place for place in places if all(of(rows, place, arm, final=True) for arm in ARMS)]
 
 
 def main() -> None:
@@ -485,13 +612,32 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="measure what a step of each arm costs, and stop")
     parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there, draw the figure, and stop")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes: 2, and all cores to draw pictures with")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the study on pictures; in miniature on the CPU"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="of a call on cuda, which the next one goes on from")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "feedback_worth", help="of drawn pictures, on cuda"
+    )
     given = parsed(parser)
+    on_pictures = given.device == "cuda"
+    if on_pictures and not given.miniature and not given.table and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --miniature runs on the CPU")
     if given.costs:
-        print(json.dumps({"costs": costs(2 if given.miniature else 60), **described("cpu")}))
+        torch.set_num_threads(1)
+        found, _ = costs(Digits(PRIMARY, Size.seeds), *((2, 2) if given.miniature else (60, 25)), time.process_time)
+        print(json.dumps({"costs": found, **described("cpu")}))
+        return
+    if on_pictures:
+        size, raw = sizes_of_pictures(given.miniature), RAW_PICTURES if given.out == RAW else given.out
+        device = torch.device("cpu" if given.miniature else "cuda")
+        if not given.table:
+            study_pictures(size, raw, device, given.minutes, given.folder, given.workers or available_cores())
+        print(of_places(read(raw), size.places, size.places))
         return
     if not (given.table or given.write):
-        study(MINIATURE if given.miniature else Size(), given.out, given.workers)
+        study(MINIATURE if given.miniature else Size(), given.out, given.workers or 2)
     rows = read(given.out)
     if given.write:
         write_between_marks(given.write, "feedback-worth", block(rows))

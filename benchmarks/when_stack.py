@@ -1,9 +1,11 @@
 r"""Meta Pseudo Labels for a stack of small networks, a network a seed: what ``benchmarks/when.py`` and
 ``benchmarks/feedback_worth.py`` train with.
 
-A step is written out in batched matrix products, so that twenty seeds take little more time than one through
-:class:`metapl.BilevelTrainer`. It computes what the trainer computes with mode ``forward``: plain SGD for the student,
-SGD with momentum for the teacher, soft labels. A test lets both run on the same batches from the same weights.
+The passes of these networks are written out in batched matrix products, so that twenty seeds take little more time than
+one through :class:`metapl.BilevelTrainer`; a step takes those of other networks too, such as the convolutional ones of
+``benchmarks/feedback_worth_pictures.py``. It computes what the trainer computes with mode ``forward``: plain SGD for
+the student, SGD with momentum for the teacher, soft labels. A test lets both run on the same batches from the same
+weights.
 
 With K student steps a teacher step, θ_{k+1} = θ_k − η ∇ℓ_k(θ_k), the feedback is the adjoint recursion of
 :mod:`metapl.feedback.inner_step`:
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from metapl.apps.pictures.views import base
 
 CLASSES = 10
 Weights = list[Tensor]
-"""Of a stack of S networks: (S, in, out) and (S, 1, out) of the first layer, of the second, ..."""
+"""Of a stack of S networks, (S, ...) each: here (S, in, out) and (S, 1, out) of the first layer, of the second, ..."""
 
 _where_positive = torch.ops.aten.threshold_backward.default
 """Its first argument where the second one is above the third, else 0, in one pass over memory."""
@@ -72,13 +74,14 @@ def softmax(logits: Tensor) -> Tensor:
     return e.div_(e.sum(-1, keepdim=True))
 
 
-def forward(weights: Weights, x: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The input of every layer, and the outputs, (S, B, C)."""
+def forward(weights: Weights, x: Tensor, fixed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """The input of every layer, without the first ``fixed`` rows, and the outputs of all rows, (S, B, C)."""
     inputs = [x]
     *hidden, (last, bias) = _layers(weights)
     for weight, b in hidden:
         inputs.append(torch.baddbmm(b, inputs[-1], weight).relu_())
-    return inputs, product(inputs[-1], last).add_(bias)
+    outputs = product(inputs[-1], last).add_(bias)
+    return [x[:, fixed:] for x in inputs], outputs
 
 
 def backward(weights: Weights, inputs: list[Tensor], at_outputs: Tensor) -> Weights:
@@ -122,6 +125,24 @@ def curved(
             change = _where_positive(torch.baddbmm(change @ weight, gradient, to_weight), inputs[i], 0)
             gradient = _where_positive(gradient @ weight, inputs[i], 0)
     return found[::-1]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a stack of networks is run and differentiated: these four functions, or those of other networks.
+
+    Args:
+        forward: weights, inputs (S, B, ...) and how many of the first rows are not differentiated, to what is kept for
+            the others, and the outputs of all rows, (S, B, C).
+        backward: the gradient in the weights from that in the outputs of the rows that are differentiated.
+        tangent: what moves within, and the outputs, by d/dε along a direction of the weights.
+        curved: d/dε of the gradient; only a lookahead of several steps needs it.
+    """
+
+    forward: Callable[..., tuple[Any, Tensor]] = forward
+    backward: Callable[..., Weights] = backward
+    tangent: Callable[..., tuple[Any, Tensor]] = tangent
+    curved: Callable[..., Weights] = curved
 
 
 # ------------------------------------------------------------------------------------------------- altered feedback
@@ -169,8 +190,8 @@ def altered(h: Tensor, q: Tensor, alteration: Alteration, rows: Tensor, coins: T
     if alteration == "sign":
         return h.sign() * h.abs().mean((1, 2), keepdim=True)
     if alteration == "balance":
-        return (1 / (CLASSES * q.shape[1] * q.mean(1, keepdim=True))).expand_as(q)
-    own = F.one_hot(q.argmax(-1), CLASSES).to(h)
+        return (1 / (q.shape[1] * q.shape[2] * q.mean(1, keepdim=True))).expand_as(q)
+    own = F.one_hot(q.argmax(-1), q.shape[2]).to(h)
     if alteration == "one_number":
         return own * h
     means = own.transpose(1, 2) @ h / own.sum(1)[..., None].clamp_min(1)
@@ -230,8 +251,8 @@ class Batch:
     """What all stacks of the same seeds see in a step.
 
     Args:
-        labeled, targets: (S, B_l, D) as student and teacher see them, and one-hot (S, B_l, C).
-        weak, strong: K unlabeled batches (S, B, D): what the teacher labels, and what the student sees.
+        labeled, targets: (S, B_l, ...) as student and teacher see them, and one-hot (S, B_l, C).
+        weak, strong: K unlabeled batches (S, B, ...): what the teacher labels, and what the student sees.
         rows, coins: (S, B), permutations and signs for altered feedback.
     """
 
@@ -253,6 +274,7 @@ class Stack:
         ema_decay: of the average of the student's weights, or of the teacher's where there is no student; see
             :class:`metapl.training.average.Average`.
         prior: (S, C), the shares of the classes that labels of the consistency loss are moved to; None: equal ones.
+        passes: of these networks.
 
     ``ratio`` is, seed by seed, the feedback's to the teacher's own losses in the last step: of the norms of their
     gradients at the teacher's outputs.
@@ -263,6 +285,7 @@ class Stack:
     student: Weights | None
     ema_decay: float
     prior: Tensor | None = None
+    passes: Passes = Passes()
     average: Weights = field(init=False)
     velocity: Weights | None = field(init=False, default=None)
     ratio: Tensor = field(init=False)
@@ -270,7 +293,7 @@ class Stack:
 
     def __post_init__(self) -> None:
         self.average = copied(self.teacher if self.student is None else self.student)
-        self.ratio = torch.zeros(len(self.teacher[0]))
+        self.ratio = self.teacher[0].new_zeros(len(self.teacher[0]))
 
     def begin(self) -> None:
         """Let a student begin as the teacher's average, with an average of its own: a warm start."""
@@ -280,8 +303,11 @@ class Stack:
         """One step of Meta Pseudo Labels, at this factor of the base learning rates; the student's may be another."""
         rule, eta = self.rule, self.rule.student_lr * (rate if student_rate is None else student_rate)
         seen = [*batch.weak, batch.labeled, *(batch.strong if rule.uda else ())]
-        inputs, logits = forward(self.teacher, torch.cat(seen, 1))
         unlabeled = sum(x.shape[1] for x in batch.weak)
+        heard = rule.feedback != "none" and self.student is not None
+        # Nothing comes back to weak views that are not heard of; without UDA they stay, as when.jsonl has them.
+        fixed = unlabeled if rule.uda and not heard else 0
+        kept, logits = self.passes.forward(self.teacher, torch.cat(seen, 1), fixed)
         on_unlabeled, on_labeled, on_strong = logits.tensor_split((unlabeled, unlabeled + batch.labeled.shape[1]), 1)
         q = softmax(on_unlabeled)
         labels = q.chunk(len(batch.weak), 1)
@@ -294,7 +320,6 @@ class Stack:
             own = torch.cat([own, consistency * (rule.uda / unlabeled)], 1)
         path = [] if self.student is None else self._path(batch, labels, eta)
         at_unlabeled = torch.zeros_like(q)
-        heard = rule.feedback != "none" and bool(path)
         if heard:
             heeded = rule.alteration not in ("zero", "balance")  # what replaces it is not made from it
             h = torch.cat(self._feedback(path, batch, labels, eta), 1) if heeded else q
@@ -305,12 +330,9 @@ class Stack:
             factor = self._factor(*norms)
             at_unlabeled *= factor
             self.ratio = (factor * norms[0] / norms[1])[:, 0, 0]
-        if (
-            rule.uda and not heard
-        ):  # the rows of the weak views are zeros; without UDA they stay, as when.jsonl has them
-            self._move_teacher(backward(self.teacher, [x[:, unlabeled:] for x in inputs], own), rate)
-        elif heard or rule.own_loss:
-            self._move_teacher(backward(self.teacher, inputs, torch.cat([at_unlabeled, own], 1)), rate)
+        if heard or rule.own_loss or rule.uda:
+            at_outputs = own if fixed else torch.cat([at_unlabeled, own], 1)
+            self._move_teacher(self.passes.backward(self.teacher, kept, at_outputs), rate)
         if path:
             self.student = path[-1].after
         # After a step of the trainer, as a fit takes the average.
@@ -324,30 +346,30 @@ class Stack:
         assert self.student is not None
         for x, q in zip(batch.strong, labels, strict=True):
             before = path[-1].after if path else self.student
-            inputs, logits = forward(before, x)
+            kept, logits = self.passes.forward(before, x)
             p = softmax(logits)
             at_outputs = (p - q) / x.shape[1]
-            gradient = backward(before, inputs, at_outputs)
-            path.append(_Step(before, inputs, p, at_outputs, torch._foreach_add(before, gradient, alpha=-eta)))
+            gradient = self.passes.backward(before, kept, at_outputs)
+            path.append(_Step(before, kept, p, at_outputs, torch._foreach_add(before, gradient, alpha=-eta)))
         return path
 
     def _feedback(self, path: list[_Step], batch: Batch, labels: Sequence[Tensor], eta: float) -> list[Tensor]:
         """h on the labels of every student step, (S, B, C) each."""
-        inputs, logits = forward(path[-1].after, batch.labeled)
+        kept, logits = self.passes.forward(path[-1].after, batch.labeled)
         at_outputs = (softmax(logits) - batch.targets) / logits.shape[1]
-        adjoint = backward(path[-1].after, inputs, at_outputs)
+        adjoint = self.passes.backward(path[-1].after, kept, at_outputs)
         # h is linear in w: with this factor left out of w, it is h divided by the learning rate.
         divided = self.rule.feedback == "learning_rate" and eta > 0
         found: list[Tensor] = []
         for k in reversed(range(len(path))):
             step = path[k]
             w = torch._foreach_mul(adjoint, -eta)
-            moves, slope = tangent(step.before, step.inputs, w)
+            moves, slope = self.passes.tangent(step.before, step.kept, w)
             of_log = slope - (step.p * slope).sum(-1, keepdim=True)
             found.append(of_log / (step.p.shape[1] * (eta if divided else 1.0)))
             if k:
                 moved = step.p * of_log / step.p.shape[1]
-                bent = curved(step.before, step.inputs, w, moves, step.at_outputs, moved)
+                bent = self.passes.curved(step.before, step.kept, w, moves, step.at_outputs, moved)
                 adjoint = list(torch._foreach_add(adjoint, bent))
         return found[::-1]
 
@@ -372,18 +394,24 @@ class _Step:
     """A student step: the weights before it, its pass, and the weights after it."""
 
     before: Weights
-    inputs: list[Tensor]
+    kept: Any
     p: Tensor
     at_outputs: Tensor
     after: Weights
 
 
 def descend(
-    weights: Weights, x: Tensor, targets: Tensor, velocity: Weights | None, lr: float, momentum: float
+    weights: Weights,
+    x: Tensor,
+    targets: Tensor,
+    velocity: Weights | None,
+    lr: float,
+    momentum: float,
+    passes: Passes = Passes(),
 ) -> Weights:
     """A step of SGD on the cross-entropy, in place; returns the velocity."""
-    inputs, logits = forward(weights, x)
-    gradient = backward(weights, inputs, (softmax(logits) - targets) / x.shape[1])
+    kept, logits = passes.forward(weights, x)
+    gradient = passes.backward(weights, kept, (softmax(logits) - targets) / x.shape[1])
     if velocity is not None:
         gradient = list(torch._foreach_add(gradient, velocity, alpha=momentum))
     torch._foreach_add_(weights, gradient, alpha=-lr)

@@ -331,6 +331,43 @@ def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills
     assert page.with_name("when.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("module", ["feedback_worth"], indirect=True)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_study_of_feedback_s_worth_goes_on_where_it_was_stopped(
+    module: ModuleType, device: str, tmp_path: Path
+) -> None:
+    out, folder = tmp_path / "rows.jsonl", ("--device", device, "--folder", tmp_path)
+    size = module.MINIATURE if device == "cpu" else module.sizes_of_pictures(miniature=True)
+
+    def command() -> str:
+        return run("feedback_worth", "--miniature", "--out", out, "--workers", "1", *folder)
+
+    printed, before = command(), module.read(out)
+    tuned = len(size.tuning_seeds) * size.configurations
+    assert len(before) == len(size.places) * len(module.ARMS) * (tuned + len(size.seeds))
+    for row in before:
+        assert ("labels_right" in row) == row["final"]
+        heard = row["arm"] in ("mpl", "push", "late")
+        assert any(map(any, row.get("ratio", []))) == heard
+    assert printed.count(f"| {module.ARMS['mpl'].title} |") == len(size.places)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[: -len(size.seeds)]))
+    again = command()
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in before]
+    assert again.partition("Primary test")[2] == printed.partition("Primary test")[2] != ""
+
+
+@pytest.mark.parametrize("module", ["feedback_worth"], indirect=True)
+def test_a_study_on_a_device_begins_no_run_for_which_too_little_time_is_left(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out, size = tmp_path / "rows.jsonl", module.sizes_of_pictures(miniature=True)
+    told = module.dataclasses.asdict(size.places[0])
+    out.write_text(module.json.dumps({"place": told, "costs": module.COSTS, "seconds": 60.0}) + "\n")
+    with pytest.raises(SystemExit, match=r"a run takes 180: more --minutes are needed"):
+        run("feedback_worth", "--miniature", "--out", out, "--device", "cuda", "--folder", tmp_path, "--minutes", "2")
+    assert module.read(out) == []
+
+
 @pytest.mark.parametrize("module", ["when"], indirect=True)
 def test_every_arm_of_that_study_has_a_control_that_saw_the_same(module: ModuleType) -> None:
     silent = {arm.group: arm for arm in module.ARMS if arm.method.split()[0] in ("none", "fixed")}

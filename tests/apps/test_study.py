@@ -350,7 +350,7 @@ def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_ha
         assert [row["seed"] for row in final] == [*study.Size.seeds]
         assert {study.Rule(**row["rule"]) for row in final} == {study.chosen(rows, place, name)[0]}
         assert {row["steps"] for row in tuning + final} == {study.steps_of(name, study.STEPS)}
-    gap, p = re.search(r"other arm: (\S+) points .*p = (\S+),", study.primary(rows)).groups()  # type: ignore[union-attr]
+    gap, p = re.search(r"other arm: (\S+) points .*p = (\S+),", study.primary(rows, (study.PRIMARY,))).groups()  # type: ignore[union-attr]
     pages = (
         " ".join((ROOT / "README.md").read_text().split()),
         " ".join((ROOT / "docs" / "when.md").read_text().split()),

@@ -256,10 +256,9 @@ def test_without_uda_the_study_of_its_worth_repeats_the_rows_of_when(stack: Modu
 
     rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "when.jsonl").read_text().splitlines()[1:]]
     told = {"final": True, "part": "length", "labels": 2, "steps": 1500}
-    place, seeds = worth.Place(2), (200, 201)
+    task = worth.Digits(worth.Place(2), (200, 201))
     for method in ("none", "gradient"):
         (row,) = (row for row in rows if {**row, **told, "method": method} == row)
-        stacks, _ = worth.train(place, worth.Arm("", ()), [stack.Rule(**row["rule"])], seeds, 1500)
-        data, shares = worth.pictures(place, seeds)
-        found = worth.accuracies(stacks[0].average, data.test, shares)
+        stacks, _ = worth.train(task, worth.Arm("", ()), [stack.Rule(**row["rule"])], 1500)
+        found = worth.accuracies(*task.called(stacks[0].average, "test"), task.shares)
         assert found.tolist() == pytest.approx(row["student"][:2], abs=1e-5)
