@@ -138,7 +138,7 @@ def _slope(
     z = step.outputs.detach().requires_grad_()
     theta = {} if own_code(step.problem.inner_loss) else as_leaves(step.params)  # which reads no weights
     with torch.enable_grad():
-        losses = step.inner_losses(z, signal, step.student.for_loss(theta))
+        losses = step.inner_losses(z, signal, theta)
         mean = (losses if factors is None else factors * losses).mean()
         mean = mean if ranks.alone else mean / ranks.size  # the shares of the ranks add up to the mean
     if check:
