@@ -425,8 +425,7 @@ class Pass:
         self._refuse_ranks()
         replay = self._replay(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), explained(), replay as (at, outputs):
-            again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
-            check_loss(again, self.loss, again)
+            check_loss(loss(self.outputs, self.params).detach(), self.loss)  # at these outputs, to the last digits
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
             refuse_once_differentiable(g)
             reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}

@@ -142,8 +142,7 @@ def _slope(
         mean = (losses if factors is None else factors * losses).mean()
         mean = mean if ranks.alone else mean / ranks.size  # the shares of the ranks add up to the mean
     if check:
-        of_record, again = mean_of([part.loss for part in step.passes]), losses.detach()
-        check_loss(again.mean(), of_record, again.abs().mean(), ranks)
+        check_loss(losses.detach(), mean_of([part.loss for part in step.passes]), ranks)
     grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
     directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
     terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]

@@ -272,12 +272,10 @@ class BilevelTrainer(Trainer):
             refuse_ignored_labels(own, labeled, parts, self.ranks)
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
-        objectives = []
+        weights, last, objectives = (self.feedback_weight, self.feedback_ratio), len(teacher_steps) - parts, []
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
-            in_last_batch = i >= len(teacher_steps) - parts
-            losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
-            given = self.feedback_weight, self.feedback_ratio, losses, labeled_parts[i % parts], self.steps_done, parts
-            objectives.append(step.backward(h, *given))
+            losses = own if i >= last else ()
+            objectives.append(step.backward(h, *weights, losses, labeled_parts[i % parts], self.steps_done, parts))
         return objectives
 
     def _report(
