@@ -374,7 +374,7 @@ class Stack:
         return found[::-1]
 
     def _factor(self, of_feedback: Tensor, of_own: Tensor) -> Tensor | float:
-        """What the feedback is multiplied by: as in ``TeacherStep.backward``, seed by seed."""
+        """What the feedback is multiplied by: as in ``TeacherPass.backward``, seed by seed."""
         if self.rule.feedback != "ratio":
             return self.rule.size
         factor = self.rule.size * of_own / of_feedback.clamp_min(torch.finfo(of_own.dtype).tiny)

@@ -123,17 +123,13 @@ def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:
     )
 
 
-def check_loss(again: Tensor, first: Tensor, size: Tensor, ranks: Ranks = ALONE) -> None:
-    """Refuse, on all ranks, an inner loss that has another value at the same outputs, signal, batch and weights; its
-    rounding is proportional to the ``size`` of the terms that it is a mean of."""
-    gap: Figure
-    bound: Figure
-    if ranks.alone and not checks.waits(again):
-        gap, bound = abs(float(again) - float(first)), abs(float(size)) + abs(float(first))
-        if gap <= SAME_LOSS[again.dtype] * bound:
-            return
-    else:
-        gap, bound = ranks.pooled(torch.stack([(again - first).abs(), size.abs() + first.abs()])).unbind()
+def check_loss(losses: Tensor, first: Tensor, ranks: Ranks = ALONE) -> None:
+    """Refuse, on all ranks, an inner loss that has another value than the ``first`` at the same outputs, signal, batch
+    and weights; its rounding is proportional to the size of the ``losses`` that it is a mean of."""
+    again = losses.mean()
+    if ranks.alone and not checks.waits(again) and bool(again == first):
+        return
+    gap, bound = ranks.pooled(torch.stack([(again - first).abs(), losses.abs().mean() + first.abs()])).unbind()
     _refuse(
         gap,
         SAME_LOSS[again.dtype] * bound,

@@ -324,14 +324,6 @@ def same_classes(teacher_outputs: Tensor, student_outputs: Tensor) -> None:
 DIVERGED = "the {}'s outputs are NaN or infinite; its weights have probably diverged: lower its learning rate."
 
 
-def finite_feedback(h: Tensor) -> None:
-    refuse_not_finite(
-        h,
-        "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no "
-        "finite derivative; lower the student's learning rate, or look for examples with extreme values.",
-    )
-
-
 def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
         raise MetaplError(f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}.")

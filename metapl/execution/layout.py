@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.capabilities import FORWARD_AD, Capability
-from metapl.execution.modules import named_parts, named_tensors, trainable
+from metapl.execution.modules import named_parts, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
@@ -309,7 +309,7 @@ def _refuse_not_replayable(name: str, layout: Layout) -> None:
                 f"the {name} {where}, which does not let a pass run at other weights; expected the plain module, or "
                 "one that is as a whole in DistributedDataParallel or sharded by fully_shard."
             )
-    for path, t in named_tensors(layout.network):
+    for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
         why = ""
         if nn.parameter.is_lazy(t):
             why = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."

@@ -50,8 +50,8 @@ GRAPHS = 32  # that are looked at; a network of more, such as one that drops lay
 Loss = Callable[[Tensor, Tree], Tensor]
 # (∂²ℓ/∂θ²) w, and the same in leaves, of w.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
-# A loss as a sum, and the weight that it is to be divided by: a number where it is 1.
-WeightedLoss = Callable[[Tensor, Tree], tuple[Tensor, Tensor | float]]
+# A loss of outputs as a sum, and the weight that it is to be divided by: a number where it is 1.
+WeightedLoss = Callable[[Tensor], tuple[Tensor, Tensor | float]]
 
 
 class LocalStudent:
@@ -61,6 +61,7 @@ class LocalStudent:
     """
 
     pass_type: type[Pass]
+    readable = True  # whether this process holds whole weights, which a loss of the problem may read
 
     def __init__(
         self,
@@ -91,16 +92,17 @@ class LocalStudent:
         self.graphs: set[int] = set()  # the operations of its passes of record, as hashes
         self._autocast = torch.is_autocast_enabled(self.device.type)
         refuse_hooks(self.parameters, late=True)
-        self.begin(first=first)
+        self.slots.looked_at = not first
+        self.begin()
 
-    def holds(self) -> bool:
-        """Whether all that was found out about the network still stands."""
-        return self.slots.hold() and self._autocast == torch.is_autocast_enabled(self.device.type)
-
-    def begin(self, *, first: bool = False) -> None:
-        self.first = first
+    def begin(self) -> bool:
+        """Begin a step, if all that was found out about the network still stands."""
+        if not self.slots.hold() or self._autocast != torch.is_autocast_enabled(self.device.type):
+            return False
+        self.first = not self.slots.looked_at
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
+        return True
 
     def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
@@ -109,7 +111,7 @@ class LocalStudent:
         at, values = as_leaves(params), list[tuple[Tensor, Tensor | float]]()
         with no_fast_path(), self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value, weight = loss(self.forward(x, at), self.for_loss(at))
+                value, weight = loss(self.forward(x, at))
                 if value.requires_grad:
                     self.gradient(value, params)  # of which none is wanted, so that no node of the graph runs
                 values.append((value.detach(), weight))
@@ -126,7 +128,7 @@ class LocalStudent:
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with no_fast_path(math=True) if self.double_backward else NOTHING, self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
-                value, weight = loss(self.forward(x, at), self.for_loss(at))
+                value, weight = loss(self.forward(x, at))
                 v = self.gradient(value, at) if value.requires_grad else {}
                 reached = reached or bool(v)
                 gradients.append({name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()})
@@ -177,10 +179,6 @@ class LocalStudent:
                 )
         grads = {n: g for n, g in zip(wanted, found, strict=False) if g is not None}
         return grads if self.ranks.alone else self.ranks.mean_tree(grads, wanted)
-
-    def for_loss(self, at: Tree) -> Tree:
-        """The weights as a loss of the problem may read them."""
-        return at
 
     def forward(self, inputs: Any, at: Tree | None = None) -> Tensor:
         """The outputs as the student is now, in float32 or wider, of a replay; or of a pass ``at`` other weights, which
@@ -309,7 +307,7 @@ class Pass:
         """A loss of this pass and its gradient, of the weights that it reaches; the graph is gone afterwards."""
         if self.graph is None:
             raise RuntimeError("a pass learns once")
-        value = loss(self.graph, self.student.for_loss(self._at))
+        value = loss(self.graph, self._at)
         if not value.requires_grad:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
@@ -427,8 +425,7 @@ class Pass:
         self._refuse_ranks()
         replay = self._replay(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), explained(), replay as (at, outputs):
-            again = loss(self.outputs, self.params).detach()  # at these outputs it is the same to the last digits
-            check_loss(again, self.loss, again)
+            check_loss(loss(self.outputs, self.params).detach(), self.loss)  # at these outputs, to the last digits
             g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
             refuse_once_differentiable(g)
             reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}

@@ -46,16 +46,19 @@ def student_of(
     :class:`metapl.execution.local.LocalStudent`."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
-        return ShardedStudent(layout, parameters)
+        return ShardedStudent(layout, parameters, first=first)
     return LocalStudent(layout.network, parameters, double_backward=double_backward, first=first, ranks=layout.ranks)
 
 
 class ShardedStudent(LocalStudent):
     """A student that is sharded; for its arguments see :class:`metapl.execution.local.LocalStudent`."""
 
-    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None = None) -> None:
+    readable = False
+
+    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None, *, first: bool) -> None:
         layout.reshard()
-        super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
+        super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space, first=first)
+        self.first = False  # its operators are not looked at
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
@@ -67,9 +70,6 @@ class ShardedStudent(LocalStudent):
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
-
-    def for_loss(self, at: Tree) -> Tree:
-        return UNREADABLE
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
         """The rank's parts of the weights are compared: a block's gathered weights come and go."""
@@ -186,22 +186,6 @@ class ShardedPass(Pass):
 
 
 ShardedStudent.pass_type = ShardedPass
-
-
-class _Unreadable(dict[str, Tensor]):
-    """The ``params`` of an inner loss where no process holds the weights."""
-
-    def _refuse(self, *names: Any) -> Any:
-        raise MetaplError(
-            f"the problem's inner_loss reads the student's weights (params[{[*names, '...'][0]!r}]), of which a "
-            "sharded student holds a part only; expected a loss of the student's outputs. With weights in the inner "
-            "loss, wrap the student in DistributedDataParallel."
-        )
-
-    __getitem__ = get = items = values = keys = __iter__ = __len__ = __contains__ = _refuse
-
-
-UNREADABLE: Tree = _Unreadable()
 
 
 def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:

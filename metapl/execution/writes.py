@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -67,14 +68,15 @@ def journal(found: Journal | None = None) -> Iterator[Journal]:
 
 
 class Watch(TorchDispatchMode):
-    """Looks at the operators of a pass before they run: version counters tell of a write when the weights have moved.
+    """Looks at the operators of a pass before they run: version counters tell of a write when weights have moved."""
 
-    ``refuse`` raises for the name of a weight; ``weights`` are names of the learned, and frozen ones, by their memory.
-    """
-
-    def __init__(self, refuse: Callable[[str], None], weights: Mapping[int | None, str | Tensor]) -> None:
+    def __init__(self, weights: Weights) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.refuse, self.weights = refuse, weights
+        self.refuse = weights.refuse
+        # By their memory, the names of those that are learned, and frozen ones. Where these share memory, that counts.
+        held = sorted(weights.held, key=itemgetter(-1))
+        self.weights = {memory_of(t): name if learned else t for name, t, *_, learned in held}
+        self.weights.pop(None, None)
         self.narrowed: set[torch.dtype] = set()  # the types of numbers that it rounded to from wider ones
         self.cut = False  # whether a value that has a gradient is taken out of the graph, or rounded
 
@@ -144,29 +146,21 @@ class Weights:
     ) -> None:
         self.role, self.looking, self.replay = role, looking, replay
         self._tables = [(prefix, table, table.copy()) for prefix, table, _ in parts]
-        self._held = [
+        self.held = [
             (prefix + name, t, t.data, t._version, t.requires_grad, name in learned)
             for prefix, table, learned in parts
             for name, t in table.items()
             if t is not None
         ]
         self._place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of
-        self._values = torch.cat([held[2].flatten() for held in self._held]) if values and self._held else None
+        self._values = torch.cat([held[2].flatten() for held in self.held]) if values and self.held else None
         self._seen = self._now()
-
-    def watch(self) -> Watch:
-        """The mode that looks at the operators of a pass."""
-        # Where a frozen parameter shares the memory of a learned one, that counts.
-        held = sorted(self._held, key=lambda one: one[-1])
-        weights = {memory_of(t): name if learned else t for name, t, *_, learned in held}
-        weights.pop(None, None)
-        return Watch(self._refuse, weights)
 
     def check(self, error: BaseException | None = None) -> None:
         """Put back what was moved, and refuse it; ``error``: what the pass failed by."""
         same = self._seen == self._now()
         if same and self._values is not None:
-            same = torch.equal(torch.cat([held[2].flatten() for held in self._held]), self._values)
+            same = torch.equal(torch.cat([held[2].flatten() for held in self.held]), self._values)
         moved, flags = ([], False) if same else self._moved()
         text = str(error) if isinstance(error, RuntimeError) else ""
         if flags or "change requires_grad flags of leaf variables" in text:
@@ -176,12 +170,12 @@ class Weights:
                 "with weight.detach(); freeze weights before the trainer is built."
             ) from error
         if moved or _LEAF.search(text):
-            self._refuse(moved[0] if moved else None, error)
+            self.refuse(moved[0] if moved else None, error)
 
     def _now(self) -> list[Any]:
         """What tells that weights have moved, but for writes by ``.data``."""
         found: list[Any] = [id(t) for _, table, _ in self._tables for t in table.values()]
-        found += [(t._version, t.requires_grad, self._place(t)) for _, t, *_ in self._held]
+        found += [(t._version, t.requires_grad, self._place(t)) for _, t, *_ in self.held]
         return found
 
     def _moved(self) -> tuple[list[str], bool]:
@@ -193,7 +187,7 @@ class Weights:
             table.clear()
             table.update(contents)
         flags, at = False, 0
-        for name, t, data, version, flag, learned in self._held:
+        for name, t, data, version, flag, learned in self.held:
             before = None if self._values is None else self._values[at : at + data.numel()].view(data.shape)
             at += data.numel()
             if self.replay and not learned:
@@ -215,8 +209,8 @@ class Weights:
                 moved.append(name)
         return moved, flags
 
-    def _refuse(self, name: str | None, cause: BaseException | None = None) -> None:
-        if name in {n for n, t, *_ in self._held if isinstance(t, nn.Parameter) and not t.requires_grad}:
+    def refuse(self, name: str | None, cause: BaseException | None = None) -> None:
+        if name in {n for n, t, *_ in self.held if isinstance(t, nn.Parameter) and not t.requires_grad}:
             raise MetaplError(
                 f"the {self.role} writes to its frozen parameter {name} in its forward, of which the feedback passes "
                 "need the values before; a sharded network, a compiled pass and an assignment of another Parameter "
@@ -240,7 +234,7 @@ def weights_watched(
     weights = Weights(parts, role, looking=looking, replay=replay)
     given = tensors_in(inputs)
     versions = [t._version for t in given]
-    watch: Any = weights.watch() if looking else nullcontext()
+    watch: Any = Watch(weights) if looking else nullcontext()
     try:
         with watch as watching:
             yield watching

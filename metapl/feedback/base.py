@@ -136,8 +136,14 @@ class Estimator(ABC):
             if not any(found.read for found in feedback):
                 raise MetaplError(unread_signal(path.problem))
             for h in (h for found in feedback for h in (found.h, *found.others.values())):
-                checks.finite_feedback(h)
+                checks.refuse_not_finite(h, _NOT_FINITE)
         return feedback, state
+
+
+_NOT_FINITE = (
+    "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no finite "
+    "derivative; lower the student's learning rate, or look for examples with extreme values."
+)
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:

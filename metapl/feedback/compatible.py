@@ -22,7 +22,7 @@ from metapl.feedback import MODES, Difference, Estimator, Forward, estimator, mo
 from metapl.feedback.credit import credited_fields, feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, kind_of, revises
+from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, has_own, kind_of
 
 PSEUDO_LABELS = PseudoLabels()
 
@@ -79,7 +79,7 @@ def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, 
 def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
     """Refuse steps of the student that the mode or the problem cannot take, and what the layout does not offer."""
     kind, mend = kind_of(problem), "give one batch (lookahead=1)"
-    revising, entering = revises(problem), enters_input(problem)
+    revising, entering = has_own(problem, "revised_signal"), enters_input(problem)
     wrong = ""
     if steps > 1 and revising:
         wrong = (
@@ -121,7 +121,7 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
     found = {need: f"mode {mode.name!r}" for need in Capability if need in mode.requires}
     if steps > 1:
         found.setdefault(ONE_PROCESS, f"a look-ahead of {steps} student steps")
-    if revises(problem):
+    if has_own(problem, "revised_signal"):
         found.setdefault(ONE_PROCESS, f"{kind_of(problem)}, which makes its signal of the feedback,")
     if mode.credits == "signal" and enters_input(problem):
         found[THROUGH_INPUT] = f"mode {mode.name!r} with the signal of {kind_of(problem)}, which enters the input,"

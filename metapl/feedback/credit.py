@@ -138,12 +138,11 @@ def _slope(
     z = step.outputs.detach().requires_grad_()
     theta = {} if own_code(step.problem.inner_loss) else as_leaves(step.params)  # which reads no weights
     with torch.enable_grad():
-        losses = step.inner_losses(z, signal, step.student.for_loss(theta))
+        losses = step.inner_losses(z, signal, theta)
         mean = (losses if factors is None else factors * losses).mean()
         mean = mean if ranks.alone else mean / ranks.size  # the shares of the ranks add up to the mean
     if check:
-        of_record, again = mean_of([part.loss for part in step.passes]), losses.detach()
-        check_loss(again.mean(), of_record, again.abs().mean(), ranks)
+        check_loss(losses.detach(), mean_of([part.loss for part in step.passes]), ranks)
     grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
     directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
     terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]

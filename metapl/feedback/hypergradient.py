@@ -119,7 +119,8 @@ def hypergradient(
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = recompute_teacher or accumulate > 1
-        passes.append(TeacherPass(asked, problem, batch, outputs, generator, recompute, of_student.ranks, slots))
+        given = problem, batch, outputs, generator, recompute, of_student.ranks, slots
+        passes.append(TeacherPass(asked, *given, records=False))
         check_kind(passes[-1].signal, estimate, problem, len(batches))
         return passes[-1].signal
 

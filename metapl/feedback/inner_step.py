@@ -236,9 +236,9 @@ class InnerStep:
         given = outputs.chunk(parts) if parts > 1 else (outputs,)
         chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in given]
         pieces = zip(chunks, signal.chunks(parts), self._batches, strict=True)
-        params = CopiedParams(params) if type(params) is dict else params
+        read = as_read(params, self.student) if params else params
         with torch.enable_grad():
-            losses = joined([self.problem.inner_loss(z, part, x, params) for z, part, x in pieces])
+            losses = joined([self.problem.inner_loss(z, part, x, read) for z, part, x in pieces])
         return losses if torch.is_grad_enabled() else losses.detach()
 
     @property
@@ -381,6 +381,24 @@ class CopiedParams(dict[str, Tensor]):
         return self.copy().values()
 
 
+class _Unreadable(dict[str, Tensor]):
+    """The ``params`` of an inner loss where no process holds the weights."""
+
+    def _refuse(self, *names: Any) -> Any:
+        raise MetaplError(
+            f"the problem's inner_loss reads the student's weights (params[{[*names, '...'][0]!r}]), of which a "
+            "sharded student holds a part only; expected a loss of the student's outputs. With weights in the inner "
+            "loss, wrap the student in DistributedDataParallel."
+        )
+
+    __getitem__ = get = items = values = keys = __iter__ = __len__ = __contains__ = _refuse
+
+
+def as_read(params: Tree, student: LocalStudent) -> Tree:
+    """The weights as an inner loss may read them."""
+    return CopiedParams(params) if student.readable else _Unreadable()
+
+
 class InnerLoss:
     """The mean of ℓ_i as a function of outputs, and of weights of the ``student``.
 
@@ -404,13 +422,12 @@ class InnerLoss:
         if own_code(self.problem.inner_loss):  # which reads the outputs and the signal's value
             return self.problem.inner_loss(outputs, self.signal, self.batch).mean()
         given = vars(self.signal)
-        weights = params if type(params) is dict else {}  # those of a sharded student cannot be read
-        handed = CopiedParams(weights) if weights else params
+        read, weights = as_read(params, self.student), params if self.student.readable else {}
         who = "the problem's inner_loss"
         changeable = {"outputs": outputs, "signal": given, "batch": self.batch}
         twice = self.credits in ("signal", "example") and not self.student.double_backward
         start = RandomState.now(outputs.device) if twice else None
-        losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, handed)
+        losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, read)
         if start is not None and not RandomState.now(outputs.device).same(start):
             raise MetaplError(
                 "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes "
@@ -418,7 +435,7 @@ class InnerLoss:
                 "them to the loss in a field of the signal, or drop out in the student."
                 + (' mode="unrolled" takes the loss as it is.' if not self.signal.sampled else "")
             )
-        if isinstance(handed, CopiedParams) and any(t._version for t in handed.copies.values()):
+        if isinstance(read, CopiedParams) and any(t._version for t in read.copies.values()):
             raise changed_in_place(who, ["params"])
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             raise MetaplError(
@@ -461,14 +478,14 @@ def refuse_unread_labels(step: InnerStep) -> None:
     for name in dict.fromkeys(name for entry in step.entries for name in entry.read()):
         raise _other_field("student_input", name)
     rolled = replace(signal, value=signal.value.roll(1, 0))
-    start, params = RandomState.now(step.outputs.device), step.student.for_loss(step.params)
+    start = RandomState.now(step.outputs.device)
 
     def at(signal: Signal) -> list[Tensor]:
         with replayed(start), torch.no_grad():
             pieces = zip(step._batches, signal.chunks(len(step.passes)), strict=True)
             made = [read_batch(step.problem, "student_input", *piece) for piece in pieces] if step.entries else []
             inputs = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
-            return [step.inner_losses(step.outputs, signal, params), *inputs]
+            return [step.inner_losses(step.outputs, signal, step.params), *inputs]
 
     here, there = at(signal), at(rolled)
     if [t.shape for t in here] != [t.shape for t in there]:

@@ -31,10 +31,11 @@ from metapl.feedback.inner_step import (
     Entry,
     InnerLoss,
     InnerStep,
+    as_read,
     read_batch,
     refuse_unread_labels,
 )
-from metapl.problems.base import Problem, Signal, enters_input, joined_signals, revises, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
 from metapl.updates import Update
 
 REPEATS = 3
@@ -98,6 +99,7 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keep_every: int = 1
     check_mean: bool = False
+    _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
     def params(self) -> Tree:
@@ -117,7 +119,7 @@ class Path:
     @cached_property
     def outer_loss(self) -> Tensor:
         """L(θ′), without a graph. Cost: one labeled forward pass, unless its gradient has been computed."""
-        return self._outer[0] if "_outer" in vars(self) else self._outer_loss_at(self.params)
+        return self._outer_loss_at(self.params)
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
@@ -129,17 +131,12 @@ class Path:
             check_outer_loss(again, loss, SAME_LOSS[self.steps[0].passes[0].rounded_to])
         return loss
 
-    def known_outer_loss(self) -> dict[str, Tensor]:
-        """``{"outer_loss": L(θ′)}`` if an estimator has computed it, else an empty dict."""
-        return {"outer_loss": self.outer_loss} if {"_outer", "outer_loss"} & vars(self).keys() else {}
-
-    @cached_property
-    def _outer(self) -> tuple[Tensor, Tree]:
-        return self.student.loss_and_gradient(self.params, *self._outer_pass())
-
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
-        return self._outer[1]
+        if self._outer_gradient is None:
+            found = self.student.loss_and_gradient(self.params, *self._outer_pass())
+            self.__dict__["outer_loss"], self._outer_gradient = found
+        return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
         """∇L(θ), one forward and backward pass on the labeled batch."""
@@ -213,7 +210,7 @@ class Path:
     def revised(self, h: Tensor) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
         where it makes none."""
-        if not revises(self.problem):
+        if not has_own(self.problem, "revised_signal"):
             return self
         given = self.steps[-1].signal
         name, changeable = "the problem's revised_signal", {"signal": vars(given), "h": h}
@@ -247,7 +244,7 @@ class Path:
         return inputs, [partial(self._outer_loss, part, check, kinds) for part in self.labeled], start
 
     def _outer_loss(
-        self, batch: Any, check: _MeanCheck | None, kinds: set[bool], outputs: Tensor, params: Tree
+        self, batch: Any, check: _MeanCheck | None, kinds: set[bool], outputs: Tensor
     ) -> tuple[Tensor, Tensor | float]:
         """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
         if own_code(self.problem.outer_loss):
@@ -288,7 +285,7 @@ class Path:
     def look_at_inner_losses(self) -> None:
         """Warn if the inner losses of the first step depend on other rows of the batch."""
         step = self.steps[0]
-        params = self.student.for_loss(step.params)
+        params = as_read(step.params, self.student)
         (_, whole, _), *_ = pieces = list(step.pieces())
 
         def loss(outputs: Tensor, given: Any) -> tuple[Tensor, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -21,7 +22,7 @@ from metapl.execution.compiled import runs_compiled
 from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path, overwritten_explained
 from metapl.execution.local import NOTHING
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import ALONE, Ranks, rows_shared
+from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import journal, tensors_in, weights_watched
 from metapl.feedback.base import Feedback
@@ -30,14 +31,16 @@ from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 
 class TeacherPass:
-    """The teacher's signal about one inner batch, at θ_T from before the step.
+    """The teacher's passes on one inner batch, all at θ_T from before the step: its signal, and the loss that it learns
+    from.
 
     Args:
         student_outputs: S(x_u; θ_S), detached; the signal may depend on them. None: the student has not run, because
             the signal enters its input.
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
-        slots: of the teacher; None: to be found.
+        slots: of the teacher.
+        records: note the outputs of the teacher, at which :meth:`backward` measures the gradients of its losses.
     """
 
     def __init__(
@@ -48,14 +51,18 @@ class TeacherPass:
         student_outputs: Tensor | None,
         generator: torch.Generator | None,
         recompute: bool,
-        ranks: Ranks = ALONE,
-        slots: Slots | None = None,
+        ranks: Ranks,
+        slots: Slots,
+        *,
+        records: bool,
     ) -> None:
         self.teacher, self.problem, self.batch, self.ranks = teacher, problem, batch, ranks
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
-        self._slots = Slots(teacher) if slots is None else slots
+        self._slots, self.records = slots, records
+        self._outputs: list[Tensor] = []
+        self._nested = False  # whether an input of a pass depends on another pass
         if not recompute:
-            self.signal = self._run()
+            self.signal = self._run()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
             return
         self._random = RandomState.now(tensors_in(batch)[0].device)
         self._state = State(self._slots.parts)
@@ -85,7 +92,7 @@ class TeacherPass:
     def _run(self) -> Signal:
         outputs: Any = self.student_outputs
         who, given = "the problem's signal()", {"student_outputs": outputs}
-        with rows_shared(self.ranks), self.watched(self.batch):
+        with self._recorded() if self.records else NOTHING, rows_shared(self.ranks), self.watched(self.batch):
             try:
                 signal = unchanged(
                     who, given, self.problem.signal, self.teacher, self.batch, outputs, generator=self.generator
@@ -113,75 +120,29 @@ class TeacherPass:
         looking = eager and (on_host or slots.has_frozen)
         return weights_watched(slots.by_part, "teacher", inputs, looking=looking)
 
+    def _recorded(self) -> RemovableHandle:
+        """Collect the outputs of the teacher in a block: the gradients of its losses are measured at these."""
 
-Objective = tuple[dict[str, Tensor], Tensor, Tensor]
-"""Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
-them; and the norms of the gradients of the feedback and of these at the teacher's outputs."""
-
-
-def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
-    """The scalars of a step: means over its micro-batches and ranks, and ``feedback_ratio``, NaN without own losses.
-
-    The last ``parts`` of the ``objectives``, the micro-batches of the last inner batch, hold the own losses. These are
-    means over a micro-batch; the feedback is a sum.
-    """
-    last = objectives[-parts:]
-    feedback, own = _norm([feedback for _, feedback, _ in objectives]), _norm([own for *_, own in last])
-    scalars = mean_scalars([scalars for scalars, *_ in last])
-    scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
-    return scalars if ranks.alone else ranks.mean_scalars(scalars)
-
-
-def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The means over micro-batches."""
-    if len(scalars) == 1:
-        return dict(scalars[0])
-    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
-
-
-def _norm(sizes: Sequence[Tensor]) -> Tensor:
-    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
-
-
-class TeacherStep(TeacherPass):
-    """The teacher's passes on one inner batch, all at θ_T from before the step; its arguments are those of the pass."""
-
-    def __init__(self, teacher: nn.Module, *given: Any) -> None:
-        self._outputs: list[Tensor] = []
-        self._nested = False
-        super().__init__(teacher, *given)  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
-
-    def _run(self) -> Signal:
-        with self._recorded():
-            return super()._run()
-
-    @contextmanager
-    def _recorded(self) -> Iterator[None]:
         # A function, unlike a bound method, is not copied with a teacher that a loss copies.
-        handle = self.teacher.register_forward_hook(lambda *given: self._record(*given))
-        try:
-            yield
-        finally:
-            handle.remove()
+        def record(module: nn.Module, args: Any, output: Any) -> Any:
+            if module is not self.teacher:
+                return output
+            # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that
+            # of the losses alone.
+            views: dict[int, Tensor] = {}
+            self._nested |= any(t.requires_grad for t in tensors_in(args))
 
-    def _record(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Collect the outputs of the teacher: the gradients of its losses are measured at these."""
-        if module is not self.teacher:
+            def viewed(t: Any) -> Any:
+                if t.requires_grad and id(t) not in views:
+                    views[id(t)] = t.view_as(t) if t.layout == torch.strided and not t.is_nested else t
+                return views.get(id(t), t)
+
+            output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
+            # A weight that is returned as it is has no gradient under no_grad.
+            self._outputs += [t for t in views.values() if t.requires_grad]
             return output
-        # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that of
-        # the losses alone.
-        views: dict[int, Tensor] = {}
-        self._nested |= any(t.requires_grad for t in tensors_in(args))
 
-        def viewed(t: Any) -> Any:
-            if t.requires_grad and id(t) not in views:
-                views[id(t)] = t.view_as(t) if t.layout == torch.strided and not t.is_nested else t
-            return views.get(id(t), t)
-
-        output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
-        # A weight that is returned as it is has no gradient under no_grad.
-        self._outputs += [t for t in views.values() if t.requires_grad]
-        return output
+        return self.teacher.register_forward_hook(record)
 
     def backward(
         self,
@@ -272,6 +233,35 @@ class TeacherStep(TeacherPass):
                     )
                 return None
         return outputs
+
+
+Objective = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
+them; and the norms of the gradients of the feedback and of these at the teacher's outputs."""
+
+
+def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
+    """The scalars of a step: means over its micro-batches and ranks, and ``feedback_ratio``, NaN without own losses.
+
+    The last ``parts`` of the ``objectives``, the micro-batches of the last inner batch, hold the own losses. These are
+    means over a micro-batch; the feedback is a sum.
+    """
+    last = objectives[-parts:]
+    feedback, own = _norm([feedback for _, feedback, _ in objectives]), _norm([own for *_, own in last])
+    scalars = mean_scalars([scalars for scalars, *_ in last])
+    scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
+    return scalars if ranks.alone else ranks.mean_scalars(scalars)
+
+
+def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The means over micro-batches."""
+    if len(scalars) == 1:
+        return dict(scalars[0])
+    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
+
+
+def _norm(sizes: Sequence[Tensor]) -> Tensor:
+    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
 def _measured(loss: Tensor, groups: Sequence[list[Tensor] | None], *, apart: bool = False) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import first_input, joined, labeled_pair
+from metapl.execution.buffers import own_code
 from metapl.execution.checks import described, refuse_not_finite, scalar_loss
 from metapl.execution.numerics import wide
 
@@ -66,7 +67,7 @@ class Signal:
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
-    name, value, returned = kind_of(problem), getattr(signal, "value", None), ""
+    value, returned = getattr(signal, "value", None), ""
     if not isinstance(signal, Signal):
         returned = described(signal)
     elif not isinstance(value, Tensor):
@@ -75,16 +76,16 @@ def check_signal(signal: Any, problem: Any) -> Signal:
         returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
     if returned:
         raise MetaplError(
-            f"what {name}.signal returned is {returned}; expected a metapl.Signal: metapl.Signal(value), of a tensor "
-            "with a row for each example, or metapl.Signal(value, log_prob=...), with one log-probability for each, "
-            "where it was sampled."
+            f"what {kind_of(problem)}.signal returned is {returned}; expected a metapl.Signal: metapl.Signal(value), "
+            "of a tensor with a row for each example, or metapl.Signal(value, log_prob=...), with one log-probability "
+            "for each, where it was sampled."
         )
     checked: Signal = signal
     if checked.value.is_floating_point():
         refuse_not_finite(
             checked.value,
-            f"the teacher's signal, by {name}.signal, is NaN or infinite; the teacher's weights have probably "
-            "diverged: lower its learning rate, or look for such values in what it was built from.",
+            f"the teacher's signal, by {kind_of(problem)}.signal, is NaN or infinite; the teacher's weights have "
+            "probably diverged: lower its learning rate, or look for such values in what it was built from.",
         )
     return checked
 
@@ -242,11 +243,6 @@ def has_own(problem: Problem, method: str) -> bool:
     return getattr(type(own), method, None) not in (None, getattr(Problem, method))
 
 
-def revises(problem: Problem) -> bool:
-    """Whether a problem may take the student's step again on another signal."""
-    return has_own(problem, "revised_signal")
-
-
 def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
     """Whether a signal has a row for each of so many examples."""
     if signal.value.ndim == 0 or problem.signal_has_rows is not None:
@@ -256,6 +252,8 @@ def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
 
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: whether ``student_input`` takes one."""
+    if own_code(problem.student_input):  # which takes the batch
+        return False
     signature = inspect.signature(problem.student_input)
     needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     entering = "signal" in signature.parameters or len(needed) > 1

@@ -51,7 +51,6 @@ class StepGuard:
 
         Yields: the fault of the step's report, and the student.
         """
-        checks.no_inference_mode()
         problem, device, outer = trainer.problem, trainer.device, trainer.outer_optimizer
         networks = {"student": trainer.student, "teacher": trainer.teacher if problem.teacher_reads_inputs else None}
         how: dict[str, Any] = {"device": device, "optimizer": outer, "generator": trainer.generator}
@@ -91,15 +90,12 @@ class StepGuard:
         if not self.slots.hold():
             self.slots = Slots(self.asked)
         sharded = layout.kind == "sharded"  # whose weights come and go
-        if known is not None and not sharded and known.holds():
+        if known is not None and not sharded and known.begin():
             update.follow(known.parameters)
-            known.begin(first=not known.slots.looked_at)
             return known
         update.follow(layout.parameters())
-        looked_at = sharded and known is not None and known.slots.looked_at
-        twice = trainer.mode.keep_graph
-        self.student = student_of(layout, update.parameters, double_backward=twice, first=not looked_at)
-        self.student.slots.looked_at = looked_at
+        first = known is None or not (sharded and known.slots.looked_at)
+        self.student = student_of(layout, update.parameters, double_backward=trainer.mode.keep_graph, first=first)
         return self.student
 
     def refuse_moves(self, student: LocalStudent) -> None:

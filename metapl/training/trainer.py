@@ -24,7 +24,7 @@ from metapl.feedback.compatible import check_kind, check_mode, check_teacher, na
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
-from metapl.feedback.teacher import Objective, TeacherStep, teacher_scalars
+from metapl.feedback.teacher import Objective, TeacherPass, teacher_scalars
 from metapl.problems.base import BilevelProblem, Signal
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
@@ -194,12 +194,12 @@ class BilevelTrainer(Trainer):
         """
         self._follow_problem()
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
-        batches, guard, teacher_steps = inner_batches(unlabeled), self.guard, list[TeacherStep]()
+        batches, guard, teacher_steps = inner_batches(unlabeled), self.guard, list[TeacherPass]()
 
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit
             given = self.problem, batch, outputs, self.generator, recompute, self.ranks, guard.slots
-            step = TeacherStep(guard.asked, *given)
+            step = TeacherPass(guard.asked, *given, records=True)
             kind = len(batches), step.signal.sampled, *step.signal.differentiable()
             if kind != guard.kind:
                 check_kind(step.signal, self.mode, self.problem, len(batches))
@@ -230,7 +230,7 @@ class BilevelTrainer(Trainer):
                     name_others(error, self.mode, path)
                     raise
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
-                known = path.known_outer_loss()
+                known = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
                 path = path.revised(feedback[-1].h.detach())
                 report = self._report(path, known, feedback, objectives, ahead, fault)
             if self._teacher_trainer is not None and (guard.spread or self.clip_norm is not None):
@@ -261,7 +261,7 @@ class BilevelTrainer(Trainer):
             self._teacher_trainer.problem = self.problem
 
     def _teacher_backward(
-        self, teacher_steps: Sequence[TeacherStep], feedback: Sequence[Feedback], labeled: Any
+        self, teacher_steps: Sequence[TeacherPass], feedback: Sequence[Feedback], labeled: Any
     ) -> list[Objective]:
         """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
         if self._teacher_trainer is None:
@@ -272,12 +272,10 @@ class BilevelTrainer(Trainer):
             refuse_ignored_labels(own, labeled, parts, self.ranks)
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
-        objectives = []
+        weights, last, objectives = (self.feedback_weight, self.feedback_ratio), len(teacher_steps) - parts, []
         for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
-            in_last_batch = i >= len(teacher_steps) - parts
-            losses = self._teacher_trainer.losses_for(step.batch) if in_last_batch else ()
-            given = self.feedback_weight, self.feedback_ratio, losses, labeled_parts[i % parts], self.steps_done, parts
-            objectives.append(step.backward(h, *given))
+            losses = own if i >= last else ()
+            objectives.append(step.backward(h, *weights, losses, labeled_parts[i % parts], self.steps_done, parts))
         return objectives
 
     def _report(
