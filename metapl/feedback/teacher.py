@@ -113,9 +113,10 @@ class TeacherPass:
         return weights_watched(slots.by_part, "teacher", inputs, looking=looking)
 
 
-Objective = tuple[dict[str, Tensor], Tensor, Tensor]
+Objective = tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]
 """Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
-them; and the norms of the gradients of the feedback and of these at the teacher's outputs."""
+them; the norms of the gradients of the feedback and of these at the teacher's outputs; and the gradient of the
+feedback, at weight 1, in a bias that is added to these outputs: the sum over the rows. None where it cannot be told."""
 
 
 def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -
     means over a micro-batch; the feedback is a sum.
     """
     last = objectives[-parts:]
-    feedback, own = _norm([feedback for _, feedback, _ in objectives]), _norm([own for *_, own in last])
+    feedback, own = _norm([feedback for _, feedback, *_ in objectives]), _norm([own for _, _, own, _ in last])
     scalars = mean_scalars([scalars for scalars, *_ in last])
     scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
     return scalars if ranks.alone else ranks.mean_scalars(scalars)
@@ -140,6 +141,12 @@ def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _norm(sizes: Sequence[Tensor]) -> Tensor:
     return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
+
+
+def _size(gradients: Sequence[Tensor] | None, loss: Tensor) -> Tensor:
+    if not gradients:
+        return loss.new_full((), torch.nan if gradients is None else 0.0)
+    return _norm([torch.linalg.vector_norm(wide(g)).to(loss.dtype) for g in gradients])
 
 
 class TeacherStep(TeacherPass):
@@ -218,10 +225,11 @@ class TeacherStep(TeacherPass):
                 "all examples, gets its feedback from several processes; use feedback_weight."
             )
         with overwritten_explained("teacher"):
-            of_feedback = self._size(from_feedback, "the signal", ratio)
-            of_own = self._size(from_own, "a teacher loss", ratio)
+            at_feedback = self._gradients(from_feedback, "the signal", ratio)
+            at_own = self._gradients(from_own, "a teacher loss", ratio)
             # Over the rows of all ranks; both sizes are in units of a mean over the ranks.
-            of_feedback, of_own = (t * torch.nan if shared else self.ranks.pooled(t) for t in (of_feedback, of_own))
+            sizes = _size(at_feedback, from_feedback), _size(at_own, from_own)
+            of_feedback, of_own = (size * torch.nan if shared else self.ranks.pooled(size) for size in sizes)
             factor: Tensor | float = weight
             if ratio is not None:
                 factor = ratio * of_own / of_feedback.clamp_min(torch.finfo(of_feedback.dtype).tiny)
@@ -229,11 +237,12 @@ class TeacherStep(TeacherPass):
             total = factor * from_feedback + from_own
             if total.requires_grad:
                 total.backward()
-        return scalars, factor * of_feedback, of_own
+        pushes = [wide(g).sum(0).flatten() for g in at_feedback or () if g.layout == torch.strided and not g.is_nested]
+        return scalars, factor * of_feedback, of_own, torch.cat(pushes) if pushes else None
 
-    def _size(self, loss: Tensor, name: str, ratio: float | None) -> Tensor:
-        """The norm of a loss's gradient at the teacher's outputs, by a backward pass down to these alone. NaN, or with
-        a ratio an error, for a loss that depends on a weight in another way."""
+    def _gradients(self, loss: Tensor, name: str, ratio: float | None) -> list[Tensor] | None:
+        """The gradients of a loss at the teacher's outputs, by a backward pass down to these alone; None, or with a
+        ratio an error, for a loss that depends on a weight in another way."""
         if self._passes_by(loss):
             if ratio is not None:
                 raise MetaplError(
@@ -241,12 +250,11 @@ class TeacherStep(TeacherPass):
                     "the teacher's weights in another way, such as through another method or an output that is not a "
                     "tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
                 )
-            return loss.new_full((), torch.nan)
+            return None
         if not (loss.requires_grad and self._outputs):
-            return loss.new_zeros(())
+            return []
         found = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
-        sizes = [torch.linalg.vector_norm(wide(g)).to(loss.dtype) for g in found if g is not None]
-        return _norm(sizes) if sizes else loss.new_zeros(())
+        return [g for g in found if g is not None]
 
     def _passes_by(self, loss: Tensor) -> bool:
         """Whether a loss depends on a weight otherwise than through the teacher's outputs."""

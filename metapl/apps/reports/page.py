@@ -66,9 +66,18 @@ PANELS = (
         "Feedback to the teacher", (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),), log=True
     ),
     Panel("Feedback to the teacher", (("feedback_std", "standard deviation of h"),), log=True),
+    Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, from the last hundred"),)),
     Panel(
         "Pseudo-labels",
         (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),
+        percent=True,
+    ),
+    Panel(
+        "Class frequencies of the pseudo-labels",
+        (
+            ("pseudo_label_shares_vs_labeled", "off the labeled batches'"),
+            ("pseudo_label_shares_vs_truth", "off the truth"),
+        ),
         percent=True,
     ),
 )
