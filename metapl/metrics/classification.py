@@ -39,13 +39,6 @@ class Evaluation:
         """The accuracy of guessing on these examples; see :func:`metapl.metrics.chance_level`."""
         return chance_level([sum(row) for row in self.confusion])
 
-    @property
-    def share_error(self) -> float:
-        """Half the L1 distance of the shares of the classes among the predictions from those among the examples: the
-        part of the predictions that would have to be of other classes for each to be as frequent as it is."""
-        taken, true = (torch.tensor(self.confusion).sum(along) for along in (0, 1))
-        return int((taken - true).abs().sum()) / (2 * self.n)
-
     def to_json(self) -> dict[str, Any]:
         """The same figures as dicts, lists and numbers, ready for `json.dumps`."""
         # Not asdict, which copies a million counts of a thousand classes one by one.

@@ -50,14 +50,6 @@ class Signal:
         """Whether ``value`` was drawn, so that only its log-probability can be differentiated."""
         return self.log_prob is not None
 
-    def probabilities(self, outputs: Tensor) -> Tensor | None:
-        """The class probabilities q of the labels, (B, ..., C), where it was made from class logits of the shape of the
-        student's ``outputs``; else None."""
-        if self.outputs is None or self.outputs.shape != outputs.shape:
-            return None
-        q = self.probs if self.sampled else self.value
-        return wide(self.outputs).softmax(-1) if q is None else q
-
     def fields(self) -> dict[str, Tensor]:
         """Its tensors by name."""
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
@@ -195,9 +187,11 @@ class Problem(BilevelProblem):
         If the teacher's outputs are class logits of the student's shape: ``pseudo_label_confidence``,
         ``pseudo_label_entropy`` (nats) and ``agreement`` (of the student's first class with the teacher's).
         """
-        logits, q = signal.outputs, signal.probabilities(outputs)
-        if logits is None or q is None:
+        logits = signal.outputs
+        if logits is None or logits.shape != outputs.shape:
             return {}
+        q = signal.probs if signal.sampled else signal.value
+        q = wide(logits).softmax(-1) if q is None else q
         return {
             "pseudo_label_confidence": q.amax(-1).mean(),
             "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.base import Problem, Signal, has_rows
-from metapl.training.recent import figures
+from metapl.training.recent import Means, figures
 
 Say = Callable[[str], None]
 
@@ -70,7 +70,7 @@ class StepReport(Report):
         signal: the teacher's signal about the last inner batch, without its graph.
         student_outputs: S(x_u; θ) on that batch.
         problem: it gives the report its columns.
-        recent: means over the last steps, with this one, of which :func:`metapl.training.recent.figures` are reported.
+        recent: means over the last steps, whose :func:`metapl.training.recent.figures` are reported.
         ranks: the processes that share the batch: the scalars are means over them, on whichever rank they are read;
             ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
     """
@@ -79,7 +79,7 @@ class StepReport(Report):
     signal: Signal = field(repr=False)
     student_outputs: Tensor = field(repr=False)
     problem: Problem = field(repr=False)
-    recent: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    recent: Means = field(default_factory=dict, repr=False)
     ranks: Ranks = field(default=ALONE, repr=False)
 
     def exchanged(self) -> StepReport:

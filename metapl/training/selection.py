@@ -197,13 +197,13 @@ class Selection:
             accuracies["student_validation_accuracy"] = accuracy
         if teacher is not None:
             with teacher() as network:
-                accuracies["teacher_validation_accuracy"] = self._evaluated(
-                    network, self.validation, "validation"
-                ).accuracy
+                found = self._evaluated(network, self.validation, "validation")
+                accuracies["teacher_validation_accuracy"] = found.accuracy
         if labeler is not None and self.truth is not None:
-            labels = self._evaluated(labeler, self.truth, "truth")
-            accuracies["pseudo_label_accuracy"] = labels.accuracy
-            accuracies["pseudo_label_shares_vs_truth"] = labels.share_error
+            found = self._evaluated(labeler, self.truth, "truth")
+            off = torch.tensor(found.confusion).sum(0) - torch.tensor(found.confusion).sum(1)
+            accuracies["pseudo_label_accuracy"] = found.accuracy
+            accuracies["class_shares_vs_truth"] = float(off.abs().sum()) / (2 * found.n)
         return accuracies
 
     def _evaluated(self, model: nn.Module, data: Any, name: str) -> Evaluation:

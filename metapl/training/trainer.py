@@ -33,7 +33,7 @@ from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
 from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
-from metapl.training.recent import class_shares, updated
+from metapl.training.recent import Means, updated
 from metapl.training.states import check_state, names_of
 from metapl.updates import Clipped, update_of
 
@@ -162,7 +162,7 @@ class BilevelTrainer(Trainer):
             check_outer(self.outer_optimizer, self.teacher)
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
-        self.recent: dict[str, Any] = {}
+        self.recent: Means = {}
         self.steps_done = 0
         self.guard = StepGuard(self)
         self._built = True
@@ -234,8 +234,7 @@ class BilevelTrainer(Trainer):
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = path.known_outer_loss()
                 path = path.revised(feedback[-1].h.detach())
-                recent = self._recent(path, objectives, labeled)
-                report = self._report(path, known, feedback, objectives, ahead, fault, recent)
+                report = self._report(path, known, feedback, objectives, ahead, fault, labeled)
             if self._teacher_trainer is not None and (guard.spread or self.clip_norm is not None):
                 self._teacher_trainer.clip()
             elif self.outer_optimizer is not None:
@@ -247,7 +246,7 @@ class BilevelTrainer(Trainer):
                     self.outer_optimizer.step()  # line 8: θ_T′
             for layout in guard.spread:
                 layout.agree_on_buffers()
-            self.mode_state, self.recent = mode_state, recent
+            self.mode_state, self.recent = mode_state, report.recent
             self.steps_done += 1
             return report
 
@@ -283,12 +282,6 @@ class BilevelTrainer(Trainer):
             objectives.append(step.backward(h, *given))
         return objectives
 
-    def _recent(self, path: Path, objectives: Sequence[Objective], labeled: Any) -> dict[str, Any]:
-        """The recent means, with this step."""
-        vectors = class_shares(path.steps[-1].signal, path.steps[-1].outputs, labeled)
-        pushes = [push for *_, push in objectives if push is not None]
-        return updated(self.recent, vectors | ({"feedback": sum(pushes[1:], pushes[0])} if pushes else {}), self.ranks)
-
     def _report(
         self,
         path: Path,
@@ -297,11 +290,12 @@ class BilevelTrainer(Trainer):
         objectives: Sequence[Objective],
         ahead: bool,
         fault: checks.Fault,
-        recent: dict[str, Any],
+        labeled: Any,
     ) -> StepReport:
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         of_teacher = teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}
         signal = path.steps[-1].signal
+        pushes = [push for *_, push in objectives if push is not None]
         report = StepReport(
             self.steps_done,
             {"inner_loss": path.inner_loss, **known, **of_teacher},
@@ -312,7 +306,7 @@ class BilevelTrainer(Trainer):
             signal=replace(signal, **{name: t.clone() for name, t in signal.fields().items()}),
             student_outputs=path.steps[-1].outputs.clone(),
             problem=self.problem,
-            recent=recent,
+            recent=updated(self.recent, pushes, path.steps[-1], labeled, self.ranks),
         )
         return report if self.ranks.alone else report.exchanged()
 

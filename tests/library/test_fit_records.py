@@ -50,8 +50,8 @@ SCALARS = {
     "student_validation_accuracy",
     "teacher_validation_accuracy",
     "pseudo_label_accuracy",
-    "pseudo_label_shares_vs_labeled",
-    "pseudo_label_shares_vs_truth",
+    "class_shares_vs_labeled",
+    "class_shares_vs_truth",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +13,22 @@ from trainers import trainer_for
 
 import metapl
 from metapl.execution.ranks import ALONE
-from metapl.metrics import evaluate_logits
-from metapl.training.recent import NEWEST, figures, updated
+from metapl.training.recent import NEWEST, Means, figures, updated
+from metapl.training.selection import Selection
+
+STEP: Any = SimpleNamespace(signal=metapl.Signal(torch.zeros(2)), problem=metapl.problems.Problem)
+"""Of a problem without classes."""
+
+
+def _followed(gradients: torch.Tensor) -> Means:
+    kept: Means = {}
+    for g in gradients:
+        kept = updated(kept, [g], STEP, None, ALONE)
+    return kept
 
 
 def _snr(gradients: torch.Tensor) -> float:
-    kept: dict[str, Any] = {}
-    for g in gradients:
-        kept = updated(kept, {"feedback": g}, ALONE)
-    return float(figures(kept)["feedback_snr"])
+    return float(figures(_followed(gradients))["feedback_snr"])
 
 
 def test_the_signal_to_noise_of_a_few_steps_is_the_unbiased_estimate() -> None:
@@ -45,17 +53,12 @@ def test_the_signal_to_noise_of_many_steps_is_that_of_the_last_ones(snr: float) 
 
 
 def test_the_weights_of_the_steps_are_known() -> None:
-    """By a step of 1 among zeros, of whose weight the mean is made."""
-    steps = 120
-    weights = []
-    for t in range(steps):
-        kept: dict[str, Any] = {}
-        for one in range(steps):
-            kept = updated(kept, {"pseudo_labels": torch.tensor([float(one == t)], dtype=torch.float64)}, ALONE)
-        weights.append(float(kept["means"]["pseudo_labels"]))
-    assert sum(weights) == pytest.approx(1)
-    assert weights[-1] == NEWEST
-    assert kept["spread"] == pytest.approx(sum(w**2 for w in weights))
+    """By gradients each of which has an entry of its own."""
+    kept = _followed(torch.eye(120, dtype=torch.float64))
+    assert float(kept["feedback"].sum()) == pytest.approx(1)
+    assert kept["feedback"][-1] == NEWEST
+    assert kept["spread"] == pytest.approx(float(kept["feedback"].square().sum()))
+    assert float(_followed(torch.eye(30))["feedback"].std()) == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
@@ -68,7 +71,8 @@ def test_the_gradient_is_that_in_the_bias_of_the_teachers_last_layer(mode: str, 
     batches = tuple(t[:4] for t in case.labeled), case.unlabeled
     g = trainer.hypergradient(*batches, generator=torch.Generator().manual_seed(3)).grads["3.bias"]
     trainer.step(*batches)
-    torch.testing.assert_close(trainer.recent["means"]["feedback"], g)
+    torch.testing.assert_close(trainer.recent["feedback"], g)
+    assert not trainer.recent["feedback"].requires_grad
     trainer.step(*batches)
     assert math.isfinite(trainer.step(*batches).feedback_snr)
 
@@ -79,7 +83,7 @@ def test_without_feedback_there_is_no_signal_to_noise() -> None:
     for _ in range(3):
         report = trainer.step(**case.data())
     assert math.isnan(report.as_dict().get("feedback_snr", math.nan))
-    assert 0 <= report.pseudo_label_shares_vs_labeled <= 1
+    assert 0 <= report.class_shares_vs_labeled <= 1
 
 
 def test_the_class_frequencies_are_compared_with_those_of_the_labels() -> None:
@@ -89,13 +93,15 @@ def test_the_class_frequencies_are_compared_with_those_of_the_labels() -> None:
     for _ in range(2):
         report = trainer.step(**case.data())
         off.append(report.signal.value.mean(0) - torch.eye(3, dtype=torch.float64)[case.labeled[1]].mean(0))
-    assert report.pseudo_label_shares_vs_labeled == pytest.approx(float((off[0] + off[1]).abs().sum() / 4))
+    assert report.class_shares_vs_labeled == pytest.approx(float((off[0] + off[1]).abs().sum() / 4))
 
 
-def test_on_the_truth_they_are_those_of_the_confusion() -> None:
-    predicted, true = torch.tensor([0, 0, 0, 1, 2]), torch.tensor([0, 1, 2, 2, 1])
-    found = evaluate_logits(torch.eye(3)[predicted], true)
-    assert found.share_error == pytest.approx((abs(3 - 1) + abs(1 - 2) + abs(1 - 2)) / 2 / 5)
+def test_and_with_those_of_the_truth_where_it_is_known() -> None:
+    predicted, true = torch.eye(3)[[0, 0, 0, 1, 2]], torch.tensor([0, 1, 2, 2, 1])
+    looks = Selection((predicted, true), (predicted, true), torch.device("cpu"))
+    found = looks.look(None, None, torch.nn.Identity(), 1)
+    assert found["class_shares_vs_truth"] == pytest.approx((abs(3 - 1) + abs(1 - 2) + abs(1 - 2)) / 2 / 5)
+    assert found["pseudo_label_accuracy"] == pytest.approx(1 / 5)
 
 
 def test_a_trainer_goes_on_with_its_means() -> None:
@@ -121,4 +127,4 @@ def test_a_problem_of_weights_has_no_class_frequencies() -> None:
     table, student = metapl.problems.Table(torch.zeros(4)), torch.nn.Linear(3, 2)
     trainer = metapl.BilevelTrainer(table, student, "forward", problem=metapl.problems.ExampleWeights())
     report = trainer.step((x, y), (x, y, torch.arange(4)))
-    assert "pseudo_label_shares_vs_labeled" not in report.as_dict()
+    assert "class_shares_vs_labeled" not in report.as_dict()
