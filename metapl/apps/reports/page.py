@@ -72,8 +72,8 @@ PANELS = (
         (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),
         percent=True,
     ),
-    Panel("Class-frequency error", (("class_shares_vs_truth", "of the pseudo-labels, by the truth"),), percent=True),
-    Panel("Class-frequency error", (("class_shares_vs_labeled", "of the pseudo-labels, by the labels"),), percent=True),
+    Panel("Class-frequency error", (("class_shares_vs_truth", "pseudo-labels against the truth"),), percent=True),
+    Panel("Class-frequency error", (("class_shares_vs_labeled", "pseudo-labels against the labels"),), percent=True),
 )
 
 
