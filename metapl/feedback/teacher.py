@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +59,6 @@ class TeacherPass:
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self._slots, self.records = slots, records
         self._outputs: list[Tensor] = []
-        self._nested = False  # whether an input of a pass depends on another pass
         if not recompute:
             self.signal = self._run()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
             return
@@ -127,10 +125,8 @@ class TeacherPass:
         def record(module: nn.Module, args: Any, output: Any) -> Any:
             if module is not self.teacher:
                 return output
-            # What else the pass computes from an output, and the hooks on it, are before the view: its gradient is that
-            # of the losses alone.
+            # What else the pass computes from an output is before the view, whose gradient is that of the losses alone.
             views: dict[int, Tensor] = {}
-            self._nested |= any(t.requires_grad for t in tensors_in(args))
 
             def viewed(t: Any) -> Any:
                 if t.requires_grad and id(t) not in views:
@@ -182,21 +178,12 @@ class TeacherPass:
                 "feedback_ratio is measured row by row at the teacher's outputs, and this signal, which is one for "
                 "all examples, gets its feedback from several processes; use feedback_weight."
             )
-        at_feedback = self._reached(from_feedback, "the signal", ratio)
-        at_own = self._reached(from_own, "a teacher loss", ratio)
-
-        def pooled(size: Tensor) -> Tensor:
-            """Over the rows of all ranks; both sizes are in units of a mean over the ranks."""
-            return size * torch.nan if shared else self.ranks.pooled(size)
-
         with overwritten_explained("teacher"):
-            # An output of one loss alone has the gradient of that loss in the pass that is taken anyway.
-            if ratio is None and not self._nested and not {*map(id, at_feedback or ())} & {*map(id, at_own or ())}:
-                total = (from_feedback if weight == 1 else weight * from_feedback) + from_own
-                sizes = _measured(total, [at_feedback, at_own])
-                return scalars, pooled(sizes[0]), pooled(sizes[1])
-            of_feedback = pooled(_measured(from_feedback, [at_feedback], apart=True)[0])
-            of_own = pooled(_measured(from_own, [at_own], apart=True)[0])
+            at_feedback = self._gradients(from_feedback, "the signal", ratio)
+            at_own = self._gradients(from_own, "a teacher loss", ratio)
+            # Over the rows of all ranks; both sizes are in units of a mean over the ranks.
+            sizes = _size(at_feedback, from_feedback), _size(at_own, from_own)
+            of_feedback, of_own = (size * torch.nan if shared else self.ranks.pooled(size) for size in sizes)
             factor: Tensor | float = weight
             if ratio is not None:
                 factor = ratio * of_own / of_feedback.clamp_min(torch.finfo(of_feedback.dtype).tiny)
@@ -204,40 +191,45 @@ class TeacherPass:
             total = factor * from_feedback + from_own
             if total.requires_grad:
                 total.backward()
-            return scalars, factor * of_feedback, of_own
+        pushes = [wide(g).sum(0).flatten() for g in at_feedback or () if g.layout == torch.strided and not g.is_nested]
+        return scalars, factor * of_feedback, of_own, torch.cat(pushes) if pushes else None
 
-    def _reached(self, loss: Tensor, name: str, ratio: float | None) -> list[Tensor] | None:
-        """The teacher's outputs that a loss depends on; None, or with a ratio an error, if it depends on a weight in
-        another way."""
+    def _gradients(self, loss: Tensor, name: str, ratio: float | None) -> list[Tensor] | None:
+        """The gradients of a loss at the teacher's outputs, by a backward pass down to these alone; None, or with a
+        ratio an error, for a loss that depends on a weight in another way."""
+        if self._passes_by(loss):
+            if ratio is not None:
+                raise MetaplError(
+                    f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on "
+                    "the teacher's weights in another way, such as through another method or an output that is not a "
+                    "tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
+                )
+            return None
+        if not (loss.requires_grad and self._outputs):
+            return []
+        found = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
+        return [g for g in found if g is not None]
+
+    def _passes_by(self, loss: Tensor) -> bool:
+        """Whether a loss depends on a weight otherwise than through the teacher's outputs."""
         weights = {id(p) for p in self._slots.learned.values()}
-        known = {(t.grad_fn, t.output_nr): t for t in self._outputs}
-        outputs: list[Tensor] = []
-        seen: set[tuple[Node | None, int]] = set()
+        seen = {(t.grad_fn, t.output_nr) for t in self._outputs}
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
         while edges:
             edge = edges.pop()
-            if edge in seen or edge[0] is None:
+            if edge[0] is None or edge in seen:
                 continue
             seen.add(edge)
-            following = edge[0].next_functions
-            if edge in known:
-                outputs.append(known[edge])
-            elif following:
-                edges += following
-            elif id(getattr(edge[0], "variable", None)) in weights:
-                if ratio is not None:
-                    raise MetaplError(
-                        f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends "
-                        "on the teacher's weights in another way, such as through another method or an output that is "
-                        "not a tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
-                    )
-                return None
-        return outputs
+            if id(getattr(edge[0], "variable", None)) in weights:
+                return True
+            edges += edge[0].next_functions
+        return False
 
 
-Objective = tuple[dict[str, Tensor], Tensor, Tensor]
+Objective = tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]
 """Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
-them; and the norms of the gradients of the feedback and of these at the teacher's outputs."""
+them; the norms of the gradients of the feedback and of these at the teacher's outputs; and the gradient of the
+feedback, at weight 1, in a bias that is added to these outputs: the sum over the rows. None where it cannot be told."""
 
 
 def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
@@ -247,7 +239,7 @@ def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -
     means over a micro-batch; the feedback is a sum.
     """
     last = objectives[-parts:]
-    feedback, own = _norm([feedback for _, feedback, _ in objectives]), _norm([own for *_, own in last])
+    feedback, own = _norm([feedback for _, feedback, *_ in objectives]), _norm([own for _, _, own, _ in last])
     scalars = mean_scalars([scalars for scalars, *_ in last])
     scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
     return scalars if ranks.alone else ranks.mean_scalars(scalars)
@@ -264,26 +256,7 @@ def _norm(sizes: Sequence[Tensor]) -> Tensor:
     return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
-def _measured(loss: Tensor, groups: Sequence[list[Tensor] | None], *, apart: bool = False) -> list[Tensor]:
-    """Take the gradient of a loss; the norms of it at groups of outputs, NaN for None. ``apart``: at the outputs alone,
-    by a backward pass through the head only."""
-    sizes: list[list[Tensor]] = [[] for _ in groups]
-
-    def measure(g: Tensor, found: list[Tensor]) -> Tensor | None:
-        found.append(torch.linalg.vector_norm(wide(g)).to(loss.dtype))
-        return torch.zeros_like(g) if apart else None  # from an output to one that it is computed from, nothing flows
-
-    pairs = [(t, found) for found, outputs in zip(sizes, groups, strict=True) for t in outputs or ()]
-    handles = [t.register_hook(partial(measure, found=found)) for t, found in pairs]
-    try:
-        if apart and pairs:
-            torch.autograd.grad(loss, [t for t, _ in pairs], retain_graph=True, allow_unused=True)
-        elif not apart and loss.requires_grad:
-            loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        loss.new_full((), torch.nan) if outputs is None else _norm(found) if found else loss.new_zeros(())
-        for found, outputs in zip(sizes, groups, strict=True)
-    ]
+def _size(gradients: Sequence[Tensor] | None, loss: Tensor) -> Tensor:
+    if not gradients:
+        return loss.new_full((), torch.nan if gradients is None else 0.0)
+    return _norm([torch.linalg.vector_norm(wide(g)).to(loss.dtype) for g in gradients])

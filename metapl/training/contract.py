@@ -15,6 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.base import Problem, Signal, has_rows
+from metapl.training.recent import Means, figures
 
 Say = Callable[[str], None]
 
@@ -69,6 +70,7 @@ class StepReport(Report):
         signal: the teacher's signal about the last inner batch, without its graph.
         student_outputs: S(x_u; θ) on that batch.
         problem: it gives the report its columns.
+        recent: means over the last steps, whose :func:`metapl.training.recent.figures` are reported.
         ranks: the processes that share the batch: the scalars are means over them, on whichever rank they are read;
             ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
     """
@@ -77,6 +79,7 @@ class StepReport(Report):
     signal: Signal = field(repr=False)
     student_outputs: Tensor = field(repr=False)
     problem: Problem = field(repr=False)
+    recent: Means = field(default_factory=dict, repr=False)
     ranks: Ranks = field(default=ALONE, repr=False)
 
     def exchanged(self) -> StepReport:
@@ -88,13 +91,13 @@ class StepReport(Report):
         return {**self.scalars, **(self._columns() if self.ranks.alone else self.__dict__["_exchanged"])}
 
     def _columns(self) -> dict[str, Tensor]:
-        """``feedback_mean`` and ``feedback_std`` of h over its entries, and the problem's columns."""
+        """``feedback_mean`` and ``feedback_std`` of h over its entries, the problem's columns and the recent means'."""
         parts = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
         # Of the feedback on a signal without rows, such as a matrix, each rank has a share.
         if not has_rows(self.problem, self.signal, len(self.student_outputs)):
             parts = tuple(self.ranks.sum(h) for h in parts)
         h = torch.cat([part.double().flatten() for part in parts])
-        columns = self.problem.columns(self.signal, self.student_outputs)
+        columns = self.problem.columns(self.signal, self.student_outputs) | figures(self.recent)
         if self.ranks.alone:
             return {"feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
         means = self.ranks.mean_scalars({"feedback_mean": h.mean(), **columns})

@@ -18,7 +18,7 @@ from metapl.execution.layout import reshard
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
 from metapl.metrics import evaluate_logits, predict_logits
-from metapl.metrics.classification import check_labels
+from metapl.metrics.classification import Evaluation, check_labels
 from metapl.metrics.predictions import batch_name, batches_of, iterated, logits_of
 from metapl.training.contract import Say
 
@@ -190,18 +190,23 @@ class Selection:
         accuracies = {}
         if student is not None:
             with student() as network:
-                accuracy, self.examples = self._accuracy(network, self.validation, "validation")
+                found = self._evaluated(network, self.validation, "validation")
+                accuracy, self.examples = found.accuracy, found.n
                 if self.select and accuracy >= (self.best.accuracy or 0.0):
                     self.best = Best(accuracy, step, weights_of(network))
             accuracies["student_validation_accuracy"] = accuracy
         if teacher is not None:
             with teacher() as network:
-                accuracies["teacher_validation_accuracy"] = self._accuracy(network, self.validation, "validation")[0]
+                found = self._evaluated(network, self.validation, "validation")
+                accuracies["teacher_validation_accuracy"] = found.accuracy
         if labeler is not None and self.truth is not None:
-            accuracies["pseudo_label_accuracy"] = self._accuracy(labeler, self.truth, "truth")[0]
+            found = self._evaluated(labeler, self.truth, "truth")
+            off = torch.tensor(found.confusion).sum(0) - torch.tensor(found.confusion).sum(1)
+            accuracies["pseudo_label_accuracy"] = found.accuracy
+            accuracies["class_shares_vs_truth"] = float(off.abs().sum()) / (2 * found.n)
         return accuracies
 
-    def _accuracy(self, model: nn.Module, data: Any, name: str) -> tuple[float, int]:
+    def _evaluated(self, model: nn.Module, data: Any, name: str) -> Evaluation:
         from metapl.data.steps import StepBatches  # needed for fitting only
 
         # A DataLoader draws from the default generator; looking at the validation data must not change the training.
@@ -220,8 +225,7 @@ class Selection:
                 f"note: {lost:,} of the {expected:,} validation pictures cannot be read any more; accuracies are of "
                 "the others, and are not to be compared with those before"
             )
-        evaluation = evaluate_logits(logits, labels)
-        return evaluation.accuracy, evaluation.n
+        return evaluate_logits(logits, labels)
 
     def _batches(self, data: Any, name: str) -> Iterator[tuple[Any, Tensor]]:
         empty = True

@@ -33,6 +33,7 @@ from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
 from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
+from metapl.training.recent import Means, updated
 from metapl.training.states import check_state, names_of
 from metapl.updates import Clipped, update_of
 
@@ -161,6 +162,7 @@ class BilevelTrainer(Trainer):
             check_outer(self.outer_optimizer, self.teacher)
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
+        self.recent: Means = {}
         self.steps_done = 0
         self.guard = StepGuard(self)
         self._built = True
@@ -232,7 +234,7 @@ class BilevelTrainer(Trainer):
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
                 path = path.revised(feedback[-1].h.detach())
-                report = self._report(path, known, feedback, objectives, ahead, fault)
+                report = self._report(path, known, feedback, objectives, ahead, fault, labeled)
             if self._teacher_trainer is not None and (guard.spread or self.clip_norm is not None):
                 self._teacher_trainer.clip()
             elif self.outer_optimizer is not None:
@@ -244,7 +246,7 @@ class BilevelTrainer(Trainer):
                     self.outer_optimizer.step()  # line 8: θ_T′
             for layout in guard.spread:
                 layout.agree_on_buffers()
-            self.mode_state = mode_state
+            self.mode_state, self.recent = mode_state, report.recent
             self.steps_done += 1
             return report
 
@@ -286,10 +288,12 @@ class BilevelTrainer(Trainer):
         objectives: Sequence[Objective],
         ahead: bool,
         fault: checks.Fault,
+        labeled: Any,
     ) -> StepReport:
         h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         of_teacher = teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}
         signal = path.steps[-1].signal
+        pushes = [push for *_, push in objectives if push is not None]
         report = StepReport(
             self.steps_done,
             {"inner_loss": path.inner_loss, **known, **of_teacher},
@@ -300,6 +304,7 @@ class BilevelTrainer(Trainer):
             signal=replace(signal, **{name: t.clone() for name, t in signal.fields().items()}),
             student_outputs=path.steps[-1].outputs.clone(),
             problem=self.problem,
+            recent=updated(self.recent, pushes, path.steps[-1], labeled, self.ranks),
         )
         return report if self.ranks.alone else report.exchanged()
 
@@ -364,7 +369,7 @@ class BilevelTrainer(Trainer):
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "optimizers": names_of(self._optimizers),
-            "mode_state": dict(self.mode_state),
+            "mode_state": {**self.mode_state, "recent": self.recent},
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -384,7 +389,9 @@ class BilevelTrainer(Trainer):
         self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
-        self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
+        mode_state = dict(state["mode_state"])
+        self.recent = mode_state.pop("recent", {})  # which states of earlier versions do not have
+        self.mode_state, self.steps_done = mode_state, state["steps_done"]
 
     # ------------------------------------------------------------------------------------------- beside the training
 

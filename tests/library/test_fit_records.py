@@ -40,6 +40,7 @@ SCALARS = {
     "feedback_mean",
     "feedback_std",
     "feedback_ratio",
+    "feedback_snr",
     "pseudo_label_confidence",
     "pseudo_label_entropy",
     "agreement",
@@ -49,6 +50,8 @@ SCALARS = {
     "student_validation_accuracy",
     "teacher_validation_accuracy",
     "pseudo_label_accuracy",
+    "class_shares_vs_labeled",
+    "class_shares_vs_truth",
 }
 
 

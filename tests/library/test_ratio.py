@@ -220,13 +220,14 @@ def test_the_ratio_of_a_loss_in_outputs_that_are_computed_from_each_other(option
 
 
 def test_the_ratio_of_a_teacher_that_is_applied_to_its_own_output() -> None:
+    """What flows through the second pass is a part of the gradient at the output of the first."""
     torch.manual_seed(0)
     teacher, student = _Twice(), nn.Linear(5, 5).double()
     trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=_OfItself(), teacher_losses=(_OutputsTwice(),))
     labeled, u = _batch()
     h = trainer.hypergradient(labeled, u).feedback
     once = teacher(u).detach().requires_grad_()
-    twice = teacher(once).detach().requires_grad_()
+    twice = teacher(once)
     from_feedback = torch.autograd.grad(-(h * (once + twice).softmax(-1)).sum(), (once, twice))
     (own,) = torch.autograd.grad(once.square().mean(), once)
     expected = float(torch.cat(from_feedback, 1).norm() / own.norm())

@@ -66,11 +66,14 @@ PANELS = (
         "Feedback to the teacher", (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),), log=True
     ),
     Panel("Feedback to the teacher", (("feedback_std", "standard deviation of h"),), log=True),
+    Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, from the last hundred"),)),
     Panel(
         "Pseudo-labels",
         (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),
         percent=True,
     ),
+    Panel("Class-frequency error", (("class_shares_vs_truth", "pseudo-labels against the truth"),), percent=True),
+    Panel("Class-frequency error", (("class_shares_vs_labeled", "pseudo-labels against the labels"),), percent=True),
 )
 
 
