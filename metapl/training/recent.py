@@ -27,7 +27,8 @@ def updated(kept: Means, pushes: Sequence[Tensor], step: InnerStep, labeled: Any
     if step.problem.teacher_classifies and q is not None and q.ndim == 2 and getattr(labels, "ndim", 0) == 1:
         is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)
         new["shares_off"] = ranks.mean(q.mean(0) - is_class.to(q.dtype).mean(0))
-    if {name: t.shape for name, t in kept.items() if name != "spread"} != {name: t.shape for name, t in new.items()}:
+    shapes = {name: t.shape for name, t in kept.items() if name != "spread"}
+    if not kept or shapes != {name: t.shape for name, t in new.items()}:
         return {**new, "spread": 1.0}
     weight = max(NEWEST, kept["spread"] / (1 + kept["spread"]))
     means = {name: kept[name].to(t).lerp(t, weight) for name, t in new.items()}
