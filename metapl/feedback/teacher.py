@@ -240,7 +240,7 @@ def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -
     """
     last = objectives[-parts:]
     feedback, own = _norm([feedback for _, feedback, *_ in objectives]), _norm([own for _, _, own, _ in last])
-    scalars = mean_scalars([scalars for scalars, *_ in last])
+    scalars = dict(last[0][0]) if len(last) == 1 else mean_scalars([scalars for scalars, *_ in last])
     scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
     return scalars if ranks.alone else ranks.mean_scalars(scalars)
 

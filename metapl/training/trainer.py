@@ -30,10 +30,9 @@ from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_lab
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
-from metapl.training.contract import Report, StepReport
+from metapl.training.contract import Means, Report, StepReport, updated
 from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
-from metapl.training.recent import Means, updated
 from metapl.training.states import check_state, names_of
 from metapl.updates import Clipped, update_of
 
