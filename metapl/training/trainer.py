@@ -24,13 +24,13 @@ from metapl.feedback.compatible import check_kind, check_mode, check_teacher, na
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
-from metapl.feedback.teacher import Objective, TeacherPass, teacher_scalars
+from metapl.feedback.teacher import Means, Objective, TeacherPass, teacher_scalars, updated
 from metapl.problems.base import BilevelProblem, Signal
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
-from metapl.training.contract import Means, Report, StepReport, updated
+from metapl.training.contract import Report, StepReport
 from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.states import check_state, names_of

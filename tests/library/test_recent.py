@@ -13,7 +13,7 @@ from trainers import trainer_for
 
 import metapl
 from metapl.execution.ranks import ALONE
-from metapl.training.contract import NEWEST, Means, figures, updated
+from metapl.feedback.teacher import NEWEST, Means, figures, updated
 from metapl.training.selection import Selection
 
 STEP: Any = SimpleNamespace(signal=metapl.Signal(torch.zeros(2)), problem=metapl.problems.Problem)
