@@ -435,13 +435,12 @@ def study_pictures(size: Size, raw: Path, device: torch.device, minutes: float, 
             missing = [rule for rule in wanted if rule not in done]
             while missing:
                 of_arms, of_mpl = measured(place, task_of, size.steps, raw, device, clock)
-                task = task or task_of(place, final)
-                began = clock()
-                beside = min(len(missing), int((end - began) / (over * of_mpl * size.steps)))
-                if beside < 1:
-                    told = f"{end - began:.0f} s are left, and a run takes {over * of_mpl * size.steps:.0f}"
+                left, alone = end - clock(), over * of_mpl * size.steps
+                if (beside := min(len(missing), int(left / alone))) < 1:
+                    told = f"{left:.0f} s are left, and a run takes {alone:.0f}"
                     raise SystemExit(f"{told}: {'run the command again' if runs else 'more --minutes are needed'}.")
-                count = steps_of(name, size.steps, of_arms)
+                task = task or task_of(place, final)
+                began, count = clock(), steps_of(name, size.steps, of_arms)
                 _append(raw, trained(task, name, missing[:beside], count, final, clock))
                 over = 1.2 * (clock() - began) / (beside * of_mpl * size.steps)
                 missing, runs = missing[beside:], runs + beside

@@ -74,14 +74,14 @@ def softmax(logits: Tensor) -> Tensor:
     return e.div_(e.sum(-1, keepdim=True))
 
 
-def forward(weights: Weights, x: Tensor, fixed: int = 0) -> tuple[list[Tensor], Tensor]:
-    """The input of every layer, without the first ``fixed`` rows, and the outputs of all rows, (S, B, C)."""
-    inputs = [x]
+def forward(weights: Weights, *views: Tensor, fixed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """The input of every layer, without the first ``fixed`` views, and the outputs of all of them, (S, B, C)."""
+    inputs, rows = [torch.cat(views, 1) if len(views) > 1 else views[0]], sum(x.shape[1] for x in views[:fixed])
     *hidden, (last, bias) = _layers(weights)
     for weight, b in hidden:
         inputs.append(torch.baddbmm(b, inputs[-1], weight).relu_())
     outputs = product(inputs[-1], last).add_(bias)
-    return [x[:, fixed:] for x in inputs], outputs
+    return [x[:, rows:] for x in inputs], outputs
 
 
 def backward(weights: Weights, inputs: list[Tensor], at_outputs: Tensor) -> Weights:
@@ -132,9 +132,9 @@ class Passes:
     """How a stack of networks is run and differentiated: these four functions, or those of other networks.
 
     Args:
-        forward: weights, inputs (S, B, ...) and how many of the first rows are not differentiated, to what is kept for
-            the others, and the outputs of all rows, (S, B, C).
-        backward: the gradient in the weights from that in the outputs of the rows that are differentiated.
+        forward: weights, one or more inputs (S, B, ...), and ``fixed``, how many of the first ones are not
+            differentiated, to what is kept for the others, and the outputs of all, (S, B + B + ..., C).
+        backward: the gradient in the weights from that in the outputs that are differentiated.
         tangent: what moves within, and the outputs, by d/dε along a direction of the weights.
         curved: d/dε of the gradient; only a lookahead of several steps needs it.
     """
@@ -306,8 +306,8 @@ class Stack:
         unlabeled = sum(x.shape[1] for x in batch.weak)
         heard = rule.feedback != "none" and self.student is not None
         # Nothing comes back to weak views that are not heard of; without UDA they stay, as when.jsonl has them.
-        fixed = unlabeled if rule.uda and not heard else 0
-        kept, logits = self.passes.forward(self.teacher, torch.cat(seen, 1), fixed)
+        fixed = len(batch.weak) if rule.uda and not heard else 0
+        kept, logits = self.passes.forward(self.teacher, *seen, fixed=fixed)
         on_unlabeled, on_labeled, on_strong = logits.tensor_split((unlabeled, unlabeled + batch.labeled.shape[1]), 1)
         q = softmax(on_unlabeled)
         labels = q.chunk(len(batch.weak), 1)

@@ -347,8 +347,8 @@ def test_the_study_of_feedback_s_worth_goes_on_where_it_was_stopped(
     assert len(before) == len(size.places) * len(module.ARMS) * (tuned + len(size.seeds))
     for row in before:
         assert ("labels_right" in row) == row["final"]
-        heard = row["arm"] in ("mpl", "push", "late")
-        assert any(map(any, row.get("ratio", []))) == heard
+        if row["arm"] != "late":  # whose student may begin after so few steps
+            assert any(row.get("ratio", [])) == (row["arm"] in ("mpl", "push"))
     assert printed.count(f"| {module.ARMS['mpl'].title} |") == len(size.places)
     out.write_text("".join(out.read_text().splitlines(keepends=True)[: -len(size.seeds)]))
     again = command()

@@ -116,11 +116,24 @@ def test_a_teacher_alone_is_a_network_that_learns_from_both_kinds_of_pictures(pi
         assert difference(model, alone.teacher, s) < 1e-9
 
 
+def test_what_is_read_of_a_picture_depends_on_no_other(pictures: ModuleType, tmp_path: Path) -> None:
+    place = pictures.Generated("letters", 30, 30, batch=16)
+    task = pictures.GeneratedTask(place, SEEDS, torch.device("cpu"), tmp_path, 1)
+    weights, (x, truth) = task.first_weights()[0], task.parts["test"]
+    called, told = task.called(weights, "test")
+    task.parts["few"] = x[3:5], truth[3:5]
+    assert torch.equal(task.called(weights, "few")[0], called[:, 3:5])
+    assert torch.equal(told, truth.expand(2, -1))
+    # With as many known pictures as there are, it is what a pass of training says.
+    known = task._known.expand(2, *[-1] * 4)
+    assert torch.allclose(task._read(weights, known), task.passes.forward(weights, known)[1], atol=1e-4)
+
+
 def test_the_batches_of_a_seed_do_not_depend_on_the_seeds_beside_it(pictures: ModuleType, tmp_path: Path) -> None:
     place = pictures.Generated("letters", 30, 30, batch=16)
     both = pictures.GeneratedTask(place, SEEDS, torch.device("cpu"), tmp_path, 1)
     alone = pictures.GeneratedTask(place, SEEDS[1:], torch.device("cpu"), tmp_path, 1)
-    for name in ("labeled", "unlabeled", "mean", "std"):  # unlabeled pictures come in a part for each seed
+    for name in ("unlabeled", "mean", "std"):  # unlabeled pictures come in a part for each seed
         setattr(alone, name, getattr(both, name))
     alone.labeled = tuple(part[1:] for part in both.labeled)
     steps = pictures.CHUNK + 1
@@ -130,7 +143,7 @@ def test_the_batches_of_a_seed_do_not_depend_on_the_seeds_beside_it(pictures: Mo
             assert torch.equal(own[0], of_both[1])
             assert not torch.equal(own[0], of_both[0])
     assert not torch.equal(first[0].weak[0], first[pictures.CHUNK].weak[0])
-    # Two of three labeled pictures of every class are in the batch, and none of them twice as often as another.
+    # Without a picture twice, and of fewer pictures none more than once more than another.
     which = both._which(pictures.LABELED, 0, 24, 16)
     assert (which.sort(-1).values.diff(dim=-1) > 0).all()
     rounds = both._which(pictures.LABELED, 0, 5, 16)
