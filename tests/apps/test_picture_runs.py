@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.pictures import run, tables
+from benchmarks.pictures import feedback, run, tables
 from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 from metapl.runs.environment import environment
@@ -170,3 +170,16 @@ def test_the_page_has_the_tables_of_the_committed_rows() -> None:
         assert text == expected, f"python -m benchmarks.pictures.tables --half {name} --write docs/pictures.md"
     if shown["unseen"]:
         assert PAGE.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_has_the_tables_of_the_study_of_feedback() -> None:
+    rows = run.read(feedback.RAW)
+    shown = PAGE.read_text().split("<!-- picture-feedback:begin -->\n")[1].split("\n<!-- picture-feedback:end -->")[0]
+    assert shown == feedback.block(rows), "python -m benchmarks.pictures.feedback --write docs/pictures.md"
+    runs = [row for row in rows if "problem" in row]
+    costs = feedback.costs_in(rows)
+    for row in runs:
+        asked = row["problem"], row["method"], row["configuration"]
+        assert row["steps"] == feedback.steps_of(costs, *asked, row["minutes"])
+    tuning = feedback.runs_in(runs, (feedback.TUNING_SEED,))
+    assert len(tuning) == len(feedback.PROBLEMS) * sum(map(len, feedback.CONFIGURATIONS.values()))
