@@ -202,8 +202,8 @@ def tuned() -> str:
 def block(rows: list[Row]) -> str:
     """The tables, and what they were made with."""
     told = (
-        "Test accuracy in % of what each run delivers. Tuning runs have one seed and 1.5 minutes of processor time, by the "
-        "costs of a step that were measured in turn for all configurations; *right* is the share of the unlabeled "
+        "Test accuracy in % of what each run delivers. Tuning runs have one seed and 1.5 minutes of processor time, by "
+        "the costs of a step that were measured in turn for all configurations; *right* is the share of the unlabeled "
         "pictures that the network which labels them calls right at the end, *off* the share that it would "
         "have to call otherwise for the classes' frequencies to be right, *ratio* the size of the feedback beside the "
         "teacher's own losses over the second half of the run. `python -m benchmarks.pictures.feedback`; raw rows: "
