@@ -11,6 +11,8 @@ TEST_ARGS ?=
 # Test files at a time, each with one thread; 0 for one after another in one process.
 TEST_WORKERS ?= 3
 BENCH_ARGS ?=
+# Byte code is written also where the shell says otherwise: some thirty processes of the tests import the same files.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -27,15 +29,15 @@ test: $(STAMP) ## Lint, format check, types, tests and doctests (more arguments 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy > $(VENV)/mypy.txt 2>&1 & types=$$!; \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not long and not docs" $(TEST_ARGS); \
+	  $(PYTEST) -m "not long and not docs" $(TEST_ARGS); \
 	  tests=$$?; wait $$types; types=$$?; cat $(VENV)/mypy.txt; exit $$((tests || types))
 
 test-long: $(STAMP) ## The tests that take many seconds, which make test leaves out.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m long $(TEST_ARGS)
+	$(PYTEST) -m long $(TEST_ARGS)
 
 docs: $(STAMP) ## Build the documentation into site/, with warnings as errors; run its code, check its tables.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m docs $(TEST_ARGS)
+	$(PYTEST) -m docs $(TEST_ARGS)
 
 bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)

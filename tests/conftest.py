@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 collect_ignore = ["conftest.py", "apps/conftest.py"]  # which hold no test, and share a name
 
 LONGEST = [
-    *("test_plan", "test_sharded", "test_pictures", "test_report", "test_recipes", "test_cli_pictures", "test_export"),
-    *("test_command_processes", "test_resume", "test_two_moons", "test_delivery", "test_mesh_command", "test_spatial"),
-    *("test_noisy_student_pictures", "test_cli", "test_reduced_runs", "test_exact", "test_equal_cost", "test_compile"),
-    *("test_image_resume", "test_noisy_student", "test_picture_problems", "test_writes", "test_fit_resumed"),
+    *("test_sharded", "test_plan", "test_command_processes", "test_stopped", "test_mesh_command", "test_compile"),
+    *("test_report", "test_recipes", "test_spatial", "test_pictures", "test_fit_resumed", "test_cli", "test_export"),
+    *("test_image_resume", "test_delivery", "test_resume", "test_equal_cost", "test_killed_ranks", "test_reduced_runs"),
+    *("test_cli_pictures", "test_noisy_student_pictures", "test_exact", "test_picture_problems", "test_two_moons"),
 ]
 
 
@@ -20,6 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of several processes, none is left alone with one of them at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Each of several processes begins with other files: all of them need ten seconds for asserts to be rewritten."""
+    number, processes = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:], os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)
+    if int(processes) > 1 and session.config.args == session.config.getini("testpaths"):
+        for file in sorted(Path(__file__).parent.glob("*/test_*.py"))[int(number) :: int(processes)]:
+            with suppress(Exception, pytest.skip.Exception):  # which collecting it tells of
+                importlib.import_module(file.stem)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -108,7 +108,7 @@ class Heavier(Alone):
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    shutil.copytree(Path(metapl.__file__).parent, tmp_path / "metapl", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(metapl.__file__).parent, tmp_path / "metapl")
     (tmp_path / "metapl/feedback/doubled.py").write_text(ESTIMATOR)
     (tmp_path / "metapl/problems/weighted.py").write_text(PROBLEM)
     registry = tmp_path / "metapl/feedback/__init__.py"

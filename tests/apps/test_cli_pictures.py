@@ -62,15 +62,18 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A torchvision network on colored pictures of two classes, with validation pictures and no test set."""
-    root = tmp_path_factory.mktemp("resnet")
+def colored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_on_colors(tmp_path_factory.mktemp("colored"), "small_cnn")
+
+
+def trained_on_colors(root: Path, network: str) -> Path:
+    """A network on colored pictures of two classes, with validation pictures and no test set."""
     for which, label, picture in digits(32):
         if label < 2:
             file = root / ("many" if which < 6 else f"few/is {label}") / f"{label}-{which}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             ImageOps.colorize(picture, "navy", "orange").save(file)
-    data = ("--labeled", root / "few", "--unlabeled", root / "many", "--network", "resnet18", "--image-size", "32")
+    data = ("--labeled", root / "few", "--unlabeled", root / "many", "--network", network, "--image-size", "32")
     how = ("--method", "mpl", "--randaugment", "--precision", "float32", "--val-fraction", "0.4")
     train("images", *data, *how, "--dropout", "0.2", "--steps", "4", "--validate-every", "2", "--out", root / "run")
     return root
@@ -183,19 +186,19 @@ def test_label_sets_of_examples_without_names(tmp_path: Path, capsys: pytest.Cap
     )
 
 
-def test_an_accuracy_on_validation_is_called_so(resnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text, recorded = said(capsys, "evaluate", resnet / "run"), result(resnet / "run")
+def test_an_accuracy_on_validation_is_called_so(colored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, recorded = said(capsys, "evaluate", colored / "run"), result(colored / "run")
     assert recorded["delivered_by"] == "rule"  # so few pictures cannot tell
     assert "delivered by rule" in text
     n = recorded["validation_size"]
     assert f"\nvalidation accuracy         {recorded['validation_accuracy']:.2%} of {n}, as in result.json\n" in text
     assert "test accuracy" not in text
     for name in ("student", "finetuned", "teacher"):
-        found = json.loads(said(capsys, "evaluate", resnet / "run", "--json", "--network", name))
+        found = json.loads(said(capsys, "evaluate", colored / "run", "--json", "--network", name))
         assert found["accuracy"] == found["recorded_accuracy"] == recorded[f"{name}_validation_accuracy"]
         assert found["measured_on"] == "validation"
-    (resnet / "sets.json").write_text(json.dumps([[0]] * n))
-    line = refused(capsys, "evaluate", resnet / "run", "--label-sets", resnet / "sets.json")
+    (colored / "sets.json").write_text(json.dumps([[0]] * n))
+    line = refused(capsys, "evaluate", colored / "run", "--label-sets", colored / "sets.json")
     assert "has no test set; give --test DIR" in line
 
 
@@ -216,25 +219,26 @@ def test_a_run_of_a_gpu_is_looked_at_without_one(
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_name_does_not_reach_a_terminal_as_it_is(
-    terminal: bool, resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    terminal: bool, colored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a\x1b[2Jb.png")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    assert main(["predict", str(resnet / "run"), str(tmp_path / "a\x1b[2Jb.png")]) == 0
+    assert main(["predict", str(colored / "run"), str(tmp_path / "a\x1b[2Jb.png")]) == 0
     assert ("\x1b" in capsys.readouterr().out) != terminal
 
 
 @pytest.mark.usefixtures("small_pages")
-def test_predict_draws_pictures_in_color(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, "predict", resnet / "run", resnet / "many", "--grid", tmp_path / "grid.png")
-    assert len(rows(text)) == len(list((resnet / "many").iterdir()))
+def test_predict_draws_pictures_in_color(colored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "predict", colored / "run", colored / "many", "--grid", tmp_path / "grid.png")
+    assert len(rows(text)) == len(list((colored / "many").iterdir()))
     with Image.open(tmp_path / "grid.png") as image:
         colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
     assert (0, 0, 128) in colors  # navy, the ground of the pictures
 
 
 @pytest.mark.long
-def test_torchvision_alone_predicts_the_same(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torchvision_alone_predicts_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    resnet = trained_on_colors(tmp_path / "resnet", "resnet18")
     out, files = tmp_path / "out", sorted((resnet / "many").iterdir())
     text = said(capsys, "export", resnet / "run", "--out", out)
     assert f"{out}/model.safetensors" in text
@@ -277,15 +281,15 @@ def test_the_default_network_runs_in_plain_pytorch_and_as_onnx(
 
 
 def test_evaluate_says_which_pictures_were_trained_on(
-    resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    colored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = Path(shutil.copytree(resnet / "few", tmp_path / "other"))
-    seen = sorted((resnet / "many").iterdir())[0]
+    other = Path(shutil.copytree(colored / "few", tmp_path / "other"))
+    seen = sorted((colored / "many").iterdir())[0]
     shutil.copy(seen, other / "is 0" / "new.png")
     capsys.readouterr()
-    assert main(["evaluate", str(resnet / "run"), "--test", str(other)]) == 0
+    assert main(["evaluate", str(colored / "run"), "--test", str(other)]) == 0
     notes = " ".join(capsys.readouterr().err.splitlines())  # long lines are broken
-    count = len(list((resnet / "few").rglob("*.png")))
+    count = len(list((colored / "few").rglob("*.png")))
     assert f"note: {count} test pictures are among the labeled ones too" in notes
     assert notes.count("remove them from the test folder") == 2  # the run has already learned from the others
     assert f"note: 1 test pictures are among the unlabeled ones too: {other}/is 0/new.png is {seen}" in notes
@@ -293,25 +297,25 @@ def test_evaluate_says_which_pictures_were_trained_on(
 
 @pytest.mark.usefixtures("blank_programs")
 def test_the_card_says_what_was_measured_and_no_place_of_a_file(
-    resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    colored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said(capsys, "export", resnet / "run", "--out", tmp_path / "out")
-    card, recorded = (tmp_path / "out" / "MODEL_CARD.md").read_text(), result(resnet / "run")
+    said(capsys, "export", colored / "run", "--out", tmp_path / "out")
+    card, recorded = (tmp_path / "out" / "MODEL_CARD.md").read_text(), result(colored / "run")
     assert f"| validation accuracy | {recorded['validation_accuracy']:.6g} |" in card
     assert f"| validation examples | {recorded['validation_size']} |" in card
     assert "test accuracy" not in card
     assert "- No test set was given." in card
     assert "it delivers this one, by a rule of its method" in card
     assert "- Classes, in the order of the outputs: is 0, is 1" in card
-    hashes = json.loads((resnet / "run" / "data.json").read_text())["hash"]
+    hashes = json.loads((colored / "run" / "data.json").read_text())["hash"]
     assert all(f"| SHA-256 of {part} | `{digest}` |" in card for part, digest in hashes.items())
     recipe = json.loads(re.findall(r"```json\n(.*?)```", card, flags=re.DOTALL)[0])
     assert (recipe["name"], recipe["method"], recipe["best_step"]) == ("images", "mpl", recorded["best_step"])
     fields = recipe["fields"]
     assert (fields["labeled"], fields["unlabeled"], fields["test"], fields["steps"]) == ("few", "many", None, 4)
     assert "/" not in json.dumps(recipe)
-    assert str(resnet) not in card
-    assert resnet.name not in card
+    assert str(colored) not in card
+    assert colored.name not in card
 
 
 @pytest.mark.usefixtures("blank_programs")

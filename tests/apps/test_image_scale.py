@@ -1,4 +1,4 @@
-"""Folders as they come: long runs whose memory stays flat, 100,000 files, and files of every kind, broken ones too."""
+"""Folders as they come: long runs whose memory stays flat, 60,000 files, and files of every kind, broken ones too."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_memory_is_flat(tmp_path: Path) -> None:
         assert growth(2, 10_000, 100, 400)[1] > 3
 
 
-# ------------------------------------------------------------------------------------------------------ 100,000 files
+# ------------------------------------------------------------------------------------------------------- 60,000 files
 
 OPENED: list[str] | None = None
 """The files that this process opens, while somebody asks."""
@@ -180,10 +180,10 @@ def opened(root: Path) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """100,000 unlabelled pictures, most of them under several names."""
+    """60,000 unlabelled pictures, most of them under several names."""
     root = tmp_path_factory.mktemp("many")
     pictures(root, labeled__a=10, labeled__b=10, test__a=10, test__b=10)
-    for part in range(100):
+    for part in range(60):
         one = picture(root / "unlabeled" / f"{part:02}" / "000.png", 1000 + part, side=20)
         for number in range(1, 1000):
             os.link(one, one.with_name(f"{number:03}.png"))
@@ -199,10 +199,10 @@ def test_training_on_many_files_starts_at_once(many: Path) -> None:
     said: list[str] = []
     with opened(many) as before:
         task = recipe.task(said.append)
-    assert said == ["20 labeled pictures of 2 classes (a, b), 100,000 unlabeled, none for validation, 20 to test on"]
+    assert said == ["20 labeled pictures of 2 classes (a, b), 60,000 unlabeled, none for validation, 20 to test on"]
     assert [path for path in before if "/unlabeled/" in path] == []
     assert 0 < len(before) <= 3 * 40
-    assert task.record["unlabeled"] == 100_000
+    assert task.record["unlabeled"] == 60_000
     assert task.record["hash"]["unlabeled"].startswith("names and sizes: ")
     with opened(many) as during:
         task.unlabeled[0]
@@ -312,7 +312,7 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
     assert code == 0, terminal.shown
     for words in (
         "\rlisting unlabeled files: 12,000",
-        "\rlooking at unlabeled files: 12,000 of 100,000",
+        "\rlooking at unlabeled files: 12,000 of 60,000",
         "\rlooking at labeled files: 20 of 20",
         "\rcomparing files: ",
         "\rfit: ",
@@ -324,7 +324,7 @@ def test_the_terminal_shows_how_far_it_is(many: Path, tmp_path: Path) -> None:
     chosen, by, rest = words.partition(f"images by Meta Pseudo Labels, seed 0 -> {tmp_path / 'run'} ")
     assert chosen.startswith("chosen: small_cnn on 8x8 color pictures (shrunk from about 20), ")
     assert by
-    listed = "20 labeled pictures of 2 classes (a, b), 100,000 unlabeled, none for validation, 20 to test on"
+    listed = "20 labeled pictures of 2 classes (a, b), 60,000 unlabeled, none for validation, 20 to test on"
     assert rest.startswith(f"{listed} Test accuracy of the finetuned student: ")  # no line of progress is left
 
 

@@ -117,13 +117,12 @@ def test_labels_that_may_be_wrong(two: Ranks, tmp_path: Path) -> None:
     assert found == pytest.approx(weights, abs=2e-3)
 
 
-def test_digits_by_shards(two: Ranks, tmp_path: Path) -> None:
+def test_digits_by_shards(two: Ranks, tmp_path: Path, tiny: Path) -> None:  # noqa: F811
     """The numbers of one process; what one left is gone on with by two, and a finished run is left alone."""
     sharded = [*TINY, "--mesh.shard", "2"]
     said = trained(two, sharded, tmp_path / "shard")
     assert "Test accuracy" in said
-    trained(None, [*TINY], tmp_path / "alone")
-    same(tmp_path / "shard", tmp_path / "alone", ("fit",))
+    same(tmp_path / "shard", tiny, ("fit",))
     left = as_if_killed(tmp_path / "shard", tmp_path / "again", step=4)
     assert [path.suffix for path in (left / "checkpoints" / "fit").iterdir()] == [".parts"]
     trained(two, [*sharded, "--resume"], left)

@@ -8,9 +8,7 @@ import functools
 import io
 import json
 import re
-import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import numpy as np
 import pytest
 from command import refused, result, rows, said
 from PIL import Image
-from test_resume import KILL, Nursery, assert_equal
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.accuracies import READOUTS, Comparison
@@ -137,28 +134,6 @@ def test_the_run_is_evaluated_predicted_with_finetuned_and_exported(
     shutil.copytree(root / "noisy" / "bar", other / "bar")
     main(["evaluate", str(run), "--test", str(other)])
     assert "20 test pictures are among the unlabeled ones too" in capsys.readouterr().err
-
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
-@pytest.mark.parametrize("method", ["example_weights", "label_correction"])
-def test_a_run_that_is_killed_goes_on_bit_for_bit(method: str, folders: tuple[Path, set[str]], tmp_path: Path) -> None:
-    root, _ = folders
-    command = shlex.join(["train", "noisy", *given(root), "--method", method, *FLAGS.split()])
-    nursery = Nursery()
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    code, words = nursery.run(command, whole)
-    assert code == 0, words
-    bilevel = ("metapl.training.trainer:BilevelTrainer", "step")
-    for number, point in enumerate(
-        [("metapl.training.loss_trainer:LossTrainer", "step", 5, KILL), (*bilevel, 7, KILL), (*bilevel, 9, KILL)]
-    ):
-        assert nursery.run(command + " --resume" * (number > 0), out, point)[0] == -KILL
-    code, words = nursery.run(f"{command} --resume", out)
-    assert code == 0, words
-    assert "resumed at step" in words
-    assert_equal(out, whole)
-    assert (out / "suspects.csv").read_bytes() == (whole / "suspects.csv").read_bytes()
 
 
 @pytest.mark.parametrize("method", ["meta_weight_net", "noise_transition", "plain", "clean"])

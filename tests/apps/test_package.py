@@ -61,19 +61,25 @@ def test_every_name_that_the_package_promises_is_there() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded() -> dict[str, list[str]]:
-    """The modules that are there after ``import metapl``, and after everything else, without ``fcntl``."""
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The modules that are there after ``import metapl``, before and after a page is drawn, and after everything else,
+    without ``fcntl``."""
     code = """
 import json, sys
 sys.modules["fcntl"] = None  # as on Windows
 import metapl
 core = sorted(sys.modules)
+from metapl.apps.reports import draw_report
+reports = sorted(sys.modules)
+draw_report(sys.argv[1], title="", curves={}, confusion=[[1]], classes=None, summary="")
+drawn = sorted(sys.modules)
 metapl.apps.pictures.load_digits_split, metapl.apps.recipes.Digits, metapl.metrics.paired_test
 metapl.apps.export.export
 import metapl.apps.commands.train
-print(json.dumps({"core": core, "all": sorted(sys.modules)}))
+print(json.dumps({"core": core, "reports": reports, "drawn": drawn, "all": sorted(sys.modules)}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    page = tmp_path_factory.mktemp("page") / "report.png"
+    done = subprocess.run([sys.executable, "-c", code, str(page)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[str]] = json.loads(done.stdout)
     return found
@@ -101,6 +107,12 @@ def test_importing_the_library_loads_what_the_core_needs(loaded: dict[str, list[
     )
     found = [name for name in loaded["core"] if name.startswith(not_needed) or name.partition(".")[0] in heavy]
     assert found == []
+
+
+def test_what_draws_is_imported_only_when_something_is_drawn(loaded: dict[str, list[str]]) -> None:
+    assert [name for name in loaded["reports"] if name.startswith("matplotlib")] == []
+    assert "matplotlib.figure" in loaded["drawn"]
+    assert "matplotlib.pyplot" not in loaded["drawn"]
 
 
 def test_it_can_be_imported_where_there_is_no_fcntl(loaded: dict[str, list[str]]) -> None:

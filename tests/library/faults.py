@@ -14,9 +14,9 @@ from torch import Tensor
 
 from metapl.data import sampler
 from metapl.data.feed import _ListFeed
-from metapl.execution import buffers, rng
+from metapl.execution import buffers, local, rng
 from metapl.execution.local import LocalStudent, Pass
-from metapl.execution.writes import Weights
+from metapl.execution.writes import Watch, Weights, memory_of
 from metapl.feedback import base, loss_difference, reinforce
 from metapl.feedback.path import Path
 from metapl.metrics import statistics
@@ -26,6 +26,7 @@ from metapl.problems.base import Signal
 from metapl.runs import checkpoint
 from metapl.runs.fields import Range
 from metapl.runs.rows import Metrics
+from metapl.training import states
 from metapl.training.loop import FitRun
 from metapl.training.options import Rates
 from metapl.training.selection import Average, Best, Selection
@@ -360,6 +361,35 @@ def interval_of_one_side(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(scipy.stats, "binomtest", lambda correct, n: real(correct, n, alternative="greater"))
 
 
+def frozen_alias_goes_unwatched(patch: pytest.MonkeyPatch) -> None:
+    """Where a frozen parameter shares the memory of a learned one, writes to it are taken for a buffer's."""
+
+    def watch(self: Weights) -> Watch:
+        frozen_last = sorted(self._held, key=lambda one: not one[-1])
+        weights = {memory_of(t): name if learned else t for name, t, *_, learned in frozen_last}
+        weights.pop(None, None)
+        return Watch(self._refuse, weights)
+
+    patch.setattr(Weights, "watch", watch)
+
+
+def compared_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    """Losses that are compared are taken at weights that require no gradient, which a forward may ask for."""
+    real = LocalStudent.loss
+
+    def loss(self: LocalStudent, *given: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(local, "as_leaves", lambda params: {name: p.detach() for name, p in params.items()})
+            return real(self, *given)
+
+    patch.setattr(LocalStudent, "loss", loss)
+
+
+def settings_of_any_kind(patch: pytest.MonkeyPatch) -> None:
+    """A flag in the place of a rate is loaded as the rate."""
+    patch.setattr(states, "_same_kind", lambda given, own: True)
+
+
 FAULTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -405,6 +435,9 @@ FAULTS: dict[str, Plant] = {
         same_order_every_epoch,
         pairs_by_rank,
         interval_of_one_side,
+        frozen_alias_goes_unwatched,
+        compared_without_a_gradient,
+        settings_of_any_kind,
     )
 }
 

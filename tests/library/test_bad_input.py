@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 import metapl
 from metapl import MetaplError
 from metapl.execution import checks
-from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample
+from metapl.feedback import Difference, Forward, Implicit, LossDifference, Reinforce, ReinforcePerExample, Unrolled
+from metapl.models import Corrector
+from metapl.problems import WeightNet
 from metapl.training.loss_trainer import LossTrainer
 
 NAN, INF = float("nan"), float("inf")
@@ -283,6 +286,27 @@ def test_uda_with_one_view_is_refused_and_nothing_moves() -> None:
         (lambda: Forward(normalization="unit"), r"normalization='unit'.*'gradient', 'learning_rate', 'cosine'"),
         (lambda: ReinforcePerExample(tangent="both"), r"tangent='both'.*'forward', 'difference'"),
         (lambda: Difference(relative_step=0.0), r"relative_step=0\.0"),
+        *(
+            (make, r"expected (a|the) ")
+            for make in (
+                partial(Forward, keep_every=True),
+                partial(Forward, truncate=True),
+                partial(Unrolled, truncate=False),
+                partial(Implicit, iterations=True),
+                partial(Implicit, iterations=NAN),
+                partial(WeightNet, 0),
+                partial(WeightNet, "10"),
+                partial(Corrector, nn.Linear(4, 3), classes=1),
+                partial(Corrector, nn.Linear(4, 3), classes=None),
+                partial(metapl.Lookahead, b"abc"),
+                partial(metapl.Lookahead, (batch for batch in [torch.ones(1)])),
+            )
+        ),
+        *(
+            (partial(Implicit, **{name: value}), rf"Implicit\({name}=.*expected a (finite )?number {least}")
+            for name, least in (("step_size", "above 0 or None"), ("damping", "of 0 or more"))
+            for value in ("2", [], 2 + 1j, NAN, INF, 10**400, torch.ones(2), object())
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_where_it_is_made(make: Callable[[], Any], text: str) -> None:

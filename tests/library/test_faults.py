@@ -20,10 +20,12 @@ import test_intervals
 import test_own_problems
 import test_relations
 import test_replays
+import test_right_or_refused
 import test_sampled
 import test_step
 import test_updates
 import test_weight_writes
+import test_writes
 from faults import FAULTS
 from fits import _one_thread  # noqa: F401  # fits are compared bit for bit
 
@@ -251,6 +253,21 @@ CAUGHT: dict[str, dict[str, Check]] = {
     },
     "pairs_by_rank": {"against_scipy": lambda patch: test_evaluate.test_against_scipy(17)},
     "interval_of_one_side": {"wilsons": lambda patch: test_intervals.test_it_is_wilsons(7, 20)},
+    "frozen_alias_goes_unwatched": {
+        "by_a_frozen_parameter": lambda patch: test_writes.test_a_write_to_a_weight_by_a_frozen_parameter_is_refused(
+            "forward"
+        ),
+    },
+    "compared_without_a_gradient": {
+        "a_forward_that_asks": lambda patch: (
+            test_right_or_refused.test_losses_that_are_compared_are_of_weights_that_require_a_gradient()
+        ),
+    },
+    "settings_of_any_kind": {
+        "a_flag_for_a_rate": in_folder(
+            lambda folder: test_fit_resumed.test_nor_is_that_of_another_optimizer("flag for a rate", "inner", folder)
+        ),
+    },
 }
 
 REFUSED = {

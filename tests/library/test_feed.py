@@ -240,116 +240,105 @@ def generator_function() -> Iterator[int]:
     yield 1
 
 
-@pytest.mark.parametrize(
-    ("source", "text"),
-    [
-        (3, r"labeled is of type int; expected a torch DataLoader, .*: give one of these"),
-        (None, "of type NoneType"),
-        ("path", "of type str"),
-        ({"x": torch.ones(2)}, "a dict of"),
-        ({1, 2}, "of type set"),
-        (torch.ones(2, 3), r"tensor of shape \(2, 3\).*wrap it in a data set"),
-        (np.ones(2), r"ndarray.*wrap it in a data set"),
-        (TensorDataset(torch.ones(2)), "TensorDataset.*wrap it in a DataLoader"),
-        (Stream(), "Stream.*wrap it in a DataLoader"),
-        (nn.Sequential(nn.ReLU()), "of type Sequential.*give one of these"),
-        (generator_function, "of type function.*call it"),
-        (DataLoader, "of type type"),
-        ([], "labeled is an empty list"),
-    ],
-)
-def test_refuses_what_has_no_batches(source: Any, text: str) -> None:
+class Items:
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class UsedUp:
+    def __init__(self) -> None:
+        self.inside = iter([1, 2])
+
+    def __iter__(self) -> Iterator[int]:
+        return self.inside
+
+
+class Empty(Countdown):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+def served(source: Any, batches: int, **options: Any) -> Any:
+    """A feed that has served so many batches."""
+    stream = made(source, **options)
+    take(stream, batches)
+    return stream
+
+
+def restored(source: Any, state: Callable[[dict[str, Any]], Any] = lambda own: own, of: Any = None) -> None:
+    """A feed of ``source`` gets what ``state`` makes of the state of one of ``of``, or of itself."""
+    stream = made(source)
+    stream.restore(state((stream if of is None else of).state()))
+
+
+OWN: Callable[[], Any] = SOURCES["own generator"]
+UNORDERED = {"batch_size": 2, "num_workers": 2, "in_order": False}
+
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "a number": (lambda: made(3), r"labeled is of type int; expected a torch DataLoader, .*: give one of these"),
+    "None": (lambda: made(None), "of type NoneType"),
+    "a path": (lambda: made("path"), "of type str"),
+    "a dict": (lambda: made({"x": torch.ones(2)}), "a dict of"),
+    "a set": (lambda: made({1, 2}), "of type set"),
+    "a tensor": (lambda: made(torch.ones(2, 3)), r"tensor of shape \(2, 3\).*wrap it in a data set"),
+    "an array": (lambda: made(np.ones(2)), r"ndarray.*wrap it in a data set"),
+    "a data set": (lambda: made(TensorDataset(torch.ones(2))), "TensorDataset.*wrap it in a DataLoader"),
+    "an iterable data set": (lambda: made(Stream()), "Stream.*wrap it in a DataLoader"),
+    "items alone": (lambda: made(Items()), r"Items.*wrap it in a DataLoader"),
+    "a module": (lambda: made(nn.Sequential(nn.ReLU())), "of type Sequential.*give one of these"),
+    "a function": (lambda: made(generator_function), "of type function.*call it"),
+    "a class": (lambda: made(DataLoader), "of type type"),
+    "an empty list": (lambda: made([]), "labeled is an empty list"),
+    "an end below 0": (lambda: made([1], stop=-1), "labeled got stop -1"),
+    "workers below 0": (lambda: made(Doubles(), num_workers=-1), "labeled got num_workers -1"),
+    "too few steps": (lambda: made(Doubles(5), stop=6), "labeled has 5 steps, and the run needs 6"),
+    "beyond its end": (lambda: served(Doubles(5), 2, stop=2).next(), "made for 2 batches; make a feed"),
+    "an empty epoch": (lambda: made(DataLoader([])).next(), r"labeled gave no batch in epoch 0 .*drop_last"),  # type: ignore[arg-type]
+    "an epoch smaller than a batch": (
+        lambda: made(DataLoader(Noisy(2), batch_size=3, drop_last=True)).next(),
+        r"labeled gave no batch in epoch 0 .*drop_last",
+    ),
+    "a used-up epoch": (lambda: served(UsedUp(), 2).next(), r"labeled gave no batch in epoch 1 .*used up after one"),
+    "an empty stateful source": (lambda: made(Empty()).next(), "labeled gave no batch in epoch 0"),
+    "a state of another kind": (
+        lambda: restored([1, 2], of=made(OWN())),
+        "labeled got a state of kind 'epochs'; expected kind 'sequence'",
+    ),
+    "no state": (lambda: restored(OWN(), lambda own: None), "kind None"),
+    "wrong entries": (lambda: restored(OWN(), lambda own: {**own, "epoch": "1", "batches": -1}), "epoch, batches"),
+    "no generators": (
+        lambda: restored(OWN(), lambda own: {"kind": "epochs", "epoch": 0, "batches": 0}),
+        "wrong entries: stream",
+    ),
+    "other generators": (
+        lambda: restored(SOURCES["shuffled"](), of=made(OWN())),
+        "the saved states of its 3 random number generators",
+    ),
+    "a broken generator": (
+        lambda: restored(OWN(), lambda own: {**own, "stream": [*own["stream"][:3], (1, 2)]}),
+        "the saved states of its 4 random number generators",
+    ),
+    "a source that has shrunk": (
+        lambda: restored(DataLoader(Noisy(6), batch_size=2), of=served(DataLoader(Noisy(10), batch_size=2), 5)),
+        "labeled has 3 batches in an epoch, and the run to resume had taken 5",
+    ),
+    "no order to resume in": (
+        lambda: restored(DataLoader(Noisy(), **UNORDERED), lambda own: {**own, "batches": 2}),
+        "in_order=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_served_is_refused_and_no_generator_moves(what: str) -> None:
+    (call, text), before = REFUSED[what], generators.rng_state()
     with pytest.raises(MetaplError, match=text):
-        made(source)
-
-
-def test_refuses_an_object_with_items_alone() -> None:
-    class Items:
-        def __getitem__(self, index: int) -> int:
-            return index
-
-    with pytest.raises(MetaplError, match=r"Items.*wrap it in a DataLoader"):
-        made(Items())
-
-
-def test_refuses_numbers() -> None:
-    with pytest.raises(MetaplError, match="labeled got stop -1"):
-        made([1], stop=-1)
-    with pytest.raises(MetaplError, match="labeled got num_workers -1"):
-        made(Doubles(), num_workers=-1)
-    with pytest.raises(MetaplError, match="labeled has 5 steps, and the run needs 6"):
-        made(Doubles(5), stop=6)
-    stream = made(Doubles(5), stop=2)
-    take(stream, 2)
-    with pytest.raises(MetaplError, match="made for 2 batches; make a feed"):
-        stream.next()
-
-
-@pytest.mark.parametrize(
-    "source",
-    [DataLoader([]), DataLoader(Noisy(2), batch_size=3, drop_last=True)],  # type: ignore[arg-type]
-    ids=["empty", "smaller than a batch"],
-)
-def test_refuses_an_empty_epoch(source: Any) -> None:
-    with pytest.raises(MetaplError, match=r"labeled gave no batch in epoch 0 .*drop_last"):
-        made(source).next()
-
-
-def test_refuses_an_epoch_that_is_used_up() -> None:
-    class UsedUp:
-        def __init__(self) -> None:
-            self.inside = iter([1, 2])
-
-        def __iter__(self) -> Iterator[int]:
-            return self.inside
-
-    stream = made(UsedUp())
-    take(stream, 2)
-    with pytest.raises(MetaplError, match=r"labeled gave no batch in epoch 1 .*used up after one pass"):
-        stream.next()
-
-
-def test_refuses_an_empty_stateful_source() -> None:
-    class Empty(Countdown):
-        def __iter__(self) -> Iterator[Tensor]:
-            return iter(())
-
-    with pytest.raises(MetaplError, match="labeled gave no batch in epoch 0"):
-        made(Empty()).next()
-
-
-def test_refuses_states_of_others() -> None:
-    loader = made(SOURCES["own generator"]())
-    state = loader.state()
-    with pytest.raises(MetaplError, match="labeled got a state of kind 'epochs'; expected kind 'sequence'"):
-        made([1, 2]).restore(state)
-    with pytest.raises(MetaplError, match="kind None"):
-        loader.restore(None)  # type: ignore[arg-type]
-    with pytest.raises(MetaplError, match="wrong entries: epoch, batches"):
-        loader.restore({**state, "epoch": "1", "batches": -1})
-    with pytest.raises(MetaplError, match="wrong entries: stream"):
-        loader.restore({"kind": "epochs", "epoch": 0, "batches": 0})
-    before = generators.rng_state()
-    with pytest.raises(MetaplError, match="the saved states of its 3 random number generators"):
-        made(SOURCES["shuffled"]()).restore(state)
-    with pytest.raises(MetaplError, match="the saved states of its 4 random number generators"):
-        loader.restore({**state, "stream": [*state["stream"][:3], (1, 2)]})
+        call()
     assert same(generators.rng_state(), before)
 
 
-def test_refuses_a_source_that_has_shrunk() -> None:
-    stream = made(DataLoader(Noisy(10), batch_size=2))
-    take(stream, 5)
-    with pytest.raises(MetaplError, match="labeled has 3 batches in an epoch, and the run to resume had taken 5"):
-        made(DataLoader(Noisy(6), batch_size=2)).restore(stream.state())
-
-
-def test_refuses_to_resume_without_an_order() -> None:
-    source = DataLoader(Noisy(), batch_size=2, num_workers=2, in_order=False)
-    stream = made(source)
-    stream.restore(stream.state())
-    with pytest.raises(MetaplError, match="in_order=False"):
-        stream.restore({**stream.state(), "batches": 2})
+def test_what_has_no_order_is_resumed_before_its_first_batch() -> None:
+    restored(DataLoader(Noisy(), **UNORDERED))
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fits import same
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import MetaplError
@@ -29,7 +33,7 @@ def trainer(model: nn.Module, over: nn.Module | None = None) -> metapl.LossTrain
 
 
 def fit(one: Any, **options: Any) -> Any:
-    return one.fit([(X, Y)], **{"steps": 2, "progress": False, **options})
+    return one.fit(**{"labeled": [(X, Y)], "steps": 2, "progress": False, **options})
 
 
 # ------------------------------------------------------------------------------------------- nothing would be learned
@@ -82,86 +86,71 @@ def test_a_callbacks_own_broken_connection_is_not_a_workers(kind: type[Exception
         fit(trainer(nn.Linear(4, 3)), num_workers=2, log_every=1, callbacks=[send])
 
 
-# ---------------------------------------------------------------------------------------------------- wrong options
+# -------------------------------------------------------------------------------------------- before the first step
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"steps": 2.5}, r"steps=2\.5\): expected a whole number"),
-        ({"steps": "6"}, r"steps='6'\): expected a whole number"),
-        ({"steps": True}, r"steps=True\): expected a whole number"),
-        ({"log_every": 1.5}, r"log_every=1\.5\): expected a whole number"),
-        ({"exact_every": 1.5}, r"exact_every=1\.5\): expected a whole number"),
-        ({"exact_every": 0}, r"exact_every=0\): expected a whole number of 1 or more or None"),
-        ({"num_workers": 257}, r"num_workers=257\): expected a whole number from 0 to 256"),
-        ({"warmup": "2"}, r"warmup='2'\): expected a whole number"),
-        ({"ema_decay": float("nan")}, r"ema_decay=nan\): expected a finite number in \[0, 1\) or None"),
-        ({"decay_every": 0, "schedule": "exponential"}, r"decay_every=0\): expected a number above 0 or None"),
-        ({"select": None}, r"select=None\): expected True or False"),
-        ({"phase": "a\0b"}, r"phase='a\\x00b': expected a plain name"),
-        ({"phase": "../../esc"}, r"expected a plain name"),
-        ({"phase": ".."}, r"expected a plain name"),
-        ({"out": ""}, r"out='' was given; expected the path of a folder"),
-    ],
-)
-def test_wrong_options(options: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+FITS: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 2.5}, r"steps=2\.5\): expected a whole number"),
+    ({"steps": "6"}, r"steps='6'\): expected a whole number"),
+    ({"steps": True}, r"steps=True\): expected a whole number"),
+    ({"log_every": 1.5}, r"log_every=1\.5\): expected a whole number"),
+    ({"exact_every": 1.5}, r"exact_every=1\.5\): expected a whole number"),
+    ({"exact_every": 0}, r"exact_every=0\): expected a whole number of 1 or more or None"),
+    ({"num_workers": 257}, r"num_workers=257\): expected a whole number from 0 to 256"),
+    ({"warmup": "2"}, r"warmup='2'\): expected a whole number"),
+    ({"ema_decay": float("nan")}, r"ema_decay=nan\): expected a finite number in \[0, 1\) or None"),
+    ({"decay_every": 0, "schedule": "exponential"}, r"decay_every=0\): expected a number above 0 or None"),
+    ({"select": None}, r"select=None\): expected True or False"),
+    ({"phase": "a\0b"}, r"phase='a\\x00b': expected a plain name"),
+    ({"phase": "../../esc"}, r"expected a plain name"),
+    ({"phase": ".."}, r"expected a plain name"),
+    ({"out": ""}, r"out='' was given; expected the path of a folder"),
+    # Of a wait, some step of the student is left, and its warm-up takes no longer than that.
+    *(({"steps": 5, "wait": wait}, f"wait={wait}: expected 0 or more, and fewer than steps=5") for wait in (-1, 5, 6)),
+    ({"steps": 5, "wait": 3, "warmup": 3}, "warmup=3: expected between 0 and steps=5 - wait=3"),
+    ({"steps": 5, "wait": 2}, r"wait=2 .*LossTrainer has no teacher"),
+    ({"labeled": None}, "labeled is None; expected a source"),
+    ({"validation": (X[:0], Y[:0])}, "at least one example"),
+    ({"validation": (X, Y[:3])}, r"a tensor of shape \(3,\).* for 8 examples"),
+    ({"validation": (X, Y + 1)}, r"the labels of validation run from 1 to 3; of 3 classes, expected 0 to 2"),
+    ({"validation": (X, Y - 1)}, r"run from -1 to 1"),
+    ({"validation": [(X, Y + 1)]}, r"run from 1 to 3"),
+    ({"validation": []}, "validation has no batches"),
+    ({"validation": 5}, "validation is of type int; expected tensors, or an iterable of batches"),
+    (
+        {"validation": X},
+        r"^validation is a tensor of shape \(8, 4\).*a batch of it is a tensor of shape \(4,\).*a pair",
+    ),
+    ({"validation": (X,)}, r"^validation is a tuple of 1 \(Tensor\).*expected a pair"),
+    ({"validation": (X, Y.tolist())}, r"^validation is a tuple of 2 \(Tensor, list\).*expected a pair"),
+    ({"validation": {"x": X, "y": Y}}, r"^validation is a dict with the keys 'x', 'y'; expected a pair"),
+    ({"validation": DataLoader(X, 4)}, r"^validation is of type DataLoader.*a batch of it is a tensor"),  # type: ignore[arg-type]
+    ({"validation": TensorDataset(X, Y)}, r"^validation is a data set.*DataLoader\(validation, 256\)"),
+    ({"validation": (X, Y.double())}, r"^the labels of validation are .* float64.*labels\.long\(\)"),
+    ({"validation": (X, Y), "truth": (X, Y + 1), "unlabeled": [X]}, r"the labels of truth run from 1 to 3"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), FITS)
+def test_a_fit_is_refused_before_its_first_step_and_leaves_no_file(
+    options: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    one: Any = metapl.BilevelTrainer(nn.Linear(4, 3), nn.Linear(4, 3))
+    if "unlabeled" not in options:
+        one = trainer(nn.Linear(4, 3))
+    before = copy.deepcopy(one.state_dict())
     with pytest.raises(MetaplError, match=text):
-        fit(trainer(nn.Linear(4, 3)), **{"out": "run", **options})
-    assert [*tmp_path.rglob("*")] == [tmp_path / "here"]
-
-
-def test_a_fit_without_labelled_data() -> None:
-    with pytest.raises(MetaplError, match="labeled is None; expected a source"):
-        trainer(nn.Linear(4, 3)).fit(None, steps=2)
-
-
-# ----------------------------------------------------------------------------------------------------- wrong data
-
-
-@pytest.mark.parametrize(
-    ("validation", "text"),
-    [
-        ((X[:0], Y[:0]), "at least one example"),
-        ((X, Y[:3]), r"a tensor of shape \(3,\).* for 8 examples"),
-        ((X, Y + 1), r"the labels of validation run from 1 to 3; of 3 classes, expected 0 to 2"),
-        ((X, Y - 1), r"run from -1 to 1"),
-        ([(X, Y + 1)], r"run from 1 to 3"),
-        ([], "validation has no batches"),
-        (5, "validation is of type int; expected tensors, or an iterable of batches"),
-        (X, r"^validation is a tensor of shape \(8, 4\).*a batch of it is a tensor of shape \(4,\).*expected a pair"),
-        ((X,), r"^validation is a tuple of 1 \(Tensor\).*expected a pair"),
-        ((X, Y.tolist()), r"^validation is a tuple of 2 \(Tensor, list\).*expected a pair"),
-        ({"x": X, "y": Y}, r"^validation is a dict with the keys 'x', 'y'; expected a pair"),
-        (torch.utils.data.DataLoader(X, 4), r"^validation is of type DataLoader.*a batch of it is a tensor"),
-        (torch.utils.data.TensorDataset(X, Y), r"^validation is a data set.*DataLoader\(validation, 256\)"),
-        ((X, Y.double()), r"^the labels of validation are .* float64.*labels\.long\(\)"),
-    ],
-)
-def test_validation_that_cannot_be_used_is_refused_before_the_first_step(validation: Any, text: str) -> None:
-    one = trainer(nn.Linear(4, 3))
-    with pytest.raises(MetaplError, match=text):
-        fit(one, validation=validation)
+        fit(one, **{"out": "run", **options})
     assert one.steps_done == 0
+    assert same(one.state_dict(), before)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "here"]
 
 
 def test_validation_that_is_read_twice_and_can_be_read_once_is_named() -> None:
     with pytest.raises(MetaplError, match=r"validation is of type generator, which can be read only once.*DataLoader"):
         fit(trainer(nn.Linear(4, 3)), validation=((x, y) for x, y in [(X, Y)]), validate_every=1)
-
-
-def test_truth_is_checked_as_validation_is() -> None:
-    one = metapl.BilevelTrainer(nn.Linear(4, 3), nn.Linear(4, 3))
-    with pytest.raises(MetaplError, match=r"the labels of truth run from 1 to 3"):
-        one.fit([(X, Y)], [X], steps=2, validation=(X, Y), truth=(X, Y + 1), progress=False)
-    assert one.steps_done == 0
-
-
-def test_evaluate_does_not_speak_of_labeled() -> None:
-    with pytest.raises(MetaplError, match=r"^the labeled data is a tensor of shape \(8, 4\)"):
-        trainer(nn.Linear(4, 3)).evaluate(X)
 
 
 def test_the_look_at_validation_changes_nothing() -> None:
@@ -171,7 +160,7 @@ def test_the_look_at_validation_changes_nothing() -> None:
         fit(trainer(model), validation=validation, validate_every=2)
         return model[0].weight.detach()
 
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4, shuffle=True)
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
     assert torch.equal(weights(None), weights(loader))
     assert torch.equal(weights(None), weights(iter([(X, Y)])))  # which can be read once
 
@@ -194,41 +183,13 @@ def test_batches_by_position_are_data() -> None:
     assert one.evaluate(ByPosition()).n == 8
 
 
-@pytest.mark.parametrize("data", [None, 5, {}, (), []], ids=repr)
-@pytest.mark.parametrize("call", ["predict", "evaluate"])
-def test_what_is_no_data(call: str, data: Any) -> None:
-    with pytest.raises(MetaplError):
-        getattr(trainer(nn.Linear(4, 3)), call)(data)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [X.int(), X > 0, X.double(), X.int().numpy(), (X > 0).numpy(), X.numpy().astype(np.uint16)],
-    ids=["int", "bool", "double", "int array", "bool array", "uint16 array"],
-)
-def test_inputs_of_another_type_than_the_weights(data: Any) -> None:
-    one = trainer(nn.Linear(4, 3))
-    with pytest.raises(MetaplError, match=r"cannot take inputs of \w+: its weights are float32.*x\.to\(torch\.float32"):
-        one.predict(data)
-    if isinstance(data, Tensor):
-        with pytest.raises(MetaplError, match="cannot take inputs of"):
-            one.evaluate((data, Y))
-
-
 def test_arrays_of_any_byte_order_and_width_are_predicted() -> None:
     one = trainer(nn.Linear(4, 3))
     for kind in (">f4", ">f8", "<f8"):
         assert torch.equal(one.predict(X.numpy().astype(kind)), one.predict(X))
 
 
-def test_a_model_that_has_diverged_predicts_nothing() -> None:
-    model = nn.Linear(4, 3)
-    nn.init.constant_(model.bias, float("nan"))
-    with pytest.raises(MetaplError, match=r"logits of 8 of 8 examples are not finite.*diverged"):
-        trainer(model).predict(X)
-
-
-# ----------------------------------------------------------------------------------------------------------- Logits
+# ---------------------------------------------------------------------------------- predictions, evaluations, logits
 
 
 class Returns(nn.Module):
@@ -240,17 +201,54 @@ class Returns(nn.Module):
         return {"logits": self.change(x)}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda x: x[:, 0], lambda x: x.long(), lambda x: x[:3], lambda x: x[None]],
-    ids=["1-D", "int", "rows", "3-D"],
+def predicted(data: Any) -> object:
+    return trainer(nn.Linear(4, 3)).predict(data)
+
+
+def evaluated(data: Any) -> object:
+    return trainer(nn.Linear(4, 3)).evaluate(data)
+
+
+def diverged() -> nn.Module:
+    model = nn.Linear(4, 3)
+    nn.init.constant_(model.bias, float("nan"))
+    return model
+
+
+OF_ANOTHER_TYPE = {
+    "int": X.int(),
+    "bool": X > 0,
+    "double": X.double(),
+    "int array": X.int().numpy(),
+    "bool array": (X > 0).numpy(),
+    "uint16 array": X.numpy().astype(np.uint16),
+}
+OTHER_TYPE, NO_LOGITS = (
+    r"inputs of \w+: its weights are float32.*x\.to\(torch\.float32",
+    r"expected floating-point logits \(ex",
 )
-def test_what_is_no_logits(change: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(MetaplError, match=r"expected floating-point logits \(examples, classes\)"):
-        Logits(Returns(change))(X)
+CALLS: dict[str, tuple[Callable[[], object], str]] = {
+    **{f"predict {x!r}": (partial(predicted, x), r"\w") for x in (None, 5, {}, (), [])},
+    **{f"evaluate {x!r}": (partial(evaluated, x), r"\w") for x in (None, 5, {}, (), [])},
+    **{f"predict {kind}": (partial(predicted, x), OTHER_TYPE) for kind, x in OF_ANOTHER_TYPE.items()},
+    **{f"evaluate {kind}": (partial(evaluated, (OF_ANOTHER_TYPE[kind], Y)), OTHER_TYPE) for kind in ("int", "double")},
+    "evaluate bool": (partial(evaluated, (X > 0, Y)), OTHER_TYPE),
+    "evaluate without labels": (partial(evaluated, X), r"^the labeled data is a tensor of shape \(8, 4\)"),
+    "diverged": (lambda: trainer(diverged()).predict(X), r"logits of 8 of 8 examples are not finite.*diverged"),
+    "logits of one axis": (lambda: Logits(Returns(lambda x: x[:, 0]))(X), NO_LOGITS),
+    "whole logits": (lambda: Logits(Returns(lambda x: x.long()))(X), NO_LOGITS),
+    "logits of fewer rows": (lambda: Logits(Returns(lambda x: x[:3]))(X), NO_LOGITS),
+    "logits of three axes": (lambda: Logits(Returns(lambda x: x[None]))(X), NO_LOGITS),
+    "logits of nothing": (lambda: Logits(None), r"of type NoneType; expected a torch\.nn\.Module"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_what_cannot_be_predicted_is_refused(what: str) -> None:
+    call, text = CALLS[what]
+    with pytest.raises(MetaplError, match=text):
+        call()
+
+
+def test_logits_are_found_in_a_dict() -> None:
     assert Logits(Returns(lambda x: x))(X).shape == X.shape
-
-
-def test_logits_of_nothing() -> None:
-    with pytest.raises(MetaplError, match=r"Logits was given of type NoneType; expected a torch\.nn\.Module"):
-        Logits(None)  # type: ignore[arg-type]  # what is refused
