@@ -268,6 +268,7 @@ Means = Mapping[str, Any]
 NEWEST = 0.02  # share of the newest step in the means, once they are over more than 50 steps
 
 
+@torch.no_grad()
 def updated(kept: Means, pushes: Sequence[Tensor], step: InnerStep, labeled: Any, ranks: Ranks) -> Means:
     """The means with one step more: plain ones of the first 50 steps, then exponential ones. ``spread`` is the sum of
     the squares of the steps' weights, 1/n in a plain mean of n. Of other shapes than before, they begin anew."""
@@ -300,9 +301,10 @@ def figures(kept: Means) -> dict[str, Tensor]:
     mean class probabilities of the pseudo-labels from the shares of the classes among the labels.
     """
     found = {}
-    if "feedback" in kept:
+    if "feedback" in kept and kept["spread"] < 1:  # after one step, nothing is known of the noise
         signal, square = kept["feedback"].square().sum(), kept["feedback_square"]
-        found["feedback_snr"] = (signal - kept["spread"] * square) / (square - signal)
+        noise = (square - signal).clamp_min(torch.finfo(square.dtype).tiny)  # which is 0 without feedback
+        found["feedback_snr"] = (signal - kept["spread"] * square) / noise
     if "shares_off" in kept:
         found["class_shares_vs_labeled"] = kept["shares_off"].abs().sum() / 2
     return found
