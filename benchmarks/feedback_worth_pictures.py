@@ -56,16 +56,17 @@ WHICH, LABELED, WEAK, STRONG, FINETUNING = range(5)
 
 
 class Norm(nn.BatchNorm2d):
-    """Batch norm by the statistics of a pass, or of its first ``known`` pictures."""
+    """Batch norm, in the weights' precision, by the statistics of a pass or of its first ``known`` pictures."""
 
     def __init__(self, channels: int, known: int | None) -> None:
         super().__init__(channels, track_running_stats=False)
         self.known = known
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
         if self.known is None:
             return super().forward(x)
-        var, mean = torch.var_mean(x[: self.known].float(), (0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x[: self.known], (0, 2, 3), correction=0)
         return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
 
@@ -251,7 +252,8 @@ class GeneratedTask:
     def _labeled(self, stream: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Strongly changed labeled pictures, and one-hot labels."""
         pictures, labels = self.labeled
-        targets, seed = F.one_hot(labels, len(self.problem.classes)).float(), torch.arange(len(self.seeds))[:, None]
+        targets = F.one_hot(labels, len(self.problem.classes)).float()
+        seed = torch.arange(len(self.seeds), device=self.device)[:, None]
         for step in range(steps):
             chunk, t = divmod(step, CHUNK)
             if t == 0:
