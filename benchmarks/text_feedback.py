@@ -179,7 +179,7 @@ def jobs(raw: Path, miniature: bool) -> Iterator[Row]:
     def job(part: str, arm: str, seed: int, settings: Settings) -> Row:
         return {"part": part, "arm": arm, "seed": seed, "settings": asdict(settings)}
 
-    for some in (arms[:1], arms[1:]):
+    for some in (arms[:2], arms[2:]):
         for seed in SEEDS["look"][:few]:
             for arm in some:
                 modes = list(GRIDS)[bool(ARMS[arm].keys() & OF_FEEDBACK) :]
