@@ -93,6 +93,8 @@ def test_the_page_on_what_to_try_shows_the_tables_of_the_text_and_quotes_those_o
     quoted = re.findall(r"\d+\.\d points \(p = [^)]+\)", said)
     assert len(quoted) >= 6
     assert all(one in text for one in quoted)
+    first = study.paired(rows, "look", study.NEW)[1][0]
+    assert f"ended at {first['outer_loss']:.2f} where the held-out loss was {first['held_out_loss']:.2f}" in page
     for module in ("text_feedback", "text_corpus"):
         sys.modules.pop(module)
 
