@@ -28,6 +28,7 @@ STUDIES = {
     "pictures_study": ("--jobs", "1"),
     "student_or_mpl": (),
     "suspects": (),
+    "text_feedback": (),
     "two_moons": (),
     "when": (),
 }
@@ -396,6 +397,59 @@ def test_the_labels_that_a_teacher_learns_before_are_as_wrong_as_they_are_called
         # One end of a class: its pictures are nearer to each other than those of the class are.
         kept, all_of_it = pictures[given == 3], x[y == 3]
         assert float(kept.var(0).sum()) < 0.95 * float(all_of_it.var(0).sum())
+
+
+@pytest.mark.parametrize("module", ["text_feedback"], indirect=True)
+def test_the_study_of_a_text_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    miniature("text_feedback", out)
+    rows = module.read(out)
+    assert [row["part"] for row in rows] == 5 * ["look"] + 4 * ["tuning"] + 4 * ["final"]
+    best = module.chosen(rows)
+    for row in rows:
+        assert ("student_test" in row) == (row["part"] == "final") != ("student_validation" in row)
+        assert bool(row["looks"]) == (
+            (row["part"], row["arm"], row["settings"]["mode"]) == ("look", module.NEW, "forward")
+        )
+        if (row["part"], row["arm"]) == ("final", "tuned"):
+            assert module.Settings(**row["settings"]) == best[row["settings"]["mode"]]
+        if row["settings"]["ratio"] is not None:
+            assert row["feedback_ratio"] == pytest.approx(row["settings"]["ratio"], rel=1e-3)
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
+    miniature("text_feedback", out)
+    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
+    page.write_text("before\n<!-- text:begin -->\n<!-- text:end -->\nafter\n")
+    run("text_feedback", "--out", out, "--write", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    for name in ("as it is", module.NEW, f"*test texts:* {module.NEW}", "*test texts:* tuned"):
+        assert text.count(f"\n| {name} |") == 1
+
+
+@pytest.mark.parametrize("module", ["text_feedback"], indirect=True)
+def test_the_texts_have_equal_classes_and_do_not_name_their_packages(module: ModuleType) -> None:
+    texts = module.texts
+    data, _ = texts.corpus(True)
+    for part, (x, y) in data.items():
+        assert y.bincount().tolist() == len(texts.PACKAGES) * [texts.SPLIT[part] // 10]
+        assert x.shape[1] == texts.LENGTH
+        assert int(x.max()) < texts.SIZE
+        assert bool((x == texts.MASK).any())
+    assert texts.words_of("Like NumPy's np_sum(12)") == [
+        "like",
+        "[mask]",
+        "'",
+        "s",
+        "[mask]",
+        "sum",
+        "(",
+        "1",
+        "2",
+        ")",
+    ]
 
 
 @pytest.mark.long

@@ -76,6 +76,34 @@ def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alo
             assert sorted(row["seed"] for row in final) == list(digits_study.FULL.seeds)
 
 
+def test_the_page_on_what_to_try_shows_the_tables_of_the_text_and_quotes_those_of_the_digits(tables: object) -> None:
+    import text_feedback as study
+
+    rows = study.read()
+    assert shown("text") == study.table(rows)
+    assert len({(row["encoder"], row["text"]) for row in rows}) == 1
+    assert len({len(grid) for grid in study.GRIDS.values()}) == 1
+    for row in rows:
+        assert ("student_test" in row) == (row["part"] == "final")
+        assert row["seed"] in study.SEEDS[row["part"]]
+    assert len(set().union(*study.SEEDS.values())) == sum(map(len, study.SEEDS.values()))
+    page = (PAGE.parent / "no-help.md").read_text()
+    said, text = (
+        " ".join(page.split("## On a text")[0].split()),
+        " ".join(PAGE.with_name("when.md").read_text().split()),
+    )
+    quoted = re.findall(r"\d+\.\d points \(p = [^)]+\)", said)
+    assert len(quoted) >= 6
+    assert all(one in text for one in quoted)
+    seen = page.split("What was seen so far")[1].split("<!-- text:begin -->")[0]
+    assert all(number in shown("text") for number in re.findall(r"[+-]?\d+\.\d{1,3}(?!\d)", seen.replace("0.001", "")))
+    cosines = [row["looks"]["as it is"][at][2] for row in rows if row["looks"] for at in (0, 1)]
+    assert min(cosines) < 0 < 0.95 < max(cosines)
+    assert all(row["looks"]["other labels in the outer batch"][0][2] > 0.9 for row in rows if row["looks"])
+    for module in ("text_feedback", "text_corpus"):
+        sys.modules.pop(module)
+
+
 def test_the_page_shows_the_table_of_feedback_sizes(tables: object) -> None:
     import json
 
