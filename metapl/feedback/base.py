@@ -159,9 +159,10 @@ def divisor(normalization: str, step: InnerStep, w: Tree | None = None) -> Tenso
     """The divisor of h, by the name of the normalization.
 
     ``"gradient"``: 1. This is the true gradient; it is proportional to η and so decays with the schedule.
-    ``"learning_rate"``: η, so that the size depends on the labeled gradient only. ``"cosine"``: ‖w‖·‖g‖. The sum of h
-    over the batch (of sampled labels) is then the cosine between the student's step and the labeled gradient, in
-    [−1, 1]; within a step the teacher's gradient keeps its direction, but its sizes in different steps change.
+    ``"learning_rate"``: η, so that the size depends on the labeled gradient only; for SGD, because over an η as small
+    as Adam's h drowns the teacher's own losses (docs/no-help.md). ``"cosine"``: ‖w‖·‖g‖. The sum of h over the batch
+    (of sampled labels) is then the cosine between the student's step and the labeled gradient, in [−1, 1]; within a
+    step the teacher's gradient keeps its direction, but its sizes in different steps change.
     """
     if normalization == "learning_rate":
         eta = step.update.learning_rate
