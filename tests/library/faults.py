@@ -364,13 +364,15 @@ def interval_of_one_side(patch: pytest.MonkeyPatch) -> None:
 def frozen_alias_goes_unwatched(patch: pytest.MonkeyPatch) -> None:
     """Where a frozen parameter shares the memory of a learned one, writes to it are taken for a buffer's."""
 
-    def watch(self: Weights) -> Watch:
-        frozen_last = sorted(self._held, key=lambda one: not one[-1])
-        weights = {memory_of(t): name if learned else t for name, t, *_, learned in frozen_last}
-        weights.pop(None, None)
-        return Watch(self._refuse, weights)
+    begin = Watch.__init__
 
-    patch.setattr(Weights, "watch", watch)
+    def frozen_last(self: Watch, weights: Weights) -> None:
+        begin(self, weights)
+        held = sorted(weights.held, key=lambda one: not one[-1])
+        self.weights = {memory_of(t): name if learned else t for name, t, *_, learned in held}
+        self.weights.pop(None, None)
+
+    patch.setattr(Watch, "__init__", frozen_last)
 
 
 def compared_without_a_gradient(patch: pytest.MonkeyPatch) -> None:
