@@ -339,17 +339,18 @@ def test_the_study_of_feedback_s_worth_goes_on_where_it_was_stopped(
 ) -> None:
     out, folder = tmp_path / "rows.jsonl", ("--device", device, "--folder", tmp_path)
     size = module.MINIATURE if device == "cpu" else module.sizes_of_pictures(miniature=True)
+    arms = module.EVERY if device == "cpu" else module.ARMS
 
     def command() -> str:
         return run("feedback_worth", "--miniature", "--out", out, "--workers", "1", *folder)
 
     printed, before = command(), module.read(out)
     tuned = len(size.tuning_seeds) * size.configurations
-    assert len(before) == len(size.places) * len(module.ARMS) * (tuned + len(size.seeds))
+    assert len(before) == len(size.places) * len(arms) * (tuned + len(size.seeds))
     for row in before:
         assert ("labels_right" in row) == row["final"]
         if row["arm"] != "late":  # whose student may begin after so few steps
-            assert any(row.get("ratio", [])) == (row["arm"] in ("mpl", "push"))
+            assert any(row.get("ratio", [])) == (row["arm"] in ("mpl", "push", "mpl_aligned"))
     assert printed.count(f"| {module.ARMS['mpl'].title} |") == len(size.places)
     out.write_text("".join(out.read_text().splitlines(keepends=True)[: -len(size.seeds)]))
     again = command()

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metapl.metrics import interval
@@ -373,7 +374,7 @@ def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_ha
 
     rows = study.read()
     assert shown("feedback-worth") == study.block(rows)
-    for place, (name, arm) in itertools.product(study.PLACES, study.ARMS.items()):
+    for place, (name, arm) in itertools.product(study.PLACES, study.EVERY.items()):
         tuning, final = (study.of(rows, place, name, final=final) for final in (False, True))
         assert {study.Rule(**row["rule"]) for row in tuning} == {*arm.rules}
         assert len(tuning) == 8 * len(study.Size.tuning_seeds)
@@ -387,6 +388,38 @@ def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_ha
     )
     assert f"{gap} points (95 % -2.0 to -0.0, p = {p})" in pages[0]
     assert f"{gap.removeprefix('-')} points (p = {p}) *behind* it" in pages[1]
+
+    def above(place: int, first: str, second: str) -> float:
+        d = np.subtract(*(study.delivered(rows, study.PLACES[place], name) for name in (first, second)))
+        return 100 * float(d.mean())
+
+    others = [[above(place, "mpl", name) for name in ("uda", "fixmatch", "none")] for place in range(4)]
+    two, four, two_uneven, four_uneven = ([f"{gain:.1f}" for gain in gains] for gains in others)
+    assert f"MPL is {two[0]} points above UDA, {two[1]} above FixMatch and {two[2]} above the same loop" in pages[1]
+    assert f"it is {two_uneven[0]}, {two_uneven[1]} and {two_uneven[2]} above them" in pages[1]
+    assert f"At 4 labels it is {four[0]} and {four_uneven[0]} above UDA" in pages[1]
+    assert f"FixMatch ({four[1]} and {four_uneven[1]}) or that loop ({four[2]} and {four_uneven[2]})" in pages[1]
+    behind = [above(place, "none_aligned", "mpl_aligned") for place in range(4)]
+    assert f"it is {min(behind):.1f} to {max(behind):.1f} points below the same loop" in pages[1]
+    ahead = [above(place, "uda_aligned", "mpl") for place in range(4)]
+    assert (
+        f"(MPL is {ahead[0]:.1f} below), and is {min(ahead[1:]):.1f} to {max(ahead[1:]):.1f} points ahead" in pages[1]
+    )
+    late = [study.delivered(rows, place, "late") for place in study.PLACES]
+    paired = zip(study.PLACES, late, strict=True)
+    medians = [100 * np.median(np.subtract(study.delivered(rows, place, "mpl"), of)) for place, of in paired]
+    assert "the medians are {:.1f}, {:.1f}, {:.1f} and {:.1f} points".format(*medians) in pages[1]
+    assert [sum(value < 0.5 for value in values) for values in late] == [0, 1, 1, 1]
+
+    def seconds(name: str) -> float:
+        return sum(row["seconds"] for place in study.PLACES for row in study.of(rows, place, name, final=True))
+
+    more = [seconds(name) / seconds("mpl") for name in study.ARMS if name != "mpl"]
+    assert f"the other arms took {min(more):.1f} to {max(more):.1f} times MPL's seconds" in pages[1]
+    assert f"the push {seconds('push') / seconds('mpl'):.1f}. That is" in pages[1]
+    for place in study.PLACES:
+        picked = {name: study.chosen(rows, place, name)[0] for name in ("push", "fixmatch", "mpl")}
+        assert (picked["push"].size, picked["fixmatch"].threshold, picked["mpl"].size) == (0.1, 0.8, 1.0)
 
 
 def test_the_study_of_when_feedback_helps_was_run_as_it_says(tables: object) -> None:
