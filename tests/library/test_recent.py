@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import toy
+from sharded_cases import OfTokens
 from trainers import trainer_for
 
 import metapl
@@ -123,22 +124,9 @@ def test_a_trainer_goes_on_with_its_means() -> None:
     assert reports[0]["inner_loss"] == reports[2]["inner_loss"]
 
 
-class _OfTokens(metapl.problems.Problem):
-    """Labels of tokens, in sequences of any length."""
-
-    def signal(self, teacher: torch.nn.Module, batch: torch.Tensor, *_: object, **__: object) -> metapl.Signal:
-        return metapl.Signal(teacher(batch).softmax(-1))
-
-    def inner_loss(self, outputs: torch.Tensor, signal: metapl.Signal, *_: object) -> torch.Tensor:
-        return -(signal.value * outputs.log_softmax(-1)).sum(-1).mean(-1)
-
-    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
-
-
 def test_sequences_of_other_lengths_in_one_step_and_in_the_next() -> None:
     teacher, student = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=_OfTokens(), lookahead=2)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=OfTokens(), lookahead=2)
     labeled = torch.randn(4, 6, 5), torch.zeros(4, 6, dtype=torch.long)
     for lengths in ((4, 7), (900, 2), (3, 3)):
         found = trainer.step(labeled, metapl.Lookahead([torch.randn(4, n, 5) for n in lengths]))
@@ -149,7 +137,7 @@ def test_sequences_of_other_lengths_in_one_step_and_in_the_next() -> None:
 def test_what_many_tokens_push_alike_does_not_cancel() -> None:
     """Gradients in the logits of a token sum to zero; so would sums over pieces whose classes are shifted."""
     teacher, student = torch.nn.Linear(5, 3).double(), torch.nn.Linear(5, 3).double()
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=_OfTokens())
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=OfTokens())
     x = torch.ones(2, 3 * ENTRIES, 5, dtype=torch.float64)
     trainer.step((x, torch.zeros(2, 3 * ENTRIES, dtype=torch.long)), x)
     push = trainer.hypergradient((x, torch.zeros(2, 3 * ENTRIES, dtype=torch.long)), x).grads["bias"]
