@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -59,7 +61,8 @@ class TeacherPass:
         self.teacher, self.problem, self.batch, self.ranks = teacher, problem, batch, ranks
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self._slots, self.records = slots, records
-        self._outputs: list[Tensor] = []
+        self._outputs: list[tuple[Tensor, int]] = []  # and their versions, as they were returned
+        self._nested = False  # whether an input of a pass depends on another pass
         if not recompute:
             self.signal = self._run()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
             return
@@ -128,6 +131,7 @@ class TeacherPass:
                 return output
             # What else the pass computes from an output is before the view, whose gradient is that of the losses alone.
             views: dict[int, Tensor] = {}
+            self._nested |= any(t.requires_grad for t in tensors_in(args))
 
             def viewed(t: Any) -> Any:
                 if t.requires_grad and id(t) not in views:
@@ -136,7 +140,7 @@ class TeacherPass:
 
             output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
             # A weight that is returned as it is has no gradient under no_grad.
-            self._outputs += [t for t in views.values() if t.requires_grad]
+            self._outputs += [(t, t._version) for t in views.values() if t.requires_grad]
             return output
 
         return self.teacher.register_forward_hook(record)
@@ -180,8 +184,8 @@ class TeacherPass:
                 "all examples, gets its feedback from several processes; use feedback_weight."
             )
         with overwritten_explained("teacher"):
-            at_feedback = self._gradients(from_feedback, "the signal", ratio)
-            at_own = self._gradients(from_own, "a teacher loss", ratio)
+            at_feedback, further = self._gradients(from_feedback, "the signal", ratio)
+            at_own, further_too = self._gradients(from_own, "a teacher loss", ratio)
             # Over the rows of all ranks; both sizes are in units of a mean over the ranks.
             sizes = _size(at_feedback, from_feedback), _size(at_own, from_own)
             of_feedback, of_own = (size * torch.nan if shared else self.ranks.pooled(size) for size in sizes)
@@ -189,48 +193,66 @@ class TeacherPass:
             if ratio is not None:
                 factor = ratio * of_own / of_feedback.clamp_min(torch.finfo(of_feedback.dtype).tiny)
                 factor = torch.where(of_feedback > 0, factor, 0.0)
-            total = factor * from_feedback + from_own
-            if total.requires_grad:
-                total.backward()
-        pushes = [wide(g).sum(0).flatten() for g in at_feedback or () if g.layout == torch.strided and not g.is_nested]
-        return scalars, factor * of_feedback, of_own, torch.cat(pushes) if pushes else None
+            if at_feedback is None or at_own is None or further or further_too or self._nested:
+                total = factor * from_feedback + from_own
+                if total.requires_grad:
+                    total.backward()
+            else:  # on from the outputs, so that no operation above them runs backward twice
+                both = [
+                    (t, own if h is None else factor * h if own is None else factor * h + own)
+                    for (t, _), h, own in zip(self._outputs, at_feedback, at_own, strict=True)
+                    if h is not None or own is not None
+                ]
+                if both:
+                    torch.autograd.backward([t for t, _ in both], [g for _, g in both])
+        found = [g for g in at_feedback or () if g is not None]
+        pushes = [wide(g).sum(0).flatten() for g in found if g.layout == torch.strided and not g.is_nested]
+        g = torch.cat(pushes or [of_own.new_empty(0)])
+        pieces = F.pad(g, (0, -len(g) % ENTRIES)).view(-1, ENTRIES)
+        # With weights by which the classes of a token, whose gradients sum to zero, do not cancel.
+        folded = torch.arange(len(pieces), dtype=g.dtype, device=g.device).mul(math.sqrt(2)).cos() @ pieces
+        return scalars, factor * of_feedback, of_own, folded if pushes else None
 
-    def _gradients(self, loss: Tensor, name: str, ratio: float | None) -> list[Tensor] | None:
-        """The gradients of a loss at the teacher's outputs, by a backward pass down to these alone; None, or with a
-        ratio an error, for a loss that depends on a weight in another way."""
-        if self._passes_by(loss):
+    def _gradients(self, loss: Tensor, name: str, ratio: float | None) -> tuple[list[Tensor | None] | None, bool]:
+        """The gradients of a loss at the teacher's outputs, by a backward pass down to these alone, and whether it
+        depends on further tensors that require a gradient. None in their place, or with a ratio an error, for a loss
+        that depends on a weight in another way."""
+        outputs, weights = [t for t, _ in self._outputs], {id(p) for p in self._slots.learned.values()}
+        beside = self._beside(loss)
+        if beside & weights or any(t._version != version for t, version in self._outputs):
             if ratio is not None:
                 raise MetaplError(
                     f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on "
-                    "the teacher's weights in another way, such as through another method or an output that is not a "
-                    "tensor, tuple or dict. Let forward return what it depends on, or use feedback_weight."
+                    "the teacher's weights in another way, such as through another method, an output that is not a "
+                    "tensor, tuple or dict, or one that was changed in place. Let forward return what it depends on, "
+                    "write z = z / 2 for z /= 2, or use feedback_weight."
                 )
-            return None
-        if not (loss.requires_grad and self._outputs):
-            return []
-        found = torch.autograd.grad(loss, self._outputs, retain_graph=True, allow_unused=True)
-        return [g for g in found if g is not None]
+            return None, True
+        if not (loss.requires_grad and outputs):
+            return [None] * len(outputs), bool(beside)
+        return [*torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)], bool(beside)
 
-    def _passes_by(self, loss: Tensor) -> bool:
-        """Whether a loss depends on a weight otherwise than through the teacher's outputs."""
-        weights = {id(p) for p in self._slots.learned.values()}
-        seen = {(t.grad_fn, t.output_nr) for t in self._outputs}
+    def _beside(self, loss: Tensor) -> set[int]:
+        """The tensors that require a gradient and that a loss depends on otherwise than through the outputs."""
+        seen = {(t.grad_fn, t.output_nr) for t, _ in self._outputs}
         edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
+        found: set[int] = set()
         while edges:
             edge = edges.pop()
             if edge[0] is None or edge in seen:
                 continue
             seen.add(edge)
-            if id(getattr(edge[0], "variable", None)) in weights:
-                return True
+            if hasattr(edge[0], "variable"):
+                found.add(id(edge[0].variable))
             edges += edge[0].next_functions
-        return False
+        return found
 
 
 Objective = tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]
 """Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
 them; the norms of the gradients of the feedback and of these at the teacher's outputs; and the gradient of the
-feedback, at weight 1, in a bias that is added to these outputs: the sum over the rows. None where it cannot be told."""
+feedback, at weight 1, in a bias that is added to these outputs: the sum over the rows, of as many entries as
+:data:`ENTRIES`, by zeros behind it or as a sum of its pieces. None where it cannot be told."""
 
 
 def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
@@ -257,14 +279,14 @@ def _norm(sizes: Sequence[Tensor]) -> Tensor:
     return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
 
 
-def _size(gradients: Sequence[Tensor] | None, loss: Tensor) -> Tensor:
-    if not gradients:
-        return loss.new_full((), torch.nan if gradients is None else 0.0)
-    return _norm([torch.linalg.vector_norm(wide(g)).to(loss.dtype) for g in gradients])
+def _size(gradients: Sequence[Tensor | None] | None, loss: Tensor) -> Tensor:
+    sizes = [torch.linalg.vector_norm(wide(g)).to(loss.dtype) for g in gradients or () if g is not None]
+    return _norm(sizes) if sizes else loss.new_full((), torch.nan if gradients is None else 0.0)
 
 
 # What one batch is too small to show: means over the last hundred steps or so, kept on the device.
 Means = Mapping[str, Any]
+ENTRIES = 1024  # of a gradient, alike in all steps and processes, whose sequences may be of any lengths
 NEWEST = 0.02  # share of the newest step in the means, once they are over more than 50 steps
 
 
@@ -272,15 +294,16 @@ NEWEST = 0.02  # share of the newest step in the means, once they are over more 
 def updated(kept: Means, pushes: Sequence[Tensor], step: InnerStep, labeled: Any, ranks: Ranks) -> Means:
     """The means with one step more: plain ones of the first 50 steps, then exponential ones. ``spread`` is the sum of
     the squares of the steps' weights, 1/n in a plain mean of n. Of other shapes than before, they begin anew."""
-    q = step.signal.probs if step.signal.sampled else step.signal.value
+    q: Any = step.signal.probs if step.signal.sampled else step.signal.value
     new: dict[str, Any] = {}
     if pushes:
         g = ranks.mean(sum(pushes[1:], pushes[0]))
         new = {"feedback": g, "feedback_square": g.square().sum()}
-    labels: Any = labeled[1] if isinstance(labeled, tuple) and len(labeled) > 1 else None
-    if step.problem.teacher_classifies and q is not None and q.ndim == 2 and getattr(labels, "ndim", 0) == 1:
-        is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)
-        new["shares_off"] = ranks.mean(q.mean(0) - is_class.to(q.dtype).mean(0))
+    labels: Any = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
+    classes = step.problem.teacher_classifies and q is not None and q.ndim == 2 and q.is_floating_point()
+    if classes and isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
+        is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)  # of ignored ones, none
+        new["shares"] = ranks.mean(torch.stack([q.mean(0), is_class.to(q.dtype).mean(0)]))
     shapes = {name: t.shape for name, t in kept.items() if name != "spread"}
     if not kept or shapes != {name: t.shape for name, t in new.items()}:
         return {**new, "spread": 1.0}
@@ -305,6 +328,7 @@ def figures(kept: Means) -> dict[str, Tensor]:
         signal, square = kept["feedback"].square().sum(), kept["feedback_square"]
         noise = (square - signal).clamp_min(torch.finfo(square.dtype).tiny)  # which is 0 without feedback
         found["feedback_snr"] = (signal - kept["spread"] * square) / noise
-    if "shares_off" in kept:
-        found["class_shares_vs_labeled"] = kept["shares_off"].abs().sum() / 2
+    if "shares" in kept:
+        pseudo, labeled = kept["shares"]
+        found["class_shares_vs_labeled"] = (pseudo - labeled / labeled.sum()).abs().sum() / 2
     return found

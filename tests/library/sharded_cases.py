@@ -506,6 +506,29 @@ def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, *
     return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
 
 
+class OfTokens(metapl.problems.Problem):
+    """Labels of tokens, in sequences of any length."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch).softmax(-1))
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return -(signal.value * outputs.log_softmax(-1)).sum(-1).mean(-1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
+
+
+def other_lengths() -> list[Tensor]:
+    """What processes with sequences of other lengths keep of the feedback."""
+    teacher, student = (laid_out(nn.Linear(5, CLASSES), "ddp") for _ in range(2))
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=OfTokens())
+    for n in (3, 5):
+        x = torch.randn(2, n + dist.get_rank(), 5)
+        trainer.step((x, x.argmax(-1) % CLASSES), x)
+    return [trainer.recent["feedback"], trainer.recent["feedback_square"]]
+
+
 class Even(nn.Module):
     """A teacher loss on a matrix: it is kept near one."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import metapl
 
@@ -234,15 +237,62 @@ def test_the_ratio_of_a_teacher_that_is_applied_to_its_own_output() -> None:
     assert trainer.step(labeled, u).feedback_ratio == pytest.approx(expected, rel=1e-9)
 
 
-def test_outputs_that_a_problem_changes_in_place() -> None:
-    class InPlace(metapl.PseudoLabels):
-        def signal(self, teacher: nn.Module, batch: torch.Tensor, *_: object, **__: object) -> metapl.Signal:
-            logits = teacher(batch)
-            logits /= 0.5
-            return metapl.Signal(logits.softmax(-1))
+class _InPlace(metapl.PseudoLabels):
+    def signal(self, teacher: nn.Module, batch: torch.Tensor, *_: object, **__: object) -> metapl.Signal:
+        logits = teacher(batch)
+        logits /= 0.5
+        return metapl.Signal(logits.softmax(-1))
 
-    trainer, plain = _trainer(problem=InPlace()), _trainer(problem=metapl.PseudoLabels(temperature=0.5))
+
+def test_outputs_that_a_problem_changes_in_place() -> None:
+    """The step is right, and the ratio, which would be that at the changed outputs, is not told."""
+    trainer, plain = _trainer(problem=_InPlace()), _trainer(problem=metapl.PseudoLabels(temperature=0.5))
     plain.step(*_batch())
-    assert 0 < trainer.step(*_batch()).feedback_ratio < 10
+    assert math.isnan(trainer.step(*_batch()).feedback_ratio)
     for p, other in zip(trainer.teacher.parameters(), plain.teacher.parameters(), strict=True):
         torch.testing.assert_close(p, other)
+    with pytest.raises(metapl.MetaplError, match="changed in place"):
+        _trainer(problem=_InPlace(), feedback_ratio=0.5).step(*_batch())
+
+
+class _Fused(torch.autograd.Function):
+    """A cross entropy that keeps its gradient and scales it in place in its backward, as fused losses do."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            again = z.detach().requires_grad_()
+            loss = nn.functional.cross_entropy(again, y)
+            (ctx.g,) = torch.autograd.grad(loss, again)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        return ctx.g.mul_(g), None
+
+
+class _Plain:
+    name = "halved"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        return 0.5 * self.of(2 * teacher(labeled[0]), labeled[1])
+
+    def of(self, z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y)
+
+
+class _OfFused(_Plain):
+    def of(self, z: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = _Fused.apply(z, y)
+        return loss
+
+
+@pytest.mark.parametrize("options", [{}, {"feedback_weight": 0.3}, {"feedback_ratio": 0.5}], ids=str)
+def test_no_operation_of_a_loss_runs_backward_twice(options: dict[str, float]) -> None:
+    """Such as one that scales what it keeps in place, which would be scaled again."""
+    fused, plain = (
+        _moved(teacher_losses=(loss,), **options)
+        for loss in (_OfFused(), _Plain())  # type: ignore[arg-type]
+    )
+    torch.testing.assert_close(fused[0], plain[0])
+    assert fused[1] == pytest.approx(plain[1])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import toy
+from sharded_cases import OfTokens
 from trainers import trainer_for
 
 import metapl
 from metapl.execution.ranks import ALONE
-from metapl.feedback.teacher import NEWEST, Means, figures, updated
+from metapl.feedback.teacher import ENTRIES, NEWEST, Means, figures, updated
 from metapl.training.selection import Selection
 
 STEP: Any = SimpleNamespace(signal=metapl.Signal(torch.zeros(2)), problem=metapl.problems.Problem)
@@ -71,7 +72,9 @@ def test_the_gradient_is_that_in_the_bias_of_the_teachers_last_layer(mode: str, 
     batches = tuple(t[:4] for t in case.labeled), case.unlabeled
     g = trainer.hypergradient(*batches, generator=torch.Generator().manual_seed(3)).grads["3.bias"]
     trainer.step(*batches)
-    torch.testing.assert_close(trainer.recent["feedback"], g)
+    torch.testing.assert_close(trainer.recent["feedback"][: len(g)], g)
+    assert not trainer.recent["feedback"][len(g) :].any()
+    assert not trainer.recent["feedback"].requires_grad
     trainer.step(*batches)
     assert math.isfinite(trainer.step(*batches).feedback_snr)
 
@@ -80,7 +83,7 @@ def test_no_graph_is_kept_from_step_to_step() -> None:
     case = toy("mlp")
     trainer = trainer_for(case, "unrolled")
     trainer.step(**case.data())
-    assert not any(trainer.recent[name].requires_grad for name in ("feedback", "shares_off"))
+    assert not any(trainer.recent[name].requires_grad for name in ("feedback", "shares"))
 
 
 def test_without_feedback_there_is_no_signal_to_noise() -> None:
@@ -126,6 +129,64 @@ def test_a_trainer_goes_on_with_its_means() -> None:
     assert reports[0] == reports[1]
     assert "feedback_snr" not in reports[2]
     assert reports[0]["inner_loss"] == reports[2]["inner_loss"]
+
+
+def test_sequences_of_other_lengths_in_one_step_and_in_the_next() -> None:
+    teacher, student = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=OfTokens(), lookahead=2)
+    labeled = torch.randn(4, 6, 5), torch.zeros(4, 6, dtype=torch.long)
+    for lengths in ((4, 7), (900, 2), (3, 3)):
+        found = trainer.step(labeled, metapl.Lookahead([torch.randn(4, n, 5) for n in lengths]))
+        assert trainer.recent["feedback"].shape == (ENTRIES,)
+    assert math.isfinite(found.feedback_snr)
+
+
+def test_what_many_tokens_push_alike_does_not_cancel() -> None:
+    """Gradients in the logits of a token sum to zero; so would sums over pieces whose classes are shifted."""
+    teacher, student = torch.nn.Linear(5, 3).double(), torch.nn.Linear(5, 3).double()
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=OfTokens())
+    x = torch.ones(2, 3 * ENTRIES, 5, dtype=torch.float64)
+    trainer.step((x, torch.zeros(2, 3 * ENTRIES, dtype=torch.long)), x)
+    push = trainer.hypergradient((x, torch.zeros(2, 3 * ENTRIES, dtype=torch.long)), x).grads["bias"]
+    assert float(trainer.recent["feedback_square"].sqrt()) > 1e-4 * float(push.norm()) > 0
+
+
+class _OwnLabels(metapl.PseudoLabels):
+    """Labels of which the problem knows which to leave out."""
+
+    def check(self, outputs: torch.Tensor, labeled: Any, unlabeled: Any) -> None:
+        pass
+
+    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        if batch[1].is_floating_point():
+            return (outputs[:, 0] - batch[1]).square().mean()
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+
+def test_labels_that_are_left_out_are_of_no_class() -> None:
+    """The shares are those among the others; numbers are no classes."""
+    case = toy("mlp")
+    trainer = trainer_for(case, "forward", problem=_OwnLabels(), teacher_losses=())
+    report = trainer.step((case.labeled[0], torch.tensor([0, -100, 2, 2, -100])), case.unlabeled)
+    shares = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64) / 3
+    assert report.class_shares_vs_labeled == pytest.approx(
+        float((report.signal.value.mean(0) - shares).abs().sum()) / 2
+    )
+    report = trainer.step((case.labeled[0], torch.rand(5, dtype=torch.float64)), case.unlabeled)
+    assert "class_shares_vs_labeled" not in report.as_dict()
+
+
+def test_labels_that_are_whole_numbers_without_feedback() -> None:
+    class Hard(metapl.PseudoLabels):
+        def signal(self, teacher: torch.nn.Module, batch: Any, *_: object, **__: object) -> metapl.Signal:
+            return metapl.Signal(torch.nn.functional.one_hot(teacher(batch).argmax(-1), 3))
+
+        def inner_loss(self, outputs: torch.Tensor, signal: metapl.Signal, *_: object) -> torch.Tensor:
+            return -(signal.value * outputs.log_softmax(-1)).sum(-1)
+
+    case = toy("mlp")
+    trainer = trainer_for(case, "none", problem=Hard(), teacher_losses=(metapl.CrossEntropy(),))
+    assert "class_shares_vs_labeled" not in trainer.step(**case.data()).as_dict()
 
 
 def test_a_problem_of_weights_has_no_class_frequencies() -> None:

@@ -390,6 +390,11 @@ def test_an_outer_loss_that_is_no_mean_is_told_of_once(two: Ranks, layout: str) 
     assert all("on 6 examples" in text and "it is not a mean over examples" in text for text in first)
 
 
+def test_processes_whose_sequences_are_of_other_lengths_keep_the_same_of_the_feedback(two: Ranks) -> None:
+    first, second = two.run("other_lengths")
+    assert all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize(
     "case",
     [
