@@ -210,7 +210,8 @@ class TeacherPass:
         g = torch.cat(pushes or [of_own.new_empty(0)])
         pieces = F.pad(g, (0, -len(g) % ENTRIES)).view(-1, ENTRIES)
         # With weights by which the classes of a token, whose gradients sum to zero, do not cancel.
-        folded = torch.arange(len(pieces), dtype=g.dtype, device=g.device).mul(math.sqrt(2)).cos() @ pieces
+        weights = torch.arange(len(pieces), dtype=g.dtype, device=g.device).mul(math.sqrt(2)).cos()
+        folded = (weights[:, None] * pieces).sum(0)
         return scalars, factor * of_feedback, of_own, folded if pushes else None
 
     def _gradients(self, loss: Tensor, name: str, ratio: float | None) -> tuple[list[Tensor | None] | None, bool]:
@@ -303,7 +304,8 @@ def updated(kept: Means, pushes: Sequence[Tensor], step: InnerStep, labeled: Any
     classes = step.problem.teacher_classifies and q is not None and q.ndim == 2 and q.is_floating_point()
     if classes and isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
         is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)  # of ignored ones, none
-        new["shares"] = ranks.mean(torch.stack([q.mean(0), is_class.to(q.dtype).mean(0)]))
+        p = wide(q).mean(0)
+        new["shares"] = ranks.mean(torch.stack([p, is_class.to(p).mean(0)]))
     shapes = {name: t.shape for name, t in kept.items() if name != "spread"}
     if not kept or shapes != {name: t.shape for name, t in new.items()}:
         return {**new, "spread": 1.0}
