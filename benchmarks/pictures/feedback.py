@@ -43,6 +43,7 @@ QUALITIES = ("labels_right", "frequency_error")
 TUNED_IN = ("seen", "smoothing", "feedback")  # raw files of runs on the seen half, but for those of finetuning alone
 USED = 0.85  # share of the minutes that steps get, as in the recipe; the rest is for finetuning and looking
 
+HEARD: Row = {"feedback_ratio": 0.3}
 TOGETHER: Row = {"wait": 0, "warm_start": False, "feedback_ratio": 0.3}
 UDA_FROM_THE_START: Row = {"uda_start": 0}
 SGD: Row = {
@@ -56,12 +57,21 @@ CONFIGURATIONS: dict[str, dict[str, Row]] = {
         "UDA from the start": UDA_FROM_THE_START,
         "half the rate": {"teacher.lr": 0.005},
         "threshold 0.7": {"uda_threshold": 0.7},
+        "threshold 0.5": {"uda_threshold": 0.5},
+        "threshold 0.7, twice the rate": {"uda_threshold": 0.7, "teacher.lr": 0.02},
+        "threshold 0.7, whole alignment": {"uda_threshold": 0.7, "uda_align": 1.0},
+        "threshold 0.7, 64 unlabeled": {"uda_threshold": 0.7, "unlabeled_batch": 64},
     },
     "mpl": {
         "as it was": {},
         "together": TOGETHER,
         "together, UDA from the start": TOGETHER | UDA_FROM_THE_START,
         "together, UDA from the start, SGD": TOGETHER | UDA_FROM_THE_START | SGD,
+        "ratio 0.3": HEARD,
+        "ratio 0.3, from half, a fifth of the student's rate": HEARD | {"wait": 0.5, "student.lr": 0.002},
+        "ratio 0.3, a fifth of the student's rate, constant rates": HEARD
+        | {"student.lr": 0.002, "schedule": "constant"},
+        "ratio 0.3, from nine tenths, threshold 0.7": HEARD | {"wait": 0.9, "uda_threshold": 0.7},
     },
 }
 
@@ -88,7 +98,7 @@ def costs(rounds: int = 5) -> Row:
             for method, configurations in {**CONFIGURATIONS, "none": _unfed()}.items():
                 for label, settings in configurations.items():
                     recipe = ImageFolders(**parts, method=method)  # type: ignore[arg-type]
-                    asked = settings | {"steps": REHEARSED, "precision": "bfloat16"}
+                    asked = at(settings, REHEARSED) | {"steps": REHEARSED, "precision": "bfloat16"}
                     recipes[method, label] = settled(configured(recipe, asked))
             taken: dict[tuple[str, str], list[float]] = {which: [] for which in recipes}
             for _ in range(rounds):
@@ -110,6 +120,11 @@ def _unfed() -> dict[str, Row]:
     }
 
 
+def at(settings: Row, steps: int) -> Row:
+    """The settings with --wait in steps; CONFIGURATIONS has its share of them."""
+    return {name: round(value * steps) if name == "wait" else value for name, value in settings.items()}
+
+
 def steps_of(costs: Row, name: str, method: str, label: str, minutes: float) -> int:
     return int(USED * 60 * minutes / costs[name][method][label])
 
@@ -117,7 +132,7 @@ def steps_of(costs: Row, name: str, method: str, label: str, minutes: float) -> 
 def one(name: str, method: str, label: str, seed: int, minutes: float, steps: int) -> Row:
     """A run as a row."""
     settings = (_unfed() if method == "none" else CONFIGURATIONS[method])[label]
-    row = run(problem(name), method, seed, minutes, settings | {"steps": steps})
+    row = run(problem(name), method, seed, minutes, at(settings, steps) | {"steps": steps})
     return {**row, "configuration": label}
 
 

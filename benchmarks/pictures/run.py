@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import arrays, half, make, named
@@ -58,7 +57,7 @@ def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row)
         complete = settled(configured(recipe, {"steps": steps}))
         result = Job(complete, method, place / "run", resume=False, threads=1).run()
         seconds = time.process_time() - since
-        seen = along(place / "run") | labeled_by(place, arrays(problem, seed).unlabeled_labels)
+        seen = along(place / "run") | labeled_by(place, problem, seed)
     accuracies = {name: value for name, value in result.items() if name.endswith("test_accuracy")}
     return {
         "half": problem.half,
@@ -90,7 +89,7 @@ def along(folder: Path) -> Row:
     }
 
 
-def labeled_by(place: Path, truth: NDArray[np.int64]) -> Row:
+def labeled_by(place: Path, problem: Problem, seed: int) -> Row:
     """How well the network that labeled the unlabeled pictures does that at the end: the share of right labels, and the
     share that would have to be called otherwise for the classes' frequencies to be right; foreign pictures aside."""
     from metapl.apps.experiments.experiment import evaluated
@@ -99,10 +98,13 @@ def labeled_by(place: Path, truth: NDArray[np.int64]) -> Row:
 
     trained = load_run(place / "run")
     network = trained.network("teacher" if "teacher" in trained.networks else "student")
+    number_of = {name: number for number, name in enumerate(trained.recipe.classes)}
+    truth = arrays(problem, seed).unlabeled_labels
     own = np.flatnonzero(truth >= 0)
+    truth = np.array([number_of[problem.classes[label]] for label in truth[own]])
     files = sorted((place / "pictures" / "unlabeled").iterdir())
     images = trained.recipe.images([str(files[number]) for number in own], None)
-    found = evaluated(network, EvaluationBatches(images, torch.from_numpy(truth[own]), 256))
+    found = evaluated(network, EvaluationBatches(images, torch.from_numpy(truth), 256))
     counts = np.asarray(found.confusion)
     error = np.abs(counts.sum(0) - counts.sum(1)).sum() / (2 * len(own))
     return {"labels_right": round(found.accuracy, 4), "frequency_error": round(float(error), 4)}
