@@ -68,9 +68,8 @@ CONFIGURATIONS: dict[str, dict[str, Row]] = {
         "together, UDA from the start": TOGETHER | UDA_FROM_THE_START,
         "together, UDA from the start, SGD": TOGETHER | UDA_FROM_THE_START | SGD,
         "ratio 0.3": HEARD,
-        "ratio 0.3, from half, a fifth of the student's rate": HEARD | {"wait": 0.5, "student.lr": 0.002},
-        "ratio 0.3, a fifth of the student's rate, constant rates": HEARD
-        | {"student.lr": 0.002, "schedule": "constant"},
+        "ratio 0.3, from half, student's rate 0.002": HEARD | {"wait": 0.5, "student.lr": 0.002},
+        "ratio 0.3, student's rate 0.002, constant rates": HEARD | {"student.lr": 0.002, "schedule": "constant"},
         "ratio 0.3, from nine tenths, threshold 0.7": HEARD | {"wait": 0.9, "uda_threshold": 0.7},
     },
 }
