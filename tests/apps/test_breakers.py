@@ -170,7 +170,21 @@ def test_a_description_of_another_seed_under_the_same_name(
     (run / name).write_text(content.replace('"seed": 0', '"seed": 1'))
     arguments = {"train": (*TINY, "--resume", "--out", run), "predict": ("predict", run, digit)}
     text = refused(capsys, *arguments.get(command, (command, run)))
-    assert "run of another recipe" in text or "result.json is damaged or of another version: its seed is" in text
+    assert "recipe.json is damaged or was edited" in text or "result.json is damaged or of another" in text
+
+
+def test_a_field_of_the_recipe_that_was_edited(
+    run: Path,  # noqa: F811
+    digit: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of every field, for some decide what a picture is to the network, and no later comparison sees them."""
+    content = json.loads((run / "recipe.json").read_text())
+    for name, value in content["recipe"]["fields"].items():
+        other = {**content["recipe"]["fields"], name: "another" if value is None else None}
+        changed = content | {"recipe": content["recipe"] | {"fields": other}}
+        (run / "recipe.json").write_text(json.dumps(changed))
+        assert "recipe.json is damaged or was edited" in refused(capsys, "predict", run, digit), name
 
 
 SEALED = ("student.safetensors", "teacher.safetensors", "pictures.safetensors", "data.json", "metrics.jsonl")

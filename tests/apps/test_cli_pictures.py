@@ -208,6 +208,7 @@ def test_a_run_of_a_gpu_is_looked_at_without_one(
     run = Path(shutil.copytree(many / "run", tmp_path / "run"))
     content = json.loads((run / "recipe.json").read_text())
     content["recipe"]["fields"]["device"] = "cuda"
+    del content["sha256"]
     (run / "recipe.json").write_text(json.dumps(content))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "as in result.json" in said(capsys, "evaluate", run)

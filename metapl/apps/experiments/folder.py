@@ -80,6 +80,14 @@ class _MadeWith:
     threads: int  # what is read of what a run was made with
 
 
+def _seal(recipe: Mapping[str, Any]) -> str:
+    """The SHA-256 of a recipe but for where its data lie, which may change."""
+    plain = json.loads(json.dumps(dict(recipe)))
+    if isinstance(fields := plain.get("fields"), dict):
+        plain["fields"] = {name: value for name, value in fields.items() if name not in PLACES}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 class RunFolder(Folder):
     """The files of one run of a recipe."""
 
@@ -95,7 +103,8 @@ class RunFolder(Folder):
         with self.held():
             self.check(resume)
             if not self.exists:
-                self.write_json("recipe.json", {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()})
+                content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
+                self.write_json("recipe.json", content | {"sha256": _seal(recipe)})
                 yield
                 return
             before, now = (
@@ -153,6 +162,11 @@ class RunFolder(Folder):
                 f"reads format {FORMAT}. Train again, or use the version that wrote it: {made}."
             )
         recipe: dict[str, Any] = content["recipe"]
+        if content.get("sha256", _seal(recipe)) != _seal(recipe):  # runs of earlier versions have no seal
+            raise MetaplError(
+                f"{self.path / 'recipe.json'} is damaged or was edited: its SHA-256 is not the one that was noted. Put "
+                "it back from a copy, or train again with another --out."
+            )
         return recipe
 
     def _description(self) -> dict[str, Any]:
