@@ -74,8 +74,17 @@ def _state_faults(state: Any, own: Mapping[str, Any], optimizers: Mapping[str, A
             for path, leaf in pytree.tree_flatten_with_path(given)[0]:
                 if isinstance(leaf, Tensor | float) and bool(local(torch.as_tensor(leaf)).isnan().any()):
                     yield f"{where}{pytree.keystr(path)} has NaN"
+            recent = given.get("recent", {})  # which states of earlier versions do not have
+            if not isinstance(recent, Mapping) or (recent and not _are_means(recent)):
+                yield f"{where}['recent'] is {described(recent)}, and no means of steps"
         elif name != "optimizers":
             yield from _faults(where, given, value)
+
+
+def _are_means(recent: Mapping[Any, Any]) -> bool:
+    spread, tensors = recent.get("spread"), {name: t for name, t in recent.items() if name != "spread"}
+    pairs = ("feedback" in recent) == ("feedback_square" in recent)
+    return isinstance(spread, float) and pairs and all(isinstance(t, Tensor) for t in tensors.values())
 
 
 def _other_names(where: str, given: Mapping[Any, Any], own: Mapping[Any, Any]) -> Iterator[str]:

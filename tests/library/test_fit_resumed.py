@@ -266,6 +266,8 @@ def test_nor_is_a_state_without_its_teacher_or_with_another(tmp_path: Path) -> N
     refuse_state(trainer, at("teacher", "4.weight", value=spoiled), r"its teacher\.4\.weight has numbers", tmp_path)
     refuse_state(trainer, at("generator", value=lambda t: t[:9]), "its generator is a tensor", tmp_path)
     refuse_state(trainer, at("mode_state", value=lambda _: None), "its mode_state is of type NoneType", tmp_path)
+    for recent in (7, [1], {"spread": 1}, {"feedback": torch.zeros(3)}, {"spread": 0.5, "shares": "x"}):
+        refuse_state(trainer, at("mode_state", "recent", value=lambda _, r=recent: r), r"\['recent'\] is", tmp_path)
     with pytest.raises(MetaplError, match="its teacher is of type NoneType, and the trainer's is a dict"):
         trainer.load_state_dict(trainer.state_dict() | {"teacher": None})
     with pytest.raises(MetaplError, match=r"it has no mode, lookahead, teacher.* and it has optimizer, which"):
