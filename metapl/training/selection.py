@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.checks import dense, described
@@ -194,7 +194,13 @@ class Selection:
                     raise MetaplError(
                         f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
                     )
-                outputs = logits_of(network, [rows(inputs, 0, 2)])
+                try:
+                    outputs = logits_of(network, [rows(inputs, 0, 2)])
+                except RuntimeError as error:
+                    raise MetaplError(
+                        f"the network failed on {name} ({type(error).__name__}: {reason_of(error)}); expected inputs "
+                        "such as its batches for training have."
+                    ) from error
                 metric = ACCURACY if name == "truth" else self.metric or default_metric(self.trainer, batch, outputs)
                 if metric is ACCURACY:
                     _check_classes(inputs, labels, outputs, name)
