@@ -30,6 +30,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import MODES, Altered, Estimator, Lookahead, estimator
 from metapl.feedback.inner_step import read_batch
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.metrics.metric import ACCURACY
 from metapl.metrics.predictions import batches_of, eval_mode
 from metapl.problems.base import sum_and_weight
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments, misfit
@@ -120,7 +121,8 @@ def ablate(
                     f"{name} is an iterator ({type(source).__name__}), which can be read once, and short trainings by "
                     "each mode read it again; expected a DataLoader, a list of batches, or metapl.data's step batches."
                 )
-    Selection(validation, None, trainer.device).check(trainer.student)
+    if validation is not None:
+        Selection(trainer, validation, metric=ACCURACY).check()
     estimates, points = _by_name(modes), tuple(sorted({0, steps // 2, steps}))
 
     distances: dict[str, list[Distance]] = {}

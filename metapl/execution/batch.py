@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -78,6 +79,36 @@ def is_whole(data: Any) -> bool:
     return isinstance(data, Mapping) or (
         isinstance(data, tuple | list) and len(data) > 1 and isinstance(data[1], Tensor)
     )
+
+
+def is_array(data: Any) -> bool:
+    return isinstance(data, Tensor) or hasattr(data, "__array__")
+
+
+def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
+    """Data whose arrays, of numpy or of what becomes one, are tensors: of floating point of type ``dtype``, and of
+    whole numbers, one for each example, int64. Tensors stay as they are, and so does what is no array, which is refused
+    where the error is given that begins with ``what``, such as "the inputs are"."""
+    if isinstance(data, Tensor):
+        return data
+    if type(data) is dict and (data or not what):
+        return {name: as_tensors(value, dtype, what) for name, value in data.items()}
+    if type(data) in (tuple, list) and (data or not what):
+        return (tuple if what else type(data))(as_tensors(value, dtype, what) for value in data)
+    array = np.asarray(data) if is_array(data) else None
+    if array is None and not what:
+        return data
+    if array is None or array.dtype.kind not in "biuf":
+        given = described(data) if array is None else f"an array of {array.dtype}"
+        raise MetaplError(
+            f"{what or 'the data hold'} {given}; expected numbers: a tensor, a numpy array, a dict or tuple of these, "
+            "or an iterable of batches."
+        )
+    # A copy: torch can neither share what is read-only nor what runs backwards.
+    tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+    if tensor.is_floating_point():
+        return tensor.to(dtype)
+    return tensor.long() if tensor.ndim == 1 and tensor.dtype != torch.bool else tensor
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:

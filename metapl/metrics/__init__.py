@@ -4,11 +4,14 @@ from typing import Any
 
 from metapl import moved
 from metapl.metrics.classification import Evaluation, evaluate_logits
+from metapl.metrics.metric import Measured, Metric
 from metapl.metrics.predictions import predict_logits
 from metapl.metrics.statistics import PairedTest, chance_level, interval, paired_test, spoken, with_chance
 
 __all__ = [
     "Evaluation",
+    "Measured",
+    "Metric",
     "PairedTest",
     "chance_level",
     "evaluate_logits",

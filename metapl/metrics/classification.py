@@ -39,6 +39,15 @@ class Evaluation:
         """The accuracy of guessing on these examples; see :func:`metapl.metrics.chance_level`."""
         return chance_level([sum(row) for row in self.confusion])
 
+    @property
+    def metric(self) -> str:
+        """What :attr:`value` is, as other problems have it: see :class:`metapl.metrics.Measured`."""
+        return "accuracy"
+
+    @property
+    def value(self) -> float:
+        return self.accuracy
+
     def to_json(self) -> dict[str, Any]:
         """The same figures as dicts, lists and numbers, ready for `json.dumps`."""
         # Not asdict, which copies a million counts of a thousand classes one by one.

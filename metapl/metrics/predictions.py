@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import inputs_of, is_whole, labeled_pair, length, plain, rows
+from metapl.execution.batch import as_tensors, inputs_of, is_array, is_whole, labeled_pair, length, plain, rows
 from metapl.execution.device import to_device
 from metapl.execution.layout import without_gradients
 
@@ -49,21 +48,36 @@ def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> t
 
 def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
-    first = next(model.parameters(), None)
-    logits: list[Tensor] = []
-    with eval_mode(model), without_gradients(model):
-        for x in inputs:
-            given = x if first is None else to_device(x, first.device)
-            try:
-                outputs = checks.logits(model(given), "network")
-            except checks.WRONG_INPUTS as error:
-                checks.explain(error, {"network": model}, [("", given)])
-                raise
-            logits.append(outputs.cpu())
+    with passes(model) as outputs_of:
+        logits = [outputs_of(x).cpu() for x in inputs]
     if not logits:
         raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")
+    shapes = dict.fromkeys(t.shape[1:] if t.ndim else None for t in logits)
+    if len(shapes) > 1 or None in shapes:
+        raise MetaplError(
+            f"the network's outputs on the batches have the shapes {few(tuple(t.shape) for t in logits)}; expected a "
+            "row for each example, all of one shape: predict batch by batch."
+        )
     # Outside inference mode, so that what comes back are ordinary tensors.
     return torch.cat(logits)
+
+
+@contextmanager
+def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
+    """A function from inputs to the network's outputs on them, in eval mode and without gradients while the block
+    lasts."""
+    first = next(model.parameters(), None)
+
+    def outputs_of(x: Any) -> Tensor:
+        given = x if first is None else to_device(x, first.device)
+        try:
+            return checks.logits(model(given), "network")
+        except checks.WRONG_INPUTS as error:
+            checks.explain(error, {"network": model}, [("", given)])
+            raise
+
+    with eval_mode(model), without_gradients(model):
+        yield outputs_of
 
 
 def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
@@ -74,13 +88,24 @@ def batches_of(data: Any, device: torch.device, name: str = "the labeled data") 
         yield from _pieces((to_device(inputs, device), to_device(labels, device)), whole)
 
 
-def input_batches(data: Any, dtype: torch.dtype) -> Iterator[Any]:
-    """The inputs of data in batches, labels left out: of a tensor, an array or a dict of these, a tuple that begins
-    with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay as they are.
-    """
-    whole = _is_array(data) or isinstance(plain(data), dict | tuple)
+def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of) -> Iterator[Any]:
+    """The inputs of data in batches, labels left out by ``read``: of a tensor, an array or a dict of these, a tuple
+    that begins with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay
+    as they are."""
+    whole = is_array(data) or isinstance(plain(data), dict | tuple)
     for batch in iterated(data, "the data to predict", whole):
-        yield from _pieces(_tensors(inputs_of(batch), dtype), whole)
+        yield from _pieces(as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are"), whole)
+
+
+def outer_batches(
+    data: Any, read: Callable[[Any, str], tuple[Any, Any]], device: torch.device, name: str
+) -> Iterator[tuple[Any, Any]]:
+    """The inputs of a network and the batch as its loss reads it, on the device, of one labeled batch or an iterable of
+    such; ``read`` makes them of a batch, whose name in errors it takes."""
+    whole = is_whole(data) or isinstance(data, Tensor)
+    for batch in iterated(data, name, whole):
+        for piece in _pieces(to_device(plain(batch), device), whole):
+            yield read(piece, name if whole else batch_name(data, name))
 
 
 def iterated(data: Any, name: str, whole: bool = False) -> Iterator[Any]:
@@ -107,29 +132,6 @@ def _pieces(batch: Any, whole: bool) -> Iterator[Any]:
         yield batch
     else:
         yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
-
-
-def _is_array(data: Any) -> bool:
-    return isinstance(data, Tensor) or hasattr(data, "__array__")
-
-
-def _tensors(inputs: Any, dtype: torch.dtype) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs
-    if isinstance(inputs, dict) and inputs:
-        return {name: _tensors(value, dtype) for name, value in inputs.items()}
-    if isinstance(inputs, tuple | list) and inputs:
-        return tuple(_tensors(value, dtype) for value in inputs)
-    array = np.asarray(inputs) if _is_array(inputs) else None
-    if array is None or array.dtype.kind not in "biuf":
-        given = checks.described(inputs) if array is None else f"an array of {array.dtype}"
-        raise MetaplError(
-            f"the inputs to predict are {given}; expected numbers: a tensor, a numpy array, a dict or tuple of these, "
-            "or an iterable of batches."
-        )
-    # A copy: torch can neither share what is read-only nor what runs backwards.
-    tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 @contextmanager

@@ -127,6 +127,7 @@ class NoisyStudentLoss:
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
     name: ClassVar[str] = "noisy_student"
+    of_classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -156,6 +157,7 @@ class StoredLabelLoss:
     model_noise: bool = True
 
     name: ClassVar[str] = "pseudo_labeled"
+    of_classes: ClassVar[bool] = True
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         inputs, stored = stored_pair(labeled, "the pseudo-labeled batch")

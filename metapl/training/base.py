@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, either
 from metapl.execution import checks
+from metapl.execution.batch import as_tensors, inputs_of, rows
+from metapl.execution.device import to_device
 from metapl.execution.numerics import wide
 from metapl.execution.shards import is_sharded
-from metapl.metrics import Evaluation, evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of, input_batches, logits_of
+from metapl.metrics import Evaluation, Measured
+from metapl.metrics.metric import ASKED, Better, default_metric, metric_of, of_classes
+from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.ownership import Folder
 from metapl.training.contract import Say, Stepwise
 from metapl.training.loop import FitResult, FitRun
-from metapl.training.options import FitOptions, refuse_unknown
+from metapl.training.options import FitKeywords, FitOptions, refuse_unknown
 from metapl.training.resuming import check_allowed, going_on_from
 from metapl.training.stopping import Callback
 from metapl.words import tell
@@ -38,11 +43,16 @@ class Trainer(Stepwise):
 
     def fit(
         self,
-        labeled: Any,
+        labeled: Any = None,
         unlabeled: Any = None,
         *,
+        inner: Any = None,
+        outer: Any = None,
         steps: int | None = None,
+        batch_size: int | None = None,
         validation: Any = None,
+        metric: Any = None,
+        mode: Better | None = None,
         truth: Any = None,
         out: str | Folder | None = None,
         resume: bool = False,
@@ -50,7 +60,7 @@ class Trainer(Stepwise):
         progress: bool = True,
         say: Say | None = None,
         callbacks: Sequence[Callback] = (),
-        **options: Any,
+        **options: Unpack[FitKeywords],
     ) -> FitResult:
         """Train for ``steps`` steps, and leave the best student by validation in place.
 
@@ -58,9 +68,29 @@ class Trainer(Stepwise):
             labeled, unlabeled: endless or re-iterable sources of batches: a DataLoader, a list of batches, metapl's
                 own step batches, anything :func:`metapl.data.feed.feed` takes; ``unlabeled=None`` where nothing reads
                 it. The batches are as :meth:`step` takes them; of a loader that gives labels too,
-                :func:`metapl.data.without_labels` leaves them out.
+                :func:`metapl.data.without_labels` leaves them out. With ``batch_size``, also examples in memory: a
+                tensor or an array, or a tuple or dict of these, with a row for each example.
+            inner, outer: other names of ``unlabeled`` and ``labeled``, as of a bilevel problem.
             steps: in all, including the steps of an earlier part of the run; always given.
-            validation: (inputs, labels) or an iterable of such batches; without it the last student is kept.
+            batch_size: of sources in memory, which are served in shuffled epochs. A source of fewer rows is served
+                whole. Arrays of floating point become the type of the student's weights.
+            validation: a labeled batch, of any size, or an iterable of such; without it the last student is kept.
+            metric: what the networks are measured by on it. By default their accuracy, where the loss shows that the
+                labels are classes (:func:`metapl.metrics.metric.of_classes`), and else the problem's ``outer_loss``
+                (of a :class:`metapl.LossTrainer` the sum of its losses), as one mean over all batches: Σ sum / Σ weight
+                where it returns (sum, weight), and a scalar counts with the rows of its batch. Or
+
+                - ``"accuracy"`` or ``"loss"``, these two by name;
+                - a function ``(outputs, batch) -> number``, with the batch as the problem's ``outer_batch`` reads it,
+                  such as (inputs, labels); of several batches the mean counts, each weighed by its rows;
+                - an object with ``update``, ``compute`` and ``reset``, such as those of torchmetrics, for what is no
+                  mean over rows. It is updated by ``update(outputs, labels)``, the second element of a batch, or what a
+                  dict has under ``labels``; or by ``update(outputs, batch)`` where its second parameter has that name.
+
+                Rows and results call it by its attribute ``name``, else by the name of the function or the class:
+                ``student_validation_f1``. It is given the network's outputs in eval mode.
+            mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric is the best; for
+                functions, and objects without ``higher_is_better``. Not the trainer's mode.
             truth: (inputs, labels) of unlabeled examples whose labels happen to be known, for recording how many of
                 the teacher's labels are right; nothing is trained or selected on it.
             out: a folder for metrics, TensorBoard events and checkpoints.
@@ -95,35 +125,84 @@ class Trainer(Stepwise):
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
         refuse_unknown(options, self.fit)
+        labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if steps is None:
             raise MetaplError("fit() was not told how many steps to take; expected steps=1000, say.")
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = Folder(out) if isinstance(out, str | Path) else out
         how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
-        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, *how)
+        measure = metric_of(metric, mode)
+        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, measure, *how)
         with run.records.held():
-            return run.run(labeled, unlabeled, resume)
+            return run.run(labeled, unlabeled, resume, batch_size)
 
-    def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation:
-        """Accuracy, per class, confusion matrix and calibration of the student on (inputs, labels) or batches."""
-        logits, labels = predict_logits(self.student, batches_of(data, self.device))
-        return evaluate_logits(logits, labels, classes)
+    @overload
+    def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation: ...
+
+    @overload
+    def evaluate(self, data: Any, *, metric: Any) -> Measured: ...
+
+    def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Any = None) -> Evaluation | Measured:
+        """How good the student is on labeled data.
+
+        Args:
+            data: as ``validation`` of :meth:`fit`; also an iterator, which is read once.
+            classes: names of the classes, for the result.
+            metric: as for :meth:`fit`; default: accuracy where the loss shows that the labels are classes, else the
+                problem's loss.
+
+        Returns: for classes an :class:`metapl.metrics.Evaluation`: accuracy, per class, confusion matrix and
+        calibration; for any other problem or metric a :class:`metapl.metrics.Measured`. Both have ``metric``, its name,
+        its ``value``, and ``n``, the number of examples.
+
+        >>> import metapl
+        >>> model = torch.nn.Linear(4, 1)
+        >>> trainer = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters()))
+        >>> x = torch.zeros(8, 4)
+        >>> def error(outputs, batch):
+        ...     return (outputs - batch[1]).abs().mean()
+        >>> trainer.evaluate((x, model(x).detach()), metric=error)
+        Measured(metric='error', value=0.0, n=8)
+        """
+        batches = outer_batches(as_tensors(data, self.dtype), self.read_outer, self.device, "the labeled data")
+        measure = metric_of(metric)
+        if measure is None:
+            first = next(batches, None)
+            if first is None:
+                raise MetaplError("the labeled data have no batches; expected at least one, and a fresh iterator.")
+            batches = chain([first], batches)
+            measure = default_metric(self, first[1], logits_of(self.student, [rows(first[0], 0, 2)]))
+        found = measure.measured(self, self.student, batches, "the student")
+        if classes is None:
+            return found
+        if not isinstance(found, Evaluation) or len(classes) != len(found.confusion):
+            width = len(found.confusion) if isinstance(found, Evaluation) else "no"
+            raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
+        return replace(found, classes=tuple(classes))
+
+    def read_input(self, batch: Any) -> Any:
+        """The student's input in what :meth:`predict` is given."""
+        return inputs_of(batch)
 
     def predict(self, data: Any) -> Tensor:
-        """The student's class probabilities, softmax(S(x)), in eval mode and without gradients.
+        """The student's outputs, in eval mode and without gradients; class probabilities, softmax(S(x)), where the
+        problem is one of classes (:func:`metapl.metrics.metric.of_classes`).
 
         Args:
             data: inputs, a tensor or a numpy array (B, ...) or a dict of these, or an iterable of batches of them, such
                 as a DataLoader. Where a tuple is given or served, its first element is the inputs, so labels beside
-                them are left out. Floating-point arrays of numpy are cast to the type of the student's weights.
+                them are left out; a problem with an ``outer_input`` of its own reads tuples and dicts by that.
+                Floating-point arrays of numpy are cast to the type of the student's weights.
 
-        Returns: probabilities (N, C), float32 or wider, on the CPU, in the order of the examples. Every module is in
-        the mode (train or eval) that it had.
+        Returns: probabilities (N, C), or the outputs (N, ...) as they are, such as the logits (N, T, V) of a language
+        model; float32 or wider, on the CPU, in the order of the examples. Every module is in the mode (train or eval)
+        that it had.
 
-        Cost: one forward pass per example, on at most 1,024 at a time where the inputs come as a whole.
+        Cost: one forward pass per example, on at most 1,024 at a time where the inputs come as a whole, and the outputs
+        of all examples in memory: where these are large, predict batch by batch.
 
-        Raises: :class:`metapl.MetaplError` for data of another kind, and for outputs that are not logits (B, C).
+        Raises: :class:`metapl.MetaplError` for data of another kind, and batches whose outputs differ in shape.
 
         >>> import metapl
         >>> student = torch.nn.Linear(4, 3)
@@ -132,11 +211,18 @@ class Trainer(Stepwise):
         >>> trainer.predict(np.ones((5, 4))).shape
         torch.Size([5, 3])
         """
-        dtype = next(p.dtype for p in self.student.parameters() if p.is_floating_point())
-        logits = logits_of(self.student, input_batches(data, dtype))
-        checks.class_outputs(logits, "student")
-        checks.finite(logits)
-        return wide(logits).softmax(-1)
+        first: list[Any] = []
+
+        def inputs() -> Iterator[Any]:
+            for x in input_batches(data, self.dtype, self.read_input):
+                first[:] = first or [rows(x, 0, ASKED)]
+                yield x
+
+        outputs = logits_of(self.student, inputs())
+        classes = of_classes(self, (*to_device(first, self.device), None), outputs)
+        if classes:
+            checks.finite(outputs)
+        return wide(outputs).softmax(-1) if classes else wide(outputs)
 
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""

@@ -15,6 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.feedback.teacher import Means, figures
+from metapl.metrics.metric import Term
 from metapl.problems.base import Problem, Signal, has_rows
 
 Say = Callable[[str], None]
@@ -138,6 +139,11 @@ class Stepwise(ABC):
         return ()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the student's weights, which arrays of floating point are given."""
+        return next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
@@ -153,6 +159,20 @@ class Stepwise(ABC):
     def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
         """One step of the teacher alone, while the student waits; called only where there is a :attr:`teacher`."""
         raise MetaplError(f"{type(self).__name__} has no teacher that could learn while the student waits; use wait=0.")
+
+    @abstractmethod
+    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        """The student's inputs in a labeled batch, which errors call ``name``, and the batch as its loss reads it."""
+
+    @abstractmethod
+    def outer_terms(self) -> Sequence[Term]:
+        """What the student is validated by, where its metric is the loss: the sum of these."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the losses are known to be of classes, without being asked
+        (:func:`metapl.metrics.metric.of_classes`)."""
+        return False
 
     @abstractmethod
     def live_state(self) -> dict[str, Any]:

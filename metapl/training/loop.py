@@ -21,6 +21,7 @@ from metapl.execution.batch import length, micro_batches
 from metapl.execution.checks import Fault
 from metapl.execution.shards import gathered, load_whole, local
 from metapl.feedback.path import Lookahead, inner_batches
+from metapl.metrics.metric import Metric
 from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint_parts import PartsWriter, check, load
 from metapl.runs.generators import rng_state, set_rng_state
@@ -43,7 +44,7 @@ class FitResult:
     """What a fit ended with.
 
     Args:
-        validation_accuracy: of the student that is kept, a fraction; None without validation.
+        value: of the metric, of the student that is kept on the validation data; None without these.
         step: the number of steps after which it was as it is kept: the best by validation, or the last where validation
             does not select.
         weights: of that student; they are in the student now.
@@ -51,13 +52,21 @@ class FitResult:
             None where there is no teacher.
         history: the recorded rows in their order, each with its ``step``; of a fit that was resumed, those of its
             earlier parts too.
+        metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the metric that was given;
+            None without validation data.
     """
 
-    validation_accuracy: float | None
+    value: float | None
     step: int
     weights: dict[str, Tensor] = field(repr=False)
     teacher_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
+    metric: str | None = "accuracy"
+
+    @property
+    def validation_accuracy(self) -> float | None:
+        """The value, where the metric is accuracy; else None."""
+        return self.value if self.metric == "accuracy" else None
 
 
 class FitRun:
@@ -70,6 +79,7 @@ class FitRun:
         out: Folder | None,
         validation: Any,
         truth: Any,
+        metric: Metric | None,
         shown: bool,
         say: Say,
         callbacks: Sequence[Callback] = (),
@@ -84,7 +94,7 @@ class FitRun:
         self.allow_changes = allow_changes
         self.made_of = resuming.made_of(trainer, self.rates)  # before a callback moves anything
         self.averages = {role: self._average(role) for role in ("student", "teacher")}
-        self.selection = Selection(validation, truth, trainer.device, options.select, say)
+        self.selection = Selection(trainer, validation, truth, metric, options.select, say)
         self.records = Records(out if self.first else None, options)
         self.callbacks = Callbacks(callbacks, trainer)
         self.ended: tuple[int, str] | None = None  # the last step, and why it is, once a callback has said so
@@ -93,13 +103,14 @@ class FitRun:
         self.saves = False  # whether there is a folder, perhaps that of another process
         self.resumed_from: tuple[int, Path] | None = None
         self.under_way = 0  # the number of the step
-        self.seen: dict[str, float] = {}  # the last accuracies on validation data
+        self.seen: dict[str, float] = {}  # the last values on validation data
         # The first step that went wrong, kept on the device until something is read anyway.
         self.first_bad = torch.full((), torch.inf, device=trainer.device)
         self.faults: list[tuple[int, Fault]] = []
 
-    def run(self, labeled: Any, unlabeled: Any, resume: bool) -> FitResult:
-        from metapl.data.feed import feed  # needed for fitting only
+    def run(self, labeled: Any, unlabeled: Any, resume: bool, batch_size: int | None = None) -> FitResult:
+        from metapl.data.arrays import in_memory  # needed for fitting only
+        from metapl.data.feed import feed
 
         if labeled is None:
             raise MetaplError(
@@ -111,16 +122,24 @@ class FitRun:
         with ranks.agreed(waiting=True):
             if not resume:
                 self.records.refuse_another_run()
-        self.selection.check(self.trainer.student, self.trainer.teacher)
-        sources = {"labeled": labeled} | ({} if unlabeled is None else {"unlabeled": unlabeled})
+        self.selection.check(self.trainer.teacher)
+        given = {"labeled": labeled} | ({} if unlabeled is None else {"unlabeled": unlabeled})
+        how = batch_size, self.trainer.dtype
+        sources = {name: in_memory(source, name, *how, stream=i) for i, (name, source) in enumerate(given.items())}
+        if batch_size is not None and all(sources[name] is source for name, source in given.items()):
+            raise MetaplError(
+                f"batch_size={batch_size} was given, and {' and '.join(given)} are no examples in memory, so their own "
+                "batches count; expected tensors or arrays beside it, or batch_size=None."
+            )
         try:
             if self.saves:
                 known = self.records.checkpoints
                 self.parts = resuming.parts_writer(self.trainer, None if known is None else known.folder, options.keep)
             for name, source in sources.items():
                 stop = options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
-                how: dict[str, Any] = {"num_workers": options.num_workers, "device": self.trainer.device}
-                self.feeds[name] = feed(source, name=name, stop=stop, **how)
+                self.feeds[name] = feed(
+                    source, name=name, stop=stop, num_workers=options.num_workers, device=self.trainer.device
+                )
             if self.records.kept:
                 self.made_of |= resuming.data_of(sources | {"validation": self.selection.validation})
             self._steps(self._restore() if resume else 0)
@@ -212,7 +231,7 @@ class FitRun:
         if validated:
             row |= self._look(t)
         drawn = [labeled, *inner_batches(unlabeled)]
-        progressing.advance(drawn, row, due=validated, examples=self.selection.examples)
+        progressing.advance(drawn, row, due=validated, validated=self.selection.told)
         return row
 
     def _unlabeled(self, waits: bool) -> Any:
@@ -331,6 +350,7 @@ class FitRun:
             "teacher_average": averages["teacher"],
             "seen": self.seen,
             "best": dict(vars(self.selection.best)),
+            "metric": self.selection.kind,
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
             "rng": rng_state(),
             "callbacks": [callback.state_dict() for callback in self.callbacks.stateful],
@@ -349,6 +369,7 @@ class FitRun:
         with ranks.agreed(waiting=True), resuming.going_on_from(file):
             resuming.check_state(file, state, trainer.student, options.steps)
             resuming.refuse_other_options(file, state, options.decisive(), self.feeds)
+            resuming.refuse_other_metric(file, state, self.selection.kind)
             if self.first:  # the others keep no record of the data
                 resuming.refuse_changes(file, state.get("made_of", {}), self.made_of, self.allow_changes)
                 self.records.refuse_other_rows(file, state)
@@ -393,6 +414,7 @@ class FitRun:
             if average is not None:
                 average.load_state_dict(state["average" if role == "student" else "teacher_average"])
         self.seen, self.selection.best = state["seen"], Best(**state["best"])
+        self.selection.before = state.get("metric")
         for name, feed in self.feeds.items():
             feed.restore(state["feeds"][name])
         set_rng_state(state["rng"])
@@ -408,11 +430,12 @@ class FitRun:
         if not best.weights:
             with self._held("student") as candidate:
                 step = self.ended[0] if self.ended else self.options.steps
-                best = Best(self.seen.get("student_validation_accuracy"), step, weights_of(candidate))
+                best = Best(self.seen.get(self.selection.row), step, weights_of(candidate))
         load_whole(trainer.student, best.weights)
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
         history = self.records.history if self.ranks.alone else self.ranks.gathered(self.records.history)[0]
-        return FitResult(best.accuracy, best.step, best.weights, taught, history)
+        metric = (self.selection.kind or [None])[0]
+        return FitResult(best.value, best.step, best.weights, taught, history, metric)
 
 
 def _check(trainer: Stepwise, options: FitOptions, truth: Any) -> None:

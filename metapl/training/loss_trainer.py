@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
 from metapl.feedback.compatible import check_batches
 from metapl.feedback.teacher import mean_scalars
+from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
     CrossEntropy,
@@ -36,7 +37,7 @@ from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
 from metapl.training.contract import Report
 from metapl.training.loop import FitResult
-from metapl.training.options import refuse_unknown
+from metapl.training.options import FinetuneKeywords, refuse_unknown
 from metapl.training.states import check_state, names_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
@@ -163,6 +164,23 @@ class LossTrainer(Trainer):
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         return self.losses
 
+    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        batch = labeled_pair(batch, name)
+        return batch[0], batch
+
+    def outer_terms(self) -> list[Term]:
+        """Its losses, of labeled batches alone."""
+        no_signal = Signal(torch.empty(0, device=self.device))
+
+        def term(loss: TeacherLoss, network: Any, inputs: Any, batch: Any) -> Tensor:
+            return loss(network, labeled=batch, unlabeled=None, signal=no_signal, step=self.steps_done)
+
+        return [partial(term, loss) for loss in self.losses]
+
+    @property
+    def classifies(self) -> bool:
+        return any(getattr(loss, "of_classes", False) for loss in self.losses)
+
     def settings(self) -> dict[str, Any]:
         return settings_of(self, ("losses", *SETTINGS))
 
@@ -195,7 +213,7 @@ def finetune(
     accumulate: int = 1,
     compile: bool = False,
     clip_norm: float | None = None,
-    **options: Any,
+    **options: Unpack[FinetuneKeywords],
 ) -> FitResult:
     """Train a student, as it is now, on labeled batches alone.
 
@@ -220,4 +238,5 @@ def finetune(
         compile=compile,
         clip_norm=clip_norm,
     )
-    return trainer.fit(labeled, steps=steps, **{"phase": "finetune", **options})
+    options.setdefault("phase", "finetune")
+    return trainer.fit(labeled, steps=steps, **options)

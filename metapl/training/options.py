@@ -7,11 +7,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from metapl.errors import MetaplError
 from metapl.runs.fields import AtLeastOne, Range, check_fields
-from metapl.training.contract import Stepwise
+from metapl.runs.ownership import Folder
+from metapl.training.contract import Say, Stepwise
+from metapl.training.stopping import Callback
 from metapl.words import did_you_mean
 
 MOST_WORKERS = 256  # processes that prepare batches; some machines end when more are started
@@ -121,6 +123,42 @@ class FitOptions:
     def due(self, every: int | None, step: int) -> bool:
         """Whether what is done ``every`` so many steps (None: never) is done after ``step``; the last one counts."""
         return every is not None and ((step + 1) % every == 0 or step + 1 == self.steps)
+
+
+class FitKeywords(TypedDict, total=False):
+    """The fields of :class:`FitOptions` beside ``steps``, as keyword arguments that a type checker knows."""
+
+    schedule: Literal["cosine", "constant", "exponential"]
+    decay_every: float | None
+    warmup: int
+    wait: int
+    ema_decay: float | None
+    warm_start: bool
+    select: bool
+    validate_every: int
+    log_every: int
+    save_every: int
+    exact_every: int | None
+    keep: int
+    split_batches: bool
+    num_workers: int
+    phase: str
+
+
+class FinetuneKeywords(FitKeywords, total=False):
+    """The keyword arguments of :meth:`metapl.training.Trainer.fit` that ``finetune`` hands on."""
+
+    batch_size: int | None
+    validation: Any
+    metric: Any
+    mode: Literal["min", "max"] | None
+    truth: Any
+    out: str | Folder | None
+    resume: bool
+    allow_changes: Sequence[str]
+    progress: bool
+    say: Say | None
+    callbacks: Sequence[Callback]
 
 
 class Rates:

@@ -33,24 +33,22 @@ class Progress:
 
     def __init__(self, name: str, start: int, steps: int, bar: Any = None, lines: bool = False) -> None:
         self.name, self.steps, self.bar, self.lines = name, steps, bar, lines
-        self.done, self.examples, self.since, self.accuracy = start, 0, time.monotonic(), ""
+        self.done, self.examples, self.since = start, 0, time.monotonic()
         self.timed = start, self.since  # from which step on the time of a step is measured, and when that was
         self.last_line = -math.inf  # when it was
 
     def advance(
-        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, examples: int = 0
+        self, batches: Iterable[Any], row: Mapping[str, float], *, due: bool = False, validated: str = ""
     ) -> None:
-        """One step further: on these batches, with what was measured at it, ``due`` where it was validated, on so many
-        examples."""
+        """One step further: on these batches, with what was measured at it, ``due`` where it was validated, and what
+        the student's last validation has shown, in words."""
         self.done += 1
-        accuracy, now = row.get("student_validation_accuracy"), time.monotonic()
-        if accuracy is not None:
-            self.accuracy = f"{accuracy:.1%} of {examples:,}"
+        now = time.monotonic()
         if self.bar is not None:
             self.bar.update()
             self.examples += sum(map(examples_in, batches))
             if row:
-                shown = f"accuracy {self.accuracy}, " if self.accuracy else ""
+                shown = f"{validated}, " if validated else ""
                 rate = self.examples / max(now - self.since, 1e-9)
                 self.bar.set_postfix_str(f"{shown}{rate:.0f} examples/s", refresh=False)
         elif self.lines and due and (self.done >= self.steps or now - self.last_line >= LINE_EVERY):
@@ -58,8 +56,8 @@ class Progress:
             self.timed, self.last_line = (self.done, now), now
             when = f"about {duration((self.steps - self.done) * (now - moment) / (self.done - step))} left"
             when = when if self.done < self.steps else f"after {duration(now - self.since)}"
-            validated = "" if accuracy is None else f", validation accuracy {self.accuracy}"
-            line = f"{self.name}: step {self.done:,} of {self.steps:,}{validated}, {when}"
+            shown = f", validation {validated}" if validated else ""
+            line = f"{self.name}: step {self.done:,} of {self.steps:,}{shown}, {when}"
             print(line, file=sys.stderr, flush=True)
 
 

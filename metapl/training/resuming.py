@@ -36,10 +36,11 @@ OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", 
 OPTIONAL = ("fingerprint", "parameters", "settings")
 
 # What the state of a fit has to say, with types; tensors stand in other entries.
-BEST = {"accuracy": float | None, "step": int, "weights": dict[str, Any]}
+BEST = {"value": float | None, "step": int, "weights": dict[str, Any]}
 STATE: dict[str, Any] = {
     "step": AtLeastZero, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any],
     "best": dict[str, Any], "ended": tuple[int, str] | None, "rows": str,
+    "metric": tuple[str, str] | None,
 }  # fmt: skip
 
 VERSIONS = {"torch": str(torch.__version__)}
@@ -187,6 +188,16 @@ def refuse_other_options(
         raise MetaplError(f"{file} is of a run on {had} batches, now there are {has} ones; give the same sources.")
 
 
+def refuse_other_metric(file: Path, state: Mapping[str, Any], now: tuple[str, ...] | None) -> None:
+    """Stop where another metric has found the best student so far."""
+    before = state.get("metric", ["accuracy", "max"])  # the only one of earlier versions
+    if before is not None and now is not None and [*before] != [*now]:
+        had, has = (f"{name!r} ({mode})" for name, mode in (before, now))
+        raise MetaplError(
+            f"{file} is of a run that was validated by the metric {had}, now it is {has}; resume it as it was started."
+        )
+
+
 @contextmanager
 def going_on_from(file: object) -> Iterator[None]:
     """Name the file where something cannot go on from what it holds."""
@@ -256,7 +267,9 @@ def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batch
     """
     from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
 
-    ranks = trainer.ranks
+    ranks, best = trainer.ranks, state.get("best")
+    if isinstance(best, dict) and "accuracy" in best:  # as earlier versions called it
+        state = state | {"best": {"value" if name == "accuracy" else name: entry for name, entry in best.items()}}
     if ranks.alone and "ranks" not in state:
         return state
     every = state.get("ranks") or [own_state(state)]

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from metapl.errors import MetaplError
-from metapl.execution.batch import is_whole, labeled_pair, length, rows
+from metapl.errors import MetaplError, reason_of
+from metapl.execution import checks
+from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.checks import dense, described
 from metapl.execution.layout import reshard
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
-from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.classification import Evaluation, check_labels
-from metapl.metrics.predictions import batch_name, batches_of, iterated, logits_of
-from metapl.training.contract import Say
+from metapl.metrics.metric import ACCURACY, Measured, Metric, default_metric, labels_of
+from metapl.metrics.predictions import logits_of, outer_batches
+from metapl.training.contract import Say, Stepwise
 
 
 class Average:
@@ -122,62 +123,107 @@ Kept = Callable[[], AbstractContextManager[nn.Module]]
 
 @dataclass
 class Best:
-    """The best student so far, by validation accuracy; the latest of equals."""
+    """The best student so far, by the metric on validation data; the latest of equals."""
 
-    accuracy: float | None = None
+    value: float | None = None
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Selection:
-    """Looks at the networks on validation data, and remembers the best student.
+    """Measures the networks on validation data, and remembers the best student.
 
     Args:
-        validation: (inputs, labels) or an iterable of such batches; None: nothing is looked at.
+        trainer: whose networks they are, and which says how a batch is read and judged.
+        validation: a labeled batch, or an iterable of such; None: nothing is looked at.
         truth: (inputs, labels) of unlabeled examples, for the teacher.
-        device: where the networks are.
+        metric: by what they are measured; None: by the kind of problem, which :meth:`check` finds out.
         select: whether the best student is remembered.
         say: takes what a user should know of the validation data.
     """
 
     def __init__(
-        self, validation: Any, truth: Any, device: torch.device, select: bool = True, say: Say | None = None
+        self,
+        trainer: Stepwise,
+        validation: Any,
+        truth: Any = None,
+        metric: Metric | None = None,
+        select: bool = True,
+        say: Say | None = None,
     ) -> None:
-        self.validation, self.truth, self.device, self.select = validation, truth, device, select
+        self.trainer, self.device, self.metric, self.select = trainer, trainer.device, metric, select
+        if metric is not None and validation is None:
+            raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
+        if metric is not None and metric.better is None:
+            raise MetaplError(
+                f"the metric {metric.name!r} was given without which of its values are better; expected mode='max', or "
+                "mode='min' of an error."
+            )
+        self.validation, self.truth = (as_tensors(data, trainer.dtype) for data in (validation, truth))
         self.say: Say = say or (lambda text: None)
         self.best = Best()
-        self.lost = self.examples = 0  # that could not be read; on which the last accuracy was measured
+        self.before: tuple[str, ...] | None = None
+        self.lost = 0  # that could not be read
+        self.told = ""  # the student's last value, and on how many examples it was measured
 
-    def check(self, student: nn.Module, labeler: nn.Module | None = None) -> None:
-        """Refuse validation data, and truth, that could not be used later; it costs a pass on two examples of each.
+    def check(self, labeler: nn.Module | None = None) -> None:
+        """Refuse validation data, and truth, that could not be used later, and a metric that fails on them; find out
+        which metric it is where none was given.
 
-        Of data in batches the first batch is looked at, and nothing of what can be read only once.
+        Cost: a pass on two examples of each; where the metric is not accuracy, on the first batch.
         """
-        for name, data, network in (("validation", self.validation, student), ("truth", self.truth, labeler)):
-            if data is None or network is None or isinstance(data, Iterator):
+        for name, data, network in (
+            ("validation", self.validation, self.trainer.student),
+            ("truth", self.truth, labeler),
+        ):
+            if data is None or network is None:
                 continue
+            if isinstance(data, Iterator):
+                raise MetaplError(
+                    f"{name} is {described(data)}, which can be read only once, and is read at every validation; "
+                    "expected a pair (inputs, labels), a list of batches or a DataLoader."
+                )
             with replayed(RandomState.now(self.device)):
-                first = data if is_whole(data) else next(iterated(data, name), None)
-                if first is None:
+                first = next(outer_batches(data, self.trainer.read_outer, self.device, name), None)
+                if first is None or not length(first[0]):
                     raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
-                inputs, labels = labeled_pair(first, batch_name(data, name))[:2]
-                dense((inputs, labels), f"{name} holds")
-                count = length(inputs)
+                inputs, batch = first
+                dense(batch, f"{name} holds")
+                labels = labels_of(batch)
                 if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
                     raise MetaplError(
                         f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
                     )
-                if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count or count == 0:
+                try:
+                    outputs = logits_of(network, [rows(inputs, 0, 2)])
+                except RuntimeError as error:
                     raise MetaplError(
-                        f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index "
-                        "for each, and at least one example."
-                    )
-                check_labels(labels, logits_of(network, [rows(inputs, 0, 2)]).shape[-1], f" of {name}")
+                        f"the network failed on {name} ({type(error).__name__}: {reason_of(error)}); expected inputs "
+                        "such as its batches for training have."
+                    ) from error
+                metric = ACCURACY if name == "truth" else self.metric or default_metric(self.trainer, batch, outputs)
+                if metric is ACCURACY:
+                    _check_classes(inputs, labels, outputs, name)
+                else:
+                    with _told(f"{name} cannot be measured by it: "):
+                        metric.over(self.trainer, network, [first])
+                self.metric = self.metric or metric
+
+    @property
+    def kind(self) -> tuple[str, ...] | None:
+        """The name of the metric, and which of its values are better; without validation data, what it was before the
+        fit was resumed, if there were any then."""
+        return self.before if self.metric is None else (self.metric.name, str(self.metric.better))
+
+    @property
+    def row(self) -> str:
+        """What a record calls the student's value."""
+        return f"student_validation_{self.metric.name}" if self.metric else ""
 
     def look(
         self, student: Kept | None, teacher: Kept | None, labeler: nn.Module | None, step: int
     ) -> dict[str, float]:
-        """The accuracies after ``step`` steps; None for a network that there is not, or that has not begun.
+        """The metric after ``step`` steps; None for a network that there is not, or that has not begun.
 
         Args:
             student, teacher: the networks that are kept, such as the averages, each in a block of its own: averages of
@@ -185,55 +231,74 @@ class Selection:
             labeler: the network that makes the pseudo-labels.
             step: number of steps done.
         """
-        if self.validation is None:
+        if self.validation is None or self.metric is None:
             return {}
-        accuracies = {}
-        if student is not None:
-            with student() as network:
-                found = self._evaluated(network, self.validation, "validation")
-                accuracy, self.examples = found.accuracy, found.n
-                if self.select and accuracy >= (self.best.accuracy or 0.0):
-                    self.best = Best(accuracy, step, weights_of(network))
-            accuracies["student_validation_accuracy"] = accuracy
-        if teacher is not None:
-            with teacher() as network:
-                found = self._evaluated(network, self.validation, "validation")
-                accuracies["teacher_validation_accuracy"] = found.accuracy
+        values = {}
+        for role, held in (("student", student), ("teacher", teacher)):
+            if held is not None:
+                with held() as network:
+                    of = f"the {role} on validation data after step {step}"
+                    found = self._measured(network, self.validation, "validation", self.metric, of)
+                    values[f"{role}_validation_{self.metric.name}"] = found.value
+                    if role == "student":
+                        self.told = f"{self.metric.shown(found.value)} of {found.n:,}"
+                        if self.select and self.metric.improves(found.value, self.best.value):
+                            self.best = Best(found.value, step, weights_of(network))
         if labeler is not None and self.truth is not None:
-            found = self._evaluated(labeler, self.truth, "truth")
+            found = self._measured(labeler, self.truth, "truth", ACCURACY, "the teacher on truth")
+            assert isinstance(found, Evaluation)
             off = torch.tensor(found.confusion).sum(0) - torch.tensor(found.confusion).sum(1)
-            accuracies["pseudo_label_accuracy"] = found.accuracy
-            accuracies["class_shares_vs_truth"] = float(off.abs().sum()) / (2 * found.n)
-        return accuracies
+            values["pseudo_label_accuracy"] = found.accuracy
+            values["class_shares_vs_truth"] = float(off.abs().sum()) / (2 * found.n)
+        return values
 
-    def _evaluated(self, model: nn.Module, data: Any, name: str) -> Evaluation:
+    def _measured(self, network: nn.Module, data: Any, name: str, metric: Metric, of: str) -> Measured | Evaluation:
         from metapl.data.steps import StepBatches  # needed for fitting only
 
-        # A DataLoader draws from the default generator; looking at the validation data must not change the training.
-        with replayed(RandomState.now(self.device)):
-            logits, labels = predict_logits(model, self._batches(data, name))
-        expected = (data.examples if isinstance(data, StepBatches) else None) or len(labels)
-        lost, before = expected - len(labels), self.lost
-        self.lost = max(lost, before)
-        if 0 < lost == expected:
+        counts: list[int] = []
+
+        def batches() -> Iterator[tuple[Any, Any]]:
+            for inputs, batch in outer_batches(data, self.trainer.read_outer, self.device, name):
+                counts.append(length(inputs))
+                yield inputs, batch
+
+        expected = data.examples if isinstance(data, StepBatches) else None
+        try:
+            # A DataLoader draws from the default generator; looking must not change the training.
+            with replayed(RandomState.now(self.device)):
+                found = metric.measured(self.trainer, network, batches(), of)
+        except MetaplError as error:
+            if not expected or any(counts):
+                raise
             raise MetaplError(
                 f"none of the {expected:,} validation pictures can be read any more; were they moved or removed while "
                 "the run was under way? Put them back, then go on with the run."
-            )
+            ) from error
+        expected = expected or found.n
+        lost, before = expected - found.n, self.lost
+        self.lost = max(lost, before)
         if lost > before:
             self.say(
                 f"note: {lost:,} of the {expected:,} validation pictures cannot be read any more; accuracies are of "
                 "the others, and are not to be compared with those before"
             )
-        return evaluate_logits(logits, labels)
+        return found
 
-    def _batches(self, data: Any, name: str) -> Iterator[tuple[Any, Tensor]]:
-        empty = True
-        for batch in batches_of(data, self.device, name=name):
-            empty = False
-            yield batch
-        if empty and isinstance(data, Iterator):  # an earlier look has used it up
-            raise MetaplError(
-                f"{name} is {described(data)}, which can be read only once, and was read before; expected a pair "
-                "(inputs, labels), a list of batches or a DataLoader."
-            )
+
+def _check_classes(inputs: Any, labels: Any, outputs: Tensor, name: str) -> None:
+    count = length(inputs)
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count:
+        raise MetaplError(
+            f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index for each, and "
+            "at least one example."
+        )
+    checks.class_outputs(outputs, "network")
+    check_labels(labels, outputs.shape[1], f" of {name}")
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except MetaplError as error:
+        raise MetaplError(f"{where}{error}") from error

@@ -33,6 +33,23 @@ class StopFit(Exception):
     >>> def stop_at_small_loss(step, row, trainer):
     ...     if row["loss"] < 0.1:
     ...         raise metapl.StopFit(f"the loss is {row['loss']:.2f}")
+
+    To stop once the validation has not become better for a while, a callback counts, and keeps its count in the
+    checkpoints. Rows have the metric's value as ``student_validation_accuracy``, ``student_validation_loss`` or by
+    whichever name it has:
+
+    >>> class Patience:
+    ...     best, since = float("-inf"), 0
+    ...     def __call__(self, step, row, trainer):
+    ...         if "student_validation_accuracy" in row:
+    ...             value = row["student_validation_accuracy"]
+    ...             self.best, self.since = (value, 0) if value > self.best else (self.best, self.since + 1)
+    ...             if self.since == 5:
+    ...                 raise metapl.StopFit("five validations without a better one")
+    ...     def state_dict(self):
+    ...         return dict(vars(self))
+    ...     def load_state_dict(self, state):
+    ...         vars(self).update(state)
     """
 
 

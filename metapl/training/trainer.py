@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import micro_batches
+from metapl.execution.batch import labeled_pair, micro_batches
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout, layouts
@@ -25,7 +25,8 @@ from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
 from metapl.feedback.teacher import Means, Objective, TeacherPass, teacher_scalars, updated
-from metapl.problems.base import BilevelProblem, Signal
+from metapl.metrics.metric import Term
+from metapl.problems.base import BilevelProblem, Signal, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
@@ -33,6 +34,7 @@ from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
 from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
+from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
 from metapl.updates import Clipped, update_of
 
@@ -333,6 +335,21 @@ class BilevelTrainer(Trainer):
         self.steps_done += 1
         return report
 
+    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        batch = read_batch(self.problem, "outer_batch", batch) if self._reads("batch") else labeled_pair(batch, name)
+        return read_batch(self.problem, "outer_input", batch), batch
+
+    def outer_terms(self) -> list[Term]:
+        judge = self.problem.outer_loss
+        return [lambda network, inputs, batch: judge(checks.logits(network(inputs), "student"), batch)]
+
+    def read_input(self, batch: Any) -> Any:
+        own = self._reads("input") and not isinstance(batch, Tensor)
+        return read_batch(self.problem, "outer_input", batch) if own else super().read_input(batch)
+
+    def _reads(self, what: Literal["batch", "input"]) -> bool:
+        return has_own(self.problem, f"outer_{what}")
+
     @property
     def late_starts(self) -> list[int]:
         return starts(self.teacher_losses or (), self.steps_done)
@@ -395,7 +412,12 @@ class BilevelTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- beside the training
 
     def finetune(
-        self, labeled: Any, *, steps: int | None = None, optimizer: torch.optim.Optimizer | None = None, **options: Any
+        self,
+        labeled: Any,
+        *,
+        steps: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[FinetuneKeywords],
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 

@@ -304,7 +304,7 @@ def _kept_where(patch: pytest.MonkeyPatch, better: Callable[[float, float], bool
     def look(self: Selection, *given: Any) -> dict[str, float]:
         before, self.best = self.best, Best()
         found = real(self, *given)
-        if None not in (before.accuracy, self.best.accuracy) and not better(self.best.accuracy, before.accuracy):
+        if None not in (before.value, self.best.value) and not better(self.best.value, before.value):
             self.best = before
         return found
 

@@ -81,9 +81,9 @@ def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) 
     def scripted(*_: Any) -> Any:
         seen.append(copied(trainer.student))
         accuracy = next(wanted)
-        return type("Found", (), {"accuracy": accuracy, "n": len(VALIDATION[1])})
+        return type("Found", (), {"value": accuracy, "n": len(VALIDATION[1])})
 
-    monkeypatch.setattr("metapl.training.selection.evaluate_logits", scripted)
+    monkeypatch.setattr("metapl.metrics.metric.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1)
     assert (found.validation_accuracy, found.step, len(seen)) == (0.6, 4, steps)
     assert same(found.weights, seen[3])
@@ -95,9 +95,9 @@ def test_without_selection_the_last_student_is_kept_and_its_accuracy_told(monkey
     trainer, steps, wanted = single(), 3, iter([0.2, 0.6, 0.4])
 
     def scripted(*_: Any) -> Any:
-        return type("Found", (), {"accuracy": next(wanted), "n": len(VALIDATION[1])})
+        return type("Found", (), {"value": next(wanted), "n": len(VALIDATION[1])})
 
-    monkeypatch.setattr("metapl.training.selection.evaluate_logits", scripted)
+    monkeypatch.setattr("metapl.metrics.metric.evaluate_logits", scripted)
     found = trainer.fit(batches(3)[0], steps=steps, validation=VALIDATION, validate_every=1, select=False)
     assert (found.validation_accuracy, found.step) == (0.4, steps)
     twin = single()

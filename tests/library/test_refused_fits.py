@@ -116,10 +116,11 @@ FITS: list[tuple[dict[str, Any], str]] = [
     ({"validation": (X, Y - 1)}, r"run from -1 to 1"),
     ({"validation": [(X, Y + 1)]}, r"run from 1 to 3"),
     ({"validation": []}, "validation has no batches"),
+    ({"validation": iter([(X, Y)])}, r"validation is of type list_iterator, which can be read only once.*DataLoader"),
     ({"validation": 5}, "validation is of type int; expected tensors, or an iterable of batches"),
     (
         {"validation": X},
-        r"^validation is a tensor of shape \(8, 4\).*a batch of it is a tensor of shape \(4,\).*a pair",
+        r"^validation is a tensor of shape \(8, 4\).*expected a pair",
     ),
     ({"validation": (X,)}, r"^validation is a tuple of 1 \(Tensor\).*expected a pair"),
     ({"validation": (X, Y.tolist())}, r"^validation is a tuple of 2 \(Tensor, list\).*expected a pair"),
@@ -148,11 +149,6 @@ def test_a_fit_is_refused_before_its_first_step_and_leaves_no_file(
     assert [*tmp_path.rglob("*")] == [tmp_path / "here"]
 
 
-def test_validation_that_is_read_twice_and_can_be_read_once_is_named() -> None:
-    with pytest.raises(MetaplError, match=r"validation is of type generator, which can be read only once.*DataLoader"):
-        fit(trainer(nn.Linear(4, 3)), validation=((x, y) for x, y in [(X, Y)]), validate_every=1)
-
-
 def test_the_look_at_validation_changes_nothing() -> None:
     def weights(validation: Any) -> Tensor:
         torch.manual_seed(0)
@@ -162,7 +158,6 @@ def test_the_look_at_validation_changes_nothing() -> None:
 
     loader = DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True)
     assert torch.equal(weights(None), weights(loader))
-    assert torch.equal(weights(None), weights(iter([(X, Y)])))  # which can be read once
 
 
 class ByPosition:

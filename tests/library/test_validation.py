@@ -1,0 +1,657 @@
+"""Validation by any metric: of language models, regressions and classes, through kills, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fits import _one_thread, bilevel, rows, same, single  # noqa: F401  # one thread, in every test
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import metapl
+from metapl import MetaplError
+from metapl.metrics import Evaluation, Measured
+
+VOCABULARY, LENGTH = 7, 6
+
+
+def drawn(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------ a language model
+
+
+class SmallGPT(nn.Module):
+    """A decoder of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(VOCABULARY, 8), nn.Embedding(LENGTH, 8)
+        self.query, self.out = nn.Linear(8, 24), nn.Linear(8, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+        q, k, v = self.query(h).chunk(3, -1)
+        future = torch.ones(ids.shape[1], ids.shape[1]).triu(1).bool()
+        weights = (q @ k.mT / 8**0.5).masked_fill(future, -torch.inf).softmax(-1)
+        logits: Tensor = self.out(h + weights @ v)
+        return logits
+
+
+class NextToken(metapl.BilevelProblem):
+    """A weight for each text; the loss is a mean over the tokens that are not padding."""
+
+    def outer_batch(self, batch: Any) -> Any:
+        return batch
+
+    def outer_input(self, batch: Any) -> Tensor:
+        ids: Tensor = batch["ids"]
+        return ids[:, :-1]
+
+    student_input = outer_input
+
+    def losses(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        mask = batch["mask"][:, 1:]
+        return F.cross_entropy(outputs.mT, batch["ids"][:, 1:], reduction="none") * mask, mask
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch["index"])[:, 0].sigmoid())
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        losses, mask = self.losses(outputs, batch)
+        return signal.value * losses.sum(1) / mask.sum(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        losses, mask = self.losses(outputs, batch)
+        return losses.sum(), mask.sum()
+
+
+def texts(count: int, seed: int) -> dict[str, Tensor]:
+    """Tokens that count up, of different lengths."""
+    draw = drawn(seed)
+    ids = (torch.randint(VOCABULARY, (count, 1), generator=draw) + torch.arange(LENGTH)) % VOCABULARY
+    mask = (torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (count, 1), generator=draw)).float()
+    return {"ids": ids, "mask": mask, "index": torch.arange(count)}
+
+
+def parts(batch: dict[str, Tensor], *sizes: int) -> list[dict[str, Tensor]]:
+    columns = {name: t.split(sizes) for name, t in batch.items()}
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(sizes))]
+
+
+def language_model(seed: int = 0) -> metapl.BilevelTrainer:
+    torch.manual_seed(seed)
+    weights, student = nn.Embedding(16, 1), SmallGPT()
+    return metapl.BilevelTrainer(
+        weights,
+        student,
+        "forward",
+        problem=NextToken(),
+        teacher_losses=(),
+        inner_optimizer=torch.optim.Adam(student.parameters(), lr=0.02),
+        outer_optimizer=torch.optim.Adam(weights.parameters(), lr=0.1),
+    )
+
+
+HELD = texts(20, 1)
+
+
+def test_a_language_model_is_validated_by_its_loss_over_all_tokens() -> None:
+    trainer = language_model()
+    found = trainer.fit(
+        outer=[texts(8, 2)], inner=[texts(16, 3)], steps=12, validation=parts(HELD, 3, 16, 1), validate_every=4
+    )
+    with torch.no_grad():
+        losses, mask = NextToken().losses(trainer.student(HELD["ids"][:, :-1]), HELD)
+    assert (found.metric, found.validation_accuracy) == ("loss", None)
+    assert found.value == pytest.approx(float(losses.sum() / mask.sum()), rel=1e-5)
+    means = [float(losses[rows].sum() / mask[rows].sum()) for rows in (slice(3), slice(3, 19), slice(19, 20))]
+    assert found.value != pytest.approx(sum(means) / 3, rel=1e-3), "which a mean over batches would be"
+    values = {row["step"]: row["student_validation_loss"] for row in found.history if "student_validation_loss" in row}
+    assert found.value == min(values.values()) == values[found.step]
+    assert trainer.evaluate(HELD) == Measured("loss", pytest.approx(found.value, rel=1e-5), 20)  # type: ignore[arg-type]
+
+
+def test_a_language_model_gives_its_outputs() -> None:
+    trainer = language_model()
+    logits = trainer.predict(HELD)
+    assert logits.shape == (20, LENGTH - 1, VOCABULARY)
+    torch.testing.assert_close(logits, trainer.student(HELD["ids"][:, :-1]).detach())
+    assert torch.equal(trainer.predict(HELD["ids"][:, :-1]), logits)
+    with pytest.raises(MetaplError, match=r"shapes \(10, 3, 7\), \(10, 5, 7\); .*predict batch by batch"):
+        trainer.predict([HELD["ids"][:10, :3], HELD["ids"][10:, :5]])
+
+
+# ------------------------------------------------------------------------------------------------------ a regression
+
+
+class SquaredError:
+    name = "squared_error"
+
+    def __call__(self, network: Any, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        return F.mse_loss(network(labeled[0]), labeled[1])
+
+
+X = torch.randn(30, 3, generator=drawn(0))
+Y = X.sum(1, keepdim=True) + 0.1 * torch.randn(30, 1, generator=drawn(1))
+
+
+def regression(loss: Any = None, outputs: int = 1) -> metapl.LossTrainer:
+    torch.manual_seed(0)
+    model = nn.Linear(3, outputs)
+    return metapl.LossTrainer(model, [loss or SquaredError()], optimizer=torch.optim.SGD(model.parameters(), lr=0.05))
+
+
+def absolute(outputs: Tensor, batch: Any) -> Tensor:
+    return (outputs - batch[1]).abs().mean()
+
+
+def test_a_regression_is_validated_by_its_loss_and_by_a_mean_over_rows() -> None:
+    trainer = regression()
+    batches = DataLoader(TensorDataset(X, Y), batch_size=8)  # the last has 6 rows
+    found = trainer.fit([(X, Y)], steps=5, validation=batches, progress=False)
+    outputs = trainer.student(X).detach()
+    assert found.metric == "loss"
+    assert found.value == pytest.approx(float(F.mse_loss(outputs, Y)), rel=1e-5)
+    assert trainer.evaluate(batches, metric=absolute).value == pytest.approx(
+        float((outputs - Y).abs().mean()), rel=1e-5
+    )
+    assert torch.equal(trainer.predict(X), outputs)
+
+
+def test_the_greatest_or_the_smallest_value_is_kept() -> None:
+    for mode, best in (("min", min), ("max", max)):
+        metric: Any = partial(absolute)
+        found = regression().fit(
+            [(X, Y)], steps=6, validation=(X, Y), metric=metric, mode=mode, validate_every=1, progress=False
+        )
+        values = [row["student_validation_absolute"] for row in found.history]
+        assert found.value == best(values)
+        assert found.step == len(values) - values[::-1].index(found.value)
+        assert max(values) > min(values)
+
+
+def test_a_fit_says_which_metric(capsys: pytest.CaptureFixture[str]) -> None:
+    regression().fit([(X, Y)], steps=2, validation=(X, Y))
+    single().fit(
+        [(torch.randn(6, 5), torch.arange(6) % 3)], steps=2, validation=(torch.randn(4, 5), torch.arange(4) % 3)
+    )
+    first, second = capsys.readouterr().err.splitlines()
+    assert "validation loss " in first
+    assert " of 30, " in first
+    assert "validation accuracy " in second
+    assert "% of 4, " in second
+
+
+# ------------------------------------------------------------------------------------------- are the labels classes?
+
+
+def hinge(z: Tensor, y: Tensor) -> Tensor:
+    return F.multi_margin_loss(z, y)
+
+
+def gaussian(z: Tensor, y: Tensor) -> Tensor:
+    """A mean and the logarithm of a variance, of a count."""
+    return F.gaussian_nll_loss(z[:, 0], y.float(), z[:, 1].exp())
+
+
+def ordinal(z: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, (y[:, None] > torch.arange(z.shape[1])).float())
+
+
+def quantiles(z: Tensor, y: Tensor) -> Tensor:
+    error = y[:, None] - z
+    return torch.maximum(0.1 * error, -0.9 * error).mean()
+
+
+def poisson(z: Tensor, y: Tensor) -> Tensor:
+    return F.poisson_nll_loss(z[:, 0], y.float()) + z[:, 1].square().mean()
+
+
+LOSSES: dict[str, tuple[Any, str]] = {
+    "cross_entropy": (F.cross_entropy, "accuracy"),
+    "smoothed": (partial(F.cross_entropy, label_smoothing=0.3), "accuracy"),
+    "weighted": (lambda z, y: F.cross_entropy(z, y, weight=torch.arange(1.0, 1 + z.shape[1])), "accuracy"),
+    "summed": (lambda z, y: (F.cross_entropy(z, y, reduction="sum"), len(y)), "accuracy"),
+    "one_hot": (lambda z, y: F.mse_loss(z, F.one_hot(y, z.shape[1]).float()), "accuracy"),
+    "hinge": (hinge, "accuracy"),
+    "gaussian": (gaussian, "loss"),
+    "ordinal": (ordinal, "loss"),
+    "quantiles": (quantiles, "loss"),
+    "poisson": (poisson, "loss"),
+}
+
+
+class ByLoss(metapl.problems.ExampleWeights):
+    def __init__(self, loss: Any) -> None:
+        object.__setattr__(self, "loss", loss)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return self.loss(outputs, batch[1])
+
+
+@pytest.mark.parametrize("outputs", [2, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_shows_whether_the_labels_are_classes(name: str, outputs: int) -> None:
+    """Of whole numbers as labels and several outputs, shapes and types say nothing."""
+    loss, expected = LOSSES[name]
+    y = torch.arange(30) % outputs
+    trainer = metapl.BilevelTrainer(nn.Embedding(30, 1), nn.Linear(3, outputs), "none", problem=ByLoss(loss))
+    found = trainer.evaluate((X, y))
+    assert (found.metric, found.n) == (expected, 30)
+    assert isinstance(found, Evaluation if expected == "accuracy" else Measured)
+    sums = trainer.predict(X).sum(1)
+    assert bool(torch.allclose(sums, torch.ones(30))) == (expected == "accuracy"), "probabilities of classes alone"
+    if name == "summed":
+        return
+
+    class OfTheNetwork(SquaredError):
+        def __call__(self, network: Any, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+            value: Tensor = loss(network(labeled[0]), labeled[1])
+            return value
+
+    assert regression(OfTheNetwork(), outputs).evaluate((X, y)).metric == expected
+
+
+def test_numbers_for_each_output_and_distributions_are_no_classes() -> None:
+    assert regression(outputs=3).evaluate((X, X)).metric == "loss"
+    found = regression(metapl.CrossEntropy(), outputs=3).evaluate((X, X.softmax(1)))
+    assert (found.metric, found.n) == ("loss", 30)
+
+
+def test_classes_may_be_validated_by_their_loss() -> None:
+    trainer, y = regression(metapl.CrossEntropy(), outputs=3), torch.arange(30) % 3
+    found = trainer.fit([(X, y)], steps=3, validation=(X, y), metric="loss", progress=False)
+    assert found.value == pytest.approx(trainer.evaluate((X, y)).negative_log_likelihood, rel=1e-5)
+    assert trainer.evaluate((X, y), metric="accuracy") == trainer.evaluate((X, y))
+
+
+# ------------------------------------------------------------------------------------------------ objects, torchmetrics
+
+
+class Recall:
+    """Of the first class over all batches: no mean over rows."""
+
+    name = "recall"
+
+    def __init__(self) -> None:
+        self.right = self.all = 0
+
+    def reset(self) -> None:
+        self.right = self.all = 0
+
+    def update(self, outputs: Tensor, batch: Any) -> None:
+        first = batch[1] == 0
+        self.right, self.all = self.right + int((outputs.argmax(1) == 0)[first].sum()), self.all + int(first.sum())
+
+    def compute(self) -> float:
+        return self.right / self.all if self.all else math.nan
+
+
+def test_an_object_is_computed_over_all_batches_of_both_networks() -> None:
+    x, y = torch.randn(12, 5, generator=drawn(0)), torch.tensor([1, 2, 0] * 4)
+    batches = [(x[:2], y[:2]), (x[2:], y[2:])]  # the first has no example of the class
+    trainer = bilevel()
+    found = trainer.fit([(x, y)], [x], steps=4, validation=batches, metric=Recall(), mode="max", validate_every=2)
+    first = y == 0
+    for role, network in trainer.networks.items():
+        expected = float((network.eval()(x).argmax(1) == 0)[first].double().mean())
+        assert role == "student" or found.history[-1]["teacher_validation_recall"] == expected
+    assert trainer.evaluate(batches, metric=Recall()).value == found.value
+
+
+def test_metrics_of_torchmetrics_get_outputs_and_labels() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    trainer = regression()
+    metric = torchmetrics.MeanSquaredError()
+    found = trainer.fit([(X, Y)], steps=4, validation=[(X[:7], Y[:7]), (X[7:], Y[7:])], metric=metric, validate_every=1)
+    assert found.metric == "MeanSquaredError"
+    assert found.value == pytest.approx(trainer.evaluate((X, Y), metric="loss").value, rel=1e-5)
+    assert found.step == 4, "its own direction, down"
+    with pytest.raises(MetaplError, match="of the metric 'MeanSquaredError' the min is best"):
+        trainer.fit([(X, Y)], steps=5, validation=(X, Y), metric=metric, mode="max")
+    y = torch.arange(30) % 3
+    classes = regression(metapl.CrossEntropy(), outputs=3)
+    f1 = torchmetrics.F1Score(task="multiclass", num_classes=3, average="macro")
+    result = classes.fit([(X, y)], steps=4, validation=(X, y), metric=f1)
+    assert result.value == float(f1(classes.predict(X), y))
+
+
+def test_perplexity_of_a_language_model_by_torchmetrics() -> None:
+    text = pytest.importorskip("torchmetrics.text")
+
+    class Perplexity(text.Perplexity):  # type: ignore[misc]
+        def update(self, outputs: Tensor, batch: Any) -> None:
+            super().update(outputs, batch["ids"][:, 1:].where(batch["mask"][:, 1:] > 0, -100))
+
+    trainer = language_model()
+    value = trainer.evaluate(parts(HELD, 8, 12), metric=Perplexity(ignore_index=-100)).value
+    assert value == pytest.approx(math.exp(trainer.evaluate(HELD).value), rel=1e-5)
+    with pytest.raises(
+        MetaplError, match=r"the metric 'Perplexity' is of outputs and labels, and a batch is a dict of 3"
+    ):
+        trainer.evaluate(HELD, metric=text.Perplexity())
+
+
+# ------------------------------------------------------------------------------------------------ killed and resumed
+
+
+class Killed(Exception):
+    pass
+
+
+def killing(at: int) -> Any:
+    def callback(step: int, row: Any, trainer: Any) -> None:
+        if step == at:
+            raise Killed
+
+    return callback
+
+
+def fit_language_model(out: Path, callbacks: Any = (), **options: Any) -> Any:
+    trainer = language_model()
+    how = {"validation": parts(HELD, 3, 17), "metric": None, "resume": True, **options}
+    found = trainer.fit(
+        texts(24, 2), texts(16, 3), steps=12, batch_size=5, out=str(out), validate_every=2, save_every=2, log_every=1,
+        ema_decay=0.9, progress=False, say=lambda text: None, callbacks=callbacks, **how,
+    )  # fmt: skip
+    return found, trainer
+
+
+class TokensRight(Recall):
+    def update(self, outputs: Tensor, batch: Any) -> None:
+        self.all += outputs[..., 0].numel()
+        self.right += int((outputs.argmax(-1) == batch["ids"][:, 1:]).sum())
+
+
+METRICS = {"loss": None, "object": TokensRight(), "function": lambda outputs, batch: outputs.std()}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_killed_fit_ends_bit_for_bit_as_one_that_was_not(name: str, tmp_path: Path) -> None:
+    """Examples in memory, averages and the best so far by its metric."""
+    options = {} if name == "loss" else {"metric": METRICS[name], "mode": "max"}
+    whole, trained = fit_language_model(tmp_path / "whole", **options)
+    for at in (3, 8, 11):
+        with pytest.raises(Killed):
+            fit_language_model(tmp_path / "killed", [killing(at)], **options)
+    resumed, again = fit_language_model(tmp_path / "killed", **options)
+    assert (resumed.value, resumed.step, resumed.metric) == (whole.value, whole.step, whole.metric)
+    assert same(resumed.weights, whole.weights)
+    assert same(again.state_dict(), trained.state_dict())
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert repr(whole.history) == repr(resumed.history)  # some of it is NaN
+
+
+def test_a_resume_by_another_metric_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fit_language_model(tmp_path, [killing(5)])
+    for options, now in (
+        ({"metric": lambda outputs, batch: 0.0, "mode": "min"}, r"'metric' \(min\)"),
+        ({"metric": TokensRight(), "mode": "max"}, r"'recall' \(max\)"),
+    ):
+        with pytest.raises(MetaplError, match=rf"validated by the metric 'loss' \(min\), now it is {now}"):
+            fit_language_model(tmp_path, **options)
+    found, _ = fit_language_model(tmp_path, validation=None, allow_changes=["validation"])
+    assert found.metric == "loss", "what the best one was chosen by before"
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which knew accuracy alone, by that name."""
+    from metapl.training.loop import FitRun
+
+    real = FitRun._state
+
+    def earlier(self: FitRun, step: int) -> dict[str, Any]:
+        state = real(self, step)
+        state["best"]["accuracy"] = state["best"].pop("value")
+        del state["metric"]
+        return state
+
+    y = torch.arange(30) % 3
+    how: dict[str, Any] = {
+        "validation": (X, y),
+        "validate_every": 1,
+        "save_every": 1,
+        "progress": False,
+        "out": tmp_path,
+    }
+    monkeypatch.setattr(FitRun, "_state", earlier)
+    first = regression(metapl.CrossEntropy(), outputs=3).fit([(X, y)], steps=4, schedule="constant", **how)
+    monkeypatch.setattr(FitRun, "_state", real)
+    again = regression(metapl.CrossEntropy(), outputs=3).fit([(X, y)], steps=4, schedule="constant", resume=True, **how)
+    assert (again.validation_accuracy, again.step) == (first.validation_accuracy, first.step)
+    with pytest.raises(MetaplError, match=r"metric 'accuracy' \(max\), now it is 'loss' \(min\)"):
+        regression(metapl.CrossEntropy(), outputs=3).fit(
+            [(X, y)], steps=5, schedule="constant", resume=True, metric="loss", **how
+        )
+
+
+def test_patience_as_a_callback_stops_by_any_metric(tmp_path: Path) -> None:
+    class Patience:
+        def __init__(self, name: str, looks: int) -> None:
+            self.name, self.looks, self.best, self.worse = name, looks, math.inf, 0
+
+        def __call__(self, step: int, row: Any, trainer: Any) -> None:
+            if self.name in row:
+                self.worse = 0 if row[self.name] < self.best else self.worse + 1
+                self.best = min(self.best, row[self.name])
+                if self.worse == self.looks:
+                    raise metapl.StopFit(f"{self.name} is no better than {self.best:.3f}")
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": self.best, "worse": self.worse}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            vars(self).update(state)
+
+    values = iter([9.0, 3.0, 2.0, 2.5, 2.2, 1.0])  # the first before the first step
+    said: list[str] = []
+    found = regression().fit(
+        [(X, Y)],
+        steps=50,
+        validation=(X, Y),
+        metric=lambda outputs, batch: next(values),
+        mode="min",
+        validate_every=2,
+        progress=False,
+        say=said.append,
+        callbacks=[Patience("student_validation_metric", 2)],
+    )
+    assert (found.value, found.step, found.history[-1]["step"]) == (2.0, 4, 8)
+    assert said == ["stopped after step 8 by a callback: student_validation_metric is no better than 2.000"]
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+class Wrong:
+    """An object whose ``compute`` returns something."""
+
+    def __init__(self, value: Any, **methods: Any) -> None:
+        self.value = value
+        vars(self).update({"reset": lambda: None, "update": lambda outputs, labels: None} | methods)
+
+    def compute(self) -> Any:
+        return self.value
+
+
+def returns(value: Any) -> Any:
+    return lambda outputs, batch: value
+
+
+NUMBER = r"^validation cannot be measured by it: what the metric 'metric' returned is {}; expected one number"
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "vector": ({"metric": returns(torch.ones(2))}, NUMBER.format(r"a tensor of shape \(2,\).*")),
+    "one number in a vector": ({"metric": returns(torch.ones(1))}, NUMBER.format(r"a tensor of shape \(1,\).*")),
+    "string": ({"metric": returns("0.3")}, NUMBER.format("of type str")),
+    "none": ({"metric": returns(None)}, NUMBER.format("of type NoneType")),
+    "bool": ({"metric": returns(torch.tensor(True))}, NUMBER.format("a tensor.* bool.*")),
+    "complex": ({"metric": returns(1j)}, NUMBER.format("of type complex")),
+    "dict of an object": ({"metric": Wrong({"a": 1.0})}, r"what the metric 'Wrong' returned is a dict of 1 \('a'\)"),
+    "fails": (
+        {"metric": lambda outputs, batch: batch["x"]},
+        r"the metric 'metric' failed \(TypeError.*f\(outputs",
+    ),
+    "takes labels": ({"metric": nn.MSELoss()}, r"the metric 'MSELoss' failed .*f\(outputs, batch\), with the batch as"),
+    "takes one": ({"metric": lambda outputs: 0.0}, r"the metric 'metric' failed \(TypeError: .*positional"),
+    "object fails": ({"metric": Wrong(0.0, update=lambda outputs: None)}, r"the metric 'Wrong' failed \(TypeError"),
+    "class": ({"metric": Recall}, r"^metric is the class Recall; expected an instance: Recall\(\)"),
+    "no reset": ({"metric": Wrong(0.0, reset=None)}, r"^metric is of type Wrong, without reset; expected 'accuracy'"),
+    "a number": ({"metric": 0.5}, r"^metric is of type float; expected 'accuracy', 'loss', a function"),
+    "a name": ({"metric": "acuracy"}, r"^metric='acuracy'; did you mean accuracy\?"),
+    "another name": ({"metric": "f1"}, r"^metric='f1': expected 'accuracy', 'loss', a function"),
+    "no mode": (
+        {"metric": absolute, "mode": None},
+        r"'absolute' was given without which .*mode='max', or mode='min'",
+    ),
+    "mode best": ({"metric": absolute, "mode": "best"}, r"^mode='best': expected 'min' or 'max'"),
+    "mode of the trainer": (
+        {"mode": "forward"},
+        r"^mode='forward': expected 'min' or 'max', which values of",
+    ),
+    "mode alone": ({"mode": "min"}, r"^mode='min' was given without a metric"),
+    "mode against the loss": (
+        {"metric": "loss", "mode": "max"},
+        r"of the metric 'loss' the min is best; leave mode",
+    ),
+    "no validation": ({"metric": absolute, "validation": None}, r"metric 'absolute' was given without validation data"),
+    "accuracy of a regression": ({"metric": "accuracy", "mode": None}, r"validation has the labels .*one class index"),
+    "empty": ({"validation": []}, "validation has no batches"),
+    "empty loader": ({"validation": DataLoader(TensorDataset(X[:0], Y[:0]))}, "validation has no batches"),
+    "no rows": ({"validation": (X[:0], Y[:0])}, "at least one example"),
+    "once": ({"validation": ((x, y) for x, y in [(X, Y)])}, r"of type generator, which can be read only once"),
+    "shapes": ({"validation": (X, Y[:7])}, r"^validation cannot be measured by it: the metric 'loss' failed \("),
+    "shapes of inputs": (
+        {"validation": (X[:, :2], Y)},
+        r"^the network failed on validation \(RuntimeError: .*such as its",
+    ),
+    "objects": ({"validation": (X.numpy().astype(object), Y)}, r"the data hold an array of object; expected numbers"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_metric_that_is_none_is_refused_before_the_first_step(what: str, tmp_path: Path) -> None:
+    options, text = REFUSED[what]
+    if "metric" in options and not isinstance(options["metric"], str):
+        options = {"mode": "min", **options}
+    trainer = regression()
+    before = trainer.state_dict()
+    with pytest.raises(MetaplError, match=text):
+        trainer.fit([(X, Y)], steps=3, out=tmp_path / "run", progress=False, **{"validation": (X, Y), **options})
+    assert trainer.steps_done == 0
+    assert same(trainer.state_dict(), before)
+    assert not [*tmp_path.rglob("*.jsonl")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("of", ["function", "object"])
+def test_a_value_that_is_not_finite_is_refused_with_its_step(value: float, of: str) -> None:
+    """Not before: of an untrained network, or the first batch alone, a metric may not be defined."""
+    metric: Any = returns(value) if of == "function" else Wrong(value)
+    with pytest.raises(
+        MetaplError, match=rf"of the student on validation data after step 2 is {value}; expected a fin"
+    ):
+        regression().fit([(X, Y)], steps=4, validation=(X, Y), metric=metric, mode="max", validate_every=2)
+    with pytest.raises(MetaplError, match=rf"of the student is {value}; expected a finite"):
+        regression().evaluate((X, Y), metric=metric)
+
+
+def test_a_loss_without_weight_and_one_that_needs_other_batches_are_refused() -> None:
+    nothing = {**HELD, "mask": torch.zeros_like(HELD["mask"])}
+    with pytest.raises(MetaplError, match=r"weights that outer_loss returned beside its sums add up to 0 over all"):
+        language_model().evaluate(nothing)
+    one = regression(metapl.UDA(), outputs=1)
+    with pytest.raises(MetaplError, match=r"^validation cannot be measured by it: unlabeled is of type NoneType"):
+        one.fit([(X, Y)], [(X, X)], steps=2, validation=(X, Y))
+
+
+# ------------------------------------------------------------------------------------------------ examples in memory
+
+
+def test_arrays_are_served_in_shuffled_epochs() -> None:
+    """Floats in the type of the weights, whole numbers as labels, and what the rest of a row is."""
+    drawn_rows: list[Any] = []
+    trainer = single(dropout=0.0)
+    real = trainer.step
+
+    def step(labeled: Any, unlabeled: Any = None) -> Any:
+        drawn_rows.append((labeled, unlabeled))
+        return real(labeled, unlabeled)
+
+    trainer.step = step  # type: ignore[method-assign]
+    x = torch.randn(10, 5, dtype=torch.float64, generator=drawn(0)).numpy()
+    y = (torch.arange(10) % 3).int().numpy()
+    found = trainer.fit((x, y), {"x": torch.arange(4)}, steps=5, batch_size=5, validation=(x, y), progress=False)
+    assert found.value == trainer.evaluate((x, y)).accuracy
+    assert all(labeled[0].dtype == torch.float32 and labeled[1].dtype == torch.int64 for labeled, _ in drawn_rows)
+    for first in (0, 2):
+        epoch = torch.cat([labeled[0] for labeled, _ in drawn_rows[first : first + 2]])
+        assert sorted(epoch[:, 0].tolist()) == sorted(torch.tensor(x).float()[:, 0].tolist())
+    lookup = dict(zip(torch.tensor(x).float()[:, 0].tolist(), y.tolist(), strict=True))
+    assert all(
+        lookup[float(a)] == int(b)
+        for labeled, _ in drawn_rows
+        for a, b in zip(labeled[0][:, 0], labeled[1], strict=True)
+    )
+    assert not torch.equal(drawn_rows[0][0][0], drawn_rows[2][0][0])
+    assert all(sorted(unlabeled["x"].tolist()) == [0, 1, 2, 3] for _, unlabeled in drawn_rows), (
+        "all, where there are fewer"
+    )
+
+
+def test_frames_of_pandas_are_arrays() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(torch.randn(12, 5).double().numpy(), columns=[*"abcde"])
+    labels = pandas.Series([0, 1, 2] * 4)
+    trainer = single()
+    found = trainer.fit((frame, labels), steps=3, batch_size=6, validation=(frame, labels), progress=False)
+    assert found.value == trainer.evaluate((frame, labels)).accuracy
+    assert trainer.predict(frame).shape == (12, 3)
+
+
+A, B = torch.randn(8, 5), torch.arange(8) % 3
+AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"labeled": (A, B)},
+        r"^labeled is a tuple of 2 \(Tensor, Tensor\), which may be examples in memory or batches.*\[\(x, y\)\]",
+    ),
+    ({"labeled": (A.numpy(), B.numpy())}, r"^labeled is a tuple of 2 \(ndarray, ndarray\), which may be"),
+    ({"unlabeled": (A, A)}, r"^unlabeled is a tuple of 2 .*batch_size=64"),
+    ({"unlabeled": A}, r"^unlabeled is a tensor of shape \(8, 5\).*give batch_size=64, say"),
+    ({"labeled": {"x": A, "labels": B}}, r"^labeled is a dict of 2"),
+    ({"batch_size": 4}, r"^batch_size=4 was given, and labeled are no examples in memory"),
+    ({"labeled": (A, B), "batch_size": 0}, r"batch_size=0: expected a number of examples, 1 or more"),
+    ({"labeled": (A, B), "batch_size": 2.0}, r"batch_size=2\.0: expected a number of examples"),
+    ({"labeled": (A, B[:3]), "batch_size": 2}, r"^labeled has tensors of 8, 3 rows; expected as many in each"),
+    ({"labeled": (A[:0], B[:0]), "batch_size": 2}, r"^labeled has tensors of 0, 0 rows.*at least one"),
+    ({"labeled": (A, torch.tensor(1)), "batch_size": 2}, r"^labeled has tensors of 8, 0 rows"),
+    ({"labeled": (A, [*"abcdefgh"]), "batch_size": 2}, r"^labeled holds of type str; expected numbers"),
+    ({"labeled": (A / 0, B), "batch_size": 2}, r"^labeled holds NaN or infinite values"),
+    ({"labeled": (A.to_sparse(), B), "batch_size": 2}, r"^labeled holds a sparse_coo tensor.*to_dense"),
+    ({"labeled": [(A, B)], "outer": [(A, B)]}, r"^labeled= and outer= were both given"),
+    ({"labeled": None}, "labeled is None; expected a source"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), AMBIGUOUS)
+def test_sources_that_may_be_two_things_are_refused(options: dict[str, Any], text: str) -> None:
+    trainer = single()
+    with pytest.raises(MetaplError, match=text):
+        trainer.fit(**{"labeled": [(A, B)], "steps": 2, "progress": False, **options})
+    assert trainer.steps_done == 0
+
+
+def test_inner_and_outer_are_other_names() -> None:
+    data = [(A, B)], [A[:, :5]]
+    names = ("labeled", "unlabeled"), ("outer", "inner")
+    ends = [bilevel().fit(**dict(zip(pair, data, strict=True)), steps=3, progress=False).weights for pair in names]
+    assert same(*ends)
