@@ -182,8 +182,7 @@ class TeacherPass:
         if shared and ratio is not None:
             raise MetaplError(
                 "feedback_ratio is measured row by row at the teacher's outputs, and this signal, or a field of it, "
-                "which is one for all examples, gets its feedback from several processes or micro-batches; use "
-                "feedback_weight."
+                "which is one for all examples, gets its feedback from several processes; use feedback_weight."
             )
         with overwritten_explained("teacher"):
             at_feedback, further = self._gradients(from_feedback, "the signal", ratio)

@@ -131,11 +131,12 @@ def joined_signals(signals: Sequence[Signal]) -> Signal:
 
 def refuse_other_fields(signals: Sequence[Signal], where: str) -> None:
     """Refuse signals that have not all the same fields and shapes."""
-    shapes = [{name: tuple(t.shape) for name, t in signal.fields().items()} for signal in signals]
+    shapes = [[f"{name} {tuple(t.shape)}" for name, t in sorted(signal.fields().items())] for signal in signals]
     other = next((shape for shape in shapes if shape != shapes[0]), None)
     if other is not None:
         raise MetaplError(
-            f"the problem's signal has tensors of the shapes {shapes[0]}, and in {where} {other}; expected the same."
+            f"the problem's signal has tensors of the shapes {few(shapes[0])}, and in {where} {few(other)}; expected "
+            "the same."
         )
 
 
