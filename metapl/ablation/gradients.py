@@ -88,7 +88,7 @@ class Point:
         """
         generator = torch.Generator(self.trainer.device).manual_seed(0) if generator is None else generator
         found = self.trainer.hypergradient(self.labeled, self.unlabeled, mode, generator=generator)
-        feedback = found.feedback if isinstance(found.feedback, tuple) else (found.feedback,)
+        feedback = pytree.tree_leaves(found.feedback)  # of several steps, or several tensors
         parts = found.grads.values() if self.trainer.teacher is not None else [-h for h in feedback]
         return torch.cat([part.flatten().double() for part in parts])
 

@@ -129,6 +129,10 @@ def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], 
             "unchanged: keep the new value in a variable, or in a copy by dataclasses.replace(signal, value=...)."
         ) from error
     changed = dict.fromkeys([name for name, t, version in before if t._version != version])
+    after = [t for tree in given.values() for t in tensors_in(tree)]  # others, where one was put into a dict or a list
+    if [id(t) for t in after] != [id(t) for _, t, _ in before]:
+        now = {id(t) for t in after}
+        changed |= dict.fromkeys([name for name, t, _ in before if id(t) not in now] or given)
     if changed:
         raise changed_in_place(who, list(changed))
     return result

@@ -70,17 +70,17 @@ class Altered(Estimator):
         count = int(state["altered"])
         feedback, next_state = self.base.feedback(path, {k: v for k, v in state.items() if k != "altered"})
         pairs = zip(feedback, path.steps, strict=True)
-        altered = [found.mapped(partial(self._alter, step=step, count=count)) for found, step in pairs]
+        altered = [found.mapped(partial(self._alter, step, count)) for found, step in pairs]
         return altered, {**next_state, "altered": torch.tensor(count + 1)}
 
-    def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
+    def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
         """h, altered over the rows of all ranks."""
         if h.ndim == 0:
             raise MetaplError(
                 f"Altered(alteration={self.alteration!r}) was given feedback on a scalar signal; expected a signal "
                 "with rows, over which the feedback can be altered."
             )
-        if not step.signal_has_rows:  # every rank and micro-batch has a share of the feedback on all of a matrix
+        if not step.has_rows(name):  # every rank and micro-batch has a share of the feedback on all of a matrix
             return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
         ranks = step.student.ranks
         drawn = ranks.all_rows(step.signal.value) if step.signal.sampled else None

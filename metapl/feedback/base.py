@@ -24,7 +24,7 @@ from metapl.execution.capabilities import ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
 from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Signal
+from metapl.problems.base import Kind, Signal, field_of
 from metapl.runs.fields import Range, check_fields
 
 State = dict[str, Tensor]
@@ -39,14 +39,16 @@ class Feedback:
 
     Args:
         h: without a graph: in the shape of that part, or a scalar for the whole batch.
-        part: ``"value"`` for a differentiable signal; ``"log_prob"`` for sampled labels, by their score;
-            ``"probs"`` for sampled labels whose expectation is taken; None: no feedback.
-        others: the feedback on other fields of a differentiable signal that the inner loss depends on, by name.
+        part: ``"value"`` for a differentiable signal, or the first of its :meth:`~metapl.Signal.fields` where it is a
+            dict; ``"log_prob"`` for sampled labels, by their score; ``"probs"`` for sampled labels whose expectation is
+            taken; None: no feedback.
+        others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those beside the
+            value that the inner loss depends on.
         read: whether the inner loss depends on the signal at all.
     """
 
     h: Tensor
-    part: Literal["value", "log_prob", "probs"] | None
+    part: str | None
     others: Mapping[str, Tensor] = field(default_factory=dict)
     read: bool = True
 
@@ -57,8 +59,8 @@ class Feedback:
         """
         if self.part is None:
             return self.h.new_zeros(())
-        parts = {self.part: self.h, **self.others}
-        terms = [-(h * getattr(signal, name)).sum() for name, h in parts.items()]
+        parts, fields = {self.part: self.h, **self.others}, signal.fields()
+        terms = [-(h * fields[name]).sum() for name, h in parts.items()]
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise MetaplError(
                 f"the teacher's signal ({self.part}) carries no gradient to the teacher's weights, so the feedback "
@@ -67,18 +69,31 @@ class Feedback:
             )
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Feedback:
-        """The same with h, and that on other fields, changed."""
-        return replace(self, h=change(self.h), others={name: change(h) for name, h in self.others.items()})
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
+        """The same with h, and that on other fields, changed; ``change`` is also given the field's name."""
+        others = {name: change(name, h) for name, h in self.others.items()}
+        return replace(self, h=change(self.part or "", self.h), others=others)
 
     def divided_by(self, divisor: Tensor | float) -> Feedback:
-        return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda h: h / divisor)
+        return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda _, h: h / divisor)
 
     def chunks(self, parts: int) -> list[Feedback]:
         """The feedback on each of ``parts`` micro-batches."""
         if self.h.ndim == 0 or parts == 1:
             return [self] * parts
-        return [self.mapped(lambda h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
+        return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
+
+    def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
+        """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
+        without rows it is the sum over micro-batches, each of which has a signal of its own."""
+        parts, value = len(step.passes), step.signal.value
+        found = {
+            name: h if parts == 1 or not h.ndim or step.has_rows(name) else h.reshape(parts, -1, *h.shape[1:]).sum(0)
+            for name, h in {self.part or "": self.h.detach(), **self.others}.items()
+        }
+        if not isinstance(value, dict) or self.part is None:
+            return found[self.part or ""]
+        return {key: found[name].detach() for key in value if (name := field_of(key)) in found}
 
 
 class Estimator(ABC):
@@ -150,7 +165,8 @@ def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
     first, zeros = feedback[0], []
     for step in path.steps[: len(path.steps) - len(feedback)]:
-        of = {name: torch.zeros_like(getattr(step.signal, name)) for name in (first.part or "value", *first.others)}
+        fields = step.signal.fields()
+        of = {name: torch.zeros_like(fields[name]) for name in (first.part or "value", *first.others)}
         zeros.append(replace(first, h=of.pop(first.part or "value"), others=of))
     return [*zeros, *feedback]
 

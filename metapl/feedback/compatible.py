@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, THROUGH_INPUT, Capability
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks
-from metapl.feedback import MODES, Difference, Estimator, Forward, estimator, modes_for
+from metapl.feedback import MODES, Difference, Estimator, Feedback, Forward, estimator, modes_for
 from metapl.feedback.credit import credited_fields, feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems import PseudoLabels
@@ -42,6 +42,18 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
             "such as problem=PseudoLabels()."
         )
     return as_problem(problem).for_modes(mode.labels, mode.name)
+
+
+def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
+    """The outer and the inner batch, each by either of its names; one that is missing is refused."""
+    labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
+    for batch, name, what in (
+        (labeled, "labeled= (or outer=)", "outer"),
+        (unlabeled, "unlabeled= (or inner=)", "inner"),
+    ):
+        if batch is None:
+            raise MetaplError(f"{name} was not given; expected the {what} batch.")
+    return labeled, unlabeled
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
@@ -130,10 +142,14 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
 
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
-    if not signal.sampled and not signal.differentiable() and mode.credits != "nothing":
+    told = signal.differentiable()
+    if isinstance(signal.value, dict):
+        told = {name: t for name, t in told.items() if name not in vars(signal)}
+    if not signal.sampled and not told and mode.credits != "nothing":
         raise MetaplError(
             f"the problem's signal is {checks.described(signal.value)} without a log_prob, so mode '{mode.name}' has "
-            "nothing to differentiate; expected a floating-point tensor, or the log_prob of each sampled value."
+            "nothing to differentiate; expected a floating-point tensor (of a dict, one of them), or the log_prob of "
+            "each sampled value."
         )
     if signal.sampled and mode.credits == "signal" and enters_input(problem):
         raise _labels_enter(mode, problem)
@@ -178,10 +194,13 @@ def _mend(mode: Estimator, path: Path) -> str:
 
     def by_double_backward() -> Tensor:
         _, in_signal = step.adjoint(path.outer_gradient(), None, credited_fields(step.signal))
-        return feedback_from_gradients(step.signal, in_signal).h
+        return entries(feedback_from_gradients(step.signal, in_signal))
 
     def by(other: Estimator) -> Tensor:
-        return other.feedback(path, other.init())[0][-1].h
+        return entries(other.feedback(path, other.init())[0][-1])
+
+    def entries(feedback: Feedback) -> Tensor:
+        return torch.cat([h.flatten() for h in (feedback.h, *feedback.others.values())])
 
     expected = _tried(by_double_backward)
     if expected is not None and not sampled and not mode.keep_graph:

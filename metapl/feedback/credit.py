@@ -13,8 +13,7 @@ its forward and backward passes are not of one function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -100,11 +99,15 @@ def credited_fields(signal: Signal) -> dict[str, Tensor]:
 def feedback_from_gradients(signal: Signal, gradients: Mapping[str, Tensor | None]) -> Feedback:
     """h = −dL(θ′)/d(field), from dL(θ′)/d(field) for each field of a signal; None for one that the inner loss does not
     depend on. For sampled labels, ``value`` is the distribution."""
-    part: Literal["probs", "value"] = "probs" if signal.sampled else "value"
-    h = {name: -g for name, g in gradients.items() if g is not None}
-    value = h.pop("value", None)
-    read = value is not None or bool(h)
-    return Feedback(torch.zeros_like(getattr(signal, part)) if value is None else value, part, h, read)
+    part = "probs" if signal.sampled else "value"
+    found = {part if name == "value" else name: g for name, g in gradients.items()}
+    h = {name: -g for name, g in found.items() if g is not None}
+    read = bool(h)
+    told = [name for name in found if name not in vars(signal)] if isinstance(signal.value, dict) else [part]
+    # A zero for what is not read, so that the feedback has the shape of the signal.
+    h |= {name: torch.zeros_like(signal.fields()[name]) for name in told if name not in h}
+    first = h.pop(told[0])
+    return Feedback(first, told[0], h, read)
 
 
 def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
@@ -120,7 +123,7 @@ def _mixed_derivative(
 ) -> dict[str, Tensor | None]:
     """∂/∂(field) d/dε ℓ of each field, at the given values; None for a field that the inner loss does not depend on."""
     leaves = {name: t.detach().requires_grad_() for name, t in fields.items()}
-    slope = _slope(step, replace(step.signal, **leaves), w, tangent, check=check)
+    slope = _slope(step, step.signal.having(leaves), w, tangent, check=check)
     if not slope.requires_grad:
         return dict.fromkeys(leaves)
     grads = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)

@@ -15,7 +15,15 @@ from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry,
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.sharded import by_backward, student_of
 from metapl.feedback import Estimator, estimator
-from metapl.feedback.compatible import check_batches, check_kind, check_mode, check_teacher, name_others, prepare
+from metapl.feedback.compatible import (
+    both_batches,
+    check_batches,
+    check_kind,
+    check_mode,
+    check_teacher,
+    name_others,
+    prepare,
+)
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, inner_batches, take_steps
 from metapl.feedback.teacher import TeacherPass
@@ -30,7 +38,9 @@ class Hypergradient:
     Args:
         grads: dL(θ′)/dθ_T by teacher parameter name; zeros where the signal does not reach a parameter; empty without
             a teacher.
-        feedback: h, minus the gradient of the labeled loss in the signal; a tuple of K for a :class:`metapl.Lookahead`.
+        feedback: h, minus the gradient of the labeled loss in the signal, in its shape; of a signal that is a dict of
+            tensors, a dict of the same keys, without tensors of whole numbers. A tuple of K for a
+            :class:`metapl.Lookahead`.
         inner_loss: the student's mean loss on the signal at θ, a scalar.
         outer_loss: L(θ′), a scalar.
         student_params: θ′ by parameter name, after the last step. Where the problem revises its signal, these and the
@@ -39,7 +49,7 @@ class Hypergradient:
     """
 
     grads: dict[str, Tensor]
-    feedback: Tensor | tuple[Tensor, ...]
+    feedback: Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], ...]
     inner_loss: Tensor
     outer_loss: Tensor
     student_params: dict[str, Tensor]
@@ -50,8 +60,10 @@ def hypergradient(
     teacher: nn.Module | None,
     student: nn.Module,
     *,
-    labeled: Any,
-    unlabeled: Any,
+    labeled: Any = None,
+    unlabeled: Any = None,
+    outer: Any = None,
+    inner: Any = None,
     mode: str | Estimator = "forward",
     problem: BilevelProblem | None = None,
     inner_optimizer: Any,
@@ -75,6 +87,7 @@ def hypergradient(
             :meth:`metapl.problems.Problem.outer_batch`.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
+        outer, inner: other names of ``labeled`` and ``unlabeled``.
         mode: one of :data:`metapl.MODES`, or an estimator value.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
@@ -100,6 +113,7 @@ def hypergradient(
 
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
+    labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
@@ -155,8 +169,8 @@ def hypergradient(
             for loss in losses if passes[0].recompute else (torch.stack(list(losses)).sum(),):
                 of_loss = _gradient(of_teacher, loss)
                 grads = {name: grads[name] + g for name, g in of_loss.items()} if grads else of_loss
-        h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
-        path = path.revised(feedback[-1].h.detach())
+        h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
+        path = path.revised(h[-1])
         return Hypergradient(
             grads=grads,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],

@@ -92,7 +92,7 @@ class Entry:
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
         floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
         self.fields = floating if in_graph else as_leaves(floating)
-        signal = replace(signal, **self.fields)
+        signal = signal.having(self.fields)
         self.graph = read_batch(problem, "student_input", batch, signal, list(self.fields.values()))
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
         self.given = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
@@ -182,15 +182,11 @@ class InnerStep:
         """z = S(x; θ), (B, ...), without a graph."""
         return joined([part.outputs for part in self.passes])
 
-    @property
-    def signal_has_rows(self) -> bool:
-        """Whether the signal has a row for each example of the batch."""
-        return has_rows(self.problem, self.signal, len(self.outputs))
-
-    def of_batch(self, h: Tensor) -> Tensor:
-        """The feedback on the whole batch: the sum over micro-batches, each of which has a signal without rows."""
-        parts = len(self.passes)
-        return h if parts == 1 or not h.ndim or self.signal_has_rows else h.reshape(parts, -1, *h.shape[1:]).sum(0)
+    def has_rows(self, name: str) -> bool:
+        """Whether a field of the signal has a row for each example of the batch; what goes with the value, such as its
+        log_prob, has rows where all of the value has."""
+        found = has_rows(self.problem, self.signal, len(self.outputs))
+        return found.get(name, all(found.values()))
 
     @cached_property
     def gradient(self) -> Tree:
@@ -330,7 +326,7 @@ class InnerStep:
             values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
             leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
             entering, inputs = self.entries[i].as_leaves(widened) if self.entries else ([], part.inputs)
-            loss = self._loss(replace(signal, **leaves), x)
+            loss = self._loss(signal.having(leaves), x)
             results.append(derive(part, loss, [*leaves.values(), *entering], inputs))
         return [first for first, _ in results], [second for _, second in results]
 
@@ -421,10 +417,10 @@ class InnerLoss:
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
         if own_code(self.problem.inner_loss):  # which reads the outputs and the signal's value
             return self.problem.inner_loss(outputs, self.signal, self.batch).mean()
-        given = vars(self.signal)
+        fields = {name: t for name, t in self.signal.fields().items() if name not in self.others}
         read, weights = as_read(params, self.student), params if self.student.readable else {}
         who = "the problem's inner_loss"
-        changeable = {"outputs": outputs, "signal": given, "batch": self.batch}
+        changeable = {"outputs": outputs, "signal": vars(self.signal), "batch": self.batch}
         twice = self.credits in ("signal", "example") and not self.student.double_backward
         start = RandomState.now(outputs.device) if twice else None
         losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, read)
@@ -442,8 +438,7 @@ class InnerLoss:
                 f"what inner_loss returned is {described(losses)}, for a batch of {len(outputs)}; expected one loss "
                 f"per example, ({len(outputs)},): leave the mean to metapl."
             )
-        fields = [t for name, t in given.items() if isinstance(t, Tensor) and name not in self.others]
-        other = stranger([losses], [outputs, *weights.values(), *fields], self.student.own)
+        other = stranger([losses], [outputs, *weights.values(), *fields.values()], self.student.own)
         for name, t in self.others.items():
             if other is t:
                 raise _other_field("inner_loss", name)

@@ -207,7 +207,7 @@ class Path:
         gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
         return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
 
-    def revised(self, h: Tensor) -> Path:
+    def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
         where it makes none."""
         if not has_own(self.problem, "revised_signal"):
@@ -290,15 +290,16 @@ class Path:
 
         def loss(outputs: Tensor, given: Any) -> tuple[Tensor, float]:
             batch, fields = given
-            losses = self.problem.inner_loss(outputs, Signal(**fields) if fields else whole, batch, params)
+            losses = self.problem.inner_loss(outputs, whole.having(fields), batch, params)
             return losses.sum(), len(losses)
 
         check = _MeanCheck("inner_loss", loss, self.student.ranks, len(pieces))
-        has_rows = step.signal_has_rows
+        has_rows = {name: step.has_rows(name) for name in whole.fields()}
         with replayed(RandomState.now(step.outputs.device)):
-            # Of a signal without rows, each micro-batch has one of its own, and two of them have none.
-            for record, signal, batch in pieces if has_rows else pieces[:1]:
-                check.look(record.outputs, (batch, signal.detached().fields() if has_rows else {}))
+            # Of a field without rows, each micro-batch has one of its own, and two of them have none.
+            for record, signal, batch in pieces if all(has_rows.values()) else pieces[:1]:
+                fields = {name: t for name, t in signal.detached().fields().items() if has_rows[name]}
+                check.look(record.outputs, (batch, fields))
 
 
 def take_steps(

@@ -28,7 +28,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import journal, tensors_in, weights_watched
 from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
-from metapl.problems.base import Problem, Signal, check_signal, has_rows, kind_of
+from metapl.problems.base import Problem, Signal, check_signal, has_rows, kind_of, refuse_other_fields
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 
@@ -87,8 +87,9 @@ class TeacherPass:
         finally:
             if generator is not None and before is not None:
                 generator.set_state(before)
-        for name, t in self.signal.fields().items():
-            check_recomputed(getattr(again, name).detach(), t.detach())
+        refuse_other_fields([self.signal, again], "a second pass on the same batch")
+        for first, second in zip(self.signal.fields().values(), again.fields().values(), strict=True):
+            check_recomputed(second.detach(), first.detach())
         return again
 
     def _run(self) -> Signal:
@@ -177,11 +178,11 @@ class TeacherPass:
         scalars["teacher_loss"] = from_own.detach()
         from_own = from_own / parts if parts > 1 else from_own
         rows = length(self.batch) if self.student_outputs is None else len(self.student_outputs)
-        shared = (parts > 1 or self.ranks.size > 1) and not has_rows(self.problem, signal, rows)
+        shared = (parts > 1 or self.ranks.size > 1) and not all(has_rows(self.problem, signal, rows).values())
         if shared and ratio is not None:
             raise MetaplError(
-                "feedback_ratio is measured row by row at the teacher's outputs, and this signal, which is one for "
-                "all examples, gets its feedback from several processes; use feedback_weight."
+                "feedback_ratio is measured row by row at the teacher's outputs, and this signal, or a field of it, "
+                "which is one for all examples, gets its feedback from several processes; use feedback_weight."
             )
         with overwritten_explained("teacher"):
             at_feedback, further = self._gradients(from_feedback, "the signal", ratio)
@@ -301,7 +302,7 @@ def updated(kept: Means, pushes: Sequence[Tensor], step: InnerStep, labeled: Any
         g = ranks.mean(sum(pushes[1:], pushes[0]))
         new = {"feedback": g, "feedback_square": g.square().sum()}
     labels: Any = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
-    classes = step.problem.teacher_classifies and q is not None and q.ndim == 2 and q.is_floating_point()
+    classes = step.problem.teacher_classifies and isinstance(q, Tensor) and q.ndim == 2 and q.is_floating_point()
     if classes and isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
         is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)  # of ignored ones, none
         p = wide(q).mean(0)

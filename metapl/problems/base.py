@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import first_input, joined, labeled_pair
 from metapl.execution.buffers import own_code
 from metapl.execution.checks import described, refuse_not_finite, scalar_loss
@@ -29,7 +29,8 @@ class Signal:
 
     Args:
         value: the input of the inner loss: class probabilities q (B, C), sampled classes (B,), weights of examples
-            (B,), corrected labels (B, C), ...
+            (B,), corrected labels (B, C), ...; or several of these, as a dict of tensors by name. Each floating-point
+            tensor of a dict gets a feedback of its own, and the others are constants.
         log_prob: (B,), log p_i(value_i), where ``value`` was sampled; ``None`` where ``value`` is differentiable.
         probs: (B, C), the distribution that ``value`` was sampled from, where a mode may take the expectation over it;
             the inner loss must then accept a ``value`` of this shape as well, and be linear in it: the expected loss is
@@ -37,7 +38,7 @@ class Signal:
         outputs: (B, C), the teacher's outputs that the signal was made from, for teacher losses that need them.
     """
 
-    value: Tensor
+    value: Tensor | Any  # a tensor, or a dict of tensors
     log_prob: Tensor | None = None
     probs: Tensor | None = None
     outputs: Tensor | None = None
@@ -52,53 +53,91 @@ class Signal:
         return self.log_prob is not None
 
     def fields(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
-        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        """Its tensors by name; those of a dict are called ``value['weight']``, say, and come first."""
+        named: dict[str, Any] = vars(self)
+        if isinstance(self.value, dict):
+            named = {field_of(key): t for key, t in self.value.items()} | named
+        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+
+    def having(self, fields: Mapping[str, Tensor]) -> Signal:
+        """The same with other tensors in some of its :meth:`fields`."""
+        own: dict[str, Any] = {name: t for name, t in fields.items() if name in vars(self)}
+        if isinstance(self.value, dict):
+            own["value"] = {key: fields.get(field_of(key), t) for key, t in self.value.items()}
+        return replace(self, **own)
 
     def chunks(self, parts: int) -> list[Signal]:
         """The signal about each of ``parts`` micro-batches."""
         columns = {name: t.chunk(parts) for name, t in self.fields().items()} if parts > 1 else {}
-        return [Signal(**{name: t[i] for name, t in columns.items()}) for i in range(parts)] if columns else [self]
+        return [self.having({name: t[i] for name, t in columns.items()}) for i in range(parts)] if columns else [self]
 
     def detached(self) -> Signal:
         """The same signal without the teacher's graph, for the student and the estimators."""
-        return replace(self, **{name: t.detach() for name, t in self.fields().items()})
+        return self.having({name: t.detach() for name, t in self.fields().items()})
+
+
+def field_of(key: object) -> str:
+    """The name of a field of a signal whose value is a dict."""
+    return f"value[{key!r}]"
 
 
 def check_signal(signal: Any, problem: Any) -> Signal:
     """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
-    value, returned = getattr(signal, "value", None), ""
+    value: Any = getattr(signal, "value", None)
+    returned = ""
+    parts: dict[str | None, Any] = value if isinstance(value, dict) else {None: value}
     if not isinstance(signal, Signal):
         returned = described(signal)
-    elif not isinstance(value, Tensor):
+    elif isinstance(value, dict) and not (value and all(isinstance(key, str) for key in value)):
         returned = f"a Signal whose value is {described(value)}"
+    elif isinstance(value, dict) and signal.sampled:
+        returned = f"a Signal with a log_prob, whose value is {described(value)}"
+    elif odd := [key for key, t in parts.items() if not isinstance(t, Tensor) or t.is_complex()]:
+        returned = f"a Signal whose {'value' if odd[0] is None else field_of(odd[0])} is {described(parts[odd[0]])}"
     elif signal.log_prob is not None and signal.log_prob.shape != value.shape[:1]:
         returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
     if returned:
         raise MetaplError(
             f"what {kind_of(problem)}.signal returned is {returned}; expected a metapl.Signal: metapl.Signal(value), "
-            "of a tensor with a row for each example, or metapl.Signal(value, log_prob=...), with one log-probability "
-            "for each, where it was sampled."
+            "of a tensor of real numbers with a row for each example, or a dict of such tensors by name; or "
+            "metapl.Signal(value, log_prob=...), with one log-probability for each, where a tensor was sampled."
         )
     checked: Signal = signal
-    if checked.value.is_floating_point():
-        refuse_not_finite(
-            checked.value,
-            f"the teacher's signal, by {kind_of(problem)}.signal, is NaN or infinite; the teacher's weights have "
-            "probably diverged: lower its learning rate, or look for such values in what it was built from.",
-        )
+    for key, t in parts.items():
+        if t.is_floating_point():
+            refuse_not_finite(t, _NOT_FINITE if key is None else f"{field_of(key)} of {_NOT_FINITE}")
     return checked
+
+
+_NOT_FINITE = (
+    "the teacher's signal, by the problem's signal(), is NaN or infinite; the teacher's weights have probably "
+    "diverged: lower its learning rate, or look for such values in what it was built from."
+)
 
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:
     """The signal about the union of micro-batches."""
-    if len(signals) > 1 and signals[0].value.ndim == 0:
+    first, *others = (signal.fields() for signal in signals)
+    scalar = next((name for name, t in first.items() if t.ndim == 0), None) if others else None
+    if scalar is not None:
         raise MetaplError(
-            "the problem's signal is a scalar, and a batch is taken in micro-batches (accumulate), each with a signal "
-            "of its own; expected accumulate=1, or a value with a dimension, such as signal.value[None]."
+            f"the problem's signal is a scalar ({scalar}), and a batch is taken in micro-batches (accumulate), each "
+            "with a signal of its own; expected accumulate=1, or a value with a dimension, such as "
+            f"signal.{scalar}[None]."
         )
-    columns = {name: [getattr(signal, name) for signal in signals] for name in signals[0].fields()}
-    return Signal(**{name: joined(parts) for name, parts in columns.items()})
+    refuse_other_fields(signals, "another micro-batch")
+    return signals[0].having({name: joined([t, *(fields[name] for fields in others)]) for name, t in first.items()})
+
+
+def refuse_other_fields(signals: Sequence[Signal], where: str) -> None:
+    """Refuse signals that have not all the same fields and shapes."""
+    shapes = [[f"{name} {tuple(t.shape)}" for name, t in sorted(signal.fields().items())] for signal in signals]
+    other = next((shape for shape in shapes if shape != shapes[0]), None)
+    if other is not None:
+        raise MetaplError(
+            f"the problem's signal has tensors of the shapes {few(shapes[0])}, and in {where} {few(other)}; expected "
+            "the same."
+        )
 
 
 @runtime_checkable
@@ -135,9 +174,9 @@ class Problem(BilevelProblem):
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
     teacher_reads_inputs: ClassVar[bool] = True
     """Whether the teacher is given the student's inputs, so that their type must be that of its weights."""
-    signal_has_rows: ClassVar[bool | None] = None
-    """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix.
-    None: it has rows where its length is that of the batch."""
+    signal_has_rows: ClassVar[bool | Mapping[str, bool] | None] = None
+    """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix; of a
+    dict of tensors, by their names. None, or a name that is left out: where its length is that of the batch."""
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
@@ -169,9 +208,10 @@ class Problem(BilevelProblem):
         such comparison."""
         return None
 
-    def revised_signal(self, signal: Signal, h: Tensor) -> Signal | None:
-        """The signal of the student's real step, made from the feedback h on the signal that was looked ahead with,
-        which has no graph; None: that step is the real one. Costs a forward and a backward pass more; one step only."""
+    def revised_signal(self, signal: Signal, h: Any) -> Signal | None:
+        """The signal of the student's real step, made from the feedback h on the signal that was looked ahead with (a
+        tensor, or a dict of them), which has no graph; None: that step is the real one. Costs a forward and a backward
+        pass more; one step only."""
         return None
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
@@ -192,7 +232,7 @@ class Problem(BilevelProblem):
         if logits is None or logits.shape != outputs.shape:
             return {}
         q = signal.probs if signal.sampled else signal.value
-        q = wide(logits).softmax(-1) if q is None else q
+        q = q if isinstance(q, Tensor) else wide(logits).softmax(-1)
         return {
             "pseudo_label_confidence": q.amax(-1).mean(),
             "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
@@ -243,11 +283,21 @@ def has_own(problem: Problem, method: str) -> bool:
     return getattr(type(own), method, None) not in (None, getattr(Problem, method))
 
 
-def has_rows(problem: Problem, signal: Signal, rows: int) -> bool:
-    """Whether a signal has a row for each of so many examples."""
-    if signal.value.ndim == 0 or problem.signal_has_rows is not None:
-        return bool(signal.value.ndim and problem.signal_has_rows)
-    return len(signal.value) == rows
+def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
+    """Whether each field of a signal's value has a row for each of so many examples."""
+    told, others = problem.signal_has_rows, ("log_prob", "probs", "outputs")
+    value = {name: t for name, t in signal.fields().items() if name not in others}
+    by_name: dict[str, Any] = dict.fromkeys(value, told)
+    if isinstance(told, Mapping):
+        by_name = {field_of(key): has for key, has in told.items()}
+    unknown = by_name.keys() - value.keys()
+    if unknown:
+        raise MetaplError(
+            f"signal_has_rows of {kind_of(problem)} is {told!r}, and its signal has {few(value)}; expected True or "
+            "False, or these by the keys of a dict of tensors."
+        )
+    known = {name: has for name, has in by_name.items() if has is not None}
+    return {n: bool(known.get(n, len(t) == rows)) if t.ndim else False for n, t in value.items()}
 
 
 def enters_input(problem: Problem) -> bool:

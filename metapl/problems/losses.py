@@ -139,7 +139,7 @@ class UDA:
                 "without UDA."
             )
         if step < self.start:
-            return torch.zeros((), device=signal.value.device)
+            return torch.zeros((), device=next(iter(signal.fields().values())).device)
         weak = signal.outputs
         if weak is None:
             with torch.no_grad():

@@ -16,7 +16,7 @@ from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.feedback.teacher import Means, figures
 from metapl.metrics.metric import Term
-from metapl.problems.base import Problem, Signal, has_rows
+from metapl.problems.base import Problem, Signal, field_of, has_rows
 
 Say = Callable[[str], None]
 
@@ -62,8 +62,8 @@ class StepReport(Report):
     """The numbers of one step of the bilevel trainer; an attribute or ``as_dict`` gives floats.
 
     Args:
-        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a tuple
-            of them for a :class:`metapl.Lookahead`.
+        feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a dict of
+            them where the signal is one. A tuple of these for a :class:`metapl.Lookahead`.
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
             of its own losses) and a ``teacher_<name>`` for each of these, ``feedback_ratio`` (the norm of the weighted
             feedback's gradient at the teacher's outputs over that of its own losses; NaN without these, and for a
@@ -76,7 +76,7 @@ class StepReport(Report):
             ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
     """
 
-    feedback: Tensor | tuple[Tensor, ...]
+    feedback: Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], ...]
     signal: Signal = field(repr=False)
     student_outputs: Tensor = field(repr=False)
     problem: Problem = field(repr=False)
@@ -93,10 +93,13 @@ class StepReport(Report):
 
     def _columns(self) -> dict[str, Tensor]:
         """``feedback_mean`` and ``feedback_std`` of h over its entries, the problem's columns and the recent means'."""
-        parts = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
-        # Of the feedback on a signal without rows, such as a matrix, each rank has a share.
-        if not has_rows(self.problem, self.signal, len(self.student_outputs)):
-            parts = tuple(self.ranks.sum(h) for h in parts)
+        steps = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
+        rows = has_rows(self.problem, self.signal, len(self.student_outputs))
+        parts = []
+        for found in steps:
+            of_field = {field_of(key): h for key, h in found.items()} if isinstance(found, dict) else {"value": found}
+            # Of the feedback on a field without rows, such as a matrix, each rank has a share.
+            parts += [h if rows.get(name, True) else self.ranks.sum(h) for name, h in sorted(of_field.items())]
         h = torch.cat([part.double().flatten() for part in parts])
         columns = self.problem.columns(self.signal, self.student_outputs) | figures(self.recent)
         if self.ranks.alone:

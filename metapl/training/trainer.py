@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import labeled_pair, micro_batches
 from metapl.execution.compiled import CompiledPasses, refuse_compiled
@@ -20,7 +19,7 @@ from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_held, load_whole, whole
 from metapl.feedback import Estimator, Feedback, estimator
-from metapl.feedback.compatible import check_kind, check_mode, check_teacher, name_others, prepare
+from metapl.feedback.compatible import both_batches, check_kind, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
@@ -180,7 +179,7 @@ class BilevelTrainer(Trainer):
             self._given_as = dict(getattr(self.given_problem, "__dict__", {}))
         super().__setattr__(name, value)
 
-    def step(self, labeled: Any, unlabeled: Any = None) -> StepReport:
+    def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
         Args:
@@ -190,11 +189,14 @@ class BilevelTrainer(Trainer):
             unlabeled: x_u, or (weak, strong), with inputs of the same kinds; or a :class:`metapl.Lookahead` of K such
                 batches. The student then takes K steps, and the teacher takes one on the feedback on all of them; its
                 own losses read the last batch.
+            outer, inner: other names of ``labeled`` and ``unlabeled``.
 
         Returns: a :class:`metapl.StepReport`.
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
+        if outer is not None or inner is not None or labeled is None or unlabeled is None:
+            labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         self._follow_problem()
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
         batches, guard, teacher_steps = inner_batches(unlabeled), self.guard, list[TeacherPass]()
@@ -234,8 +236,9 @@ class BilevelTrainer(Trainer):
                     raise
                 objectives = self._teacher_backward(teacher_steps, feedback, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
-                path = path.revised(feedback[-1].h.detach())
-                report = self._report(path, known, feedback, objectives, ahead, fault, labeled)
+                h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
+                path = path.revised(h[-1])
+                report = self._report(path, known, h if ahead else h[0], objectives, fault, labeled)
             if self._teacher_trainer is not None and (guard.spread or self.clip_norm is not None):
                 self._teacher_trainer.clip()
             elif self.outer_optimizer is not None:
@@ -285,13 +288,11 @@ class BilevelTrainer(Trainer):
         self,
         path: Path,
         known: dict[str, Tensor],
-        feedback: Sequence[Feedback],
+        h: Any,
         objectives: Sequence[Objective],
-        ahead: bool,
         fault: checks.Fault,
         labeled: Any,
     ) -> StepReport:
-        h = tuple(step.of_batch(found.h.detach()) for step, found in zip(path.steps, feedback, strict=True))
         of_teacher = teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}
         signal = path.steps[-1].signal
         pushes = [push for *_, push in objectives if push is not None]
@@ -300,16 +301,18 @@ class BilevelTrainer(Trainer):
             {"inner_loss": path.inner_loss, **known, **of_teacher},
             fault,
             ranks=self.ranks,
-            feedback=h if ahead else h[0],
+            feedback=h,
             # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
-            signal=replace(signal, **{name: t.clone() for name, t in signal.fields().items()}),
+            signal=signal.having({name: t.clone() for name, t in signal.fields().items()}),
             student_outputs=path.steps[-1].outputs.clone(),
             problem=self.problem,
             recent=updated(self.recent, pushes, path.steps[-1], labeled, self.ranks),
         )
         return report if self.ranks.alone else report.exchanged()
 
-    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
+    def teacher_step(
+        self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
+    ) -> Report:
         """One step of the teacher alone, while the student waits: lines 6-8 of Algorithm 1, on the batches of a step.
 
         Its losses get no signal: a loss that needs the outputs on the weak view computes them, as :class:`metapl.UDA`
@@ -322,6 +325,7 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
+        labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None:
             return super().teacher_step(labeled, unlabeled)
         if not has_losses(self):
@@ -434,10 +438,12 @@ class BilevelTrainer(Trainer):
 
     def hypergradient(
         self,
-        labeled: Any,
-        unlabeled: Any,
+        labeled: Any = None,
+        unlabeled: Any = None,
         mode: str | Estimator | None = None,
         *,
+        outer: Any = None,
+        inner: Any = None,
         generator: torch.Generator | None = None,
     ) -> Hypergradient:
         """The teacher's gradient through the student's step as it stands, by this mode or another; nothing moves.
@@ -446,10 +452,11 @@ class BilevelTrainer(Trainer):
         generators stay as they are, so that every call sees the same dropout masks.
 
         Args:
-            labeled, unlabeled: as for :meth:`step`.
+            labeled, unlabeled, outer, inner: as for :meth:`step`.
             mode: default this trainer's own.
             generator: for drawing labels; without it they are the same in every call too.
         """
+        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         estimate = estimator(self.mode if mode is None else mode)
         return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
 

@@ -392,6 +392,23 @@ def settings_of_any_kind(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(states, "_same_kind", lambda given, own: True)
 
 
+def further_fields_left_out(patch: pytest.MonkeyPatch) -> None:
+    """Of a signal of several tensors, the teacher learns by the first alone."""
+    real = base.Feedback.teacher_loss
+    patch.setattr(base.Feedback, "teacher_loss", lambda self, signal: real(replace(self, others={}), signal))
+
+
+def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
+    """Of a signal of several tensors, the feedback of the first is that of all."""
+    real = base.Feedback.teacher_loss
+
+    def teacher_loss(self: base.Feedback, signal: Signal) -> Tensor:
+        others = {name: self.h.reshape(-1, *[1] * (h.ndim - 1)).expand_as(h) for name, h in self.others.items()}
+        return real(replace(self, others=others), signal)
+
+    patch.setattr(base.Feedback, "teacher_loss", teacher_loss)
+
+
 FAULTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -440,6 +457,8 @@ FAULTS: dict[str, Plant] = {
         frozen_alias_goes_unwatched,
         compared_without_a_gradient,
         settings_of_any_kind,
+        further_fields_left_out,
+        fields_taken_for_each_other,
     )
 }
 

@@ -114,9 +114,8 @@ def altered(
     """h as it is altered in four steps, on sampled labels or on a differentiable signal."""
     soft = torch.zeros(len(h)) if weights is None else weights
     signal = metapl.Signal(soft) if labels is None else metapl.Signal(labels, log_prob=torch.zeros(len(h)))
-    step = type(
-        "Step", (), {"signal": signal, "signal_has_rows": True, "student": type("Student", (), {"ranks": ALONE})}
-    )
+    fields = {"signal": signal, "has_rows": lambda name: True, "student": type("Student", (), {"ranks": ALONE})}
+    step = type("Step", (), fields)
     estimator = Altered(Steps(h), how, seed)
     state, found = estimator.init(), []
     for _ in range(4):

@@ -22,10 +22,12 @@ import test_relations
 import test_replays
 import test_right_or_refused
 import test_sampled
+import test_signals_of_several
 import test_step
 import test_updates
 import test_weight_writes
 import test_writes
+import torch
 from faults import FAULTS
 from fits import _one_thread  # noqa: F401  # fits are compared bit for bit
 
@@ -67,6 +69,12 @@ def smoothed(estimator: str) -> Check:
 
 def mean_is_soft(mode: str) -> Check:
     return lambda patch: test_sampled.test_mean_over_labels_tends_to_the_soft_gradient(mode, test_sampled.sgd, patch)
+
+
+def several(mode: str) -> Check:
+    return lambda patch: test_signals_of_several.test_every_field_gets_its_own_feedback(
+        mode, 1, torch.float64, 1e-9, "torch_sgd", test_signals_of_several.Weighted
+    )
 
 
 def in_folder(check: Callable[[Path], None]) -> Check:
@@ -268,6 +276,14 @@ CAUGHT: dict[str, dict[str, Check]] = {
             lambda folder: test_fit_resumed.test_nor_is_that_of_another_optimizer("flag for a rate", "inner", folder)
         ),
     },
+    "further_fields_left_out": {
+        "every_field": several("forward"),
+        "by_double_backward": several("unrolled"),
+        "in_micro_batches": lambda patch: test_signals_of_several.test_a_step_in_micro_batches(
+            test_signals_of_several.Augmented, "forward", False, 1, 1e-9
+        ),
+    },
+    "fields_taken_for_each_other": {"every_field": several("forward"), "by_double_backward": several("unrolled")},
 }
 
 REFUSED = {

@@ -71,7 +71,7 @@ def test_a_noise_matrix_that_is_not_finite_does_not_reach_the_student(value: flo
     trainer = metapl.BilevelTrainer(teacher, nn.Linear(4, 3), mode, problem=NoiseTransition(), teacher_losses=())
     before = copy.deepcopy(trainer.student.state_dict())
     with pytest.raises(
-        MetaplError, match=r"signal, by NoiseTransition.signal, is NaN or infinite; .*lower its learning"
+        MetaplError, match=r"signal, by the problem's signal\(\), is NaN or infinite; .*lower its learning"
     ):
         trainer.step((X, Y), (X, Y))
     assert all(torch.equal(t, before[name]) for name, t in trainer.student.state_dict().items())
