@@ -14,7 +14,7 @@ from metapl.execution.buffers import Slots, explain_types, step_guard
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.sharded import by_backward, student_of
-from metapl.feedback import Estimator, estimator
+from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import check_batches, check_kind, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, inner_batches, take_steps
@@ -52,7 +52,7 @@ def hypergradient(
     *,
     labeled: Any,
     unlabeled: Any,
-    mode: str | Estimator = "forward",
+    mode: Mode = "forward",
     problem: BilevelProblem | None = None,
     inner_optimizer: Any,
     inner_state: Any = None,
