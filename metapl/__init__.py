@@ -57,6 +57,10 @@ __all__ = [
 _ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics")
 
 
+def __dir__() -> list[str]:
+    return [*__all__, *_ON_FIRST_USE, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import a subpackage when it is first used, so that ``import metapl`` loads little beside torch."""
     if name == "ablate":

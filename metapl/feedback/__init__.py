@@ -36,6 +36,7 @@ __all__ = [
     "estimator",
     "modes_for",
 ]
+__dir__ = __all__.copy
 
 ModeName = Literal[
     "unrolled",

@@ -21,6 +21,7 @@ from metapl.feedback.path import Lookahead, inner_batches, take_steps
 from metapl.feedback.teacher import TeacherPass
 from metapl.problems.base import BilevelProblem, Signal
 from metapl.updates import update_of
+from metapl.words import summary
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Hypergradient:
     outer_loss: Tensor
     student_params: dict[str, Tensor]
     inner_state: Any
+
+    def __repr__(self) -> str:
+        state = None if self.inner_state is None else type(self.inner_state).__name__
+        return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
 def hypergradient(

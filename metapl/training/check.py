@@ -82,7 +82,7 @@ class GradientCheck:
             beside double backward by hand, both in float64. Of a mode that draws labels, the mean over the draws.
         feedback: the same of h, minus the gradient in the signal's value; None where labels are drawn.
         parameters: the same for each parameter of the teacher.
-        dtype: of the student's weights.
+        dtype: of the student's weights, or of its passes under autocast.
         rounded: as ``overall``, of the mode in that type and with that precision; None where labels are drawn.
         rounded_parameters: the same for each parameter of the teacher.
         rounded_by_hand: as ``rounded``, of double backward by hand in that type: what rounding alone does.
@@ -243,6 +243,7 @@ def check_gradient(
 class _Copies:
     """Everything that a gradient is computed from, on the CPU and in one type; each is used for one computation."""
 
+    clip: float | None
     teacher: nn.Module | None
     student: nn.Module
     problem: Problem
@@ -250,14 +251,13 @@ class _Copies:
     state: Any
     labeled: Any
     unlabeled: Any
-    clip: float | None
 
     @staticmethod
     def of(things: dict[str, Any], estimate: Estimator, clip: float | None, dtype: torch.dtype | None) -> _Copies:
         """Copies that share what the originals share, with all floating-point tensors in ``dtype``, also those that
         modules and problems hold as attributes; None: each in its own type."""
         memo: dict[int, Any] = {}
-        copies = []
+        copies: list[Any] = []
         for name, thing in things.items():
             try:
                 is_function = isinstance(thing, tuple) and name == "inner_optimizer"  # a TorchOpt transform
@@ -272,7 +272,7 @@ class _Copies:
             t.grad = None
             t.data = t.data.to("cpu", dtype if t.is_floating_point() else None)
         copies[2] = prepare(copies[2], estimate)
-        return _Copies(*copies, clip=clip)
+        return _Copies(clip, *copies)
 
     def taught(self) -> dict[str, nn.Parameter]:
         return {} if self.teacher is None else {n: p for n, p in self.teacher.named_parameters() if p.requires_grad}
@@ -334,15 +334,13 @@ class _Copies:
         """The problem's signal, each tensor of it a node of its own: its gradient is not that through other fields."""
 
         def apart(t: Tensor) -> Tensor:
-            if t.requires_grad and not cut:
-                return t.view_as(t)
-            return t.detach().requires_grad_(t.is_floating_point())
+            return t.view_as(t) if t.requires_grad else t.detach().requires_grad_(t.is_floating_point())
 
         with _named("the problem's signal"):
             teacher = nn.Module() if self.teacher is None else self.teacher
             signal = self.problem.signal(teacher, batch, outputs, generator=generator)
             run.signals.append(replace(signal, **pytree.tree_map_only(Tensor, apart, dict(vars(signal)))))
-        return run.signals[-1]
+        return signal.detached() if cut else run.signals[-1]
 
     def by_hand(self, truncate: int | None = None) -> _Run:
         """The same with the gradients of L(θ′) in the teacher's weights and in the signals' values."""
@@ -458,7 +456,7 @@ class _Check:
         with self._as_given():
             own = self.made(None)
             found = own.by_mode(self.estimate)  # which refuses what is wrong
-        dtype = next(p.dtype for p in own.student.parameters() if p.requires_grad)
+        weights = next(p.dtype for p in own.student.parameters() if p.requires_grad)
         truncate = getattr(self.estimate, "truncate", None)
         truncate = truncate if truncate and truncate < len(inner_batches(own.unlabeled)) else None
         exact = self.made(torch.float64).by_hand(truncate)
@@ -479,7 +477,7 @@ class _Check:
         compared: dict[str, Any] = {
             "mode": self.estimate.name,
             "exact": (self.estimate.exact or truncate is not None) and not sampled,
-            "dtype": dtype,
+            "dtype": torch.bfloat16 if self.bfloat16 else weights,
             "rounded_by_hand": Agreement.between(_flat(rounded), b),
         }
         if sampled:
@@ -554,7 +552,7 @@ class _Check:
                 copies = self.made(torch.float64)
                 with torch.no_grad():
                     for name, p in copies.taught().items():
-                        p += side * sizes[name] * signs[name]
+                        p.add_(side * sizes[name] * signs[name])
                 ends.append(float(copies.outer_loss(seen=seen).loss.detach()))
             return (ends[0] - ends[1]) / 2
 
@@ -601,8 +599,9 @@ class _Check:
             )
         if check.unreached:
             words.append(f"No gradient reaches {few(check.unreached, 3)}, although the loss depends on them.")
-        if right and felt and check.rounded is not None:
-            words += _of_rounding(check.rounded.relative_error, check.rounded_by_hand.relative_error, own, few_steps)
+        if right and felt and not scaled and check.rounded is not None:
+            off = check.rounded.relative_error, check.rounded_by_hand.relative_error
+            words += _of_rounding(exact, *off, own, few_steps)
         return replace(check, expected=expected, passed=right and felt, verdict=" ".join(words))
 
     def _of_draws(self, exact: _Run, b: Tensor, compared: dict[str, Any]) -> GradientCheck:
@@ -647,12 +646,13 @@ class _Check:
         )
 
 
-def _of_rounding(of_mode: float, by_hand: float, own: str, few_steps: bool) -> list[str]:
+def _of_rounding(exact: bool, of_mode: float, by_hand: float, own: str, few_steps: bool) -> list[str]:
     """What rounding in the networks' own type does to the mode, and to any exact gradient."""
     if of_mode < 1e-3:
         return []
     words = [f"In {own} it is {of_mode:.1%} off, and double backward by hand in {own} {by_hand:.1%}:"]
-    words += [f"{own} is the reason, not the mode." if of_mode < 3 * by_hand else f"this mode loses digits in {own}."]
+    by_type = exact or of_mode < 3 * by_hand or by_hand > 0.1  # an exact mode has nothing but rounding to be off by
+    words += [f"{own} is the reason, not the mode." if by_type else f"this mode loses digits in {own}."]
     if few_steps:
         words.append("An Adam of few steps divides each gradient by its own size, which leaves little of it.")
     return words
