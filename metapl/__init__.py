@@ -18,6 +18,7 @@ try:
     from metapl.problems import BilevelProblem, PseudoLabels, Signal
     from metapl.problems.losses import UDA, CrossEntropy
     from metapl.training import StopFit
+    from metapl.training.check import check_gradient
     from metapl.training.contract import StepReport
     from metapl.training.loss_trainer import LossTrainer
     from metapl.training.trainer import BilevelTrainer
@@ -45,6 +46,7 @@ __all__ = [
     "StepReport",
     "StopFit",
     "ablate",
+    "check_gradient",
     "feedback",
     "hypergradient",
     "models",
@@ -53,6 +55,10 @@ __all__ = [
 
 
 _ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_ON_FIRST_USE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -119,3 +119,27 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     sides = [str.ljust if index < left else str.rjust for index in range(len(widths))]
     lines = [[side(text, width) for side, text, width in zip(sides, row, widths, strict=True)] for row in rows]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def summary(name: str, **parts: object) -> str:
+    """A short ``repr`` of several lines at most: numbers to four digits, tensors of more by their shape, dicts by their
+    names.
+
+    >>> summary("Report", step=3, loss=0.123456, grads={"weight": 1, "bias": 2})
+    'Report(step=3, loss=0.1235, grads={weight, bias})'
+    """
+    return wrapped(f"{name}({', '.join(f'{key}={_brief(part)}' for key, part in parts.items())})", WIDTH)
+
+
+def _brief(part: object) -> str:
+    if getattr(part, "shape", None) == ():  # a tensor of one number
+        part = float(part)  # type: ignore[arg-type]
+    if isinstance(part, float):
+        return f"{part:.4g}"
+    if isinstance(part, dict):
+        names = [*map(str, part)]
+        return f"{{{', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}}}"
+    if isinstance(part, tuple):
+        return f"({', '.join(map(_brief, part[:3]))}{f' and {len(part) - 3:,} more' if len(part) > 3 else ''})"
+    shape = getattr(part, "shape", None)
+    return str(part) if shape is None else f"tensor{[*shape]}".replace(" ", "")

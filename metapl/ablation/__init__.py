@@ -9,3 +9,4 @@ from metapl.ablation.results import Ablation, Distance, ModeCost, Outcome, Sweep
 from metapl.ablation.study import ablate
 
 __all__ = ["Ablation", "Distance", "ModeCost", "Outcome", "Sweep", "Trainings", "ablate", "recommendation"]
+__dir__ = __all__.copy

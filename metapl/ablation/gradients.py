@@ -20,7 +20,7 @@ from metapl.ablation.results import Distance, Sweep
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, rows
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import Altered, Estimator, Lookahead
+from metapl.feedback import Altered, Estimator, Lookahead, Mode
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import inner_batches
@@ -62,9 +62,7 @@ def reasons_told() -> Iterator[None]:
         raise CannotRun(text) from error
 
 
-def sibling(
-    trainer: BilevelTrainer, mode: str | Estimator | None = None, problem: BilevelProblem | None = None
-) -> BilevelTrainer:
+def sibling(trainer: BilevelTrainer, mode: Mode | None = None, problem: BilevelProblem | None = None) -> BilevelTrainer:
     """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
     options: dict[str, Any] = {name: getattr(trainer, name) for name in SAME}
     options |= {"problem": trainer.given_problem if problem is None else problem}
@@ -81,7 +79,7 @@ class Point:
     labeled: Any
     unlabeled: Any
 
-    def gradient(self, mode: str | Estimator, generator: torch.Generator | None = None) -> Tensor:
+    def gradient(self, mode: Mode, generator: torch.Generator | None = None) -> Tensor:
         """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal.
 
         Labels are drawn from the generator, the first of its seed where none is given.

@@ -27,7 +27,7 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
-from metapl.feedback import MODES, Altered, Estimator, Lookahead, estimator
+from metapl.feedback import MODES, Altered, Estimator, Lookahead, Mode, estimator
 from metapl.feedback.inner_step import read_batch
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.metrics.metric import ACCURACY
@@ -49,7 +49,7 @@ def ablate(
     trainer: BilevelTrainer,
     labeled: Any,
     unlabeled: Any,
-    modes: Sequence[str | Estimator] | None = None,
+    modes: Sequence[Mode] | None = None,
     *,
     steps: AtLeastZero = 0,
     draws: Draws = 8,
@@ -182,7 +182,7 @@ def ablate(
     return Ablation(compared, text, points, changed, sweep, trainings, taken)
 
 
-def _by_name(modes: Sequence[str | Estimator] | None) -> dict[str, Estimator]:
+def _by_name(modes: Sequence[Mode] | None) -> dict[str, Estimator]:
     if isinstance(modes, str | Estimator):
         raise MetaplError(f"ablate was given modes={modes!r}; expected a list of modes: [{modes!r}].")
     estimates = [estimator(mode) for mode in (MODES if modes is None else modes)]

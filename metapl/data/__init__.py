@@ -18,6 +18,7 @@ __all__ = [
     "to_device",
     "without_labels",
 ]
+__dir__ = __all__.copy
 
 
 def __getattr__(name: str) -> Any:

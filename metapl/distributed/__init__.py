@@ -10,3 +10,4 @@ from metapl.distributed.dropout import keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
 
 __all__ = ["Mesh", "keyed_dropout", "shard"]
+__dir__ = __all__.copy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from metapl.errors import MetaplError
 from metapl.feedback.altered import Altered
 from metapl.feedback.base import Estimator, Feedback
@@ -26,6 +28,7 @@ __all__ = [
     "Implicit",
     "Lookahead",
     "LossDifference",
+    "Mode",
     "NoFeedback",
     "Reinforce",
     "ReinforcePerExample",
@@ -33,8 +36,22 @@ __all__ = [
     "estimator",
     "modes_for",
 ]
+__dir__ = __all__.copy
 
-_REGISTRY: dict[str, Estimator] = {
+ModeName = Literal[
+    "unrolled",
+    "forward",
+    "difference",
+    "reinforce",
+    "reinforce_per_example",
+    "loss_difference",
+    "implicit",
+    "none",
+]
+Mode = ModeName | Estimator
+"""What is taken as a mode, so that an editor and a type checker know the names."""
+
+_REGISTRY: dict[ModeName, Estimator] = {
     "unrolled": Unrolled(),
     "forward": Forward(),
     "difference": Difference(),
@@ -44,21 +61,23 @@ _REGISTRY: dict[str, Estimator] = {
     "implicit": Implicit(),
     "none": NoFeedback(),
 }
-"""The modes, with their defaults; a new one is a file of its own and a line here."""
+"""The modes, with their defaults; a new one is a file of its own, and a line here and above."""
 
-MODES: tuple[str, ...] = tuple(_REGISTRY)
+MODES: tuple[ModeName, ...] = get_args(ModeName)
 """The names of the modes."""
 
 
-def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[str, ...]:
+def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[ModeName, ...]:
     """The names of the modes that take a kind of signal, or that take more than one student step.
 
     >>> modes_for(looks_ahead=True)
     ('unrolled', 'forward', 'none')
     """
-    every = _REGISTRY.values()
-    fitting = [e for e in every if (kind is None or kind in e.labels) and (e.looks_ahead or not looks_ahead)]
-    return tuple(e.name for e in fitting)
+    return tuple(
+        name
+        for name, e in _REGISTRY.items()
+        if (kind is None or kind in e.labels) and (e.looks_ahead or not looks_ahead)
+    )
 
 
 def estimator(mode: str | Estimator) -> Estimator:
@@ -76,8 +95,9 @@ def estimator(mode: str | Estimator) -> Estimator:
                 "frozenset({ONE_PROCESS, FORWARD_AD}) from metapl.execution.capabilities."
             )
         return mode
-    if mode in MODES:
-        return _REGISTRY[mode]
+    for name in MODES:
+        if mode == name:
+            return _REGISTRY[name]
     raise MetaplError(
         f"mode={mode!r} was given; expected one of {', '.join(MODES)}, "
         'or an estimator value such as metapl.feedback.Reinforce(similarity="cosine").'

@@ -14,7 +14,7 @@ from metapl.execution.buffers import Slots, explain_types, step_guard
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.sharded import by_backward, student_of
-from metapl.feedback import Estimator, estimator
+from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import (
     both_batches,
     check_batches,
@@ -29,6 +29,7 @@ from metapl.feedback.path import Lookahead, inner_batches, take_steps
 from metapl.feedback.teacher import TeacherPass
 from metapl.problems.base import BilevelProblem, Signal
 from metapl.updates import update_of
+from metapl.words import summary
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Hypergradient:
     student_params: dict[str, Tensor]
     inner_state: Any
 
+    def __repr__(self) -> str:
+        state = None if self.inner_state is None else type(self.inner_state).__name__
+        return summary("Hypergradient", **{**vars(self), "inner_state": state})
+
 
 def hypergradient(
     teacher: nn.Module | None,
@@ -64,7 +69,7 @@ def hypergradient(
     unlabeled: Any = None,
     outer: Any = None,
     inner: Any = None,
-    mode: str | Estimator = "forward",
+    mode: Mode = "forward",
     problem: BilevelProblem | None = None,
     inner_optimizer: Any,
     inner_state: Any = None,

@@ -21,6 +21,7 @@ __all__ = [
     "spoken",
     "with_chance",
 ]
+__dir__ = __all__.copy
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution.checks import dense, described, finite
 from metapl.metrics.statistics import chance_level
+from metapl.words import summary
 
 CALIBRATION_BINS = 15
 
@@ -33,6 +34,10 @@ class Evaluation:
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     classes: tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        names = "n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error"
+        return summary("Evaluation", **{name: getattr(self, name) for name in names}, classes=len(self.confusion))
 
     @property
     def chance(self) -> float:

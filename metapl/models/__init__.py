@@ -26,6 +26,7 @@ __all__ = [
     "wide_resnet28_2",
     "wide_resnet28_10",
 ]
+__dir__ = __all__.copy
 
 
 def __getattr__(name: str) -> Any:

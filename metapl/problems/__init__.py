@@ -30,3 +30,4 @@ __all__ = [
     "Table",
     "WeightNet",
 ]
+__dir__ = __all__.copy

@@ -24,3 +24,4 @@ from metapl.training.options import FitOptions
 from metapl.training.stopping import Callback, Interrupted, StopFit
 
 __all__ = ["Callback", "FitOptions", "FitResult", "Interrupted", "Report", "Say", "StopFit", "Trainer"]
+__dir__ = __all__.copy

@@ -41,6 +41,20 @@ class Trainer(Stepwise):
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
 
+    def __repr__(self) -> str:
+        """The networks by class and size, what trains each of them at which rate, and how far it is."""
+        lines = []
+        for name, network in self.networks.items():
+            own = {id(p): p.numel() for p in network.parameters()}
+            lines.append(f"  {name}: {type(network).__name__}, {sum(own.values()):,} parameters")
+            for optimizer in self.schedulable:
+                groups = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
+                rates = dict.fromkeys(f"{float(group['lr']):.4g}" for group in groups)
+                lines[-1] += f", {type(optimizer).__name__}(lr={', '.join(rates)})" if rates else ""
+        mode = f"mode={mode.name!r}, " if (mode := getattr(self, "mode", None)) is not None else ""
+        done = f"steps_done={self.steps_done:,}, device={str(self.device)!r}"
+        return "\n".join([f"{type(self).__name__}({mode}{done})", *lines])
+
     def fit(
         self,
         labeled: Any = None,

@@ -17,6 +17,7 @@ from metapl.execution.ranks import ALONE, Ranks
 from metapl.feedback.teacher import Means, figures
 from metapl.metrics.metric import Term
 from metapl.problems.base import Problem, Signal, field_of, has_rows
+from metapl.words import summary
 
 Say = Callable[[str], None]
 
@@ -33,7 +34,11 @@ class Report:
 
     step: int
     scalars: dict[str, Tensor]
-    fault: checks.Fault = field(default_factory=checks.Fault, repr=False)
+    fault: checks.Fault = field(default_factory=checks.Fault)
+
+    def __repr__(self) -> str:
+        feedback = {"feedback": self.feedback} if "feedback" in vars(self) else {}
+        return summary(type(self).__name__, step=self.step, **self.scalars, **feedback)
 
     def as_dict(self) -> dict[str, float]:
         """Every scalar, in one transfer from the device."""
@@ -57,7 +62,7 @@ class Report:
         return values[name]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StepReport(Report):
     """The numbers of one step of the bilevel trainer; an attribute or ``as_dict`` gives floats.
 
@@ -77,11 +82,11 @@ class StepReport(Report):
     """
 
     feedback: Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], ...]
-    signal: Signal = field(repr=False)
-    student_outputs: Tensor = field(repr=False)
-    problem: Problem = field(repr=False)
-    recent: Means = field(default_factory=dict, repr=False)
-    ranks: Ranks = field(default=ALONE, repr=False)
+    signal: Signal
+    student_outputs: Tensor
+    problem: Problem
+    recent: Means = field(default_factory=dict)
+    ranks: Ranks = field(default=ALONE)
 
     def exchanged(self) -> StepReport:
         """The same, when all ranks are here: later one may read the report alone."""

@@ -18,7 +18,7 @@ from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.feedback import Estimator, Feedback, estimator
+from metapl.feedback import Estimator, Feedback, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_kind, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
@@ -103,7 +103,7 @@ class BilevelTrainer(Trainer):
         self,
         teacher: nn.Module | None,
         student: nn.Module,
-        mode: str | Estimator = "reinforce",
+        mode: Mode = "reinforce",
         *,
         problem: BilevelProblem | None = None,
         inner_optimizer: Any = None,
@@ -119,10 +119,10 @@ class BilevelTrainer(Trainer):
         compile: bool = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
     ) -> None:
+        self.mode = estimator(mode)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.no_inference_mode()
         checks.is_generator(generator)
-        self.mode = estimator(mode)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
         self._given_as = dict(getattr(problem, "__dict__", {}))
         check_teacher(
@@ -440,7 +440,7 @@ class BilevelTrainer(Trainer):
         self,
         labeled: Any = None,
         unlabeled: Any = None,
-        mode: str | Estimator | None = None,
+        mode: Mode | None = None,
         *,
         outer: Any = None,
         inner: Any = None,

@@ -1,0 +1,101 @@
+"""What an editor, a notebook and ``print`` show of the library: its public names, modes by name, short texts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torchopt
+from problems_zoo import Toy, toy
+from torch import nn
+
+import metapl
+from metapl.feedback import ModeName, estimator, modes_for
+
+PUBLIC = ("ablation", "data", "distributed", "feedback", "metrics", "models", "problems", "training")
+
+
+def test_dir_shows_the_public_names_alone() -> None:
+    assert {*dir(metapl)} == {*metapl.__all__, "ablation", "apps", "data", "distributed", "metrics", "__version__"}
+    for name in PUBLIC:
+        module = import_module(f"metapl.{name}")
+        assert dir(module) == sorted(module.__all__)
+    assert all(getattr(metapl, name) is not None for name in dir(metapl))
+
+
+def test_the_modes_of_a_type_checker_are_the_modes() -> None:
+    assert metapl.MODES == get_args(ModeName) == modes_for()
+    assert all(estimator(name).name == name for name in metapl.MODES)
+
+
+def test_a_type_checker_catches_a_misspelled_mode(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import metapl\n"
+        "from torch import nn\n"
+        "net = nn.Linear(1, 2)\n"
+        'metapl.BilevelTrainer(net, net, mode="forward")\n'
+        "metapl.BilevelTrainer(net, net, mode=metapl.feedback.Forward(truncate=2))\n"
+        "for mode in metapl.MODES:\n"
+        "    metapl.BilevelTrainer(net, net, mode=mode)\n"
+        'metapl.BilevelTrainer(net, net, mode="foward")\n'
+        'metapl.hypergradient(net, net, labeled=0, unlabeled=0, inner_optimizer=0, mode="foward")\n'
+    )
+    root = Path(metapl.__file__).parents[1]
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(root / ".mypy_cache")]
+    said = subprocess.run([*command, str(script)], cwd=root, capture_output=True, text=True, check=False).stdout
+    errors = [line for line in said.splitlines() if "error:" in line]
+    assert [line.split(":")[1] for line in errors] == ["8", "9"], said
+    assert all("incompatible type \"Literal['foward']\"" in line for line in errors)
+
+
+def trained(case: Toy, **options: Any) -> tuple[metapl.BilevelTrainer, metapl.StepReport]:
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward", **options)
+    return trainer, trainer.step(**case.data())
+
+
+def test_a_trainer_says_what_it_trains_and_how_far_it_is() -> None:
+    trainer, _ = trained(toy())
+    assert repr(trainer) == (
+        "BilevelTrainer(mode='forward', steps_done=1, device='cpu')\n"
+        "  student: Sequential, 123 parameters, SGD(lr=0.05)\n"
+        "  teacher: Sequential, 123 parameters, SGD(lr=0.05)"
+    )
+    transform, _ = trained(toy(), inner_optimizer=torchopt.sgd(0.1))
+    assert "  student: Sequential, 123 parameters\n" in repr(transform)
+    net = nn.Linear(1000, 7)
+    groups = [{"params": [net.weight], "lr": 0.1}, {"params": [net.bias], "lr": torch.tensor(1e-3)}]
+    alone = metapl.LossTrainer(net, optimizer=torch.optim.Adam(groups))
+    assert repr(alone).splitlines()[1] == "  student: Linear, 7,007 parameters, Adam(lr=0.1, 0.001)"
+
+
+def test_results_are_short() -> None:
+    trainer, report = trained(toy())
+    found = trainer.hypergradient(**toy().data())
+    assert "feedback=tensor[4,3]" in repr(found)
+    assert "grads={1.weight, 1.bias, 3.weight and 1 more}" in repr(found)
+    assert "inner_state=dict" in repr(found)
+    assert repr(report).startswith("StepReport(step=0, inner_loss=1.")
+    assert "feedback=tensor[4,3]" in repr(report)
+    evaluation = trainer.evaluate(toy().labeled)
+    assert repr(evaluation).startswith("Evaluation(n=5, accuracy=0.")
+    assert "classes=3)" in repr(evaluation)
+    fitted = trainer.fit([toy().labeled], [toy().unlabeled], steps=2, progress=False)
+    for value in (found, report, evaluation, fitted, trainer):
+        assert str(value) == repr(value)
+        assert len(repr(value).splitlines()) <= 6
+        assert all(len(line) <= 80 for line in repr(value).splitlines())
+        assert "tensor([" not in repr(value)
+
+
+def test_a_report_of_several_steps_is_short() -> None:
+    case = toy()
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, "forward")
+    report = trainer.step(case.labeled, metapl.Lookahead([case.unlabeled] * 5))
+    assert "feedback=(tensor[4,3], tensor[4,3], tensor[4,3] and 2 more)" in repr(report).replace("\n", " ")
