@@ -116,7 +116,9 @@ def feed(
         return _StepFeed(source, name, stop, num_workers, target)
     _refuse_source(source, name)
     stream: Feed
-    if hasattr(source, "state_dict") and hasattr(source, "load_state_dict"):
+    # A loader that accelerate has prepared has both methods, whether or not the one inside it has.
+    inside = getattr(source, "base_dataloader", source)
+    if hasattr(inside, "state_dict") and hasattr(inside, "load_state_dict"):
         stream = _StatefulFeed(source, name, stop, seed)
     elif isinstance(source, Sequence):
         stream = _ListFeed(source, name)

@@ -15,7 +15,7 @@ from metapl.data import draws
 from metapl.errors import MetaplError
 
 # Attributes of a source with parts that may hold generators or have ``set_epoch``.
-_PARTS = ("loader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
+_PARTS = ("loader", "base_dataloader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 

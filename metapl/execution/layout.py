@@ -188,6 +188,12 @@ def layout_of(name: str, network: Any) -> Layout:
             )
         groups, network = [network.process_group], network.module
         own = processes = tuple(dist.get_process_group_ranks(groups[0]))
+    elif any(isinstance(part, DistributedDataParallel) for part in network.modules()):
+        raise MetaplError(
+            f"the {name}, a {type(network).__name__}, has a part in DistributedDataParallel, which averages none of "
+            "the gradients that metapl takes; expected the whole of it in one: of a network in metapl.models.Logits, "
+            "wrap or prepare what Logits returns."
+        )
     elif _is_spread(network):
         groups, processes, own, found = _sharded(name, network)
     elif columns_of(network) is None:

@@ -35,7 +35,7 @@ from metapl.training.guard import StepGuard, check_options, check_outer, has_los
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
-from metapl.updates import Clipped, update_of
+from metapl.updates import Clipped, unwrapped, update_of
 
 # What parts of a trainer are made of; the other options are read at every step.
 _BUILT_WITH = frozenset(
@@ -60,7 +60,8 @@ class BilevelTrainer(Trainer):
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
         outer_optimizer: the teacher's: any of ``torch.optim`` over the teacher's parameters. Both default to
-            ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``.
+            ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning
+            have wrapped, what they wrap is taken (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
@@ -144,7 +145,7 @@ class BilevelTrainer(Trainer):
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator = recompute_teacher, generator
-        self.compile, self.outer_optimizer = compile, outer_optimizer
+        self.compile, self.outer_optimizer = compile, unwrapped(outer_optimizer)
         check_options(self, lookahead)
         refuse_split_batches(self.teacher_losses or (), accumulate)
         check_mode(self.mode, lookahead, self.problem, self.layout)
@@ -153,12 +154,14 @@ class BilevelTrainer(Trainer):
         eager = self.layout if self.mode.keep_graph else None
         found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
         self.compiled = CompiledPasses(*(part for parts in found for part in parts))
-        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
+        self.inner_optimizer = unwrapped(
+            default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
+        )
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self._teacher_trainer: _TeacherTrainer | None = None
         if self.teacher is not None and teacher is not None:
-            self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else outer_optimizer
+            self.outer_optimizer = self.outer_optimizer or default_optimizer(self.teacher)
             check_outer(self.outer_optimizer, self.teacher)
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()

@@ -17,6 +17,7 @@ from metapl.updates.torch_optim import (
     parameters_of,
     refuse_missing,
     runs_others_code,
+    unwrapped,
 )
 from metapl.updates.torchopt import TransformUpdate, is_transform
 
@@ -28,6 +29,7 @@ __all__ = [
     "parameters_of",
     "refuse_missing",
     "runs_others_code",
+    "unwrapped",
     "update_of",
 ]
 
@@ -39,6 +41,7 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
     TorchOpt transform with its ``state`` from an earlier step (None: its initial one); an update as it is."""
     if isinstance(optimizer, Update):
         return optimizer
+    optimizer = unwrapped(optimizer)
     kind = _UPDATES.get(type(optimizer))
     if kind is None and is_transform(optimizer):
         if any(is_sharded(p) for p in parameters.values()):

@@ -21,10 +21,38 @@ State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state`
 States = dict[str, State]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
+_WRAPPERS = {
+    "accelerate.optimizer.AcceleratedOptimizer",
+    "lightning.pytorch.core.optimizer.LightningOptimizer",
+    "pytorch_lightning.core.optimizer.LightningOptimizer",
+}
+
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors in an optimizer's param groups."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """What accelerate and Lightning have put into an optimizer of theirs, whose class theirs imitates, whose step may
+    be skipped, and whose ``load_state_dict`` may load into the wrapper; any other optimizer as it is.
+
+    Raises: :class:`metapl.MetaplError` for gradients that are scaled or accumulated by accelerate.
+    """
+    while any(f"{kind.__module__}.{kind.__qualname__}" in _WRAPPERS for kind in type(optimizer).__mro__):
+        parts = getattr(getattr(optimizer, "gradient_state", None), "num_steps", 1)
+        if getattr(optimizer, "scaler", None) is not None:
+            raise MetaplError(
+                "an optimizer was prepared with mixed_precision='fp16', which scales the loss, and the losses are not "
+                'those of accelerate; expected Accelerator(mixed_precision="bf16"), or "no".'
+            )
+        if parts > 1:
+            raise MetaplError(
+                f"an optimizer was prepared with gradient_accumulation_steps={parts}, and a step of metapl takes whole "
+                f"batches; expected Accelerator(gradient_accumulation_steps=1), and accumulate={parts} for metapl."
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:

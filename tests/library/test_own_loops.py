@@ -1,0 +1,387 @@
+"""Loops of others around a step: plain PyTorch, accelerate and Lightning, as the examples have them."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pages
+import pytest
+import torch
+from torch import nn
+
+import metapl
+from metapl.data import feed
+from metapl.errors import MetaplError
+from metapl.models import Logits
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::Warning"),  # those of other libraries
+    pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="the examples are not installed"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_generator() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+def example(name: str) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name=name))
+
+
+def weights(trainer: Any) -> list[torch.Tensor]:
+    return [p.detach().clone() for network in (trainer.teacher, trainer.student) for p in network.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run something whose trainer is killed before it takes a step for the nth time."""
+
+    def run(step: int, what: Any) -> None:
+        own, taken = metapl.BilevelTrainer.step, iter(range(1, step))
+
+        def counted(self: Any, *args: Any, **options: Any) -> Any:
+            if next(taken, None) is None:
+                raise Killed
+            return own(self, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(metapl.BilevelTrainer, "step", counted)
+            with pytest.raises(Killed):
+                what()
+        torch.manual_seed(99)  # as in another process
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------- plain
+
+
+SUICIDE = """
+import os, signal, sys
+from pathlib import Path
+import metapl, own_loop
+
+own = metapl.BilevelTrainer.step
+def step(self, **batches):
+    if self.steps_done == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own(self, **batches)
+metapl.BilevelTrainer.step = step
+own_loop.train(Path(sys.argv[1]), 20, 6, 1)
+"""
+
+
+@pytest.mark.long
+def test_a_killed_loop_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    """By a signal that nothing can catch, with a worker of a loader under way."""
+    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT / "examples"), str(ROOT)))}
+    program = [sys.executable, "-c", SUICIDE, str(tmp_path / "cut")]
+    done = subprocess.run(program, env=os.environ | paths, capture_output=True, timeout=500, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    own = example("own_loop")
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt")["trainer"]["steps_done"] == 12
+    again, whole = own.train(tmp_path / "cut", 20, 6, 1), own.train(tmp_path / "whole", 20, 6, 1)
+    assert same(weights(whole), weights(again))
+    assert whole.inner_optimizer.param_groups[0]["lr"] == again.inner_optimizer.param_groups[0]["lr"]
+
+
+def test_a_loop_goes_on_from_the_middle_of_an_epoch(tmp_path: Path, killed_at: Any) -> None:
+    own = example("own_loop")
+    whole = own.train(tmp_path / "whole", 9, 4, 0)
+    killed_at(7, lambda: own.train(tmp_path / "cut", 9, 4, 0))
+    assert same(weights(whole), weights(own.train(tmp_path / "cut", 9, 4, 0)))
+    assert list(tmp_path.glob("cut/events*"))
+
+
+def test_autocast_around_a_step_is_the_precision_of_the_trainer() -> None:
+    found = []
+    for ambient in (True, False):
+        torch.manual_seed(0)
+        networks = [metapl.models.mlp([4, 16, 3]) for _ in range(2)]
+        x, y = torch.randn(12, 4), torch.arange(12) % 3
+        trainer = metapl.BilevelTrainer(*networks, "difference", precision="float32" if ambient else "bfloat16")
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=ambient):
+                trainer.step((x, y), x)
+        found.append(weights(trainer))
+    assert same(*found)
+
+
+# ---------------------------------------------------------------------------------------------------------- accelerate
+
+
+class NoAccelerator:
+    """A loop without accelerate: what it prepares is what it gets."""
+
+    is_main_process = False
+
+    def prepare(self, *given: Any) -> Any:
+        return given
+
+    def register_for_checkpointing(self, *given: Any) -> None:
+        pass
+
+    def save_state(self, path: str) -> None:
+        pass
+
+    def print(self, *text: Any, **options: Any) -> None:
+        pass
+
+
+def accelerator(**options: Any) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    return accelerate.Accelerator(cpu=True, **options)
+
+
+def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_path: Path, killed_at: Any) -> None:
+    pytest.importorskip("accelerate")
+    train = example("with_accelerate").train
+    plain = weights(train(NoAccelerator(), tmp_path / "plain", 9, 4))
+    whole = weights(train(accelerator(), tmp_path / "whole", 9, 4))
+    assert same(plain, whole)
+    killed_at(7, lambda: train(accelerator(), tmp_path / "cut", 9, 4))
+    assert same(whole, weights(train(accelerator(), tmp_path / "cut", 9, 4)))
+
+
+@pytest.mark.long
+def test_two_processes_of_accelerate_take_the_steps_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    alone = example("with_accelerate").train(NoAccelerator(), tmp_path / "alone", 50)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    program = [sys.executable, *launch, "examples/with_accelerate.py", str(tmp_path / "two"), "50"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    state = torch.load(tmp_path / "two" / "custom_checkpoint_0.pkl")
+    for name, value in alone.student.state_dict().items():
+        torch.testing.assert_close(state["student"][name], value, rtol=1e-3, atol=1e-5)
+    for name, value in alone.teacher.state_dict().items():
+        torch.testing.assert_close(state["teacher"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def prepared(*, twice: bool = False, **options: Any) -> tuple[list[nn.Module], list[Any], Any]:
+    acc = accelerator(**options)
+    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
+    wrapped = [acc.prepare(optimizer) for optimizer in optimizers]
+    if twice:
+        wrapped = [type(one)(one) for one in wrapped]
+    return [acc.prepare(network) for network in networks], wrapped, optimizers
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_optimizers_of_accelerate_are_taken_out_of_their_wrappers(twice: bool) -> None:
+    networks, (outer, inner), (own_outer, own_inner) = prepared(twice=twice)
+    trainer = metapl.BilevelTrainer(*networks, "forward", inner_optimizer=inner, outer_optimizer=outer)
+    assert trainer.inner_optimizer is own_inner
+    assert trainer.outer_optimizer is own_outer
+    assert metapl.LossTrainer(networks[1], optimizer=inner).optimizer is own_inner
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    given = {"labeled": (x, y), "unlabeled": x}
+    a, b = (metapl.hypergradient(*networks, **given, inner_optimizer=one).grads for one in (inner, own_inner))
+    assert same([*a.values()], [*b.values()])
+    assert trainer.state_dict()["optimizers"] == {"inner": "SGD", "outer": "SGD"}
+
+
+def test_accumulation_of_accelerate_is_refused() -> None:
+    networks, (outer, inner), _ = prepared(gradient_accumulation_steps=4)
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(MetaplError, match=r"gradient_accumulation_steps=4.*accumulate=4"):
+            metapl.BilevelTrainer(*networks, **options)
+    with pytest.raises(MetaplError, match="accumulate=4"):
+        metapl.LossTrainer(networks[1], optimizer=inner)
+
+
+def test_a_scaled_loss_of_accelerate_is_refused() -> None:
+    networks, (outer, inner), _ = prepared()
+    inner.scaler = outer.scaler = torch.amp.GradScaler("cpu")  # which accelerate makes on GPUs only
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(
+            MetaplError, match=r"mixed_precision='fp16'.*expected Accelerator\(mixed_precision=\"bf16\""
+        ):
+            metapl.BilevelTrainer(*networks, **options)
+
+
+def test_mixed_precision_of_accelerate_trains_where_nothing_is_a_difference_of_rounded_outputs() -> None:
+    (teacher, student), (outer, inner), _ = prepared(mixed_precision="bf16")
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    optimizers = {"inner_optimizer": inner, "outer_optimizer": outer}
+    for mode in ("forward", "unrolled"):
+        trainer = metapl.BilevelTrainer(teacher, student, mode, **optimizers)
+        before = weights(trainer)
+        cosine = trainer.exact_cosine((x, y), x)
+        assert cosine is not None
+        assert cosine > 0.99
+        trainer.step((x, y), x)
+        assert not same(before, weights(trainer))
+    trainer, before = metapl.BilevelTrainer(teacher, student, "difference", **optimizers), weights(trainer)
+    with pytest.raises(MetaplError, match=r'use mode="forward", or give precision="bfloat16"'):
+        trainer.step((x, y), x)
+    assert same(before, weights(trainer))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_prepared_loader_is_fed_and_resumed(workers: int) -> None:
+    acc, data = accelerator(), torch.arange(20.0)
+    loaders = [
+        acc.prepare(torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, num_workers=workers))
+        for _ in range(2)
+    ]
+    first, second = (feed(loader, name="unlabeled", stop=99) for loader in loaders)
+    for _ in range(7):
+        first.next()
+    second.restore(first.state())
+    rest = [[one.next() for _ in range(6)] for one in (first, second)]
+    assert same(*rest)
+    first.close()
+    second.close()
+
+
+def test_a_network_with_a_part_in_ddp_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        inside = Logits(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)))
+        for networks in ((inside, nn.Linear(4, 3)), (nn.Linear(4, 3), inside)):
+            with pytest.raises(MetaplError, match=r"a Logits, has a part in DistributedDataParallel.*the whole of it"):
+                metapl.BilevelTrainer(*networks)
+        with pytest.raises(
+            MetaplError, match=r"the teacher is in DistributedDataParallel .*, the student a plain module"
+        ):
+            metapl.BilevelTrainer(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)), nn.Linear(4, 3))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------- Lightning
+
+QUIET: dict[str, Any] = {"enable_model_summary": False}
+
+
+def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(tmp_path: Path, killed_at: Any) -> None:
+    pytest.importorskip("lightning")
+    train = example("with_lightning").train
+    loop, module = train(tmp_path / "five", 5, 5, **QUIET)
+    assert loop.global_step == module.bilevel.steps_done == 5
+    assert "accuracy" in loop.callback_metrics
+    assert "inner_loss" in loop.callback_metrics
+    _, whole = train(tmp_path / "whole", 9, 4, **QUIET)
+    killed_at(7, lambda: train(tmp_path / "cut", 9, 4, **QUIET))
+    loop, again = train(tmp_path / "cut", 9, 4, **QUIET)
+    assert loop.global_step == again.bilevel.steps_done == 9
+    assert same(weights(whole.bilevel), weights(again.bilevel))
+    for name in ("inner_optimizer", "outer_optimizer"):
+        rates = [getattr(one.bilevel, name).param_groups[0]["lr"] for one in (whole, again)]
+        assert rates[0] == rates[1] > 0
+
+
+def test_optimizers_of_lightning_are_taken_out_of_their_wrappers() -> None:
+    """And their states are loaded into them: Lightning's wrapper keeps what it is given for itself."""
+    core = pytest.importorskip("lightning.pytorch.core.optimizer")
+    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
+    outer, inner = (torch.optim.Adam(network.parameters(), lr=0.01) for network in networks)
+    wrapped = {"inner_optimizer": core.LightningOptimizer(inner), "outer_optimizer": core.LightningOptimizer(outer)}
+    trainer = metapl.BilevelTrainer(*networks, "forward", **wrapped)
+    assert trainer.inner_optimizer is inner
+    assert trainer.outer_optimizer is outer
+    trainer.step((torch.randn(6, 4), torch.arange(6) % 3), torch.randn(6, 4))
+    state = trainer.state_dict()
+    outer.state.clear()
+    trainer.load_state_dict(state)
+    assert len(outer.state) == len([*networks[0].parameters()])
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 3}
+    config = transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=6)
+    return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
+
+
+CALLS: dict[str, Any] = {
+    "step": lambda t, s, x, y: metapl.BilevelTrainer(t, s).step((x, y), x),
+    "teacher_step": lambda t, s, x, y: metapl.BilevelTrainer(t, s).teacher_step((x, y), x),
+    "hypergradient": lambda t, s, x, y: metapl.hypergradient(
+        t, s, labeled=(x, y), unlabeled=x, inner_optimizer=torch.optim.SGD(s.parameters(), lr=0.1)
+    ),
+    "predict": lambda t, s, x, y: metapl.BilevelTrainer(t, s).predict(x),
+    "evaluate": lambda t, s, x, y: metapl.BilevelTrainer(t, s).evaluate((x, y)),
+    "finetune": lambda t, s, x, y: metapl.BilevelTrainer(t, s).finetune([(x, y)], steps=1, progress=False),
+}
+
+
+@pytest.mark.parametrize("kind", ["ids", "tokenizer"])
+@pytest.mark.parametrize(
+    ("call", "who"),
+    [
+        *((call, "student") for call in CALLS if call != "teacher_step"),
+        ("step", "teacher"),
+        ("teacher_step", "teacher"),
+    ],
+)
+def test_a_model_of_hugging_face_is_refused_with_its_adapter_and_trains_in_it(call: str, who: str, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    ids, y = torch.randint(1, 30, (6, 6)), torch.arange(6) % 3
+    x = ids if kind == "ids" else transformers.BatchEncoding({"input_ids": ids, "attention_mask": ids.ne(0).long()})
+    networks = {"teacher": Logits(bert()), "student": Logits(bert())}
+    with pytest.raises(MetaplError, match=r"(\w+) = metapl\.models\.Logits\(\1\)"):
+        CALLS[call](*(networks | {who: networks[who].network}).values(), x, y)
+    CALLS[call](*networks.values(), x, y)
+
+
+@pytest.mark.long
+def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", ["text.py", "--steps", "4"])
+    runpy.run_path(str(ROOT / "examples" / "text.py"), run_name="__main__")
+    found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", capsys.readouterr().out, re.MULTILINE))
+    assert list(found) == [
+        "labels alone",
+        "no feedback",
+        "feedback as it is",
+        "feedback 0.1 of the teacher's losses",
+    ]
+    assert all(20 < float(value) < 100 for value in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- the pages
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("name", ["own-loop", "text"])
+def test_the_code_of_a_page_stands_in_an_example(name: str) -> None:
+    """But for its indentation; the examples run above."""
+
+    def flush(text: str) -> str:
+        return "\n".join(line.strip() for line in text.strip().splitlines() if line.strip())
+
+    programs = [flush(path.read_text()) for path in (ROOT / "examples").glob("*.py")]
+    blocks = pages.FENCED.findall((ROOT / "docs" / f"{name}.md").read_text())
+    assert blocks
+    for block in blocks:
+        assert any(flush(block) in program for program in programs), block
