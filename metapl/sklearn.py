@@ -115,11 +115,6 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
 
     def _labels(self, X: Array, y: Any, *, partly: bool) -> tuple[Array, Array]:
         """Which rows have a label, and the classes of these by number; they are noted by name."""
-        if y is None:
-            raise MetaplError(
-                f"{type(self).__name__} requires y to be passed, but the target y is None; expected a label for each "
-                "row of X."
-            )
         with _refused((ValueError, TypeError)):  # the latter of labels that cannot be compared
             y = column_or_1d(y, warn=True)
             check_consistent_length(X, y)
@@ -144,34 +139,43 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         return torch.from_numpy(x)
 
     @contextmanager
-    def _fitting(self, X: Array) -> Iterator[tuple[Tensor, int]]:
-        """Standardized rows where the networks are trained, and a seed; draws in the block are the seed's alone."""
+    def _fitting(self, X: Any, y: Any, *, partly: bool) -> Iterator[tuple[Tensor, Array, Array, int]]:
+        """Standardized rows where the networks are trained, what :meth:`_labels` gives, and a seed, whose draws are the
+        only ones in the block. Where that fails, the classifier is as it was."""
         check_fields(self)
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.scaler_ = StandardScaler().fit(X)
-        with _refused():
-            assert_all_finite(self.scaler_.var_, input_name="the variance of X")
-            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        x = self._standardized(X)
+        before = dict(vars(self))
         try:
-            x = x.to(self.device)
+            X = self._rows(X, reset=True)
+            known, codes = self._labels(X, y, partly=partly)
+            with _refused(), np.errstate(over="ignore", invalid="ignore"):
+                self.scaler_ = StandardScaler().fit(X)
+                assert_all_finite(self.scaler_.var_, input_name="the variance of X")
+                seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            x = self._moved(self._standardized(X))
+            generators = rng_state()
+            try:
+                torch.manual_seed(seed)
+                yield x, known, codes, seed
+            finally:
+                set_rng_state(generators)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    def _moved(self, x: Tensor) -> Tensor:
+        try:
+            return x.to(self.device)
         except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError of a build without CUDA
             raise MetaplError(
                 f"device={self.device!r} was given: {reason_of(error)}; expected a device that is there, such as 'cpu'."
             ) from error
-        before = rng_state()
-        try:
-            torch.manual_seed(seed)
-            yield x, seed
-        finally:
-            set_rng_state(before)
 
     def _built(self, x: Tensor) -> nn.Module:
         """A network for the rows x, with first weights of its own."""
         columns, classes, make = x.shape[1], len(self.classes_), self.network
         if make is None:
-            hidden = self.hidden_layer_sizes
-            return mlp([columns, *([hidden] if isinstance(hidden, int) else hidden), classes]).to(x.device)
+            return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x.device)
         found = None if isinstance(make, nn.Module) or not callable(make) else make(columns, classes)
         if not isinstance(found, nn.Module):
             given = described(make) if found is None else f"a function that returned {described(found)}"
@@ -211,7 +215,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
     Args:
         hidden_layer_sizes: widths between the columns and the classes, of both networks.
         network: in their place, a function (columns, classes) -> ``torch.nn.Module`` that gives logits.
-        mode: of :class:`metapl.BilevelTrainer`; ``"none"`` is the control without feedback, at half the time.
+        mode: of :class:`metapl.BilevelTrainer`; ``"none"`` is the control without feedback.
         steps: of training, with a cosine schedule.
         batch_size: rows in a batch of each kind, or all that there are.
         learning_rate, weight_decay: of both networks' SGD with Nesterov momentum 0.9.
@@ -224,7 +228,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
     Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``), and
     ``network_``, the student, on the CPU.
 
-    Cost: about 12 passes of the network over a batch for each step, 8 without feedback.
+    Cost: ``steps`` steps of the mode, whatever the number of rows.
 
     Source: Pham et al., "Meta Pseudo Labels" (CVPR 2021), Algorithm 1.
 
@@ -250,9 +254,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
         Returns: this classifier.
         Raises: :class:`metapl.MetaplError`, a ``ValueError``.
         """
-        X = self._rows(X, reset=True)
-        known, codes = self._labels(X, y, partly=True)
-        with self._fitting(X) as (x, seed):
+        with self._fitting(X, y, partly=True) as (x, known, codes, seed):
             if known.all():
                 warnings.warn("every row of y has a label, of which -1 would say that there is none", stacklevel=2)
             teacher, student = self._built(x), self._built(x)
@@ -267,7 +269,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
             )
             labeled = self._batches(seed, x[known], torch.from_numpy(codes).to(x.device))
             trainer.fit(labeled, self._batches(seed + 1, x, noise=self.noise), steps=self.steps, progress=self.verbose)
-        self.network_ = student.cpu()
+            self.network_ = student.cpu()
         return self
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -302,7 +304,7 @@ class MetaReweightedClassifier(_Classifier):
     Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``),
     ``weights_`` (n,) of the rows of ``fit``, 1 for trusted ones, and ``network_`` on the CPU.
 
-    Cost: about 9 passes of the network over a batch for each step of the first training, 3 of the second.
+    Cost: ``steps`` steps of the mode and as many of plain training, whatever the number of rows.
 
     >>> from sklearn.datasets import make_moons
     >>> X, y = make_moons(200, noise=0.1, random_state=0)
@@ -313,7 +315,7 @@ class MetaReweightedClassifier(_Classifier):
     True
     """
 
-    weights_learning_rate: AboveZero = 0.1
+    weights_learning_rate: AboveZero = 0.2
     trusted_fraction: Annotated[float, Range(above=0, below=1)] = 0.1
 
     def fit(self, X: Any, y: Any, trusted: Any = None) -> MetaReweightedClassifier:
@@ -328,11 +330,9 @@ class MetaReweightedClassifier(_Classifier):
         Returns: this classifier.
         Raises: :class:`metapl.MetaplError`, a ``ValueError``.
         """
-        X = self._rows(X, reset=True)
-        _, codes = self._labels(X, y, partly=False)
-        given = None if trusted is None else self._trusted(trusted, codes)
-        with self._fitting(X) as (x, seed):
-            clean = torch.from_numpy(self._drawn(codes, seed) if given is None else given)
+        with self._fitting(X, y, partly=False) as (x, _, codes, seed):
+            mask = self._drawn(codes, seed) if trusted is None else self._trusted(trusted, codes)
+            clean = torch.from_numpy(mask)
             labels, rest = torch.from_numpy(codes).to(x.device), ~clean
             table, student = Table(torch.zeros(int(rest.sum()), device=x.device)), self._built(x)
             trainer = BilevelTrainer(
@@ -356,7 +356,7 @@ class MetaReweightedClassifier(_Classifier):
             drawn = WeightedRandomSampler(weights.tolist(), len(x), generator=torch.Generator())
             rows = DataLoader(TensorDataset(x, labels), min(self.batch_size, len(x)), sampler=drawn)
             LossTrainer(network, optimizer=self._optimizer(network)).fit(rows, **how)
-        self.weights_, self.network_ = weights.numpy(), network.cpu()
+            self.weights_, self.network_ = weights.numpy(), network.cpu()
         return self
 
     def _trusted(self, trusted: Any, codes: Array) -> Array:

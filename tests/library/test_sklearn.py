@@ -32,7 +32,6 @@ from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 CLASSES = MetaPseudoLabelsClassifier, MetaReweightedClassifier
 QUICK: dict[str, Any] = {"steps": 12, "hidden_layer_sizes": 8, "random_state": 0}
 
-rng = np.random.default_rng(0)
 X, TRUTH = make_blobs(60, centers=3, random_state=0)
 FEW = np.where(np.arange(60) < 15, TRUTH, -1)
 NOISY = np.where(np.arange(60) < 40, TRUTH, (TRUTH + 1) % 3)
@@ -155,6 +154,7 @@ def test_a_network_and_a_mode_of_one_s_own() -> None:
     )
     assert found.network_[1].out_features == 5
     assert fitted(MetaReweightedClassifier, hidden_layer_sizes=(7, 6)).network_[3].out_features == 6
+    assert fitted(MetaReweightedClassifier, hidden_layer_sizes=np.int64(7), steps=np.int64(3)).weights_.shape == (60,)
 
 
 def test_the_feedback_is_heard() -> None:
@@ -196,7 +196,7 @@ REFUSED = {
     "sparse X": Case("sparse matrix; expected a dense one", csr_array(X)),
     "one dimension": Case("Expected 2D array, got 1D array", X[:, 0]),
     "no rows": Case(r"0 sample\(s\)", X[:0], TRUTH[:0]),
-    "no y": Case("requires y to be passed", y="None"),
+    "no y": Case("y should be a 1d array", y="None"),
     "another length of y": Case("inconsistent numbers of samples", y=TRUTH[:-1]),
     "two columns of y": Case("y should be a 1d array", y=np.stack([TRUTH, TRUTH], 1)),
     "a regression": Case("Unknown label type: continuous", y=X[:, 0]),
@@ -242,6 +242,16 @@ def test_a_refused_fit(number: int, name: str) -> None:
     with pytest.raises(MetaplError, match=case.says):
         CLASSES[number](**{**QUICK, **case.given}).fit(case.x, y, **case.fit)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_refused_fit_leaves_the_one_before(kind: type) -> None:
+    one = fitted(kind)
+    before, names = one.predict_proba(X), {*vars(one)}
+    with pytest.raises(MetaplError):
+        one.set_params(mode="forwards").fit(X[:, :1], np.resize(["a", "b", "-1"], 60))
+    assert (one.predict_proba(X) == before).all()
+    assert {*vars(one)} == names
 
 
 @pytest.mark.parametrize("kind", CLASSES)
