@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-_ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics")
+_ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
 
 
 def __dir__() -> list[str]:

@@ -28,6 +28,7 @@ STUDIES = {
     "pictures_study": ("--jobs", "1"),
     "student_or_mpl": (),
     "suspects": (),
+    "tables": (),
     "text_feedback": (),
     "two_moons": (),
     "when": (),
@@ -259,6 +260,21 @@ def test_the_study_of_suspects_goes_through_the_command(module: ModuleType, tmp_
         ("plain", 60, 6),
     ]
     assert printed == f"{module.table(rows)}\n"
+
+
+@pytest.mark.parametrize("module", ["tables"], indirect=True)
+def test_the_comparison_on_tables_goes_on_where_it_was_stopped_and_fills_in_the_page(
+    module: ModuleType, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    printed, rows = miniature("tables", out), module.read(out)
+    assert [(row["labels"], row["seed"]) for row in rows] == [(kind, seed) for seed in (0, 1) for kind in module.OWN]
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-1]))
+    assert miniature("tables", out) == printed
+    page.write_text("before\n<!-- tables:begin -->\n<!-- tables:end -->\nafter\n")
+    run("tables", "--out", out, "--write", page)
+    assert printed.strip() in page.read_text()
+    assert page.read_text().endswith("\nafter\n")
 
 
 @pytest.mark.parametrize("module", ["two_moons"], indirect=True)

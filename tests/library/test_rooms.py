@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
     ("training",),
-    ("ablation",),
+    ("ablation", "sklearn"),
     ("apps.networks", "apps.reports"),
     ("apps.pictures", "apps.export"),
     ("apps.labels", "apps.evaluation"),
@@ -37,7 +37,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = ("metapl", "metapl.__main__", "metapl.apps")
 """They give names of other rooms."""
 
-ROOMS, ENTRIES = 12, 18
+ROOMS, ENTRIES = 12, 19
 """How many the library may have, and how many files and folders beside each other."""
 
 

@@ -1,0 +1,291 @@
+"""The classifiers for tables: scikit-learn's own checks, what a seed decides, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+import joblib
+from scipy.sparse import csr_array
+from sklearn.base import clone
+from sklearn.datasets import make_blobs, make_moons
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import metapl
+from metapl import MetaplError
+from metapl.models import mlp
+from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
+
+CLASSES = MetaPseudoLabelsClassifier, MetaReweightedClassifier
+QUICK: dict[str, Any] = {"steps": 12, "hidden_layer_sizes": 8, "random_state": 0}
+
+X, TRUTH = make_blobs(60, centers=3, random_state=0)
+FEW = np.where(np.arange(60) < 15, TRUTH, -1)
+NOISY = np.where(np.arange(60) < 40, TRUTH, (TRUTH + 1) % 3)
+TRUSTED = np.arange(60) < 20
+
+
+def fitted(kind: type, **given: Any) -> Any:
+    labels = FEW if kind is MetaPseudoLabelsClassifier else NOISY
+    return kind(**{**QUICK, **given}).fit(X, labels)
+
+
+def expected_failed(estimator: Any) -> dict[str, str]:
+    if isinstance(estimator, MetaPseudoLabelsClassifier):
+        return {"check_classifiers_classes": "it has two classes -1 and 1, and -1 is a row without a label"}
+    return {}
+
+
+@pytest.mark.filterwarnings("ignore:every row of y has a label:UserWarning")
+@parametrize_with_checks(
+    [kind(steps=25, learning_rate=0.2, batch_size=32) for kind in CLASSES], expected_failed_checks=expected_failed
+)
+def test_scikit_learn_s_own_checks(estimator: Any, check: Callable[[Any], None]) -> None:
+    check(estimator)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_seed_decides_the_weights_and_nothing_else_is_drawn(kind: type) -> None:
+    np.random.seed(1)  # noqa: NPY002 - the global one is meant
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    first, second, other = fitted(kind), fitted(kind), fitted(kind, random_state=1)
+    weights = [torch.cat([p.flatten() for p in one.network_.parameters()]) for one in (first, second, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert random.getstate() == before[2]
+    fitted(kind, random_state=None)  # as scikit-learn has it, from NumPy's
+    assert not (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_fitted_classifier_survives_pickle_and_joblib(kind: type) -> None:
+    one, file = fitted(kind), io.BytesIO()
+    joblib.dump(one, file)
+    file.seek(0)
+    for back in (pickle.loads(pickle.dumps(one)), joblib.load(file)):
+        assert (back.predict_proba(X) == one.predict_proba(X)).all()
+    with pytest.raises(NotFittedError):
+        clone(one).predict(X)
+
+
+NAMES = np.array(["ant", "bee", "cat"])[TRUTH]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.where(FEW == -1, "-1", NAMES),
+        np.where(FEW == -1, None, NAMES),
+        np.where(FEW == -1, -1, NAMES.astype(object)),
+        np.where(FEW == -1, np.nan, NAMES.astype(object)),
+        FEW.astype(float),
+        np.where(FEW == -1, np.nan, FEW),
+        np.where(FEW == -1, None, FEW),
+        FEW.tolist(),
+    ],
+    ids=["text -1", "None", "-1 among texts", "NaN among texts", "floats", "NaN", "None among numbers", "list"],
+)
+def test_a_missing_label_in_every_spelling(labels: Any) -> None:
+    found = MetaPseudoLabelsClassifier(**QUICK).fit(X, labels)
+    same = MetaPseudoLabelsClassifier(**QUICK).fit(X, FEW)
+    assert len(found.classes_) == 3
+    assert (found.predict_proba(X) == same.predict_proba(X)).all()
+    of = NAMES if isinstance(found.classes_[0], str) else TRUTH
+    assert found.score(X, labels) == np.mean(found.predict(X)[:15] == of[:15])
+    assert found.score(X, labels, np.arange(60)) == np.average(found.predict(X)[:15] == of[:15], weights=np.arange(15))
+
+
+def test_a_search_over_a_pipeline_whose_labels_are_few() -> None:
+    pipeline = make_pipeline(StandardScaler(), MetaPseudoLabelsClassifier(**QUICK))
+    search = GridSearchCV(pipeline, {"metapseudolabelsclassifier__noise": [0, 0.3]}, cv=2).fit(X, FEW)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    # Of rows without labels nobody can say whether they are predicted right.
+    assert set(np.round(search.cv_results_["split0_test_score"] * 8 * 7, 6) % 1) == {0}
+    assert np.isfinite(cross_val_score(pipeline, X, np.where(FEW == -1, "-1", NAMES), cv=2)).all()
+
+
+def test_trusted_rows_go_through_a_pipeline_and_a_search_over_it() -> None:
+    seen = []
+
+    class Noting(MetaReweightedClassifier):
+        def fit(self, X: Any, y: Any, trusted: Any = None) -> Any:
+            seen.append(trusted)
+            return super().fit(X, y, trusted)
+
+    mask = np.arange(60) % 3 == 0
+    pipeline = make_pipeline(StandardScaler(), Noting(**QUICK))
+    search = GridSearchCV(pipeline, {"noting__weight_decay": [0.0]}, cv=2).fit(X, NOISY, noting__trusted=mask)
+    assert [len(one) for one in seen] == [30, 30, 60]
+    weights = search.best_estimator_[-1].weights_
+    assert (weights[mask] == 1).all()
+    assert (weights[~mask] < 1).all()
+
+
+def test_weights_fall_where_labels_are_wrong() -> None:
+    found = MetaReweightedClassifier(steps=100, random_state=0).fit(X, NOISY, trusted=TRUSTED)
+    assert found.weights_[40:].mean() < 0.4 < 0.5 < found.weights_[20:40].mean()
+    assert found.score(X, TRUTH) > 0.8
+
+
+def test_columns_of_any_scale_are_learned_alike() -> None:
+    scaled = X * [1e-6, 1e6] + [0, 1e8]
+    same = MetaPseudoLabelsClassifier(**QUICK).fit(X, FEW).predict_proba(X)
+    np.testing.assert_allclose(MetaPseudoLabelsClassifier(**QUICK).fit(scaled, FEW).predict_proba(scaled), same, 1e-3)
+
+
+def test_a_network_and_a_mode_of_one_s_own() -> None:
+    found = fitted(
+        MetaPseudoLabelsClassifier, network=lambda columns, classes: mlp([columns, 5, classes]), mode="reinforce"
+    )
+    assert found.network_[1].out_features == 5
+    assert fitted(MetaReweightedClassifier, hidden_layer_sizes=(7, 6)).network_[3].out_features == 6
+    assert fitted(MetaReweightedClassifier, hidden_layer_sizes=np.int64(7), steps=np.int64(3)).weights_.shape == (60,)
+
+
+def test_the_feedback_is_heard() -> None:
+    moons, y = make_moons(60, noise=0.1, random_state=0)
+    y[8:] = -1
+    with_it, without = (
+        MetaPseudoLabelsClassifier(**QUICK, mode=mode).fit(moons, y).predict_proba(moons)
+        for mode in ("forward", "none")
+    )
+    assert not np.allclose(with_it, without, atol=1e-6)
+
+
+def test_all_labels_warn() -> None:
+    with pytest.warns(UserWarning, match="every row of y has a label"):
+        MetaPseudoLabelsClassifier(**QUICK).fit(X, TRUTH)
+
+
+def spoiled(value: Any) -> Any:
+    table = X.astype(object if isinstance(value, str) else float)
+    table[3, 1] = value
+    return table
+
+
+ONE = mlp([2, 3])
+
+
+class Case:
+    """A call of ``fit`` that is refused, and what is said."""
+
+    def __init__(self, says: str, x: Any = X, y: Any = None, of: int | None = None, fit: Any = None, **given: Any):
+        self.says, self.x, self.y, self.of, self.fit, self.given = says, x, y, of, fit or {}, given
+
+
+REFUSED = {
+    "texts for numbers": Case("could not convert string to float: 'high'", spoiled("high")),
+    "NaN in X": Case("X contains NaN", spoiled(np.nan)),
+    "infinite X": Case("X contains infinity", spoiled(np.inf)),
+    "too large X": Case("variance of X contains", spoiled(1e200)),
+    "sparse X": Case("sparse matrix; expected a dense one", csr_array(X)),
+    "one dimension": Case("Expected 2D array, got 1D array", X[:, 0]),
+    "no rows": Case(r"0 sample\(s\)", X[:0], TRUTH[:0]),
+    "no y": Case("y should be a 1d array", y="None"),
+    "another length of y": Case("inconsistent numbers of samples", y=TRUTH[:-1]),
+    "two columns of y": Case("y should be a 1d array", y=np.stack([TRUTH, TRUTH], 1)),
+    "a regression": Case("Unknown label type: continuous", y=X[:, 0]),
+    "infinite y": Case("y contains infinity", y=np.where(TRUTH, TRUTH, np.inf)),
+    "texts and numbers in y": Case("Unknown label type", y=np.where(TRUTH, TRUTH, NAMES.astype(object))),
+    "one class": Case("y has the class 0 alone; expected labels of two", y=TRUTH * 0),
+    "no label": Case("y has no label; expected labels of two", y=TRUTH * 0 - 1, of=0),
+    "classes -1 and 1": Case("y has the class 1 alone; .* give 0 and 1", y=np.where(TRUTH, 1, -1), of=0),
+    "missing among wrong labels": Case("y contains NaN", y=np.where(TRUTH, TRUTH, np.nan), of=1),
+    "no such mode": Case("mode='forwards'|unknown mode|forwards", mode="forwards"),
+    "a mode of samples for weights": Case("reinforce", mode="reinforce", of=1),
+    "no steps": Case(r"steps=0\): expected a whole number of 1 or more", steps=0),
+    "half a batch": Case(r"batch_size=0.5\): expected a whole number", batch_size=0.5),
+    "a rate below 0": Case(r"learning_rate=-1\): expected a number above 0", learning_rate=-1),
+    "widths of text": Case(r"hidden_layer_sizes='64'\): expected", hidden_layer_sizes="64"),
+    "a width of 0": Case(r"hidden_layer_sizes=\(8, 0\)\): expected", hidden_layer_sizes=(8, 0)),
+    "noise below 0": Case(r"noise=-0.5\): expected a number of 0 or more", noise=-0.5, of=0),
+    "NaN for noise": Case(r"noise=nan\): expected a finite number", noise=float("nan"), of=0),
+    "weight and ratio": Case("feedback_ratio", feedback_weight=2.0, feedback_ratio=0.1, of=0),
+    "a seed of text": Case("cannot be used to seed", random_state="seed"),
+    "no such device": Case("device='gpu' was given: .*; expected a device that is there", device="gpu"),
+    "a network too wide": Case(r"outputs of shape \(2, 4\).*shape \(2, 3\)", network=lambda n, c: mlp([n, c + 1])),
+    "a network for other rows": Case("cannot take .*shapes cannot be multiplied", network=lambda n, c: mlp([n + 1, c])),
+    "a network itself": Case("network= is .*expected a function", network=mlp([2, 3])),
+    "a function of no network": Case("a function that returned .*expected a function", network=lambda n, c: 3),
+    "one network twice": Case("share", network=lambda n, c: ONE, of=0),
+    "trusted of another length": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED[:-1]}),
+    "trusted rows by number": Case("expected 60 truth values", of=1, fit={"trusted": TRUTH}),
+    "all trusted": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED | True}),
+    "none trusted": Case("no trusted row has a label of 0, 1, 2", of=1, fit={"trusted": TRUSTED & False}),
+    "a class without trust": Case("no trusted row has a label of 2", of=1, fit={"trusted": TRUSTED & (NOISY != 2)}),
+    "a fraction above 1": Case(r"trusted_fraction=1.5\): expected a number in \(0, 1\)", of=1, trusted_fraction=1.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(number, name) for name, case in REFUSED.items() for number in (0, 1) if case.of in (None, number)],
+)
+def test_a_refused_fit(number: int, name: str) -> None:
+    case, before = REFUSED[name], torch.get_rng_state()
+    y = (FEW, NOISY)[number] if case.y is None else None if name == "no y" else case.y
+    with pytest.raises(MetaplError, match=case.says):
+        CLASSES[number](**{**QUICK, **case.given}).fit(case.x, y, **case.fit)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_refused_fit_leaves_the_one_before(kind: type) -> None:
+    one = fitted(kind)
+    before, names = one.predict_proba(X), {*vars(one)}
+    with pytest.raises(MetaplError):
+        one.set_params(mode="forwards").fit(X[:, :1], np.resize(["a", "b", "-1"], 60))
+    assert (one.predict_proba(X) == before).all()
+    assert {*vars(one)} == names
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_rows_of_other_kinds_are_refused_at_prediction(kind: type) -> None:
+    one = fitted(kind)
+    for rows, says in (
+        (X[:, :1], "X has 1 features, but .* is expecting 2 features"),
+        (spoiled(np.nan), "X contains NaN"),
+        (spoiled("high"), "could not convert string"),
+        (X * 1e60, "standardized X contains infinity"),
+        (csr_array(X), "sparse"),
+    ):
+        with pytest.raises(MetaplError, match=says):
+            one.predict(rows)
+
+
+def test_a_score_without_labels_is_refused() -> None:
+    one = fitted(MetaPseudoLabelsClassifier)
+    with pytest.raises(MetaplError, match="y without a label"):
+        one.score(X, FEW * 0 - 1)
+    with pytest.raises(MetaplError, match="inconsistent numbers of samples"):
+        one.score(X, FEW[:-1])
+
+
+def test_names_of_columns() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(X, columns=["height", "width"])
+    labels = pandas.Series(np.where(FEW == -1, None, NAMES))
+    found = MetaPseudoLabelsClassifier(**QUICK).fit(frame, labels)
+    assert [*found.feature_names_in_] == ["height", "width"]
+    assert found.score(frame, labels) == fitted(MetaPseudoLabelsClassifier).score(X, FEW)
+    with pytest.raises(MetaplError, match="feature names should match"):
+        found.predict(frame.rename(columns={"width": "depth"}))
+
+
+def test_the_package_finds_the_module_and_the_module_scikit_learn() -> None:
+    assert metapl.sklearn.MetaPseudoLabelsClassifier is MetaPseudoLabelsClassifier
