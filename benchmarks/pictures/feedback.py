@@ -136,13 +136,16 @@ def one(name: str, method: str, label: str, seed: int, minutes: float, steps: in
 
 
 def costs_in(rows: list[Row]) -> Row:
-    """The costs of all configurations, each as it was measured first."""
+    """The costs of all configurations, each as it was measured first, on a machine as fast as it was the first time: by
+    what UDA as it is took then and now."""
     found: Row = {}
     for row in rows:
         for name, methods in row.get("costs", {}).items():
+            usual = methods["uda"]["as it is"]
+            as_first = found.get(name, methods)["uda"]["as it is"] / usual
             for method, labels in methods.items():
                 mine = found.setdefault(name, {}).setdefault(method, {})
-                mine |= {label: seconds for label, seconds in labels.items() if label not in mine}
+                mine |= {label: seconds * as_first for label, seconds in labels.items() if label not in mine}
     return found
 
 

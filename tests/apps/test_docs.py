@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ def _own_generator() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_generator")
-@pytest.mark.parametrize("name", ["tutorial", "write-a-problem", "write-an-estimator"])
+@pytest.mark.parametrize("name", ["from-mpl-pytorch", "tutorial", "write-a-problem", "write-an-estimator"])
 def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,8 +73,30 @@ def is_label_method(value: object) -> bool:
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
-    run = {"README.md", "docs/scale.md", "docs/tutorial.md", "docs/write-a-problem.md", "docs/write-an-estimator.md"}
+    names = ("from-mpl-pytorch", "index", "scale", "tutorial", "write-a-problem", "write-an-estimator")
+    run = {"README.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
+
+
+def test_the_first_page_has_the_example_of_the_readme() -> None:
+    first, *_ = pages.FENCED.findall((ROOT / "README.md").read_text())
+    assert pages.FENCED.findall((ROOT / "docs" / "index.md").read_text()) == [first]
+
+
+@pytest.mark.usefixtures("_own_generator")
+def test_the_notebook_runs_and_prints_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names: dict[str, object] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names)
+            stored = "".join(line for one in cell["outputs"] for line in one.get("text", ()))
+            pages.check_alike(capsys.readouterr().out.splitlines(), stored.splitlines())
+    assert sum(len(cell["outputs"]) for cell in cells if cell["cell_type"] == "code") >= 5
 
 
 def anchors(page: Path) -> set[str]:
