@@ -124,7 +124,7 @@ def one_run(job: Row, miniature: bool) -> Row:
 
     labeled = [(x[i], y[i]) for i in batches(known, BATCH)]
     unlabeled = [(x[i], masked(i)) for i in batches(torch.arange(len(x)), given.unlabeled)]
-    teacher, student = texts.network(0.1, vectors), texts.Calm(texts.network(given.dropout, vectors))
+    teacher, student = (texts.Calm(texts.network(rate, vectors)) for rate in (0.1, given.dropout))
     of_labels, uda = metapl.CrossEntropy(label_smoothing=0.1), metapl.UDA(given.sharp, weight=given.uda)
     trainer = metapl.BilevelTrainer(
         teacher,

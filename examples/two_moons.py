@@ -139,8 +139,6 @@ def picture(path: str, moons: Moons, accuracies: dict[str, Tensor]) -> None:
         below.hist(accuracy.numpy(), bins=40, range=(0.4, 1.0), color="#777777")
         below.axvline(SUCCESS, color="black", linestyle="--", linewidth=1)
         below.set(xlabel=f"accuracy of {len(accuracy)} runs", ylabel="runs")
-    above = [f"{method} {int((accuracy > SUCCESS).sum())}" for method, accuracy in accuracies.items()]
-    figure.suptitle(f"Runs of {len(accuracy)} that separate the moons (above 95 %): {', '.join(above)}", fontsize=15)
     figure.savefig(path, dpi=100)
 
 
