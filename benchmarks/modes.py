@@ -425,7 +425,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for run, panels in zip(runs, grid, strict=True):
         _draw_run(run, panels)
         panels[0].set_ylabel(f"{run['device'].upper()}, {run['precision']}", fontsize=10)
-    title = "What the teacher's gradient costs and how noisy it is, mode by mode, on WRN-28-2"
+    passes = {row["mode"]: row["passes"] for row in runs[0]["modes"]}
+    title = (
+        f"The whole gradient without noise for {passes['forward']:.0f} passes of the student (forward); "
+        f"Algorithm 1's one number takes {passes['reinforce']:.0f}"
+    )
     figure.text(0.012, 1 - 0.3 / height, title, fontsize=14, fontweight="bold", va="center")
     left = 0.012
     for words, color in (

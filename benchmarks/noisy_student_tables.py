@@ -219,9 +219,14 @@ def _short(each: Compared) -> str:
     return each.other.partition(": ")[2] or each.other.partition(", ")[0]
 
 
+def verdicts(rows: Sequence[Row]) -> Counter[str]:
+    """How often each verdict is given, of the paper's differences that are not zero."""
+    return Counter(each.verdict for each in comparisons(rows) if each.paper not in (None, 0))
+
+
 def counted(rows: Sequence[Row]) -> str:
     """How many of the paper's differences are seen."""
-    counts = Counter(each.verdict for each in comparisons(rows) if each.paper not in (None, 0))
+    counts = verdicts(rows)
     total = sum(counts.values())
     return (
         f"Of the {total} differences that the paper prints and these tables have (some rows share their arms), "
@@ -290,6 +295,12 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         Line2D([], [], color=THEIRS, marker="D", markersize=4, linestyle="", label="the paper, points on ImageNet"),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    counts = verdicts(rows)
+    figure.suptitle(
+        f"Of the paper's {sum(counts.values())} differences {counts['yes']} are seen on digits, "
+        f"{counts['the reverse']} the other way round, and {counts['not shown']} are not shown",
+        fontsize=13,
+    )
     figure.savefig(path, dpi=110)
 
 

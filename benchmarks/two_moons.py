@@ -219,6 +219,9 @@ NAMES = {
     "supervised": "supervised, with UDA where the regime has it",
 }
 
+TOLD = {"stated": "as stated", "uda": "with UDA"}
+"""The regimes that the figure's title tells of."""
+
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """The success rates with their intervals."""
@@ -247,6 +250,11 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     for method, color in COLORS.items():
         axes.plot([], [], MARKERS[method], color=color, label=NAMES[method])
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    told = [(words, found(rows, name, "mpl"), found(rows, name, "none")) for name, words in TOLD.items()]
+    said = [
+        f"{words} MPL {mpl['success']}, without feedback {none['success']}" for words, mpl, none in told if mpl and none
+    ]
+    figure.suptitle(f"Runs that separate the moons: {'; '.join(said)}", fontsize=11)
     figure.savefig(path, dpi=150)
 
 

@@ -166,7 +166,14 @@ def draw(rows: list[Row], name: str, file: Path) -> None:
     axes.set(yticks=lines, yticklabels=problems, xlabel="test accuracy in %", xlim=(0, 102))
     axes.spines[["top", "right", "left"]].set_visible(False)
     columns = max(1, min(3, LINE // (max(map(len, by_label)) + len("mark  "))))
-    figure.legend(loc="outside upper center", ncols=columns, frameon=False)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    longest = max(group.minutes for group in groups)
+    means = [
+        f"{TITLES[group.method].split(' (')[0]} {statistics.fmean(found.accuracies[p] for p in problems):.1f} %"
+        for group, found in groups.items()
+        if group.minutes == longest and not group.settings
+    ]
+    figure.suptitle(f"Mean in {longest:g} minutes: {', '.join(means)}", fontsize=9.5)
     figure.savefig(file, dpi=120)
     plt.close(figure)
 

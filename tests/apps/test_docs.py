@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ def _own_generator() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_generator")
-@pytest.mark.parametrize("name", ["tables", "tutorial", "write-a-problem", "write-an-estimator"])
+@pytest.mark.parametrize("name", ["from-mpl-pytorch", "tables", "tutorial", "write-a-problem", "write-an-estimator"])
 def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,12 +43,10 @@ def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     pages.check_printed(code, capsys.readouterr().out)
 
 
-def test_the_page_on_problems_quotes_its_example_as_it_stands() -> None:
-    """All of the file but its first lines, which say what was measured, and its last ones, which run it."""
-    example = (ROOT / "examples" / "your_own_method.py").read_text()
-    problem, train, *_ = pages.FENCED.findall((ROOT / "docs" / "write-a-problem.md").read_text())
-    _, _, code = example.split('"""', 2)
-    assert code.partition("\n\nif __name__")[0] == f"\n\n{problem}\n\n{train}"
+def test_the_page_on_problems_has_the_method_of_its_example() -> None:
+    _, _, method = pages.FENCED.findall((ROOT / "docs" / "write-a-problem.md").read_text())[0].partition("\n\n\n")
+    assert method.startswith("class PairWeights")
+    assert method in (ROOT / "examples" / "your_own_method.py").read_text()
 
 
 def methods() -> dict[str, list[str]]:
@@ -74,17 +73,30 @@ def is_label_method(value: object) -> bool:
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
-    run = {
-        "README.md",
-        "docs/own-loop.md",  # which quotes examples, as text.md does: tests/library/test_own_loops.py
-        "docs/scale.md",
-        "docs/tables.md",
-        "docs/text.md",
-        "docs/tutorial.md",
-        "docs/write-a-problem.md",
-        "docs/write-an-estimator.md",
-    }
+    names = ("from-mpl-pytorch", "index", "own-loop", "scale", "tables", "text", "tutorial", "write-a-problem")
+    run = {"README.md", "docs/write-an-estimator.md", *(f"docs/{name}.md" for name in names)}
     assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
+
+
+def test_the_first_page_has_the_example_of_the_readme() -> None:
+    first, *_ = pages.FENCED.findall((ROOT / "README.md").read_text())
+    assert pages.FENCED.findall((ROOT / "docs" / "index.md").read_text()) == [first]
+
+
+@pytest.mark.usefixtures("_own_generator")
+def test_the_notebook_runs_and_prints_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    names: dict[str, object] = {}
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"quickstart.ipynb, cell {number}", "exec"), names)
+            stored = "".join(line for one in cell["outputs"] for line in one.get("text", ()))
+            pages.check_alike(capsys.readouterr().out.splitlines(), stored.splitlines())
+    assert sum(len(cell["outputs"]) for cell in cells if cell["cell_type"] == "code") >= 5
 
 
 def anchors(page: Path) -> set[str]:
