@@ -135,7 +135,8 @@ def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
         said = entry["state"]
         if "accuracy" in entry:
             low, high = entry["interval"]
-            said = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on'][:4]}"
+            on = entry["on"].removesuffix("idation")
+            said = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {on}"
         methods, steps, phase = entry["methods"], f"{entry['steps']:,}", entry.get("phase")
         if phase is not None:
             steps = f"{entry['done']:,}/{steps}" if phase == "fit" else f"{phase} {entry['done']:,}"

@@ -23,6 +23,7 @@ from metapl.apps.experiments.folder import (
     flat,
     load_run,
     stored,
+    stored_data,
     stored_result,
 )
 from metapl.apps.experiments.galleries import FILE, mistakes, read_galleries
@@ -59,11 +60,12 @@ class Report(Command):
 
     def run(self) -> int:
         out = self.out or self.folder / PAGE
-        ended = (self.folder / "result.json").exists() or not RunFolder(self.folder).exists
-        heading, parts = _ended(load_run(self.folder)) if ended else _unfinished(RunFolder(self.folder))
-        check_file("--out", out, ".html")
+        if self.out is not None or self.folder.is_dir():  # else there is no run
+            check_file("--out", out, ".html")
         if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
             raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
+        ended = (self.folder / "result.json").exists() or not RunFolder(self.folder).exists
+        heading, parts = _ended(load_run(self.folder)) if ended else _unfinished(RunFolder(self.folder))
         page = web.web_page(heading, [f"<h1>{web.text(heading)}</h1>", web.paragraph(self.folder, "quiet"), *parts])
         write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
         tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
@@ -84,7 +86,8 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
         lost = metrics.damaged()
         said += f"; {len(lost)} damaged lines of {metrics.file.name} are left out" if lost else ""
         curves = web.section(f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}))
-    parts = [f'<p class="state">{web.text(said)}</p>', curves, *_made(folder, description, {})]
+    said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
+    parts = [f'<p class="state">{web.text(said)}</p>', curves, *_made(folder, description, folder)]
     return f"{recipe.name}: {method}, seed {recipe.seed}", parts
 
 
@@ -96,7 +99,10 @@ def _ended(run: LoadedRun) -> tuple[str, list[str]]:
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
     if run.is_comparison and evaluation is not None:
         heading = f"{run.recipe.name}: {len(result['methods'])} methods, {seeds_in_words(len(result['seeds']))}"
-        parts += [web.paragraph(f"{result['delivery']}."), *_compared(run, evaluation)]
+        parts = [
+            *_compared(run, evaluation),
+            web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts),
+        ]
     else:
         parts.append(web.section("Curves", web.plots({result["method"]: last_fit(path, result)})))
     if "rounds" in result:
@@ -107,7 +113,7 @@ def _ended(run: LoadedRun) -> tuple[str, list[str]]:
         parts.append(web.section("Classes", web.classes(evaluation, names)))
         parts.append(_mistakes(run, names))
     parts += map(web.pictures, read_galleries(path, result.get("sha256", {}).get(FILE)))
-    return heading, [*parts, *_made(run.folder, run.description, run.data)]
+    return heading, [*parts, *_made(run.folder, run.description, run.source)]
 
 
 def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
@@ -118,9 +124,9 @@ def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
     cells = [
         (title(name), *(spread(of[readout], digits=1) for readout in READOUTS)) for name, of in found.methods.items()
     ]
-    head, both = ("method", "delivered", "student", "finetuned"), [found.sentence(), found.labels()]
-    yield web.section("Methods", *map(web.paragraph, filter(None, both)), web.rows(cells, head))
-    yield web.paragraph(found.caption(), "quiet")
+    yield from map(web.paragraph, filter(None, (found.sentence(), found.labels())))
+    table = web.rows(cells, ("method", "delivered", "student", "finetuned"))
+    yield web.section("Methods", table, web.paragraph(found.caption(), "quiet"))
     if (difference := found.against_control()) is not None:
         test, pair = difference[0], [title(name) for name in found.pair() or ()]
         figures = {"difference": f"{100 * test.mean:+.2f} points", "pairs of one seed": test.n}
@@ -149,12 +155,13 @@ def _mistakes(run: LoadedRun, names: Sequence[str]) -> str:
     return "" if gallery is None else web.pictures(gallery)
 
 
-def _made(folder: RunFolder, description: Mapping[str, Any], data: Mapping[str, Any]) -> Iterator[str]:
+def _made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -> Iterator[str]:
     """On what, by which settings and with what a run was made, folded."""
     made = folder.made()
     command = made.pop("command", None)
     if command is not None:
         yield web.section("Command", f"<pre>{web.text(command)}</pre>")
+    data = stored_data(source) if (source.path / "data.json").is_file() else {}
     counts = {part: f"{count:,} examples" for part, count in counts_of(data).items()}
     counts |= {f"SHA-256 of {part}": digest for part, digest in data.get("hash", {}).items()}
     yield web.folded("Data", web.rows([*counts.items()])) if counts else ""

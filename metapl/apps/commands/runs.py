@@ -238,7 +238,7 @@ def _card(run: LoadedRun, name: str) -> dict[str, Any]:
     if f"{name}_validation_accuracy" in result:
         metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
         metrics["validation examples"] = result["validation_size"]
-    data = run.data
+    data = stored_data(run.source)
     examples = {"data set": data["data"]} if "data" in data else {}
     examples |= {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
     fields = {

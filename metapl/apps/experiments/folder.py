@@ -389,10 +389,10 @@ class LoadedRun:
         return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
 
     @property
-    def data(self) -> dict[str, Any]:
-        """What ``data.json`` holds; of a comparison, that of the run that it delivers."""
+    def source(self) -> RunFolder:
+        """Where its data are described; of a comparison, in the run that it delivers."""
         own = f"{self.result['method']}/seed-{self.result['seed']}" if self.is_comparison else ""
-        return stored_data(RunFolder(self.folder.path / own))
+        return RunFolder(self.folder.path / own)
 
     @property
     def networks(self) -> tuple[str, ...]:

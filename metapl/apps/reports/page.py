@@ -44,6 +44,15 @@ class Panel(NamedTuple):
         pairs = ((float(row["step"]), float(row[key])) for row in rows if "step" in row and row.get(key) is not None)
         return sorted(pair for pair in pairs if all(map(math.isfinite, pair)) and (pair[1] > 0 or not self.log))
 
+    def zero(self, curves: Curves) -> list[str]:
+        """The methods whose values are all zero, which are named where a logarithmic scale has no place for them."""
+        keys = [key for key, _ in self.series]
+        found = {
+            method: [row[key] for row in rows for key in keys if row.get(key) is not None]
+            for method, rows in curves.items()
+        }
+        return [method for method, values in found.items() if self.log and values and max(values) <= 0]
+
     def window(self, count: int) -> int:
         """Over how many of so many values the running mean goes that is drawn; below 2, they are drawn as they are."""
         return 0 if self.now_and_then else count // 40
@@ -222,10 +231,8 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
         axes.set_ylim(bottom=min(0.0, low))
     # Between title and panel, where no curve can run through it: what each dash means, or what is drawn.
     if len(panel.series) == 1:
-        ((key, name),) = panel.series
-        # A logarithmic scale has no zero, so the methods whose values are all zero are named instead.
-        found = {method: [row[key] for row in rows if row.get(key) is not None] for method, rows in curves.items()}
-        zero = [method for method, values in found.items() if panel.log and values and max(values) <= 0]
+        ((_, name),) = panel.series
+        zero = panel.zero(curves)
         named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
         canvas.write_heading(axes, panel.title, f"{name}; {named}: 0" if zero else name)
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metapl.apps.reports.gallery import Gallery
-from metapl.apps.reports.page import Curves, Panel, panels_of
+from metapl.apps.reports.page import PANELS, Curves, Panel, panels_of
 from metapl.metrics import Evaluation, interval
 from metapl.words import shown
 
@@ -44,13 +44,15 @@ p { max-width: 46rem; margin: .4rem 0 } .number { font-size: 3rem; font-weight: 
 .state { display: inline-block; padding: .1rem .7rem; border: 2px solid var(--c1); border-radius: 1rem }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 figure { margin: 0 } .plots figure, pre { background: var(--box); border-radius: .5rem; padding: .8rem }
-svg { width: 100%; height: auto; display: block } svg text { font-size: 12px; fill: var(--quiet) }
+svg { width: 100%; height: auto; display: block } svg text { font-size: 13px; fill: var(--quiet) }
 svg path { fill: none; stroke-width: 2; stroke-linejoin: round } svg .grid { stroke: var(--line); stroke-width: 1 }
-.d1 { stroke-dasharray: 7 3 } .d2 { stroke-dasharray: 2 3 } .key { margin-right: 1rem }
+.d1 { stroke-dasharray: 7 3 } .d2 { stroke-dasharray: 2 3 } .key { display: inline-block; margin-right: 1rem }
 .key svg { display: inline-block; width: 1.8rem; height: .7rem; margin-right: .3rem }
-.wide { overflow-x: auto } table { border-collapse: collapse } td, th { padding: .2rem .6rem; text-align: right }
-th { font-weight: 600 } th[scope=row] { text-align: left; min-width: 4rem; max-width: 16rem }
-tr + tr > * { border-top: 1px solid var(--line) } .texts td { text-align: left; max-width: 34rem }
+.wide { overflow-x: auto } table { border-collapse: collapse }
+td, th { padding: .2rem .6rem; text-align: right; overflow-wrap: normal }
+th { font-weight: 600 }
+th:first-child { text-align: left; min-width: 4rem; max-width: 16rem; overflow-wrap: anywhere }
+tr + tr > * { border-top: 1px solid var(--line) } .texts td { text-align: left; overflow-wrap: anywhere }
 .matrix td { border: 1px solid var(--line); text-align: center; min-width: 1.4rem;
   background: color-mix(in srgb, var(--c0) var(--s, 0%), var(--page)) } .matrix .high { color: var(--on) }
 .turned span { writing-mode: vertical-rl; max-height: 9rem; overflow: hidden }
@@ -111,8 +113,10 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
 
 def plots(curves: Curves, along: str = "step") -> str:
     """A drawing of each panel that there are figures for; several curves have a color each, as in report.png."""
-    drawn = [_plot(panel, curves, along) for panel in panels_of(curves)]
-    return f'<div class="plots">{"".join(drawn)}</div>' if drawn else ""
+    drawn = "".join(_plot(panel, curves, along) for panel in panels_of(curves))
+    zero = dict.fromkeys((panel.title, name) for panel in PANELS for name in panel.zero(curves))
+    notes = "".join(paragraph(f"{title} of {name}: 0 in every step.") for title, name in zero)
+    return (f'<div class="plots">{drawn}</div>' if drawn else "") + notes
 
 
 def _plot(panel: Panel, curves: Curves, along: str) -> str:
@@ -141,7 +145,7 @@ def _plot(panel: Panel, curves: Curves, along: str) -> str:
     for mark in marks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(mark):.1f}H{WIDTH - 10}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(mark) + 4:.1f}" text-anchor="end">{written(mark)}</text>')
-    for step, anchor in ((first, "start"), (last, "end")):
+    for step, anchor in ((first, "start"), (last, "end"))[: 1 + (steps.max() > first)]:
         parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{along} {step:,.0f}</text>')
     keys = []
     for look, name, at, of in lines:
