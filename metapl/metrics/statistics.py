@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,10 @@ def interval(correct: int, n: int) -> tuple[float, float]:
     """
     if n < 1 or not 0 <= correct <= n:
         raise MetaplError(f"{correct} right of {n} examples were given; expected 0 to n right, of at least one example")
-    import scipy.stats
-
-    ends = scipy.stats.binomtest(correct, n).proportion_ci(0.95, method="wilson")
-    return float(ends.low), float(ends.high)
+    p, z = correct / n, NormalDist().inv_cdf(0.975)
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return low if correct else 0.0, high if correct < n else 1.0
 
 
 def spoken(accuracy: float, n: int, chance: float | None) -> str:

@@ -175,8 +175,13 @@ def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
         if origin is not None and issubclass(origin, Mapping):
             return _first(misfit(entry, parts[1], f"{where}.{name}") for name, entry in value.items())
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            return misfit_entries(value, typing.get_type_hints(kind, include_extras=True), where)
+            return misfit_entries(value, _hints(kind), where)
     return _unexpected(value, hint, where)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def misfit_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "it") -> str | None:

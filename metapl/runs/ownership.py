@@ -15,10 +15,13 @@ from typing import IO, Any, ClassVar
 
 from metapl.errors import MetaplError
 from metapl.runs.checkpoint import CheckpointFolder
+from metapl.runs.sealed import open_plain
 
 LOCK = ".lock"  # the file that is locked; in the folder of a run it stays where it is when that is let go
 PATIENCE = 3.0  # seconds that are waited for an owner that is just going
 BEHIND_CONTENT = 2**30  # where the locked byte lies on Windows
+# What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows.
+HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 class Folder:
@@ -88,6 +91,20 @@ def owned(folder: Path, undone: Collection[str] = (), *, leaves_lock: bool = Tru
         file.close()
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether somebody owns the folder now; nothing is made or changed, and nobody is kept from owning it."""
+    try:
+        file = open_plain(folder / LOCK)
+    except OSError:
+        return False
+    with file:
+        try:
+            lock(file, wait=False, shared=True)
+        except OSError as error:
+            return error.errno in HELD
+    return False
+
+
 def _remove(paths: Collection[Path]) -> None:
     with suppress(OSError, MemoryError):
         for path in paths:
@@ -117,8 +134,7 @@ def _taken(folder: Path) -> tuple[IO[bytes], bool]:
                 _close_in_forks(weakref.ref(file))
                 return file, made is not None and os.path.samestat(found, made)
         except OSError as error:
-            # What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows.
-            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK, errno.ENOENT):
+            if error.errno not in (*HELD, errno.ENOENT):
                 file.close()
                 raise MetaplError(
                     f"the file system of {folder} has no locks ({error.strerror}), so two processes could write to one "
@@ -148,9 +164,10 @@ def _close_in_forks(held: weakref.ref[IO[bytes]]) -> None:
         os.register_at_fork(after_in_child=lambda: (file := held()) and file.close())
 
 
-def lock(file: IO[Any], *, wait: bool) -> None:
-    """Lock a file that is open for writing against other processes until it is closed, however they end; ``OSError``
-    where another holds it, unless that is to be waited for (on Windows, for ten seconds at most)."""
+def lock(file: IO[Any], *, wait: bool, shared: bool = False) -> None:
+    """Lock an open file against other processes until it is closed, however they end; ``OSError`` where another holds
+    it, unless that is to be waited for (on Windows, for ten seconds at most). Locks that are ``shared`` do not keep
+    each other out (on Windows, they do)."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -165,4 +182,4 @@ def lock(file: IO[Any], *, wait: bool) -> None:
     else:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

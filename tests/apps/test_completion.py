@@ -43,6 +43,9 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train noi", {"noisy"}),
         ("train noisy --clean-b", {"--clean-batch"}),
         ("evaluate runs/mine --net", {"--network"}),
+        ("run", {"runs"}),
+        ("rep", {"report"}),
+        ("report runs/mine --o", {"--out"}),
         ("evaluate runs/mine --network ", {"delivered", "student", "teacher"}),
     ],
 )

@@ -20,6 +20,8 @@ COMMANDS = {
     "predict": "predict.Predict",
     "finetune": "runs.Finetune",
     "compare": "compare.Compare",
+    "runs": "listing.Runs",
+    "report": "report.Report",
     "export": "runs.Export",
     "label": "labels.Label",
     "labels": "labels.COMMANDS",
@@ -45,6 +47,8 @@ own labels of pictures that it is sure of.
   metapl predict RUN FILES...   let it classify your pictures
   metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
+  metapl runs [FOLDER]          list the runs below runs/: accuracy, date, state
+  metapl report RUN             write all there is to see of it as one web page
   metapl export RUN --out DIR   write it for others: a program, weights, a card
   metapl label RUN DIR          store its class probabilities of many pictures
   metapl labels DO STORE        look at such a store (stats), or select from it

@@ -19,7 +19,16 @@ from metapl.apps.commands.inputs import Network, counted, held
 from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments import experiment, galleries
-from metapl.apps.experiments.folder import WEIGHTS, LoadedRun, RunFolder, describe, load_run, stored_data, stored_result
+from metapl.apps.experiments.folder import (
+    WEIGHTS,
+    LoadedRun,
+    RunFolder,
+    counts_of,
+    describe,
+    load_run,
+    stored_data,
+    stored_result,
+)
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
@@ -164,10 +173,8 @@ def _finetuned_anew(run: LoadedRun, recipe: Recipe) -> dict[str, Any]:
     return result
 
 
-# What stands on the card of a student's evaluation, beside its accuracy; and parts of the data, as ``data.json`` calls
-# them: numbers of examples, or lists of them.
+# What stands on the card of a student's evaluation, beside its accuracy.
 FIGURES = {"top5": "top-5 accuracy", "expected_calibration_error": "expected calibration error"}
-PARTS = ("labeled", "unlabeled", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,13 +238,9 @@ def _card(run: LoadedRun, name: str) -> dict[str, Any]:
     if f"{name}_validation_accuracy" in result:
         metrics["validation accuracy"] = result[f"{name}_validation_accuracy"]
         metrics["validation examples"] = result["validation_size"]
-    path = run.folder.path
-    data = stored_data(RunFolder(path / method / f"seed-{result['seed']}" if run.is_comparison else path))
-    record = data | data.get("counts", {})
-    numbers = {part: record[part] for part in PARTS if part in record}
-    counts = {part: len(found) if isinstance(found, list) else found for part, found in numbers.items()}
+    data = stored_data(run.source)
     examples = {"data set": data["data"]} if "data" in data else {}
-    examples |= {part: f"{count:,} examples" if count else "none" for part, count in counts.items()}
+    examples |= {part: f"{count:,} examples" if count else "none" for part, count in counts_of(data).items()}
     fields = {
         # Of the places of files, the last names are left.
         field: PurePath(value).name if isinstance(value, str) and "/" in value else value

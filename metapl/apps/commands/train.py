@@ -144,6 +144,8 @@ class Train(OnRecipe):
         try:
             with run_folder(self.out, self.recipe.name, self.resume) as folder:
                 try:
+                    if sys.argv[1:2] in (["train"], ["noisy-student"]):  # else another program calls this
+                        folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                     recipe = self._settled(folder, lead)
                     self._check_shares(recipe)
                     (self._compare if self.compare else self._train)(recipe, folder, lead)

@@ -92,6 +92,7 @@ class RunFolder(Folder):
     """The files of one run of a recipe."""
 
     undone = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
+    command: str | None = None  # what starts the run, for the record
 
     @property
     def exists(self) -> bool:
@@ -104,7 +105,8 @@ class RunFolder(Folder):
             self.check(resume)
             if not self.exists:
                 content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
-                self.write_json("recipe.json", content | {"sha256": _seal(recipe)})
+                content |= {"sha256": _seal(recipe)} | ({"command": self.command} if self.command else {})
+                self.write_json("recipe.json", content)
                 yield
                 return
             before, now = (
@@ -152,6 +154,12 @@ class RunFolder(Folder):
         begun = self._description().get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
 
+    def made(self) -> dict[str, Any]:
+        """With what the run was made: versions, hardware, and the command where one did it."""
+        content = self._description()
+        command = {"command": content["command"]} if "command" in content else {}
+        return {**content.get("made_with", {}), **command}
+
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
         content = self._description()
@@ -170,7 +178,9 @@ class RunFolder(Folder):
         return recipe
 
     def _description(self) -> dict[str, Any]:
-        return self.read_json("recipe.json", {"recipe": dict[str, Any], "made_with": _MadeWith}, ("recipe",))
+        return self.read_json(
+            "recipe.json", {"recipe": dict[str, Any], "made_with": _MadeWith, "command": str}, ("recipe",)
+        )
 
     def read_json(
         self, name: str, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = ()
@@ -248,6 +258,7 @@ RESULT: dict[str, Any] = {
     "seeds": list[int],
     "methods": dict[str, dict[str, list[float]]],
     "delivery": str,
+    "chance": Fraction,
     "stores": dict[str, list[str]],
 }
 DATA: dict[str, Any] = {
@@ -263,11 +274,14 @@ def describe(recipe: Recipe, **run_by: Any) -> dict[str, Any]:
     return {"name": recipe.name, "method": recipe.method.name, **run_by, "fields": as_dict(recipe)}
 
 
+OF_COMPARISONS = {"compare": list[str], "seeds": list[int]}  # what the description of one says besides
+
+
 def stored(folder: RunFolder) -> tuple[Recipe, dict[str, Any]]:
     """The recipe of a run folder, and its whole description."""
     file, description = folder.path / "recipe.json", folder.recipe()
     hints: dict[str, Any] = {"name": str, "method": str, "fields": dict[str, Any]}
-    if fault := misfit_entries(description, hints, "its recipe") or _unsaid(description, hints):
+    if fault := misfit_entries(description, hints | OF_COMPARISONS, "its recipe") or _unsaid(description, hints):
         raise MetaplError(f"{file} is damaged: {fault}.")
     kind = KNOWN.get(description["name"])
     if kind is None:
@@ -297,6 +311,13 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
     if file.is_file() and (folder.path / "result.json").is_file():
         read_sealed(file, stored_result(folder).get("sha256", {}).get(file.name), mend=ANOTHER)
     return folder.read_json("data.json", DATA, ("hash",))
+
+
+def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
+    """How many examples each part of the data has, of what :func:`stored_data` gives."""
+    record = {**data, **data.get("counts", {})}
+    found = {part: record[part] for part in ("labeled", "unlabeled", "validation", "test") if part in record}
+    return {part: len(of) if isinstance(of, list) else of for part, of in found.items()}
 
 
 def _unsaid(content: dict[str, Any], names: Any) -> str | None:
@@ -380,6 +401,12 @@ class LoadedRun:
     @property
     def title(self) -> str:
         return f"{self.folder.path}: {self.recipe.name}, {self.result['method']}, seed {self.result['seed']}"
+
+    @property
+    def source(self) -> RunFolder:
+        """Where its data are described; of a comparison, in the run that it delivers."""
+        own = f"{self.result['method']}/seed-{self.result['seed']}" if self.is_comparison else ""
+        return RunFolder(self.folder.path / own)
 
     @property
     def networks(self) -> tuple[str, ...]:

@@ -42,13 +42,32 @@ def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str
             pictures = [picture for picture, *_ in shown]
             found.append(gallery_of(f"{title} confident pseudo-labels", note, pictures, captions, marks))
     if task.validation is not None:
-        seen = _look(student, task.validation)
-        wrong = [each for each in seen if each[2] != each[3]]
-        note = f"of the {name} on validation: {len(wrong):,} of {len(seen):,} are wrong"
-        shown = wrong[:SHOWN]
-        captions = [f"{names[taken]} {100 * sure:.0f} %\nis {names[label]}" for _, sure, taken, label in shown]
-        found.append(gallery_of("Most confident mistakes", note, [picture for picture, *_ in shown], captions))
+        found.append(mistakes(student, task.validation, names, f"{name} on validation"))
     return [gallery for gallery in found if gallery is not None]
+
+
+def mistakes(
+    model: nn.Module, data: Any, classes: Sequence[str], whose: str, files: Sequence[str] = ()
+) -> Gallery | None:
+    """The model's most confident mistakes on labeled examples, beneath each what it is taken for, what it is, and of
+    ``files`` its own; None where there are none."""
+    kept: list[tuple[float, Tensor, list[str]]] = []
+    n = wrong = 0
+    for inputs, labels in batches_of(data, torch.device("cpu")):
+        logits, _ = predict_logits(model, [(inputs, labels)])
+        best = logits.double().softmax(dim=1).max(dim=1)
+        for x, sure, taken, label in zip(
+            inputs, best.values.tolist(), best.indices.tolist(), labels.tolist(), strict=True
+        ):
+            if taken != label:
+                wrong += 1
+                words = [f"{classes[taken]} {100 * sure:.0f} %", f"is {classes[label]}", *files[n : n + 1]]
+                kept.append((sure, x, words))
+            n += 1
+        kept = sorted(kept, key=lambda each: -each[0])[:SHOWN]  # the others need no memory
+    note = f"of the {whose}: {wrong:,} of {n:,} are wrong"
+    captions = ["\n".join(words) for *_, words in kept]
+    return gallery_of("Most confident mistakes", note, [x for _, x, _ in kept], captions)
 
 
 def _look(model: nn.Module, data: Any) -> list[tuple[Tensor, float, int, int]]:

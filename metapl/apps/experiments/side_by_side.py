@@ -154,17 +154,7 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
     from metapl.apps.reports import draw_report
 
     seeds, many = comparison.seeds, len(comparison.methods)
-    curves = {
-        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in seeds])
-        for method in list(comparison.methods)[:SHOWN]
-    }
-    # Methods of equal cost have numbers of steps of their own: what is one cost is drawn in one place.
-    along = "step"
-    if len({result["steps"] for result in results.values()}) > 1:
-        along = "% of the steps"
-        for rows in curves.values():
-            last = rows[-1]["step"] if rows else 1
-            rows[:] = [{**row, "step": 100 * row["step"] / last} for row in rows]
+    curves, along = mean_curves(folder, comparison, results)
     first, _ = comparison.delivered()
     evaluations = [results[first, seed]["evaluation"] for seed in seeds]
     together = ", all seeds together" if len(seeds) > 1 else ""
@@ -179,6 +169,23 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
         summary=f"{comparison.sentence()} Confusion: {title(first)}{together}.{left_out}",
         along=along,
     )
+
+
+def mean_curves(
+    folder: Path, comparison: Comparison, results: Mapping[tuple[str, int], Mapping[str, Any]]
+) -> tuple[dict[str, list[dict[str, float]]], str]:
+    """The rows of the first methods, averaged over seeds, and what their steps are counted in."""
+    curves = {
+        method: mean_rows([last_fit(folder / method / f"seed-{s}", results[method, s]) for s in comparison.seeds])
+        for method in list(comparison.methods)[:SHOWN]
+    }
+    # Methods of equal cost have numbers of steps of their own: what is one cost is drawn in one place.
+    if len({result["steps"] for result in results.values()}) == 1:
+        return curves, "step"
+    for rows in curves.values():
+        last = rows[-1]["step"] if rows else 1
+        rows[:] = [{**row, "step": 100 * row["step"] / last} for row in rows]
+    return curves, "% of the steps"
 
 
 def mean_rows(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, float]]:

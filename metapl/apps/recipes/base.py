@@ -7,6 +7,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -31,6 +32,12 @@ SEEDS = tyro.conf.create_mutex_group(required=False)  # flags that say which see
 
 Asked = TypeVar("Asked")
 Unasked = tyro.conf.Suppress[tyro.conf.Fixed[Asked]]  # a field that is no flag of the commands that make the recipe
+
+
+@cache  # many runs may be read by one command
+def hints_of(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
 
 FIT_OPTIONS = tuple(each.name for each in dataclasses.fields(FitOptions) if each.name not in ("steps", "phase"))
 
@@ -293,7 +300,7 @@ class Method(ABC):
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """From the fields of another method, or of a recipe's defaults, as far as it has such fields."""
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         known = {each.name for each in dataclasses.fields(cls)} & values.keys()
         return cls(**{name: _narrowed(values[name], hints[name]) for name in known})
 
@@ -532,7 +539,7 @@ def from_dict(kind: type[R], values: Mapping[str, Any], kinds: Mapping[str, type
     """
     if not isinstance(values, Mapping):
         raise MetaplError(f"{kind.__name__} is stored as {values!r:.60}; expected an object.")
-    hints = typing.get_type_hints(kind) | dict(kinds or {})
+    hints = hints_of(kind) | dict(kinds or {})  # type: ignore[arg-type]  # a type can be hashed
     names = {each.name for each in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
     if unknown := values.keys() - names:
         raise MetaplError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; the run is of another version.")

@@ -44,6 +44,25 @@ class Panel(NamedTuple):
         pairs = ((float(row["step"]), float(row[key])) for row in rows if "step" in row and row.get(key) is not None)
         return sorted(pair for pair in pairs if all(map(math.isfinite, pair)) and (pair[1] > 0 or not self.log))
 
+    def zero(self, curves: Curves) -> list[str]:
+        """The methods whose values are all zero, which are named where a logarithmic scale has no place for them."""
+        keys = [key for key, _ in self.series]
+        found = {
+            method: [row[key] for row in rows for key in keys if row.get(key) is not None]
+            for method, rows in curves.items()
+        }
+        return [method for method, values in found.items() if self.log and values and max(values) <= 0]
+
+    def window(self, count: int) -> int:
+        """Over how many of so many values the running mean goes that is drawn; below 2, they are drawn as they are."""
+        return 0 if self.now_and_then else count // 40
+
+    def means(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The mean about each value, over fewer towards the ends."""
+        span = np.ones(2 * (self.window(len(values)) // 2) + 1)
+        found: NDArray[Any] = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
+        return found
+
 
 # Of two with one title, the first that has figures is drawn.
 PANELS = (
@@ -75,6 +94,15 @@ PANELS = (
     Panel("Class-frequency error", (("class_shares_vs_truth", "pseudo-labels against the truth"),), percent=True),
     Panel("Class-frequency error", (("class_shares_vs_labeled", "pseudo-labels against the labels"),), percent=True),
 )
+
+
+def panels_of(curves: Curves) -> list[Panel]:
+    """Those that there are figures for."""
+    by_title: dict[str, Panel] = {}
+    for panel in PANELS:
+        if any(panel.points(rows, key) for rows in curves.values() for key, _ in panel.series):
+            by_title.setdefault(panel.title, panel)
+    return list(by_title.values())
 
 
 def draw_report(
@@ -114,11 +142,7 @@ def draw_report(
             "expected C rows of C counts, and C names"
         )
     counts = np.array(matrix)
-    by_title: dict[str, Panel] = {}
-    for panel in PANELS:
-        if any(panel.points(rows, key) for rows in curves.values() for key, _ in panel.series):
-            by_title.setdefault(panel.title, panel)
-    panels = list(by_title.values())
+    panels = panels_of(curves)
     galleries = [gallery for gallery in galleries if len(gallery)]
     if not (len(counts) or panels or galleries):
         raise MetaplError(
@@ -176,13 +200,10 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
                 continue
             present[rank] = name
             (steps, values), color = np.array(points).T, PALETTE[index if len(curves) > 1 else rank]
-            window = 0 if panel.now_and_then else len(values) // 40
-            if window > 1 and len(curves) * len(panel.series) <= 4:
+            if panel.window(len(values)) > 1 and len(curves) * len(panel.series) <= 4:
                 axes.plot(steps, values, color=color, alpha=0.16, linewidth=0.8, zorder=1)
-            span = np.ones(2 * (window // 2) + 1)  # the mean about each value, over fewer towards the ends
-            means = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
             look: dict[str, Any] = {"marker": "o" if len(values) == 1 else None, "markersize": 5, "zorder": 3}
-            axes.plot(steps, means, color=color, linestyle=DASHES[rank], **look)
+            axes.plot(steps, panel.means(values), color=color, linestyle=DASHES[rank], **look)
             if panel.now_and_then and (rank == 0 or len(curves) == 1):
                 ends.append((values[-1], color))
     axes.grid()
@@ -210,10 +231,8 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
         axes.set_ylim(bottom=min(0.0, low))
     # Between title and panel, where no curve can run through it: what each dash means, or what is drawn.
     if len(panel.series) == 1:
-        ((key, name),) = panel.series
-        # A logarithmic scale has no zero, so the methods whose values are all zero are named instead.
-        found = {method: [row[key] for row in rows if row.get(key) is not None] for method, rows in curves.items()}
-        zero = [method for method, values in found.items() if panel.log and values and max(values) <= 0]
+        ((_, name),) = panel.series
+        zero = panel.zero(curves)
         named = ", ".join(zero) if len(zero) < 3 else f"{len(zero)} methods"
         canvas.write_heading(axes, panel.title, f"{name}; {named}: 0" if zero else name)
     else:

@@ -1,0 +1,167 @@
+"""``metapl runs``: the runs below a folder, a line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from metapl.apps.commands.parse import Command, Switch, unset
+from metapl.apps.experiments.accuracies import DELIVERED, spread
+from metapl.apps.experiments.experiment import TOLD
+from metapl.apps.experiments.folder import ANOTHER, RunFolder, stored, stored_result
+from metapl.apps.recipes.base import Recipe
+from metapl.errors import MetaplError, reason_of
+from metapl.metrics import interval
+from metapl.runs.ownership import is_owned
+from metapl.runs.rows import Metrics
+from metapl.runs.sealed import read_sealed
+from metapl.words import columns, short, shown, table, tell, wrapped
+
+HEAD = ("run", "method", "data", "steps", "accuracy, %", "date")
+CUT, LEAST = (2, 1, 0), 9  # columns that are cut where lines are too long, and to how many letters at least
+WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them says of when a run is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs(Command):
+    """List the runs below a folder, the newest last.
+
+    Of a finished run it says the accuracy of the network that it delivers, with the 95 % interval, and whether that is
+    on test or on validation examples; of another one, how many of its steps are done, and whether it is running,
+    interrupted or damaged, and how. Below a comparison stand its methods, with the mean and the standard deviation over
+    its seeds. A run is a folder with a recipe.json; all others are passed over. Nothing is changed.
+
+    Args:
+        folder: where to look, in all folders below it; or a run.
+        json: print JSON.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, unset("FOLDER", default="(default: runs)")] = Path("runs")
+    json: Switch = False
+
+    def run(self) -> int:
+        if not self.folder.is_dir():
+            state = "is a file" if self.folder.exists() else "is not there"
+            raise MetaplError(f"the folder {self.folder} {state}; expected one that holds runs: metapl runs FOLDER.")
+        found = [glance(place, self.folder) for place in run_folders(self.folder)]
+        if not found:
+            raise MetaplError(f"there is no run in {self.folder}; metapl train writes them: metapl train digits.")
+        found.sort(key=lambda entry: str(entry["date"]))
+        tell(json.dumps(found, indent=2) if self.json else listing(found, columns(sys.stdout)))
+        return 0
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """The runs in a folder, not those of a comparison; links are followed where they lead to a run."""
+    for where, folders, files in os.walk(folder):
+        places = [Path(where)]
+        if "recipe.json" in files:
+            folders.clear()
+        else:
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            places = [link for name in folders if (link := Path(where, name)).is_symlink()]
+        yield from (place for place in places if (place / "recipe.json").exists())
+
+
+def glance(path: Path, within: Path) -> dict[str, Any]:
+    """What a run is, how far it has come and what it reached; of a damaged one, why it cannot be read."""
+    name = str(path if path == within else path.relative_to(within))
+    written = max(file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if file.exists())
+    about = {"run": name, "date": datetime.fromtimestamp(written).isoformat(timespec="seconds")}
+    try:
+        return about | _found(RunFolder(path))
+    except (MetaplError, OSError) as error:
+        return about | {
+            "state": "damaged",
+            "why": reason_of(error).replace(f"{path}{os.sep}", "").replace(f"{path} ", ""),
+        }
+
+
+def _found(folder: RunFolder) -> dict[str, Any]:
+    recipe, description = stored(folder)
+    methods, seeds = description.get("compare"), description.get("seeds", [recipe.seed])
+    entry = {"recipe": recipe.name, "data": _data(recipe), "seeds": seeds, "methods": methods or [recipe.method.name]}
+    if (folder.path / "result.json").exists():
+        result = stored_result(folder)
+        for file in (folder.path / told for told in TOLD):
+            if file.is_file():
+                read_sealed(file, result.get("sha256", {}).get(file.name), mend=ANOTHER)
+        entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"], **reached_by(result)}
+        of_methods = {name: {"accuracies": found[DELIVERED]} for name, found in result.get("methods", {}).items()}
+        return entry | ({"compared": of_methods} if of_methods else {})
+    entry |= {"state": "running" if is_owned(folder.path) else "interrupted", "steps": recipe.steps}
+    if methods is not None:
+        places = {name: [folder.path / name / f"seed-{seed}" for seed in seeds] for name in methods}
+        done = {name: sum((place / "result.json").exists() for place in runs) for name, runs in places.items()}
+        return entry | {"compared": {name: {"finished": count} for name, count in done.items()}}
+    rows = Metrics(folder.path / "metrics.jsonl").rows()
+    return entry | ({"done": rows[-1]["step"], "phase": rows[-1]["phase"]} if rows else {"done": 0, "phase": "fit"})
+
+
+def _data(recipe: Recipe) -> str:
+    """The data set, or the last folders of the labeled pictures."""
+    labeled = getattr(recipe, "labeled", None)
+    return str(getattr(recipe, "data", recipe.name)) if labeled is None else "/".join(Path(labeled).parts[-2:])
+
+
+def reached_by(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The accuracy of the delivered network on test, else on validation, with its interval; nothing without both."""
+    on, accuracy, n = "validation", result.get("validation_accuracy"), result["validation_size"]
+    if "evaluation" in result:
+        on, accuracy, n = "test", result["evaluation"]["accuracy"], result["evaluation"]["n"]
+    if accuracy is None:
+        return {}
+    return {"accuracy": accuracy, "interval": interval(round(accuracy * n), n), "n": n, "on": on}
+
+
+def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
+    """The table of what :func:`glance` says, in lines of this width."""
+    rows, below, notes = [HEAD], dict[int, str](), "accuracy with its 95 % interval"
+    for entry in found:
+        name, date, compared = entry["run"], datetime.fromisoformat(entry["date"]), entry.get("compared")
+        day = f"{date:%d %b}" if date.year == datetime.now().year else f"{date:%b %Y}"
+        if entry["state"] == "damaged":
+            below[len(rows)] = f"  {shown(entry['why'])}"
+            rows.append((name, "", "", "", "damaged", day))
+            continue
+        said = entry["state"]
+        if "accuracy" in entry:
+            low, high = entry["interval"]
+            on = entry["on"].removesuffix("idation")
+            said = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {on}"
+        methods, steps, phase = entry["methods"], f"{entry['steps']:,}", entry.get("phase")
+        if phase is not None:
+            steps = f"{entry['done']:,}/{steps}" if phase == "fit" else f"{phase} {entry['done']:,}"
+        rows.append(
+            (name, methods[0] if compared is None else f"{len(methods)} methods", entry["data"], steps, said, day)
+        )
+        seeds = len(entry["seeds"])
+        for method, of in (compared or {}).items():
+            count = f"{of['finished']}/{seeds} runs" if "finished" in of else f"{seeds} seed{'s'[: seeds - 1]}"
+            mean = spread(of["accuracies"], digits=1) if "accuracies" in of else ""
+            rows.append(("", method, "", count, mean, ""))
+    if any(entry.get("compared") for entry in found):
+        notes += (
+            "; of a comparison, that of the run it delivers, and of its methods mean ± standard deviation over seeds"
+        )
+    cells = [[shown(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for column in CUT:
+        beyond = sum(widths) + 2 * (len(widths) - 1) - width
+        widths[column] = max(widths[column] - max(beyond, 0), min(widths[column], LEAST))
+    long = {number: row[0] for number, row in enumerate(cells) if len(row[0]) > widths[0]}  # each in a line of its own
+    fits = [["" if i in long else row[0], *map(short, row[1:], widths[1:])] for i, row in enumerate(cells)]
+    lines = list[str]()
+    for number, line in enumerate(table(fits, left=len(HEAD)).split("\n")):
+        lines += filter(None, (long.get(number), line, below.get(number)))
+    return "\n".join(
+        [*(line if len(line) <= width else f"{line[: width - 3]}..." for line in lines), "", wrapped(notes, width)]
+    )
