@@ -30,7 +30,7 @@ from metapl.data import StepBatches, StepSampler
 from metapl.data.draws import fold_in
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import WRONG_INPUTS, described
-from metapl.feedback import Estimator
+from metapl.feedback import Mode
 from metapl.metrics.predictions import logits_of
 from metapl.models import mlp
 from metapl.problems import ExampleWeights, Table
@@ -85,7 +85,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
     hidden_layer_sizes: AtLeastOne | tuple[AtLeastOne, ...] = (64,)
     _: KW_ONLY
     network: Network | None = None
-    mode: str | Estimator = "forward"
+    mode: Mode = "forward"
     steps: AtLeastOne = 300
     batch_size: AtLeastOne = 64
     learning_rate: AboveZero = 0.05
@@ -159,8 +159,8 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             finally:
                 set_rng_state(generators)
         except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
+            self.__dict__.clear()
+            self.__dict__.update(before)
             raise
 
     def _moved(self, x: Tensor) -> Tensor:
