@@ -29,6 +29,7 @@ from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.trainer import BilevelTrainer
 from metapl.updates import Clipped, update_of
+from metapl.words import wrapped
 
 Tree = dict[str, Tensor]
 
@@ -129,9 +130,8 @@ class GradientCheck:
         rows[f"by hand, {own}"] = self.rounded_by_hand
         lines = [f"  {name:<27} {row}" for name, row in rows.items()]
         said = {True: "passed", False: "FAILED", None: "not known"}[self.passed]
-        return "\n".join(
-            [f"{self.mode}: {said}. {self.verdict}", f"Beside double backward by hand in float64{of_draws}:", *lines]
-        )
+        head = f"{self.mode}: {said}. {self.verdict}\nBeside double backward by hand in float64{of_draws}:"
+        return wrapped("\n".join([head, *lines]))
 
 
 def check_gradient(
@@ -650,9 +650,9 @@ def _of_rounding(exact: bool, of_mode: float, by_hand: float, own: str, few_step
     """What rounding in the networks' own type does to the mode, and to any exact gradient."""
     if of_mode < 1e-3:
         return []
-    words = [f"In {own} it is {of_mode:.1%} off, and double backward by hand in {own} {by_hand:.1%}:"]
+    words = [f"In {own} it is {100 * of_mode:.2g} % off, double backward by hand in {own} {100 * by_hand:.2g} %:"]
     by_type = exact or of_mode < 3 * by_hand or by_hand > 0.1  # an exact mode has nothing but rounding to be off by
-    words += [f"{own} is the reason, not the mode." if by_type else f"this mode loses digits in {own}."]
+    words += [f"{own} is the reason, not the mode." if by_type else f"this mode loses digits in {own}; take forward."]
     if few_steps:
         words.append("An Adam of few steps divides each gradient by its own size, which leaves little of it.")
     return words

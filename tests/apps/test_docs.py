@@ -30,7 +30,7 @@ def _own_generator() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_generator")
-@pytest.mark.parametrize("name", ["tutorial", "write-a-problem", "write-an-estimator"])
+@pytest.mark.parametrize("name", ["correctness", "tutorial", "write-a-problem", "write-an-estimator"])
 def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +74,8 @@ def is_label_method(value: object) -> bool:
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
-    run = {"README.md", "docs/scale.md", "docs/tutorial.md", "docs/write-a-problem.md", "docs/write-an-estimator.md"}
+    tested = ("correctness", "scale", "tutorial", "write-a-problem", "write-an-estimator")
+    run = {"README.md", *(f"docs/{name}.md" for name in tested)}
     assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
 
 
