@@ -61,7 +61,7 @@ class Agreement:
     def between(a: Tensor, b: Tensor, least: float = 0.0) -> Agreement:
         a, b = a.detach().double().flatten(), b.detach().double().flatten()
         of_a, of_b, error = float(a.norm()), float(b.norm()), float((a - b).norm())
-        relative = error / max(of_b, least) if error else 0.0
+        relative = error / max(of_b, least, 1e-300) if error else 0.0
         angle = float(torch.dot(a / of_a, b / of_b)) if of_a and of_b else math.nan
         return Agreement(relative, angle, of_a / of_b if of_b else math.nan)
 
@@ -451,6 +451,7 @@ class _Check:
     draws: int
     made: Callable[[torch.dtype | None], _Copies]
     bfloat16: bool
+    sampled: bool = False
 
     def result(self) -> GradientCheck:
         with self._as_given():
@@ -459,14 +460,13 @@ class _Check:
         weights = next(p.dtype for p in own.student.parameters() if p.requires_grad)
         truncate = getattr(self.estimate, "truncate", None)
         truncate = truncate if truncate and truncate < len(inner_batches(own.unlabeled)) else None
-        exact = self.made(torch.float64).by_hand(truncate)
-        sampled = any(signal.sampled for signal in exact.signals)
-        if sampled:
-            self._compare_with_the_exact_problem(kind_of(own.problem))
-            exact = self.made(torch.float64).by_hand(truncate)
+        exact = self._for_hand(torch.float64).by_hand(truncate)
+        self.sampled = any(signal.sampled for signal in exact.signals)
+        if self.sampled:
+            exact = self._for_hand(torch.float64).by_hand(truncate)
         self._refuse_short(exact)
         with self._as_given():
-            rounded = self.made(None).by_hand(truncate)
+            rounded = self._for_hand(None).by_hand(truncate)
         b = _flat(exact)
         if not float(b.norm()) > 0 or not bool(b.isfinite().all()):
             raise MetaplError(
@@ -476,11 +476,11 @@ class _Check:
             )
         compared: dict[str, Any] = {
             "mode": self.estimate.name,
-            "exact": (self.estimate.exact or truncate is not None) and not sampled,
+            "exact": (self.estimate.exact or truncate is not None) and not self.sampled,
             "dtype": torch.bfloat16 if self.bfloat16 else weights,
             "rounded_by_hand": Agreement.between(_flat(rounded), b),
         }
-        if sampled:
+        if self.sampled:
             return self._of_draws(exact, b, compared)
         a = self.made(torch.float64).by_mode(self.estimate)
         told = [t.flatten() for t in pytree.tree_leaves(a.feedback)]
@@ -506,23 +506,19 @@ class _Check:
     def _as_given(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def _compare_with_the_exact_problem(self, kind: str) -> None:
-        """From here on, copies have the differentiable form of the problem where they are computed by hand."""
-        made = self.of_mode = self.made
-        if made(None).problem.exact() is None:
+    def _for_hand(self, dtype: torch.dtype | None) -> _Copies:
+        """Copies to compute with by hand: where labels are drawn, of the problem's differentiable form."""
+        copies = self.made(dtype)
+        if not self.sampled:
+            return copies
+        problem = copies.problem.exact()
+        if problem is None:
             raise MetaplError(
-                f"mode {self.estimate.name!r} on {kind} draws its labels, and the problem has no differentiable form "
-                "to compare their mean with; give it a method exact() that returns one, or check it by 'forward' with "
-                "a differentiable signal (without log_prob)."
+                f"mode {self.estimate.name!r} on {kind_of(copies.problem)} draws its labels, and the problem has no "
+                "differentiable form to compare their mean with; give it a method exact() that returns one, or check "
+                "it by 'forward' with a differentiable signal (without log_prob)."
             )
-
-        def differentiable(dtype: torch.dtype | None) -> _Copies:
-            copies = made(dtype)
-            problem = copies.problem.exact()
-            assert problem is not None
-            return replace(copies, problem=problem)
-
-        self.made = differentiable
+        return replace(copies, problem=problem)
 
     def _refuse_short(self, run: _Run) -> None:
         """Refuse what is not in float64 where everything that it was made from is."""
@@ -608,7 +604,7 @@ class _Check:
         """Of the mean over draws of the labels."""
         found, trees = [], []
         for seed in range(SEED, SEED + self.draws):
-            trees.append(self.of_mode(torch.float64).by_mode(self.estimate, seed).grads)
+            trees.append(self.made(torch.float64).by_mode(self.estimate, seed).grads)
             found.append(_flat(trees[-1]))
         drawn = torch.stack(found)
         mean, n, scaled = drawn.mean(0), len(found), _is_scaled(self.estimate)
@@ -617,8 +613,8 @@ class _Check:
         without = (n * mean - drawn) / (n - 1)  # the jackknife
         cosines = torch.nn.functional.cosine_similarity(without, b[None], dim=1)
         spread = math.sqrt((n - 1) * float(cosines.var(correction=0)))
-        affine = isinstance(self.made(None).optimizer, torch.optim.SGD) and self.made(None).clip is None
-        allowed = 0.15 if affine else 0.5
+        copies = self.made(None)
+        allowed = 0.15 if isinstance(copies.optimizer, torch.optim.SGD) and copies.clip is None else 0.5
         expected = (
             f"the direction of the soft labels' gradient{' (normalized on purpose)' if scaled else ', at its length'}, "
             f"in the mean over labels, up to the learning rate's order"
