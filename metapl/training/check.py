@@ -29,7 +29,7 @@ from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.trainer import BilevelTrainer
 from metapl.updates import Clipped, update_of
-from metapl.words import wrapped
+from metapl.words import short, wrapped
 
 Tree = dict[str, Tensor]
 
@@ -125,7 +125,7 @@ class GradientCheck:
         rows |= {"its feedback, float64": self.feedback} if self.feedback else {}
         if self.parameters:
             worst = max(self.parameters, key=lambda name: self.parameters[name].relative_error)
-            rows[f"worst: {worst:.20}"] = self.parameters[worst]
+            rows[f"worst: {short(worst, 20)}"] = self.parameters[worst]
         rows |= {f"{self.mode}, {own}": self.rounded} if self.rounded else {}
         rows[f"by hand, {own}"] = self.rounded_by_hand
         lines = [f"  {name:<27} {row}" for name, row in rows.items()]
@@ -525,10 +525,10 @@ class _Check:
         signals = [signal.differentiable() for signal in run.signals]
         parts = {"student's outputs are": run.outputs, "teacher's signal is": signals, "outer loss is": run.loss}
         for name, part in parts.items():
-            short = [t.dtype for t in pytree.tree_leaves(part) if t.dtype != torch.float64]
-            if short:
+            other = [t.dtype for t in pytree.tree_leaves(part) if t.dtype != torch.float64]
+            if other:
                 raise MetaplError(
-                    f"check_gradient computes in float64, and the {name} in {short[0]} there: a cast, or a type that "
+                    f"check_gradient computes in float64, and the {name} in {other[0]} there: a cast, or a type that "
                     "is written out (x.float(), dtype=torch.float32), rounds on the way; expected code that keeps the "
                     "type of its inputs, such as x.to(self.weight.dtype)."
                 )
