@@ -1,4 +1,7 @@
-"""Estimators of the teacher's gradient, one a file; a mode is a name from :data:`MODES` or an estimator value."""
+"""Estimators of the teacher's gradient, one a file; a mode is a name from :data:`MODES` or an estimator value.
+
+Take ``forward``; ``reinforce`` is the paper's Algorithm 1 and stays the trainer's default.
+"""
 
 from __future__ import annotations
 

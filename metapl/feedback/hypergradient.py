@@ -93,7 +93,8 @@ def hypergradient(
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         outer, inner: other names of ``labeled`` and ``unlabeled``.
-        mode: one of :data:`metapl.MODES`, or an estimator value.
+        mode: one of :data:`metapl.MODES`, or an estimator value. Take ``forward``; ``reinforce`` is the paper's
+            Algorithm 1 and stays the trainer's default.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
         inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
             (its current state is read and left as it is).

@@ -29,6 +29,7 @@ from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.trainer import BilevelTrainer
 from metapl.updates import Clipped, update_of
+from metapl.words import short, wrapped
 
 Tree = dict[str, Tensor]
 
@@ -60,7 +61,7 @@ class Agreement:
     def between(a: Tensor, b: Tensor, least: float = 0.0) -> Agreement:
         a, b = a.detach().double().flatten(), b.detach().double().flatten()
         of_a, of_b, error = float(a.norm()), float(b.norm()), float((a - b).norm())
-        relative = error / max(of_b, least) if error else 0.0
+        relative = error / max(of_b, least, 1e-300) if error else 0.0
         angle = float(torch.dot(a / of_a, b / of_b)) if of_a and of_b else math.nan
         return Agreement(relative, angle, of_a / of_b if of_b else math.nan)
 
@@ -124,14 +125,13 @@ class GradientCheck:
         rows |= {"its feedback, float64": self.feedback} if self.feedback else {}
         if self.parameters:
             worst = max(self.parameters, key=lambda name: self.parameters[name].relative_error)
-            rows[f"worst: {worst:.20}"] = self.parameters[worst]
+            rows[f"worst: {short(worst, 20)}"] = self.parameters[worst]
         rows |= {f"{self.mode}, {own}": self.rounded} if self.rounded else {}
         rows[f"by hand, {own}"] = self.rounded_by_hand
         lines = [f"  {name:<27} {row}" for name, row in rows.items()]
         said = {True: "passed", False: "FAILED", None: "not known"}[self.passed]
-        return "\n".join(
-            [f"{self.mode}: {said}. {self.verdict}", f"Beside double backward by hand in float64{of_draws}:", *lines]
-        )
+        head = f"{self.mode}: {said}. {self.verdict}\nBeside double backward by hand in float64{of_draws}:"
+        return wrapped("\n".join([head, *lines]))
 
 
 def check_gradient(
@@ -451,6 +451,7 @@ class _Check:
     draws: int
     made: Callable[[torch.dtype | None], _Copies]
     bfloat16: bool
+    sampled: bool = False
 
     def result(self) -> GradientCheck:
         with self._as_given():
@@ -459,14 +460,13 @@ class _Check:
         weights = next(p.dtype for p in own.student.parameters() if p.requires_grad)
         truncate = getattr(self.estimate, "truncate", None)
         truncate = truncate if truncate and truncate < len(inner_batches(own.unlabeled)) else None
-        exact = self.made(torch.float64).by_hand(truncate)
-        sampled = any(signal.sampled for signal in exact.signals)
-        if sampled:
-            self._compare_with_the_exact_problem(kind_of(own.problem))
-            exact = self.made(torch.float64).by_hand(truncate)
+        exact = self._for_hand(torch.float64).by_hand(truncate)
+        self.sampled = any(signal.sampled for signal in exact.signals)
+        if self.sampled:
+            exact = self._for_hand(torch.float64).by_hand(truncate)
         self._refuse_short(exact)
         with self._as_given():
-            rounded = self.made(None).by_hand(truncate)
+            rounded = self._for_hand(None).by_hand(truncate)
         b = _flat(exact)
         if not float(b.norm()) > 0 or not bool(b.isfinite().all()):
             raise MetaplError(
@@ -476,11 +476,11 @@ class _Check:
             )
         compared: dict[str, Any] = {
             "mode": self.estimate.name,
-            "exact": (self.estimate.exact or truncate is not None) and not sampled,
+            "exact": (self.estimate.exact or truncate is not None) and not self.sampled,
             "dtype": torch.bfloat16 if self.bfloat16 else weights,
             "rounded_by_hand": Agreement.between(_flat(rounded), b),
         }
-        if sampled:
+        if self.sampled:
             return self._of_draws(exact, b, compared)
         a = self.made(torch.float64).by_mode(self.estimate)
         told = [t.flatten() for t in pytree.tree_leaves(a.feedback)]
@@ -506,33 +506,29 @@ class _Check:
     def _as_given(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", dtype=torch.bfloat16) if self.bfloat16 else nullcontext()
 
-    def _compare_with_the_exact_problem(self, kind: str) -> None:
-        """From here on, copies have the differentiable form of the problem where they are computed by hand."""
-        made = self.of_mode = self.made
-        if made(None).problem.exact() is None:
+    def _for_hand(self, dtype: torch.dtype | None) -> _Copies:
+        """Copies to compute with by hand: where labels are drawn, of the problem's differentiable form."""
+        copies = self.made(dtype)
+        if not self.sampled:
+            return copies
+        problem = copies.problem.exact()
+        if problem is None:
             raise MetaplError(
-                f"mode {self.estimate.name!r} on {kind} draws its labels, and the problem has no differentiable form "
-                "to compare their mean with; give it a method exact() that returns one, or check it by 'forward' with "
-                "a differentiable signal (without log_prob)."
+                f"mode {self.estimate.name!r} on {kind_of(copies.problem)} draws its labels, and the problem has no "
+                "differentiable form to compare their mean with; give it a method exact() that returns one, or check "
+                "it by 'forward' with a differentiable signal (without log_prob)."
             )
-
-        def differentiable(dtype: torch.dtype | None) -> _Copies:
-            copies = made(dtype)
-            problem = copies.problem.exact()
-            assert problem is not None
-            return replace(copies, problem=problem)
-
-        self.made = differentiable
+        return replace(copies, problem=problem)
 
     def _refuse_short(self, run: _Run) -> None:
         """Refuse what is not in float64 where everything that it was made from is."""
         signals = [signal.differentiable() for signal in run.signals]
         parts = {"student's outputs are": run.outputs, "teacher's signal is": signals, "outer loss is": run.loss}
         for name, part in parts.items():
-            short = [t.dtype for t in pytree.tree_leaves(part) if t.dtype != torch.float64]
-            if short:
+            other = [t.dtype for t in pytree.tree_leaves(part) if t.dtype != torch.float64]
+            if other:
                 raise MetaplError(
-                    f"check_gradient computes in float64, and the {name} in {short[0]} there: a cast, or a type that "
+                    f"check_gradient computes in float64, and the {name} in {other[0]} there: a cast, or a type that "
                     "is written out (x.float(), dtype=torch.float32), rounds on the way; expected code that keeps the "
                     "type of its inputs, such as x.to(self.weight.dtype)."
                 )
@@ -608,7 +604,7 @@ class _Check:
         """Of the mean over draws of the labels."""
         found, trees = [], []
         for seed in range(SEED, SEED + self.draws):
-            trees.append(self.of_mode(torch.float64).by_mode(self.estimate, seed).grads)
+            trees.append(self.made(torch.float64).by_mode(self.estimate, seed).grads)
             found.append(_flat(trees[-1]))
         drawn = torch.stack(found)
         mean, n, scaled = drawn.mean(0), len(found), _is_scaled(self.estimate)
@@ -617,8 +613,8 @@ class _Check:
         without = (n * mean - drawn) / (n - 1)  # the jackknife
         cosines = torch.nn.functional.cosine_similarity(without, b[None], dim=1)
         spread = math.sqrt((n - 1) * float(cosines.var(correction=0)))
-        affine = isinstance(self.made(None).optimizer, torch.optim.SGD) and self.made(None).clip is None
-        allowed = 0.15 if affine else 0.5
+        copies = self.made(None)
+        allowed = 0.15 if isinstance(copies.optimizer, torch.optim.SGD) and copies.clip is None else 0.5
         expected = (
             f"the direction of the soft labels' gradient{' (normalized on purpose)' if scaled else ', at its length'}, "
             f"in the mean over labels, up to the learning rate's order"
@@ -650,9 +646,9 @@ def _of_rounding(exact: bool, of_mode: float, by_hand: float, own: str, few_step
     """What rounding in the networks' own type does to the mode, and to any exact gradient."""
     if of_mode < 1e-3:
         return []
-    words = [f"In {own} it is {of_mode:.1%} off, and double backward by hand in {own} {by_hand:.1%}:"]
+    words = [f"In {own} it is {100 * of_mode:.2g} % off, double backward by hand in {own} {100 * by_hand:.2g} %:"]
     by_type = exact or of_mode < 3 * by_hand or by_hand > 0.1  # an exact mode has nothing but rounding to be off by
-    words += [f"{own} is the reason, not the mode." if by_type else f"this mode loses digits in {own}."]
+    words += [f"{own} is the reason, not the mode." if by_type else f"this mode loses digits in {own}; take forward."]
     if few_steps:
         words.append("An Adam of few steps divides each gradient by its own size, which leaves little of it.")
     return words

@@ -57,6 +57,7 @@ class BilevelTrainer(Trainer):
             share of each batch, and the report's scalars are means over the ranks. No teacher, None, for a problem
             that has none, such as :class:`metapl.problems.LearningToReweight`; it then takes no teacher's options.
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
+            Take ``forward``; ``reinforce`` is the paper's Algorithm 1 and stays the trainer's default.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
         outer_optimizer: the teacher's: any of ``torch.optim`` over the teacher's parameters. Both default to

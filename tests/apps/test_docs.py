@@ -30,8 +30,11 @@ def _own_generator() -> Iterator[None]:
         yield
 
 
+PASTED = ("correctness", "from-mpl-pytorch", "tables", "tutorial", "write-a-problem", "write-an-estimator")
+
+
 @pytest.mark.usefixtures("_own_generator")
-@pytest.mark.parametrize("name", ["from-mpl-pytorch", "tables", "tutorial", "write-a-problem", "write-an-estimator"])
+@pytest.mark.parametrize("name", PASTED)
 def test_the_code_of_a_page_runs_and_prints_what_stands_beside_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,8 +76,8 @@ def is_label_method(value: object) -> bool:
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
-    names = ("from-mpl-pytorch", "index", "own-loop", "scale", "tables", "text", "tutorial", "write-a-problem")
-    run = {"README.md", "docs/write-an-estimator.md", *(f"docs/{name}.md" for name in names)}
+    tested = (*PASTED, "index", "own-loop", "scale", "text")
+    run = {"README.md", *(f"docs/{name}.md" for name in tested)}
     assert {name for name, page in zip(IDS, PAGES, strict=True) if pages.FENCED.search(page.read_text())} == run
 
 

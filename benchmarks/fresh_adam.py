@@ -1,0 +1,83 @@
+"""How far gradients are from double backward in float64 while the inner AdamW is young, on a small BERT.
+
+``python benchmarks/fresh_adam.py --write docs/modes.md`` measures it, in a few minutes, and puts the table in the page;
+it needs transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from torch import Tensor, nn
+
+import metapl
+
+RESULT = Path(__file__).parent / "results" / "fresh_adam.json"
+STEPS, MINIATURE_STEPS = (0, 1, 2, 5, 10, 40), (0, 1)
+HEAD = """\
+| steps of AdamW | double backward, float32 | `forward`, float32 | `difference`, float32 | `difference`, float64 |
+|---:|---:|---:|---:|---:|"""
+
+
+class Classifier(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        sizes = {"vocab_size": 1000, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+        drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = BertConfig(**sizes, **drops, num_hidden_layers=layers, max_position_embeddings=32, num_labels=4)
+        self.bert = BertForSequenceClassification(config)
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        return self.bert(**tokens).logits
+
+
+def measure(steps: tuple[int, ...], layers: int) -> list[dict[str, Any]]:
+    """The relative errors after so many steps of training."""
+    torch.manual_seed(0)
+    teacher, student, draw = Classifier(layers), Classifier(layers), torch.Generator().manual_seed(1)
+
+    def tokens(rows: int) -> dict[str, Tensor]:
+        ids = torch.randint(5, 1000, (rows, 24), generator=draw)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def labeled() -> tuple[dict[str, Tensor], Tensor]:
+        return tokens(16), torch.randint(0, 4, (16,), generator=draw)
+
+    adam = torch.optim.AdamW(student.parameters(), lr=5e-4)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", inner_optimizer=adam)
+    held, rows = {"labeled": labeled(), "unlabeled": tokens(32)}, []
+    for step in range(steps[-1] + 1):
+        if step in steps:
+            exact, moved = (metapl.check_gradient(trainer, **held, mode=mode) for mode in ("forward", "difference"))
+            found = exact.rounded_by_hand, exact.rounded, moved.rounded, moved.overall
+            rows.append({"steps": step, "errors": [one.relative_error for one in found if one is not None]})
+        trainer.step(labeled(), tokens(32))
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = (f"| {row['steps']} | {' | '.join(f'{e:.1e}' for e in row['errors'])} |" for row in result["rows"])
+    return "\n".join([HEAD, *rows])
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__, RESULT)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="the page that gets the table")
+    given = machine.parsed(parser)
+    rows = measure(MINIATURE_STEPS, 1) if given.miniature else measure(STEPS, 2)
+    setup = machine.described("cpu") | {"command": "python benchmarks/fresh_adam.py"}
+    machine.write_json(given.out, {"setup": setup, "rows": rows})
+    result = json.loads(given.out.read_text())
+    if given.write is not None:
+        machine.write_between_marks(given.write, "fresh_adam", table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
