@@ -477,7 +477,7 @@ def _refuse_source(source: Any, name: str) -> None:
     if isinstance(source, Dataset) or (hasattr(source, "__getitem__") and not isinstance(source, Iterable)):
         mend = "wrap it in a DataLoader, which makes batches of it: torch.utils.data.DataLoader(dataset, batch_size=…)"
     elif isinstance(source, Tensor | np.ndarray):
-        mend = "give batch_size=64, say, to be served so many rows a step, or [batch] to serve it whole each time"
+        mend = "wrap it in a data set and a DataLoader, give fit(batch_size=64), or [batch] to serve it whole each time"
     elif isinstance(source, str | bytes | Mapping | Set | nn.Module) or not isinstance(source, Iterable):
         mend = "call it" if callable(source) and not isinstance(source, nn.Module | type) else "give one of these"
     if mend is not None:

@@ -286,7 +286,7 @@ def test_another_error_of_the_network_stays_as_it_is() -> None:
         ("log_evry", "; did you mean log_every?"),
         ("resumed", "; did you mean resume?"),
         ("unlabelled", "; did you mean unlabeled or labeled?"),
-        ("xyz", "; expected some of labeled, unlabeled, steps, validation, "),
+        ("xyz", "; expected some of labeled, unlabeled, inner, outer, steps, batch_size, validation, "),
     ],
 )
 def test_an_option_that_fit_does_not_have(option: str, meant: str) -> None:

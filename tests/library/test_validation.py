@@ -626,7 +626,7 @@ AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"labeled": (A.numpy(), B.numpy())}, r"^labeled is a tuple of 2 \(ndarray, ndarray\), which may be"),
     ({"unlabeled": (A, A)}, r"^unlabeled is a tuple of 2 .*batch_size=64"),
-    ({"unlabeled": A}, r"^unlabeled is a tensor of shape \(8, 5\).*give batch_size=64, say"),
+    ({"unlabeled": A}, r"^unlabeled is a tensor of shape \(8, 5\).*fit\(batch_size=64\)"),
     ({"labeled": {"x": A, "labels": B}}, r"^labeled is a dict of 2"),
     ({"batch_size": 4}, r"^batch_size=4 was given, and labeled are no examples in memory"),
     ({"labeled": (A, B), "batch_size": 0}, r"batch_size=0: expected a number of examples, 1 or more"),
