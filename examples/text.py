@@ -143,7 +143,7 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
         if way == "feedback as it is":
             ratios = sorted(row["feedback_ratio"] for row in result.history if "feedback_ratio" in row)
             print(f"seed {seed}: the feedback as it is, beside the teacher's losses: {ratios[len(ratios) // 2]:.3f}")
-        trainer.finetune(known, steps=50, optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4), **fit)
+        trainer.finetune(known, steps=min(50, steps), optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4), **fit)
         found[way] = trainer.evaluate(parts["test"]).accuracy
     torch.manual_seed(seed)
     alone = network(vectors)
