@@ -294,7 +294,7 @@ def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(tmp_pa
     assert same(weights(whole.bilevel), weights(again.bilevel))
     for name in ("inner_optimizer", "outer_optimizer"):
         rates = [getattr(one.bilevel, name).param_groups[0]["lr"] for one in (whole, again)]
-        assert rates[0] == rates[1] > 0
+        assert rates[0] == rates[1]
 
 
 def test_optimizers_of_lightning_are_taken_out_of_their_wrappers() -> None:
@@ -357,16 +357,20 @@ def test_a_model_of_hugging_face_is_refused_with_its_adapter_and_trains_in_it(ca
 @pytest.mark.long
 def test_the_example_on_text_prints_each_way_to_train(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr(sys, "argv", ["text.py", "--steps", "4"])
+    monkeypatch.setattr(sys, "argv", ["text.py", "--steps", "10"])
     runpy.run_path(str(ROOT / "examples" / "text.py"), run_name="__main__")
-    found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", capsys.readouterr().out, re.MULTILINE))
+    printed = capsys.readouterr().out
+    ratio = re.search(r"^seed 0: .* losses: ([\d.e-]+)$", printed, re.MULTILINE)
+    assert ratio is not None
+    assert 0 < float(ratio[1]) < 0.1
+    found = dict(re.findall(r"^(\S.*?) {2,}([\d.]+) %$", printed, re.MULTILINE))
     assert list(found) == [
         "labels alone",
         "no feedback",
         "feedback as it is",
         "feedback 0.1 of the teacher's losses",
     ]
-    assert all(20 < float(value) < 100 for value in found.values())
+    assert all(5 < float(value) < 100 for value in found.values())
 
 
 # ----------------------------------------------------------------------------------------------------------- the pages
