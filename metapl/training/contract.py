@@ -100,17 +100,21 @@ class StepReport(Report):
         """``feedback_mean`` and ``feedback_std`` of h over its entries, the problem's columns and the recent means'."""
         steps = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
         rows = has_rows(self.problem, self.signal, len(self.student_outputs))
-        parts = []
+        parts, weights = [], []
         for found in steps:
             of_field = {field_of(key): h for key, h in found.items()} if isinstance(found, dict) else {"value": found}
-            # Of the feedback on a field without rows, such as a matrix, each rank has a share.
-            parts += [h if rows.get(name, True) else self.ranks.sum(h) for name, h in sorted(of_field.items())]
-        h = torch.cat([part.double().flatten() for part in parts])
+            for name, h in sorted(of_field.items()):
+                # Of the feedback on a field without rows, such as a matrix, each rank has a share.
+                shared = not rows.get(name, True)
+                parts.append((self.ranks.sum(h) if shared else h).double().flatten())
+                weights.append(torch.full_like(parts[-1], 1 / self.ranks.size if shared else 1.0))
+        h, weight = torch.cat(parts), torch.cat(weights)
         columns = self.problem.columns(self.signal, self.student_outputs) | figures(self.recent)
         if self.ranks.alone:
             return {"feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
-        means = self.ranks.mean_scalars({"feedback_mean": h.mean(), **columns})
-        spread = self.ranks.mean((h - means["feedback_mean"]).square().mean()).sqrt()
+        weight = weight / weight.sum()  # an entry of every rank's counts once
+        means = self.ranks.mean_scalars({"feedback_mean": (weight * h).sum(), **columns})
+        spread = self.ranks.mean((weight * (h - means["feedback_mean"]).square()).sum()).sqrt()
         return {"feedback_mean": means.pop("feedback_mean"), "feedback_std": spread, **means}
 
     def counts(self) -> dict[str, list[int]]:

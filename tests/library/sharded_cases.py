@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pages
 import pytest
@@ -491,12 +491,29 @@ class Tempered(metapl.problems.Problem):
         return nn.functional.cross_entropy(outputs, batch[1])
 
 
-def without_rows(mode: Any = "forward", matrix: bool = True, rows: int = ROWS, **options: Any) -> dict[str, float]:
-    """The report of a step whose signal is a matrix or a number, not one about each example; and the teacher then."""
-    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1, dtype=torch.float64)
+class Both(Tempered):
+    """A temperature for all examples, and a weight for each."""
+
+    signal_has_rows: ClassVar[Any] = {"scale": False}
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        scale, *_ = values = teacher(torch.arange(1 + CLASSES))
+        return metapl.Signal({"scale": scale[None], "weight": values[1:][batch[1]].sigmoid()})
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        scale, weight = signal.value["scale"], signal.value["weight"]
+        return weight * nn.functional.cross_entropy(scale * outputs, batch[1], reduction="none")
+
+
+def without_rows(
+    mode: Any = "forward", matrix: bool = True, rows: int = ROWS, both: bool = False, **options: Any
+) -> dict[str, float]:
+    """The report of a step whose signal, or a tensor of it, is a matrix or a number, not one about each example; and
+    the teacher then."""
+    start = 4 * torch.eye(CLASSES, dtype=torch.float64) if matrix else torch.ones(1 + both * CLASSES).double()
     student, teacher = networks()[1], metapl.problems.Table(start)
     student, teacher = (laid_out(n, "ddp" if dist.is_initialized() else None) for n in (student, teacher))
-    problem = metapl.problems.NoiseTransition() if matrix else Tempered()
+    problem = metapl.problems.NoiseTransition() if matrix else Both() if both else Tempered()
     options = {"teacher_losses": (), **options}
     trainer = metapl.BilevelTrainer(teacher, student, mode, problem=problem, **options)
     (x, y), unlabeled = batches(1)[0]

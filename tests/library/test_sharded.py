@@ -403,6 +403,8 @@ def test_processes_whose_sequences_are_of_other_lengths_keep_the_same_of_the_fee
         {"rows": 2 * sharded_cases.CLASSES, "mode": Altered()},
         {"mode": Altered(alteration="random_sign"), "accumulate": 2},
         {"matrix": False},
+        {"matrix": False, "both": True},
+        {"matrix": False, "both": True, "accumulate": 2},
     ],
 )
 def test_feedback_on_a_signal_without_rows_is_that_of_all_processes(two: Ranks, case: dict[str, Any]) -> None:
