@@ -161,7 +161,7 @@ def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument("--table", action="store_true", help="print the tables of the file's rows and stop")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables there and stop")
-    parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
     options = parsed(parser)
     if options.write is not None:
         write_between_marks(options.write, "tables", table(read(options.out)))

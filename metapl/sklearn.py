@@ -274,8 +274,9 @@ class MetaPseudoLabelsClassifier(_Classifier):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The accuracy on those rows of X that have a label in y; cross-validation so does without the others."""
-        predicted, y = self.predict(X), np.asarray(y)
+        predicted = self.predict(X)
         with _refused():
+            y = column_or_1d(y)
             check_consistent_length(predicted, y, sample_weight)
         known = np.array([_has_label(label) for label in y], bool)
         if not known.any():
@@ -361,12 +362,12 @@ class MetaReweightedClassifier(_Classifier):
 
     def _trusted(self, trusted: Any, codes: Array) -> Array:
         """The mask as it was given; one of another kind, or without a class, is refused."""
-        mask = np.asarray(trusted)
+        with _refused():
+            mask = np.asarray(trusted)
         if mask.shape != codes.shape or mask.dtype != bool or mask.all():
             raise MetaplError(
-                f"trusted= is {described(trusted)} of shape {mask.shape} and type {mask.dtype}"
-                f"{', True for each row' * bool(mask.all())}; expected {len(codes)} truth values, one for each row of "
-                "X, some of them False."
+                f"trusted= has the shape {mask.shape} and the type {mask.dtype}{', all True' * bool(mask.all())}; "
+                f"expected {len(codes)} truth values, one for each row of X, some of them False."
             )
         missing = np.setdiff1d(np.arange(len(self.classes_)), codes[mask])
         if len(missing):

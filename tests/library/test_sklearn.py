@@ -224,6 +224,7 @@ REFUSED = {
     "a function of no network": Case("a function that returned .*expected a function", network=lambda n, c: 3),
     "one network twice": Case("share", network=lambda n, c: ONE, of=0),
     "trusted of another length": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED[:-1]}),
+    "trusted of two lengths": Case("inhomogeneous", of=1, fit={"trusted": [[True], [True, False]]}),
     "trusted rows by number": Case("expected 60 truth values", of=1, fit={"trusted": TRUTH}),
     "all trusted": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED | True}),
     "none trusted": Case("no trusted row has a label of 0, 1, 2", of=1, fit={"trusted": TRUSTED & False}),
@@ -274,6 +275,9 @@ def test_a_score_without_labels_is_refused() -> None:
         one.score(X, FEW * 0 - 1)
     with pytest.raises(MetaplError, match="inconsistent numbers of samples"):
         one.score(X, FEW[:-1])
+    with pytest.raises(MetaplError, match="y should be a 1d array"):
+        one.score(X, np.stack([FEW, FEW], 1))
+    assert one.score(X, FEW[:, None]) == one.score(X, FEW)
 
 
 def test_names_of_columns() -> None:
