@@ -159,8 +159,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             finally:
                 set_rng_state(generators)
         except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
+            self.__dict__ = before
             raise
 
     def _moved(self, x: Tensor) -> Tensor:
