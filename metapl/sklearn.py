@@ -159,8 +159,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             finally:
                 set_rng_state(generators)
         except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
+            self.__dict__ = before
             raise
 
     def _moved(self, x: Tensor) -> Tensor:
