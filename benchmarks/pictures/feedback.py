@@ -262,6 +262,9 @@ def main() -> None:
             todo = [(*asked, steps_of(seconds, *asked[:3], asked[-1])) for asked in missing(rows, given.minutes)]
             running = [pool.submit(one, *asked) for asked in todo]
             for number, done in enumerate(as_completed(running), 1):
+                if failed := done.exception():  # the others go on
+                    print(f"[{number}/{len(todo)}] {todo[running.index(done)]} failed: {failed!r}", flush=True)
+                    continue
                 row = done.result()
                 _append(given.out, row)
                 told = f"{row['problem']} {row['method']} {row['configuration']!r} {row['steps']} steps"
