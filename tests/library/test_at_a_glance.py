@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
-import pytest
 import torch
 import torchopt
 from problems_zoo import Toy, toy
@@ -31,29 +28,6 @@ def test_dir_shows_the_public_names_alone() -> None:
 def test_the_modes_of_a_type_checker_are_the_modes() -> None:
     assert metapl.MODES == get_args(ModeName) == modes_for()
     assert all(estimator(name).name == name for name in metapl.MODES)
-
-
-@pytest.mark.long
-def test_a_type_checker_catches_a_misspelled_mode(tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import metapl\n"
-        "from torch import nn\n"
-        "net = nn.Linear(1, 2)\n"
-        'metapl.BilevelTrainer(net, net, mode="forward")\n'
-        "metapl.BilevelTrainer(net, net, mode=metapl.feedback.Forward(truncate=2))\n"
-        "for mode in metapl.MODES:\n"
-        "    metapl.BilevelTrainer(net, net, mode=mode)\n"
-        'metapl.BilevelTrainer(net, net, mode="foward")\n'
-        'metapl.hypergradient(net, net, labeled=0, unlabeled=0, inner_optimizer=0, mode="foward")\n'
-    )
-    root = Path(metapl.__file__).parents[1]
-    command = [sys.executable, "-m", "mypy", "--cache-dir", str(root / ".mypy_cache")]
-    said = subprocess.run([*command, str(script)], cwd=root, capture_output=True, text=True, check=False).stdout
-    errors = [line for line in said.splitlines() if "error:" in line]
-    assert [line.split(":")[1] for line in errors] == ["8", "9"], said
-    assert all("incompatible type \"Literal['foward']\"" in line for line in errors)
 
 
 def trained(case: Toy, **options: Any) -> tuple[metapl.BilevelTrainer, metapl.StepReport]:
