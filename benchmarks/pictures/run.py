@@ -51,7 +51,7 @@ def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row)
         parts = {part: str(place / "pictures" / part) for part in ("labeled", "unlabeled", "test")}
         since = time.process_time()
         recipe = ImageFolders(**parts, seed=seed, method=method, minutes=minutes)  # type: ignore[arg-type]
-        recipe = configured(recipe, settings | {"steps": REHEARSED, "precision": settings.get("precision", "bfloat16")})
+        recipe = configured(recipe, {"steps": REHEARSED, "precision": "bfloat16"} | settings)
         complete = settled(recipe)
         steps = settings.get("steps") or steps_within(complete, minutes, time.process_time)
         complete = settled(configured(recipe, {"steps": steps}))
