@@ -5,7 +5,7 @@ Take ``forward``; ``reinforce`` is the paper's Algorithm 1 and stays the trainer
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from metapl.errors import MetaplError
 from metapl.feedback.altered import Altered
@@ -64,9 +64,9 @@ _REGISTRY: dict[ModeName, Estimator] = {
     "implicit": Implicit(),
     "none": NoFeedback(),
 }
-"""The modes, with their defaults; a new one is a file of its own, and a line here and above."""
+"""The modes, with their defaults; a new one is a file of its own and a line here; its name above is for type checkers."""
 
-MODES: tuple[ModeName, ...] = get_args(ModeName)
+MODES: tuple[ModeName, ...] = tuple(_REGISTRY)
 """The names of the modes."""
 
 

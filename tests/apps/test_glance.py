@@ -43,6 +43,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def edited(file: Path, *keys: str, **values: Any) -> None:
     content = json.loads(file.read_text())
+    content.pop("sha256", None)  # as of an earlier version: its values are looked at
     part = content
     for key in keys:
         part = part[key]
