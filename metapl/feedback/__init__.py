@@ -64,7 +64,7 @@ _REGISTRY: dict[ModeName, Estimator] = {
     "implicit": Implicit(),
     "none": NoFeedback(),
 }
-"""The modes, with their defaults; a new one is a file of its own and a line here; its name above is for type checkers."""
+"""The modes, with their defaults; a new one is a file and a line here, and its name above for type checkers."""
 
 MODES: tuple[ModeName, ...] = tuple(_REGISTRY)
 """The names of the modes."""
