@@ -18,7 +18,16 @@ PUBLIC = ("ablation", "data", "distributed", "feedback", "metrics", "models", "p
 
 
 def test_dir_shows_the_public_names_alone() -> None:
-    assert {*dir(metapl)} == {*metapl.__all__, "ablation", "apps", "data", "distributed", "metrics", "__version__"}
+    assert {*dir(metapl)} == {
+        *metapl.__all__,
+        "ablation",
+        "apps",
+        "data",
+        "distributed",
+        "metrics",
+        "sklearn",
+        "__version__",
+    }
     for name in PUBLIC:
         module = import_module(f"metapl.{name}")
         assert dir(module) == sorted(module.__all__)

@@ -159,7 +159,7 @@ class Bent(Forward):
 
     def feedback(self, path: Any, state: Any) -> Any:
         found, state = super().feedback(path, state)
-        return [h.mapped(lambda t: t * self.factor) for h in found], state
+        return [h.mapped(lambda _, t: t * self.factor) for h in found], state
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_the_class_frequencies_are_compared_with_those_of_the_labels() -> None:
 
 def test_and_with_those_of_the_truth_where_it_is_known() -> None:
     predicted, true = torch.eye(3)[[0, 0, 0, 1, 2]], torch.tensor([0, 1, 2, 2, 1])
-    looks = Selection((predicted, true), (predicted, true), torch.device("cpu"))
+    looks = Selection(trainer_for(toy("mlp")), (predicted, true), (predicted, true))
     found = looks.look(None, None, torch.nn.Identity(), 1)
     assert found["class_shares_vs_truth"] == pytest.approx((abs(3 - 1) + abs(1 - 2) + abs(1 - 2)) / 2 / 5)
     assert found["pseudo_label_accuracy"] == pytest.approx(1 / 5)

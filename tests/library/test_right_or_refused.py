@@ -40,8 +40,11 @@ def test_networks_spread_over_devices_are_refused(wrapper: Any, where: str, who:
     plain = case.networks()[who]
     network = wrapper(plain) if where == "whole" else nn.Sequential(wrapper(plain))
     text = rf"the {who} {'is a' if where == 'whole' else 'has a'} {wrapper.__name__}.*expected the plain module"
-    if wrapper is nn.parallel.DistributedDataParallel and where == "whole":
+    if wrapper is nn.parallel.DistributedDataParallel:
         text = rf"the {who} (is )?in DistributedDataParallel over the processes 0"
+        text = (
+            text if where == "whole" else rf"the {who}, a Sequential, has a part in DistributedDataParallel.*expected"
+        )
     refused(lambda: trainer_for(case, **{who: network}), text, *case.networks().values())
 
 
