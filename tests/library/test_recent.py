@@ -15,6 +15,7 @@ from trainers import trainer_for
 import metapl
 from metapl.execution.ranks import ALONE
 from metapl.feedback.teacher import ENTRIES, NEWEST, Means, figures, updated
+from metapl.metrics.metric import ACCURACY
 from metapl.training.selection import Selection
 
 STEP: Any = SimpleNamespace(signal=metapl.Signal(torch.zeros(2)), problem=metapl.problems.Problem)
@@ -107,7 +108,7 @@ def test_the_class_frequencies_are_compared_with_those_of_the_labels() -> None:
 
 def test_and_with_those_of_the_truth_where_it_is_known() -> None:
     predicted, true = torch.eye(3)[[0, 0, 0, 1, 2]], torch.tensor([0, 1, 2, 2, 1])
-    looks = Selection(trainer_for(toy("mlp")), (predicted, true), (predicted, true))
+    looks = Selection(trainer_for(toy("mlp")), (predicted, true), (predicted, true), ACCURACY)
     found = looks.look(None, None, torch.nn.Identity(), 1)
     assert found["class_shares_vs_truth"] == pytest.approx((abs(3 - 1) + abs(1 - 2) + abs(1 - 2)) / 2 / 5)
     assert found["pseudo_label_accuracy"] == pytest.approx(1 / 5)
