@@ -631,7 +631,7 @@ class _Check:
             words.append(
                 "But inner_loss moves otherwise with the student's weights than its own gradient says, by "
                 f"{check.inner_by_difference:.2g} of it, and the student steps along that gradient: a part is "
-                "detached, or the backward of an operation is not that of its forward. If you meant that, nothing is wrong."
+                "detached, or the backward of an operation is not that of its forward. If that is meant, all is well."
             )
         if right and felt and not scaled and check.rounded is not None:
             off = check.rounded.relative_error, check.rounded_by_hand.relative_error
