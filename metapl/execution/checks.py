@@ -183,7 +183,8 @@ def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches:
         if network is None:
             continue
         weight = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
-        for name, inputs in batches if isinstance(error, RuntimeError) and _OTHER_TYPE.search(str(error)) else ():
+        of_type = calls and isinstance(error, RuntimeError) and _OTHER_TYPE.search(str(error))  # calls: not in a loss
+        for name, inputs in batches if of_type else ():
             if weight is not None and (found := types(inputs)) and weight not in found:
                 given, own = (
                     " and ".join(sorted(str(t).removeprefix("torch.") for t in ts)) for ts in (found, {weight})

@@ -150,11 +150,20 @@ class Estimator(ABC):
         with path.student.ranks.agreed():
             if not any(found.read for found in feedback):
                 raise MetaplError(unread_signal(path.problem))
-            for h in (h for found in feedback for h in (found.h, *found.others.values())):
-                checks.refuse_not_finite(h, _NOT_FINITE)
+            try:
+                for h in (h for found in feedback for h in (found.h, *found.others.values())):
+                    checks.refuse_not_finite(h, _NOT_FINITE)
+            except MetaplError:
+                if path.inner_loss.isfinite():
+                    raise
+                raise MetaplError(_NO_INNER_LOSS.format(float(path.inner_loss))) from None
         return feedback, state
 
 
+_NO_INNER_LOSS = (
+    "the inner loss is {}, so there is no feedback: what inner_loss returned for some example is not finite, such as a "
+    "mean over no tokens (0 / 0), or the student has diverged."
+)
 _NOT_FINITE = (
     "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no finite "
     "derivative; lower the student's learning rate, or look for examples with extreme values."

@@ -177,7 +177,8 @@ def name_others(error: BaseException, mode: Estimator, path: Path) -> None:
     tried on its own steps."""
     if isinstance(error, NotByThisMode):
         raise type(error)(f"mode '{mode.name}' cannot run here: {error} {_mend(mode, path)}") from error.__cause__
-    if isinstance(error, RuntimeError) and _DTYPES.search(str(error)):
+    plain = _tried(path.outer_gradient) is not None  # else it is a labeled batch or a loss that is wrong, in any mode
+    if plain and isinstance(error, RuntimeError) and _DTYPES.search(str(error)):
         raise NotByThisMode(
             f"mode '{mode.name}' cannot run here: it runs the student in float32, and a cast inside the student does "
             f'not go along ({str(error).splitlines()[0]}); expected weights of one type, and precision="bfloat16" '
@@ -220,7 +221,7 @@ def _mend(mode: Estimator, path: Path) -> str:
     return "Look one step ahead, where the modes that take plain passes only can be used."
 
 
-def _tried(trial: Callable[[], Tensor]) -> Tensor | None:
+def _tried(trial: Callable[[], Any]) -> Any:
     try:
         return trial()
     except (RuntimeError, MetaplError):

@@ -184,7 +184,7 @@ def _loss(judge: Judge, network: nn.Module, batches: Batches) -> Measured:
             count = length(batch)
             n += count
             for held, term in zip(sums, terms, strict=True):
-                with _named("loss"):
+                with _named(None):
                     total, weight = sum_and_weight(term(network, inputs, batch))
                 if isinstance(weight, float):  # a mean over examples
                     total, weight = total.double() * count, count
@@ -266,13 +266,18 @@ def _some(n: int) -> int:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Say which metric failed, and how one is called."""
+def _named(name: str | None) -> Iterator[None]:
+    """Say which metric failed, and how one is called; None: the trainer's own loss."""
     try:
         yield
     except MetaplError:
         raise
     except Exception as error:
+        if name is None:
+            raise MetaplError(
+                f"the loss failed on such a batch ({type(error).__name__}: {reason_of(error)}); expected batches as "
+                "those that are trained on."
+            ) from error
         raise MetaplError(
             f"the metric {name!r} failed ({type(error).__name__}: {reason_of(error)}). A function is called as "
             "f(outputs, batch), with the batch as the problem's outer_batch reads it; an object by update(outputs, "

@@ -286,7 +286,7 @@ class Logits(nn.Module):
         network: is held, not copied: what is trained are its own weights.
 
     Raises: :class:`metapl.MetaplError` where the network is not a module; on a call, where it returns neither, or not
-        logits (B, C).
+        (B, C), or (B, T, words) of a language model.
 
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):
@@ -308,13 +308,12 @@ class Logits(nn.Module):
         else:
             outputs = self.network(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
         logits, rows = outputs if isinstance(outputs, Tensor) else logits_in(outputs), length(inputs)
-        is_logits = isinstance(logits, Tensor) and logits.ndim == 2 and logits.is_floating_point()
+        is_logits = isinstance(logits, Tensor) and logits.ndim >= 2 and logits.is_floating_point()
         if not is_logits or (rows and len(logits) != rows):
             found = described(logits if isinstance(logits, Tensor) else outputs)
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {found} for {rows} examples; "
-                "expected floating-point logits (examples, classes): a tensor, an object with .logits or a dict with "
-                "'logits'. For other outputs, such as a language model's, write a module that returns "
-                "network(**inputs).logits."
+                "expected floating-point logits (examples, classes) or (examples, tokens, words): a tensor, an object "
+                "with .logits or a dict with 'logits'. For other outputs, write a module that returns one tensor."
             )
         return logits

@@ -93,6 +93,8 @@ class GradientCheck:
         unreached: the teacher's parameters that no gradient reaches although the loss moves with them.
         draws: of labels; 1 where none are drawn.
         standard_error: of the cosine of the mean over the draws.
+        inner_by_difference: how far the gradient of ``inner_loss`` in the student's weights is from differences of it,
+            relative to what such moves change: what is detached on purpose is there too, so it is told and not judged.
     """
 
     mode: str
@@ -111,6 +113,7 @@ class GradientCheck:
     unreached: tuple[str, ...] = ()
     draws: int = 1
     standard_error: float | None = None
+    inner_by_difference: float | None = None
 
     def __repr__(self) -> str:
         error, cosine = self.overall.relative_error, self.overall.cosine
@@ -176,8 +179,8 @@ def check_gradient(
 
     Returns: a :class:`GradientCheck`; its ``passed`` is for a test.
 
-    Cost: two passes of the mode, two double backward passes and six plain steps on the CPU; for drawn labels ``draws``
-    passes of the mode.
+    Cost: two passes of the mode, two double backward passes and eight plain steps on the CPU; for drawn labels
+    ``draws`` passes of the mode.
 
     Raises: :class:`metapl.MetaplError` before anything moves: for what :func:`metapl.hypergradient` refuses; for modes
     that have another gradient on purpose (``none``, ``implicit``, altered feedback); for what cannot be copied, or not
@@ -320,6 +323,9 @@ class _Copies:
                 with _named("the problem's inner_loss"):
                     loss = problem.inner_loss(z, signal, batch, theta).mean()
                     g = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
+                if not number:
+                    run.inner_loss = float(loss.detach())
+                    run.inner_grads = {n: t.detach() for n, t in zip(theta, g, strict=True) if t is not None}
                 theta, state = step(theta, {n: t for n, t in zip(theta, g, strict=True) if t is not None}, state)
             with replayed(branch):
                 with _named("the student"):
@@ -398,6 +404,8 @@ class _Run:
     loss: Tensor
     grads: Tree
     feedback: list[Tensor]
+    inner_loss: float  # of the first step, and its gradient in the student's weights
+    inner_grads: Tree
 
     def __init__(self) -> None:
         self.signals: list[Any] = []
@@ -498,6 +506,7 @@ class _Check:
             rounded_parameters=_each(found.grads, exact.grads, b),
             by_difference=off,
             unreached=unreached,
+            inner_by_difference=self._inner_by_difference(exact),
         )
         adam = isinstance(own.optimizer, torch.optim.Adam | torch.optim.AdamW)
         few_steps = adam and all(float(state.get("step", 0)) < 10 for state in own.optimizer.state.values())
@@ -568,6 +577,29 @@ class _Check:
         alone = {n: t * (n in zero) for n, t in signs().items()}
         return off, blind, tuple(zero) if abs(slope(alone)) > (OFF_BY_MOVE + blind) * size else ()
 
+    def _inner_by_difference(self, exact: _Run) -> float:
+        """How far the gradient that the student steps along is from differences of its inner loss."""
+        draw, grads = torch.Generator().manual_seed(SEED), exact.inner_grads
+        student = dict(self.made(torch.float64).student.named_parameters())
+        sizes = {
+            n: MOVE * max(float(student[n].detach().norm()) / math.sqrt(g.numel()), 1e-3) for n, g in grads.items()
+        }
+        moves = {
+            n: sizes[n] * (torch.randint(0, 2, g.shape, generator=draw).double() * 2 - 1) for n, g in grads.items()
+        }
+        ends = []
+        for side in (1, -1):
+            copies = self.made(torch.float64)
+            moved = dict(copies.student.named_parameters())
+            with torch.no_grad():
+                for name, move in moves.items():
+                    moved[name].add_(side * move)
+            ends.append(copies.outer_loss(seen=exact.outputs).inner_loss)
+        size = math.sqrt(sum(float((sizes[n] * g).square().sum()) for n, g in grads.items()))
+        by_hand = sum(float((moves[n] * g).sum()) for n, g in grads.items())
+        off = abs((ends[0] - ends[1]) / 2 - by_hand)
+        return off / size if off > 1e-14 * abs(exact.inner_loss) else 0.0
+
     def _judged(self, check: GradientCheck, blind: float, few_steps: bool) -> GradientCheck:
         """The same with what is expected, whether it holds, and why."""
         exact, own = check.exact, str(check.dtype).removeprefix("torch.")
@@ -595,6 +627,12 @@ class _Check:
             )
         if check.unreached:
             words.append(f"No gradient reaches {few(check.unreached, 3)}, although the loss depends on them.")
+        if (check.inner_by_difference or 0.0) > OFF_BY_MOVE:
+            words.append(
+                "But inner_loss moves otherwise with the student's weights than its own gradient says, by "
+                f"{check.inner_by_difference:.2g} of it, and the student steps along that gradient: a part is "
+                "detached, or the backward of an operation is not that of its forward. If that is meant, all is well."
+            )
         if right and felt and not scaled and check.rounded is not None:
             off = check.rounded.relative_error, check.rounded_by_hand.relative_error
             words += _of_rounding(exact, *off, own, few_steps)

@@ -271,6 +271,26 @@ def test_wrong_problems_are_caught_by_real_steps(problem: Any, student: str, opt
     assert found.unreached == (("1.weight", "1.bias") if isinstance(problem, Partly) else ())
 
 
+class OwnBackwardInside(metapl.PseudoLabels):
+    """An operation of the inner loss has a backward of the wrong sign, by which the student really steps."""
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses: Tensor = _Upwards.apply(super().inner_loss(outputs, signal, batch))  # type: ignore[no-untyped-call]
+        return losses
+
+
+def test_an_inner_loss_that_moves_otherwise_than_its_gradient_is_told() -> None:
+    found = checked(problem=OwnBackwardInside(), mode="unrolled")
+    assert found.passed, "it is the gradient through the steps that the student takes"
+    assert found.inner_by_difference is not None
+    assert found.inner_by_difference > 0.1
+    assert "inner_loss moves otherwise" in found.verdict
+    right = checked()
+    assert right.inner_by_difference is not None
+    assert right.inner_by_difference < 1e-4
+    assert "inner_loss" not in right.verdict
+
+
 # ---------------------------------------------------------------------------------------------------- labels are drawn
 
 

@@ -247,3 +247,7 @@ def test_what_cannot_be_predicted_is_refused(what: str) -> None:
 
 def test_logits_are_found_in_a_dict() -> None:
     assert Logits(Returns(lambda x: x))(X).shape == X.shape
+
+
+def test_logits_of_a_language_model_have_an_axis_of_tokens() -> None:
+    assert Logits(Returns(lambda x: x[:, None]))(X).shape == (len(X), 1, *X.shape[1:])

@@ -528,7 +528,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty loader": ({"validation": DataLoader(TensorDataset(X[:0], Y[:0]))}, "validation has no batches"),
     "no rows": ({"validation": (X[:0], Y[:0])}, "at least one example"),
     "once": ({"validation": ((x, y) for x, y in [(X, Y)])}, r"of type generator, which can be read only once"),
-    "shapes": ({"validation": (X, Y[:7])}, r"^validation cannot be measured by it: the metric 'loss' failed \("),
+    "shapes": ({"validation": (X, Y[:7])}, r"^validation cannot be measured by it: the loss failed on such a batch \("),
     "shapes of inputs": (
         {"validation": (X[:, :2], Y)},
         r"^the network failed on validation \(RuntimeError: .*such as its",
@@ -655,3 +655,38 @@ def test_inner_and_outer_are_other_names() -> None:
     names = ("labeled", "unlabeled"), ("outer", "inner")
     ends = [bilevel().fit(**dict(zip(pair, data, strict=True)), steps=3, progress=False).weights for pair in names]
     assert same(*ends)
+
+
+# ------------------------------------------------------------------------------- what fails in a problem's own losses
+
+
+class FloatTargets(NextToken):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        return super().outer_loss(outputs, {**batch, "ids": batch["ids"].float()})
+
+
+class NoTokens(NextToken):
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(outputs, signal, batch) / (batch["index"] > 0)
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
+def test_a_loss_that_fails_is_not_taken_for_a_network_or_mode_that_does(mode: Any) -> None:
+    trainer = metapl.BilevelTrainer(nn.Embedding(16, 1), SmallGPT(), mode, problem=FloatTargets(), teacher_losses=())
+    with pytest.raises(RuntimeError, match="expected") as caught:
+        trainer.step(outer=texts(8, 1), inner=texts(16, 2))
+    assert "cannot take" not in str(caught.value)
+    assert "cannot run" not in str(caught.value)
+
+
+def test_an_inner_loss_that_is_not_finite_is_named() -> None:
+    trainer = metapl.BilevelTrainer(nn.Embedding(16, 1), SmallGPT(), "forward", problem=NoTokens(), teacher_losses=())
+    with pytest.raises(MetaplError, match=r"the inner loss is (inf|nan).*no tokens"):
+        trainer.step(outer=texts(8, 1), inner=texts(16, 2))
+
+
+def test_a_loss_that_cannot_read_the_validation_is_not_called_a_metric() -> None:
+    held_out = {name: t for name, t in texts(8, 3).items() if name != "mask"}
+    with pytest.raises(MetaplError, match=r"the loss failed on such a batch \(KeyError: 'mask'\)") as caught:
+        language_model().evaluate(held_out)
+    assert "metric" not in str(caught.value)
