@@ -354,8 +354,9 @@ def _faults(result: dict[str, Any]) -> Iterator[str | None]:
         counts = [count for row in found.confusion for count in row]
         if len(wide) > 1 or found.n < 1 or sum(counts) != found.n or min(counts) < 0:
             yield f"its evaluation has tables that do not fit each other and n = {found.n}"
-        if not 0 <= found.accuracy <= 1:
-            yield f"its evaluation has the accuracy {found.accuracy}"
+        right = sum(row[index] for index, row in enumerate(found.confusion))
+        if not abs(found.accuracy - right / found.n) < 1e-6:
+            yield f"its evaluation has the accuracy {found.accuracy}, and {right} right of {found.n} in its table"
 
 
 def _contradictions(result: dict[str, Any], description: dict[str, Any]) -> Iterator[str]:
