@@ -51,6 +51,12 @@ def edited(file: Path, *keys: str, **values: Any) -> None:
     file.write_text(json.dumps(content))
 
 
+def relabeled(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, after))
+
+
 def found(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, dict[str, Any]]:
     entries: list[dict[str, Any]] = json.loads(said(capsys, "runs", folder, "--json"))
     assert entries == sorted(entries, key=lambda entry: str(entry["date"]))
@@ -212,6 +218,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another accuracy than its table": (
         lambda place: edited(place / "result.json", "evaluation", accuracy=0.9025),
         "has the accuracy 0.9025, and ",
+    ),
+    "another figure": (
+        lambda place: relabeled(place / "result.json", '"student_test_accuracy": 0.', '"student_test_accuracy": 0.0'),
+        "result.json is damaged or was edited",
     ),
     "another seed": (lambda place: edited(place / "result.json", seed=5), "its seed is 5"),
     "a result of nothing": (lambda place: (place / "result.json").write_text("{}"), "it does not say delivered"),
