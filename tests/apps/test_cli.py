@@ -481,6 +481,7 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(
 ) -> None:
     spoiled = json.loads((run / "result.json").read_text())
     spoiled["evaluation"]["classes"][3] = "three"
+    del spoiled["sha256"]
     (run / "result.json").write_text(json.dumps(spoiled))
     line = refused(capsys, "compare", trained, run)
     assert f"{run} and {trained} are of different classes: only one of them has three, 3." in line

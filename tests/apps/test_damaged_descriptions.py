@@ -319,6 +319,7 @@ def test_a_noisy_student_whose_result_was_edited(tmp_path: Path, capsys: pytest.
     shutil.copytree(edited, other)
     file = edited / "result.json"
     content = json.loads(file.read_text())
+    del content["sha256"]  # as of an earlier version
     rounds: list[Any] | None
     for rounds in ([], None):
         changed = content | {"rounds": rounds}

@@ -51,6 +51,12 @@ def edited(file: Path, *keys: str, **values: Any) -> None:
     file.write_text(json.dumps(content))
 
 
+def relabeled(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert text.count(before) == 1
+    file.write_text(text.replace(before, after))
+
+
 def found(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, dict[str, Any]]:
     entries: list[dict[str, Any]] = json.loads(said(capsys, "runs", folder, "--json"))
     assert entries == sorted(entries, key=lambda entry: str(entry["date"]))
@@ -160,7 +166,9 @@ def test_a_comparison_that_was_stopped_says_how_many_runs_have_ended(
 
 def test_a_run_without_a_test_set_says_its_validation_accuracy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     content = json.loads((run / "result.json").read_text())
-    (run / "result.json").write_text(json.dumps({k: v for k, v in content.items() if k != "evaluation"}))
+    (run / "result.json").write_text(
+        json.dumps({k: v for k, v in content.items() if k not in ("evaluation", "sha256")})
+    )
     (entry,) = found(capsys, run).values()
     assert (entry["on"], entry["accuracy"], entry["n"]) == ("validation", content["validation_accuracy"], 197)
     assert ") val " in said(capsys, "runs", run)
@@ -207,6 +215,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda place: edited(place / "result.json", "evaluation", accuracy=7),
         "has the accuracy 7",
     ),
+    "another accuracy than its table": (
+        lambda place: edited(place / "result.json", "evaluation", accuracy=0.9025),
+        "has the accuracy 0.9025, and ",
+    ),
+    "another figure": (
+        lambda place: relabeled(place / "result.json", '"student_test_accuracy": 0.', '"student_test_accuracy": 0.0'),
+        "result.json is damaged or was edited",
+    ),
     "another seed": (lambda place: edited(place / "result.json", seed=5), "its seed is 5"),
     "a result of nothing": (lambda place: (place / "result.json").write_text("{}"), "it does not say delivered"),
     "another log": (lambda place: (place / "metrics.jsonl").write_text("x\n"), "metrics.jsonl is damaged"),
@@ -237,7 +253,7 @@ def test_damaged_lines_of_a_run_that_goes_on_are_left_out_and_told(
     (run / "result.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write("no row\n")
-    assert "1 damaged lines of metrics.jsonl are left out" in page_of(capsys, run)
+    assert "damaged lines of metrics.jsonl, left out: 1" in page_of(capsys, run)
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

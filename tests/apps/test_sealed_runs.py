@@ -16,7 +16,7 @@ from command import refused, reseal, result, said
 from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
 
 from metapl.apps.commands import main
-from metapl.apps.experiments.folder import WEIGHTS
+from metapl.apps.experiments.folder import WEIGHTS, RunFolder, stored_result
 from metapl.apps.recipes.base import from_dict
 from metapl.apps.recipes.settings import Optimizer
 from metapl.errors import MetaplError
@@ -29,7 +29,8 @@ SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 
 
 def test_result_json_has_the_checksums_of_all_weights_and_pictures(tiny: Path) -> None:  # noqa: F811
-    hashes = result(tiny)["sha256"]
+    hashes = stored_result(RunFolder(tiny))["sha256"]
+    assert result(tiny)["sha256"].keys() == {*hashes, "result.json"}
     names = (*SEALED, "data.json", "metrics.jsonl")
     assert hashes == {name: hashlib.sha256((tiny / name).read_bytes()).hexdigest() for name in names}
 
@@ -92,6 +93,7 @@ def test_finetuning_refuses_data_that_are_not_those_of_the_run(
     data["hash"]["test"] = "0" * 64  # as if the test data had been others then
     (run / "data.json").write_text(json.dumps(data))
     content["sha256"]["data.json"] = hashlib.sha256((run / "data.json").read_bytes()).hexdigest()
+    del content["sha256"]["result.json"]
     (run / "result.json").write_text(json.dumps(content))
     assert "the data have changed since the run" in refused(capsys, "finetune", run)
 
@@ -119,7 +121,7 @@ def test_runs_from_before_checksums_are_loaded_without_them(
     said(capsys, "predict", run, digit)
     assert "is finished already" in said(capsys, *TINY, "--out", run, "--resume")
     said(capsys, "finetune", run)
-    assert result(run)["sha256"].keys() == {"finetuned_student.safetensors", "metrics.jsonl"}
+    assert result(run)["sha256"].keys() == {"finetuned_student.safetensors", "metrics.jsonl", "result.json"}
     said(capsys, "evaluate", run, "--network", "finetuned")
 
 

@@ -84,7 +84,7 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
     else:
         said += f", at step {found['done']:,} of {found['phase']} (of {recipe.steps:,} steps)"
         lost = metrics.damaged()
-        said += f"; {len(lost)} damaged lines of {metrics.file.name} are left out" if lost else ""
+        said += f"; damaged lines of {metrics.file.name}, left out: {len(lost)}" if lost else ""
         curves = web.section(f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}))
     said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
     parts = [f'<p class="state">{web.text(said)}</p>', curves, *_made(folder, description, folder)]

@@ -81,7 +81,7 @@ class _MadeWith:
 
 
 def _seal(recipe: Mapping[str, Any]) -> str:
-    """The SHA-256 of a recipe but for where its data lie, which may change."""
+    """The SHA-256 of a result, or of a recipe but for where its data lie, which may change."""
     plain = json.loads(json.dumps(dict(recipe)))
     if isinstance(fields := plain.get("fields"), dict):
         plain["fields"] = {name: value for name, value in fields.items() if name not in PLACES}
@@ -193,6 +193,8 @@ class RunFolder(Folder):
         return read_json(self.path / name, hints, needed)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        if name == "result.json":
+            content = {**content, "sha256": {**content.get("sha256", {}), name: _seal(content)}}
         write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
@@ -302,6 +304,9 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     result = folder.read_json("result.json")
     for fault in chain(_faults(result), _contradictions(result, folder.recipe())):
         raise MetaplError(f"{folder.path / 'result.json'} is damaged or of another version: {fault}.")
+    if result.get("sha256", {}).pop("result.json", None) not in (None, _seal(result)):
+        fault = "its SHA-256 is not the one that was noted"
+        raise MetaplError(f"{folder.path / 'result.json'} is damaged or was edited: {fault}. {ANOTHER}")
     return result
 
 
@@ -354,8 +359,9 @@ def _faults(result: dict[str, Any]) -> Iterator[str | None]:
         counts = [count for row in found.confusion for count in row]
         if len(wide) > 1 or found.n < 1 or sum(counts) != found.n or min(counts) < 0:
             yield f"its evaluation has tables that do not fit each other and n = {found.n}"
-        if not 0 <= found.accuracy <= 1:
-            yield f"its evaluation has the accuracy {found.accuracy}"
+        right = sum(row[index] for index, row in enumerate(found.confusion))
+        if not abs(found.accuracy - right / found.n) < 1e-6:
+            yield f"its evaluation has the accuracy {found.accuracy}, and {right} right of {found.n} in its table"
 
 
 def _contradictions(result: dict[str, Any], description: dict[str, Any]) -> Iterator[str]:
