@@ -24,7 +24,6 @@ from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d, validate_data
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from metapl.data import StepBatches, StepSampler
 from metapl.data.draws import fold_in
@@ -48,19 +47,23 @@ ZeroOrMore = Annotated[float, Range(0)]
 
 @dataclass(frozen=True)
 class _Rows(StepBatches[Any]):
-    """Shuffled batches of the same rows of each column; with a ``noise``, views of the only one."""
+    """Shuffled batches of the same rows of each column, or with ``weights`` batches of rows drawn in proportion to
+    these; with a ``noise``, views of the only one."""
 
     columns: tuple[Tensor, ...]
     sampler: StepSampler
     noise: float | None = None
+    weights: Tensor | None = None
     steps: None = None
 
     def batch(self, step: int) -> Any:
+        draw = torch.Generator().manual_seed(fold_in(self.sampler.seed, step))
         rows = self.sampler.indices(step)
+        if self.weights is not None:
+            rows = torch.multinomial(self.weights, len(rows), replacement=True, generator=draw)
         found = tuple(column[rows] for column in self.columns)
         if not self.noise:
             return found if self.noise is None else found[0]
-        draw = torch.Generator().manual_seed(fold_in(self.sampler.seed, step))
         return found[0], found[0] + self.noise * torch.randn(found[0].shape, generator=draw).to(found[0].device)
 
 
@@ -198,9 +201,9 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             network.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
         )
 
-    def _batches(self, seed: int, *columns: Tensor, noise: float | None = None) -> _Rows:
+    def _batches(self, seed: int, *columns: Tensor, noise: float | None = None, weights: Tensor | None = None) -> _Rows:
         size = len(columns[0])
-        return _Rows(columns, StepSampler(size, min(self.batch_size, size), seed), noise)
+        return _Rows(columns, StepSampler(size, min(self.batch_size, size), seed), noise, weights)
 
 
 @dataclass(eq=False, repr=False)
@@ -353,8 +356,7 @@ class MetaReweightedClassifier(_Classifier):
             weights = torch.ones(len(x), dtype=torch.float64)
             weights[rest] = table.values.detach().cpu().double().sigmoid()
             network = self._built(x)
-            drawn = WeightedRandomSampler(weights.tolist(), len(x), generator=torch.Generator())
-            rows = DataLoader(TensorDataset(x, labels), min(self.batch_size, len(x)), sampler=drawn)
+            rows = self._batches(seed + 2, x, labels, weights=weights)
             LossTrainer(network, optimizer=self._optimizer(network)).fit(rows, **how)
             self.weights_, self.network_ = weights.numpy(), network.cpu()
         return self

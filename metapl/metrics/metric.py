@@ -29,6 +29,7 @@ Batches = Iterable[tuple[Any, Any]]  # a network's inputs, and the batch as its 
 Term = Callable[[Any, Any, Any], OuterLoss]
 """A loss of a network (or a function that stands in for it), its inputs and the batch."""
 
+HIGH = 1e6  # an output above what is predicted, at which a loss of one output pulls it down
 ASKED = 64  # examples on which a loss is asked whether it is one of classes
 
 _EXPECTED = (
@@ -138,26 +139,41 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
 
     Shapes and types cannot tell: a count is an integer too, and a mean and a variance are two outputs. So the loss is
     asked, with labels :math:`y_i = i \bmod C` in the place of the given ones: it is one of classes where
-    :math:`-\partial L / \partial z_{ik}` at equal outputs, z = 0, is positive for :math:`k = y_i` and for no other k.
+    :math:`f_{ik} = -\partial L / \partial z_{ik}` at equal outputs, z = 0, is positive for :math:`k = y_i` and for no
+    other k, and where all other k count alike: f is negative there, at z = 0 or at a great z, or zero at both with the
+    same f for :math:`y_i` (of log-probabilities). A label that says which output is meant, such as the action whose
+    reward is predicted, has no part in the others; of a time to an event, the outputs before it and behind it differ.
     """
     if not isinstance(batch, tuple | list) or len(batch) < 2 or outputs.ndim != 2 or outputs.shape[1] < 2:
         return False
-    count, classes, labels = min(length(batch), ASKED), outputs.shape[1], batch[1]
+    count, classes, labels = min(_count(batch[0], batch), ASKED), outputs.shape[1], batch[1]
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape[1:] == outputs.shape[1:]:
         return False  # a distribution for each example, or a number for each output
     if judge.classifies:
         return True
     inputs, *others = rows([batch[0], *batch[2:]], 0, count)
     made = torch.arange(count, device=judge.device) % classes
+    is_label = torch.nn.functional.one_hot(made, classes).bool()
     for term in judge.outer_terms():
-        z = torch.zeros(count, classes, dtype=outputs.dtype, device=judge.device, requires_grad=True)
+
+        def falls(height: float, term: Term = term) -> Tensor:
+            z = torch.full((count, classes), height, dtype=outputs.dtype, device=judge.device, requires_grad=True)
+            loss, _ = sum_and_weight(term(lambda _: z, inputs, (inputs, made, *others)))
+            return -torch.autograd.grad(loss, z)[0]
+
         with suppress(Exception), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it says of labels that are not the user's
-            loss, _ = sum_and_weight(term(lambda _, z=z: z, inputs, (inputs, made, *others)))
-            falls = -torch.autograd.grad(loss, z)[0]
-            counted = falls.ne(0).any(1)  # all but those that a mask leaves out
-            as_told = torch.nn.functional.one_hot(made, classes).bool() == (falls > 0)
-            if counted.any() and as_told[counted].all():
+            low = falls(0.0)
+            counted = low.ne(0).any(1)  # all but those that a mask leaves out
+            if not counted.any() or not (is_label == (low > 0))[counted].all():
+                continue
+            low, is_it = low[counted], is_label[counted]
+            if (low[~is_it] < 0).all():
+                return True
+            high = falls(HIGH)[counted]
+            if low[~is_it].any():
+                continue
+            if (high[~is_it] < 0).all() or (high == low).all():
                 return True
     return False
 
@@ -181,7 +197,7 @@ def _loss(judge: Judge, network: nn.Module, batches: Batches) -> Measured:
     sums, n = [[0.0, 0.0] for _ in terms], 0
     with passes(network):
         for inputs, batch in batches:
-            count = length(batch)
+            count = _count(inputs, batch)
             n += count
             for held, term in zip(sums, terms, strict=True):
                 with _named(None):
@@ -205,7 +221,8 @@ def _by_rows(function: Callable[[Tensor, Any], Any], judge: Judge, network: nn.M
             outputs = outputs_of(inputs)
             with _named(name):
                 value = _number(function(outputs, batch), name)
-            total, n = total + value * length(batch), n + length(batch)
+            count = _count(inputs, batch)
+            total, n = total + value * count, n + count
     return Measured(name, total / _some(n), n)
 
 
@@ -218,7 +235,7 @@ def _updated(metric: Any, judge: Judge, network: nn.Module, batches: Batches) ->
         for inputs, batch in batches:
             given = outputs_of(inputs), batch if whole else _labels(batch, name)
             metric.update(*to_device(given, getattr(metric, "device", judge.device)))
-            n += length(batch)
+            n += _count(inputs, batch)
         value = _number(metric.compute(), name) if _some(n) else 0.0
         metric.reset()
     return Measured(name, value, n)
@@ -226,6 +243,13 @@ def _updated(metric: Any, judge: Judge, network: nn.Module, batches: Batches) ->
 
 ACCURACY = Metric("accuracy", "max", _accuracy)
 LOSS = Metric("loss", "min", _loss)
+
+
+def _count(inputs: Any, batch: Any) -> int:
+    """The number of examples in a batch, in which other tensors, such as weights of classes, may be longer."""
+    labels = labels_of(batch)
+    known = next((t for t in (inputs, labels) if isinstance(t, Tensor) and t.ndim), None)
+    return length(batch) if known is None else len(known)
 
 
 def _labels(batch: Any, name: str) -> Tensor:

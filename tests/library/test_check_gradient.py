@@ -127,6 +127,23 @@ def test_a_trainer_as_it_stands(options: dict[str, Any]) -> None:
         assert "bfloat16 is the reason, not the mode" in found.verdict
 
 
+def test_a_first_step_of_adam_passes() -> None:
+    """Which changes by its whole length where a gradient changes its sign, on a move of the teacher's weights too."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    student = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    first, second = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    batches: dict[str, Any] = {
+        "labeled": (torch.randn(7, 4, generator=first, dtype=torch.float64), torch.arange(7) % 3),
+        "unlabeled": torch.randn(6, 4, generator=second, dtype=torch.float64),
+    }
+    adam = torch.optim.Adam(student.parameters(), lr=0.01)
+    found = metapl.check_gradient(teacher, student, **batches, inner_optimizer=adam)
+    assert found.passed, found
+    assert found.by_difference is not None
+    assert found.by_difference < 1e-3
+
+
 def test_a_trainers_transform_goes_on_from_its_state() -> None:
     import torchopt
 

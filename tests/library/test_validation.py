@@ -166,6 +166,17 @@ def test_a_regression_is_validated_by_its_loss_and_by_a_mean_over_rows() -> None
     assert torch.equal(trainer.predict(X), outputs)
 
 
+def test_a_batch_counts_by_its_examples() -> None:
+    """Not by another tensor of it that is longer."""
+    weights, parts = torch.arange(50.0), [slice(0, 20), slice(20, 29), slice(29, 30)]
+    trainer = regression()
+    batches = [(X[rows], Y[rows], weights) for rows in parts]
+    for metric in (None, absolute):
+        found = trainer.evaluate(batches, metric=metric)
+        assert found.n == 30
+        assert found.value == pytest.approx(trainer.evaluate((X, Y), metric=metric).value, rel=1e-6)
+
+
 def test_the_greatest_or_the_smallest_value_is_kept() -> None:
     for mode, best in (("min", min), ("max", max)):
         metric: Any = partial(absolute)
@@ -215,13 +226,32 @@ def poisson(z: Tensor, y: Tensor) -> Tensor:
     return F.poisson_nll_loss(z[:, 0], y.float()) + z[:, 1].square().mean()
 
 
+def of_one_output(z: Tensor, y: Tensor) -> Tensor:
+    """A reward of 2, say, of the action that the label says."""
+    return (z.gather(1, y[:, None]) - 2).square().mean()
+
+
+def robust_of_one_output(z: Tensor, y: Tensor) -> Tensor:
+    return F.smooth_l1_loss(z.gather(1, y[:, None]), torch.full((len(y), 1), 300.0))
+
+
+def hazards(z: Tensor, y: Tensor) -> Tensor:
+    """A time to an event, by the odds that it comes now if it has not come before."""
+    times = torch.arange(z.shape[1])
+    return (F.softplus(z) * (times < y[:, None]) + F.softplus(-z) * (times == y[:, None])).sum(1).mean()
+
+
 LOSSES: dict[str, tuple[Any, str]] = {
     "cross_entropy": (F.cross_entropy, "accuracy"),
     "smoothed": (partial(F.cross_entropy, label_smoothing=0.3), "accuracy"),
     "weighted": (lambda z, y: F.cross_entropy(z, y, weight=torch.arange(1.0, 1 + z.shape[1])), "accuracy"),
     "summed": (lambda z, y: (F.cross_entropy(z, y, reduction="sum"), len(y)), "accuracy"),
     "one_hot": (lambda z, y: F.mse_loss(z, F.one_hot(y, z.shape[1]).float()), "accuracy"),
+    "log_probabilities": (F.nll_loss, "accuracy"),
     "hinge": (hinge, "accuracy"),
+    "of_one_output": (of_one_output, "loss"),
+    "robust_of_one_output": (robust_of_one_output, "loss"),
+    "hazards": (hazards, "loss"),
     "gaussian": (gaussian, "loss"),
     "ordinal": (ordinal, "loss"),
     "quantiles": (quantiles, "loss"),
