@@ -586,7 +586,7 @@ class _Check:
         draw, grads = torch.Generator().manual_seed(SEED), exact.inner_grads
         student = dict(self.made(torch.float64).student.named_parameters())
         sizes = {
-            n: MOVE * max(float(student[n].detach().norm()) / math.sqrt(g.numel()), 1e-3) for n, g in grads.items()
+            n: MOVES[0] * max(float(student[n].detach().norm()) / math.sqrt(g.numel()), 1e-3) for n, g in grads.items()
         }
         moves = {
             n: sizes[n] * (torch.randint(0, 2, g.shape, generator=draw).double() * 2 - 1) for n, g in grads.items()
