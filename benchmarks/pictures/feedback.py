@@ -181,7 +181,7 @@ def missing(rows: list[Row], minutes: float | None) -> Iterator[tuple[str, str, 
 
 
 def table(rows: list[Row]) -> str:
-    """The tuning runs, and the final ones as far as they are there."""
+    """The tuning runs, and the final ones of seeds whose runs are all there."""
     heads = [*PROBLEMS, "mean", "right", "off", "ratio"]
     lines = ["| method | configuration | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
     for method, configurations in CONFIGURATIONS.items():
@@ -195,14 +195,15 @@ def table(rows: list[Row]) -> str:
                 lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
     if not runs_in(rows, SEEDS):
         return "\n".join(lines)
-    lines += ["", "| minutes | method | " + " | ".join(PROBLEMS) + " | mean |", "|---:|---|" + "---:|" * 4]
+    lines += ["", "| minutes | seeds | method | " + " | ".join(PROBLEMS) + " | mean |", "|---:|---:|---|" + "---:|" * 4]
     for minutes in sorted({row["minutes"] for row in runs_in(rows, SEEDS)}):
-        for method in ("uda", "mpl", "none"):
-            final = [r for r in runs_in(rows, SEEDS) if r["method"] == method and r["minutes"] == minutes]
+        of_seeds = {seed: [row for row in runs_in(rows, (seed,)) if row["minutes"] == minutes] for seed in SEEDS}
+        whole = [row for mine in of_seeds.values() if len(mine) == 3 * len(PROBLEMS) for row in mine]
+        for method in ("uda", "mpl", "none") if whole else ():
+            final = [row for row in whole if row["method"] == method]
             found = [[accuracy(row) for row in final if row["problem"] == name] for name in PROBLEMS]
-            if all(found):
-                cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
-                lines.append(f"| {minutes:g} | {TITLES[method]} | " + " | ".join(cells) + " |")
+            cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
+            lines.append(f"| {minutes:g} | {len(found[0])} | {TITLES[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
