@@ -285,11 +285,11 @@ class AlteredBlocks(Altered):
 
     seeds: tuple[int, ...] = ()
 
-    def _alter(self, h: Tensor, step: InnerStep, count: int) -> Tensor:
+    def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
         blocks = len(self.seeds)
         by_block = h if len(h) == blocks else h.unflatten(0, (blocks, -1))
         altered = [
-            Altered(self.base, self.alteration, seed)._alter(part, step, count)
+            Altered(self.base, self.alteration, seed)._alter(step, count, name, part)
             for seed, part in zip(self.seeds, by_block, strict=True)
         ]
         return torch.stack(altered).reshape(h.shape)

@@ -106,6 +106,18 @@ def test_the_page_on_what_to_try_shows_the_tables_of_the_text_and_quotes_those_o
         sys.modules.pop(module)
 
 
+def test_the_pages_show_the_tables_of_the_classifiers_and_of_a_fresh_adam(tables: object) -> None:
+    import json
+
+    import fresh_adam
+    import tables as classifiers
+
+    assert shown("tables") == classifiers.table(classifiers.read())
+    assert shown("fresh_adam") == fresh_adam.table(json.loads(fresh_adam.RESULT.read_text()))
+    for module in ("fresh_adam", "tables"):
+        sys.modules.pop(module)
+
+
 def test_the_page_shows_the_table_of_feedback_sizes(tables: object) -> None:
     import json
 
