@@ -78,9 +78,15 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int =
 
 
 def result(run: Path) -> dict[str, Any]:
-    """What a run ended with, but for the seal of it."""
+    """What a run ended with."""
     content: dict[str, Any] = json.loads((run / "result.json").read_text())
-    content.get("sha256", {}).pop("result.json", None)
+    return content
+
+
+def unsealed(run: Path) -> dict[str, Any]:
+    """What a run ended with, but for the seal of it."""
+    content = result(run)
+    del content["sha256"]["result.json"]
     return content
 
 

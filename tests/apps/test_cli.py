@@ -19,7 +19,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from command import loaded_elsewhere, metapl, process, refusal, refused, reseal, result, rows, said
+from command import loaded_elsewhere, metapl, process, refusal, refused, reseal, result, rows, said, unsealed
 from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -337,12 +337,12 @@ def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: P
 
 
 def test_finetune_repeats_what_train_did(run: Path) -> None:
-    before, weights = result(run), (run / "finetuned_student.safetensors").read_bytes()
+    before, weights = unsealed(run), (run / "finetuned_student.safetensors").read_bytes()
     metrics = (run / "metrics.jsonl").read_text()
     text = metapl("finetune", run).stdout
     assert (run / "finetuned_student.safetensors").read_bytes() == weights
     assert (run / "metrics.jsonl").read_text() == metrics
-    assert result(run) == before | {"finetuned_with": {"steps": 20, "lr": 0.02}}
+    assert unsealed(run) == before | {"finetuned_with": {"steps": 20, "lr": 0.02}}
     assert text.count(f"{before['finetuned_test_accuracy']:.2%}") >= 2
 
 

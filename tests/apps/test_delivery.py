@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import refused, result, rows, said
+from command import refused, result, rows, said, unsealed
 from PIL import Image
 
 from metapl.apps.commands import main
@@ -176,14 +176,14 @@ def test_finetuning_again_needs_neither_validation_nor_test_pictures(
 ) -> None:
     run = tmp_path / "run"
     train(capsys, pictures, run, *FIXED, "--method", "mpl")
-    before = result(run)
+    before = unsealed(run)
     assert before["delivered"] == "finetuned"
     weights = (run / WEIGHTS["finetuned"]).read_bytes()
     text = said(capsys, "finetune", run)
     assert "no validation set; no test set was given" in text
     assert "delivered: finetuned student (by rule)" in text
     assert (run / WEIGHTS["finetuned"]).read_bytes() == weights
-    assert result(run) == before | {"finetuned_with": {"steps": 2, "lr": 0.01}}
+    assert unsealed(run) == before | {"finetuned_with": {"steps": 2, "lr": 0.01}}
     said(capsys, "finetune", run, "--lr", "0.1")
     assert (run / WEIGHTS["finetuned"]).read_bytes() != weights
 
@@ -316,7 +316,7 @@ def test_a_comparison_runs_each_method_with_the_same_settled_steps(
     teachers = [sorted(path.name for path in (out / one / "seed-0").glob("*.safetensors")) for one in methods]
     assert [WEIGHTS["teacher"] in names for names in teachers] == [True, False, False, False]
 
-    found, first = result(out), result(out / "mpl" / "seed-0")
+    found, first = unsealed(out), unsealed(out / "mpl" / "seed-0")
     assert {name: found[name] for name in first} == first
     assert found["delivery"].startswith("delivered: Meta Pseudo Labels, seed 0, the first one named")
     for name, file in WEIGHTS.items():
