@@ -83,6 +83,17 @@ def result(run: Path) -> dict[str, Any]:
     return content
 
 
+def edited(file: Path, *keys: str, **values: Any) -> None:
+    """Update what a JSON file holds, or what it holds under these keys."""
+    content = json.loads(file.read_text())
+    content.pop("sha256", None)  # as of an earlier version: its values are looked at
+    part = content
+    for key in keys:
+        part = part[key]
+    part.update(values)
+    file.write_text(json.dumps(content))
+
+
 def unsealed(run: Path) -> dict[str, Any]:
     """What a run ended with, but for the seal of it."""
     content = result(run)

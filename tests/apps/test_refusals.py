@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shlex
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from command import refused, said
+from command import edited, refused, said
 from flat import known, made
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -90,16 +89,6 @@ def test_predict_replaces_what_it_wrote_before(run: Path, pictures: Path, capsys
 @pytest.fixture
 def damaged(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
-
-
-def edited(file: Path, *keys: str, **values: Any) -> None:
-    content = json.loads(file.read_text())
-    content.pop("sha256", None)  # as of an earlier version: its values are looked at
-    part = content
-    for key in keys:
-        part = part[key]
-    part.update(values)
-    file.write_text(json.dumps(content))
 
 
 def test_weights_that_a_finished_run_has_lost(
