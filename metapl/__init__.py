@@ -46,6 +46,7 @@ __all__ = [
     "StepReport",
     "StopFit",
     "ablate",
+    "attribute",
     "check_gradient",
     "feedback",
     "hypergradient",
@@ -54,7 +55,8 @@ __all__ = [
 ]
 
 
-_ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
+_FUNCTIONS = {"ablate": "metapl.ablation", "attribute": "metapl.attribution"}
+_ON_FIRST_USE = ("ablation", "apps", "attribution", "data", "distributed", "metrics", "sklearn")
 
 
 def __dir__() -> list[str]:
@@ -63,8 +65,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """Import a subpackage when it is first used, so that ``import metapl`` loads little beside torch."""
-    if name == "ablate":
-        return import_module("metapl.ablation").ablate
+    if name in _FUNCTIONS:
+        return getattr(import_module(_FUNCTIONS[name]), name)
     if name in _ON_FIRST_USE:
         return import_module(f"metapl.{name}")
     if f"metapl.{name}" in moved.MODULES:

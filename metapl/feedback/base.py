@@ -23,6 +23,7 @@ from metapl.execution import checks
 from metapl.execution.capabilities import ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
+from metapl.feedback.keeping import Keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal, field_of
 from metapl.runs.fields import Range, check_fields
@@ -126,10 +127,9 @@ class Estimator(ABC):
         """Whether the feedback on a differentiable signal is the whole gradient, but for rounding."""
         return False
 
-    @property
-    def keep_every(self) -> int:
-        """Every so many steps of a look-ahead, one is kept with its weights; the others are computed again."""
-        return 1
+    def keeping(self, steps: int, first: InnerStep) -> Keeping:
+        """Which of so many steps of a look-ahead keep their weights, given the first; others are computed again."""
+        return Keeping()
 
     @property
     def requires(self) -> frozenset[Capability]:

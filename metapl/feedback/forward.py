@@ -16,11 +16,14 @@ student's input enters at both ends of the network, and its derivative is taken 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from metapl.errors import MetaplError
 from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, Steps, divisor, padded
 from metapl.feedback.credit import credited_fields, exact_feedback, feedback_from_gradients
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
@@ -41,8 +44,13 @@ class Forward(Estimator):
         normalization: ``"gradient"`` (default: the true gradient, of the order of η), ``"learning_rate"`` (divided by
             η), ``"cosine"`` (divided by ‖w‖‖g‖); see :func:`metapl.feedback.base.divisor`.
         truncate: differentiate only this many of the last student steps; None: all.
-        keep_every: of K steps, every so many keep their weights, gradient and optimizer state; the others are computed
-            again, each by a forward and a backward pass. The memory for these is then about that of K/m + m steps.
+        keep_every: of K steps, every so many keep their weights and optimizer state; the others are computed again,
+            each by a forward and a backward pass. The memory for these is then about that of K/m + m steps; 1: all are
+            kept. None: all of up to 50 steps; of more, as many as half of the free memory holds: all, every √K-th, or
+            a tree (``Hypergradient.kept`` says which).
+        keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
+            factor of 10 in K after the first.
+        keep_on: where kept states lie: None, with the student; ``"cpu"``, or a folder, in files that are removed.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
@@ -60,16 +68,28 @@ class Forward(Estimator):
 
     normalization: Normalization = "gradient"
     truncate: Steps | None = None
-    keep_every: Steps = 1
+    keep_every: Steps | None = None
+    keep: Literal["tree"] | None = None
+    keep_on: str | None = None
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     looks_ahead: ClassVar[bool] = True
     requires: ClassVar[frozenset[Capability]] = frozenset({FORWARD_AD})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None and self.keep_every is not None:
+            raise MetaplError(
+                f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of the two."
+            )
+
     @property
     def exact(self) -> bool:
         return self.truncate is None and self.normalization == "gradient"
+
+    def keeping(self, steps: int, first: InnerStep) -> Keeping:
+        return keeping(steps, first.bytes, first.student.device, self.keep or self.keep_every, self.keep_on)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = []

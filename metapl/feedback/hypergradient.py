@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
+from metapl.execution.batch import micro_batches
 from metapl.execution.buffers import Slots, explain_types, step_guard
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
@@ -28,7 +30,7 @@ from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import Lookahead, inner_batches, take_steps
 from metapl.feedback.teacher import TeacherPass
 from metapl.problems.base import BilevelProblem, Signal
-from metapl.updates import update_of
+from metapl.updates import Clipped, Update, options_by_step, update_of
 from metapl.words import summary
 
 
@@ -47,6 +49,7 @@ class Hypergradient:
         student_params: θ′ by parameter name, after the last step. Where the problem revises its signal, these and the
             losses are of the real step.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
+        kept: which steps of a look-ahead kept their states, in words.
     """
 
     grads: dict[str, Tensor]
@@ -55,6 +58,7 @@ class Hypergradient:
     outer_loss: Tensor
     student_params: dict[str, Tensor]
     inner_state: Any
+    kept: str = ""
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
@@ -130,19 +134,26 @@ def hypergradient(
     teacher = None if of_teacher is None else of_teacher.network
     asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
-    labeled, batches = read_batch(problem, "outer_batch", labeled), inner_batches(unlabeled)
-    check_batches(labeled, batches, device, of_student.ranks)
+    labeled, batches = read_batch(problem, "outer_batch", labeled), _batches(unlabeled)
+    updates = _updates(update, unlabeled)
+    lazy = isinstance(batches, Lookahead)
+    held = [batches[0]] if lazy else batches
+    check_batches(labeled, held, device, of_student.ranks)
     slots, passes = Slots(asked), list[TeacherPass]()
     begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
     reader = teacher if problem.teacher_reads_inputs else None
-    explain = partial(explain_types, labeled, batches, {"student": student, "teacher": reader})
+    explain = partial(explain_types, labeled, held, {"student": student, "teacher": reader})
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
-        recompute = recompute_teacher or accumulate > 1
+        recompute = of_teacher is not None and (recompute_teacher or accumulate > 1 or lazy)
         given = problem, batch, outputs, generator, recompute, of_student.ranks, slots
-        passes.append(TeacherPass(asked, *given, records=False))
-        check_kind(passes[-1].signal, estimate, problem, len(batches))
-        return passes[-1].signal
+        step = TeacherPass(asked, *given, records=False)
+        if lazy:
+            step.batch = None
+        if of_teacher is not None:
+            passes.append(step)
+        check_kind(step.signal, estimate, problem, len(batches))
+        return step.signal
 
     with (
         step_guard(slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
@@ -158,7 +169,8 @@ def hypergradient(
             teach=teach,
             parts=accumulate,
             keep_graph=estimate.keep_graph,
-            keep_every=estimate.keep_every,
+            keep=estimate.keeping,
+            updates=updates,
             credits=estimate.credits,
             first=True,
         )
@@ -170,7 +182,17 @@ def hypergradient(
         grads: dict[str, Tensor] = {}
         if of_teacher is not None:
             pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
-            losses = (h.teacher_loss(step.with_graph()) for h, step in zip(pieces, passes, strict=True))
+
+            def loss_of(number: int) -> Tensor:
+                step = passes[number]
+                if lazy:
+                    whole = micro_batches(path.batch(number // accumulate), accumulate, "unlabeled")
+                    step.batch = whole[number % accumulate]
+                loss = pieces[number].teacher_loss(step.with_graph())
+                step.batch = None if lazy else step.batch
+                return loss
+
+            losses = map(loss_of, range(len(passes)))
             # Where the passes were recomputed, one graph at a time.
             for loss in losses if passes[0].recompute else (torch.stack(list(losses)).sum(),):
                 of_loss = _gradient(of_teacher, loss)
@@ -184,7 +206,26 @@ def hypergradient(
             outer_loss=path.outer_loss,
             student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
+            kept=path.keeping.words(len(batches)),
         )
+
+
+def _batches(unlabeled: Any) -> Sequence[Any]:
+    """The inner batches, as a list unless they are made as they are read."""
+    if isinstance(unlabeled, Lookahead):
+        return unlabeled if unlabeled.lazy else list(unlabeled)
+    return inner_batches(unlabeled)
+
+
+def _updates(update: Update, unlabeled: Any) -> list[Update]:
+    """U of each step, where a schedule makes them differ."""
+    schedule = unlabeled.schedule if isinstance(unlabeled, Lookahead) else None
+    if schedule is None:
+        return []
+    optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
+    if optimizer is None:
+        update.at(())  # which refuses it
+    return [update.at(options) for options in options_by_step(optimizer, schedule, len(unlabeled))]
 
 
 def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:

@@ -132,6 +132,9 @@ class InnerStep:
         grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
         entries: how the signal enters the student's input, micro-batch by micro-batch; empty where it does not.
+        as_taken: whether θ′ is to be that of the optimizer's own step to the last bit, since the roundings of several
+            steps grow.
+        digest: of the batch, where it may be dropped and made again.
     """
 
     problem: Problem
@@ -143,6 +146,8 @@ class InnerStep:
     grads: Tree
     state: Any
     entries: Sequence[Entry] = ()
+    as_taken: bool = False
+    digest: Tensor | None = None
 
     @property
     def student(self) -> LocalStudent:
@@ -159,18 +164,28 @@ class InnerStep:
         """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
         return self.student.space
 
-    def forgotten(self) -> InnerStep:
-        """The step without θ, g and the optimizer's state; :meth:`again` computes them again."""
-        for part in self.passes:
-            part.params = {}
-        return replace(self, grads={}, state=None)
+    @property
+    def bytes(self) -> int:
+        """The memory of θ, g and the optimizer's state after the step."""
+        held = pytree.tree_leaves([self.params, self.grads, self.moved[1]])
+        return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
-    def again(self, params: Tree, state: Any) -> InnerStep:
-        """A forgotten step with θ, g and the optimizer's state; cost: a forward and a backward pass of the student."""
-        if self.grads:
-            return self
-        grads = [part.gradient_again(params, self._loss(signal, x)) for part, signal, x in self.pieces()]
-        return replace(self, grads=mean_tree(grads), state=state)
+    def forgotten(self, batch_too: bool = False) -> InnerStep:
+        """The step without θ, g and the optimizer's state, and without its batch, unless the signal enters the input;
+        :meth:`again` computes them again."""
+        batch_too = batch_too and not self.entries
+        for part in self.passes:
+            part.forget(batch_too)
+        return replace(self, grads={}, state=None, batch=None if batch_too else self.batch)
+
+    def again(self, params: Tree, state: Any, batch: Any = None) -> InnerStep:
+        """A forgotten step with θ, g and the optimizer's state, and its batch if that was dropped; cost: a forward and
+        a backward pass of the student."""
+        step = self if batch is None else replace(self, batch=batch)
+        for part, x in zip(step.passes, step._batches, strict=True) if step.batch is not self.batch else ():
+            part.inputs = read_batch(step.problem, "student_input", x)
+        grads = [part.gradient_again(params, step._loss(signal, x)) for part, signal, x in step.pieces()]
+        return replace(step, grads=mean_tree(grads), state=state)
 
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
@@ -197,6 +212,8 @@ class InnerStep:
     def moved(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
         given = self.params, self.grads, self.state
+        if self.as_taken and not any(g.requires_grad for g in self.grads.values()):
+            return self.update.stepped(*given)
         moved = self.update.update(*given)
         if not self.student.half or not any(g.requires_grad for g in self.grads.values()):
             return moved
@@ -208,7 +225,7 @@ class InnerStep:
     @cached_property
     def new_params(self) -> Tree:
         """θ′, without a graph. Unlike :attr:`moved`, it does not keep s′, which one step of the student never reads."""
-        kept = "moved" in self.__dict__ or any(g.requires_grad for g in self.grads.values())
+        kept = self.as_taken or "moved" in self.__dict__ or any(g.requires_grad for g in self.grads.values())
         params = self.moved[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
         return {name: p.detach() if p.requires_grad else p for name, p in params.items()}
 

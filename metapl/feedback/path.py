@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
-from metapl.execution.batch import joined, micro_batches, plain, rows
+from metapl.execution.batch import digest, joined, micro_batches, plain, rows
 from metapl.execution.buffers import own_code, unchanged
 from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -35,6 +36,7 @@ from metapl.feedback.inner_step import (
     read_batch,
     refuse_unread_labels,
 )
+from metapl.feedback.keeping import Keeping, States
 from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
 from metapl.updates import Update
 
@@ -44,40 +46,76 @@ REPEATS = 3
 MEAN_TOLERANCE = 1e-3
 """Of values, and of gradients in the outputs: far above rounding, also under bfloat16 where a loss runs in float32."""
 
+Keep = Callable[[int, InnerStep], Keeping]
+"""Which of so many steps keep their states, by the size of the first one."""
+
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
 
 
 @dataclass(frozen=True)
-class Lookahead:
+class Lookahead(Sequence[Any]):
     """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
 
     A signal that reads the student's outputs, such as that of :class:`metapl.problems.MetaWeightNet`, reads them as
     constants: the derivative through them, from one step to the signals of later ones, is left out.
 
     Args:
-        batches: each of them as for ``unlabeled``.
+        batches: each of them as for ``unlabeled``: a sequence, or a function of the step's number, 0 to ``steps`` - 1.
+            Of a function's batches none is held: it is called again where steps are computed again, and one that
+            returns another batch then is refused.
+        steps: K; None: as many as the sequence has.
+        schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
+            each of the student's, or the factor of the first rate as a function of the step's number, as in
+            ``LambdaLR``. With :func:`metapl.hypergradient`, where both stay as they are.
 
     >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
     2
+    >>> Lookahead(lambda k: torch.full((4, 3), float(k)), steps=1000)[999].mean()
+    tensor(999.)
     """
 
-    batches: Sequence[Any]
+    batches: Sequence[Any] | Callable[[int], Any]
+    steps: int | None = None
+    schedule: LRScheduler | Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batches, Sequence) or isinstance(self.batches, str | bytes) or not self.batches:
+        given = self.batches
+        if not callable(given) and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
             raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(self.batches)}; expected a list of batches, "
-                "one for each student step, such as metapl.Lookahead([u1, u2])."
+                f"Lookahead was given batches that are {checks.described(given)}; expected a list of batches, one for "
+                "each student step, such as metapl.Lookahead([u1, u2]), or a function of the step's number, "
+                "metapl.Lookahead(batch_of, steps=100)."
             )
+        if callable(given) or self.steps is not None:
+            checks.whole_number(self.steps, f"Lookahead(steps={self.steps!r})", "a number of student steps")
+        if not callable(given) and len(given) < (self.steps or 0):
+            raise MetaplError(f"Lookahead has {len(given)} batches for steps={self.steps}; expected one for each step.")
+
+    @property
+    def lazy(self) -> bool:
+        """Whether the batches are made as they are read."""
+        return callable(self.batches)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return plain(self.batches(number) if callable(self.batches) else self.batches[number])
 
 
 def inner_batches(unlabeled: Any) -> list[Any]:
     """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step."""
-    return [plain(batch) for batch in (unlabeled.batches if isinstance(unlabeled, Lookahead) else (unlabeled,))]
+    if not isinstance(unlabeled, Lookahead):
+        return [plain(unlabeled)]
+    if unlabeled.schedule is not None:
+        raise MetaplError(
+            "Lookahead was given a schedule, which is for metapl.hypergradient; the steps of a trainer are at the rate "
+            "that its inner optimizer has: expected Lookahead(batches) without schedule."
+        )
+    return list(unlabeled)
 
 
 @dataclass
@@ -87,8 +125,8 @@ class Path:
     Args:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
-        keep_every: every so many steps, one is kept with its weights, gradient and optimizer state; the adjoint
-            computes the others again.
+        batches: the inner ones; a look-ahead that makes them as they are read is asked again on the way back.
+        keeping: which steps keep their weights and optimizer state; the adjoint computes the others again.
         check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
     """
 
@@ -96,10 +134,17 @@ class Path:
     student: LocalStudent
     update: Update
     labeled: Sequence[Any]
+    batches: Sequence[Any] = ()
     steps: list[InnerStep] = field(default_factory=list)
-    keep_every: int = 1
+    keeping: Keeping = field(default_factory=Keeping)
     check_mean: bool = False
     _outer_gradient: Tree | None = field(default=None, init=False)
+    _kept: States = field(default_factory=States, init=False)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether batches are made as they are read, and not held."""
+        return isinstance(self.batches, Lookahead)
 
     @property
     def params(self) -> Tree:
@@ -177,26 +222,59 @@ class Path:
 
     def _backwards(self, first: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from the last to ``first``, with their numbers; forgotten ones are computed again."""
-        end = len(self.steps)
-        while end > first:
-            start = (end - 1) // self.keep_every * self.keep_every
-            block = [replace(self.steps[start])]  # a copy, so that θ′ and s′ are cached no longer than the block
-            for step in self.steps[start + 1 : end]:
-                block.append(step.again(*block[-1].moved))
-            end = start
-            while block and start + len(block) > first:
-                number = start + len(block) - 1
-                yield number, block.pop()
-                if not self.steps[number].grads:
-                    self.steps[number].forgotten()  # the passes had their weights back
+        if self.keeping.spacings:
+            yield from self._block(first, 0, len(self.steps), *self.keeping.spacings)
+        else:
+            yield from ((n, self.steps[n]) for n in range(len(self.steps) - 1, first - 1, -1))
 
-    def forget(self) -> None:
-        """Drop the weights, gradient and optimizer state of the last step but one, unless it is to be kept."""
-        number = len(self.steps) - 2
-        if number >= 0:
-            step = self.steps[number]
-            # A copy of a step that is kept has nothing cached.
-            self.steps[number] = replace(step) if number % self.keep_every == 0 else step.forgotten()
+    def _block(self, first: int, begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, InnerStep]]:
+        """The steps from ``end`` to ``begin``, of which the multiples of ``spacing`` are kept."""
+        for start in reversed(range(begin, end, spacing)):
+            stop = min(start + spacing, end)
+            if stop <= first:
+                return
+            if finer:
+                for number, step in enumerate(self._walked(start, stop), start):
+                    self._leave(number, step, finer[0])
+                yield from self._block(first, start, stop, *finer)
+                continue
+            block = list(enumerate(self._walked(start, stop), start))
+            while block:
+                number, step = block.pop()
+                if number >= first:
+                    yield number, step
+                self._leave(number, step)
+
+    def _walked(self, start: int, stop: int) -> Iterator[InnerStep]:
+        """The steps from a kept one on, computed again, but for the last of all, which is held."""
+        params, state = self._kept.take(start) if start < len(self.steps) - 1 else ({}, None)
+        for number in range(start, min(stop, len(self.steps) - 1)):
+            step = self.steps[number].again(params, state, self.batch(number) if self.lazy else None)
+            params, state = step.moved
+            yield step
+        if stop == len(self.steps):
+            yield self.steps[-1]
+
+    def _leave(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
+        """A step without what is computed again; of multiples of ``spacing`` the state is kept."""
+        if number == len(self.steps) - 1:
+            return step
+        if spacing and number % spacing == 0:
+            self._kept.keep(number, (step.params, step.state))
+        return step.forgotten(self.lazy)
+
+    def batch(self, number: int) -> Any:
+        """An inner batch once more; refuse one that is not the same."""
+        batch, known = self.batches[number], self.steps[number].digest
+        if known is not None:
+            checks.refuse(
+                digest(batch) != known,
+                f"the function of Lookahead returned another batch for step {number} when it was called again, so the "
+                "gradient would be that of another training; expected the same batch for the same number: draw its "
+                "examples and views from a generator that is seeded by the number, "
+                "torch.Generator().manual_seed(number), or give a list of batches.",
+            )
+        return batch
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double
@@ -312,7 +390,8 @@ def take_steps(
     teach: Teach,
     parts: int = 1,
     keep_graph: bool = False,
-    keep_every: int = 1,
+    keep: Keep | None = None,
+    updates: Sequence[Update] = (),
     credits: Credits = "nothing",
     first: bool = False,
 ) -> Path:
@@ -322,10 +401,13 @@ def take_steps(
 
     Args:
         student: the network as it is laid out, or one that has begun a step.
-        labeled, batches: the outer batch, and the inner ones, one for each step.
+        labeled, batches: the outer batch, and the inner ones, one for each step; those of a look-ahead are read as they
+            are taken.
         teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before, where
             the signal enters its input.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
+        keep: chooses, by the number of steps and the first one, which of them keep their states.
+        updates: of each step, where they differ by a schedule.
         credits: what gets the feedback; refuse an inner loss for which it would be wrong.
         first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
             accelerator too.
@@ -333,8 +415,8 @@ def take_steps(
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
     ranks, entering, shared = student.ranks, enters_input(problem), first and max(student.ranks.size, parts) > 1
-    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), [], keep_every, shared)
-    several = keep_graph and len(batches) > 1
+    several, lazy = keep_graph and len(batches) > 1, isinstance(batches, Lookahead)
+    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:  # line 2: ŷ ~ T(x), or the soft label
         with ranks.agreed():
@@ -352,7 +434,10 @@ def take_steps(
 
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    for batch in batches:
+    for number in range(len(batches)):
+        batch = batches[number]
+        if lazy and number:
+            checks.batch("unlabeled", batch, student.device)
         if path.steps:
             params, state = path.steps[-1].moved
         pieces = micro_batches(batch, parts, "unlabeled")
@@ -387,11 +472,18 @@ def take_steps(
                 found.append(record.gradient(InnerLoss(problem, part, x, student, credits)))
         inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         checks.dense_gradients(grads)
-        path.steps.append(InnerStep(problem, update, passes, batch, whole, inner_loss, grads, state, entries))
+        known = digest(batch) if lazy else None
+        rule, as_taken = updates[number] if updates else update, len(batches) > 1
+        path.steps.append(
+            InnerStep(problem, rule, passes, batch, whole, inner_loss, grads, state, entries, as_taken, known)
+        )
         if len(path.steps) == 1 and credits != "nothing":
             refuse_unread_labels(path.steps[0])
-        if keep_every > 1:
-            path.forget()
+        if keep is not None and number == 0:
+            path.keeping = keep(len(batches), path.steps[0])
+            path._kept = States(path.keeping.on)
+        if number and path.keeping.spacings:
+            path.steps[-2] = path._leave(number - 1, path.steps[-2], path.keeping.spacings[0])
         if shared and len(path.steps) == 1:
             path.look_at_inner_losses()
         for record in passes if several else ():

@@ -230,7 +230,7 @@ class BilevelTrainer(Trainer):
                     parts=self.accumulate,
                     first=first,
                     keep_graph=self.mode.keep_graph,
-                    keep_every=self.mode.keep_every,
+                    keep=self.mode.keeping,
                     credits=self.mode.credits,
                 )
                 try:

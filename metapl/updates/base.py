@@ -12,13 +12,14 @@ For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enoug
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.errors import MetaplError
 from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
@@ -57,6 +58,18 @@ class Update(ABC):
     @abstractmethod
     def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         """θ′ and s′, differentiable in all three arguments."""
+
+    def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        """θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
+        return self.update(params, grads, state)
+
+    def at(self, options: Sequence[Mapping[str, Any]]) -> Update:
+        """The same update with these options of its param groups, such as the learning rates of a later step."""
+        raise MetaplError(
+            "a schedule was given, and inner_optimizer is a TorchOpt transform, whose rates are functions of its own "
+            "state: expected the schedule in the transform, as torchopt.schedule has them, or torch.optim.SGD, Adam or "
+            "AdamW."
+        )
 
     def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v. Cost: the update and its backward pass, a few operations per weight."""
@@ -132,6 +145,12 @@ class Clipped(Update):
 
     def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         return self.inner.update(params, self._clip(grads), state)
+
+    def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        return self.inner.stepped(params, self._clip(grads), state)
+
+    def at(self, options: Sequence[Mapping[str, Any]]) -> Clipped:
+        return Clipped(self.inner.at(options), self.max_norm, self.space)
 
     def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
         return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v), grads)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from metapl.errors import MetaplError, few
@@ -112,6 +116,42 @@ def runs_others_code(optimizer: torch.optim.Optimizer) -> bool:
     return bool(_others_code(optimizer)) or not type(optimizer).__module__.startswith("torch.optim")
 
 
+def options_by_step(
+    optimizer: torch.optim.Optimizer, schedule: LRScheduler | Callable[[int], float], steps: int
+) -> list[list[dict[str, Any]]]:
+    """The options of the param groups in each of so many steps of a schedule, which stays where it stands."""
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    if isinstance(schedule, ReduceLROnPlateau) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
+        raise MetaplError(
+            f"schedule is {type(schedule).__name__}; expected a torch.optim.lr_scheduler whose rates depend on the "
+            "step alone, or a function from the step's number to a factor of the learning rate."
+        )
+    if not isinstance(schedule, LRScheduler):
+        factors = [schedule(number) for number in range(steps)]
+        for number, factor in enumerate(factors):
+            if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+                raise MetaplError(
+                    f"schedule({number}) returned {factor!r}; expected a factor of the learning rate, a number of 0 or "
+                    "more."
+                )
+        return [[{**group, "lr": group["lr"] * factor} for group in groups] for factor in factors]
+    if schedule.optimizer is not optimizer:
+        raise MetaplError(
+            "schedule is of another optimizer than inner_optimizer; expected one that was built with that: "
+            f"{type(schedule).__name__}(inner_optimizer, ...)."
+        )
+    # A copy of the schedule, on an optimizer with the same options and nothing to move.
+    kind: Any = type(optimizer)
+    alike = kind([{**group, "params": [nn.Parameter(torch.zeros(()))]} for group in groups])
+    ahead, found = copy.deepcopy(schedule, {id(optimizer): alike}), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule that runs ahead of its optimizer
+        for _ in range(steps):
+            found.append([{n: v for n, v in group.items() if n != "params"} for group in alike.param_groups])
+            ahead.step()
+    return found
+
+
 class TorchUpdate(Update):
     """The update of a ``torch.optim`` optimizer, from its current state and param groups.
 
@@ -123,6 +163,7 @@ class TorchUpdate(Update):
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer = optimizer
         self._compared: Any = None  # the step that was found to be as predicted
+        self._options: Sequence[Mapping[str, Any]] = ()  # of the param groups; none: those that they have
         self.parameters: dict[str, nn.Parameter] = {}
         self._held: list[list[int]] = []
         self.follow(parameters)
@@ -161,7 +202,7 @@ class TorchUpdate(Update):
 
     @property
     def learning_rate(self) -> float | None:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float((self._options or self.optimizer.param_groups)[0]["lr"])
 
     def read_state(self) -> States:
         states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self.parameters.items()}
@@ -178,12 +219,34 @@ class TorchUpdate(Update):
             new_state.update(zip(names, states, strict=True))
         return new_params, new_state
 
+    def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
+        new_params, new_state = dict(params), dict(state)
+        held = {name: nn.Parameter(params[name].clone()) for name in grads}
+        for name, g in grads.items():
+            held[name].grad = g.detach()
+        groups = [{**group, "params": [held[name] for name in names]} for group, names in self.groups(grads)]
+        kind: Any = type(self.optimizer)
+        optimizer = kind(groups)
+        for name, p in held.items():
+            if state[name]:
+                kept = {key: t.clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
+                optimizer.state[p] = kept
+        optimizer.step()
+        new_params.update({name: p.detach() for name, p in held.items()})
+        new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
+        return new_params, new_state
+
+    def at(self, options: Sequence[Mapping[str, Any]]) -> TorchUpdate:
+        later = copy.copy(self)
+        later._options = options
+        return later
+
     def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
         """The param groups, each with the names of its parameters that have a gradient."""
-        for number, group in enumerate(self.optimizer.param_groups):
+        for number, group in enumerate(self._options or self.optimizer.param_groups):
             names = [name for name in grads if self.group_of[name] == number]
             if names:
-                yield group, names
+                yield dict(group), names
 
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():

@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
     ("training",),
-    ("ablation", "sklearn"),
+    ("ablation", "attribution", "sklearn"),
     ("apps.networks", "apps.reports"),
     ("apps.pictures", "apps.export"),
     ("apps.labels", "apps.evaluation"),

@@ -1,0 +1,334 @@
+r"""What each training example did to a trained network: the derivative of an outer loss in the example's weight.
+
+Of a training on weighted examples, with the batches I_0, ..., I_{K-1} and w = 1,
+
+.. math:: (\theta_{k+1}, s_{k+1}) = U\Big(\theta_k,\ \nabla_\theta \frac1B \sum_{i \in I_k} w_i\,
+          \ell_i(\theta_k),\ s_k\Big), \qquad \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i}
+          = \sum_{k :\ i \in I_k} h_{k,i}
+
+with the feedback h of :func:`metapl.hypergradient` on the weight of i in step k: positive means that more of the
+example lowers the outer loss. Without the examples R, whose weights are then 0 while a batch's mean keeps its B, the
+loss is to first order L + Σ_{i∈R} score_i.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import as_tensors, is_array, length
+from metapl.execution.rng import RandomState, replayed
+from metapl.feedback import Forward
+from metapl.feedback.hypergradient import hypergradient
+from metapl.feedback.path import Lookahead
+from metapl.problems.base import Problem, Random, Signal, sum_and_weight
+from metapl.problems.doubtful import Weighted
+from metapl.runs.atomic import replacing
+from metapl.updates import options_by_step, unwrapped
+from metapl.words import summary
+
+
+class EqualWeights(Weighted):
+    """Cross-entropy of examples whose weights are 1: what :func:`attribute` differentiates in these.
+
+    For other losses, a subclass gives ``inner_loss``, one loss for each example times ``signal.value``, and
+    ``outer_loss``.
+    """
+
+    has_teacher: ClassVar[bool] = False
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """a = 1, (B,)."""
+        return Signal(student_outputs.new_ones(len(student_outputs)))
+
+
+class Agreement(NamedTuple):
+    """How a prediction agrees with trainings without the examples: correlations, and the changes of the outer loss."""
+
+    spearman: float
+    pearson: float
+    predicted: Tensor
+    retrained: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """The result of :func:`attribute`.
+
+    Args:
+        scores: minus the derivative of the outer loss in the weight of each of the N training examples, (N,), or of
+            the loss of each of M outer examples, (M, N); in units of the outer loss. Positive: more of the example
+            would lower the loss.
+        order: the training examples of each step, (K, B).
+        outer_loss: L(θ_K), a scalar or (M,).
+        student_params: θ_K by name.
+        kept: which steps kept their states.
+    """
+
+    scores: Tensor
+    order: Tensor
+    outer_loss: Tensor
+    student_params: dict[str, Tensor]
+    kept: str
+    _losses_without: Callable[[Tensor], Tensor] = field(repr=False)
+
+    def __repr__(self) -> str:
+        return summary("Attribution", scores=self.scores, order=self.order, outer_loss=self.outer_loss, kept=self.kept)
+
+    def predict(self, removed: Any) -> Tensor:
+        """The predicted change of the outer loss, to first order, when ``removed`` examples have weight 0: Σ score_i.
+
+        Args:
+            removed: their numbers, or N booleans.
+        """
+        return self.scores[..., self._chosen(removed)].sum(-1)
+
+    def validate(self, removals: Iterable[Any]) -> Agreement:
+        """Train without each of some sets of examples, on the same batches, initial weights and dropout masks, and
+        compare: the linear datamodeling score is ``spearman``, of M outer losses the mean of theirs.
+
+        Cost: a plain training for each removal, and one more.
+
+        Args:
+            removals: two or more sets, each as for :meth:`predict`.
+        """
+        from scipy import stats
+
+        sets = [self._chosen(removed) for removed in removals]
+        if len(sets) < 3:
+            raise MetaplError(f"validate was given {len(sets)} removals; expected 3 or more sets, for a correlation.")
+        weights = [torch.ones(self.scores.shape[-1]).index_fill(0, chosen.cpu(), 0.0) for chosen in sets]
+        whole = self._losses_without(torch.ones(self.scores.shape[-1]))
+        retrained = torch.stack([self._losses_without(w) - whole for w in weights]).double().cpu()
+        predicted = torch.stack([self.predict(chosen) for chosen in sets]).double().cpu()
+        columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
+        spearman, pearson = (
+            sum(float(measure(p.numpy(), r.numpy())[0]) for p, r in columns) / len(columns)
+            for measure in (stats.spearmanr, stats.pearsonr)
+        )
+        return Agreement(spearman, pearson, predicted, retrained)
+
+    def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
+        """The numbers of the most helpful examples and of the most harmful ones, by the mean over outer losses."""
+        checks.whole_number(count, f"top({count!r})", "a number of examples")
+        mean = self.scores.reshape(-1, self.scores.shape[-1]).mean(0)
+        ranked = mean.argsort(descending=True)
+        return ranked[:count], ranked.flip(0)[:count]
+
+    def save(self, file: str | Path) -> None:
+        """Write scores, order, outer loss and weights as a file for ``torch.load``."""
+        names = ("scores", "order", "outer_loss", "student_params")
+        with replacing(Path(file)) as out:
+            torch.save({name: getattr(self, name) for name in names}, out)
+
+    def _chosen(self, removed: Any) -> Tensor:
+        count, chosen = self.scores.shape[-1], torch.as_tensor(removed, device=self.scores.device)
+        if chosen.dtype == torch.bool and chosen.shape == (count,):
+            return chosen.nonzero()[:, 0]
+        whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+        if chosen.ndim != 1 or not whole or not len(chosen) or chosen.min() < 0 or chosen.max() >= count:
+            raise MetaplError(
+                f"removed is {checks.described(chosen)}; expected the numbers of some of the {count} training examples "
+                f"or groups, 0 to {count - 1}, or {count} booleans."
+            )
+        found: Tensor = torch.unique(chosen)
+        return found
+
+
+def attribute(
+    student: nn.Module,
+    train: Any,
+    outer: Any,
+    *,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch_size: int,
+    schedule: LRScheduler | Callable[[int], float] | None = None,
+    generator: torch.Generator | None = None,
+    problem: Problem | None = None,
+    groups: Tensor | None = None,
+    each: bool = False,
+    mode: Forward | None = None,
+) -> Attribution:
+    r"""What each training example does to the outer loss, through a whole training.
+
+    .. math:: \mathrm{score}_i = -\frac{\partial}{\partial w_i} L(\theta_K(w)) \Big|_{w=1}
+
+    Args:
+        student: the network at the start of the training; it stays as it is (``student_params`` has θ_K).
+        train: (inputs, labels), tensors or arrays of N rows, or a data set of such pairs by number, whose views are
+            always the same.
+        outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch.
+        optimizer: ``torch.optim`` SGD, Adam or AdamW over the student's parameters; it stays as it is.
+        steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may hold the end of one
+            pass and the beginning of the next.
+        schedule: of the learning rate, as for :class:`metapl.Lookahead`.
+        generator: for the order; default ``torch.Generator().manual_seed(0)``.
+        problem: default :class:`EqualWeights`, cross-entropy; see there for other losses.
+        groups: a number for each training example, (N,), such as that of its source: the scores are then of the groups,
+            (S,), the sums of their examples'.
+        each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's.
+        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds.
+
+    Returns: an :class:`Attribution`.
+
+    Cost: on a network whose passes cost far more than the bookkeeping of a step, some 4.6 plain trainings with all
+    states kept, one more where steps are computed again, and one more a level of a tree; with ``each``, this M times.
+    Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
+
+    Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
+    removals and for trainings that are not smooth in the weights, such as those with large rates, ReLU, or many steps
+    (docs/attribution.md has measurements). A removed example stays in its batch, with the weight 0: it counts in B and
+    in the statistics of a batch norm.
+
+    Raises: :class:`metapl.MetaplError` for data that are not as told, and as :func:`metapl.hypergradient`.
+
+    >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
+    >>> student = nn.Linear(4, 3)
+    >>> found = attribute(student, (x, y), (x, y), optimizer=torch.optim.SGD(student.parameters(), 0.1), steps=5,
+    ...                   batch_size=6)
+    >>> found.scores.shape, found.order.shape, bool(found.predict([3]) == found.scores[3])
+    (torch.Size([12]), torch.Size([5, 6]), True)
+
+    Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
+    """
+    first = next(student.parameters(), torch.zeros(()))
+    data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
+    checks.whole_number(steps, f"steps={steps!r}", "a number of steps")
+    checks.whole_number(batch_size, f"batch_size={batch_size!r}", "a number of examples")
+    checks.is_generator(generator)
+    if batch_size > len(data):
+        raise MetaplError(
+            f"batch_size={batch_size} is more than the {len(data)} training examples; expected at most so many."
+        )
+    if groups is not None:
+        groups = torch.as_tensor(groups, device=first.device)
+        if groups.shape != (len(data),) or groups.dtype != torch.int64 or groups.min() < 0:
+            raise MetaplError(
+                f"groups is {checks.described(groups)}; expected a whole number of 0 or more for each of the "
+                f"{len(data)} training examples."
+            )
+    problem = EqualWeights() if problem is None else problem
+    order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
+    ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
+    start = RandomState.now(first.device)
+    scores, losses = [], []
+    for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
+        start.restore()  # the dropout masks of the same training
+        result = hypergradient(
+            None,
+            student,
+            outer=judged[rows],
+            inner=ahead,
+            mode=Forward() if mode is None else mode,
+            problem=problem,
+            inner_optimizer=optimizer,
+        )
+        of_examples = first.new_zeros(len(data) if groups is None else int(groups.max()) + 1)
+        for number, h in enumerate(result.feedback):
+            chosen = order[number].to(first.device)
+            of_examples.index_add_(0, chosen if groups is None else groups[chosen], h.to(of_examples))
+        scores.append(of_examples)
+        losses.append(result.outer_loss)
+    retrain = _Training(student, unwrapped(optimizer), schedule, data, judged, order, problem, start, each, groups)
+    found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
+    return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
+
+
+def _order(examples: int, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
+    """(K, B) examples, in shuffled passes."""
+    passes = -(-steps * batch_size // examples)
+    stream = torch.cat([torch.randperm(examples, generator=generator) for _ in range(passes)])
+    return stream[: steps * batch_size].view(steps, batch_size)
+
+
+class _Rows:
+    """Pairs (input, label) by numbers: of tensors or arrays, or of a data set, on a weight's device."""
+
+    def __init__(self, given: Any, name: str, like: Tensor) -> None:
+        self.device = like.device
+        arrays = isinstance(given, tuple | list) and len(given) == 2
+        if not arrays and (is_array(given) or not (hasattr(given, "__getitem__") and hasattr(given, "__len__"))):
+            raise MetaplError(
+                f"{name} is {checks.described(given)}; expected (inputs, labels), tensors or arrays of equally many "
+                "rows, or a data set of such pairs with a length."
+            )
+        self.held = as_tensors(tuple(given), like.dtype, f"{name} holds") if arrays else None
+        self.source = given
+        if arrays:
+            lengths = {len(t) for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
+            if len(lengths) != 1:
+                raise MetaplError(f"{name} has tensors of {lengths} rows; expected as many inputs as labels.")
+        if not len(self):
+            raise MetaplError(f"{name} is empty; expected at least one example.")
+
+    def __len__(self) -> int:
+        return len(self.source) if self.held is None else length(self.held)
+
+    def __getitem__(self, chosen: Tensor) -> Any:
+        if self.held is None:
+            batch = tuple(default_collate([self.source[i] for i in chosen.tolist()]))
+        else:
+            batch = pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.held)
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+
+
+class _Training:
+    """The same training once more, with other weights of the examples, by a plain loop: the outer loss at its end."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        data: _Rows,
+        judged: _Rows,
+        order: Tensor,
+        problem: Problem,
+        start: RandomState,
+        each: bool,
+        groups: Tensor | None,
+    ) -> None:
+        self.begun = copy.deepcopy((student, optimizer))
+        self.options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, len(order))
+        self.data, self.judged, self.order, self.problem = data, judged, order, problem
+        self.start, self.each, self.groups = start, each, groups
+
+    def __call__(self, weights: Tensor) -> Tensor:
+        network, optimizer = copy.deepcopy(self.begun)
+        weights = weights.to(self.data.device)
+        of_examples = weights if self.groups is None else weights[self.groups]
+        with replayed(self.start), torch.enable_grad():
+            for number, chosen in enumerate(self.order):
+                batch = self.data[chosen]
+                if self.options:
+                    for group, options in zip(optimizer.param_groups, self.options[number], strict=True):
+                        group.update(options)
+                optimizer.zero_grad()
+                outputs = network(self.problem.student_input(batch))
+                signal = Signal(of_examples[chosen.to(weights.device)].to(outputs.dtype))
+                self.problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
+                optimizer.step()
+            rows = torch.arange(len(self.judged))
+            with torch.no_grad():
+                return (
+                    torch.stack([self._judged(network, part) for part in rows.split(1)])
+                    if self.each
+                    else self._judged(network, rows)
+                )
+
+    def _judged(self, network: nn.Module, rows: Tensor) -> Tensor:
+        batch = self.judged[rows]
+        value, weight = sum_and_weight(self.problem.outer_loss(network(self.problem.outer_input(batch)), batch))
+        return value / weight

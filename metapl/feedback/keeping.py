@@ -1,0 +1,123 @@
+"""Which steps of a long path keep their state, and where it lies; the others are computed again from these.
+
+Of K steps, those whose numbers are multiples of ``spacings[0]`` keep their state while the path is walked. On the way
+back, a block between two of them is walked again, and keeps its multiples of ``spacings[1]``, and so on; the steps of
+the finest blocks are all held. With spacings b^n, ..., b², b this is the tree of REPLAY, of branching b: some
+b log_b K states, and each step is computed again once a level.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import weakref
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path as FilePath
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+
+ALL_KEPT = 50  # steps, up to which all keep their states unless told otherwise
+BRANCHING = 10  # of the tree
+SHARE = 0.5  # of the memory that is free, for states; activations need some too
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """``spacings`` as at the head of this file, none where all steps are held; ``on``: None where the student is,
+    ``"cpu"`` on the host, else a folder."""
+
+    spacings: tuple[int, ...] = ()
+    on: str | None = None
+
+    def states(self, steps: int) -> int:
+        """The most states that are held at once."""
+        lengths = (steps, *self.spacings, 1)
+        return sum(math.ceil(longer / shorter) for longer, shorter in pairwise(lengths))
+
+    def words(self, steps: int) -> str:
+        """What is kept, for the reader of a result."""
+        if not self.spacings:
+            return f"all {steps:,} steps"
+        return f"every {' and every '.join(f'{n:,}th' for n in self.spacings)} of {steps:,} steps"
+
+
+def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tree"] | None, on: str | None) -> Keeping:
+    """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
+    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free.
+
+    Raises: :class:`metapl.MetaplError` for a way that all of this memory does not hold, and for a folder that is none.
+    """
+    if on not in (None, "cpu") and not FilePath(on).is_dir():
+        raise MetaplError(f'keep_on={on!r} is no folder; expected "cpu", or a folder that exists.')
+    root, tree = (math.isqrt(steps - 1) + 1,), _tree(steps)
+    at = torch.device("cpu") if on == "cpu" else device
+    free = None if on not in (None, "cpu") else free_bytes(at)
+
+    def fits(way: Keeping, share: float) -> bool:
+        return free is None or way.states(steps) * state <= share * free
+
+    ways = [Keeping(spacings, on) for spacings in ((), root, tree)]
+    if how is None:
+        return ways[0] if steps <= ALL_KEPT else next((way for way in ways if fits(way, SHARE)), ways[-1])
+    asked = Keeping(tree if how == "tree" else (how,) if how > 1 else (), on)
+    if free is not None and not fits(asked, 1.0):
+        mend = next((f"keep_every={way.spacings[0]}" for way in ways[1:2] if fits(way, SHARE)), 'keep="tree"')
+        raise MetaplError(
+            f"{asked.words(steps)} would keep {asked.states(steps):,} states of {state / 2**20:,.0f} MiB, and "
+            f"{free / 2**20:,.0f} MiB are free; expected Forward({mend}), or keep_on= with a folder."
+        )
+    return asked
+
+
+def _tree(steps: int) -> tuple[int, ...]:
+    """Powers of :data:`BRANCHING` below ``steps``, from the greatest to the least."""
+    levels = max(1, math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1)
+    return tuple(BRANCHING**level for level in range(levels, 0, -1))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """The memory that is free on a device; None where the system does not say."""
+    if device.type != "cpu":
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
+    try:
+        lines = FilePath("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+class States:
+    """Kept states, by the number of their step."""
+
+    def __init__(self, on: str | None = None) -> None:
+        self.on, self._held = on, dict[int, tuple[list[Any], Any, list[Any]]]()
+        self._folder = None if on in (None, "cpu") else FilePath(mkdtemp(prefix="metapl-path-", dir=on))
+        if self._folder is not None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def keep(self, number: int, state: Any) -> None:
+        leaves, structure = pytree.tree_flatten(state)
+        places = [t.device if isinstance(t, Tensor) else None for t in leaves]
+        if self._folder is not None:
+            torch.save(leaves, self._folder / f"{number}.pt")
+            leaves = []
+        elif self.on == "cpu":
+            leaves = [t.cpu() if isinstance(t, Tensor) else t for t in leaves]
+        self._held[number] = leaves, structure, places
+
+    def take(self, number: int) -> Any:
+        """A state, which is no longer kept."""
+        leaves, structure, places = self._held.pop(number)
+        if self._folder is not None:
+            file = self._folder / f"{number}.pt"
+            leaves = torch.load(file, map_location="cpu")
+            file.unlink()
+        moved = [t if at is None else t.to(at) for t, at in zip(leaves, places, strict=True)]
+        return pytree.tree_unflatten(moved, structure)

@@ -1,0 +1,236 @@
+"""What each training example did: against double backward by hand, and against trainings without the examples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import error
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import metapl
+from metapl import MetaplError
+from metapl.attribution import Attribution, EqualWeights, attribute
+
+N, STEPS = 24, 9
+
+
+def data(seed: int, rows: int = N) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 6, generator=draw).double(), torch.randint(0, 3, (rows,), generator=draw)
+
+
+TRAIN, OUTER = data(0), data(1, 5)
+
+
+def student(kind: str = "mlp") -> nn.Module:
+    torch.manual_seed(0)
+    middle = {"mlp": nn.GELU(), "batch_norm": nn.BatchNorm1d(8), "dropout": nn.Dropout(0.3)}[kind]
+    return nn.Sequential(nn.Linear(6, 8), middle, nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def found(network: nn.Module, optimizer: str = "sgd", **options: Any) -> Attribution:
+    torch.manual_seed(3)
+    make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    how = {"momentum": 0.9} if optimizer == "sgd" else {"eps": 1e-3}
+    inner = make(network.parameters(), lr=0.1, **how)
+    given = {"train": TRAIN, "outer": OUTER, "steps": STEPS, "batch_size": 8, **options}
+    return attribute(network, optimizer=inner, **given)
+
+
+def by_hand(network: nn.Module, order: Tensor, optimizer: str, factor: Callable[[int], float]) -> tuple[Tensor, Tensor]:
+    """−dL/dw by double backward through the rule, written out, and the losses L_j; dropout from the same masks."""
+    w = torch.ones(N, dtype=torch.float64, requires_grad=True)
+    params: dict[str, Any] = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
+    buffers = {n: b.clone() for n, b in network.named_buffers()}
+    first: dict[str, Any] = {n: 0.0 for n in params}
+    second = dict(first)
+    torch.manual_seed(3)
+    for step, chosen in enumerate(order):
+        z = functional_call(network, {**params, **buffers}, (TRAIN[0][chosen],))
+        loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
+        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+        lr = 0.1 * factor(step)
+        for n, g in grads.items():
+            if optimizer == "sgd":
+                first[n] = 0.9 * first[n] + g if step else g
+                params[n] = params[n] - lr * first[n]
+            else:
+                first[n], second[n] = 0.9 * first[n] + 0.1 * g, 0.999 * second[n] + 0.001 * g * g
+                m, v = first[n] / (1 - 0.9 ** (step + 1)), second[n] / (1 - 0.999 ** (step + 1))
+                params[n] = params[n] * (1 - lr * 0.01) - lr * m / ((v + 1e-30).sqrt() + 1e-3)
+    z = functional_call(network, {**params, **buffers}, (OUTER[0],))
+    losses = F.cross_entropy(z, OUTER[1], reduction="none")
+    rows = [torch.autograd.grad(loss, w, retain_graph=True)[0] for loss in losses]
+    return -torch.stack(rows), losses.detach()
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["mlp", "batch_norm"])
+def test_the_scores_are_the_derivatives(kind: str, optimizer: str, scheduled: bool) -> None:
+    network = student(kind)
+    before = copy.deepcopy(network.state_dict())
+    schedule = (lambda k: 1 - k / STEPS) if scheduled else None
+    attribution = found(network, optimizer, schedule=schedule)
+    exact, losses = by_hand(copy.deepcopy(network), attribution.order, optimizer, schedule or (lambda _: 1.0))
+    assert error(attribution.scores, exact.mean(0)) < 1e-7
+    assert error(attribution.outer_loss, losses.mean()) < 1e-10
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+
+
+def test_of_each_outer_example() -> None:
+    network = student()
+    attribution = found(network, each=True)
+    exact, losses = by_hand(copy.deepcopy(network), attribution.order, "sgd", lambda _: 1.0)
+    assert error(attribution.scores, exact) < 1e-8
+    assert error(attribution.outer_loss, losses) < 1e-10
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_of_groups_it_is_the_sum_over_their_examples(each: bool) -> None:
+    groups = torch.arange(N) % 4
+    of_groups, of_examples = found(student(), each=each, groups=groups), found(student(), each=each)
+    for group in range(4):
+        assert error(of_groups.scores[..., group], of_examples.scores[..., groups == group].sum(-1)) < 1e-12
+    changes = of_groups.validate([[0], [1], [2]]).retrained
+    assert error(changes, of_examples.validate([groups == g for g in range(3)]).retrained) < 1e-12
+
+
+def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() -> None:
+    order = found(student()).order
+    assert order.shape == (STEPS, 8)
+    assert sorted(order[:3].flatten().tolist()) == list(range(N))
+    assert torch.equal(order, found(student(), generator=torch.Generator().manual_seed(0)).order)
+    assert not torch.equal(order, found(student(), generator=torch.Generator().manual_seed(1)).order)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "dropout", "batch_norm"])
+def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str) -> None:
+    network = student(kind)
+    attribution = found(network, schedule=lambda k: 1 - k / STEPS)
+    sets = [[1, 2], [5], [7, 8, 9]]
+    agreement = attribution.validate(sets)
+
+    def loss(w: Tensor) -> Tensor:
+        plain = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(3)
+        for step, chosen in enumerate(attribution.order):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / STEPS)
+            optimizer.zero_grad()
+            losses = F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
+            (w[chosen] * losses).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            return F.cross_entropy(plain(OUTER[0]), OUTER[1])
+
+    ones = torch.ones(N, dtype=torch.float64)
+    whole = loss(ones)
+    if kind != "dropout":  # whose masks of the outer pass are of another stream
+        assert error(attribution.outer_loss, whole) < 1e-12
+    expected = [loss(ones.index_fill(0, torch.tensor(chosen), 0.0)) - whole for chosen in sets]
+    assert error(agreement.retrained, torch.stack(expected)) < 1e-10
+    assert error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets])) < 1e-12
+
+
+def test_what_small_removals_do_is_predicted() -> None:
+    """Of 12 examples, removed one by one from a training at a small rate."""
+    network = student()
+    inner = torch.optim.SGD(network.parameters(), lr=0.02)
+    attribution = attribute(network, TRAIN, OUTER, optimizer=inner, steps=30, batch_size=8)
+    agreement = attribution.validate([[number] for number in range(12)])
+    assert agreement.spearman > 0.95
+    assert agreement.pearson > 0.98
+    assert error(agreement.predicted, agreement.retrained) < 0.3
+
+
+def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
+    expected = found(student()).scores
+    x, y = TRAIN
+    for train in ((x.numpy(), y.numpy()), TensorDataset(x, y), [(x[i], y[i]) for i in range(N)]):
+        assert torch.equal(found(student(), train=train, outer=TensorDataset(*OUTER)).scores, expected)
+
+
+class Squared(EqualWeights):
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return signal.value * (outputs[:, 0] - batch[1]).square()
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs[:, 0] - batch[1]).square().mean()
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+
+
+def test_a_regression_by_a_problem_of_ones_own() -> None:
+    x = TRAIN[0]
+    train, outer = (x, x.sum(1)), (OUTER[0], OUTER[0].sum(1))
+    torch.manual_seed(0)
+    network = nn.Linear(6, 1).double()
+    inner = torch.optim.SGD(network.parameters(), lr=0.01)
+    attribution = attribute(network, train, outer, optimizer=inner, steps=20, batch_size=8, problem=Squared())
+    assert attribution.validate([[number] for number in range(10)]).spearman > 0.9
+
+
+def test_what_helps_most_and_what_is_saved(tmp_path: Path) -> None:
+    attribution = found(student())
+    helpful, harmful = attribution.top(3)
+    assert attribution.scores[helpful[0]] == attribution.scores.max()
+    assert attribution.scores[harmful[0]] == attribution.scores.min()
+    attribution.save(tmp_path / "scores.pt")
+    saved = torch.load(tmp_path / "scores.pt")
+    assert torch.equal(saved["scores"], attribution.scores)
+    assert torch.equal(saved["order"], attribution.order)
+    assert "24" in repr(attribution)
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x + torch.rand((), dtype=x.dtype), y
+
+
+X, Y = TRAIN
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "inputs alone": ({"train": X}, "train is"),
+    "unequal rows": ({"train": (X, Y[:3])}, "as many inputs as labels"),
+    "no rows": ({"train": (X[:0], Y[:0])}, "train is empty"),
+    "texts": ({"train": (["a"] * N, Y)}, "train holds"),
+    "NaN": ({"train": (X * torch.nan, Y)}, "NaN"),
+    "labels that are no classes": ({"train": (X, Y + 3)}, "class"),
+    "a number of steps": ({"steps": 0}, "steps=0"),
+    "a batch size": ({"batch_size": 0}, "batch_size=0"),
+    "a batch of more than all": ({"batch_size": N + 1}, "more than the 24"),
+    "groups of other length": ({"groups": torch.zeros(3, dtype=torch.int64)}, "groups is"),
+    "negative groups": ({"groups": torch.full((N,), -1)}, "groups is"),
+    "groups that are no numbers": ({"groups": torch.zeros(N)}, "groups is"),
+    "a generator": ({"generator": 3}, "generator is"),
+    "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "another batch for step"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_data_are_refused(case: str) -> None:
+    options, said = REFUSED[case]
+    mode = {"mode": metapl.feedback.Forward(keep_every=8)} if case == "views that differ" else {}
+    with pytest.raises(MetaplError, match=said):
+        found(student(), **options, **mode)
+
+
+@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], np.ones(3, dtype=bool)])
+def test_wrong_removals_are_refused(wrong: Any) -> None:
+    with pytest.raises(MetaplError, match="removed is"):
+        found(student()).predict(wrong)
+
+
+def test_a_correlation_is_not_of_two() -> None:
+    with pytest.raises(MetaplError, match="2 removals"):
+        found(student()).validate([[0], [1]])

@@ -1,0 +1,267 @@
+"""Paths of many steps: the training that they are, the states that they keep, the batches that they read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import Lookahead, MetaplError
+from metapl.attribution import EqualWeights
+from metapl.feedback import Forward, keeping
+from metapl.feedback.keeping import Keeping
+from metapl.metrics.cost import peak_bytes
+from metapl.problems import ExampleWeights, Table
+from metapl.updates import Clipped, update_of
+
+STEPS = 120
+Optimizer = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+}
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "constant": lambda _: None,
+    "one_cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=STEPS + 1),
+    "warm_restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 40),
+    "sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [torch.optim.lr_scheduler.LinearLR(o, 0.1), torch.optim.lr_scheduler.ExponentialLR(o, 0.99)],
+        milestones=[5],
+    ),
+    "function": lambda _: lambda k: 1 - k / STEPS,
+}
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(number)
+    return torch.randn(8, 6, generator=draw), torch.randint(0, 3, (8,), generator=draw)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+
+def gradient(student: nn.Module, optimizer: Any, ahead: Lookahead, mode: Forward) -> metapl.Hypergradient:
+    torch.manual_seed(5)
+    given = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": optimizer}
+    return metapl.hypergradient(None, student, mode=mode, **given)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_path_is_the_training_bit_for_bit(optimizer: str, schedule: str, clip: float | None) -> None:
+    student, plain = network(), network()
+    inner = OPTIMIZERS[optimizer](student.parameters())
+    scheduled = SCHEDULES[schedule](inner)
+    before = copy.deepcopy((inner.state_dict(), getattr(scheduled, "last_epoch", None)))
+    parameters = dict(student.named_parameters())
+    rule = inner if clip is None else Clipped(update_of(inner, parameters), clip)
+    found = gradient(student, rule, Lookahead(batch, steps=STEPS, schedule=scheduled), Forward(keep="tree"))
+
+    torch.manual_seed(5)
+    own = OPTIMIZERS[optimizer](plain.parameters())
+    later = SCHEDULES[schedule](own)
+    later = torch.optim.lr_scheduler.LambdaLR(own, later) if schedule == "function" else later
+    for number in range(STEPS):
+        x, y = batch(number)
+        own.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        own.step()
+        if later is not None:
+            later.step()
+    for name, p in plain.named_parameters():
+        assert torch.equal(found.student_params[name], p), name
+    assert str(before) == str((inner.state_dict(), getattr(scheduled, "last_epoch", None)))
+
+
+def test_a_thousand_steps_bit_for_bit() -> None:
+    student, plain = network(), network()
+    found = gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=1000), Forward())
+    torch.manual_seed(5)
+    own = OPTIMIZERS["adam"](plain.parameters())
+    for number in range(1000):
+        x, y = batch(number)
+        own.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        own.step()
+    for name, p in plain.named_parameters():
+        assert torch.equal(found.student_params[name], p), name
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "all": {"keep_every": 1},
+    "every": {"keep_every": 11},
+    "tree": {"keep": "tree"},
+    "host": {"keep": "tree", "keep_on": "cpu"},
+    "folder": {"keep_every": 7, "keep_on": "FOLDER"},
+    "chosen": {},
+}
+
+
+@pytest.mark.parametrize("truncate", [None, 1, 30])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw_amsgrad"])
+def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None, tmp_path: Path) -> None:
+    student = network()
+    inner = OPTIMIZERS[optimizer](student.parameters())
+    held = Lookahead([batch(number) for number in range(STEPS)], schedule=lambda k: 1 - k / STEPS)
+    expected = gradient(student, inner, held, Forward(keep_every=1, truncate=truncate)).feedback
+    for name, options in WAYS.items():
+        on = {"keep_on": str(tmp_path)} if name == "folder" else {}
+        made = Lookahead(batch, steps=STEPS, schedule=held.schedule)
+        found = gradient(student, inner, made, Forward(truncate=truncate, **{**options, **on})).feedback
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), name
+    assert not [*tmp_path.iterdir()]
+
+
+def test_of_a_function_no_batch_is_held() -> None:
+    """Batches of 4 MB, 60 of them, and a network that is small beside them."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(10_000, 3))
+
+    def wide(number: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(number)
+        return torch.randn(100, 10_000, generator=draw), torch.arange(100) % 3
+
+    def peak(ahead: Lookahead) -> int:
+        inner = torch.optim.SGD(student.parameters(), lr=0.01)
+        given = {"outer": wide(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": inner}
+        mode = Forward(keep_every=8)
+        return peak_bytes(lambda: metapl.hypergradient(None, student, mode=mode, **given), torch.device("cpu"))
+
+    assert peak(Lookahead(wide, steps=60)) < 60 * 4e6 / 2
+
+
+def test_a_teacher_of_batches_that_are_made_learns_the_same() -> None:
+    """Its passes are computed again, on batches that are made again; with micro-batches too."""
+    found = []
+    for ahead in (Lookahead([(*batch(k), torch.arange(8)) for k in range(60)]), None):
+        ahead = ahead or Lookahead(lambda k: (*batch(k), torch.arange(8)), steps=60)
+        for accumulate in (1, 2):
+            student, table = network().double(), Table(torch.linspace(-1, 1, 8).double())
+            student[1].eval(), student[3].eval()
+            inner = torch.optim.AdamW(student.parameters(), lr=0.01)
+
+            def doubled(given: Any) -> Any:
+                return tuple(t.double() if t.is_floating_point() else t for t in given)
+
+            wide = Lookahead(lambda k, ahead=ahead: doubled(ahead[k]), steps=60)
+            wide = Lookahead([*map(doubled, ahead)]) if not ahead.lazy else wide
+            result = metapl.hypergradient(
+                table,
+                student,
+                outer=doubled(batch(-1)),
+                inner=wide,
+                mode=Forward(keep="tree"),
+                problem=ExampleWeights(),
+                inner_optimizer=inner,
+                accumulate=accumulate,
+            )
+            found.append(result.grads)
+    for grads in found[1:]:
+        assert error(grads, found[0]) < 1e-12
+
+
+def another(number: int) -> tuple[Tensor, Tensor]:
+    x, y = batch(number)
+    return x + torch.rand(()), y
+
+
+def rolled() -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The same rows in another order, when it is called again."""
+    seen: set[int] = set()
+
+    def made(number: int) -> tuple[Tensor, Tensor]:
+        x, y = batch(number)
+        turned = number in seen
+        seen.add(number)
+        return (x.roll(1, 0), y.roll(1, 0)) if turned else (x, y)
+
+    return made
+
+
+WRONG: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
+    "another batch": (lambda _: Lookahead(another, steps=60), "another batch for step"),
+    "rows in another order": (lambda _: Lookahead(rolled(), steps=60), "another batch for step"),
+    "no steps": (lambda _: Lookahead(batch), "steps=None"),
+    "zero steps": (lambda _: Lookahead(batch, steps=0), "steps=0"),
+    "more steps than batches": (lambda _: Lookahead([batch(0)], steps=2), "1 batches for steps=2"),
+    "a later batch without rows": (lambda _: Lookahead(lambda k: batch(k) if k < 9 else (), steps=60), "unlabeled is"),
+    "a later batch with NaN": (
+        lambda _: Lookahead(lambda k: (batch(k)[0] * (torch.nan if k == 9 else 1), batch(k)[1]), steps=60),
+        "NaN or infinite",
+    ),
+    "a negative rate": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: 5 - k), r"schedule\(6\) returned -1"),
+    "a rate that is a text": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: "a"), "returned 'a'"),  # type: ignore
+    "a rate for a schedule": (lambda _: Lookahead(batch, steps=60, schedule=0.1), "schedule is float"),  # type: ignore
+    "a schedule that needs a metric": (
+        lambda o: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
+        "ReduceLROnPlateau",
+    ),
+    "the schedule of another optimizer": (
+        lambda _: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.StepLR(other_optimizer(), 1)),
+        "another optimizer",
+    ),
+}
+
+
+def other_optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_paths_are_refused(case: str) -> None:
+    make, said = WRONG[case]
+    student = network()
+    inner = OPTIMIZERS["adam"](student.parameters())
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(MetaplError, match=said):
+        gradient(student, inner, make(inner), Forward(keep_every=8))
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+
+
+def test_a_schedule_is_not_for_a_trainer_or_a_transform() -> None:
+    torchopt = pytest.importorskip("torchopt")
+    student = network()
+    ahead = Lookahead(batch, steps=3, schedule=lambda k: 1.0)
+    with pytest.raises(MetaplError, match="TorchOpt transform"):
+        gradient(student, torchopt.sgd(0.1), ahead, Forward())
+    trainer = metapl.BilevelTrainer(None, student, "forward", problem=EqualWeights())
+    with pytest.raises(MetaplError, match=r"schedule, which is for metapl\.hypergradient"):
+        trainer.step(outer=batch(-1), inner=ahead)
+
+
+def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = network()
+    monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
+    inner = OPTIMIZERS["adam"](student.parameters())
+    with pytest.raises(MetaplError, match=r"all 120 steps would keep 120 states .* expected Forward\(keep_every=11\)"):
+        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_every=1))
+    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "every 11th of 120 steps"
+    with pytest.raises(MetaplError, match="is no folder"):
+        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_on="nowhere"))
+    with pytest.raises(MetaplError, match="expected one of the two"):
+        Forward(keep="tree", keep_every=3)
+
+
+@pytest.mark.parametrize(
+    ("spacings", "steps", "states"),
+    [((), 120, 120), ((11,), 120, 22), ((100, 10), 1000, 30), ((1000, 100, 10), 2000, 32)],
+)
+def test_how_many_states_are_held(spacings: tuple[int, ...], steps: int, states: int) -> None:
+    assert Keeping(spacings).states(steps) == states
