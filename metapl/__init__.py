@@ -55,8 +55,8 @@ __all__ = [
 ]
 
 
-_FUNCTIONS = {"ablate": "metapl.ablation", "attribute": "metapl.attribution"}
-_ON_FIRST_USE = ("ablation", "apps", "attribution", "data", "distributed", "metrics", "sklearn")
+_FUNCTIONS = {"ablate": "metapl.ablation", "attribute": "metapl.training.attribution"}
+_ON_FIRST_USE = ("ablation", "apps", "data", "distributed", "metrics", "sklearn")
 
 
 def __dir__() -> list[str]:

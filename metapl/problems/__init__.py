@@ -2,6 +2,7 @@
 
 from metapl.problems.base import BilevelProblem, Problem, Signal
 from metapl.problems.doubtful import (
+    EqualWeights,
     ExampleLabels,
     ExampleWeights,
     LabelCorrection,
@@ -16,6 +17,7 @@ from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
 __all__ = [
     "BilevelProblem",
+    "EqualWeights",
     "ExampleLabels",
     "ExampleWeights",
     "LabelCorrection",

@@ -108,6 +108,20 @@ class Weighted(Classification):
         return signal.value * F.cross_entropy(outputs, safe_labels(outputs, batch), reduction="none")
 
 
+class EqualWeights(Weighted):
+    """Cross-entropy of examples whose weights are 1: what :func:`metapl.attribute` differentiates in these.
+
+    For other losses, a subclass gives ``inner_loss``, one loss for each example times ``signal.value``, and
+    ``outer_loss``.
+    """
+
+    has_teacher: ClassVar[bool] = False
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """a = 1, (B,)."""
+        return Signal(student_outputs.new_ones(len(student_outputs)))
+
+
 class Relabeled(Classification):
     """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""
 

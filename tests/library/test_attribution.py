@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import metapl
-from metapl import MetaplError
-from metapl.attribution import Attribution, EqualWeights, attribute
+from metapl import MetaplError, attribute
+from metapl.problems import EqualWeights
+from metapl.training.attribution import Attribution
 
 N, STEPS = 24, 9
 
@@ -51,7 +52,7 @@ def by_hand(network: nn.Module, order: Tensor, optimizer: str, factor: Callable[
     w = torch.ones(N, dtype=torch.float64, requires_grad=True)
     params: dict[str, Any] = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
     buffers = {n: b.clone() for n, b in network.named_buffers()}
-    first: dict[str, Any] = {n: 0.0 for n in params}
+    first: dict[str, Any] = dict.fromkeys(params, 0.0)
     second = dict(first)
     torch.manual_seed(3)
     for step, chosen in enumerate(order):

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.attribution import EqualWeights
 from metapl.feedback import Forward, keeping
 from metapl.feedback.keeping import Keeping
 from metapl.metrics.cost import peak_bytes
-from metapl.problems import ExampleWeights, Table
+from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.updates import Clipped, update_of
 
 STEPS = 120
@@ -207,8 +206,8 @@ WRONG: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
         "NaN or infinite",
     ),
     "a negative rate": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: 5 - k), r"schedule\(6\) returned -1"),
-    "a rate that is a text": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: "a"), "returned 'a'"),  # type: ignore
-    "a rate for a schedule": (lambda _: Lookahead(batch, steps=60, schedule=0.1), "schedule is float"),  # type: ignore
+    "a rate that is a text": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: "a"), "returned 'a'"),
+    "a rate for a schedule": (lambda _: Lookahead(batch, steps=60, schedule=0.1), "schedule is float"),
     "a schedule that needs a metric": (
         lambda o: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
         "ReduceLROnPlateau",

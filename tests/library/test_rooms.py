@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
     ("training",),
-    ("ablation", "attribution", "sklearn"),
+    ("ablation", "sklearn"),
     ("apps.networks", "apps.reports"),
     ("apps.pictures", "apps.export"),
     ("apps.labels", "apps.evaluation"),

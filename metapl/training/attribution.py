@@ -17,7 +17,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,25 +32,11 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.path import Lookahead
-from metapl.problems.base import Problem, Random, Signal, sum_and_weight
-from metapl.problems.doubtful import Weighted
+from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
 from metapl.updates import options_by_step, unwrapped
 from metapl.words import summary
-
-
-class EqualWeights(Weighted):
-    """Cross-entropy of examples whose weights are 1: what :func:`attribute` differentiates in these.
-
-    For other losses, a subclass gives ``inner_loss``, one loss for each example times ``signal.value``, and
-    ``outer_loss``.
-    """
-
-    has_teacher: ClassVar[bool] = False
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """a = 1, (B,)."""
-        return Signal(student_outputs.new_ones(len(student_outputs)))
 
 
 class Agreement(NamedTuple):
@@ -175,7 +161,7 @@ def attribute(
             pass and the beginning of the next.
         schedule: of the learning rate, as for :class:`metapl.Lookahead`.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
-        problem: default :class:`EqualWeights`, cross-entropy; see there for other losses.
+        problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other losses.
         groups: a number for each training example, (N,), such as that of its source: the scores are then of the groups,
             (S,), the sums of their examples'.
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's.
