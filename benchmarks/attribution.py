@@ -1,0 +1,350 @@
+"""What does removing training examples do, and who predicts it? `metapl.attribute` beside cheaper attributions.
+
+    python benchmarks/attribution.py --tune      # settings of the training, on seeds 100 to 102
+    python benchmarks/attribution.py             # seeds 0 to 4, at the settings that were chosen
+    python benchmarks/attribution.py --write docs/attribution.md
+
+1,000 of scikit-learn's digits train a network, the other 797 judge it; 25 random sets of 1, 2, 5 and 10 % of the
+examples are removed, and the network is trained again without each by the loop below, which uses nothing of metapl.
+Every method gives each example a score; Spearman's correlation between the sums over the removed examples and what the
+trainings say is the linear datamodeling score. Rows that are there are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import machine
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, cg
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn import functional as F
+
+import metapl
+from metapl.feedback import Forward
+
+RAW = Path(__file__).parent / "results" / "attribution.jsonl"
+EXAMPLES, BATCH, SHARES, REMOVALS = 1000, 100, (0.01, 0.02, 0.05, 0.1), 25
+TUNING_SEEDS, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
+CHECKPOINTS, DAMPING = 10, 1e-3
+Row = dict[str, Any]
+
+
+class Convolutional(nn.Module):
+    """Two convolutions as products with patches, which a stack of networks shares; average pooling."""
+
+    def __init__(self, act: nn.Module, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(9, width), nn.Linear(9 * width, 2 * width)
+        self.last, self.act = nn.Linear(2 * width, 10), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.view(len(x), 1, 8, 8)
+        for layer in (self.first, self.second):
+            side = images.shape[-1]
+            patches = F.unfold(images, 3, padding=1).mT
+            images = self.act(layer(patches)).mT.reshape(len(x), -1, side, side)
+            images = F.avg_pool2d(images, 2)
+        return self.last(images.mean((2, 3)))
+
+
+def mlp(act: nn.Module, width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, width), act, nn.Linear(width, 10))
+
+
+# What a training is: each row of the page is one of these, which differs in little from the one that is advised.
+ADVISED: Row = {"network": "mlp", "act": "GELU", "width": 256, "rule": "sgd", "lr": 0.03, "momentum": 0.9}
+SETTINGS: dict[str, Row] = {
+    "advised": ADVISED,
+    "a third of the rate": {**ADVISED, "lr": 0.01},
+    "three times the rate": {**ADVISED, "lr": 0.1},
+    "ten times the rate": {**ADVISED, "lr": 0.3},
+    "a rate that falls to zero": {**ADVISED, "falls": True},
+    "ReLU": {**ADVISED, "act": "ReLU"},
+    "width 64": {**ADVISED, "width": 64},
+    "Adam, ε = 1e-8": {**ADVISED, "rule": "adam", "lr": 0.001, "eps": 1e-8},
+    "Adam, ε = 1e-3": {**ADVISED, "rule": "adam", "lr": 0.001, "eps": 1e-3},
+    "convolutional": {**ADVISED, "network": "convolutional", "width": 16, "lr": 0.1},
+}
+FINAL = {"advised": (100, 500, 2000), "three times the rate": (100, 500, 2000), "convolutional": (100, 500)}
+
+
+def data(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    x, y = torch.tensor(x / 16, dtype=torch.float32)[order], torch.tensor(y)[order]
+    return (x[:EXAMPLES], y[:EXAMPLES]), (x[EXAMPLES:], y[EXAMPLES:])
+
+
+def built(setting: Row, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    make: Callable[..., nn.Module] = {"mlp": mlp, "convolutional": Convolutional}[setting["network"]]
+    network = make(getattr(nn, setting["act"])(), setting["width"])
+    if setting["rule"] == "adam":
+        return network, torch.optim.Adam(network.parameters(), lr=setting["lr"], eps=setting["eps"])
+    return network, torch.optim.SGD(network.parameters(), lr=setting["lr"], momentum=setting["momentum"])
+
+
+def factor(setting: Row, step: int, steps: int) -> float:
+    return 1 - step / steps if setting.get("falls") else 1.0
+
+
+def retrained(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, weights: Tensor) -> Tensor:
+    """The outer losses of a stack of networks, each trained with its weights of the examples, (S, N)."""
+    network, _ = built(setting, seed)
+    params = {n: p.detach().expand(len(weights), *p.shape).clone() for n, p in network.named_parameters()}
+    first = {n: torch.zeros_like(p) for n, p in params.items()}
+    second = {n: torch.zeros_like(p) for n, p in params.items()}
+    (x, y), steps = train, len(order)
+
+    def loss(p: dict[str, Tensor], w: Tensor, chosen: Tensor) -> Tensor:
+        return (w * F.cross_entropy(functional_call(network, p, (x[chosen],)), y[chosen], reduction="none")).mean()
+
+    gradients = vmap(grad(loss), in_dims=(0, 0, None))
+    for step, chosen in enumerate(order):
+        lr = setting["lr"] * factor(setting, step, steps)
+        for n, g in gradients(params, weights[:, chosen], chosen).items():
+            if setting["rule"] == "sgd":
+                first[n].mul_(setting["momentum"]).add_(g)
+                params[n].sub_(first[n], alpha=lr)
+                continue
+            first[n].lerp_(g, 0.1)
+            second[n].mul_(0.999).addcmul_(g, g, value=0.001)
+            root = (second[n] / (1 - 0.999 ** (step + 1))).sqrt_().add_(setting["eps"])
+            params[n].sub_(lr / (1 - 0.9 ** (step + 1)) * first[n] / root)
+    judged = vmap(lambda p: F.cross_entropy(functional_call(network, p, (outer[0],)), outer[1]))
+    return judged(params)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rivals
+
+
+def along(network: nn.Module, params: dict[str, Tensor], train: Any, v: dict[str, Tensor]) -> Tensor:
+    """⟨∇ℓ_i, v⟩ of every training example."""
+
+    def losses(p: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(network, p, (train[0],)), train[1], reduction="none")
+
+    return jvp(losses, (params,), (v,))[1].detach()
+
+
+def outer_gradient(network: nn.Module, params: dict[str, Tensor], outer: Any) -> dict[str, Tensor]:
+    return grad(lambda p: F.cross_entropy(functional_call(network, p, (outer[0],)), outer[1]))(params)
+
+
+def plain(setting: Row, seed: int, order: Tensor, train: Any) -> Iterator[dict[str, Tensor]]:
+    """The weights before each step of the training, and at its end; the last one is the network's own."""
+    network, optimizer = built(setting, seed)
+    for step, chosen in enumerate(order):
+        yield {n: p.detach() for n, p in network.named_parameters()}
+        for group in optimizer.param_groups:
+            group["lr"] = setting["lr"] * factor(setting, step, len(order))
+        optimizer.zero_grad()
+        F.cross_entropy(network(train[0][chosen]), train[1][chosen]).backward()
+        optimizer.step()
+    yield {n: p.detach() for n, p in network.named_parameters()}
+
+
+def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
+    network, optimizer = built(setting, seed)
+    steps = len(order)
+    found = metapl.attribute(
+        network,
+        train,
+        outer,
+        optimizer=optimizer,
+        steps=steps,
+        batch_size=BATCH,
+        generator=torch.Generator().manual_seed(seed),
+        schedule=(lambda k: factor(setting, k, steps)) if setting.get("falls") else None,
+    )
+    assert torch.equal(found.order, order)
+    return found.scores
+
+
+def by_dot_products(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int) -> Tensor:
+    """TracIn: Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end."""
+    network, _ = built(setting, seed)
+    at = {len(order) * (number + 1) // checkpoints for number in range(checkpoints)}
+    scores = torch.zeros(EXAMPLES)
+    for step, params in enumerate(plain(setting, seed, order, train)):
+        if step in at:
+            held = {n: p.clone() for n, p in params.items()}
+            scores += along(network, held, train, outer_gradient(network, held, outer))
+    return scores
+
+
+def by_one_step(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
+    """The feedback of a look-ahead of one step, in every step of the training, summed."""
+    from metapl.problems import EqualWeights
+
+    network, optimizer = built(setting, seed)
+    trainer = metapl.BilevelTrainer(None, network, Forward(), problem=EqualWeights(), inner_optimizer=optimizer)
+    scores = torch.zeros(EXAMPLES)
+    for step, chosen in enumerate(order):
+        for group in optimizer.param_groups:
+            group["lr"] = setting["lr"] * factor(setting, step, len(order))
+        h = trainer.step(outer=outer, inner=(train[0][chosen], train[1][chosen])).feedback
+        scores.index_add_(0, chosen, h)
+    return scores
+
+
+def by_influence(setting: Row, seed: int, order: Tensor, train: Any, outer: Any) -> Tensor:
+    """Influence functions on the last layer at the end of the training: ⟨∇ℓ_i, (H + λ)⁻¹ ∇L⟩, conjugate gradients."""
+    network, _ = built(setting, seed)
+    *_, params = plain(setting, seed, order, train)
+    names = [*params][-2:]
+    sizes = [params[n].numel() for n in names]
+    flat = torch.cat([params[n].flatten() for n in names])
+
+    def with_last(vector: Tensor) -> dict[str, Tensor]:
+        parts = vector.split(sizes)
+        return {**params, **{n: part.view_as(params[n]) for n, part in zip(names, parts, strict=True)}}
+
+    def loss(vector: Tensor, given: Any) -> Tensor:
+        return F.cross_entropy(functional_call(network, with_last(vector), (given[0],)), given[1])
+
+    curved = hessian(loss)(flat, train).double().numpy()
+    v = grad(loss)(flat, outer).double().numpy()
+    solved, failed = cg(LinearOperator(curved.shape, lambda u: curved @ u + DAMPING * u), v, rtol=1e-6)
+    if failed:
+        raise RuntimeError(f"conjugate gradients ended with {failed}")
+    direction = with_last(torch.from_numpy(np.asarray(solved)).float())
+    moved = {n: direction[n] if n in names else torch.zeros_like(p) for n, p in params.items()}
+    return along(network, params, train, moved)
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "attribute": by_attribute,
+    "one-step look-ahead, every step": by_one_step,
+    "gradient dot products, 10 checkpoints": lambda *given: by_dot_products(*given, CHECKPOINTS),
+    "gradient dot products, at the end": lambda *given: by_dot_products(*given, 1),
+    "influence functions, last layer": by_influence,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- the study
+
+
+def one(name: str, steps: int, seed: int, methods: tuple[str, ...], shares: tuple[float, ...]) -> Row:
+    setting, (train, outer) = SETTINGS[name], data(seed)
+    draw = torch.Generator().manual_seed(seed)
+    passes = -(-steps * BATCH // EXAMPLES)
+    order = torch.cat([torch.randperm(EXAMPLES, generator=draw) for _ in range(passes)])[: steps * BATCH]
+    order = order.view(steps, BATCH)
+    removed = torch.Generator().manual_seed(seed + 1000)
+    sets = {
+        s: [torch.randperm(EXAMPLES, generator=removed)[: int(s * EXAMPLES)] for _ in range(REMOVALS)] for s in shares
+    }
+    weights = torch.ones(1 + REMOVALS * len(shares), EXAMPLES)
+    for row, chosen in enumerate((chosen for s in shares for chosen in sets[s]), 1):
+        weights[row, chosen] = 0
+    start = time.process_time()
+    losses = retrained(setting, seed, order, train, outer, weights)
+    row: Row = {"setting": name, "steps": steps, "seed": seed, "loss": float(losses[0]), "scores": {}, "seconds": {}}
+    row["seconds"]["trainings"] = time.process_time() - start
+    start = time.process_time()
+    for _ in plain(setting, seed, order, train):
+        pass
+    row["seconds"]["one training"] = time.process_time() - start
+    changes = (losses[1:] - losses[0]).view(len(shares), REMOVALS)
+    for method in methods:
+        start = time.process_time()
+        scores = METHODS[method](setting, seed, order, train, outer)
+        row["seconds"][method] = time.process_time() - start
+        row["scores"][method] = {}
+        for number, share in enumerate(shares):
+            predicted = [float(scores[chosen].sum()) for chosen in sets[share]]
+            actual = changes[number].tolist()
+            found = float(spearmanr(predicted, actual)[0]), float(pearsonr(predicted, actual)[0])
+            row["scores"][method][f"{share:g}"] = found
+    return row
+
+
+def asked(tune: bool, miniature: bool) -> Iterator[tuple[str, int, int, tuple[str, ...], tuple[float, ...]]]:
+    if miniature:
+        yield "convolutional", 12, 0, tuple(METHODS), SHARES
+        return
+    if tune:
+        for name in SETTINGS:
+            for seed in TUNING_SEEDS:
+                yield name, 500, seed, ("attribute",), (0.01, 0.05)
+        return
+    for name, all_steps in FINAL.items():
+        for steps in all_steps:
+            for seed in SEEDS:
+                yield name, steps, seed, tuple(METHODS), SHARES
+
+
+def read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def mean(rows: list[Row], method: str, share: float) -> str:
+    values = [row["scores"][method][f"{share:g}"][0] for row in rows]
+    return f"{statistics.fmean(values):.2f}"
+
+
+def tables(rows: list[Row]) -> str:
+    tuning = [r for r in rows if r["seed"] in TUNING_SEEDS]
+    lines = ["| training | loss | 1 % removed | 5 % removed |", "|---|---:|---:|---:|"]
+    for name in SETTINGS:
+        mine = [r for r in tuning if r["setting"] == name]
+        if mine:
+            loss = statistics.fmean(r["loss"] for r in mine)
+            lines.append(f"| {name} | {loss:.3f} | {mean(mine, 'attribute', 0.01)} | {mean(mine, 'attribute', 0.05)} |")
+    heads = " | ".join(f"{100 * s:g} %" for s in SHARES)
+    final = [
+        "| training | steps | method | " + heads + " | trainings |",
+        "|---|---:|---|" + "---:|" * (len(SHARES) + 1),
+    ]
+    for name, all_steps in FINAL.items():
+        for steps in all_steps:
+            mine = [r for r in rows if r["seed"] in SEEDS and (r["setting"], r["steps"]) == (name, steps)]
+            for method in METHODS if mine else ():
+                cells = " | ".join(mean(mine, method, share) for share in SHARES)
+                cost = statistics.median(r["seconds"][method] / r["seconds"]["one training"] for r in mine)
+                final.append(f"| {name} | {steps:,} | {method} | {cells} | {cost:.1f} |")
+    told = (
+        f"Spearman's correlation over {REMOVALS} removals, means over {len(SEEDS)} seeds; *trainings*: processor time "
+        "over one plain training. `python benchmarks/attribution.py`, raw rows: `benchmarks/results/attribution.jsonl`."
+    )
+    chosen = f"Means over seeds {TUNING_SEEDS[0]} to {TUNING_SEEDS[-1]}, 500 steps; `--tune`."
+    return "\n".join([*final, "", told, "", *lines, "", chosen])
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__, RAW)
+    parser.add_argument("--tune", action="store_true", help="the settings of the training")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there; runs nothing")
+    given = machine.parsed(parser)
+    torch.set_num_threads(1)
+    rows = read(given.out)
+    there = {(r["setting"], r["steps"], r["seed"]) for r in rows}
+    for job in () if given.write else asked(given.tune, given.miniature):
+        if job[:3] in there:
+            continue
+        row = one(*job)
+        with given.out.open("a") as raw:
+            raw.write(json.dumps(row) + "\n")
+        rows.append(row)
+        found = {method: [round(rho, 2) for rho, _ in of.values()] for method, of in row["scores"].items()}
+        print(*job[:3], f"loss {row['loss']:.3f}", found, flush=True)
+    if given.write:
+        machine.write_between_marks(given.write, "attribution", tables(rows))
+    else:
+        print(tables(rows))
+
+
+if __name__ == "__main__":
+    main()
