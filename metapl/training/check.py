@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, either, few, reason_of
+from metapl.errors import MetaplError, either, few
 from metapl.execution.layout import layouts
-from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator, Implicit, Mode, estimator
 from metapl.feedback.compatible import prepare
-from metapl.feedback.hypergradient import Hypergradient, hypergradient
-from metapl.feedback.inner_step import read_batch
+from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.path import inner_batches
-from metapl.problems.base import BilevelProblem, Problem, Signal, enters_input, kind_of
+from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.training.by_hand import SEED, Case, Run, Tree, trained
 from metapl.training.trainer import BilevelTrainer
-from metapl.updates import Clipped, unwrapped, update_of
+from metapl.updates import unwrapped
 from metapl.words import short, summary, wrapped
-
-Tree = dict[str, Tensor]
 
 ROUNDING, APPROXIMATION = 1e-6, 1e-2
 """How far an exact mode may be from double backward in float64, and any other that draws nothing; relative errors."""
 
 MOVES, OFF_BY_MOVE = (1e-5, 1e-6, 1e-7), 1e-2
-"""Moves of weights for a difference of real losses, over their root mean square, and how far the gradient may be from
-it: ReLUs that switch within the move stay far below. What is further off is moved by less: a first step of Adam is the
-sign of a gradient, whatever its size, and some of these change theirs within a long move."""
-
-SEED = 0  # of dropout masks, the same in every pass, and of the first draw of labels
+"""Moves of weights for a difference of real losses, and how far the gradient may be from it: ReLUs that switch within
+the move stay far below. What is further off is moved by less: a first step of Adam is the sign of a gradient, whatever
+its size, and some of these change theirs within a long move."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ def check_gradient(
               a = \text{the mode's},\ b = \text{autograd's}\ \ \frac{dL(\theta_S')}{d\theta_T}, \qquad
               \frac{\|a - b\|}{\|b\|}
 
-    What is compared with is written out in this file with plain torch: the student's steps through
+    What is compared with is written out in ``metapl/training/by_hand.py`` with plain torch: the student's steps through
     ``torch.func.functional_call``, the update rules of SGD, Adam and AdamW from their formulas, TorchOpt transforms by
     their own updates, and one graph from the labeled loss to the teacher's weights. That graph goes through the
     problem's own code, so it is compared in turn with differences of the labeled loss after real steps, which see a
@@ -222,226 +212,13 @@ def check_gradient(
     update = unwrapped(inner_optimizer), inner_state
     before = rng_state()
     try:
-        case = _Case(*networks, prepare(problem, estimate), *update, labeled, unlabeled, clip)
+        case = Case(*networks, prepare(problem, estimate), *update, labeled, unlabeled, clip)
         return _checked(case, estimate, draws, bfloat16)
     finally:
         set_rng_state(before)
 
 
-# ---------------------------------------------------------------------------------------------- double backward by hand
-
-
-@dataclass(frozen=True)
-class _Run:
-    """L(θ′), what was met on the way to it, and its gradients in the teacher's weights and in the signals' values."""
-
-    loss: Tensor
-    signals: list[Signal]
-    outputs: list[Tensor]  # of the student in each step, and on the labeled batch
-    inner_loss: Tensor  # of the first step, and its gradient in the student's weights
-    inner_grads: Tree
-    grads: Tree = field(default_factory=dict)
-    feedback: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Case:
-    """What a gradient is computed from: as it was given, or copies of it, each of which serves one computation."""
-
-    teacher: nn.Module | None
-    student: nn.Module
-    problem: Problem
-    inner_optimizer: Any
-    inner_state: Any
-    labeled_batch: Any
-    unlabeled_batch: Any
-    clip_norm: float | None
-
-    def copied(self, dtype: torch.dtype | None = None) -> _Case:
-        """Copies on the CPU that share what the originals share, with all floating-point tensors in ``dtype``, also
-        those that modules and problems hold as attributes; None: each in its own type."""
-        transform = self.inner_optimizer  # of functions, if it is one of TorchOpt's
-        memo: dict[int, Any] = {id(transform): transform} if isinstance(transform, tuple) else {}
-        copies: dict[str, Any] = {}
-        for name, thing in vars(self).items():
-            try:
-                copies[name] = copy.deepcopy(thing, memo)
-            except Exception as error:
-                raise MetaplError(
-                    f"check_gradient computes on copies, and the {name.replace('_', ' ')} cannot be copied: "
-                    f"{reason_of(error)}. Expected objects that copy.deepcopy takes: without tensors that have a "
-                    "graph, generators, locks or files."
-                ) from error
-        # The memo has every tensor that was copied, wherever it was found.
-        for t in [t for t in memo.values() if isinstance(t, Tensor)]:
-            t.grad = None
-            t.data = t.data.to("cpu", dtype if t.is_floating_point() else None)
-        return _Case(**copies)
-
-    def by_mode(self, estimate: Estimator, seed: int = SEED) -> Hypergradient:
-        update = update_of(self.inner_optimizer, _trained(self.student), self.inner_state)
-        torch.default_generator.manual_seed(SEED)
-        return hypergradient(
-            self.teacher,
-            self.student,
-            labeled=self.labeled_batch,
-            unlabeled=self.unlabeled_batch,
-            mode=estimate,
-            problem=self.problem,
-            inner_optimizer=update if self.clip_norm is None else Clipped(update, self.clip_norm),
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    def labeled_loss(self, truncate: int | None = None, seen: Sequence[Tensor] = ()) -> _Run:
-        """L(θ′) with its graph to the teacher's weights: the inner pass, the teacher, the step, the labeled pass.
-
-        Args:
-            truncate: steps, from the last, whose signals keep their graph.
-            seen: what the signals read in the place of the student's outputs.
-        """
-        torch.default_generator.manual_seed(SEED)
-        generator = torch.Generator().manual_seed(SEED)
-        problem, signals, outputs, inner = self.problem, list[Signal](), list[Tensor](), list[tuple[Tensor, Tree]]()
-        labeled, batches = read_batch(problem, "outer_batch", self.labeled_batch), inner_batches(self.unlabeled_batch)
-        theta: Tree = {**_trained(self.student)}
-        step, state = self._update()
-
-        def told(batch: Any, outputs: Any) -> Signal:
-            with _named("the problem's signal"):
-                teacher = nn.Module() if self.teacher is None else self.teacher
-                signal = problem.signal(teacher, batch, outputs, generator=generator)
-                signals.append(replace(signal, **pytree.tree_map_only(Tensor, _node, dict(vars(signal)))))
-            cut = truncate is not None and len(signals) <= len(batches) - truncate
-            return signal.detached() if cut else signals[-1]
-
-        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
-            for number, batch in enumerate(batches):
-                entering = (told(batch, None),) if enters_input(problem) else ()
-                with _named("the student"):
-                    z = functional_call(self.student, theta, (problem.student_input(batch, *entering),))
-                branch = RandomState.now(torch.device("cpu")).branch()  # where L(θ′) draws its masks
-                outputs.append(z.detach())
-                (signal,) = entering or (told(batch, seen[number] if seen else z.detach()),)
-                with _named("the problem's inner_loss"):
-                    loss = problem.inner_loss(z, signal, batch, theta).mean()
-                    found = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)
-                g = {name: t for name, t in zip(theta, found, strict=True) if t is not None}
-                inner.append((loss.detach(), {name: t.detach() for name, t in g.items()}))
-                theta, state = step(theta, _clipped(g, self.clip_norm), state)
-            with replayed(branch):
-                with _named("the student"):
-                    z = functional_call(self.student, theta, (problem.outer_input(labeled),))
-                with _named("the problem's outer_loss"):
-                    outer: Any = problem.outer_loss(z, labeled)
-        loss = outer[0] / outer[1] if isinstance(outer, tuple | list) else outer
-        return _Run(loss, signals, [*outputs, z.detach()], *inner[0])
-
-    def by_hand(self, truncate: int | None = None) -> _Run:
-        """The same with the gradients of L(θ′)."""
-        run, taught = self.labeled_loss(truncate), _trained(self.teacher)
-        values = [t for t in pytree.tree_leaves([s.value for s in run.signals]) if t.is_floating_point()]
-        with _named("a backward pass"), sdpa_kernel(SDPBackend.MATH):
-            found = torch.autograd.grad(run.loss, [*taught.values(), *values], materialize_grads=True)
-        return replace(run, grads=dict(zip(taught, found, strict=False)), feedback=[-g for g in found[len(taught) :]])
-
-    def _update(self) -> tuple[Callable[[Tree, Tree, Any], tuple[Tree, Any]], Any]:
-        """The student's update by hand, and the optimizer's present state."""
-        optimizer, theta = self.inner_optimizer, _trained(self.student)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            transform = update_of(optimizer, theta, self.inner_state)
-            return transform.update, transform.read_state()
-        of_group = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        groups = {name: of_group[id(p)] for name, p in theta.items()}
-        rule = _sgd if isinstance(optimizer, torch.optim.SGD) else _adam
-
-        def stepped(theta: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-            moved = {name: rule(theta[name], g, state[name], groups[name]) for name, g in grads.items()}
-            return theta | {n: p for n, (p, _) in moved.items()}, state | {n: s for n, (_, s) in moved.items()}
-
-        return stepped, {name: dict(optimizer.state.get(p, {})) for name, p in theta.items()}
-
-    def off_by_moves(self, network: str, grads: Tree, run: _Run, move: float = MOVES[0]) -> tuple[float, float, float]:
-        r"""How far (f(p + δ) − f(p − δ)) / 2 is from ⟨∇f, δ⟩ along three moves δ of random signs, what rounding leaves
-        of it, and the length of ∇f ⊙ δ; f is L(θ′) of the ``"teacher"``'s parameters p, or ℓ of the ``"student"``'s."""
-        draw, weights, gaps = torch.Generator().manual_seed(SEED), _trained(getattr(self, network)), []
-
-        def f(delta: Tree, side: int) -> float:
-            case = self.copied(torch.float64)
-            named = _trained(getattr(case, network))
-            with torch.no_grad():
-                for name, d in delta.items():
-                    named[name].add_(side * d)
-            there = case.labeled_loss(seen=run.outputs)
-            return float(there.loss.detach() if network == "teacher" else there.inner_loss)
-
-        sizes = {n: move * max(float(weights[n].detach().double().square().mean().sqrt()), 1e-3) for n in grads}
-        for _ in range(3):
-            signs = {n: torch.randint(0, 2, g.shape, generator=draw).double() * 2 - 1 for n, g in grads.items()}
-            delta = {n: sizes[n] * t for n, t in signs.items()}
-            terms = torch.cat([(d * grads[n]).flatten() for n, d in delta.items()])
-            gaps.append((f(delta, 1) - f(delta, -1)) / 2 - float(terms.sum()))
-        loss = run.loss.detach() if network == "teacher" else run.inner_loss
-        return math.sqrt(sum(gap**2 for gap in gaps) / 3), 1e-14 * abs(float(loss)), float(terms.norm())
-
-
-def _trained(network: nn.Module | None) -> dict[str, nn.Parameter]:
-    return {} if network is None else {name: p for name, p in network.named_parameters() if p.requires_grad}
-
-
-def _node(t: Tensor) -> Tensor:
-    """A tensor of a signal as a node of its own, whose gradient is not that through other fields."""
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_(t.is_floating_point())
-
-
-def _clipped(grads: Tree, most: float | None) -> Tree:
-    if most is None:
-        return grads
-    norm = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-    return {name: g * (most / (norm + 1e-6)).clamp(max=1.0) for name, g in grads.items()}
-
-
-def _sgd(p: Tensor, g: Tensor, state: Any, group: Any) -> tuple[Tensor, Any]:
-    d = (-g if group["maximize"] else g) + group["weight_decay"] * p
-    if group["momentum"]:
-        before = state.get("momentum_buffer")
-        velocity = d if before is None else group["momentum"] * before + (1 - group["dampening"]) * d
-        d, state = d + group["momentum"] * velocity if group["nesterov"] else velocity, {"momentum_buffer": velocity}
-    return p - group["lr"] * d, state
-
-
-def _adam(p: Tensor, g: Tensor, state: Any, group: Any) -> tuple[Tensor, Any]:
-    (beta1, beta2), lr, decay, t = group["betas"], group["lr"], group["weight_decay"], float(state.get("step", 0)) + 1
-    decoupled = group.get("decoupled_weight_decay", False)
-    d = (-g if group["maximize"] else g) + (0 if decoupled else decay * p)
-    m = beta1 * state.get("exp_avg", 0) + (1 - beta1) * d
-    n = top = beta2 * state.get("exp_avg_sq", 0) + (1 - beta2) * d.square()
-    if group["amsgrad"]:
-        before = state.get("max_exp_avg_sq", torch.zeros_like(n))
-        top = torch.where(n >= before, n, before)
-    root = (top / (1 - beta2**t)).clamp_min(torch.finfo(p.dtype).tiny).sqrt()  # the update is smooth at 0, this is not
-    moved = p * (1 - lr * decay if decoupled else 1) - lr * (m / (1 - beta1**t)) / (root + group["eps"])
-    return moved, {"step": t, "exp_avg": m, "exp_avg_sq": n, "max_exp_avg_sq": top}
-
-
-@contextmanager
-def _named(who: str) -> Iterator[None]:
-    """Say whose code fails in a block: most often it makes tensors of one type, or for one device."""
-    try:
-        yield
-    except MetaplError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise MetaplError(
-            f"check_gradient computes on the CPU, in float64 too, by double backward, and {who} fails there: "
-            f"{reason_of(error)}. Expected code that takes its types and devices from its inputs (x.new_zeros(...), "
-            "t.to(x)) and operations with a second derivative."
-        ) from error
-
-
-# ------------------------------------------------------------------------------------------------------- the comparison
-
-
-def _checked(case: _Case, estimate: Estimator, draws: int, bfloat16: bool) -> GradientCheck:
+def _checked(case: Case, estimate: Estimator, draws: int, bfloat16: bool) -> GradientCheck:
     as_given = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
     with as_given():
         rounded = case.copied().by_mode(estimate)  # which refuses what is wrong
@@ -470,24 +247,23 @@ def _checked(case: _Case, estimate: Estimator, draws: int, bfloat16: bool) -> Gr
             "loss, an inner learning rate above 0, and an optimizer that has not diverged."
         )
     drawn = [case.copied(torch.float64).by_mode(estimate, SEED + n) for n in range(draws if sampled else 1)]
-    mean = {name: torch.stack([a.grads[name] for a in drawn]).mean(0) for name in exact.grads}
+    mean = {name: torch.stack([found.grads[name] for found in drawn]).mean(0) for name in exact.grads}
     check = GradientCheck(
         mode=estimate.name,
         exact=(estimate.exact or truncate is not None) and not sampled,
-        dtype=torch.bfloat16 if bfloat16 else next(iter(_trained(case.student).values())).dtype,
+        dtype=torch.bfloat16 if bfloat16 else next(iter(trained(case.student).values())).dtype,
         overall=Agreement.between(_flat(mean or drawn[0].feedback), b),
         parameters=_each(mean, exact.grads),
         rounded_by_hand=Agreement.between(_whole(short_by_hand), b),
     )
     if sampled:
-        sgd = isinstance(case.inner_optimizer, torch.optim.SGD) and case.clip_norm is None
-        return _judged_draws(
-            check, torch.stack([_whole(a) for a in drawn]), b, _is_scaled(estimate), 0.15 if sgd else 0.5
-        )
+        is_sgd = isinstance(case.inner_optimizer, torch.optim.SGD) and case.clip_norm is None
+        a = torch.stack([_whole(found) for found in drawn])
+        return _judged_draws(check, a, b, _is_scaled(estimate), allowed=0.15 if is_sgd else 0.5)
     h = pytree.tree_leaves(drawn[0].feedback)
     same = [t.numel() for t in h] == [t.numel() for t in exact.feedback]
     off, unreached = _by_difference(case, exact) if truncate is None and exact.grads else (None, ())
-    inner_off, blind, size = case.off_by_moves("student", exact.inner_grads, exact)
+    inner_off, blind, size = case.off_by_moves("student", exact.inner_grads, exact, MOVES[0])
     check = replace(
         check,
         rounded=Agreement.between(_whole(rounded), b),
@@ -502,7 +278,7 @@ def _checked(case: _Case, estimate: Estimator, draws: int, bfloat16: bool) -> Gr
     return _judged(check, _is_scaled(estimate), young)
 
 
-def _refuse_short(run: _Run) -> None:
+def _refuse_short(run: Run) -> None:
     """Refuse what is not in float64 where everything that it was made from is."""
     signals = [signal.differentiable() for signal in run.signals]
     parts = {"student's outputs are": run.outputs, "teacher's signal is": signals, "outer loss is": run.loss}
@@ -516,7 +292,7 @@ def _refuse_short(run: _Run) -> None:
             )
 
 
-def _by_difference(case: _Case, exact: _Run) -> tuple[float, tuple[str, ...]]:
+def _by_difference(case: Case, exact: Run) -> tuple[float, tuple[str, ...]]:
     """How far the gradient by hand is from differences of real losses, and the parameters that only these reach."""
     for move in MOVES:
         off, blind, size = case.off_by_moves("teacher", exact.grads, exact, move)
@@ -569,11 +345,11 @@ def _judged(check: GradientCheck, scaled: bool, young: bool) -> GradientCheck:
     return replace(check, expected=expected, passed=right and felt, verdict=" ".join(words))
 
 
-def _judged_draws(check: GradientCheck, drawn: Tensor, b: Tensor, scaled: bool, allowed: float) -> GradientCheck:
-    """The same of the mean over draws a of the labels, by ⟨a, b⟩ / ‖b‖², ``allowed`` to be so far from 1."""
-    n, along = len(drawn), drawn @ b / b.square().sum()
+def _judged_draws(check: GradientCheck, a: Tensor, b: Tensor, scaled: bool, allowed: float) -> GradientCheck:
+    """The same of the mean over draws of the labels, by ⟨a, b⟩ / ‖b‖², ``allowed`` to be so far from 1."""
+    n, along = len(a), a @ b / b.square().sum()
     scale, error = float(along.mean()), float(along.std()) / math.sqrt(n)
-    without = (n * drawn.mean(0) - drawn) / (n - 1)  # the jackknife
+    without = (n * a.mean(0) - a) / (n - 1)  # the jackknife
     cosines = torch.nn.functional.cosine_similarity(without, b[None], dim=1)
     passed: bool | None = scale > 3 * error or (False if scale < -3 * error else None)
     if not scaled and abs(scale - 1) > 3 * error + allowed:
@@ -598,10 +374,8 @@ def _judged_draws(check: GradientCheck, drawn: Tensor, b: Tensor, scaled: bool, 
 
 def _is_scaled(estimate: Estimator) -> bool:
     """Whether an estimator normalizes its feedback."""
-    return (getattr(estimate, "normalization", "gradient"), getattr(estimate, "similarity", "dot")) != (
-        "gradient",
-        "dot",
-    )
+    normalized = getattr(estimate, "normalization", "gradient") != "gradient"
+    return normalized or getattr(estimate, "similarity", "dot") != "dot"
 
 
 def _each(found: Tree, exact: Tree) -> dict[str, Agreement]:
@@ -609,7 +383,7 @@ def _each(found: Tree, exact: Tree) -> dict[str, Agreement]:
     return {name: Agreement.between(found[name], g, least) for name, g in exact.items()}
 
 
-def _whole(found: _Run | Hypergradient) -> Tensor:
+def _whole(found: Run | Hypergradient) -> Tensor:
     """A gradient in the teacher's weights as one vector; without a teacher, the feedback."""
     return _flat(found.grads or found.feedback)
 
