@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, placed, reason_of
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.checks import dense, described
@@ -205,7 +205,7 @@ class Selection:
                 if metric is ACCURACY:
                     _check_classes(inputs, labels, outputs, name)
                 else:
-                    with _told(f"{name} cannot be measured by it: "):
+                    with placed(f"{name} cannot be measured by it: "):
                         metric.over(self.trainer, network, [first])
                 self.metric = self.metric or metric
 
@@ -294,11 +294,3 @@ def _check_classes(inputs: Any, labels: Any, outputs: Tensor, name: str) -> None
         )
     checks.class_outputs(outputs, "network")
     check_labels(labels, outputs.shape[1], f" of {name}")
-
-
-@contextmanager
-def _told(where: str) -> Iterator[None]:
-    try:
-        yield
-    except MetaplError as error:
-        raise MetaplError(f"{where}{error}") from error
