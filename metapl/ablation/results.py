@@ -8,6 +8,7 @@ import statistics
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from typing import Any
 
 from metapl.feedback import MODES, Estimator, Implicit, estimator
@@ -205,8 +206,8 @@ def _modes(found: Ablation, notes: list[str]) -> str:
     every = {**found.modes, **found.altered}
     ran = {name: mode for name, mode in every.items() if isinstance(mode, ModeCost)}
     seconds, peaks = ([getattr(mode, key) for mode in ran.values()] for key in ("seconds", "peak_bytes"))
-    time_unit, time = _unit(seconds, {"s": 1.0, "ms": 1e-3})
-    peak_unit, peak = _unit(peaks, {"GB": 1e9, "MB": 1e6, "KB": 1e3})
+    time_unit, time = _unit(max(seconds, default=0.0), SECONDS)
+    peak_unit, peak = _unit(max(peaks, default=0.0), BYTES)
     rows = [["mode", "cosine", "rel. error", "noise", "passes", f"time, {time_unit}", f"peak, {peak_unit}"]]
     for name in every:
         rows.append([name, *[""] * 6])
@@ -265,11 +266,6 @@ def _short(value: float) -> str:
     if abs(value) < 1e-3 or abs(value) >= 1e4:
         return f"{value:.0e}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
-
-
-def _unit(values: Sequence[float], units: Mapping[str, float]) -> tuple[str, float]:
-    greatest = max(values, default=0.0)
-    return next(((name, one) for name, one in units.items() if greatest >= one), list(units.items())[-1])
 
 
 # ------------------------------------------------------------------------------------------------- what to take
@@ -371,18 +367,21 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def duration(seconds: float) -> str:
-    """
-    >>> duration(0.00247), duration(0.74), duration(12.3)
-    ('2.47 ms', '740 ms', '12.3 s')
-    """
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+SECONDS, BYTES = {"s": 1.0, "ms": 1e-3}, {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 
 
-def size(count: float) -> str:
+def _unit(value: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """The first of these units, which begin with the greatest, that a value reaches in three digits; or the last."""
+    return next(((name, one) for name, one in units.items() if value >= 0.9995 * one), list(units.items())[-1])
+
+
+def in_units(value: float, units: Mapping[str, float]) -> str:
     """
-    >>> size(184_320), size(264_000_000), size(2_640_000_000)
-    ('184 KB', '264 MB', '2.64 GB')
+    >>> in_units(0.00247, SECONDS), in_units(12.3, SECONDS), in_units(264_000_000, BYTES)
+    ('2.47 ms', '12.3 s', '264 MB')
     """
-    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB")) if count >= 0.9995 * one[0]), (1e3, "KB"))
-    return f"{count / unit:.3g} {name}"
+    name, one = _unit(value, units)
+    return f"{value / one:.3g} {name}"
+
+
+duration, size = partial(in_units, units=SECONDS), partial(in_units, units=BYTES)
