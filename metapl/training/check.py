@@ -82,9 +82,8 @@ class GradientCheck:
         unreached: the teacher's parameters that no gradient reaches although the loss moves with them.
         draws: of labels; 1 where none are drawn. Where they are, what is about one gradient above is None or empty.
         standard_error: of the cosine of the mean over the draws.
-        expected: what is expected of the mode, in words.
-        passed: whether that holds in float64; None where ``draws`` are too few to tell.
-        verdict: in words, why.
+        passed: whether what is expected of the mode holds in float64; None where ``draws`` are too few to tell.
+        verdict: in words, what that is, and why.
     """
 
     mode: str
@@ -101,7 +100,6 @@ class GradientCheck:
     unreached: tuple[str, ...] = ()
     draws: int = 1
     standard_error: float | None = None
-    expected: str = ""
     passed: bool | None = None
     verdict: str = ""
 
@@ -110,7 +108,7 @@ class GradientCheck:
         return summary("GradientCheck", mode=repr(self.mode), passed=self.passed, relative_error=error, cosine=cosine)
 
     def __str__(self) -> str:
-        own = _name(self.dtype)
+        own = str(self.dtype).removeprefix("torch.")
         rows = {f"mean of {self.draws} draws" if self.draws > 1 else f"{self.mode}, float64": self.overall}
         rows |= {"its feedback, float64": self.feedback} if self.feedback else {}
         if self.parameters:
@@ -305,8 +303,8 @@ def _by_difference(case: Case, exact: Run) -> tuple[float, tuple[str, ...]]:
 
 
 def _judged(check: GradientCheck, scaled: bool, young: bool) -> GradientCheck:
-    """The same with what is expected, whether it holds, and why; of Adam's first steps, a word on rounding."""
-    own, limit = _name(check.dtype), ROUNDING if check.exact else APPROXIMATION
+    """The same with whether what is expected holds, and why; of Adam's first steps, a word on rounding."""
+    own, limit = str(check.dtype).removeprefix("torch."), ROUNDING if check.exact else APPROXIMATION
     expected = "the whole gradient, but for rounding" if check.exact else f"the gradient to {APPROXIMATION:.0%}"
     if scaled:
         expected = "the direction of the gradient; its length is normalized on purpose"
@@ -320,19 +318,19 @@ def _judged(check: GradientCheck, scaled: bool, young: bool) -> GradientCheck:
         if abs(one.cosine) > 1 - 1e-6:
             turned = "it points the right way" if one.cosine > 0 else "its SIGN is wrong"
         words.append(f"In float64 {turned}, and it is {one.scale:.4g} times as long.")
-    detached = "a part of the signal is detached, or the backward of an operation is not that of its forward."
+    detached = "is detached, or the backward of an operation is not that of its forward."
     if not felt:
         words.append(
             "The labeled loss after real steps moves otherwise than autograd says of it, by "
-            f"{check.by_difference:.2g} of the gradient: {detached}"
+            f"{check.by_difference:.2g} of the gradient: a part of the signal {detached}"
         )
     if check.unreached:
         words.append(f"No gradient reaches {few(check.unreached, 3)}, although the loss depends on them.")
     if (check.inner_by_difference or 0.0) > OFF_BY_MOVE:
         words.append(
             "But inner_loss moves otherwise with the student's weights than its own gradient says, by "
-            f"{check.inner_by_difference:.2g} of it, and the student steps along that gradient: {detached} If that is "
-            "meant, all is well."
+            f"{check.inner_by_difference:.2g} of it, and the student steps along that gradient: a part {detached} If "
+            "that is meant, all is well."
         )
     of_mode, by_hand = check.rounded.relative_error if check.rounded else 0.0, check.rounded_by_hand.relative_error
     if right and felt and not scaled and of_mode >= 1e-3:
@@ -342,7 +340,7 @@ def _judged(check: GradientCheck, scaled: bool, young: bool) -> GradientCheck:
             + (f"{own} is the reason, not the mode." if by_type else f"this mode loses digits in {own}; take forward.")
         )
         words += ["An Adam of few steps divides each gradient by its own size, which leaves little of it."] * young
-    return replace(check, expected=expected, passed=right and felt, verdict=" ".join(words))
+    return replace(check, passed=right and felt, verdict=" ".join(words))
 
 
 def _judged_draws(check: GradientCheck, a: Tensor, b: Tensor, scaled: bool, allowed: float) -> GradientCheck:
@@ -366,7 +364,6 @@ def _judged_draws(check: GradientCheck, a: Tensor, b: Tensor, scaled: bool, allo
         overall=replace(check.overall, scale=scale),
         draws=n,
         standard_error=math.sqrt((n - 1) * float(cosines.var(correction=0))),
-        expected=expected,
         passed=passed,
         verdict=" ".join(words),
     )
@@ -390,7 +387,3 @@ def _whole(found: Run | Hypergradient) -> Tensor:
 
 def _flat(found: Any) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(found)])
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
