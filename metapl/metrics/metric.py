@@ -206,12 +206,12 @@ def _loss(judge: Judge, network: nn.Module, batches: Batches) -> Measured:
                     total, weight = total.double() * count, count
                 held[0] += float(total)
                 held[1] += float(weight)
-    if n and not all(weight > 0 for _, weight in sums):
+    if _some(n) and not all(weight > 0 for _, weight in sums):
         raise MetaplError(
             f"the weights that outer_loss returned beside its sums add up to {min(w for _, w in sums):g} over all "
             "batches, and nothing can be divided by that; expected examples that count."
         )
-    return Measured("loss", sum(total / weight for total, weight in sums), _some(n))
+    return Measured("loss", sum(total / weight for total, weight in sums), n)
 
 
 def _by_rows(function: Callable[[Tensor, Any], Any], judge: Judge, network: nn.Module, batches: Batches) -> Measured:

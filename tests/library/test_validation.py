@@ -599,6 +599,10 @@ def test_a_loss_without_weight_and_one_that_needs_other_batches_are_refused() ->
     nothing = {**HELD, "mask": torch.zeros_like(HELD["mask"])}
     with pytest.raises(MetaplError, match=r"weights that outer_loss returned beside its sums add up to 0 over all"):
         language_model().evaluate(nothing)
+    with pytest.raises(MetaplError, match="there are no examples to measure on"):
+        regression().evaluate((X[:0], Y[:0]))
+    with pytest.raises(MetaplError, match=r"^2 names of classes were given for the metric 'loss'; expected one for each"):
+        regression().evaluate((X, Y), classes=["low", "high"])
     one = regression(metapl.UDA(), outputs=1)
     with pytest.raises(MetaplError, match=r"^validation cannot be measured by it: unlabeled is of type NoneType"):
         one.fit([(X, Y)], [(X, X)], steps=2, validation=(X, Y))
