@@ -143,6 +143,8 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     other k, and where all other k count alike: f is negative there, at z = 0 or at a great z, or zero at both with the
     same f for :math:`y_i` (of log-probabilities). A label that says which output is meant, such as the action whose
     reward is predicted, has no part in the others; of a time to an event, the outputs before it and behind it differ.
+    Nor is it one that takes labels for numbers: between two of them, of y + 1/2, a loss of classes fails, takes it for
+    y, or for no class, so that no f is positive; but a count of 1 1/2 raises a rate that one of 1/2 lowers.
     """
     if not isinstance(batch, tuple | list) or len(batch) < 2 or outputs.ndim != 2 or outputs.shape[1] < 2:
         return False
@@ -156,9 +158,9 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     is_label = torch.nn.functional.one_hot(made, classes).bool()
     for term in judge.outer_terms():
 
-        def falls(height: float, term: Term = term) -> Tensor:
+        def falls(height: float, labels: Tensor = made, term: Term = term) -> Tensor:
             z = torch.full((count, classes), height, dtype=outputs.dtype, device=judge.device, requires_grad=True)
-            loss, _ = sum_and_weight(term(lambda _: z, inputs, (inputs, made, *others)))
+            loss, _ = sum_and_weight(term(lambda _: z, inputs, (inputs, labels, *others)))
             return -torch.autograd.grad(loss, z)[0]
 
         with suppress(Exception), torch.enable_grad(), warnings.catch_warnings():
@@ -168,13 +170,15 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
             if not counted.any() or not (is_label == (low > 0))[counted].all():
                 continue
             low, is_it = low[counted], is_label[counted]
-            if (low[~is_it] < 0).all():
-                return True
-            high = falls(HIGH)[counted]
-            if low[~is_it].any():
-                continue
-            if (high[~is_it] < 0).all() or (high == low).all():
-                return True
+            if not (low[~is_it] < 0).all():
+                high = falls(HIGH)[counted]
+                if low[~is_it].any() or not ((high[~is_it] < 0).all() or (high == low).all()):
+                    continue
+            with suppress(Exception):
+                between = falls(0.0, made + 0.5)[counted] > 0
+                if between.any() and not (between == is_it).all():
+                    continue
+            return True
     return False
 
 

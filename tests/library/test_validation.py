@@ -226,6 +226,17 @@ def poisson(z: Tensor, y: Tensor) -> Tensor:
     return F.poisson_nll_loss(z[:, 0], y.float()) + z[:, 1].square().mean()
 
 
+def zero_inflated(z: Tensor, y: Tensor) -> Tensor:
+    """A count that is 0 with the odds of the first output, and else of the rate of the second."""
+    rate, never = F.softplus(z[:, 1]), F.logsigmoid(z[:, 0])
+    count = F.logsigmoid(-z[:, 0]) - F.poisson_nll_loss(rate, y.float(), log_input=False, reduction="none", eps=0)
+    return -torch.where(y == 0, torch.logaddexp(never, count), count).mean() + z[:, 2:].square().sum()
+
+
+def compared(z: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, (y[:, None] == torch.arange(z.shape[1])).float())
+
+
 def of_one_output(z: Tensor, y: Tensor) -> Tensor:
     """A reward of 2, say, of the action that the label says."""
     return (z.gather(1, y[:, None]) - 2).square().mean()
@@ -249,6 +260,9 @@ LOSSES: dict[str, tuple[Any, str]] = {
     "one_hot": (lambda z, y: F.mse_loss(z, F.one_hot(y, z.shape[1]).float()), "accuracy"),
     "log_probabilities": (F.nll_loss, "accuracy"),
     "hinge": (hinge, "accuracy"),
+    "compared": (compared, "accuracy"),
+    "rounded": (lambda z, y: F.cross_entropy(z, y.long()), "accuracy"),
+    "zero_inflated": (zero_inflated, "loss"),
     "of_one_output": (of_one_output, "loss"),
     "robust_of_one_output": (robust_of_one_output, "loss"),
     "hazards": (hazards, "loss"),
@@ -601,7 +615,9 @@ def test_a_loss_without_weight_and_one_that_needs_other_batches_are_refused() ->
         language_model().evaluate(nothing)
     with pytest.raises(MetaplError, match="there are no examples to measure on"):
         regression().evaluate((X[:0], Y[:0]))
-    with pytest.raises(MetaplError, match=r"^2 names of classes were given for the metric 'loss'; expected one for each"):
+    with pytest.raises(
+        MetaplError, match=r"^2 names of classes were given for the metric 'loss'; expected one for each"
+    ):
         regression().evaluate((X, Y), classes=["low", "high"])
     one = regression(metapl.UDA(), outputs=1)
     with pytest.raises(MetaplError, match=r"^validation cannot be measured by it: unlabeled is of type NoneType"):
