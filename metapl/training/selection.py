@@ -154,7 +154,7 @@ class Selection:
         self.trainer, self.device, self.metric, self.select = trainer, trainer.device, metric, select
         if metric is not None and validation is None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
-        if metric is not None and metric.better is None:
+        if select and metric is not None and metric.better is None:
             raise MetaplError(
                 f"the metric {metric.name!r} was given without which of its values are better; expected mode='max', or "
                 "mode='min' of an error."
