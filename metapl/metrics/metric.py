@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import LABEL_KEYS, length, rows
+from metapl.execution.buffers import unchanged
 from metapl.execution.checks import described
 from metapl.execution.device import to_device
 from metapl.metrics.classification import Evaluation, evaluate_logits
@@ -224,7 +225,7 @@ def _by_rows(function: Callable[[Tensor, Any], Any], judge: Judge, network: nn.M
         for inputs, batch in batches:
             outputs = outputs_of(inputs)
             with _named(name):
-                value = _number(function(outputs, batch), name)
+                value = _number(_left_alone(name, network, batch, function, outputs, batch), name)
             count = _count(inputs, batch)
             total, n = total + value * count, n + count
     return Measured(name, total / _some(n), n)
@@ -238,11 +239,17 @@ def _updated(metric: Any, judge: Judge, network: nn.Module, batches: Batches) ->
         metric.reset()
         for inputs, batch in batches:
             given = outputs_of(inputs), batch if whole else _labels(batch, name)
-            metric.update(*to_device(given, getattr(metric, "device", judge.device)))
+            _left_alone(name, network, batch, metric.update, *to_device(given, getattr(metric, "device", judge.device)))
             n += _count(inputs, batch)
         value = _number(metric.compute(), name) if _some(n) else 0.0
         metric.reset()
     return Measured(name, value, n)
+
+
+def _left_alone(name: str, network: nn.Module, batch: Any, function: Callable[..., Any], *given: Any) -> Any:
+    """What a metric returns; one that writes to the network or to the batch, which the next look reads, is refused."""
+    read = {"the network": [*network.parameters(), *network.buffers()], "the batch": batch}
+    return unchanged(f"the metric {name!r}", read, function, *given)
 
 
 ACCURACY = Metric("accuracy", "max", _accuracy)

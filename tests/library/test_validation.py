@@ -540,6 +540,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bool": ({"metric": returns(torch.tensor(True))}, NUMBER.format("a tensor.* bool.*")),
     "complex": ({"metric": returns(1j)}, NUMBER.format("of type complex")),
     "dict of an object": ({"metric": Wrong({"a": 1.0})}, r"what the metric 'Wrong' returned is a dict of 1 \('a'\)"),
+    "writes to the batch": (
+        {"metric": lambda outputs, batch: batch[1].mul_(1).mean()},
+        r"^validation cannot be measured by it: the metric 'metric' changed the batch in place \(an operation such as",
+    ),
+    "object writes to the batch": (
+        {"metric": Wrong(0.0, update=lambda outputs, labels: labels.add_(0))},
+        r"the metric 'Wrong' changed the batch in place",
+    ),
     "fails": (
         {"metric": lambda outputs, batch: batch["x"]},
         r"the metric 'metric' failed \(TypeError.*f\(outputs",
@@ -594,6 +602,12 @@ def test_a_metric_that_is_none_is_refused_before_the_first_step(what: str, tmp_p
     assert trainer.steps_done == 0
     assert same(trainer.state_dict(), before)
     assert not [*tmp_path.rglob("*.jsonl")]
+
+
+def test_a_metric_that_writes_to_the_network_is_refused() -> None:
+    trainer = regression()
+    with pytest.raises(MetaplError, match="the metric 'metric' changed the network in place"):
+        trainer.evaluate((X, Y), metric=lambda outputs, batch: trainer.student.weight.mul_(0.5).sum())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
