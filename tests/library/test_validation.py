@@ -581,6 +581,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"validation": (X[:0], Y[:0])}, "at least one example"),
     "once": ({"validation": ((x, y) for x, y in [(X, Y)])}, r"of type generator, which can be read only once"),
     "shapes": ({"validation": (X, Y[:7])}, r"^validation cannot be measured by it: the loss failed on such a batch \("),
+    "NaN": ({"validation": (X * math.nan, Y)}, r"^validation cannot be measured: a batch holds NaN or infinite values"),
     "shapes of inputs": (
         {"validation": (X[:, :2], Y)},
         r"^the network failed on validation \(RuntimeError: .*such as its",
@@ -700,6 +701,7 @@ AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
     ({"labeled": (A, torch.tensor(1)), "batch_size": 2}, r"^labeled has tensors of 8, 0 rows"),
     ({"labeled": (A, [*"abcdefgh"]), "batch_size": 2}, r"^labeled holds of type str; expected numbers"),
     ({"labeled": (A / 0, B), "batch_size": 2}, r"^labeled holds NaN or infinite values"),
+    ({"labeled": [[A.tolist()] * 30]}, r"list of 30 \((list, ){19}list and 10 more\)"),
     ({"labeled": (A.to_sparse(), B), "batch_size": 2}, r"^labeled holds a sparse_coo tensor.*to_dense"),
     ({"labeled": [(A, B)], "outer": [(A, B)]}, r"^labeled= and outer= were both given"),
     ({"labeled": None}, "labeled is None; expected a source"),
