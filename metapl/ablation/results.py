@@ -91,12 +91,14 @@ class Outcome:
 
     Args:
         outer_loss: of the student on the labeled batch that comes next, in eval mode.
-        validation_loss, accuracy: on the validation data; None without them.
+        validation_loss, accuracy: of classes, on the validation data; of another problem its loss. None without them.
+        value: by another metric, where one was asked for.
     """
 
     outer_loss: tuple[float, ...]
     validation_loss: tuple[float, ...] | None = None
     accuracy: tuple[float, ...] | None = None
+    value: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,13 @@ class Trainings:
         steps: of each.
         seeds: of the order of batches, dropout and drawn labels.
         modes: by name: what they ended with, or the reason why a mode could not train.
+        metric: the name of that on the validation data; None without them.
     """
 
     steps: int
     seeds: tuple[int, ...]
     modes: dict[str, Outcome | str]
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,16 +239,21 @@ def _trainings(made: Trainings, controls: Collection[str], notes: list[str]) -> 
     seeds = f"{len(made.seeds)} seed{'s' * (len(made.seeds) > 1)}"
     title = f"trainings of {made.steps:,} steps from the same start, {seeds}: mean ± standard error"
     outcomes = {name: mode for name, mode in made.modes.items() if isinstance(mode, Outcome)}
-    validated = any(outcome.accuracy is not None for outcome in outcomes.values())
-    rows = [["mode", "outer loss", *(["val. loss", "accuracy, %", "minus none"] if validated else [])]]
-    none = outcomes.get("none", Outcome(())).accuracy
+    columns = {"val. loss": "validation_loss", "accuracy, %": "accuracy", str(made.metric): "value"}
+    columns = {head: key for head, key in columns.items() if any(getattr(end, key) for end in outcomes.values())}
+    last = list(columns.values())[-1] if columns else "outer_loss"  # whose difference from no feedback is told
+    rows = [["mode", "outer loss", *columns, *["minus none"] * bool(columns)]]
+    none = getattr(outcomes.get("none"), last, None)
+
+    def cell(key: str, values: Sequence[float], sign: str = "") -> str:
+        return _spread([100 * a for a in values], 1, sign) if key == "accuracy" else _spread(values, sign=sign)
+
     for name, mode in made.modes.items():
         row = [name, _mark(mode, notes) if isinstance(mode, str) else _spread(mode.outer_loss)]
-        if name in outcomes and outcomes[name].accuracy is not None:
-            loss, accuracy = outcomes[name].validation_loss or (), outcomes[name].accuracy or ()
-            row += [_spread(loss), _spread([100 * a for a in accuracy], 1)]
-            if none is not None and name != "none":  # the gain over no feedback, seed by seed, in points
-                row.append(_spread([100 * (a - b) for a, b in zip(accuracy, none, strict=True)], 1, sign="+"))
+        if isinstance(mode, Outcome) and columns:
+            row += [cell(key, getattr(mode, key)) for key in columns.values()]
+            if none is not None and name != "none":  # the gain over no feedback, seed by seed
+                row.append(cell(last, [a - b for a, b in zip(getattr(mode, last), none, strict=True)], "+"))
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     return "\n".join([title, _with_controls(rows, controls, {})])
 

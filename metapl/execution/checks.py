@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 
 @dataclass
@@ -91,9 +91,9 @@ def described(value: Any) -> str:
         kind = "tensor" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} tensor"
         return f"a {kind} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
     if isinstance(value, dict):
-        return f"a dict of {len(value)} ({', '.join(map(repr, value))})"
+        return f"a dict of {len(value)} ({few(map(repr, value), 20)})"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(t).__name__ for t in value)})"
+        return f"a {type(value).__name__} of {len(value)} ({few((type(t).__name__ for t in value), 20)})"
     return f"of type {type(value).__name__}"
 
 
@@ -183,14 +183,18 @@ def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches:
         if network is None:
             continue
         weight = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        index = "argument #1 'indices'" in str(error)  # of an embedding
         of_type = calls and isinstance(error, RuntimeError) and _OTHER_TYPE.search(str(error))  # calls: not in a loss
         for name, inputs in batches if of_type else ():
-            if weight is not None and (found := types(inputs)) and weight not in found:
+            found = types(inputs) - ({torch.int64, torch.int32} if index else set())
+            if weight is not None and found and (index or weight not in found):
                 given, own = (
-                    " and ".join(sorted(str(t).removeprefix("torch.") for t in ts)) for ts in (found, {weight})
+                    " and ".join(sorted(str(t).removeprefix("torch.") for t in ts))
+                    for ts in (found, {torch.int64 if index else weight})
                 )
+                what = "its embedding takes" if index else "its weights are"
                 raise MetaplError(
-                    f"the {role} cannot take {name}inputs of {given}: its weights are {own}; expected inputs of that "
+                    f"the {role} cannot take {name}inputs of {given}: {what} {own}; expected inputs of that "
                     f"type: x.to(torch.{own})."
                 ) from error
         args: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())

@@ -154,7 +154,7 @@ class Selection:
         self.trainer, self.device, self.metric, self.select = trainer, trainer.device, metric, select
         if metric is not None and validation is None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
-        if metric is not None and metric.better is None:
+        if select and metric is not None and metric.better is None:
             raise MetaplError(
                 f"the metric {metric.name!r} was given without which of its values are better; expected mode='max', or "
                 "mode='min' of an error."
@@ -189,6 +189,8 @@ class Selection:
                     raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
                 inputs, batch = first
                 dense(batch, f"{name} holds")
+                with _told(f"{name} cannot be measured: "):
+                    checks.finite_on_host(inputs)
                 labels = labels_of(batch)
                 if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
                     raise MetaplError(
