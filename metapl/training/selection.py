@@ -189,7 +189,7 @@ class Selection:
                     raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
                 inputs, batch = first
                 dense(batch, f"{name} holds")
-                with _told(f"{name} cannot be measured: "):
+                with placed(f"{name} cannot be measured: "):
                     checks.finite_on_host(inputs)
                 labels = labels_of(batch)
                 if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
