@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 from os import path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metapl import moved
 
@@ -63,12 +63,24 @@ def __dir__() -> list[str]:
     return [*__all__, *_ON_FIRST_USE, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a subpackage when it is first used, so that ``import metapl`` loads little beside torch."""
-    if name in _FUNCTIONS:
-        return getattr(import_module(_FUNCTIONS[name]), name)
-    if name in _ON_FIRST_USE:
-        return import_module(f"metapl.{name}")
-    if f"metapl.{name}" in moved.MODULES:
-        return moved.attribute(__name__, name)
-    raise AttributeError(f"module 'metapl' has no attribute {name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}")
+if TYPE_CHECKING:  # which would take __getattr__ for one that knows every name
+    from metapl import ablation as ablation
+    from metapl import data as data
+    from metapl import distributed as distributed
+    from metapl import metrics as metrics
+    from metapl import sklearn as sklearn
+    from metapl.ablation import ablate
+    from metapl.training.attribution import attribute
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import a subpackage when it is first used, so that ``import metapl`` loads little beside torch."""
+        if name in _FUNCTIONS:
+            return getattr(import_module(_FUNCTIONS[name]), name)
+        if name in _ON_FIRST_USE:
+            return import_module(f"metapl.{name}")
+        if f"metapl.{name}" in moved.MODULES:
+            return moved.attribute(__name__, name)
+        raise AttributeError(
+            f"module 'metapl' has no attribute {name!r}{did_you_mean(name, [*__all__, *_ON_FIRST_USE])}"
+        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from metapl.words import shown
@@ -42,6 +43,15 @@ def reason_of(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
     return shown(f"{first:.300}".rstrip("."))
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say where, in front of what a :class:`MetaplError` of this block says."""
+    try:
+        yield
+    except MetaplError as error:
+        raise MetaplError(f"{where}{error}") from error
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:

@@ -9,16 +9,18 @@ from NumPy's, as elsewhere in scikit-learn.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_consistent_length, check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -44,6 +46,8 @@ Array = np.ndarray[Any, Any]
 Network = Callable[[int, int], nn.Module]
 ZeroOrMore = Annotated[float, Range(0)]
 
+_DRAWING = threading.RLock()  # the default generators are those of all threads
+
 
 @dataclass(frozen=True)
 class _Rows(StepBatches[Any]):
@@ -64,7 +68,8 @@ class _Rows(StepBatches[Any]):
         found = tuple(column[rows] for column in self.columns)
         if not self.noise:
             return found if self.noise is None else found[0]
-        return found[0], found[0] + self.noise * torch.randn(found[0].shape, generator=draw).to(found[0].device)
+        noise = torch.randn(found[0].shape, generator=draw, dtype=found[0].dtype)
+        return found[0], found[0] + self.noise * noise.to(found[0].device)
 
 
 @contextmanager
@@ -76,9 +81,12 @@ def _refused(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[Non
         raise MetaplError(str(error)) from error
 
 
-def _has_label(label: object) -> bool:
-    """Whether a label is neither -1, as a number or a text, nor missing (None, NaN, pandas' NA)."""
-    return label != "-1" if isinstance(label, str) else str(label) not in ("-1", "-1.0", "None", "nan", "<NA>")
+def _has_label(label: object, partly: bool) -> bool:
+    """Whether a label is not missing (None, NaN, pandas' NA and NaT), nor, of labels of a part of the rows, -1 as a
+    number or a text."""
+    if isinstance(label, str):
+        return label != "-1" or not partly
+    return str(label) not in ("None", "nan", "<NA>", "NaT", *("-1", "-1.0") * partly)
 
 
 @dataclass(eq=False, repr=False)
@@ -96,6 +104,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
     device: str = "cpu"
     verbose: bool = False
     random_state: Any = None
+    _partly: ClassVar[bool] = False  # whether rows may have no label
 
     def predict_proba(self, X: Any) -> Array:
         """Class probabilities (n, classes) of the rows of X, in the order of ``classes_``."""
@@ -116,21 +125,42 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             rows: Array = validate_data(self, X, reset=reset, dtype=np.float64, ensure_min_samples=1 + reset)
         return rows
 
-    def _labels(self, X: Array, y: Any, *, partly: bool) -> tuple[Array, Array]:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The accuracy on the rows of X that have a label in y, so that cross-validation does without the others."""
+        predicted = self.predict(X)
+        with _refused((ValueError, TypeError)):
+            known, y = self._known(predicted, y)
+            check_consistent_length(predicted, sample_weight)
+            if not known.any():
+                raise ValueError("score() was given y without a label; expected labels of one row or more.")
+            weights = None if sample_weight is None else np.asarray(sample_weight)[known]
+            return float(accuracy_score(y, predicted[known], sample_weight=weights))
+
+    def _known(self, X: Array, y: Any, *, warn: bool = False) -> tuple[Array, Array]:
+        """Which rows have a label, and these labels."""
+        # As objects, for an array of texts would take NaN for one of them.
+        y = column_or_1d(np.array(y, object) if isinstance(y, list | tuple) else y, warn=warn)
+        check_consistent_length(X, y)
+        known = np.array([_has_label(label, self._partly) for label in y], bool)
+        if not self._partly and not known.all():
+            raise ValueError(f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row.")
+        y = y[known]
+        if y.dtype == object and not any(isinstance(label, str) for label in y):
+            y = np.array(y.tolist())  # numbers, of a column with None
+        return known, y
+
+    def _labels(self, X: Array, y: Any) -> tuple[Array, Array]:
         """Which rows have a label, and the classes of these by number; they are noted by name."""
         with _refused((ValueError, TypeError)):  # the latter of labels that cannot be compared
-            y = column_or_1d(y, warn=True)
-            check_consistent_length(X, y)
-            known = np.array([not partly or _has_label(label) for label in y])
-            y = y[known]
-            if y.dtype == object and not any(isinstance(label, str) for label in y):
-                y = np.array(y.tolist())  # numbers, of a column with None
+            known, y = self._known(X, y, warn=True)
             assert_all_finite(y, input_name="y")
             check_classification_targets(y)
             classes, codes = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             has = f"the class {few(classes)} alone" if len(classes) else "no label"
-            mend = " Of two classes -1 and 1, the first is no class here but a missing label: give 0 and 1." * partly
+            mend = (
+                " Of two classes -1 and 1, the first is no class here but a missing label: give 0 and 1." * self._partly
+            )
             raise MetaplError(f"y has {has}; expected labels of two classes or more.{mend}")
         self.classes_ = classes
         return known, codes
@@ -142,25 +172,26 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         return torch.from_numpy(x)
 
     @contextmanager
-    def _fitting(self, X: Any, y: Any, *, partly: bool) -> Iterator[tuple[Tensor, Array, Array, int]]:
+    def _fitting(self, X: Any, y: Any) -> Iterator[tuple[Tensor, Array, Array, int]]:
         """Standardized rows where the networks are trained, what :meth:`_labels` gives, and a seed, whose draws are the
         only ones in the block. Where that fails, the classifier is as it was."""
         check_fields(self)
         before = dict(vars(self))
         try:
             X = self._rows(X, reset=True)
-            known, codes = self._labels(X, y, partly=partly)
+            known, codes = self._labels(X, y)
             with _refused(), np.errstate(over="ignore", invalid="ignore"):
                 self.scaler_ = StandardScaler().fit(X)
                 assert_all_finite(self.scaler_.var_, input_name="the variance of X")
                 seed = int(check_random_state(self.random_state).randint(2**31 - 1))
             x = self._moved(self._standardized(X))
-            generators = rng_state()
-            try:
-                torch.manual_seed(seed)
-                yield x, known, codes, seed
-            finally:
-                set_rng_state(generators)
+            with _DRAWING:
+                generators = rng_state()
+                try:
+                    torch.manual_seed(seed)
+                    yield x, known, codes, seed
+                finally:
+                    set_rng_state(generators)
         except BaseException:
             self.__dict__ = before
             raise
@@ -177,7 +208,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         """A network for the rows x, with first weights of its own."""
         columns, classes, make = x.shape[1], len(self.classes_), self.network
         if make is None:
-            return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x.device)
+            return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
         found = None if isinstance(make, nn.Module) or not callable(make) else make(columns, classes)
         if not isinstance(found, nn.Module):
             given = described(make) if found is None else f"a function that returned {described(found)}"
@@ -186,7 +217,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
                 "lambda columns, classes: metapl.models.mlp([columns, 64, classes]): two networks are made by it."
             )
         try:
-            gives = f"gives outputs of shape {tuple(logits_of(found.to(x.device), [x[:2]]).shape)} for"
+            gives = f"gives outputs of shape {tuple(logits_of(found.to(x), [x[:2]]).shape)} for"
         except WRONG_INPUTS as error:
             gives = f"cannot take ({reason_of(error)})"
         if gives != f"gives outputs of shape {(2, classes)} for":
@@ -206,7 +237,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         return _Rows(columns, StepSampler(size, min(self.batch_size, size), seed), noise, weights)
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class MetaPseudoLabelsClassifier(_Classifier):
     r"""Meta Pseudo Labels for tables: a teacher labels all rows, a student learns from these labels, and the teacher
     from how the student then does on the rows with labels.
@@ -244,6 +275,7 @@ class MetaPseudoLabelsClassifier(_Classifier):
     noise: ZeroOrMore = 0.5
     feedback_weight: float = 1.0
     feedback_ratio: ZeroOrMore | None = None
+    _partly: ClassVar[bool] = True
 
     def fit(self, X: Any, y: Any) -> MetaPseudoLabelsClassifier:
         """Train on rows of which some have a label.
@@ -256,9 +288,13 @@ class MetaPseudoLabelsClassifier(_Classifier):
         Returns: this classifier.
         Raises: :class:`metapl.MetaplError`, a ``ValueError``.
         """
-        with self._fitting(X, y, partly=True) as (x, known, codes, seed):
+        with self._fitting(X, y) as (x, known, codes, seed):
             if known.all():
-                warnings.warn("every row of y has a label, of which -1 would say that there is none", stacklevel=2)
+                warnings.warn(
+                    "every row of y has a label, of which -1 would say that there is none; a VotingClassifier, or "
+                    "another that numbers the labels anew, makes a class of -1",
+                    stacklevel=2,
+                )
             teacher, student = self._built(x), self._built(x)
             trainer = BilevelTrainer(
                 teacher,
@@ -274,20 +310,8 @@ class MetaPseudoLabelsClassifier(_Classifier):
             self.network_ = student.cpu()
         return self
 
-    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """The accuracy on those rows of X that have a label in y; cross-validation so does without the others."""
-        predicted = self.predict(X)
-        with _refused():
-            y = column_or_1d(y)
-            check_consistent_length(predicted, y, sample_weight)
-        known = np.array([_has_label(label) for label in y], bool)
-        if not known.any():
-            raise MetaplError("score() was given y without a label; expected labels of one row or more.")
-        weights = None if sample_weight is None else np.asarray(sample_weight)[known]
-        return float(np.average(predicted[known] == y[known], weights=weights))
 
-
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class MetaReweightedClassifier(_Classifier):
     r"""Learning from labels of which some are wrong: each row has a weight, which is learned from rows to be trusted.
 
@@ -333,9 +357,9 @@ class MetaReweightedClassifier(_Classifier):
         Returns: this classifier.
         Raises: :class:`metapl.MetaplError`, a ``ValueError``.
         """
-        with self._fitting(X, y, partly=False) as (x, _, codes, seed):
+        with self._fitting(X, y) as (x, _, codes, seed):
             mask = self._drawn(codes, seed) if trusted is None else self._trusted(trusted, codes)
-            clean = torch.from_numpy(mask)
+            clean = torch.tensor(mask)
             labels, rest = torch.from_numpy(codes).to(x.device), ~clean
             table, student = Table(torch.zeros(int(rest.sum()), device=x.device)), self._built(x)
             trainer = BilevelTrainer(
@@ -366,8 +390,9 @@ class MetaReweightedClassifier(_Classifier):
         with _refused():
             mask = np.asarray(trusted)
         if mask.shape != codes.shape or mask.dtype != bool or mask.all():
+            every = ", all True" if mask.dtype == bool and mask.all() else ""
             raise MetaplError(
-                f"trusted= has the shape {mask.shape} and the type {mask.dtype}{', all True' * bool(mask.all())}; "
+                f"trusted= has the shape {mask.shape} and the type {mask.dtype}{every}; "
                 f"expected {len(codes)} truth values, one for each row of X, some of them False."
             )
         missing = np.setdiff1d(np.arange(len(self.classes_)), codes[mask])
@@ -384,4 +409,9 @@ class MetaReweightedClassifier(_Classifier):
         for code in np.unique(codes):
             rows = order[codes[order] == code]
             mask[rows[: max(1, round(self.trusted_fraction * len(rows)))]] = True
+        if mask.all():
+            raise MetaplError(
+                f"trusted_fraction={self.trusted_fraction} takes all {len(codes)} rows for trusted, one of each class "
+                "or more; expected some to be weighed: fewer classes, more rows, a smaller fraction, or trusted=."
+            )
         return mask

@@ -10,7 +10,7 @@ Three problems of the seen half, with 2,000 unlabeled pictures each. Tuning runs
 core, final runs seeds 1 to 3. The steps of a run are those that its minutes have room for by the costs in the raw file:
 all configurations were measured in turn, so that a busy machine favors none. Runs that are there are not repeated. A
 method's configuration is the one with the best mean over the problems of what it delivers. The arm without feedback has
-the settings of the one with feedback, and is not tuned by itself.
+the settings of the one with feedback, and is not tuned by itself. UDA is also run as it is: the default of the command.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ CONFIGURATIONS: dict[str, dict[str, Row]] = {
         "ratio 0.3, from nine tenths, threshold 0.7": HEARD | {"wait": 0.9, "uda_threshold": 0.7},
     },
 }
+
+ARMS = [(method, label) for method, labels in CONFIGURATIONS.items() for label in labels]
+AS_IT_IS = ARMS[0]
 
 
 def problem(name: str) -> Problem:
@@ -163,6 +166,10 @@ def chosen(rows: list[Row], method: str) -> str:
     return max(reached, key=lambda label: statistics.fmean(reached[label]))
 
 
+def final_arms(rows: list[Row]) -> list[tuple[str, str]]:
+    return [AS_IT_IS, *((method, chosen(rows, method)) for method in ("uda", "mpl", "none"))]
+
+
 def accuracy(row: Row) -> float:
     """Test accuracy of the network that the run delivers, in %."""
     return 100 * float(row[f"{row['delivered']}_test_accuracy"])
@@ -173,11 +180,10 @@ def missing(rows: list[Row], minutes: float | None) -> Iterator[tuple[str, str, 
     there = {(r["problem"], r["method"], r["configuration"], r["seed"], r["minutes"]) for r in rows if "problem" in r}
     for seed in SEEDS if minutes else (TUNING_SEED,):
         for name in PROBLEMS:
-            for method in ("uda", "mpl", "none") if minutes else CONFIGURATIONS:
-                for label in [chosen(rows, method)] if minutes else CONFIGURATIONS[method]:
-                    asked = name, method, label, seed, minutes or TUNING_MINUTES
-                    if asked not in there:
-                        yield asked
+            for method, label in final_arms(rows) if minutes else ARMS:
+                asked = name, method, label, seed, minutes or TUNING_MINUTES
+                if asked not in there:
+                    yield asked
 
 
 def table(rows: list[Row]) -> str:
@@ -195,15 +201,18 @@ def table(rows: list[Row]) -> str:
                 lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
     if not runs_in(rows, SEEDS):
         return "\n".join(lines)
-    lines += ["", "| minutes | seeds | method | " + " | ".join(PROBLEMS) + " | mean |", "|---:|---:|---|" + "---:|" * 4]
+    lines += ["", "| minutes | seeds | method | configuration | " + " | ".join(PROBLEMS) + " | mean |"]
+    lines += ["|---:|---:|---|---|" + "---:|" * 4]
     for minutes in sorted({row["minutes"] for row in runs_in(rows, SEEDS)}):
         of_seeds = {seed: [row for row in runs_in(rows, (seed,)) if row["minutes"] == minutes] for seed in SEEDS}
-        whole = [row for mine in of_seeds.values() if len(mine) == 3 * len(PROBLEMS) for row in mine]
-        for method in ("uda", "mpl", "none") if whole else ():
-            final = [row for row in whole if row["method"] == method]
+        for method, label in final_arms(rows):
+            of_seed = ([row for row in mine if _is(row, method, label)] for mine in of_seeds.values())
+            final = [row for mine in of_seed if len(mine) == len(PROBLEMS) for row in mine]
             found = [[accuracy(row) for row in final if row["problem"] == name] for name in PROBLEMS]
-            cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
-            lines.append(f"| {minutes:g} | {len(found[0])} | {TITLES[method]} | " + " | ".join(cells) + " |")
+            if final:
+                cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
+                which = f"{minutes:g} | {len(found[0])} | {TITLES[method]} | {label}"
+                lines.append(f"| {which} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import statistics
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from typing import Any
 
 from metapl.feedback import MODES, Estimator, Implicit, estimator
@@ -90,12 +91,14 @@ class Outcome:
 
     Args:
         outer_loss: of the student on the labeled batch that comes next, in eval mode.
-        validation_loss, accuracy: on the validation data; None without them.
+        validation_loss, accuracy: of classes, on the validation data; of another problem its loss. None without them.
+        value: by another metric, where one was asked for.
     """
 
     outer_loss: tuple[float, ...]
     validation_loss: tuple[float, ...] | None = None
     accuracy: tuple[float, ...] | None = None
+    value: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,13 @@ class Trainings:
         steps: of each.
         seeds: of the order of batches, dropout and drawn labels.
         modes: by name: what they ended with, or the reason why a mode could not train.
+        metric: the name of that on the validation data; None without them.
     """
 
     steps: int
     seeds: tuple[int, ...]
     modes: dict[str, Outcome | str]
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,8 @@ def _modes(found: Ablation, notes: list[str]) -> str:
     every = {**found.modes, **found.altered}
     ran = {name: mode for name, mode in every.items() if isinstance(mode, ModeCost)}
     seconds, peaks = ([getattr(mode, key) for mode in ran.values()] for key in ("seconds", "peak_bytes"))
-    time_unit, time = _unit(seconds, {"s": 1.0, "ms": 1e-3})
-    peak_unit, peak = _unit(peaks, {"GB": 1e9, "MB": 1e6, "KB": 1e3})
+    time_unit, time = _unit(max(seconds, default=0.0), SECONDS)
+    peak_unit, peak = _unit(max(peaks, default=0.0), BYTES)
     rows = [["mode", "cosine", "rel. error", "noise", "passes", f"time, {time_unit}", f"peak, {peak_unit}"]]
     for name in every:
         rows.append([name, *[""] * 6])
@@ -234,16 +239,21 @@ def _trainings(made: Trainings, controls: Collection[str], notes: list[str]) -> 
     seeds = f"{len(made.seeds)} seed{'s' * (len(made.seeds) > 1)}"
     title = f"trainings of {made.steps:,} steps from the same start, {seeds}: mean ± standard error"
     outcomes = {name: mode for name, mode in made.modes.items() if isinstance(mode, Outcome)}
-    validated = any(outcome.accuracy is not None for outcome in outcomes.values())
-    rows = [["mode", "outer loss", *(["val. loss", "accuracy, %", "minus none"] if validated else [])]]
-    none = outcomes.get("none", Outcome(())).accuracy
+    columns = {"val. loss": "validation_loss", "accuracy, %": "accuracy", str(made.metric): "value"}
+    columns = {head: key for head, key in columns.items() if any(getattr(end, key) for end in outcomes.values())}
+    last = list(columns.values())[-1] if columns else "outer_loss"  # whose difference from no feedback is told
+    rows = [["mode", "outer loss", *columns, *["minus none"] * bool(columns)]]
+    none = getattr(outcomes.get("none"), last, None)
+
+    def cell(key: str, values: Sequence[float], sign: str = "") -> str:
+        return _spread([100 * a for a in values], 1, sign) if key == "accuracy" else _spread(values, sign=sign)
+
     for name, mode in made.modes.items():
         row = [name, _mark(mode, notes) if isinstance(mode, str) else _spread(mode.outer_loss)]
-        if name in outcomes and outcomes[name].accuracy is not None:
-            loss, accuracy = outcomes[name].validation_loss or (), outcomes[name].accuracy or ()
-            row += [_spread(loss), _spread([100 * a for a in accuracy], 1)]
-            if none is not None and name != "none":  # the gain over no feedback, seed by seed, in points
-                row.append(_spread([100 * (a - b) for a, b in zip(accuracy, none, strict=True)], 1, sign="+"))
+        if isinstance(mode, Outcome) and columns:
+            row += [cell(key, getattr(mode, key)) for key in columns.values()]
+            if none is not None and name != "none":  # the gain over no feedback, seed by seed
+                row.append(cell(last, [a - b for a, b in zip(getattr(mode, last), none, strict=True)], "+"))
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     return "\n".join([title, _with_controls(rows, controls, {})])
 
@@ -265,11 +275,6 @@ def _short(value: float) -> str:
     if abs(value) < 1e-3 or abs(value) >= 1e4:
         return f"{value:.0e}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
-
-
-def _unit(values: Sequence[float], units: Mapping[str, float]) -> tuple[str, float]:
-    greatest = max(values, default=0.0)
-    return next(((name, one) for name, one in units.items() if greatest >= one), list(units.items())[-1])
 
 
 # ------------------------------------------------------------------------------------------------- what to take
@@ -371,18 +376,21 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def duration(seconds: float) -> str:
-    """
-    >>> duration(0.00247), duration(0.74), duration(12.3)
-    ('2.47 ms', '740 ms', '12.3 s')
-    """
-    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+SECONDS, BYTES = {"s": 1.0, "ms": 1e-3}, {"GB": 1e9, "MB": 1e6, "KB": 1e3}
 
 
-def size(count: float) -> str:
+def _unit(value: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """The first of these units, which begin with the greatest, that a value reaches in three digits; or the last."""
+    return next(((name, one) for name, one in units.items() if value >= 0.9995 * one), list(units.items())[-1])
+
+
+def in_units(value: float, units: Mapping[str, float]) -> str:
     """
-    >>> size(184_320), size(264_000_000), size(2_640_000_000)
-    ('184 KB', '264 MB', '2.64 GB')
+    >>> in_units(0.00247, SECONDS), in_units(12.3, SECONDS), in_units(264_000_000, BYTES)
+    ('2.47 ms', '12.3 s', '264 MB')
     """
-    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB")) if count >= 0.9995 * one[0]), (1e3, "KB"))
-    return f"{count / unit:.3g} {name}"
+    name, one = _unit(value, units)
+    return f"{value / one:.3g} {name}"
+
+
+duration, size = partial(in_units, units=SECONDS), partial(in_units, units=BYTES)

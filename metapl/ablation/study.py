@@ -29,9 +29,9 @@ from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import MODES, Altered, Estimator, Lookahead, Mode, estimator
 from metapl.feedback.inner_step import read_batch
-from metapl.metrics import evaluate_logits, predict_logits
-from metapl.metrics.metric import ACCURACY
-from metapl.metrics.predictions import batches_of, eval_mode
+from metapl.metrics import Evaluation
+from metapl.metrics.metric import metric_of
+from metapl.metrics.predictions import eval_mode
 from metapl.problems.base import sum_and_weight
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments, misfit
 from metapl.training.progress import counting
@@ -59,6 +59,7 @@ def ablate(
     train_steps: AtLeastZero = 0,
     train_seeds: Sequence[int] = (0, 1, 2, 3, 4),
     validation: Any = None,
+    metric: Any = None,
     progress: bool = False,
 ) -> Ablation:
     r"""Compare the modes on a model: their gradients with the exact one, and what they cost.
@@ -85,7 +86,7 @@ def ablate(
             sizes of the unlabeled batch, at the last point.
         train_steps: steps of short trainings by each mode, and by altered feedback, from the trainer's state; 0: none.
         train_seeds: of the short trainings: of drawn labels, dropout and the order of batches.
-        validation: (inputs, labels) or an iterable of such batches, on which short trainings are measured.
+        validation, metric: on which short trainings are measured, and by what, as for ``trainer.evaluate``.
         progress: show on a terminal how far it is.
 
     Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left as they were.
@@ -121,8 +122,8 @@ def ablate(
                     f"{name} is an iterator ({type(source).__name__}), which can be read once, and short trainings by "
                     "each mode read it again; expected a DataLoader, a list of batches, or metapl.data's step batches."
                 )
-    if validation is not None:
-        Selection(trainer, validation, metric=ACCURACY).check()
+    selection = Selection(trainer, validation, metric=metric_of(metric), select=False)
+    selection.check()
     estimates, points = _by_name(modes), tuple(sorted({0, steps // 2, steps}))
 
     distances: dict[str, list[Distance]] = {}
@@ -168,8 +169,9 @@ def ablate(
                 sweep = sweeps(point, [mode for mode in running() if not isinstance(mode, Altered)], draws, done)
         if train_steps:
             with _counted("trainings", progress, len(running()) * len(seeds)) as done:
-                given = {"steps": train_steps, "seeds": seeds, "validation": validation, "done": done}
-                trainings = _trainings(trainer, start, running(), labeled, unlabeled, **given)
+                given = {"steps": train_steps, "seeds": seeds, "validation": validation, "metric": metric, "done": done}
+                ends = _trainings(trainer, start, running(), labeled, unlabeled, **given)
+                trainings = Trainings(train_steps, tuple(seeds), ends, getattr(selection.metric, "name", None))
 
     compared: dict[str, ModeCost | str] = {}
     changed: dict[str, ModeCost | str] = {}
@@ -257,8 +259,9 @@ def _trainings(
     steps: int,
     seeds: Sequence[int],
     validation: Any,
+    metric: Any,
     done: Callable[[], None],
-) -> Trainings:
+) -> dict[str, Outcome | str]:
     """Train by each mode for a few steps at the optimizers' present rates, without selection or averaging.
 
     The seed is that of everything drawn: labels, dropout, and the order of batches. Sources with numbered batches
@@ -266,7 +269,7 @@ def _trainings(
     see the same. Every training begins in the state ``start``; the caller puts the trainer back.
     """
 
-    def ended(mode: Estimator, seed: int) -> tuple[float, ...]:
+    def ended(mode: Estimator, seed: int) -> dict[str, float]:
         trained = sibling(trainer, mode=replace(mode, seed=seed) if isinstance(mode, Altered) else mode)
         own = {"mode": trained.mode.name, "mode_state": trained.mode.init(), "generator": None}
         trained.load_state_dict({**start, **own})
@@ -280,10 +283,14 @@ def _trainings(
             else:
                 outer = outer_loss_of(trained, x_l)
         if validation is None:
-            return (outer,)
+            return {"outer_loss": outer}
         with replayed(RandomState.now(trained.device)):
-            found = evaluate_logits(*predict_logits(trained.student, batches_of(validation, trained.device)))
-        return outer, found.negative_log_likelihood, found.accuracy
+            found = trained.evaluate(validation, metric=metric)
+        if isinstance(found, Evaluation):
+            measured = {"validation_loss": found.negative_log_likelihood, "accuracy": found.accuracy}
+        else:
+            measured = {"validation_loss" if found.metric == "loss" else "value": found.value}
+        return {"outer_loss": outer} | measured
 
     found: dict[str, Outcome | str] = {}
     for mode in modes:
@@ -296,8 +303,8 @@ def _trainings(
         except CannotRun as error:
             found[mode.name] = str(error)
         else:
-            found[mode.name] = Outcome(*zip(*ends, strict=True))
-    return Trainings(steps, tuple(seeds), found)
+            found[mode.name] = Outcome(**{name: tuple(end[name] for end in ends) for name in ends[0]})
+    return found
 
 
 def outer_loss_of(trainer: BilevelTrainer, labeled: Any) -> float:

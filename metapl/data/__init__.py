@@ -1,6 +1,6 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metapl import moved
 from metapl.data.feed import Feed, WithoutLabels, feed, without_labels
@@ -21,5 +21,7 @@ __all__ = [
 __dir__ = __all__.copy
 
 
-def __getattr__(name: str) -> Any:
-    return moved.attribute(__name__, name)
+if not TYPE_CHECKING:  # to whom these names are gone
+
+    def __getattr__(name: str) -> Any:
+        return moved.attribute(__name__, name)

@@ -141,7 +141,7 @@ def unchanged(who: str, given: Mapping[str, Any], function: Callable[..., Any], 
 def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
     return MetaplError(
         f"{who} changed {' and '.join(changed)} in place (an operation such as x.mul_(), x[0] = 0 or x += 1 on what it "
-        "is given), and other passes read the same tensors, so the gradients would be wrong; expected them unchanged: "
+        "is given), and other passes read the same tensors and would be wrong; expected them unchanged: "
         "write x = x * 2 for x.mul_(2), or begin with x = x.clone(). A batch that was given keeps the changed values."
     )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 
 @dataclass
@@ -91,9 +91,9 @@ def described(value: Any) -> str:
         kind = "tensor" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} tensor"
         return f"a {kind} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, on {value.device}"
     if isinstance(value, dict):
-        return f"a dict of {len(value)} ({', '.join(map(repr, value))})"
+        return f"a dict of {len(value)} ({few(map(repr, value), 20)})"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(type(t).__name__ for t in value)})"
+        return f"a {type(value).__name__} of {len(value)} ({few((type(t).__name__ for t in value), 20)})"
     return f"of type {type(value).__name__}"
 
 
@@ -106,7 +106,7 @@ def batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device) -> Non
 def batch(name: str, batch: Any, device: torch.device) -> None:
     """Refuse one of the :func:`batches`, by its name."""
     lengths = []
-    for t in _leaves(batch):
+    for t in leaves_of(batch):
         if isinstance(t, np.ndarray):
             raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
         if not isinstance(t, Tensor):
@@ -148,31 +148,31 @@ _WRONG: tuple[tuple[Callable[[Tensor, torch.device], bool], str], ...] = (
 )
 
 
-def _leaves(tree: Any) -> Iterable[Any]:
-    """As pytree finds them, several times as fast for the usual batches."""
+def leaves_of(tree: Any) -> Iterable[Any]:
+    """The leaves of a tree as pytree finds them, several times as fast for the usual batches."""
     if isinstance(tree, Tensor):
         return (tree,)
     if type(tree) in (tuple, list, dict):
-        return [leaf for part in (tree.values() if type(tree) is dict else tree) for leaf in _leaves(part)]
+        return [leaf for part in (tree.values() if type(tree) is dict else tree) for leaf in leaves_of(part)]
     return pytree.tree_leaves(tree)
 
 
 def dense(batch: Any, which: str) -> None:
     """Refuse sparse tensors, where rows are taken or values compared; ``which`` begins the sentence."""
-    for t in _leaves(batch):
+    for t in leaves_of(batch):
         if isinstance(t, Tensor) and t.layout not in (torch.strided, torch.jagged):
             raise MetaplError(f"{which} {described(t)}; expected dense tensors: x.to_dense().")
 
 
 def finite_on_host(batch: Any) -> None:
     """Refuse a batch on the host with NaN or infinite values; tensors on an accelerator are not checked."""
-    for t in pytree.tree_leaves(batch):
+    for t in leaves_of(batch):
         if isinstance(t, Tensor) and t.is_floating_point() and not waits(t) and not _finite(t):
             raise MetaplError("a batch holds NaN or infinite values; clean the inputs first.")
 
 
 def types(inputs: Any) -> set[torch.dtype]:
-    return {t.dtype for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
+    return {t.dtype for t in leaves_of(inputs) if isinstance(t, Tensor)}
 
 
 _OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
@@ -188,14 +188,18 @@ def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches:
         if network is None:
             continue
         weight = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+        index = "argument #1 'indices'" in str(error)  # of an embedding
         of_type = calls and isinstance(error, RuntimeError) and _OTHER_TYPE.search(str(error))  # calls: not in a loss
         for name, inputs in batches if of_type else ():
-            if weight is not None and (found := types(inputs)) and weight not in found:
+            found = types(inputs) - ({torch.int64, torch.int32} if index else set())
+            if weight is not None and found and (index or weight not in found):
                 given, own = (
-                    " and ".join(sorted(str(t).removeprefix("torch.") for t in ts)) for ts in (found, {weight})
+                    " and ".join(sorted(str(t).removeprefix("torch.") for t in ts))
+                    for ts in (found, {torch.int64 if index else weight})
                 )
+                what = "its embedding takes" if index else "its weights are"
                 raise MetaplError(
-                    f"the {role} cannot take {name}inputs of {given}: its weights are {own}; expected inputs of that "
+                    f"the {role} cannot take {name}inputs of {given}: {what} {own}; expected inputs of that "
                     f"type: x.to(torch.{own})."
                 ) from error
         args: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())

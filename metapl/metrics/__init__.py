@@ -1,6 +1,6 @@
 """How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metapl import moved
 from metapl.metrics.classification import Evaluation, evaluate_logits
@@ -24,5 +24,7 @@ __all__ = [
 __dir__ = __all__.copy
 
 
-def __getattr__(name: str) -> Any:
-    return moved.attribute(__name__, name)
+if not TYPE_CHECKING:  # to whom these names are gone
+
+    def __getattr__(name: str) -> Any:
+        return moved.attribute(__name__, name)

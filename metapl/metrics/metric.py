@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import LABEL_KEYS, length, rows
+from metapl.execution.buffers import unchanged
 from metapl.execution.checks import described
 from metapl.execution.device import to_device
 from metapl.metrics.classification import Evaluation, evaluate_logits
@@ -143,6 +144,8 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     other k, and where all other k count alike: f is negative there, at z = 0 or at a great z, or zero at both with the
     same f for :math:`y_i` (of log-probabilities). A label that says which output is meant, such as the action whose
     reward is predicted, has no part in the others; of a time to an event, the outputs before it and behind it differ.
+    Nor is it one that takes labels for numbers: between two of them, of y + 1/2, a loss of classes fails, takes it for
+    y, or for no class, so that no f is positive; but a count of 1 1/2 raises a rate that one of 1/2 lowers.
     """
     if not isinstance(batch, tuple | list) or len(batch) < 2 or outputs.ndim != 2 or outputs.shape[1] < 2:
         return False
@@ -156,9 +159,9 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
     is_label = torch.nn.functional.one_hot(made, classes).bool()
     for term in judge.outer_terms():
 
-        def falls(height: float, term: Term = term) -> Tensor:
+        def falls(height: float, labels: Tensor = made, term: Term = term) -> Tensor:
             z = torch.full((count, classes), height, dtype=outputs.dtype, device=judge.device, requires_grad=True)
-            loss, _ = sum_and_weight(term(lambda _: z, inputs, (inputs, made, *others)))
+            loss, _ = sum_and_weight(term(lambda _: z, inputs, (inputs, labels, *others)))
             return -torch.autograd.grad(loss, z)[0]
 
         with suppress(Exception), torch.enable_grad(), warnings.catch_warnings():
@@ -168,13 +171,15 @@ def of_classes(judge: Judge, batch: Any, outputs: Tensor) -> bool:
             if not counted.any() or not (is_label == (low > 0))[counted].all():
                 continue
             low, is_it = low[counted], is_label[counted]
-            if (low[~is_it] < 0).all():
-                return True
-            high = falls(HIGH)[counted]
-            if low[~is_it].any():
-                continue
-            if (high[~is_it] < 0).all() or (high == low).all():
-                return True
+            if not (low[~is_it] < 0).all():
+                high = falls(HIGH)[counted]
+                if low[~is_it].any() or not ((high[~is_it] < 0).all() or (high == low).all()):
+                    continue
+            with suppress(Exception):
+                between = falls(0.0, made + 0.5)[counted] > 0
+                if between.any() and not (between == is_it).all():
+                    continue
+            return True
     return False
 
 
@@ -206,12 +211,12 @@ def _loss(judge: Judge, network: nn.Module, batches: Batches) -> Measured:
                     total, weight = total.double() * count, count
                 held[0] += float(total)
                 held[1] += float(weight)
-    if n and not all(weight > 0 for _, weight in sums):
+    if _some(n) and not all(weight > 0 for _, weight in sums):
         raise MetaplError(
             f"the weights that outer_loss returned beside its sums add up to {min(w for _, w in sums):g} over all "
             "batches, and nothing can be divided by that; expected examples that count."
         )
-    return Measured("loss", sum(total / weight for total, weight in sums), _some(n))
+    return Measured("loss", sum(total / weight for total, weight in sums), n)
 
 
 def _by_rows(function: Callable[[Tensor, Any], Any], judge: Judge, network: nn.Module, batches: Batches) -> Measured:
@@ -220,7 +225,7 @@ def _by_rows(function: Callable[[Tensor, Any], Any], judge: Judge, network: nn.M
         for inputs, batch in batches:
             outputs = outputs_of(inputs)
             with _named(name):
-                value = _number(function(outputs, batch), name)
+                value = _number(_left_alone(name, network, batch, function, outputs, batch), name)
             count = _count(inputs, batch)
             total, n = total + value * count, n + count
     return Measured(name, total / _some(n), n)
@@ -234,11 +239,17 @@ def _updated(metric: Any, judge: Judge, network: nn.Module, batches: Batches) ->
         metric.reset()
         for inputs, batch in batches:
             given = outputs_of(inputs), batch if whole else _labels(batch, name)
-            metric.update(*to_device(given, getattr(metric, "device", judge.device)))
+            _left_alone(name, network, batch, metric.update, *to_device(given, getattr(metric, "device", judge.device)))
             n += _count(inputs, batch)
         value = _number(metric.compute(), name) if _some(n) else 0.0
         metric.reset()
     return Measured(name, value, n)
+
+
+def _left_alone(name: str, network: nn.Module, batch: Any, function: Callable[..., Any], *given: Any) -> Any:
+    """What a metric returns; one that writes to the network or to the batch, which the next look reads, is refused."""
+    read = {"the network": [*network.parameters(), *network.buffers()], "the batch": batch}
+    return unchanged(f"the metric {name!r}", read, function, *given)
 
 
 ACCURACY = Metric("accuracy", "max", _accuracy)

@@ -1,6 +1,6 @@
 """Networks for teachers and students."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metapl import moved
 from metapl.models.networks import (
@@ -29,5 +29,7 @@ __all__ = [
 __dir__ = __all__.copy
 
 
-def __getattr__(name: str) -> Any:
-    return moved.attribute(__name__, name)
+if not TYPE_CHECKING:  # to whom these names are gone
+
+    def __getattr__(name: str) -> Any:
+        return moved.attribute(__name__, name)

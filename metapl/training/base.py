@@ -152,7 +152,13 @@ class Trainer(Stepwise):
             return run.run(labeled, unlabeled, resume, batch_size)
 
     @overload
-    def evaluate(self, data: Any, *, classes: list[str] | None = None) -> Evaluation: ...
+    def evaluate(self, data: Any, *, classes: list[str], metric: Literal["accuracy"] | None = None) -> Evaluation: ...
+
+    @overload
+    def evaluate(self, data: Any, *, metric: Literal["accuracy"]) -> Evaluation: ...
+
+    @overload
+    def evaluate(self, data: Any, *, metric: None = None) -> Evaluation | Measured: ...
 
     @overload
     def evaluate(self, data: Any, *, metric: Any) -> Measured: ...
@@ -168,7 +174,8 @@ class Trainer(Stepwise):
 
         Returns: for classes an :class:`metapl.metrics.Evaluation`: accuracy, per class, confusion matrix and
         calibration; for any other problem or metric a :class:`metapl.metrics.Measured`. Both have ``metric``, its name,
-        its ``value``, and ``n``, the number of examples.
+        its ``value``, and ``n``, the number of examples. A type checker takes it for the first where ``classes`` or
+        ``metric="accuracy"`` is given.
 
         >>> import metapl
         >>> model = torch.nn.Linear(4, 1)
@@ -191,8 +198,12 @@ class Trainer(Stepwise):
         if classes is None:
             return found
         if not isinstance(found, Evaluation) or len(classes) != len(found.confusion):
-            width = len(found.confusion) if isinstance(found, Evaluation) else "no"
-            raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
+            width = (
+                f"{len(found.confusion)} logits" if isinstance(found, Evaluation) else f"the metric {found.metric!r}"
+            )
+            raise MetaplError(
+                f"{len(classes)} names of classes were given for {width}; expected one for each class of an accuracy."
+            )
         return replace(found, classes=tuple(classes))
 
     def read_input(self, batch: Any) -> Any:

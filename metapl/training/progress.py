@@ -96,19 +96,12 @@ def examples_in(batch: Any) -> int:
 def counting(what: str, shown: bool, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Give a function that takes how many are done, and shows it on one line of the terminal while the block lasts;
     nothing where ``shown`` is False or standard error is no terminal."""
-    shown = shown and sys.stderr.isatty()
-    last, width = time.monotonic(), 0
+    if not shown or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from tqdm import tqdm
 
-    def update(done: int) -> None:
-        nonlocal last, width
-        if not shown or time.monotonic() - last < EVERY:
-            return
-        text = f"{what}: {done:,}" + ("" if total is None else f" of {total:,}")
-        print(f"\r{text:<{width}}", end="", file=sys.stderr, flush=True)
-        last, width = time.monotonic(), max(width, len(text))
-
-    try:
-        yield update
-    finally:
-        if width:
-            print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
+    often: dict[str, float] = {"delay": EVERY, "mininterval": EVERY, "miniters": 1}
+    text = "{desc}: {n:,}" + ("" if total is None else f" of {total:,}")
+    with tqdm(total=total, desc=what, bar_format=text, leave=False, file=sys.stderr, **often) as bar:
+        yield lambda done: bar.update(done - bar.n)

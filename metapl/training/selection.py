@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, placed, reason_of
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.checks import dense, described
@@ -154,7 +154,7 @@ class Selection:
         self.trainer, self.device, self.metric, self.select = trainer, trainer.device, metric, select
         if metric is not None and validation is None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
-        if metric is not None and metric.better is None:
+        if select and metric is not None and metric.better is None:
             raise MetaplError(
                 f"the metric {metric.name!r} was given without which of its values are better; expected mode='max', or "
                 "mode='min' of an error."
@@ -189,6 +189,8 @@ class Selection:
                     raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
                 inputs, batch = first
                 dense(batch, f"{name} holds")
+                with placed(f"{name} cannot be measured: "):
+                    checks.finite_on_host(inputs)
                 labels = labels_of(batch)
                 if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
                     raise MetaplError(
@@ -205,7 +207,7 @@ class Selection:
                 if metric is ACCURACY:
                     _check_classes(inputs, labels, outputs, name)
                 else:
-                    with _told(f"{name} cannot be measured by it: "):
+                    with placed(f"{name} cannot be measured by it: "):
                         metric.over(self.trainer, network, [first])
                 self.metric = self.metric or metric
 
@@ -294,11 +296,3 @@ def _check_classes(inputs: Any, labels: Any, outputs: Tensor, name: str) -> None
         )
     checks.class_outputs(outputs, "network")
     check_labels(labels, outputs.shape[1], f" of {name}")
-
-
-@contextmanager
-def _told(where: str) -> Iterator[None]:
-    try:
-        yield
-    except MetaplError as error:
-        raise MetaplError(f"{where}{error}") from error

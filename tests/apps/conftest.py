@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 from blank import DRAWN, canvas, leave_pages_blank
+from tiny_runs import digit, run, tiny
 
 from metapl.apps.export import network
 from metapl.apps.export.network import ONNX, PROGRAM
 from metapl.apps.reports.canvas import STYLE
+
+__all__ = ["digit", "run", "tiny"]  # fixtures
 
 collect_ignore = ["warm.py"]  # which works when it is imported, for whom processes are forked from
 

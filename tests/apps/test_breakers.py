@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command import refused, rows, said
-from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
+from tiny_runs import TINY
 
 from metapl.apps import commands as cli
 from metapl.apps.experiments.folder import RunFolder
@@ -22,11 +22,7 @@ HUGE = "1" + 400 * "0"
 
 @pytest.mark.parametrize("target", ["..", "."])
 def test_a_link_that_leads_back_gives_each_picture_once(
-    target: str,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    target: str, tiny: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inside = tmp_path / "lp" / "s"
     inside.mkdir(parents=True)
@@ -118,12 +114,7 @@ def changed(folder: Path, text: str) -> None:
         ('"validation_size": -1', "validation_size is -1; expected a whole number of 0 or more"),
     ],
 )
-def test_a_result_that_was_edited(
-    text: str,
-    words: str,
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_result_that_was_edited(text: str, words: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed(run, text)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     said_of_it = refused(capsys, "finetune", run)
@@ -159,11 +150,7 @@ def test_a_library_that_memory_does_not_suffice_for(
 @pytest.mark.parametrize("name", ["recipe.json", "result.json"])
 @pytest.mark.parametrize("command", ["evaluate", "predict", "train"])
 def test_a_description_of_another_seed_under_the_same_name(
-    command: str,
-    name: str,
-    run: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    command: str, name: str, run: Path, digit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = (run / name).read_text()
     assert content.count('"seed": 0') == 1
@@ -173,11 +160,7 @@ def test_a_description_of_another_seed_under_the_same_name(
     assert "recipe.json is damaged or was edited" in text or "result.json is damaged or of another" in text
 
 
-def test_a_field_of_the_recipe_that_was_edited(
-    run: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_field_of_the_recipe_that_was_edited(run: Path, digit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of every field, for some decide what a picture is to the network, and no later comparison sees them."""
     content = json.loads((run / "recipe.json").read_text())
     for name, value in content["recipe"]["fields"].items():
@@ -192,9 +175,7 @@ SEALED = ("student.safetensors", "teacher.safetensors", "pictures.safetensors", 
 
 @pytest.mark.parametrize("name", SEALED)
 def test_a_finished_run_with_other_files_is_not_said_to_be_finished(
-    name: str,
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    name: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They may be missing, as they take room."""
     content = bytearray((run / name).read_bytes())

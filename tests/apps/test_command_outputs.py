@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from command import refused, said
 from PIL import Image
-from tiny_runs import digit, tiny  # noqa: F401 - fixtures
 
 from metapl import MetaplError
 from metapl.apps.commands.compare import write_comparison
@@ -86,12 +85,7 @@ def test_a_full_disk_leaves_figures_and_their_picture_or_neither(
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize("flag", ["--out", "--grid"])
 def test_predict_replaces_no_device_and_no_pipe(
-    flag: str,
-    kind: str,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    flag: str, kind: str, tiny: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there, link = tmp_path / "there.png", tmp_path / "link.png"
     KINDS[kind](there)
@@ -105,10 +99,7 @@ def test_predict_replaces_no_device_and_no_pipe(
 
 
 def test_predict_writes_through_a_link(
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for flag, name in (("--out", "table.csv"), ("--grid", "grid.png")):
         link = tmp_path / f"link-{name}"
@@ -122,9 +113,6 @@ def test_predict_writes_through_a_link(
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_predict_does_not_replace_the_file_behind_a_stream(
-    name: str,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    name: str, tiny: Path, digit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert f"--out {name} is a stream; expected a file" in refused(capsys, "predict", tiny, digit, "--out", name)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from command import refused
 from forked import Forked
-from tiny_runs import tiny  # noqa: F401 - a fixture
 
 from metapl import MetaplError
 from metapl.apps.commands import main
@@ -108,10 +107,7 @@ def test_a_refused_command_leaves_no_folder(
 @pytest.mark.long
 @pytest.mark.parametrize("command", ["export RUN", "evaluate RUN", "ablate digits --hidden 4"])
 def test_what_is_written_to_out_has_one_writer(
-    command: str,
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The second is refused before it does anything; the first leaves no lock in a folder that others get."""
     out = tmp_path / "out"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from command import refused, said
 from forked import Forked, context
-from tiny_runs import TINY, color_folders, digit, images_command, run, tiny  # noqa: F401 - fixtures
+from tiny_runs import TINY, color_folders, images_command
 
 from metapl.apps.commands import main
 from metapl.apps.commands.commands import LESS_MEMORY
@@ -48,11 +48,7 @@ KINDS = ("python", "host", "host, otherwise", "gpu", "system")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_little_memory_elsewhere_is_one_line(
-    kind: str,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    kind: str, tiny: Path, digit: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(*given: Any) -> Any:
         raise exhausted(kind)
@@ -82,7 +78,7 @@ for words in ("train digits --labeled-batch 1000000", f"export {run}", f"evaluat
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
-def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SHORT, str(tiny), str(tmp_path / "out")]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -95,10 +91,7 @@ def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) ->
 
 
 def test_a_program_that_is_not_exported_for_memory_is_told_by_it(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(*given: Any, **options: Any) -> Any:
         raise exhausted("host")
@@ -189,9 +182,7 @@ def test_a_process_that_was_started_to_ignore_sighup_goes_on(monkeypatch: pytest
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_exporting_leaves_no_temporary_folder(
-    number: signal.Signals,
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
+    number: signal.Signals, tiny: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
@@ -208,9 +199,7 @@ def test_a_signal_while_exporting_leaves_no_temporary_folder(
 
 @pytest.mark.slow
 def test_finetune_that_is_killed_leaves_nothing_outside_the_run_and_the_next_tidies_up(
-    run: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
@@ -252,7 +241,7 @@ def test_ctrl_c_during_imports_is_no_traceback(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_closed_streams(tiny: Path, digit: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_closed_streams(tiny: Path, digit: Path, tmp_path: Path) -> None:
     """All of them, from where the interpreter starts."""
     out = tmp_path / "out.csv"
     line = f'exec "{sys.executable}" -m metapl predict "{tiny}" "{digit}" --out "{out}" <&- >&- 2>&-'
@@ -280,13 +269,7 @@ def test_nobody_who_reads_its_help_is_exit_code_1(tmp_path: Path) -> None:
     ],
 )
 def test_a_stream_that_is_closed_or_that_nobody_reads(
-    line: str,
-    stream: str,
-    closed: bool,
-    code: int,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
+    line: str, stream: str, closed: bool, code: int, tiny: Path, digit: Path, tmp_path: Path
 ) -> None:
     """Of standard output, the exit code says that its reader has gone."""
     out, said_there = tmp_path / "out", tmp_path / "said"

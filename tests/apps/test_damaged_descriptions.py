@@ -17,7 +17,7 @@ import torch
 from command import refused, said
 from imagenet_sets import WNIDS, write_a
 from safetensors.torch import save_file
-from tiny_runs import TINY, color_folders, run, tiny  # noqa: F401 - fixtures
+from tiny_runs import TINY, color_folders
 
 from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
@@ -280,11 +280,7 @@ def test_a_pipe_among_the_videos(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_flag_that_takes_values_and_has_none(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_flag_that_takes_values_and_has_none(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--eps: nothing was given" in refused(capsys, "evaluate", tiny, "--attack", "fgsm", "--eps", "--json")
     assert "RUN...: nothing was given" in refused(capsys, "compare")
     command = ("noisy-student", "digits", "--out", tmp_path / "run")
@@ -293,11 +289,7 @@ def test_a_flag_that_takes_values_and_has_none(
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_that_are_none(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_numbers_that_are_none(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = ("train", "digits", "--out", tmp_path / "run")
     assert "--steps: expected a whole number, got 'nan'" in refused(capsys, *digits, "--steps", "nan")
     assert "--uda-weight: expected a number, got 'x'" in refused(capsys, *digits, "--uda-weight", "x")
@@ -342,7 +334,7 @@ def test_what_a_killed_process_began_to_write_goes_with_resume(tmp_path: Path) -
         assert {path.name for path in tmp_path.iterdir()} == {".lock", "recipe.json", "notes.tmp"}
 
 
-def test_a_log_that_is_missing_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_log_that_is_missing_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("result.json", "metrics.jsonl"):
         (run / name).unlink()
     assert main([*TINY, "--out", str(run), "--resume"]) == 0

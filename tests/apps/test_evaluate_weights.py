@@ -12,7 +12,7 @@ from command import refused, said
 from imagenet_sets import SIDE, WNIDS, picture, save, write_a, write_c, write_p
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_runs import color_folders, color_run, images_command, tiny  # noqa: F401 - a fixture
+from tiny_runs import color_folders, color_run
 from torch import Tensor
 
 from metapl.apps.commands.runs import _card
@@ -201,11 +201,7 @@ def test_a_run_takes_imagenets_sets_too(colors: Path, tmp_path: Path, capsys: py
 
 
 def test_what_is_refused(
-    thousand: Path,
-    colors: Path,
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    thousand: Path, colors: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain, test = thousand / "plain.safetensors", ("--test", colors / "test")
     named = (plain, "--network", "small_cnn", *READ)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from command import edited, metapl, refused, said
-from tiny_runs import NOISY_STUDENT, TINY, built_once, color_run, run, tiny, trained  # noqa: F401 - fixtures
+from tiny_runs import NOISY_STUDENT, TINY, built_once, color_run, trained
 
 from metapl.apps.commands.listing import glance, listing
 from metapl.apps.experiments.folder import RunFolder
@@ -91,10 +91,7 @@ class Closed(HTMLParser):
 
 
 def test_runs_of_every_state_are_listed_and_other_folders_are_not(
-    tiny: Path,  # noqa: F811
-    compared: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("mine", "stopped", "held", "deep/er/broken"):
         shutil.copytree(tiny, tmp_path / name)
@@ -154,7 +151,7 @@ def test_a_comparison_that_was_stopped_says_how_many_runs_have_ended(
     assert "1 of 2" in page
 
 
-def test_a_run_without_a_test_set_says_its_validation_accuracy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_run_without_a_test_set_says_its_validation_accuracy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(
         json.dumps({k: v for k, v in content.items() if k not in ("evaluation", "sha256")})
@@ -177,7 +174,7 @@ def test_names_that_are_too_long_have_a_line_of_their_own() -> None:
     assert wide[1].startswith(f"{name}  noisy_student  a/very/long  1,000,000  100.0 (99.0-100.0) test")
 
 
-def test_many_runs_are_listed_without_reading_the_types_again(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_many_runs_are_listed_without_reading_the_types_again(tiny: Path, tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / str(number)).mkdir()
         for name in ("recipe.json", "result.json", "data.json", "metrics.jsonl"):
@@ -224,9 +221,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", DAMAGED)
 def test_a_damaged_run_is_listed_as_such_and_has_no_page(
-    kind: str,
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    kind: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil, words = DAMAGED[kind]
     spoil(run)
@@ -239,8 +234,7 @@ def test_a_damaged_run_is_listed_as_such_and_has_no_page(
 
 
 def test_damaged_lines_of_a_run_that_goes_on_are_left_out_and_told(
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "result.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
@@ -251,11 +245,7 @@ def test_damaged_lines_of_a_run_that_goes_on_are_left_out_and_told(
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_of_a_run_has_all_there_is(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_page_of_a_run_has_all_there_is(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = page_of(capsys, tiny, tmp_path / "page.html")
     result = json.loads((tiny / "result.json").read_text())
     assert f'<p class="number">{100 * result["test_accuracy"]:.1f} %</p>' in page
@@ -312,11 +302,7 @@ def test_every_figure_has_a_place_within_its_plot(values: list[float], key: str)
         assert 0 <= float(y) <= web.HEIGHT - web.BELOW
 
 
-def test_hostile_names_are_texts(
-    run: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_hostile_names_are_texts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = run.rename(tmp_path / "a<b>&\"'c\n\x1b[2J")
     classes = [HOSTILE, "\u202ename", "caf\udce9", *"3456789"]
     edited(place / "result.json", "evaluation", classes=classes)
@@ -374,10 +360,7 @@ def test_the_command_that_started_a_run_is_on_its_page(
 
 
 def test_a_page_is_replaced_and_another_file_is_not(
-    run: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, other = tmp_path / "page.html", tmp_path / "other.html"
     page_of(capsys, run, out)
@@ -401,14 +384,11 @@ def test_a_page_is_replaced_and_another_file_is_not(
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def refused_by_disk(run: Path, out: Path) -> str:  # noqa: F811
+def refused_by_disk(run: Path, out: Path) -> str:
     return metapl("report", run, "--out", out, code=2).stderr
 
 
-def test_a_listing_leaves_everything_as_it_was(
-    tiny: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_listing_leaves_everything_as_it_was(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def state() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in tiny.rglob("*")}
 

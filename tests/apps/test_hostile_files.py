@@ -16,7 +16,7 @@ import torch
 from command import refused, rows, said
 from PIL import Image
 from test_outputs import bound, device
-from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 - fixtures
+from tiny_runs import color_folders, images_command
 
 from metapl.apps.commands import main
 from metapl.apps.evaluation import read_label_sets
@@ -86,11 +86,7 @@ def test_every_reader_refuses_what_is_not_a_plain_file(kind: str, tmp_path: Path
 
 @pytest.mark.parametrize("kind", [*KINDS, "link to itself"])
 def test_predict_passes_over_what_is_not_a_plain_file(
-    kind: str,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    kind: str, tiny: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -158,7 +154,7 @@ def test_a_link_that_leads_nowhere_stops_no_selection_and_no_suspects(
     assert "metapl: 2 of 3 files left out" in capsys.readouterr().err
 
 
-def test_folders_a_thousand_deep(digit: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_folders_a_thousand_deep(digit: Path, tmp_path: Path) -> None:
     """Python's own walk refuses them before 3.12."""
     top = tmp_path / "deep"
     top.mkdir()

@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from small_data import write_cifar, write_imagenet
 from test_labels import files
-from tiny_runs import PROVENANCE, TINY, color_folders, images_command, tiny  # noqa: F401 - fixtures
+from tiny_runs import PROVENANCE, TINY, color_folders, images_command
 from torchvision import datasets
 
 from metapl import MetaplError
@@ -54,10 +54,7 @@ def label(*arguments: str | Path) -> int:
 
 
 def test_labels_are_what_predict_says_whatever_the_number_of_workers(
-    tiny: Path,  # noqa: F811
-    pictures: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     assert main([*TINY, "--dropout", "0.5", "--out", str(run)]) == 0  # which does nothing in eval mode
@@ -86,7 +83,7 @@ def test_labels_are_what_predict_says_whatever_the_number_of_workers(
     assert about["model"]["weights_sha256"] in json.loads((run / "result.json").read_text())["sha256"].values()
 
 
-def test_temperature_and_top_k(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_temperature_and_top_k(tiny: Path, tmp_path: Path) -> None:
     for name, flags in (("plain", ()), ("sharp", ("--temperature", "0.5")), ("three", ("--top-k", "3"))):
         assert label(tiny, "digits", "--out", tmp_path / name, *flags) == 0
     plain, sharp, three = (LabelStore(tmp_path / name) for name in ("plain", "sharp", "three"))
@@ -122,10 +119,7 @@ def killed_after(moments: int, command: list[str]) -> None:
     sys.exit(main(command))
 
 
-def test_however_often_it_is_killed_nothing_is_there_twice_and_nothing_is_missing(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_however_often_it_is_killed_nothing_is_there_twice_and_nothing_is_missing(tiny: Path, tmp_path: Path) -> None:
     command = ["label", str(tiny), "digits", "--batch", "32", "--resume", "--out"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     out, context = tmp_path / "killed", multiprocessing.get_context("fork")
@@ -153,10 +147,7 @@ def test_however_often_it_is_killed_nothing_is_there_twice_and_nothing_is_missin
 
 @pytest.mark.parametrize("moments", range(1, 7))
 def test_killed_at_any_moment_of_a_part_and_before_and_after_others_have_their_names(
-    moments: int,
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    moments: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a store of one part: the part, and the description before it, behind it and sealed, pass six moments each."""
     monkeypatch.setattr(labeling, "FEWEST_ROWS", 4096)
@@ -178,11 +169,7 @@ def test_killed_at_any_moment_of_a_part_and_before_and_after_others_have_their_n
 
 
 def test_ctrl_c_says_how_to_go_on_and_files_that_cannot_be_read_are_left_out_again(
-    tiny: Path,  # noqa: F811
-    pictures: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = (tiny, pictures, "--batch", 5, "--top-k", 4)
     assert label(*command, "--out", tmp_path / "whole") == 1
@@ -209,7 +196,7 @@ def test_ctrl_c_says_how_to_go_on_and_files_that_cannot_be_read_are_left_out_aga
 @pytest.mark.parametrize("whole", [True, False])
 def test_pictures_that_were_replaced_are_not_gone_on_with(
     whole: bool,
-    tiny: Path,  # noqa: F811
+    tiny: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -320,10 +307,7 @@ def test_a_runs_own_labels_are_of_the_pictures_that_it_has(pictures: Path, tmp_p
 
 
 def test_what_cannot_be_labeled_is_refused_in_one_line(
-    tiny: Path,  # noqa: F811
-    pictures: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--out", tmp_path / "store")
     for arguments, expected in (

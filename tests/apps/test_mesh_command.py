@@ -15,7 +15,7 @@ from ranks import Ranks
 from test_noisy_folders import suspects
 from test_noisy_folders import write as bars_and_beams
 from test_protocols import FEW, SHORT, folders
-from tiny_runs import TINY, color_folders, images_command, tiny  # noqa: F401 - a fixture
+from tiny_runs import TINY, color_folders, images_command
 
 from metapl.apps.commands.launch import check_started
 from metapl.distributed import Mesh
@@ -117,7 +117,7 @@ def test_labels_that_may_be_wrong(two: Ranks, tmp_path: Path) -> None:
     assert found == pytest.approx(weights, abs=2e-3)
 
 
-def test_digits_by_shards(two: Ranks, tmp_path: Path, tiny: Path) -> None:  # noqa: F811
+def test_digits_by_shards(two: Ranks, tmp_path: Path, tiny: Path) -> None:
     """The numbers of one process; what one left is gone on with by two, and a finished run is left alone."""
     sharded = [*TINY, "--mesh.shard", "2"]
     said = trained(two, sharded, tmp_path / "shard")
@@ -203,11 +203,7 @@ def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_run_is_said_once(
-    two: Ranks,
-    tmp_path: Path,
-    tiny: Path,  # noqa: F811
-    arguments: list[str],
-    text: str,
+    two: Ranks, tmp_path: Path, tiny: Path, arguments: list[str], text: str
 ) -> None:
     """What the first process alone finds, before the others have heard of it, does not leave them waiting."""
     given = [*TINY, "--out", str(tmp_path / "run"), *(word.format(there=tiny) for word in arguments)]
@@ -253,12 +249,7 @@ def test_an_error_of_one_process_ends_all_with_its_message_once(
 
 
 @pytest.mark.parametrize("flags", [["--out", "{there}"], ["--mesh.shard", "2", "--mode", "unrolled"]])
-def test_processes_leave_when_the_first_has_said_why(
-    two: Ranks,
-    tmp_path: Path,
-    tiny: Path,  # noqa: F811
-    flags: list[str],
-) -> None:
+def test_processes_leave_when_the_first_has_said_why(two: Ranks, tmp_path: Path, tiny: Path, flags: list[str]) -> None:
     """Whether it alone has found what is wrong, or all of them."""
     mesh = [] if "--mesh.shard" in flags else ["--mesh.replicate", "2"]
     given = [*TINY, *mesh, "--out", str(tmp_path / "run"), *(word.format(there=tiny) for word in flags)]

@@ -13,7 +13,7 @@ import pytest
 from command import said
 from forked import Forked
 from PIL import Image
-from tiny_runs import color_folders, digit, images_command, tiny  # noqa: F401 - fixtures
+from tiny_runs import color_folders, images_command
 
 from metapl.apps.commands import main
 from metapl.apps.experiments import galleries
@@ -54,11 +54,7 @@ def test_names_in_any_script_are_shown_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("kind", EVIL)
 def test_predict_shows_names_of_files_harmlessly(
-    kind: str,
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    kind: str, tiny: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -105,11 +101,7 @@ def test_on_a_terminal_cells_are_escaped() -> None:
 
 
 @pytest.mark.slow
-def test_names_that_are_not_utf8_come_out_of_predict_as_they_are(
-    tiny: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_names_that_are_not_utf8_come_out_of_predict_as_they_are(tiny: Path, digit: Path, tmp_path: Path) -> None:
     """To a file as to a pipe."""
     picture = os.fsencode(tmp_path) + b"/caf\xe9.png"
     with open(picture, "wb") as file:

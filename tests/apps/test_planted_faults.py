@@ -23,7 +23,7 @@ import test_robustness
 import test_sealed_runs
 from app_faults import FAULTS
 from command import metapl
-from tiny_runs import NOISY_STUDENT, tiny  # noqa: F401 - a fixture
+from tiny_runs import NOISY_STUDENT
 
 from metapl.apps.pictures.sets import load_digits_split
 

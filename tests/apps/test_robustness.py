@@ -14,7 +14,6 @@ from command import refused, result, said
 from PIL import Image
 from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
-from tiny_runs import tiny  # noqa: F401 - a fixture
 from torch import Tensor, nn
 
 from metapl.apps.commands.inputs import TestFolder
@@ -270,10 +269,7 @@ def test_what_is_named_twice_is_measured_once() -> None:
 
 @pytest.mark.usefixtures("full_pages")
 def test_the_command(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "robust"
     text = said(capsys, "evaluate", tiny, "--corruptions", "--attack", "fgsm", "--eps", "0", "8", "--out", out)
@@ -296,11 +292,7 @@ def test_the_command(
     assert [path.name for path in (tmp_path / "plain").iterdir()] == ["evaluation.json"]
 
 
-def test_flags_that_say_nothing_are_refused(
-    tiny: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_flags_that_say_nothing_are_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for flags, words in (
         (("--eps", "2"), "--eps was given without --attack"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command import refused, reseal, result, said
-from tiny_runs import TINY, digit, run, tiny  # noqa: F401 - fixtures
+from tiny_runs import TINY
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, stored_result
@@ -28,7 +28,7 @@ SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 # ------------------------------------------------------------------------------------------------- weights and pictures
 
 
-def test_result_json_has_the_checksums_of_all_weights_and_pictures(tiny: Path) -> None:  # noqa: F811
+def test_result_json_has_the_checksums_of_all_weights_and_pictures(tiny: Path) -> None:
     hashes = stored_result(RunFolder(tiny))["sha256"]
     assert result(tiny)["sha256"].keys() == {*hashes, "result.json"}
     names = (*SEALED, "data.json", "metrics.jsonl")
@@ -37,10 +37,7 @@ def test_result_json_has_the_checksums_of_all_weights_and_pictures(tiny: Path) -
 
 @pytest.mark.parametrize("name", SEALED)
 def test_every_flipped_bit_of_weights_and_pictures_is_noticed(
-    name: str,
-    run: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    name: str, run: Path, digit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content, draw = (run / name).read_bytes(), random.Random(name)
     network = {file: network for network, file in WEIGHTS.items()}.get(name)
@@ -61,9 +58,7 @@ def test_every_flipped_bit_of_weights_and_pictures_is_noticed(
 
 
 def test_the_weights_of_another_run_are_not_taken_for_its_own(
-    run: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
     said(capsys, *TINY, "--seed", "1", "--out", other)
@@ -73,10 +68,7 @@ def test_the_weights_of_another_run_are_not_taken_for_its_own(
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "data.json", "pictures.safetensors"])
 def test_finetuning_refuses_files_of_another_run_before_it_replaces_any(
-    name: str,
-    run: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said(capsys, *TINY, "--seed", "1", "--out", tmp_path / "other")
     shutil.copy(tmp_path / "other" / name, run / name)
@@ -85,10 +77,7 @@ def test_finetuning_refuses_files_of_another_run_before_it_replaces_any(
     assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
 
 
-def test_finetuning_refuses_data_that_are_not_those_of_the_run(
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_finetuning_refuses_data_that_are_not_those_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, content = json.loads((run / "data.json").read_text()), result(run)
     data["hash"]["test"] = "0" * 64  # as if the test data had been others then
     (run / "data.json").write_text(json.dumps(data))
@@ -99,8 +88,7 @@ def test_finetuning_refuses_data_that_are_not_those_of_the_run(
 
 
 def test_a_finetuning_that_died_between_two_files_is_mended_by_another(
-    run: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (run / "result.json").read_bytes()
     said(capsys, "finetune", run, "--steps", "2")
@@ -110,9 +98,7 @@ def test_a_finetuning_that_died_between_two_files_is_mended_by_another(
 
 
 def test_runs_from_before_checksums_are_loaded_without_them(
-    run: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
+    run: Path, digit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = result(run)
     for name in ("sha256", "validation_chance"):
@@ -126,10 +112,7 @@ def test_runs_from_before_checksums_are_loaded_without_them(
 
 
 def test_outputs_that_are_not_finite_are_an_error(
-    run: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, digit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -146,11 +129,7 @@ def test_outputs_that_are_not_finite_are_an_error(
 # ----------------------------------------------------------------------------------------------------- JSON of a run
 
 
-def test_json_of_a_wrong_shape_ends_in_one_line(
-    run: Path,  # noqa: F811
-    digit: Path,  # noqa: F811
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_json_of_a_wrong_shape_ends_in_one_line(run: Path, digit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every value of recipe.json and result.json, replaced by values of other kinds."""
     commands = [("evaluate", run), ("compare", run, run), ("predict", run, digit)]
     for name in ("recipe.json", "result.json", "data.json"):

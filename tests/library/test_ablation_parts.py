@@ -162,6 +162,40 @@ def test_every_mode_trains_from_the_same_start_on_the_same_batches() -> None:
     trainer.load_state_dict(state)
 
 
+def test_trainings_of_a_regression_are_measured_by_its_loss_or_any_metric() -> None:
+    class Weighted(metapl.BilevelProblem):
+        def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+            return metapl.Signal(teacher(batch[2])[:, 0].sigmoid())
+
+        def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Any:
+            return signal.value * (outputs - batch[1]).square().sum(1)
+
+        def outer_loss(self, outputs: Any, batch: Any) -> Any:
+            return (outputs - batch[1]).square().mean()
+
+    def error(outputs: Any, batch: Any) -> Any:
+        return (outputs - batch[1]).abs().mean()
+
+    x = torch.randn(12, 4)
+    y = x[:, :2] + 1
+    student, held = nn.Linear(4, 2), (torch.randn(7, 4), torch.zeros(7, 2))
+    trainer = metapl.BilevelTrainer(nn.Embedding(12, 1), student, "none", problem=Weighted(), teacher_losses=())
+    sources = [(x, y)], [(x, y, torch.arange(12))]
+    options: dict[str, Any] = {"train_steps": 3, "train_seeds": (0,), "validation": held, "altered": False, **QUICK}
+    found = {metric: ablate(trainer, *sources, ["none"], metric=metric, **options) for metric in (None, "loss", error)}
+    for _ in range(3):
+        trainer.step(sources[0][0], sources[1][0])
+    for metric, one in found.items():
+        assert one.trainings is not None
+        assert isinstance(end := one.trainings.modes["none"], Outcome)
+        expected = trainer.evaluate(held, metric=metric)
+        assert (end.value if metric is error else end.validation_loss) == pytest.approx((expected.value,))
+        assert (one.trainings.metric, end.accuracy) == (expected.metric, None)
+        assert ("  error" if metric is error else "  val. loss") in one.table()
+    with pytest.raises(MetaplError, match="the metric 'error' was given without validation data"):
+        ablate(trainer, *sources, metric=error)
+
+
 def test_a_loader_is_shuffled_by_the_seed_and_means_have_standard_errors() -> None:
     _, trainer = trainer_for()
     data = TensorDataset(torch.randn(64, 1, 4, 4), torch.arange(64) % 3)

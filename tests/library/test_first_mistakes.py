@@ -273,6 +273,14 @@ def test_one_network_and_batches_of_another_type() -> None:
         trainer.step((X.double(), Y))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_tokens_of_a_type_that_an_embedding_does_not_take(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(8, 3))
+    trainer = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(MetaplError, match=r"inputs of (uint8|float32): its embedding takes int64; .*x.to\(torch.int64"):
+        trainer.step((torch.zeros(len(Y), 4, dtype=dtype), Y))
+
+
 def test_another_error_of_the_network_stays_as_it_is() -> None:
     teacher, student = networks()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -203,6 +203,7 @@ def test_optimizers_of_accelerate_are_taken_out_of_their_wrappers(twice: bool) -
     given = {"labeled": (x, y), "unlabeled": x}
     a, b = (metapl.hypergradient(*networks, **given, inner_optimizer=one).grads for one in (inner, own_inner))
     assert same([*a.values()], [*b.values()])
+    assert metapl.check_gradient(*networks, **given, inner_optimizer=inner).passed
     assert trainer.state_dict()["optimizers"] == {"inner": "SGD", "outer": "SGD"}
 
 

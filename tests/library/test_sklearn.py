@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,30 @@ def test_a_seed_decides_the_weights_and_nothing_else_is_drawn(kind: type) -> Non
 
 
 @pytest.mark.parametrize("kind", CLASSES)
+def test_fits_in_several_threads_are_those_of_one(kind: type) -> None:
+    """Though threads share the default generators, of which dropout draws."""
+
+    def rows(seed: int) -> Any:
+        return fitted(
+            kind, steps=30, random_state=seed, network=lambda n, c: mlp([n, 8, c], dropout=0.5)
+        ).predict_proba(X)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [*threads.map(rows, [0, 1] * 4)]
+    assert all((one == rows(i % 2)).all() for i, one in enumerate(found))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_weights_have_the_type_of_the_rows_whatever_the_default_type_is(kind: type) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [fitted(kind), fitted(kind, network=lambda n, c: mlp([n, c]))]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for one in found for p in one.network_.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
 def test_a_fitted_classifier_survives_pickle_and_joblib(kind: type) -> None:
     one, file = fitted(kind), io.BytesIO()
     joblib.dump(one, file)
@@ -97,15 +122,28 @@ NAMES = np.array(["ant", "bee", "cat"])[TRUTH]
         np.where(FEW == -1, np.nan, FEW),
         np.where(FEW == -1, None, FEW),
         FEW.tolist(),
+        np.where(FEW == -1, np.nan, NAMES.astype(object)).tolist(),
+        np.where(FEW == -1, np.datetime64("NaT"), np.datetime64("2020-01-01") + TRUTH),
     ],
-    ids=["text -1", "None", "-1 among texts", "NaN among texts", "floats", "NaN", "None among numbers", "list"],
+    ids=[
+        "text -1",
+        "None",
+        "-1 among texts",
+        "NaN among texts",
+        "floats",
+        "NaN",
+        "None among numbers",
+        "list",
+        "list of texts with NaN",
+        "NaT among dates",
+    ],
 )
 def test_a_missing_label_in_every_spelling(labels: Any) -> None:
     found = MetaPseudoLabelsClassifier(**QUICK).fit(X, labels)
     same = MetaPseudoLabelsClassifier(**QUICK).fit(X, FEW)
     assert len(found.classes_) == 3
     assert (found.predict_proba(X) == same.predict_proba(X)).all()
-    of = NAMES if isinstance(found.classes_[0], str) else TRUTH
+    of = found.classes_[TRUTH]
     assert found.score(X, labels) == np.mean(found.predict(X)[:15] == of[:15])
     assert found.score(X, labels, np.arange(60)) == np.average(found.predict(X)[:15] == of[:15], weights=np.arange(15))
 
@@ -128,6 +166,7 @@ def test_trusted_rows_go_through_a_pipeline_and_a_search_over_it() -> None:
             return super().fit(X, y, trusted)
 
     mask = np.arange(60) % 3 == 0
+    mask.setflags(write=False)  # as a column of pandas is
     pipeline = make_pipeline(StandardScaler(), Noting(**QUICK))
     search = GridSearchCV(pipeline, {"noting__weight_decay": [0.0]}, cv=2).fit(X, NOISY, noting__trusted=mask)
     assert [len(one) for one in seen] == [30, 30, 60]
@@ -178,6 +217,8 @@ def test_a_network_and_a_mode_of_one_s_own() -> None:
     )
     assert found.network_[1].out_features == 5
     assert fitted(MetaReweightedClassifier, hidden_layer_sizes=(7, 6)).network_[3].out_features == 6
+    with pytest.raises(TypeError, match="positional"):
+        MetaPseudoLabelsClassifier(8, 0.5)
     assert fitted(MetaReweightedClassifier, hidden_layer_sizes=np.int64(7), steps=np.int64(3)).weights_.shape == (60,)
 
 
@@ -192,7 +233,7 @@ def test_the_feedback_is_heard() -> None:
 
 
 def test_all_labels_warn() -> None:
-    with pytest.warns(UserWarning, match="every row of y has a label"):
+    with pytest.warns(UserWarning, match="every row of y has a label.*VotingClassifier"):
         MetaPseudoLabelsClassifier(**QUICK).fit(X, TRUTH)
 
 
@@ -230,6 +271,7 @@ REFUSED = {
     "no label": Case("y has no label; expected labels of two", y=TRUTH * 0 - 1, of=0),
     "classes -1 and 1": Case("y has the class 1 alone; .* give 0 and 1", y=np.where(TRUTH, 1, -1), of=0),
     "missing among wrong labels": Case("y contains NaN", y=np.where(TRUTH, TRUTH, np.nan), of=1),
+    "None among wrong labels": Case("NaN or None, in 20 rows", y=np.where(TRUTH, NAMES.astype(object), None), of=1),
     "no such mode": Case("mode='forwards'|unknown mode|forwards", mode="forwards"),
     "a mode of samples for weights": Case("reinforce", mode="reinforce", of=1),
     "no steps": Case(r"steps=0\): expected a whole number of 1 or more", steps=0),
@@ -251,6 +293,8 @@ REFUSED = {
     "trusted of two lengths": Case("inhomogeneous", of=1, fit={"trusted": [[True], [True, False]]}),
     "trusted rows by number": Case("expected 60 truth values", of=1, fit={"trusted": TRUTH}),
     "all trusted": Case("expected 60 truth values", of=1, fit={"trusted": TRUSTED | True}),
+    "trusted with NaN": Case("object; expected 60", of=1, fit={"trusted": np.array([True] * 59 + [np.nan], object)}),
+    "too large a fraction": Case("takes all 60 rows for trusted", y=np.arange(60) // 3, of=1, trusted_fraction=0.9),
     "none trusted": Case("no trusted row has a label of 0, 1, 2", of=1, fit={"trusted": TRUSTED & False}),
     "a class without trust": Case("no trusted row has a label of 2", of=1, fit={"trusted": TRUSTED & (NOISY != 2)}),
     "a fraction above 1": Case(r"trusted_fraction=1.5\): expected a number in \(0, 1\)", of=1, trusted_fraction=1.5),
@@ -291,6 +335,16 @@ def test_rows_of_other_kinds_are_refused_at_prediction(kind: type) -> None:
     ):
         with pytest.raises(MetaplError, match=says):
             one.predict(rows)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_score_by_wrong_weights_or_labels_is_refused(kind: type) -> None:
+    one = fitted(kind)
+    for weights in (np.zeros(60), np.full(60, np.nan), ["a"] * 60, np.ones((60, 2)), np.ones(59)):
+        with pytest.raises(MetaplError, match=r"[Ww]eight|string|inconsistent"):
+            one.score(X, TRUTH, weights)
+    with pytest.raises(MetaplError, match="Mix of label input types"):
+        one.score(X, NAMES)
 
 
 def test_a_score_without_labels_is_refused() -> None:

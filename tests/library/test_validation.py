@@ -226,6 +226,17 @@ def poisson(z: Tensor, y: Tensor) -> Tensor:
     return F.poisson_nll_loss(z[:, 0], y.float()) + z[:, 1].square().mean()
 
 
+def zero_inflated(z: Tensor, y: Tensor) -> Tensor:
+    """A count that is 0 with the odds of the first output, and else of the rate of the second."""
+    rate, never = F.softplus(z[:, 1]), F.logsigmoid(z[:, 0])
+    count = F.logsigmoid(-z[:, 0]) - F.poisson_nll_loss(rate, y.float(), log_input=False, reduction="none", eps=0)
+    return -torch.where(y == 0, torch.logaddexp(never, count), count).mean() + z[:, 2:].square().sum()
+
+
+def compared(z: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(z, (y[:, None] == torch.arange(z.shape[1])).float())
+
+
 def of_one_output(z: Tensor, y: Tensor) -> Tensor:
     """A reward of 2, say, of the action that the label says."""
     return (z.gather(1, y[:, None]) - 2).square().mean()
@@ -249,6 +260,9 @@ LOSSES: dict[str, tuple[Any, str]] = {
     "one_hot": (lambda z, y: F.mse_loss(z, F.one_hot(y, z.shape[1]).float()), "accuracy"),
     "log_probabilities": (F.nll_loss, "accuracy"),
     "hinge": (hinge, "accuracy"),
+    "compared": (compared, "accuracy"),
+    "rounded": (lambda z, y: F.cross_entropy(z, y.long()), "accuracy"),
+    "zero_inflated": (zero_inflated, "loss"),
     "of_one_output": (of_one_output, "loss"),
     "robust_of_one_output": (robust_of_one_output, "loss"),
     "hazards": (hazards, "loss"),
@@ -526,6 +540,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bool": ({"metric": returns(torch.tensor(True))}, NUMBER.format("a tensor.* bool.*")),
     "complex": ({"metric": returns(1j)}, NUMBER.format("of type complex")),
     "dict of an object": ({"metric": Wrong({"a": 1.0})}, r"what the metric 'Wrong' returned is a dict of 1 \('a'\)"),
+    "writes to the batch": (
+        {"metric": lambda outputs, batch: batch[1].mul_(1).mean()},
+        r"^validation cannot be measured by it: the metric 'metric' changed the batch in place \(an operation such as",
+    ),
+    "object writes to the batch": (
+        {"metric": Wrong(0.0, update=lambda outputs, labels: labels.add_(0))},
+        r"the metric 'Wrong' changed the batch in place",
+    ),
     "fails": (
         {"metric": lambda outputs, batch: batch["x"]},
         r"the metric 'metric' failed \(TypeError.*f\(outputs",
@@ -559,6 +581,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"validation": (X[:0], Y[:0])}, "at least one example"),
     "once": ({"validation": ((x, y) for x, y in [(X, Y)])}, r"of type generator, which can be read only once"),
     "shapes": ({"validation": (X, Y[:7])}, r"^validation cannot be measured by it: the loss failed on such a batch \("),
+    "NaN": ({"validation": (X * math.nan, Y)}, r"^validation cannot be measured: a batch holds NaN or infinite values"),
     "shapes of inputs": (
         {"validation": (X[:, :2], Y)},
         r"^the network failed on validation \(RuntimeError: .*such as its",
@@ -582,6 +605,12 @@ def test_a_metric_that_is_none_is_refused_before_the_first_step(what: str, tmp_p
     assert not [*tmp_path.rglob("*.jsonl")]
 
 
+def test_a_metric_that_writes_to_the_network_is_refused() -> None:
+    trainer = regression()
+    with pytest.raises(MetaplError, match="the metric 'metric' changed the network in place"):
+        trainer.evaluate((X, Y), metric=lambda outputs, batch: trainer.student.weight.mul_(0.5).sum())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("of", ["function", "object"])
 def test_a_value_that_is_not_finite_is_refused_with_its_step(value: float, of: str) -> None:
@@ -599,6 +628,12 @@ def test_a_loss_without_weight_and_one_that_needs_other_batches_are_refused() ->
     nothing = {**HELD, "mask": torch.zeros_like(HELD["mask"])}
     with pytest.raises(MetaplError, match=r"weights that outer_loss returned beside its sums add up to 0 over all"):
         language_model().evaluate(nothing)
+    with pytest.raises(MetaplError, match="there are no examples to measure on"):
+        regression().evaluate((X[:0], Y[:0]))
+    with pytest.raises(
+        MetaplError, match=r"^2 names of classes were given for the metric 'loss'; expected one for each"
+    ):
+        regression().evaluate((X, Y), classes=["low", "high"])
     one = regression(metapl.UDA(), outputs=1)
     with pytest.raises(MetaplError, match=r"^validation cannot be measured by it: unlabeled is of type NoneType"):
         one.fit([(X, Y)], [(X, X)], steps=2, validation=(X, Y))
@@ -666,6 +701,7 @@ AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
     ({"labeled": (A, torch.tensor(1)), "batch_size": 2}, r"^labeled has tensors of 8, 0 rows"),
     ({"labeled": (A, [*"abcdefgh"]), "batch_size": 2}, r"^labeled holds of type str; expected numbers"),
     ({"labeled": (A / 0, B), "batch_size": 2}, r"^labeled holds NaN or infinite values"),
+    ({"labeled": [[A.tolist()] * 30]}, r"list of 30 \((list, ){19}list and 10 more\)"),
     ({"labeled": (A.to_sparse(), B), "batch_size": 2}, r"^labeled holds a sparse_coo tensor.*to_dense"),
     ({"labeled": [(A, B)], "outer": [(A, B)]}, r"^labeled= and outer= were both given"),
     ({"labeled": None}, "labeled is None; expected a source"),

@@ -26,5 +26,16 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([], steps=3, mode="best")  # type: ignore[arg-type]
     trainer.finetune([], steps=3, validation=None, resume=True, log_every=1)
     trainer.finetune([], steps=3, log_evry=1)  # type: ignore[call-arg]
-    print(trainer.evaluate([]).accuracy, trainer.evaluate([], metric="loss").value)
+    print(trainer.evaluate([]).value, trainer.evaluate([], metric="loss").value)
+    print(trainer.evaluate([], metric="accuracy").accuracy, trainer.evaluate([], classes=["a", "b"]).confusion)
+    print(trainer.evaluate([]).accuracy)  # type: ignore[union-attr]
     print(trainer.evaluate([], metric="loss").accuracy)  # type: ignore[attr-defined]
+
+
+def looked_up(trainer: metapl.BilevelTrainer) -> None:
+    print(metapl.ablate(trainer, [], []).table(), metapl.data.without_labels([]), metapl.metrics.Measured)
+    metapl.ablate(trainer, [], [], step=3)  # type: ignore[call-arg]
+    print(metapl.BilevelTrainr)  # type: ignore[attr-defined]
+    print(metapl.data.without_label)  # type: ignore[attr-defined]
+    print(metapl.models.mpl)  # type: ignore[attr-defined]
+    print(metapl.metrics.Mesured)  # type: ignore[attr-defined]

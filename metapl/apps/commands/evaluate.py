@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from metapl.apps.commands.inputs import Network, TestFolder, counted, held, require_finite, written
+from metapl.apps.commands.inputs import Network, TestFolder, counted, held, written
 from metapl.apps.commands.parse import Command, File, Folder, Run, Switch, unset
 from metapl.apps.evaluation import MultiLabelAccuracy, multi_label_accuracy, read_label_sets
 from metapl.apps.evaluation import imagenet as sets
@@ -22,6 +22,7 @@ from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.evaluation.imagenet import Pictures, Subject, is_imagenet
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack, Robustness, measure
 from metapl.apps.experiments.folder import LoadedRun, load_run, weights_file
+from metapl.apps.experiments.labeling import refuse_infinite
 from metapl.apps.recipes import ImageRecipe
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
@@ -122,7 +123,7 @@ class Evaluators(Command):
         logits, labels = predict_logits(subject.network, on.batches())
         names = on.names
         if names is not None and len(names) == len(logits):
-            require_finite(logits, names)
+            refuse_infinite(logits, names)
         clean = evaluate_logits(logits, labels, subject.classes)
         content |= _as_json(clean)
         several = None

@@ -95,15 +95,6 @@ class Inputs:
         tell(f"metapl: left out {why}", file=sys.stderr)
 
 
-def require_finite(logits_BC: Tensor, names: Sequence[str]) -> None:
-    bad = [name for name, fine in zip(names, logits_BC.isfinite().all(dim=1).tolist(), strict=True) if not fine]
-    if bad:
-        raise MetaplError(
-            f"the network's outputs are not finite for {few(bad)}; its training diverged: train again with a smaller "
-            "learning rate."
-        )
-
-
 class TestFolder:
     """The pictures of a folder that holds one folder a class, read like the training data of a run.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from metapl.ablation.results import size
+from metapl.ablation.results import in_units, size
 from metapl.apps.commands.inputs import check_file
 from metapl.apps.commands.parse import Command, File, unset
 from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose, self_trained
@@ -25,6 +25,7 @@ from metapl.runs.fields import Range
 from metapl.words import table, tell
 
 MOST_RANKS = 2**20
+FLOPS = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 
 # Numbers of classes by data set, so that no data are needed.
 CLASSES = {"cifar10": 10, "svhn": 10, "imagenet": len(IMAGENET_CLASSES)}
@@ -186,7 +187,7 @@ def lines(found: Plan) -> list[str]:
 
 def _costs(found: Plan) -> str:
     sent = size(found.communication_bytes_per_step)
-    step = f"A rank computes {_operations(found.step.flops)} a step and sends {sent}."
+    step = f"A rank computes {in_units(found.step.flops, FLOPS)} a step and sends {sent}."
     hours = found.hours
     if hours is None or found.flops_per_second is None:
         return step
@@ -194,16 +195,5 @@ def _costs(found: Plan) -> str:
     if hours >= 24:
         taken = f"{hours:,.0f} hours ({hours / 24:,.1f} days)"
     each = "of each round " if self_trained(found.recipe) else ""
-    rate = _operations(int(found.flops_per_second))
+    rate = in_units(found.flops_per_second, FLOPS)
     return f"{step} At {rate} a second, {found.recipe.steps:,} steps {each}take {taken}."
-
-
-def _operations(flops: int) -> str:
-    """
-    >>> _operations(5_464_064), _operations(81_300_000_000_000)
-    ('5.46 MFLOP', '81.3 TFLOP')
-    """
-    for unit, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
-        if flops >= 0.9995 * unit:
-            return f"{flops / unit:.3g} {name}"
-    return f"{flops / 1e6:.3g} MFLOP"

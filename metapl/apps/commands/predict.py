@@ -16,9 +16,10 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl.apps.commands.inputs import Inputs, Network, check_file, counted, require_finite
+from metapl.apps.commands.inputs import Inputs, Network, check_file, counted
 from metapl.apps.commands.parse import Command, File, Run, Switch, unset
 from metapl.apps.experiments.folder import load_run
+from metapl.apps.experiments.labeling import refuse_infinite
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.reports.canvas import SOFTWARE
 from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group
@@ -126,7 +127,7 @@ def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[
     for batch in inputs.batches():
         with torch.inference_mode():
             logits_BC = network(torch.stack([x for _, x in batch]).to(device))
-        require_finite(logits_BC, [name for name, _ in batch])
+        refuse_infinite(logits_BC, [name for name, _ in batch])
         for (name, x), p in zip(batch, logits_BC.softmax(dim=1).tolist(), strict=True):
             yield name, p, x
 

@@ -7,10 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.folder import ANOTHER, RunFolder, describe, stored_result
 from metapl.apps.recipes.base import Recipe
 from metapl.distributed.mesh import Mesh
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, placed
 from metapl.runs.sealed import read_sealed
 from metapl.words import tell
 
@@ -101,7 +100,7 @@ def run_all(
     if workers <= 1 or len(jobs) == 1:
         for job in jobs:
             since = time.monotonic()
-            with _named(job):
+            with placed(f"{job.title}: "):
                 result = here(job)
             yield job, result, time.monotonic() - since
         return
@@ -125,7 +124,7 @@ def run_all(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             future = done.pop()
             job, since = running.pop(future)
-            with _named(job):
+            with placed(f"{job.title}: "):
                 result = future.result()
             yield job, result, time.monotonic() - since
     except BrokenProcessPool as error:
@@ -144,15 +143,6 @@ def _run(job: Job) -> dict[str, Any]:
         return job.run()
     except KeyboardInterrupt:  # stopped and saved; nobody waits for the result
         return {}
-
-
-@contextmanager
-def _named(job: Job) -> Iterator[None]:
-    """Say whose error it is."""
-    try:
-        yield
-    except MetaplError as error:
-        raise MetaplError(f"{job.title}: {error}") from error
 
 
 def _stop(workers: Sequence[Any]) -> None:

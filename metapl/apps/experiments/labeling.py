@@ -308,7 +308,7 @@ def write_labels(
                 # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
                 logits_BC = logits_of(network, [x]).float()
                 names = [ids[number] for number in numbers.tolist()]
-                _refuse_infinite(logits_BC, names, "its training diverged: train again with a smaller learning rate")
+                refuse_infinite(logits_BC, names)
                 kept = []
                 for row, (name, number) in enumerate(zip(names, numbers.tolist(), strict=True)):
                     if number >= done and isinstance(name, str) and not is_text(name):
@@ -316,14 +316,17 @@ def write_labels(
                     elif number >= done:
                         kept.append(row)
                 scaled_BC, names = logits_BC[kept] / temperature, [names[row] for row in kept]
-                _refuse_infinite(scaled_BC, names, f"divided by the temperature {temperature}: expected a greater one")
+                refuse_infinite(scaled_BC, names, f"divided by the temperature {temperature}: expected a greater one")
                 if kept:
                     contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
                     writer.add(names, scaled_BC.softmax(dim=1), contents)
             bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
 
 
-def _refuse_infinite(logits_BC: Tensor, names: Sequence[Any], why: str) -> None:
+DIVERGED = "its training diverged: train again with a smaller learning rate"
+
+
+def refuse_infinite(logits_BC: Tensor, names: Sequence[Any], why: str = DIVERGED) -> None:
     finite = logits_BC.isfinite().all(dim=1).tolist()
     if bad := [name for name, fine in zip(names, finite, strict=True) if not fine]:
         raise MetaplError(f"the network's outputs are not finite for {few(bad)}; {why}.")

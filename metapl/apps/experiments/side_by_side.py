@@ -25,7 +25,7 @@ from metapl.apps.recipes.base import Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD, title
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.settings import SelfTraining
-from metapl.errors import MetaplError
+from metapl.errors import placed
 from metapl.execution.device import to_device
 from metapl.metrics import Evaluation, with_chance
 from metapl.metrics.cost import flops
@@ -93,13 +93,11 @@ def check_method(recipe: Recipe, task: Task) -> None:
         FitOptions(**{"steps": recipe.steps, **recipe.fit_options(), **options})
         return FitResult(None, 0, {})
 
-    try:
+    with placed(f"{recipe.method.name}: "):
         student = rehearse(recipe, task, check)
         if recipe.finetune_steps:
             FitOptions(**recipe.fit_options() | recipe.finetune_options())
             recipe.finetune.build(student)
-    except MetaplError as error:
-        raise MetaplError(f"{recipe.method.name}: {error}") from error
 
 
 def run_jobs(
@@ -251,10 +249,8 @@ def at_equal_cost(recipe: Recipe, methods: Sequence[str], task: Task) -> dict[st
     """
     costs: dict[str, dict[str, float]] = {}
     for method in methods:
-        try:
+        with placed(f"{method}: "):
             costs[method] = _by_phase(recipe, method, task)
-        except MetaplError as error:
-            raise MetaplError(f"{method}: {error}") from error
     totals = {method: sum(cost.values()) for method, cost in costs.items()}
 
     def sized(method: str, cost: float, own: float) -> Recipe:

@@ -33,6 +33,7 @@ from metapl.execution.modules import trainable
 from metapl.execution.ranks import Columns, Ranks
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import local
+from metapl.execution.writes import tensors_in
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.metrics.cost import FORMULAS
@@ -194,7 +195,7 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
             if phase == FEEDBACK:
                 held.name([t for h in result[0] for t in (h.h, *h.others.values())], FOR_FEEDBACK, others=True)
             elif name is not None:
-                held.name(_tensors_in(result), name, others=True)
+                held.name(tensors_in(result), name, others=True)
             return result
 
         return called
@@ -212,8 +213,8 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
             held.name([t for net in networks for t in (*net.parameters(), *net.buffers())], "weights")
             held.name(average, "weights")
             held.name([t for net in given if isinstance(net, Replicated) for t in net.buckets], "gradients")
-            held.name(_tensors_in([optimizer.state for optimizer in trainer.schedulable]), "optimizer")
-            held.name(_tensors_in(batches), OTHER)
+            held.name(tensors_in([optimizer.state for optimizer in trainer.schedulable]), "optimizer")
+            held.name(tensors_in(batches), OTHER)
             trainer.step(*batches)
     finally:
         for handle in handles:
@@ -226,10 +227,6 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
         flops=held.flops,
         sent=dict(held.sent),
     )
-
-
-def _tensors_in(values: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
 @dataclass

@@ -43,7 +43,7 @@ def draw_ablation(path: Path, found: Figures) -> None:
         if sweeps:
             _draw_sweeps(parts[1], sweeps)
         if ends:
-            _draw_trainings(parts[-1], ends, colors, trained["steps"], len(trained["seeds"]))
+            _draw_trainings(parts[-1], ends, colors, trained)
         write_page(path, figure)
 
 
@@ -105,10 +105,11 @@ def _draw_sweeps(figure: SubFigure, sweeps: Figures) -> None:
     figure.legend(handles, names, loc="outside upper left", ncols=min(6, len(names)), fontsize=9)
 
 
-def _draw_trainings(figure: SubFigure, ends: Figures, colors: Mapping[str, str], steps: int, seeds: int) -> None:
+def _draw_trainings(figure: SubFigure, ends: Figures, colors: Mapping[str, str], trained: Figures) -> None:
+    steps, seeds = trained["steps"], len(trained["seeds"])
     titles = {"outer_loss": "outer loss", "validation_loss": "validation loss", "accuracy": "validation accuracy, %"}
-    if not any(end["accuracy"] for end in ends.values()):
-        titles = {"outer_loss": "outer loss"}
+    titles["value"] = f"validation {trained.get('metric')}"
+    titles = {key: title for key, title in titles.items() if any(end.get(key) for end in ends.values())}
     first, *others = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
     for axes, (key, title) in zip((first, *others), titles.items(), strict=True):
         times = 100 if key == "accuracy" else 1
