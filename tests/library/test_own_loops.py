@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import runpy
@@ -315,9 +316,15 @@ def test_optimizers_of_lightning_are_taken_out_of_their_wrappers() -> None:
 # --------------------------------------------------------------------------------------------------------- transformers
 
 
-def bert() -> nn.Module:
+def bert(**options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 3}
+    sizes = options | {
+        "vocab_size": 30,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_labels": 3,
+    }
     config = transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=6)
     return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
 
@@ -351,6 +358,49 @@ def test_a_model_of_hugging_face_is_refused_with_its_adapter_and_trains_in_it(ca
     with pytest.raises(MetaplError, match=r"(\w+) = metapl\.models\.Logits\(\1\)"):
         CALLS[call](*(networks | {who: networks[who].network}).values(), x, y)
     CALLS[call](*networks.values(), x, y)
+
+
+@pytest.mark.parametrize("kind", ["ids", "dict"])
+@pytest.mark.parametrize("wrap", [Logits, lambda network: network], ids=["wrapped", "bare"])
+def test_a_model_of_hugging_face_without_a_head_is_refused_by_that(wrap: Any, kind: str) -> None:
+    ids, body = torch.randint(1, 30, (6, 6)), bert().base_model
+    x = ids if kind == "ids" else {"input_ids": ids}
+    for networks in ((Logits(bert()), wrap(body)), (wrap(body), Logits(bert()))):
+        with pytest.raises(MetaplError, match=r"no head .* such as AutoModelForSequenceClassification"):
+            metapl.BilevelTrainer(*networks, "forward").step((x, torch.arange(6) % 3), x)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_trainer_of_transformers_takes_whole_steps_and_its_own_move_nothing(parts: int, tmp_path: Path) -> None:
+    """The steps of a plain loop, at the rates of its schedule; its accumulation makes more of them, not larger ones."""
+    transformers = pytest.importorskip("transformers")
+    networks, taken = (
+        [Logits(bert(hidden_dropout_prob=0, attention_probs_dropout_prob=0)) for _ in range(2)],
+        list[Any](),
+    )
+    twins = copy.deepcopy(networks)
+    rows = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 3)} for i in range(16)]
+
+    class Steps(transformers.Trainer):  # type: ignore[misc, name-defined]
+        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            if not taken:
+                self.bilevel = metapl.BilevelTrainer(*networks, "forward", inner_optimizer=self.optimizer)
+            taken.append((inputs["labels"], inputs["input_ids"], self.optimizer.param_groups[0]["lr"]))
+            report = self.bilevel.step((inputs["input_ids"], inputs["labels"]), inputs["input_ids"])
+            return torch.tensor(report.inner_loss)
+
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": parts, "use_cpu": True}
+    given = transformers.TrainingArguments(
+        str(tmp_path), **options, report_to=[], disable_tqdm=True, learning_rate=0.01
+    )
+    Steps(networks[1].network, given, train_dataset=rows).train()
+    assert len(taken) == 4 * parts
+    inner = torch.optim.AdamW(twins[1].parameters(), weight_decay=0.0)
+    plain = metapl.BilevelTrainer(*twins, "forward", inner_optimizer=inner)
+    for y, x, inner.param_groups[0]["lr"] in taken:
+        plain.step((x, y), x)
+    for own, twin in zip(networks, twins, strict=True):  # but for the rounding of its fused AdamW
+        torch.testing.assert_close(own.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long
