@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import pages
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 import metapl
 from metapl.data import feed
@@ -126,6 +128,33 @@ def test_autocast_around_a_step_is_the_precision_of_the_trainer() -> None:
                 trainer.step((x, y), x)
         found.append(weights(trainer))
     assert same(*found)
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("over", ["its own", "another", "one that was not given"])
+def test_a_scheduler_over_another_optimizer_than_the_trainers_is_told_of_by_pytorch(over: str, batches: int) -> None:
+    """By the optimizer's step, which metapl calls however it moves the student; else there would be false alarms."""
+    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
+    outer, inner = (torch.optim.SGD(network.parameters(), lr=0.1) for network in networks)
+    given = {} if over == "one that was not given" else {"inner_optimizer": inner, "outer_optimizer": outer}
+    trainer = metapl.BilevelTrainer(*networks, "forward", **given)
+    others = (
+        [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks] if over == "another" else [inner, outer]
+    )
+    x, rates = (
+        torch.randn(6, 4),
+        [StepLR(one, 1, 0.5) for one in (trainer.schedulable if over == "its own" else others)],
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            trainer.step((x, torch.arange(6) % 3), metapl.Lookahead([x] * batches) if batches > 1 else x)
+            for rate in rates:
+                rate.step()
+    found = ["before `optimizer.step()`" in str(warning.message) for warning in told]
+    assert found == [] if over == "its own" else any(found)
+    if over == "its own":
+        assert [one.param_groups[0]["lr"] for one in trainer.schedulable] == [0.025, 0.025]
 
 
 # ---------------------------------------------------------------------------------------------------------- accelerate
