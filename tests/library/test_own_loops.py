@@ -235,6 +235,18 @@ def test_optimizers_of_accelerate_are_taken_out_of_their_wrappers(twice: bool) -
     assert trainer.state_dict()["optimizers"] == {"inner": "SGD", "outer": "SGD"}
 
 
+def test_prepared_optimizers_of_plain_networks_are_refused_in_several_processes(monkeypatch: Any) -> None:
+    """As Lightning hands them over, and accelerate where the networks were not prepared: the copies drift apart."""
+    networks, (outer, inner), _ = prepared()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(MetaplError, match=r"prepared for 2 processes, and its network is a plain.*devices=1"):
+            metapl.BilevelTrainer(*networks, **options)
+    with pytest.raises(MetaplError, match="prepared for 2 processes"):
+        metapl.LossTrainer(networks[1], optimizer=inner)
+
+
 def test_accumulation_of_accelerate_is_refused() -> None:
     networks, (outer, inner), _ = prepared(gradient_accumulation_steps=4)
     for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
