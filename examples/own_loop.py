@@ -33,10 +33,10 @@ def train(out: Path, steps: int, save_every: int = 50, workers: int = 2) -> meta
     )
     inner = torch.optim.SGD(student.parameters(), lr=0.2, momentum=0.9, nesterov=True)
     outer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
-    rates = [CosineAnnealingLR(optimizer, steps) for optimizer in (inner, outer)]
     trainer = metapl.BilevelTrainer(
         teacher, student, "forward", inner_optimizer=inner, outer_optimizer=outer, precision="bfloat16"
     )
+    rates = [CosineAnnealingLR(optimizer, steps) for optimizer in trainer.schedulable]
 
     # 2. Go on from the checkpoint, if there is one; the generators come last, for nothing may draw after them.
     path = out / "checkpoint.pt"

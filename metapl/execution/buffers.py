@@ -86,6 +86,15 @@ class Slots:
         return Weights(self.by_part, role, values=not waits) if whole and (waits or self._small) else None
 
 
+def stand_in(t: Tensor, own: Tensor) -> Tensor:
+    """A tensor to stand in for a network's own: of its type, with its attributes, and as a leaf, which needs a gradient
+    if that does. A forward that asks, such as ``isinstance(weight, nn.Parameter)``, goes the same way."""
+    if issubclass(type(own), nn.Parameter):  # not that of a sharded one, whose type tells how it is held
+        t = t if isinstance(t, type(own)) else t.as_subclass(type(own))
+        vars(t).update(vars(own))
+    return t.requires_grad_(own.requires_grad) if t.is_leaf else t
+
+
 @contextmanager
 def swapped(held: Sequence[Slot]) -> Iterator[None]:
     """Put these tensors into their slots in this block; afterwards the slots hold the same tensors as before."""
@@ -207,7 +216,7 @@ class State:
                 yield
                 return
             frozen = self.parameters.slots(slots.parameters)
-            copies = [(table, name, wide(t.clone()) if upcast else t.clone()) for table, name, t in frozen]
+            copies = [(table, name, stand_in(wide(t.clone()) if upcast else t.clone(), t)) for table, name, t in frozen]
             with journal() as moved, swapped(copies):
                 try:
                     yield

@@ -212,7 +212,8 @@ def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches:
         except TypeError:
             spread = False
         if spread:
-            mend = f"it takes them one by one, so wrap it: {role} = metapl.models.Logits({role})"
+            wrap = f"it takes them one by one, so wrap it: {role} = metapl.models.Logits({role})"
+            mend = HEAD.format(role) if getattr(network, "base_model", None) is network else wrap
         elif role == "student" and type(args[0]).__name__ in str(error):
             mend = (
                 "to pick those that it takes, give the problem a method student_input(batch), and outer_input(batch) "
@@ -240,7 +241,7 @@ def logits(outputs: Any, who: str) -> Tensor:
         return outputs
     if not isinstance(outputs, Tensor):
         has_logits = isinstance(logits_in(outputs), Tensor)
-        mend = f"wrap it: {who} = metapl.models.Logits({who})" if has_logits else "write a module that returns one"
+        mend = f"wrap it: {who} = metapl.models.Logits({who})" if has_logits else mend_of(outputs, who)
         raise MetaplError(f"the {who} returned {described(outputs)}; expected a tensor of logits; {mend}.")
     if outputs.is_complex():
         raise MetaplError(
@@ -254,6 +255,18 @@ def logits(outputs: Any, who: str) -> Tensor:
             "use_local_output=True, or call .full_tensor() at the end of forward."
         )
     return outputs
+
+
+# Models of Hugging Face end in hidden states where they have no head.
+HEAD = (
+    "it has no head that makes logits of hidden states, so take its class that has one, such as "
+    "AutoModelForSequenceClassification, and wrap that: {0} = metapl.models.Logits({0})"
+)
+
+
+def mend_of(outputs: Any, who: str) -> str:
+    """What to do about outputs without logits."""
+    return HEAD.format(who) if hasattr(outputs, "last_hidden_state") else "write a module that returns one tensor"
 
 
 def logits_in(outputs: Any) -> Any:

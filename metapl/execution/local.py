@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
-from metapl.execution.buffers import Slots, State, swapped
+from metapl.execution.buffers import Slots, State, stand_in, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
 from metapl.execution.kernels import explained, forward_mode, no_fast_path, refuse_once_differentiable
 from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
@@ -108,7 +108,7 @@ class LocalStudent:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
         are now, and draws from ``start`` on."""
         # The weights require a gradient, as in the pass that learns: a forward may ask.
-        at, values = as_leaves(params), list[tuple[Tensor, Tensor | float]]()
+        at, values = self.as_leaves(params), list[tuple[Tensor, Tensor | float]]()
         with no_fast_path(), self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self.forward(x, at))
@@ -121,7 +121,7 @@ class LocalStudent:
         self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState
     ) -> tuple[Tensor, Tree]:
         """The value of :meth:`loss`, and its gradient."""
-        at = as_leaves(params)
+        at = self.as_leaves(params)
         values: list[tuple[Tensor, Tensor | float]] = []
         gradients: list[Tree] = []
         reached = False
@@ -224,9 +224,13 @@ class LocalStudent:
         looking = eager and (self.first or not self.waits or self.slots.has_frozen)
         return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay)
 
+    def as_leaves(self, params: Tree) -> Tree:
+        """Weights as leaves of a graph, which are parameters for a forward that asks."""
+        return {name: stand_in(p.detach(), self.parameters[name]) for name, p in params.items()}
+
     def held_at(self, params: Tree) -> list[Slot]:
         """The student's slots with these weights in them."""
-        at = {id(self.parameters[name]): p for name, p in params.items()}
+        at = {id(own := self.parameters[name]): stand_in(p, own) for name, p in params.items()}
         return [(table, name, at[id(p)]) for table, name, p in self.slots.parameters if id(p) in at]
 
     @contextmanager
@@ -264,7 +268,7 @@ class Pass:
             self._held: list[Slot] = []
         else:
             refuse_hooks(student.parameters)
-            self._at = params if student.double_backward else as_leaves(params)
+            self._at = params if student.double_backward else student.as_leaves(params)
             self._held = student.held_at(self._at)
 
     def run(self) -> Pass:
@@ -360,7 +364,7 @@ class Pass:
     def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
         block, for checkpoints run the student again in it."""
-        at = as_leaves(self.params)
+        at = self.student.as_leaves(self.params)
         with uncompiled(), self._again(self.student.held_at(at)):
             outputs = self.student.forward(inputs)
             found, known = outputs.detach(), self.outputs
@@ -418,7 +422,7 @@ class Pass:
 
     def _moved(self, moved: Tree) -> AbstractContextManager[None]:
         slots = self.student.slots.parameters
-        frozen = [(table, name, wide(t)) for table, name, t in slots if not t.requires_grad]
+        frozen = [(table, name, stand_in(wide(t), t)) for table, name, t in slots if not t.requires_grad]
         return self._again([*self.student.held_at(moved), *frozen], upcast=True)
 
     def check_shifted(self, outputs: Tensor) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
-from metapl.execution.buffers import State
+from metapl.execution.buffers import State, stand_in
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass
@@ -142,7 +142,8 @@ def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Iterat
             before.append((tensors, attribute, weight))
             if name in direction:
                 if name not in duals:
-                    duals[name] = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
+                    along = direction[name].to(weight.dtype)
+                    duals[name] = stand_in(forward_ad.make_dual(weight.detach(), along), weight)
                 tensors[attribute] = duals[name]
 
     def leave(*_: Any) -> None:

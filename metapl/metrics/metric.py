@@ -39,6 +39,21 @@ _EXPECTED = (
 )
 
 
+class Updated(Protocol):
+    """A metric that is updated batch by batch, such as those of torchmetrics."""
+
+    @property
+    def update(self) -> Callable[..., Any]: ...
+    @property
+    def compute(self) -> Callable[[], Any]: ...
+    @property
+    def reset(self) -> Callable[[], Any]: ...
+
+
+Asked = Literal["accuracy", "loss"] | Callable[[Tensor, Any], Any] | Updated
+"""A metric as it is asked for."""
+
+
 class Judge(Protocol):
     """What knows how labeled batches are read and judged: a trainer."""
 

@@ -43,6 +43,11 @@ class Signal:
     probs: Tensor | None = None
     outputs: Tensor | None = None
 
+    def __getitem__(self, key: str) -> Tensor:
+        """A tensor of a dict of several."""
+        tensors: dict[str, Tensor] = vars(self)["value"]
+        return tensors[key]
+
     def differentiable(self) -> dict[str, Tensor]:
         """The fields that an inner loss may be differentiated with respect to; none if ``value`` was sampled."""
         return {} if self.sampled else {name: t for name, t in self.fields().items() if t.is_floating_point()}

@@ -28,7 +28,9 @@ IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 class TeacherLoss(Protocol):
     """One term of the teacher's objective. Each view of a batch goes through the teacher in a pass of its own."""
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """In the report, teacher_<name>."""
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         """A scalar with the teacher's graph, a mean over the rows: it is taken on each micro-batch and rank apart, and

@@ -22,7 +22,7 @@ from metapl.execution.device import to_device
 from metapl.execution.numerics import wide
 from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, Measured
-from metapl.metrics.metric import ASKED, Better, default_metric, metric_of, of_classes
+from metapl.metrics.metric import ASKED, Asked, Better, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.generators import rng_state, set_rng_state
@@ -65,7 +65,7 @@ class Trainer(Stepwise):
         steps: int | None = None,
         batch_size: int | None = None,
         validation: Any = None,
-        metric: Any = None,
+        metric: Asked | None = None,
         mode: Better | None = None,
         truth: Any = None,
         out: str | Folder | None = None,
@@ -161,9 +161,11 @@ class Trainer(Stepwise):
     def evaluate(self, data: Any, *, metric: None = None) -> Evaluation | Measured: ...
 
     @overload
-    def evaluate(self, data: Any, *, metric: Any) -> Measured: ...
+    def evaluate(self, data: Any, *, metric: Asked) -> Measured: ...
 
-    def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Any = None) -> Evaluation | Measured:
+    def evaluate(
+        self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None
+    ) -> Evaluation | Measured:
         """How good the student is on labeled data.
 
         Args:

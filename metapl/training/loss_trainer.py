@@ -83,7 +83,7 @@ class LossTrainer(Trainer):
         self.as_given, self.layout = model, layout_of("network", model)
         self.ranks, self.student = self.layout.ranks, self.layout.network
         refuse_compiled(model=self.student)
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrapped(optimizer, plain=self.layout.kind == "plain")
         checks.steps_alone(optimizer)
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:

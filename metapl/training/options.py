@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, TypedDict
 
 from metapl.errors import MetaplError
+from metapl.metrics.metric import Asked
 from metapl.runs.fields import AtLeastOne, Range, check_fields
 from metapl.runs.ownership import Folder
 from metapl.training.contract import Say, Stepwise
@@ -150,7 +151,7 @@ class FinetuneKeywords(FitKeywords, total=False):
 
     batch_size: int | None
     validation: Any
-    metric: Any
+    metric: Asked | None
     mode: Literal["min", "max"] | None
     truth: Any
     out: str | Folder | None

@@ -146,7 +146,8 @@ class BilevelTrainer(Trainer):
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator = recompute_teacher, generator
-        self.compile, self.outer_optimizer = compile, unwrapped(outer_optimizer)
+        plain = self.layout.kind == "plain"
+        self.compile, self.outer_optimizer = compile, unwrapped(outer_optimizer, plain=plain)
         check_options(self, lookahead)
         refuse_split_batches(self.teacher_losses or (), accumulate)
         check_mode(self.mode, lookahead, self.problem, self.layout)
@@ -156,7 +157,7 @@ class BilevelTrainer(Trainer):
         found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
         self.compiled = CompiledPasses(*(part for parts in found for part in parts))
         self.inner_optimizer = unwrapped(
-            default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
+            default_optimizer(self.student) if inner_optimizer is None else inner_optimizer, plain=plain
         )
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)

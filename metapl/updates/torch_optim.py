@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -37,14 +38,22 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any, *, plain: bool = False) -> Any:
     """What accelerate and Lightning have put into an optimizer of theirs, whose class theirs imitates, whose step may
     be skipped, and whose ``load_state_dict`` may load into the wrapper; any other optimizer as it is.
 
-    Raises: :class:`metapl.MetaplError` for gradients that are scaled or accumulated by accelerate.
+    Raises: :class:`metapl.MetaplError` for gradients that are scaled or accumulated by accelerate; and in several
+        processes for a network that is ``plain``, of which each would train a copy of its own.
     """
     while any(f"{kind.__module__}.{kind.__qualname__}" in _WRAPPERS for kind in type(optimizer).__mro__):
         parts = getattr(getattr(optimizer, "gradient_state", None), "num_steps", 1)
+        if plain and dist.is_available() and dist.is_initialized() and (processes := dist.get_world_size()) > 1:
+            raise MetaplError(
+                f"an optimizer was prepared for {processes} processes, and its network is a plain module, of which "
+                "each would train a copy on its own share of the batches; expected both networks as "
+                "accelerator.prepare(network) returned them; under Lightning, which wraps the whole LightningModule, "
+                "devices=1."
+            )
         if getattr(optimizer, "scaler", None) is not None:
             raise MetaplError(
                 "an optimizer was prepared with mixed_precision='fp16', which scales the loss, and the losses are not "

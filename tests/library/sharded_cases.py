@@ -210,7 +210,9 @@ def train(
             found["moved"].append({name: whole(p) for name, p in gradient.student_params.items()})
         report = trainer.step(labeled, unlabeled)
         found["scalars"].append(report.as_dict())
-        found["feedback"].append(report.feedback)
+        h = report.feedback
+        rows = [t.flatten(1) if t.ndim > 1 else t[:, None] for t in h.values()] if isinstance(h, dict) else []
+        found["feedback"].append(torch.cat(rows, 1) if rows else h)
     found["graphs"] = counters["stats"]["unique_graphs"] - graphs
     for layout_of_one in trainer.layouts:
         layout_of_one.reshard()
@@ -218,6 +220,23 @@ def train(
         found[name] = {path: whole(p) for path, p in network.named_parameters()}
         found[f"{name}_buffers"] = {path: b.clone() for path, b in network.named_buffers()}
     return found
+
+
+class Several(metapl.problems.Problem):
+    """A signal of two tensors: a label, and how much it counts."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        label = teacher(batch).softmax(-1)
+        return metapl.Signal({"weight": label[:, 0].sigmoid(), "label": label})
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value["weight"] * nn.functional.cross_entropy(outputs, signal.value["label"], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+SEVERAL = Several()
 
 
 def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import pages
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 import metapl
 from metapl.data import feed
@@ -127,6 +130,33 @@ def test_autocast_around_a_step_is_the_precision_of_the_trainer() -> None:
     assert same(*found)
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+@pytest.mark.parametrize("over", ["its own", "another", "one that was not given"])
+def test_a_scheduler_over_another_optimizer_than_the_trainers_is_told_of_by_pytorch(over: str, batches: int) -> None:
+    """By the optimizer's step, which metapl calls however it moves the student; else there would be false alarms."""
+    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
+    outer, inner = (torch.optim.SGD(network.parameters(), lr=0.1) for network in networks)
+    given = {} if over == "one that was not given" else {"inner_optimizer": inner, "outer_optimizer": outer}
+    trainer = metapl.BilevelTrainer(*networks, "forward", **given)
+    others = (
+        [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks] if over == "another" else [inner, outer]
+    )
+    x, rates = (
+        torch.randn(6, 4),
+        [StepLR(one, 1, 0.5) for one in (trainer.schedulable if over == "its own" else others)],
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            trainer.step((x, torch.arange(6) % 3), metapl.Lookahead([x] * batches) if batches > 1 else x)
+            for rate in rates:
+                rate.step()
+    found = ["before `optimizer.step()`" in str(warning.message) for warning in told]
+    assert found == [] if over == "its own" else any(found)
+    if over == "its own":
+        assert [one.param_groups[0]["lr"] for one in trainer.schedulable] == [0.025, 0.025]
+
+
 # ---------------------------------------------------------------------------------------------------------- accelerate
 
 
@@ -169,17 +199,16 @@ def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_pat
 def test_two_processes_of_accelerate_take_the_steps_of_one(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     alone = example("with_accelerate").train(NoAccelerator(), tmp_path / "alone", 50)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = [sys.executable, *launch, "examples/with_accelerate.py", str(tmp_path / "two"), "50"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "random_states_1.pkl").exists()  # of the second process
     state = torch.load(tmp_path / "two" / "custom_checkpoint_0.pkl")
-    for name, value in alone.student.state_dict().items():
-        torch.testing.assert_close(state["student"][name], value, rtol=1e-3, atol=1e-5)
-    for name, value in alone.teacher.state_dict().items():
-        torch.testing.assert_close(state["teacher"][name], value, rtol=1e-3, atol=1e-5)
+    for role in ("student", "teacher"):
+        for name, value in getattr(alone, role).state_dict().items():
+            assert (state[role][name] - value).abs().max() < 1e-5 * value.abs().max()
 
 
 def prepared(*, twice: bool = False, **options: Any) -> tuple[list[nn.Module], list[Any], Any]:
@@ -205,6 +234,18 @@ def test_optimizers_of_accelerate_are_taken_out_of_their_wrappers(twice: bool) -
     assert same([*a.values()], [*b.values()])
     assert metapl.check_gradient(*networks, **given, inner_optimizer=inner).passed
     assert trainer.state_dict()["optimizers"] == {"inner": "SGD", "outer": "SGD"}
+
+
+def test_prepared_optimizers_of_plain_networks_are_refused_in_several_processes(monkeypatch: Any) -> None:
+    """As Lightning hands them over, and accelerate where the networks were not prepared: the copies drift apart."""
+    networks, (outer, inner), _ = prepared()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(MetaplError, match=r"prepared for 2 processes, and its network is a plain.*devices=1"):
+            metapl.BilevelTrainer(*networks, **options)
+    with pytest.raises(MetaplError, match="prepared for 2 processes"):
+        metapl.LossTrainer(networks[1], optimizer=inner)
 
 
 def test_accumulation_of_accelerate_is_refused() -> None:
@@ -317,9 +358,15 @@ def test_optimizers_of_lightning_are_taken_out_of_their_wrappers() -> None:
 # --------------------------------------------------------------------------------------------------------- transformers
 
 
-def bert() -> nn.Module:
+def bert(**options: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_labels": 3}
+    sizes = options | {
+        "vocab_size": 30,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_labels": 3,
+    }
     config = transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=6)
     return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
 
@@ -353,6 +400,49 @@ def test_a_model_of_hugging_face_is_refused_with_its_adapter_and_trains_in_it(ca
     with pytest.raises(MetaplError, match=r"(\w+) = metapl\.models\.Logits\(\1\)"):
         CALLS[call](*(networks | {who: networks[who].network}).values(), x, y)
     CALLS[call](*networks.values(), x, y)
+
+
+@pytest.mark.parametrize("kind", ["ids", "dict"])
+@pytest.mark.parametrize("wrap", [Logits, lambda network: network], ids=["wrapped", "bare"])
+def test_a_model_of_hugging_face_without_a_head_is_refused_by_that(wrap: Any, kind: str) -> None:
+    ids, body = torch.randint(1, 30, (6, 6)), bert().base_model
+    x = ids if kind == "ids" else {"input_ids": ids}
+    for networks in ((Logits(bert()), wrap(body)), (wrap(body), Logits(bert()))):
+        with pytest.raises(MetaplError, match=r"no head .* such as AutoModelForSequenceClassification"):
+            metapl.BilevelTrainer(*networks, "forward").step((x, torch.arange(6) % 3), x)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_trainer_of_transformers_takes_whole_steps_and_its_own_move_nothing(parts: int, tmp_path: Path) -> None:
+    """The steps of a plain loop, at the rates of its schedule; its accumulation makes more of them, not larger ones."""
+    transformers = pytest.importorskip("transformers")
+    networks, taken = (
+        [Logits(bert(hidden_dropout_prob=0, attention_probs_dropout_prob=0)) for _ in range(2)],
+        list[Any](),
+    )
+    twins = copy.deepcopy(networks)
+    rows = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 3)} for i in range(16)]
+
+    class Steps(transformers.Trainer):  # type: ignore[misc, name-defined]
+        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            if not taken:
+                self.bilevel = metapl.BilevelTrainer(*networks, "forward", inner_optimizer=self.optimizer)
+            taken.append((inputs["labels"], inputs["input_ids"], self.optimizer.param_groups[0]["lr"]))
+            report = self.bilevel.step((inputs["input_ids"], inputs["labels"]), inputs["input_ids"])
+            return torch.tensor(report.inner_loss)
+
+    options = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": parts, "use_cpu": True}
+    given = transformers.TrainingArguments(
+        str(tmp_path), **options, report_to=[], disable_tqdm=True, learning_rate=0.01
+    )
+    Steps(networks[1].network, given, train_dataset=rows).train()
+    assert len(taken) == 4 * parts
+    inner = torch.optim.AdamW(twins[1].parameters(), weight_decay=0.0)
+    plain = metapl.BilevelTrainer(*twins, "forward", inner_optimizer=inner)
+    for y, x, inner.param_groups[0]["lr"] in taken:
+        plain.step((x, y), x)
+    for own, twin in zip(networks, twins, strict=True):  # but for the rounding of its fused AdamW
+        torch.testing.assert_close(own.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long

@@ -344,9 +344,9 @@ class Own(nn.Module):
         return out
 
 
-def own_feedback(how: Any, mode: Any, dtype: torch.dtype, steps: int = 1) -> list[Tensor]:
+def own_feedback(how: Any, mode: Any, dtype: torch.dtype, steps: int = 1, build: Any = Own) -> list[Tensor]:
     torch.manual_seed(0)
-    student, teacher = Own(how).to(dtype), nn.Linear(5, 3).to(dtype)
+    student, teacher = build(how).to(dtype), nn.Linear(5, 3).to(dtype)
     labeled = torch.randn(7, 5, dtype=dtype), torch.arange(7) % 3
     batches = [torch.randn(9, 5, dtype=dtype) for _ in range(steps)]
     found = metapl.hypergradient(
@@ -397,6 +397,47 @@ def test_losses_that_are_compared_are_of_weights_that_require_a_gradient() -> No
         return [*teacher.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(trained(asking), trained(Own.plain), strict=True))
+
+
+class Kind(nn.Parameter):
+    pass
+
+
+class OwnKind(Own):
+    """With a weight of another kind, and an attribute on it."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__(how)
+        self.a.weight = Kind(self.a.weight.detach())
+        self.a.weight.gain = 1.0
+
+
+@pytest.mark.parametrize(("mode", "steps"), [*((mode, 1) for mode in ANYWHERE), ("forward", 3), ("unrolled", 3)])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda weight: isinstance(weight, nn.Parameter),
+        lambda weight: type(weight) is Kind,
+        lambda weight: hasattr(weight, "gain"),
+        lambda weight: weight.requires_grad,
+    ],
+    ids=["parameter", "kind", "attribute", "learned"],
+)
+def test_a_forward_that_asks_what_its_weights_are_is_told_the_same_of_those_that_stand_in(
+    asked: Any, mode: str, steps: int
+) -> None:
+    """L(θ′), and later student steps, were of another function than the student learns."""
+    found = [
+        own_feedback(
+            lambda student, x, ask=ask: student.plain(x) * (1 if ask(student.a.weight) else 2),
+            mode,
+            torch.float64,
+            steps,
+            OwnKind,
+        )
+        for ask in (asked, lambda weight: True)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def freezing(student: Own, x: Tensor) -> Tensor:

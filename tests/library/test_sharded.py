@@ -116,6 +116,13 @@ def test_every_mode_is_as_in_one_process(two: Ranks, layout: str, optimizer: str
             check_against_double_backward(found, mode, optimizer)
 
 
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_signals_of_several_tensors(two: Ranks, layout: str) -> None:
+    case: dict[str, Any] = {"layout": layout, "problem": sharded_cases.SEVERAL}
+    modes = [{"mode": mode} for mode in ("forward", "difference")]
+    check(two, [{**case, **given} for given in (*modes, {"mode": "forward", "accumulate": 2})])
+
+
 def check_against_double_backward(found: list[dict[str, Any]], mode: str, optimizer: str) -> None:
     teacher, student = sharded_cases.networks()
     labeled, unlabeled = sharded_cases.batches(1)[0]
@@ -163,17 +170,20 @@ INDUCTOR = (
 
 
 @pytest.mark.parametrize(
-    ("layout", "mode", "graphs"),
+    ("layout", "mode", "graphs", "options"),
     [
         # Passes of the blocks with and without a graph: of the student's 2 and the teacher's 1, and of whole networks.
-        pytest.param("fsdp", "reinforce", 6, id="blocks"),
-        pytest.param("shard_checkpoint", "forward", 6, id="checkpoint"),
-        pytest.param("ddp", "difference", 4, id="replicas"),
+        pytest.param("fsdp", "reinforce", 6, {}, id="blocks"),
+        pytest.param("shard_checkpoint", "forward", 6, {}, id="checkpoint"),
+        pytest.param("ddp", "difference", 4, {}, id="replicas"),
+        pytest.param("fsdp", "forward", 5, {"problem": sharded_cases.SEVERAL}, id="several tensors"),
     ],
 )
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
-def test_compiled_passes(two: Ranks, layout: str, mode: str, graphs: int, backend: str) -> None:
-    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd", "gradients": False}
+def test_compiled_passes(
+    two: Ranks, layout: str, mode: str, graphs: int, options: dict[str, Any], backend: str
+) -> None:
+    case: dict[str, Any] = {"mode": mode, "optimizer": "sgd", "gradients": False, **options}
     found = two.run("train", **case, layout=layout, compile=True, backend=backend)
     assert all(own["graphs"] >= graphs for own in found)
     compare(found, alone(**case), tolerance(mode))

@@ -5,9 +5,39 @@ Each ignored error is one that has to be found: mypy refuses an ignore that noth
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 
 import metapl
+
+
+class Weighted(metapl.problems.Problem):
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        label = teacher(batch).softmax(1)
+        return metapl.Signal({"weight": label[:, 0], "label": label})
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal["weight"] * nn.functional.cross_entropy(outputs, signal["label"], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class Unfinished:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch))
+
+
+class Norm:
+    name = "norm"
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, **_: Any) -> Tensor:
+        return teacher(labeled[0]).norm()  # type: ignore[no-any-return]
+
+
+def error(outputs: Tensor, batch: tuple[Tensor, Tensor]) -> float:
+    return float((outputs.argmax(1) != batch[1]).float().mean())
 
 
 def built(teacher: nn.Module, student: nn.Module) -> None:
@@ -17,6 +47,12 @@ def built(teacher: nn.Module, student: nn.Module) -> None:
         metapl.BilevelTrainer(teacher, student, mode=mode)
     metapl.BilevelTrainer(teacher, student, mode="foward")  # type: ignore[arg-type]
     metapl.hypergradient(teacher, student, inner_optimizer=0, mode="foward")  # type: ignore[arg-type]
+    metapl.BilevelTrainer(teacher, student, problem=Weighted(), teacher_losses=[Norm()])
+    metapl.BilevelTrainer(teacher, student, problem=Weighted)  # type: ignore[arg-type]
+    metapl.BilevelTrainer(teacher, student, problem=Unfinished())  # type: ignore[arg-type]
+    metapl.BilevelTrainer(teacher, student, teacher_losses=Norm())  # type: ignore[arg-type]
+    metapl.BilevelTrainer(teacher, student, precision="bf16")  # type: ignore[arg-type]
+    metapl.BilevelTrainer(teacher, student, inner_optimiser=None)  # type: ignore[call-arg]
 
 
 def fitted(trainer: metapl.BilevelTrainer) -> None:
@@ -24,6 +60,9 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([], steps=3, valdate_every=2)  # type: ignore[call-arg]
     trainer.fit([], steps=3, warmup="2")  # type: ignore[arg-type]
     trainer.fit([], steps=3, mode="best")  # type: ignore[arg-type]
+    trainer.fit([], steps=3, metric=error, mode="min")
+    trainer.fit([], steps=3, metric="acuracy")  # type: ignore[arg-type]
+    trainer.fit([], steps=3, metric=lambda outputs: 0.0)  # type: ignore[arg-type]
     trainer.finetune([], steps=3, validation=None, resume=True, log_every=1)
     trainer.finetune([], steps=3, log_evry=1)  # type: ignore[call-arg]
     print(trainer.evaluate([]).value, trainer.evaluate([], metric="loss").value)
