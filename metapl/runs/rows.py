@@ -13,7 +13,7 @@ from typing import Any
 
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import misfit_entries
-from metapl.runs.sealed import read_plain, refuse_irregular
+from metapl.runs.sealed import read_sealed, refuse_irregular
 
 
 class Metrics:
@@ -54,7 +54,9 @@ class Metrics:
                 os.fsync(file.fileno())
 
     def _lines(self) -> dict[int, dict[str, Any] | None]:
-        lines = read_plain(self.file).split(b"\n")[:-1] if self.file.exists() else []
+        lines = []
+        if self.file.exists():
+            lines = read_sealed(self.file, mend="Put it back from a copy, or train again.").split(b"\n")[:-1]
         return {number: _row(line) for number, line in enumerate(lines, 1) if line}
 
 
