@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -122,7 +123,10 @@ def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
             error: BaseException | None = stop
             while error is not None and not isinstance(error, MetaplError):  # what a dataclass refused
                 error = error.__cause__ or error.__context__
-            raise error or MetaplError(f"{in_a_line(message.getvalue())} See {program} --help.") from stop
+            said = in_a_line(message.getvalue())
+            if "" in arguments:  # tyro names it by nothing
+                said = re.sub("(?<=[:,]) ?(?=[,.])", " ''", said)
+            raise error or MetaplError(f"{said} See {program} --help.") from stop
         help_text.seek(0)
         width = shutil.get_terminal_size().columns
         for line in help_text.read().splitlines():  # paragraphs are lines of any length
