@@ -35,14 +35,14 @@ class Metrics:
         return [number for number, row in self._lines().items() if row is None]
 
     def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Empty damaged lines, forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once
-        with the rows ``then``."""
+        """Empty damaged lines, forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at
+        once with the rows ``then``."""
         rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Of damaged lines something stays: who resumes once more knows by it that rows are missing, not of another run.
-        left = [{} for _ in self.damaged()]
+        left = b"{}\n" * len(self.damaged())
         with replacing(self.file) as file:
-            file.writelines(map(line_of, left))
+            file.write(left)
             file.writelines(line_of(row) for row in rows if row["phase"] != phase or row["step"] <= step)
             file.writelines(map(line_of, then))
 
