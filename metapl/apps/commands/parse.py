@@ -147,7 +147,8 @@ def in_a_line(text: str) -> str:
             parts.append([])  # a rule between two parts
         elif not line.startswith(" " * 8):
             parts[-1].append(line.strip().rstrip("!"))
-    said = [" ".join(part).removeprefix("Error parsing ").rstrip(" .") for part in parts if part]
+    texts = [" ".join(part).removeprefix("Error parsing ").rstrip() for part in parts if part]
+    said = [re.sub(r"(?<=[^ .])\.+$", "", text) for text in texts]  # the word .. is none of its periods
     return ". ".join(part for part in said if not part.startswith(("For full help", "Argument helptext"))) + "."
 
 
