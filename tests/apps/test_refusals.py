@@ -156,6 +156,7 @@ REFUSED = {
     "export": "metapl: Missing from metapl export: RUN --out DIR. See metapl export",
     "export {run} --out ''": "--out: nothing was given",
     "runs {run} '' x ''": "Unrecognized options: '', x, ''. See metapl runs",
+    "runs {run} --tyro-write-completion fsh x": "Unrecognized options: --tyro-write-completion",
     "runs {run} ..": "Unrecognized options: ... See metapl runs",
     "runs {run}/recipe.json": "recipe.json is a file; expected one that holds runs: metapl runs FOLDER.",
     "runs {new}": "new is not there; expected one that holds runs",

@@ -113,6 +113,8 @@ def _bare(hint: Any) -> Any:
 
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
     """An instance of ``kind`` from a command line; what is wrong is a MetaplError in one line."""
+    if own := next((word for word in arguments if word.startswith("--tyro-")), None):  # it would write a file
+        raise MetaplError(f"Unrecognized options: {own}. See {program} --help.")
     encoding = (sys.stdout.encoding or "utf-8") if {"-h", "--help"} & {*arguments} else "utf-8"
     message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     try:
