@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import shutil
 import sys
 import textwrap
@@ -37,14 +38,32 @@ def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def width_of(text: str) -> int:
+    r"""Columns of a terminal that a text takes: two for a wide letter, none for a mark on the one before.
+
+    >>> width_of("cat"), width_of("猫"), width_of("e\u0301")
+    (3, 2, 1)
+    """
+    return len(text) if text.isascii() else sum(map(_width, text))
+
+
+def _width(letter: str) -> int:
+    wide = unicodedata.east_asian_width(letter) in ("W", "F")
+    return 0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + wide
+
+
 def short(name: str, most: int = 30) -> str:
     """A name that fits, without its middle where need be: ends tell classes apart too.
 
-    >>> short("crane (n02012849)", 12)
-    'crane...849)'
+    >>> short("crane (n02012849)", 12), short("猫の写真クラス", 12)
+    ('crane...849)', '猫の...ラス')
     """
     name, tail = shown(name), (most - 3) // 2
-    return name if len(name) <= most else f"{name[: most - 3 - tail]}...{name[-tail:]}"
+    return name if width_of(name) <= most else f"{_begin(name, most - 3 - tail)}...{_begin(name[::-1], tail)[::-1]}"
+
+
+def _begin(text: str, most: int) -> str:
+    return text[: sum(width <= most for width in itertools.accumulate(map(_width, text)))]
 
 
 def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
@@ -115,10 +134,12 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     cat    97.5%
     dog     8.0%
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = [str.ljust if index < left else str.rjust for index in range(len(widths))]
-    lines = [[side(text, width) for side, text, width in zip(sides, row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    widths, lines = [max(map(width_of, column)) for column in zip(*rows, strict=True)], []
+    for row in rows:
+        gaps = [" " * (width - width_of(text)) for text, width in zip(row, widths, strict=True)]
+        cells = [text + gap if i < left else gap + text for i, (text, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def summary(name: str, **parts: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import misfit_entries
-from metapl.runs.sealed import read_plain, refuse_irregular
+from metapl.runs.sealed import read_sealed, refuse_irregular
 
 
 class Metrics:
@@ -35,11 +35,14 @@ class Metrics:
         return [number for number, row in self._lines().items() if row is None]
 
     def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Forget damaged lines and rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once
-        with the rows ``then``."""
+        """Empty damaged lines, forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at
+        once with the rows ``then``."""
         rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        # Of damaged lines something stays: who resumes once more knows by it that rows are missing, not of another run.
+        left = b"{}\n" * len(self.damaged())
         with replacing(self.file) as file:
+            file.write(left)
             file.writelines(line_of(row) for row in rows if row["phase"] != phase or row["step"] <= step)
             file.writelines(map(line_of, then))
 
@@ -54,7 +57,9 @@ class Metrics:
                 os.fsync(file.fileno())
 
     def _lines(self) -> dict[int, dict[str, Any] | None]:
-        lines = read_plain(self.file).split(b"\n")[:-1] if self.file.exists() else []
+        lines = []
+        if self.file.exists():
+            lines = read_sealed(self.file, mend="Put it back from a copy, or train again.").split(b"\n")[:-1]
         return {number: _row(line) for number, line in enumerate(lines, 1) if line}
 
 

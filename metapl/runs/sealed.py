@@ -50,7 +50,7 @@ def read_json(
     except RecursionError as error:
         raise MetaplError(f"{path} cannot be read: it is nested too deeply.") from error
     except (OSError, ValueError) as error:
-        raise MetaplError(f"{path} cannot be read: {error}{end}") from error
+        raise MetaplError(f"{path} cannot be read: {reason_of(error)}{end}") from error
     if not isinstance(content, dict):
         raise MetaplError(f"{path} is damaged: it holds {content!r:.60}; expected an object{end}")
     missing = [name for name in needed if name not in content]
@@ -86,6 +86,15 @@ def open_plain(path: StrPath) -> io.BufferedReader:
 def read_plain(path: StrPath) -> bytes:
     with open_plain(path) as file:
         return file.read()
+
+
+def is_there(path: StrPath) -> bool:
+    """Whether something has a name, a link that leads nowhere too; ``OSError`` where the system does not say."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def refuse_irregular(path: StrPath, mode: int | None = None) -> None:

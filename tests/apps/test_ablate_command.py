@@ -123,6 +123,7 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("--factory elsewhere:build", "No module named 'elsewhere'; expected module:function"),
         ("--factory my_typo:build", "build failed: ModuleNotFoundError: No module named 'nowhere_to_be_fo"),
         ("--factory my_syntax:build", "build failed: SyntaxError: invalid syntax (my_syntax.py, line 1)"),
+        ("--factory os.getcwd", "names no function; expected module:function"),
         ("--factory my_networks", "expected module:function, such as my_networks:build"),
         (
             "--factory my_networks.py:build",

@@ -40,6 +40,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits --feedback-", {"--feedback-weight", "--feedback-ratio"}),
         ("train digits --mode ", {"forward", "reinforce", "none"}),
         ("train images --changes.mir", {"--changes.mirror"}),
+        ("train digits --method uda --uda-", {"--uda-weight", "--uda-temperature"}),
+        ("train digits --method noisy_student --rou", {"--rounds"}),
         ("train noi", {"noisy"}),
         ("train noisy --clean-b", {"--clean-batch"}),
         ("evaluate runs/mine --net", {"--network"}),

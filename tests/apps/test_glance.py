@@ -25,6 +25,7 @@ from metapl.apps.experiments.galleries import mistakes
 from metapl.apps.recipes.base import hints_of
 from metapl.apps.reports import web
 from metapl.metrics import Evaluation
+from metapl.words import width_of
 
 HOSTILE = "<script>alert('x')</script>&\"<img src=http://a/b>"
 
@@ -45,6 +46,11 @@ def relabeled(file: Path, before: str, after: str) -> None:
     text = file.read_text()
     assert text.count(before) == 1
     file.write_text(text.replace(before, after))
+
+
+def instead(file: Path, make: Callable[[Path], object]) -> None:
+    file.unlink()
+    make(file)
 
 
 def found(capsys: pytest.CaptureFixture[str], folder: Path) -> dict[str, dict[str, Any]]:
@@ -170,8 +176,31 @@ def test_names_that_are_too_long_have_a_line_of_their_own() -> None:
     assert name in lines
     assert any(line.startswith("\\x1b[2J<b> ") for line in lines)
     assert max(map(len, lines)) <= 80
+    twice = [entry | {"run": "猫の写真", "data": "e\u0301"}, entry | {"run": "cats", "data": "e"}]
+    of_wide = listing(twice, 80).splitlines()
+    assert len({width_of(line[: line.index("1,000,000")]) for line in of_wide[1:3]}) == 1
     wide = listing([entry | {"run": name}], 200).splitlines()
     assert wide[1].startswith(f"{name}  noisy_student  a/very/long  1,000,000  100.0 (99.0-100.0) test")
+
+
+def test_a_folder_that_cannot_be_listed_is_told(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(tiny, tmp_path / "mine")
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path == str(tmp_path / "closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    words = metapl("runs", tmp_path, code=1)
+    assert words.stderr == f"metapl: left out {tmp_path / 'closed'}: Permission denied\n"
+    assert "\nmine " in words.stdout
 
 
 def test_many_runs_are_listed_without_reading_the_types_again(tiny: Path, tmp_path: Path) -> None:
@@ -215,6 +244,23 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another seed": (lambda place: edited(place / "result.json", seed=5), "its seed is 5"),
     "a result of nothing": (lambda place: (place / "result.json").write_text("{}"), "it does not say delivered"),
     "another log": (lambda place: (place / "metrics.jsonl").write_text("x\n"), "metrics.jsonl is damaged"),
+    "another version": (
+        lambda place: relabeled(place / "recipe.json", '"metapl": "', '"metapl": "9'),
+        "recipe.json is damaged or was edited",
+    ),
+    "a pipe": (lambda place: instead(place / "recipe.json", os.mkfifo), "recipe.json cannot be read: it is a pipe"),
+    "a link to nowhere": (
+        lambda place: instead(place / "result.json", lambda file: file.symlink_to("nowhere")),
+        "result.json cannot be read: No such file or directory",
+    ),
+    "a log that has gone": (
+        lambda place: (place / "metrics.jsonl").unlink(),
+        "metrics.jsonl cannot be read: No such file or directory",
+    ),
+    "a log that is a folder, of a run that goes on": (
+        lambda place: ((place / "result.json").unlink(), instead(place / "metrics.jsonl", os.mkdir)),
+        "metrics.jsonl cannot be read: it is a folder",
+    ),
     "other data": (lambda place: edited(place / "data.json", hash={}), "data.json is damaged"),
 }
 
@@ -273,6 +319,10 @@ def test_the_page_of_a_comparison_has_its_methods_and_the_paired_test(
     assert "mpl, student" in page
     assert "none, student" in page
     copy = Path(shutil.copytree(compared, tmp_path / "copy"))
+    for before, after in (("mpl", "other"), ("none", "mpl"), ("other", "none")):
+        (copy / before).rename(copy / after)
+    for command in ("report", "compare"):
+        assert "mpl/seed-0 holds another run than the one that was compared" in refused(capsys, command, copy)
     shutil.rmtree(copy / "none")
     assert "The folders of the runs are not there any more." in page_of(capsys, copy)
 
@@ -304,11 +354,13 @@ def test_every_figure_has_a_place_within_its_plot(values: list[float], key: str)
 
 def test_hostile_names_are_texts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = run.rename(tmp_path / "a<b>&\"'c\n\x1b[2J")
-    classes = [HOSTILE, "\u202ename", "caf\udce9", *"3456789"]
+    classes = [HOSTILE, "\u202ename", "caf\udce9", 200 * "x", *"456789"]
     edited(place / "result.json", "evaluation", classes=classes)
     edited(place / "recipe.json", command=f"metapl train {HOSTILE}")
     page = page_of(capsys, place, tmp_path / "page.html")
     assert HOSTILE not in page
+    assert f">{29 * 'x'}..." in page
+    assert f">{100 * 'x'}" not in page
     assert page.count(html.escape(HOSTILE)) >= 3
     assert html.escape("a<b>&\"'c") in page
     assert "\u202e" not in page
@@ -344,6 +396,11 @@ def test_test_pictures_that_have_gone_leave_the_rest_of_the_page(
     page = (copy / "report.html").read_text()
     assert "The test pictures are left out: " in page
     assert "Confusion on the test set" in page
+
+
+def test_pictures_that_have_gone_are_told_on_the_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "pictures.safetensors").unlink()
+    assert "pictures.safetensors is not there any more." in page_of(capsys, run)
 
 
 def test_the_command_that_started_a_run_is_on_its_page(

@@ -38,7 +38,7 @@ def test_a_damaged_row_is_cut_and_said_and_the_run_goes_on(name: str, tmp_path: 
         spoken: list[str] = []
         if steps == 9:
             lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-            (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines[:2], DAMAGES[name], *lines[2:]]))
+            (tmp_path / "metrics.jsonl").write_bytes(b"".join([*lines[:2], DAMAGES[name], *lines[3:]]))
         single().fit(
             labeled,
             steps=steps,
@@ -51,8 +51,19 @@ def test_a_damaged_row_is_cut_and_said_and_the_run_goes_on(name: str, tmp_path: 
         )
     assert spoken[-1] == f"{tmp_path / 'metrics.jsonl'}: lines that are damaged are left out: 3"
     metrics = Metrics(tmp_path / "metrics.jsonl")
-    assert metrics.damaged() == []
-    assert [row["step"] for row in metrics.rows()] == [*range(1, 10)]
+    assert metrics.damaged() == [1]
+    assert [row["step"] for row in metrics.rows()] == [1, 2, *range(4, 10)]
+
+
+def test_a_run_that_was_killed_after_damaged_rows_were_cut_goes_on(tmp_path: Path) -> None:
+    file, spoken = tmp_path / "metrics.jsonl", list[str]()
+    how: dict[str, Any] = {"schedule": "constant", "log_every": 1, "progress": False, "say": spoken.append}
+    single().fit(batches(5)[0], steps=4, out=tmp_path, **how)
+    file.write_bytes(b"x" + file.read_bytes())
+    Metrics(file).cut("fit", 4)
+    single().fit(batches(5)[0], steps=6, out=tmp_path, resume=True, **how)
+    assert [row["step"] for row in Metrics(file).rows()] == [2, 3, 4, 5, 6]
+    assert spoken[-1].endswith("lines that are damaged are left out: 1")
 
 
 def test_somebody_elses_rows_are_not_cut(tmp_path: Path) -> None:

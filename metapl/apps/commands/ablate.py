@@ -146,6 +146,9 @@ class AblateFactory(Looking):
 
 def made_by(name: str) -> Any:
     """What ``module:function`` returns; the module may lie in the current folder. Errors name the place in it."""
+    expected = "expected module:function, such as my_networks:build of my_networks.py in this folder"
+    if ":" not in name:  # of os.getcwd, say, the function would be called before anything is known of it
+        raise MetaplError(f"--factory {name} names no function; {expected}.")
     folder = os.getcwd()
     sys.path.insert(0, folder)  # the function may import from there too
     try:
@@ -156,7 +159,7 @@ def made_by(name: str) -> Any:
         # The innermost line of the user's own says more than one inside a library.
         frames = traceback.extract_tb(error.__traceback__)
         own = [at for at in frames if at.filename.startswith(folder + os.sep) and at.filename != __file__]
-        told = "; expected module:function, such as my_networks:build of my_networks.py in this folder"
+        told = f"; {expected}"
         if own:  # its name was right
             told = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})"
         text = str(error).strip().partition("\n")[0].rstrip(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field, make_dataclass
 from importlib import import_module
 from typing import Annotated, Any, Union
 
@@ -206,12 +207,25 @@ def print_completion(given: Sequence[str]) -> int:
     def one_of(kinds: Mapping[str, Any]) -> Any:
         return Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())]  # noqa: UP007  # made from a list
 
+    def every(kind: Any, program: str) -> Any:
+        """The command with the flags of all its methods."""
+        own = kind.given(("--compare",), program)[0]
+        if not hasattr(kind, "offered"):
+            return own
+        made = [kind.given(("--compare", "--method", name), program)[0] for name in kind.offered()]
+        settings = [one.__dataclass_fields__["settings"].default for one in made]
+        bases = tuple({type(one): one for one in settings})
+        of = make_dataclass("Every", [], bases=bases, namespace={"__post_init__": lambda self: None}, frozen=True)
+        default = of(**{name: value for one in reversed(settings) for name, value in vars(one).items()})
+        flags = ("settings", Annotated[of, tyro.conf.arg(name="")], field(default=default))
+        return make_dataclass(own.__name__, [flags], bases=(own,), frozen=True, kw_only=True)
+
     def taken(command: str) -> Any:
         def chosen(choice: Any) -> None: ...
 
         if command not in CHOICES:
             return found(command)
-        kinds = {name: kind.given((), f"metapl {command} {name}")[0] for name, kind in found(command).items()}
+        kinds = {name: every(kind, f"metapl {command} {name}") for name, kind in found(command).items()}
         chosen.__annotations__["choice"] = Annotated[one_of(kinds), tyro.conf.arg(name="")]
         return chosen
 

@@ -18,7 +18,7 @@ from metapl.apps.commands.parse import Command, Folder, unset
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
-from metapl.apps.experiments.folder import LoadedRun, RunFolder, flat, load_run, stored_data, stored_result
+from metapl.apps.experiments.folder import LoadedRun, RunFolder, flat, load_run, results_within, stored_data
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
@@ -127,7 +127,9 @@ def _entries(run: LoadedRun) -> Iterator[Entry]:
     # A folder of pictures is the data; other recipes draw theirs from a data set.
     drawn_by = () if isinstance(run.recipe, ImageFolders) else DRAWN_BY
     fields, path, runs = _fields(run.recipe), run.folder.path, [(run.folder, run.result)]
+    results = {(run.result["method"], run.result["seed"]): run.result}
     if run.is_comparison:
+        results = results_within(path, run.result)
         runs = [
             (RunFolder(path / method / f"seed-{seed}"), {"method": method, "seed": seed} | numbers)
             for method, found in run.result["methods"].items()
@@ -135,7 +137,7 @@ def _entries(run: LoadedRun) -> Iterator[Entry]:
             for numbers in [{readout: found[readout][index] for readout in READOUTS}]
         ]
     for folder, numbers in runs:
-        result = stored_result(folder)
+        result = results[numbers["method"], numbers["seed"]]
         if "evaluation" not in result:
             raise MetaplError(
                 f"{folder.path} has no test accuracy: train was given no --test; train it again with one."

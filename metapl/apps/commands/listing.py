@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,14 +16,14 @@ import tyro
 from metapl.apps.commands.parse import Command, Switch, unset
 from metapl.apps.experiments.accuracies import DELIVERED, spread
 from metapl.apps.experiments.experiment import TOLD
-from metapl.apps.experiments.folder import ANOTHER, RunFolder, stored, stored_result
+from metapl.apps.experiments.folder import RunFolder, refuse_changed, stored, stored_result
+from metapl.apps.pictures.folders import walk
 from metapl.apps.recipes.base import Recipe
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
 from metapl.runs.ownership import is_owned
 from metapl.runs.rows import Metrics
-from metapl.runs.sealed import read_sealed
-from metapl.words import columns, short, shown, table, tell, wrapped
+from metapl.words import columns, short, shown, table, tell, width_of, wrapped
 
 HEAD = ("run", "method", "data", "steps", "accuracy, %", "date")
 CUT, LEAST = (2, 1, 0), 9  # columns that are cut where lines are too long, and to how many letters at least
@@ -51,49 +51,51 @@ class Runs(Command):
         if not self.folder.is_dir():
             state = "is a file" if self.folder.exists() else "is not there"
             raise MetaplError(f"the folder {self.folder} {state}; expected one that holds runs: metapl runs FOLDER.")
-        found = [glance(place, self.folder) for place in run_folders(self.folder)]
+        refused = list[OSError]()
+        found = [glance(place, self.folder) for place in run_folders(self.folder, refused.append)]
+        for error in refused:
+            tell(f"metapl: left out {error.filename}: {error.strerror}", file=sys.stderr)
         if not found:
             raise MetaplError(f"there is no run in {self.folder}; metapl train writes them: metapl train digits.")
         found.sort(key=lambda entry: str(entry["date"]))
         tell(json.dumps(found, indent=2) if self.json else listing(found, columns(sys.stdout)))
-        return 0
+        return 1 if refused else 0
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
-    """The runs in a folder, not those of a comparison; links are followed where they lead to a run."""
-    for where, folders, files in os.walk(folder):
-        places = [Path(where)]
-        if "recipe.json" in files:
+def run_folders(folder: Path, refuse: Callable[[OSError], None]) -> Iterator[Path]:
+    """The runs in a folder, not those of a comparison; links are followed where they lead to a run. ``refuse`` is
+    called with the error where a folder cannot be listed."""
+    for where, folders, files in walk(folder, refuse):
+        if "recipe.json" in {*folders, *files}:
             folders.clear()
-        else:
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            places = [link for name in folders if (link := Path(where, name)).is_symlink()]
-        yield from (place for place in places if (place / "recipe.json").exists())
+            yield Path(where)
+        links = {name for name in folders if os.path.islink(os.path.join(where, name))}
+        runs = {name for name in links if os.path.lexists(os.path.join(where, name, "recipe.json"))}
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in links - runs]
 
 
 def glance(path: Path, within: Path) -> dict[str, Any]:
     """What a run is, how far it has come and what it reached; of a damaged one, why it cannot be read."""
     name = str(path if path == within else path.relative_to(within))
-    written = max(file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if file.exists())
+    times = (file.stat().st_mtime for file in map(path.joinpath, WRITTEN) if os.path.exists(file))
+    written = max(times, default=path.stat().st_mtime)
     about = {"run": name, "date": datetime.fromtimestamp(written).isoformat(timespec="seconds")}
     try:
-        return about | _found(RunFolder(path))
+        return about | state_of(RunFolder(path))
     except (MetaplError, OSError) as error:
-        return about | {
-            "state": "damaged",
-            "why": reason_of(error).replace(f"{path}{os.sep}", "").replace(f"{path} ", ""),
-        }
+        why = reason_of(error).replace(f"{path}{os.sep}", "").replace(f"{path} ", "")
+        return about | {"state": "damaged", "why": why.partition(". ")[0]}  # not how to mend it
 
 
-def _found(folder: RunFolder) -> dict[str, Any]:
+def state_of(folder: RunFolder) -> dict[str, Any]:
+    """What :func:`glance` says of a run that is not damaged."""
     recipe, description = stored(folder)
     methods, seeds = description.get("compare"), description.get("seeds", [recipe.seed])
     entry = {"recipe": recipe.name, "data": _data(recipe), "seeds": seeds, "methods": methods or [recipe.method.name]}
-    if (folder.path / "result.json").exists():
+    if folder.ended:
         result = stored_result(folder)
-        for file in (folder.path / told for told in TOLD):
-            if file.is_file():
-                read_sealed(file, result.get("sha256", {}).get(file.name), mend=ANOTHER)
+        for name in TOLD if methods is None else ():  # those of a comparison are in its runs
+            refuse_changed(folder.path / name, result)
         entry |= {"state": "finished", "steps": result["steps"], "done": result["steps"], **reached_by(result)}
         of_methods = {name: {"accuracies": found[DELIVERED]} for name, found in result.get("methods", {}).items()}
         return entry | ({"compared": of_methods} if of_methods else {})
@@ -129,7 +131,7 @@ def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
         name, date, compared = entry["run"], datetime.fromisoformat(entry["date"]), entry.get("compared")
         day = f"{date:%d %b}" if date.year == datetime.now().year else f"{date:%b %Y}"
         if entry["state"] == "damaged":
-            below[len(rows)] = f"  {shown(entry['why'])}"
+            below[len(rows)] = wrapped(f"  {shown(entry['why'])}", width)
             rows.append((name, "", "", "", "damaged", day))
             continue
         said = entry["state"]
@@ -153,15 +155,15 @@ def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
             "; of a comparison, that of the run it delivers, and of its methods mean ± standard deviation over seeds"
         )
     cells = [[shown(text) for text in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(map(width_of, column)) for column in zip(*cells, strict=True)]
     for column in CUT:
         beyond = sum(widths) + 2 * (len(widths) - 1) - width
         widths[column] = max(widths[column] - max(beyond, 0), min(widths[column], LEAST))
-    long = {number: row[0] for number, row in enumerate(cells) if len(row[0]) > widths[0]}  # each in a line of its own
+    long = {
+        number: row[0] for number, row in enumerate(cells) if width_of(row[0]) > widths[0]
+    }  # each in a line of its own
     fits = [["" if i in long else row[0], *map(short, row[1:], widths[1:])] for i, row in enumerate(cells)]
     lines = list[str]()
     for number, line in enumerate(table(fits, left=len(HEAD)).split("\n")):
         lines += filter(None, (long.get(number), line, below.get(number)))
-    return "\n".join(
-        [*(line if len(line) <= width else f"{line[: width - 3]}..." for line in lines), "", wrapped(notes, width)]
-    )
+    return "\n".join([*lines, "", wrapped(notes, width)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -112,6 +113,8 @@ def _bare(hint: Any) -> Any:
 
 def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
     """An instance of ``kind`` from a command line; what is wrong is a MetaplError in one line."""
+    if own := next((word for word in arguments if word.startswith("--tyro-")), None):  # it would write a file
+        raise MetaplError(f"Unrecognized options: {own}. See {program} --help.")
     encoding = (sys.stdout.encoding or "utf-8") if {"-h", "--help"} & {*arguments} else "utf-8"
     message, help_text = io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     try:
@@ -122,7 +125,10 @@ def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
             error: BaseException | None = stop
             while error is not None and not isinstance(error, MetaplError):  # what a dataclass refused
                 error = error.__cause__ or error.__context__
-            raise error or MetaplError(f"{in_a_line(message.getvalue())} See {program} --help.") from stop
+            said = in_a_line(message.getvalue())
+            if "" in arguments:  # tyro names it by nothing
+                said = re.sub("(?<=[:,]) ?(?=[,.])", " ''", said)
+            raise error or MetaplError(f"{said} See {program} --help.") from stop
         help_text.seek(0)
         width = shutil.get_terminal_size().columns
         for line in help_text.read().splitlines():  # paragraphs are lines of any length
@@ -143,7 +149,8 @@ def in_a_line(text: str) -> str:
             parts.append([])  # a rule between two parts
         elif not line.startswith(" " * 8):
             parts[-1].append(line.strip().rstrip("!"))
-    said = [" ".join(part).removeprefix("Error parsing ").rstrip(" .") for part in parts if part]
+    texts = [" ".join(part).removeprefix("Error parsing ").rstrip() for part in parts if part]
+    said = [re.sub(r"(?<=[^ .])\.+$", "", text) for text in texts]  # the word .. is none of its periods
     return ". ".join(part for part in said if not part.startswith(("For full help", "Argument helptext"))) + "."
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from metapl.apps.commands.evaluate import Own
 from metapl.apps.commands.inputs import check_file
-from metapl.apps.commands.listing import glance, reached_by
+from metapl.apps.commands.listing import reached_by, state_of
 from metapl.apps.commands.parse import Command, Run, unset
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, spoken_rounds, spread, summary
 from metapl.apps.experiments.experiment import last_fit
@@ -22,9 +22,9 @@ from metapl.apps.experiments.folder import (
     counts_of,
     flat,
     load_run,
+    results_within,
     stored,
     stored_data,
-    stored_result,
 )
 from metapl.apps.experiments.galleries import FILE, mistakes, read_galleries
 from metapl.apps.experiments.side_by_side import mean_curves
@@ -35,7 +35,7 @@ from metapl.metrics import Evaluation
 from metapl.runs.atomic import write_whole
 from metapl.runs.rows import Metrics
 from metapl.runs.sealed import read_plain
-from metapl.words import tell
+from metapl.words import short, tell
 
 PAGE = "report.html"
 
@@ -64,8 +64,9 @@ class Report(Command):
             check_file("--out", out, ".html")
         if out.exists() and web.GENERATOR.encode() not in read_plain(out)[:1000]:
             raise MetaplError(f"{out} is there, and metapl report did not write it; expected another --out FILE.html.")
-        ended = (self.folder / "result.json").exists() or not RunFolder(self.folder).exists
-        heading, parts = _ended(load_run(self.folder)) if ended else _unfinished(RunFolder(self.folder))
+        folder = RunFolder(self.folder)
+        stopped = folder.exists and not folder.ended
+        heading, parts = _unfinished(folder) if stopped else _ended(load_run(self.folder))
         page = web.web_page(heading, [f"<h1>{web.text(heading)}</h1>", web.paragraph(self.folder, "quiet"), *parts])
         write_whole(out, page, "any earlier page is as it was; expected a disk with room, or another --out.")
         tell(f"{heading}\nthe page is written: {out}, {len(page) / 1e3:,.0f} kB; open it in a browser")
@@ -74,7 +75,7 @@ class Report(Command):
 
 def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
     recipe, description = stored(folder)
-    found, metrics = glance(folder.path, folder.path), Metrics(folder.path / "metrics.jsonl")
+    found, metrics = state_of(folder), Metrics(folder.path / "metrics.jsonl")
     method, done = title(recipe.method.name), found.get("compared")
     said, curves = f"Not finished: {found['state']}", ""
     if done is not None:
@@ -108,11 +109,14 @@ def _ended(run: LoadedRun) -> tuple[str, list[str]]:
     if "rounds" in result:
         parts.append(web.section("Rounds", *map(web.paragraph, spoken_rounds(result["rounds"]))))
     if evaluation is not None:
-        names = [str(name) for name in evaluation.classes or range(len(evaluation.confusion))]
+        names = [short(str(name), 60) for name in evaluation.classes or range(len(evaluation.confusion))]
         parts.append(web.section("Confusion on the test set", web.matrix(evaluation, names)))
         parts.append(web.section("Classes", web.classes(evaluation, names)))
         parts.append(_mistakes(run, names))
-    parts += map(web.pictures, read_galleries(path, result.get("sha256", {}).get(FILE)))
+    sealed = {} if run.is_comparison else result.get("sha256", {})  # of a comparison, the file is in its runs
+    parts += map(web.pictures, read_galleries(path, sealed.get(FILE)))
+    if FILE in sealed and not (path / FILE).is_file():
+        parts.append(web.section("Pseudo-labels", web.paragraph(f"{FILE} is not there any more.")))
     return heading, [*parts, *_made(run.folder, run.description, run.source)]
 
 
@@ -135,11 +139,10 @@ def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
         names = {"p, paired t-test": test.p, "p, exact permutation test": test.p_permutation}
         figures |= {name: f"{p:.2g}" for name, p in names.items() if p is not None}
         yield web.section(" against ".join(pair), web.rows([*figures.items()]))
-    runs = {(name, seed): RunFolder(path / name / f"seed-{seed}") for name in found.methods for seed in found.seeds}
-    if any(not folder.exists for folder in runs.values()):
+    if not all(RunFolder(path / name / f"seed-{seed}").exists for name in found.methods for seed in found.seeds):
         yield web.section("Curves", web.paragraph("The folders of the runs are not there any more."))
         return
-    curves, along = mean_curves(path, found, {key: stored_result(folder) for key, folder in runs.items()})
+    curves, along = mean_curves(path, found, results_within(path, result))
     yield web.section("Curves", web.plots(curves, along), web.paragraph("means over the seeds", "quiet"))
 
 
@@ -157,14 +160,13 @@ def _mistakes(run: LoadedRun, names: Sequence[str]) -> str:
 
 def _made(folder: RunFolder, description: Mapping[str, Any], source: RunFolder) -> Iterator[str]:
     """On what, by which settings and with what a run was made, folded."""
-    made = folder.made()
-    command = made.pop("command", None)
-    if command is not None:
-        yield web.section("Command", f"<pre>{web.text(command)}</pre>")
-    data = stored_data(source) if (source.path / "data.json").is_file() else {}
+    made = folder.description()
+    if "command" in made:
+        yield web.section("Command", f"<pre>{web.text(made['command'])}</pre>")
+    data = stored_data(source) if source.ended or (source.path / "data.json").exists() else {}
     counts = {part: f"{count:,} examples" for part, count in counts_of(data).items()}
     counts |= {f"SHA-256 of {part}": digest for part, digest in data.get("hash", {}).items()}
     yield web.folded("Data", web.rows([*counts.items()])) if counts else ""
     told = {name: value for name, value in description.items() if name != "fields"} | flat(description["fields"])
     yield web.folded("Settings", web.rows([(name, json.dumps(value)) for name, value in told.items()]))
-    yield web.folded("Versions and hardware", web.rows([*made.items()]))
+    yield web.folded("Versions and hardware", web.rows([*made.get("made_with", {}).items()]))

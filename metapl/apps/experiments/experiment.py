@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.experiments import galleries
 from metapl.apps.experiments.accuracies import spoken_rounds, summary
-from metapl.apps.experiments.folder import ANOTHER, RunFolder, weights_file
+from metapl.apps.experiments.folder import RunFolder, refuse_changed, weights_file
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.pictures.store import record_files, replaced_files
@@ -33,7 +33,7 @@ from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.runs.rows import Metrics
-from metapl.runs.sealed import read_sealed, sha256_of
+from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import finetune
 from metapl.training.selection import weights_of
@@ -350,8 +350,7 @@ def _inside(network: nn.Module) -> nn.Module:
 def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of the main phase of a run, which of Noisy Student is the last round."""
     rounds, file = EVERY_METHOD[content["method"]].is_noisy_student, folder / "metrics.jsonl"
-    if file.is_file():
-        read_sealed(file, content.get("sha256", {}).get(file.name), mend=ANOTHER)
+    refuse_changed(file, content)
     return Metrics(file).rows(f"round-{len(content['rounds'])}" if rounds else "fit")
 
 

@@ -43,7 +43,7 @@ from metapl.runs.cores import default_threads
 from metapl.runs.environment import environment
 from metapl.runs.fields import AtLeastZero, Range, misfit, misfit_entries
 from metapl.runs.ownership import LOCK, Folder
-from metapl.runs.sealed import read_json, read_sealed
+from metapl.runs.sealed import is_there, read_json, read_sealed
 
 FORMAT = 3  # the layout of run folders that this version writes and reads
 
@@ -80,11 +80,11 @@ class _MadeWith:
     threads: int  # what is read of what a run was made with
 
 
-def _seal(recipe: Mapping[str, Any]) -> str:
-    """The SHA-256 of a result, or of a recipe but for where its data lie, which may change."""
-    plain = json.loads(json.dumps(dict(recipe)))
-    if isinstance(fields := plain.get("fields"), dict):
-        plain["fields"] = {name: value for name, value in fields.items() if name not in PLACES}
+def _seal(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of what recipe.json or result.json holds, but for where the data lie, which may change."""
+    plain = json.loads(json.dumps(dict(content)))
+    if isinstance(recipe := plain.get("recipe"), dict) and isinstance(fields := recipe.get("fields"), dict):
+        recipe["fields"] = {name: value for name, value in fields.items() if name not in PLACES}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -96,7 +96,11 @@ class RunFolder(Folder):
 
     @property
     def exists(self) -> bool:
-        return (self.path / "recipe.json").is_file()
+        return is_there(self.path / "recipe.json")
+
+    @property
+    def ended(self) -> bool:
+        return is_there(self.path / "result.json")
 
     @contextmanager
     def claimed(self, recipe: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
@@ -105,8 +109,7 @@ class RunFolder(Folder):
             self.check(resume)
             if not self.exists:
                 content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
-                content |= {"sha256": _seal(recipe)} | ({"command": self.command} if self.command else {})
-                self.write_json("recipe.json", content)
+                self.write_json("recipe.json", content | ({"command": self.command} if self.command else {}))
                 yield
                 return
             before, now = (
@@ -137,12 +140,12 @@ class RunFolder(Folder):
 
     def places(self) -> dict[str, Any]:
         """Where the data of the run in the folder lie, by the names of the recipe's fields."""
-        fields: dict[str, Any] = self._description()["recipe"].get("fields", {})
+        fields: dict[str, Any] = self.recipe().get("fields", {})
         return {name: fields[name] for name in PLACES if name in fields}
 
     def relocate(self, fields: Mapping[str, Any]) -> None:
         """Note where the data lie now; ``fields`` are those of the run's recipe."""
-        content = self._description()
+        content = self.description()
         stored: dict[str, Any] = content["recipe"].get("fields", {})
         moved = {name: fields[name] for name in PLACES if name in stored and stored[name] != fields.get(name)}
         if moved:
@@ -151,50 +154,47 @@ class RunFolder(Folder):
 
     def threads(self) -> int:
         """Threads of the linear algebra, on whose number rounding depends: those that the run here was started with."""
-        begun = self._description().get("made_with", {}) if self.exists else {}
+        begun = self.description().get("made_with", {}) if self.exists else {}
         return int(begun.get("threads") or default_threads())
-
-    def made(self) -> dict[str, Any]:
-        """With what the run was made: versions, hardware, and the command where one did it."""
-        content = self._description()
-        command = {"command": content["command"]} if "command" in content else {}
-        return {**content.get("made_with", {}), **command}
 
     def recipe(self) -> dict[str, Any]:
         """The recipe of the run in the folder."""
-        content = self._description()
+        recipe: dict[str, Any] = self.description()["recipe"]
+        return recipe
+
+    def description(self) -> dict[str, Any]:
+        """What ``recipe.json`` holds: the recipe, with what it was made, and the command where one did it."""
+        hints = {"recipe": dict[str, Any], "made_with": _MadeWith, "command": str, "sha256": dict[str, str]}
+        content = self.read_json("recipe.json", hints, ("recipe",))
         if content.get("format") != FORMAT:
             made = content.get("made_with", {}).get("metapl", "?")
             raise MetaplError(
                 f"{self.path} was written in run format {content.get('format')!r}; this metapl {version('metapl')} "
                 f"reads format {FORMAT}. Train again, or use the version that wrote it: {made}."
             )
-        recipe: dict[str, Any] = content["recipe"]
-        if content.get("sha256", _seal(recipe)) != _seal(recipe):  # runs of earlier versions have no seal
-            raise MetaplError(
-                f"{self.path / 'recipe.json'} is damaged or was edited: its SHA-256 is not the one that was noted. Put "
-                "it back from a copy, or train again with another --out."
-            )
-        return recipe
+        return self.unsealed("recipe.json", content)
 
-    def _description(self) -> dict[str, Any]:
-        return self.read_json(
-            "recipe.json", {"recipe": dict[str, Any], "made_with": _MadeWith, "command": str}, ("recipe",)
-        )
+    def unsealed(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
+        """What a file holds, without the SHA-256 of itself; refused where that is another."""
+        if content.get("sha256", {}).pop(name, None) not in (None, _seal(content)):  # earlier versions noted none
+            fault = "its SHA-256 is not the one that was noted"
+            raise MetaplError(f"{self.path / name} is damaged or was edited: {fault}. {ANOTHER}")
+        return content
 
     def read_json(
         self, name: str, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = ()
     ) -> dict[str, Any]:
         """One of the folder's JSON files, an object, as :func:`~metapl.runs.sealed.read_json` reads it."""
-        if not (self.path / name).is_file():
+        if not is_there(self.path / name):
             raise MetaplError(
                 f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."
             )
         return read_json(self.path / name, hints, needed)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        if name == "result.json":
-            content = {**content, "sha256": {**content.get("sha256", {}), name: _seal(content)}}
+        if name in ("recipe.json", "result.json"):
+            noted = content.get("sha256", {})
+            content = {**content, "sha256": {**noted, name: _seal({**content, "sha256": noted})}}
         write_whole(self.path / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode(), _MEND)
 
     def write_weights(self, name: str, state: Mapping[str, Tensor]) -> str:
@@ -304,17 +304,32 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     result = folder.read_json("result.json")
     for fault in chain(_faults(result), _contradictions(result, folder.recipe())):
         raise MetaplError(f"{folder.path / 'result.json'} is damaged or of another version: {fault}.")
-    if result.get("sha256", {}).pop("result.json", None) not in (None, _seal(result)):
-        fault = "its SHA-256 is not the one that was noted"
-        raise MetaplError(f"{folder.path / 'result.json'} is damaged or was edited: {fault}. {ANOTHER}")
-    return result
+    return folder.unsealed("result.json", result)
+
+
+def results_within(path: Path, compared: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+    """What the runs of a comparison ended with, by method and seed; ``compared`` is its own ``result.json``."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for method, accuracies in compared["methods"].items():
+        for seed, accuracy in zip(compared["seeds"], accuracies[READOUTS[1]], strict=True):
+            folder = RunFolder(path / method / f"seed-{seed}")
+            result = found[method, seed] = stored_result(folder)
+            if (result["method"], result["seed"], result.get(READOUTS[1])) != (method, seed, accuracy):
+                raise MetaplError(f"{folder.path} holds another run than the one that was compared. {ANOTHER}")
+    return found
+
+
+def refuse_changed(file: Path, result: Mapping[str, Any]) -> None:
+    """Stop where a file of a run is not as its ``result.json`` notes it; what was never noted may be gone."""
+    sha256 = result.get("sha256", {}).get(file.name)
+    if sha256 is not None or file.exists():
+        read_sealed(file, sha256, mend=ANOTHER)
 
 
 def stored_data(folder: RunFolder) -> dict[str, Any]:
     """What ``data.json`` holds, where it is of the run that ``result.json`` is of."""
-    file = folder.path / "data.json"
-    if file.is_file() and (folder.path / "result.json").is_file():
-        read_sealed(file, stored_result(folder).get("sha256", {}).get(file.name), mend=ANOTHER)
+    if folder.ended:
+        refuse_changed(folder.path / "data.json", stored_result(folder))
     return folder.read_json("data.json", DATA, ("hash",))
 
 
@@ -483,7 +498,7 @@ def load_run(path: Path) -> LoadedRun:
     if not folder.exists:
         raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
     recipe, description = stored(folder)
-    if not (path / "result.json").is_file():
+    if not folder.ended:
         raise MetaplError(
             f"the run in {path} is not finished; go on with it by the command that started it, with --out {path} "
             "--resume."
