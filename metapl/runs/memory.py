@@ -43,6 +43,6 @@ def _where(error: BaseException) -> str | None:
         return "of this machine"
     if isinstance(error, OSError):
         return "of this machine" if error.errno == errno.ENOMEM else None
-    if isinstance(error, RuntimeError | ImportError | SystemError) and _SAID.search(str(error)):
+    if isinstance(error, RuntimeError | ImportError | SystemError | TypeError) and _SAID.search(str(error)):
         return "of the GPU" if "CUDA" in str(error) else "of this machine"
     return None

@@ -39,7 +39,7 @@ from metapl.updates import options_by_step, unwrapped
 from metapl.words import summary
 
 
-class Agreement(NamedTuple):
+class DatamodelingScore(NamedTuple):
     """How a prediction agrees with trainings without the examples: correlations, and the changes of the outer loss."""
 
     spearman: float
@@ -80,7 +80,7 @@ class Attribution:
         """
         return self.scores[..., self._chosen(removed)].sum(-1)
 
-    def validate(self, removals: Iterable[Any]) -> Agreement:
+    def validate(self, removals: Iterable[Any]) -> DatamodelingScore:
         """Train without each of some sets of examples, on the same batches, initial weights and dropout masks, and
         compare: the linear datamodeling score is ``spearman``, of M outer losses the mean of theirs.
 
@@ -103,7 +103,7 @@ class Attribution:
             sum(float(measure(p.numpy(), r.numpy())[0]) for p, r in columns) / len(columns)
             for measure in (stats.spearmanr, stats.pearsonr)
         )
-        return Agreement(spearman, pearson, predicted, retrained)
+        return DatamodelingScore(spearman, pearson, predicted, retrained)
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
         """The numbers of the most helpful examples and of the most harmful ones, by the mean over outer losses."""
