@@ -343,5 +343,5 @@ def test_the_card_counts_the_examples_of_a_split(
 def test_an_export_needs_the_record_of_the_data(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(many / "run", tmp_path / "run"))
     (run / "data.json").unlink()
-    assert "data.json is missing" in refused(capsys, "export", run, "--out", tmp_path / "out")
+    assert "data.json cannot be read: No such" in refused(capsys, "export", run, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
