@@ -60,7 +60,7 @@ def test_exact_modes_are_those_that_say_so() -> None:
 )
 def test_an_altered_mode_says_what_its_base_does(base: Estimator) -> None:
     altered = Altered(base)
-    for name in ("labels", "keep_graph", "keep_every", "looks_ahead", "requires", "credits"):
+    for name in ("labels", "keep_graph", "keeping", "looks_ahead", "requires", "credits"):
         assert getattr(altered, name) == getattr(base, name)
     assert altered.normalization == getattr(base, "normalization", "gradient")
 
