@@ -157,8 +157,8 @@ class Trainer(Stepwise):
     @overload
     def evaluate(self, data: Any, *, metric: Literal["accuracy"]) -> Evaluation: ...
 
-    @overload
-    def evaluate(self, data: Any, *, metric: None = None) -> Evaluation | Measured: ...
+    @overload  # Any: what the loss is of is known when it is asked, and the attributes of one of classes are asked for
+    def evaluate(self, data: Any, *, metric: None = None) -> Evaluation | Any: ...
 
     @overload
     def evaluate(self, data: Any, *, metric: Asked) -> Measured: ...
@@ -176,8 +176,8 @@ class Trainer(Stepwise):
 
         Returns: for classes an :class:`metapl.metrics.Evaluation`: accuracy, per class, confusion matrix and
         calibration; for any other problem or metric a :class:`metapl.metrics.Measured`. Both have ``metric``, its name,
-        its ``value``, and ``n``, the number of examples. A type checker takes it for the first where ``classes`` or
-        ``metric="accuracy"`` is given.
+        its ``value``, and ``n``, the number of examples. A type checker takes it for the first, unless
+        ``metric`` is another one.
 
         >>> import metapl
         >>> model = torch.nn.Linear(4, 1)

@@ -67,7 +67,7 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.finetune([], steps=3, log_evry=1)  # type: ignore[call-arg]
     print(trainer.evaluate([]).value, trainer.evaluate([], metric="loss").value)
     print(trainer.evaluate([], metric="accuracy").accuracy, trainer.evaluate([], classes=["a", "b"]).confusion)
-    print(trainer.evaluate([]).accuracy)  # type: ignore[union-attr]
+    print(trainer.evaluate([]).accuracy, trainer.evaluate([]).acuracy)  # type: ignore[union-attr]
     print(trainer.evaluate([], metric="loss").accuracy)  # type: ignore[attr-defined]
 
 
