@@ -12,8 +12,9 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
+from inspect import signature
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -198,7 +199,9 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
 
     def _moved(self, x: Tensor) -> Tensor:
         try:
-            return x.to(self.device)
+            moved = x.to(self.device)
+            moved.sum().item()  # which the meta device cannot
+            return moved
         except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError of a build without CUDA
             raise MetaplError(
                 f"device={self.device!r} was given: {reason_of(error)}; expected a device that is there, such as 'cpu'."
@@ -209,7 +212,10 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         columns, classes, make = x.shape[1], len(self.classes_), self.network
         if make is None:
             return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
-        found = None if isinstance(make, nn.Module) or not callable(make) else make(columns, classes)
+        takes_both = False
+        with suppress(TypeError):  # of what cannot be called, or takes other arguments
+            takes_both = not isinstance(make, nn.Module) and bool(signature(make).bind(columns, classes))
+        found = make(columns, classes) if takes_both else None
         if not isinstance(found, nn.Module):
             given = described(make) if found is None else f"a function that returned {described(found)}"
             raise MetaplError(

@@ -284,6 +284,8 @@ REFUSED = {
     "weight and ratio": Case("feedback_ratio", feedback_weight=2.0, feedback_ratio=0.1, of=0),
     "a seed of text": Case("cannot be used to seed", random_state="seed"),
     "no such device": Case("device='gpu' was given: .*; expected a device that is there", device="gpu"),
+    "a device without values": Case("device='meta' was given: .*; expected a device", device="meta"),
+    "a function of one argument": Case("network= is .*expected a function", network=lambda n: mlp([n, 3])),
     "a network too wide": Case(r"outputs of shape \(2, 4\).*shape \(2, 3\)", network=lambda n, c: mlp([n, c + 1])),
     "a network for other rows": Case("cannot take .*shapes cannot be multiplied", network=lambda n, c: mlp([n + 1, c])),
     "a network itself": Case("network= is .*expected a function", network=mlp([2, 3])),
