@@ -1,0 +1,153 @@
+"""What a whole training costs to differentiate: `hypergradient` in the weight of every example, over plain training.
+
+    python benchmarks/long_paths.py                       # WRN-28-2 and a network of 330,000 weights
+    python benchmarks/long_paths.py --write docs/attribution.md
+
+Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
+was held before, over that of one plain step. Double backward is written by hand with torch.func, where it fits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import metapl
+from metapl import Lookahead
+from metapl.feedback import Forward
+from metapl.metrics.cost import peak_bytes
+from metapl.problems import EqualWeights
+
+RESULT = Path(__file__).parent / "results" / "long_paths.json"
+CPU = torch.device("cpu")
+WAYS: dict[str, Forward | None] = {
+    "all kept": Forward(keep_every=1),
+    "every √K-th": Forward(),
+    "tree": Forward(keep="tree"),
+    "double backward": None,
+}
+CASES = {("wrn", 20): ("all kept", "every √K-th"), ("wrn", 100): ("all kept", "every √K-th")}
+CASES |= {("mlp", steps): tuple(WAYS) for steps in (10, 100)} | {("mlp", 1000): ("all kept", "every √K-th", "tree")}
+TITLES = {"wrn": "WRN-28-2, SGD, batch 16", "mlp": "330,000 weights, Adam, batch 100"}
+
+
+def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int], Any]]:
+    """A student, its optimizer, and the batch of a step."""
+    torch.manual_seed(0)
+    if name == "wrn":
+        student: nn.Module = metapl.models.wide_resnet28_2(num_classes=10)
+        shape, rows = (3, 32, 32), 16
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    else:
+        student = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 560), nn.GELU(), nn.Linear(560, 10))
+        shape, rows = (64,), 100
+        optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
+
+    def batch(number: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(number)
+        return torch.randn(rows, *shape, generator=draw), torch.randint(0, 10, (rows,), generator=draw)
+
+    return student, optimizer, batch
+
+
+def plain(name: str, steps: int) -> None:
+    student, optimizer, batch = network(name)
+    for number in range(steps):
+        x, y = batch(number)
+        optimizer.zero_grad()
+        F.cross_entropy(student(x), y).backward()
+        optimizer.step()
+
+
+def by_path(name: str, steps: int, way: str) -> None:
+    student, optimizer, batch = network(name)
+    mode = WAYS[way]
+    assert mode is not None
+    if way == "every √K-th":
+        mode = Forward(keep_every=max(2, round(steps**0.5)))
+    ahead = Lookahead(batch, steps=steps)
+    given = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": optimizer}
+    metapl.hypergradient(None, student, mode=mode, **given)
+
+
+def by_hand(name: str, steps: int) -> None:
+    """Adam's rule written out, and the gradient in every example's weight by double backward through all steps."""
+    student, _, batch = network(name)
+    params: dict[str, Tensor] = {n: p.detach().requires_grad_() for n, p in student.named_parameters()}
+    first = {n: torch.zeros_like(p) for n, p in params.items()}
+    second, weights = dict(first), []
+    for number in range(steps):
+        x, y = batch(number)
+        weights.append(torch.ones(len(x), requires_grad=True))
+        losses = F.cross_entropy(functional_call(student, params, (x,)), y, reduction="none")
+        grads = torch.autograd.grad((weights[-1] * losses).mean(), list(params.values()), create_graph=True)
+        for (n, p), g in zip(list(params.items()), grads, strict=True):
+            first[n], second[n] = 0.9 * first[n] + 0.1 * g, 0.999 * second[n] + 0.001 * g * g
+            root = (second[n] / (1 - 0.999 ** (number + 1)) + 1e-30).sqrt() + 1e-3
+            params[n] = p - 1e-3 / (1 - 0.9 ** (number + 1)) * first[n] / root
+    x, y = batch(-1)
+    torch.autograd.grad(F.cross_entropy(functional_call(student, params, (x,)), y), weights)
+
+
+def seconds(run: Callable[[], None]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def measured(miniature: bool) -> Iterator[dict[str, Any]]:
+    cases = {("mlp", 4): tuple(WAYS)} if miniature else CASES
+    for (name, steps), ways in cases.items():
+        plain(name, 2)
+        by_path(name, 2, "all kept")  # what is loaded at the first call is not timed
+        one = peak_bytes(partial(plain, name, 1), CPU)
+        for way in ways:
+            run = partial(by_hand, name, steps) if WAYS[way] is None else partial(by_path, name, steps, way)
+            before = seconds(partial(plain, name, steps))
+            took = seconds(run)
+            base = (before + seconds(partial(plain, name, steps))) / 2
+            row = {"network": name, "steps": steps, "way": way, "time": took / base, "plain_seconds": base}
+            yield row | {"peak_bytes": peak_bytes(run, CPU), "peak_of_one_step": one}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| network | K | states | time | memory | MB |", "|---|---:|---|---:|---:|---:|"]
+    for row in rows:
+        memory = row["peak_bytes"] / row["peak_of_one_step"]
+        cells = f"{row['time']:.1f} | {memory:.1f} | {row['peak_bytes'] / 1e6:,.0f}"
+        lines.append(f"| {TITLES[row['network']]} | {row['steps']:,} | {row['way']} | {cells} |")
+    told = (
+        "*Time*: processor time over plain training of the same steps, in turns; *memory*: the peak beyond what was "
+        "held before, over that of one plain step. `python benchmarks/long_paths.py`, `benchmarks/results/long_paths.json`."
+    )
+    return "\n".join([*lines, "", told])
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__, RESULT)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table there; runs nothing")
+    given = machine.parsed(parser)
+    if given.write:
+        machine.write_between_marks(given.write, "long-paths", table(json.loads(given.out.read_text())["rows"]))
+        return
+    torch.set_num_threads(1)
+    rows = []
+    for row in measured(given.miniature):
+        rows.append(row)
+        print(row, flush=True)
+        machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
