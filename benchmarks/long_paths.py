@@ -120,15 +120,16 @@ def measured(miniature: bool) -> Iterator[dict[str, Any]]:
             yield row | {"peak_bytes": peak_bytes(run, CPU), "peak_of_one_step": one}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(result: dict[str, Any]) -> str:
     lines = ["| network | K | states | time | memory | MB |", "|---|---:|---|---:|---:|---:|"]
-    for row in rows:
+    for row in result["rows"]:
         memory = row["peak_bytes"] / row["peak_of_one_step"]
         cells = f"{row['time']:.1f} | {memory:.1f} | {row['peak_bytes'] / 1e6:,.0f}"
         lines.append(f"| {TITLES[row['network']]} | {row['steps']:,} | {row['way']} | {cells} |")
     told = (
         "*Time*: processor time over plain training of the same steps, in turns; *memory*: the peak beyond what was "
-        "held before, over that of one plain step. `python benchmarks/long_paths.py`, `benchmarks/results/long_paths.json`."
+        "held before, over that of one plain step. `python benchmarks/long_paths.py`; raw rows: "
+        "`benchmarks/results/long_paths.json`."
     )
     return "\n".join([*lines, "", told])
 
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table there; runs nothing")
     given = machine.parsed(parser)
     if given.write:
-        machine.write_between_marks(given.write, "long-paths", table(json.loads(given.out.read_text())["rows"]))
+        machine.write_between_marks(given.write, "long-paths", table(json.loads(given.out.read_text())))
         return
     torch.set_num_threads(1)
     rows = []
@@ -146,7 +147,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
         machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})
-    print(table(rows))
+    print(table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

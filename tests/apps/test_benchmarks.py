@@ -20,6 +20,7 @@ pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 STUDIES = {
+    "attribution": (),
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
     "feedback_worth": ("--workers", "1"),
@@ -39,6 +40,7 @@ MEASUREMENTS = (
     "endurance",
     "fresh_adam",
     "labels",
+    "long_paths",
     "modes",
     "peers",
     "reduced",
@@ -127,6 +129,28 @@ def test_feedback_size_runs_every_setting_at_every_size(module: ModuleType, tmp_
     rows = json.loads(out.read_text())["rows"]
     assert len({(row["setting"], row["kind"], row["size"]) for row in rows}) == len(rows) == 44
     assert printed == module.table(rows) + "\n"
+
+
+@pytest.mark.parametrize("module", ["attribution"], indirect=True)
+def test_the_study_of_attribution_goes_on_where_it_was_stopped(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    miniature("attribution", out)
+    before, (row,) = out.read_bytes(), module.read(out)
+    assert {*row["scores"]} == {*module.METHODS}
+    assert row["scores"]["attribute"]["0.01"][0] > 0.9
+    miniature("attribution", out)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("attribution", "attribution"), ("long-paths", "long_paths")], indirect=["module"]
+)
+def test_the_page_of_attribution_has_the_tables_of_the_rows(name: str, module: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "attribution.md"
+    committed = (ROOT / "docs" / "attribution.md").read_text()
+    page.write_text(committed)
+    run(module.__name__, "--write", page)
+    assert page.read_text() == committed, f"python benchmarks/{module.__name__}.py --write docs/attribution.md"
 
 
 @pytest.mark.parametrize("module", ["digits_study"], indirect=True)
