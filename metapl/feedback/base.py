@@ -23,7 +23,7 @@ from metapl.execution import checks
 from metapl.execution.capabilities import ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
-from metapl.feedback.keeping import Keeping
+from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal, field_of
 from metapl.runs.fields import Range, check_fields
@@ -129,7 +129,7 @@ class Estimator(ABC):
 
     def keeping(self, steps: int, first: InnerStep) -> Keeping:
         """Which of so many steps of a look-ahead keep their weights, given the first; others are computed again."""
-        return Keeping()
+        return ALL
 
     @property
     def requires(self) -> frozenset[Capability]:

@@ -72,7 +72,7 @@ def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, 
     """Refuse batches that are wrong, on one rank or on all, ranks with unequal shares of a batch, and processes that
     should have the same rows and have others."""
     with ranks.agreed():
-        checks.batches(labeled, unlabeled, device)
+        checks.batches([("labeled", labeled), *(("unlabeled", batch) for batch in unlabeled)], device)
     if ranks.alone:
         return
     leaves = [[t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)] for batch in (labeled, *unlabeled)]

@@ -182,7 +182,8 @@ def _check_slope(
     step: InnerStep, slope: Tensor, terms: list[Tensor], in_outputs: Tensor | None, w: Tree, tangent: Tangent
 ) -> None:
     """Refuse ż if the derivative of the inner loss along w differs between the outputs and the gradient."""
-    ranks, space, dtype = step.student.ranks, step.space, step.passes[0].rounded_to
+    student, dtype = step.student, step.passes[0].rounded_to
+    ranks, space = student.ranks, student.space
     by_gradient, of_gradient = space.slope(step.gradient, w)
     forward, spread = ranks.sum(slope.detach()), of_gradient
     for term in terms:

@@ -48,6 +48,9 @@ class Keeping:
         return f"every {' and every '.join(f'{n:,}th' for n in self.spacings)} of {steps:,} steps"
 
 
+ALL = Keeping()
+
+
 def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tree"] | None, on: str | None) -> Keeping:
     """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
     cheapest of all, every √steps-th and a tree that fits into half of the memory that is free.

@@ -36,7 +36,7 @@ from metapl.feedback.inner_step import (
     read_batch,
     refuse_unread_labels,
 )
-from metapl.feedback.keeping import Keeping, States
+from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
 from metapl.updates import Update
 
@@ -136,10 +136,10 @@ class Path:
     labeled: Sequence[Any]
     batches: Sequence[Any] = ()
     steps: list[InnerStep] = field(default_factory=list)
-    keeping: Keeping = field(default_factory=Keeping)
+    keeping: Keeping = ALL
     check_mean: bool = False
     _outer_gradient: Tree | None = field(default=None, init=False)
-    _kept: States = field(default_factory=States, init=False)
+    _kept: States = field(init=False)  # where some are computed again
 
     @property
     def lazy(self) -> bool:
@@ -437,7 +437,7 @@ def take_steps(
     for number in range(len(batches)):
         batch = batches[number]
         if lazy and number:
-            checks.batch("unlabeled", batch, student.device)
+            checks.batches([("unlabeled", batch)], student.device)
         if path.steps:
             params, state = path.steps[-1].moved
         pieces = micro_batches(batch, parts, "unlabeled")
@@ -479,7 +479,7 @@ def take_steps(
         )
         if len(path.steps) == 1 and credits != "nothing":
             refuse_unread_labels(path.steps[0])
-        if keep is not None and number == 0:
+        if keep is not None and number == 0 < len(batches) - 1:
             path.keeping = keep(len(batches), path.steps[0])
             path._kept = States(path.keeping.on)
         if number and path.keeping.spacings:

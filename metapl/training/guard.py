@@ -63,7 +63,7 @@ class StepGuard:
                 one.weights = one.compared(role, student.waits) if len(batches) == 1 else None
             with step_guard(*slots, explain=partial(explain_types, labeled, batches, networks), **how) as fault:
                 if trainer.ranks.alone:
-                    checks.batches(labeled, batches, device)
+                    checks.batches([("labeled", labeled), *(("unlabeled", batch) for batch in batches)], device)
                 else:
                     check_batches(labeled, batches, device, trainer.ranks)
                 if problem is not self.problem:  # another was assigned
