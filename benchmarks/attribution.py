@@ -311,18 +311,18 @@ def tables(rows: list[Row]) -> str:
             lines.append(f"| {name} | {loss:.3f} | {mean(mine, 'attribute', 0.01)} | {mean(mine, 'attribute', 0.05)} |")
     heads = " | ".join(f"{100 * s:g} %" for s in SHARES)
     final = [
-        "| training | steps | method | " + heads + " | trainings |",
-        "|---|---:|---|" + "---:|" * (len(SHARES) + 1),
+        "| training | steps | seeds | method | " + heads + " | trainings |",
+        "|---|---:|---:|---|" + "---:|" * (len(SHARES) + 1),
     ]
     for name, steps in FINAL:
         mine = [r for r in rows if r["seed"] in SEEDS and (r["setting"], r["steps"]) == (name, steps)]
         for method in METHODS if mine else ():
             cells = " | ".join(mean(mine, method, share) for share in SHARES)
             cost = statistics.median(r["seconds"][method] / r["seconds"]["one training"] for r in mine)
-            final.append(f"| {name} | {steps:,} | {method} | {cells} | {cost:.1f} |")
+            final.append(f"| {name} | {steps:,} | {len(mine)} | {method} | {cells} | {cost:.1f} |")
     told = (
-        f"Spearman's correlation over {REMOVALS} removals, means over {len(SEEDS)} seeds; *trainings*: processor time "
-        "over one plain training. `python benchmarks/attribution.py`, raw rows: `benchmarks/results/attribution.jsonl`."
+        f"Spearman's correlation over {REMOVALS} removals, means over the seeds; *trainings*: processor time over "
+        "one plain training. `python benchmarks/attribution.py`, raw rows: `benchmarks/results/attribution.jsonl`."
     )
     chosen = f"Means over seeds {TUNING_SEEDS[0]} to {TUNING_SEEDS[-1]}, 500 steps; `--tune`."
     return "\n".join([*final, "", told, "", *lines, "", chosen])
