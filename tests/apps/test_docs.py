@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import metapl
-from metapl.problems.doubtful import Classification
+from metapl.problems.doubtful import Classification, EqualWeights
 
 pytestmark = pytest.mark.docs
 
@@ -30,7 +30,15 @@ def _own_generator() -> Iterator[None]:
         yield
 
 
-PASTED = ("correctness", "from-mpl-pytorch", "tables", "tutorial", "write-a-problem", "write-an-estimator")
+PASTED = (
+    "attribution",
+    "correctness",
+    "from-mpl-pytorch",
+    "tables",
+    "tutorial",
+    "write-a-problem",
+    "write-an-estimator",
+)
 
 
 @pytest.mark.usefixtures("_own_generator")
@@ -72,7 +80,7 @@ def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_exa
 
 
 def is_label_method(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Classification) and value is not Classification
+    return isinstance(value, type) and issubclass(value, Classification) and value not in (Classification, EqualWeights)
 
 
 def test_no_other_page_has_code_that_nothing_runs() -> None:
