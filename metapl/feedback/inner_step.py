@@ -166,8 +166,9 @@ class InnerStep:
 
     @property
     def bytes(self) -> int:
-        """The memory of θ, g and the optimizer's state after the step."""
-        held = pytree.tree_leaves([self.params, self.grads, self.moved[1]])
+        """The memory of θ, g and the optimizer's state after the step, and of a batch that the step alone holds."""
+        own = None if self.digest is None else self.batch
+        held = pytree.tree_leaves([self.params, self.grads, self.moved[1], own])
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
     def forgotten(self, batch_too: bool = False) -> InnerStep:

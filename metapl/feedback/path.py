@@ -62,8 +62,8 @@ class Lookahead(Sequence[Any]):
 
     Args:
         batches: each of them as for ``unlabeled``: a sequence, or a function of the step's number, 0 to ``steps`` - 1.
-            Of a function's batches none is held: it is called again where steps are computed again, and one that
-            returns another batch then is refused.
+            Of a function's batches, those of steps that are computed again are not held: it is called again for them,
+            and one that returns another batch then is refused.
         steps: K; None: as many as the sequence has.
         schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
             each of the student's, or the factor of the first rate as a function of the step's number, as in
@@ -278,8 +278,8 @@ class Path:
             checks.refuse(
                 digest(batch) != known,
                 f"the function of Lookahead returned another batch for step {number} when it was called again, or "
-                "wrote to the tensors of an earlier one, so the gradient would be that of another training; expected new "
-                "tensors in every call, and the same batch for the same number: draw its examples and views from a "
+                "wrote to the tensors of an earlier one, so the gradient would be that of another training; expected "
+                "new tensors in every call, and the same batch for the same number: draw its examples and views from a "
                 "generator that is seeded by the number, torch.Generator().manual_seed(number), or give a list of "
                 "batches.",
             )
