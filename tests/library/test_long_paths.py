@@ -191,7 +191,12 @@ class InTheInput(EqualWeights):
 def test_a_signal_enters_the_inputs_that_are_made_again() -> None:
     student = network()
     inner = OPTIMIZERS["adam"](student.parameters())
-    given = {"outer": batch(-1), "problem": InTheInput(), "inner_optimizer": inner, "mode": Forward(keep="tree")}
+    given: dict[str, Any] = {
+        "outer": batch(-1),
+        "problem": InTheInput(),
+        "inner_optimizer": inner,
+        "mode": Forward(keep="tree"),
+    }
     found = []
     for ahead in (Lookahead([batch(k) for k in range(60)]), Lookahead(batch, steps=60)):
         torch.manual_seed(5)
