@@ -174,6 +174,7 @@ def hypergradient(
             credits=estimate.credits,
             first=True,
         )
+        path.refuse_other(0, held[0])  # read twice
         try:
             feedback, _ = estimate.checked_feedback(path, estimate.init())
         except (NotByThisMode, RuntimeError) as error:

@@ -166,8 +166,9 @@ class InnerStep:
 
     @property
     def bytes(self) -> int:
-        """The memory of θ, g and the optimizer's state after the step."""
-        held = pytree.tree_leaves([self.params, self.grads, self.moved[1]])
+        """The memory of θ, g and the optimizer's state after the step, and of a batch that the step alone holds."""
+        own = None if self.digest is None else self.batch
+        held = pytree.tree_leaves([self.params, self.grads, self.moved[1], own])
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
     def forgotten(self, batch_too: bool = False) -> InnerStep:
@@ -182,7 +183,7 @@ class InnerStep:
         """A forgotten step with θ, g and the optimizer's state, and its batch if that was dropped; cost: a forward and
         a backward pass of the student."""
         step = self if batch is None else replace(self, batch=batch)
-        for part, x in zip(step.passes, step._batches, strict=True) if step.batch is not self.batch else ():
+        for part, x in zip(step.passes, step._batches, strict=True) if self.batch is None else ():
             part.inputs = read_batch(step.problem, "student_input", x)
         grads = [part.gradient_again(params, step._loss(signal, x)) for part, signal, x in step.pieces()]
         return replace(step, grads=mean_tree(grads), state=state)

@@ -62,8 +62,8 @@ class Lookahead(Sequence[Any]):
 
     Args:
         batches: each of them as for ``unlabeled``: a sequence, or a function of the step's number, 0 to ``steps`` - 1.
-            Of a function's batches none is held: it is called again where steps are computed again, and one that
-            returns another batch then is refused.
+            Of a function's batches, those of steps that are computed again are not held: it is called again for them,
+            and one that returns another batch then is refused.
         steps: K; None: as many as the sequence has.
         schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
             each of the student's, or the factor of the first rate as a function of the step's number, as in
@@ -211,6 +211,7 @@ class Path:
             return
         first = 0 if truncate is None else max(0, len(self.steps) - truncate)
         for number, step in self._backwards(first):
+            self.refuse_other(number, step.batch)
             if number > first:
                 bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
                 v, state_cotangent = bar.params, bar.state
@@ -265,16 +266,23 @@ class Path:
 
     def batch(self, number: int) -> Any:
         """An inner batch once more; refuse one that is not the same."""
-        batch, known = self.batches[number], self.steps[number].digest
+        with replayed(RandomState.now(self.student.device)):  # a function may seed the default generator
+            batch = self.batches[number]
+        self.refuse_other(number, batch)
+        return batch
+
+    def refuse_other(self, number: int, batch: Any) -> None:
+        """Refuse a batch that is made as it is read, where it is not the one that the student learned from."""
+        known = self.steps[number].digest
         if known is not None:
             checks.refuse(
                 digest(batch) != known,
-                f"the function of Lookahead returned another batch for step {number} when it was called again, so the "
-                "gradient would be that of another training; expected the same batch for the same number: draw its "
-                "examples and views from a generator that is seeded by the number, "
-                "torch.Generator().manual_seed(number), or give a list of batches.",
+                f"the function of Lookahead returned another batch for step {number} when it was called again, or "
+                "wrote to the tensors of an earlier one, so the gradient would be that of another training; expected "
+                "new tensors in every call, and the same batch for the same number: draw its examples and views from a "
+                "generator that is seeded by the number, torch.Generator().manual_seed(number), or give a list of "
+                "batches.",
             )
-        return batch
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double

@@ -28,6 +28,7 @@ from torch.utils.data import default_collate
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, is_array, length
+from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
@@ -87,7 +88,7 @@ class Attribution:
         Cost: a plain training for each removal, and one more.
 
         Args:
-            removals: two or more sets, each as for :meth:`predict`.
+            removals: three or more sets, each as for :meth:`predict`.
         """
         from scipy import stats
 
@@ -205,7 +206,17 @@ def attribute(
                 f"groups is {checks.described(groups)}; expected a whole number of 0 or more for each of the "
                 f"{len(data)} training examples."
             )
-    problem = EqualWeights() if problem is None else problem
+    problem, optimizer = EqualWeights() if problem is None else problem, unwrapped(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise MetaplError(
+            f"optimizer is {checks.described(optimizer)}; expected torch.optim.SGD, Adam or AdamW over the student's "
+            "parameters, by which a training can be repeated."
+        )
+    if getattr(type(problem), "signal", None) is not EqualWeights.signal:
+        raise MetaplError(
+            f"problem is {type(problem).__name__}, whose signal is its own, and a score is a derivative in weights "
+            "that are 1; expected a subclass of metapl.problems.EqualWeights with losses of your own."
+        )
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
     start = RandomState.now(first.device)
@@ -221,13 +232,13 @@ def attribute(
             problem=problem,
             inner_optimizer=optimizer,
         )
-        of_examples = first.new_zeros(len(data) if groups is None else int(groups.max()) + 1)
+        of_examples = wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1))
         for number, h in enumerate(result.feedback):
             chosen = order[number].to(first.device)
             of_examples.index_add_(0, chosen if groups is None else groups[chosen], h.to(of_examples))
         scores.append(of_examples)
         losses.append(result.outer_loss)
-    retrain = _Training(student, unwrapped(optimizer), schedule, data, judged, order, problem, start, each, groups)
+    retrain = _Training(student, optimizer, schedule, data, judged, order, problem, start, each, groups)
     found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
     return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
 
@@ -243,7 +254,7 @@ class _Rows:
     """Pairs (input, label) by numbers: of tensors or arrays, or of a data set, on a weight's device."""
 
     def __init__(self, given: Any, name: str, like: Tensor) -> None:
-        self.device = like.device
+        self.device, self.name = like.device, name
         arrays = isinstance(given, tuple | list) and len(given) == 2
         if not arrays and (is_array(given) or not (hasattr(given, "__getitem__") and hasattr(given, "__len__"))):
             raise MetaplError(
@@ -253,7 +264,7 @@ class _Rows:
         self.held = as_tensors(tuple(given), like.dtype, f"{name} holds") if arrays else None
         self.source = given
         if arrays:
-            lengths = {len(t) for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
+            lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
             if len(lengths) != 1:
                 raise MetaplError(f"{name} has tensors of {lengths} rows; expected as many inputs as labels.")
         if not len(self):
@@ -264,7 +275,13 @@ class _Rows:
 
     def __getitem__(self, chosen: Tensor) -> Any:
         if self.held is None:
-            batch = tuple(default_collate([self.source[i] for i in chosen.tolist()]))
+            batch = default_collate([self.source[i] for i in chosen.tolist()])
+            if not isinstance(batch, tuple | list) or len(batch) < 2:
+                raise MetaplError(
+                    f"{self.name} gives examples that are {checks.described(self.source[0])}; expected pairs "
+                    "(input, label) by number."
+                )
+            batch = tuple(batch)
         else:
             batch = pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.held)
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
@@ -286,7 +303,9 @@ class _Training:
         each: bool,
         groups: Tensor | None,
     ) -> None:
-        self.begun = copy.deepcopy((student, optimizer))
+        # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
+        left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+        self.begun = copy.deepcopy((student, optimizer), {id(t): t.detach() for t in left})
         self.options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, len(order))
         self.data, self.judged, self.order, self.problem = data, judged, order, problem
         self.start, self.each, self.groups = start, each, groups
@@ -302,7 +321,8 @@ class _Training:
                     for group, options in zip(optimizer.param_groups, self.options[number], strict=True):
                         group.update(options)
                 optimizer.zero_grad()
-                outputs = network(self.problem.student_input(batch))
+                torch.clear_autocast_cache()  # of weights before the step
+                outputs = wide(network(self.problem.student_input(batch)))
                 signal = Signal(of_examples[chosen.to(weights.device)].to(outputs.dtype))
                 self.problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
                 optimizer.step()
@@ -315,6 +335,8 @@ class _Training:
                 )
 
     def _judged(self, network: nn.Module, rows: Tensor) -> Tensor:
-        batch = self.judged[rows]
-        value, weight = sum_and_weight(self.problem.outer_loss(network(self.problem.outer_input(batch)), batch))
+        torch.clear_autocast_cache()
+        batch = self.problem.outer_batch(self.judged[rows])
+        outputs = wide(network(self.problem.outer_input(batch)))
+        value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
         return value / weight

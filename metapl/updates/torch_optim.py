@@ -129,7 +129,7 @@ def options_by_step(
     optimizer: torch.optim.Optimizer, schedule: LRScheduler | Callable[[int], float], steps: int
 ) -> list[list[dict[str, Any]]]:
     """The options of the param groups in each of so many steps of a schedule, which stays where it stands."""
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    groups = _options(optimizer)
     if isinstance(schedule, ReduceLROnPlateau) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
         raise MetaplError(
             f"schedule is {type(schedule).__name__}; expected a torch.optim.lr_scheduler whose rates depend on the "
@@ -155,10 +155,16 @@ def options_by_step(
     ahead, found = copy.deepcopy(schedule, {id(optimizer): alike}), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a schedule that runs ahead of its optimizer
-        for _ in range(steps):
-            found.append([{n: v for n, v in group.items() if n != "params"} for group in alike.param_groups])
-            ahead.step()
+        for number in range(steps):
+            if number:
+                ahead.step()
+            found.append(_options(alike))
     return found
+
+
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Copies of the options of the param groups: a scheduler writes into a learning rate that is a tensor."""
+    return [copy.deepcopy({n: v for n, v in group.items() if n != "params"}) for group in optimizer.param_groups]
 
 
 class TorchUpdate(Update):

@@ -161,6 +161,42 @@ def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
         assert torch.equal(found(student(), train=train, outer=TensorDataset(*OUTER)).scores, expected)
 
 
+@pytest.mark.parametrize("case", ["bfloat16", "autocast", "outer_batch", "a graph in a module"])
+def test_a_training_with_all_examples_is_the_one_that_was_differentiated(case: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    train, outer = ((x.to(dtype), y) for x, y in (TRAIN, OUTER))
+    if case == "a graph in a module":
+        network.left = network(train[0])
+    problem = Named() if case == "outer_batch" else EqualWeights()
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        attribution = found(network, train=train, outer=outer, problem=problem)
+        whole = attribution._losses_without(torch.ones(N))
+    assert attribution.scores.dtype == torch.float32
+    assert error(whole, attribution.outer_loss) < 1e-6
+
+
+class Named(EqualWeights):
+    """Whose outer batch is a dict."""
+
+    def outer_batch(self, batch: Any) -> Any:
+        return {"x": batch[0], "y": batch[1]}
+
+    def outer_input(self, batch: Any) -> Any:
+        return batch["x"]
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch["y"])
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None: ...
+
+
+class Twice(EqualWeights):
+    def signal(self, teacher: Any, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(2 * student_outputs.new_ones(len(student_outputs)))
+
+
 class Squared(EqualWeights):
     def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
         return signal.value * (outputs[:, 0] - batch[1]).square()
@@ -214,6 +250,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative groups": ({"groups": torch.full((N,), -1)}, "groups is"),
     "groups that are no numbers": ({"groups": torch.zeros(N)}, "groups is"),
     "a generator": ({"generator": 3}, "generator is"),
+    "examples that are dicts": ({"train": [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]}, "expected pairs"),
+    "examples without labels": ({"train": [*X]}, "expected pairs"),
+    "two examples in a list": ({"outer": [(X[0], Y[0]), (X[1], Y[1])]}, "as many inputs as labels"),
+    "weights that are not 1": ({"problem": Twice()}, "problem is Twice"),
+    "views that differ in a few steps": ({"train": Noisy(X, Y), "steps": 3}, "another batch for step"),
     "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "another batch for step"),
 }
 
@@ -230,6 +271,13 @@ def test_wrong_data_are_refused(case: str) -> None:
 def test_wrong_removals_are_refused(wrong: Any) -> None:
     with pytest.raises(MetaplError, match="removed is"):
         found(student()).predict(wrong)
+
+
+def test_a_transform_is_refused() -> None:
+    network = student()
+    transform: Any = metapl.updates.update_of(torch.optim.SGD(network.parameters()), dict(network.named_parameters()))
+    with pytest.raises(MetaplError, match="optimizer is"):
+        attribute(network, TRAIN, OUTER, optimizer=transform, steps=3, batch_size=4)
 
 
 def test_a_correlation_is_not_of_two() -> None:

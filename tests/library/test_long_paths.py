@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference import error
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
+from metapl.execution.batch import digest
 from metapl.feedback import Forward, keeping
 from metapl.feedback.keeping import Keeping
 from metapl.metrics.cost import peak_bytes
@@ -29,6 +31,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "adamw_amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adam_rate_in_a_tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01)),
 }
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "constant": lambda _: None,
@@ -39,6 +42,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
         [torch.optim.lr_scheduler.LinearLR(o, 0.1), torch.optim.lr_scheduler.ExponentialLR(o, 0.99)],
         milestones=[5],
     ),
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, 7),  # of momentum too
     "function": lambda _: lambda k: 1 - k / STEPS,
 }
 
@@ -176,9 +180,84 @@ def test_a_teacher_of_batches_that_are_made_learns_the_same() -> None:
         assert error(grads, found[0]) < 1e-12
 
 
+class InTheInput(EqualWeights):
+    def student_input(self, batch: Any, signal: Any) -> Any:  # type: ignore[override]
+        return batch[0] * signal.value[:, None]
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(torch.ones(len(batch[1])))
+
+
+def test_a_signal_enters_the_inputs_that_are_made_again() -> None:
+    student = network()
+    inner = OPTIMIZERS["adam"](student.parameters())
+    given: dict[str, Any] = {
+        "outer": batch(-1),
+        "problem": InTheInput(),
+        "inner_optimizer": inner,
+        "mode": Forward(keep="tree"),
+    }
+    found = []
+    for ahead in (Lookahead([batch(k) for k in range(60)]), Lookahead(batch, steps=60)):
+        torch.manual_seed(5)
+        found.append(metapl.hypergradient(None, student, inner=ahead, **given).feedback)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_function_may_seed_the_default_generator() -> None:
+    """Which is then where a plain loop leaves it, although the function is called again."""
+
+    def seeds(number: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(number)
+        return torch.randn(8, 6), torch.randint(0, 3, (8,))
+
+    student = network()
+    gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(seeds, steps=60), Forward(keep_every=8))
+    after = torch.random.get_rng_state()
+    student(seeds(59)[0])
+    assert torch.equal(after, torch.random.get_rng_state())
+
+
+OTHERS: dict[str, tuple[Any, Any]] = {
+    "small labels": (torch.tensor([1, 0, 1]), torch.tensor([0, 2, 0])),
+    "shapes": (torch.ones(2, 3), torch.ones(3, 2)),
+    "types": (torch.ones(3), torch.ones(3).view(torch.int32)),
+    "places": ((torch.zeros(2), torch.ones(1)), (torch.zeros(1), torch.ones(2))),
+    "arrays": ((torch.ones(3), np.ones(3)), (torch.ones(3), np.zeros(3))),
+    "plain values": ((torch.ones(3), "a"), (torch.ones(3), "b")),
+    "sparse": (torch.eye(3).to_sparse(), 2 * torch.eye(3).to_sparse()),
+    "no rows": (torch.ones(0, 3), torch.ones(0, 2)),
+    "conjugates": (torch.ones(3) * 1j, (torch.ones(3) * 1j).conj()),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_batches_are_told_apart(case: str) -> None:
+    one, other = OTHERS[case]
+    assert digest(one) != digest(other)
+    assert digest(one) == digest(copy.deepcopy(one))
+
+
 def another(number: int) -> tuple[Tensor, Tensor]:
     x, y = batch(number)
     return x + torch.rand(()), y
+
+
+def the_next() -> Callable[[int], tuple[Tensor, Tensor]]:
+    numbers = iter(range(99))
+    return lambda _: batch(next(numbers))
+
+
+def reused() -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Batches in one and the same tensors."""
+    held = batch(0)
+
+    def made(number: int) -> tuple[Tensor, Tensor]:
+        for t, new in zip(held, batch(number), strict=True):
+            t.copy_(new)
+        return held
+
+    return made
 
 
 def rolled() -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -196,6 +275,9 @@ def rolled() -> Callable[[int], tuple[Tensor, Tensor]]:
 
 WRONG: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
     "another batch": (lambda _: Lookahead(another, steps=60), "another batch for step"),
+    "another batch, of steps that are all kept": (lambda _: Lookahead(another, steps=3), "another batch for step"),
+    "the next batch": (lambda _: Lookahead(the_next(), steps=3), "another batch for step"),
+    "batches in the same tensors": (lambda _: Lookahead(reused(), steps=3), "wrote to the tensors of an earlier one"),
     "rows in another order": (lambda _: Lookahead(rolled(), steps=60), "another batch for step"),
     "no steps": (lambda _: Lookahead(batch), "steps=None"),
     "zero steps": (lambda _: Lookahead(batch, steps=0), "steps=0"),
