@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems_zoo import product
 from reference import error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,9 +64,10 @@ def gradient(student: nn.Module, optimizer: Any, ahead: Lookahead, mode: Forward
     return metapl.hypergradient(None, student, mode=mode, **given)
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "clip"),
+    product(OPTIMIZERS, SCHEDULES, (None, 0.5), usual=("adam", "one_cycle", None)),
+)
 def test_the_path_is_the_training_bit_for_bit(optimizer: str, schedule: str, clip: float | None) -> None:
     student, plain = network(), network()
     inner = OPTIMIZERS[optimizer](student.parameters())
@@ -93,6 +95,7 @@ def test_the_path_is_the_training_bit_for_bit(optimizer: str, schedule: str, cli
     assert str(before) == str((inner.state_dict(), getattr(scheduled, "last_epoch", None)))
 
 
+@pytest.mark.long
 def test_a_thousand_steps_bit_for_bit() -> None:
     student, plain = network(), network()
     found = gradient(student, OPTIMIZERS["adam"](student.parameters()), Lookahead(batch, steps=1000), Forward())
@@ -117,8 +120,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("truncate", [None, 1, 30])
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw_amsgrad"])
+@pytest.mark.parametrize(
+    ("optimizer", "truncate"), product(("nesterov", "adamw_amsgrad"), (None, 1, 30), usual=("adamw_amsgrad", None))
+)
 def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None, tmp_path: Path) -> None:
     student = network()
     inner = OPTIMIZERS[optimizer](student.parameters())
