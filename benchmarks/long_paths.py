@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table there; runs nothing")
     given = machine.parsed(parser)
     if given.write:
-        machine.write_between_marks(given.write, "long-paths", table(json.loads(given.out.read_text())))
+        machine.write_between_marks(given.write, "long_paths", table(json.loads(given.out.read_text())))
         return
     torch.set_num_threads(1)
     rows = []
