@@ -99,7 +99,7 @@ def free_bytes(device: torch.device) -> int | None:
 class States:
     """Kept states, by the number of their step."""
 
-    def __init__(self, on: str | None = None) -> None:
+    def __init__(self, on: str | None) -> None:
         self.on, self._held = on, dict[int, tuple[list[Any], Any, list[Any]]]()
         self._folder = None if on in (None, "cpu") else FilePath(mkdtemp(prefix="metapl-path-", dir=on))
         if self._folder is not None:

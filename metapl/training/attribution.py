@@ -170,13 +170,13 @@ def attribute(
 
     Returns: an :class:`Attribution`.
 
-    Cost: on a network whose passes cost far more than the bookkeeping of a step, some 4.6 plain trainings with all
-    states kept, one more where steps are computed again, and one more a level of a tree; with ``each``, this M times.
+    Cost: on WRN-28-2 some 4.6 to 5 plain trainings with all states kept, 5.4 to 5.6 where steps are computed again
+    once (``benchmarks/long_paths.py``), and about one more a level of a tree; with ``each``, this M times.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
-    removals and for trainings that are not smooth in the weights, such as those with large rates, ReLU, or many steps
-    (docs/attribution.md has measurements). A removed example stays in its batch, with the weight 0: it counts in B and
+    removals and for trainings that are not smooth in the weights, such as those with large rates or many steps, and of
+    a small convolutional network (docs/attribution.md has measurements). A removed example stays in its batch, with the weight 0: it counts in B and
     in the statistics of a batch norm.
 
     Raises: :class:`metapl.MetaplError` for data that are not as told, and as :func:`metapl.hypergradient`.
