@@ -238,10 +238,11 @@ class InnerStep:
         """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
         return joined([part.shifted(factor, w) for part in self.passes])
 
-    def check_shifted(self, outputs: Tensor) -> None:
-        """Refuse shifted outputs that differ from those at θ by more than the second order of the shift."""
-        for part, chunk in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):
-            part.check_shifted(chunk)
+    def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
+        """Refuse shifted outputs whose mean differs from those at θ by more than the second order of the shift."""
+        parts = len(self.passes)
+        for part, *chunks in zip(self.passes, ahead.chunk(parts), behind.chunk(parts), strict=True):
+            part.check_shifted(*chunks)
 
     def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
         """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
