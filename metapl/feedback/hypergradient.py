@@ -182,7 +182,8 @@ def hypergradient(
             raise
         grads: dict[str, Tensor] = {}
         if of_teacher is not None:
-            pieces = [piece for step_feedback in feedback for piece in step_feedback.chunks(accumulate)]
+            given = [found.on_given(step) for step, found in zip(path.steps, feedback, strict=True)]
+            pieces = [piece for found in given for piece in found.chunks(accumulate)]
 
             def loss_of(number: int) -> Tensor:
                 step = passes[number]

@@ -32,12 +32,21 @@ from metapl.feedback.inner_step import (
     Entry,
     InnerLoss,
     InnerStep,
+    Normalized,
     as_read,
     read_batch,
     refuse_unread_labels,
 )
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    asked_first,
+    enters_input,
+    has_own,
+    joined_signals,
+    sum_and_weight,
+)
 from metapl.updates import Update
 
 REPEATS = 3
@@ -411,8 +420,8 @@ def take_steps(
         student: the network as it is laid out, or one that has begun a step.
         labeled, batches: the outer batch, and the inner ones, one for each step; those of a look-ahead are read as they
             are taken.
-        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before, where
-            the signal enters its input.
+        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
+            them, where the signal enters its input or is normalized over the batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         updates: of each step, where they differ by a schedule.
@@ -422,8 +431,9 @@ def take_steps(
     """
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
-    ranks, entering, shared = student.ranks, enters_input(problem), first and max(student.ranks.size, parts) > 1
+    ranks, entering, before = student.ranks, enters_input(problem), asked_first(problem)
     several, lazy = keep_graph and len(batches) > 1, isinstance(batches, Lookahead)
+    shared, normalizing = first and max(ranks.size, parts) > 1, has_own(problem, "normalized_signal")
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:  # line 2: ŷ ~ T(x), or the soft label
@@ -452,8 +462,9 @@ def take_steps(
         passes: list[Pass] = []
         found: list[tuple[Tensor, Tree]] = []
         entries: list[Entry] = []
-        signals = [asked(x, None) for x in pieces] if entering else []
-        whole = united(signals) if entering else None
+        signals = [asked(x, None) for x in pieces] if before else []
+        norm = Normalized(problem, joined_signals(signals), ranks) if normalizing else None
+        whole = united(signals if norm is None else [norm.signal]) if before else None
         told = signals if whole is None else whole.chunks(parts)
         for i, x in enumerate(pieces):
             if entering:
@@ -468,9 +479,9 @@ def take_steps(
                 given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
                 unchanged("the problem's check", given, problem.check, *given.values())
                 checks.refuse_not_finite(outputs, checks.DIVERGED.format("student"))
-            if not entering:
+            if not before:
                 signals.append(asked(x, outputs))
-            if entering or not keep_graph:
+            if before or not keep_graph:
                 loss = InnerLoss(problem, told[i], x, student, credits)
                 found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
         if whole is None:
@@ -483,7 +494,7 @@ def take_steps(
         known = digest(batch) if lazy else None
         rule, as_taken = updates[number] if updates else update, len(batches) > 1
         path.steps.append(
-            InnerStep(problem, rule, passes, batch, whole, inner_loss, grads, state, entries, as_taken, known)
+            InnerStep(problem, rule, passes, batch, whole, inner_loss, grads, state, entries, as_taken, known, norm)
         )
         if len(path.steps) == 1 and credits != "nothing":
             refuse_unread_labels(path.steps[0])
