@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -197,6 +197,7 @@ class Subject:
     inner_loss: Callable[[Tensor, Tensor], Tensor]  # of both networks' outputs on the unlabeled batch
     outer_loss: Callable[[Tensor], Tensor]
     problem: Any = None
+    modes: Sequence[str] = ("none", "loss_difference", "reinforce", "difference", "forward", "unrolled")
 
 
 def pictures(build: Callable[[], nn.Module], side: int, labeled: int, unlabeled: int, device: str) -> Subject:
@@ -248,6 +249,7 @@ def sequences(words: int, width: int, depth: int, length: int, rows: int, device
         lambda outputs, taught: (taught.float().softmax(0) * losses(outputs, ids)).sum(),
         lambda outputs: losses(outputs, clean).mean(),
         metapl.problems.DataRater(),
+        ("none", "difference", "forward", "unrolled"),  # for signals that are not drawn
     )
 
 
@@ -308,7 +310,7 @@ class Bench:
             "outer reads": partial(self.outer, False),
             "dual": self.dual,
             "optimizers": self.moves,
-            **{mode: self.step(mode) for mode in (*PASSES, "unrolled")},
+            **{mode: self.step(mode) for mode in subject.modes},
             "double backward, default attention": partial(self.double_backward, nullcontext),
             "double backward": partial(self.double_backward, partial(sdpa_kernel, SDPBackend.MATH)),
             "port's loop": self.port,
