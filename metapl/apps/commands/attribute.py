@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -170,14 +170,8 @@ class Attribute(Command):
         draw, removed = torch.Generator().manual_seed(seed), max(1, round(REMOVED * len(train)))
         sets = [torch.randperm(len(train), generator=draw)[:removed] for _ in range(self.removals)]
         rho = all_of_it.validate(sets).spearman if sets else None
-        losses = torch.empty(len(train))
-        with torch.no_grad():
-            for some in torch.randperm(len(train)).chunk(-(-len(train) // EVALUATED_AT_ONCE)):  # as in training
-                x, y = default_collate([train[number] for number in some.tolist()])
-                logits = functional_call(network, all_of_it.student_params, (x.to(device),))
-                losses[some] = F.cross_entropy(logits.cpu(), y, reduction="none")
         rows = []
-        columns = (t.tolist() for t in (train.labels, all_of_it.scores, losses))
+        columns = (t.tolist() for t in (train.labels, all_of_it.scores, losses(network, all_of_it, train)))
         for number, (label, score, loss) in enumerate(zip(*columns, strict=True)):
             each = [(scores[number], recipe.classes[c]) for c, scores in zip(known, of_classes, strict=True)]
             most = max(each, key=lambda of: abs(of[0]), default=(0.0, ""))
@@ -246,6 +240,17 @@ class OfClass(EqualWeights):
         return F.cross_entropy(outputs[chosen], batch[1][chosen])
 
 
+def losses(network: nn.Module, found: Attribution, train: Pictures) -> Tensor:
+    """Of the trained network on what it was trained on, in mixed batches, whose statistics a batch norm takes."""
+    of_pictures, device = torch.empty(len(train)), found.scores.device
+    with torch.no_grad():
+        for some in torch.randperm(len(train)).chunk(-(-len(train) // EVALUATED_AT_ONCE)):
+            x, y = default_collate([train[number] for number in some.tolist()])
+            logits = functional_call(network, found.student_params, (x.to(device),))
+            of_pictures[some] = F.cross_entropy(logits.cpu(), y, reduction="none")
+    return of_pictures
+
+
 def interval(rho: float, n: int) -> tuple[float, float]:
     """A 95 % interval of Spearman's correlation of n pairs, by Fisher's z with the variance of Bonett and Wright.
 
@@ -264,13 +269,14 @@ def sentences(found: dict[str, Any]) -> list[str]:
         check = (
             f"The check: {found['removals']} trainings without {found['removed']:,} random pictures each, and what the "
             f"scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
-            f"{high:.2f}). Near 1 the scores can be believed, near 0 they cannot."
+            f"{high:.2f}). Near 1 the scores can be believed; near 0 they cannot, and a lower --lr may help."
         )
+    unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
     return [
         f"{found['harmful']:,} of {found['pictures']:,} labeled pictures harm what {found['network']} does on "
         f"{found['judged_on']:,} others after {found['steps']:,} steps of {found['batch']}, at a rate of "
         f"{found['lr']:g} that falls to 0. Its loss there is {found['loss']:.3f}, that of even guesses "
-        f"{found['loss_of_guesses']:.3f}.",
+        f"{found['loss_of_guesses']:.3f}{unlearned}.",
         check,
     ]
 
