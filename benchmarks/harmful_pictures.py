@@ -77,7 +77,7 @@ def run(condition: str, seed: int, lr: float | None, miniature: bool) -> Row:
         folders = ["--labeled", str(root / "noisy"), "--clean", str(root / "clean"), "--out", str(trained)]
         metapl("train", "noisy", *folders, "--seed", str(seed), "--steps", str(steps), "--precision", "float32", *few)
         given = ["--lr", str(lr)] if lr is not None else []
-        given += ["--steps", "4", "--removals", "4"] if miniature else ["--removals", "0"] * (seed not in CHECKED)
+        given += ["--steps", "4", "--removals", "8"] if miniature else ["--removals", "0"] * (seed not in CHECKED)
         found = json.loads(metapl("attribute", str(trained), "--out", str(out), "--json", *given))
         row: Row = {"condition": condition, "seed": seed, "lr": found["lr"], "tuned": lr is not None, "lists": {}}
         row |= {name: found[name] for name in ("steps", "loss", "spearman", "seconds")}

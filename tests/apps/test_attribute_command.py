@@ -24,7 +24,7 @@ from metapl.apps.experiments.folder import RunFolder, stored
 from metapl.apps.pictures.store import FileImages
 from metapl.errors import MetaplError
 
-SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "4", "--seed", "3")
+SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "8", "--seed", "3")
 NETWORK = ("--image-size", "8", "--network", "small_cnn", "--steps", "2", "--finetune-steps", "1")
 
 
@@ -95,7 +95,7 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
     assert told["loss"] == pytest.approx(float(exact.outer_loss), rel=1e-4)
     assert told["harmful"] == sum(score < 0 for score in scores.values())
     draw = torch.Generator().manual_seed(3)
-    check = exact.validate([torch.randperm(32, generator=draw)[:2] for _ in range(4)])
+    check = exact.validate([torch.randperm(32, generator=draw)[:2] for _ in range(8)])
     assert told["spearman"] == pytest.approx(check.spearman)
     assert told["interval"][0] < told["spearman"] <= told["interval"][1] + 1e-3
     assert {path.name for path in out.iterdir()} == {"attribution.csv", "attribution.html"}
@@ -145,7 +145,7 @@ def test_classes_have_scores_of_their_own(
         ("clean", (), "is not a run folder"),
         ("images", (), "has no validation pictures to judge by; expected --val DIR"),
         ("run", ("--val", "nowhere"), "nowhere"),
-        ("run", ("--removals", "2"), "--removals 2 are too few for a correlation; expected 4 or more, or 0"),
+        ("run", ("--removals", "2"), "--removals 2 are too few for a correlation; expected 8 or more, or 0"),
         ("run", ("--steps", "3", "--batch", "8"), "--steps 3 of 8 pictures leave some of the 32 out"),
         ("run", ("--lr", "0"), "--lr 0.0: expected a number above 0"),
     ],

@@ -39,7 +39,7 @@ from metapl.words import short, table, tell, wrapped
 TABLE, PAGE = "attribution.csv", "attribution.html"
 PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
 MOMENTUM = 0.9
-REMOVED, FEWEST_REMOVALS = 0.05, 4  # share of the pictures in each removal of the check; of fewer there is no interval
+REMOVED, FEWEST_REMOVALS = 0.05, 8  # share of the pictures in each removal of the check; fewer say too little
 SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 
 
@@ -269,7 +269,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
         check = (
             f"The check: {found['removals']} trainings without {found['removed']:,} random pictures each, and what the "
             f"scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
-            f"{high:.2f}). Near 1 the scores can be believed; near 0 they cannot, and a lower --lr may help."
+            f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower --lr may help."
         )
     unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
     return [
@@ -294,7 +294,8 @@ def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
     """The first and the last of the list, and how they were found."""
 
     def hung(title: str, note: str, shown: list[Scored]) -> str:
-        captions = [f"{row.label}: {row.score:+.2g}\n{Path(row.file).name}\n{row.most}".strip() for row in shown]
+        most = "\nmost: {}" * bool(rows[0].most)
+        captions = [f"{row.label}: {row.score:+.2g}\n{Path(row.file).name}{most.format(row.most)}" for row in shown]
         gallery = gallery_of(title, note, [train[row.number][0] for row in shown], captions)
         return "" if gallery is None else web.pictures(gallery)
 
