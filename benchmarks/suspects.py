@@ -69,13 +69,13 @@ def write_pictures(root: Path, seed: int, at_most: int | None = None) -> set[str
     wrong = torch.zeros(len(truth), dtype=torch.bool)
     wrong[torch.randperm(len(truth), generator=generator)[: round(WRONG * len(truth))]] = True
     given = torch.where(wrong, (truth + torch.randint(1, 10, truth.shape, generator=generator)) % 10, truth)
-    noisy = _write(root / "noisy", split.unlabeled[:at_most], given)
-    _write(root / "clean", *split.labeled)
-    _write(root / "test", split.test[0][:at_most], split.test[1][:at_most])
+    noisy = write_folders(root / "noisy", split.unlabeled[:at_most], given)
+    write_folders(root / "clean", *split.labeled)
+    write_folders(root / "test", split.test[0][:at_most], split.test[1][:at_most])
     return {path for path, planted in zip(noisy, wrong.tolist(), strict=True) if planted}
 
 
-def _write(root: Path, images: Tensor, labels: Tensor) -> list[str]:
+def write_folders(root: Path, images: Tensor, labels: Tensor) -> list[str]:
     paths = []
     for digit in range(10):
         (root / str(digit)).mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 import shutil
 import sys
 import textwrap
@@ -118,12 +119,14 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
 
 
 def cell(text: str) -> str:
-    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an apostrophe.
+    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an apostrophe; a negative
+    number is none.
 
-    >>> cell("=1+1"), cell("a=1")
-    ("'=1+1", 'a=1')
+    >>> cell("=1+1"), cell("a=1"), cell("-1+1"), cell("-1.5e-05")
+    ("'=1+1", 'a=1', "'-1+1", '-1.5e-05')
     """
-    return f"'{text}" if text.startswith(FORMULA) else text
+    number = re.fullmatch(r"-[\d.]+(e[+-]\d+)?", text)
+    return f"'{text}" if text.startswith(FORMULA) and number is None else text
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -24,6 +24,7 @@ STUDIES = {
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
     "feedback_worth": ("--workers", "1"),
+    "harmful_pictures": (),
     "label_noise": (),
     "noisy_student": (),
     "pictures_study": ("--jobs", "1"),
@@ -167,7 +168,7 @@ def test_the_study_of_attribution_goes_on_where_it_was_stopped(module: ModuleTyp
 
 @pytest.mark.parametrize(
     ("mark", "module"),
-    [("<!-- attribution:begin -->", "attribution"), ("<!-- long_paths:begin -->", "long_paths")],
+    [(f"<!-- {name}:begin -->", name) for name in ("attribution", "long_paths", "harmful_pictures")],
     indirect=["module"],
 )
 def test_the_page_of_attribution_has_the_tables_of_the_rows(mark: str, module: ModuleType, tmp_path: Path) -> None:
@@ -312,6 +313,17 @@ def test_the_study_of_suspects_goes_through_the_command(module: ModuleType, tmp_
         ("plain", 60, 6),
     ]
     assert printed == f"{module.table(rows)}\n"
+
+
+@pytest.mark.parametrize("module", ["harmful_pictures"], indirect=True)
+@pytest.mark.long
+def test_the_study_of_harmful_pictures_goes_through_the_commands(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    printed, (row,) = miniature("harmful_pictures", out), module.read(out)
+    assert row["lists"].keys() == module.LISTS.keys()
+    assert row["lists"]["`metapl attribute`, score"][0] > 0.6
+    assert miniature("harmful_pictures", out) == printed == f"{module.table([row])}\n"
+    assert module.quality({"a": 3.0, "b": 1.0, "c": 2.0, "d": 0.0}, {"a", "b"}) == (0.75, 1.0)
 
 
 @pytest.mark.parametrize("module", ["tables"], indirect=True)

@@ -47,6 +47,8 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("evaluate runs/mine --net", {"--network"}),
         ("run", {"runs"}),
         ("rep", {"report"}),
+        ("att", {"attribute"}),
+        ("attribute runs/mine --each", {"--each-class"}),
         ("report runs/mine --o", {"--out"}),
         ("evaluate runs/mine --network ", {"delivered", "student", "teacher"}),
     ],

@@ -23,6 +23,7 @@ COMMANDS = {
     "compare": "compare.Compare",
     "runs": "listing.Runs",
     "report": "report.Report",
+    "attribute": "attribute.Attribute",
     "export": "runs.Export",
     "label": "labels.Label",
     "labels": "labels.COMMANDS",
@@ -50,6 +51,7 @@ own labels of pictures that it is sure of.
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl runs [FOLDER]          list the runs below runs/: accuracy, date, state
   metapl report RUN             write all there is to see of it as one web page
+  metapl attribute RUN          say which labeled pictures help, and which harm
   metapl export RUN --out DIR   write it for others: a program, weights, a card
   metapl label RUN DIR          store its class probabilities of many pictures
   metapl labels DO STORE        look at such a store (stats), or select from it
@@ -173,6 +175,7 @@ LESS_MEMORY = {
     "noisy-student": f"lower --labeled-batch, --ratio, --image-size or --num-workers, {_MORE}",
     "ablate": f"lower --labeled-batch, --unlabeled-batch or --image-size, {_MORE}",
     "label": "lower --batch or --num-workers",
+    "attribute": "lower --batch, or give fewer pictures by --val",
 }
 
 SHELLS = ("bash", "zsh", "fish")

@@ -489,14 +489,20 @@ class LoadedRun:
         return f"{self.title}, {self.titled(name)} ({weights_file(name)}{which})"
 
 
-def load_run(path: Path) -> LoadedRun:
-    """The run in a folder, where it is finished, whole and of this version."""
+def begun(path: Path) -> RunFolder:
+    """The folder of a run, whether that has ended or not."""
     if not path.is_dir():
         state = f"{path} is a file" if path.exists() else f"there is no folder {path}"
         raise MetaplError(f"{state}; expected the folder of a run that metapl train wrote, such as runs/digits-001.")
     folder = RunFolder(path)
     if not folder.exists:
         raise MetaplError(f"{path} is not a run folder: there is no recipe.json in it.")
+    return folder
+
+
+def load_run(path: Path) -> LoadedRun:
+    """The run in a folder, where it is finished, whole and of this version."""
+    folder = begun(path)
     recipe, description = stored(folder)
     if not folder.ended:
         raise MetaplError(

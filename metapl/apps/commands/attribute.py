@@ -1,0 +1,314 @@
+"""``metapl attribute RUN --out DIR``: which labeled pictures help what a run's network does, and which harm it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+
+from metapl.apps.commands.inputs import held, written
+from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
+from metapl.apps.experiments.folder import begun, flat, stored
+from metapl.apps.experiments.galleries import gallery_of
+from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.pictures.csv_files import written_csv
+from metapl.apps.pictures.store import FileImages
+from metapl.apps.recipes import ImageFolders
+from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, whole
+from metapl.apps.recipes.settings import Batch, Steps
+from metapl.apps.reports import web
+from metapl.errors import MetaplError
+from metapl.execution.rng import RandomState
+from metapl.problems import EqualWeights
+from metapl.runs.fields import Range
+from metapl.training.attribution import Attribution, attribute
+from metapl.training.progress import duration
+from metapl.words import short, table, tell, wrapped
+
+TABLE, PAGE = "attribution.csv", "attribution.html"
+PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
+MOMENTUM = 0.9
+REMOVED, FEWEST_REMOVALS = 0.05, 8  # share of the pictures in each removal of the check; fewer say too little
+SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute(Command):
+    """Say which labeled pictures of a run help its network, and which harm it: wrong labels, pictures that mislead.
+
+    The run's network is trained from its start on the labeled pictures, of train noisy on those of --labeled: by SGD
+    with momentum at a rate that falls to zero, in float32, on the pictures as they are. No view is drawn and no
+    unlabeled picture is used, unlike in the run itself. A picture's score is minus the derivative, through all of this
+    training, of the loss on pictures whose labels are right, in the weight of the picture: more of one with a positive
+    score would lower the loss, more of one with a negative score raise it.
+
+    The pictures with right labels are the run's validation pictures; of train noisy without --val, those of --clean.
+
+    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
+    compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
+
+    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a page of the most
+    harmful and the most helpful ones. Files of these names that are there already are replaced.
+
+    Args:
+        folder: the folder of a run of train images, train noisy or noisy-student images, finished or not.
+        out: the folder to write to; made if need be.
+        val: other pictures whose labels are right, in a folder like --labeled.
+        each_class: score the loss on each class by itself too, and name the class that a picture helps or harms most;
+            this takes as long again for every class.
+        removals: how many trainings without pictures the check takes; 0 does without it.
+        steps: number of steps; by default 10 passes over the pictures, and 100 at least.
+        batch: pictures in a step; at most all of them.
+        lr: learning rate at the start.
+        seed: of the initial weights, the order of the pictures and the removals; by default the run's.
+        device: by default the run's.
+        json: print JSON.
+    """
+
+    folder: Run
+    out: Annotated[Path, unset("DIR")]
+    val: Folder = None
+    each_class: Switch = False
+    removals: Annotated[int, Range(0, most=1000)] = 10
+    steps: Annotated[Steps | None, unset()] = None
+    batch: Batch = 64
+    lr: Annotated[float, Range(above=0)] = 0.03
+    seed: Annotated[Annotated[int, Range(0, most=2**32 - 1)] | None, unset()] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, unset()] = None
+    json: Switch = False
+
+    def check(self) -> None:
+        if 0 < self.removals < FEWEST_REMOVALS:
+            raise MetaplError(
+                f"--removals {self.removals} are too few for a correlation; expected {FEWEST_REMOVALS} or more, or 0 "
+                "for no check."
+            )
+
+    def run(self) -> int:
+        folder = begun(self.folder)
+        recipe, _ = stored(folder)
+        if not isinstance(recipe, ImageFolders):
+            raise MetaplError(
+                f"{self.folder} is a run of {recipe.name}; expected one of pictures in folders, by metapl train images "
+                "or metapl train noisy."
+            )
+        changed: dict[str, Any] = {"val": whole(str(self.val))} if self.val else {}
+        recipe = dataclasses.replace(recipe, device=self.device or recipe.device, **changed)
+        with held(self.out, TABLE, PAGE):
+            torch.set_num_threads(folder.threads())
+            device = recipe.torch_device()
+            task = recipe.task(lambda text: tell(f"metapl: {text}", file=sys.stderr, wrap=True), progress=True)
+            doubtful, judges = task.doubtful, task.validation
+            if judges is None and doubtful is not None:
+                judges = task.labeled
+            if judges is None:
+                raise MetaplError(
+                    f"{self.folder} has no validation pictures to judge by; expected --val DIR, a folder of pictures "
+                    "whose labels are right, with one folder a class."
+                )
+            given = task.labeled if doubtful is None else doubtful.examples
+            train = Pictures(given.images, given.labels if doubtful is None else doubtful.given)
+            found, rows = self._found(recipe, train, Pictures(judges.images, judges.labels), device)
+            with written(self.out, PAGE, page(found, rows, train).decode()), written_csv(self.out / TABLE) as csv:
+                csv.writerow(
+                    ["rank", "file", "label", "score", "effect", "loss", *["most", "score_most"] * self.each_class]
+                )
+                for rank, row in enumerate(rows, 1):
+                    of_class = [row.most, f"{row.score_most:.6g}"] * self.each_class
+                    effect = "harms" if row.score < 0 else "helps"
+                    score, loss = f"{row.score:.6g}", f"{row.loss:.6g}"
+                    csv.writerow([str(rank), row.file, row.label, score, effect, loss, *of_class])
+        tell(json.dumps(found, indent=1) if self.json else said(found, rows, self.out))
+        return 0
+
+    def _found(
+        self, recipe: ImageFolders, train: Pictures, outer: Pictures, device: torch.device
+    ) -> tuple[dict[str, Any], list[Scored]]:
+        """What was done and what came of it, by name; and the pictures, the most harmful first."""
+        batch = min(self.batch, len(train))
+        steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
+        if steps * batch < len(train):
+            raise MetaplError(
+                f"--steps {steps} of {batch} pictures leave some of the {len(train):,} out, which would have no score; "
+                f"expected {-(-len(train) // batch):,} steps or more."
+            )
+        seed = recipe.seed if self.seed is None else self.seed
+        torch.manual_seed(seed)
+        network = recipe.network(recipe.method.built_as).to(device)
+        start = RandomState.now(device)
+
+        def scored(problem: EqualWeights) -> Attribution:
+            start.restore()  # the same training for every class
+            return attribute(
+                network,
+                train,
+                outer,
+                optimizer=torch.optim.SGD(network.parameters(), lr=self.lr, momentum=MOMENTUM),
+                steps=steps,
+                batch_size=batch,
+                schedule=lambda step: 1 - step / steps,
+                generator=torch.Generator().manual_seed(seed),
+                problem=problem,
+            )
+
+        began = time.perf_counter()
+        all_of_it = scored(EqualWeights())
+        known = outer.labels.unique().tolist() if self.each_class else []
+        of_classes = [scored(OfClass(label)).scores.tolist() for label in known]
+        between = time.perf_counter()
+        draw, removed = torch.Generator().manual_seed(seed), max(1, round(REMOVED * len(train)))
+        sets = [torch.randperm(len(train), generator=draw)[:removed] for _ in range(self.removals)]
+        rho = all_of_it.validate(sets).spearman if sets else None
+        rows = []
+        columns = (t.tolist() for t in (train.labels, all_of_it.scores, losses(network, all_of_it, train)))
+        for number, (label, score, loss) in enumerate(zip(*columns, strict=True)):
+            each = [(scores[number], recipe.classes[c]) for c, scores in zip(known, of_classes, strict=True)]
+            most = max(each, key=lambda of: abs(of[0]), default=(0.0, ""))
+            file, given = str(train.images.path(number)), recipe.classes[label]
+            rows.append(Scored(number, file, given, score, loss, most[1], most[0]))
+        found = {
+            "run": str(self.folder),
+            "network": recipe.network_name,
+            "pictures": len(train),
+            "judged_on": len(outer),
+            "steps": steps,
+            "batch": batch,
+            "lr": self.lr,
+            "momentum": MOMENTUM,
+            "seed": seed,
+            "device": str(device),
+            "loss": float(all_of_it.outer_loss),
+            "loss_of_guesses": math.log(len(recipe.classes)),
+            "harmful": sum(row.score < 0 for row in rows),
+            "spearman": rho,
+            "interval": None if rho is None else interval(rho, self.removals),
+            "removals": self.removals,
+            "removed": removed,
+            "kept": all_of_it.kept,
+            "seconds": {"scores": between - began, "check": time.perf_counter() - between},
+        }
+        return found, sorted(rows, key=lambda row: row.score)
+
+
+class Scored(NamedTuple):
+    """A picture, and what it does."""
+
+    number: int  # among the labeled ones
+    file: str
+    label: str
+    score: float
+    loss: float  # of the trained network, on the picture itself
+    most: str = ""  # the class whose loss it changes most, where that was asked for
+    score_most: float = 0.0  # its score for that class alone
+
+
+class Pictures:
+    """Pictures and labels by number, always as they are."""
+
+    def __init__(self, images: FileImages, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        picture, (used,) = self.images.fetch(torch.tensor([number]))
+        if int(used) != number:  # another would have its score
+            raise MetaplError(f"{self.images.path(number)} cannot be read any more; put it back, or remove it.")
+        return in_unit_range(picture)[0], self.labels[number]
+
+
+class OfClass(EqualWeights):
+    """Judged by the examples of one class alone; a batch norm sees all."""
+
+    def __init__(self, label: int) -> None:
+        self.label = label
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        chosen = batch[1] == self.label
+        return F.cross_entropy(outputs[chosen], batch[1][chosen])
+
+
+def losses(network: nn.Module, found: Attribution, train: Pictures) -> Tensor:
+    """Of the trained network on what it was trained on, in mixed batches, whose statistics a batch norm takes."""
+    of_pictures, device = torch.empty(len(train)), found.scores.device
+    with torch.no_grad():
+        for some in torch.randperm(len(train)).chunk(-(-len(train) // EVALUATED_AT_ONCE)):
+            x, y = default_collate([train[number] for number in some.tolist()])
+            logits = functional_call(network, found.student_params, (x.to(device),))
+            of_pictures[some] = F.cross_entropy(logits.cpu(), y, reduction="none")
+    return of_pictures
+
+
+def interval(rho: float, n: int) -> tuple[float, float]:
+    """A 95 % interval of Spearman's correlation of n pairs, by Fisher's z with the variance of Bonett and Wright.
+
+    >>> [round(end, 2) for end in interval(0.8, 10)]
+    [0.24, 0.96]
+    """
+    z, half = math.atanh(max(min(rho, 0.999), -0.999)), 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return math.tanh(z - half), math.tanh(z + half)
+
+
+def sentences(found: dict[str, Any]) -> list[str]:
+    """What was found, for the terminal and for the page."""
+    check = "The scores were not checked: --removals was 0."
+    if found["spearman"] is not None:
+        low, high = found["interval"]
+        check = (
+            f"The check: {found['removals']} trainings without {found['removed']:,} random pictures each, and what the "
+            f"scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
+            f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower --lr may help."
+        )
+    unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
+    return [
+        f"{found['harmful']:,} of {found['pictures']:,} labeled pictures harm what {found['network']} does on "
+        f"{found['judged_on']:,} others after {found['steps']:,} steps of {found['batch']}, at a rate of "
+        f"{found['lr']:g} that falls to 0. Its loss there is {found['loss']:.3f}, that of even guesses "
+        f"{found['loss_of_guesses']:.3f}{unlearned}.",
+        check,
+    ]
+
+
+def said(found: dict[str, Any], rows: list[Scored], out: Path) -> str:
+    """The same for a terminal, with the first of the list."""
+    cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
+    seconds = found["seconds"]
+    spent = f"{duration(seconds['scores'])} for the scores, {duration(seconds['check'])} for the check"
+    parts = [wrapped("\n".join(sentences(found))), table([("most harmful", "label", "score"), *cells], left=2)]
+    return "\n\n".join([*parts, wrapped(f"{out / TABLE} has all of them, {out / PAGE} shows them; {spent}")])
+
+
+def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
+    """The first and the last of the list, and how they were found."""
+
+    def hung(title: str, note: str, shown: list[Scored]) -> str:
+        most = "\nmost: {}" * bool(rows[0].most)
+        captions = [f"{row.label}: {row.score:+.2g}\n{Path(row.file).name}{most.format(row.most)}" for row in shown]
+        gallery = gallery_of(title, note, [train[row.number][0] for row in shown], captions)
+        return "" if gallery is None else web.pictures(gallery)
+
+    harmful = [row for row in rows if row.score < 0][:SHOWN]
+    helpful = [row for row in reversed(rows) if row.score > 0][:SHOWN]
+    beneath = "beneath each its label, score and file" + ", and the class it changes most" * bool(rows[0].most)
+    title = "Which pictures help, and which harm"
+    parts = [
+        f"<h1>{title}</h1>",
+        web.paragraph(found["run"], "quiet"),
+        *map(web.paragraph, sentences(found)),
+        hung("Most harmful", f"more of these would raise the loss; {beneath}", harmful),
+        hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
+        web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in flat(found).items()])),
+    ]
+    return web.web_page(title, parts)

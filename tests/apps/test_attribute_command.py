@@ -1,0 +1,200 @@
+"""``metapl attribute RUN --out DIR``: which labeled pictures help and which harm."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from command import refused, rows, said
+from PIL import Image
+from test_noisy_folders import FLAGS, given, write
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import metapl
+from metapl.apps.commands import attribute as command
+from metapl.apps.commands import main
+from metapl.apps.experiments.folder import RunFolder, stored
+from metapl.apps.pictures.store import FileImages
+from metapl.errors import MetaplError
+
+SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "8", "--seed", "3")
+NETWORK = ("--image-size", "8", "--network", "small_cnn", "--steps", "2", "--finetune-steps", "1")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """noisy, clean and others, a run of each kind, and the pictures of noisy that are in the wrong folder."""
+    root = tmp_path_factory.mktemp("shapes")
+    wrong = write(root / "noisy", 16, 0, wrong=3)
+    write(root / "clean", 5, 1000)
+    write(root / "others", 4, 2000)
+    flags = FLAGS.replace("--steps 24", "--steps 2").replace("--warm-steps 6", "--warm-steps 1").split()
+    folders = ["--labeled", str(root / "clean"), "--unlabeled", str(root / "noisy")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["train", "noisy", *given(root), *flags, "--out", str(root / "run")]) == 0
+        assert main(["train", "images", *folders, *NETWORK, "--out", str(root / "images")]) == 0
+    (root / "run" / "result.json").unlink()  # it need not have ended
+    return root, wrong
+
+
+def tensors(folder: Path) -> tuple[list[str], tuple[Tensor, Tensor]]:
+    """The pictures of a folder, in the order of their names, as the network sees them."""
+    files = sorted(map(str, folder.rglob("*.png")))
+    x = torch.stack([torch.tensor(numpy.array(Image.open(file)))[None] / 255 for file in files])
+    return files, (x, torch.tensor([int(Path(file).parent.name == "beam") for file in files]))
+
+
+def by_hand(root: Path, outer: tuple[Tensor, Tensor], **options: Any) -> tuple[list[str], metapl.Attribution]:
+    """The same by the library alone."""
+    recipe, _ = stored(RunFolder(root / "run"))
+    torch.manual_seed(3)
+    network = recipe.network(recipe.method.built_as)
+    files, train = tensors(root / "noisy")
+    found = metapl.attribute(
+        network,
+        train,
+        outer,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9),
+        steps=20,
+        batch_size=16,
+        schedule=lambda step: 1 - step / 20,
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+    return files, found
+
+
+def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, wrong = folders
+    out = tmp_path / "made" / "out"
+    told = json.loads(said(capsys, "attribute", root / "run", "--out", out, *SOME, "--json"))
+    listed = rows((out / "attribution.csv").read_text())
+    files, exact = by_hand(root, tensors(root / "clean")[1])
+    scores = dict(zip(files, exact.scores.tolist(), strict=True))
+    assert {row["file"]: float(row["score"]) for row in listed} == pytest.approx(scores, rel=1e-3, abs=1e-7)
+    assert [row["file"] for row in listed] == sorted(scores, key=lambda file: scores[file])
+    assert [row["rank"] for row in listed] == [str(rank) for rank in range(1, 33)]
+    assert all(row["label"] == Path(row["file"]).parent.name for row in listed)
+    assert all((row["effect"] == "harms") == (float(row["score"]) < 0) for row in listed)
+    assert len({row["file"] for row in listed[: len(wrong)]} & wrong) >= 5
+    recipe, (_, (x, y)) = stored(RunFolder(root / "run"))[0], tensors(root / "noisy")
+    logits = functional_call(recipe.network(recipe.method.built_as), exact.student_params, (x,))
+    losses = nn.functional.cross_entropy(logits, y, reduction="none").tolist()
+    assert {row["file"]: float(row["loss"]) for row in listed} == pytest.approx(
+        dict(zip(files, losses, strict=True)), rel=1e-3
+    )
+    assert told["loss"] == pytest.approx(float(exact.outer_loss), rel=1e-4)
+    assert told["harmful"] == sum(score < 0 for score in scores.values())
+    draw = torch.Generator().manual_seed(3)
+    check = exact.validate([torch.randperm(32, generator=draw)[:2] for _ in range(8)])
+    assert told["spearman"] == pytest.approx(check.spearman)
+    assert told["interval"][0] < told["spearman"] <= told["interval"][1] + 1e-3
+    assert {path.name for path in out.iterdir()} == {"attribution.csv", "attribution.html"}
+
+
+def test_the_page_shows_the_first_and_the_last(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = folders
+    text = said(capsys, "attribute", root / "run", "--out", tmp_path, *SOME[:-4], "--removals", "0")
+    listed = rows((tmp_path / "attribution.csv").read_text())
+    page = (tmp_path / "attribution.html").read_text()
+    assert page.count('src="data:image/png;base64,') == min(24, sum(row["effect"] == "harms" for row in listed)) + min(
+        24, sum(row["effect"] == "helps" for row in listed)
+    )
+    for part in (page, text):
+        assert "The scores were not checked: --removals was 0." in part
+    assert Path(listed[0]["file"]).name in page.partition("Most helpful")[0]
+    assert Path(listed[-1]["file"]).name in page.partition("Most helpful")[2]
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_classes_have_scores_of_their_own(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Judged by other pictures than the run's own, whose classes' scores make the whole."""
+    root, _ = folders
+    others = root / "others"
+    flags = ("--val", others, "--each-class")
+    told = json.loads(said(capsys, "attribute", root / "run", "--out", tmp_path, *flags, *SOME, "--json"))
+    assert told["judged_on"] == 8
+    _, (x, y) = tensors(others)
+    files, each = by_hand(root, (x, y), each=True)
+    of_class = torch.stack([each.scores[y == label].mean(0) for label in (0, 1)])
+    index = {file: number for number, file in enumerate(files)}
+    for row in rows((tmp_path / "attribution.csv").read_text()):
+        mine = of_class[:, index[row["file"]]]
+        assert row["most"] == ("bar", "beam")[int(mine.abs().argmax())]
+        assert float(row["score_most"]) == pytest.approx(float(mine[mine.abs().argmax()]), rel=1e-3, abs=1e-7)
+        assert float(row["score"]) == pytest.approx(float(mine.mean()), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "words"),
+    [
+        ("nowhere", (), "there is no folder"),
+        ("clean", (), "is not a run folder"),
+        ("images", (), "has no validation pictures to judge by; expected --val DIR"),
+        ("run", ("--val", "nowhere"), "nowhere"),
+        ("run", ("--removals", "2"), "--removals 2 are too few for a correlation; expected 8 or more, or 0"),
+        ("run", ("--steps", "3", "--batch", "8"), "--steps 3 of 8 pictures leave some of the 32 out"),
+        ("run", ("--lr", "0"), "--lr 0.0: expected a number above 0"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(
+    run: str,
+    flags: tuple[str, ...],
+    words: str,
+    folders: tuple[Path, set[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, _ = folders
+    capsys.readouterr()
+    assert main(["attribute", str(root / run), "--out", str(tmp_path / "out"), *flags]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_of_another_kind_and_a_file_in_the_place_of_the_folder_are_refused(
+    tiny: Path, folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is a run of digits; expected one of pictures in folders" in refused(
+        capsys, "attribute", tiny, "--out", tmp_path / "out"
+    )
+    (tmp_path / "file").touch()
+    root, _ = folders
+    assert "is a file; expected a folder" in refused(capsys, "attribute", root / "run", "--out", tmp_path / "file")
+
+
+def test_what_is_stopped_leaves_what_was_there(
+    folders: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = folders
+    (tmp_path / "attribution.csv").write_text("before")
+
+    def stopped(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "attribute", stopped)
+    assert main(["attribute", str(root / "run"), "--out", str(tmp_path)]) == 130
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("attribution.csv", "before")]
+
+
+def test_a_picture_that_has_gone_does_not_give_its_score_to_another(tmp_path: Path) -> None:
+    write(tmp_path, 2, 0)
+    paths = sorted(map(str, tmp_path.rglob("*.png")))
+    pictures = command.Pictures(FileImages(paths, size=(8, 8), mode="L", log=tmp_path / "log"), torch.zeros(4).long())
+    Path(paths[1]).write_bytes(b"")
+    assert pictures[0][0].shape == (1, 8, 8)
+    with pytest.raises(MetaplError, match="cannot be read any more"):
+        _ = pictures[1]
