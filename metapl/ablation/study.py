@@ -34,7 +34,7 @@ from metapl.metrics.metric import metric_of
 from metapl.metrics.predictions import eval_mode
 from metapl.problems.base import sum_and_weight
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments, misfit
-from metapl.training.progress import counting
+from metapl.runs.progress import counting
 from metapl.training.selection import Selection
 from metapl.training.trainer import BilevelTrainer
 

@@ -6,6 +6,7 @@ The inputs of a network are a tensor, or a dict or tuple of tensors, and are pas
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,11 +123,13 @@ def length(batch: Any) -> int:
 
 def digest(batch: Any) -> Tensor:
     """A whole number by which a batch is known: its structure, plain values, shapes and types, and tensors bit for bit;
-    two batches of other ones have the same number with a chance of about 2^-60."""
+    the same in every process, and of two batches with a chance of about 2^-60."""
     leaves, structure = pytree.tree_flatten(batch)
     arrays = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t for t in leaves]
     known = [(t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t) for t in arrays]
-    total = torch.tensor(hash((str(structure), *known)))
+    # Not Python's hash, which is another one in every process.
+    named = hashlib.blake2b(repr((str(structure), *known)).encode(), digest_size=8).digest()
+    total = torch.tensor(int.from_bytes(named, "little", signed=True))
     for number, t in enumerate(t for t in arrays if isinstance(t, Tensor)):
         dense = t.detach() if t.layout is torch.strided else t.detach().to_dense()
         flat = dense.resolve_conj().resolve_neg().contiguous().flatten()

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import inputs_of
+from metapl.execution.batch import digest, inputs_of
 from metapl.execution.layout import is_block
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import wide
@@ -158,6 +158,11 @@ def changed_in_place(who: str, changed: Sequence[str]) -> MetaplError:
 _OTHERS = vars(nn.Module())  # what every module has: hooks, parameters, buffers, parts
 _TABLES = [name for name, value in _OTHERS.items() if isinstance(value, dict) and name != "_parameters"]
 _PLAIN = frozenset((int, float, bool, str, type(None), complex, torch.dtype, torch.device, torch.Size))
+_JSON = frozenset((int, float, bool, str, type(None)))
+_NOT_ON_DISK = (
+    "and a path that is kept in a folder could not be gone on with; expected the state of a network in buffers, by "
+    'register_buffer, or keep_on="cpu" in place of the folder.'
+)
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 
 # Of each part: its attributes, and what is in its tables (buffers, submodules, hooks), where that is something.
@@ -195,6 +200,40 @@ class State:
         for value, before in self._copies.values():
             value.clear()
             (value.extend if hasattr(value, "extend") else value.update)(before)
+
+    def values(self, base: State) -> list[Any]:
+        """The buffers of each part, and its plain attributes that are others than in ``base``, for :meth:`having`.
+
+        Raises: :class:`metapl.MetaplError` where something else has changed since, such as a list or an object.
+        """
+        if self.parameters.written:
+            raise MetaplError(f"the forward writes to a frozen parameter, {_NOT_ON_DISK}")
+        found = []
+        for (mine, tables), (others, before), deep in zip(self._contents, base._contents, self._deep, strict=True):
+            plain = {n: v for n, v in mine.items() if type(v) in _JSON and not (n in others and others[n] == v)}
+            buffers = {n: self._before[id(t)] for n, t in tables.get("_buffers", {}).items() if t is not None}
+            known = {n for n, t in before.get("_buffers", {}).items() if t is not None}
+            told = [n for n in deep if not getattr(mine[n], "requires_grad", False)]
+            changed = [n for n in told if n not in others or self._told(mine[n]) != base._told(others[n])]
+            changed += [*(buffers.keys() ^ known), *(others.keys() - mine.keys())]
+            if changed:
+                raise MetaplError(
+                    f"the forward changes {changed[0]}, neither a buffer nor a number or a text, {_NOT_ON_DISK}"
+                )
+            found.append((buffers, plain))
+        return found
+
+    def having(self, values: Sequence[Any]) -> State:
+        """This snapshot with the :meth:`values` of another one of the same network."""
+        found = copy.copy(self)
+        found.parameters, found._before, found._contents = Journal(), dict(self._before), []
+        for (attributes, tables), (buffers, plain) in zip(self._contents, values, strict=True):
+            found._contents.append(({**attributes, **plain}, tables))
+            found._before |= {id(tables["_buffers"][name]): t for name, t in buffers.items()}
+        return found
+
+    def _told(self, value: Any) -> Tensor:
+        return digest(self._fresh(value, dict(self._before)))
 
     @contextmanager
     def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:

@@ -6,7 +6,7 @@ means over these ranks, and outputs are those of this rank's rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -44,6 +44,7 @@ from metapl.execution.writes import (
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
 _HALF = {torch.float16, torch.bfloat16}
+_PLAIN = ("cut", "own_functions", "changed", "loss", "_sample")  # of a pass, for its record
 GRAPHS = 32  # that are looked at; a network of more, such as one that drops layers, makes them as it goes
 
 # A scalar of outputs and of the weights that they were computed at.
@@ -340,7 +341,34 @@ class Pass:
         """Drop θ, and the inputs and most of the outputs, until :meth:`gradient_again`."""
         self.params = {}
         if inputs_too:
-            self.inputs, self.outputs, self._sample = None, self.outputs[:0], _some(self.outputs)
+            self.inputs, self._sample = None, _some(self.outputs)
+            self.outputs = self.outputs.new_zeros(()).expand(self.outputs.shape)  # which tells their shape alone
+
+    def record(self, base: State) -> dict[str, Any]:
+        """What :meth:`recorded` makes the pass of again, without θ and the inputs; ``base``: the student's state at the
+        beginning of the path."""
+        return {name: getattr(self, name) for name in _PLAIN} | {
+            "outputs": self.outputs if self._sample is None else self.outputs.new_empty(0),
+            "shape": self.outputs.shape,
+            "state": self._state.values(base),
+            "before": self._before.values(),
+            "after": self.after.values(),
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in (self._dtype, *self.narrowed)],
+        }
+
+    @classmethod
+    def recorded(cls, student: LocalStudent, base: State, record: Mapping[str, Any]) -> Pass:
+        found = cls.__new__(cls)
+        vars(found).update({name: record[name] for name in (*_PLAIN, "outputs")})
+        found.student, found.params, found.inputs, found.graph = student, {}, None, None
+        found._at, found._held, found._hooks = {}, [], []
+        found._state = base.having(record["state"])
+        found._before, found.after = (RandomState(student.device, **record[name]) for name in ("before", "after"))
+        found._dtype, *narrowed = (getattr(torch, name) for name in record["dtypes"])
+        found.narrowed = frozenset(narrowed)
+        if found._sample is not None:
+            found.outputs = found.outputs.new_zeros(()).expand(record["shape"])
+        return found
 
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""

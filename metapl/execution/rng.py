@@ -25,6 +25,10 @@ class RandomState:
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         return RandomState(device, torch.default_generator.get_state(), accelerator)
 
+    def values(self) -> dict[str, Tensor | None]:
+        """What it is built of, beside the device."""
+        return {"cpu": self.cpu, "accelerator": self.accelerator}
+
     def restore(self) -> None:
         torch.default_generator.set_state(self.cpu)
         if self.accelerator is not None:

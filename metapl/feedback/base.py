@@ -85,8 +85,8 @@ class Feedback:
         return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
 
     def on_given(self, step: InnerStep) -> Feedback:
-        """The feedback on what the teacher said, where the problem has normalized it into the step's signal."""
-        if step.normalized is None or self.part is None:
+        """The feedback on what the teacher said, which the problem has normalized into the step's signal."""
+        if step.normalized is None or self.part is None:  # nothing was normalized, or no field has a feedback
             return self
         others = step.normalized.in_given({self.part: self.h.detach(), **self.others})
         part = next(iter(others))

@@ -47,10 +47,14 @@ class Forward(Estimator):
         keep_every: of K steps, every so many keep their weights and optimizer state; the others are computed again,
             each by a forward and a backward pass. The memory for these is then about that of K/m + m steps; 1: all are
             kept. None: all of up to 50 steps; of more, as many as half of the free memory holds: all, every √K-th, or
-            a tree (``Hypergradient.kept`` says which).
+            a tree (``Hypergradient.kept`` says which); in a folder, every √K-th.
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
             factor of 10 in K after the first.
-        keep_on: where kept states lie: None, with the student; ``"cpu"``, or a folder, in files that are removed.
+        keep_on: where kept states lie: None, with the student; ``"cpu"``; or a folder, for one path at a time. In a
+            folder :func:`metapl.hypergradient` and :func:`metapl.attribute` also note every kept state that they pass,
+            there and back: after a kill the same call goes on from there, to the same result bit for bit, on the
+            generators of the call that was killed. When it ends the files are removed, the folder stays. That of
+            another path is refused.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
@@ -92,9 +96,10 @@ class Forward(Estimator):
         return keeping(steps, first.bytes, first.student.device, self.keep or self.keep_every, self.keep_on)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        feedback = []
+        feedback = [Feedback(**plain) for plain in path.found]  # of a path that is gone on with
         for step, w, gradients in path.adjoints(credited_fields, self.truncate):
             # The earliest step's Hessian product is not needed.
             h = exact_feedback(step, w) if gradients is None else feedback_from_gradients(step.signal, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
+            path.found.append(vars(feedback[-1]))
         return padded(feedback[::-1], path), state

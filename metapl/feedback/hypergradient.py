@@ -15,8 +15,9 @@ from metapl.execution.batch import micro_batches
 from metapl.execution.buffers import Slots, explain_types, step_guard
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
 from metapl.execution.layout import Layout, layouts
+from metapl.execution.local import NOTHING
 from metapl.execution.sharded import by_backward, student_of
-from metapl.feedback import Mode, estimator
+from metapl.feedback import Feedback, Mode, estimator
 from metapl.feedback.compatible import (
     both_batches,
     check_batches,
@@ -27,9 +28,13 @@ from metapl.feedback.compatible import (
     prepare,
 )
 from metapl.feedback.inner_step import read_batch
-from metapl.feedback.path import Lookahead, inner_batches, take_steps
+from metapl.feedback.keeping import folder_of
+from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
+from metapl.feedback.resuming import Folder, settings, told
 from metapl.feedback.teacher import TeacherPass
 from metapl.problems.base import BilevelProblem, Signal
+from metapl.runs.ownership import owned
+from metapl.runs.progress import counted
 from metapl.updates import Clipped, Update, options_by_step, update_of
 from metapl.words import summary
 
@@ -80,6 +85,7 @@ def hypergradient(
     generator: torch.Generator | None = None,
     recompute_teacher: bool = False,
     accumulate: int = 1,
+    progress: bool = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
 
@@ -106,6 +112,8 @@ def hypergradient(
         generator: for drawing labels; default: the default generator of the device.
         recompute_teacher, accumulate: as for :class:`metapl.BilevelTrainer`; with micro-batches the teacher's pass is
             recomputed too.
+        progress: show on standard error how far a look-ahead is: the steps, and the steps back; a bar on a terminal,
+            else a line a minute at most.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
@@ -133,9 +141,10 @@ def hypergradient(
     student = of_student.network
     teacher = None if of_teacher is None else of_teacher.network
     asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
+    folder = folder_of(getattr(estimate, "keep_on", None)) if isinstance(unlabeled, Lookahead) else None
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
-    labeled, batches = read_batch(problem, "outer_batch", labeled), _batches(unlabeled)
-    updates = _updates(update, unlabeled)
+    labeled, batches = read_batch(problem, "outer_batch", labeled), _batches(unlabeled, made=folder is not None)
+    options = _options_by_step(update, unlabeled)
     lazy = isinstance(batches, Lookahead)
     held = [batches[0]] if lazy else batches
     check_batches(labeled, held, device, of_student.ranks)
@@ -156,52 +165,55 @@ def hypergradient(
         return step.signal
 
     with (
+        NOTHING if folder is None else owned(folder, leaves_lock=False),
         step_guard(slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
     ):
         check_mode(estimate, len(batches), problem, of_student)
-        path = take_steps(
-            begun,
-            update,
-            problem,
-            labeled=labeled,
-            batches=batches,
-            teach=teach,
-            parts=accumulate,
-            keep_graph=estimate.keep_graph,
-            keep=estimate.keeping,
-            updates=updates,
-            credits=estimate.credits,
-            first=True,
-        )
+        kept = None
+        if folder is not None:
+            of = {
+                "a student": told(student),
+                "a teacher": told(asked, recompute_teacher),
+                "an outer batch": told(labeled),
+                "inner batches": told(held),
+                "a number of steps": len(batches),
+                "an inner optimizer": told(
+                    inner_optimizer, settings(inner_optimizer), update.read_state(), str(options)
+                ),
+                "a problem": told(settings(problem)),
+                "a mode": told(estimate.name, str({**vars(estimate), "keep_on": None}), accumulate),
+            }
+            kept = Folder(folder, of, len(batches), problem, update, begun, (asked, slots), passes, generator)
+        shown = partial(counted, progress, len(batches))
+        with shown("steps", 0 if kept is None else kept.done) as tell:
+            path = take_steps(
+                begun,
+                update,
+                problem,
+                labeled=labeled,
+                batches=batches,
+                teach=teach,
+                parts=accumulate,
+                keep_graph=estimate.keep_graph,
+                keep=estimate.keeping,
+                kept=kept,
+                updates=[update.at(of_step) for of_step in options],
+                credits=estimate.credits,
+                first=True,
+                tell=tell,
+            )
         path.refuse_other(0, held[0])  # read twice
-        try:
-            feedback, _ = estimate.checked_feedback(path, estimate.init())
-        except (NotByThisMode, RuntimeError) as error:
-            name_others(error, estimate, path)
-            raise
-        grads: dict[str, Tensor] = {}
-        if of_teacher is not None:
-            given = [found.on_given(step) for step, found in zip(path.steps, feedback, strict=True)]
-            pieces = [piece for found in given for piece in found.chunks(accumulate)]
-
-            def loss_of(number: int) -> Tensor:
-                step = passes[number]
-                if lazy:
-                    whole = micro_batches(path.batch(number // accumulate), accumulate, "unlabeled")
-                    step.batch = whole[number % accumulate]
-                loss = pieces[number].teacher_loss(step.with_graph())
-                step.batch = None if lazy else step.batch
-                return loss
-
-            losses = map(loss_of, range(len(passes)))
-            # Where the passes were recomputed, one graph at a time.
-            for loss in losses if passes[0].recompute else (torch.stack(list(losses)).sum(),):
-                of_loss = _gradient(of_teacher, loss)
-                grads = {name: grads[name] + g for name, g in of_loss.items()} if grads else of_loss
+        with shown("steps back", len(path.found)) as path.tell:
+            try:
+                feedback, _ = estimate.checked_feedback(path, estimate.init())
+            except (NotByThisMode, RuntimeError) as error:
+                name_others(error, estimate, path)
+                raise
+        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, path, passes, feedback, accumulate)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(h[-1])
-        return Hypergradient(
+        result = Hypergradient(
             grads=grads,
             feedback=h if isinstance(unlabeled, Lookahead) else h[0],
             inner_loss=path.inner_loss,
@@ -210,24 +222,52 @@ def hypergradient(
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
             kept=path.keeping.words(len(batches)),
         )
+        if kept is not None:
+            kept.finish()
+        return result
 
 
-def _batches(unlabeled: Any) -> Sequence[Any]:
-    """The inner batches, as a list unless they are made as they are read."""
+def _teacher_gradient(
+    layout: Layout, path: Path, passes: Sequence[TeacherPass], feedback: Sequence[Feedback], parts: int
+) -> dict[str, Tensor]:
+    """The gradient of −Σ h·signal in the teacher's weights, over its passes on all micro-batches."""
+    grads: dict[str, Tensor] = {}
+    given = [found.on_given(step) for step, found in zip(path.steps, feedback, strict=True)]
+    pieces = [piece for found in given for piece in found.chunks(parts)]
+
+    def loss_of(number: int) -> Tensor:
+        step = passes[number]
+        if path.lazy:
+            whole = micro_batches(path.batch(number // parts), parts, "unlabeled")
+            step.batch = whole[number % parts]
+        loss = pieces[number].teacher_loss(step.with_graph())
+        step.batch = None if path.lazy else step.batch
+        return loss
+
+    losses = map(loss_of, range(len(passes)))
+    # Where the passes were recomputed, one graph at a time.
+    for loss in losses if passes[0].recompute else (torch.stack(list(losses)).sum(),):
+        found = _gradient(layout, loss)
+        grads = {name: grads[name] + g for name, g in found.items()} if grads else found
+    return grads
+
+
+def _batches(unlabeled: Any, *, made: bool) -> Sequence[Any]:
+    """The inner batches, as a list unless they are to be read as they are taken, or are ``made`` so."""
     if isinstance(unlabeled, Lookahead):
-        return unlabeled if unlabeled.lazy else list(unlabeled)
+        return unlabeled if made or unlabeled.lazy else list(unlabeled)
     return inner_batches(unlabeled)
 
 
-def _updates(update: Update, unlabeled: Any) -> list[Update]:
-    """U of each step, where a schedule makes them differ."""
+def _options_by_step(update: Update, unlabeled: Any) -> list[list[dict[str, Any]]]:
+    """The options of the inner optimizer in each step, where a schedule makes them differ."""
     schedule = unlabeled.schedule if isinstance(unlabeled, Lookahead) else None
     if schedule is None:
         return []
     optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
     if optimizer is None:
         update.at(())  # which refuses it
-    return [update.at(options) for options in options_by_step(optimizer, schedule, len(unlabeled))]
+    return options_by_step(optimizer, schedule, len(unlabeled))
 
 
 def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:

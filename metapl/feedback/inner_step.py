@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
-from metapl.execution.buffers import changed_in_place, own_code, unchanged
+from metapl.execution.buffers import State, changed_in_place, own_code, unchanged
 from metapl.execution.checks import described
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
@@ -241,6 +241,20 @@ class InnerStep:
         grads = [part.gradient_again(params, step._loss(signal, x)) for part, signal, x in step.pieces()]
         return replace(step, grads=mean_tree(grads), state=state)
 
+    def record(self, base: State) -> dict[str, Any]:
+        """What :meth:`recorded` makes a forgotten step of again; ``base``: as for :meth:`Pass.record`."""
+        plain = {"signal": vars(self.signal), "inner_loss": self.inner_loss, "digest": self.digest}
+        return plain | {"passes": [part.record(base) for part in self.passes]}
+
+    @classmethod
+    def recorded(
+        cls, problem: Problem, update: Update, student: LocalStudent, base: State, record: Mapping[str, Any]
+    ) -> InnerStep:
+        passes = [student.pass_type.recorded(student, base, part) for part in record["passes"]]
+        signal = Signal(**record["signal"])
+        plain = {"inner_loss": record["inner_loss"], "digest": record["digest"]}
+        return cls(problem, update, passes, None, signal, grads={}, state=None, as_taken=True, **plain)
+
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
         step = replace(self, signal=signal, grads={}).again(self.params, self.state)
@@ -254,7 +268,7 @@ class InnerStep:
     def has_rows(self, name: str) -> bool:
         """Whether a field of the signal has a row for each example of the batch; what goes with the value, such as its
         log_prob, has rows where all of the value has."""
-        found = has_rows(self.problem, self.signal, len(self.outputs))
+        found = has_rows(self.problem, self.signal, sum(len(part.outputs) for part in self.passes))
         return found.get(name, all(found.values()))
 
     @cached_property

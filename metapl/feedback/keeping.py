@@ -53,20 +53,27 @@ ALL = Keeping()
 
 def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tree"] | None, on: str | None) -> Keeping:
     """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
-    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free.
+    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free; in a folder, every
+    √steps-th.
 
     Raises: :class:`metapl.MetaplError` for a way that all of this memory does not hold, and for a folder that is none.
     """
-    if on not in (None, "cpu") and not FilePath(on).is_dir():
-        raise MetaplError(f'keep_on={on!r} is no folder; expected "cpu", or a folder that exists.')
+    folder = folder_of(on)
     root, tree = (math.isqrt(steps - 1) + 1,), _tree(steps)
     at = torch.device("cpu") if on == "cpu" else device
-    free = None if on not in (None, "cpu") else free_bytes(at)
+    free = None if folder else free_bytes(at)
 
     def fits(way: Keeping, share: float) -> bool:
         return free is None or way.states(steps) * state <= share * free
 
     ways = [Keeping(spacings, on) for spacings in ((), root, tree)]
+    if folder and how == 1:
+        raise MetaplError(
+            f"keep_every=1 and keep_on={on!r} were given, and steps that are all held are in no file; expected "
+            f"keep_every={root[0]}, or None, by which that is chosen."
+        )
+    if how is None and folder:
+        return ways[1]
     if how is None:
         return ways[0] if steps <= ALL_KEPT else next((way for way in ways if fits(way, SHARE)), ways[-1])
     asked = Keeping(tree if how == "tree" else (how,) if how > 1 else (), on)
@@ -77,6 +84,15 @@ def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tr
             f"{free / 2**20:,.0f} MiB are free; expected Forward({mend}), or keep_on= with a folder."
         )
     return asked
+
+
+def folder_of(on: str | None) -> FilePath | None:
+    """The folder that states are kept in; None where it is none."""
+    if on in (None, "cpu"):
+        return None
+    if not FilePath(on).is_dir():
+        raise MetaplError(f'keep_on={on!r} is no folder; expected "cpu", or a folder that exists.')
+    return FilePath(on)
 
 
 def _tree(steps: int) -> tuple[int, ...]:
@@ -97,7 +113,14 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class States:
-    """Kept states, by the number of their step."""
+    """Kept states, by the number of their step; those in a folder are in files that go when the path ends."""
+
+    done = 0  # steps that a process which was killed has taken, as :class:`metapl.feedback.resuming.Folder` knows them
+    adjoint: Any = None  # what it has of the way back
+
+    def resume(self, path: Any, updates: Any) -> Any: ...
+    def note(self, path: Any, number: int, params: Any, state: Any) -> None: ...
+    def passed(self, path: Any, number: int, v: Any, state_cotangent: Any) -> None: ...
 
     def __init__(self, on: str | None) -> None:
         self.on, self._held = on, dict[int, tuple[list[Any], Any, list[Any]]]()

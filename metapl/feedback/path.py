@@ -58,6 +58,16 @@ MEAN_TOLERANCE = 1e-3
 Keep = Callable[[int, InnerStep], Keeping]
 """Which of so many steps keep their states, by the size of the first one."""
 
+_NOT_FINITE = (
+    "the derivative of the outer loss in the student's weights is NaN or infinite before step {} of the look-ahead: "
+    "the steps from there on amplify it without bound. Lower the student's learning rate, or take fewer of the last "
+    "steps, Forward(truncate=...)."
+)
+_LOSS = "some example's loss is not finite, such as a mean over no tokens (0 / 0), or the student has diverged."
+
+# The student's passes; how the signal enters them; how it was normalized; the signal; each loss with its gradient.
+_Taken = tuple[list[Pass], list[Entry], Normalized | None, Signal, list[tuple[Tensor, Tree]]]
+
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
 
@@ -127,6 +137,9 @@ def inner_batches(unlabeled: Any) -> list[Any]:
     return list(unlabeled)
 
 
+_NOWHERE = States(None)  # of paths whose steps are all held
+
+
 @dataclass
 class Path:
     """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`.
@@ -147,8 +160,10 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
+    kept: States = _NOWHERE  # where some are computed again
+    found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
+    tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
-    _kept: States = field(init=False)  # where some are computed again
 
     @property
     def lazy(self) -> bool:
@@ -214,28 +229,37 @@ class Path:
             fields: returns the fields of a step's signal, with the values at which the derivatives are taken.
             truncate: the number of last steps; None: all.
         """
-        v, state_cotangent = self.outer_gradient(), None
         if len(self.steps) == 1:
-            yield self.steps[0], self.steps[0].pullback(v), None
+            yield self.steps[0], self.steps[0].pullback(self.outer_gradient()), None
             return
-        first = 0 if truncate is None else max(0, len(self.steps) - truncate)
-        for number, step in self._backwards(first):
+        first, end = 0 if truncate is None else max(0, len(self.steps) - truncate), len(self.steps)
+        if self.kept.adjoint is None:
+            v, state_cotangent = self.outer_gradient(), None
+        else:
+            end, v, state_cotangent = (self.kept.adjoint[name] for name in ("at", "v", "state_cotangent"))
+        spacing = min(self.keeping.spacings, default=end)
+        for number, step in self._backwards(first, end):
             self.refuse_other(number, step.batch)
             if number > first:
                 bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
                 v, state_cotangent = bar.params, bar.state
+                checks.refuse_not_finite(self.student.space.norm(v), _NOT_FINITE.format(number))
                 yield step, bar.gradient, in_signal
             elif state_cotangent is None:
                 yield step, step.pullback(v), None
             else:
                 yield step, step.vjp(v, state_cotangent).gradient, None
+            if self.tell is not None:
+                self.tell(step.batch)
+            if number > first and number % spacing == 0:
+                self.kept.passed(self, number, v, state_cotangent)
 
-    def _backwards(self, first: int) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from the last to ``first``, with their numbers; forgotten ones are computed again."""
+    def _backwards(self, first: int, end: int) -> Iterator[tuple[int, InnerStep]]:
+        """The steps from ``end`` to ``first``, with their numbers; forgotten ones are computed again."""
         if self.keeping.spacings:
-            yield from self._block(first, 0, len(self.steps), *self.keeping.spacings)
+            yield from self._block(first, 0, end, *self.keeping.spacings)
         else:
-            yield from ((n, self.steps[n]) for n in range(len(self.steps) - 1, first - 1, -1))
+            yield from ((n, self.steps[n]) for n in range(end - 1, first - 1, -1))
 
     def _block(self, first: int, begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` to ``begin``, of which the multiples of ``spacing`` are kept."""
@@ -245,7 +269,7 @@ class Path:
                 return
             if finer:
                 for number, step in enumerate(self._walked(start, stop), start):
-                    self._leave(number, step, finer[0])
+                    self.leave(number, step, finer[0])
                 yield from self._block(first, start, stop, *finer)
                 continue
             block = list(enumerate(self._walked(start, stop), start))
@@ -253,24 +277,34 @@ class Path:
                 number, step = block.pop()
                 if number >= first:
                     yield number, step
-                self._leave(number, step)
+                self.leave(number, step)
 
     def _walked(self, start: int, stop: int) -> Iterator[InnerStep]:
         """The steps from a kept one on, computed again, but for the last of all, which is held."""
-        params, state = self._kept.take(start) if start < len(self.steps) - 1 else ({}, None)
-        for number in range(start, min(stop, len(self.steps) - 1)):
-            step = self.steps[number].again(params, state, self.batch(number) if self.lazy else None)
-            params, state = step.moved
+        held = len(self.steps) - 1 if self.steps[-1].grads else len(self.steps)
+        params, state = self.kept.take(start) if start < held else ({}, None)
+        for number in range(start, stop):
+            step = self.steps[number]
+            if number < held:
+                step = step.again(params, state, self.batch(number) if self.lazy else None)
+                params, state = step.moved
             yield step
-        if stop == len(self.steps):
-            yield self.steps[-1]
 
-    def _leave(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
-        """A step without what is computed again; of multiples of ``spacing`` the state is kept."""
-        if number == len(self.steps) - 1:
+    def keep_before(self, number: int, params: Tree, state: Any) -> None:
+        """Leave the step before ``number``; of multiples of the spacing, the state that it has led to goes to disk."""
+        if self.keeping.spacings:
+            spacing = self.keeping.spacings[0]
+            self.steps[-1] = self.leave(number - 1, self.steps[-1], spacing)
+            if number % spacing == 0:
+                self.kept.note(self, number, params, state)
+
+    def leave(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
+        """A step without what is computed again, unless it is the last; of multiples of ``spacing`` the state is
+        kept."""
+        if number == len(self.batches) - 1:
             return step
         if spacing and number % spacing == 0:
-            self._kept.keep(number, (step.params, step.state))
+            self.kept.keep(number, (step.params, step.state))
         return step.forgotten(self.lazy)
 
     def batch(self, number: int) -> Any:
@@ -408,9 +442,11 @@ def take_steps(
     parts: int = 1,
     keep_graph: bool = False,
     keep: Keep | None = None,
+    kept: States | None = None,
     updates: Sequence[Update] = (),
     credits: Credits = "nothing",
     first: bool = False,
+    tell: Callable[[Any], None] | None = None,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
@@ -424,90 +460,133 @@ def take_steps(
             them, where the signal enters its input or is normalized over the batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
+        kept: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
         credits: what gets the feedback; refuse an inner loss for which it would be wrong.
         first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
             accelerator too.
+        tell: called with the batch of each step that has been taken.
     """
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
-    ranks, entering, before = student.ranks, enters_input(problem), asked_first(problem)
-    several, lazy = keep_graph and len(batches) > 1, isinstance(batches, Lookahead)
-    shared, normalizing = first and max(ranks.size, parts) > 1, has_own(problem, "normalized_signal")
+    shared, several = first and max(student.ranks.size, parts) > 1, keep_graph and len(batches) > 1
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
+    walk = _Walk(path, teach, parts, keep_graph, credits)
+    # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
+    params, state = as_leaves(student.params) if several else student.params, update.read_state()
+    if kept is not None and kept.done:
+        path.kept = kept
+        params, state = kept.resume(path, updates)
+    for number in range(path.kept.done, len(batches)):
+        if number > path.kept.done:
+            params, state = path.steps[-1].moved
+            path.keep_before(number, params, state)
+        batch = batches[number]
+        if path.lazy and number:
+            checks.batches([("unlabeled", batch)], student.device)
+        path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
+        if number == 0:
+            if credits != "nothing":
+                refuse_unread_labels(path.steps[0])
+            if keep is not None and len(batches) > 1:
+                path.keeping = keep(len(batches), path.steps[0])
+                path.kept = kept or States(path.keeping.on)
+            if shared:
+                path.look_at_inner_losses()
+        for record in path.steps[-1].passes if several else ():
+            record.refuse_later_graphs()
+        if tell is not None:
+            tell(batch)
+    if kept is not None and kept.done < len(batches):
+        kept.note(path, len(batches), *path.steps[-1].moved)
+    return path
 
-    def asked(x: Any, outputs: Tensor | None) -> Signal:  # line 2: ŷ ~ T(x), or the soft label
+
+@dataclass(frozen=True)
+class _Walk:
+    """The steps of a path, one after the other; the arguments are those of :func:`take_steps`."""
+
+    path: Path
+    teach: Teach
+    parts: int
+    keep_graph: bool
+    credits: Credits
+
+    def step(self, number: int, batch: Any, params: Tree, state: Any, update: Update) -> InnerStep:
+        """The step on a batch, from these weights and this state of the optimizer."""
+        path, several, lazy = self.path, len(self.path.batches) > 1, self.path.lazy
+        at = f" (step {number} of the look-ahead)" if several else ""
+        pieces = micro_batches(batch, self.parts, "unlabeled")
+        take = self._signal_first if asked_first(path.problem) else self._signal_last
+        passes, entries, norm, whole, found = take(pieces, params, at)
+        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
+        if several:
+            checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
+        checks.dense_gradients(grads)
+        known = digest(batch) if lazy else None
+        of_step = path.problem, update, passes, batch, whole, inner_loss, grads, state, entries
+        return InnerStep(*of_step, as_taken=several, digest=known, normalized=norm)
+
+    def _signal_first(self, pieces: Sequence[Any], params: Tree, at: str) -> _Taken:
+        """Of a signal that the student's input is made from, or that is normalized over the batch."""
+        problem, told = self.path.problem, [self._asked(x, None) for x in pieces]
+        norm = None
+        if has_own(problem, "normalized_signal"):
+            norm = Normalized(problem, joined_signals(told), self.path.student.ranks)
+        whole = self._united(told if norm is None else [norm.signal])
+        passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
+        for i, (x, signal) in enumerate(zip(pieces, whole.chunks(self.parts), strict=True)):
+            if enters_input(problem):
+                entries.append(Entry(problem, x, signal, self.keep_graph))
+            given = entries[i].given if entries else read_batch(problem, "student_input", x)
+            passes.append(self._run(i, x, given, params, at))
+            found.append(passes[i].gradient(self._loss(signal, x)))
+        return passes, entries, norm, whole, found
+
+    def _signal_last(self, pieces: Sequence[Any], params: Tree, at: str) -> _Taken:
+        """Of a signal that may read the student's outputs."""
+        passes, signals, found = list[Pass](), list[Signal](), list[tuple[Tensor, Tree]]()
+        for i, x in enumerate(pieces):
+            passes.append(self._run(i, x, read_batch(self.path.problem, "student_input", x), params, at))
+            signals.append(self._asked(x, passes[i].outputs))
+            if not self.keep_graph:
+                found.append(passes[i].gradient(self._loss(signals[i], x)))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+        whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
+        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
+            for record, part, x in zip(passes, whole.chunks(self.parts), pieces, strict=True):
+                found.append(record.gradient(self._loss(part, x)))
+        return passes, [], None, whole, found
+
+    def _run(self, part: int, x: Any, inputs: Any, params: Tree, at: str) -> Pass:
+        path, student = self.path, self.path.student
+        with refuse_checkpoints() if self.keep_graph and len(path.batches) > 1 else NOTHING:
+            found = student.pass_type(student, params, inputs).run()  # z = S(x; θ)
+        if student.ranks.copies > 1:
+            check_copies([found.outputs], "outputs of the student", student.ranks)
+        with student.ranks.agreed():
+            given = {"outputs": found.outputs, "labeled": path.labeled[part], "unlabeled": x}
+            unchanged("the problem's check", given, path.problem.check, *given.values())
+            checks.refuse_not_finite(found.outputs, checks.DIVERGED.format("student") + at)
+        return found
+
+    def _asked(self, x: Any, outputs: Tensor | None) -> Signal:
+        """Line 2: ŷ ~ T(x), or the soft label."""
+        ranks = self.path.student.ranks
         with ranks.agreed():
-            signal = teach(x, outputs).detached()
+            signal = self.teach(x, outputs).detached()
         if ranks.copies > 1:
             check_copies(list(signal.fields().values()), "signals of the teacher", ranks)
         return signal
 
-    def united(signals: Sequence[Signal]) -> Signal:
+    def _united(self, signals: Sequence[Signal]) -> Signal:
         """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
         whole = joined_signals(signals)
-        for t in whole.differentiable().values() if keep_graph else ():
+        for t in whole.differentiable().values() if self.keep_graph else ():
             t.requires_grad_()
         return whole
 
-    # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    for number in range(len(batches)):
-        batch = batches[number]
-        if lazy and number:
-            checks.batches([("unlabeled", batch)], student.device)
-        if path.steps:
-            params, state = path.steps[-1].moved
-        pieces = micro_batches(batch, parts, "unlabeled")
-        passes: list[Pass] = []
-        found: list[tuple[Tensor, Tree]] = []
-        entries: list[Entry] = []
-        signals = [asked(x, None) for x in pieces] if before else []
-        norm = Normalized(problem, joined_signals(signals), ranks) if normalizing else None
-        whole = united(signals if norm is None else [norm.signal]) if before else None
-        told = signals if whole is None else whole.chunks(parts)
-        for i, x in enumerate(pieces):
-            if entering:
-                entries.append(Entry(problem, x, told[i], keep_graph))
-            inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
-            with refuse_checkpoints() if several else NOTHING:
-                passes.append(student.pass_type(student, params, inputs).run())  # z = S(x; θ)
-            outputs = passes[i].outputs
-            if ranks.copies > 1:
-                check_copies([outputs], "outputs of the student", ranks)
-            with ranks.agreed():
-                given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
-                unchanged("the problem's check", given, problem.check, *given.values())
-                checks.refuse_not_finite(outputs, checks.DIVERGED.format("student"))
-            if not before:
-                signals.append(asked(x, outputs))
-            if before or not keep_graph:
-                loss = InnerLoss(problem, told[i], x, student, credits)
-                found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
-        if whole is None:
-            whole = signals[0] if parts == 1 and not keep_graph else united(signals)
-        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
-            for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
-                found.append(record.gradient(InnerLoss(problem, part, x, student, credits)))
-        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
-        checks.dense_gradients(grads)
-        known = digest(batch) if lazy else None
-        rule, as_taken = updates[number] if updates else update, len(batches) > 1
-        path.steps.append(
-            InnerStep(problem, rule, passes, batch, whole, inner_loss, grads, state, entries, as_taken, known, norm)
-        )
-        if len(path.steps) == 1 and credits != "nothing":
-            refuse_unread_labels(path.steps[0])
-        if keep is not None and number == 0 < len(batches) - 1:
-            path.keeping = keep(len(batches), path.steps[0])
-            path._kept = States(path.keeping.on)
-        if number and path.keeping.spacings:
-            path.steps[-2] = path._leave(number - 1, path.steps[-2], path.keeping.spacings[0])
-        if shared and len(path.steps) == 1:
-            path.look_at_inner_losses()
-        for record in passes if several else ():
-            record.refuse_later_graphs()
-    return path
+    def _loss(self, signal: Signal, x: Any) -> InnerLoss:
+        return InnerLoss(self.path.problem, signal, x, self.path.student, self.credits)
 
 
 _MENDS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ from metapl.problems.base import Problem, Signal, check_signal, enters_input, ha
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 
+class Known(NamedTuple):
+    """The signal of a pass that is computed again, and the generators and the teacher's state that it began with."""
+
+    signal: Signal
+    random: RandomState
+    state: State
+    drawn: Tensor | None
+
+
 class TeacherPass:
     """The teacher's passes on one inner batch, all at θ_T from before the step: its signal, and the loss that it learns
     from.
@@ -43,6 +52,7 @@ class TeacherPass:
             more forward pass, and no graph in memory between the two.
         slots: of the teacher.
         records: note the outputs of the teacher, at which :meth:`backward` measures the gradients of its losses.
+        known: of a pass that has been run before, and is to be computed again: its signal, and what it began with.
     """
 
     def __init__(
@@ -57,12 +67,16 @@ class TeacherPass:
         slots: Slots,
         *,
         records: bool,
+        known: Known | None = None,
     ) -> None:
         self.teacher, self.problem, self.batch, self.ranks = teacher, problem, batch, ranks
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
         self._slots, self.records = slots, records
         self._outputs: list[tuple[Tensor, int]] = []  # and their versions, as they were returned
         self._nested = False  # whether an input of a pass depends on another pass
+        if known is not None:
+            self.signal, self._random, self._state, self._drawn = known
+            return
         if not recompute:
             self.signal = self._run()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
             return
@@ -72,6 +86,11 @@ class TeacherPass:
         kept = journal()
         with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
             self.signal = self._run()
+
+    @property
+    def known(self) -> Known:
+        """What :meth:`with_graph` begins with."""
+        return Known(self.signal.detached(), self._random, self._state, self._drawn)
 
     def with_graph(self) -> Signal:
         """The signal with the teacher's graph, computed again if it was made without."""

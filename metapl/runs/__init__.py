@@ -1,6 +1,7 @@
 """A run on disk.
 
 rows              the rows that it leaves behind, in a file and as curves of TensorBoard
+progress          how far it is: a bar on a terminal, elsewhere a line now and then
 checkpoint        states that are whole, or are refused by name
 checkpoint_parts  the same of several processes, each of which writes its part
 generators        the default random number generators, as a checkpoint keeps them

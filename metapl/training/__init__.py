@@ -11,7 +11,6 @@ records       rows, TensorBoard events and checkpoints
 resuming      what a checkpoint says, and whether it is of a fit that was made alike
 states        whether a state is one of such a trainer
 options       how a fit runs, and the learning rates that its schedule moves
-progress      the bar
 contract      what the loop requires of a trainer, and the numbers of a step
 
 Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options → contract.

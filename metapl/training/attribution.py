@@ -33,6 +33,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.path import Lookahead
+from metapl.feedback.resuming import begun
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
@@ -219,7 +220,8 @@ def attribute(
         )
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
-    start = RandomState.now(first.device)
+    mode = Forward() if mode is None else mode
+    start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
     scores, losses = [], []
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
         start.restore()  # the dropout masks of the same training
@@ -228,7 +230,7 @@ def attribute(
             student,
             outer=judged[rows],
             inner=ahead,
-            mode=Forward() if mode is None else mode,
+            mode=mode,
             problem=problem,
             inner_optimizer=optimizer,
         )

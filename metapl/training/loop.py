@@ -27,10 +27,10 @@ from metapl.runs.checkpoint_parts import PartsWriter, check, load
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.memory import LESS, out_of_memory
 from metapl.runs.ownership import Folder
+from metapl.runs.progress import Progress, progress
 from metapl.training import resuming
 from metapl.training.contract import Report, Say, Stepwise
 from metapl.training.options import FitOptions, Rates
-from metapl.training.progress import Progress, progress
 from metapl.training.records import Records
 from metapl.training.selection import Average, Best, Selection, weights_of
 from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests

@@ -27,7 +27,7 @@ from fits import (
 
 import metapl
 from metapl import MetaplError
-from metapl.training.progress import examples_in
+from metapl.runs.progress import examples_in
 
 # ------------------------------------------------------------------------------------------------------------- records
 
@@ -130,7 +130,7 @@ def test_the_bar_shows_the_time_left_accuracy_and_examples_a_second(monkeypatch:
 def test_what_is_no_terminal_gets_lines_at_validations(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("metapl.training.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("metapl.runs.progress.LINE_EVERY", 0.0)
     bilevel().fit(*batches(3), steps=5, log_every=1, validation=VALIDATION, validate_every=2, wait=2)
     bilevel().fit(*batches(3), steps=2, validate_every=1)
     bilevel().fit(*batches(3), steps=2, validate_every=1, progress=False)

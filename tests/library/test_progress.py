@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from metapl.training import progress as module
-from metapl.training.progress import Progress
+from metapl.runs import progress as module
+from metapl.runs.progress import Progress
 
 
 class Clock:

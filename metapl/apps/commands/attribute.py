@@ -32,8 +32,8 @@ from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
 from metapl.runs.fields import Range
+from metapl.runs.progress import duration
 from metapl.training.attribution import Attribution, attribute
-from metapl.training.progress import duration
 from metapl.words import short, table, tell, wrapped
 
 TABLE, PAGE = "attribution.csv", "attribution.html"

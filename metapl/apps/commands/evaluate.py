@@ -28,7 +28,7 @@ from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.runs.fields import Range
-from metapl.training.progress import counting
+from metapl.runs.progress import counting
 from metapl.words import WIDTH, short, shown, table, tell
 
 EVALUATION, PICTURE = "evaluation.json", "robustness.png"

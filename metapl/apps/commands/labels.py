@@ -22,9 +22,9 @@ from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
+from metapl.runs.progress import counting
 from metapl.runs.sealed import sha256_of
 from metapl.training.options import MOST_WORKERS
-from metapl.training.progress import counting
 from metapl.words import short, shown, table, tell
 
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]

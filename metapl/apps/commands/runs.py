@@ -37,10 +37,10 @@ from metapl.apps.recipes.methods import title, titled
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastOne, Range
+from metapl.runs.progress import counting
 from metapl.runs.rows import Metrics
 from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult
-from metapl.training.progress import counting
 from metapl.training.selection import weights_of
 from metapl.words import shown, table, tell
 

@@ -32,8 +32,8 @@ from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import logits_of
 from metapl.runs.fingerprints import fingerprint
+from metapl.runs.progress import counting, progress
 from metapl.training import Say
-from metapl.training.progress import counting, progress
 from metapl.words import shown
 
 # What can be labeled by its name: all of the digits, and the training pictures of the others.

@@ -30,8 +30,8 @@ from metapl.execution.device import to_device
 from metapl.metrics import Evaluation, with_chance
 from metapl.metrics.cost import flops
 from metapl.runs.cores import available_cores, default_threads
+from metapl.runs.progress import duration
 from metapl.training import FitOptions, FitResult, Trainer
-from metapl.training.progress import duration
 
 SHOWN = 7  # methods that one picture can tell apart
 SHARES = ("wait", "warmup", "uda_ramp", "uda_start")  # fields that count steps, and become more or fewer with them

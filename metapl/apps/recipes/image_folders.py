@@ -32,9 +32,9 @@ from metapl.apps.recipes.settings import OPEN, OpenOptimizer, Optimizer, Share, 
 from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.runs.fields import Range, check_fields
+from metapl.runs.progress import counting
 from metapl.runs.sealed import read_plain
 from metapl.training import Say
-from metapl.training.progress import counting
 
 IN_MEMORY = 2**30  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn
 HUE = 0.1  # share of a turn by which colors are changed that do not tell classes apart

@@ -1,0 +1,232 @@
+"""A long path in a folder, by which the same call goes on after the process was killed.
+
+    path.ckpt      whose path it is, as digests of what was given, and the generators at its beginning
+    kept-N.ckpt    θ and s before step N, for the way back; of the last N, after all steps
+    steps-N.ckpt   the steps before N since the last such file, and what the networks and generators had come to
+    adjoint.ckpt   the cotangents at step N, and the feedback on the steps from there on
+
+Each file is the old one or the whole new one, with its checksum (:mod:`metapl.runs.checkpoint`). A path that has ended
+removes them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import digest
+from metapl.execution.buffers import Slots, State
+from metapl.execution.local import LocalStudent
+from metapl.execution.rng import RandomState
+from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.keeping import Keeping, States, folder_of
+from metapl.feedback.teacher import Known, TeacherPass
+from metapl.problems.base import Problem, Signal, asked_first, kind_of
+from metapl.runs import checkpoint
+from metapl.runs.atomic import remove_temporary
+from metapl.runs.fingerprints import built_with
+from metapl.updates import Update
+
+if TYPE_CHECKING:
+    from metapl.feedback.path import Path
+
+_PATH, _ADJOINT = "path.ckpt", "adjoint.ckpt"
+_NUMBERED = re.compile(r"(kept|steps)-(\d{8,})\.ckpt")
+
+
+def told(*given: Any) -> int:
+    """A number by which networks, optimizers, options and batches are known, the same in every process."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            held = {**dict(value.named_parameters()), **dict(value.named_buffers())}
+            return repr(value), [part.training for part in value.modules()], held
+        if isinstance(value, torch.optim.Optimizer):
+            return repr(value)
+        return value
+
+    return int(digest([plain(value) for value in given]))
+
+
+def settings(value: Any) -> str:
+    """A problem, or an update, in words: its class and what it was built with."""
+    return f"{type(value).__qualname__} {sorted(built_with(value).items())}"
+
+
+def begun(folder: str | None) -> RandomState | None:
+    """The generators at the beginning of the path that a killed process has left in a folder; None without one."""
+    place = folder_of(folder)
+    if place is None or not _numbers(place, "steps"):
+        return None
+    random = checkpoint.load(place / _PATH)["content"]["random"]
+    where = torch.device("cpu" if random["accelerator"] is None else torch.accelerator.current_accelerator() or "cpu")
+    return RandomState(where, **random)
+
+
+class Folder(States):
+    """The states of a path in a folder, and all that it needs to be gone on with; one process at a time has it.
+
+    Args:
+        folder: that exists.
+        of: what the path depends on, by name, as numbers by which it is known.
+        steps: how many the path has.
+        problem, update: the losses, and U.
+        student, teacher: their places, with the state that they begin with.
+        passes: of the teacher, ``parts`` for each step, as they are run.
+        generator: of the labels.
+    """
+
+    def __init__(
+        self,
+        folder: FilePath,
+        of: Mapping[str, int],
+        steps: int,
+        problem: Problem,
+        update: Update,
+        student: LocalStudent,
+        teacher: tuple[nn.Module, Slots],
+        passes: list[TeacherPass],
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__("cpu")  # nothing is held
+        self.folder, self.steps, self.problem = folder, steps, problem
+        self.update, self.student = update, student
+        self.teacher, self.passes, self.generator = teacher, passes, generator
+        self.bases = _state(student.slots), _state(teacher[1])
+        self._written = set[int]()  # the states that are kept, of this process
+        if asked_first(problem):
+            raise MetaplError(
+                f"keep_on={str(folder)!r} was given, and the signal of {kind_of(problem)} enters the student's input, "
+                'or is normalized over the batch, with a graph that no file holds; expected keep_on="cpu", or None.'
+            )
+        remove_temporary(self.folder)
+        # Without the file, a path ended while its files were removed.
+        if not (self.folder / _PATH).exists() or not _numbers(folder, "steps"):
+            self.finish()
+            self._write(_PATH, {"of": dict(of), "random": RandomState.now(student.device).values()})
+        known = self._read(_PATH)["of"]
+        others = [name for name in of if known.get(name) != of[name]]
+        if others:
+            raise MetaplError(
+                f"keep_on={str(folder)!r} holds the states of another path, of {' and '.join(others)} other than what "
+                "was given; expected the call that was killed, to go on with it, or another folder. To begin anew in "
+                f"this one, remove {self.folder / _PATH}."
+            )
+        self.done = max(_numbers(self.folder, "steps"), default=0)
+        self.adjoint = self._read(_ADJOINT) if (self.folder / _ADJOINT).exists() else None
+
+    # ------------------------------------------------------------------------------------------------ the run forward
+
+    def resume(self, path: Path, updates: Sequence[Update]) -> Any:
+        """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
+        after them."""
+        for number in sorted(_numbers(self.folder, "steps")):
+            found = self._read(f"steps-{number:08d}.ckpt")
+            for record in found["steps"]:
+                rule = updates[len(path.steps)] if updates else path.update
+                path.steps.append(InnerStep.recorded(self.problem, rule, self.student, self.bases[0], record))
+            self.passes += map(self._teacher_pass, found["passes"])
+        path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
+        for base, values in zip(self.bases, found["states"], strict=True):
+            base.having(values).restore()
+        self.student.slots.state = None
+        RandomState(self.student.device, **found["random"]).restore()
+        if self.generator is not None:
+            self.generator.set_state(found["drawn"])
+        moved = self.take(self.done)
+        if self.done == self.steps:
+            vars(path.steps[-1])["moved"] = moved
+        if self.adjoint is not None:
+            path.found, vars(path)["outer_loss"] = self.adjoint["found"], self.adjoint["outer_loss"]
+        return moved
+
+    def note(self, path: Path, number: int, params: Any, state: Any) -> None:
+        """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
+        self.keep(number, (params, state))
+        begun, parts = self.done, len(path.steps[0].passes)
+        now = [State(slots.parts) for slots in (self.student.slots, self.teacher[1])]
+        content = {
+            "steps": [step.record(self.bases[0]) for step in path.steps[begun:number]],
+            "passes": [self._record(part) for part in self.passes[begun * parts : number * parts]],
+            "states": [state.values(base) for state, base in zip(now, self.bases, strict=True)],
+            "random": RandomState.now(self.student.device).values(),
+            "drawn": None if self.generator is None else self.generator.get_state(),
+            "spacings": list(path.keeping.spacings),
+        }
+        self._write(f"steps-{number:08d}.ckpt", content)
+        self.done = number
+
+    def _record(self, part: TeacherPass) -> dict[str, Any]:
+        known = part.known
+        of_pass = {"random": known.random.values(), "state": known.state.values(self.bases[1]), "drawn": known.drawn}
+        return {"signal": vars(known.signal), "outputs": part.student_outputs, **of_pass}
+
+    def _teacher_pass(self, record: Mapping[str, Any]) -> TeacherPass:
+        random, state = RandomState(self.student.device, **record["random"]), self.bases[1].having(record["state"])
+        known = Known(Signal(**record["signal"]), random, state, record["drawn"])
+        given = self.teacher[0], self.problem, None, record["outputs"], self.generator, True, self.student.ranks
+        return TeacherPass(*given, self.teacher[1], records=False, known=known)
+
+    # --------------------------------------------------------------------------------------------------- the way back
+
+    def passed(self, path: Path, number: int, v: Any, state_cotangent: Any) -> None:
+        """The adjoint has come to the kept state before step ``number``: those from there on are no longer needed."""
+        cotangents = {"v": v, "state_cotangent": state_cotangent}
+        self._write(_ADJOINT, {"at": number, "found": path.found, "outer_loss": path.outer_loss, **cotangents})
+        for other in _numbers(self.folder, "kept"):
+            if number <= other < self.steps:
+                self._remove(other)
+
+    def finish(self) -> None:
+        """Remove the files of the path, its name first: what is left without it is nobody's."""
+        for file in (_PATH, _ADJOINT):
+            (self.folder / file).unlink(missing_ok=True)
+        for kind in ("steps", "kept"):
+            for number in _numbers(self.folder, kind):
+                (self.folder / f"{kind}-{number:08d}.ckpt").unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------- the files
+
+    def keep(self, number: int, state: Any) -> None:
+        if number not in self._written:
+            params, inner = state
+            tree = inner if type(inner) is dict else pytree.tree_leaves(inner)  # of torch.optim, of TorchOpt
+            self._write(f"kept-{number:08d}.ckpt", {"params": params, "state": tree})
+            self._written.add(number)
+
+    def take(self, number: int) -> Any:
+        found = self._read(f"kept-{number:08d}.ckpt")
+        if type(found["state"]) is not dict:
+            found["state"] = pytree.tree_unflatten(found["state"], pytree.tree_structure(self.update.read_state()))
+        return found["params"], found["state"]
+
+    def _remove(self, number: int) -> None:
+        (self.folder / f"kept-{number:08d}.ckpt").unlink(missing_ok=True)
+        self._written.discard(number)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        leaves = pytree.tree_leaves(content)
+        places = [str(t.device) if isinstance(t, Tensor) else "" for t in leaves]
+        checkpoint.save(self.folder / name, {"content": content, "places": places})
+
+    def _read(self, name: str) -> Any:
+        found = checkpoint.load(self.folder / name)
+        leaves, structure = pytree.tree_flatten(found["content"])
+        places = zip(leaves, found["places"], strict=True)
+        return pytree.tree_unflatten([t.to(at) if at else t for t, at in places], structure)
+
+
+def _numbers(folder: FilePath, kind: str) -> list[int]:
+    names = (_NUMBERED.fullmatch(file.name) for file in folder.iterdir())
+    return [int(name[2]) for name in names if name is not None and name[1] == kind]
+
+
+def _state(slots: Slots) -> State:
+    return slots.state or State(slots.parts)
