@@ -41,7 +41,6 @@ from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.problems.base import (
     Problem,
     Signal,
-    asked_first,
     enters_input,
     has_own,
     joined_signals,
@@ -64,9 +63,6 @@ _NOT_FINITE = (
     "steps, Forward(truncate=...)."
 )
 _LOSS = "some example's loss is not finite, such as a mean over no tokens (0 / 0), or the student has diverged."
-
-# The student's passes; how the signal enters them; how it was normalized; the signal; each loss with its gradient.
-_Taken = tuple[list[Pass], list[Entry], Normalized | None, Signal, list[tuple[Tensor, Tree]]]
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
@@ -147,7 +143,7 @@ class Path:
     Args:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
-        batches: the inner ones; a look-ahead that makes them as they are read is asked again on the way back.
+        batches: the inner ones; where ``lazy``, they are made as they are read, and asked for again on the way back.
         keeping: which steps keep their weights and optimizer state; the adjoint computes the others again.
         check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
     """
@@ -157,6 +153,7 @@ class Path:
     update: Update
     labeled: Sequence[Any]
     batches: Sequence[Any] = ()
+    lazy: bool = False
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
@@ -164,11 +161,6 @@ class Path:
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
-
-    @property
-    def lazy(self) -> bool:
-        """Whether batches are made as they are read, and not held."""
-        return isinstance(self.batches, Lookahead)
 
     @property
     def params(self) -> Tree:
@@ -470,7 +462,8 @@ def take_steps(
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
     shared, several = first and max(student.ranks.size, parts) > 1, keep_graph and len(batches) > 1
-    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
+    lazy, outer = isinstance(batches, Lookahead), micro_batches(labeled, parts, "labeled")
+    path = Path(problem, student, update, outer, batches, lazy, check_mean=shared)
     walk = _Walk(path, teach, parts, keep_graph, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
@@ -514,60 +507,46 @@ class _Walk:
 
     def step(self, number: int, batch: Any, params: Tree, state: Any, update: Update) -> InnerStep:
         """The step on a batch, from these weights and this state of the optimizer."""
-        path, several, lazy = self.path, len(self.path.batches) > 1, self.path.lazy
+        path, problem, student, parts = self.path, self.path.problem, self.path.student, self.parts
+        several, pieces = len(path.batches) > 1, micro_batches(batch, parts, "unlabeled")
         at = f" (step {number} of the look-ahead)" if several else ""
-        pieces = micro_batches(batch, self.parts, "unlabeled")
-        take = self._signal_first if asked_first(path.problem) else self._signal_last
-        passes, entries, norm, whole, found = take(pieces, params, at)
+        passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
+        entering, normalizing = enters_input(problem), has_own(problem, "normalized_signal")
+        first = entering or normalizing  # whether the teacher is asked before the student runs
+        signals = [self._asked(x, None) for x in pieces] if first else []
+        norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
+        whole = self._united(signals if norm is None else [norm.signal]) if first else None
+        told = signals if whole is None else whole.chunks(parts)
+        for i, x in enumerate(pieces):
+            if entering:
+                entries.append(Entry(problem, x, told[i], self.keep_graph))
+            inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
+            with refuse_checkpoints() if self.keep_graph and several else NOTHING:
+                passes.append(student.pass_type(student, params, inputs).run())  # z = S(x; θ)
+            outputs = passes[i].outputs
+            if student.ranks.copies > 1:
+                check_copies([outputs], "outputs of the student", student.ranks)
+            with student.ranks.agreed():
+                given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
+                unchanged("the problem's check", given, problem.check, *given.values())
+                checks.refuse_not_finite(outputs, checks.DIVERGED.format("student") + at)
+            if not first:
+                signals.append(self._asked(x, outputs))
+            if first or not self.keep_graph:
+                loss = InnerLoss(problem, told[i], x, student, self.credits)
+                found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+        if whole is None:
+            whole = signals[0] if parts == 1 and not self.keep_graph else self._united(signals)
+        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
+            for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
+                found.append(record.gradient(InnerLoss(problem, part, x, student, self.credits)))
         inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         if several:
             checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
         checks.dense_gradients(grads)
-        known = digest(batch) if lazy else None
-        of_step = path.problem, update, passes, batch, whole, inner_loss, grads, state, entries
+        known = digest(batch) if path.lazy else None
+        of_step = problem, update, passes, batch, whole, inner_loss, grads, state, entries
         return InnerStep(*of_step, as_taken=several, digest=known, normalized=norm)
-
-    def _signal_first(self, pieces: Sequence[Any], params: Tree, at: str) -> _Taken:
-        """Of a signal that the student's input is made from, or that is normalized over the batch."""
-        problem, told = self.path.problem, [self._asked(x, None) for x in pieces]
-        norm = None
-        if has_own(problem, "normalized_signal"):
-            norm = Normalized(problem, joined_signals(told), self.path.student.ranks)
-        whole = self._united(told if norm is None else [norm.signal])
-        passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-        for i, (x, signal) in enumerate(zip(pieces, whole.chunks(self.parts), strict=True)):
-            if enters_input(problem):
-                entries.append(Entry(problem, x, signal, self.keep_graph))
-            given = entries[i].given if entries else read_batch(problem, "student_input", x)
-            passes.append(self._run(i, x, given, params, at))
-            found.append(passes[i].gradient(self._loss(signal, x)))
-        return passes, entries, norm, whole, found
-
-    def _signal_last(self, pieces: Sequence[Any], params: Tree, at: str) -> _Taken:
-        """Of a signal that may read the student's outputs."""
-        passes, signals, found = list[Pass](), list[Signal](), list[tuple[Tensor, Tree]]()
-        for i, x in enumerate(pieces):
-            passes.append(self._run(i, x, read_batch(self.path.problem, "student_input", x), params, at))
-            signals.append(self._asked(x, passes[i].outputs))
-            if not self.keep_graph:
-                found.append(passes[i].gradient(self._loss(signals[i], x)))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
-        whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
-        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
-            for record, part, x in zip(passes, whole.chunks(self.parts), pieces, strict=True):
-                found.append(record.gradient(self._loss(part, x)))
-        return passes, [], None, whole, found
-
-    def _run(self, part: int, x: Any, inputs: Any, params: Tree, at: str) -> Pass:
-        path, student = self.path, self.path.student
-        with refuse_checkpoints() if self.keep_graph and len(path.batches) > 1 else NOTHING:
-            found = student.pass_type(student, params, inputs).run()  # z = S(x; θ)
-        if student.ranks.copies > 1:
-            check_copies([found.outputs], "outputs of the student", student.ranks)
-        with student.ranks.agreed():
-            given = {"outputs": found.outputs, "labeled": path.labeled[part], "unlabeled": x}
-            unchanged("the problem's check", given, path.problem.check, *given.values())
-            checks.refuse_not_finite(found.outputs, checks.DIVERGED.format("student") + at)
-        return found
 
     def _asked(self, x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label."""
@@ -584,9 +563,6 @@ class _Walk:
         for t in whole.differentiable().values() if self.keep_graph else ():
             t.requires_grad_()
         return whole
-
-    def _loss(self, signal: Signal, x: Any) -> InnerLoss:
-        return InnerLoss(self.path.problem, signal, x, self.path.student, self.credits)
 
 
 _MENDS = {
