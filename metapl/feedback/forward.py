@@ -102,5 +102,4 @@ class Forward(Estimator):
             h = exact_feedback(step, w) if gradients is None else feedback_from_gradients(step.signal, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
             path.found.append(vars(feedback[-1]))
-        feedback.reverse()
-        return padded(feedback, path) if self.truncate else feedback, state
+        return padded(feedback[::-1], path), state
