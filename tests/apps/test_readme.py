@@ -20,9 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> None:
     code = pages.code(ROOT / "README.md")
-    # Of the labels that are drawn at random, those that are right by chance are not called wrong.
-    wrong = "assert wrong.any() and torch.equal(wrong, noisy.tensors[1] != y[100:1300])"
-    command = [sys.executable, "-W", "error", "-c", f"{code}\n{wrong}"]
+    command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     pages.check_printed(code, done.stdout)
