@@ -102,4 +102,5 @@ class Forward(Estimator):
             h = exact_feedback(step, w) if gradients is None else feedback_from_gradients(step.signal, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
             path.found.append(vars(feedback[-1]))
-        return padded(feedback[::-1], path), state
+        feedback.reverse()
+        return feedback if self.truncate is None else padded(feedback, path), state

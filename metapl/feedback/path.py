@@ -56,8 +56,6 @@ _NOT_FINITE = (
 )
 _LOSS = "some example's loss is not finite, such as a mean over no tokens (0 / 0), or the student has diverged."
 
-_Taken = tuple[list[Pass], list[Entry], Signal, list[tuple[Tensor, Tree]]]  # and each loss with its gradient
-
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
 
@@ -147,7 +145,7 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
-    kept: States = field(default_factory=partial(States, None))  # where some are computed again
+    kept: States = field(init=False)  # of several steps, where some are computed again
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
@@ -461,22 +459,23 @@ def take_steps(
     walk = _Walk(path, teach, parts, keep_graph, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    if kept is not None and kept.done:
+    done = 0 if kept is None else kept.done
+    if kept is not None and done:
         path.kept = kept
         params, state = kept.resume(path, updates)
-    for number in range(path.kept.done, len(batches)):
-        if number > path.kept.done:
+    for number in range(done, len(batches)):
+        if number > done:
             params, state = path.steps[-1].moved
             path.keep_before(number, params, state)
         batch = batches[number]
-        if path.lazy and number:
+        if number and path.lazy:
             checks.batches([("unlabeled", batch)], student.device)
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
             if credits != "nothing":
                 refuse_unread_labels(path.steps[0])
-            if keep is not None and len(batches) > 1:
-                path.keeping = keep(len(batches), path.steps[0])
+            if len(batches) > 1:
+                path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
                 path.kept = kept or States(path.keeping.on)
             if shared:
                 path.look_at_inner_losses()
@@ -484,7 +483,7 @@ def take_steps(
             record.refuse_later_graphs()
         if tell is not None:
             tell(batch)
-    if kept is not None and kept.done < len(batches):
+    if kept is not None and done < len(batches):
         kept.note(path, len(batches), *path.steps[-1].moved)
     return path
 
@@ -501,55 +500,43 @@ class _Walk:
 
     def step(self, number: int, batch: Any, params: Tree, state: Any, update: Update) -> InnerStep:
         """The step on a batch, from these weights and this state of the optimizer."""
-        path, several, lazy = self.path, len(self.path.batches) > 1, self.path.lazy
+        path, problem, student = self.path, self.path.problem, self.path.student
+        several, entering = len(path.batches) > 1, enters_input(problem)
         at = f" (step {number} of the look-ahead)" if several else ""
         pieces = micro_batches(batch, self.parts, "unlabeled")
-        signal_first = enters_input(path.problem)
-        passes, entries, whole, found = (self._signal_first if signal_first else self._signal_last)(pieces, params, at)
+        passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
+        signals = [self._asked(x, None) for x in pieces] if entering else []
+        whole = self._united(signals) if entering else None
+        told = signals if whole is None else whole.chunks(self.parts)
+        for i, x in enumerate(pieces):
+            if entering:
+                entries.append(Entry(problem, x, told[i], self.keep_graph))
+            inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
+            with refuse_checkpoints() if self.keep_graph and several else NOTHING:
+                passes.append(student.pass_type(student, params, inputs).run())  # z = S(x; θ)
+            outputs = passes[i].outputs
+            if student.ranks.copies > 1:
+                check_copies([outputs], "outputs of the student", student.ranks)
+            with student.ranks.agreed():
+                given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
+                unchanged("the problem's check", given, problem.check, *given.values())
+                checks.refuse_not_finite(outputs, checks.DIVERGED.format("student") + at)
+            if not entering:
+                signals.append(self._asked(x, outputs))
+            if entering or not self.keep_graph:
+                loss = InnerLoss(problem, told[i], x, student, self.credits)
+                found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+        if whole is None:
+            whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
+        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
+            for record, part, x in zip(passes, whole.chunks(self.parts), pieces, strict=True):
+                found.append(record.gradient(InnerLoss(problem, part, x, student, self.credits)))
         inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         if several:
             checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
         checks.dense_gradients(grads)
-        known = digest(batch) if lazy else None
-        of_step = path.problem, update, passes, batch, whole, inner_loss, grads, state, entries
-        return InnerStep(*of_step, as_taken=several, digest=known)
-
-    def _signal_first(self, pieces: Sequence[Any], params: Tree, at: str) -> _Taken:
-        """Of a signal that enters the student's input, which is made from it."""
-        problem = self.path.problem
-        whole = self._united([self._asked(x, None) for x in pieces])
-        passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-        for i, (x, signal) in enumerate(zip(pieces, whole.chunks(self.parts), strict=True)):
-            entries.append(Entry(problem, x, signal, self.keep_graph))
-            passes.append(self._run(i, x, entries[i].given, params, at))
-            found.append(passes[i].gradient(self._loss(signal, x)))
-        return passes, entries, whole, found
-
-    def _signal_last(self, pieces: Sequence[Any], params: Tree, at: str) -> _Taken:
-        """Of a signal that may read the student's outputs."""
-        passes, signals, found = list[Pass](), list[Signal](), list[tuple[Tensor, Tree]]()
-        for i, x in enumerate(pieces):
-            passes.append(self._run(i, x, read_batch(self.path.problem, "student_input", x), params, at))
-            signals.append(self._asked(x, passes[i].outputs))
-            if not self.keep_graph:
-                found.append(passes[i].gradient(self._loss(signals[i], x)))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
-        whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
-        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
-            for record, part, x in zip(passes, whole.chunks(self.parts), pieces, strict=True):
-                found.append(record.gradient(self._loss(part, x)))
-        return passes, [], whole, found
-
-    def _run(self, part: int, x: Any, inputs: Any, params: Tree, at: str) -> Pass:
-        path, student = self.path, self.path.student
-        with refuse_checkpoints() if self.keep_graph and len(path.batches) > 1 else NOTHING:
-            found = student.pass_type(student, params, inputs).run()  # z = S(x; θ)
-        if student.ranks.copies > 1:
-            check_copies([found.outputs], "outputs of the student", student.ranks)
-        with student.ranks.agreed():
-            given = {"outputs": found.outputs, "labeled": path.labeled[part], "unlabeled": x}
-            unchanged("the problem's check", given, path.problem.check, *given.values())
-            checks.refuse_not_finite(found.outputs, checks.DIVERGED.format("student") + at)
-        return found
+        known = digest(batch) if isinstance(path.batches, Lookahead) else None
+        return InnerStep(problem, update, passes, batch, whole, inner_loss, grads, state, entries, several, known)
 
     def _asked(self, x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label."""
@@ -566,9 +553,6 @@ class _Walk:
         for t in whole.differentiable().values() if self.keep_graph else ():
             t.requires_grad_()
         return whole
-
-    def _loss(self, signal: Signal, x: Any) -> InnerLoss:
-        return InnerLoss(self.path.problem, signal, x, self.path.student, self.credits)
 
 
 _MENDS = {

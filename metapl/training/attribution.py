@@ -32,6 +32,7 @@ from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
+from metapl.feedback.keeping import folder_of
 from metapl.feedback.path import Lookahead
 from metapl.feedback.resuming import begun
 from metapl.problems.base import Problem, Signal, sum_and_weight
@@ -148,6 +149,7 @@ def attribute(
     groups: Tensor | None = None,
     each: bool = False,
     mode: Forward | None = None,
+    progress: bool = True,
 ) -> Attribution:
     r"""What each training example does to the outer loss, through a whole training.
 
@@ -167,7 +169,9 @@ def attribute(
         groups: a number for each training example, (N,), such as that of its source: the scores are then of the groups,
             (S,), the sums of their examples'.
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's.
-        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds.
+        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
+            ``Forward(keep_on=folder)`` the same call goes on after a kill.
+        progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
 
     Returns: an :class:`Attribution`.
 
@@ -221,6 +225,11 @@ def attribute(
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
     mode = Forward() if mode is None else mode
+    if each and folder_of(getattr(mode, "keep_on", None)):
+        raise MetaplError(
+            f"each=True and keep_on={mode.keep_on!r} were given: a path for each of {len(judged)} outer examples, and a "
+            'folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
+        )
     start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
     scores, losses = [], []
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
@@ -233,6 +242,7 @@ def attribute(
             mode=mode,
             problem=problem,
             inner_optimizer=optimizer,
+            progress=progress,
         )
         of_examples = wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1))
         for number, h in enumerate(result.feedback):
