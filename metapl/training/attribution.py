@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,8 +228,8 @@ def attribute(
     mode = Forward() if mode is None else mode
     if each and folder_of(getattr(mode, "keep_on", None)):
         raise MetaplError(
-            f"each=True and keep_on={mode.keep_on!r} were given: a path for each of {len(judged)} outer examples, and a "
-            'folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
+            f"each=True and keep_on={mode.keep_on!r} were given, a path for each of {len(judged)} outer examples, and "
+            'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
         )
     start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
     scores, losses = [], []
@@ -321,12 +322,15 @@ class _Training:
         self.options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, len(order))
         self.data, self.judged, self.order, self.problem = data, judged, order, problem
         self.start, self.each, self.groups = start, each, groups
+        kind = start.device.type  # in the precision of the scores, wherever it is called
+        how = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        self.autocast = partial(torch.autocast, kind, **how)
 
     def __call__(self, weights: Tensor) -> Tensor:
         network, optimizer = copy.deepcopy(self.begun)
         weights = weights.to(self.data.device)
         of_examples = weights if self.groups is None else weights[self.groups]
-        with replayed(self.start), torch.enable_grad():
+        with replayed(self.start), torch.enable_grad(), self.autocast():
             for number, chosen in enumerate(self.order):
                 batch = self.data[chosen]
                 if self.options:
