@@ -133,9 +133,6 @@ def inner_batches(unlabeled: Any) -> list[Any]:
     return list(unlabeled)
 
 
-_NOWHERE = States(None)  # of paths whose steps are all held
-
-
 @dataclass
 class Path:
     """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`.
@@ -157,7 +154,7 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
-    kept: States = _NOWHERE  # where some are computed again
+    kept: States = field(init=False)  # of several steps, where some are computed again
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
@@ -195,7 +192,7 @@ class Path:
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
-            found = self.student.loss_and_gradient(self.params, *self._outer_pass())
+            found = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
             self.__dict__["outer_loss"], self._outer_gradient = found
         return self._outer_gradient
 
@@ -467,22 +464,23 @@ def take_steps(
     walk = _Walk(path, teach, parts, keep_graph, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    if kept is not None and kept.done:
+    done = 0 if kept is None else kept.done
+    if kept is not None and done:
         path.kept = kept
         params, state = kept.resume(path, updates)
-    for number in range(path.kept.done, len(batches)):
-        if number > path.kept.done:
+    for number in range(done, len(batches)):
+        if number > done:
             params, state = path.steps[-1].moved
             path.keep_before(number, params, state)
         batch = batches[number]
-        if path.lazy and number:
+        if number and path.lazy:
             checks.batches([("unlabeled", batch)], student.device)
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
             if credits != "nothing":
                 refuse_unread_labels(path.steps[0])
-            if keep is not None and len(batches) > 1:
-                path.keeping = keep(len(batches), path.steps[0])
+            if len(batches) > 1:
+                path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
                 path.kept = kept or States(path.keeping.on)
             if shared:
                 path.look_at_inner_losses()
@@ -490,7 +488,7 @@ def take_steps(
             record.refuse_later_graphs()
         if tell is not None:
             tell(batch)
-    if kept is not None and kept.done < len(batches):
+    if kept is not None and done < len(batches):
         kept.note(path, len(batches), *path.steps[-1].moved)
     return path
 
@@ -540,7 +538,9 @@ class _Walk:
         if not found:  # no graph is freed before the path is differentiated in the signal as a whole
             for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
                 found.append(record.gradient(InnerLoss(problem, part, x, student, self.credits)))
-        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
+        inner_loss, grads = found[0]
+        if parts > 1:
+            inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         if several:
             checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
         checks.dense_gradients(grads)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
+from metapl.feedback.keeping import folder_of
 from metapl.feedback.path import Lookahead
 from metapl.feedback.resuming import begun
 from metapl.problems.base import Problem, Signal, sum_and_weight
@@ -148,6 +150,7 @@ def attribute(
     groups: Tensor | None = None,
     each: bool = False,
     mode: Forward | None = None,
+    progress: bool = True,
 ) -> Attribution:
     r"""What each training example does to the outer loss, through a whole training.
 
@@ -167,7 +170,9 @@ def attribute(
         groups: a number for each training example, (N,), such as that of its source: the scores are then of the groups,
             (S,), the sums of their examples'.
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's.
-        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds.
+        mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
+            ``Forward(keep_on=folder)`` the same call goes on after a kill.
+        progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
 
     Returns: an :class:`Attribution`.
 
@@ -221,6 +226,11 @@ def attribute(
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
     mode = Forward() if mode is None else mode
+    if each and folder_of(getattr(mode, "keep_on", None)):
+        raise MetaplError(
+            f"each=True and keep_on={mode.keep_on!r} were given, a path for each of {len(judged)} outer examples, and "
+            'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
+        )
     start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
     scores, losses = [], []
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
@@ -233,6 +243,7 @@ def attribute(
             mode=mode,
             problem=problem,
             inner_optimizer=optimizer,
+            progress=progress,
         )
         of_examples = wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1))
         for number, h in enumerate(result.feedback):
@@ -311,12 +322,15 @@ class _Training:
         self.options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, len(order))
         self.data, self.judged, self.order, self.problem = data, judged, order, problem
         self.start, self.each, self.groups = start, each, groups
+        kind = start.device.type  # in the precision of the scores, wherever it is called
+        how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        self.autocast = partial(torch.autocast, kind, **how)
 
     def __call__(self, weights: Tensor) -> Tensor:
         network, optimizer = copy.deepcopy(self.begun)
         weights = weights.to(self.data.device)
         of_examples = weights if self.groups is None else weights[self.groups]
-        with replayed(self.start), torch.enable_grad():
+        with replayed(self.start), torch.enable_grad(), self.autocast():
             for number, chosen in enumerate(self.order):
                 batch = self.data[chosen]
                 if self.options:

@@ -156,8 +156,13 @@ def options_by_step(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a schedule that runs ahead of its optimizer
         for number in range(steps):
-            if number:
-                ahead.step()
+            try:
+                ahead.step() if number else None
+            except ValueError as error:
+                raise MetaplError(
+                    f"schedule is {type(schedule).__name__}, which ends before step {number} of {steps} ({error}); "
+                    f"expected one of {steps} steps or more, from where it stands."
+                ) from error
             found.append(_options(alike))
     return found
 

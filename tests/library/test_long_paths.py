@@ -22,6 +22,7 @@ from metapl.feedback import Forward, keeping
 from metapl.feedback.keeping import Keeping
 from metapl.metrics.cost import peak_bytes
 from metapl.problems import EqualWeights, ExampleWeights, Table
+from metapl.runs import progress
 from metapl.updates import Clipped, update_of
 
 STEPS = 120
@@ -298,6 +299,10 @@ WRONG: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
         lambda o: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
         "ReduceLROnPlateau",
     ),
+    "a schedule that ends too early": (
+        lambda o: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=30)),
+        "OneCycleLR, which ends before step 31 of 60",
+    ),
     "the schedule of another optimizer": (
         lambda _: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.StepLR(other_optimizer(), 1)),
         "another optimizer",
@@ -329,6 +334,106 @@ def test_a_schedule_is_not_for_a_trainer_or_a_transform() -> None:
     trainer = metapl.BilevelTrainer(None, student, "forward", problem=EqualWeights())
     with pytest.raises(MetaplError, match=r"schedule, which is for metapl\.hypergradient"):
         trainer.step(outer=batch(-1), inner=ahead)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
+    """With dropout, batch norm and drawn labels, on lazy batches of which most steps are computed again."""
+    found = []
+    for ahead, mode in (
+        (Lookahead([batch(k)[0] for k in range(60)]), Forward(keep_every=1)),
+        (Lookahead(lambda k: batch(k)[0], steps=60), Forward(keep="tree")),
+    ):
+        student, teacher, draws = network(), network(), torch.Generator().manual_seed(3)
+        result = metapl.hypergradient(
+            teacher,
+            student,
+            outer=batch(-1),
+            inner=ahead,
+            mode=mode,
+            problem=metapl.PseudoLabels(kind),
+            inner_optimizer=OPTIMIZERS["adam"](student.parameters()),
+            generator=draws,
+            accumulate=accumulate,
+            recompute_teacher=True,
+        )
+        found.append((result.feedback, result.grads, result.student_params, draws.get_state()))
+    assert [h.shape for h in found[0][0]] == [(8, 3)] * 60
+    leaves = [torch.utils._pytree.tree_leaves(one) for one in found]
+    assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+class Breaking(EqualWeights):
+    """A loss that is infinite, or has an infinite second derivative, where a batch begins with a great number."""
+
+    def __init__(self, value: bool) -> None:
+        self.value = value
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses = super().inner_loss(outputs, signal, batch)
+        if float(batch[0][0, 0]) < 100:
+            return losses
+        nothing = outputs[:, 0] - outputs[:, 0].detach()
+        return losses + torch.inf if self.value else losses + 2e3 * (nothing + 2e-38) ** 1.01
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (True, r"the inner loss is NaN or infinite \(step 9 of the look-ahead\)"),
+        (False, r"in the student's weights is NaN or infinite before step 9 of the look-ahead"),
+    ],
+)
+def test_a_step_that_is_not_finite_is_named(value: bool, said: str) -> None:
+    def made(number: int) -> tuple[Tensor, Tensor]:
+        x, y = batch(number)
+        x[0, 0] = 100 if number == 9 else x[0, 0]
+        return x, y
+
+    student = network()
+    given: dict[str, Any] = {"outer": batch(-1), "inner": Lookahead(made, steps=20), "problem": Breaking(value)}
+    inner = torch.optim.SGD(student.parameters(), lr=1e-3)
+    with pytest.raises(MetaplError, match=said):
+        metapl.hypergradient(None, student, mode=Forward(keep_every=4), inner_optimizer=inner, **given)
+
+
+def test_outputs_that_are_not_finite_name_their_step() -> None:
+    student = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
+    inner = torch.optim.SGD(student.parameters(), lr=1e38)
+    with pytest.raises(MetaplError, match=r"student's outputs are NaN .* \(step \d of the look-ahead\)"):
+        gradient(student, inner, Lookahead(batch, steps=20), Forward(keep_every=4))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_how_far_a_path_is(terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal, raising=False)
+    student = network()
+    inner = OPTIMIZERS["adam"](student.parameters())
+    given: dict[str, Any] = {"outer": batch(-1), "problem": EqualWeights(), "inner_optimizer": inner}
+    for shown in (False, True):
+        metapl.hypergradient(None, student, inner=Lookahead(batch, steps=12), progress=shown, **given)
+        said = capsys.readouterr().err
+        assert bool(said) == shown
+    ends = (
+        ("steps: ", "steps back: ") if terminal else ("steps: step 12 of 12, after", "steps back: step 12 of 12, after")
+    )
+    assert all(end in said for end in ends)
+    assert ("examples/s" in said) == terminal
+
+
+def test_ablations_and_checks_take_a_look_ahead_whose_batches_are_made() -> None:
+    student = nn.Sequential(nn.Linear(6, 3))
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(6, 3), student, "forward", inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1)
+    )
+    given: dict[str, Any] = {"labeled": batch(-1)}
+    held = Lookahead([batch(k)[0] for k in range(3)])
+    for ahead in (held, Lookahead(lambda k: batch(k)[0], steps=3)):
+        assert metapl.check_gradient(trainer, unlabeled=ahead, **given).passed
+        found = metapl.ablate(trainer, batch(-1), ahead, modes=("forward", "unrolled"), draws=2, rounds=1)
+        assert found.modes["forward"].cosine > 0.9999
 
 
 def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
