@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 STUDIES = {
     "attribution": (),
+    "data_rater": (),
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
     "feedback_worth": ("--workers", "1"),
@@ -166,17 +167,38 @@ def test_the_study_of_attribution_goes_on_where_it_was_stopped(module: ModuleTyp
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("module", ["data_rater"], indirect=True)
+def test_the_study_of_raters_goes_on_where_it_was_stopped(module: ModuleType, tmp_path: Path) -> None:
+    """And every gradient is that of double backward, where double backward runs."""
+    out = tmp_path / "rows.jsonl"
+    miniature("data_rater", out)
+    before, rows = out.read_bytes(), module.read(out)
+    costs = {(row["way"], row["attention"]): row for row in rows if row["kind"] == "cost"}
+    assert len(costs) == 8
+    stopped = {where for where, row in costs.items() if "reason" in row}
+    assert stopped == {(module.BY_HAND, "default"), (module.TORCHOPT, "default")}
+    assert all(row["error"] < 0.02 for row in costs.values() if "error" in row)
+    assert costs[module.FORWARD, "default"]["bytes"] < costs[module.BY_HAND, "math"]["bytes"]
+    miniature("data_rater", out)
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
-    ("mark", "module"),
-    [(f"<!-- {name}:begin -->", name) for name in ("attribution", "long_paths", "harmful_pictures")],
+    ("name", "module"),
+    [
+        ("attribution", "attribution"),
+        ("attribution", "long_paths"),
+        ("attribution", "harmful_pictures"),
+        ("data-rater", "data_rater"),
+    ],
     indirect=["module"],
 )
-def test_the_page_of_attribution_has_the_tables_of_the_rows(mark: str, module: ModuleType, tmp_path: Path) -> None:
-    page, committed = tmp_path / "attribution.md", (ROOT / "docs" / "attribution.md").read_text()
-    assert mark in committed
+def test_a_page_has_the_tables_of_the_rows(name: str, module: ModuleType, tmp_path: Path) -> None:
+    page, committed = tmp_path / "page.md", (ROOT / "docs" / f"{name}.md").read_text()
+    assert f"<!-- {module.__name__}:begin -->" in committed
     page.write_text(committed)
     run(module.__name__, "--write", page)
-    assert page.read_text() == committed, f"python benchmarks/{module.__name__}.py --write docs/attribution.md"
+    assert page.read_text() == committed, f"python benchmarks/{module.__name__}.py --write docs/{name}.md"
 
 
 @pytest.mark.parametrize("module", ["digits_study"], indirect=True)

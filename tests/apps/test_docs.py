@@ -33,6 +33,7 @@ def _own_generator() -> Iterator[None]:
 PASTED = (
     "attribution",
     "correctness",
+    "data-rater",
     "from-mpl-pytorch",
     "tables",
     "tutorial",

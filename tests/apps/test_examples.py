@@ -126,6 +126,19 @@ def test_ten_learned_images_teach_more_than_ten_real_ones(
     assert float(found[1]) > float(found[2]) + 5
 
 
+def test_a_rater_of_text_tells_what_it_finds_and_what_is_gained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed("data_rater", monkeypatch, capsys, "3", "--steps", "50")
+    areas = re.search(r"AUC of documentation against source code ([\d.]+), against shuffled ([\d.]+)", text)
+    reached = re.search(r"perplexity: ([\d.]+) on everything, ([\d.]+) rated, ([\d.]+) documentation alone", text)
+    assert areas is not None
+    assert reached is not None
+    assert min(map(float, areas.groups())) > 0.6
+    everything, rated, clean = map(float, reached.groups())
+    assert clean < rated < everything
+
+
 def test_the_noise_of_an_augmentation_is_learned(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
