@@ -1,10 +1,11 @@
 """What a whole training costs to differentiate: `hypergradient` in the weight of every example, over plain training.
 
-    python benchmarks/long_paths.py                       # WRN-28-2 and a network of 330,000 weights
+    python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
     python benchmarks/long_paths.py --write docs/attribution.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
-was held before, over that of one plain step. Double backward is written by hand with torch.func, where it fits.
+was held before, over that of one plain step. Double backward is written by hand with torch.func, and by TorchOpt's
+differentiable Adam, where these fit. Rows that are there are not repeated.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ WAYS: dict[str, Forward | None] = {
     "every √K-th": Forward(),
     "tree": Forward(keep="tree"),
     "double backward": None,
+    "TorchOpt": None,
 }
 CASES = {("wrn", 20): ("all kept", "every √K-th"), ("wrn", 100): ("all kept", "every √K-th")}
-CASES |= {("mlp", steps): tuple(WAYS) for steps in (10, 100)} | {("mlp", 1000): ("all kept", "every √K-th", "tree")}
-TITLES = {"wrn": "WRN-28-2, SGD, batch 16", "mlp": "330,000 weights, Adam, batch 100"}
+CASES |= {(name, steps): tuple(WAYS) for name in ("mlp", "conv") for steps in (10, 100)}
+CASES |= {("mlp", 1000): ("all kept", "every √K-th", "tree")}
+TITLES = {
+    "wrn": "WRN-28-2, SGD, batch 16",
+    "mlp": "330,000 weights, Adam, batch 100",
+    "conv": "two convolutions, Adam, batch 100",
+}
 
 
 def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int], Any]]:
@@ -48,6 +55,19 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         student: nn.Module = metapl.models.wide_resnet28_2(num_classes=10)
         shape, rows = (3, 32, 32), 16
         optimizer: torch.optim.Optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    elif name == "conv":
+        student = nn.Sequential(
+            *(
+                nn.Conv2d(1, 16, 3, padding=1),
+                nn.BatchNorm2d(16, track_running_stats=False),
+                nn.GELU(),
+                nn.AvgPool2d(2),
+            ),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32, track_running_stats=False), nn.GELU()),
+            *(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 10)),
+        )
+        shape, rows = (1, 8, 8), 100
+        optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
     else:
         student = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 560), nn.GELU(), nn.Linear(560, 10))
         shape, rows = (64,), 100
@@ -99,20 +119,41 @@ def by_hand(name: str, steps: int) -> None:
     torch.autograd.grad(F.cross_entropy(functional_call(student, params, (x,)), y), weights)
 
 
+def by_torchopt(name: str, steps: int) -> None:
+    """The same by TorchOpt's differentiable Adam, which moves the network within the graph."""
+    import torchopt
+
+    student, _, batch = network(name)
+    optimizer, weights = torchopt.MetaAdam(student, lr=1e-3, eps=1e-3, eps_root=1e-30), []
+    for number in range(steps):
+        x, y = batch(number)
+        weights.append(torch.ones(len(x), requires_grad=True))
+        optimizer.step((weights[-1] * F.cross_entropy(student(x), y, reduction="none")).mean())
+    x, y = batch(-1)
+    torch.autograd.grad(F.cross_entropy(student(x), y), weights)
+
+
+RIVALS = {"double backward": by_hand, "TorchOpt": by_torchopt}
+
+
 def seconds(run: Callable[[], None]) -> float:
     start = time.process_time()
     run()
     return time.process_time() - start
 
 
-def measured(miniature: bool) -> Iterator[dict[str, Any]]:
-    cases = {("mlp", 4): tuple(WAYS)} if miniature else CASES
-    for (name, steps), ways in cases.items():
+def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
+    cases = {(name, 4): tuple(WAYS) for name in ("mlp", "conv")} if miniature else CASES
+    for (name, steps), all_ways in cases.items():
+        ways = [way for way in all_ways if (name, steps, way) not in there]
+        if not ways:
+            continue
         plain(name, 2)
         by_path(name, 2, "all kept")  # what is loaded at the first call is not timed
         one = peak_bytes(partial(plain, name, 1), CPU)
         for way in ways:
-            run = partial(by_hand, name, steps) if WAYS[way] is None else partial(by_path, name, steps, way)
+            run = partial(by_path, name, steps, way) if WAYS[way] else partial(RIVALS[way], name, steps)
+            RIVALS.get(way, plain)(name, 2)
             before = seconds(partial(plain, name, steps))
             took = seconds(run)
             base = (before + seconds(partial(plain, name, steps))) / 2
@@ -122,7 +163,8 @@ def measured(miniature: bool) -> Iterator[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     lines = ["| network | K | states | time | memory | MB |", "|---|---:|---|---:|---:|---:|"]
-    for row in result["rows"]:
+    networks, ways = [*TITLES], [*WAYS]
+    for row in sorted(result["rows"], key=lambda r: (networks.index(r["network"]), r["steps"], ways.index(r["way"]))):
         memory = row["peak_bytes"] / row["peak_of_one_step"]
         cells = f"{row['time']:.1f} | {memory:.1f} | {row['peak_bytes'] / 1e6:,.0f}"
         lines.append(f"| {TITLES[row['network']]} | {row['steps']:,} | {row['way']} | {cells} |")
@@ -142,8 +184,8 @@ def main() -> None:
         machine.write_between_marks(given.write, "long_paths", table(json.loads(given.out.read_text())))
         return
     torch.set_num_threads(1)
-    rows = []
-    for row in measured(given.miniature):
+    rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    for row in measured(given.miniature, {(r["network"], r["steps"], r["way"]) for r in rows}):
         rows.append(row)
         print(row, flush=True)
         machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})

@@ -20,7 +20,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.numerics import Tree, wide
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Parameters, Update
+from metapl.updates.base import Cotangents, Parameters, Update
 
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
@@ -412,6 +412,59 @@ class Adam(TorchUpdate):
             slopes = torch._foreach_div(torch._foreach_mul(slopes, -sign * group["lr"]), size)
             w.update(zip(names, torch._foreach_mul([v[n] for n in names], slopes), strict=True))
         return {name: w[name] for name in grads}
+
+    def vjp(
+        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: dict[int, Tensor] | None = None
+    ) -> Cotangents:
+        r"""In closed form too, but with ``amsgrad``; with :math:`\bar\theta` for v, :math:`\rho = \sqrt{\hat n}`:
+
+        .. math:: \bar m' \mathrel{+}= \frac{-\eta\bar\theta}{(1-\beta_1^t)(\rho + \epsilon)}, \quad
+                  \bar n' \mathrel{+}= \frac{\eta\bar\theta\,\hat m}{2 (1-\beta_2^t)\rho (\rho + \epsilon)^2}, \quad
+                  \bar d = (1-\beta_1)\bar m' + 2(1-\beta_2)\, d\, \bar n'
+        """
+        if any(group["amsgrad"] for group, _ in self.groups(grads)):
+            return super().vjp(params, grads, state, v, state_cotangent)
+        moments = ("exp_avg", "exp_avg_sq")
+        after = {n: {**s, **dict.fromkeys(("step", *moments))} if n in grads else s for n, s in state.items()}
+        given, before = state_cotangent or {}, _numbers(state)
+        bars = {place: given[number] for place, number in _numbers(after).items() if number in given}
+        w: Tree = {}
+        theta = dict(v)
+        for group, names in self.groups(grads):
+            (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+            held = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
+            d, m_hat, root, steps, _ = _moments(*held, group)
+            size = torch._foreach_add(root, group["eps"])
+            of_m = torch._foreach_div(torch._foreach_mul([v[n] for n in names], -lr), size)  # of m̂
+            of_n = torch._foreach_mul(of_m, m_hat)
+            for divisor in (size, root):
+                torch._foreach_div_(of_n, divisor)
+            torch._foreach_mul_(of_n, [-0.5 / (1 - beta2**t) for t in steps])
+            torch._foreach_div_(of_m, [1 - beta1**t for t in steps])
+            for bar, r in zip(of_n, root, strict=True):
+                bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)  # where n̂ counts as a constant
+            for key, found in zip(moments, (of_m, of_n), strict=True):
+                for n, bar in zip(names, found, strict=True):
+                    if (n, key) in bars:
+                        bar += bars[n, key]
+            of_d = torch._foreach_mul(d, of_n)
+            torch._foreach_mul_(of_d, 2 * (1 - beta2))
+            torch._foreach_add_(of_d, of_m, alpha=1 - beta1)
+            if decay != 0 and group.get("decoupled_weight_decay", False):
+                theta.update(zip(names, torch._foreach_mul([v[n] for n in names], 1 - lr * decay), strict=True))
+            elif decay != 0:
+                theta.update(zip(names, torch._foreach_add([v[n] for n in names], of_d, alpha=decay), strict=True))
+            for key, found, beta in zip(moments, (of_m, of_n), (beta1, beta2), strict=True):
+                torch._foreach_mul_(found, beta)
+                bars |= {(n, key): bar for n, bar in zip(names, found, strict=True)}
+            w.update(zip(names, torch._foreach_neg(of_d) if group["maximize"] else of_d, strict=True))
+        of_state = {before[place]: bar for place, bar in bars.items() if place in before}
+        return Cotangents({name: w[name] for name in grads}, theta, of_state)
+
+
+def _numbers(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+    """The places of a state by the numbers of their leaves."""
+    return {place: number for number, place in enumerate((n, key) for n, held in state.items() for key in held)}
 
 
 def _moments(

@@ -18,6 +18,7 @@ from metapl.execution import buffers, local, rng
 from metapl.execution.local import LocalStudent, Pass
 from metapl.execution.writes import Watch, Weights, memory_of
 from metapl.feedback import base, loss_difference, reinforce
+from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.metrics import statistics
 from metapl.problems import PseudoLabels
@@ -31,7 +32,7 @@ from metapl.training.loop import FitRun
 from metapl.training.options import Rates
 from metapl.training.selection import Average, Best, Selection
 from metapl.updates import torchopt as transforms
-from metapl.updates.base import Clipped, Update
+from metapl.updates.base import Clipped
 from metapl.updates.torch_optim import SGD, TorchUpdate
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -187,10 +188,8 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
 
 def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
     """Over several steps, what the momentum carries on is forgotten."""
-    real = Update.vjp
-    patch.setattr(
-        Update, "vjp", lambda self, params, grads, state, v, state_cotangent=None: real(self, params, grads, state, v)
-    )
+    real = InnerStep.vjp
+    patch.setattr(InnerStep, "vjp", lambda self, v, state_cotangent=None: real(self, v))
 
 
 def hessian_dropped(patch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import metapl
 from metapl import MetaplError
 from metapl.execution.modules import trainable
 from metapl.feedback.path import take_steps
-from metapl.updates import Clipped, update_of
+from metapl.updates import Clipped, Update, update_of
 
 TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]
 TORCHOPT = [name for name in OPTIMISERS if name.startswith("torchopt")]
@@ -240,6 +241,32 @@ def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, ste
     flat = [w[n] for w in reversed(found) for n in w]
     for one, other in zip(flat, expected, strict=True):
         assert error({"": one}, {"": other}) < optimiser.tolerance
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("options", [{"maximize": True}, {"weight_decay": 0.1, "lr": torch.tensor(0.02)}])
+def test_adams_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, Any], steps: int) -> None:
+    """From all cotangents, with groups of their own, a weight without a gradient, and entries that are exactly zero."""
+    student = toy("mlp").student
+    first, *rest = student.parameters()
+    optimizer = kind([{"params": [first], "weight_decay": 0.3}, {"params": rest}], **{"lr": 0.02, **options})
+    update, theta, bar = update_of(optimizer, trainable(student)), values(student), gradients(student, 5)
+    without, *_ = reversed(theta)
+    state = update.read_state()
+    for seed in range(steps):
+        theta, state = update.update(theta, gradients(student, seed), state)
+    g = {n: t for n, t in gradients(student, 9).items() if n != without}
+    next(iter(g.values())).view(-1)[0] = 0.0
+    leaves = torch.utils._pytree.tree_leaves(update.update(theta, g, state)[1])
+    draw = torch.Generator().manual_seed(3)
+    cotangent = {i: torch.randn(t.shape, generator=draw, dtype=t.dtype) for i, t in enumerate(leaves) if t.ndim}
+    found, expected = (vjp(theta, g, state, bar, cotangent) for vjp in (update.vjp, partial(Update.vjp, update)))
+    assert error(found.gradient, expected.gradient) < 1e-13
+    assert error(found.params, expected.params) < 1e-13
+    moments = {i: t for i, t in expected.state.items() if t.ndim}
+    assert found.state.keys() == moments.keys()
+    assert all(error(found.state[i], t) < 1e-13 for i, t in moments.items())
 
 
 # -------------------------------------------------------------------------------------------------- weights in half
