@@ -6,8 +6,8 @@
 The training is that of examples/learned_hyperparameters.py, with its start: 12 rounds of Adam on the six logarithms.
 Random search draws them uniformly around the same start, and trains by a plain loop of PyTorch for as much processor
 time, on one thread. Each training begins at the same weights, with the same batches and draws; of all trainings of an
-arm, the one with the lowest validation loss counts. Adam's rate and the width of the draws, 3 values each, are chosen by
-this loss on the tuning seeds. Test digits are read in the final runs alone. All this was written before the study ran.
+arm, the one with the lowest validation loss counts. Adam's rate and the width of the draws, 3 values each, are chosen
+by this loss on the tuning seeds. Test digits are read in the final runs alone. This was written before it ran.
 """
 
 from __future__ import annotations
@@ -131,10 +131,8 @@ def table(rows: list[Row]) -> str:
     }
     lines = ["| | trainings | processor time, s | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * 5]
     for arm in (UNTUNED, *SETTINGS):
-        cells = [
-            f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in (("trainings", ".0f"), ("seconds", ".1f"))
-        ]
-        cells += [f"{statistics.fmean(columns[arm, key]):{'.1f' if key == 'accuracy' else '.3f'}}" for key in names]
+        shown = {"trainings": ".0f", "seconds": ".1f", **dict.fromkeys(names, ".3f"), "accuracy": ".1f"}
+        cells = [f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items()]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     for other in ("random search", UNTUNED):
         cells = []

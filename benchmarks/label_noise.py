@@ -690,7 +690,7 @@ def main() -> None:
         if given.write is not None:
             write(given.write, given.out)
         else:
-            print(block(read(given.out)))
+            print(block(given.out))
         return
     if given.costs:
         costs(given.out, FULL.seeds)
