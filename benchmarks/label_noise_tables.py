@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -92,8 +93,8 @@ def differences(rows: Rows) -> str:
                 cells = [difference(rows, name, f"{name}_{how}", condition, STUDENT) for condition in CONDITIONS]
                 lines.append(f"| {ENTRIES[name].title} − {ALTERATIONS[how]} | " + " | ".join(cells) + " |")
     for name in BILEVEL:
-        cells = [difference(rows, name, "plain", condition, STUDENT) for condition in CONDITIONS]
-        lines.append(f"| {ENTRIES[name].title} − {ENTRIES['plain'].title} | " + " | ".join(cells) + " |")
+        lines.append(_against(rows, name, "plain"))
+    lines += [_against(rows, "metagradient_descent", name) for name in ("example_weights", "example_weights_long")]
     lines += ["", *_head("finetuned student against the best plain read-out")]
     for name in BILEVEL:
         cells = [
@@ -102,6 +103,11 @@ def differences(rows: Rows) -> str:
         ]
         lines.append(f"| {ENTRIES[name].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _against(rows: Rows, first: str, second: str) -> str:
+    cells = [difference(rows, first, second, condition, STUDENT) for condition in CONDITIONS]
+    return f"| {ENTRIES[first].title} − {ENTRIES[second].title} | " + " | ".join(cells) + " |"
 
 
 def best_plain(rows: Rows, condition: str) -> list[float]:
@@ -144,7 +150,7 @@ def note(rows: Rows) -> str:
 def settings(rows: Rows) -> str:
     """The configurations that tuning chose."""
     lines = _head("chosen")
-    for name in (*BASELINES, *BILEVEL):
+    for name in (name for name, entry in ENTRIES.items() if entry.grid):
         cells = [
             ", ".join(f"{key} {value:g}" for key, value in chosen(rows, name, condition).items())
             for condition in CONDITIONS
@@ -153,17 +159,26 @@ def settings(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def block(rows: Rows) -> str:
+def costs(raw: Path) -> list[str]:
+    """What each method's training costs; nothing where that was not measured."""
+    measured = [row["costs"] for line in raw.read_text().splitlines() if "costs" in (row := json.loads(line))]
+    lines = ["| cost | processor time, s | over plain training |", "|---|---:|---:|"]
+    for name, seconds in measured[-1].items() if measured else ():
+        lines.append(f"| {ENTRIES[name].title} | {seconds:.1f} | {seconds / measured[-1]['plain']:.1f} |")
+    return ["\n".join([*lines, "", "20 seeds side by side, one thread, by `--costs`."])] if measured else []
+
+
+def block(raw: Path) -> str:
     """What stands in the documentation."""
+    rows = read(raw)
     parts = [accuracies(rows, STUDENT), accuracies(rows, FINETUNED), differences(rows), detection(rows), settings(rows)]
-    return "\n\n".join([*parts, note(rows)])
+    return "\n\n".join([*parts, *costs(raw), note(rows)])
 
 
 def write(page: Path, raw: Path) -> None:
     """Put the tables between the marks of a page, and draw the figure beside the page."""
-    rows = read(raw)
-    machine.write_between_marks(page, "label_noise", block(rows))
-    draw(page.with_name(f"{raw.stem}.png"), rows)
+    machine.write_between_marks(page, "label_noise", block(raw))
+    draw(page.with_name(f"{raw.stem}.png"), read(raw))
 
 
 COLORS = {"own": "#0072B2", "altered": "#D55E00", "plain": "#555555"}

@@ -281,7 +281,15 @@ def test_the_study_of_label_noise_goes_on_where_it_was_stopped_and_fills_in_the_
 
 @pytest.mark.parametrize("module", ["label_noise"], indirect=True)
 @pytest.mark.parametrize(
-    "method", ["plain", "early_stopping", "meta_weight_net", "learning_to_reweight", "label_correction_permuted"]
+    "method",
+    [
+        "plain",
+        "early_stopping",
+        "meta_weight_net",
+        "learning_to_reweight",
+        "label_correction_permuted",
+        "metagradient_descent",
+    ],
 )
 def test_a_seed_of_the_study_of_label_noise_ends_beside_others_as_it_does_alone(
     module: ModuleType, method: str

@@ -206,7 +206,7 @@ def test_the_page_on_wrong_labels_shows_the_tables_of_the_raw_rows(tables: objec
     import label_noise_tables
     import suspects
 
-    assert shown("label_noise") == label_noise_tables.block(label_noise.read())
+    assert shown("label_noise") == label_noise_tables.block(label_noise.RAW)
     assert shown("suspects") == suspects.table(suspects.read())
 
 
@@ -254,6 +254,20 @@ def test_what_the_page_on_wrong_labels_says_is_what_the_rows_say(tables: object)
     assert against("noise_transition", "early_stopping", "asymmetric_40", FINETUNED) in said
     assert against("meta_weight_net", "plain", "symmetric_40") in said
     assert against("example_weights", "plain", "asymmetric_40") in said
+    for other, conditions in {
+        "plain": ("symmetric_60",),
+        "example_weights": ("symmetric_60",),
+        "example_weights_long": ("symmetric_60",),
+        "metagradient_descent_permuted": ("symmetric_40", "symmetric_60", "asymmetric_40", "imbalance_20"),
+    }.items():
+        for condition in conditions:
+            assert against("metagradient_descent", other, condition) in said
+    for first, second, condition in (
+        ("example_weights", "metagradient_descent", "symmetric_20"),
+        ("example_weights", "metagradient_descent", "symmetric_40"),
+        ("plain", "metagradient_descent", "imbalance_20"),
+    ):
+        assert against(first, second, condition) in said
 
 
 def test_the_page_on_stored_labels_shows_the_table_of_the_raw_file(tables: object) -> None:
