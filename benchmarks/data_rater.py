@@ -66,9 +66,11 @@ def problem() -> Any:
 def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
     data, start = example.Data(seed), time.process_time()
     torch.manual_seed(seed)
-    network = example.Rater(torch.zeros(example.WORDS**2)) if rater == "pairs" else Mean(example.Transformer())
-    example.learn_rater(network, data, seed, steps)
-    row: Row = {"kind": "gain", "rater": rater, "seed": seed, "steps": steps, "torch": torch.__version__}
+    network, rate = example.Rater(torch.zeros(example.WORDS**2)), 0.03
+    if rater == "transformer":
+        network, rate = Mean(example.Transformer()), 1e-3
+    example.learn_rater(network, data, seed, steps, rate=rate)
+    row: Row = {"kind": "gain", "rater": rater, "seed": seed, "steps": steps, "rate": rate, "torch": torch.__version__}
     row["seconds"] = time.process_time() - start
     row["scores"], row["auc"] = example.found(network, data)
     if rater == "pairs":
