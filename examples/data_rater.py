@@ -89,9 +89,9 @@ class Data:
         return torch.where((source == 2)[:, None], shuffled, ids), source
 
 
-def learn_rater(rater, data, seed, steps, hf=False):
+def learn_rater(rater, data, seed, steps, hf=False, rate=0.03):
     torch.manual_seed(seed)
-    outer, trainers = torch.optim.Adam(rater.parameters(), lr=0.03), []
+    outer, trainers = torch.optim.Adam(rater.parameters(), lr=rate), []
     for step in range(steps):
         if len(trainers) < 2 or step % RENEWED == 0:
             student, inner = new_student(hf)
