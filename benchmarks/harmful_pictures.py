@@ -82,6 +82,8 @@ def run(condition: str, seed: int, lr: float | None, miniature: bool) -> Row:
         row: Row = {"condition": condition, "seed": seed, "lr": found["lr"], "tuned": lr is not None, "lists": {}}
         row |= {name: found[name] for name in ("steps", "loss", "spearman", "seconds")}
         for name, (file, column, sign) in LISTS.items():
+            if lr is not None and file != "attribution.csv":
+                continue  # of a run of a few steps
             with (out / file).open(newline="") as lines:
                 values = {line["file"]: sign * float(line[column]) for line in csv.DictReader(lines)}
             row["lists"][name] = quality(values, wrong)
@@ -109,33 +111,35 @@ def read(raw: Path = RAW) -> list[Row]:
     return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], sign: str = "") -> str:
     """Mean and 95 % interval over the seeds, by Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.2f}"
+        return f"{mean:{sign}.2f}"
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.2f} ± {half:.2f}"
+    return f"{mean:{sign}.2f} ± {half:.2f}"
 
 
 def table(rows: list[Row]) -> str:
-    final = [row for row in rows if not row["tuned"]]
-    lines = ["| wrong labels | list | AUC | wrong among the first tenth |", "|---|---|---:|---:|"]
+    score = next(iter(LISTS))
+    head = "| wrong labels | seeds | list | AUC | the score's lead | wrong in the first tenth |"
+    lines = [head, "|---|---:|---|---:|---:|---:|"]
     for condition in CONDITIONS:
-        mine = [row for row in final if row["condition"] == condition]
+        mine = [row["lists"] for row in rows if row["condition"] == condition and not row["tuned"]]
         for name in LISTS if mine else ():
-            area, first = (spread([row["lists"][name][which] for row in mine]) for which in (0, 1))
-            lines.append(f"| {condition} | {name} | {area} | {first} |")
+            area, first = (spread([lists[name][which] for lists in mine]) for which in (0, 1))
+            lead = "" if name == score else spread([lists[score][0] - lists[name][0] for lists in mine], "+")
+            lines.append(f"| {condition} | {len(mine)} | {name} | {area} | {lead} | {first} |")
     lines += ["", "| wrong labels | rate | seed | AUC, score | the check, Spearman |", "|---|---:|---:|---:|---:|"]
     for row in sorted((row for row in rows if row["seed"] in CHECKED), key=lambda row: (not row["tuned"], row["lr"])):
-        area = row["lists"][next(iter(LISTS))][0]
-        lines.append(f"| {row['condition']} | {row['lr']:g} | {row['seed']} | {area:.2f} | {row['spearman']:.2f} |")
+        found = f"{row['lists'][score][0]:.2f} | {row['spearman']:.2f}"
+        lines.append(f"| {row['condition']} | {row['lr']:g} | {row['seed']} | {found} |")
     return "\n".join(
         [
             *lines,
             "",
-            f"Mean ± 95 % interval over the seeds, {PICTURES} pictures. `python benchmarks/harmful_pictures.py`; raw "
-            "rows: `benchmarks/results/harmful_pictures.jsonl`.",
+            f"Mean ± 95 % interval over the seeds, {PICTURES} pictures; the lead in AUC is paired by seed. `python "
+            "benchmarks/harmful_pictures.py`; raw rows: `benchmarks/results/harmful_pictures.jsonl`.",
         ]
     )
 
