@@ -16,7 +16,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long docs bench endurance clean
+.PHONY: help demo test test-long docs bench gpu endurance clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ docs: $(STAMP) ## Build the documentation into site/, with warnings as errors; r
 
 bench: $(STAMP) ## Measure what each mode costs (more arguments: BENCH_ARGS).
 	$(BIN)/python benchmarks/modes.py $(BENCH_ARGS)
+
+gpu: $(STAMP) ## On a GPU, nine minutes of tests and measurements, which the next call goes on from (more arguments: BENCH_ARGS).
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu $(BENCH_ARGS)
 
 endurance: $(STAMP) ## Try kills, full disks, malicious and damaged files, and more, by the hundred (more arguments: BENCH_ARGS).
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/endurance.py $(BENCH_ARGS)

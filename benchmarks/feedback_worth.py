@@ -641,7 +641,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there, draw the figure, and stop")
     parser.add_argument("--workers", type=int, metavar="N", help="processes: 2, and all cores to draw pictures with")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the study on pictures; in miniature on the CPU"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: the study on pictures; in miniature anywhere",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="of a call on cuda, which the next one goes on from")
     parser.add_argument(
@@ -658,7 +661,7 @@ def main() -> None:
         return
     if on_pictures:
         size, raw = sizes_of_pictures(given.miniature), RAW_PICTURES if given.out == RAW else given.out
-        device = torch.device("cpu" if given.miniature else "cuda")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if not given.table:
             study_pictures(size, raw, device, given.minutes, given.folder, given.workers or available_cores())
         print(of_places(read(raw), size.places, size.places))

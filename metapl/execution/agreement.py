@@ -81,15 +81,19 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
     return next((t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64)
 
 
-def check_outputs(replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks = ALONE) -> None:
-    """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass."""
+def check_outputs(
+    replay: Tensor, inner: Tensor, tolerance: float, ranks: Ranks = ALONE, *, moved: Tensor | None = None
+) -> None:
+    """Refuse, on all ranks, a replay whose outputs differ from those of the inner pass; of a mean over passes at other
+    weights, ``moved`` are the outputs of one of them, which alone have a size where those of the inner pass are zero.
+    """
     if ranks.alone and not checks.waits(inner) and torch.equal(replay, inner):
         return
     norm = torch.linalg.vector_norm if ranks.alone else ranks.norm
     size = norm(inner)
     _refuse(
         norm(replay - inner),
-        tolerance * (size + norm(replay)),
+        tolerance * (size + norm(replay if moved is None else moved)),
         "the student does not return the same outputs when the inner pass is repeated with the same batch, weights, "
         "buffers and default random generators (the difference has norm {gap:.2g}, the outputs {size:.2g}), so the "
         f"feedback would be wrong. Usual causes: {_CAUSES}; attention dropout drawn by another kernel (train under "

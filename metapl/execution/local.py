@@ -453,9 +453,10 @@ class Pass:
         frozen = [(table, name, stand_in(wide(t), t)) for table, name, t in slots if not t.requires_grad]
         return self._again([*self.student.held_at(moved), *frozen], upcast=True)
 
-    def check_shifted(self, outputs: Tensor) -> None:
-        """Refuse outputs of shifted passes, S(x; θ) to the second order of the shift, that are not this pass's."""
-        check_outputs(outputs, self.outputs, BY_DIFFERENCE[self.rounded_to].outputs, self.student.ranks)
+    def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
+        """Refuse outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
+        tolerance = BY_DIFFERENCE[self.rounded_to].outputs
+        check_outputs((ahead + behind) / 2, self.outputs, tolerance, self.student.ranks, moved=ahead)
 
     @contextmanager
     def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:

@@ -84,6 +84,14 @@ class Feedback:
             return [self] * parts
         return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
 
+    def on_given(self, step: InnerStep) -> Feedback:
+        """The feedback on what the teacher said, where the problem has normalized it into the step's signal."""
+        if step.normalized is None or self.part is None:
+            return self
+        others = step.normalized.in_given({self.part: self.h.detach(), **self.others})
+        part = next(iter(others))
+        return replace(self, h=others.pop(part), part=part, others=others)
+
     def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
         """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
         without rows it is the sum over micro-batches, each of which has a signal of its own."""

@@ -109,11 +109,11 @@ class Difference(Estimator):
         ahead = step.shifted(factor, w)
         if self.one_sided:
             here = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
-            step.check_shifted(here)
+            step.check_shifted(here, here)
             moved, factors = ahead - here, factor
         else:
             behind = step.shifted(-factor, w)
-            step.check_shifted((ahead + behind) / 2)
+            step.check_shifted(ahead, behind)
             moved, factors = ahead - behind, 2 * factor
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
@@ -127,7 +127,7 @@ class Difference(Estimator):
         (ahead, of_ahead), (here, of_here), (behind, of_behind) = (
             step.shifted_derivatives(side * factor, w) for side in (1, 0, -1)
         )
-        step.check_shifted(here)
+        step.check_shifted(here, here)
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         if not checks.waits(here):
             check_bend(ahead, here, behind, rounding, step.student.ranks)

@@ -29,16 +29,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
 from metapl.execution.buffers import State, changed_in_place, own_code, unchanged
 from metapl.execution.checks import described
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
+from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import refuse_stranger, stranger, tensors_in
-from metapl.problems.base import Problem, Signal, has_rows, kind_of
+from metapl.problems.base import Problem, Signal, check_signal, has_rows, kind_of
 from metapl.updates import Cotangents, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
@@ -119,6 +120,56 @@ class Entry:
         return [name for name, t in found.items() if t is not None]
 
 
+class Normalized:
+    """A signal as the problem normalizes it over the rows of all ranks, and its graph from what the teacher said.
+
+    Args:
+        given: what the teacher said about this rank's rows, those of all micro-batches.
+    """
+
+    def __init__(self, problem: Problem, given: Signal, ranks: Ranks) -> None:
+        name, method = f"{kind_of(problem)}.normalized_signal", "normalized_signal"
+        _refuse_without_rows(f"{name} was given", [given])
+        every = {n: ranks.all_rows(t) for n, t in given.fields().items()}
+        self.ranks = ranks
+        self.leaves = as_leaves({n: t for n, t in every.items() if t.is_floating_point()})
+        whole = given.having(every | self.leaves)
+        with torch.enable_grad():
+            made = unchanged(name, {"signal": vars(whole)}, problem.normalized_signal, whole)
+        made = check_signal(made, problem, method)
+        _refuse_without_rows(f"{name} returned", [made, whole])
+        self.fields = made.fields()
+        refuse_stranger(name, stranger(self.fields.values(), self.leaves.values()), IN_THE_SIGNAL)
+        self.signal = made.having({n: ranks.own_rows(t.detach()) for n, t in self.fields.items()})
+
+    def in_given(self, h: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The feedback on fields of the normalized signal, as that on the fields of what the teacher said."""
+        reached = [n for n in h if self.fields[n].requires_grad]
+        if not reached:
+            raise MetaplError(
+                "what normalized_signal returned carries no gradient to the signal that it was given, so the feedback "
+                "would be lost: it was detached, or made under torch.no_grad(); expected a differentiable function."
+            )
+        found = torch.autograd.grad(
+            [self.fields[n] for n in reached],
+            list(self.leaves.values()),
+            [self.ranks.all_rows(h[n]).to(self.fields[n].dtype) for n in reached],
+            materialize_grads=True,
+        )
+        return {n: self.ranks.own_rows(g) for n, g in zip(self.leaves, found, strict=True)}
+
+
+def _refuse_without_rows(who: str, signals: Sequence[Signal]) -> None:
+    """Refuse a sampled signal, and signals whose tensors have not all as many rows."""
+    lengths = {t.shape[:1] for signal in signals for t in signal.fields().values()}
+    if signals[0].sampled or len(lengths) > 1 or () in lengths:
+        found = few([f"{n} {tuple(t.shape)}" for n, t in signals[0].fields().items()])
+        raise MetaplError(
+            f"{who} a signal of {found}; expected a differentiable one (without log_prob) that has, in every tensor, "
+            "a row for each row of the inner batch."
+        )
+
+
 @dataclass(frozen=True)
 class InnerStep:
     """One step of the student, with the operations that estimators need.
@@ -135,6 +186,7 @@ class InnerStep:
         as_taken: whether θ′ is to be that of the optimizer's own step to the last bit, since the roundings of several
             steps grow.
         digest: of the batch, where it may be dropped and made again.
+        normalized: how the signal came from what the teacher said, where the problem normalizes it.
     """
 
     problem: Problem
@@ -148,6 +200,7 @@ class InnerStep:
     entries: Sequence[Entry] = ()
     as_taken: bool = False
     digest: Tensor | None = None
+    normalized: Normalized | None = None
 
     @property
     def student(self) -> LocalStudent:
@@ -252,10 +305,11 @@ class InnerStep:
         """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
         return joined([part.shifted(factor, w) for part in self.passes])
 
-    def check_shifted(self, outputs: Tensor) -> None:
-        """Refuse shifted outputs that differ from those at θ by more than the second order of the shift."""
-        for part, chunk in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):
-            part.check_shifted(chunk)
+    def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
+        """Refuse shifted outputs whose mean differs from those at θ by more than the second order of the shift."""
+        parts = len(self.passes)
+        for part, *chunks in zip(self.passes, ahead.chunk(parts), behind.chunk(parts), strict=True):
+            part.check_shifted(*chunks)
 
     def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
         """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""

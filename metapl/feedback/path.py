@@ -32,12 +32,20 @@ from metapl.feedback.inner_step import (
     Entry,
     InnerLoss,
     InnerStep,
+    Normalized,
     as_read,
     read_batch,
     refuse_unread_labels,
 )
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
+from metapl.problems.base import (
+    Problem,
+    Signal,
+    enters_input,
+    has_own,
+    joined_signals,
+    sum_and_weight,
+)
 from metapl.updates import Update
 
 REPEATS = 3
@@ -441,8 +449,8 @@ def take_steps(
         student: the network as it is laid out, or one that has begun a step.
         labeled, batches: the outer batch, and the inner ones, one for each step; those of a look-ahead are read as they
             are taken.
-        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before, where
-            the signal enters its input.
+        teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
+            them, where the signal enters its input or is normalized over the batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         kept: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
@@ -502,11 +510,14 @@ class _Walk:
         """The step on a batch, from these weights and this state of the optimizer."""
         path, problem, student = self.path, self.path.problem, self.path.student
         several, entering = len(path.batches) > 1, enters_input(problem)
+        normalizing = has_own(problem, "normalized_signal")
+        before = entering or normalizing  # whether the teacher is asked before the student runs
         at = f" (step {number} of the look-ahead)" if several else ""
         pieces = micro_batches(batch, self.parts, "unlabeled")
         passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-        signals = [self._asked(x, None) for x in pieces] if entering else []
-        whole = self._united(signals) if entering else None
+        signals = [self._asked(x, None) for x in pieces] if before else []
+        norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
+        whole = self._united(signals if norm is None else [norm.signal]) if before else None
         told = signals if whole is None else whole.chunks(self.parts)
         for i, x in enumerate(pieces):
             if entering:
@@ -521,9 +532,9 @@ class _Walk:
                 given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
                 unchanged("the problem's check", given, problem.check, *given.values())
                 checks.refuse_not_finite(outputs, checks.DIVERGED.format("student") + at)
-            if not entering:
+            if not before:
                 signals.append(self._asked(x, outputs))
-            if entering or not self.keep_graph:
+            if before or not self.keep_graph:
                 loss = InnerLoss(problem, told[i], x, student, self.credits)
                 found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
         if whole is None:
@@ -536,7 +547,8 @@ class _Walk:
             checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
         checks.dense_gradients(grads)
         known = digest(batch) if isinstance(path.batches, Lookahead) else None
-        return InnerStep(problem, update, passes, batch, whole, inner_loss, grads, state, entries, several, known)
+        taken = problem, update, passes, batch, whole, inner_loss, grads, state
+        return InnerStep(*taken, entries, as_taken=several, digest=known, normalized=norm)
 
     def _asked(self, x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label."""

@@ -28,7 +28,7 @@ from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, States, folder_of
 from metapl.feedback.teacher import Known, TeacherPass
-from metapl.problems.base import Problem, Signal, enters_input, kind_of
+from metapl.problems.base import Problem, Signal, asked_first, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import remove_temporary
 from metapl.runs.fingerprints import built_with
@@ -101,10 +101,10 @@ class Folder(States):
         self.teacher, self.passes, self.generator = teacher, passes, generator
         self.bases = _state(student.slots), _state(teacher[1])
         self._written = set[int]()  # the states that are kept, of this process
-        if enters_input(problem):
+        if asked_first(problem):
             raise MetaplError(
                 f"keep_on={str(folder)!r} was given, and the signal of {kind_of(problem)} enters the student's input, "
-                'whose graph no file holds; expected keep_on="cpu", or None.'
+                'or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
             )
         remove_temporary(self.folder)
         # Without the file, a path ended while its files were removed.

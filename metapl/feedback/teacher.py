@@ -28,7 +28,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import journal, tensors_in, weights_watched
 from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerStep
-from metapl.problems.base import Problem, Signal, check_signal, has_rows, kind_of, refuse_other_fields
+from metapl.problems.base import Problem, Signal, check_signal, enters_input, has_rows, kind_of, refuse_other_fields
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 
@@ -122,11 +122,13 @@ class TeacherPass:
             except (AttributeError, TypeError) as error:
                 if outputs is not None or "NoneType" not in str(error):
                     raise
-                kind = kind_of(self.problem)
+                kind, mend = kind_of(self.problem), ", or student_input(batch)"
+                why = f"{kind}.student_input(batch, signal) makes the student's input from the signal"
+                if not enters_input(self.problem):
+                    why, mend = f"{kind}.normalized_signal joins what is said about all micro-batches", ""
                 raise MetaplError(
-                    f"{kind}.signal reads the student's outputs, and {kind}.student_input(batch, signal) makes the "
-                    "student's input from the signal, so the student has not run yet and student_outputs is None; "
-                    f"expected a signal of the teacher and the batch alone, or student_input(batch). ({error})"
+                    f"{kind}.signal reads the student's outputs, and {why}, so the student has not run yet and "
+                    f"student_outputs is None; expected a signal of the teacher and the batch alone{mend}. ({error})"
                 ) from error
         return check_signal(signal, self.problem)
 

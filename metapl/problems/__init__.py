@@ -13,10 +13,12 @@ from metapl.problems.doubtful import (
     WeightNet,
 )
 from metapl.problems.pseudo_labels import PseudoLabels
+from metapl.problems.sequences import DataRater
 from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
 __all__ = [
     "BilevelProblem",
+    "DataRater",
     "EqualWeights",
     "ExampleLabels",
     "ExampleWeights",

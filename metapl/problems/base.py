@@ -86,8 +86,8 @@ def field_of(key: object) -> str:
     return f"value[{key!r}]"
 
 
-def check_signal(signal: Any, problem: Any) -> Signal:
-    """What a problem's ``signal`` returned, refused if it is not a signal of finite tensors."""
+def check_signal(signal: Any, problem: Any, method: str = "signal") -> Signal:
+    """What a problem's ``signal``, or another ``method``, returned, refused if it is not a signal of finite tensors."""
     value: Any = getattr(signal, "value", None)
     returned = ""
     parts: dict[str | None, Any] = value if isinstance(value, dict) else {None: value}
@@ -103,7 +103,7 @@ def check_signal(signal: Any, problem: Any) -> Signal:
         returned = f"a Signal whose log_prob is {described(signal.log_prob)} beside a value, {described(value)}"
     if returned:
         raise MetaplError(
-            f"what {kind_of(problem)}.signal returned is {returned}; expected a metapl.Signal: metapl.Signal(value), "
+            f"what {kind_of(problem)}.{method} returned is {returned}; expected a metapl.Signal: metapl.Signal(value), "
             "of a tensor of real numbers with a row for each example, or a dict of such tensors by name; or "
             "metapl.Signal(value, log_prob=...), with one log-probability for each, where a tensor was sampled."
         )
@@ -158,8 +158,9 @@ class BilevelProblem(Protocol):
 
     @abstractmethod
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal
-        enters the student's input (see :meth:`metapl.problems.Problem.student_input`)."""
+        """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal is
+        asked for before the student runs (see :meth:`metapl.problems.Problem.student_input` and
+        :meth:`metapl.problems.Problem.normalized_signal`)."""
 
     @abstractmethod
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -193,6 +194,15 @@ class Problem(BilevelProblem):
         signal is then asked for before the student runs, so that ``student_outputs`` is None in :meth:`signal`.
         """
         return first_input(batch)
+
+    def normalized_signal(self, signal: Signal) -> Signal:
+        """The signal that the student learns from, made from what :meth:`signal` said about all rows of the inner
+        batch, those of other micro-batches and processes included, such as weights that sum to one over the batch.
+
+        A function of the given rows alone that returns as many; the feedback goes through it to the teacher. Where a
+        problem has one, :meth:`signal` is asked before the student runs, so that ``student_outputs`` is None there.
+        """
+        return signal
 
     def outer_batch(self, batch: Any) -> Any:
         """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is refused. To read
@@ -320,6 +330,11 @@ def enters_input(problem: Problem) -> bool:
             "for an input that is made from the teacher's signal."
         ) from None
     return entering
+
+
+def asked_first(problem: Problem) -> bool:
+    """Whether the signal is asked for before the student runs."""
+    return enters_input(problem) or has_own(problem, "normalized_signal")
 
 
 def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:

@@ -63,27 +63,10 @@ class Classification(Problem):
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """What the teacher makes of :attr:`asks`, as :meth:`made`; refuse one that takes, or returns, other things."""
-        given, answer = self.asked(teacher, batch, student_outputs), None
-        try:
-            answer = teacher(*given)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, MetaplError) or out_of_memory(error):
-                raise
-            taken = " and ".join(map(checks.described, given)) or "a call without arguments"
-            raise MetaplError(
-                f"the teacher {type(teacher).__name__} cannot take {taken}: {reason_of(error)}; expected a module that "
-                f"maps {self.maps}."
-            ) from error
         sizes = dict(zip("BC", student_outputs.shape, strict=True))
-        shape, device = tuple(sizes[letter] for letter in self.shape), student_outputs.device
-        tensor = isinstance(answer, Tensor)
-        if not tensor or answer.shape != shape or not answer.is_floating_point() or answer.device != device:
-            returned = checks.described(answer) if tensor else type(answer).__name__
-            raise MetaplError(
-                f"the teacher returned {returned}; expected a module that maps {self.maps}: floating point, of shape "
-                f"{shape}, on {device}."
-            )
-        return self.made(answer)
+        shape = tuple(sizes[letter] for letter in self.shape)
+        given = self.asked(teacher, batch, student_outputs)
+        return self.made(answer_of(teacher, given, self.maps, [shape], student_outputs.device))
 
     def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
         """What the teacher is given."""
@@ -93,6 +76,33 @@ class Classification(Problem):
     def made(self, answer: Tensor) -> Signal:
         """The signal, of what the teacher returned."""
         return Signal(wide(answer))
+
+
+def answer_of(
+    teacher: nn.Module, given: Sequence[Any], maps: str, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> Tensor:
+    """What a teacher that ``maps`` one thing to another returns; refuse one that takes, or returns, other things than
+    numbers of one of these shapes."""
+    answer: Any = None
+    try:
+        answer = teacher(*given)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, MetaplError) or out_of_memory(error):
+            raise
+        taken = " and ".join(map(checks.described, given)) or "a call without arguments"
+        raise MetaplError(
+            f"the teacher {type(teacher).__name__} cannot take {taken}: {reason_of(error)}; expected a module that "
+            f"maps {maps}."
+        ) from error
+    tensor = isinstance(answer, Tensor)
+    if not tensor or answer.shape not in shapes or not answer.is_floating_point() or answer.device != device:
+        returned = checks.described(answer) if tensor else type(answer).__name__
+        raise MetaplError(
+            f"the teacher returned {returned}; expected a module that maps {maps}: floating point, of shape "
+            f"{' or '.join(map(str, shapes))}, on {device}."
+        )
+    found: Tensor = answer
+    return found
 
 
 def safe_labels(outputs: Tensor, batch: Any) -> Tensor:

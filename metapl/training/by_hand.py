@@ -22,7 +22,7 @@ from metapl.feedback import Estimator
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import inner_batches
-from metapl.problems.base import Problem, Signal, enters_input
+from metapl.problems.base import Problem, Signal, asked_first, enters_input
 from metapl.updates import Clipped, update_of
 
 Tree = dict[str, Tensor]
@@ -108,19 +108,20 @@ class Case:
         def told(batch: Any, outputs: Any) -> Signal:
             with _named("the problem's signal"):
                 teacher = nn.Module() if self.teacher is None else self.teacher
-                signal = problem.signal(teacher, batch, outputs, generator=generator)
+                signal = problem.normalized_signal(problem.signal(teacher, batch, outputs, generator=generator))
                 signals.append(replace(signal, **pytree.tree_map_only(Tensor, _node, dict(vars(signal)))))
             cut = truncate is not None and len(signals) <= len(batches) - truncate
             return signal.detached() if cut else signals[-1]
 
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
             for number, batch in enumerate(batches):
-                entering = (told(batch, None),) if enters_input(problem) else ()
+                early = (told(batch, None),) if asked_first(problem) else ()
+                entering = early if enters_input(problem) else ()
                 with _named("the student"):
                     z = functional_call(self.student, theta, (problem.student_input(batch, *entering),))
                 branch = RandomState.now(torch.device("cpu")).branch()  # where L(θ′) draws its masks
                 outputs.append(z.detach())
-                (signal,) = entering or (told(batch, seen[number] if seen else z.detach()),)
+                (signal,) = early or (told(batch, seen[number] if seen else z.detach()),)
                 with _named("the problem's inner_loss"):
                     loss = problem.inner_loss(z, signal, batch, theta).mean()
                     found = torch.autograd.grad(loss, list(theta.values()), create_graph=True, allow_unused=True)

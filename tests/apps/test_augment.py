@@ -419,6 +419,7 @@ def test_views_serve_the_batches() -> None:
     assert torch.equal(batches[3][1], changed)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_gives_the_same_bits_without_a_synchronisation() -> None:
     images = pictures(32, 32).repeat(8, 1, 1, 1)

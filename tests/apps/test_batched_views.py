@@ -417,6 +417,7 @@ def test_float64_agrees_with_float32(name: str) -> None:
     assert (got - call(VIEWS[name], images)).abs().quantile(0.999) < 1e-4
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", VIEWS)
 def test_cuda_gives_the_same_views_without_a_synchronisation(name: str) -> None:

@@ -87,7 +87,30 @@ def _committed_results_stay() -> Iterator[None]:
 
 def test_every_command_is_run_here() -> None:
     found = {path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text()}
-    assert found == {*STUDIES, *MEASUREMENTS}
+    assert found == {*STUDIES, *MEASUREMENTS, "gpu"}
+
+
+@pytest.mark.long
+def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> None:
+    """The first call leaves one part that failed and one that is missing, and the next one goes on there."""
+
+    def command() -> str:
+        options = ("--device", "cpu", "--miniature", "--minutes", "4", "--out", str(tmp_path))
+        done = subprocess.run(
+            [sys.executable, BENCHMARKS / "gpu.py", *options], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    first = command()
+    assert first.count(" ...\n") == 12
+    assert "not measured" not in first
+    assert "| failed" not in first
+    assert first.count(" of its passes") == 2 * (5 + 5 + 5 + 3)
+    (tmp_path / "views.json").rename(tmp_path / "kept.json")
+    (tmp_path / "views.log").write_text("what happened\n")
+    again = run("gpu", "--table", tmp_path)
+    assert "| views | failed: what happened | |" in again
+    assert command().count(" ...\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_views_are_told_the_examples_on_the_cpu() -> None:
     assert told == [("meta", "cpu")] * 3
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", pictures())

@@ -143,6 +143,7 @@ def test_results_of_another_kind_are_refused() -> None:
     assert call(Seeded(nn.Identity()), images(0)).shape == (0, 3, 16, 16)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_noise_on_cuda_is_seeded_too() -> None:
     x, view = images(4).cuda(), Seeded(v2.GaussianNoise())

@@ -121,6 +121,7 @@ def test_to_device_moves_tensors_alone() -> None:
     assert stayed["list"][0] is here
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("make", [lambda x: x.pin_memory(), lambda x: x, lambda x: x[:, None].expand(-1, 3)])
 def test_to_device_moves_pinned_tensors_and_others(make: Callable[[Tensor], Tensor]) -> None:

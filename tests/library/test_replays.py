@@ -39,6 +39,18 @@ import metapl
 REPLAYING = [name for name in ALL if name in ("forward", "difference") or "per_example" in name or "sided" in name]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["forward", "difference", "difference_one_sided"])
+def test_outputs_that_are_zero_have_a_derivative(mode: str, dtype: torch.dtype) -> None:
+    """As those of a network whose last layer begins with zeros, where the move alone has a size."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES)).to(dtype)
+    nn.init.zeros_(student[-1].weight)
+    nn.init.zeros_(student[-1].bias)
+    problem = case(student, dtype=dtype)
+    assert error(found(problem, mode).grads, plainly(problem)[0]) < 1e-3
+
+
 # ----------------------------------------------------------------------------------------- activation checkpoints
 
 

@@ -164,6 +164,7 @@ def test_the_code_of_a_step_fetches_nothing(module: str) -> None:
         assert not names & {"item", "tolist", "numpy", "cpu", "nonzero"}, function.name
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "unrolled"])

@@ -1,0 +1,536 @@
+"""What a GPU has to show, the cheapest first, in one command that goes on where it was stopped.
+
+    python benchmarks/gpu.py --minutes 9 --out runs/gpu    # make gpu; again: what is missing
+    python benchmarks/gpu.py --table runs/gpu
+    python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # that it runs; its figures mean nothing
+
+Each part has a process of its own, which is killed when the minutes are over, and a file of the folder when it is done:
+the tests that pytest calls ``gpu``; the views of whole batches; the memory of ``metapl plan`` beside what a step takes;
+whole steps of every mode beside their own passes and beside other ways to the same gradient; the study of the
+feedback's worth, in miniature. A part that failed leaves what it printed, and is run again by the next call.
+
+Of a step, everything that is compared takes turns in one process, and figures are medians over turns of the ratios
+within a turn. *Passes* are what a mode cannot do without, run by hand: forward and backward passes of both networks and
+passes with dual numbers, without optimizers. Double backward, TorchOpt and the loop of the PyTorch port of Meta Pseudo
+Labels (its signals only: no losses of the teacher's own) are whole steps with the same optimizers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from machine import described, write_json
+from modes import Place
+from throughput import timed
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+import metapl
+from metapl.metrics.cost import peak_bytes
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RATE = 0.01
+
+Row = dict[str, Any]
+Told = tuple[str, str, str]  # what, the result, the goal
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a part is told."""
+
+    device: str
+    miniature: bool
+    seconds: float
+    """That are left."""
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A result of its own."""
+
+    seconds: float
+    """It is not begun with fewer left; on a GPU."""
+    run: Callable[[Setting], Row]
+    told: Callable[[Row], Iterator[Told]]
+
+
+# ------------------------------------------------------------------------------------------------ tests, views, studies
+
+
+def command(*given: Any) -> str:
+    """What a Python command prints, from the project's root."""
+    done = subprocess.run([sys.executable, *map(str, given)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, given))}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def tests(setting: Setting) -> Row:
+    files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    some = ["-k", "replays_see"] if setting.miniature else []
+    report = setting.folder / "tests.xml"
+    asked = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    subprocess.run([*asked, *some, *map(str, files)], cwd=ROOT, check=False)
+    cases = list(ET.parse(report).iter("testcase"))
+    named = {
+        kind: [case.get("name", "") for case in cases if case.find(kind) is not None] for kind in ("failure", "error")
+    }
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    failed = named["failure"] + named["error"]
+    return {"passed": len(cases) - skipped - len(failed), "skipped": skipped, "failed": failed}
+
+
+def told_tests(row: Row) -> Iterator[Told]:
+    failed = f": {', '.join(row['failed'])}" if row["failed"] else ""
+    yield "tests on the device", f"{row['passed']} passed, {len(row['failed'])} failed{failed}", "none failed"
+
+
+def views(setting: Setting) -> Row:
+    out = setting.folder / "views.raw.json"
+    command("benchmarks/augment.py", "--out", out, *["--miniature"] * setting.miniature)
+    found: Row = json.loads(out.read_text())
+    return found
+
+
+def told_views(row: Row) -> Iterator[Told]:
+    for case in row["rows"]:
+        whole = "torchvision" in case["view"] or case["view"] in ("strong", "Flip, Affine, Color, Hole")
+        if whole and case["device"] == row["rows"][-1]["device"]:
+            yield f"{'x'.join(map(str, case['shape']))}, {case['view']}", f"{case['ms']:.1f} ms", ""
+
+
+def study(setting: Setting) -> Row:
+    options = ["--device", "cuda", "--miniature", "--workers", 2, "--minutes", setting.seconds / 60]
+    rows = setting.folder / "feedback.rows.jsonl"
+    printed = command("benchmarks/feedback_worth.py", *options, "--out", rows, "--folder", setting.folder / "pictures")
+    return {"printed": printed, "rows": len(rows.read_text().splitlines())}
+
+
+def told_study(row: Row) -> Iterator[Told]:
+    yield "study of the feedback's worth, in miniature", f"{row['rows']} rows", "it runs"
+
+
+# ----------------------------------------------------------------------------------------------------- memory of a plan
+
+
+def plans(setting: Setting) -> Row:
+    """Bytes by ``metapl plan``, and those of a real step: what is there before it, and what the allocator adds."""
+    from metapl.apps.planning.plan import plan
+    from metapl.apps.recipes import Cifar10
+    from metapl.apps.recipes.base import ROLES
+    from metapl.apps.recipes.methods.beside import bilevel_trainer
+    from metapl.apps.recipes.settings import Feedback
+    from metapl.distributed import Mesh
+
+    rows = []
+    networks = ("small_cnn",) if setting.miniature else ("wide_resnet28_2", "resnet50")
+    for network, mode in ((network, mode) for network in networks for mode in ("none", "reinforce", "forward")):
+        method = dataclasses.replace(Cifar10.by_name(Cifar10.own), feedback=Feedback(mode=mode))  # type: ignore[arg-type]
+        recipe = Cifar10(
+            data_root="",
+            class_names=tuple(map(str, range(10))),
+            network_name=network,
+            labeled_batch=4 if setting.miniature else 64,
+            unlabeled_batch=8 if setting.miniature else 448,
+            method=method,
+        )
+        both = [recipe.network(role).to(setting.device) for role in ROLES]
+        trainer = bilevel_trainer(recipe, *both, recipe.method)
+        few, many = (
+            torch.rand(n, *recipe.input_shape, device=setting.device)
+            for n in (recipe.labeled_batch, recipe.unlabeled_batch)
+        )
+        batches: Any = ((few, torch.arange(len(few), device=setting.device) % 10), (many, many.clone()))
+        for _ in range(2):  # with the second, the states of the optimizers are there
+            trainer.step(*batches)
+        states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
+        there = [t for one in both for t in (*one.parameters(), *one.buffers())]
+        there += [t for t in pytree.tree_leaves([states, batches]) if isinstance(t, Tensor)]
+        held = sum(t.numel() * t.element_size() for t in there)
+        taken = held + peak_bytes(lambda: trainer.step(*batches), torch.device(setting.device))  # noqa: B023
+        said = plan(recipe, Mesh(), memory=10**12).per_rank["peak"]
+        rows.append({"network": network, "mode": mode, "planned": said, "taken": taken})
+    return {"rows": rows}
+
+
+def told_plans(row: Row) -> Iterator[Told]:
+    for one in row["rows"]:
+        off = one["planned"] / one["taken"] - 1
+        yield f"plan of {one['network']}, `{one['mode']}`", f"{off:+.1%} of {one['taken'] / 1e9:.2f} GB", "within 10 %"
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass
+class Subject:
+    """Two networks, their batches, and both losses for those who do not call metapl."""
+
+    teacher: nn.Module
+    student: nn.Module
+    labeled: Any
+    unlabeled: Tensor
+    inner_loss: Callable[[Tensor, Tensor], Tensor]  # of both networks' outputs on the unlabeled batch
+    outer_loss: Callable[[Tensor], Tensor]
+    problem: Any = None
+    modes: Sequence[str] = ("none", "loss_difference", "reinforce", "difference", "forward", "unrolled")
+
+
+def pictures(build: Callable[[], nn.Module], side: int, labeled: int, unlabeled: int, device: str) -> Subject:
+    teacher, student = (build().to(device, memory_format=torch.channels_last) for _ in range(2))
+    x, u = (torch.rand(n, 3, side, side, device=device) for n in (labeled, unlabeled))
+    y = torch.arange(labeled, device=device) % 10
+
+    def inner(outputs: Tensor, taught: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float(), taught.float().softmax(-1))
+
+    return Subject(teacher, student, (x, y), u, inner, lambda outputs: F.cross_entropy(outputs.float(), y))
+
+
+class CausalLM(nn.Module):
+    """A transformer on tokens, with the default attention; with one output, a score of each sequence."""
+
+    def __init__(self, words: int, width: int, depth: int, length: int, outputs: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(length, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth + 1))
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(depth))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(depth))
+        self.head, self.scores = nn.Linear(width, outputs, bias=False), outputs == 1
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places[: ids.shape[1]]
+        for i, (qkv, out, up, down) in enumerate(zip(self.qkv, self.out, self.up, self.down, strict=True)):
+            q, k, v = qkv(self.norms[2 * i](x)).unflatten(-1, (3, -1, 64)).permute(2, 0, 3, 1, 4)
+            x = x + out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            x = x + down(F.gelu(up(self.norms[2 * i + 1](x))))
+        x = self.norms[-1](x)
+        scored: Tensor = self.head(x.mean(1))[:, 0] if self.scores else self.head(x)
+        return scored
+
+
+def sequences(words: int, width: int, depth: int, length: int, rows: int, device: str) -> Subject:
+    """A rater of sequences and a language model (:class:`metapl.problems.DataRater`)."""
+    student = CausalLM(words, width, depth, length, words).to(device)
+    teacher = CausalLM(words, max(64, width // 4), max(1, depth // 3), length, 1).to(device)
+    ids, clean = (torch.randint(0, words, (rows, length), device=device) for _ in range(2))
+
+    def losses(outputs: Tensor, ids: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+    return Subject(
+        *(teacher, student, clean, ids),
+        lambda outputs, taught: (taught.float().softmax(0) * losses(outputs, ids)).sum(),
+        lambda outputs: losses(outputs, clean).mean(),
+        metapl.problems.DataRater(),
+        ("none", "difference", "forward", "unrolled"),  # for signals that are not drawn
+    )
+
+
+def wide_resnet(miniature: bool, device: str) -> Subject:
+    if miniature:
+        return pictures(lambda: metapl.models.small_cnn(), 16, 2, 6, device)
+    return pictures(lambda: metapl.models.wide_resnet28_2(), 32, 128, 896, device)
+
+
+def resnet50(miniature: bool, device: str) -> Subject:
+    if miniature:
+        return pictures(lambda: metapl.models.small_cnn(), 16, 2, 6, device)
+    return pictures(lambda: torchvision.models.resnet50(num_classes=10), 224, 32, 128, device)
+
+
+def vit_small(miniature: bool, device: str) -> Subject:
+    depth, width, side = (1, 32, 32) if miniature else (12, 384, 224)
+    few, many = (2, 4) if miniature else (32, 128)
+    sizes: Row = {"num_layers": depth, "hidden_dim": width, "num_heads": max(1, width // 64), "mlp_dim": 4 * width}
+    return pictures(
+        lambda: torchvision.models.VisionTransformer(side, 16, num_classes=10, **sizes), side, few, many, device
+    )
+
+
+def causal_lm(miniature: bool, device: str) -> Subject:
+    return sequences(50, 64, 1, 16, 4, device) if miniature else sequences(50257, 768, 12, 512, 8, device)
+
+
+NETWORKS: dict[str, Callable[[bool, str], Subject]] = {
+    "WRN-28-2": wide_resnet,
+    "ViT-S": vit_small,
+    "causal LM, 124 M": causal_lm,
+    "ResNet-50": resnet50,
+}
+PASSES: dict[str, dict[str, int]] = {
+    "none": {"teacher reads": 1, "student": 1},
+    "loss_difference": {"teacher": 1, "student": 1, "outer reads": 2},
+    "reinforce": {"teacher": 1, "student": 1, "outer": 1},
+    "difference": {"teacher": 1, "student": 1, "outer": 1, "student reads": 2},
+    "forward": {"teacher": 1, "student": 1, "outer": 1, "dual": 1},
+}
+"""What a mode cannot do without; of ``unrolled`` there is no such list, it is double backward."""
+
+
+class Bench:
+    """All that takes turns, on one subject; each way has networks of its own, with the same weights at first."""
+
+    def __init__(self, subject: Subject, place: Place) -> None:
+        self.subject, self.place, self.failed = subject, place, dict[str, str]()
+        self.along = {name: torch.randn_like(p) for name, p in subject.student.named_parameters()}
+        self.optimizers = [torch.optim.SGD(n.parameters(), RATE) for n in (subject.teacher, subject.student)]
+        self.runs: dict[str, Callable[[], Any]] = {
+            "teacher": partial(self.teacher, True),
+            "teacher reads": partial(self.teacher, False),
+            "student": partial(self.student, True),
+            "student reads": partial(self.student, False),
+            "outer": partial(self.outer, True),
+            "outer reads": partial(self.outer, False),
+            "dual": self.dual,
+            "optimizers": self.moves,
+            **{mode: self.step(mode) for mode in subject.modes},
+            "double backward, default attention": partial(self.double_backward, nullcontext),
+            "double backward": partial(self.double_backward, partial(sdpa_kernel, SDPBackend.MATH)),
+            "port's loop": self.port,
+        }
+        if importlib.util.find_spec("torchopt"):
+            self.runs["TorchOpt"] = self.torchopt
+
+    def teacher(self, backward: bool) -> None:
+        s = self.subject
+        with torch.set_grad_enabled(backward):
+            outputs = s.teacher(s.unlabeled)
+        if backward:
+            torch.autograd.grad(outputs.float().square().mean(), list(s.teacher.parameters()), allow_unused=True)
+
+    def student(self, backward: bool) -> None:
+        s = self.subject
+        with torch.set_grad_enabled(backward):
+            outputs = s.student(s.unlabeled)
+        if backward:
+            torch.autograd.grad(outputs.float().square().mean(), list(s.student.parameters()))
+
+    def outer(self, backward: bool) -> None:
+        s = self.subject
+        with torch.set_grad_enabled(backward):
+            loss = s.outer_loss(s.student(_input(s.labeled)))
+        if backward:
+            torch.autograd.grad(loss, list(s.student.parameters()))
+
+    def dual(self) -> None:
+        s = self.subject
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = {n: forward_ad.make_dual(p, self.along[n]) for n, p in s.student.named_parameters()}
+            forward_ad.unpack_dual(functional_call(s.student, duals, (s.unlabeled,)))
+
+    def moves(self) -> None:
+        for network in (self.subject.teacher, self.subject.student):
+            for p in network.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def step(self, mode: str) -> Callable[[], Any]:
+        s = self.subject
+        teacher, student = copy.deepcopy(s.teacher), copy.deepcopy(s.student)
+        inner, outer = (torch.optim.SGD(network.parameters(), RATE) for network in (student, teacher))
+        trainer = metapl.BilevelTrainer(
+            *(teacher, student, mode),
+            problem=s.problem,
+            inner_optimizer=inner,
+            outer_optimizer=outer,
+            teacher_losses=(),
+        )
+        return lambda: trainer.step(s.labeled, s.unlabeled)
+
+    def double_backward(self, kernel: Callable[[], Any]) -> None:
+        s, params = self.subject, dict(self.subject.student.named_parameters())
+        with kernel():
+            loss = s.inner_loss(s.student(s.unlabeled), s.teacher(s.unlabeled))
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            moved = {name: p - RATE * g for (name, p), g in zip(params.items(), grads, strict=True)}
+            outer = s.outer_loss(functional_call(s.student, moved, (_input(s.labeled),)))
+            self._take(torch.autograd.grad(outer, list(s.teacher.parameters()), allow_unused=True), grads)
+
+    def torchopt(self) -> None:
+        import torchopt
+
+        s, inner = self.subject, torchopt.MetaSGD(self.subject.student, lr=RATE)
+        before = torchopt.extract_state_dict(s.student, by="reference", with_buffers=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            inner.step(s.inner_loss(s.student(s.unlabeled), s.teacher(s.unlabeled)))
+            outer = s.outer_loss(s.student(_input(s.labeled)))
+            found = torch.autograd.grad(outer, list(s.teacher.parameters()), allow_unused=True)
+        torchopt.recover_state_dict(s.student, before)
+        self._take(found, None)
+
+    def port(self) -> None:
+        """The student's loss before and after its step weighs the teacher's: no gradient through the step."""
+        s = self.subject
+        taught, outputs = s.teacher(s.unlabeled), s.student(s.unlabeled)
+        before = s.outer_loss(s.student(_input(s.labeled))).detach()
+        grads = torch.autograd.grad(s.inner_loss(outputs, taught.detach()), list(s.student.parameters()))
+        with torch.no_grad():
+            torch._foreach_add_([*s.student.parameters()], grads, alpha=-RATE)
+            change = s.outer_loss(s.student(_input(s.labeled))) - before
+        loss = change * s.inner_loss(outputs.detach(), taught)
+        self._take(torch.autograd.grad(loss, list(s.teacher.parameters()), allow_unused=True), None)
+
+    def _take(self, of_teacher: Any, of_student: Any) -> None:
+        for network, grads in ((self.subject.teacher, of_teacher), (self.subject.student, of_student)):
+            if grads is not None:
+                for p, g in zip(network.parameters(), grads, strict=True):
+                    p.grad = None if g is None else g.detach()
+        self.moves()
+
+    def active(self, run: Callable[[], Any]) -> Any:
+        with self.place.active():
+            return run()
+
+    def measured(self, seconds: float) -> Row:
+        """Seconds of each in each turn, and the most memory that each takes."""
+        found: dict[str, list[float]] = {}
+        for name, run in list(self.runs.items()):
+            try:
+                for _ in range(2):
+                    self.active(run)
+            except (RuntimeError, metapl.MetaplError) as error:
+                self.failed[name] = str(error).strip().splitlines()[0][:160]
+                del self.runs[name]
+        began = time.perf_counter()
+        while len(found.get("teacher", [])) < 21 and (not found or time.perf_counter() - began < seconds):
+            for name, run in self.runs.items():
+                found.setdefault(name, []).append(timed(partial(self.active, run), self.place))
+        on = torch.device(self.place.device)
+        memory = {name: peak_bytes(partial(self.active, run), on) for name, run in self.runs.items()}
+        return {"seconds": found, "bytes": memory, "failed": self.failed}
+
+
+def _input(batch: Any) -> Tensor:
+    found: Tensor = batch[0] if isinstance(batch, tuple) else batch
+    return found
+
+
+def steps(network: str, precision: str, setting: Setting) -> Row:
+    torch.manual_seed(0)
+    bench = Bench(NETWORKS[network](setting.miniature, setting.device), Place(setting.device, precision))
+    return bench.measured(0 if setting.miniature else 25)
+
+
+def told_steps(name: str, row: Row) -> Iterator[Told]:
+    seconds, memory = row["seconds"], row["bytes"]
+
+    def ratio(of: str, parts: dict[str, int]) -> float:
+        sums = [sum(n * seconds[part][turn] for part, n in parts.items()) for turn in range(len(seconds[of]))]
+        return statistics.median(t / one for t, one in zip(seconds[of], sums, strict=True))
+
+    for mode, parts in PASSES.items():
+        if mode in seconds and parts.keys() <= seconds.keys():
+            result = f"{ratio(mode, parts):.2f} of its passes, {memory[mode] / 2**20:.0f} MB"
+            yield f"{name}: `{mode}`, {1 / statistics.median(seconds[mode]):.3g} steps a second", result, "1.10"
+    for other in ("unrolled", "double backward, default attention", "double backward", "TorchOpt", "port's loop"):
+        if other in seconds and "forward" in seconds:
+            less = memory[other] / max(1, memory["forward"])
+            yield f"{name}: {other}", f"{ratio(other, {'forward': 1}):.2f} of `forward`, memory {less:.2f}", ""
+    for other, reason in row["failed"].items():
+        yield f"{name}: {other}", reason, ""
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+PARTS: dict[str, Part] = {
+    "tests": Part(90, tests, told_tests),
+    "plan": Part(30, plans, told_plans),
+    "views": Part(30, views, told_views),
+    **{
+        f"{network}, {precision}": Part(
+            45, partial(steps, network, precision), partial(told_steps, f"{network}, {precision}")
+        )
+        for network in NETWORKS
+        for precision in ("float32", "bf16")
+    },
+    "feedback": Part(60, study, told_study),
+}
+
+
+def file_of(name: str, folder: Path) -> Path:
+    return folder / f"{name.replace(', ', '-').replace(' ', '_')}.json"
+
+
+def table(folder: Path) -> str:
+    """The parts that are done, and what became of the others."""
+    lines = ["| what | result | goal |", "|---|---|---|"]
+    for name, part in PARTS.items():
+        done = file_of(name, folder)
+        log = done.with_suffix(".log")
+        if done.exists():
+            lines += [
+                f"| {what} | {result} | {goal} |" for what, result, goal in part.told(json.loads(done.read_text()))
+            ]
+        else:
+            last = log.read_text().strip().splitlines()[-1:] if log.exists() else []
+            lines.append(f"| {name} | {'failed: ' + last[0][:160] if last else 'not measured'} | |")
+    made = json.loads((folder / "made_with.json").read_text())
+    return "\n".join([*lines, "", f"{made['device']}, {made['cpu']}, torch {made['torch']}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="the folder of the results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call, which the next one goes on from")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --miniature, to see it run"
+    )
+    parser.add_argument("--miniature", action="store_true", help="everything small; its figures mean nothing")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="print the table of a folder and stop")
+    parser.add_argument("--part", choices=PARTS, help="this one, in this process")
+    given = parser.parse_args()
+    if given.table:
+        print(table(given.table))
+        return
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --miniature runs everything small on the CPU")
+    if given.device == "cpu" and not given.miniature:
+        parser.error("on the CPU there is the miniature alone; give --miniature as well")
+    end = time.perf_counter() + 60 * given.minutes
+    if given.part:
+        setting = Setting(given.device, given.miniature, 60 * given.minutes, given.out)
+        write_json(file_of(given.part, given.out), PARTS[given.part].run(setting))
+        return
+    write_json(given.out / "made_with.json", {**described(given.device), "miniature": given.miniature})
+    for name, part in PARTS.items():
+        done, left = file_of(name, given.out), end - time.perf_counter()
+        if done.exists() or left < (1 if given.miniature else part.seconds):
+            continue
+        print(f"{name} ...", flush=True)
+        options = ["--part", name, "--out", given.out, "--minutes", left / 60, "--device", given.device]
+        asked = [sys.executable, __file__, *map(str, options), *["--miniature"] * given.miniature]
+        with done.with_suffix(".log").open("w") as log, suppress(subprocess.TimeoutExpired):
+            subprocess.run(asked, stdout=log, stderr=subprocess.STDOUT, timeout=left, check=False)
+    print(table(given.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+r"""Training a language model on sequences that a teacher rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import inputs_of, plain
+from metapl.execution.numerics import wide
+from metapl.problems.base import Params, Problem, Random, Signal
+from metapl.problems.doubtful import answer_of
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+
+@dataclass(frozen=True)
+class DataRater(Problem):
+    r"""The weight of a training sequence is a softmax, over the batch, of the teacher's scores.
+
+    .. math:: a_i = B\, \mathrm{softmax}(s)_i, \qquad s_i = T(x_i), \qquad
+              \ell_i = \frac{a_i}{n_i} \sum_t -\log S(x_{i, \le t}; \theta)_{x_{i,t+1}}, \qquad
+              \theta' = U\Big(\theta, \nabla_\theta \sum_i \mathrm{softmax}(s)_i\, \frac{\ell_i}{a_i}\Big)
+
+    The student is a causal language model, which maps token ids (B, T) to logits (B, T, words); the teacher, the rater,
+    maps the same to scores (B,), or (B, 1). The outer loss is the mean over all tokens of the outer batch, clean text.
+
+    A batch, the inner or the outer, is a tensor of token ids (B, T), int64, or a dict as Hugging Face has it: with
+    ``input_ids``, and perhaps an ``attention_mask``, whose zeros are padding, and ``labels``, the ids themselves with
+    -100 where none is to be predicted (default: at padding). Both networks get the tensor, or the dict without labels;
+    :class:`metapl.models.Logits` wraps those of Hugging Face. A sequence with nothing to predict has the loss 0.
+
+    The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
+    (``accumulate``) and processes that share them. The ``signal`` of a report is a, of mean 1 over the batch, and the
+    feedback is that on a; it goes through the softmax to the scores.
+
+    Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has it. Its several
+    students of different age are a loop of one's own over trainers that share the teacher and its optimizer, each of
+    whose students begins anew now and then: see ``examples/data_rater.py``.
+
+    Cost: the passes of the mode, and one forward and backward pass of the teacher on each inner batch. Bias: that of
+    the mode; ``forward`` and ``unrolled`` have none. Modes for sampled signals, such as ``reinforce``, are refused.
+
+    >>> import metapl
+    >>> class Rater(torch.nn.Embedding):
+    ...     def forward(self, ids):
+    ...         return super().forward(ids).mean((1, 2))
+    >>> student = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
+    >>> trainer = metapl.BilevelTrainer(Rater(20, 1), student, "forward", problem=DataRater())
+    >>> report = trainer.step(outer=torch.randint(20, (4, 9)), inner=torch.randint(20, (6, 9)))
+    >>> report.feedback.shape, round(report.signal.value.sum().item(), 4)
+    (torch.Size([6]), 6.0)
+
+    Raises: :class:`metapl.MetaplError` for batches, students and teachers of other shapes.
+    Source: Calian et al., "DataRater: meta-learned dataset curation" (2025).
+    """
+
+    signal_has_rows: ClassVar[bool] = True
+
+    def student_input(self, batch: Any) -> Any:
+        return _read(batch)[0]
+
+    def outer_batch(self, batch: Any) -> Any:
+        """Tokens as they are."""
+        _read(batch)
+        return plain(batch)
+
+    def outer_input(self, batch: Any) -> Any:
+        return _read(batch)[0]
+
+    def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
+        """Refuse outputs that are not logits of each token, and labels, of either batch, that are none of its words."""
+        _logits(outputs, unlabeled)
+        for _, labels in map(_read, (labeled, unlabeled)):
+            checks.class_labels(labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2])
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """s, (B,)."""
+        inputs, labels = _read(batch)
+        maps, rows = "token ids (B, T), as the batch has them, to scores (B,)", len(labels)
+        scores = answer_of(teacher, [inputs], maps, [(rows,), (rows, 1)], labels.device)
+        return Signal(wide(scores).reshape(rows))
+
+    def normalized_signal(self, signal: Signal) -> Signal:
+        """a, (B,), over the whole batch."""
+        scores: Tensor = signal.value
+        return Signal(len(scores) * scores.softmax(0))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
+        """ℓ_i, (B,)."""
+        losses, counts = _losses(outputs, batch)
+        return signal.value * losses.sum(1) / counts.sum(1).clamp_min(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        """The sum over tokens, and their number."""
+        losses, counts = _losses(outputs, batch)
+        return losses.sum(), counts.sum()
+
+
+def _read(batch: Any) -> tuple[Any, Tensor]:
+    """The networks' input, and the labels (B, T)."""
+    given = plain(batch)
+    inputs, parts = inputs_of(given), given if isinstance(given, dict) else {"input_ids": given}
+    ids, mask = parts.get("input_ids"), parts.get("attention_mask")
+    labels: Any = parts.get("labels", ids)
+    tensors = [ids, labels] + [mask] * (mask is not None)
+    shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
+    if len(shapes) > 1 or None in shapes or labels.ndim != 2 or labels.shape[1] < 2:
+        raise MetaplError(
+            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T) of two tokens or more, a "
+            "tensor, or a dict with input_ids and perhaps attention_mask and labels of the same shape."
+        )
+    if mask is not None and "labels" not in parts:
+        labels = labels.masked_fill(mask == 0, IGNORED)
+    return inputs, labels
+
+
+def _logits(outputs: Tensor, batch: Any) -> Tensor:
+    shape = _read(batch)[1].shape
+    if outputs.ndim != 3 or outputs.shape[:2] != shape:
+        raise MetaplError(
+            f"the student's outputs are {checks.described(outputs)} for tokens {tuple(shape)}; expected the logits of "
+            "a causal language model, (B, T, words); metapl.models.Logits wraps those of Hugging Face."
+        )
+    return outputs
+
+
+def _losses(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of the following token at each place, (B, T), 0 where none is to be predicted, and 1 where one
+    is."""
+    words = _logits(outputs, batch).shape[2]
+    # The labels move, not the outputs, of which a part would be a copy.
+    following = F.pad(_read(batch)[1][:, 1:], (0, 1), value=IGNORED)
+    counts = following != IGNORED
+    safe = torch.where(counts, checks.safe_labels(following, words), IGNORED)
+    losses = F.cross_entropy(outputs.flatten(0, 1), safe.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(following), counts

@@ -1,0 +1,394 @@
+"""Rated sequences: the rater's gradient against double backward of the formulas, in parts and in processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import same
+from ranks import Ranks
+from reference import error
+from sharded_cases import laid_out, share, whole
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError
+from metapl.problems import DataRater
+
+WORDS, WIDTH, LENGTH = 11, 8, 7
+ADAMW: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.1}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Language(nn.Module):
+    """A causal transformer with the default attention; of a dict it reads the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(LENGTH, WIDTH)
+        self.blocks, self.head = nn.ModuleList([Block()]), nn.Linear(WIDTH, WORDS)
+
+    def forward(self, given: Any) -> Tensor:
+        ids = given["input_ids"] if isinstance(given, dict) else given
+        x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Rater(Language):
+    """Scores (B, 1) of the tokens that are no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, given: Any) -> Tensor:
+        scores = super().forward(given)
+        mask = given.get("attention_mask") if isinstance(given, dict) else None
+        mask = torch.ones_like(scores[..., 0]) if mask is None else mask.to(scores)
+        return 3 * (mask[..., None] * scores).sum(1)
+
+
+def networks(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return Rater().to(dtype), Language().to(dtype)
+
+
+def tokens(rows: int, seed: int, kind: str = "padded") -> Any:
+    """Ids as a tensor, or a dict whose rows have other lengths: the first row of the last quarter has none at all."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(WORDS, (rows, LENGTH), generator=draw)
+    if kind == "tensor":
+        return ids
+    lengths = torch.randint(2, LENGTH + 1, (rows,), generator=draw)
+    lengths[3 * rows // 4] = 1
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    if kind == "padded":
+        return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "labels": ids.masked_fill((mask == 0) | (ids == 3), -100)}
+
+
+def left_out(batch: Any) -> Tensor:
+    """Which tokens are not to be predicted, (B, T)."""
+    if isinstance(batch, Tensor):
+        return torch.zeros_like(batch, dtype=torch.bool)
+    return batch["labels"] == -100 if "labels" in batch else batch["attention_mask"] == 0
+
+
+def losses_of(z: Tensor, batch: Any) -> list[Tensor]:
+    """Of each sequence, the losses of its tokens."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    log_p, out = z.log_softmax(-1), left_out(batch)
+    return [
+        torch.stack([z.sum() * 0, *(-log_p[i, t, ids[i, t + 1]] for t in range(LENGTH - 1) if not out[i, t + 1])])[1:]
+        for i in range(len(ids))
+    ]
+
+
+def by_hand(outer: Any, inner: list[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """dL/d(rater), θ_K and L."""
+    rater, student = networks()
+    theta, state = reference.weights(student), None
+    rule = reference.adamw(**ADAMW)
+    for batch in inner:
+        p = rater(batch)[:, 0].softmax(0)
+        sequences = losses_of(reference.at(student, theta, batch), batch)
+        loss = sum(p[i] * tokens.mean() for i, tokens in enumerate(sequences) if len(tokens))
+        g = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+    judged = torch.cat(losses_of(reference.at(student, theta, outer), outer)).mean()
+    grads = torch.autograd.grad(judged, list(rater.parameters()))
+    named = dict(zip((n for n, _ in rater.named_parameters()), grads, strict=True))
+    return named, {n: t.detach() for n, t in theta.items()}, judged.detach()
+
+
+def by_metapl(
+    outer: Any, inner: list[Any], mode: Any = "forward", layout: str | None = None, **options: Any
+) -> metapl.Hypergradient:
+    rater, student = (laid_out(network, layout) for network in networks())
+    return metapl.hypergradient(
+        rater,
+        student,
+        outer=outer,
+        inner=metapl.Lookahead(inner),
+        mode=mode,
+        problem=DataRater(),
+        inner_optimizer=torch.optim.AdamW(student.parameters(), **ADAMW),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "kind"),
+    [
+        ("forward", 1, "padded"),
+        ("forward", 3, "padded"),
+        ("forward", 3, "labels"),
+        ("forward", 3, "tensor"),
+        ("unrolled", 3, "padded"),
+        ("difference", 1, "padded"),
+    ],
+)
+def test_the_gradient_is_that_of_the_formulas(mode: str, steps: int, kind: str) -> None:
+    outer, inner = tokens(4, 1, kind), [tokens(6, 2 + k, kind) for k in range(steps)]
+    grads, moved, loss = by_hand(outer, inner)
+    found = by_metapl(outer, inner, mode)
+    near = 1e-5 if mode == "difference" else 1e-9
+    assert error(found.grads, grads) < near
+    assert error(found.student_params, moved) < near
+    assert abs(found.outer_loss - loss) < near
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
+    """Their rows have other lengths, and other scores."""
+    batches = tokens(4, 1), [tokens(4, 2), tokens(4, 3)]
+    once, split = by_metapl(*batches, mode), by_metapl(*batches, mode, accumulate=2)
+    assert error(split.grads, once.grads) < 1e-12
+    assert error(torch.cat(list(split.feedback)), torch.cat(list(once.feedback))) < 1e-12
+    assert error(split.grads, by_hand(*batches)[0]) < 1e-9
+
+
+# -------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    ranks = Ranks(2, "test_data_rater")
+    yield ranks
+    ranks.close()
+
+
+def own_share(batch: Any) -> Any:
+    return {name: share(t) for name, t in batch.items()}
+
+
+def in_processes(layout: str | None, mode: str, accumulate: int) -> dict[str, Any]:
+    """The gradient of this rank's rows, and two steps of a trainer."""
+    outer, inner = own_share(tokens(8, 1)), own_share(tokens(8, 2))
+    found = by_metapl(outer, [inner], mode, layout, accumulate=accumulate)
+    rater, student = (laid_out(network, layout) for network in networks())
+    trainer = metapl.BilevelTrainer(
+        rater,
+        student,
+        mode,
+        problem=DataRater(),
+        inner_optimizer=torch.optim.AdamW(student.parameters(), **ADAMW),
+        outer_optimizer=torch.optim.SGD(rater.parameters(), lr=0.1),
+        accumulate=accumulate,
+    )
+    reports = [trainer.step(outer=outer, inner=inner) for _ in range(2)]
+    return {
+        "grads": {n: whole(g) for n, g in found.grads.items()},
+        "rater": {n: whole(p) for n, p in trainer.teacher.named_parameters()},  # type: ignore[union-attr]
+        "signal": reports[1].signal.value,
+    }
+
+
+@pytest.mark.parametrize(
+    ("layout", "mode", "accumulate"),
+    [("ddp", "forward", 2), ("ddp", "difference", 1), ("fsdp", "forward", 1)],
+)
+def test_processes_share_the_softmax_and_the_tokens(two: Ranks, layout: str, mode: str, accumulate: int) -> None:
+    given = {"mode": mode, "accumulate": accumulate}
+    alone, near = in_processes(None, **given), 1e-6 if mode == "difference" else 1e-10
+    found = two.run("in_processes", layout=layout, **given)
+    for own in found:
+        assert error(own["grads"], alone["grads"]) < near
+        assert error(own["rater"], alone["rater"]) < near
+    assert error(torch.cat([own["signal"] for own in found]), alone["signal"]) < near
+
+
+# --------------------------------------------------------------------------------------------------------- what it is
+
+
+def trainer(**options: Any) -> metapl.BilevelTrainer:
+    rater, student = networks(torch.float32)
+    inner = torch.optim.AdamW(student.parameters(), lr=0.01)
+    outer = torch.optim.Adam(rater.parameters(), lr=0.003)
+    given: dict[str, Any] = {"mode": "forward", "problem": DataRater(), **options}
+    return metapl.BilevelTrainer(rater, student, inner_optimizer=inner, outer_optimizer=outer, **given)
+
+
+def test_it_finds_noise_among_what_the_outer_text_has() -> None:
+    """Text counts upwards, noise is drawn; the rater sees neighbours through attention."""
+    draw, rated = torch.Generator().manual_seed(0), trainer(lookahead=2)
+
+    def text(rows: int) -> Tensor:
+        return (torch.randint(WORDS, (rows, 1), generator=draw) + torch.arange(LENGTH)) % WORDS
+
+    for _ in range(40):
+        mixed = [torch.cat([text(8), torch.randint(WORDS, (8, LENGTH), generator=draw)]) for _ in range(2)]
+        report = rated.step(outer=text(16), inner=metapl.Lookahead(mixed))
+    clean, noise = report.signal.value.chunk(2)
+    assert clean.mean() > 1.5 > 0.5 > noise.mean()
+    assert report.signal.value.mean().item() == pytest.approx(1)
+
+
+def test_autocast_finds_nearly_the_same() -> None:
+    batches = {"outer": tokens(6, 1), "inner": tokens(8, 2)}
+    exact, found = trainer().hypergradient(**batches), trainer(precision="bfloat16").hypergradient(**batches)
+    assert 0 < error(found.grads, exact.grads) < 0.1
+
+
+def test_the_library_checks_its_gradient() -> None:
+    rater, student = networks()
+    inner = torch.optim.AdamW(student.parameters(), **ADAMW)
+    batches = {"outer": tokens(6, 1), "inner": tokens(8, 2)}
+    found = metapl.check_gradient(rater, student, **batches, problem=DataRater(), inner_optimizer=inner)
+    assert found.passed
+
+
+def test_models_of_hugging_face() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=WORDS, n_positions=LENGTH, n_embd=WIDTH, n_layer=1, n_head=2, pad_token_id=0, num_labels=1
+    )
+    student = metapl.models.Logits(transformers.GPT2LMHeadModel(config))
+    rater = metapl.models.Logits(transformers.GPT2ForSequenceClassification(config))
+    student.eval()
+    rater.eval()
+    given: dict[str, Any] = {
+        "outer": tokens(6, 1),
+        "inner": tokens(8, 2),
+        "problem": DataRater(),
+        "inner_optimizer": torch.optim.AdamW(student.parameters(), lr=0.01),
+    }
+    forward, unrolled = (metapl.hypergradient(rater, student, mode=mode, **given) for mode in ("forward", "unrolled"))
+    assert error(forward.grads, unrolled.grads) < 1e-3
+
+
+class Heads(nn.Module):
+    """A student or a teacher that returns other shapes."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.embed, self.shape = nn.Embedding(WORDS, math.prod(shape)), shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embed(ids).mean(1).view(len(ids), *self.shape)
+
+
+IDS = tokens(6, 1, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "reinforce"}, "mode 'reinforce' is for sampled signals"),
+        ({"inner": (IDS, IDS)}, r"the batch of DataRater is .*expected token ids \(B, T\)"),
+        ({"inner": IDS[:, 0]}, r"expected token ids \(B, T\) of two tokens or more"),
+        ({"inner": IDS[:, :1]}, r"expected token ids \(B, T\) of two tokens or more"),
+        ({"outer": {"ids": IDS}}, r"expected token ids \(B, T\) of two tokens or more"),
+        ({"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}}, "attention_mask and labels of the same shape"),
+        ({"outer": {"input_ids": IDS, "labels": IDS + 5}}, r"the labels run from 5 to 15.*expected 0\.\.10"),
+        ({"outer": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}}, "are all of its labels left out"),
+        ({"student": Heads(WORDS)}, r"the student's outputs are .*expected the logits of\s+a causal language model"),
+        ({"teacher": Heads(2)}, r"the teacher returned .*of shape \(6,\) or \(6, 1\)"),
+        ({"teacher": nn.Linear(3, 1)}, "the teacher Linear cannot take"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    teacher, student = networks(torch.float32)
+    given = {"teacher": teacher, "student": student, "outer": IDS, "inner": IDS, "mode": "forward", **change}
+    before = {n: p.clone() for n, p in given["student"].named_parameters()}
+    given |= {"problem": DataRater(), "inner_optimizer": torch.optim.AdamW(given["student"].parameters())}
+    with pytest.raises(MetaplError, match=f"(?s){message}"):
+        metapl.hypergradient(given.pop("teacher"), given.pop("student"), **given)
+    assert same([*before.values()], [*change.get("student", student).parameters()])
+
+
+# ------------------------------------------------------------------------------------------- normalized by a problem
+
+
+class Shares(metapl.problems.Problem):
+    """Weights of one half and temperatures of the other, each normalized over the batch."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        a, b = teacher(batch[0]).unbind(1)
+        return metapl.Signal({"weight": a, "slope": b, "row": torch.arange(len(a))})
+
+    def normalized_signal(self, signal: metapl.Signal) -> metapl.Signal:
+        slope = signal["slope"]
+        return metapl.Signal({"weight": signal["weight"].softmax(0) * len(slope), "slope": slope / slope.norm()})
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        sharper = outputs * (1 + signal["slope"][:, None])
+        return signal["weight"] * F.cross_entropy(sharper, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+def shares(problem: Any, **options: Any) -> metapl.Hypergradient:
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 2).double(), nn.Linear(4, 3).double()
+    outer, inner = ((torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(2))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    given: dict[str, Any] = {"inner_optimizer": optimizer, "problem": problem, **options}
+    return metapl.hypergradient(teacher, student, outer=outer, inner=inner, **given)
+
+
+def test_a_dict_of_signals_is_normalized() -> None:
+    expected = shares(Shares(), mode="unrolled")
+    assert {*expected.feedback} == {"weight", "slope"}  # type: ignore[misc]
+    for options in ({"mode": "forward"}, {"mode": "forward", "accumulate": 4}, {"mode": "unrolled", "accumulate": 2}):
+        assert error(shares(Shares(), **options).grads, expected.grads) < 1e-10
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 2).double(), nn.Linear(4, 3).double()
+    (x, y), (u, labels) = ((torch.randn(8, 4).double(), torch.randint(3, (8,))) for _ in range(2))
+    a, b = teacher(u).unbind(1)
+    theta = reference.weights(student)
+    each = F.cross_entropy(reference.at(student, theta, u) * (1 + b / b.norm())[:, None], labels, reduction="none")
+    g = torch.autograd.grad((a.softmax(0) * each).sum(), list(theta.values()), create_graph=True)
+    moved = {n: p - 0.5 * d for (n, p), d in zip(theta.items(), g, strict=True)}
+    grads = torch.autograd.grad(F.cross_entropy(reference.at(student, moved, x), y), list(teacher.parameters()))
+    assert error(expected.grads, dict(zip(("weight", "bias"), grads, strict=True))) < 1e-10
+
+
+SCALE = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+
+def made(change: Any) -> Any:
+    """One whose weights are normalized by another function of both fields."""
+    return {"normalized_signal": lambda self, signal: metapl.Signal(change(signal["weight"], signal["slope"]))}
+
+
+def told(change: Any) -> Any:
+    """One whose teacher says something else; given what it returns, and the student's outputs."""
+    return {"signal": lambda self, teacher, batch, z, generator: metapl.Signal(change(teacher(batch[0]), z))}
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (made(lambda a, b: a.sum()), r"normalized_signal returned a signal of value \(\)"),
+        (made(lambda a, b: a[:3]), r"normalized_signal returned a signal of value \(3,\)"),
+        (made(lambda a, b: [a, b]), "normalized_signal returned is a Signal whose value is"),
+        (made(lambda a, b: {"weight": SCALE * a, "slope": b}), "normalized_signal reads .*that requires a gradient"),
+        (made(lambda a, b: {"weight": a.detach(), "slope": b.detach()}), "carries no gradient to the signal"),
+        (made(lambda a, b: {"weight": a.mul_(2), "slope": b}), "normalized_signal changed signal in place"),
+        (told(lambda t, z: t[:, 0] * z.mean(1)), "normalized_signal joins .* so the student has not run yet"),
+        (told(lambda t, z: t.mean()), r"normalized_signal was given a signal of value \(\)"),
+    ],
+)
+def test_what_cannot_be_normalized_is_refused(methods: Any, message: str) -> None:
+    problem = type("Normalizing", (Shares,), methods)()
+    with pytest.raises(MetaplError, match=f"(?s){message}"):
+        shares(problem, mode="forward")
