@@ -232,7 +232,7 @@ def _teacher_gradient(
 ) -> dict[str, Tensor]:
     """The gradient of −Σ h·signal in the teacher's weights, over its passes on all micro-batches."""
     grads: dict[str, Tensor] = {}
-    given = [found.on_given(step) for step, found in zip(path.steps, feedback, strict=True)]
+    given = [h.on_given(step) if step.normalized else h for step, h in zip(path.steps, feedback, strict=True)]
     pieces = [piece for found in given for piece in found.chunks(parts)]
 
     def loss_of(number: int) -> Tensor:

@@ -140,7 +140,7 @@ class Path:
     Args:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
-        batches: the inner ones; where ``lazy``, they are made as they are read, and asked for again on the way back.
+        batches: the inner ones; a look-ahead that makes them as they are read is asked again on the way back.
         keeping: which steps keep their weights and optimizer state; the adjoint computes the others again.
         check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
     """
@@ -150,7 +150,6 @@ class Path:
     update: Update
     labeled: Sequence[Any]
     batches: Sequence[Any] = ()
-    lazy: bool = False
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
@@ -158,6 +157,11 @@ class Path:
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
+
+    @property
+    def lazy(self) -> bool:
+        """Whether batches are made as they are read, and not held."""
+        return isinstance(self.batches, Lookahead)
 
     @property
     def params(self) -> Tree:
@@ -192,7 +196,7 @@ class Path:
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
-            found = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
+            found = self.student.loss_and_gradient(self.params, *self._outer_pass())
             self.__dict__["outer_loss"], self._outer_gradient = found
         return self._outer_gradient
 
@@ -459,8 +463,7 @@ def take_steps(
     if not isinstance(student, LocalStudent):
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
     shared, several = first and max(student.ranks.size, parts) > 1, keep_graph and len(batches) > 1
-    lazy, outer = isinstance(batches, Lookahead), micro_batches(labeled, parts, "labeled")
-    path = Path(problem, student, update, outer, batches, lazy, check_mean=shared)
+    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
     walk = _Walk(path, teach, parts, keep_graph, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
@@ -505,16 +508,17 @@ class _Walk:
 
     def step(self, number: int, batch: Any, params: Tree, state: Any, update: Update) -> InnerStep:
         """The step on a batch, from these weights and this state of the optimizer."""
-        path, problem, student, parts = self.path, self.path.problem, self.path.student, self.parts
-        several, pieces = len(path.batches) > 1, micro_batches(batch, parts, "unlabeled")
+        path, problem, student = self.path, self.path.problem, self.path.student
+        several, entering = len(path.batches) > 1, enters_input(problem)
+        normalizing = has_own(problem, "normalized_signal")
+        before = entering or normalizing  # whether the teacher is asked before the student runs
         at = f" (step {number} of the look-ahead)" if several else ""
+        pieces = micro_batches(batch, self.parts, "unlabeled")
         passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-        entering, normalizing = enters_input(problem), has_own(problem, "normalized_signal")
-        first = entering or normalizing  # whether the teacher is asked before the student runs
-        signals = [self._asked(x, None) for x in pieces] if first else []
+        signals = [self._asked(x, None) for x in pieces] if before else []
         norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
-        whole = self._united(signals if norm is None else [norm.signal]) if first else None
-        told = signals if whole is None else whole.chunks(parts)
+        whole = self._united(signals if norm is None else [norm.signal]) if before else None
+        told = signals if whole is None else whole.chunks(self.parts)
         for i, x in enumerate(pieces):
             if entering:
                 entries.append(Entry(problem, x, told[i], self.keep_graph))
@@ -528,25 +532,23 @@ class _Walk:
                 given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
                 unchanged("the problem's check", given, problem.check, *given.values())
                 checks.refuse_not_finite(outputs, checks.DIVERGED.format("student") + at)
-            if not first:
+            if not before:
                 signals.append(self._asked(x, outputs))
-            if first or not self.keep_graph:
+            if before or not self.keep_graph:
                 loss = InnerLoss(problem, told[i], x, student, self.credits)
                 found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
         if whole is None:
-            whole = signals[0] if parts == 1 and not self.keep_graph else self._united(signals)
+            whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
         if not found:  # no graph is freed before the path is differentiated in the signal as a whole
-            for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
+            for record, part, x in zip(passes, whole.chunks(self.parts), pieces, strict=True):
                 found.append(record.gradient(InnerLoss(problem, part, x, student, self.credits)))
-        inner_loss, grads = found[0]
-        if parts > 1:
-            inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
+        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         if several:
             checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
         checks.dense_gradients(grads)
-        known = digest(batch) if path.lazy else None
-        of_step = problem, update, passes, batch, whole, inner_loss, grads, state, entries
-        return InnerStep(*of_step, as_taken=several, digest=known, normalized=norm)
+        known = digest(batch) if isinstance(path.batches, Lookahead) else None
+        taken = problem, update, passes, batch, whole, inner_loss, grads, state
+        return InnerStep(*taken, entries, as_taken=several, digest=known, normalized=norm)
 
     def _asked(self, x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label."""

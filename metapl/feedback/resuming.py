@@ -104,7 +104,7 @@ class Folder(States):
         if asked_first(problem):
             raise MetaplError(
                 f"keep_on={str(folder)!r} was given, and the signal of {kind_of(problem)} enters the student's input, "
-                'or is normalized over the batch, with a graph that no file holds; expected keep_on="cpu", or None.'
+                'or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
             )
         remove_temporary(self.folder)
         # Without the file, a path ended while its files were removed.

@@ -239,9 +239,9 @@ class BilevelTrainer(Trainer):
                 except (NotByThisMode, RuntimeError) as error:
                     name_others(error, self.mode, path)
                     raise
-                given = feedback
-                if path.steps[0].normalized is not None:
-                    given = [found.on_given(step) for step, found in zip(path.steps, feedback, strict=True)]
+                given = [
+                    h.on_given(step) if step.normalized else h for step, h in zip(path.steps, feedback, strict=True)
+                ]
                 objectives = self._teacher_backward(teacher_steps, given, labeled)  # lines 5-7: −Σ h·signal + losses
                 known = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
                 h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
