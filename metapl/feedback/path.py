@@ -196,7 +196,7 @@ class Path:
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
-            found = self.student.loss_and_gradient(self.params, *self._outer_pass())
+            found = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
             self.__dict__["outer_loss"], self._outer_gradient = found
         return self._outer_gradient
 
