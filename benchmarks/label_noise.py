@@ -1,7 +1,7 @@
 """Do learned weights and labels help against wrong labels? Digits with planted noise, and 100 trusted labels.
 
     python benchmarks/label_noise.py                              # tune, then run; goes on where it was stopped
-    python benchmarks/label_noise.py --costs                      # processor time of each method, by turns
+    python benchmarks/label_noise.py --costs                      # processor time of each method
     python benchmarks/label_noise.py --table                      # the tables of the raw file
     python benchmarks/label_noise.py --write docs/label-noise.md  # put them there, and draw the figure beside the page
     python benchmarks/label_noise.py --miniature --out FILE       # all of it in seconds, to see that it runs
@@ -663,17 +663,17 @@ def study(size: Size, raw: Path) -> None:
 
 
 def costs(raw: Path, seeds: tuple[int, ...]) -> None:
-    """Write the processor seconds of each method's training of so many seeds side by side, the median of 3 turns."""
+    """Write the processor seconds of each method's training of so many seeds side by side, after one in miniature."""
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {name: [] for name, entry in ENTRIES.items() if entry.grid}
-    for _, name in itertools.product(range(3), seconds):
-        run = Run(Job(name, ENTRIES[name].grid[0], ("asymmetric_40",), seeds, final=False), FULL)
-        since = time.process_time()
-        run.train()
-        seconds[name].append(time.process_time() - since)
-    told = {name: round(statistics.median(found), 2) for name, found in seconds.items()}
+    seconds: dict[str, float] = {}
+    for size, (name, entry) in itertools.product((MINIATURE, FULL), ENTRIES.items()):
+        if entry.grid:
+            run = Run(Job(name, entry.grid[0], ("asymmetric_40",), seeds, final=False), size)
+            since = time.process_time()
+            run.train()
+            seconds[name] = round(time.process_time() - since, 2)
     with raw.open("a") as file:
-        file.write(json.dumps({"costs": told, "made_with": environment()}) + "\n")
+        file.write(json.dumps({"costs": seconds, "made_with": environment()}) + "\n")
 
 
 def main() -> None:

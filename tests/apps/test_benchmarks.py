@@ -26,6 +26,7 @@ STUDIES = {
     "feedback_size": ("--workers", "1"),
     "feedback_worth": ("--workers", "1"),
     "harmful_pictures": (),
+    "hyperparameters": (),
     "label_noise": (),
     "noisy_student": (),
     "pictures_study": ("--jobs", "1"),
@@ -183,6 +184,38 @@ def test_the_study_of_raters_goes_on_where_it_was_stopped(module: ModuleType, tm
     assert out.read_bytes() == before
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("module", ["hyperparameters"], indirect=True)
+def test_the_study_of_hyperparameters_goes_on_where_it_was_stopped(module: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    miniature("hyperparameters", out)
+    rows = module.read(out)
+    assert [(row["arm"], row["final"]) for row in rows[:2]] == [(arm, False) for arm in module.SETTINGS]
+    assert [row["arm"] for row in rows[2:]] == 2 * [module.UNTUNED, *module.SETTINGS]
+    for row in rows:
+        assert ("test_loss" in row) == ("accuracy" in row) == row["final"]
+    _, _, untuned, descent, searched, *_ = rows
+    # A training that is differentiated ends as one by plain PyTorch.
+    assert descent["validation_loss"] == pytest.approx(untuned["validation_loss"], rel=1e-5)
+    assert searched["seconds"] >= descent["seconds"]
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:-3]))
+    miniature("hyperparameters", out)
+    assert module.read(out)[:-3] == rows[:-3]
+    assert [row["arm"] for row in module.read(out)] == [row["arm"] for row in rows]
+
+
+@pytest.mark.parametrize("module", ["hyperparameters"], indirect=True)
+def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> None:
+    rows = module.read(module.RAW)
+    final = {(row["arm"], row["seed"]): row for row in rows if row["final"]}
+    assert {*final} == {(arm, seed) for arm in (module.UNTUNED, *module.SETTINGS) for seed in module.SEEDS}
+    for arm, settings in module.SETTINGS.items():
+        assert all(len(module.tuning(rows, arm, setting)) == len(module.TUNING_SEEDS) for setting in settings)
+        assert {final[arm, seed]["setting"] for seed in module.SEEDS} == {module.chosen(rows, arm)}
+    for seed in module.SEEDS:
+        assert final["random search", seed]["seconds"] >= final["metagradients", seed]["seconds"]
+
+
 @pytest.mark.parametrize(
     ("name", "module"),
     [
@@ -190,6 +223,7 @@ def test_the_study_of_raters_goes_on_where_it_was_stopped(module: ModuleType, tm
         ("attribution", "long_paths"),
         ("attribution", "harmful_pictures"),
         ("data-rater", "data_rater"),
+        ("hyperparameters", "hyperparameters"),
     ],
     indirect=["module"],
 )

@@ -1,0 +1,166 @@
+"""Six hyperparameters by the derivative through whole trainings, beside random search of equal cost.
+
+    python benchmarks/hyperparameters.py          # tunes both on seeds 100 and 101, then runs 10 to 17
+    python benchmarks/hyperparameters.py --write docs/hyperparameters.md
+
+The training is that of examples/learned_hyperparameters.py, with its start: 8 rounds of Adam on the six logarithms.
+Random search draws them uniformly around the same start, and trains by a plain loop of PyTorch for as much processor
+time, on one thread. Each training begins at the same weights, with the same batches and draws; of all trainings of an
+arm, the one with the lowest validation loss counts. Adam's rate and the width of the draws, 3 values each, are chosen
+by this loss on the tuning seeds. Test digits are read in the final runs alone. This was written before it ran.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from torch.nn import functional as F
+
+import metapl
+from metapl.data import load_digits_split
+from metapl.metrics import paired_test
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+from learned_hyperparameters import START, Hyperparameters, Six, begin, falling, judged, learn
+
+RAW = Path(__file__).parent / "results" / "hyperparameters.jsonl"
+TUNING_SEEDS, SEEDS, ROUNDS = (100, 101), tuple(range(10, 18)), 8
+SETTINGS = {"metagradients": (0.1, 0.3, 1.0), "random search": (1.0, 2.0, 4.0)}
+UNTUNED = "the start of both"
+Row = dict[str, Any]
+Found = tuple[float, torch.Tensor, Any]
+"""Validation loss, logarithms, and network."""
+
+
+def trained(split: Any, seed: int, logs: torch.Tensor) -> Found:
+    """A training without a derivative, by plain PyTorch."""
+    student, optimizer, batches = begin(split, seed)
+    problem, params = Hyperparameters(), dict(student.named_parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falling)
+    signal = metapl.Signal({name: t.detach() for name, t in Six(logs)().items()})
+    for batch in batches:
+        optimizer.zero_grad()
+        outputs = student(problem.student_input(batch, signal))
+        problem.inner_loss(outputs, signal, batch, params).mean().backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return F.cross_entropy(student(split.validation[0]), split.validation[1]).item(), logs, student
+
+
+def searched(split: Any, seed: int, width: float, seconds: float) -> Iterator[Found]:
+    """Random trainings until so much processor time is spent."""
+    since, generator = time.process_time(), torch.Generator().manual_seed(seed)
+    while time.process_time() - since < seconds:
+        yield trained(split, seed, START + width * (2 * torch.rand(len(START), generator=generator) - 1))
+
+
+def one(arm: str, setting: float | None, seed: int, rounds: int, seconds: float | None, final: bool) -> Row:
+    split, since = load_digits_split(10, seed), time.process_time()
+    if setting is None:
+        found = [trained(split, seed, START)]
+    elif seconds is None:
+        found = list(learn(split, seed, rounds, setting))
+    else:
+        found = list(searched(split, seed, setting, seconds))
+    row: Row = {"arm": arm, "setting": setting, "seed": seed, "final": final, "trainings": len(found)}
+    row["seconds"] = time.process_time() - since
+    row["validation_loss"], logs, student = min(found, key=lambda one: one[0])
+    row["six"] = [round(v, 6) for t in Six(logs)().values() for v in t.tolist()]
+    if final:
+        row["test_loss"], row["accuracy"] = judged(student, split)
+    return row
+
+
+def chosen(rows: list[Row], arm: str) -> float:
+    """The setting with the lowest mean validation loss on the tuning seeds."""
+    return min((s for s in SETTINGS[arm] if tuning(rows, arm, s)), key=lambda s: statistics.fmean(tuning(rows, arm, s)))
+
+
+def tuning(rows: list[Row], arm: str, setting: float) -> list[float]:
+    return [r["validation_loss"] for r in rows if not r["final"] and (r["arm"], r["setting"]) == (arm, setting)]
+
+
+def study(raw: Path, miniature: bool) -> list[Row]:
+    rows, rounds = read(raw), 1 if miniature else ROUNDS
+
+    def run(arm: str, setting: float | None, seed: int, final: bool, seconds: float | None = None) -> Row:
+        for row in rows:
+            if [row[key] for key in ("arm", "setting", "seed", "final")] == [arm, setting, seed, final]:
+                return row
+        row = one(arm, setting, seed, rounds, seconds, final)
+        rows.append(row)
+        with raw.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+        return row
+
+    descent, search = SETTINGS
+    for seed in TUNING_SEEDS[:1] if miniature else TUNING_SEEDS:
+        descents = [run(descent, rate, seed, False) for rate in SETTINGS[descent][: 1 if miniature else None]]
+        seconds = statistics.median(row["seconds"] for row in descents)
+        for width in SETTINGS[search][: 1 if miniature else None]:
+            run(search, width, seed, False, seconds)
+    for seed in (0, 1) if miniature else SEEDS:
+        run(UNTUNED, None, seed, True)
+        seconds = run(descent, chosen(rows, descent), seed, True)["seconds"]
+        run(search, chosen(rows, search), seed, True, seconds)
+    return rows
+
+
+def read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(rows: list[Row]) -> str:
+    """The final runs, and the differences between the two arms."""
+    names = {"validation_loss": "validation loss", "test_loss": "test loss", "accuracy": "test accuracy, %"}
+    columns = {
+        (arm, key): [r[key] for r in sorted(rows, key=lambda r: r["seed"]) if r["final"] and r["arm"] == arm]
+        for arm in (UNTUNED, *SETTINGS)
+        for key in (*names, "trainings", "seconds")
+    }
+    lines = ["| | trainings | processor time, s | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * 5]
+    for arm in (UNTUNED, *SETTINGS):
+        shown = {"trainings": ".0f", "seconds": ".1f", **dict.fromkeys(names, ".3f"), "accuracy": ".1f"}
+        cells = [f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items()]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    for other in ("random search", UNTUNED):
+        cells = []
+        for key in names:
+            test = paired_test(columns["metagradients", key], columns[other, key])
+            to = "+.1f" if key == "accuracy" else "+.3f"
+            ends = "" if test.interval is None else " ({:{to}} to {:{to}})".format(*test.interval, to=to)
+            cells.append(f"{test.mean:{to}}{ends}")
+        lines.append(f"| *metagradients − {other}* | | | " + " | ".join(cells) + " |")
+    told = " and ".join(f"{chosen(rows, arm):g} of {list(SETTINGS[arm])} for {arm}" for arm in SETTINGS)
+    many = len(columns[UNTUNED, "seconds"])
+    note = (
+        f"Means over {many} seeds; differences with 95 % intervals, paired by seed. Tuning chose {told}. "
+        "`python benchmarks/hyperparameters.py`; raw rows: `benchmarks/results/hyperparameters.jsonl`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__, RAW)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table there; runs nothing")
+    given = machine.parsed(parser)
+    torch.set_num_threads(1)
+    if given.write:
+        machine.write_between_marks(given.write, "hyperparameters", table(read(given.out)))
+    else:
+        print(table(study(given.out, given.miniature)))
+
+
+if __name__ == "__main__":
+    main()
