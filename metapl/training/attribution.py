@@ -324,7 +324,7 @@ class _Training:
         self.data, self.judged, self.order, self.problem = data, judged, order, problem
         self.start, self.each, self.groups = start, each, groups
         kind = start.device.type  # in the precision of the scores, wherever it is called
-        how = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         self.autocast = partial(torch.autocast, kind, **how)
 
     def __call__(self, weights: Tensor) -> Tensor:
