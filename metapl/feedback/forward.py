@@ -103,4 +103,4 @@ class Forward(Estimator):
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
             path.found.append(vars(feedback[-1]))
         feedback.reverse()
-        return feedback if self.truncate is None else padded(feedback, path), state
+        return padded(feedback, path) if len(feedback) < len(path.steps) else feedback, state
