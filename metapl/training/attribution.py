@@ -182,7 +182,8 @@ def attribute(
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or many steps, and of
-    a small convolutional network (docs/attribution.md has measurements). A removed example stays in its batch, with the
+    a small convolutional network without batch norm; with it, before the activation, a small rate and small outputs at
+    the start it holds there too (docs/attribution.md has measurements). A removed example stays in its batch, with the
     weight 0: it counts in B and in the statistics of a batch norm.
 
     Raises: :class:`metapl.MetaplError` for data that are not as told, and as :func:`metapl.hypergradient`.

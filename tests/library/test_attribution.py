@@ -172,7 +172,7 @@ def test_a_training_with_all_examples_is_the_one_that_was_differentiated(case: s
     problem = Named() if case == "outer_batch" else EqualWeights()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         attribution = found(network, train=train, outer=outer, problem=problem)
-        whole = attribution._losses_without(torch.ones(N))
+    whole = attribution._losses_without(torch.ones(N))
     assert attribution.scores.dtype == torch.float32
     assert error(whole, attribution.outer_loss) < 1e-6
 
