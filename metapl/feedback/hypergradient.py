@@ -179,9 +179,15 @@ def hypergradient(
                 "inner batches": told(held),
                 "a number of steps": len(batches),
                 "an inner optimizer": told(
-                    inner_optimizer, settings(inner_optimizer), update.read_state(), str(options)
+                    inner_optimizer,
+                    settings(inner_optimizer),
+                    getattr(update, "group_of", None),
+                    update.read_state(),
+                    str(options),
                 ),
                 "a problem": told(settings(problem)),
+                "autocast": told(torch.is_autocast_enabled(device.type), str(torch.get_autocast_dtype(device.type))),
+                "a generator=": told(generator is None),
                 "a mode": told(estimate.name, str({**vars(estimate), "keep_on": None}), accumulate),
             }
             kept = Folder(folder, of, len(batches), problem, update, begun, (asked, slots), passes, generator)

@@ -471,6 +471,7 @@ def take_steps(
     if kept is not None and done:
         path.kept = kept
         params, state = kept.resume(path, updates)
+        path.batch(done - 1)  # of a path that is truncated, no other is read again
     for number in range(done, len(batches)):
         if number > done:
             params, state = path.steps[-1].moved
@@ -491,7 +492,7 @@ def take_steps(
             record.refuse_later_graphs()
         if tell is not None:
             tell(batch)
-    if kept is not None and done < len(batches):
+    if kept is not None and len(batches) > max(done, 1):  # a path of one step has no way back
         kept.note(path, len(batches), *path.steps[-1].moved)
     return path
 

@@ -12,6 +12,7 @@ removes them all.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from metapl.feedback.teacher import Known, TeacherPass
 from metapl.problems.base import Problem, Signal, asked_first, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import remove_temporary
-from metapl.runs.fingerprints import built_with
+from metapl.runs.fingerprints import built_with, network_record
 from metapl.updates import Update
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def told(*given: Any) -> int:
     def plain(value: Any) -> Any:
         if isinstance(value, nn.Module):
             held = {**dict(value.named_parameters()), **dict(value.named_buffers())}
-            return repr(value), [part.training for part in value.modules()], held
+            return network_record(value), [part.training for part in value.modules()], held
         if isinstance(value, torch.optim.Optimizer):
-            return repr(value)
+            return type(value).__name__, [{**group, "params": None} for group in value.param_groups]
         return value
 
     return int(digest([plain(value) for value in given]))
@@ -63,9 +64,9 @@ def settings(value: Any) -> str:
 def begun(folder: str | None) -> RandomState | None:
     """The generators at the beginning of the path that a killed process has left in a folder; None without one."""
     place = folder_of(folder)
-    if place is None or not _numbers(place, "steps"):
+    if place is None or not _is_begun(place):
         return None
-    random = checkpoint.load(place / _PATH)["content"]["random"]
+    random = _load(place / _PATH)["content"]["random"]
     where = torch.device("cpu" if random["accelerator"] is None else torch.accelerator.current_accelerator() or "cpu")
     return RandomState(where, **random)
 
@@ -96,6 +97,7 @@ class Folder(States):
         generator: torch.Generator | None,
     ) -> None:
         super().__init__("cpu")  # nothing is held
+        self.name = ""  # of the path, by which its files are known
         self.folder, self.steps, self.problem = folder, steps, problem
         self.update, self.student = update, student
         self.teacher, self.passes, self.generator = teacher, passes, generator
@@ -107,11 +109,12 @@ class Folder(States):
                 'or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
             )
         remove_temporary(self.folder)
-        # Without the file, a path ended while its files were removed.
-        if not (self.folder / _PATH).exists() or not _numbers(folder, "steps"):
+        if not _is_begun(folder):
             self.finish()
-            self._write(_PATH, {"of": dict(of), "random": RandomState.now(student.device).values()})
-        known = self._read(_PATH)["of"]
+            content = {"of": dict(of), "random": RandomState.now(student.device).values(), "name": secrets.token_hex(8)}
+            self._write(_PATH, content)
+        found = self._read(_PATH)
+        known, self.name = found["of"], found["name"]
         others = [name for name in of if known.get(name) != of[name]]
         if others:
             raise MetaplError(
@@ -128,7 +131,9 @@ class Folder(States):
         """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
         after them."""
         for number in sorted(_numbers(self.folder, "steps")):
-            found = self._read(f"steps-{number:08d}.ckpt")
+            found = self._read(name := f"steps-{number:08d}.ckpt")
+            if found["begun"] != len(path.steps):
+                raise _unfit(self.folder / name, "is there, and a file of steps before it is not")
             for record in found["steps"]:
                 rule = updates[len(path.steps)] if updates else path.update
                 path.steps.append(InnerStep.recorded(self.problem, rule, self.student, self.bases[0], record))
@@ -153,6 +158,7 @@ class Folder(States):
         begun, parts = self.done, len(path.steps[0].passes)
         now = [State(slots.parts) for slots in (self.student.slots, self.teacher[1])]
         content = {
+            "begun": begun,
             "steps": [step.record(self.bases[0]) for step in path.steps[begun:number]],
             "passes": [self._record(part) for part in self.passes[begun * parts : number * parts]],
             "states": [state.values(base) for state, base in zip(now, self.bases, strict=True)],
@@ -214,13 +220,36 @@ class Folder(States):
     def _write(self, name: str, content: dict[str, Any]) -> None:
         leaves = pytree.tree_leaves(content)
         places = [str(t.device) if isinstance(t, Tensor) else "" for t in leaves]
-        checkpoint.save(self.folder / name, {"content": content, "places": places})
+        checkpoint.save(self.folder / name, {"content": content, "places": places, "of": [self.name, name]})
 
     def _read(self, name: str) -> Any:
-        found = checkpoint.load(self.folder / name)
+        found = _load(self.folder / name)
+        if found["of"] != [self.name, name]:
+            raise _unfit(self.folder / name, "was not written by this path under this name")
         leaves, structure = pytree.tree_flatten(found["content"])
         places = zip(leaves, found["places"], strict=True)
         return pytree.tree_unflatten([t.to(at) if at else t for t, at in places], structure)
+
+
+def _is_begun(folder: FilePath) -> bool:
+    # Without its first file, a path ended while its files were removed.
+    return (folder / _PATH).exists() and bool(_numbers(folder, "steps"))
+
+
+def _load(file: FilePath) -> dict[str, Any]:
+    try:
+        return checkpoint.load(file)
+    except checkpoint.ClosedCheckpointError:
+        raise
+    except checkpoint.CheckpointError as error:
+        raise _unfit(file, str(error).removeprefix(f"{file} ").partition("; ")[0]) from error
+
+
+def _unfit(file: FilePath, what: str) -> MetaplError:
+    return MetaplError(
+        f"{file} {what}, so the path in this folder cannot be gone on with; expected its files as they were written. "
+        f"To begin anew, remove {file.with_name(_PATH)}."
+    )
 
 
 def _numbers(folder: FilePath, kind: str) -> list[int]:

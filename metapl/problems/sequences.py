@@ -33,8 +33,9 @@ class DataRater(Problem):
 
     A batch, the inner or the outer, is a tensor of token ids (B, T), int64, or a dict as Hugging Face has it: with
     ``input_ids``, and perhaps an ``attention_mask``, whose zeros are padding, and ``labels``, the ids themselves with
-    -100 where none is to be predicted (default: at padding). Both networks get the tensor, or the dict without labels;
-    :class:`metapl.models.Logits` wraps those of Hugging Face. A sequence with nothing to predict has the loss 0.
+    -100 where none is to be predicted (default: at padding, and at the first token after it). Both networks get the
+    tensor, or the dict without labels; :class:`metapl.models.Logits` wraps those of Hugging Face. A sequence with
+    nothing to predict has the loss 0.
 
     The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
     (``accumulate``) and processes that share them. The ``signal`` of a report is a, of mean 1 over the batch, and the
@@ -117,7 +118,9 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
             "tensor, or a dict with input_ids and perhaps attention_mask and labels of the same shape."
         )
     if mask is not None and "labels" not in parts:
-        labels = labels.masked_fill(mask == 0, IGNORED)
+        is_token = mask != 0
+        # Padded on the left, the first token has nothing before it to be predicted from, as at a row's beginning.
+        labels = labels.masked_fill(~is_token | ~F.pad(is_token[:, :-1], (1, 0), value=True), IGNORED)
     return inputs, labels
 
 

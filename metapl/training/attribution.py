@@ -235,7 +235,7 @@ def attribute(
     start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
     scores, losses = [], []
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
-        start.restore()  # the dropout masks of the same training
+        start.restore() if scores else None  # the dropout masks of the same training
         result = hypergradient(
             None,
             student,

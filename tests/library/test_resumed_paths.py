@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -29,14 +30,25 @@ def batch(number: int) -> tuple[Tensor, ...]:
     return torch.randn(8, 6, generator=draw), torch.randint(0, 3, (8,), generator=draw)
 
 
-def network(classes: int = 3) -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, classes))
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def network(scale: float = 1.0) -> nn.Module:
+    layers = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)
+    return nn.Sequential(*layers, Scaled(scale))
 
 
 def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict[str, Any]:
     """The whole result of a path, and what it leaves behind."""
     torch.manual_seed(given.pop("seed", 0))
-    student, teacher = network(), given.pop("teacher", lambda: None)()
+    student, teacher = network(given.pop("scale", 1.0)), given.pop("teacher", lambda: None)()
+    steps, dtype = given.pop("steps", STEPS), given.pop("dtype", None)
     options = {"keep_every": 7, **given.pop("mode", {})}
 
     def made(number: int) -> Any:
@@ -46,16 +58,17 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
     given_batch = given.pop("batch", batch)
     generator = given.pop("generator", None)
     draws = torch.Generator().manual_seed(generator) if generator is not None else None
-    found = metapl.hypergradient(
-        teacher,
-        student,
-        outer=batch(-1),
-        inner=Lookahead(made, steps=STEPS, schedule=given.pop("schedule", None)),
-        mode=Forward(**options, keep_on=folder),
-        inner_optimizer=given.pop("optimizer", adam)(student),
-        generator=draws,
-        **{"problem": EqualWeights(), **given},
-    )
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        found = metapl.hypergradient(
+            teacher,
+            student,
+            outer=batch(-1),
+            inner=Lookahead(made, steps=steps, schedule=given.pop("schedule", None)),
+            mode=Forward(**options, keep_on=folder),
+            inner_optimizer=given.pop("optimizer", adam)(student),
+            generator=draws,
+            **{"problem": EqualWeights(), **given},
+        )
     left = [torch.random.get_rng_state(), *([] if draws is None else [draws.get_state()])]
     fields = ("grads", "feedback", "inner_loss", "outer_loss", "student_params", "inner_state")
     return {name: getattr(found, name) for name in fields} | {"left": left}
@@ -88,8 +101,10 @@ def attribution(folder: str | None, read: Callable[[], None]) -> dict[str, Any]:
     } | ({"left": left})
 
 
-def adam(student: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(student.parameters(), lr=0.01, amsgrad=True)
+def adam(student: nn.Module, first: int = 3) -> torch.optim.Optimizer:
+    weights = [*student.parameters()]
+    groups = [{"params": weights[:first]}, {"params": weights[first:], "lr": 0.02}]
+    return torch.optim.AdamW(groups, lr=0.01, amsgrad=True)
 
 
 def transform(_: nn.Module) -> Any:
@@ -190,6 +205,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "schedule": ({"schedule": lambda k: 0.5}, "an inner optimizer"),
     "mode": ({"mode": {"keep_every": 6}}, "a mode"),
     "batches": ({"batch": lambda k: batch(k + 1)}, "inner batches"),
+    "autocast": ({"dtype": torch.bfloat16}, "autocast"),
+    "generator": ({"generator": 0}, "a generator="),
+    "an attribute": ({"scale": 2.0}, "a student"),
+    "param groups": ({"optimizer": lambda s: adam(s, first=2)}, "an inner optimizer"),
 }
 
 
@@ -229,13 +248,60 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert next(reads) < 2 * STEPS
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_batches_that_no_step_back_reads_are_those_of_before(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        gradient(str(tmp_path), stopped_at(20), mode={"truncate": 3})
+    with pytest.raises(MetaplError, match="returned another batch for step 13"):
+        gradient(str(tmp_path), lambda: None, mode={"truncate": 3}, batch=lambda k: batch(k and k + 50))
+
+
+def test_a_path_of_one_step_begins_anew(tmp_path: Path) -> None:
+    expected = gradient(None, lambda: None, steps=1)
+    with pytest.raises(ZeroDivisionError):
+        gradient(str(tmp_path), lambda: None, steps=1, problem=Stopped())
+    assert same(gradient(str(tmp_path), lambda: None, steps=1), expected)
+
+
+class Stopped(EqualWeights):
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        raise ZeroDivisionError
+
+
+def flip(file: Path, other: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+
+FAULTS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "damaged": (flip, r"steps-00000007\.ckpt is damaged"),
+    "removed": (lambda file, other: file.unlink(), r"steps-00000014\.ckpt is there, and a file of steps before it"),
+    "another step's": (lambda file, _: shutil.copy(file.parent / "steps-00000014.ckpt", file), "was not written by"),
+    "another path's": (lambda file, other: shutil.copy(other, file), r"steps-00000007\.ckpt was not written by this"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_damaged_or_exchanged_file_is_named(case: str, tmp_path: Path) -> None:
+    for seed, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        with pytest.raises(ZeroDivisionError):
+            gradient(str(tmp_path / folder), stopped_at(20), seed=seed)
+    harm, said = FAULTS[case]
+    harm(*(tmp_path / folder / "steps-00000007.ckpt" for folder in "ab"))
+    with pytest.raises(MetaplError, match=rf"{said}.* To begin anew, remove .*path\.ckpt"):
+        gradient(str(tmp_path / "a"), lambda: None)
+    (tmp_path / "a" / "path.ckpt").unlink()
+    assert same(gradient(str(tmp_path / "a"), lambda: None), gradient(None, lambda: None))
+
+
+def test_attribution_in_the_folder_of_another_path_leaves_the_generators(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         gradient(str(tmp_path), stopped_at(20))
-    file = tmp_path / "steps-00000007.ckpt"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(MetaplError, match=r"steps-00000007\.ckpt is damaged"):
-        gradient(str(tmp_path), lambda: None)
+    student, mode = network(), Forward(keep_on=str(tmp_path))
+    torch.manual_seed(5)
+    left = torch.random.get_rng_state()
+    with pytest.raises(MetaplError, match="holds the states of another path"):
+        metapl.attribute(student, batch(0), batch(-1), optimizer=adam(student), steps=STEPS, batch_size=4, mode=mode)
+    assert torch.equal(torch.random.get_rng_state(), left)
 
 
 class Counting(nn.Module):
