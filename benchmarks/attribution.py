@@ -379,7 +379,9 @@ def smooth(rows: list[Row]) -> list[str]:
         if mine:
             loss, accuracy = (statistics.fmean(r[key] for r in mine) for key in ("loss", "accuracy"))
             each = [r["scores"]["attribute"]["0.01"][0] for r in mine]
-            found = f"{statistics.fmean(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+            found = f"{statistics.fmean(each):.2f}"
+            if len(each) > 1:
+                found += f" ({min(each):.2f} to {max(each):.2f})"
             lines.append(f"| {name} | {len(mine)} | {loss:.3f} | {100 * accuracy:.1f} | {found} |")
     told = (
         f"Spearman's correlation over {SMOOTH_REMOVALS} removals, means and ranges over the seeds from "

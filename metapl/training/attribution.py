@@ -177,14 +177,14 @@ def attribute(
     Returns: an :class:`Attribution`.
 
     Cost: on WRN-28-2 some 4.6 to 5 plain trainings with all states kept, 5.4 to 5.6 where steps are computed again
-    once (``benchmarks/long_paths.py``), and about one more a level of a tree; with ``each``, this M times.
+    once (``benchmarks/long_paths.py``), of small networks 5 to 8, and about one more a level of a tree; with ``each``,
+    this M times.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or many steps, and of
-    a small convolutional network without batch norm; with it, before the activation, a small rate and small outputs at
-    the start it holds there too (docs/attribution.md has measurements). A removed example stays in its batch, with the
-    weight 0: it counts in B and in the statistics of a batch norm.
+    a small convolutional network at a large rate (docs/attribution.md has measurements). A removed example stays in
+    its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
 
     Raises: :class:`metapl.MetaplError` for data that are not as told, and as :func:`metapl.hypergradient`.
 
