@@ -86,9 +86,10 @@ def answer_of(
     answer: Any = None
     try:
         answer = teacher(*given)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except checks.WRONG_INPUTS as error:
         if isinstance(error, MetaplError) or out_of_memory(error):
             raise
+        checks.explain(error, {"teacher": teacher}, ())
         taken = " and ".join(map(checks.described, given)) or "a call without arguments"
         raise MetaplError(
             f"the teacher {type(teacher).__name__} cannot take {taken}: {reason_of(error)}; expected a module that "

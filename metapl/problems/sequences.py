@@ -91,6 +91,11 @@ class DataRater(Problem):
     def normalized_signal(self, signal: Signal) -> Signal:
         """a, (B,), over the whole batch."""
         scores: Tensor = signal.value
+        if len(scores) < 2:
+            raise MetaplError(
+                "the inner batch of DataRater has one sequence, whose weight is 1 whatever its score, so the rater "
+                "would learn nothing; expected two or more, with drop_last=True in a DataLoader that may end on fewer."
+            )
         return Signal(len(scores) * scores.softmax(0))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -113,9 +118,12 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
     tensors = [ids, labels] + [mask] * (mask is not None)
     shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
     if len(shapes) > 1 or None in shapes or labels.ndim != 2 or labels.shape[1] < 2:
+        named = zip(("input_ids", "labels", "attention_mask"), tensors, strict=False)
+        held = ", ".join(f"{name} {checks.described(t)}" for name, t in named) if isinstance(given, dict) else ""
         raise MetaplError(
-            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T) of two tokens or more, a "
-            "tensor, or a dict with input_ids and perhaps attention_mask and labels of the same shape."
+            f"the batch of DataRater is {checks.described(batch)}{': ' * bool(held)}{held}; expected token ids (B, T) "
+            "of two tokens or more, a tensor, or a dict with input_ids and perhaps attention_mask and labels of the "
+            "same shape. The batches of several student steps are a metapl.Lookahead([...])."
         )
     if mask is not None and "labels" not in parts:
         is_token = mask != 0

@@ -303,7 +303,7 @@ class TorchUpdate(Update):
             there, now = predicted[name], _some(local(parameters[name]))
             gap, moved, size = (torch.linalg.vector_norm(wide(t)) for t in (now - there, there - was, was))
             checks.refuse(
-                gap > 1e-3 * moved + 4 * torch.finfo(was.dtype).eps * size,
+                gap > max(1e-3, 4 * torch.finfo(was.dtype).eps) * moved + 4 * torch.finfo(was.dtype).eps * size,
                 f"inner_optimizer moved the student's {name} elsewhere than the step of {described(self.optimizer)} "
                 "does, by whose rule the feedback is found. Usual causes: a step that was replaced or wrapped, or does "
                 "more, such as clipping (use clip_norm) or projecting weights. The weights have moved by it.",

@@ -304,7 +304,7 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
 
 def test_a_picture_in_two_classes(tmp_path: Path) -> None:
     labeled = scan_labeled(pictures(tmp_path, cat=[1, 2], dog=[2, 3]))
-    finding = found(check_folders(labeled), "1 pictures are in two classes")
+    finding = found(check_folders(labeled), "pictures in more than one class, 1")
     assert (finding.level, finding.kind) == ("error", "contradiction")
     assert set(finding.files) == {tmp_path / "cat" / "1.bmp", tmp_path / "dog" / "0.bmp"}
     # Twice in one class is twice the weight, and no harm.

@@ -315,6 +315,16 @@ class Heads(nn.Module):
         return self.embed(ids).mean(1).view(len(ids), *self.shape)
 
 
+class Keywords(nn.Linear):
+    """A rater as those of Hugging Face: it takes the entries of a dict one by one."""
+
+    def __init__(self) -> None:
+        super().__init__(LENGTH, 1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids.float())
+
+
 IDS = tokens(6, 1, "tensor")
 
 
@@ -323,15 +333,18 @@ IDS = tokens(6, 1, "tensor")
     [
         ({"mode": "reinforce"}, "mode 'reinforce' is for sampled signals"),
         ({"inner": (IDS, IDS)}, r"the batch of DataRater is .*expected token ids \(B, T\)"),
+        ({"inner": [IDS, IDS]}, r"several student steps are a metapl\.Lookahead"),
+        ({"inner": IDS[:1]}, "has one sequence, whose weight is 1 whatever its score"),
         ({"inner": IDS[:, 0]}, r"expected token ids \(B, T\) of two tokens or more"),
         ({"inner": IDS[:, :1]}, r"expected token ids \(B, T\) of two tokens or more"),
         ({"outer": {"ids": IDS}}, r"expected token ids \(B, T\) of two tokens or more"),
-        ({"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}}, "attention_mask and labels of the same shape"),
+        ({"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}}, r"labels a tensor of shape \(6, 6\).*of the same shape"),
         ({"outer": {"input_ids": IDS, "labels": IDS + 5}}, r"the labels run from 5 to 15.*expected 0\.\.10"),
         ({"outer": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}}, "are all of its labels left out"),
         ({"student": Heads(WORDS)}, r"the student's outputs are .*expected the logits of\s+a causal language model"),
         ({"teacher": Heads(2)}, r"the teacher returned .*of shape \(6,\) or \(6, 1\)"),
         ({"teacher": nn.Linear(3, 1)}, "the teacher Linear cannot take"),
+        ({"teacher": Keywords(), "inner": {"input_ids": IDS}}, r"teacher = metapl\.models\.Logits\(teacher\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ import torch
 import torchopt
 from problems_zoo import OPTIMISERS, toy, unmoved, warm
 from reference import error
+from torch.nn import LayerNorm, Linear, Sequential
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import metapl
@@ -377,6 +378,18 @@ def test_a_step_that_was_replaced_on_an_optimizer_is_refused(cls: Any) -> None:
         metapl.hypergradient(**given, **problem.data())
     del inner.step
     trainer.step(**problem.data())
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_weights_in_bfloat16_take_the_optimizers_step(cls: Any) -> None:
+    """A weight at 0, such as a bias, shows the rounding of the step alone."""
+    torch.manual_seed(0)
+    teacher, student = (Sequential(Linear(8, 16), LayerNorm(16), Linear(16, 3)).bfloat16() for _ in "ab")
+    inner = cls(student.parameters(), lr=0.1)
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", inner_optimizer=inner)
+    for _ in range(3):
+        trainer.step((torch.randn(5, 8).bfloat16(), torch.arange(5) % 3), torch.randn(6, 8).bfloat16())
+    assert student[1].bias.detach().any()
 
 
 @pytest.mark.parametrize("step", [halved, clipping])

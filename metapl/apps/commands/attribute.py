@@ -40,6 +40,7 @@ TABLE, PAGE = "attribution.csv", "attribution.html"
 PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
 MOMENTUM = 0.9
 REMOVED, FEWEST_REMOVALS = 0.05, 8  # share of the pictures in each removal of the check; fewer say too little
+DO = "Mend the labels that are wrong, take out what shows no class, and train again."
 SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 
 
@@ -269,14 +270,15 @@ def sentences(found: dict[str, Any]) -> list[str]:
         check = (
             f"The check: {found['removals']} trainings without {found['removed']:,} random pictures each, and what the "
             f"scores predict of them, have a Spearman correlation of {found['spearman']:.2f} (95 % {low:.2f} to "
-            f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower --lr may help."
+            f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower "
+            f"rate, such as --lr {found['lr'] / 3:.1g}, may help."
         )
     unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
     return [
-        f"{found['harmful']:,} of {found['pictures']:,} labeled pictures harm what {found['network']} does on "
-        f"{found['judged_on']:,} others after {found['steps']:,} steps of {found['batch']}, at a rate of "
-        f"{found['lr']:g} that falls to 0. Its loss there is {found['loss']:.3f}, that of even guesses "
-        f"{found['loss_of_guesses']:.3f}{unlearned}.",
+        f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
+        f"the loss of {found['network']} on {found['judged_on']:,} others after {found['steps']:,} steps of "
+        f"{found['batch']}, at a rate of {found['lr']:g} that falls to 0. The loss there is {found['loss']:.3f}, that "
+        f"of even guesses {found['loss_of_guesses']:.3f}{unlearned}.",
         check,
     ]
 
@@ -285,7 +287,8 @@ def said(found: dict[str, Any], rows: list[Scored], out: Path) -> str:
     """The same for a terminal, with the first of the list."""
     cells = [(short(row.file, 48), short(row.label, 16), f"{row.score:+.2g}") for row in rows[:LISTED]]
     seconds = found["seconds"]
-    spent = f"{duration(seconds['scores'])} for the scores, {duration(seconds['check'])} for the check"
+    check = f", {duration(seconds['check'])} for the check" * bool(found["removals"])
+    spent = f"{duration(seconds['scores'])} for the scores{check}"
     parts = [wrapped("\n".join(sentences(found))), table([("most harmful", "label", "score"), *cells], left=2)]
     return "\n\n".join([*parts, wrapped(f"{out / TABLE} has all of them, {out / PAGE} shows them; {spent}")])
 
@@ -307,7 +310,7 @@ def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
         f"<h1>{title}</h1>",
         web.paragraph(found["run"], "quiet"),
         *map(web.paragraph, sentences(found)),
-        hung("Most harmful", f"more of these would raise the loss; {beneath}", harmful),
+        hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
         hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),
         web.folded("How they were found", web.rows([(name, json.dumps(value)) for name, value in flat(found).items()])),
     ]

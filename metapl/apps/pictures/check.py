@@ -298,7 +298,7 @@ def find_copies(
         what = f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: {note}"
         yield Finding("warning", what, kind="labeled copies")
     if doubtful := [on(group, "labeled") for group in groups if contradict(group)]:
-        what = f"{len(doubtful)} pictures are in two classes: {few(map(' and '.join, doubtful))}; remove them from one."
+        what = f"pictures in more than one class, {len(doubtful)}: {few(map(' and '.join, doubtful))}; keep one."
         yield Finding("error", what, tuple(Path(path) for paths in doubtful for path in paths), "contradiction")
 
 
