@@ -140,6 +140,14 @@ class Normalized:
         _refuse_without_rows(f"{name} returned", [made, whole])
         self.fields = made.fields()
         refuse_stranger(name, stranger(self.fields.values(), self.leaves.values()), IN_THE_SIGNAL)
+        for t in () if ranks.alone else [t.detach().double() for t in self.fields.values()]:
+            mean = ranks.mean(t)
+            apart = (t - mean).abs() > 1e-3 * mean.abs() + 1e-6 * mean.abs().amax()
+            checks.refuse(
+                ranks.greatest(apart.any().double()) > 0,
+                f"{name} returned other values in each process, which joins the rows of all of them; expected a "
+                "function of the signal alone: draw noise in signal(), and give it in a field.",
+            )
         self.signal = made.having({n: ranks.own_rows(t.detach()) for n, t in self.fields.items()})
 
     def in_given(self, h: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -233,7 +233,7 @@ def attribute(
             'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
         )
     start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
-    scores, losses = [], []
+    scores, losses = list[Tensor](), list[Tensor]()
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
         start.restore() if scores else None  # the dropout masks of the same training
         result = hypergradient(

@@ -244,6 +244,29 @@ def test_processes_share_the_softmax_and_the_tokens(two: Ranks, layout: str, mod
     assert error(torch.cat([own["signal"] for own in found]), alone["signal"]) < near
 
 
+class Noisy(DataRater):
+    def normalized_signal(self, signal: metapl.Signal) -> metapl.Signal:
+        return super().normalized_signal(metapl.Signal(signal.value + torch.randn_like(signal.value)))
+
+
+def noise_in_processes(seed_by: int) -> str:
+    rater, student = (laid_out(network, "ddp") for network in networks())
+    torch.manual_seed(seed_by * torch.distributed.get_rank())
+    inner = torch.optim.SGD(student.parameters(), lr=0.1)
+    given = {"outer": own_share(tokens(8, 1)), "inner": own_share(tokens(8, 2)), "problem": Noisy()}
+    try:
+        metapl.hypergradient(rater, student, mode="forward", inner_optimizer=inner, **given)
+    except MetaplError as error:
+        return str(error)
+    return ""
+
+
+def test_processes_normalize_to_the_same_signal(two: Ranks) -> None:
+    assert two.run("noise_in_processes", seed_by=0) == ["", ""]
+    said = two.run("noise_in_processes", seed_by=1)
+    assert all("other values in each process" in text for text in said), said
+
+
 # --------------------------------------------------------------------------------------------------------- what it is
 
 
