@@ -123,7 +123,7 @@ class Attribution:
             torch.save({name: getattr(self, name) for name in names}, out)
 
     def _chosen(self, removed: Any) -> Tensor:
-        count, chosen = self.scores.shape[-1], torch.as_tensor(removed, device=self.scores.device)
+        count, chosen = self.scores.shape[-1], _numbers(removed, "removed", self.scores.device)
         if chosen.dtype == torch.bool and chosen.shape == (count,):
             return chosen.nonzero()[:, 0]
         whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
@@ -207,7 +207,7 @@ def attribute(
             f"batch_size={batch_size} is more than the {len(data)} training examples; expected at most so many."
         )
     if groups is not None:
-        groups = torch.as_tensor(groups, device=first.device)
+        groups = _numbers(groups, "groups", first.device)
         if groups.shape != (len(data),) or groups.dtype != torch.int64 or groups.min() < 0:
             raise MetaplError(
                 f"groups is {checks.described(groups)}; expected a whole number of 0 or more for each of the "
@@ -255,6 +255,13 @@ def attribute(
     retrain = _Training(student, optimizer, schedule, data, judged, order, problem, start, each, groups)
     found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
     return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
+
+
+def _numbers(given: Any, name: str, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(given, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MetaplError(f"{name} is {checks.described(given)}; expected numbers, not names: {error}.") from error
 
 
 def _order(examples: int, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:

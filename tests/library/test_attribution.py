@@ -249,6 +249,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "groups of other length": ({"groups": torch.zeros(3, dtype=torch.int64)}, "groups is"),
     "negative groups": ({"groups": torch.full((N,), -1)}, "groups is"),
     "groups that are no numbers": ({"groups": torch.zeros(N)}, "groups is"),
+    "groups by name": ({"groups": ["a"] * N}, "groups is a list .* expected numbers, not names"),
     "a generator": ({"generator": 3}, "generator is"),
     "examples that are dicts": ({"train": [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]}, "expected pairs"),
     "examples without labels": ({"train": [*X]}, "expected pairs"),
@@ -267,7 +268,7 @@ def test_wrong_data_are_refused(case: str) -> None:
         found(student(), **options, **mode)
 
 
-@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], np.ones(3, dtype=bool)])
+@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], ["a"], np.ones(3, dtype=bool)])
 def test_wrong_removals_are_refused(wrong: Any) -> None:
     with pytest.raises(MetaplError, match="removed is"):
         found(student()).predict(wrong)
