@@ -76,7 +76,7 @@ for words in ("train digits --labeled-batch 1000000", f"export {run}", f"evaluat
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_commands_that_have_four_mebibytes_say_so(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SHORT, str(tiny), str(tmp_path / "out")]

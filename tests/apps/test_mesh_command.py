@@ -131,6 +131,7 @@ def test_digits_by_shards(two: Ranks, tmp_path: Path, tiny: Path) -> None:
         assert (left / name).read_bytes() == (tmp_path / "shard" / name).read_bytes()
 
 
+@pytest.mark.long
 def test_products_of_layers(two: Ranks, tmp_path: Path) -> None:
     """The numbers of two processes that share the rows, dropout included."""
     command = [*TINY, "--mode", "difference", "--ema-decay", "0.9", "--dropout", "0.2"]

@@ -211,7 +211,7 @@ def first_step_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Replays are believed to be the pass that they replay."""
-    patch.setattr("metapl.execution.local.check_outputs", lambda *given: None)
+    patch.setattr("metapl.execution.local.check_outputs", lambda *given, **named: None)
 
 
 def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:

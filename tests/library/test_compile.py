@@ -136,7 +136,7 @@ def test_every_pass_of_a_step_sees_the_masks_of_the_inner_pass(fallback: bool, m
     monkeypatch.setattr(compiled, "OPTIONS", {"fallback_random": fallback})
     monkeypatch.setattr(compiled._CompiledForward, "_compared", lambda self, passes, *args: passes(*args))
     student, ones = Masks(), torch.ones(6, 40, dtype=torch.float64)
-    monkeypatch.setattr("metapl.execution.local.check_outputs", lambda *given: None)
+    monkeypatch.setattr("metapl.execution.local.check_outputs", lambda *given, **named: None)
     torch.manual_seed(0)
     plain = student(ones)
     torch.manual_seed(0)

@@ -174,10 +174,15 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     ("case", "place"),
     [("plain", place) for place in PLACES if place != "in the teacher's gradient"]
-    + [(case, place) for case in ("tree", "truncated") for place in ("in the run forward", "in the way back")]
-    + [("transform", "in the way back"), ("teacher", "in the way back"), ("teacher", "in the teacher's gradient")]
-    + [("labels are drawn", place) for place in ("in the run forward", "in the way back")]
-    + [("attribution", "at a file of the run forward"), ("attribution", "at a file of the way back")],
+    + [("teacher", "in the teacher's gradient"), ("attribution", "at a file of the way back")]
+    + [
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in (
+            *itertools.product(("tree", "truncated", "labels are drawn"), ("in the run forward", "in the way back")),
+            *(("transform", "in the way back"), ("teacher", "in the way back")),
+            ("attribution", "at a file of the run forward"),
+        )
+    ],
 )
 def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path) -> None:
     whole, reads = itertools.count(), itertools.count()
