@@ -59,7 +59,7 @@ class Attribution:
     Args:
         scores: minus the derivative of the outer loss in the weight of each of the N training examples, (N,), or of
             the loss of each of M outer examples, (M, N); in units of the outer loss. Positive: more of the example
-            would lower the loss.
+            would lower the loss. One that no step has drawn has 0.
         order: the training examples of each step, (K, B).
         outer_loss: L(θ_K), a scalar or (M,).
         student_params: θ_K by name.
@@ -117,8 +117,9 @@ class Attribution:
         return ranked[:count], ranked.flip(0)[:count]
 
     def save(self, file: str | Path) -> None:
-        """Write scores, order, outer loss and weights as a file for ``torch.load``."""
+        """Write scores, order, outer loss and weights as a file for ``torch.load``; its folder is made if need be."""
         names = ("scores", "order", "outer_loss", "student_params")
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(file)) as out:
             torch.save({name: getattr(self, name) for name in names}, out)
 
