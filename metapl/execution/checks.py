@@ -349,8 +349,8 @@ def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
 
 def learns(loss: Tensor, who: str) -> None:
     """Refuse a loss without a gradient, except a constant 0, such as UDA before its start."""
-    if not loss.requires_grad and bool(loss != 0):
-        raise without_gradient(who)
+    if not loss.requires_grad:
+        refuse(loss != 0, str(without_gradient(who)))
 
 
 def without_gradient(who: str) -> MetaplError:

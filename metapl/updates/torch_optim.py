@@ -26,6 +26,10 @@ State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state`
 States = dict[str, State]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
+# Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
+# between, ten times as much in the adjoint of Adam, would be of the whole network.
+AT_ONCE = 2**25
+
 _WRAPPERS = {
     "accelerate.optimizer.AcceleratedOptimizer",
     "lightning.pytorch.core.optimizer.LightningOptimizer",
@@ -262,9 +266,16 @@ class TorchUpdate(Update):
         return later
 
     def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """The param groups, each with the names of its parameters that have a gradient."""
+        """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
         for number, group in enumerate(self._options or self.optimizer.param_groups):
-            names = [name for name in grads if self.group_of[name] == number]
+            names, size = list[str](), 0
+            for name in grads:
+                if self.group_of[name] == number:
+                    names.append(name)
+                    size += grads[name].numel()
+                if size >= AT_ONCE:
+                    yield dict(group), names
+                    names, size = [], 0
             if names:
                 yield dict(group), names
 
