@@ -1,6 +1,6 @@
 """What it takes to rate the data of a language model of 7 billion weights, and how near such a plan is to a small one.
 
-    python benchmarks/language_plan.py              # ten minutes of one core
+    python benchmarks/language_plan.py              # half an hour of one core
     python benchmarks/language_plan.py --write docs/plan.md
 
 A rater of 0.1 billion weights scores the sequences from which a network as Llama's learns by two steps of AdamW. The
@@ -229,13 +229,13 @@ def table(result: Row) -> str:
             first = [named(row), str(row["steps"]), blocks(row), str(row["shards"])]
             lines.append(f"| {' | '.join([*first, *cells])} | {row['flops'] / 1e15:.2f} |")
     counts = " and ".join(f"{result['weights'][role] / 1e9:.2f} billion" for role in ("student", "rater"))
-    rows_, length = sizes["large"]["batch"]
+    sequences, length = sizes["large"]["batch"]
     lines += [
         "",
-        f"Student and rater of {counts} weights in float32, passes in bfloat16 under autocast, AdamW, {rows_} sequences "
-        f"of {length:,} tokens in each batch of a rank. GB at the fullest moment: `kept for it` are weights and moments "
-        "of the student's steps, and what is passed back through them; `passes` everything else; blocks are kept for "
-        "the backward pass, or run again in it. Rehearsed, not run.",
+        f"Student and rater of {counts} weights in float32, passes in bfloat16 under autocast, AdamW, {sequences} "
+        f"sequences of {length:,} tokens in each batch of a rank. GB at the fullest moment: `kept for it` are weights "
+        "and moments of the student's steps, and what is passed back through them; `passes` everything else, of double "
+        "backward its whole graph; blocks are kept for the backward pass, or run again in it. Rehearsed, not run.",
         "",
         "| gradient | steps | blocks | precision | planned, MB | measured, MB | |",
         "|---|---:|---|---|---:|---:|---:|",
