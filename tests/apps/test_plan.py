@@ -137,6 +137,25 @@ def test_a_language_model_and_a_look_ahead_of_two_steps(mode: str) -> None:
     assert found.phases["feedback"]["feedback"] > 2 * states
 
 
+def test_networks_with_values_and_steps_that_read_them_are_refused() -> None:
+    class Reads(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * float(x.sum())
+
+    def batches() -> Any:
+        return (torch.randn(4, 3), torch.arange(4) % 2), torch.randn(4, 3)
+
+    with pytest.raises(
+        MetaplError, match="a network to rehearse has weights on cpu; expected all networks on the meta"
+    ):
+        rehearse([nn.Linear(3, 2), nn.Linear(3, 2)], metapl.BilevelTrainer, batches)
+    with torch.device("meta"):
+        pair = [nn.Linear(3, 2), Reads(3, 2)]
+    with pytest.raises(MetaplError, match=r"reads the value of a tensor \(aten._local_scalar_dense.default\)"):
+        rehearse(pair, metapl.BilevelTrainer, batches)
+    assert all(p.is_meta for network in pair for p in network.parameters())
+
+
 def test_the_feedback_is_what_a_step_without_it_does_not_hold() -> None:
     found, without = (planned(digits(mode, 512, unlabeled_batch=8)) for mode in ("forward", "none"))
     assert found.per_rank["feedback"] > found.per_rank["weights"]  # v and θ′ at least, each as large as a network

@@ -7,6 +7,7 @@ sends is counted from the code that will run, without any device.
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections import Counter
@@ -19,7 +20,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -168,10 +174,12 @@ def rehearse(
     """What a step of training holds, computes and sends, in one process or as rank 0 of a mesh; nothing is computed.
 
     Args:
-        networks: on the meta device.
+        networks: on the meta device, where they stay.
         train: makes the trainer, with its optimizers, from the networks as they are laid out over the mesh.
         batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as ``torch.empty``.
         averaged: with a moving average of the last network's weights and buffers.
+
+    Raises: :class:`metapl.MetaplError` for networks with values, and for a step that reads some.
 
     >>> import metapl
     >>> with torch.device("meta"):
@@ -183,6 +191,13 @@ def rehearse(
     True
     """
     mesh = mesh or Mesh()
+    places = {t.device.type for network in networks for t in network.parameters()} - {"meta"}
+    if places:
+        raise MetaplError(
+            f"a network to rehearse has weights on {', '.join(sorted(places))}; expected all networks on the meta device, where they "
+            'take no memory: build them within `with torch.device("meta"):`.'
+        )
+    networks = copy.deepcopy(list(networks))
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of each error
     before, log.disabled = log.disabled, True
     try:
@@ -195,6 +210,11 @@ def rehearse(
             if mesh.tensor > 1:  # the first time, DTensor runs each operation on whole shapes, to learn its result's
                 trainer.step(*given)
             return rehearsed(trainer, given, average)
+    except DataDependentOutputException as error:
+        raise MetaplError(
+            f"the step reads the value of a tensor ({error}), and in a rehearsal there are none; expected networks and "
+            "losses that compute with tensors alone, without .item(), float() or bool()."
+        ) from error
     finally:
         log.disabled = before
 
