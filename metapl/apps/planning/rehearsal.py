@@ -194,8 +194,8 @@ def rehearse(
     places = {t.device.type for network in networks for t in network.parameters()} - {"meta"}
     if places:
         raise MetaplError(
-            f"a network to rehearse has weights on {', '.join(sorted(places))}; expected all networks on the meta device, where they "
-            'take no memory: build them within `with torch.device("meta"):`.'
+            f"a network to rehearse has weights on {', '.join(sorted(places))}; expected all networks on the meta "
+            'device, where they take no memory: build them within `with torch.device("meta"):`.'
         )
     networks = copy.deepcopy(list(networks))
     log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of each error
