@@ -46,7 +46,7 @@ from metapl.problems.base import (
     joined_signals,
     sum_and_weight,
 )
-from metapl.updates import Update
+from metapl.updates import Clipped, Update, options_by_step
 
 REPEATS = 3
 """A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
@@ -119,6 +119,15 @@ class Lookahead(Sequence[Any]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         return plain(self.batches(number) if callable(self.batches) else self.batches[number])
+
+    def options(self, update: Update) -> list[list[dict[str, Any]]]:
+        """The options of the inner optimizer in each step, where a schedule makes them differ."""
+        if self.schedule is None:
+            return []
+        optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
+        if optimizer is None:
+            update.at(())  # which refuses it
+        return options_by_step(optimizer, self.schedule, len(self))
 
 
 def inner_batches(unlabeled: Any) -> list[Any]:
