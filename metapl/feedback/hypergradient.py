@@ -133,7 +133,7 @@ def hypergradient(
     batches = ahead if folder or ahead.lazy else list(ahead)
     labeled, held = read_batch(problem, "outer_batch", labeled), [batches[0]] if batches is ahead else batches
     options = ahead.options(update)
-    check_batches(labeled, held, device, of_student.ranks)
+    check_batches(labeled, held, device, of_student.ranks, len(batches))
     check_mode(estimate, len(batches), problem, of_student)
     teach = Teaching(of_teacher, problem, estimate, generator, of_student.ranks, batches, accumulate, recompute_teacher)
     begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
