@@ -34,7 +34,7 @@ from metapl.feedback.teaching import Teaching
 from metapl.problems.base import Signal, asked_first, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import remove_temporary
-from metapl.runs.fingerprints import built_with, network_record
+from metapl.runs.fingerprints import as_values, built_with, network_record
 from metapl.runs.ownership import owned
 from metapl.updates import Update
 
@@ -74,16 +74,24 @@ def known_by(
     kind, mode = student.device.type, teach.estimate
     return {
         "a student": told(student.module),
+        "forward hooks of the student": told(_hooks(student.module)),
         "a teacher": told(teach.network),
+        "forward hooks of the teacher": told(_hooks(teach.network)),
         "an outer batch": told(labeled),
         "inner batches": told(first),
         "a number of steps": teach.steps,
         "an inner optimizer": told(*rule, str(options)),
         "a problem": told(settings(teach.problem)),
         "autocast": told(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))),
-        "a generator=": told(teach.generator is None),
+        "a generator=": told(None if teach.generator is None else teach.generator.get_state()),
         "a mode": told(mode.name, str({**vars(mode), "keep_on": None}), teach.parts),
     }
+
+
+def _hooks(network: nn.Module) -> list[Any]:
+    """The functions that run around the passes of modules, by their names: as of modules, their code is not seen."""
+    kinds = "_forward_pre_hooks", "_forward_hooks"
+    return [[as_values([*getattr(part, kind).values()]) for kind in kinds] for part in network.modules()]
 
 
 def settings(value: Any) -> str:
