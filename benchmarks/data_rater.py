@@ -217,13 +217,20 @@ def tables(rows: list[Row]) -> str:
     gains = [r for r in rows if r["kind"] == "gain" and r["rater"] == "pairs"]
     lines = ["| perplexity of a character after training on | mean | over everything | over the rated |"]
     lines.append("|---|---:|---:|---:|")
-    for name in (EVERYTHING, RATED, OUTER, BOTH, CLEAN):
+    titles = {
+        EVERYTHING: "everything",
+        RATED: "the half of each batch that is rated best",
+        OUTER: "the half of least surprise, by counts of neighbours in the outer text",
+        BOTH: "the half by the difference of these and counts in the mixture",
+        CLEAN: "documentation alone",
+    }
+    for name, title in titles.items():
         reached = [r["perplexity"][name] for r in gains]
         cells = [
             "–" if name == other else spread([r["perplexity"][name] - r["perplexity"][other] for r in gains])
             for other in (EVERYTHING, RATED)
         ]
-        lines.append(f"| {name} | {statistics.fmean(reached):.2f} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {statistics.fmean(reached):.2f} | {' | '.join(cells)} |")
     seconds = statistics.fmean(r["seconds"] for r in gains)
     told = f"{len(gains)} seeds, means and 95 % intervals of paired differences, {3 * gains[0]['steps']} steps each. "
     told += f"The {gains[0]['steps']} outer steps of the rater are not counted: {seconds:.0f} s of processor time; "

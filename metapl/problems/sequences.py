@@ -83,9 +83,9 @@ class DataRater(Problem):
             checks.class_labels(labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2])
         checks.refuse(
             (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
-            f"the inner batch of DataRater has no token to predict: all of its labels are {IGNORED}, or all is padding, "
-            "so student and rater would learn nothing from it; expected one or more in every micro-batch of every "
-            "process: leave such sequences out.",
+            f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding, "
+            "and neither student nor rater learns from it; expected one or more in every micro-batch of every process: "
+            "leave such sequences out.",
         )
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
