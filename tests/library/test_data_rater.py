@@ -366,7 +366,7 @@ IDS = tokens(6, 1, "tensor")
         ({"outer": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}}, "are all of its labels left out"),
         (
             {"inner": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}},
-            "token to predict: its labels are all -100",
+            "to predict: its labels are all -100",
         ),
         ({"inner": {"input_ids": IDS, "attention_mask": 0 * IDS}}, "has no token to predict"),
         ({"student": Heads(WORDS)}, r"the student's outputs are .*expected the logits of\s+a causal language model"),
