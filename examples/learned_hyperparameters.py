@@ -53,7 +53,7 @@ def begin(split, seed):
     return student, torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9), batches
 
 
-def learn(split, seed, rounds=8, rate=1.0):
+def learn(split, seed, rounds=8, rate=0.3):
     """In each round: validation loss, the logarithms of the six, and the network that was trained with them."""
     logs = nn.ParameterDict({name: torch.tensor(values).log() for name, values in START.items()})
     adam = torch.optim.Adam(logs.parameters(), lr=rate, betas=(0.5, 0.9))
