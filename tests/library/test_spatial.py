@@ -27,12 +27,12 @@ def four() -> Iterator[Ranks]:
 def test_every_pass_on_two_processes(two: Ranks, name: str, training: bool) -> None:
     for found in two.run("passes", kind=name, training=training):
         assert found.keys() >= {"outputs", "gradient", "hessian product", "tangent"}
-        assert max(found.values()) < 1e-12, found
+        assert max(found.values()) < 1e-11, found
 
 
 def test_every_pass_on_four_processes(four: Ranks) -> None:
     for found in four.run("passes", kind="layers", side=128, rows=3):
-        assert max(found.values()) < 1e-12, found
+        assert max(found.values()) < 1e-11, found
 
 
 @pytest.mark.parametrize(
