@@ -1,0 +1,255 @@
+r"""Products with a Hessian, through layers whose backward pass is differentiated in fewer operations than by PyTorch.
+
+Such a product runs backward through the backward pass of every layer, of which it needs the graph, not the values. A
+layer that is linear in its input x and in its weight W has :math:`\bar x = B(g, W)` and :math:`\bar W = C(g, x)`; from
+cotangents a of :math:`\bar x` and A of :math:`\bar W`, with S the layer without its bias,
+
+.. math:: \bar g = S(a, W) + S(x, A), \quad \bar x = B(g, A), \quad \bar W = C(g, a).
+
+PyTorch makes the last two of a convolution by convolutions of transposed tensors, and computes :math:`C(g, x)` before,
+which nothing reads: nine convolutions become eight. Batch norm, :math:`y = \gamma \hat x + \beta` with
+:math:`\hat x = r (x - \mu)`, has :math:`\bar x = \gamma r P g`, where
+:math:`P g = g - \mathrm{mean}(g) - \hat x\, \mathrm{mean}(\hat x g)` over the m values of a channel; from cotangents
+a, b, c of :math:`\bar x, \bar\gamma, \bar\beta`,
+
+.. math::
+    \bar g &= \gamma r P a + b \hat x + c, \qquad \bar\gamma = r \langle a, P g \rangle, \\
+    \bar x &= r (b - \gamma r\, \mathrm{mean}(\hat x a)) P g - \gamma r^2\, \mathrm{mean}(\hat x g) P a
+              - \tfrac{\gamma r^2}{m} \langle a, P g \rangle \hat x,
+
+in seven passes over memory, where PyTorch makes some 30.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_ALL = [True, True, True]
+
+
+class HessianGraph(TorchFunctionMode):
+    """A block in which layers run so that a product with the Hessian of what they return is cheap; their outputs are
+    those outside of it, to the last bit.
+
+    Layers in half precision, under autocast, in forward mode, in a transform of ``torch.func``, on another device than a
+    CPU, and of tensors of other types, are left to PyTorch; so is a gradient that a forward pass takes itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.unread = False  # whether the gradient that is being computed is for its graph alone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = _LAYERS.get(func)
+        return func(*args, **kwargs or {}) if own is None else own(self, *args, **kwargs or {})
+
+    def gradient(self, value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradient of a scalar, to be differentiated once; its values are not to be read, and NaN for a weight."""
+        self.unread = True
+        try:
+            return torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+        finally:
+            self.unread = False
+
+
+class _Product(NamedTuple):
+    """S and its backward pass: ``backward(g, x, W, wanted)``, the gradients in x, W and the bias."""
+
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, list[bool]], Sequence[Tensor | None]]
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, product: _Product, graph: HessianGraph
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        ctx.product, ctx.graph = product, graph
+        return product.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * 5
+        given = g, *ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+        twice = ctx.graph.unread and torch.is_grad_enabled()
+        found = _LinearBackward.apply(*given, ctx.product) if twice else ctx.product.backward(*given)
+        return *found, None, None
+
+
+class _LinearBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], product: _Product) -> Any:
+        ctx.save_for_backward(g, x, weight)
+        ctx.set_materialize_grads(False)
+        ctx.product = product
+        in_x, in_weight, in_bias = wanted
+        # The gradient in a weight that was computed is read, on the way to what that was computed from.
+        unread = in_weight and weight.is_leaf and not torch.is_anomaly_enabled()  # which refuses NaN
+        found = product.backward(g, x, weight, [in_x, in_weight and not unread, in_bias])
+        return found[0], weight.new_full((), torch.nan).expand_as(weight) if unread else found[1], found[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor | None, A: Tensor | None, of_bias: Tensor | None) -> Any:
+        g, x, weight = ctx.saved_tensors
+        if a is None and A is None and of_bias is None:
+            return (None,) * 5
+        in_g = ctx.product.forward(x, torch.zeros_like(weight) if A is None else A, of_bias)
+        if a is not None:
+            in_g += ctx.product.forward(a, weight, None)
+        wanted = [ctx.needs_input_grad[1] and A is not None, ctx.needs_input_grad[2] and a is not None, False]
+        at = x if a is None else a, weight if A is None else A
+        in_x, in_weight, _ = ctx.product.backward(g, *at, wanted)
+        return in_g, in_x, in_weight, None, None
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Any, momentum: float, eps: float, graph: Any
+    ) -> Tensor:
+        y, mean, r = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+        ctx.save_for_backward(x, weight, mean, r)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.graph = eps, graph
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        if g is None:
+            return (None,) * 7
+        x, weight, mean, r = ctx.saved_tensors
+        if ctx.graph.unread and torch.is_grad_enabled():
+            found = _BatchNormBackward.apply(g, x, weight, mean, r, ctx.eps)
+        else:
+            found = _norm_backward(g, x, weight, None, None, mean, r, True, ctx.eps, _ALL)
+        return *found, None, None, None, None
+
+
+class _BatchNormBackward(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
+        in_x, gx, g1 = _norm_backward(g, x, weight, None, None, mean, r, True, eps, _ALL)
+        ctx.save_for_backward(g, x, weight, mean, r, gx, g1)
+        ctx.eps = eps
+        return in_x, gx, g1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> Any:
+        g, x, weight, mean, r, gx, g1 = ctx.saved_tensors  # gx = Σ x̂g, g1 = Σ g
+        zero, one, m = torch.zeros_like(r), torch.ones_like(r), x.numel() // len(r)
+        by_channel = (-1, *(1,) * (x.dim() - 2))
+
+        def affine(scale: Tensor, shift: Tensor) -> Tensor:
+            """scale·(x - mean) + shift, in one pass."""
+            return torch.native_batch_norm(x, scale, shift, mean, one, False, 0.0, 0.0)[0]
+
+        # Batch norm's own backward pass with γ = 1 is r P a and the sums, and that of (g, mean 0, r = 1) has Σ ag.
+        rPa, ax, a1 = _norm_backward(a, x, None, None, None, mean, r, True, ctx.eps, _ALL)
+        _, ag, _ = _norm_backward(a, g, None, None, None, zero, one, True, ctx.eps, [False, True, False])
+        aPg = ag - (a1 * g1 + ax * gx) / m
+        wr = weight * r
+        k = r * (b - wr * ax / m)
+        in_x = affine(-r * (k * gx + wr * r * aPg) / m, -k * g1 / m)
+        in_x.addcmul_(g, k.view(by_channel)).addcmul_(rPa, (-wr * gx / m).view(by_channel))
+        in_g = affine(b * r, c).addcmul_(rPa, weight.view(by_channel))
+        return in_g, in_x, r * aPg, None, None, None
+
+
+def _ours(*tensors: Tensor | None) -> bool:
+    """Whether a layer of these tensors is not left to PyTorch."""
+    given = [t for t in tensors if t is not None]
+    dtype = given[0].dtype
+    return (
+        torch.is_grad_enabled()
+        and dtype in (torch.float32, torch.float64)
+        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and t.numel() for t in given)
+        and all(t.device.type == "cpu" and t.layout is torch.strided for t in given)
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _convolution(pytorch: Any, dims: int) -> Callable[..., Tensor]:
+    def layer(
+        graph: HessianGraph,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if isinstance(padding, str) or input.dim() != dims + 2 or not _ours(input, weight, bias):
+            return pytorch(input, weight, bias, stride, padding, dilation, groups)
+        how = *([n] * dims if isinstance(n, int) else n for n in (stride, padding, dilation)), False, [0] * dims, groups
+
+        def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return torch.convolution(x, w, b, *how)
+
+        def backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor | None]:
+            return _convolution_backward(g, x, w, [len(w)], *how, wanted)
+
+        return _Linear.apply(input, weight, bias, _Product(forward, backward), graph)
+
+    return layer
+
+
+def _linear(graph: HessianGraph, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.dim() < 2 or weight.dim() != 2 or not _ours(input, weight, bias):
+        return F.linear(input, weight, bias)
+    return _Linear.apply(input, weight, bias, _Product(F.linear, _linear_backward), graph)
+
+
+def _linear_backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor | None]:
+    rows = g.flatten(0, -2)
+    in_x, in_weight, in_bias = wanted
+    return (
+        g @ w if in_x else None,
+        rows.T @ x.flatten(0, -2) if in_weight else None,
+        rows.sum(0) if in_bias else None,
+    )
+
+
+def _batch_norm(
+    graph: HessianGraph,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    running = running_mean, running_var
+    if not training or weight is None or bias is None or not _ours(input, weight, bias, *running):
+        return F.batch_norm(input, *running, weight, bias, training, momentum, eps)
+    nn.functional._verify_batch_size(input.size())
+    return _BatchNorm.apply(input, weight, bias, running, momentum, eps, graph)
+
+
+_LAYERS = {
+    torch.conv1d: _convolution(torch.conv1d, 1),
+    torch.conv2d: _convolution(torch.conv2d, 2),
+    torch.conv3d: _convolution(torch.conv3d, 3),
+    F.linear: _linear,
+    F.batch_norm: _batch_norm,
+}
