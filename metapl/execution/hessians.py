@@ -22,7 +22,9 @@ in seven passes over memory, where PyTorch makes some 30.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,28 +33,21 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from metapl.execution.buffers import swapped
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _norm_backward = torch.ops.aten.native_batch_norm_backward.default
+_linear_layer, _batch_norm_layer = F.linear, F.batch_norm
 _ALL = [True, True, True]
 
 
-class HessianGraph(TorchFunctionMode):
-    """A block in which layers run so that a product with the Hessian of what they return is cheap; their outputs are
-    those outside of it, to the last bit.
-
-    Layers in half precision, under autocast, in forward mode, in a transform of ``torch.func``, on another device than a
-    CPU, and of tensors of other types, are left to PyTorch; so is a gradient that a forward pass takes itself.
-    """
+class HessianGraph:
+    """What a gradient is computed for, in a block of :func:`hessian_graph`."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        self.thread = threading.get_ident()
         self.unread = False  # whether the gradient that is being computed is for its graph alone
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = _LAYERS.get(func)
-        return func(*args, **kwargs or {}) if own is None else own(self, *args, **kwargs or {})
 
     def gradient(self, value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
         """The gradient of a scalar, to be differentiated once; its values are not to be read, and NaN for a weight."""
@@ -61,6 +56,20 @@ class HessianGraph(TorchFunctionMode):
             return torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
         finally:
             self.unread = False
+
+
+@contextmanager
+def hessian_graph() -> Iterator[HessianGraph]:
+    """A block in which layers run so that a product with the Hessian of what they return is cheap; their outputs are
+    those outside of it, to the last bit. Checkpoints run layers again, so the backward passes belong into it.
+
+    Layers in half precision, under autocast, in forward mode, in a transform of ``torch.func``, on another device than a
+    CPU, and of tensors of other types, are left to PyTorch; so is a gradient that a forward pass takes itself.
+    """
+    # A TorchFunctionMode is off within torch.autograd.grad, where checkpoints run.
+    graph = HessianGraph()
+    with swapped([(vars(F), name, partial(layer, graph)) for name, layer in _LAYERS.items()]):
+        yield graph
 
 
 class _Product(NamedTuple):
@@ -171,12 +180,13 @@ class _BatchNormBackward(Function):
         return in_g, in_x, r * aPg, None, None, None
 
 
-def _ours(*tensors: Tensor | None) -> bool:
+def _ours(graph: HessianGraph, *tensors: Tensor | None) -> bool:
     """Whether a layer of these tensors is not left to PyTorch."""
     given = [t for t in tensors if t is not None]
     dtype = given[0].dtype
     return (
         torch.is_grad_enabled()
+        and graph.thread == threading.get_ident()
         and dtype in (torch.float32, torch.float64)
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and t.numel() for t in given)
         and all(t.device.type == "cpu" and t.layout is torch.strided for t in given)
@@ -197,7 +207,7 @@ def _convolution(pytorch: Any, dims: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if isinstance(padding, str) or input.dim() != dims + 2 or not _ours(input, weight, bias):
+        if isinstance(padding, str) or input.dim() != dims + 2 or not _ours(graph, input, weight, bias):
             return pytorch(input, weight, bias, stride, padding, dilation, groups)
         how = *([n] * dims if isinstance(n, int) else n for n in (stride, padding, dilation)), False, [0] * dims, groups
 
@@ -213,9 +223,9 @@ def _convolution(pytorch: Any, dims: int) -> Callable[..., Tensor]:
 
 
 def _linear(graph: HessianGraph, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if input.dim() < 2 or weight.dim() != 2 or not _ours(input, weight, bias):
-        return F.linear(input, weight, bias)
-    return _Linear.apply(input, weight, bias, _Product(F.linear, _linear_backward), graph)
+    if input.dim() < 2 or weight.dim() != 2 or not _ours(graph, input, weight, bias):
+        return _linear_layer(input, weight, bias)
+    return _Linear.apply(input, weight, bias, _Product(_linear_layer, _linear_backward), graph)
 
 
 def _linear_backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor | None]:
@@ -240,16 +250,16 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     running = running_mean, running_var
-    if not training or weight is None or bias is None or not _ours(input, weight, bias, *running):
-        return F.batch_norm(input, *running, weight, bias, training, momentum, eps)
-    nn.functional._verify_batch_size(input.size())
+    if not training or weight is None or bias is None or not _ours(graph, input, weight, bias, *running):
+        return _batch_norm_layer(input, *running, weight, bias, training, momentum, eps)
+    F._verify_batch_size(input.size())
     return _BatchNorm.apply(input, weight, bias, running, momentum, eps, graph)
 
 
-_LAYERS = {
-    torch.conv1d: _convolution(torch.conv1d, 1),
-    torch.conv2d: _convolution(torch.conv2d, 2),
-    torch.conv3d: _convolution(torch.conv3d, 3),
-    F.linear: _linear,
-    F.batch_norm: _batch_norm,
+_LAYERS: dict[str, Callable[..., Tensor]] = {
+    "conv1d": _convolution(F.conv1d, 1),
+    "conv2d": _convolution(F.conv2d, 2),
+    "conv3d": _convolution(F.conv3d, 3),
+    "linear": _linear,
+    "batch_norm": _batch_norm,
 }
