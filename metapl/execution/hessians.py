@@ -38,7 +38,7 @@ from metapl.execution.buffers import swapped
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _norm_backward = torch.ops.aten.native_batch_norm_backward.default
-_linear_layer, _batch_norm_layer = F.linear, F.batch_norm
+_norm = torch.ops.aten.native_batch_norm.default
 _ALL = [True, True, True]
 
 
@@ -63,8 +63,8 @@ def hessian_graph() -> Iterator[HessianGraph]:
     """A block in which layers run so that a product with the Hessian of what they return is cheap; their outputs are
     those outside of it, to the last bit. Checkpoints run layers again, so the backward passes belong into it.
 
-    Layers in half precision, under autocast, in forward mode, in a transform of ``torch.func``, on another device than a
-    CPU, and of tensors of other types, are left to PyTorch; so is a gradient that a forward pass takes itself.
+    Layers in half precision, under autocast, in forward mode, in a transform of ``torch.func``, on another device than
+    a CPU, and of tensors of other types, are left to PyTorch; so is a gradient that a forward pass takes itself.
     """
     # A TorchFunctionMode is off within torch.autograd.grad, where checkpoints run.
     graph = HessianGraph()
@@ -105,23 +105,26 @@ class _LinearBackward(Function):
         ctx.save_for_backward(g, x, weight)
         ctx.set_materialize_grads(False)
         ctx.product = product
-        in_x, in_weight, in_bias = wanted
+        of_x, of_weight, of_bias = wanted
         # The gradient in a weight that was computed is read, on the way to what that was computed from.
-        unread = in_weight and weight.is_leaf and not torch.is_anomaly_enabled()  # which refuses NaN
-        found = product.backward(g, x, weight, [in_x, in_weight and not unread, in_bias])
-        return found[0], weight.new_full((), torch.nan).expand_as(weight) if unread else found[1], found[2]
+        unread = of_weight and weight.is_leaf and not torch.is_anomaly_enabled()  # which refuses NaN
+        in_x, in_weight, in_bias = product.backward(g, x, weight, [of_x, of_weight and not unread, of_bias])
+        return in_x, weight.new_full((), torch.nan).expand_as(weight) if unread else in_weight, in_bias
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, a: Tensor | None, A: Tensor | None, of_bias: Tensor | None) -> Any:
-        g, x, weight = ctx.saved_tensors
-        if a is None and A is None and of_bias is None:
+    def backward(ctx: Any, a: Tensor | None, A: Tensor | None, c: Tensor | None) -> Any:
+        if a is None and A is None and c is None:
             return (None,) * 5
-        in_g = ctx.product.forward(x, torch.zeros_like(weight) if A is None else A, of_bias)
-        if a is not None:
-            in_g += ctx.product.forward(a, weight, None)
-        wanted = [ctx.needs_input_grad[1] and A is not None, ctx.needs_input_grad[2] and a is not None, False]
+        g, x, weight = ctx.saved_tensors
+        _, of_x, of_weight, *_ = ctx.needs_input_grad
+        terms = [(t, w) for t, w in ((a, weight), (x, A)) if t is not None and w is not None]
+        first, *others = terms or [(x, torch.zeros_like(weight))]
+        in_g = ctx.product.forward(*first, c)
+        for term in others:
+            in_g += ctx.product.forward(*term, None)
         at = x if a is None else a, weight if A is None else A
+        wanted = [of_x and A is not None, of_weight and a is not None, False]
         in_x, in_weight, _ = ctx.product.backward(g, *at, wanted)
         return in_g, in_x, in_weight, None, None
 
@@ -130,8 +133,8 @@ class _BatchNorm(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Any, momentum: float, eps: float, graph: Any
-    ) -> Tensor:
-        y, mean, r = torch.native_batch_norm(x, weight, bias, *running, True, momentum, eps)
+    ) -> Any:
+        y, mean, r = _norm(x, weight, bias, *running, True, momentum, eps)
         ctx.save_for_backward(x, weight, mean, r)
         ctx.set_materialize_grads(False)
         ctx.eps, ctx.graph = eps, graph
@@ -152,7 +155,7 @@ class _BatchNorm(Function):
 class _BatchNormBackward(Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, r: Tensor, eps: float) -> Any:
-        in_x, gx, g1 = _norm_backward(g, x, weight, None, None, mean, r, True, eps, _ALL)
+        in_x, gx, g1 = _norm_backward(g, x, weight, None, None, mean, r, True, eps, _ALL)  # Σ x̂g, Σ g
         ctx.save_for_backward(g, x, weight, mean, r, gx, g1)
         ctx.eps = eps
         return in_x, gx, g1
@@ -160,23 +163,24 @@ class _BatchNormBackward(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, a: Tensor, b: Tensor, c: Tensor) -> Any:
-        g, x, weight, mean, r, gx, g1 = ctx.saved_tensors  # gx = Σ x̂g, g1 = Σ g
+        g, x, weight, mean, r, gx, g1 = ctx.saved_tensors
         zero, one, m = torch.zeros_like(r), torch.ones_like(r), x.numel() // len(r)
-        by_channel = (-1, *(1,) * (x.dim() - 2))
 
-        def affine(scale: Tensor, shift: Tensor) -> Tensor:
-            """scale·(x - mean) + shift, in one pass."""
-            return torch.native_batch_norm(x, scale, shift, mean, one, False, 0.0, 0.0)[0]
+        def by_channel(t: Tensor) -> Tensor:
+            return t.view(-1, *(1,) * (x.dim() - 2))
 
-        # Batch norm's own backward pass with γ = 1 is r P a and the sums, and that of (g, mean 0, r = 1) has Σ ag.
+        def affine(scale: Tensor, shift: Tensor) -> Any:
+            """scale·(x - μ) + shift, in one pass."""
+            return _norm(x, scale, shift, mean, one, False, 0.0, 0.0)[0]
+
+        # With γ = 1, the backward pass from a is r P a with the sums; of an input g, μ = 0 and r = 1 it has Σ ag.
         rPa, ax, a1 = _norm_backward(a, x, None, None, None, mean, r, True, ctx.eps, _ALL)
         _, ag, _ = _norm_backward(a, g, None, None, None, zero, one, True, ctx.eps, [False, True, False])
-        aPg = ag - (a1 * g1 + ax * gx) / m
-        wr = weight * r
+        aPg, wr = ag - (a1 * g1 + ax * gx) / m, weight * r
         k = r * (b - wr * ax / m)
         in_x = affine(-r * (k * gx + wr * r * aPg) / m, -k * g1 / m)
-        in_x.addcmul_(g, k.view(by_channel)).addcmul_(rPa, (-wr * gx / m).view(by_channel))
-        in_g = affine(b * r, c).addcmul_(rPa, weight.view(by_channel))
+        in_x.addcmul_(g, by_channel(k)).addcmul_(rPa, by_channel(-wr * gx / m))
+        in_g = affine(b * r, c).addcmul_(rPa, by_channel(weight))
         return in_g, in_x, r * aPg, None, None, None
 
 
@@ -185,18 +189,18 @@ def _ours(graph: HessianGraph, *tensors: Tensor | None) -> bool:
     given = [t for t in tensors if t is not None]
     dtype = given[0].dtype
     return (
-        torch.is_grad_enabled()
-        and graph.thread == threading.get_ident()
-        and dtype in (torch.float32, torch.float64)
+        dtype in (torch.float32, torch.float64)
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == dtype and t.numel() for t in given)
-        and all(t.device.type == "cpu" and t.layout is torch.strided for t in given)
+        and all(t.is_cpu and t.layout is torch.strided for t in given)
+        and torch.is_grad_enabled()
+        and graph.thread == threading.get_ident()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
     )
 
 
-def _convolution(pytorch: Any, dims: int) -> Callable[..., Tensor]:
+def _convolution(pytorch: Any, dims: int) -> Callable[..., Any]:
     def layer(
         graph: HessianGraph,
         input: Tensor,
@@ -206,15 +210,16 @@ def _convolution(pytorch: Any, dims: int) -> Callable[..., Tensor]:
         padding: Any = 0,
         dilation: Any = 1,
         groups: int = 1,
-    ) -> Tensor:
+    ) -> Any:
         if isinstance(padding, str) or input.dim() != dims + 2 or not _ours(graph, input, weight, bias):
             return pytorch(input, weight, bias, stride, padding, dilation, groups)
-        how = *([n] * dims if isinstance(n, int) else n for n in (stride, padding, dilation)), False, [0] * dims, groups
+        windows = ([n] * dims if isinstance(n, int) else n for n in (stride, padding, dilation))
+        how: Any = *windows, False, [0] * dims, groups
 
         def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             return torch.convolution(x, w, b, *how)
 
-        def backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor | None]:
+        def backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Any:
             return _convolution_backward(g, x, w, [len(w)], *how, wanted)
 
         return _Linear.apply(input, weight, bias, _Product(forward, backward), graph)
@@ -222,19 +227,19 @@ def _convolution(pytorch: Any, dims: int) -> Callable[..., Tensor]:
     return layer
 
 
-def _linear(graph: HessianGraph, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(graph: HessianGraph, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if input.dim() < 2 or weight.dim() != 2 or not _ours(graph, input, weight, bias):
-        return _linear_layer(input, weight, bias)
-    return _Linear.apply(input, weight, bias, _Product(_linear_layer, _linear_backward), graph)
+        return _PYTORCH_LINEAR(input, weight, bias)
+    return _Linear.apply(input, weight, bias, _Product(_PYTORCH_LINEAR, _linear_backward), graph)
 
 
 def _linear_backward(g: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Sequence[Tensor | None]:
+    of_x, of_weight, of_bias = wanted
     rows = g.flatten(0, -2)
-    in_x, in_weight, in_bias = wanted
     return (
-        g @ w if in_x else None,
-        rows.T @ x.flatten(0, -2) if in_weight else None,
-        rows.sum(0) if in_bias else None,
+        g @ w if of_x else None,
+        rows.T @ x.flatten(0, -2) if of_weight else None,
+        rows.sum(0) if of_bias else None,
     )
 
 
@@ -248,15 +253,16 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     running = running_mean, running_var
-    if not training or weight is None or bias is None or not _ours(graph, input, weight, bias, *running):
-        return _batch_norm_layer(input, *running, weight, bias, training, momentum, eps)
-    F._verify_batch_size(input.size())
+    valid = training and eps > 0 and input.numel() > input.shape[1]
+    if not valid or weight is None or bias is None or not _ours(graph, input, weight, bias, *running):
+        return _PYTORCH_BATCH_NORM(input, *running, weight, bias, training, momentum, eps)
     return _BatchNorm.apply(input, weight, bias, running, momentum, eps, graph)
 
 
-_LAYERS: dict[str, Callable[..., Tensor]] = {
+_PYTORCH_LINEAR, _PYTORCH_BATCH_NORM = F.linear, F.batch_norm
+_LAYERS: dict[str, Callable[..., Any]] = {
     "conv1d": _convolution(F.conv1d, 1),
     "conv2d": _convolution(F.conv2d, 2),
     "conv3d": _convolution(F.conv3d, 3),

@@ -375,7 +375,7 @@ class SGD(TorchUpdate):
         w, theta = dict[str, Tensor](), dict(v)
         for group, names in self.groups(grads):
             mu, damping, decay = group["momentum"], group["dampening"], group["weight_decay"]
-            of_d: Sequence[Tensor] = torch._foreach_mul([v[n] for n in names], -group["lr"])
+            of_d: Tensors = torch._foreach_mul([v[n] for n in names], -group["lr"])
             if mu != 0:
                 of_b = torch._foreach_mul(of_d, mu) if group["nesterov"] else of_d
                 for n, bar in zip(names, of_b, strict=True):

@@ -169,7 +169,9 @@ def test_float32_is_as_close_as_pytorch_is(name: str, at: float) -> None:
     exact = Case(OWN[name], at=at).products()
     found, plain = (Case(OWN[name], torch.float32, at=at) for _ in range(2))
     for t, other, truth in zip(found.own_products(), plain.products(), exact, strict=True):
-        assert t is not None and other is not None and truth is not None
+        assert t is not None
+        assert other is not None
+        assert truth is not None
         assert error(t.double(), truth) < 3 * error(other.double(), truth) + 1e-6
 
 
