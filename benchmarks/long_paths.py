@@ -207,23 +207,25 @@ def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[dict
             before = seconds(partial(plain, name, steps))
             took = seconds(run)
             base = (before + seconds(partial(plain, name, steps))) / 2
-            row = {"network": name, "steps": steps, "way": way, "time": took / base, "plain_seconds": base}
-            memory = {"peak_bytes": peak_bytes(run, CPU), "peak_of_one_step": one}
+            row = {"network": name, "steps": steps, "way": way, "cpu": machine.described("cpu")["cpu"]}
+            row |= {"time": took / base, "plain_seconds": base}
+            memory = {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
             yield row | memory | {"kept_bytes": kept_bytes(name, steps, way)}
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["| network | K | states | time | memory | MB | without states |", "|---|---:|---|---:|---:|---:|---:|"]
+    lines = ["| network | K | states | processor | time | memory | MB | without states |"]
+    lines += ["|---|---:|---|---|---:|---:|---:|---:|"]
     networks, ways = [*TITLES], [*WAYS]
     for row in sorted(result["rows"], key=lambda r: (networks.index(r["network"]), r["steps"], ways.index(r["way"]))):
-        memory = row["peak_bytes"] / row["peak_of_one_step"]
-        beside = (row["peak_bytes"] - row["kept_bytes"]) / row["peak_of_one_step"]
-        cells = f"{row['time']:.1f} | {memory:.1f} | {row['peak_bytes'] / 1e6:,.0f} | "
-        cells += f"{beside:.1f}" if row["kept_bytes"] else "–"
-        lines.append(f"| {TITLES[row['network']]} | {row['steps']:,} | {row['way']} | {cells} |")
+        cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], row["cpu"], f"{row['time']:.1f}"]
+        peak, one, kept = (row.get(f"{name}_bytes") for name in ("peak", "one_step", "kept"))
+        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}"] if peak else ["–", "–"]
+        cells += [f"{(peak - kept) / one:.1f}" if peak and kept else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
     told = (
         "*Time*: processor time over plain training of the same steps, in turns; *memory*: the peak beyond what was "
-        "held before, over that of one plain step; *without states*: less those that are kept. "
+        "held before, over that of one plain step; *without states*: less those that are kept; –: not measured. "
         "`python benchmarks/long_paths.py`; raw rows: `benchmarks/results/long_paths.json`."
     )
     return "\n".join([*lines, "", told])
