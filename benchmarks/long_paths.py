@@ -4,16 +4,19 @@
     python benchmarks/long_paths.py --write docs/attribution.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
-was held before, over that of one plain step. Double backward is written by hand with torch.func, and by TorchOpt's
+was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the
+weights of all steps and checks nothing; double backward through all steps with torch.func; and TorchOpt's
 differentiable Adam, where these fit. Rows that are there are not repeated.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead
 from metapl.feedback import Forward
+from metapl.feedback.keeping import keeping
 from metapl.metrics.cost import peak_bytes
 from metapl.problems import EqualWeights
 
@@ -35,13 +39,15 @@ WAYS: dict[str, Forward | None] = {
     "all kept": Forward(keep_every=1),
     "every √K-th": Forward(),
     "tree": Forward(keep="tree"),
+    "adjoint by hand": None,
     "double backward": None,
     "TorchOpt": None,
 }
-CASES = {("wrn", 20): ("all kept", "every √K-th"), ("wrn", 100): ("all kept", "every √K-th")}
-CASES |= {("mlp", steps): tuple(WAYS) for steps in (10, 100)}
-CASES |= {("conv", steps): tuple(way for way in WAYS if way != "tree") for steps in (10, 100)}
-CASES |= {("mlp", 1000): ("all kept", "every √K-th", "tree")}
+WITH_ADAM = tuple(way for way in WAYS if way != "adjoint by hand")
+CASES = {("wrn", steps): ("all kept", "every √K-th", "adjoint by hand") for steps in (20, 100)}
+CASES |= {("mlp", steps): WITH_ADAM for steps in (10, 100)}
+CASES |= {("conv", steps): tuple(way for way in WITH_ADAM if way != "tree") for steps in (10, 100)}
+CASES |= {("mlp", 1000): ("all kept", "every √K-th", "tree"), ("mlp", 2000): ("every √K-th", "tree")}
 TITLES = {
     "wrn": "WRN-28-2, SGD, batch 16",
     "mlp": "330,000 weights, Adam, batch 100",
@@ -90,15 +96,58 @@ def plain(name: str, steps: int) -> None:
         optimizer.step()
 
 
-def by_path(name: str, steps: int, way: str) -> None:
-    student, optimizer, batch = network(name)
+def mode_of(way: str, steps: int) -> Forward:
     mode = WAYS[way]
     assert mode is not None
-    if way == "every √K-th":
-        mode = Forward(keep_every=max(2, round(steps**0.5)))
+    return Forward(keep_every=max(2, round(steps**0.5))) if way == "every √K-th" else mode
+
+
+def kept_bytes(name: str, steps: int, way: str) -> int:
+    """The bytes of the states that a path holds at its fullest: θ and the optimizer's, and g in the finest block."""
+    if WAYS[way] is None:
+        return 0
+    student, optimizer, batch = network(name)
+    F.cross_entropy(student(batch(0)[0]), batch(0)[1]).backward()
+    optimizer.step()
+    theta = sum(p.nbytes for p in student.parameters())
+    state = sum(t.nbytes for held in optimizer.state.values() for t in held.values() if isinstance(t, Tensor))
+    mode = mode_of(way, steps)
+    lengths = (steps, *keeping(steps, 0, CPU, mode.keep or mode.keep_every, None).spacings, 1)
+    *kept, held = (math.ceil(min(longer, steps) / shorter) for longer, shorter in pairwise(lengths))
+    return sum(kept) * (theta + state) + held * (2 * theta + state)
+
+
+def by_path(name: str, steps: int, way: str) -> None:
+    student, optimizer, batch = network(name)
+    mode = mode_of(way, steps)
     ahead = Lookahead(batch, steps=steps)
     given = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": optimizer}
     metapl.hypergradient(None, student, mode=mode, **given)
+
+
+def adjoint_by_hand(name: str, steps: int) -> None:
+    """SGD's adjoint with momentum, and the gradient in every example's weight: a Hessian product a step."""
+    student, optimizer, batch = network(name)
+    params, kept = list(student.parameters()), list[list[Tensor]]()
+    for number in range(steps):
+        kept.append([p.detach().clone() for p in params])
+        x, y = batch(number)
+        optimizer.zero_grad()
+        F.cross_entropy(student(x), y).backward()
+        optimizer.step()
+    x, y = batch(-1)
+    v = list(torch.autograd.grad(F.cross_entropy(student(x), y), params))
+    momentum = [torch.zeros_like(p) for p in params]
+    for number in reversed(range(steps)):
+        with torch.no_grad():
+            torch._foreach_copy_(params, kept.pop())
+        torch._foreach_mul_(momentum, 0.9)
+        torch._foreach_add_(momentum, v, alpha=-0.01)
+        x, y = batch(number)
+        weights = torch.ones(len(x), requires_grad=True)
+        loss = (weights * F.cross_entropy(student(x), y, reduction="none")).mean()
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        torch._foreach_add_(v, torch.autograd.grad(grads, [*params, weights], momentum)[:-1])
 
 
 def by_hand(name: str, steps: int) -> None:
@@ -134,7 +183,7 @@ def by_torchopt(name: str, steps: int) -> None:
     torch.autograd.grad(F.cross_entropy(student(x), y), weights)
 
 
-RIVALS = {"double backward": by_hand, "TorchOpt": by_torchopt}
+RIVALS = {"adjoint by hand": adjoint_by_hand, "double backward": by_hand, "TorchOpt": by_torchopt}
 
 
 def seconds(run: Callable[[], None]) -> float:
@@ -144,7 +193,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
-    cases = {(name, 4): tuple(WAYS) for name in ("mlp", "conv")} if miniature else CASES
+    cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if miniature else CASES
     for (name, steps), all_ways in cases.items():
         ways = [way for way in all_ways if (name, steps, way) not in there]
         if not ways:
@@ -158,21 +207,26 @@ def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[dict
             before = seconds(partial(plain, name, steps))
             took = seconds(run)
             base = (before + seconds(partial(plain, name, steps))) / 2
-            row = {"network": name, "steps": steps, "way": way, "time": took / base, "plain_seconds": base}
-            yield row | {"peak_bytes": peak_bytes(run, CPU), "peak_of_one_step": one}
+            row = {"network": name, "steps": steps, "way": way, "cpu": machine.described("cpu")["cpu"]}
+            row |= {"time": took / base, "plain_seconds": base}
+            memory = {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
+            yield row | memory | {"kept_bytes": kept_bytes(name, steps, way)}
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["| network | K | states | time | memory | MB |", "|---|---:|---|---:|---:|---:|"]
+    lines = ["| network | K | states | processor | time | memory | MB | without states |"]
+    lines += ["|---|---:|---|---|---:|---:|---:|---:|"]
     networks, ways = [*TITLES], [*WAYS]
     for row in sorted(result["rows"], key=lambda r: (networks.index(r["network"]), r["steps"], ways.index(r["way"]))):
-        memory = row["peak_bytes"] / row["peak_of_one_step"]
-        cells = f"{row['time']:.1f} | {memory:.1f} | {row['peak_bytes'] / 1e6:,.0f}"
-        lines.append(f"| {TITLES[row['network']]} | {row['steps']:,} | {row['way']} | {cells} |")
+        cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], row["cpu"], f"{row['time']:.1f}"]
+        peak, one, kept = (row.get(f"{name}_bytes") for name in ("peak", "one_step", "kept"))
+        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}"] if peak else ["–", "–"]
+        cells += [f"{(peak - kept) / one:.1f}" if peak and kept else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
     told = (
         "*Time*: processor time over plain training of the same steps, in turns; *memory*: the peak beyond what was "
-        "held before, over that of one plain step. `python benchmarks/long_paths.py`; raw rows: "
-        "`benchmarks/results/long_paths.json`."
+        "held before, over that of one plain step; *without states*: less those that are kept; –: not measured. "
+        "`python benchmarks/long_paths.py`; raw rows: `benchmarks/results/long_paths.json`."
     )
     return "\n".join([*lines, "", told])
 

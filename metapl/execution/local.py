@@ -21,6 +21,7 @@ from metapl.execution import checks
 from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
 from metapl.execution.buffers import Slots, State, stand_in, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
+from metapl.execution.hessians import hessian_graph
 from metapl.execution.kernels import explained, forward_mode, no_fast_path, refuse_once_differentiable
 from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
 from metapl.execution.ranks import ALONE, Ranks
@@ -468,9 +469,9 @@ class Pass:
         """
         self._refuse_ranks()
         replay = self._replay(self.inputs if inputs is None else inputs)
-        with no_fast_path(math=True), explained(), replay as (at, outputs):
+        with no_fast_path(math=True), explained(), hessian_graph() as graph, replay as (at, outputs):
             check_loss(loss(self.outputs, self.params).detach(), self.loss)  # at these outputs, to the last digits
-            g = torch.autograd.grad(loss(outputs, at), list(at.values()), create_graph=True, materialize_grads=True)
+            g = graph.gradient(loss(outputs, at), list(at.values()))
             refuse_once_differentiable(g)
             reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
 

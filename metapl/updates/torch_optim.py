@@ -371,6 +371,38 @@ class SGD(TorchUpdate):
             w.update(zip(names, torch._foreach_mul([v[name] for name in names], slopes), strict=True))
         return {name: w[name] for name in grads}
 
+    def vjp(
+        self, params: Tree, grads: Tree, state: States, v: Tree, state_cotangent: dict[int, Tensor] | None = None
+    ) -> Cotangents:
+        r"""In closed form too, with :math:`\bar\theta` for v, and μ = 1 in the first product without Nesterov:
+
+        .. math:: \bar b' \mathrel{+}= -\eta\mu\bar\theta, \quad \bar d = c\,\bar b' (- \eta\bar\theta), \quad
+                  \bar b = \mu\bar b', \quad \bar\theta \mathrel{+}= \lambda\bar d
+        """
+        place, moved = "momentum_buffer", {n for group, names in self.groups(grads) if group["momentum"] for n in names}
+        after = {n: {**held, place: None} if n in moved else held for n, held in state.items()}
+        given, before = state_cotangent or {}, _numbers(state)
+        bars = {at: given[number] for at, number in _numbers(after).items() if number in given}
+        w, theta = dict[str, Tensor](), dict(v)
+        for group, names in self.groups(grads):
+            mu, damping, decay = group["momentum"], group["dampening"], group["weight_decay"]
+            of_d: Tensors = torch._foreach_mul([v[n] for n in names], -group["lr"])
+            if mu != 0:
+                of_b = torch._foreach_mul(of_d, mu) if group["nesterov"] else of_d
+                for n, bar in zip(names, of_b, strict=True):
+                    if (n, place) in bars:
+                        bar += bars[n, place]
+                fresh = [state[n].get(place) is None for n in names]
+                kept = [b if new or not damping else b * (1 - damping) for b, new in zip(of_b, fresh, strict=True)]
+                of_d = torch._foreach_add(kept, of_d) if group["nesterov"] else kept
+                bars |= {(n, place): bar for n, bar in zip(names, torch._foreach_mul(of_b, mu), strict=True)}
+            if decay != 0:
+                theta.update(zip(names, torch._foreach_add([v[n] for n in names], of_d, alpha=decay), strict=True))
+            w.update(zip(names, torch._foreach_neg(of_d) if group["maximize"] else of_d, strict=True))
+        held = {at for at in before if isinstance(state[at[0]][at[1]], Tensor)}
+        of_state = {before[at]: bar for at, bar in bars.items() if at in held}
+        return Cotangents({name: w[name] for name in grads}, theta, of_state)
+
 
 class Adam(TorchUpdate):
     r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε), with d = ±g (+ λθ where λ is coupled).

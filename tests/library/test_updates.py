@@ -244,10 +244,23 @@ def test_adjoints_over_three_steps_are_those_of_the_rule_unrolled(name: str, ste
         assert error({"": one}, {"": other}) < optimiser.tolerance
 
 
+ADAMS: list[dict[str, Any]] = [{"maximize": True}, {"weight_decay": 0.1, "lr": torch.tensor(0.02)}]
+SGDS: list[dict[str, Any]] = [
+    {"maximize": True},
+    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    {"momentum": 0.9, "nesterov": True, "maximize": True, "lr": torch.tensor(0.02)},
+]
+
+
 @pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("options", [{"maximize": True}, {"weight_decay": 0.1, "lr": torch.tensor(0.02)}])
-def test_adams_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, Any], steps: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, options) for kind in (torch.optim.Adam, torch.optim.AdamW) for options in ADAMS),
+        *((torch.optim.SGD, options) for options in SGDS),
+    ],
+)
+def test_an_adjoint_in_closed_form_is_autograds(kind: Any, options: dict[str, Any], steps: int) -> None:
     """From all cotangents, with groups of their own, a weight without a gradient, and entries that are exactly zero."""
     student = toy("mlp").student
     first, *rest = student.parameters()
