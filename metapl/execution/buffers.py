@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import FrozenInstanceError
 from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from metapl.execution.rng import RandomState
 from metapl.execution.shards import is_sharded
 from metapl.execution.writes import Journal, Parameters, Slot, Weights, journal, memory_of, tensors_in
 
-SMALL = 1 << 16  # weights, up to which comparing them all costs less than looking at the operators of a pass
+SMALL = 1 << 20  # weights, up to which comparing them all costs less than looking at the operators of a pass
+_noted: WeakKeyDictionary[nn.Module, tuple[list[Any], list[Any], Any, Any]] = WeakKeyDictionary()
 
 
 class Slots:
@@ -78,6 +80,19 @@ class Slots:
             found += [*held["_backward_hooks"], *held["_backward_pre_hooks"]]
         self._seen = self._seen or found
         return self._seen == found
+
+    def note(self, asked: Any, found: Any) -> None:
+        """Note what was found out about the module when it was looked at, of what was ``asked``, for :meth:`recall`."""
+        if not any("forward" in vars(part) for part in self.parts):  # which may hold the module itself
+            held = [ref(one) for one in (*self.parts, *(p for _, _, p in self.parameters))]
+            _noted[self.module] = held, self._seen, asked, found
+
+    def recall(self, asked: Any) -> Any:
+        """What was noted, if the module is as it was then and the same is asked; else None."""
+        held, seen, before, found = _noted.get(self.module, ([], [], None, None))
+        same = before == asked and seen == self._seen and all(one() is not None for one in held)
+        self.looked_at = same and found is not None
+        return found if self.looked_at else None
 
     def compared(self, role: str, waits: bool) -> Weights | None:
         """The weights, to be compared at the end of the step; None where passes are looked at one by one: on the first

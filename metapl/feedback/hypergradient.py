@@ -17,6 +17,7 @@ from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry,
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.sharded import by_backward, student_of
+from metapl.execution.writes import refuse_changed, tensors_in
 from metapl.feedback import Feedback, Mode, estimator
 from metapl.feedback.compatible import (
     both_batches,
@@ -150,8 +151,18 @@ def hypergradient(
     check_batches(labeled, held, device, of_student.ranks)
     slots, passes = Slots(asked), list[TeacherPass]()
     begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
+    asked_of = estimate, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+    begun.recall(asked_of)
+    slots.recall(asked_of)
+    for role, one in (("teacher", slots), ("student", begun.slots)):
+        one.weights = one.compared(role, begun.waits) if len(batches) == 1 else None
     reader = teacher if problem.teacher_reads_inputs else None
-    explain = partial(explain_types, labeled, held, {"student": student, "teacher": reader})
+    read = [(t, t._version) for t in tensors_in((labeled, held))]
+
+    def explain(error: BaseException) -> None:
+        if isinstance(error, RuntimeError):  # autograd's own, where a graph has saved what was changed
+            refuse_changed(read, error)
+        explain_types(labeled, held, {"student": student, "teacher": reader}, error)
 
     def teach(batch: Any, outputs: Tensor | None) -> Signal:
         recompute = of_teacher is not None and (recompute_teacher or accumulate > 1 or lazy)
@@ -230,6 +241,11 @@ def hypergradient(
         )
         if kept is not None:
             kept.finish()
+        for one, found in ((slots, True), (begun.slots, (begun.narrowed, begun.graphs))):
+            if one.weights is not None:
+                one.weights.check()
+                refuse_changed(read)
+            one.note(asked_of, found)
         return result
 
 
