@@ -67,8 +67,8 @@ def refuse_checkpoints() -> Iterator[None]:
     """Refuse activation checkpoints in this block, which would be recomputed at other weights."""
     text = (
         "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, which "
-        "mode 'unrolled' would recompute at the weights of another step; use mode=\"forward\", which needs the "
-        "memory of one step only, or look one step ahead."
+        'a graph that is kept would recompute at the weights of another step; use mode="forward" with keep_graphs=0, '
+        "which needs the memory of one step only, or look one step ahead."
     )
     try:
         with disable_saved_tensors_hooks(text):

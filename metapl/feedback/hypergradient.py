@@ -213,6 +213,7 @@ def hypergradient(
                 teach=teach,
                 parts=accumulate,
                 keep_graph=estimate.keep_graph,
+                keep_graphs=estimate.keep_graphs,
                 keep=estimate.keeping,
                 kept=kept,
                 updates=[update.at(of_step) for of_step in options],
