@@ -29,7 +29,7 @@ from metapl.execution.rng import RandomState
 from metapl.execution.shards import is_sharded
 from metapl.execution.writes import Journal, Parameters, Slot, Weights, journal, memory_of, tensors_in
 
-SMALL = 1 << 16  # weights, up to which comparing them all costs less than looking at the operators of a pass
+SMALL = 1 << 20  # weights, up to which comparing them all costs less than looking at the operators of a pass
 
 
 class Slots:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
@@ -67,8 +68,8 @@ def refuse_checkpoints() -> Iterator[None]:
     """Refuse activation checkpoints in this block, which would be recomputed at other weights."""
     text = (
         "the student has activation checkpoints (torch.utils.checkpoint) or other hooks on saved tensors, which "
-        "mode 'unrolled' would recompute at the weights of another step; use mode=\"forward\", which needs the "
-        "memory of one step only, or look one step ahead."
+        'a graph that is kept would recompute at the weights of another step; use mode="forward" with keep_graphs=0, '
+        "which needs the memory of one step only, or look one step ahead."
     )
     try:
         with disable_saved_tensors_hooks(text):
@@ -85,6 +86,49 @@ def load_forward_mode() -> None:
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention in forward mode, for blocks of queries at a time: a quarter to a half of the time of PyTorch's math
+    kernel, the only one that has the derivative, and less memory. With a mask, dropout or fewer keys' heads, by that.
+
+    o = A v, A = softmax(s q kᵀ), has o′ = (A∘S′) v − rowsum(A∘S′) o + A v′, S′ = s (q′ kᵀ + q k′ᵀ).
+    """
+    given = query, key, value
+    known = all(type(t) is Tensor and t.dtype in (torch.float32, torch.float64) for t in given)
+    plain = attn_mask is None and dropout_p == 0.0 and not enable_gqa and known
+    plain &= torch._C._is_fwd_grad_enabled() and not torch.is_autocast_enabled(query.device.type)
+    pairs = [forward_ad.unpack_dual(t) for t in given] if plain else []
+    if all(slope is None for _, slope in pairs):
+        whole: Tensor = _attention(*given, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return whole
+    (q, dq), (k, dk), (v, dv) = ((t, torch.zeros_like(t) if dt is None else dt) for t, dt in pairs)
+    factor, outs, slopes = q.shape[-1] ** -0.5 if scale is None else scale, [], []
+    rows = max(64, -(-q.shape[-2] // 8))
+    for start in range(0, q.shape[-2], rows):
+        own, end = slice(start, start + rows), start + rows if is_causal else k.shape[-2]
+        k_, dk_, v_, dv_ = (t[..., :end, :] for t in (k, dk, v, dv))
+        scores = (q[..., own, :] @ k_.mT).mul_(factor)
+        if is_causal:
+            scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(start + 1), -torch.inf)
+        a = scores.softmax(-1)
+        moved = (dq[..., own, :] @ k_.mT + q[..., own, :] @ dk_.mT).mul_(factor).mul_(a)
+        outs.append(a @ v_)
+        slopes.append(moved @ v_ - moved.sum(-1, keepdim=True) * outs[-1] + a @ dv_)
+    out: Tensor = forward_ad.make_dual(torch.cat(outs, -2), torch.cat(slopes, -2))
+    return out
+
+
+_attention = functional.scaled_dot_product_attention
 
 
 @contextmanager
@@ -106,9 +150,11 @@ def forward_mode() -> Iterator[None]:
 
     with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True), explained():
         torch.no_grad.__enter__, torch.no_grad.__exit__ = entered, left  # type: ignore[method-assign]
+        functional.scaled_dot_product_attention = attention
         try:
             yield
         finally:
+            functional.scaled_dot_product_attention = _attention
             torch.no_grad.__enter__, torch.no_grad.__exit__ = enter, leave  # type: ignore[method-assign]
 
 

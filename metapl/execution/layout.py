@@ -8,9 +8,10 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -262,8 +263,16 @@ def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...],
 
 def is_block(part: nn.Module) -> bool:
     """Whether ``fully_shard`` gathers the weights of a module while it runs."""
-    # By name: the class itself takes seconds to import, and one process has no such block.
-    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(part).__mro__)
+    return "FSDPModule" in _of_torch(type(part))
+
+
+def _names_of_torch(kind: type) -> frozenset[str]:
+    """The names of a class and of its bases, of those that are PyTorch's: by name, for the classes that spread weights
+    take seconds to import, and one process has none of them."""
+    return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
+
+
+_of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
 
 
 def _is_spread(network: nn.Module) -> bool:
@@ -306,8 +315,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"
 def _refuse_not_replayable(name: str, layout: Layout) -> None:
     """Refuse a network that cannot be trained, or not be run again at other weights."""
     for prefix, part in named_parts(layout.network):
-        names = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch.")]
-        wrapper = next((name for name in _WRAPPERS if name in names), None)
+        wrapper = next((name for name in _WRAPPERS if name in _of_torch(type(part))), None)
         if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
             where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
             raise MetaplError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -252,11 +252,15 @@ class Pass:
     """One pass of record, and its replays: on its draws, and from copies of the state that it began with.
 
     Its ``outputs`` are z = S(x; θ), (B, ...), float32 or wider, without a graph; ``graph`` has it until
-    :meth:`gradient` has used it, which leaves the ``loss`` on this rank.
+    :meth:`gradient` has used it, which leaves the ``loss`` on this rank. What a pass that ``keeps`` its graph has
+    ``kept`` is that of its gradient: the weights as leaves, the gradient, and leaves of the loss.
     """
 
-    def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
-        self.student, self.params, self.inputs = student, params, inputs
+    keeps = False
+    kept: tuple[Tree, Tree, Sequence[Tensor]] | None = None
+
+    def __init__(self, student: LocalStudent, params: Tree, inputs: Any, keeps: bool = False) -> None:
+        self.student, self.params, self.inputs, self.keeps = student, params, inputs, keeps
         self._before, slots = RandomState.now(student.device), student.slots
         self._state, slots.state = slots.state or State(slots.parts), None
         self.narrowed: frozenset[torch.dtype] = frozenset()  # as Watch has it, as self.cut is
@@ -303,15 +307,16 @@ class Pass:
     def _running(self, *, forward: bool = False) -> Iterator[None]:
         """What this pass, or its backward pass, runs in."""
         with (
-            no_fast_path(math=True) if self.student.double_backward else NOTHING,
+            no_fast_path(math=True) if self.student.double_backward or self.keeps else NOTHING,
             swapped(self._held) if self._held else NOTHING,
             changes_noted(self._hooks, self.changed, forward=forward),
             journal(self._state.parameters) if self.student.slots.has_frozen else NOTHING,
         ):
             yield
 
-    def gradient(self, loss: Loss) -> tuple[Tensor, Tree]:
-        """A loss of this pass and its gradient, of the weights that it reaches; the graph is gone afterwards."""
+    def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
+        """A loss of this pass and its gradient, of the weights that it reaches; the graph is gone afterwards, or kept,
+        for derivatives in ``leaves`` too."""
         if self.graph is None:
             raise RuntimeError("a pass learns once")
         value = loss(self.graph, self._at)
@@ -319,9 +324,11 @@ class Pass:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
         with self._running():
-            grads = self.student.gradient(value, self._at, create_graph=keep)
+            grads = self.student.gradient(value, self._at, create_graph=keep or self.keeps)
         if not grads:
             raise checks.without_gradient("student")
+        if self.keeps:
+            self.kept, grads = (self._at, grads, leaves), {name: g.detach() for name, g in grads.items()}
         self.graph, self.loss = None, value.detach()
         if not keep:
             self._at, self._held = {}, []
@@ -334,8 +341,8 @@ class Pass:
             raise hook_changes(self.changed[0])
         if self._state.parameters.written:
             raise MetaplError(
-                "the student's forward writes to a frozen parameter, which the graphs that mode 'unrolled' keeps of "
-                'earlier steps may have saved; use mode="forward", which is as exact, or look one step ahead.'
+                "the student's forward writes to a frozen parameter, which the graphs that are kept of earlier steps "
+                'may have saved; use mode="forward", which is as exact, with keep_graphs=0, or look one step ahead.'
             )
 
     def forget(self, inputs_too: bool) -> None:
@@ -473,27 +480,21 @@ class Pass:
             check_loss(loss(self.outputs, self.params).detach(), self.loss)  # at these outputs, to the last digits
             g = graph.gradient(loss(outputs, at), list(at.values()))
             refuse_once_differentiable(g)
-            reached = {name: t for name, t in zip(at, g, strict=True) if t.requires_grad}
-
-            def product(w: Tree, *, free: bool = False) -> tuple[Tree, list[Tensor | None]]:
-                pairs = [(t, w[name]) for name, t in reached.items() if name in w]
-                ends = [*at.values(), *leaves]
-                found: Sequence[Tensor | None] = [None] * len(ends)
-                if pairs:
-                    found = torch.autograd.grad(
-                        [t for t, _ in pairs], ends, [v for _, v in pairs], retain_graph=not free, allow_unused=True
-                    )
-                curved = [torch.zeros_like(p) if t is None else t for p, t in zip(at.values(), found, strict=False)]
-                return dict(zip(at, curved, strict=True)), list(found[len(at) :])
-
-            yield product
+            yield partial(_derivatives, dict(zip(at, g, strict=True)), at, leaves)
 
     def second_derivatives(
-        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
+        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any, *, curved: bool
     ) -> tuple[Tree, list[Tensor | None]]:
-        """Of :meth:`hessian`, for one w."""
-        with self.hessian(loss, leaves, inputs) as product:
-            return product(w, free=True)
+        """Of :meth:`hessian`, for one w; of a graph that was kept, without its forward and backward pass. Not
+        ``curved``: in the leaves alone."""
+        if self.kept is None:
+            with self.hessian(loss, leaves, inputs) as product:
+                return product(w, free=True, curved=curved)
+        self._refuse_ranks()
+        (at, g, leaves), self.kept = self.kept, None
+        with explained():
+            refuse_once_differentiable(g.values())
+            return _derivatives(g, at, leaves, w, free=True, curved=curved)
 
     def _refuse_ranks(self) -> None:
         if not self.student.ranks.alone:
@@ -518,6 +519,21 @@ class Pass:
 
 
 LocalStudent.pass_type = Pass
+
+
+def _derivatives(
+    g: Tree, at: Tree, leaves: Sequence[Tensor], w: Tree, *, free: bool = False, curved: bool = True
+) -> tuple[Tree, list[Tensor | None]]:
+    """The derivatives of ⟨g, w⟩ in weights, if ``curved``, and in leaves; ``free``: the graph is not needed again."""
+    at = at if curved else {}
+    pairs = [(t, w[name]) for name, t in g.items() if name in w and t.requires_grad]
+    ends = [*at.values(), *leaves]
+    found: Sequence[Tensor | None] = [None] * len(ends)
+    if pairs:
+        tensors, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(tensors, ends, given, retain_graph=not free, allow_unused=True)
+    in_weights = {n: torch.zeros_like(p) if t is None else t for (n, p), t in zip(at.items(), found, strict=False)}
+    return in_weights, list(found[len(at) :])
 
 
 def gradient_through(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors as flattened
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -153,14 +154,14 @@ class Weights:
             if t is not None
         ]
         self._place: Callable[[Tensor], int | None] = Tensor.data_ptr if values else memory_of
-        self._values = torch.cat([held[2].flatten() for held in self.held]) if values and self.held else None
+        self._values = flattened([held[2] for held in self.held]) if values and self.held else None
         self._seen = self._now()
 
     def check(self, error: BaseException | None = None) -> None:
         """Put back what was moved, and refuse it; ``error``: what the pass failed by."""
         same = self._seen == self._now()
         if same and self._values is not None:
-            same = torch.equal(torch.cat([held[2].flatten() for held in self.held]), self._values)
+            same = torch.equal(flattened([held[2] for held in self.held]), self._values)
         moved, flags = ([], False) if same else self._moved()
         text = str(error) if isinstance(error, RuntimeError) else ""
         if flags or "change requires_grad flags of leaf variables" in text:
@@ -244,6 +245,12 @@ def weights_watched(
     weights.check()
     if versions != [t._version for t in given]:
         raise changed_input(f"the {role}")
+
+
+def refuse_changed(given: Sequence[tuple[Tensor, int]], cause: BaseException | None = None) -> None:
+    """Refuse a step that has changed a tensor of its batches: these, and their versions before."""
+    if any(t._version != version for t, version in given):
+        raise changed_input("a network or a function of the step") from cause
 
 
 def changed_input(who: str) -> MetaplError:

@@ -31,6 +31,7 @@ from metapl.runs.fields import Range, check_fields
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
+Graphs = Annotated[int, Range(0, of="a number of graphs")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
@@ -113,6 +114,8 @@ class Estimator(ABC):
     ``"nothing"``."""
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
+    keep_graphs: int = 0
+    """Of so many last steps the inner gradient stays differentiable, in the student's weights and the signal."""
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
 

@@ -155,6 +155,12 @@ def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) ->
         )
     if signal.sampled and mode.credits == "signal" and enters_input(problem):
         raise _labels_enter(mode, problem)
+    if mode.keep_graphs and (signal.sampled or enters_input(problem)):
+        raise MetaplError(
+            f"keep_graphs={mode.keep_graphs} was given, and the signal of {kind_of(problem)} "
+            f"{'is sampled' if signal.sampled else 'enters the input of the student'}, where the derivative is taken "
+            "in a pass of its own; expected keep_graphs=0."
+        )
     kind: Kind = "hard" if signal.sampled else "soft"
     if kind not in mode.labels:
         words = {"soft": ("differentiable", "it carries no log_prob"), "hard": ("sampled", "it carries log_prob")}

@@ -50,9 +50,10 @@ class Tangent:
 
 def exact_feedback(step: InnerStep, w: Tree) -> Feedback:
     """The feedback along w by exact derivatives: ż in forward mode; or by double backward where the signal enters the
-    student's input, for ⟨∂ℓ/∂z, ż⟩ then depends on it through the whole network."""
-    if step.entries:
-        return feedback_from_gradients(step.signal, step.second_derivatives(w, step.signal.differentiable())[1])
+    student's input, for ⟨∂ℓ/∂z, ż⟩ then depends on it through the whole network, or where the graph was kept."""
+    if step.entries or step.passes[0].kept:
+        _, in_signal = step.second_derivatives(w, step.signal.differentiable(), curved=False)
+        return feedback_from_gradients(step.signal, in_signal)
     return signal_feedback(step, w, forward_tangent(step, w))
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 from metapl.errors import MetaplError
 from metapl.execution.capabilities import FORWARD_AD, Capability
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, Steps, divisor, padded
+from metapl.feedback.base import Estimator, Feedback, Graphs, Normalization, State, Steps, divisor, padded
 from metapl.feedback.credit import credited_fields, exact_feedback, feedback_from_gradients
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, keeping
@@ -50,6 +50,11 @@ class Forward(Estimator):
             a tree (``Hypergradient.kept`` says which); in a folder, every √K-th.
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
             factor of 10 in K after the first.
+        keep_graphs: of so many of the last student steps (1 with one step), keep the graph of the gradient, which
+            spares the step that part of its adjoint that would compute the graph again: a forward and a backward pass
+            (of the first step, the derivative of the outputs takes the place of these). Memory: the graph of each of
+            these steps, some twice that of a plain pass. 0: of one step at a time; K: as ``unrolled`` in time and
+            memory. For soft signals that do not enter the student's input, in one process.
         keep_on: where kept states lie: None, with the student; ``"cpu"``; or a folder, for one path at a time. In a
             folder :func:`metapl.hypergradient` and :func:`metapl.attribute` also note every kept state that they pass,
             there and back: after a kill the same call goes on from there, to the same result bit for bit, on the
@@ -76,6 +81,7 @@ class Forward(Estimator):
     keep_every: Steps | None = None
     keep: Literal["tree"] | None = None
     keep_on: str | None = None
+    keep_graphs: Graphs = 0
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")

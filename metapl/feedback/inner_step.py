@@ -384,11 +384,15 @@ class InnerStep:
         """The micro-batches, each as its pass, signal and batch."""
         return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
 
-    def second_derivatives(self, w: Tree, fields: Mapping[str, Tensor]) -> tuple[Tree, dict[str, Tensor | None]]:
-        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, and that in fields of the signal, at the given values; None of a
-        field that the inner loss does not depend on."""
-        curved, in_leaves = self._by_parts(lambda part, *given: part.second_derivatives(w, *given), fields)
-        return mean_tree(curved), self.in_signal(fields, in_leaves)
+    def second_derivatives(
+        self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
+    ) -> tuple[Tree, dict[str, Tensor | None]]:
+        """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and that in fields of the signal, at the given values;
+        None of a field that the inner loss does not depend on."""
+        in_weights, in_leaves = self._by_parts(
+            lambda part, *given: part.second_derivatives(w, *given, curved=curved), fields
+        )
+        return mean_tree(in_weights), self.in_signal(fields, in_leaves)
 
     def shifted_derivatives(self, factor: Tensor, w: Tree) -> tuple[Tensor, list[list[Tensor | None]]]:
         """:meth:`shifted`, and the derivatives of the inner loss there in the leaves of each micro-batch, for

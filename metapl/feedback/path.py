@@ -443,6 +443,7 @@ def take_steps(
     teach: Teach,
     parts: int = 1,
     keep_graph: bool = False,
+    keep_graphs: int = 0,
     keep: Keep | None = None,
     kept: States | None = None,
     updates: Sequence[Update] = (),
@@ -461,6 +462,7 @@ def take_steps(
         teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
             them, where the signal enters its input or is normalized over the batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
+        keep_graphs: of so many last steps, keep the graphs of the gradients for :meth:`InnerStep.second_derivatives`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         kept: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
@@ -473,7 +475,7 @@ def take_steps(
         student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
     shared, several = first and max(student.ranks.size, parts) > 1, keep_graph and len(batches) > 1
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
-    walk = _Walk(path, teach, parts, keep_graph, credits)
+    walk = _Walk(path, teach, parts, keep_graph, len(batches) - keep_graphs, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
     done = 0 if kept is None else kept.done
@@ -497,7 +499,7 @@ def take_steps(
                 path.kept = kept or States(path.keeping.on)
             if shared:
                 path.look_at_inner_losses()
-        for record in path.steps[-1].passes if several else ():
+        for record in path.steps[-1].passes if several or number >= walk.graphs_from else ():
             record.refuse_later_graphs()
         if tell is not None:
             tell(batch)
@@ -514,12 +516,13 @@ class _Walk:
     teach: Teach
     parts: int
     keep_graph: bool
+    graphs_from: int  # the first step that keeps the graph of its gradient
     credits: Credits
 
     def step(self, number: int, batch: Any, params: Tree, state: Any, update: Update) -> InnerStep:
         """The step on a batch, from these weights and this state of the optimizer."""
         path, problem, student = self.path, self.path.problem, self.path.student
-        several, entering = len(path.batches) > 1, enters_input(problem)
+        several, entering, keeps = len(path.batches) > 1, enters_input(problem), number >= self.graphs_from
         normalizing = has_own(problem, "normalized_signal")
         before = entering or normalizing  # whether the teacher is asked before the student runs
         at = f" (step {number} of the {called('look-ahead')})" if several else ""
@@ -533,8 +536,8 @@ class _Walk:
             if entering:
                 entries.append(Entry(problem, x, told[i], self.keep_graph))
             inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
-            with refuse_checkpoints() if self.keep_graph and several else NOTHING:
-                passes.append(student.pass_type(student, params, inputs).run())  # z = S(x; θ)
+            with refuse_checkpoints() if keeps or (self.keep_graph and several) else NOTHING:
+                passes.append(student.pass_type(student, params, inputs, keeps).run())  # z = S(x; θ)
             outputs = passes[i].outputs
             if student.ranks.copies > 1:
                 check_copies([outputs], "outputs of the student", student.ranks)
@@ -545,8 +548,10 @@ class _Walk:
             if not before:
                 signals.append(self._asked(x, outputs))
             if before or not self.keep_graph:
-                loss = InnerLoss(problem, told[i], x, student, self.credits)
-                found.append(passes[i].gradient(loss))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+                leaves = as_leaves(told[i].differentiable()) if keeps else {}
+                loss = InnerLoss(problem, told[i].having(leaves), x, student, self.credits)
+                # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+                found.append(passes[i].gradient(loss, list(leaves.values())))
         if whole is None:
             whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
         if not found:  # no graph is freed before the path is differentiated in the signal as a whole

@@ -20,7 +20,7 @@ from metapl.execution.kernels import checkpoints_without_reentry
 from metapl.execution.local import LocalStudent
 from metapl.execution.modules import trainable
 from metapl.execution.sharded import student_of
-from metapl.execution.writes import changed_input, tensors_in
+from metapl.execution.writes import refuse_changed, tensors_in
 from metapl.feedback.compatible import check_batches, check_mode
 from metapl.problems.base import has_own
 from metapl.updates import parameters_of, refuse_missing, runs_others_code
@@ -79,7 +79,7 @@ class StepGuard:
                 try:
                     yield fault, student
                 except RuntimeError as error:  # autograd's own, where a graph has saved what was changed
-                    self._refuse_changed_batches(error)
+                    refuse_changed(self._given, error)
                     raise
                 student.slots.looked_at = self.slots.looked_at = True
 
@@ -103,11 +103,7 @@ class StepGuard:
             if slots.weights is not None:
                 slots.weights.check()
                 slots.weights = None
-        self._refuse_changed_batches()
-
-    def _refuse_changed_batches(self, cause: Exception | None = None) -> None:
-        if any(t._version != version for t, version in self._given):
-            raise changed_input("a network or a function of the step") from cause
+        refuse_changed(self._given)
 
     @contextmanager
     def both_or_none(self, trainer: Any, first: bool) -> Iterator[None]:

@@ -153,7 +153,7 @@ class BilevelTrainer(Trainer):
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
         # Double backward has no compiled form: there the student runs as it is.
-        eager = self.layout if self.mode.keep_graph else None
+        eager = self.layout if self.mode.keep_graph or self.mode.keep_graphs else None
         found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
         self.compiled = CompiledPasses(*(part for parts in found for part in parts))
         self.inner_optimizer = unwrapped(
@@ -231,6 +231,7 @@ class BilevelTrainer(Trainer):
                     parts=self.accumulate,
                     first=first,
                     keep_graph=self.mode.keep_graph,
+                    keep_graphs=self.mode.keep_graphs,
                     keep=self.mode.keeping,
                     credits=self.mode.credits,
                 )

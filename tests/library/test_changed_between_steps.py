@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -245,6 +246,18 @@ def test_a_forward_of_other_operations_is_looked_at_as_on_the_first_step(of: Any
             step()
     student.on = False
     step()
+
+
+def test_another_call_of_the_hypergradient_looks_at_other_operations_as_the_first_one() -> None:
+    student, _, _ = switched(rounded, "difference")
+    teacher, inner = nn.Linear(16, 3), torch.optim.SGD(student.parameters(), lr=0.1)
+    labeled, unlabeled = (torch.randn(64, 16), torch.randint(0, 3, (64,))), torch.randn(64, 16)
+    given = {"labeled": labeled, "unlabeled": unlabeled, "inner_optimizer": inner}
+    for mode in ("difference", "forward"):
+        for student.on in (False, True, True, False):  # what was refused is looked at again
+            refused = pytest.raises(MetaplError, match="are not of one function") if student.on else nullcontext()
+            with refused if mode == "difference" else nullcontext():
+                metapl.hypergradient(teacher, student, mode=mode, **given)
 
 
 def test_a_network_that_alternates_between_known_graphs_is_not_looked_at_again() -> None:

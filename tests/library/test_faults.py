@@ -245,10 +245,13 @@ CAUGHT: dict[str, dict[str, Check]] = {
     },
     "weights_not_compared": {
         "of_the_student": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
-            "student", "reinforce", "clamp"
+            "trainer", "student", "reinforce", "clamp"
+        ),
+        "by_a_function": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
+            "hypergradient", "student", "reinforce", "clamp"
         ),
         "of_the_teacher": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
-            "teacher", "reinforce", "data"
+            "trainer", "teacher", "reinforce", "data"
         ),
     },
     "subclass_taken_for_the_librarys": {

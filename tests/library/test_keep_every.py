@@ -1,4 +1,4 @@
-"""Look-aheads that keep every m-th step, and compute the others again."""
+"""Look-aheads that keep every m-th step, and compute the others again, or keep the graphs of the last m."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from problems_zoo import OPTIMISERS, STUDENTS, Toy, product, toy, unmoved, warm
 from reference import error
 from test_lookahead import batches
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead, MetaplError
@@ -54,6 +55,68 @@ def test_the_feedback_is_that_of_all_steps_kept(keep_every: int, student: str, o
     assert error(found.student_params, expected.student_params) == 0
 
 
+@pytest.mark.parametrize(
+    ("keep_graphs", "steps", "student", "optimiser"),
+    product(
+        (1, 2, 9),
+        (1, 3),
+        STUDENTS,
+        ("torch_sgd_nesterov", "torch_adamw", "torchopt_clip_momentum"),
+        usual=(2, 3, "mlp", "torch_adamw"),
+    ),
+)
+def test_the_feedback_is_that_without_graphs(keep_graphs: int, steps: int, student: str, optimiser: str) -> None:
+    problem, rule = toy(student), OPTIMISERS[optimiser]
+    ahead = batches(steps, problem)
+    inner, inner_state, _ = warm(problem, rule, 2)
+    expected = gradient(problem, inner, inner_state, ahead, Forward())
+    with unmoved(problem, *([inner] if rule.torch_class else []), generator=False):
+        found = gradient(problem, inner, inner_state, ahead, Forward(keep_graphs=keep_graphs))
+    assert error(found.grads, expected.grads) < 1e-11
+    for h, exact in zip(found.feedback, expected.feedback, strict=True):
+        assert error(h, exact) < 1e-11
+    assert error(found.student_params, expected.student_params) < 1e-14
+
+
+@pytest.mark.parametrize(("keep_graphs", "passes"), [(0, 11), (1, 10), (3, 8), (5, 6), (9, 6)])
+def test_a_step_with_its_graph_has_one_pass(keep_graphs: int, passes: int) -> None:
+    problem = toy("batch_norm")
+    inner, ran = torch.optim.SGD(problem.student.parameters(), lr=0.1), []
+    problem.student.register_forward_pre_hook(lambda *_: ran.append(1))
+    gradient(problem, inner, None, batches(5, problem), Forward(keep_graphs=keep_graphs))
+    assert len(ran) == passes
+
+
+def test_graphs_go_with_truncation_and_with_steps_that_are_computed_again() -> None:
+    problem = toy("batch_norm")
+    inner, ahead = OPTIMISERS["torch_adamw"].build(problem.student), batches(5, problem)
+    for options in ({"truncate": 3}, {"truncate": 1}, {"keep_every": 2}, {"keep": "tree"}):
+        expected = gradient(problem, inner, None, ahead, Forward(**options))
+        found = gradient(problem, inner, None, ahead, Forward(**options, keep_graphs=2))
+        assert error(found.grads, expected.grads) < 1e-11
+
+
+class Checkpointed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x.flatten(1), use_reentrant=False)
+
+
+def test_where_graphs_cannot_be_kept() -> None:
+    problem = toy("mlp")
+    ahead = {"labeled": problem.labeled, "unlabeled": Lookahead(batches(2, problem))}
+    inner, labels = torch.optim.SGD(problem.student.parameters(), lr=0.1), metapl.PseudoLabels(kind="hard")
+    given = {**problem.networks(), **ahead, "inner_optimizer": inner, "mode": Forward(keep_graphs=1)}
+    with pytest.raises(MetaplError, match=r"is sampled.*expected keep_graphs=0"):
+        metapl.hypergradient(**given, problem=labels)
+    features = ahead["unlabeled"][0].flatten(1).shape[1]
+    student = Checkpointed(features, problem.teacher(ahead["unlabeled"][0]).shape[1]).to(problem.labeled[0].dtype)
+    given |= {"student": student, "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.1)}
+    with pytest.raises(MetaplError, match="activation checkpoints"):
+        metapl.hypergradient(**given)
+    with pytest.raises(MetaplError, match="keep_graphs=-1"):
+        Forward(keep_graphs=-1)
+
+
 @pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adam"])
 @pytest.mark.parametrize("student", ["batch_norm", "dropout"])
 def test_twenty_steps_against_double_backward(student: str, optimiser: str) -> None:
@@ -89,7 +152,7 @@ def test_with_truncation(truncate: int) -> None:
 def test_a_trainer_goes_the_same_way(options: dict[str, Any], optimiser: str) -> None:
     """In the weights, the running statistics and the optimizers' states, over three of its steps."""
     found = []
-    for mode in (Forward(), Forward(keep_every=2)):
+    for mode in (Forward(), Forward(keep_every=2), Forward(keep_graphs=2)):
         problem = toy("batch_norm")
         inner = OPTIMISERS[optimiser].build(problem.student)
         trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, inner_optimizer=inner, **options)
@@ -97,9 +160,10 @@ def test_a_trainer_goes_the_same_way(options: dict[str, Any], optimiser: str) ->
         for _ in range(3):
             trainer.step((x[:4], y[:4]), Lookahead(batches(5, problem)))
         found.append(copy.deepcopy(trainer.state_dict()))
-    a, b = (tensors(state) for state in found)
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-12) for name in a)
+    a, *others = (tensors(state) for state in found)
+    for b in others:
+        assert a.keys() == b.keys()
+        assert all(torch.allclose(a[name], b[name], rtol=1e-10, atol=1e-12) for name in a)
 
 
 def tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:

@@ -170,6 +170,15 @@ def test_writes_in_a_replay_alone(mode: str) -> None:
     assert alike(before, state_of(problem.teacher, problem.student))
 
 
+def repeated(problem: Toy, mode: Any, by: str) -> Callable[[], Any]:
+    """Steps of a trainer, or calls of ``hypergradient``, one after the other."""
+    if by == "trainer":
+        trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode)
+        return lambda: trainer.step(**problem.data())
+    inner = torch.optim.SGD(problem.student.parameters(), lr=0.1)
+    return lambda: metapl.hypergradient(**problem.networks(), **problem.data(), mode=mode, inner_optimizer=inner)
+
+
 class Later(Writing):
     """Writes when it is told to."""
 
@@ -184,20 +193,21 @@ class Later(Writing):
 )  # this leaves the values
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce"])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_writes_that_begin_after_the_first_step(role: str, mode: str, write: str) -> None:
+@pytest.mark.parametrize("by", ["trainer", "hypergradient"])
+def test_writes_that_begin_after_the_first_step(by: str, role: str, mode: str, write: str) -> None:
     """Small networks are compared then, and not looked at operator by operator; the weights are as they were."""
     torch.manual_seed(5)
     later = Later(WRITES[write])
     problem = case(later if role == "student" else mlp(), torch.float32, later if role == "teacher" else None)
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode=ALL[mode])
-    trainer.step(**problem.data())
+    step = repeated(problem, ALL[mode], by)
+    step()
     later.late = True
     before = state_of(problem.teacher, problem.student)
     with pytest.raises(MetaplError, match=rf"the {role} writes to its parameter body\.(weight|bias)"):
-        trainer.step(**problem.data())
+        step()
     assert alike(before, state_of(problem.teacher, problem.student))
     later.late = False
-    trainer.step(**problem.data())
+    step()
 
 
 class Changed(Later):
@@ -236,23 +246,25 @@ def test_writes_in_the_labeled_pass_that_begin_after_the_first_step(mode: str) -
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_an_input_that_is_changed_in_place_after_the_first_step(role: str) -> None:
+@pytest.mark.parametrize("by", ["trainer", "hypergradient"])
+def test_an_input_that_is_changed_in_place_after_the_first_step(by: str, role: str) -> None:
     torch.manual_seed(5)
     later = Changed()
     problem = case(later if role == "student" else mlp(), torch.float32, later if role == "teacher" else None)
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode="reinforce")
-    trainer.step(**problem.data())
+    step = repeated(problem, "reinforce", by)
+    step()
     later.late = True
     before = state_of(problem.teacher, problem.student)
     with pytest.raises(MetaplError, match="changed its input in place"):
-        trainer.step(**problem.data())
+        step()
     assert alike(before, state_of(problem.teacher, problem.student))
 
 
-def test_a_network_that_is_changed_is_looked_at_again() -> None:
+@pytest.mark.parametrize("by", ["trainer", "hypergradient"])
+def test_a_network_that_is_changed_is_looked_at_again(by: str) -> None:
     """Its parts are others than on the first step: as on that one, every operator is looked at."""
     problem = case(nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES)), torch.float64)
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward")
+    step = repeated(problem, "forward", by)
     seen = []
     watch = writes.Watch.__init__
 
@@ -264,11 +276,11 @@ def test_a_network_that_is_changed_is_looked_at_again() -> None:
         patch.setattr(writes.Watch, "__init__", counted)
         for looked in (True, False, False):
             seen.clear()
-            trainer.step(**problem.data())
+            step()
             assert bool(seen) == looked
         problem.student[2] = nn.ReLU()
         seen.clear()
-        trainer.step(**problem.data())
+        step()
         assert seen
 
 
