@@ -43,6 +43,7 @@ MEASUREMENTS = (
     "endurance",
     "fresh_adam",
     "labels",
+    "language_plan",
     "long_paths",
     "modes",
     "peers",
@@ -224,6 +225,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
         ("attribution", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
+        ("plan", "<!-- language_plan:begin -->", "language_plan"),
     ],
     indirect=["module"],
 )
