@@ -72,7 +72,7 @@ class Data:
     def __init__(self, seed):
         self.draw = torch.Generator().manual_seed(seed)
         named = [v for m in (torch, nn, F, torch.optim, torch.linalg) for _, v in inspect.getmembers(m, callable)]
-        documentation = sequences("\n".join(dict.fromkeys(filter(None, map(inspect.getdoc, named)))))
+        documentation = sequences("\n".join(dict.fromkeys(filter(None, map(inspect.getdoc, named))))).unique(dim=0)
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
         self.code = sequences("\n".join(file.read_text(errors="replace") for file in files))
         shuffled = documentation[torch.randperm(len(documentation), generator=self.draw)]
@@ -109,28 +109,42 @@ def found(rater, data):
     return [s.mean().item() for s in scores], [(scores[0][:, None] > s).double().mean().item() for s in scores[1:]]
 
 
-def perplexities(rater, data, seed, steps, hf=False):
-    """Of a character of held-out documentation, by new models that learn from everything, from the half of every batch
-    with the highest scores, and from documentation alone."""
+def best_half(rater, data):
+    """A batch: of twice as many sequences of the mixture those with the highest scores."""
+    ids = data.mixture(2 * BATCH)[0]
+    return ids[rater(ids).topk(BATCH).indices]
 
-    def rated():
-        ids = data.mixture(2 * BATCH)[0]
-        return ids[rater(ids).topk(BATCH).indices]
+
+def perplexity(batch, data, seed, steps, hf=False):
+    """Of a character of held-out documentation, by a new model that learns from so many batches."""
 
     def loss(ids):
         return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-    reached = []
-    for batch in (lambda: data.mixture(BATCH)[0], rated, lambda: data.some(data.clean, BATCH)):
-        torch.manual_seed(seed)
-        model, optimizer = new_student(hf)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            loss(batch()).backward()
-            optimizer.step()
-        model.eval()
-        reached.append(loss(data.test).exp().item())
-    return reached
+    data.draw.manual_seed(seed)
+    torch.manual_seed(seed)
+    model, optimizer = new_student(hf)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(batch()).backward()
+        optimizer.step()
+    model.eval()
+    return loss(data.test).exp().item()
+
+
+def main(seed, steps, hf):
+    rater, data = Rater(torch.zeros(WORDS**2)), Data(seed)
+    learn_rater(rater, data, seed, steps, hf)
+    scores, areas = found(rater, data)
+    print(f"seed {seed}: mean scores", ", ".join(f"{n} {s:+.2f}" for n, s in zip(SOURCES, scores, strict=True)))
+    print(f"  AUC of documentation against source code {areas[0]:.2f}, against shuffled {areas[1]:.2f}")
+    learned = {
+        "on everything": lambda: data.mixture(BATCH)[0],
+        "rated": lambda: best_half(rater, data),
+        "documentation alone": lambda: data.some(data.clean, BATCH),
+    }
+    reached = [f"{perplexity(batch, data, seed, 3 * steps, hf):.2f} {name}" for name, batch in learned.items()]
+    print("  perplexity:", ", ".join(reached))
 
 
 if __name__ == "__main__":
@@ -139,11 +153,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=100, help="of the rater; a model takes three times as many")
     parser.add_argument("--hf", action="store_true")
     given = parser.parse_args()
-    for seed in given.seeds:
-        rater, data = Rater(torch.zeros(WORDS**2)), Data(seed)
-        learn_rater(rater, data, seed, given.steps, given.hf)
-        scores, areas = found(rater, data)
-        print(f"seed {seed}: mean scores", ", ".join(f"{n} {s:+.2f}" for n, s in zip(SOURCES, scores, strict=True)))
-        print(f"  AUC of documentation against source code {areas[0]:.2f}, against shuffled {areas[1]:.2f}")
-        everything, rated, clean = perplexities(rater, data, seed, 3 * given.steps, given.hf)
-        print(f"  perplexity: {everything:.2f} on everything, {rated:.2f} rated, {clean:.2f} documentation alone")
+    for number in given.seeds:
+        main(number, given.steps, given.hf)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from metapl.words import shown
@@ -52,6 +54,29 @@ def placed(where: str) -> Iterator[None]:
         yield
     except MetaplError as error:
         raise MetaplError(f"{where}{error}") from error
+
+
+CALLED: ContextVar[Mapping[str, str]] = ContextVar("called", default=MappingProxyType({}))
+
+
+def called(name: str) -> str:
+    """An argument, or another thing, as errors name it: by its own name, unless :func:`calling` gives it another."""
+    return CALLED.get().get(name, name)
+
+
+@contextmanager
+def calling(names: Mapping[str, str]) -> Iterator[None]:
+    """Let errors of this block name arguments of what it calls as the caller knows them.
+
+    >>> with calling({"inner_optimizer": "optimizer"}):
+    ...     called("inner_optimizer"), called("student")
+    ('optimizer', 'student')
+    """
+    token = CALLED.set(names)
+    try:
+        yield
+    finally:
+        CALLED.reset(token)
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:

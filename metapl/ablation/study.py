@@ -109,39 +109,10 @@ def ablate(
     if not isinstance(trainer, BilevelTrainer):
         raise MetaplError(f"ablate was given a trainer that is {described(trainer)}; expected a metapl.BilevelTrainer.")
     check_arguments(ablate, locals() | {"train_seeds": ()})
-    if train_steps:
-        seeds: Any = [*train_seeds] if isinstance(train_seeds, range) else train_seeds
-        wrong = misfit(seeds, Seeds, "train_seeds")
-        if not wrong and len(set(seeds)) < max(1, len(seeds)):
-            wrong = f"train_seeds is {seeds}; expected one or more, none twice"
-        if wrong:
-            raise MetaplError(f"{wrong}.")
-        for name, source in (("labeled", labeled), ("unlabeled", unlabeled), ("validation", validation)):
-            if isinstance(source, Iterator):
-                raise MetaplError(
-                    f"{name} is an iterator ({type(source).__name__}), which can be read once, and short trainings by "
-                    "each mode read it again; expected a DataLoader, a list of batches, or metapl.data's step batches."
-                )
+    seeds = _checked_seeds(train_seeds, labeled, unlabeled, validation) if train_steps else ()
     selection = Selection(trainer, validation, metric=metric_of(metric), select=False)
     selection.check()
-    estimates, points = _by_name(modes), tuple(sorted({0, steps // 2, steps}))
-
-    distances: dict[str, list[Distance]] = {}
-    reasons: dict[str, str] = {}
-    drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
-
-    def running() -> list[Estimator]:  # at every point
-        return [mode for name, mode in estimates.items() if name not in reasons]
-
-    def look(by: Iterable[Estimator], point: Point, exact: Tensor) -> None:
-        for mode in by:
-            try:
-                found, draws_any = point.distance(mode, exact, draws)
-            except CannotRun as error:
-                reasons[mode.name] = str(error)
-            else:
-                distances.setdefault(mode.name, []).append(found)
-                drawing.update([mode.name] * draws_any)
+    compared, points = _Compared(_by_name(modes), draws), tuple(sorted({0, steps // 2, steps}))
 
     sweep, trainings = {}, None
     with _put_back(trainer) as start:
@@ -149,39 +120,89 @@ def ablate(
             for t, (x_l, x_u) in enumerate(pairs(trainer, labeled, unlabeled, steps + 1)):
                 if t in points:
                     point = Point(trainer, x_l, x_u)
-                    exact = point.exact()
-                    look(running(), point, exact)
-                    if altered and t == 0:
-                        # Of the first mode that they can be made of, best of the preferred one.
-                        fit = [mode for mode in running() if mode.credits in ("signal", "example")]
-                        fit = [mode for mode in fit if not isinstance(mode, Altered)]
-                        fit.sort(key=lambda mode: mode.name != PREFERRED)
-                        controls = [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
-                        controls = [mode for mode in controls if mode.name not in estimates]
-                        estimates |= {mode.name: mode for mode in controls}
-                        look(controls, point, exact)
+                    compared.look(point, controls=altered and t == 0)
                     done()
                 if t < steps:
                     trainer.step(x_l, x_u)
-            costs = point.costs(running(), rounds)
+            costs = point.costs(compared.running(), rounds)
         if stability:
             with _counted("settings varied", progress, 3) as done:
-                sweep = sweeps(point, [mode for mode in running() if not isinstance(mode, Altered)], draws, done)
+                plain = [mode for mode in compared.running() if not isinstance(mode, Altered)]
+                sweep = sweeps(point, plain, draws, done)
         if train_steps:
-            with _counted("trainings", progress, len(running()) * len(seeds)) as done:
+            with _counted("trainings", progress, len(compared.running()) * len(seeds)) as done:
                 given = {"steps": train_steps, "seeds": seeds, "validation": validation, "metric": metric, "done": done}
-                ends = _trainings(trainer, start, running(), labeled, unlabeled, **given)
-                trainings = Trainings(train_steps, tuple(seeds), ends, getattr(selection.metric, "name", None))
+                ends = _trainings(trainer, start, compared.running(), labeled, unlabeled, **given)
+                trainings = Trainings(train_steps, seeds, ends, getattr(selection.metric, "name", None))
+    return compared.ablation(costs, points, sweep, trainings)
 
-    compared: dict[str, ModeCost | str] = {}
-    changed: dict[str, ModeCost | str] = {}
-    for name, mode in estimates.items():
-        into = changed if isinstance(mode, Altered) else compared
-        into[name] = reasons[name] if name in reasons else ModeCost(*_over_points(distances[name]), *costs[name])
-    sure = [name for name in compared if estimates[name].exact and name not in drawing]
-    never = [name for name in compared if not gives_the_gradient_of_a_step(estimates[name])]
-    taken, text = recommendation(compared, sure, never)
-    return Ablation(compared, text, points, changed, sweep, trainings, taken)
+
+class _Compared:
+    """The modes that run, by name, and how far their gradients are from the exact one at the points looked at."""
+
+    def __init__(self, estimates: dict[str, Estimator], draws: int) -> None:
+        self.estimates, self.draws = estimates, draws
+        self.distances: dict[str, list[Distance]] = {}
+        self.reasons: dict[str, str] = {}  # why the others do not run
+        self.drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
+
+    def running(self) -> list[Estimator]:
+        """The modes that have run at every point."""
+        return [mode for name, mode in self.estimates.items() if name not in self.reasons]
+
+    def look(self, point: Point, *, controls: bool) -> None:
+        """Measure the modes at a point; with ``controls``, add the altered feedback of one of them from here on."""
+        exact = point.exact()
+        self._measure(self.running(), point, exact)
+        if controls:
+            # Of the first mode that they can be made of, best of the preferred one.
+            fit = [mode for mode in self.running() if mode.credits in ("signal", "example")]
+            fit = [mode for mode in fit if not isinstance(mode, Altered)]
+            fit.sort(key=lambda mode: mode.name != PREFERRED)
+            made = [Altered(base, alteration) for base in fit[:1] for alteration in ALTERATIONS]
+            made = [mode for mode in made if mode.name not in self.estimates]
+            self.estimates |= {mode.name: mode for mode in made}
+            self._measure(made, point, exact)
+
+    def _measure(self, modes: Iterable[Estimator], point: Point, exact: Tensor) -> None:
+        for mode in modes:
+            try:
+                found, draws_any = point.distance(mode, exact, self.draws)
+            except CannotRun as error:
+                self.reasons[mode.name] = str(error)
+            else:
+                self.distances.setdefault(mode.name, []).append(found)
+                self.drawing.update([mode.name] * draws_any)
+
+    def ablation(self, costs: Mapping[str, Any], points: tuple[int, ...], sweep: Any, trainings: Any) -> Ablation:
+        """All of it, with what is recommended."""
+        compared: dict[str, ModeCost | str] = {}
+        changed: dict[str, ModeCost | str] = {}
+        for name, mode in self.estimates.items():
+            into = changed if isinstance(mode, Altered) else compared
+            reason = self.reasons.get(name)
+            into[name] = ModeCost(*_over_points(self.distances[name]), *costs[name]) if reason is None else reason
+        sure = [name for name in compared if self.estimates[name].exact and name not in self.drawing]
+        never = [name for name in compared if not gives_the_gradient_of_a_step(self.estimates[name])]
+        taken, text = recommendation(compared, sure, never)
+        return Ablation(compared, text, points, changed, sweep, trainings, taken)
+
+
+def _checked_seeds(given: Any, labeled: Any, unlabeled: Any, validation: Any) -> tuple[int, ...]:
+    """The seeds of short trainings, which read their sources again."""
+    seeds = [*given] if isinstance(given, range) else given
+    wrong = misfit(seeds, Seeds, "train_seeds")
+    if not wrong and len(set(seeds)) < max(1, len(seeds)):
+        wrong = f"train_seeds is {seeds}; expected one or more, none twice"
+    if wrong:
+        raise MetaplError(f"{wrong}.")
+    for name, source in (("labeled", labeled), ("unlabeled", unlabeled), ("validation", validation)):
+        if isinstance(source, Iterator):
+            raise MetaplError(
+                f"{name} is an iterator ({type(source).__name__}), which can be read once, and short trainings by "
+                "each mode read it again; expected a DataLoader, a list of batches, or metapl.data's step batches."
+            )
+    return tuple(seeds)
 
 
 def _by_name(modes: Sequence[Mode] | None) -> dict[str, Estimator]:

@@ -34,11 +34,11 @@ class Mesh:
         tensor: processes that compute the products of a layer together, each with a part of its weights; they have the
             same rows of a batch, and follow each other.
         spatial: parts that images are cut into along their width; the processes that hold parts of the same images have
-            the same rows of a batch, and follow each other.
+            the same rows of a batch, and follow each other: with ``tensor=T``, T processes have each part.
 
     The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
-    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines. With ``spatial=P``,
-    each copy of the weights is held by S · P processes together; with ``tensor=T``, by S · T.
+    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines. With ``spatial=P``
+    and ``tensor=T``, each copy of the weights is held by S · P · T processes together.
 
     >>> Mesh(replicate=16, shard=8).size
     128
@@ -53,11 +53,6 @@ class Mesh:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.tensor > 1 and self.spatial > 1:
-            raise MetaplError(
-                f"Mesh(tensor={self.tensor}, spatial={self.spatial}): a network is cut either in its products or along "
-                "the width of its images; expected one of the two to be 1."
-            )
 
     @property
     def size(self) -> int:
@@ -87,21 +82,25 @@ class Mesh:
                 f"a batch of shape {tuple(images.shape)} cannot be cut for {self.shares} shares of rows and "
                 f"{self.spatial} parts of columns; expected multiples of these."
             )
-        share, number = divmod(dist.get_rank(), self.spatial)
-        return images.chunk(self.shares)[share].chunk(self.spatial, dim=-1)[number]
+        number = dist.get_rank() // self.tensor % self.spatial
+        return images.chunk(self.shares)[self.share].chunk(self.spatial, dim=-1)[number]
 
     def columns(self, kind: str) -> Any:
         """The group of the processes that hold parts of the same images as this one; ``kind`` of device."""
-        return self._built(kind, share=self.shares, spatial=self.spatial).get_group("spatial")
+        return self._built(kind, share=self.shares, spatial=self.spatial, tensor=self.tensor).get_group("spatial")
 
     def devices(self, kind: str) -> Any:
         """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
-        mesh = self._built(kind, replicate=self.replicate, shard=self.shard * self.spatial, tensor=self.tensor)
+        mesh = self._cut(kind)
         return mesh if self.tensor == 1 else mesh[("replicate", "shard") if self.replicate > 1 else "shard"]
 
     def products(self, kind: str) -> Any:
         """The mesh of the devices that compute products together with this one."""
-        return self._built(kind, replicate=self.replicate, shard=self.shard, tensor=self.tensor)["tensor"]
+        return self._cut(kind)["tensor"]
+
+    def _cut(self, kind: str) -> Any:
+        """All devices; those that hold parts of the same images hold parts of the same weights too."""
+        return self._built(kind, replicate=self.replicate, shard=self.shard * self.spatial, tensor=self.tensor)
 
     def _built(self, kind: str, **sizes: int) -> Any:
         """A mesh of devices with these dimensions, those of 1 left out; built once, for every mesh has its groups."""
@@ -228,7 +227,7 @@ def shard(
     if mesh.tensor > 1:
         mesh.check_processes()
         parallel(module, mesh.products(kind), plan)
-        if mesh.shares == 1:
+        if mesh.shares * mesh.spatial == 1:
             return module
     elif mesh.shard == 1:
         mesh.check_processes()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, few
+from metapl.errors import CALLED, MetaplError, few
 
 
 @dataclass
@@ -97,27 +97,33 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def batches(given: Iterable[tuple[str, Any]], device: torch.device) -> None:
-    """Refuse batches, by name, that are empty, of uneven length, on another device than the networks, or not finite."""
-    for name, batch in given:
+def batches(given: Iterable[tuple[str, Any]], device: torch.device, of_step: str = "") -> None:
+    """Refuse batches, by name, that are empty, of uneven length, on another device than the networks, or not finite;
+    ``of_step``
+    says of which step."""
+    for own, batch in given:
+        name = CALLED.get().get(own, own)
+        the = f"the {name} batch{of_step}"
         lengths = []
         for t in leaves_of(batch):
             if isinstance(t, np.ndarray):
-                raise MetaplError(f"the {name} batch holds an array of NumPy; expected tensors: torch.as_tensor(x).")
+                raise MetaplError(f"{the} holds an array of NumPy; expected tensors: torch.as_tensor(x).")
             if not isinstance(t, Tensor):
                 continue
             if t.is_nested or t.ndim == 0 or len(t) == 0 or t.device != device or t.is_inference() or t.requires_grad:
                 for is_wrong, text in _WRONG:
                     if is_wrong(t, device):
-                        raise MetaplError(f"the {name} batch {text.format(t=described(t), at=t.device, device=device)}")
+                        raise MetaplError(f"{the} {text.format(t=described(t), at=t.device, device=device)}")
             if t.is_floating_point():
-                refuse_not_finite(t, f"the {name} batch holds NaN or infinite values; clean the inputs first.")
+                refuse_not_finite(t, f"{the} holds NaN or infinite values; clean the inputs first.")
             lengths.append(len(t))
         if not lengths:
-            raise MetaplError(f"{name} is {described(batch)}; expected tensors, in any nesting of dicts and tuples.")
+            raise MetaplError(
+                f"{name}{of_step} is {described(batch)}; expected tensors, in any nesting of dicts and tuples."
+            )
         if min(lengths) != max(lengths):
             of = ", ".join(map(str, lengths))
-            raise MetaplError(f"the tensors of the {name} batch have lengths {of}; expected one row per example.")
+            raise MetaplError(f"the tensors of {the} have lengths {of}; expected one row per example.")
 
 
 # What may be wrong with a tensor of a batch, its values aside.
@@ -349,8 +355,8 @@ def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
 
 def learns(loss: Tensor, who: str) -> None:
     """Refuse a loss without a gradient, except a constant 0, such as UDA before its start."""
-    if not loss.requires_grad and bool(loss != 0):
-        raise without_gradient(who)
+    if not loss.requires_grad:
+        refuse(loss != 0, str(without_gradient(who)))
 
 
 def without_gradient(who: str) -> MetaplError:

@@ -98,7 +98,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention in forward mode, for blocks of queries at a time: in less time and memory than by PyTorch's math kernel,
+    """Attention in forward mode, for blocks of queries at a time: less time and memory than by PyTorch's math kernel,
     the only one that has the derivative. With a mask, dropout or fewer keys' heads, by that.
 
     o = A v, A = softmax(s q kᵀ), has o′ = (A∘S′) v − rowsum(A∘S′) o + A v′, S′ = s (q′ kᵀ + q k′ᵀ).

@@ -216,14 +216,13 @@ def layout_of(name: str, network: Any) -> Layout:
     share, copies = own.index(dist.get_rank()), len(processes) // len(own)
     if columns is not None:
         members = tuple(dist.get_process_group_ranks(columns.group))
-        share, start = number // len(members), number - number % len(members)
-        if copies > 1 or processes[start : start + len(members)] != members:
+        start = share - share % len(members)
+        if own[start : start + len(members)] != members:
             raise MetaplError(
                 f"the {name}'s images are split over the processes {', '.join(map(str, members))}, and its batch is "
-                f"shared by {', '.join(map(str, processes))}, of which {copies} compute products together; expected "
-                "neighbors among these, and no parallelize_module."
+                f"shared by {', '.join(map(str, own))}; expected neighbors among these."
             )
-        copies = len(members)
+        share, copies = share // len(members), copies * len(members)
     device = local(next(network.parameters())).device
     ranks = Ranks(groups, share, device, copies, number == 0, columns is not None)
     return Layout(network, ranks=ranks, processes=processes, **found)

@@ -153,7 +153,7 @@ class LocalStudent:
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
         """Σ sum / Σ weight over micro-batches and ranks, and the mean of the ranks' weights; without a graph."""
-        if len(values) == 1 and self.ranks.alone and values[0][1] == 1.0 and not isinstance(values[0][1], Tensor):
+        if len(values) == 1 and self.ranks.alone and not isinstance(values[0][1], Tensor) and values[0][1] == 1.0:
             return values[0][0].detach(), 1.0
         total = torch.stack([value.detach() for value, _ in values]).sum(0)
         weight: Tensor | float = sum(weight for _, weight in values)

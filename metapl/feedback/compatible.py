@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, either
+from metapl.errors import MetaplError, called, either
 from metapl.execution import checks
 from metapl.execution.agreement import check_copies
 from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, THROUGH_INPUT, Capability
@@ -68,11 +68,13 @@ def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) ->
         raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
 
 
-def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, ranks: Ranks) -> None:
+def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, ranks: Ranks, steps: int = 1) -> None:
     """Refuse batches that are wrong, on one rank or on all, ranks with unequal shares of a batch, and processes that
-    should have the same rows and have others."""
+    should have the same rows and have others; ``unlabeled``: the first ones of so many steps."""
     with ranks.agreed():
-        checks.batches([("labeled", labeled), *(("unlabeled", batch) for batch in unlabeled)], device)
+        checks.batches([("labeled", labeled)], device)
+        for number, batch in enumerate(unlabeled):
+            checks.batches([("unlabeled", batch)], device, of_step=f" of step {number}" if steps > 1 else "")
     if ranks.alone:
         return
     leaves = [[t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)] for batch in (labeled, *unlabeled)]
@@ -132,7 +134,7 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
     """What is required of the student's layout, and what requires it."""
     found = {need: f"mode {mode.name!r}" for need in Capability if need in mode.requires}
     if steps > 1:
-        found.setdefault(ONE_PROCESS, f"a look-ahead of {steps} student steps")
+        found.setdefault(ONE_PROCESS, f"a {called('look-ahead')} of {steps} student steps")
     if has_own(problem, "revised_signal"):
         found.setdefault(ONE_PROCESS, f"{kind_of(problem)}, which makes its signal of the feedback,")
     if mode.credits == "signal" and enters_input(problem):

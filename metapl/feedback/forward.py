@@ -58,7 +58,8 @@ class Forward(Estimator):
         keep_on: where kept states lie: None, with the student; ``"cpu"``; or a folder, for one path at a time. In a
             folder :func:`metapl.hypergradient` and :func:`metapl.attribute` also note every kept state that they pass,
             there and back: after a kill the same call goes on from there, to the same result bit for bit, on the
-            generators of the call that was killed. When it ends the files are removed, the folder stays. That of
+            default generators of the call that was killed; a ``generator=`` is to stand where that call's did. When it
+            ends the files are removed, the folder stays. That of
             another path is refused.
 
     Takes: soft signals; hard labels by the expectation.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,32 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.batch import micro_batches
 from metapl.execution.buffers import Slots, explain_types, step_guard
-from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry, overwritten_explained
-from metapl.execution.layout import Layout, layouts
-from metapl.execution.local import NOTHING
-from metapl.execution.sharded import by_backward, student_of
+from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
+from metapl.execution.layout import layouts
+from metapl.execution.local import NOTHING, LocalStudent
+from metapl.execution.sharded import student_of
 from metapl.execution.writes import refuse_changed, tensors_in
-from metapl.feedback import Feedback, Mode, estimator
-from metapl.feedback.compatible import (
-    both_batches,
-    check_batches,
-    check_kind,
-    check_mode,
-    check_teacher,
-    name_others,
-    prepare,
-)
+from metapl.feedback import Mode, estimator
+from metapl.feedback.base import Estimator
+from metapl.feedback.compatible import both_batches, check_batches, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.keeping import folder_of
-from metapl.feedback.path import Lookahead, Path, inner_batches, take_steps
-from metapl.feedback.resuming import Folder, settings, told
-from metapl.feedback.teacher import TeacherPass
-from metapl.problems.base import BilevelProblem, Signal
-from metapl.runs.ownership import owned
+from metapl.feedback.path import Lookahead, take_steps
+from metapl.feedback.resuming import kept_in, known_by
+from metapl.feedback.teaching import Teaching
+from metapl.problems.base import BilevelProblem
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Update, options_by_step, update_of
+from metapl.updates import update_of
 from metapl.words import summary
 
 
@@ -139,72 +131,31 @@ def hypergradient(
     checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
     checks.is_generator(generator)
     of_teacher, of_student, device = layouts(teacher, student)
-    student = of_student.network
-    teacher = None if of_teacher is None else of_teacher.network
-    asked = nn.Module() if teacher is None else teacher  # a problem without a teacher is given an empty module
-    folder = folder_of(getattr(estimate, "keep_on", None)) if isinstance(unlabeled, Lookahead) else None
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
-    labeled, batches = read_batch(problem, "outer_batch", labeled), _batches(unlabeled, made=folder is not None)
-    options = _options_by_step(update, unlabeled)
-    lazy = isinstance(batches, Lookahead)
-    held = [batches[0]] if lazy else batches
-    check_batches(labeled, held, device, of_student.ranks)
-    slots, passes = Slots(asked), list[TeacherPass]()
+    ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
+    folder = folder_of(getattr(estimate, "keep_on", None)) if ahead is unlabeled else None
+    batches = ahead if folder or ahead.lazy else list(ahead)
+    labeled, held = read_batch(problem, "outer_batch", labeled), [batches[0]] if batches is ahead else batches
+    options = ahead.options(update)
+    check_batches(labeled, held, device, of_student.ranks, len(batches))
+    check_mode(estimate, len(batches), problem, of_student)
+    teach = Teaching(of_teacher, problem, estimate, generator, of_student.ranks, batches, accumulate, recompute_teacher)
     begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
-    asked_of = estimate, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-    begun.recall(asked_of)
-    slots.recall(asked_of)
-    for role, one in (("teacher", slots), ("student", begun.slots)):
-        one.weights = one.compared(role, begun.waits) if len(batches) == 1 else None
-    reader = teacher if problem.teacher_reads_inputs else None
-    read = [(t, t._version) for t in tensors_in((labeled, held))]
-
-    def explain(error: BaseException) -> None:
-        if isinstance(error, RuntimeError):  # autograd's own, where a graph has saved what was changed
-            refuse_changed(read, error)
-        explain_types(labeled, held, {"student": student, "teacher": reader}, error)
-
-    def teach(batch: Any, outputs: Tensor | None) -> Signal:
-        recompute = of_teacher is not None and (recompute_teacher or accumulate > 1 or lazy)
-        given = problem, batch, outputs, generator, recompute, of_student.ranks, slots
-        step = TeacherPass(asked, *given, records=False)
-        if lazy:
-            step.batch = None
-        if of_teacher is not None:
-            passes.append(step)
-        check_kind(step.signal, estimate, problem, len(batches))
-        return step.signal
+    readers = {"student": of_student.network, "teacher": teach.network if problem.teacher_reads_inputs else None}
+    explain, shown = partial(explain_types, labeled, held, readers), partial(counted, progress, len(batches))
+    going_on = NOTHING
+    if folder is not None:
+        of = known_by(begun, teach, update, inner_optimizer, options, labeled, held[0])
+        going_on = kept_in(folder, of, begun, teach, update)
 
     with (
-        NOTHING if folder is None else owned(folder, leaves_lock=False),
-        step_guard(slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
+        step_guard(teach.slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
+        going_on as kept,
+        _looked_at(teach.slots, begun, estimate, (labeled, held), len(batches)),
     ):
-        check_mode(estimate, len(batches), problem, of_student)
-        kept = None
-        if folder is not None:
-            of = {
-                "a student": told(student),
-                "a teacher": told(asked, recompute_teacher),
-                "an outer batch": told(labeled),
-                "inner batches": told(held),
-                "a number of steps": len(batches),
-                "an inner optimizer": told(
-                    inner_optimizer,
-                    settings(inner_optimizer),
-                    getattr(update, "group_of", None),
-                    update.read_state(),
-                    str(options),
-                ),
-                "a problem": told(settings(problem)),
-                "autocast": told(torch.is_autocast_enabled(device.type), str(torch.get_autocast_dtype(device.type))),
-                "a generator=": told(generator is None),
-                "a mode": told(estimate.name, str({**vars(estimate), "keep_on": None}), accumulate),
-            }
-            kept = Folder(folder, of, len(batches), problem, update, begun, (asked, slots), passes, generator)
-        shown = partial(counted, progress, len(batches))
         with shown("steps", 0 if kept is None else kept.done) as tell:
-            path = take_steps(
+            path = take_steps(  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
                 begun,
                 update,
                 problem,
@@ -224,83 +175,42 @@ def hypergradient(
         path.refuse_other(0, held[0])  # read twice
         with shown("steps back", len(path.found)) as path.tell:
             try:
-                feedback, _ = estimate.checked_feedback(path, estimate.init())
+                feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
             except (NotByThisMode, RuntimeError) as error:
                 name_others(error, estimate, path)
                 raise
-        grads = {} if of_teacher is None else _teacher_gradient(of_teacher, path, passes, feedback, accumulate)
+        grads = teach.gradient(path, feedback)  # of −Σ h·signal(θ_T)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(h[-1])
-        result = Hypergradient(
+        return Hypergradient(
             grads=grads,
-            feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+            feedback=h if ahead is unlabeled else h[0],
             inner_loss=path.inner_loss,
             outer_loss=path.outer_loss,
             student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
             kept=path.keeping.words(len(batches)),
         )
-        if kept is not None:
-            kept.finish()
-        for one, found in ((slots, True), (begun.slots, (begun.narrowed, begun.graphs))):
-            if one.weights is not None:
-                one.weights.check()
-                refuse_changed(read)
-            one.note(asked_of, found)
-        return result
 
 
-def _teacher_gradient(
-    layout: Layout, path: Path, passes: Sequence[TeacherPass], feedback: Sequence[Feedback], parts: int
-) -> dict[str, Tensor]:
-    """The gradient of −Σ h·signal in the teacher's weights, over its passes on all micro-batches."""
-    grads: dict[str, Tensor] = {}
-    given = [h.on_given(step) if step.normalized else h for step, h in zip(path.steps, feedback, strict=True)]
-    pieces = [piece for found in given for piece in found.chunks(parts)]
-
-    def loss_of(number: int) -> Tensor:
-        step = passes[number]
-        if path.lazy:
-            whole = micro_batches(path.batch(number // parts), parts, "unlabeled")
-            step.batch = whole[number % parts]
-        loss = pieces[number].teacher_loss(step.with_graph())
-        step.batch = None if path.lazy else step.batch
-        return loss
-
-    losses = map(loss_of, range(len(passes)))
-    # Where the passes were recomputed, one graph at a time.
-    for loss in losses if passes[0].recompute else (torch.stack(list(losses)).sum(),):
-        found = _gradient(layout, loss)
-        grads = {name: grads[name] + g for name, g in found.items()} if grads else found
-    return grads
-
-
-def _batches(unlabeled: Any, *, made: bool) -> Sequence[Any]:
-    """The inner batches, as a list unless they are to be read as they are taken, or are ``made`` so."""
-    if isinstance(unlabeled, Lookahead):
-        return unlabeled if made or unlabeled.lazy else list(unlabeled)
-    return inner_batches(unlabeled)
-
-
-def _options_by_step(update: Update, unlabeled: Any) -> list[list[dict[str, Any]]]:
-    """The options of the inner optimizer in each step, where a schedule makes them differ."""
-    schedule = unlabeled.schedule if isinstance(unlabeled, Lookahead) else None
-    if schedule is None:
-        return []
-    optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
-    if optimizer is None:
-        update.at(())  # which refuses it
-    return options_by_step(optimizer, schedule, len(unlabeled))
-
-
-def _gradient(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of a loss of which each rank has the terms of its rows."""
-    parameters = layout.parameters()
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(p) for name, p in parameters.items()}
-    if layout.is_sharded:
-        found = by_backward(layout.ranks.size * loss, parameters)
-        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
-    with overwritten_explained("teacher"):
-        grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    return {name: layout.ranks.sum(g) for name, g in zip(parameters, grads, strict=True)}
+@contextmanager
+def _looked_at(slots: Slots, student: LocalStudent, estimate: Estimator, batches: Any, steps: int) -> Iterator[None]:
+    """Go on with what an earlier call found out about both networks, until they change: their operators are not looked
+    at again, and weights and batches are compared at the end."""
+    kind = student.device.type
+    asked = estimate, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    student.recall(asked)
+    slots.recall(asked)
+    for role, one in (("teacher", slots), ("student", student.slots)):
+        one.weights = one.compared(role, student.waits) if steps == 1 else None
+    given = [(t, t._version) for t in tensors_in(batches)]
+    try:
+        yield
+    except RuntimeError as error:  # autograd's own, where a graph has saved what was changed
+        refuse_changed(given, error)
+        raise
+    for one, found in ((slots, True), (student.slots, (student.narrowed, student.graphs))):
+        if one.weights is not None:
+            one.weights.check()
+            refuse_changed(given)
+        one.note(asked, found)

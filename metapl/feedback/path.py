@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, called
 from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
 from metapl.execution.batch import digest, joined, micro_batches, plain, rows
@@ -46,7 +46,7 @@ from metapl.problems.base import (
     joined_signals,
     sum_and_weight,
 )
-from metapl.updates import Update
+from metapl.updates import Clipped, Update, options_by_step
 
 REPEATS = 3
 """A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
@@ -58,7 +58,7 @@ Keep = Callable[[int, InnerStep], Keeping]
 """Which of so many steps keep their states, by the size of the first one."""
 
 _NOT_FINITE = (
-    "the derivative of the outer loss in the student's weights is NaN or infinite before step {} of the look-ahead: "
+    "the derivative of the outer loss in the student's weights is NaN or infinite before step {} of the {}: "
     "the steps from there on amplify it without bound. Lower the student's learning rate, or take fewer of the last "
     "steps, Forward(truncate=...)."
 )
@@ -119,6 +119,15 @@ class Lookahead(Sequence[Any]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         return plain(self.batches(number) if callable(self.batches) else self.batches[number])
+
+    def options(self, update: Update) -> list[list[dict[str, Any]]]:
+        """The options of the inner optimizer in each step, where a schedule makes them differ."""
+        if self.schedule is None:
+            return []
+        optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
+        if optimizer is None:
+            update.at(())  # which refuses it
+        return options_by_step(optimizer, self.schedule, len(self))
 
 
 def inner_batches(unlabeled: Any) -> list[Any]:
@@ -236,7 +245,7 @@ class Path:
             if number > first:
                 bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
                 v, state_cotangent = bar.params, bar.state
-                checks.refuse_not_finite(self.student.space.norm(v), _NOT_FINITE.format(number))
+                checks.refuse_not_finite(self.student.space.norm(v), _NOT_FINITE.format(number, called("look-ahead")))
                 yield step, bar.gradient, in_signal
             elif state_cotangent is None:
                 yield step, step.pullback(v), None
@@ -313,11 +322,11 @@ class Path:
         if known is not None:
             checks.refuse(
                 digest(batch) != known,
-                f"the function of Lookahead returned another batch for step {number} when it was called again, or "
-                "wrote to the tensors of an earlier one, so the gradient would be that of another training; expected "
-                "new tensors in every call, and the same batch for the same number: draw its examples and views from a "
-                "generator that is seeded by the number, torch.Generator().manual_seed(number), or give a list of "
-                "batches.",
+                f"{called('the function of Lookahead')} returned another batch for step {number} when it was called "
+                "again, or wrote to the tensors of an earlier one, so the gradient would be that of another training; "
+                "expected new tensors in every call, and the same batch for the same number: draw its examples and "
+                "views from a generator that is seeded by the number, torch.Generator().manual_seed(number), or give a "
+                "list of batches.",
             )
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
@@ -480,7 +489,7 @@ def take_steps(
             path.keep_before(number, params, state)
         batch = batches[number]
         if number and path.lazy:
-            checks.batches([("unlabeled", batch)], student.device)
+            checks.batches([("unlabeled", batch)], student.device, of_step=f" of step {number}")
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
             if credits != "nothing":
@@ -516,7 +525,7 @@ class _Walk:
         several, entering, keeps = len(path.batches) > 1, enters_input(problem), number >= self.graphs_from
         normalizing = has_own(problem, "normalized_signal")
         before = entering or normalizing  # whether the teacher is asked before the student runs
-        at = f" (step {number} of the look-ahead)" if several else ""
+        at = f" (step {number} of the {called('look-ahead')})" if several else ""
         pieces = micro_batches(batch, self.parts, "unlabeled")
         passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
         signals = [self._asked(x, None) for x in pieces] if before else []

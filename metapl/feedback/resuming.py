@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, States, folder_of
 from metapl.feedback.teacher import Known, TeacherPass
-from metapl.problems.base import Problem, Signal, asked_first, kind_of
+from metapl.feedback.teaching import Teaching
+from metapl.problems.base import Signal, asked_first, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import remove_temporary
-from metapl.runs.fingerprints import built_with, network_record
+from metapl.runs.fingerprints import as_values, built_with, network_record
+from metapl.runs.ownership import owned
 from metapl.updates import Update
 
 if TYPE_CHECKING:
@@ -56,6 +59,41 @@ def told(*given: Any) -> int:
     return int(digest([plain(value) for value in given]))
 
 
+def known_by(
+    student: LocalStudent,
+    teach: Teaching,
+    update: Update,
+    inner_optimizer: Any,
+    options: Sequence[Any],
+    labeled: Any,
+    first: Any,
+) -> dict[str, int]:
+    """What a path depends on, by name, as numbers by which it is known; ``options``: of the inner optimizer in each
+    step; ``labeled``, ``first``: the outer batch, and the first inner one."""
+    rule = inner_optimizer, settings(inner_optimizer), getattr(update, "group_of", None), update.read_state()
+    kind, mode = student.device.type, teach.estimate
+    return {
+        "a student": told(student.module),
+        "forward hooks of the student": told(_hooks(student.module)),
+        "a teacher": told(teach.network),
+        "forward hooks of the teacher": told(_hooks(teach.network)),
+        "an outer batch": told(labeled),
+        "inner batches": told(first),
+        "a number of steps": teach.steps,
+        "an inner optimizer": told(*rule, str(options)),
+        "a problem": told(settings(teach.problem)),
+        "autocast": told(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))),
+        "a generator=": told(None if teach.generator is None else teach.generator.get_state()),
+        "a mode": told(mode.name, str({**vars(mode), "keep_on": None}), teach.parts),
+    }
+
+
+def _hooks(network: nn.Module) -> list[Any]:
+    """The functions that run around the passes of modules, by their names: as of modules, their code is not seen."""
+    kinds = "_forward_pre_hooks", "_forward_hooks"
+    return [[as_values([*getattr(part, kind).values()]) for kind in kinds] for part in network.modules()]
+
+
 def settings(value: Any) -> str:
     """A problem, or an update, in words: its class and what it was built with."""
     return f"{type(value).__qualname__} {sorted(built_with(value).items())}"
@@ -76,37 +114,23 @@ class Folder(States):
 
     Args:
         folder: that exists.
-        of: what the path depends on, by name, as numbers by which it is known.
-        steps: how many the path has.
-        problem, update: the losses, and U.
-        student, teacher: their places, with the state that they begin with.
-        passes: of the teacher, ``parts`` for each step, as they are run.
-        generator: of the labels.
+        of: what the path depends on, as :func:`known_by` has it.
+        student, teach: their modules, with the state that they begin with.
+        update: U.
     """
 
     def __init__(
-        self,
-        folder: FilePath,
-        of: Mapping[str, int],
-        steps: int,
-        problem: Problem,
-        update: Update,
-        student: LocalStudent,
-        teacher: tuple[nn.Module, Slots],
-        passes: list[TeacherPass],
-        generator: torch.Generator | None,
+        self, folder: FilePath, of: Mapping[str, int], student: LocalStudent, teach: Teaching, update: Update
     ) -> None:
         super().__init__("cpu")  # nothing is held
         self.name = ""  # of the path, by which its files are known
-        self.folder, self.steps, self.problem = folder, steps, problem
-        self.update, self.student = update, student
-        self.teacher, self.passes, self.generator = teacher, passes, generator
-        self.bases = _state(student.slots), _state(teacher[1])
+        self.folder, self.student, self.teach, self.update = folder, student, teach, update
+        self.bases = _state(student.slots), _state(teach.slots)
         self._written = set[int]()  # the states that are kept, of this process
-        if asked_first(problem):
+        if asked_first(teach.problem):
             raise MetaplError(
-                f"keep_on={str(folder)!r} was given, and the signal of {kind_of(problem)} enters the student's input, "
-                'or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
+                f"keep_on={str(folder)!r} was given, and the signal of {kind_of(teach.problem)} enters the student's "
+                'input, or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
             )
         remove_temporary(self.folder)
         if not _is_begun(folder):
@@ -136,17 +160,17 @@ class Folder(States):
                 raise _unfit(self.folder / name, "is there, and a file of steps before it is not")
             for record in found["steps"]:
                 rule = updates[len(path.steps)] if updates else path.update
-                path.steps.append(InnerStep.recorded(self.problem, rule, self.student, self.bases[0], record))
-            self.passes += map(self._teacher_pass, found["passes"])
+                path.steps.append(InnerStep.recorded(self.teach.problem, rule, self.student, self.bases[0], record))
+            self.teach.passes += map(self._teacher_pass, found["passes"])
         path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
         for base, values in zip(self.bases, found["states"], strict=True):
             base.having(values).restore()
         self.student.slots.state = None
         RandomState(self.student.device, **found["random"]).restore()
-        if self.generator is not None:
-            self.generator.set_state(found["drawn"])
+        if self.teach.generator is not None:
+            self.teach.generator.set_state(found["drawn"])
         moved = self.take(self.done)
-        if self.done == self.steps:
+        if self.done == self.teach.steps:
             vars(path.steps[-1])["moved"] = moved
         if self.adjoint is not None:
             path.found, vars(path)["outer_loss"] = self.adjoint["found"], self.adjoint["outer_loss"]
@@ -156,14 +180,14 @@ class Folder(States):
         """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
         self.keep(number, (params, state))
         begun, parts = self.done, len(path.steps[0].passes)
-        now = [State(slots.parts) for slots in (self.student.slots, self.teacher[1])]
+        now = [State(slots.parts) for slots in (self.student.slots, self.teach.slots)]
         content = {
             "begun": begun,
             "steps": [step.record(self.bases[0]) for step in path.steps[begun:number]],
-            "passes": [self._record(part) for part in self.passes[begun * parts : number * parts]],
+            "passes": [self._record(part) for part in self.teach.passes[begun * parts : number * parts]],
             "states": [state.values(base) for state, base in zip(now, self.bases, strict=True)],
             "random": RandomState.now(self.student.device).values(),
-            "drawn": None if self.generator is None else self.generator.get_state(),
+            "drawn": None if self.teach.generator is None else self.teach.generator.get_state(),
             "spacings": list(path.keeping.spacings),
         }
         self._write(f"steps-{number:08d}.ckpt", content)
@@ -177,8 +201,7 @@ class Folder(States):
     def _teacher_pass(self, record: Mapping[str, Any]) -> TeacherPass:
         random, state = RandomState(self.student.device, **record["random"]), self.bases[1].having(record["state"])
         known = Known(Signal(**record["signal"]), random, state, record["drawn"])
-        given = self.teacher[0], self.problem, None, record["outputs"], self.generator, True, self.student.ranks
-        return TeacherPass(*given, self.teacher[1], records=False, known=known)
+        return self.teach.made(None, record["outputs"], known)
 
     # --------------------------------------------------------------------------------------------------- the way back
 
@@ -187,7 +210,7 @@ class Folder(States):
         cotangents = {"v": v, "state_cotangent": state_cotangent}
         self._write(_ADJOINT, {"at": number, "found": path.found, "outer_loss": path.outer_loss, **cotangents})
         for other in _numbers(self.folder, "kept"):
-            if number <= other < self.steps:
+            if number <= other < self.teach.steps:
                 self._remove(other)
 
     def finish(self) -> None:
@@ -229,6 +252,17 @@ class Folder(States):
         leaves, structure = pytree.tree_flatten(found["content"])
         places = zip(leaves, found["places"], strict=True)
         return pytree.tree_unflatten([t.to(at) if at else t for t, at in places], structure)
+
+
+@contextmanager
+def kept_in(
+    folder: FilePath, of: Mapping[str, int], student: LocalStudent, teach: Teaching, update: Update
+) -> Iterator[Folder]:
+    """The states of a path in a folder that nobody else writes to; a path that ends removes them."""
+    with owned(folder, leaves_lock=False):
+        kept = Folder(folder, of, student, teach, update)
+        yield kept
+        kept.finish()
 
 
 def _is_begun(folder: FilePath) -> bool:

@@ -35,7 +35,7 @@ class DataRater(Problem):
     ``input_ids``, and perhaps an ``attention_mask``, whose zeros are padding, and ``labels``, the ids themselves with
     -100 where none is to be predicted (default: at padding, and at the first token after it). Both networks get the
     tensor, or the dict without labels; :class:`metapl.models.Logits` wraps those of Hugging Face. A sequence with
-    nothing to predict has the loss 0.
+    nothing to predict has the loss 0; an inner batch of such sequences alone is refused.
 
     The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
     (``accumulate``) and processes that share them. The ``signal`` of a report is a, of mean 1 over the batch, and the
@@ -76,10 +76,17 @@ class DataRater(Problem):
         return _read(batch)[0]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
-        """Refuse outputs that are not logits of each token, and labels, of either batch, that are none of its words."""
+        """Refuse outputs that are not logits of each token, labels, of either batch, that are none of its words, and an
+        inner batch without a token to predict."""
         _logits(outputs, unlabeled)
         for _, labels in map(_read, (labeled, unlabeled)):
             checks.class_labels(labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2])
+        checks.refuse(
+            (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
+            f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding, "
+            "and neither student nor rater learns from it; expected one or more in every micro-batch of every process: "
+            "leave such sequences out.",
+        )
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """s, (B,)."""

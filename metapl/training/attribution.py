@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, calling
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, is_array, length
 from metapl.execution.numerics import wide
@@ -41,6 +41,15 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
 from metapl.updates import options_by_step, unwrapped
 from metapl.words import summary
+
+NAMES = {
+    "inner_optimizer": "optimizer",
+    "labeled": "outer",
+    "unlabeled": "train",
+    "look-ahead": "training",
+    "the function of Lookahead": "train",
+}
+"""What :func:`hypergradient` is given here, as errors name it."""
 
 
 class DatamodelingScore(NamedTuple):
@@ -207,24 +216,9 @@ def attribute(
         raise MetaplError(
             f"batch_size={batch_size} is more than the {len(data)} training examples; expected at most so many."
         )
-    if groups is not None:
-        groups = _numbers(groups, "groups", first.device)
-        if groups.shape != (len(data),) or groups.dtype != torch.int64 or groups.min() < 0:
-            raise MetaplError(
-                f"groups is {checks.described(groups)}; expected a whole number of 0 or more for each of the "
-                f"{len(data)} training examples."
-            )
+    groups = None if groups is None else _checked_groups(groups, len(data), first.device)
     problem, optimizer = EqualWeights() if problem is None else problem, unwrapped(optimizer)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise MetaplError(
-            f"optimizer is {checks.described(optimizer)}; expected torch.optim.SGD, Adam or AdamW over the student's "
-            "parameters, by which a training can be repeated."
-        )
-    if getattr(type(problem), "signal", None) is not EqualWeights.signal:
-        raise MetaplError(
-            f"problem is {type(problem).__name__}, whose signal is its own, and a score is a derivative in weights "
-            "that are 1; expected a subclass of metapl.problems.EqualWeights with losses of your own."
-        )
+    _refuse_other(problem, optimizer)
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
     mode = Forward() if mode is None else mode
@@ -237,25 +231,48 @@ def attribute(
     scores, losses = list[Tensor](), list[Tensor]()
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
         start.restore() if scores else None  # the dropout masks of the same training
-        result = hypergradient(
-            None,
-            student,
-            outer=judged[rows],
-            inner=ahead,
-            mode=mode,
-            problem=problem,
-            inner_optimizer=optimizer,
-            progress=progress,
-        )
-        of_examples = wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1))
-        for number, h in enumerate(result.feedback):
-            chosen = order[number].to(first.device)
-            of_examples.index_add_(0, chosen if groups is None else groups[chosen], h.to(of_examples))
-        scores.append(of_examples)
+        with calling(NAMES):
+            result = hypergradient(
+                None,
+                student,
+                outer=judged[rows],
+                inner=ahead,
+                mode=mode,
+                problem=problem,
+                inner_optimizer=optimizer,
+                progress=progress,
+            )
+        scores.append(wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1)))
+        for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
+            scores[-1].index_add_(0, chosen if groups is None else groups[chosen], h.to(scores[-1]))
         losses.append(result.outer_loss)
     retrain = _Training(student, optimizer, schedule, data, judged, order, problem, start, each, groups)
     found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
     return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
+
+
+def _checked_groups(given: Any, examples: int, device: torch.device) -> Tensor:
+    groups = _numbers(given, "groups", device)
+    if groups.shape != (examples,) or groups.dtype != torch.int64 or groups.min() < 0:
+        raise MetaplError(
+            f"groups is {checks.described(groups)}; expected a whole number of 0 or more for each of the {examples} "
+            "training examples."
+        )
+    return groups
+
+
+def _refuse_other(problem: Any, optimizer: Any) -> None:
+    """Refuse a training that cannot be repeated, and a signal that is not the weights."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise MetaplError(
+            f"optimizer is {checks.described(optimizer)}; expected torch.optim.SGD, Adam or AdamW over the student's "
+            "parameters, by which a training can be repeated."
+        )
+    if getattr(type(problem), "signal", None) is not EqualWeights.signal:
+        raise MetaplError(
+            f"problem is {type(problem).__name__}, whose signal is its own, and a score is a derivative in weights "
+            "that are 1; expected a subclass of metapl.problems.EqualWeights with losses of your own."
+        )
 
 
 def _numbers(given: Any, name: str, device: torch.device) -> Tensor:

@@ -62,10 +62,10 @@ class StepGuard:
             for role, one in zip(("teacher", "student"), slots, strict=True):
                 one.weights = one.compared(role, student.waits) if len(batches) == 1 else None
             with step_guard(*slots, explain=partial(explain_types, labeled, batches, networks), **how) as fault:
-                if trainer.ranks.alone:
-                    checks.batches([("labeled", labeled), *(("unlabeled", batch) for batch in batches)], device)
+                if trainer.ranks.alone and len(batches) == 1:
+                    checks.batches([("labeled", labeled), ("unlabeled", batches[0])], device)
                 else:
-                    check_batches(labeled, batches, device, trainer.ranks)
+                    check_batches(labeled, batches, device, trainer.ranks, len(batches))
                 if problem is not self.problem:  # another was assigned
                     self.problem, self.steps, self.kind = problem, 0, ()
                 if len(batches) != self.steps:

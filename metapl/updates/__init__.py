@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, called
 from metapl.execution.shards import is_sharded
 from metapl.updates.base import Clipped, Cotangents, Parameters, Update
 from metapl.updates.torch_optim import (
@@ -54,11 +54,11 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
         return TransformUpdate(optimizer, parameters, state)
     if kind is None:
         inside = getattr(optimizer, "optimizer", None)
-        wraps = f", a wrapper around {described(inside)}: give inner_optimizer=optimizer.optimizer"
+        wraps = f", a wrapper around {described(inside)}: give {called('inner_optimizer')}=optimizer.optimizer"
         raise MetaplError(
-            f"inner_optimizer is {described(optimizer)}{wraps if type(inside) in _UPDATES else ''}; its update cannot "
-            "be differentiated; expected torch.optim.SGD, Adam or AdamW (these classes themselves), or a TorchOpt "
-            "transform such as torchopt.sgd(0.1, momentum=0.9)."
+            f"{called('inner_optimizer')} is {described(optimizer)}{wraps if type(inside) in _UPDATES else ''}; its "
+            "update cannot be differentiated; expected torch.optim.SGD, Adam or AdamW (these classes themselves), or a "
+            "TorchOpt transform such as torchopt.sgd(0.1, momentum=0.9)."
         )
     if state is not None:
         raise MetaplError(

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, called, few
 from metapl.execution import checks
 from metapl.execution.numerics import Tree, wide
 from metapl.execution.shards import as_sharded, is_sharded, local
@@ -25,6 +25,10 @@ from metapl.updates.base import Cotangents, Parameters, Update
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
 Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
+# between, ten times as much in the adjoint of Adam, would be of the whole network.
+AT_ONCE = 2**25
 
 _WRAPPERS = {
     "accelerate.optimizer.AcceleratedOptimizer",
@@ -76,22 +80,22 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
         "exp_avg_sq" in state and "max_exp_avg_sq" not in state for state in map(optimizer.state.get, held) if state
     ):
         raise MetaplError(
-            f"amsgrad of {name} was switched on after its first step, whose greatest second moments it has not kept; "
-            f"build a new {type(optimizer).__name__}(..., amsgrad=True)."
+            f"amsgrad of {called(name)} was switched on after its first step, whose greatest second moments it has not "
+            f"kept; build a new {type(optimizer).__name__}(..., amsgrad=True)."
         )
     known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if missing:
         raise MetaplError(
-            f"{name} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of which "
-            f"{few(missing, 3)} are not held, so they would not be trained; build it from {network}.parameters(), and "
-            f"add new ones, such as a head put in later, by {name}.add_param_group."
+            f"{called(name)} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of "
+            f"which {few(missing, 3)} are not held, so they would not be trained; build it from "
+            f"{network}.parameters(), and add new ones, such as a head put in later, by {called(name)}.add_param_group."
         )
     for lr in (group["lr"] for group in optimizer.param_groups):
         if isinstance(lr, Tensor) and lr.ndim:
             raise MetaplError(
-                f"{name} has lr={lr}, a tensor of shape {tuple(lr.shape)}; expected a number, or a tensor without "
-                "dimensions, such as torch.tensor(0.1)."
+                f"{called(name)} has lr={lr}, a tensor of shape {tuple(lr.shape)}; expected a number, or a tensor "
+                "without dimensions, such as torch.tensor(0.1)."
             )
 
 
@@ -146,8 +150,8 @@ def options_by_step(
         return [[{**group, "lr": group["lr"] * factor} for group in groups] for factor in factors]
     if schedule.optimizer is not optimizer:
         raise MetaplError(
-            "schedule is of another optimizer than inner_optimizer; expected one that was built with that: "
-            f"{type(schedule).__name__}(inner_optimizer, ...)."
+            f"schedule is of another optimizer than {called('inner_optimizer')}; expected one that was built with "
+            f"that: {type(schedule).__name__}({called('inner_optimizer')}, ...)."
         )
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
     kind: Any = type(optimizer)
@@ -191,8 +195,8 @@ class TorchUpdate(Update):
         foreign = sum(p.requires_grad and id(p) not in own for p in held)
         if foreign:
             raise MetaplError(
-                f"inner_optimizer holds {len(held)} tensors, the student has {len(parameters)} trainable parameters; "
-                f"{foreign} of the tensors are not the student's. Build it from student.parameters()."
+                f"{called('inner_optimizer')} holds {len(held)} tensors, the student has {len(parameters)} trainable "
+                f"parameters; {foreign} of the tensors are not the student's. Build it from student.parameters()."
             )
 
     @staticmethod
@@ -207,7 +211,7 @@ class TorchUpdate(Update):
         options = [name for name in ("differentiable", "capturable") if any(group.get(name) for group in groups)]
         what = f"{options[0]}=True: leave it out" if options else _others_code(self.optimizer)
         if what:
-            raise MetaplError(f"inner_optimizer has {what}; metapl does not differentiate through that.")
+            raise MetaplError(f"{called('inner_optimizer')} has {what}; metapl does not differentiate through that.")
         held = [[id(p) for p in group["params"]] for group in groups]
         own = self.parameters
         known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
@@ -262,9 +266,16 @@ class TorchUpdate(Update):
         return later
 
     def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
-        """The param groups, each with the names of its parameters that have a gradient."""
+        """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
         for number, group in enumerate(self._options or self.optimizer.param_groups):
-            names = [name for name in grads if self.group_of[name] == number]
+            names, size = list[str](), 0
+            for name in grads:
+                if self.group_of[name] == number:
+                    names.append(name)
+                    size += grads[name].numel()
+                if size >= AT_ONCE:
+                    yield dict(group), names
+                    names, size = [], 0
             if names:
                 yield dict(group), names
 

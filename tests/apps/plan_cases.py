@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,11 +34,16 @@ def measured(recipe: Recipe, mesh: Mesh) -> int:
     weak, strong = (torch.rand(unlabeled, *shape) for _ in range(2))
     labels = torch.arange(labeled) % len(recipe.classes)
     batches: Any = ((torch.rand(labeled, *shape), labels), (weak, strong))
+    return peak_of_steps(trainer, batches, batches, networks)
+
+
+def peak_of_steps(trainer: Any, batches: Any, given: Any, networks: Sequence[nn.Module] = ()) -> int:
+    """The same of any trainer's steps; ``given`` are the tensors of the batches."""
     for _ in range(2):  # with the second, the states of the optimizers are there
         trainer.step(*batches)
-    before = [t for network in networks for t in held(network)]
+    before = [t for network in networks or (trainer.teacher, trainer.student) for t in held(network)]
     states = [state for optimizer in trainer.schedulable for state in optimizer.state.values()]
-    before += [local(t) for t in pytree.tree_leaves([states, batches]) if isinstance(t, Tensor)]
+    before += [local(t) for t in pytree.tree_leaves([states, given]) if isinstance(t, Tensor)]
     peaks = []
     for _ in range(REPEATS):
         gc.collect()  # nothing of the step before is freed within this one

@@ -101,6 +101,41 @@ def test_the_list_is_that_of_the_library_and_finds_the_misplaced(
     assert {path.name for path in out.iterdir()} == {"attribution.csv", "attribution.html"}
 
 
+def test_a_recipe_is_attributed_as_a_run_of_it_is(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, wrong = folders
+    said(capsys, "attribute", root / "run", "--out", tmp_path / "run", *SOME)
+    network = ("--image-size", "8", "--network", "small_cnn")
+    told = json.loads(
+        said(capsys, "attribute", "noisy", *given(root), *network, "--out", tmp_path / "noisy", *SOME, "--json")
+    )
+    assert told["recipe"] == "noisy"
+    assert "run" not in told
+    of_run, of_recipe = (rows((tmp_path / name / "attribution.csv").read_text()) for name in ("run", "noisy"))
+    assert of_run == of_recipe
+    pictures = ("--labeled", root / "noisy", "--unlabeled", root / "clean", "--val", root / "others")
+    text = said(capsys, "attribute", "images", *pictures, *network, "--out", tmp_path / "images", *SOME)
+    assert "of small_cnn on 8 others after 20 steps" in " ".join(text.split())
+    listed = rows((tmp_path / "images" / "attribution.csv").read_text())
+    assert len({row["file"] for row in listed[: len(wrong)]} & wrong) >= 4
+    assert str(root / "noisy") in (tmp_path / "images" / "attribution.html").read_text()
+
+
+def test_a_recipe_without_pictures_to_judge_by_is_refused(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = folders
+    capsys.readouterr()
+    pictures = ("--labeled", str(root / "noisy"), "--unlabeled", str(root / "clean"))
+    assert main(["attribute", "images", *pictures, "--out", str(tmp_path / "out")]) == 2
+    assert "has no validation pictures to judge by; expected --val DIR" in capsys.readouterr().err
+    assert "Missing from metapl attribute noisy: --labeled DIR --clean DIR" in refused(
+        capsys, "attribute", "noisy", "--out", tmp_path / "out"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_page_shows_the_first_and_the_last(
     folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

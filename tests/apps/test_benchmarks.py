@@ -43,6 +43,7 @@ MEASUREMENTS = (
     "endurance",
     "fresh_adam",
     "labels",
+    "language_plan",
     "long_paths",
     "modes",
     "peers",
@@ -226,6 +227,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
         ("modes", "<!-- tangent:begin -->", "tangent"),
+        ("plan", "<!-- language_plan:begin -->", "language_plan"),
     ],
     indirect=["module"],
 )

@@ -35,6 +35,7 @@ PASTED = (
     "correctness",
     "data-rater",
     "from-mpl-pytorch",
+    "plan",
     "tables",
     "tutorial",
     "write-a-problem",

@@ -13,6 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 import metapl
+from metapl.data import load_digits_split
 
 pytestmark = pytest.mark.docs
 
@@ -151,21 +152,21 @@ def test_the_noise_of_an_augmentation_is_learned(
     assert float(found[1]) > float(found[3])
 
 
-def test_the_hyperparameters_of_an_example_are_learned(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = printed("learned_hyperparameters", monkeypatch, capsys, "3", "--rounds", "2")
-    found = re.findall(r"^seed 3, (\w+) round: validation loss ([\d.]+); .*; decay (\S+)", text, re.MULTILINE)
-    assert [name for name, *_ in found] == ["first", "best"]
-    assert float(found[1][1]) < float(found[0][1])
-    assert float(found[1][2]) < float(found[0][2]) == 0.001
+def test_the_hyperparameters_of_an_example_are_learned() -> None:
+    example = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "learned_hyperparameters.py")))
+    (loss, logs, _), (later, moved, _) = example.learn(load_digits_split(10, 3), 3, rounds=2)
+    assert later < loss
+    torch.testing.assert_close(logs["decay"].exp(), torch.full((3,), 0.001))
+    assert (moved["decay"] < logs["decay"]).all()
 
 
 def test_the_gradient_in_hyperparameters_is_that_of_double_backward_by_hand() -> None:
     example = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "learned_hyperparameters.py")))
     problem, draw = example.Hyperparameters(), torch.Generator().manual_seed(0)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.GELU(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
-    student, six = student.double(), example.Six(torch.tensor([0.02, 0.03, 0.01, 0.2, 0.3, 0.4]).double().log())
+    values = {"decay": [0.02, 0.03, 0.01], "smoothing": [0.2], "noise": [0.3], "shift": [0.4]}
+    logs = nn.ParameterDict({name: torch.tensor(of).double().log() for name, of in values.items()})
+    student = student.double()
     batches = [
         (torch.rand(6, 1, 8, 8, generator=draw).double(), torch.randint(3, (6,), generator=draw)) for _ in range(5)
     ]
@@ -174,10 +175,10 @@ def test_the_gradient_in_hyperparameters_is_that_of_double_backward_by_hand() ->
     with torch.random.fork_rng():
         torch.manual_seed(1)
         found = metapl.hypergradient(
-            six, student, outer=outer, inner=metapl.Lookahead(ahead), problem=problem, inner_optimizer=optimizer
+            logs, student, outer=outer, inner=metapl.Lookahead(ahead), problem=problem, inner_optimizer=optimizer
         )
         torch.manual_seed(1)
-        params, signal = dict(student.named_parameters()), metapl.Signal(six())
+        params, signal = dict(student.named_parameters()), problem.signal(logs, None, None, generator=None)
         velocity = {name: torch.zeros_like(p) for name, p in params.items()}
         for batch in ahead:
             outputs = functional_call(student, params, (problem.student_input(batch, signal),))
@@ -186,10 +187,11 @@ def test_the_gradient_in_hyperparameters_is_that_of_double_backward_by_hand() ->
             velocity = {name: 0.9 * velocity[name] + g for name, g in zip(params, grads, strict=True)}
             params = {name: p - 0.3 * velocity[name] for name, p in params.items()}
         loss = problem.outer_loss(functional_call(student, params, (outer[0],)), outer)
-    (by_hand,) = torch.autograd.grad(loss, [six.logs])
-    assert float(by_hand.abs().min()) > 1e-6  # decay of each layer, smoothing, noise and shift
     torch.testing.assert_close(found.outer_loss, loss.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(found.grads["logs"], by_hand, rtol=1e-9, atol=0)
+    for (name, log), by_hand in zip(logs.items(), torch.autograd.grad(loss, [*logs.values()]), strict=True):
+        assert float(by_hand.abs().min()) > 1e-6
+        assert log.shape == by_hand.shape
+        torch.testing.assert_close(found.grads[name], by_hand, rtol=1e-9, atol=0)
 
 
 def test_two_moons_prints_the_rate_of_each_method_and_draws_its_regions(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ from metapl.runs.checkpoint_parts import check
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
 
-COMMAND = [*TINY, "--mesh.shard", "2", "--save-every", "1", "--resume", "--ema-decay", "0.9", "--dropout", "0.1"]
+COMMAND: Sequence[str] = [
+    *TINY,
+    "--mesh.shard",
+    "2",
+    "--save-every",
+    "1",
+    "--resume",
+    "--ema-decay",
+    "0.9",
+    "--dropout",
+    "0.1",
+]
 WEIGHTS = ("student.safetensors", "finetuned_student.safetensors", "teacher.safetensors")
 SECONDS = 120.0
 
@@ -49,12 +61,12 @@ def _rank(rank: int, number: int, port: int, arguments: list[str], said: str, me
 class Attempt:
     """Two processes that train."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, command: Sequence[str] = COMMAND) -> None:
         self.said = [run.parent / f"said-{rank}.txt" for rank in range(2)]
         self.met = [run.parent / f"met-{rank}" for rank in range(2)]
         for file in (*self.said, *self.met):
             file.unlink(missing_ok=True)
-        port, arguments = _free_port(), [*COMMAND, "--out", str(run)]
+        port, arguments = _free_port(), [*command, "--out", str(run)]
         self.ranks: list[Any] = [
             context().Process(target=_rank, args=(rank, 2, port, arguments, str(self.said[rank]), str(self.met[rank])))
             for rank in range(2)
@@ -80,7 +92,9 @@ class Attempt:
         return [process.exitcode for process in self.ranks]
 
 
-def train_through(run: Path, kills: int, seconds: float, draw: random.Random) -> tuple[int, int]:
+def train_through(
+    run: Path, kills: int, seconds: float, draw: random.Random, command: Sequence[str] = COMMAND
+) -> tuple[int, int]:
     """Kill a process of two at a random moment and go on, until the run is finished; kills that hit, and attempts.
 
     Args:
@@ -89,7 +103,7 @@ def train_through(run: Path, kills: int, seconds: float, draw: random.Random) ->
     hits = attempts = 0
     while not (run / "result.json").exists():
         attempts += 1
-        attempt = Attempt(run)
+        attempt = Attempt(run, command)
         victim = attempt.ranks[draw.randrange(2)]
         if hits < kills:
             attempt.wait_until_met()

@@ -221,8 +221,6 @@ def test_what_does_not_run_is_said_once(
             [*IMAGES, "--mode", "difference", "--mesh.tensor", "2"],
             "--mesh.tensor 2: small_cnn has no two linear layers",
         ),
-        (["--method", "noisy_student", "--mesh.shard", "2"], "Noisy Student is not built yet for several processes"),
-        (["--method", "reduced_mpl", "--mesh.shard", "2"], "is not built yet for several processes; leave out --mesh"),
     ],
 )
 def test_what_pictures_do_not_run_on_is_said_once(

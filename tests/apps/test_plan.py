@@ -16,8 +16,11 @@ from command import refused, said
 from flat import made
 from ranks import Ranks
 from torch import distributed as dist
+from torch import nn
 
+import metapl
 from metapl.apps.commands.plan import PLANNED, without_data
+from metapl.apps.planning import rehearse
 from metapl.apps.planning.plan import Plan, bytes_of, plan, propose
 from metapl.apps.planning.rehearsal import Held
 from metapl.apps.recipes import Cifar10, Digits
@@ -29,6 +32,7 @@ from metapl.execution import checks
 from metapl.execution.rng import RandomState
 from metapl.feedback.path import Path as StudentPath
 from metapl.metrics.cost import flops
+from metapl.problems import DataRater
 
 NEAR = 0.15
 """The most that a plan may be away from the memory that a step takes."""
@@ -100,6 +104,56 @@ def test_a_plan_for_two_processes_is_what_each_holds(two: Ranks, case: str) -> N
     found = planned(recipe, **sizes)
     for measured in two.run("measured", recipe=recipe, mesh=Mesh(**sizes)):
         assert gap(found, measured) < NEAR
+
+
+class _Rater(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).mean((1, 2))
+
+
+@pytest.mark.parametrize("mode", ["forward", pytest.param("unrolled", marks=pytest.mark.long)])
+def test_a_language_model_and_a_look_ahead_of_two_steps(mode: str) -> None:
+    def networks() -> list[nn.Module]:
+        layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, batch_first=True)
+        return [_Rater(500, 1), nn.Sequential(nn.Embedding(500, 64), layer, nn.Linear(64, 500))]
+
+    def train(rater: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
+        inner, outer = (torch.optim.AdamW(network.parameters()) for network in (student, rater))
+        return metapl.BilevelTrainer(
+            rater, student, mode, problem=DataRater(), inner_optimizer=inner, outer_optimizer=outer
+        )
+
+    def batches() -> Any:
+        ids = [torch.randint(500, (4, 32)) for _ in range(3)]
+        return ids[0], metapl.Lookahead(ids[1:])
+
+    with torch.device("meta"):
+        planned_for = networks()
+    found = rehearse(planned_for, train, batches)
+    trainer, given = train(*networks()), batches()
+    measured = plan_cases.peak_of_steps(trainer, given, [given[0], *given[1]])
+    assert abs(max(found.peaks.values()) / measured - 1) < 0.05
+    states = 3 * 4 * sum(p.numel() for p in trainer.student.parameters())  # θ, m and v
+    assert found.phases["feedback"]["feedback"] > 2 * states
+
+
+def test_networks_with_values_and_steps_that_read_them_are_refused() -> None:
+    class Reads(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * float(x.sum())
+
+    def batches() -> Any:
+        return (torch.randn(4, 3), torch.arange(4) % 2), torch.randn(4, 3)
+
+    with pytest.raises(
+        MetaplError, match="a network to rehearse has weights on cpu; expected all networks on the meta"
+    ):
+        rehearse([nn.Linear(3, 2), nn.Linear(3, 2)], metapl.BilevelTrainer, batches)
+    with torch.device("meta"):
+        pair = [nn.Linear(3, 2), Reads(3, 2)]
+    with pytest.raises(MetaplError, match=r"reads the value of a tensor \(aten._local_scalar_dense.default\)"):
+        rehearse(pair, metapl.BilevelTrainer, batches)
+    assert all(p.is_meta for network in pair for p in network.parameters())
 
 
 def test_the_feedback_is_what_a_step_without_it_does_not_hold() -> None:

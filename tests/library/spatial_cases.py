@@ -273,12 +273,17 @@ class _Mean(nn.Module):
 # ------------------------------------------------------------------------------------------------------ the trainer
 
 
-def _trained(mode: Any, mesh: Any, optimizer: str, side: int) -> tuple[metapl.BilevelTrainer, list[dict[str, float]]]:
+def _trained(
+    mode: Any, mesh: Any, optimizer: str, side: int, pair: bool
+) -> tuple[metapl.BilevelTrainer, list[dict[str, float]]]:
     """A trainer after two steps on this process's rows and columns, without a mesh on everything; and its reports."""
     from metapl.distributed import shard
 
     torch.manual_seed(4)
     nets = [small_cnn(CLASSES).double(), network("layers").double()]
+    if pair:  # of layers whose products several processes may compute together
+        ends = [(nn.Linear(CLASSES, 8), nn.ReLU(), nn.Linear(8, CLASSES)) for _ in nets]
+        nets = [nn.Sequential(net, *end).double() for net, end in zip(nets, ends, strict=True)]
     for norm in [part for net in nets for part in net.modules() if isinstance(part, nn.BatchNorm2d)]:
         norm.eval()  # each share of rows has statistics of its own
     if mesh is not None:
@@ -299,25 +304,27 @@ def _trained(mode: Any, mesh: Any, optimizer: str, side: int) -> tuple[metapl.Bi
         x, u = (torch.randn(4, 3, side, side, generator=draw, dtype=torch.float64) for _ in range(2))
         y = torch.randint(CLASSES, (4,), generator=draw)
         if mesh is not None:
-            x, u, y = mesh.part(x), mesh.part(u), y.chunk(mesh.shares)[dist.get_rank() // mesh.spatial]
+            x, u, y = mesh.part(x), mesh.part(u), y.chunk(mesh.shares)[mesh.share]
         rows.append(trainer.step((x, y), u).as_dict())
     return trainer, rows
 
 
 @cache
-def _alone(mode: Any, optimizer: str, side: int) -> tuple[list[list[Tensor]], list[dict[str, float]]]:
+def _alone(mode: Any, optimizer: str, side: int, pair: bool) -> tuple[list[list[Tensor]], list[dict[str, float]]]:
     """The weights of one process, and its reports."""
-    trainer, rows = _trained(mode, None, optimizer, side)
+    trainer, rows = _trained(mode, None, optimizer, side, pair)
     return [[p.detach() for p in net.parameters()] for net in (trainer.teacher, trainer.student)], rows
 
 
-def parity(mode: Any, optimizer: str, replicate: int = 1, shards: int = 1, spatial: int = 2) -> dict[str, float]:
+def parity(
+    mode: Any, optimizer: str, replicate: int = 1, shards: int = 1, spatial: int = 2, tensor: int = 1
+) -> dict[str, float]:
     """Weights after two steps on a mesh, and the reports' scalars, beside those of one process."""
     from metapl.distributed import Mesh
 
-    side = 16 * spatial
-    weights, reports = from_first(lambda: _alone(mode, optimizer, side))
-    trainer, rows = _trained(mode, Mesh(replicate=replicate, shard=shards, spatial=spatial), optimizer, side)
+    side, mesh = 16 * spatial, Mesh(replicate=replicate, shard=shards, spatial=spatial, tensor=tensor)
+    weights, reports = from_first(lambda: _alone(mode, optimizer, side, tensor > 1))
+    trainer, rows = _trained(mode, mesh, optimizer, side, tensor > 1)
     for layout in trainer.layouts:
         layout.reshard()
     found = {}

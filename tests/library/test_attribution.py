@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,13 @@ def student(kind: str = "mlp") -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), middle, nn.Tanh(), nn.Linear(8, 3)).double()
 
 
-def found(network: nn.Module, optimizer: str = "sgd", **options: Any) -> Attribution:
+def found(network: nn.Module, by: str = "sgd", **options: Any) -> Attribution:
     torch.manual_seed(3)
-    make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
-    how = {"momentum": 0.9} if optimizer == "sgd" else {"eps": 1e-3}
+    make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[by]
+    how = {"momentum": 0.9} if by == "sgd" else {"eps": 1e-3}
     inner = make(network.parameters(), lr=0.1, **how)
     given = {"train": TRAIN, "outer": OUTER, "steps": STEPS, "batch_size": 8, **options}
-    return attribute(network, optimizer=inner, **given)
+    return attribute(network, **{"optimizer": inner, **given})
 
 
 def by_hand(network: nn.Module, order: Tensor, optimizer: str, factor: Callable[[int], float]) -> tuple[Tensor, Tensor]:
@@ -241,7 +242,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unequal rows": ({"train": (X, Y[:3])}, "as many inputs as labels"),
     "no rows": ({"train": (X[:0], Y[:0])}, "train is empty"),
     "texts": ({"train": (["a"] * N, Y)}, "train holds"),
-    "NaN": ({"train": (X * torch.nan, Y)}, "NaN"),
+    "NaN": ({"train": (X * torch.nan, Y)}, "the train batch of step 0 holds NaN"),
+    "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, r"the train batch of step \d"),
+    "an infinite outer input": ({"outer": (X * torch.inf, Y)}, "the outer batch holds NaN or infinite"),
     "labels that are no classes": ({"train": (X, Y + 3)}, "class"),
     "a number of steps": ({"steps": 0}, "steps=0"),
     "a batch size": ({"batch_size": 0}, "batch_size=0"),
@@ -255,8 +258,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "examples without labels": ({"train": [*X]}, "expected pairs"),
     "two examples in a list": ({"outer": [(X[0], Y[0]), (X[1], Y[1])]}, "as many inputs as labels"),
     "weights that are not 1": ({"problem": Twice()}, "problem is Twice"),
-    "views that differ in a few steps": ({"train": Noisy(X, Y), "steps": 3}, "another batch for step"),
-    "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "another batch for step"),
+    "views that differ in a few steps": ({"train": Noisy(X, Y), "steps": 3}, "train returned another batch for step"),
+    "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "train returned another batch for step"),
+    "another network's optimizer": (
+        {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
+        "optimizer holds 2 tensors",
+    ),
+    "an optimizer without a rule": (
+        {"optimizer": torch.optim.RMSprop(nn.Linear(2, 2).parameters())},
+        "optimizer is torch.optim.rmsprop.RMSprop; its update cannot be",
+    ),
+    "another optimizer's schedule": (
+        {"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(2, 2).parameters()), 1)},
+        "schedule is of another optimizer than optimizer",
+    ),
+    "a rate that diverges": ({"schedule": lambda k: 1e308, "steps": 9}, r"\(step \d of the training\)"),
 }
 
 
@@ -264,8 +280,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_data_are_refused(case: str) -> None:
     options, said = REFUSED[case]
     mode = {"mode": metapl.feedback.Forward(keep_every=8)} if case == "views that differ" else {}
-    with pytest.raises(MetaplError, match=said):
-        found(student(), **options, **mode)
+    with pytest.raises(MetaplError, match=said) as refused:
+        found(student(), "sgd", **mode, **options)
+    assert not re.search("inner_optimizer|labeled|[Ll]ook-?ahead", str(refused.value))
 
 
 @pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], ["a"], np.ones(3, dtype=bool)])

@@ -364,6 +364,11 @@ IDS = tokens(6, 1, "tensor")
         ({"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}}, r"labels a tensor of shape \(6, 6\).*of the same shape"),
         ({"outer": {"input_ids": IDS, "labels": IDS + 5}}, r"the labels run from 5 to 15.*expected 0\.\.10"),
         ({"outer": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}}, "are all of its labels left out"),
+        (
+            {"inner": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}},
+            "to predict: its labels are all -100",
+        ),
+        ({"inner": {"input_ids": IDS, "attention_mask": 0 * IDS}}, "has no token to predict"),
         ({"student": Heads(WORDS)}, r"the student's outputs are .*expected the logits of\s+a causal language model"),
         ({"teacher": Heads(2)}, r"the teacher returned .*of shape \(6,\) or \(6, 1\)"),
         ({"teacher": nn.Linear(3, 1)}, "the teacher Linear cannot take"),

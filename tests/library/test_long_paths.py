@@ -292,10 +292,18 @@ WRONG: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
     "no steps": (lambda _: Lookahead(batch), "steps=None"),
     "zero steps": (lambda _: Lookahead(batch, steps=0), "steps=0"),
     "more steps than batches": (lambda _: Lookahead([batch(0)], steps=2), "1 batches for steps=2"),
-    "a later batch without rows": (lambda _: Lookahead(lambda k: batch(k) if k < 9 else (), steps=60), "unlabeled is"),
+    "a later batch without rows": (lambda _: Lookahead(lambda k: batch(k) if k < 9 else (), steps=60), "of step 9 is"),
     "a later batch with NaN": (
         lambda _: Lookahead(lambda k: (batch(k)[0] * (torch.nan if k == 9 else 1), batch(k)[1]), steps=60),
-        "NaN or infinite",
+        "the unlabeled batch of step 9 holds NaN or infinite",
+    ),
+    "a listed batch with NaN": (
+        lambda _: Lookahead([batch(0), (batch(1)[0] * torch.inf, batch(1)[1])]),
+        "the unlabeled batch of step 1 holds NaN or infinite",
+    ),
+    "a first batch with NaN": (
+        lambda _: Lookahead(lambda k: (batch(k)[0] * torch.nan, batch(k)[1]), steps=60),
+        "the unlabeled batch of step 0 holds NaN or infinite",
     ),
     "a negative rate": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: 5 - k), r"schedule\(6\) returned -1"),
     "a rate that is a text": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: "a"), "returned 'a'"),

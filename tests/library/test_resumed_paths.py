@@ -48,6 +48,10 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
     """The whole result of a path, and what it leaves behind."""
     torch.manual_seed(given.pop("seed", 0))
     student, teacher = network(given.pop("scale", 1.0)), given.pop("teacher", lambda: None)()
+    if hook := given.pop("hook", None):
+        student[2].register_forward_hook(hook)
+    if hook := given.pop("pre_hook", None):
+        student[2].register_forward_pre_hook(hook)
     steps, dtype = given.pop("steps", STEPS), given.pop("dtype", None)
     options = {"keep_every": 7, **given.pop("mode", {})}
 
@@ -204,6 +208,31 @@ def test_a_path_that_is_killed_again_and_again_ends(tmp_path: Path) -> None:
     assert same(CALLS["plain"](str(tmp_path), lambda: None)["left"], expected["left"])
 
 
+def twice(module: nn.Module, inputs: Any, outputs: Tensor) -> Tensor:
+    return 2 * outputs
+
+
+def halved(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0] / 2
+
+
+def table() -> nn.Module:
+    return Table(torch.linspace(-1, 1, 8))
+
+
+def hooked() -> nn.Module:
+    teacher = table()
+    teacher.register_forward_hook(twice)
+    return teacher
+
+
+# What the call was given that was killed, where that is not the plain one.
+TAUGHT: dict[str, Any] = {"problem": ExampleWeights(), "batch": lambda k: (*batch(k), torch.arange(8))}
+KILLED: dict[str, dict[str, Any]] = {
+    "another seed of the generator": {"generator": 0},
+    "a hook of the teacher": {"teacher": table, **TAUGHT},
+}
+
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"seed": 1}, "a student"),
     "rate": ({"optimizer": lambda s: torch.optim.SGD(s.parameters(), lr=0.2)}, "an inner optimizer"),
@@ -212,6 +241,10 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "batches": ({"batch": lambda k: batch(k + 1)}, "inner batches"),
     "autocast": ({"dtype": torch.bfloat16}, "autocast"),
     "generator": ({"generator": 0}, "a generator="),
+    "another seed of the generator": ({"generator": 1}, "a generator="),
+    "a hook": ({"hook": twice}, "forward hooks of the student"),
+    "a hook before the pass": ({"pre_hook": halved}, "forward hooks of the student"),
+    "a hook of the teacher": ({"teacher": hooked}, "forward hooks of the teacher"),
     "an attribute": ({"scale": 2.0}, "a student"),
     "param groups": ({"optimizer": lambda s: adam(s, first=2)}, "an inner optimizer"),
 }
@@ -219,14 +252,15 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_the_folder_of_another_path_is_refused_and_left(case: str, tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        gradient(str(tmp_path), stopped_at(20))
-    there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     given, said = OTHERS[case]
+    own = KILLED.get(case, {})
+    with pytest.raises(ZeroDivisionError):
+        gradient(str(tmp_path), stopped_at(20), **own)
+    there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(MetaplError, match=rf"holds the states of another path, of {said} other .* remove .*path\.ckpt"):
-        gradient(str(tmp_path), lambda: None, **given)
+        gradient(str(tmp_path), lambda: None, **{**own, **given})
     assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    assert same(gradient(str(tmp_path), lambda: None), gradient(None, lambda: None))
+    assert same(gradient(str(tmp_path), lambda: None, **own), gradient(None, lambda: None, **own))
 
 
 def stopped_at(number: int) -> Callable[[], None]:

@@ -458,7 +458,6 @@ def test_weights_gathered_in_bfloat16(two: Ranks, inside: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (lambda: Mesh(tensor=2, spatial=2), r"Mesh\(tensor=2, spatial=2\): a network is cut either in its products"),
         (lambda: shard(multilayer([4, 3]), Mesh(shard=2), plan={}), "shard was given a plan and mesh.tensor=1"),
         (lambda: shard(multilayer([4, 3]), Mesh(spatial=2)), "shard was given mesh.spatial=2 and no example"),
         (lambda: Mesh(shard=0), r"Mesh\(shard=0\): expected a number of processes"),

@@ -111,12 +111,26 @@ def test_a_trainer_takes_the_steps_of_one_process(two: Ranks, mode: str) -> None
         ("difference", "sgd", {"shards": 2}),
         ("forward", "sgd", {"replicate": 2}),
         ("forward", "adamw", {"spatial": 4}),
+        ("difference", "sgd", {"tensor": 2}),
+        ("reinforce", "adamw", {"tensor": 2}),
     ],
 )
 def test_rows_in_two_shares_and_images_in_parts(four: Ranks, mode: str, optimizer: str, mesh: dict[str, int]) -> None:
-    """Batch norm counts each share's rows alone, so the networks normalize by running statistics here."""
+    """And products of layers by two processes. Batch norm counts each share's rows alone, so the networks normalize by
+    running statistics here."""
     for found in four.run("parity", mode=mode, optimizer=optimizer, **mesh):
         assert max(found.values()) < (1e-6 if mode == "difference" else 1e-10), found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [{"shards": 2}, {"replicate": 2}])
+def test_rows_in_two_shares_images_in_parts_and_products_together(sizes: dict[str, int]) -> None:
+    ranks = Ranks(8, "spatial_cases")
+    try:
+        for found in ranks.run("parity", mode="reinforce", optimizer="sgd", tensor=2, **sizes):
+            assert max(found.values()) < 1e-10, found
+    finally:
+        ranks.close()
 
 
 def test_a_network_that_nothing_averages_is_refused(two: Ranks) -> None:

@@ -91,11 +91,11 @@ def _dispatch(given: list[str]) -> int:
         if words[:1] in (["-h"], ["--help"]):
             print(help_of(command), end="")
             return 0
-        _, what, example = CHOICES[command]
         choice = words[0] if words else None
         if (gone := f"{command} {choice}") in GONE:
             raise MetaplError(f"there is no metapl {gone}: {GONE[gone]}.")
         if choice not in kind:
+            _, what, example = CHOICES[command]
             raise _unknown(what, choice, [*kind], f"{program} {example}")
         kind, program, words = kind[choice], f"{program} {choice}", words[1:]
     with flags_named(words):

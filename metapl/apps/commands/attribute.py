@@ -1,4 +1,4 @@
-"""``metapl attribute RUN --out DIR``: which labeled pictures help what a run's network does, and which harm it."""
+"""``metapl attribute RUN_OR_RECIPE --out DIR``: which labeled pictures help what a network does, and which harm it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import sys
 import time
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,19 +20,21 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from metapl.apps.commands.inputs import held, written
-from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
+from metapl.apps.commands.parse import Command, Folder, OnRecipe, Run, Switch, unset
 from metapl.apps.experiments.folder import begun, flat, stored
 from metapl.apps.experiments.galleries import gallery_of
+from metapl.apps.experiments.settle import settled
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.store import FileImages
-from metapl.apps.recipes import ImageFolders
+from metapl.apps.recipes import ImageFolders, NoisyFolders
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, whole
 from metapl.apps.recipes.settings import Batch, Steps
 from metapl.apps.reports import web
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
+from metapl.runs.cores import default_threads
 from metapl.runs.fields import Range
 from metapl.runs.progress import duration
 from metapl.training.attribution import Attribution, attribute
@@ -44,50 +48,48 @@ DO = "Mend the labels that are wrong, take out what shows no class, and train ag
 SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 
 
+# Fields of recipes by which pictures and the network are found; the others are of trainings that are not taken here.
+OF_PICTURES = {
+    *("labeled", "unlabeled", "clean", "val", "val_fraction", "image_size", "grey", "mean", "std"),
+    *("network_name", "weights", "dropout", "stochastic_depth", "channels_last", "device", "seed"),
+}
+
+
+class Subject(NamedTuple):
+    """What is attributed."""
+
+    about: dict[str, str]  # what it is called
+    recipe: ImageFolders
+    seed: int  # of the initial weights, the order of the pictures and the removals
+    threads: int
+
+
 @dataclass(frozen=True, kw_only=True)
-class Attribute(Command):
-    """Say which labeled pictures of a run help its network, and which harm it: wrong labels, pictures that mislead.
-
-    The run's network is trained from its start on the labeled pictures, of train noisy on those of --labeled: by SGD
-    with momentum at a rate that falls to zero, in float32, on the pictures as they are. No view is drawn and no
-    unlabeled picture is used, unlike in the run itself. A picture's score is minus the derivative, through all of this
-    training, of the loss on pictures whose labels are right, in the weight of the picture: more of one with a positive
-    score would lower the loss, more of one with a negative score raise it.
-
-    The pictures with right labels are the run's validation pictures; of train noisy without --val, those of --clean.
-
-    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
-    compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
-
-    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a page of the most
-    harmful and the most helpful ones. Files of these names that are there already are replaced.
+class Attributing(Command):
+    """The options of every attribution.
 
     Args:
-        folder: the folder of a run of train images, train noisy or noisy-student images, finished or not.
         out: the folder to write to; made if need be.
-        val: other pictures whose labels are right, in a folder like --labeled.
         each_class: score the loss on each class by itself too, and name the class that a picture helps or harms most;
             this takes as long again for every class.
         removals: how many trainings without pictures the check takes; 0 does without it.
         steps: number of steps; by default 10 passes over the pictures, and 100 at least.
         batch: pictures in a step; at most all of them.
         lr: learning rate at the start.
-        seed: of the initial weights, the order of the pictures and the removals; by default the run's.
-        device: by default the run's.
         json: print JSON.
     """
 
-    folder: Run
     out: Annotated[Path, unset("DIR")]
-    val: Folder = None
     each_class: Switch = False
     removals: Annotated[int, Range(0, most=1000)] = 10
     steps: Annotated[Steps | None, unset()] = None
     batch: Batch = 64
     lr: Annotated[float, Range(above=0)] = 0.03
-    seed: Annotated[Annotated[int, Range(0, most=2**32 - 1)] | None, unset()] = None
-    device: Annotated[Literal["auto", "cpu", "cuda"] | None, unset()] = None
     json: Switch = False
+
+    @abstractmethod
+    def subject(self) -> Subject:
+        """The pictures and the network."""
 
     def check(self) -> None:
         if 0 < self.removals < FEWEST_REMOVALS:
@@ -97,17 +99,10 @@ class Attribute(Command):
             )
 
     def run(self) -> int:
-        folder = begun(self.folder)
-        recipe, _ = stored(folder)
-        if not isinstance(recipe, ImageFolders):
-            raise MetaplError(
-                f"{self.folder} is a run of {recipe.name}; expected one of pictures in folders, by metapl train images "
-                "or metapl train noisy."
-            )
-        changed: dict[str, Any] = {"val": whole(str(self.val))} if self.val else {}
-        recipe = dataclasses.replace(recipe, device=self.device or recipe.device, **changed)
+        subject = self.subject()
+        recipe = subject.recipe
         with held(self.out, TABLE, PAGE):
-            torch.set_num_threads(folder.threads())
+            torch.set_num_threads(subject.threads)
             device = recipe.torch_device()
             task = recipe.task(lambda text: tell(f"metapl: {text}", file=sys.stderr, wrap=True), progress=True)
             doubtful, judges = task.doubtful, task.validation
@@ -115,12 +110,12 @@ class Attribute(Command):
                 judges = task.labeled
             if judges is None:
                 raise MetaplError(
-                    f"{self.folder} has no validation pictures to judge by; expected --val DIR, a folder of pictures "
-                    "whose labels are right, with one folder a class."
+                    f"{' '.join(subject.about.values())} has no validation pictures to judge by; expected --val DIR, a "
+                    "folder of pictures whose labels are right, with one folder a class."
                 )
             given = task.labeled if doubtful is None else doubtful.examples
             train = Pictures(given.images, given.labels if doubtful is None else doubtful.given)
-            found, rows = self._found(recipe, train, Pictures(judges.images, judges.labels), device)
+            found, rows = self._found(subject, train, Pictures(judges.images, judges.labels), device)
             with written(self.out, PAGE, page(found, rows, train).decode()), written_csv(self.out / TABLE) as csv:
                 csv.writerow(
                     ["rank", "file", "label", "score", "effect", "loss", *["most", "score_most"] * self.each_class]
@@ -134,9 +129,10 @@ class Attribute(Command):
         return 0
 
     def _found(
-        self, recipe: ImageFolders, train: Pictures, outer: Pictures, device: torch.device
+        self, subject: Subject, train: Pictures, outer: Pictures, device: torch.device
     ) -> tuple[dict[str, Any], list[Scored]]:
         """What was done and what came of it, by name; and the pictures, the most harmful first."""
+        _, recipe, seed, _ = subject
         batch = min(self.batch, len(train))
         steps = self.steps or max(FEWEST_STEPS, -(-PASSES * len(train) // batch))
         if steps * batch < len(train):
@@ -144,7 +140,6 @@ class Attribute(Command):
                 f"--steps {steps} of {batch} pictures leave some of the {len(train):,} out, which would have no score; "
                 f"expected {-(-len(train) // batch):,} steps or more."
             )
-        seed = recipe.seed if self.seed is None else self.seed
         torch.manual_seed(seed)
         network = recipe.network(recipe.method.built_as).to(device)
         start = RandomState.now(device)
@@ -179,8 +174,9 @@ class Attribute(Command):
             file, given = str(train.images.path(number)), recipe.classes[label]
             rows.append(Scored(number, file, given, score, loss, most[1], most[0]))
         found = {
-            "run": str(self.folder),
+            **subject.about,
             "network": recipe.network_name,
+            "image_size": recipe.image_size,
             "pictures": len(train),
             "judged_on": len(outer),
             "steps": steps,
@@ -200,6 +196,73 @@ class Attribute(Command):
             "seconds": {"scores": between - began, "check": time.perf_counter() - between},
         }
         return found, sorted(rows, key=lambda row: row.score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribute(Attributing):
+    """Say which labeled pictures help a network, and which harm it: wrong labels, pictures that mislead.
+
+    RUN is the folder of a run. Without one, name a recipe, images or noisy, and its pictures, as for metapl train:
+    metapl attribute noisy --labeled DIR --clean DIR --out DIR. Its flags: metapl attribute noisy --help. (A run in a
+    folder of that name is ./noisy.)
+
+    The network is trained from its start on the labeled pictures, of noisy on those of --labeled: by SGD with momentum
+    at a rate that falls to zero, in float32, on the pictures as they are. No view is drawn and no unlabeled picture is
+    used, unlike in a run of metapl train. A picture's score is minus the derivative, through all of this training, of
+    the loss on pictures whose labels are right, in the weight of the picture: more of one with a positive score would
+    lower the loss, more of one with a negative score raise it.
+
+    The pictures with right labels are the validation pictures; of noisy without --val, those of --clean.
+
+    A score is a prediction. The check trains without 5 % of the pictures, drawn at random, again and again, and
+    compares: a correlation near 1 says that the scores can be believed, one near 0 that they cannot.
+
+    DIR gets attribution.csv, with all pictures and the most harmful first, and attribution.html, a page of the most
+    harmful and the most helpful ones. Files of these names that are there already are replaced.
+
+    Args:
+        folder: the folder of a run of train images, train noisy or noisy-student images, finished or not.
+        val: other pictures whose labels are right, in a folder like --labeled.
+        seed: of the initial weights, the order of the pictures and the removals; by default the run's.
+        device: by default the run's.
+    """
+
+    folder: Run
+    val: Folder = None
+    seed: Annotated[Annotated[int, Range(0, most=2**32 - 1)] | None, unset()] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, unset()] = None
+
+    def subject(self) -> Subject:
+        folder = begun(self.folder)
+        recipe, _ = stored(folder)
+        if not isinstance(recipe, ImageFolders):
+            raise MetaplError(
+                f"{self.folder} is a run of {recipe.name}; expected one of pictures in folders, by metapl train images "
+                "or metapl train noisy."
+            )
+        changed: dict[str, Any] = {"val": whole(str(self.val))} if self.val else {}
+        seed = recipe.seed if self.seed is None else self.seed
+        recipe = dataclasses.replace(recipe, device=self.device or recipe.device, **changed)
+        return Subject({"run": str(self.folder)}, recipe, seed, folder.threads())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributeRecipe(Attributing, OnRecipe):
+    """Say which labeled pictures of a recipe help its network, and which harm it. See metapl attribute --help."""
+
+    @classmethod
+    def given(cls, words: Sequence[str], program: str) -> tuple[type[Command], str]:
+        settings = cls.kind.by_name(cls.kind.own)
+        fields = {each.name for kind in (cls.kind, type(settings)) for each in dataclasses.fields(kind)}
+        return cls.flags(settings, words, AttributeRecipe.__doc__ or "", fields - OF_PICTURES), program
+
+    def subject(self) -> Subject:
+        # One step: what a training takes is not measured.
+        recipe = settled(dataclasses.replace(self.recipe, steps=1))
+        return Subject({"recipe": recipe.name, "labeled": recipe.labeled}, recipe, recipe.seed, default_threads())
+
+
+OF_RECIPES = AttributeRecipe.on(ImageFolders, NoisyFolders)
 
 
 class Scored(NamedTuple):
@@ -308,7 +371,7 @@ def page(found: dict[str, Any], rows: list[Scored], train: Pictures) -> bytes:
     title = "Which pictures help, and which harm"
     parts = [
         f"<h1>{title}</h1>",
-        web.paragraph(found["run"], "quiet"),
+        web.paragraph(found.get("run") or found["labeled"], "quiet"),
         *map(web.paragraph, sentences(found)),
         hung("Most harmful", f"more of these would raise the loss; {beneath}. {DO}", harmful),
         hung("Most helpful", f"more of these would lower the loss; {beneath}", helpful),

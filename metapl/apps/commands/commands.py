@@ -34,6 +34,9 @@ COMMANDS = {
 BY_FLAG = {"ablate": ("--factory", "ablate.AblateFactory")}
 BY_FLAG |= {"evaluate": ("--weights", "evaluate_weights.EvaluateWeights")}
 
+# First words that make another command of one whose first word is else a folder.
+BY_WORD = {"attribute": (("images", "noisy"), "attribute.OF_RECIPES")}
+
 HELP = """\
 metapl trains a classifier from a few labeled examples and many unlabeled
 ones. With Meta Pseudo Labels, a teacher network makes up labels for a student
@@ -52,6 +55,7 @@ own labels of pictures that it is sure of.
   metapl runs [FOLDER]          list the runs below runs/: accuracy, date, state
   metapl report RUN             write all there is to see of it as one web page
   metapl attribute RUN          say which labeled pictures help, and which harm
+                                (or of a RECIPE, without a run)
   metapl export RUN --out DIR   write it for others: a program, weights, a card
   metapl label RUN DIR          store its class probabilities of many pictures
   metapl labels DO STORE        look at such a store (stats), or select from it
@@ -185,6 +189,8 @@ def found(command: str, words: Sequence[str] = ()) -> Any:
     """The class of a command, or its classes by their first word."""
     flag, other = BY_FLAG.get(command, (None, ""))
     place = other if flag in {word.partition("=")[0] for word in words} else COMMANDS[command]
+    named, of_name = BY_WORD.get(command, ((), ""))
+    place = of_name if words and words[0] in named else place
     module, _, name = place.partition(".")
     return getattr(import_module(f"metapl.apps.commands.{module}"), name)
 

@@ -271,13 +271,13 @@ class NoisyStudent(Train):
             a first teacher train the same one, and learn from the same labels.
         seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
         jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
+        mesh: processes that train together, started by torchrun.
     """
 
     own: ClassVar[str | None] = "noisy_student"
     equal_cost: ClassVar[bool] = True
 
     controls: Unasked[bool] = False
-    mesh: Unasked[Mesh] = field(default_factory=Mesh)
 
     @classmethod
     def offered(cls) -> Mapping[str, str]:

@@ -29,6 +29,7 @@ from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import takes_whole_images
 from metapl.distributed.tensor import pairs_of
 from metapl.errors import MetaplError
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
@@ -299,11 +300,32 @@ class Training(Run):
         labels = torch.zeros(2, dtype=torch.long, device=next(teacher.parameters()).device)
         return self.experiment.laid_out(teacher, labels=(labels,))[0]
 
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        return network if self.experiment.mesh.size == 1 else self.experiment.laid_out(network)[0]
+
+    def seed(self, seed: int) -> None:
+        super().seed(seed)
+        self.experiment.seed_shares(self.student)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        mesh = self.experiment.mesh
+        if mesh.size == 1:
+            return ALONE
+        world: Any = dist.group.WORLD
+        return Ranks([world], mesh.share, self.recipe.torch_device(), mesh.together, first=dist.get_rank() == 0)
+
+    @cached_property
+    def shared(self) -> Path:
+        """The folder of the first process, where the stores are."""
+        return Path(self.ranks.gathered(str(self.experiment.folder.path.absolute()))[0])
+
     def labels_given(self) -> Stored | None:
-        return labels_given(self.recipe, self.task, self.experiment.folder.path, self.experiment.say)
+        return labels_given(self.recipe, self.task, self.shared, self.experiment.say, self.ranks)
 
     def label(self, teacher: nn.Module) -> Stored:
-        return label_by(teacher, self.recipe, self.experiment.folder.path, self.task, self.experiment.say)
+        return label_by(_inside(teacher), self.recipe, self.shared, self.task, self.experiment.say, self.ranks)
 
     @cached_property
     def rounds(self) -> Rounds:
@@ -313,9 +335,9 @@ class Training(Run):
             parts = {"validation_accuracy": self.data.validation, "test_accuracy": self.data.test}
             return {name: evaluated(network, data).accuracy for name, data in parts.items() if data is not None}
 
-        method, folder = self.recipe.method, self.experiment.folder.path
+        method, say = self.recipe.method, self.experiment.say
         any_class = not method.is_noisy_student
-        return Rounds(self.recipe, folder, self.data, method.selection, any_class, measure, self.experiment.say)
+        return Rounds(self.recipe, self.shared, self.data, method.selection, any_class, measure, say, self.ranks)
 
     def select(self, number: int, teacher: nn.Module) -> Chosen:
         return self.rounds.choose(number, teacher)
@@ -338,7 +360,7 @@ class Training(Run):
             return experiment.finetuned(task, self.trainer.as_given, result)
         larger = networks_of(self.recipe, rounds.settings)[-1].at_size(rounds.settings.finetune_size)
         seen = larger.task(None, experiment.progress, experiment.skipped)
-        phase = finetuned_larger(larger, rounds.settings, self.trainer.student, seen)
+        phase = finetuned_larger(larger, rounds.settings, self.trainer.as_given, seen)
         tuned = experiment.fit(phase.trainer, phase.labeled, None, seen, phase=phase.name, **phase.options)
         return experiment.network(name, seen, self.trainer.student, tuned.validation_accuracy, tuned.weights)
 
@@ -370,9 +392,6 @@ def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = Non
 
 def check_runs(recipe: Recipe, mesh: Mesh, methods: Iterable[str]) -> None:
     """Refuse methods and options that do not run in the processes of a mesh; nothing is read or built."""
-    for method in methods if mesh.size > 1 else ():
-        if EVERY_METHOD[method].selects or EVERY_METHOD[method].reduced:
-            raise MetaplError(f"{title(method)} is not built yet for several processes; leave out --mesh.*.")
     if getattr(recipe, "compile", False) and mesh.together > 1:
         raise MetaplError(
             "--compile does not run with --mesh.spatial or --mesh.tensor; leave it out, or give --mesh.replicate and "

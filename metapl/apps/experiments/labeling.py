@@ -9,13 +9,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from metapl.apps.experiments.folder import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
@@ -30,10 +31,12 @@ from metapl.apps.recipes.base import Stored, Task
 from metapl.data.feed import feed
 from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
 from metapl.runs.fingerprints import fingerprint
 from metapl.runs.progress import counting, progress
 from metapl.training import Say
+from metapl.training.selection import weights_of
 from metapl.words import shown
 
 # What can be labeled by its name: all of the digits, and the training pictures of the others.
@@ -49,10 +52,12 @@ Read = tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]
 
 @dataclass(frozen=True, eq=False)
 class InOrder(StepBatches[Read], ABC):
-    """Pictures as they are, one batch after another; ``first`` is the batch that item 0 is."""
+    """Pictures as they are, one batch after another from the ``first``; of several shares, those of one."""
 
     batch_size: int = field(default=BATCH, kw_only=True)
     first: int = field(default=0, kw_only=True)
+    share: int = field(default=0, kw_only=True)
+    shares: int = field(default=1, kw_only=True)
 
     @abstractmethod
     def pictures(self) -> int:
@@ -68,10 +73,15 @@ class InOrder(StepBatches[Read], ABC):
 
     @property
     def steps(self) -> int:  # type: ignore[override]  # follows from the rest
-        return -(-self.pictures() // self.batch_size) - self.first
+        """As many in every share: behind the last picture, batches are empty."""
+        return -(-(-(-self.pictures() // self.batch_size) - self.first) // self.shares)
+
+    def number(self, step: int) -> int:
+        """Of a batch among those of all shares."""
+        return self.first + step * self.shares + self.share
 
     def numbers(self, step: int) -> range:
-        start = (self.first + step) * self.batch_size
+        start = self.number(step) * self.batch_size
         return range(start, min(start + self.batch_size, self.pictures()))
 
 
@@ -205,7 +215,7 @@ def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperat
         "examples": len(labeled.ids),
         "ids_sha256": labeled.hash(),
         "pictures_sha256": labeled.pictures.content(),
-        "weights_fingerprint": fingerprint(dict(network.state_dict())),
+        "weights_fingerprint": fingerprint(weights_of(network)),
         "temperature": temperature,
         "views": f"as they are, not augmented. {recipe.input_note}",
         "batch": labeled.pictures.batch_size,
@@ -222,12 +232,24 @@ def rows_per_part(examples: int) -> int:
 
 
 def store_labels(
-    network: nn.Module, labeled: Labeled, place: Path, classes: Sequence[str], about: Mapping[str, Any], say: Say
+    network: nn.Module,
+    labeled: Labeled,
+    place: Path,
+    classes: Sequence[str],
+    about: Mapping[str, Any],
+    say: Say,
+    ranks: Ranks = ALONE,
 ) -> LabelStore:
-    """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with."""
+    """The store of a network's labels in a run's folder; one whose provenance is ``about`` is gone on with. Of several
+    processes each labels its share, and the first one writes; they get the store when it is whole."""
     part = rows_per_part(len(labeled.ids))
-    with LabelWriter(place, classes, provenance=about, rows_per_part=part, resume=place.exists()) as writer:
-        write_labels(network, labeled, writer, skip=say)
+    with ExitStack() as stack:
+        writer = None
+        if ranks.first:
+            begun = LabelWriter(place, classes, provenance=about, rows_per_part=part, resume=place.exists())
+            writer = stack.enter_context(begun)
+        write_labels(network, labeled, writer, skip=say, ranks=ranks)
+    ranks.gathered(None)  # the first one has sealed it
     return LabelStore(place)
 
 
@@ -264,8 +286,9 @@ def refuse_other_pictures(
 def write_labels(
     network: nn.Module,
     labeled: Labeled,
-    writer: LabelWriter,
+    writer: LabelWriter | None,
     *,
+    ranks: Ranks = ALONE,
     temperature: float = 1.0,
     num_workers: int = 0,
     skip: Callable[[str], None] = lambda reason: None,
@@ -277,50 +300,70 @@ def write_labels(
     Args:
         network: gives logits; it runs in eval mode, without gradients, in the precision of its weights, on the device
             of its first parameter. Afterwards it is in the mode that it was in.
-        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes.
+        writer: entered; of these pictures, the same network, temperature and size of a batch, if it resumes. Of several
+            processes the first one has it: the labels are sent there, in the order of the pictures.
+        ranks: the processes that label together, each of them its share of the batches.
         skip: takes the reason of each file that is left out.
         unread: takes the path of each file that cannot be read, and of which the writer has labels.
     """
     ids: Sequence[Any] = labeled.ids
-    there = LabelStore(writer.folder) if writer.complete else writer
-    refuse_other_pictures(
-        there.digests(),
-        lambda name: labeled.pictures.file(bisect_left(ids, name)),
-        writer.folder,
-        tell_progress=tell_progress,
-        unread=unread,
-    )
-    if writer.complete:
+    done, complete = 0, False
+    if writer is not None:
+        there = LabelStore(writer.folder) if writer.complete else writer
+        refuse_other_pictures(
+            there.digests(),
+            lambda name: labeled.pictures.file(bisect_left(ids, name)),
+            writer.folder,
+            tell_progress=tell_progress,
+            unread=unread,
+        )
+        done, complete = 0 if writer.last is None else ids.index(writer.last) + 1, writer.complete
+    done, complete = ranks.gathered((done, complete))[0]
+    if complete:
         return
-    done = 0 if writer.last is None else ids.index(writer.last) + 1
-    first = done // labeled.pictures.batch_size
-    pictures = replace(labeled.pictures, first=first)
+    # A share has the same batches wherever the labels are gone on with.
+    first = done // labeled.pictures.batch_size // ranks.size * ranks.size
+    pictures = replace(labeled.pictures, first=first, share=ranks.rank, shares=ranks.size)
     steps = len(pictures)
     every = max(1, (first + steps) // 10)
     source = feed(pictures, name="the pictures", stop=steps, num_workers=num_workers)
     with closing(source), progress(tell_progress, name="labels", start=first, steps=first + steps) as bar:
         for step in range(first, first + steps):
             x, numbers, digests, skipped = source.next()
-            for number, reason in skipped:
-                if number >= done:
-                    skip(reason)
-            if len(numbers):
+            reasons = [reason for number, reason in skipped if number >= done]
+            labels: list[Any] = []
+            if len(numbers) or not ranks.alone:  # processes that hold parts of the network run it together
                 # Of a batch of which some are done, all are run again: a smaller batch may round otherwise.
-                logits_BC = logits_of(network, [x]).float()
+                given = x if len(x) else x.new_zeros(1, *x.shape[1:])
+                logits_BC = logits_of(network, [given]).float()[: len(x)]
                 names = [ids[number] for number in numbers.tolist()]
                 refuse_infinite(logits_BC, names)
                 kept = []
                 for row, (name, number) in enumerate(zip(names, numbers.tolist(), strict=True)):
                     if number >= done and isinstance(name, str) and not is_text(name):
-                        skip(f"{shown(name)}: its name is not UTF-8; rename it.")
+                        reasons.append(f"{shown(name)}: its name is not UTF-8; rename it.")
                     elif number >= done:
                         kept.append(row)
                 scaled_BC, names = logits_BC[kept] / temperature, [names[row] for row in kept]
                 refuse_infinite(scaled_BC, names, f"divided by the temperature {temperature}: expected a greater one")
                 if kept:
                     contents = [bytes(row) for row in digests[kept].tolist()] if digests.shape[1] else None
-                    writer.add(names, scaled_BC.softmax(dim=1), contents)
+                    labels = [names, scaled_BC.softmax(dim=1).cpu(), contents]
+            for found, told in _of_all(ranks, (labels, reasons)):
+                for reason in told:
+                    skip(reason)
+                if found and writer is not None:
+                    writer.add(*found)
             bar.advance([x], {}, due=(step + 1) % every == 0 or step + 1 == first + steps)
+
+
+def _of_all(ranks: Ranks, own: Any) -> list[Any]:
+    """What every share has, in the first process; nothing in the others."""
+    if ranks.alone:
+        return [own]
+    every: list[Any] | None = [None] * ranks.processes if ranks.first else None
+    dist.gather_object(own, every)
+    return [] if every is None else every[:: ranks.copies]
 
 
 DIVERGED = "its training diverged: train again with a smaller learning rate"
@@ -338,13 +381,13 @@ FOLDER = "labels"  # where a run keeps the stored labels, in its folder
 PICTURES_OF = {"labels": "unlabeled", "labeled_labels": "labeled"}  # the folder whose pictures each store has labels of
 
 
-def label_by(teacher: nn.Module, recipe: Recipe, folder: Path, task: Task, say: Say) -> Stored:
+def label_by(teacher: nn.Module, recipe: Recipe, folder: Path, task: Task, say: Say, ranks: Ranks = ALONE) -> Stored:
     """Store the labels of a task's examples in a run folder, or go on with those of the same weights; read them."""
     stored = {}
     for name, batches in (("unlabeled", task.unlabeled), ("labeled", task.labeled)):
         labeled = Labeled(SourcePictures(batches.images), range(len(batches.images)), name)
         about = provenance(teacher, labeled, recipe)
-        store = store_labels(teacher, labeled, folder / FOLDER / name, task.classes, about, say)
+        store = store_labels(teacher, labeled, folder / FOLDER / name, task.classes, about, say, ranks)
         stored[name] = rows_of(store, labeled.ids)
     say(f"the teacher's labels are in {folder / FOLDER}")
     return stored
@@ -379,7 +422,7 @@ def check_labels_given(recipe: Recipe) -> None:
             refuse_other_pictures(store.digests(), file, store.folder, tell_progress=True)
 
 
-def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored | None:
+def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say, ranks: Ranks = ALONE) -> Stored | None:
     """The labels that the recipe's method names; another run's are stored in ``folder``. None: a teacher is trained."""
     given = {name: place for name, place in recipe.method.labels_from.items() if place is not None}
     if not given:
@@ -392,7 +435,8 @@ def labels_given(recipe: Recipe, task: Task, folder: Path, say: Say) -> Stored |
         for part, pictures in folders.items():
             network, labeled = run.network(delivered).to(run.device), to_label(pictures, run.recipe)
             about = {"run": str(run.folder.path), **provenance(network, labeled, run.recipe)}
-            stores[part] = store_labels(network, labeled, folder / FOLDER / part, run.recipe.classes, about, say)
+            place, classes = folder / FOLDER / part, run.recipe.classes
+            stores[part] = store_labels(network, labeled, place, classes, about, say, ranks)
     else:
         stores = {PICTURES_OF[name]: LabelStore(place) for name, place in given.items()}
         if "labeled" not in stores:

@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from metapl.apps.experiments.galleries import SHOWN, gallery_of
 from metapl.apps.experiments.labeling import Labeled, Read, SourcePictures, provenance, store_labels
 from metapl.apps.labels import LabelStore
-from metapl.apps.labels.queries import select, statistics
+from metapl.apps.labels.queries import Selection, select, statistics
 from metapl.apps.pictures.views.base import View
 from metapl.apps.recipes.base import Chosen, Recipe, Task, picked
 from metapl.apps.recipes.methods.noisy_student import noisy_view
 from metapl.apps.reports import Gallery
 from metapl.data.draws import fold_in
 from metapl.errors import few
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.stored import with_model_noise
 from metapl.runs.fingerprints import fingerprint
 from metapl.training import FitResult, Say
+from metapl.training.selection import weights_of
 
 FOLDER = "rounds"  # where a run keeps the stores of its rounds: of all unlabeled examples, and of the selected ones
 LABELS, SELECTED = "labels", "selected"
@@ -43,7 +45,7 @@ class Augmented(SourcePictures):
 
     def batch(self, step: int) -> Read:
         x, numbers, digests, skipped = super().batch(step)
-        return self.view(x, seed=self.seed, step=self.first + step, examples=numbers), numbers, digests, skipped
+        return self.view(x, seed=self.seed, step=self.number(step), examples=numbers), numbers, digests, skipped
 
 
 class Noised(nn.Module):
@@ -76,6 +78,7 @@ class Rounds:
     any_class: bool  # select as Meta Pseudo Labels does: for each class, the examples that are most probably of it
     measure: Callable[[nn.Module], dict[str, float]]  # what a network reaches, by the names of result.json
     say: Say
+    ranks: Ranks = ALONE  # the processes that train together; the first of them writes
     records: list[dict[str, Any]] = field(default_factory=list)  # of each round for result.json, from the first student
     reached: dict[int, dict[str, float]] = field(default_factory=dict)  # by the network of each round, by its number
     teachers: list[nn.Module] = field(default_factory=list)  # the network that labeled last
@@ -91,11 +94,12 @@ class Rounds:
         else:
             threshold = self.threshold(labels)
             how = {"per_class": settings.per_class, "threshold": threshold, "balance": settings.balance}
-        selection = select(labels, place, resume=place.exists(), **how)
+        selected = select(labels, place, resume=place.exists(), **how) if self.ranks.first else None
+        selection: Selection = self.ranks.gathered(selected)[0]
         chosen = LabelStore(place)
         before, after = statistics(labels), statistics(chosen)
         reached = self._measured(number - 1, teacher)
-        weights = fingerprint(dict(teacher.state_dict()))
+        weights = fingerprint(weights_of(teacher))
         record: dict[str, Any] = {
             "round": number,
             "teacher": {"round": number - 1, "weights_fingerprint": weights, **reached},
@@ -121,7 +125,7 @@ class Rounds:
         self.records[number - 1] |= {
             "parameters": sum(p.numel() for p in network.parameters()),
             "best_step": result.step,
-            "weights_fingerprint": fingerprint(dict(network.state_dict())),
+            "weights_fingerprint": fingerprint(weights_of(network)),
             **self._measured(number, network),
         }
 
@@ -173,7 +177,8 @@ class Rounds:
         if noisy:
             about["views"] = f"augmented by {view!r}, seed {seed}, with dropout and stochastic depth"
         labeler = Noised(teacher, seed) if noisy else teacher
-        return store_labels(labeler, labeled, self._place(number, LABELS), self.task.classes, about, self.say)
+        place = self._place(number, LABELS)
+        return store_labels(labeler, labeled, place, self.task.classes, about, self.say, self.ranks)
 
     def _tell(self, record: dict[str, Any], missing: Sequence[str]) -> None:
         copies = f", {record['copies']:,} with copies" if record["copies"] != record["kept"] else ""

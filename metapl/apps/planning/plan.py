@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from metapl.apps.experiments.experiment import check_shares
-from metapl.apps.planning.rehearsal import Rehearsal, laid_out, rehearsed, stage
+from metapl.apps.planning.rehearsal import Rehearsal, rehearse
 from metapl.apps.recipes.base import ROLES, Recipe
 from metapl.apps.recipes.methods.beside import Pair, bilevel_trainer
 from metapl.apps.recipes.methods.noisy_student import NoisyStudent
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.shards import local
 from metapl.problems.stored import NoisyStudentLoss
 from metapl.training.loss_trainer import LossTrainer
 
@@ -112,29 +109,23 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
     with torch.device("meta"):
         networks = _networks(recipe)
     counts = [sum(p.numel() for p in network.parameters()) for network in networks]
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of what is said here in a sentence
-    before, log.disabled = log.disabled, True
+
+    def train(*networks: nn.Module) -> Any:
+        if not isinstance(method, NoisyStudent):
+            return bilevel_trainer(recipe, networks[0], networks[1], pair(recipe))
+        settings = method.self_training
+        loss = NoisyStudentLoss(settings.loss, settings.labels == "hard", label_smoothing=method.label_smoothing)
+        optimizer = method.teacher.build(networks[0])
+        return LossTrainer(networks[0], (loss,), optimizer=optimizer, **recipe.trainer_options())
+
+    def batches() -> Any:
+        # Pictures in float32, as they come from the views, and stored labels.
+        weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
+        pictures = (strong, torch.empty(unlabeled, classes)) if self_trained(recipe) else (weak, strong)
+        return (torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), pictures
+
     try:
-        with stage(mesh):
-            networks = [laid_out(network, mesh) for network in networks]
-            with unset_fake_temporarily():
-                if isinstance(method, NoisyStudent):
-                    settings = method.self_training
-                    hard, smoothing = settings.labels == "hard", method.label_smoothing
-                    loss = NoisyStudentLoss(settings.loss, hard, label_smoothing=smoothing)
-                    optimizer, options = method.teacher.build(networks[0]), recipe.trainer_options()
-                    trainer: Any = LossTrainer(networks[0], (loss,), optimizer=optimizer, **options)
-                else:
-                    trainer = bilevel_trainer(recipe, networks[0], networks[1], pair(recipe))
-            kept = [*networks[-1].parameters(), *networks[-1].buffers()] if recipe.ema_decay is not None else []
-            average = [torch.empty_like(local(t)) for t in kept]
-            # Pictures in float32, as they come from the views, and stored labels.
-            weak, strong = (torch.empty(unlabeled, *shape) for _ in range(2))
-            pictures = (strong, torch.empty(unlabeled, classes)) if self_trained(recipe) else (weak, strong)
-            batches = ((torch.empty(labeled, *shape), torch.empty(labeled, dtype=torch.int64)), pictures)
-            if mesh.tensor > 1:  # the first time, DTensor runs each operation on whole shapes, to learn its result's
-                trainer.step(*batches)
-            step = rehearsed(trainer, batches, average)
+        step = rehearse(networks, train, batches, mesh, averaged=recipe.ema_decay is not None)
     except MetaplError:
         raise
     except (RuntimeError, ValueError) as error:  # of the networks' own code, such as a batch norm's of one example
@@ -146,8 +137,6 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
             f"a step of {recipe.name} on {mesh.size:,} ranks, with {labeled:,} labeled and {unlabeled:,} unlabeled "
             f"examples on each, does not run: {reason_of(error)}.{remedy * (mesh.spatial > 1)}"
         ) from error
-    finally:
-        log.disabled = before
     parameters = {"teacher": 0 if self_trained(recipe) else counts[0], "student": counts[-1]}
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)
 

@@ -7,6 +7,8 @@ sends is counted from the code that will run, without any device.
 
 from __future__ import annotations
 
+import copy
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +20,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -63,13 +70,18 @@ Seam = tuple[Any, str, str | None, str | None]
 
 
 class Rehearsal(NamedTuple):
-    """What one rank does in a step: the most bytes held, by phase; what is held, by what it is for, where a step
+    """What one rank does in a step: the most bytes held, by phase and by what they are for; the same where a step
     without feedback holds the most; operations of products and convolutions; bytes sent, by collective operation."""
 
-    peaks: dict[str, int]
+    phases: dict[str, dict[str, int]]
     plain: dict[str, int]
     flops: int
     sent: dict[str, int]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """The most bytes held, by phase."""
+        return {name: sum(held.values()) for name, held in self.phases.items()}
 
 
 @contextmanager
@@ -151,6 +163,62 @@ def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
     return Replicated(module) if mesh.size > 1 and mesh.shard == mesh.tensor == 1 else module
 
 
+def rehearse(
+    networks: Sequence[nn.Module],
+    train: Callable[..., BilevelTrainer | LossTrainer],
+    batches: Callable[[], Any],
+    mesh: Mesh | None = None,
+    *,
+    averaged: bool = False,
+) -> Rehearsal:
+    """What a step of training holds, computes and sends, in one process or as rank 0 of a mesh; nothing is computed.
+
+    Args:
+        networks: on the meta device, where they stay.
+        train: makes the trainer, with its optimizers, from the networks as they are laid out over the mesh.
+        batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as ``torch.empty``.
+        averaged: with a moving average of the last network's weights and buffers.
+
+    Raises: :class:`metapl.MetaplError` for networks with values, and for a step that reads some.
+
+    >>> import metapl
+    >>> with torch.device("meta"):
+    ...     networks = [metapl.models.mlp([64, 1000, 10]) for _ in range(2)]
+    >>> def batches():
+    ...     return (torch.empty(8, 64), torch.empty(8, dtype=torch.int64)), torch.empty(32, 64)
+    >>> step = rehearse(networks, metapl.BilevelTrainer, batches)
+    >>> step.phases["feedback"]["weights"] == 2 * 4 * 75_010
+    True
+    """
+    mesh = mesh or Mesh()
+    places = {t.device.type for network in networks for t in network.parameters()} - {"meta"}
+    if places:
+        raise MetaplError(
+            f"a network to rehearse has weights on {', '.join(sorted(places))}; expected all networks on the meta "
+            'device, where they take no memory: build them within `with torch.device("meta"):`.'
+        )
+    networks = copy.deepcopy(list(networks))
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the traceback of each error
+    before, log.disabled = log.disabled, True
+    try:
+        with stage(mesh):
+            networks = [laid_out(network, mesh) for network in networks]
+            with unset_fake_temporarily():
+                trainer = train(*networks)
+            kept = [*networks[-1].parameters(), *networks[-1].buffers()] if averaged else []
+            average, given = [torch.empty_like(local(t)) for t in kept], batches()
+            if mesh.tensor > 1:  # the first time, DTensor runs each operation on whole shapes, to learn its result's
+                trainer.step(*given)
+            return rehearsed(trainer, given, average)
+    except DataDependentOutputException as error:
+        raise MetaplError(
+            f"the step reads the value of a tensor ({error}), and in a rehearsal there are none; expected networks and "
+            "losses that compute with tensors alone, without .item(), float() or bool()."
+        ) from error
+    finally:
+        log.disabled = before
+
+
 def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer on a labeled and an unlabeled batch, the second: optimizers then have their states. Beside
     the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`."""
@@ -180,7 +248,8 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
             (type(trainer.mode), "feedback", FEEDBACK, None),
             (InnerStep, "pullback", None, FOR_FEEDBACK),
             (InnerStep, "tangent", None, FOR_FEEDBACK),
-            (type(trainer.update), "update", None, FOR_FEEDBACK),
+            *((type(trainer.update), name, None, FOR_FEEDBACK) for name in ("update", "stepped", "vjp")),
+            (InnerStep, "second_derivatives", None, FOR_FEEDBACK),
             (BilevelTrainer, "_teacher_backward", TEACHER, None),
             (LossTrainer, "clip", UPDATE, None),
             (Path, "commit", UPDATE, None),
@@ -222,7 +291,7 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
     phases = {name: held.phases[name] for name in PHASES if name in held.phases}
     plain = [dict(phases[name].plain) for name in (STUDENT, TEACHER, UPDATE) if name in phases]
     return Rehearsal(
-        peaks={name: sum(phase.peak.values()) for name, phase in phases.items()},
+        phases={name: dict(phase.peak) for name, phase in phases.items()},
         plain=max(plain, key=lambda held: sum(held.values())),
         flops=held.flops,
         sent=dict(held.sent),

@@ -165,6 +165,14 @@ class Run:
         """Another teacher than the given one, laid out."""
         return teacher
 
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        """Another network, over the processes that train together."""
+        return network
+
+    def seed(self, seed: int) -> None:
+        """Seed the default generators, as for the given networks."""
+        torch.manual_seed(seed)
+
     def labels_given(self) -> Stored | None:
         """The labels that a user gave; None where a teacher is to be trained first."""
         return self.label(self.teacher) if any(self.recipe.method.labels_from.values()) else None

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 import tyro
 from torch import nn
 
@@ -236,8 +235,9 @@ class Reduced(Pair):
         known, unlabeled = task.labeled, task.unlabeled
         assert isinstance(known, LabeledBatches)
         assert isinstance(unlabeled, UnlabeledBatches)
-        torch.manual_seed(recipe.seed)  # wherever the labels came from, and whatever was drawn for them
-        adjuster = label_adjuster(len(task.classes)).to(next(student.parameters()).device)
+        run.seed(recipe.seed)  # wherever the labels came from, and whatever was drawn for them
+        small = label_adjuster(len(task.classes)).to(next(student.parameters()).device)
+        adjuster = run.beside(small, reads_inputs=False)
         labels, own = self.feedback.problem(), tuple[StoredCrossEntropy, ...]()
         if "labeled" in stored:
             own = (StoredCrossEntropy(self.label_smoothing),)

@@ -31,6 +31,7 @@ from metapl.problems.losses import CrossEntropy
 from metapl.problems.stored import NoisyStudentLoss, StoredLabelLoss
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, decay_interval
+from metapl.training.selection import weights_of
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
 # last student on larger pictures.
@@ -91,7 +92,7 @@ class NoisyStudent(Smoothed, Alone):
         recipe, task, settings = run.recipe, run.task, self.self_training
         _, *others = networks_of(recipe, settings)
         hard, model_noise = settings.labels == "hard", settings.unlabeled_noise != "none"
-        phase = _first_teacher(recipe, task)
+        phase = _first_teacher(run)
         yield phase
         teacher = phase.trainer.student
         for number, sized in enumerate(others, 1):
@@ -100,7 +101,7 @@ class NoisyStudent(Smoothed, Alone):
             own: Any = sized.method
             network, optimizer, steps = _network(sized), own.teacher, recipe.steps
             if settings.warm_start:
-                network.load_state_dict(teacher.state_dict())
+                network.load_state_dict(weights_of(teacher))
                 steps = settings.warm_steps or steps
                 optimizer = dataclasses.replace(optimizer, lr=optimizer.lr * end_matched(steps, recipe.steps))
             labeled, pairs = _with_noise(recipe, task, number), _pseudo_labeled(settings, recipe, task, number, chosen)
@@ -108,11 +109,12 @@ class NoisyStudent(Smoothed, Alone):
             sources: tuple[Any, Any] = (labeled, pairs)
             if settings.training != "joint":
                 losses, sources = (StoredLabelLoss(hard, model_noise),), (pairs, None)
-            trainer = LossTrainer(network, losses, optimizer=optimizer.build(network), **recipe.trainer_options())
+            given = run.laid_out(network)
+            trainer = LossTrainer(given, losses, optimizer=optimizer.build(given), **recipe.trainer_options())
             options = {"steps": steps, "warmup": min(recipe.warmup, steps), **_decay(recipe, recipe.steps)}
             result = yield Phase(trainer, *sources, task, f"round-{number}", options)
             if settings.training == "pretrain_finetune":
-                result = yield _finetuned(sized, network, task, number)
+                result = yield _finetuned(sized, given, task, number)
             run.trained(number, network, result)
             teacher = network
 
@@ -144,13 +146,13 @@ class Filtered(Method):
 
     def phases(self, run: Run) -> Phases:
         # The first teacher of Noisy Student by the same recipe, so both have the same labels.
-        phase = _first_teacher(run.recipe, run.task)
+        phase = _first_teacher(run)
         yield phase
         chosen, source = run.select(1, phase.trainer.student), run.task.unlabeled
         sampler = dataclasses.replace(source.sampler, size=len(chosen.positions))
         unlabeled = dataclasses.replace(source, images=chosen.of(source.images), sampler=sampler)
         run.task = dataclasses.replace(run.task, unlabeled=unlabeled, truth=None)
-        torch.manual_seed(run.recipe.seed)  # whatever was drawn for the labels
+        run.seed(run.recipe.seed)  # whatever was drawn for the labels
         yield from super().phases(run)  # type: ignore[safe-super]  # of the method that it is mixed into
 
 
@@ -237,11 +239,11 @@ def first_teacher(recipe: Recipe) -> tuple[Recipe, FirstTeacher]:
     return dataclasses.replace(own.with_method(teacher=dataclasses.replace(teacher, lr=given.lr)), **changed), given
 
 
-def _first_teacher(recipe: Recipe, task: Task) -> Phase:
+def _first_teacher(run: Run) -> Phase:
     """Round 0, on labeled examples alone, with noise; a function of task, seed and what :func:`first_teacher` gives."""
-    own, settings = first_teacher(recipe)
+    (own, settings), task = first_teacher(run.recipe), run.task
     torch.manual_seed(fold_in(own.seed, 0))
-    network, method = _network(own), own.method
+    network, method = run.laid_out(_network(own)), own.method
     assert isinstance(method, Smoothed)
     optimizer = method.optimizers()["teacher"].build(network)
     trainer = LossTrainer(network, method.supervised(), optimizer=optimizer, **own.trainer_options())
