@@ -1,13 +1,16 @@
 """The same hypergradient by metapl and by the other libraries, side by side in one run.
 
-    python benchmarks/peers.py                                    # about twenty minutes on one core
+    python benchmarks/peers.py                                    # about forty minutes on one core
+    python benchmarks/peers.py --only MLP transformer             # the rows of the other networks stay
     python benchmarks/peers.py --table benchmarks/results/peers.json
     python benchmarks/peers.py --write docs/peers.md
 
 Each library gets a throw-away environment with a pinned version of its own, which reads PyTorch from this one; one that
 does not install is named with the reason. All compute the gradient of the labeled loss after K student steps of plain
 SGD on a teacher's soft labels, in float32, from the same weights and batches; attention is computed by PyTorch's plain
-kernel, since the others have no second derivative. Each measurement is a process of its own, and their order is drawn:
+kernel, since the others have no second derivative, but in the causal language model, which has PyTorch's default. What
+is marked "by its algorithm" is written here, as its paper has it: Betty installs under Python 3.10 at most, and
+MixFlow-MG is code for JAX. Each measurement is a process of its own, and their order is drawn:
 the error is relative to double backward in float64, the time is the median over rounds, and the memory is the
 allocator's peak beyond weights and batches. They run on a CUDA device, if there is one.
 """
@@ -32,6 +35,7 @@ from typing import Any
 import torch
 from machine import arguments, described, parsed, write_between_marks, write_json
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,6 +43,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "peers.json"
 LEARNING_RATE = 0.1
+CAUSAL = "causal LM, default attention"
+NETWORKS = ("MLP", "transformer", CAUSAL, "WRN-28-2")
+TOKENS, LENGTH = 256, 32
 TRUTH = "double backward by hand, float64"
 FORWARD, UNROLLED = "metapl, forward", "metapl, unrolled"
 RECOMPUTED = f"{FORWARD}, teacher recomputed"
@@ -65,6 +72,34 @@ class Tokens(nn.Module):
         return self.head(self.encoder(self.embed(x)).mean(1))
 
 
+class CausalLM(nn.Module):
+    """A small causal language model, with PyTorch's default attention: the logits of the token behind 32 others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place, self.head = nn.Embedding(TOKENS, 64), nn.Embedding(LENGTH, 64), nn.Linear(64, TOKENS)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.LayerNorm(64),
+                    "qkv": nn.Linear(64, 192),
+                    "out": nn.Linear(64, 64),
+                    "mlp": nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)),
+                }
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.place.weight
+        for block in self.blocks:
+            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in block["qkv"](block["norm"](h)).chunk(3, -1))
+            heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = h + block["out"](heads.transpose(1, 2).flatten(2))
+            h = h + block["mlp"](h)
+        return self.head(h[:, -1])
+
+
 def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
     """Teacher, student, a labeled batch and an unlabeled one."""
     from metapl.models import wide_resnet28_2
@@ -75,6 +110,10 @@ def case(network: str, device: str, dtype: torch.dtype = torch.float32) -> Case:
         shape: tuple[int, ...] = (64, 64)
     elif network == "transformer":
         teacher, student, shape = Tokens(), Tokens(), (32, 16, 8)
+    elif network == CAUSAL:
+        teacher, student = CausalLM().to(device, dtype), CausalLM().to(device, dtype)
+        x, u = (torch.randint(0, TOKENS, (16, LENGTH), device=device) for _ in range(2))
+        return teacher, student, (x, torch.randint(0, TOKENS, (16,), device=device)), u
     else:
         teacher, student, shape = wide_resnet28_2(), wide_resnet28_2(), (16, 3, 32, 32)
     x, u, y = torch.randn(shape), torch.randn(shape), torch.randint(0, 10, shape[:1])
@@ -198,12 +237,68 @@ def by_boat(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, ste
     return [g.detach() for g in grads]
 
 
+def plain_steps(teacher: nn.Module, student: nn.Module, u: Tensor, steps: int) -> list[dict[str, Tensor]]:
+    """The student's weights before each step of plain SGD and after the last, as leaves."""
+    params: dict[str, Tensor] = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
+    found = [params]
+    for _ in range(steps):
+        with torch.no_grad():
+            q = teacher(u).softmax(-1)
+        loss = F.cross_entropy(functional_call(student, params, (u,)), q)
+        grads = torch.autograd.grad(loss, list(params.values()))
+        params = {
+            n: (p.detach() - LEARNING_RATE * g).requires_grad_()
+            for (n, p), g in zip(params.items(), grads, strict=True)
+        }
+        found.append(params)
+    return found
+
+
+def by_betty(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+    """Betty's default, ``darts`` (Choe et al. 2023, sec. 3; Liu et al. 2019, eq. 8): of the last step alone, the mixed
+    derivative at the new weights, with the identity for the Hessian, by a central difference of gradients in the
+    teacher over 0.01 / ||v|| along v. Times the rate, which Betty leaves out."""
+    params = plain_steps(teacher, student, u, steps)[-1]
+    outer = F.cross_entropy(functional_call(student, params, (labeled[0],)), labeled[1])
+    v = torch.autograd.grad(outer, list(params.values()))
+    size = 0.01 / torch.linalg.vector_norm(torch.cat([g.flatten() for g in v]))
+    sides = []
+    for sign in (1, -1):
+        at = {n: (p.detach() + sign * size * g).requires_grad_() for (n, p), g in zip(params.items(), v, strict=True)}
+        loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), teacher, u)  # type: ignore[misc]
+        sides.append(torch.autograd.grad(loss, list(teacher.parameters())))
+    return [-LEARNING_RATE * (ahead - behind) / (2 * size) for ahead, behind in zip(*sides, strict=True)]
+
+
+def by_mixflow(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor, steps: int) -> Gradient:
+    """MixFlow-MG (Kemaev et al. 2025): backwards through the steps, the product with the Hessian and the derivative in
+    the teacher are one derivative, in forward mode along the adjoint, of the inner loss's gradient in both networks;
+    each step's passes are run again from its kept weights, and no graph outlives its step."""
+    *before, last = plain_steps(teacher, student, u, steps)
+    outer = F.cross_entropy(functional_call(student, last, (labeled[0],)), labeled[1])
+    v = torch.autograd.grad(outer, list(last.values()))
+    learned = list(teacher.parameters())
+    total = [torch.zeros_like(p) for p in learned]
+    for number, params in reversed(list(enumerate(before))):
+        with forward_ad.dual_level():
+            pairs = zip(params.items(), v, strict=True)
+            at = {name: forward_ad.make_dual(p, -LEARNING_RATE * g) for (name, p), g in pairs}
+            loss = inner_loss(lambda x, at=at: functional_call(student, at, (x,)), teacher, u)  # type: ignore[misc]
+            ends = [*learned, *(at.values() if number else ())]  # the first step needs no product with the Hessian
+            slopes = [forward_ad.unpack_dual(g).tangent for g in torch.autograd.grad(loss, ends)]
+        total = [t if s is None else t + s for t, s in zip(total, slopes, strict=False)]
+        v = tuple(g + s for g, s in zip(v, slopes[len(learned) :], strict=False))
+    return total
+
+
 PEERS: dict[str, tuple[tuple[str, ...], Any]] = {
     "TorchOpt 0.7.3": (("torchopt==0.7.3",), by_torchopt),
     "higher 0.2.1": (("higher==0.2.1",), by_higher),
     "Betty 0.2.1": (("betty-ml==0.2.1",), None),
     "BOAT 1.1.1": (("boat-torch==1.1.1", "higher==0.2.1"), by_boat),
     "learn2learn 0.2.0": (("learn2learn==0.2.0",), None),
+    "Betty (darts), by its algorithm": ((), by_betty),
+    "MixFlow-MG, by its algorithm": ((), by_mixflow),
 }
 """The pinned packages of a library's environment, and its gradient; None: it has not installed so far."""
 
@@ -228,7 +323,9 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
     from metapl.metrics.cost import peak_bytes
 
     torch.set_num_threads(1)
-    gradient = sdpa_kernel(SDPBackend.MATH)(gradient_of(library))
+    gradient = gradient_of(library)
+    if network != CAUSAL or library == TRUTH:
+        gradient = sdpa_kernel(SDPBackend.MATH)(gradient)
     if library == TRUTH:
         torch.save(gradient(*case(network, device, torch.float64), steps), truth)
         return {}
@@ -286,7 +383,8 @@ def call(python: str, *given: Any) -> Row:
     paths = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([python, "-c", code], env=os.environ | paths, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"reason": done.stderr.strip().splitlines()[-1][:200]}
+        raised = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*Error\b", line)]
+        return {"reason": f"stops: {(raised or [done.stderr])[-1][:150].split(' because ')[0]}"}
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -294,7 +392,7 @@ def call(python: str, *given: Any) -> Row:
 def run(given: Any) -> Row:
     """All measurements, in one drawn order."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    networks = ("MLP",) if given.miniature else ("MLP", "transformer", "WRN-28-2")
+    networks = ("MLP",) if given.miniature else given.only
     ahead, rounds = ((2,), 1) if given.miniature else ((1, 10), given.rounds)
     pythons, reasons = dict.fromkeys(OWN[:1] if given.miniature else OWN, sys.executable), {}
     rows: dict[tuple[str, str, int], list[Row]] = {}
@@ -313,16 +411,17 @@ def run(given: Any) -> Row:
         jobs = [(library, *one) for library in pythons for one in cases] * rounds
         random.Random(0).shuffle(jobs)
         for number, (library, network, steps) in enumerate(jobs, 1):
-            calls = {"MLP": 50, "transformer": 10, "WRN-28-2": 2}[network] // (5 if steps > 1 else 1) or 1
+            calls = {"MLP": 50, "WRN-28-2": 2}.get(network, 10) // (5 if steps > 1 else 1) or 1
             row = call(pythons[library], library, network, steps, calls, truths[network, steps], device)
             rows.setdefault((library, network, steps), []).append(row)
             print(f"[{number}/{len(jobs)}] {library}, {network}, K = {steps}: {row}", file=sys.stderr, flush=True)
+    kept = [] if given.miniature or not given.out.exists() else json.loads(given.out.read_text())["rows"]
     return {
         "measured_on": described(device),
-        "rounds": rounds,
         "not_installed": reasons,
-        "rows": [
-            {"library": library, "network": network, "steps": steps, **_joined(found)}
+        "rows": [row for row in kept if row["network"] not in networks]
+        + [
+            {"library": library, "network": network, "steps": steps, "note": given.note, **_joined(found)}
             for (library, network, steps), found in sorted(rows.items())
         ],
     }
@@ -334,6 +433,9 @@ def _installed(folder: Path, miniature: bool) -> Iterator[tuple[str, str, str]]:
     A miniature takes what is installed here.
     """
     for library, (packages, gradient) in PEERS.items():
+        if not packages:
+            yield library, sys.executable, ""
+            continue
         if miniature:
             if library.startswith("TorchOpt") and importlib.util.find_spec("torchopt"):
                 yield library, sys.executable, ""
@@ -366,7 +468,7 @@ def table(result: Row) -> str:
         "| network | K | library | relative error | time / forward | memory / forward | ms | MB |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for network, steps in sorted({(row["network"], row["steps"]) for row in result["rows"]}):
+    for network, steps in sorted({(row["network"], row["steps"]) for row in result["rows"]}, key=_order):
         own = rows[network, steps, FORWARD]
         for library in libraries:
             row = rows.get((network, steps, library))
@@ -383,8 +485,14 @@ def table(result: Row) -> str:
     return "\n".join(lines) + ("\n\nNot installed: " + " ".join(notes) if notes else "")
 
 
+def _order(case: tuple[str, int]) -> tuple[int, int]:
+    return NETWORKS.index(case[0]), case[1]
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULT)
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="the rows of the others stay")
+    parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")

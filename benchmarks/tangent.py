@@ -1,0 +1,223 @@
+"""Ways to a cheaper exact step, each beside the way that metapl takes, in turns in one run.
+
+    python benchmarks/tangent.py --note "who else used the machine"
+    python benchmarks/tangent.py --write docs/modes.md
+
+Three questions. One step: the derivative of a student's outputs along w, with the inner pass that it follows, by a
+replay in forward mode (``mode="forward"``), by the same with products of stacked rows (a layer's W meets the inputs and
+their tangents in one product), and by double backward through the kept graph of the inner pass
+(``Forward(keep_graphs=1)``). Attention: its derivative by PyTorch's math kernel, and for blocks of queries.
+Several steps: ``Forward(keep_graphs=m)`` between one graph at a time and all of them. Times are of the processor, on
+one thread, the median over turns of the ratio to the first way; memory is the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import arguments, described, parsed, write_between_marks, write_json
+from peers import CAUSAL, LEARNING_RATE, case
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import metapl
+from metapl.execution import kernels
+from metapl.feedback import Forward
+from metapl.metrics.cost import peak_bytes
+
+RESULT = Path(__file__).parent / "results" / "tangent.json"
+REPLAY, STACKED, KEPT = "replay in forward mode", "the same, rows stacked", "kept graph"
+MATH, BLOCKS = "math kernel", "blocks of queries"
+PARTS = ("step", "attention", "ahead")
+ONE_STEP = ("MLP", "transformer", CAUSAL, "WRN-28-2")
+AHEAD = {"transformer": (10, 32, (0, 2, 5, 10)), "WRN-28-2": (5, 4, (0, 2, 5))}  # steps, rows, graphs that are kept
+UNROLLED = "`unrolled`"
+
+Row = dict[str, Any]
+Way = Callable[[], Any]
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+def stacked(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A layer that is linear in its input and in its weight, in forward mode, by two calls in place of three."""
+
+    def called(x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any) -> Tensor:
+        (x, dx), (weight, dw) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
+        b, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+        if dx is None:
+            return forward_ad.make_dual(layer(x, weight, b, *options, **named), layer(x, dw, db, *options, **named))
+        y, dy = layer(torch.cat([x, dx]), weight, None, *options, **named).chunk(2)
+        dy = dy + layer(x, dw, db, *options, **named)
+        return forward_ad.make_dual(y if b is None else y + (b if y.ndim < 4 else b[:, None, None]), dy)
+
+    return called
+
+
+@contextmanager
+def stacking() -> Iterator[None]:
+    """Linear layers and convolutions as :func:`stacked` has them, in this block."""
+    linear, conv2d = F.linear, F.conv2d
+    F.linear, F.conv2d = stacked(linear), stacked(conv2d)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear, F.conv2d = linear, conv2d
+
+
+def one_step(network: str) -> dict[str, Way]:
+    """The derivative of the outputs along w after a plain inner pass, or through its graph."""
+    teacher, student, _, u = case(network, "cpu")
+    q = teacher(u).softmax(-1).detach()
+    params: dict[str, Tensor] = dict(student.named_parameters())
+    w = {name: -LEARNING_RATE * torch.randn_like(p) for name, p in params.items()}
+
+    def replay(block: Callable[[], Any]) -> Tensor:
+        torch.autograd.grad(F.cross_entropy(student(u), q), list(params.values()))
+        with kernels.forward_mode(), block():
+            duals = {name: forward_ad.make_dual(p.detach(), w[name]) for name, p in params.items()}
+            return forward_ad.unpack_dual(functional_call(student, duals, (u,))).tangent
+
+    def kept() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            z = student(u)
+        leaf = z.detach().requires_grad_()
+        (cotangent,) = torch.autograd.grad(F.cross_entropy(leaf, q), leaf)
+        cotangent.requires_grad_()
+        g = torch.autograd.grad(z, list(params.values()), cotangent, create_graph=True)
+        return torch.autograd.grad(g, cotangent, list(w.values()))[0]
+
+    return {REPLAY: partial(replay, nullcontext), STACKED: partial(replay, stacking), KEPT: kept}
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def attention(length: int) -> dict[str, Way]:
+    torch.manual_seed(0)
+    inputs, tangents = ([torch.randn(4, 4, length, 32) for _ in range(3)] for _ in range(2))
+
+    def derivative(of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = [forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents, strict=True)]
+            return tuple(forward_ad.unpack_dual(of(*duals, is_causal=True)))
+
+    return {MATH: partial(derivative, F.scaled_dot_product_attention), BLOCKS: partial(derivative, kernels.attention)}
+
+
+# ------------------------------------------------------------------------------------------------------- several steps
+
+
+def several_steps(network: str, steps: int, rows: int, graphs: Sequence[int]) -> dict[str, Way]:
+    teacher, student, (x, y), u = case(network, "cpu")
+    inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+
+    def gradient(mode: Any, recompute: bool) -> list[Tensor]:
+        found = metapl.hypergradient(
+            teacher,
+            student,
+            labeled=(x[:rows], y[:rows]),
+            unlabeled=metapl.Lookahead([u[:rows]] * steps),
+            mode=mode,
+            inner_optimizer=inner,
+            recompute_teacher=recompute,
+        )
+        return list(found.grads.values())
+
+    ways: dict[str, Way] = {UNROLLED: partial(gradient, "unrolled", False)}
+    return ways | {f"`Forward(keep_graphs={m})`": partial(gradient, Forward(keep_graphs=m), True) for m in graphs}
+
+
+# --------------------------------------------------------------------------------------------------------- measurement
+
+
+def measure(ways: dict[str, Way], turns: int, of: Row) -> list[Row]:
+    """A row for each way: its time over that of the first in the same turn, the median; and the peak of its memory."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    expected, errors = None, {}
+    for name, way in ways.items():
+        found = way()
+        entries = torch.cat([t.detach().flatten() for t in (found if isinstance(found, list | tuple) else [found])])
+        expected = entries if expected is None else expected
+        errors[name] = float((entries - expected).norm() / expected.norm())
+    for _ in range(turns):
+        for name, way in ways.items():
+            since = time.process_time()
+            way()
+            seconds[name].append(time.process_time() - since)
+    first = next(iter(ways))
+    print(of, seconds, file=sys.stderr, flush=True)
+    return [
+        of
+        | {
+            "way": name,
+            "time": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
+            "ms": 1e3 * statistics.median(seconds[name]),
+            "turns": turns,
+            "bytes": peak_bytes(way, torch.device("cpu")),
+            "apart": errors[name],
+        }
+        for name, way in ways.items()
+    ]
+
+
+def run(miniature: bool, parts: Sequence[str]) -> list[Row]:
+    torch.set_num_threads(1)
+    rows = []
+    for network in ONE_STEP[: 1 if miniature else len(ONE_STEP)] if "step" in parts else ():
+        turns = 1 if miniature else {"MLP": 100, "WRN-28-2": 3}.get(network, 20)
+        rows += measure(one_step(network), turns, {"part": "step", "of": "one step", "network": network})
+    for length in (64, 512)[: 1 if miniature else 2] if "attention" in parts else ():
+        of = {"part": "attention", "of": "attention", "network": f"4 x 4 heads of 32, {length} tokens"}
+        rows += measure(attention(length), 1 if miniature else 15, of)
+    ahead = {"MLP": (2, 8, (0, 1))} if miniature else AHEAD
+    for network, (steps, batch, graphs) in ahead.items() if "ahead" in parts else ():
+        turns, of = 1 if miniature else {"WRN-28-2": 2}.get(network, 5), {"part": "ahead", "of": f"{steps} steps"}
+        rows += measure(several_steps(network, steps, batch, graphs), turns, of | {"network": network})
+    return rows
+
+
+def table(result: Row) -> str:
+    lines = ["| of | network | way | time | memory | ms | MB | turns |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    first: Row = {}
+    for row in result["rows"]:
+        first = row if (row["of"], row["network"]) != (first.get("of"), first.get("network")) else first
+        cells = [row["of"], row["network"], row["way"], f"{row['time']:.2f}", f"{row['bytes'] / first['bytes']:.2f}"]
+        cells += [f"{row['ms']:.3g}", f"{row['bytes'] / 1e6:.3g}", str(row["turns"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rows of the others stay")
+    parser.add_argument("--note", default="", help="about the machine, such as who else used it")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
+    given = parsed(parser)
+    if given.write is None:
+        rows = [row | {"note": given.note} for row in run(given.miniature, given.parts)]
+        if len(given.parts) < len(PARTS):
+            rows += [row for row in json.loads(given.out.read_text())["rows"] if row["part"] not in given.parts]
+        rows.sort(key=lambda row: PARTS.index(row["part"]))
+        write_json(given.out, {"measured_on": described("cpu"), "rows": rows})
+    result = json.loads(given.out.read_text())
+    if given.write is not None:
+        write_between_marks(given.write, "tangent", table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
