@@ -247,9 +247,6 @@ CAUGHT: dict[str, dict[str, Check]] = {
         "of_the_student": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
             "trainer", "student", "reinforce", "clamp"
         ),
-        "by_a_function": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
-            "hypergradient", "student", "reinforce", "clamp"
-        ),
         "of_the_teacher": lambda patch: test_weight_writes.test_writes_that_begin_after_the_first_step(
             "trainer", "teacher", "reinforce", "data"
         ),
