@@ -105,7 +105,7 @@ def hypergradient(
             else a line a minute at most.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
-    drawing labels without a generator, and dropout, advance the default generator once, as one forward pass would.
+    drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
 
     Cost, bias: see the mode (:mod:`metapl.feedback`).
 
@@ -159,6 +159,7 @@ def hypergradient(
                 teach=teach,
                 parts=accumulate,
                 keep_graph=estimate.keep_graph,
+                keep_graphs=estimate.keep_graphs,
                 keep=estimate.keeping,
                 kept=kept,
                 updates=[update.at(of_step) for of_step in options],

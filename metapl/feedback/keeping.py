@@ -45,7 +45,7 @@ class Keeping:
         """What is kept, for the reader of a result."""
         if not self.spacings:
             return f"all {steps:,} steps"
-        return f"every {' and every '.join(f'{n:,}th' for n in self.spacings)} of {steps:,} steps"
+        return f"one step in {', then in '.join(f'{n:,}' for n in self.spacings)}, of {steps:,}"
 
 
 ALL = Keeping()
@@ -53,35 +53,37 @@ ALL = Keeping()
 
 def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tree"] | None, on: str | None) -> Keeping:
     """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
-    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free; in a folder, every
-    √steps-th.
+    cheapest of all, every √steps-th and a tree that fits into half of the memory that is free; in a folder, and where
+    the system does not say what is free, every √steps-th.
 
     Raises: :class:`metapl.MetaplError` for a way that all of this memory does not hold, and for a folder that is none.
     """
     folder = folder_of(on)
-    root, tree = (math.isqrt(steps - 1) + 1,), _tree(steps)
-    at = torch.device("cpu") if on == "cpu" else device
-    free = None if folder else free_bytes(at)
+    all_held, root, tree = (Keeping(spacings, on) for spacings in ((), (math.isqrt(steps - 1) + 1,), _tree(steps)))
+    free = None if folder else free_bytes(torch.device("cpu") if on == "cpu" else device)
 
-    def fits(way: Keeping, share: float) -> bool:
-        return free is None or way.states(steps) * state <= share * free
+    def fits(way: Keeping, share: float = 1.0) -> bool:
+        return free is None or (way.states(steps) - 1) * state <= share * free  # the student has the first
 
-    ways = [Keeping(spacings, on) for spacings in ((), root, tree)]
-    if folder and how == 1:
+    if how is not None:
+        asked = (tree if tree.spacings else root) if how == "tree" else Keeping((how,) if how > 1 else (), on)
+    elif folder or (free is None and steps > ALL_KEPT):
+        asked = root
+    elif steps <= ALL_KEPT:
+        asked = all_held
+    else:
+        asked = next((way for way in (all_held, root, tree) if fits(way, SHARE)), tree)
+    if folder and not asked.spacings:
         raise MetaplError(
             f"keep_every=1 and keep_on={on!r} were given, and steps that are all held are in no file; expected "
-            f"keep_every={root[0]}, or None, by which that is chosen."
+            f"keep_every={root.spacings[0]}, or None, by which that is chosen."
         )
-    if how is None and folder:
-        return ways[1]
-    if how is None:
-        return ways[0] if steps <= ALL_KEPT else next((way for way in ways if fits(way, SHARE)), ways[-1])
-    asked = Keeping(tree if how == "tree" else (how,) if how > 1 else (), on)
-    if free is not None and not fits(asked, 1.0):
-        mend = next((f"keep_every={way.spacings[0]}" for way in ways[1:2] if fits(way, SHARE)), 'keep="tree"')
+    if free is not None and not fits(asked):
+        texts = f"keep_every={max(2, *root.spacings)}", 'keep="tree"'
+        mends = [f"Forward({text})" for text, way in zip(texts, (root, tree), strict=True) if fits(way)][:1]
         raise MetaplError(
             f"{asked.words(steps)} would keep {asked.states(steps):,} states of {state / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free; expected Forward({mend}), or keep_on= with a folder."
+            f"{free / 2**20:,.0f} MiB are free; expected {' or '.join([*mends, 'keep_on= with a folder'])}."
         )
     return asked
 
@@ -97,7 +99,7 @@ def folder_of(on: str | None) -> FilePath | None:
 
 def _tree(steps: int) -> tuple[int, ...]:
     """Powers of :data:`BRANCHING` below ``steps``, from the greatest to the least."""
-    levels = max(1, math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1)
+    levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
     return tuple(BRANCHING**level for level in range(levels, 0, -1))
 
 

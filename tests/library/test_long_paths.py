@@ -455,7 +455,15 @@ def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.
     inner = OPTIMIZERS["adam"](student.parameters())
     with pytest.raises(MetaplError, match=r"all 120 steps would keep 120 states .* expected Forward\(keep_every=11\)"):
         gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_every=1))
-    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "every 11th of 120 steps"
+    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 11, of 120"
+    monkeypatch.setattr(keeping, "free_bytes", lambda _: 60_000)
+    with pytest.raises(MetaplError, match=r"would keep 40 states .* expected Forward\(keep_every=7\) or keep_on= with"):
+        gradient(student, inner, Lookahead(batch, steps=40), Forward())
+    monkeypatch.setattr(keeping, "free_bytes", lambda _: 20_000)
+    with pytest.raises(MetaplError, match=r"free; expected keep_on= with a folder"):
+        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep="tree"))
+    monkeypatch.setattr(keeping, "free_bytes", lambda _: None)  # the system does not say
+    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 11, of 120"
     with pytest.raises(MetaplError, match="is no folder"):
         gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_on="nowhere"))
     with pytest.raises(MetaplError, match="expected one of the two"):
