@@ -1,7 +1,7 @@
 """What a whole training costs to differentiate: `hypergradient` in the weight of every example, over plain training.
 
     python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
-    python benchmarks/long_paths.py --write docs/attribution.md
+    python benchmarks/long_paths.py --write docs/long-paths.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
 was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the

@@ -55,12 +55,10 @@ class Forward(Estimator):
             (of the first step, the derivative of the outputs takes the place of these). Memory: the graph of each of
             these steps, some twice that of a plain pass. 0: of one step at a time; K: as ``unrolled`` in time and
             memory. For soft signals that do not enter the student's input, in one process.
-        keep_on: where kept states lie: None, with the student; ``"cpu"``; or a folder, for one path at a time. In a
-            folder :func:`metapl.hypergradient` and :func:`metapl.attribute` also note every kept state that they pass,
-            there and back: after a kill the same call goes on from there, to the same result bit for bit, on the
-            default generators of the call that was killed; a ``generator=`` is to stand where that call's did. When it
-            ends the files are removed, the folder stays. That of
-            another path is refused.
+        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, for one
+            path at a time. In a folder, a call of :func:`metapl.hypergradient` or :func:`metapl.attribute` that was
+            killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit for bit. The folder of
+            another call is refused; its files go when the call ends.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,

@@ -26,7 +26,7 @@ class DataRater(Problem):
 
     .. math:: a_i = B\, \mathrm{softmax}(s)_i, \qquad s_i = T(x_i), \qquad
               \ell_i = \frac{a_i}{n_i} \sum_t -\log S(x_{i, \le t}; \theta)_{x_{i,t+1}}, \qquad
-              \theta' = U\Big(\theta, \nabla_\theta \sum_i \mathrm{softmax}(s)_i\, \frac{\ell_i}{a_i}\Big)
+              \theta' = U\Big(\theta, \nabla_\theta \frac1B \sum_i \ell_i\Big)
 
     The student is a causal language model, which maps token ids (B, T) to logits (B, T, words); the teacher, the rater,
     maps the same to scores (B,), or (B, 1). The outer loss is the mean over all tokens of the outer batch, clean text.

@@ -222,7 +222,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
     ("name", "mark", "module"),
     [
         ("attribution", "<!-- attribution:begin -->", "attribution"),
-        ("attribution", "<!-- long_paths:begin -->", "long_paths"),
+        ("long-paths", "<!-- long_paths:begin -->", "long_paths"),
         ("attribution", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),

@@ -35,6 +35,7 @@ PASTED = (
     "correctness",
     "data-rater",
     "from-mpl-pytorch",
+    "long-paths",
     "plan",
     "tables",
     "tutorial",

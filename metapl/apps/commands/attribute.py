@@ -44,7 +44,7 @@ TABLE, PAGE = "attribution.csv", "attribution.html"
 PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given
 MOMENTUM = 0.9
 REMOVED, FEWEST_REMOVALS = 0.05, 8  # share of the pictures in each removal of the check; fewer say too little
-DO = "Mend the labels that are wrong, take out what shows no class, and train again."
+DO = "Look at these first; a low score is not yet a wrong label."
 SHOWN, LISTED = 24, 5  # pictures in a gallery, and on a terminal
 
 
@@ -200,7 +200,7 @@ class Attributing(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute(Attributing):
-    """Say which labeled pictures help a network, and which harm it: wrong labels, pictures that mislead.
+    """Say which labeled pictures help a network, and which harm it.
 
     RUN is the folder of a run. Without one, name a recipe, images or noisy, and its pictures, as for metapl train:
     metapl attribute noisy --labeled DIR --clean DIR --out DIR. Its flags: metapl attribute noisy --help. (A run in a
