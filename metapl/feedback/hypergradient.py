@@ -43,7 +43,7 @@ class Hypergradient:
         student_params: θ′ by parameter name, after the last step. Where the problem revises its signal, these and the
             losses are of the real step.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
-        kept: which steps of a look-ahead kept their states, in words.
+        kept: which steps of a look-ahead kept their states, in words; empty without one.
     """
 
     grads: dict[str, Tensor]
@@ -184,5 +184,5 @@ def hypergradient(
             outer_loss=path.outer_loss,
             student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
-            kept=path.keeping.words(len(batches)),
+            kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
         )

@@ -53,7 +53,8 @@ NAMES = {
 
 
 class DatamodelingScore(NamedTuple):
-    """How a prediction agrees with trainings without the examples: correlations, and the changes of the outer loss."""
+    """How a prediction agrees with trainings without the examples: correlations, and the changes of the outer loss of R
+    removals, (R,), or (R, M)."""
 
     spearman: float
     pearson: float
@@ -90,6 +91,10 @@ class Attribution:
 
         Args:
             removed: their numbers, or N booleans.
+
+        Returns: a scalar, or (M,), in units of the outer loss.
+
+        Raises: :class:`metapl.MetaplError` for numbers of no example, and for none.
         """
         return self.scores[..., self._chosen(removed)].sum(-1)
 
@@ -101,6 +106,8 @@ class Attribution:
 
         Args:
             removals: three or more sets, each as for :meth:`predict`.
+
+        Raises: :class:`metapl.MetaplError` for fewer sets.
         """
         from scipy import stats
 
