@@ -134,9 +134,9 @@ def student_begins_as_its_teacher(patch: pytest.MonkeyPatch) -> None:
         last[sizes] = made
         return made
 
-    def of_a_run(recipe: Any, task: Any) -> Any:
+    def of_a_run(run: Any) -> Any:
         last.clear()
-        return first(recipe, task)
+        return first(run)
 
     patch.setattr(noisy_student, "_network", network)
     patch.setattr(noisy_student, "_first_teacher", of_a_run)

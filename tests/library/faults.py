@@ -196,8 +196,8 @@ def hessian_dropped(patch: pytest.MonkeyPatch) -> None:
     """Over several steps, the gradient is taken not to depend on the weights."""
     real = Pass.second_derivatives
 
-    def second_derivatives(self: Pass, w: Any, loss: Any, *given: Any) -> Any:
-        curved, mixed = real(self, w, loss, *given)
+    def second_derivatives(self: Pass, *given: Any, **named: Any) -> Any:
+        curved, mixed = real(self, *given, **named)
         return {name: torch.zeros_like(t) for name, t in curved.items()}, mixed
 
     patch.setattr(Pass, "second_derivatives", second_derivatives)
