@@ -47,15 +47,26 @@ class HessianGraph:
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.unread = False  # whether the gradient that is being computed is for its graph alone
+        self._task: int | None = None  # the backward pass of :meth:`gradient`
+
+    @property
+    def unread(self) -> bool:
+        """Whether the backward pass that is running is for its graph alone. One within it, of a network that computes a
+        gradient itself where a checkpoint or a Function of its own runs it again, is not: its values are read."""
+        return self._task == torch._C._current_graph_task_id()
 
     def gradient(self, value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
         """The gradient of a scalar, to be differentiated once; its values are not to be read, and NaN for a weight."""
-        self.unread = True
+
+        def begins(_: Tensor) -> None:
+            self._task = torch._C._current_graph_task_id()
+
+        hook = value.register_hook(begins)
         try:
             return torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
         finally:
-            self.unread = False
+            self._task = None
+            hook.remove()
 
 
 @contextmanager
@@ -228,7 +239,8 @@ def _convolution(pytorch: Any, dims: int) -> Callable[..., Any]:
 
 
 def _linear(graph: HessianGraph, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if input.dim() < 2 or weight.dim() != 2 or not _ours(graph, input, weight, bias):
+    known = input.dim() >= 2 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
+    if not known or not _ours(graph, input, weight, bias):
         return _PYTORCH_LINEAR(input, weight, bias)
     return _Linear.apply(input, weight, bias, _Product(_PYTORCH_LINEAR, _linear_backward), graph)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -138,14 +139,16 @@ def forward_mode() -> Iterator[None]:
     # state that a pass moves there, such as the average of a momentum encoder, is a constant in both.
     load_forward_mode()
     enter, leave = torch.no_grad.__enter__, torch.no_grad.__exit__
-    ended: list[Any] = []
+    ended, own = list[Any](), threading.get_ident()
 
     def entered(self: torch.no_grad) -> None:
         enter(self)
-        ended.append(forward_ad._set_fwd_grad_enabled(False))
+        if threading.get_ident() == own:
+            ended.append(forward_ad._set_fwd_grad_enabled(False))
 
     def left(self: torch.no_grad, *error: Any) -> None:
-        ended.pop().__exit__(*error)
+        if threading.get_ident() == own:
+            ended.pop().__exit__(*error)
         leave(self, *error)
 
     with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True), explained():

@@ -57,6 +57,24 @@ class Penalized(nn.Module):
         return y * slope.square().sum()
 
 
+class Adapted(nn.Module):
+    """A block that takes a step on its own weight by a part of its gradient, in a checkpoint, which runs it again within
+    the backward pass: there the gradient is read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(3, 4, 3)
+
+    def block(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = self.layer(x).tanh()
+            (slope,) = torch.autograd.grad((y - 1).square().mean(), self.layer.weight, create_graph=True)
+        return F.conv1d(x, self.layer.weight - 0.3 * torch.where(slope.abs() < 0.02, slope, 0.0)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
 class Applied(nn.Module):
     def __init__(self, function: Callable[..., Tensor], *shape: int) -> None:
         super().__init__()
@@ -95,12 +113,14 @@ OWN: dict[str, Made] = {
     "batch norm, frozen bias": (lambda: frozen(nn.BatchNorm2d(4), "bias"), (3, 4, 3, 2)),
     "batch norm, twice": (lambda: Twice(nn.BatchNorm2d(4)), (3, 4, 3, 2)),
     "penalty": (Penalized, (5, 3, 6)),
+    "a gradient within a checkpoint": (Adapted, (5, 3, 6)),
 }
 LEFT: dict[str, Made] = {
     "conv2d, same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (3, 4, 6, 5)),
     "conv2d, one picture": (lambda: nn.Conv2d(4, 6, 3), (4, 6, 5)),
     "conv2d, transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (3, 4, 3, 4)),
     "linear, one row": (lambda: nn.Linear(4, 6), (4,)),
+    "linear, a bias for each row": (lambda: Applied(lambda x, w: F.linear(x, w, x @ w.T), 6, 4), (5, 4)),
     "linear, mapped": (lambda: Applied(lambda x, w: torch.vmap(lambda r: F.linear(r, w))(x), 6, 4), (5, 3, 4)),
     "batch norm, eval": (lambda: nn.BatchNorm2d(4).eval(), (3, 4, 3, 2)),
     "batch norm without weights": (lambda: nn.BatchNorm2d(4, affine=False), (3, 4, 3, 2)),

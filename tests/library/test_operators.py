@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
-from metapl.execution.kernels import NotByThisMode, explained
+from metapl.execution.kernels import NotByThisMode, explained, forward_mode
 
 
 class Recurrent(nn.Module):
@@ -393,3 +394,25 @@ def test_a_frozen_layer_stays_and_the_rest_is_exact(mode: str) -> None:
     found = metapl.hypergradient(**case.networks(), **case.data(), mode=mode, inner_optimizer=inner)
     assert error(found.grads, expected.grads) < (1e-4 if mode == "difference" else 1e-9)
     assert list(found.student_params) == ["3.weight", "3.bias"]
+
+
+def test_no_grad_of_another_thread_is_its_own() -> None:
+    """In forward mode ``torch.no_grad`` ends the derivatives too, in the thread of the pass alone."""
+    entered, go_on, enabled = threading.Event(), threading.Event(), list[bool]()
+
+    def other() -> None:
+        with torch.no_grad(), torch.no_grad():
+            entered.set()
+            go_on.wait(10)
+        enabled.append(torch._C._is_fwd_grad_enabled())
+
+    thread = threading.Thread(target=other)
+    with forward_mode():
+        with torch.no_grad():
+            thread.start()
+            assert entered.wait(10)
+            assert not torch._C._is_fwd_grad_enabled()
+        assert torch._C._is_fwd_grad_enabled()
+        go_on.set()
+        thread.join()
+    assert enabled == [True]
