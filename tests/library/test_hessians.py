@@ -58,8 +58,8 @@ class Penalized(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A block that takes a step on its own weight by a part of its gradient, in a checkpoint, which runs it again within
-    the backward pass: there the gradient is read too."""
+    """A block that takes a step on its own weight by a part of its gradient, in a checkpoint. It runs again in
+    the backward pass, and there the gradient is read too."""
 
     def __init__(self) -> None:
         super().__init__()
