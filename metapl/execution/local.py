@@ -230,6 +230,10 @@ class LocalStudent:
         """Weights as leaves of a graph, which are parameters for a forward that asks."""
         return {name: stand_in(p.detach(), self.parameters[name]) for name, p in params.items()}
 
+    def over_ranks(self, tree: Tree) -> Tree:
+        """The mean over the ranks of what each has found of whole weights, of which this process holds its parts."""
+        return self.ranks.mean_tree(tree, self.params)
+
     def held_at(self, params: Tree) -> list[Slot]:
         """The student's slots with these weights in them."""
         at = {id(own := self.parameters[name]): stand_in(p, own) for name, p in params.items()}
@@ -380,7 +384,6 @@ class Pass:
 
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
-        self._refuse_ranks()
         self.params = params
         with self._replay(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
@@ -402,12 +405,19 @@ class Pass:
         block, for checkpoints run the student again in it."""
         at = self.student.as_leaves(self.params)
         with uncompiled(), self._again(self.student.held_at(at)):
-            outputs = self.student.forward(inputs)
-            found, known = outputs.detach(), self.outputs
-            if self._sample is not None:
-                found, known = _some(found), self._sample
-            check_outputs(found, known, BY_FORWARD_MODE[self.rounded_to].outputs)
-            yield at, outputs
+            yield at, self._same_outputs(self.student.forward(inputs))
+
+    def _same_outputs(self, outputs: Tensor) -> Tensor:
+        """Outputs of a replay, refused if they are not those of this pass."""
+        found, known = outputs.detach(), self.outputs
+        if self._sample is not None:
+            found, known = _some(found), self._sample
+        check_outputs(found, known, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
+        return outputs
+
+    def _whole_replay(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
+        """:meth:`_replay` with a graph of second derivatives, for which the leaves are whole."""
+        return self._replay(inputs)
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
@@ -468,16 +478,16 @@ class Pass:
 
     @contextmanager
     def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:
-        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass, as a function of w: (∂²ℓ/∂θ²) w, and
-        that in leaves of the loss and of the ``inputs``, None for one that neither depends on.
+        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass, on this rank's rows, as a function of
+        w: (∂²ℓ/∂θ²) w, and that in leaves of the loss and of the ``inputs``, None for one that neither depends on.
 
         By double backward: a forward pass and a backward pass with a graph, which stays for the block, and one through
         both for every w, the last of which may ``free`` it.
         """
-        self._refuse_ranks()
-        replay = self._replay(self.inputs if inputs is None else inputs)
+        replay = self._whole_replay(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), explained(), hessian_graph() as graph, replay as (at, outputs):
-            check_loss(loss(self.outputs, self.params).detach(), self.loss)  # at these outputs, to the last digits
+            again = loss(self.outputs, self.params).detach()
+            check_loss(again, self.loss, self.student.ranks)  # at these outputs, to the last digits
             g = graph.gradient(loss(outputs, at), list(at.values()))
             refuse_once_differentiable(g)
             yield partial(_derivatives, dict(zip(at, g, strict=True)), at, leaves)
@@ -490,18 +500,10 @@ class Pass:
         if self.kept is None:
             with self.hessian(loss, leaves, inputs) as product:
                 return product(w, free=True, curved=curved)
-        self._refuse_ranks()
         (at, g, leaves), self.kept = self.kept, None
         with explained():
             refuse_once_differentiable(g.values())
             return _derivatives(g, at, leaves, w, free=True, curved=curved)
-
-    def _refuse_ranks(self) -> None:
-        if not self.student.ranks.alone:
-            raise MetaplError(
-                "second derivatives of the inner loss, and steps that are computed again, are not built for students "
-                'in several processes; use an estimator that needs neither, such as mode="forward" with one step.'
-            )
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""

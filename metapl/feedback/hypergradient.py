@@ -138,7 +138,8 @@ def hypergradient(
     teach = Teaching(of_teacher, problem, estimate, generator, of_student.ranks, batches, accumulate, recompute_teacher)
     begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
     readers = {"student": of_student.network, "teacher": teach.network if problem.teacher_reads_inputs else None}
-    explain, shown = partial(explain_types, labeled, held, readers), partial(counted, progress, len(batches))
+    explain = partial(explain_types, labeled, held, readers)
+    shown = partial(counted, progress and of_student.ranks.first, len(batches))
     going_on = NOTHING
     if folder is not None:
         of = known_by(begun, teach, update, inner_optimizer, options, labeled, held[0])

@@ -9,6 +9,7 @@ b log_b K states, and each step is computed again once a level.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import weakref
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.ranks import ALONE, Ranks
 
 ALL_KEPT = 50  # steps, up to which all keep their states unless told otherwise
 BRANCHING = 10  # of the tree
@@ -51,7 +53,14 @@ class Keeping:
 ALL = Keeping()
 
 
-def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tree"] | None, on: str | None) -> Keeping:
+def keeping(
+    steps: int,
+    state: int,
+    device: torch.device,
+    how: int | Literal["tree"] | None,
+    on: str | None,
+    ranks: Ranks = ALONE,
+) -> Keeping:
     """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
     cheapest of all, every √steps-th and a tree that fits into half of the memory that is free; in a folder, and where
     the system does not say what is free, every √steps-th.
@@ -60,7 +69,7 @@ def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tr
     """
     folder = folder_of(on)
     all_held, root, tree = (Keeping(spacings, on) for spacings in ((), (math.isqrt(steps - 1) + 1,), _tree(steps)))
-    free = None if folder else free_bytes(torch.device("cpu") if on == "cpu" else device)
+    free = None if folder else _share_of_free(torch.device("cpu") if on == "cpu" else device, ranks)
 
     def fits(way: Keeping, share: float = 1.0) -> bool:
         return free is None or (way.states(steps) - 1) * state <= share * free  # the student has the first
@@ -101,6 +110,18 @@ def _tree(steps: int) -> tuple[int, ...]:
     """Powers of :data:`BRANCHING` below ``steps``, from the greatest to the least."""
     levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
     return tuple(BRANCHING**level for level in range(levels, 0, -1))
+
+
+def _share_of_free(device: torch.device, ranks: Ranks) -> int | None:
+    """:func:`free_bytes`, of which the processes of one machine share those of the host; the least of all processes,
+    which have to keep the same steps."""
+    free = free_bytes(device)
+    if ranks.alone:
+        return free
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes)) if device.type == "cpu" else 1
+    own = math.inf if free is None else free // together
+    least = -float(ranks.greatest(torch.tensor(-own, dtype=torch.float64, device=ranks.device)))
+    return None if least == math.inf else int(least)
 
 
 def free_bytes(device: torch.device) -> int | None:

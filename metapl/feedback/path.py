@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, called
 from metapl.execution import checks
-from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
+from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss, check_shares
 from metapl.execution.batch import digest, joined, micro_batches, plain, rows
 from metapl.execution.buffers import own_code, unchanged
 from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
@@ -311,7 +311,8 @@ class Path:
 
     def batch(self, number: int) -> Any:
         """An inner batch once more; refuse one that is not the same."""
-        with replayed(RandomState.now(self.student.device)):  # a function may seed the default generator
+        # A function may seed the default generator.
+        with self.student.ranks.agreed(), replayed(RandomState.now(self.student.device)):
             batch = self.batches[number]
         self.refuse_other(number, batch)
         return batch
@@ -319,7 +320,9 @@ class Path:
     def refuse_other(self, number: int, batch: Any) -> None:
         """Refuse a batch that is made as it is read, where it is not the one that the student learned from."""
         known = self.steps[number].digest
-        if known is not None:
+        if known is None:
+            return
+        with self.student.ranks.agreed():
             checks.refuse(
                 digest(batch) != known,
                 f"{called('the function of Lookahead')} returned another batch for step {number} when it was called "
@@ -487,9 +490,10 @@ def take_steps(
         if number > done:
             params, state = path.steps[-1].moved
             path.keep_before(number, params, state)
-        batch = batches[number]
+        with student.ranks.agreed() if path.lazy else NOTHING:
+            batch = batches[number]
         if number and path.lazy:
-            checks.batches([("unlabeled", batch)], student.device, of_step=f" of step {number}")
+            check_shares([("unlabeled", batch, f" of step {number}")], student.device, student.ranks)
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
             if credits != "nothing":
