@@ -114,11 +114,11 @@ def check_shares(given: Sequence[tuple[str, Any, str]], device: torch.device, ra
         return
     leaves = [[t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)] for _, batch, _ in given]
     (name, _, of_step), *others = given
+    then = f", then of the {others[0][0]}" if others else ""
     ranks.equal(
         [len(tensors[0]) for tensors in leaves],
-        f"the ranks have unequal shares of a batch (rows of the {name} batch{of_step}"
-        + f", then of the {others[0][0]}" * bool(others)
-        + ": {counts}); expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
+        f"the ranks have unequal shares of a batch (rows of the {name} batch{of_step}{then}: {{counts}}); expected the "
+        "same number of rows on every rank, since a loss is the mean of the ranks' means.",
     )
     if ranks.copies > 1:  # columns of images cannot be compared
         rows = [t for tensors in leaves for t in tensors if t.ndim < 3 or not ranks.columns]

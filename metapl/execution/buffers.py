@@ -79,11 +79,15 @@ class Slots:
         self._seen = self._seen or found
         return self._seen == found
 
+    def comparable(self, waits: bool) -> bool:
+        """Whether to compare all weights is as good as to look at the operators of a pass, and costs less; where frozen
+        parameters are state, it is not."""
+        return self._plain and not (self.has_frozen or self.spread) and (waits or self._small)
+
     def compared(self, role: str, waits: bool) -> Weights | None:
-        """The weights, to be compared at the end of the step; None where passes are looked at one by one: on the first
-        step, and where looking at operators costs less than comparing, or frozen parameters are state."""
-        whole = self.looked_at and self._plain and not (self.has_frozen or self.spread)
-        return Weights(self.by_part, role, values=not waits) if whole and (waits or self._small) else None
+        """The weights, to be compared at the end of the step; None where passes are watched one by one."""
+        compared = self.looked_at and self.comparable(waits)
+        return Weights(self.by_part, role, values=not waits) if compared else None
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class LocalStudent:
         self.device = next(iter(self.parameters.values())).device
         self.formats = [p.dtype for p in self.parameters.values()]
         self.half = bool(_HALF & {*self.formats})
-        self.narrowed: frozenset[torch.dtype] = frozenset()
+        self.narrowed: frozenset[torch.dtype] = frozenset()  # as Watch has it, as self.cut is
+        self.cut = False
         self.graphs: set[int] = set()  # the operations of its passes of record, as hashes
         self._autocast = torch.is_autocast_enabled(self.device.type)
         refuse_hooks(self.parameters, late=True)
@@ -102,6 +103,7 @@ class LocalStudent:
         if not self.slots.hold() or self._autocast != torch.is_autocast_enabled(self.device.type):
             return False
         self.first = not self.slots.looked_at
+        self.seen = self.slots.looked_at  # or, in the first step, since its first pass
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
         return True
@@ -201,7 +203,8 @@ class LocalStudent:
         the operations."""
         operations: list[type] = []
         known = [*at.values(), *tensors_in(inputs)]
-        found = stranger([outputs], known, self.own, made, parameters_alone=not self.first, operations=operations)
+        alone = self.seen if record else not self.first
+        found = stranger([outputs], known, self.own, made, parameters_alone=alone, operations=operations)
         if found is not None:
             remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
             refuse_stranger("the student's forward", found, remedy)
@@ -211,9 +214,9 @@ class LocalStudent:
         if not record or graph in self.graphs or len(self.graphs) == GRAPHS:
             return False, operations
         self.graphs.add(graph)
-        another = not self.first and self.ranks.alone and not runs_compiled(self.module)
+        another = self.seen and self.ranks.alone and not runs_compiled(self.module)
         if another:
-            self.first, self.slots.looked_at = True, False
+            self.first, self.seen, self.slots.looked_at = True, False, False
         return another, operations
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
@@ -223,8 +226,10 @@ class LocalStudent:
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
         # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
         eager = forward_ad._current_level < 0 and not runs_compiled(self.module)
-        looking = eager and (self.first or not self.waits or self.slots.has_frozen)
-        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay)
+        compared = self.seen and self.slots.comparable(self.waits)
+        looking = eager and not compared and (self.first or not self.waits or self.slots.has_frozen)
+        values = compared and not self.waits
+        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay, values=values)
 
     def as_leaves(self, params: Tree) -> Tree:
         """Weights as leaves of a graph, which are parameters for a forward that asks."""
@@ -267,7 +272,7 @@ class Pass:
         self.student, self.params, self.inputs, self.keeps = student, params, inputs, keeps
         self._before, slots = RandomState.now(student.device), student.slots
         self._state, slots.state = slots.state or State(slots.parts), None
-        self.narrowed: frozenset[torch.dtype] = frozenset()  # as Watch has it, as self.cut is
+        self.narrowed: frozenset[torch.dtype] = frozenset()
         self.cut = self.own_functions = False
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
         looked = slots.weights is None or slots.hooked  # else there are none but those that its forward registers
@@ -285,17 +290,21 @@ class Pass:
         """z = S(x; θ), and what is seen on the way: buffers and generators move as in training. At the student's own
         weights the module itself runs; others are swapped in."""
         student, inputs = self.student, self.inputs
-        made = Made(inputs) if student.first and not runs_compiled(student.module) else NOTHING
+        made = NOTHING if student.seen or runs_compiled(student.module) else Made(inputs)
         with self._running(forward=True), student.watched(inputs) as watch, made as making:
             outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
         another, operations = student.looked_over(outputs, self._at, inputs, making, record=True)
         self.after = RandomState.now(student.device)
         if watch is not None:
-            student.narrowed |= watch.narrowed
-        self.narrowed, self.cut = student.narrowed, another or (watch is not None and watch.cut)
+            student.narrowed, student.cut, student.seen = (
+                student.narrowed | watch.narrowed,
+                student.cut | watch.cut,
+                True,
+            )
+        self.narrowed, self.cut = student.narrowed, another or student.cut
         # Processes exchange by Functions of their own.
-        looked_into = student.first and (another or watch is not None) and student.ranks.alone
+        looked_into = student.first and student.ranks.alone and not runs_compiled(student.module)
         self.own_functions = looked_into and any(issubclass(kind, BackwardCFunction) for kind in operations)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)

@@ -113,7 +113,7 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def whole_at(self, params: Tree) -> Iterator[None]:
-        """In this block, the network has these whole weights, and no block gathers or gives up any."""
+        """In this block, the network has these whole weights; no block gathers or gives up any, or is run again."""
         self.layout.reshard()
         frozen = {p: whole(p) for _, _, p in self.slots.parameters if is_sharded(p) and not p.requires_grad}
         held = [(table, name, frozen[p]) for table, name, p in self.slots.parameters if p in frozen]
@@ -121,11 +121,11 @@ class ShardedStudent(LocalStudent):
             table
             for _, part in named_parts(self.module)
             for table in (part._forward_pre_hooks, part._forward_hooks)
-            if any(map(_of_fully_shard, table.values()))
+            if any(map(_exchanges, table.values()))
         ]
         before = [OrderedDict(table) for table in hooks]
         for table in hooks:
-            for number in [number for number, hook in table.items() if _of_fully_shard(hook)]:
+            for number in [number for number, hook in table.items() if _exchanges(hook)]:
                 del table[number]
         try:
             with swapped([*super().held_at(params), *held]):
@@ -162,8 +162,9 @@ class ShardedStudent(LocalStudent):
             yield
 
 
-def _of_fully_shard(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+def _exchanges(hook: Any) -> bool:
+    """Whether a hook is of ``fully_shard``, or of ``checkpoint`` for it, whose passes are run again once alone."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 # A place that holds a parameter, as its dictionary and name there, and the parameter's name.

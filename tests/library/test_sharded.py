@@ -288,7 +288,7 @@ def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
 
 
 def test_several_steps_ahead_over_replicas_of_shards(four: Ranks) -> None:
-    check(four, [{"mode": SPACED, "layout": "hsdp", "lookahead": 3, "accumulate": 2}])
+    check(four, [{"mode": SPACED, "layout": "hsdp", "lookahead": 3}])
 
 
 def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
