@@ -19,7 +19,8 @@ from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import both_batches, check_batches, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.keeping import folder_of
-from metapl.feedback.path import Lookahead, take_steps
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import take_steps
 from metapl.feedback.resuming import kept_in, known_by
 from metapl.feedback.teaching import Teaching
 from metapl.problems.base import BilevelProblem

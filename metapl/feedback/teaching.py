@@ -16,7 +16,8 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.sharded import by_backward
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.compatible import check_kind
-from metapl.feedback.path import Lookahead, Path
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import Path
 from metapl.feedback.teacher import Known, TeacherPass
 from metapl.problems.base import Problem, Signal
 

@@ -34,7 +34,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import folder_of
-from metapl.feedback.path import Lookahead
+from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.resuming import begun
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
