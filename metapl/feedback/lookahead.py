@@ -54,11 +54,6 @@ class Lookahead(Sequence[Any]):
         if not callable(given) and len(given) < (self.steps or 0):
             raise MetaplError(f"Lookahead has {len(given)} batches for steps={self.steps}; expected one for each step.")
 
-    @property
-    def lazy(self) -> bool:
-        """Whether the batches are made as they are read."""
-        return callable(self.batches)
-
     def __len__(self) -> int:
         return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given
 

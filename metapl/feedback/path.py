@@ -83,14 +83,14 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
-    kept: States = field(init=False)  # of several steps, where some are computed again
+    states: States = field(init=False)  # of several steps, where some are computed again
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
-    def lazy(self) -> bool:
-        """Whether batches are made as they are read, and not held."""
+    def rereads(self) -> bool:
+        """Whether a batch that is needed again is read again, and not held."""
         return isinstance(self.batches, Lookahead)
 
     @property
@@ -156,10 +156,10 @@ class Path:
             yield self.steps[0], self.steps[0].pullback(self.outer_gradient()), None
             return
         first, end = 0 if truncate is None else max(0, len(self.steps) - truncate), len(self.steps)
-        if self.kept.adjoint is None:
+        if self.states.adjoint is None:
             v, state_cotangent = self.outer_gradient(), None
         else:
-            end, v, state_cotangent = (self.kept.adjoint[name] for name in ("at", "v", "state_cotangent"))
+            end, v, state_cotangent = (self.states.adjoint[name] for name in ("at", "v", "state_cotangent"))
         spacing = min(self.keeping.spacings, default=end)
         for number, step in self._backwards(first, end):
             self.refuse_other(number, step.batch)
@@ -175,7 +175,7 @@ class Path:
             if self.tell is not None:
                 self.tell(step.batch)
             if number > first and number % spacing == 0:
-                self.kept.passed(self, number, v, state_cotangent)
+                self.states.passed(self, number, v, state_cotangent)
 
     def _backwards(self, first: int, end: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` to ``first``, with their numbers; forgotten ones are computed again."""
@@ -205,11 +205,11 @@ class Path:
     def _walked(self, start: int, stop: int) -> Iterator[InnerStep]:
         """The steps from a kept one on, computed again, but for the last of all, which is held."""
         held = len(self.steps) - 1 if self.steps[-1].grads else len(self.steps)
-        params, state = self.kept.take(start) if start < held else ({}, None)
+        params, state = self.states.take(start) if start < held else ({}, None)
         for number in range(start, stop):
             step = self.steps[number]
             if number < held:
-                step = step.again(params, state, self.batch(number) if self.lazy else None)
+                step = step.again(params, state, self.batch(number) if self.rereads else None)
                 params, state = step.moved
             yield step
 
@@ -219,7 +219,7 @@ class Path:
             spacing = self.keeping.spacings[0]
             self.steps[-1] = self.leave(number - 1, self.steps[-1], spacing)
             if number % spacing == 0:
-                self.kept.note(self, number, params, state)
+                self.states.note(self, number, params, state)
 
     def leave(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
         """A step without what is computed again, unless it is the last; of multiples of ``spacing`` the state is
@@ -227,8 +227,8 @@ class Path:
         if number == len(self.batches) - 1:
             return step
         if spacing and number % spacing == 0:
-            self.kept.keep(number, (step.params, step.state))
-        return step.forgotten(self.lazy)
+            self.states.keep(number, (step.params, step.state))
+        return step.forgotten(self.rereads)
 
     def batch(self, number: int) -> Any:
         """An inner batch once more; refuse one that is not the same."""
@@ -341,7 +341,7 @@ def take_steps(
     keep_graph: bool = False,
     keep_graphs: int = 0,
     keep: Keep | None = None,
-    kept: States | None = None,
+    states: States | None = None,
     updates: Sequence[Update] = (),
     credits: Credits = "nothing",
     first: bool = False,
@@ -360,7 +360,7 @@ def take_steps(
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_graphs: of so many last steps, keep the graphs of the gradients for :meth:`InnerStep.second_derivatives`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
-        kept: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
+        states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
         credits: what gets the feedback; refuse an inner loss for which it would be wrong.
         first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
@@ -374,17 +374,17 @@ def take_steps(
     walk = _Walk(path, teach, parts, keep_graph, len(batches) - keep_graphs, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    done = 0 if kept is None else kept.done
-    if kept is not None and done:
-        path.kept = kept
-        params, state = kept.resume(path, updates)
+    done = 0 if states is None else states.done
+    if states is not None and done:
+        path.states = states
+        params, state = states.resume(path, updates)
         path.batch(done - 1)  # of a path that is truncated, no other is read again
     for number in range(done, len(batches)):
         if number > done:
             params, state = path.steps[-1].moved
             path.keep_before(number, params, state)
         batch = batches[number]
-        if number and path.lazy:
+        if number and path.rereads:
             checks.batches([("unlabeled", batch)], student.device, of_step=f" of step {number}")
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
@@ -392,15 +392,15 @@ def take_steps(
                 refuse_unread_labels(path.steps[0])
             if len(batches) > 1:
                 path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
-                path.kept = kept or States(path.keeping.on)
+                path.states = states or States(path.keeping.on)
             if shared:
                 look_at_inner_losses(path.steps[0])
         for record in path.steps[-1].passes if several or number >= walk.graphs_from else ():
             record.refuse_later_graphs()
         if tell is not None:
             tell(batch)
-    if kept is not None and len(batches) > max(done, 1):  # a path of one step has no way back
-        kept.note(path, len(batches), *path.steps[-1].moved)
+    if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back
+        states.note(path, len(batches), *path.steps[-1].moved)
     return path
 
 
@@ -427,10 +427,10 @@ class _Walk:
         signals = [self._asked(x, None) for x in pieces] if before else []
         norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
         whole = self._united(signals if norm is None else [norm.signal]) if before else None
-        told = signals if whole is None else whole.chunks(self.parts)
+        of_piece = signals if whole is None else whole.chunks(self.parts)
         for i, x in enumerate(pieces):
             if entering:
-                entries.append(Entry(problem, x, told[i], self.keep_graph))
+                entries.append(Entry(problem, x, of_piece[i], self.keep_graph))
             inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
             with refuse_checkpoints() if keeps or (self.keep_graph and several) else NOTHING:
                 passes.append(student.pass_type(student, params, inputs, keeps).run())  # z = S(x; θ)
@@ -444,8 +444,8 @@ class _Walk:
             if not before:
                 signals.append(self._asked(x, outputs))
             if before or not self.keep_graph:
-                leaves = as_leaves(told[i].differentiable()) if keeps else {}
-                loss = InnerLoss(problem, told[i].having(leaves), x, student, self.credits)
+                leaves = as_leaves(of_piece[i].differentiable()) if keeps else {}
+                loss = InnerLoss(problem, of_piece[i].having(leaves), x, student, self.credits)
                 # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
                 found.append(passes[i].gradient(loss, list(leaves.values())))
         if whole is None:

@@ -35,7 +35,7 @@ from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.resuming import begun
+from metapl.feedback.resuming import generators_at_start
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
@@ -233,7 +233,7 @@ def attribute(
             f"each=True and keep_on={mode.keep_on!r} were given, a path for each of {len(judged)} outer examples, and "
             'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
         )
-    start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
+    start = generators_at_start(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
     scores, losses = list[Tensor](), list[Tensor]()
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
         start.restore() if scores else None  # the dropout masks of the same training

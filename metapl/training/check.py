@@ -178,7 +178,7 @@ def check_gradient(
     True
     """
     labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-    if isinstance(unlabeled, Lookahead) and unlabeled.lazy:
+    if isinstance(unlabeled, Lookahead) and callable(unlabeled.batches):
         unlabeled = replace(unlabeled, batches=list(unlabeled))  # which are taken in other precisions too
     clip, bfloat16 = None, False
     if isinstance(teacher, BilevelTrainer):

@@ -174,7 +174,7 @@ def test_a_teacher_of_batches_that_are_made_learns_the_same() -> None:
                 return tuple(t.double() if t.is_floating_point() else t for t in given)
 
             wide = Lookahead(lambda k, ahead=ahead: doubled(ahead[k]), steps=60)
-            wide = Lookahead([*map(doubled, ahead)]) if not ahead.lazy else wide
+            wide = Lookahead([*map(doubled, ahead)]) if not callable(ahead.batches) else wide
             result = metapl.hypergradient(
                 table,
                 student,
