@@ -130,7 +130,7 @@ def hypergradient(
     of_teacher, of_student, device = layouts(teacher, student)
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
-    folder = folder_of(getattr(estimate, "keep_on", None)) if ahead is unlabeled else None
+    folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
     labeled, held = read_batch(problem, "outer_batch", labeled), [batches[0]] if batches is ahead else batches
     options = ahead.options(update)

@@ -228,12 +228,12 @@ def attribute(
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
     mode = Forward() if mode is None else mode
-    if each and folder_of(getattr(mode, "keep_on", None)):
+    if each and folder_of(mode.keep_on):
         raise MetaplError(
             f"each=True and keep_on={mode.keep_on!r} were given, a path for each of {len(judged)} outer examples, and "
             'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
         )
-    start = generators_at_start(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
+    start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
     scores, losses = list[Tensor](), list[Tensor]()
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
         start.restore() if scores else None  # the dropout masks of the same training

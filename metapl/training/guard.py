@@ -149,6 +149,12 @@ def check_options(trainer: Any, steps: int) -> None:
     several = next((f"{name}={n}" for name, n in parts.items() if n > 1), "")
     for wrong, text in (
         (
+            trainer.mode.keep_on not in (None, "cpu"),
+            f"keep_on={trainer.mode.keep_on!r} was given to a trainer, and a folder is of one call of "
+            'metapl.hypergradient or metapl.attribute; expected keep_on="cpu" or None, with keep="tree" for the fewest '
+            "states.",
+        ),
+        (
             graph and trainer.accumulate > 1,
             f"accumulate={trainer.accumulate} with mode {trainer.mode.name!r}: expected 1 with 'unrolled', which keeps "
             "the graph of the whole batch (mode 'forward' is as exact).",
