@@ -168,7 +168,6 @@ def hypergradient(
                 first=True,
                 tell=tell,
             )
-        path.refuse_other(0, held[0])  # read twice
         with shown("steps back", len(path.found)) as path.tell:
             try:
                 feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)

@@ -388,6 +388,8 @@ def take_steps(
             checks.batches([("unlabeled", batch)], student.device, of_step=f" of step {number}")
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
+            if path.rereads:
+                path.batch(0)  # a function that always returns another batch is refused here, not after the path
             if credits != "nothing":
                 refuse_unread_labels(path.steps[0])
             if len(batches) > 1:
