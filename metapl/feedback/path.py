@@ -36,14 +36,7 @@ from metapl.feedback.inner_step import (
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.mean_check import MeanCheck, look_at_inner_losses, outer_check
-from metapl.problems.base import (
-    Problem,
-    Signal,
-    enters_input,
-    has_own,
-    joined_signals,
-    sum_and_weight,
-)
+from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
 from metapl.updates import Update
 
 REPEATS = 3
