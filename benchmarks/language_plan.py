@@ -263,8 +263,7 @@ def blocks(row: Row) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RESULT)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
+    parser = machine.arguments(__doc__, RESULT, page=True)
     given = machine.parsed(parser)
     if given.write:
         machine.write_between_marks(given.write, "language_plan", table(json.loads(given.out.read_text())))

@@ -246,12 +246,6 @@ def weights_watched(
         raise changed_input(f"the {role}")
 
 
-def refuse_changed(given: Sequence[tuple[Tensor, int]], cause: BaseException | None = None) -> None:
-    """Refuse a step that has changed a tensor of its batches: these, and their versions before."""
-    if any(t._version != version for t, version in given):
-        raise changed_input("a network or a function of the step") from cause
-
-
 def changed_input(who: str) -> MetaplError:
     return MetaplError(
         f"{who} changed its input in place (an operation such as x.mul_() or ReLU(inplace=True) on the input itself), "

@@ -121,7 +121,7 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
         found.setdefault(CURVATURE, f"a {called('look-ahead')} of {steps} student steps")
     if mode.keep_graphs:
         found.setdefault(ONE_PROCESS, f"keep_graphs={mode.keep_graphs}")
-    if folder_of(getattr(mode, "keep_on", None)):
+    if folder_of(mode.keep_on):
         found.setdefault(ONE_PROCESS, "keep_on= with a folder")
     if has_own(problem, "revised_signal"):
         found.setdefault(ONE_PROCESS, f"{kind_of(problem)}, which makes its signal of the feedback,")

@@ -55,10 +55,10 @@ class Forward(Estimator):
             (of the first step, the derivative of the outputs takes the place of these). Memory: the graph of each of
             these steps, some twice that of a plain pass. 0: of one step at a time; K: as ``unrolled`` in time and
             memory. For soft signals that do not enter the student's input, in one process.
-        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, for one
-            path at a time. In a folder, a call of :func:`metapl.hypergradient` or :func:`metapl.attribute` that was
-            killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit for bit. The folder of
-            another call is refused; its files go when the call ends. A folder goes with one process.
+        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
+            call of :func:`metapl.hypergradient` or :func:`metapl.attribute` at a time, in one process, and not of a
+            trainer. A call that was killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit
+            for bit. The folder of another call is refused; its files go when the call ends.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,

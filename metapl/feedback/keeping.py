@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import weakref
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
@@ -136,9 +133,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class States:
-    """Kept states, by the number of their step; those in a folder are in files that go when the path ends."""
+    """Kept states, by the number of their step; those in a folder: :class:`metapl.feedback.resuming.Folder`."""
 
-    done = 0  # steps that a process which was killed has taken, as :class:`metapl.feedback.resuming.Folder` knows them
+    done = 0  # steps that a process which was killed has taken
     adjoint: Any = None  # what it has of the way back
 
     def resume(self, path: Any, updates: Any) -> Any: ...
@@ -147,26 +144,16 @@ class States:
 
     def __init__(self, on: str | None) -> None:
         self.on, self._held = on, dict[int, tuple[list[Any], Any, list[Any]]]()
-        self._folder = None if on in (None, "cpu") else FilePath(mkdtemp(prefix="metapl-path-", dir=on))
-        if self._folder is not None:
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def keep(self, number: int, state: Any) -> None:
         leaves, structure = pytree.tree_flatten(state)
         places = [t.device if isinstance(t, Tensor) else None for t in leaves]
-        if self._folder is not None:
-            torch.save(leaves, self._folder / f"{number}.pt")
-            leaves = []
-        elif self.on == "cpu":
+        if self.on == "cpu":
             leaves = [t.cpu() if isinstance(t, Tensor) else t for t in leaves]
         self._held[number] = leaves, structure, places
 
     def take(self, number: int) -> Any:
         """A state, which is no longer kept."""
         leaves, structure, places = self._held.pop(number)
-        if self._folder is not None:
-            file = self._folder / f"{number}.pt"
-            leaves = torch.load(file, map_location="cpu")
-            file.unlink()
         moved = [t if at is None else t.to(at) for t, at in zip(leaves, places, strict=True)]
         return pytree.tree_unflatten(moved, structure)

@@ -272,7 +272,7 @@ def _unequal() -> None:
         assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
 
 
-def _ahead(batch_of: Callable[[int, Tensor], Tensor]) -> None:
+def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward") -> None:
     """A look-ahead on batches that are made as they are read, of this rank's share."""
     teacher, student = (laid_out(network, "ddp") for network in networks())
     labeled, unlabeled = share(batches(1)[0])
@@ -281,6 +281,7 @@ def _ahead(batch_of: Callable[[int, Tensor], Tensor]) -> None:
         student,
         labeled=labeled,
         unlabeled=metapl.Lookahead(lambda step: batch_of(step, unlabeled), steps=3),
+        mode=mode,
         inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
     )
 
@@ -424,7 +425,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "lookahead": lambda: built("forward", "tensor", hidden=8, lookahead=2),
     "lookahead_narrow": lambda: built("forward", "narrow", lookahead=2),
     "keep_graphs": lambda: built(metapl.feedback.Forward(keep_graphs=1), "ddp", lookahead=2),
-    "keep_on": lambda: built(metapl.feedback.Forward(keep_on="."), "ddp", lookahead=2),
+    "keep_on": lambda: _ahead(lambda _, u: u, metapl.feedback.Forward(keep_on=".")),
     "another_batch_on_one": _another_batch_on_one,
     "unequal_later": _unequal_later,
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
