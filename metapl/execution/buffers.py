@@ -55,9 +55,12 @@ class Slots:
         self.learned = dict(first.values())
         own = [p for _, _, p in self.parameters]
         self.has_frozen = not all(p.requires_grad for p in own)
-        self._plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
-        self._small = self._plain and sum(p.numel() for p in own) <= SMALL
         self.spread = any(map(is_sharded, own)) or any(map(is_block, self.parts))
+        # Whether to compare all weights is as good as to look at the operators of a pass, and costs less: where frozen
+        # parameters are state, it is not.
+        plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
+        small = plain and (sum(p.numel() for p in own) <= SMALL or any(map(checks.waits, own[:1])))
+        self.comparable = small and not (self.has_frozen or self.spread)
         self.hooked = any(p._backward_hooks for p in own)
         self.hooked |= any(part._backward_hooks or part._backward_pre_hooks for part in self.parts)
         self._seen: list[Any] = []
@@ -79,15 +82,9 @@ class Slots:
         self._seen = self._seen or found
         return self._seen == found
 
-    def comparable(self, waits: bool) -> bool:
-        """Whether to compare all weights is as good as to look at the operators of a pass, and costs less; where frozen
-        parameters are state, it is not."""
-        return self._plain and not (self.has_frozen or self.spread) and (waits or self._small)
-
     def compared(self, role: str, waits: bool) -> Weights | None:
         """The weights, to be compared at the end of the step; None where passes are watched one by one."""
-        compared = self.looked_at and self.comparable(waits)
-        return Weights(self.by_part, role, values=not waits) if compared else None
+        return Weights(self.by_part, role, values=not waits) if self.looked_at and self.comparable else None
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ class LocalStudent:
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
         # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
         eager = forward_ad._current_level < 0 and not runs_compiled(self.module)
-        compared = self.seen and self.slots.comparable(self.waits)
+        compared = self.seen and self.slots.comparable
         looking = eager and not compared and (self.first or not self.waits or self.slots.has_frozen)
         values = compared and not self.waits
         return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay, values=values)

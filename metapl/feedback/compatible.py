@@ -19,7 +19,6 @@ from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks
 from metapl.feedback import MODES, Difference, Estimator, Feedback, Forward, estimator, modes_for
 from metapl.feedback.credit import credited_fields, feedback_from_gradients
-from metapl.feedback.keeping import folder_of
 from metapl.feedback.path import Path
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, has_own, kind_of
@@ -121,7 +120,7 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
         found.setdefault(CURVATURE, f"a {called('look-ahead')} of {steps} student steps")
     if mode.keep_graphs:
         found.setdefault(ONE_PROCESS, f"keep_graphs={mode.keep_graphs}")
-    if folder_of(mode.keep_on):
+    if mode.keep_on not in (None, "cpu"):
         found.setdefault(ONE_PROCESS, "keep_on= with a folder")
     if has_own(problem, "revised_signal"):
         found.setdefault(ONE_PROCESS, f"{kind_of(problem)}, which makes its signal of the feedback,")

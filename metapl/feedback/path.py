@@ -391,7 +391,7 @@ def take_steps(
         if number > done:
             params, state = path.steps[-1].moved
             path.keep_before(number, params, state)
-        with student.ranks.agreed() if path.rereads else NOTHING:
+        with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
             batch = batches[number]
         if number and path.rereads:
             check_shares([("unlabeled", batch, f" of step {number}")], student.device, student.ranks)

@@ -141,9 +141,8 @@ class TeacherPass:
             return weights_watched([], "teacher", inputs, looking=False)
         eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
         on_host = inputs is None or not checks.waits(tensors_in(inputs)[0])
-        compared = slots.comparable(not on_host)
-        looking = eager and not compared and (on_host or slots.has_frozen)
-        values = compared and on_host
+        looking = eager and not slots.comparable and (on_host or slots.has_frozen)
+        values = slots.comparable and on_host
         return weights_watched(slots.by_part, "teacher", inputs, looking=looking, values=values)
 
     def _recorded(self) -> RemovableHandle:
