@@ -264,7 +264,7 @@ class Problem(BilevelProblem):
         return {"pseudo_label_classes": torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).tolist()}
 
 
-class _Completed(Problem):
+class Completed(Problem):
     """An object with the three methods of a problem, whose other methods override the defaults of :class:`Problem`."""
 
     signal: Any = None  # these three are the given object's
@@ -284,17 +284,17 @@ class _Completed(Problem):
 
 def as_problem(problem: BilevelProblem) -> Problem:
     """The problem, with the optional methods of :class:`Problem`."""
-    return problem if isinstance(problem, Problem) else _Completed(problem)
+    return problem if isinstance(problem, Problem) else Completed(problem)
 
 
 def kind_of(problem: Any) -> str:
     """The name of a problem's class, as its author wrote it."""
-    return type(problem.given if isinstance(problem, _Completed) else problem).__name__
+    return type(problem.given if isinstance(problem, Completed) else problem).__name__
 
 
 def has_own(problem: Problem, method: str) -> bool:
     """Whether a problem has this method from elsewhere than the defaults."""
-    own = problem.given if isinstance(problem, _Completed) else problem
+    own = problem.given if isinstance(problem, Completed) else problem
     return getattr(type(own), method, None) not in (None, getattr(Problem, method))
 
 

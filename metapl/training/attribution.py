@@ -36,7 +36,7 @@ from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.resuming import generators_at_start
-from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.problems.base import Completed, Kind, Problem, Signal, as_problem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
 from metapl.updates import options_by_step, unwrapped
@@ -185,7 +185,8 @@ def attribute(
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other losses.
         groups: a number for each training example, (N,), such as that of its source: the scores are then of the groups,
             (S,), the sums of their examples'.
-        each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's.
+        each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's; the network sees all
+            M, as for that one.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
             ``Forward(keep_on=folder)`` the same call goes on after a kill.
         progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
@@ -234,16 +235,17 @@ def attribute(
         )
     start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
     scores, losses = list[Tensor](), list[Tensor]()
-    for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
+    outer_batch, own = judged[torch.arange(len(judged))], as_problem(problem)
+    for judging in [_OfExample(own, number) for number in range(len(judged))] if each else [own]:
         start.restore() if scores else None  # the dropout masks of the same training
         with calling(NAMES):
             result = hypergradient(
                 None,
                 student,
-                outer=judged[rows],
+                outer=outer_batch,
                 inner=ahead,
                 mode=mode,
-                problem=problem,
+                problem=judging,
                 inner_optimizer=optimizer,
                 progress=progress,
             )
@@ -251,7 +253,7 @@ def attribute(
         for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
             scores[-1].index_add_(0, chosen if groups is None else groups[chosen], h.to(scores[-1]))
         losses.append(result.outer_loss)
-    retrain = _Training(student, optimizer, schedule, data, judged, order, problem, start, each, groups)
+    retrain = _Training(student, optimizer, schedule, data, outer_batch, order, own, start, each, groups)
     found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
     return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
 
@@ -331,6 +333,21 @@ class _Rows:
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
 
+class _OfExample(Completed):
+    """A problem that is judged by one outer example; the network sees them all, so that a batch norm has the statistics
+    and dropout the masks of the whole outer loss."""
+
+    def __init__(self, given: Problem, number: int) -> None:
+        super().__init__(given)
+        self.number, row = number, slice(number, number + 1)
+        self.outer_loss = lambda outputs, batch: given.outer_loss(
+            outputs[row], pytree.tree_map_only(Tensor, lambda t: t[row], batch)
+        )
+
+    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
+        return _OfExample(self.given.for_modes(labels, mode), self.number)
+
+
 class _Training:
     """The same training once more, with other weights of the examples, by a plain loop: the outer loss at its end."""
 
@@ -340,7 +357,7 @@ class _Training:
         optimizer: torch.optim.Optimizer,
         schedule: Any,
         data: _Rows,
-        judged: _Rows,
+        judged: Any,
         order: Tensor,
         problem: Problem,
         start: RandomState,
@@ -373,15 +390,14 @@ class _Training:
                 signal = Signal(of_examples[chosen.to(weights.device)].to(outputs.dtype))
                 self.problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
                 optimizer.step()
-            rows, branch = torch.arange(len(self.judged)), RandomState.now(self.start.device).branch()
-            losses = [self._judged(network, part, branch) for part in (rows.split(1) if self.each else [rows])]
-            return torch.stack(losses) if self.each else losses[0]
+            return self._judged(network, RandomState.now(self.start.device).branch())
 
     @torch.no_grad()
-    def _judged(self, network: nn.Module, rows: Tensor, branch: RandomState) -> Tensor:
+    def _judged(self, network: nn.Module, branch: RandomState) -> Tensor:
         torch.clear_autocast_cache()
-        batch = self.problem.outer_batch(self.judged[rows])
+        batch = self.problem.outer_batch(self.judged)
         with replayed(branch):  # with the dropout masks of the outer loss that was differentiated
             outputs = wide(network(self.problem.outer_input(batch)))
-            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
-        return value / weight
+        judging = [_OfExample(self.problem, number) for number in range(len(outputs))] if self.each else [self.problem]
+        losses = [sum_ / weight for sum_, weight in (sum_and_weight(own.outer_loss(outputs, batch)) for own in judging)]
+        return torch.stack(losses) if self.each else losses[0]

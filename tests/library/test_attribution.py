@@ -90,12 +90,17 @@ def test_the_scores_are_the_derivatives(kind: str, optimizer: str, scheduled: bo
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
 
 
-def test_of_each_outer_example() -> None:
-    network = student()
+@pytest.mark.parametrize("kind", ["mlp", "batch_norm"])
+def test_of_each_outer_example(kind: str) -> None:
+    """A batch norm in train mode has the statistics of all outer examples, as for the whole outer loss."""
+    network = student(kind)
     attribution = found(network, each=True)
     exact, losses = by_hand(copy.deepcopy(network), attribution.order, "sgd", lambda _: 1.0)
-    assert error(attribution.scores, exact) < 1e-8
+    assert error(attribution.scores, exact) < 1e-7
     assert error(attribution.outer_loss, losses) < 1e-10
+    sets = [[1, 2], [5], [7, 8, 9]]
+    of_all = found(network).validate(sets).retrained
+    assert error(attribution.validate(sets).retrained.mean(1), of_all) < 1e-10
 
 
 @pytest.mark.parametrize("each", [False, True])
