@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -234,7 +235,8 @@ class State:
         return found
 
     def _told(self, value: Any) -> Tensor:
-        return digest(self._fresh(value, dict(self._before)))
+        # Not the weights in a list, such as that of nn.GRU, which reads them anew from its parameters.
+        return digest(pytree.tree_map_only(nn.Parameter, lambda _: None, self._fresh(value, dict(self._before))))
 
     @contextmanager
     def again(self, slots: Slots, *, once: bool = False, upcast: bool = False) -> Iterator[None]:

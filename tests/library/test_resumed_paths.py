@@ -47,7 +47,7 @@ def network(scale: float = 1.0) -> nn.Module:
 def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict[str, Any]:
     """The whole result of a path, and what it leaves behind."""
     torch.manual_seed(given.pop("seed", 0))
-    student, teacher = network(given.pop("scale", 1.0)), given.pop("teacher", lambda: None)()
+    student, teacher = given.pop("student", network)(given.pop("scale", 1.0)), given.pop("teacher", lambda: None)()
     if hook := given.pop("hook", None):
         student[2].register_forward_hook(hook)
     if hook := given.pop("pre_hook", None):
@@ -76,6 +76,17 @@ def gradient(folder: str | None, read: Callable[[], None], **given: Any) -> dict
     left = [torch.random.get_rng_state(), *([] if draws is None else [draws.get_state()])]
     fields = ("grads", "feedback", "inner_loss", "outer_loss", "student_params", "inner_state")
     return {name: getattr(found, name) for name in fields} | {"left": left}
+
+
+class Recurrent(nn.Module):
+    """Whose GRU holds its weights in a list too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.cell(x.unflatten(1, (3, 2)))[0][:, -1])
 
 
 def attribution(folder: str | None, read: Callable[[], None]) -> dict[str, Any]:
@@ -111,6 +122,10 @@ def adam(student: nn.Module, first: int = 3) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.01, amsgrad=True)
 
 
+def recurrent(_: float) -> nn.Module:
+    return Recurrent()
+
+
 def transform(_: nn.Module) -> Any:
     return pytest.importorskip("torchopt").adam(0.01)
 
@@ -134,6 +149,7 @@ CALLS: dict[str, Call] = {
     "labels are drawn": lambda *a: gradient(
         *a, teacher=network, problem=metapl.PseudoLabels("hard"), batch=unlabeled, generator=3
     ),
+    "a list of weights": lambda *a: gradient(*a, student=recurrent),
     "attribution": attribution,
 }
 # The number of a batch that is read, or of a file that is about to get its name, at which the process is killed.
@@ -178,7 +194,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     ("case", "place"),
     [("plain", place) for place in PLACES if place != "in the teacher's gradient"]
-    + [("teacher", "in the teacher's gradient"), ("attribution", "at a file of the way back")]
+    + [("a list of weights", "in the way back"), ("teacher", "in the teacher's gradient"), ("attribution", "at a file of the way back")]
     + [
         pytest.param(*case, marks=pytest.mark.long)
         for case in (
