@@ -39,6 +39,7 @@ from metapl.feedback.resuming import generators_at_start
 from metapl.problems.base import Completed, Kind, Problem, Signal, as_problem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
+from metapl.runs.progress import counted
 from metapl.updates import options_by_step, unwrapped
 from metapl.words import summary
 
@@ -98,7 +99,7 @@ class Attribution:
         """
         return self.scores[..., self._chosen(removed)].sum(-1)
 
-    def validate(self, removals: Iterable[Any]) -> DatamodelingScore:
+    def validate(self, removals: Iterable[Any], *, progress: bool = True) -> DatamodelingScore:
         """Train without each of some sets of examples, on the same batches, initial weights and dropout masks, and
         compare: the linear datamodeling score is ``spearman``, of M outer losses the mean of theirs.
 
@@ -106,6 +107,7 @@ class Attribution:
 
         Args:
             removals: three or more sets, each as for :meth:`predict`.
+            progress: as for :func:`attribute`, by the trainings.
 
         Raises: :class:`metapl.MetaplError` for fewer sets.
         """
@@ -115,7 +117,12 @@ class Attribution:
         if len(sets) < 3:
             raise MetaplError(f"validate was given {len(sets)} removals; expected 3 or more sets, for a correlation.")
         weights = [torch.ones(self.scores.shape[-1]).index_fill(0, chosen.cpu(), 0.0) for chosen in sets]
-        retrained = torch.stack([self._losses_without(w) - self.outer_loss for w in weights]).double().cpu()
+        changes = []
+        with counted(progress, len(sets), "trainings without examples", 0) as tell:
+            for w in weights:
+                changes.append(self._losses_without(w) - self.outer_loss)
+                tell(self.order.flatten())
+        retrained = torch.stack(changes).double().cpu()
         predicted = torch.stack([self.predict(chosen) for chosen in sets]).double().cpu()
         columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
         spearman, pearson = (

@@ -225,6 +225,20 @@ def test_what_is_stopped_leaves_what_was_there(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("attribution.csv", "before")]
 
 
+def test_a_stopped_check_leaves_the_list_and_a_page(
+    folders: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = folders
+
+    def stopped(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Attribution, "validate", stopped)
+    assert main(["attribute", str(root / "run"), "--out", str(tmp_path), *SOME]) == 130
+    assert len(rows((tmp_path / "attribution.csv").read_text())) == 32
+    assert "The scores are not checked yet." in (tmp_path / "attribution.html").read_text()
+
+
 def test_a_picture_that_has_gone_does_not_give_its_score_to_another(tmp_path: Path) -> None:
     write(tmp_path, 2, 0)
     paths = sorted(map(str, tmp_path.rglob("*.png")))
