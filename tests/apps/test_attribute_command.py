@@ -120,6 +120,11 @@ def test_a_recipe_is_attributed_as_a_run_of_it_is(
     listed = rows((tmp_path / "images" / "attribution.csv").read_text())
     assert len({row["file"] for row in listed[: len(wrong)]} & wrong) >= 4
     assert str(root / "noisy") in (tmp_path / "images" / "attribution.html").read_text()
+    alone = (*pictures[:2], *pictures[4:])  # the same pictures show the same sizes and colors
+    said(capsys, "attribute", "images", *alone, *network, "--out", tmp_path / "alone", *SOME)
+    assert {row["file"] for row in rows((tmp_path / "alone" / "attribution.csv").read_text())} == {
+        row["file"] for row in listed
+    }
 
 
 def test_a_recipe_without_pictures_to_judge_by_is_refused(

@@ -271,7 +271,22 @@ class AttributeRecipe(Attributing, OnRecipe):
         return Subject({"recipe": recipe.name, "labeled": recipe.labeled}, recipe, recipe.seed, default_threads())
 
 
-OF_RECIPES = AttributeRecipe.on(ImageFolders, NoisyFolders)
+@dataclass(frozen=True, kw_only=True)
+class JudgedFolders(ImageFolders):
+    """Pictures in one folder a class, and others whose labels are right.
+
+    Args:
+        unlabeled: pictures that a run had beside these, by which its sizes and colors were chosen; by default none.
+    """
+
+    unlabeled: Annotated[str, unset("DIR")] = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unlabeled", self.unlabeled or self.labeled)
+        super().__post_init__()
+
+
+OF_RECIPES = AttributeRecipe.on(JudgedFolders, NoisyFolders)
 
 
 class Scored(NamedTuple):
