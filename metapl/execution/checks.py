@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import CALLED, MetaplError, few
+from metapl.errors import CALLED, MetaplError, called, few
 
 
 @dataclass
@@ -279,7 +279,7 @@ def class_outputs(outputs: Tensor, who: str) -> None:
     if outputs.ndim != 2 or outputs.shape[1] < 2:
         raise MetaplError(
             f"the {who}'s outputs are {described(outputs)}; expected logits of shape (batch, classes), two classes or "
-            "more. For other outputs, write a problem of your own (metapl.BilevelProblem)."
+            f"more. For other outputs, write {called('a problem of your own (metapl.BilevelProblem)')}."
         )
 
 
@@ -299,7 +299,7 @@ def class_labels(labels: Any, classes: int) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
             f"the labels are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
-            "labels.long()."
+            "labels.long(), labels.argmax(1) of one-hot rows, labels.squeeze(1) of (batch, 1)."
         )
     _in_range(labels, classes, "the labels", ("hold", "run"), f"the networks have {classes} classes")
 

@@ -49,6 +49,8 @@ NAMES = {
     "unlabeled": "train",
     "look-ahead": "training",
     "the function of Lookahead": "train",
+    "a problem of your own (metapl.BilevelProblem)": "a subclass of metapl.problems.EqualWeights with check, "
+    "inner_loss and outer_loss of its own, for problem=",
 }
 """What :func:`hypergradient` is given here, as errors name it."""
 
@@ -183,7 +185,8 @@ def attribute(
         student: the network at the start of the training; it stays as it is (``student_params`` has θ_K).
         train: (inputs, labels), tensors or arrays of N rows, or a data set of such pairs by number, whose views are
             always the same.
-        outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch.
+        outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch. The network runs as
+            it is, in train or eval mode, on these too.
         optimizer: ``torch.optim`` SGD, Adam or AdamW over the student's parameters; it stays as it is.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may hold the end of one
             pass and the beginning of the next.

@@ -256,6 +256,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, r"the train batch of step \d"),
     "an infinite outer input": ({"outer": (X * torch.inf, Y)}, "the outer batch holds NaN or infinite"),
     "labels that are no classes": ({"train": (X, Y + 3)}, "class"),
+    "outputs that are no classes": (
+        {"train": (X.unflatten(1, (2, 3)).repeat(1, 1, 2), Y)},
+        r"the student's outputs are .* a subclass of metapl\.problems\.EqualWeights",
+    ),
+    "labels of one row each": ({"train": (X, Y[:, None])}, r"labels\.squeeze\(1\)"),
     "a number of steps": ({"steps": 0}, "steps=0"),
     "a batch size": ({"batch_size": 0}, "batch_size=0"),
     "a batch of more than all": ({"batch_size": N + 1}, "more than the 24"),
