@@ -182,7 +182,7 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
     if not isinstance(unlabeled, tuple | list) or len(unlabeled) != 2:
         raise MetaplError(
             f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
-            "view, strong view)."
+            "view, strong view). The batches of several student steps are a metapl.Lookahead([...])."
         )
     first, second = unlabeled
     alike = holds_tensors(first) and _same_structure(first, second)
