@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, called
 from metapl.execution import checks
 from metapl.execution.batch import digest, inputs_of
 from metapl.execution.layout import is_block
@@ -419,7 +419,8 @@ def explain_types(
     """Turn a step's error about inputs of another type than the weights of the ``networks``, by role, or in one
     argument for several, into one that names batch and network."""
     cause = error.__cause__ if isinstance(error, MetaplError) else error
-    batches = [("labeled ", inputs_of(labeled)), *(("unlabeled ", inputs_of(batch)) for batch in unlabeled)]
+    outer, inner = (f"{called(name)} " for name in ("labeled", "unlabeled"))
+    batches = [(outer, inputs_of(labeled)), *((inner, inputs_of(batch)) for batch in unlabeled)]
     if cause is not error:
         # Of a feedback pass: the student's own pass has taken the unlabeled batch, and inputs like it.
         taken = [checks.types(inputs) for _, inputs in batches[1:]]

@@ -177,6 +177,7 @@ def types(inputs: Any) -> set[torch.dtype]:
 
 
 _OTHER_TYPE = re.compile("dtype|scalar type|input type|not implemented for", re.IGNORECASE)
+_OTHER_WIDTH = re.compile(r"shapes cannot be multiplied|to have \d+ channels|size mismatch", re.IGNORECASE)
 # What a network raises on wrong inputs: of another type, and one argument in place of several.
 WRONG_INPUTS = (RuntimeError, TypeError, AttributeError, LookupError, ValueError)
 
@@ -204,6 +205,11 @@ def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches:
                     f"type: x.to(torch.{own})."
                 ) from error
         args: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
+        if args and isinstance(error, RuntimeError) and _OTHER_WIDTH.search(str(error)):
+            raise MetaplError(
+                f"the {role} cannot take inputs that are {described(args[0])} ({str(error).splitlines()[0]}); expected "
+                "inputs of the shape that its layers take, in every batch."
+            ) from error
         if isinstance(error, RuntimeError) or len(args) != 1 or not isinstance(args[0], Mapping | tuple | list):
             continue
         try:

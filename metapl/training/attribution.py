@@ -14,7 +14,7 @@ loss is to first order L + Σ_{i∈R} score_i.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -185,8 +185,8 @@ def attribute(
         student: the network at the start of the training; it stays as it is (``student_params`` has θ_K).
         train: (inputs, labels), tensors or arrays of N rows, or a data set of such pairs by number, whose views are
             always the same.
-        outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch. The network runs as
-            it is, in train or eval mode, on these too.
+        outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch. The network runs
+            as it is, in train or eval mode, on these too.
         optimizer: ``torch.optim`` SGD, Adam or AdamW over the student's parameters; it stays as it is.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may hold the end of one
             pass and the beginning of the next.
@@ -223,9 +223,13 @@ def attribute(
 
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
+    if not isinstance(student, nn.Module):
+        raise MetaplError(
+            f"student is {checks.described(student)}; expected a torch.nn.Module: attribute(student, train, outer)."
+        )
     first = next(student.parameters(), torch.zeros(()))
     data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
-    checks.whole_number(steps, f"steps={steps!r}", "a number of steps")
+    checks.whole_number(steps, f"steps={steps!r}", "a whole number of steps")
     checks.whole_number(batch_size, f"batch_size={batch_size!r}", "a number of examples")
     checks.is_generator(generator)
     if batch_size > len(data):
@@ -312,7 +316,8 @@ class _Rows:
     def __init__(self, given: Any, name: str, like: Tensor) -> None:
         self.device, self.name = like.device, name
         arrays = isinstance(given, tuple | list) and len(given) == 2
-        if not arrays and (is_array(given) or not (hasattr(given, "__getitem__") and hasattr(given, "__len__"))):
+        by_number = hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Mapping)
+        if not arrays and (is_array(given) or not by_number):
             raise MetaplError(
                 f"{name} is {checks.described(given)}; expected (inputs, labels), tensors or arrays of equally many "
                 "rows, or a data set of such pairs with a length."

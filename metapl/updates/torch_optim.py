@@ -134,9 +134,10 @@ def options_by_step(
 ) -> list[list[dict[str, Any]]]:
     """The options of the param groups in each of so many steps of a schedule, which stays where it stands."""
     groups = _options(optimizer)
-    if isinstance(schedule, ReduceLROnPlateau) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
+    function = callable(schedule) and not isinstance(schedule, type)
+    if isinstance(schedule, ReduceLROnPlateau) or not (isinstance(schedule, LRScheduler) or function):
         raise MetaplError(
-            f"schedule is {type(schedule).__name__}; expected a torch.optim.lr_scheduler whose rates depend on the "
+            f"schedule is {described(schedule)}; expected a torch.optim.lr_scheduler whose rates depend on the "
             "step alone, or a function from the step's number to a factor of the learning rate."
         )
     if not isinstance(schedule, LRScheduler):

@@ -45,7 +45,7 @@ def found(network: nn.Module, by: str = "sgd", **options: Any) -> Attribution:
     torch.manual_seed(3)
     make: Any = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[by]
     how = {"momentum": 0.9} if by == "sgd" else {"eps": 1e-3}
-    inner = make(network.parameters(), lr=0.1, **how)
+    inner = make(network.parameters() if isinstance(network, nn.Module) else [torch.zeros(2)], lr=0.1, **how)
     given = {"train": TRAIN, "outer": OUTER, "steps": STEPS, "batch_size": 8, **options}
     return attribute(network, **{"optimizer": inner, **given})
 
@@ -261,7 +261,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"the student's outputs are .* a subclass of metapl\.problems\.EqualWeights",
     ),
     "labels of one row each": ({"train": (X, Y[:, None])}, r"labels\.squeeze\(1\)"),
-    "a number of steps": ({"steps": 0}, "steps=0"),
+    "a dict of tensors": ({"train": {"x": X, "y": Y}}, r"train is a dict of 2 .*expected \(inputs, labels\)"),
+    "inputs of another width": ({"train": (X[:, :5], Y)}, r"the student cannot take inputs .*\(8, 5\)"),
+    "outer inputs of another type": (
+        {"outer": (OUTER[0].long(), OUTER[1])},
+        "cannot take outer inputs of int64",
+    ),
+    "a class of schedules": ({"schedule": torch.optim.lr_scheduler.CosineAnnealingLR}, "schedule is .*expected"),
+    "a number of steps": ({"steps": 5.0}, "steps=5.0: expected a whole number of steps"),
     "a batch size": ({"batch_size": 0}, "batch_size=0"),
     "a batch of more than all": ({"batch_size": N + 1}, "more than the 24"),
     "groups of other length": ({"groups": torch.zeros(3, dtype=torch.int64)}, "groups is"),
@@ -304,6 +311,11 @@ def test_wrong_data_are_refused(case: str) -> None:
 def test_wrong_removals_are_refused(wrong: Any) -> None:
     with pytest.raises(MetaplError, match="removed is"):
         found(student()).predict(wrong)
+
+
+def test_a_student_in_another_place_is_refused() -> None:
+    with pytest.raises(MetaplError, match=r"student is a tuple of 2 .*attribute\(student"):
+        found(TRAIN)  # type: ignore[arg-type]
 
 
 def test_a_transform_is_refused() -> None:

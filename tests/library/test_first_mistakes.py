@@ -283,7 +283,14 @@ def test_tokens_of_a_type_that_an_embedding_does_not_take(dtype: torch.dtype) ->
 
 def test_another_error_of_the_network_stays_as_it_is() -> None:
     teacher, student = networks()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    other = nn.Sequential(nn.Unflatten(1, (3, -1)), student)
+    with pytest.raises(RuntimeError, match="unflatten"):
+        metapl.BilevelTrainer(teacher, other).step((X, Y), torch.randn(8, 4))
+
+
+def test_inputs_of_another_width_are_named() -> None:
+    teacher, student = networks()
+    with pytest.raises(MetaplError, match=r"the student cannot take inputs that are a tensor of shape \(8, 5\)"):
         metapl.BilevelTrainer(teacher, student).step((X, Y), torch.randn(8, 5))
 
 

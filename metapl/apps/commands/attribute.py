@@ -360,6 +360,8 @@ def sentences(found: dict[str, Any]) -> list[str]:
             f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower "
             f"rate, such as --lr {found['lr'] / 3:.1g}, may help."
         )
+    if found["loss"] >= found["loss_of_guesses"]:
+        check = check.partition(" Near 1 ")[0]
     unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
     return [
         f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
