@@ -13,16 +13,15 @@ trainings say is the linear datamodeling score. Rows that are there are not repe
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 import torch
+from machine import append, arguments, parsed, read, show
 from scipy.sparse.linalg import LinearOperator, cg
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
@@ -335,10 +334,6 @@ def asked(tune: bool, smooth: bool, miniature: bool) -> Iterator[Any]:
             yield name, steps, seed, tuple(METHODS), shares
 
 
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def mean(rows: list[Row], method: str, share: float) -> str:
     values = [found[0] for row in rows if (found := row["scores"][method].get(f"{share:g}"))]
     return f"{statistics.fmean(values):.2f}" if values else "–"
@@ -393,11 +388,10 @@ def smooth(rows: list[Row]) -> list[str]:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--tune", action="store_true", help="the settings of the training")
     parser.add_argument("--smooth", action="store_true", help="what makes a convolutional network predictable")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there; runs nothing")
-    given = machine.parsed(parser)
+    given = parsed(parser)
     torch.set_num_threads(1)
     rows = read(given.out)
     there = {(r["setting"], r["steps"], r["seed"]) for r in rows}
@@ -405,15 +399,11 @@ def main() -> None:
         if job[:3] in there:
             continue
         row = one(*job)
-        with given.out.open("a") as raw:
-            raw.write(json.dumps(row) + "\n")
+        append(given.out, row)
         rows.append(row)
         found = {method: [round(rho, 2) for rho, _ in of.values()] for method, of in row["scores"].items()}
         print(*job[:3], f"loss {row['loss']:.3f}", found, flush=True)
-    if given.write:
-        machine.write_between_marks(given.write, "attribution", tables(rows))
-    else:
-        print(tables(rows))
+    show(given.write, "attribution", tables(rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
+from machine import append, arguments, parsed, read, show
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -201,10 +200,6 @@ def costs(example: Any, rounds: int, width: int) -> Iterator[Row]:
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def spread(values: Sequence[float]) -> str:
     """A mean with its 95 % interval, of two values or more."""
     test = paired_test(values, [0.0] * len(values))
@@ -274,15 +269,13 @@ def tables(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RAW)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there; runs nothing")
-    given = machine.parsed(parser)
+    parser = arguments(__doc__, RAW, page=True)
+    given = parsed(parser)
     torch.set_num_threads(1)
     rows = read(given.out)
 
     def add(row: Row) -> None:
-        with given.out.open("a") as raw:
-            raw.write(json.dumps(row) + "\n")
+        append(given.out, row)
         rows.append(row)
         print({name: value for name, value in row.items() if name != "torch"}, flush=True)
 
@@ -295,10 +288,7 @@ def main() -> None:
     if not given.write and not any(r["kind"] == "cost" for r in rows):
         for row in costs(example, 1 if given.miniature else ROUNDS, 16 if given.miniature else WIDTH):
             add(row)
-    if given.write:
-        machine.write_between_marks(given.write, "data_rater", tables(rows))
-    else:
-        print(tables(rows))
+    show(given.write, "data_rater", tables(rows))
 
 
 if __name__ == "__main__":

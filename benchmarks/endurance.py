@@ -765,10 +765,9 @@ def run(given: Namespace) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--only", nargs="+", choices=[*PARTS], help="these parts alone")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the Markdown table of a result and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.table:
         print(table(json.loads(given.table.read_text())))

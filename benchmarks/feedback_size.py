@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, parsed, results, write_between_marks
+from machine import arguments, parsed, results, show
 
 from metapl.apps.recipes import Digits
 from metapl.runs.environment import environment
@@ -89,18 +89,14 @@ def run(out: Path, steps: int, seeds: tuple[int, ...], workers: int) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print the table of the file's rows and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     given = parsed(parser)
-    if given.write:
-        write_between_marks(given.write, "size", table(json.loads(given.out.read_text())["rows"]))
-        return
-    if not given.table:
+    if not (given.table or given.write):
         steps, seeds = (MINIATURE_STEPS, MINIATURE_SEEDS) if given.miniature else (STEPS, SEEDS)
         run(given.out, steps, seeds, given.workers)
-    print(table(json.loads(given.out.read_text())["rows"]))
+    show(given.write, "size", table(json.loads(given.out.read_text())["rows"]))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import machine
 import numpy as np
 import torch
+from machine import append, arguments, parsed, read, show
 from PIL import Image
 from scipy.stats import rankdata, t
 from suspects import CLEAN, write_folders
@@ -135,10 +135,6 @@ def asked(tune: bool, miniature: bool) -> Iterator[tuple[str, int, float | None]
         yield from islice(every, 1 if miniature else None)
 
 
-def read(raw: Path = RAW) -> list[Row]:
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
-
-
 def spread(values: list[float], sign: str = "") -> str:
     """Mean and 95 % interval over the seeds, by Student's t."""
     mean = statistics.fmean(values)
@@ -173,22 +169,17 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--tune", action="store_true", help="the rates")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there; runs nothing")
-    given = machine.parsed(parser)
+    given = parsed(parser)
     rows = read(given.out)
     there = {(row["condition"], row["seed"], row["lr"] if row["tuned"] else None) for row in rows}
     for job in () if given.write else asked(given.tune, given.miniature):
         if job not in there:
             rows.append(run(*job, given.miniature))
-            with given.out.open("a") as raw:
-                raw.write(json.dumps(rows[-1]) + "\n")
+            append(given.out, rows[-1])
             print(*job, rows[-1], file=sys.stderr, flush=True)
-    if given.write:
-        machine.write_between_marks(given.write, "harmful_pictures", table(rows))
-    else:
-        print(table(rows))
+    show(given.write, "harmful_pictures", table(rows))
 
 
 if __name__ == "__main__":

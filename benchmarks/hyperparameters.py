@@ -12,7 +12,6 @@ by this loss on the tuning seeds. Test digits are read in the final runs alone.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -20,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
+from machine import append, arguments, parsed, read, show
 from torch.nn import functional as F
 
 from metapl.data import load_digits_split
@@ -115,8 +114,7 @@ def study(raw: Path, miniature: bool) -> list[Row]:
                 return row
         row = one(arm, setting, seed, rounds, seconds, final)
         rows.append(row)
-        with raw.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(raw, row)
         print(row, flush=True)
         return row
 
@@ -131,10 +129,6 @@ def study(raw: Path, miniature: bool) -> list[Row]:
         seconds = run(descent, chosen(rows, descent), seed, True)["seconds"]
         run(search, chosen(rows, search), seed, True, seconds)
     return rows
-
-
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def table(rows: list[Row]) -> str:
@@ -168,14 +162,11 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RAW)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table there; runs nothing")
-    given = machine.parsed(parser)
+    parser = arguments(__doc__, RAW, page=True)
+    given = parsed(parser)
     torch.set_num_threads(1)
-    if given.write:
-        machine.write_between_marks(given.write, "hyperparameters", table(read(given.out)))
-    else:
-        print(table(study(given.out, given.miniature)))
+    rows = read(given.out) if given.write else study(given.out, given.miniature)
+    show(given.write, "hyperparameters", table(rows))
 
 
 if __name__ == "__main__":

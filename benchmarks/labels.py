@@ -226,9 +226,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
     if options.table:
         print(table(json.loads(options.table.read_text())))

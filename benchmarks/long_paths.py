@@ -253,21 +253,18 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__, RESULT)
+    parser = machine.arguments(__doc__, RESULT, page=True)
     parser.add_argument("--again", nargs=2, metavar=("NETWORK", "K"), help="time the rows of this network and K again")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table there; runs nothing")
     given = machine.parsed(parser)
-    if given.write:
-        machine.write_between_marks(given.write, "long_paths", table(json.loads(given.out.read_text())))
-        return
     torch.set_num_threads(1)
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     again = given.again and (given.again[0], int(given.again[1]))
-    for row in measured(given.miniature, again, {(r["network"], r["steps"], r["way"]) for r in rows}):
+    known = {(row["network"], row["steps"], row["way"]) for row in rows}
+    for row in () if given.write else measured(given.miniature, again, known):
         rows.append(row)
         print(row, flush=True)
         machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})
-    print(table(json.loads(given.out.read_text())))
+    machine.show(given.write, "long_paths", table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,16 @@ import torch
 from metapl.runs.cores import available_cores
 
 
-def arguments(description: str | None, result: Path) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes: where its result goes, and whether it is run in miniature."""
+def arguments(description: str | None, result: Path, *, page: bool = False) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: where its result goes, and whether it is run in miniature; and, for one
+    with tables in a ``page``, where they are put."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=result, metavar="FILE", help="the file of the result")
     parser.add_argument(
         "--miniature", action="store_true", help="everything in seconds, to see that it runs; its figures mean nothing"
     )
+    if page:
+        parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables of --out there; runs nothing")
     return parser
 
 
@@ -65,6 +68,16 @@ def _cpu() -> str:
     return f"{names[0] if names else 'unknown'} ({platform.machine()})"
 
 
+def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, as far as there are any."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, *rows: dict[str, Any]) -> None:
+    with file.open("a") as raw:
+        raw.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Floats to four figures, which is more than any of them is known to."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +92,14 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(v) for v in value]
     return value
+
+
+def show(page: Path | None, name: str, tables: str) -> None:
+    """Put tables between the marks of a name in a page; print them where there is none."""
+    if page is None:
+        print(tables)
+    else:
+        write_between_marks(page, name, tables)
 
 
 def write_between_marks(file: Path, name: str, text: str) -> None:

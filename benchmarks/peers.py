@@ -490,12 +490,11 @@ def _order(case: tuple[str, int]) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=NETWORKS, help="the rows of the others stay")
     parser.add_argument("--note", default="", help="about the machine, such as who else used it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each case")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.table:
         print(table(json.loads(given.table.read_text())))

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from figures import difference, spread
-from machine import arguments, parsed, write_between_marks
+from machine import append, arguments, parsed, read, write_between_marks
 from PIL import Image
 from torch import Tensor
 
@@ -160,14 +160,8 @@ def _is(row: Row, method: str, seed: int) -> bool:
 def _append(raw: Path, phase: str, found: Iterator[Row]) -> list[Row]:
     made_with = environment()
     rows = [{"phase": phase, **row, "made_with": made_with} for row in found]
-    with raw.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    append(raw, *rows)
     return rows
-
-
-def read(raw: Path = RAW) -> list[Row]:
-    """The rows so far."""
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
 
 
 def chosen(rows: Sequence[Row]) -> str:
@@ -241,10 +235,9 @@ def pairs(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="print table and pairs from the file's rows and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
     if options.write:
         write_between_marks(options.write, "pictures", table(read(options.out)))

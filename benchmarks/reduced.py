@@ -239,9 +239,8 @@ def _accuracies(digits: Row) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--only", choices=("steps", "digits"), help="this part alone; the other stays as it was")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.write:
         write_between_marks(given.write, "reduced", table(json.loads(given.out.read_text())))

@@ -285,10 +285,9 @@ def keep(file: Path, name: str, part: Any) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--only", choices=("measured", "simulated"), help="one part; the other stays as it is")
     parser.add_argument("--layout", choices=SIMULATED, help="simulate this one; the rows of the other stay")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.write:
         write_between_marks(given.write, "scale", table(json.loads(given.out.read_text())))

@@ -178,12 +178,11 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of metapl")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", choices=CASES, help="measure this network; the result's rows of the other one stay")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result, and measure nothing")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.write:
         write_between_marks(given.write, "step", table(json.loads(given.out.read_text())))

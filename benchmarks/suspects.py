@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from figures import spread
-from machine import arguments, parsed, write_between_marks
+from machine import append, arguments, parsed, read, show
 from PIL import Image
 from torch import Tensor
 
@@ -122,14 +122,8 @@ def study(plan: Plan, raw: Path) -> None:
         for method in plan.methods:
             if (method, seed) not in done:
                 row = run(plan, method, seed)
-                with raw.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(raw, row)
                 print(f"{method}, seed {seed}: {row['precision']:.3f}", file=sys.stderr, flush=True)
-
-
-def read(raw: Path = RAW) -> list[Row]:
-    """The rows so far."""
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -160,22 +154,18 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--table", action="store_true", help="print the table of the file's rows and stop")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the folders of a seed there and stop")
     parser.add_argument("--seed", type=int, default=0, help="with --pictures")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
-    if options.write is not None:
-        write_between_marks(options.write, "suspects", table(read(options.out)))
-        return
     if options.pictures is not None:
         wrong = write_pictures(options.pictures, options.seed)
         print(f"{options.pictures} has noisy, clean and test; {len(wrong)} pictures of noisy are in a wrong folder")
         return
-    if not options.table:
+    if not (options.table or options.write):
         study(MINIATURE if options.miniature else FULL, options.out)
-    print(table(read(options.out)))
+    show(options.write, "suspects", table(read(options.out)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ was tuned on these three problems: the settings were looked at on moons, wine, b
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import warnings
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import arguments, parsed, write_between_marks
+from machine import append, arguments, parsed, read, show
 from sklearn.datasets import load_digits, load_iris, make_gaussian_quantiles
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import ConvergenceWarning
@@ -114,14 +113,8 @@ def study(problems: Sequence[str], seeds: Sequence[int], raw: Path, **own: Any) 
                 accuracies = {name: round(100 * one.score(test, truth), 2) for name, one in arms}
                 row = {"labels": labels, "problem": problem, "seed": seed, "accuracy": accuracies}
                 row |= {"seconds": round(time.process_time() - begun, 1), "made_with": environment()}
-                with raw.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(raw, row)
                 print(f"{labels}, {problem}, seed {seed}: {row['seconds']} s", file=sys.stderr, flush=True)
-
-
-def read(raw: Path = RAW) -> list[Row]:
-    """The rows so far."""
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -158,15 +151,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--table", action="store_true", help="print the tables of the file's rows and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables there and stop")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     options = parsed(parser)
-    if options.write is not None:
-        write_between_marks(options.write, "tables", table(read(options.out)))
-        return
-    if not options.table:
+    if not (options.table or options.write):
         small: dict[str, Any] = {"steps": 2} if options.miniature else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -176,7 +165,7 @@ def main() -> None:
                 options.out,
                 **small,
             )
-    print(table(read(options.out)))
+    show(options.write, "tables", table(read(options.out)))
 
 
 if __name__ == "__main__":

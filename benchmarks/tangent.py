@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_between_marks, write_json
+from machine import arguments, described, parsed, show, write_json
 from peers import CAUSAL, LEARNING_RATE, case
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -206,10 +206,9 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rows of the others stay")
     parser.add_argument("--note", default="", help="about the machine, such as who else used it")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table of --out there and stop")
     given = parsed(parser)
     if given.write is None:
         rows = [row | {"note": given.note} for row in run(given.miniature, given.parts)]
@@ -217,10 +216,7 @@ def main() -> None:
             rows += [row for row in json.loads(given.out.read_text())["rows"] if row["part"] not in given.parts]
         rows.sort(key=lambda row: PARTS.index(row["part"]))
         write_json(given.out, {"measured_on": described("cpu"), "rows": rows})
-    result = json.loads(given.out.read_text())
-    if given.write is not None:
-        write_between_marks(given.write, "tangent", table(result))
-    print(table(result))
+    show(given.write, "tangent", table(json.loads(given.out.read_text())))
 
 
 if __name__ == "__main__":

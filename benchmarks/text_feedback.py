@@ -25,7 +25,7 @@ from typing import Any
 import text_corpus as texts
 import torch
 from figures import difference, spread
-from machine import arguments, parsed, write_between_marks
+from machine import append, arguments, parsed, read, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -211,18 +211,12 @@ def scores(rows: Sequence[Row]) -> list[float]:
     return max(([row[f"{name}_{part}"] for row in rows] for name in READ_OUTS), key=sum)
 
 
-def read(raw: Path = RAW) -> list[Row]:
-    """The rows so far."""
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
-
-
 def study(raw: Path, miniature: bool) -> None:
     """Whatever is not in the raw file yet."""
     for job in jobs(raw, miniature):
         if not any(job.items() <= row.items() for row in read(raw)):
             row = job | one_run(job, miniature) | {"made_with": environment()}
-            with raw.open("a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append(raw, row)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -273,16 +267,12 @@ def mean(rows: Sequence[Row], name: str) -> float:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--table", action="store_true", help="print the tables of the file's rows and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the tables there and stop")
     given = parsed(parser)
-    if given.write is not None:
-        write_between_marks(given.write, "text", table(read(given.out)))
-        return
-    if not given.table:
+    if not (given.table or given.write):
         study(given.out, given.miniature)
-    print(table(read(given.out)))
+    show(given.write, "text", table(read(given.out)))
 
 
 if __name__ == "__main__":

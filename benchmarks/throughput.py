@@ -331,13 +331,12 @@ def table_beside(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULT)
+    parser = arguments(__doc__, RESULT, page=True)
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of metapl, to take turns with")
     parser.add_argument("--turns", type=int, default=2, help="of each checkout, with --against")
     parser.add_argument("--rounds", type=int, help="in which the four take turns; default 15")
     parser.add_argument("--small", metavar="NETWORK", help="measure this small network alone, and add it to the result")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result and stop")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the table there and stop")
     options = parsed(parser)
     if options.table:
         print(table(json.loads(options.table.read_text())))

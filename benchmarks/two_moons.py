@@ -15,7 +15,6 @@ method of a regime is a row of the raw file.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, parsed, write_between_marks
+from machine import append, arguments, parsed, read, write_between_marks
 from two_moons_stack import Method, Outcome, TwoMoons, TwoMoonsRuns, mcnemar
 
 from metapl.runs.environment import environment
@@ -117,11 +116,6 @@ REGIMES: dict[str, Regime] = {
 """In the order in which they are run."""
 
 
-def read(path: Path = RAW) -> list[Row]:
-    """The rows of a raw file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def run(out: Path, regimes: dict[str, Regime], seeds: Sequence[int]) -> None:
     """Run what the raw file does not have yet, and append its rows."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +128,7 @@ def run(out: Path, regimes: dict[str, Regime], seeds: Sequence[int]) -> None:
         runs = prepared.setdefault(name, TwoMoonsRuns(regime.recipe, seeds))
         began = time.process_time()
         row = _row(name, method, regime, seeds, runs.run(method), began)
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(out, row)
         print(f"{name}, {method}: {row['success']} of {row['runs']}, {row['seconds']} s", flush=True)
 
 

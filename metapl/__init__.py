@@ -14,7 +14,7 @@ try:
     from metapl.errors import MetaplError
     from metapl.feedback import MODES
     from metapl.feedback.hypergradient import Hypergradient, hypergradient
-    from metapl.feedback.path import Lookahead
+    from metapl.feedback.lookahead import Lookahead
     from metapl.problems import BilevelProblem, PseudoLabels, Signal
     from metapl.problems.losses import UDA, CrossEntropy
     from metapl.training import StopFit

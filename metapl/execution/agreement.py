@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -101,6 +102,29 @@ def check_outputs(
         "student as it is; its pass on the labeled batch, too, then moves such a source on.",
         size=size,
     )
+
+
+def check_shares(given: Sequence[tuple[str, Any, str]], device: torch.device, ranks: Ranks) -> None:
+    """Refuse batches, each with its name and with the step that it is of, that are wrong, on one rank or on all, ranks
+    with unequal shares of a batch, and processes that should have the same rows and have others."""
+    with ranks.agreed():
+        for name, batch, of_step in given:
+            checks.batches([(name, batch)], device, of_step)
+    if ranks.alone:
+        return
+    leaves = [[t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)] for _, batch, _ in given]
+    (name, _, of_step), *others = given
+    then = f", then of the {others[0][0]}" if others else ""
+    ranks.equal(
+        [len(tensors[0]) for tensors in leaves],
+        f"the ranks have unequal shares of a batch (rows of the {name} batch{of_step}{then}: {{counts}}); expected the "
+        "same number of rows on every rank, since a loss is the mean of the ranks' means.",
+    )
+    if ranks.copies > 1:  # columns of images cannot be compared
+        rows = [t for tensors in leaves for t in tensors if t.ndim < 3 or not ranks.columns]
+        whole = "labels, or other whole numbers of a batch,"
+        check_copies([t for t in rows if not t.is_floating_point()], whole, ranks)
+        check_copies([t for t in rows if t.is_floating_point()], "rows of a batch", ranks)
 
 
 def check_copies(tensors: Sequence[Tensor], what: str, ranks: Ranks) -> None:

@@ -55,9 +55,12 @@ class Slots:
         self.learned = dict(first.values())
         own = [p for _, _, p in self.parameters]
         self.has_frozen = not all(p.requires_grad for p in own)
-        self._plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
-        self._small = self._plain and sum(p.numel() for p in own) <= SMALL
         self.spread = any(map(is_sharded, own)) or any(map(is_block, self.parts))
+        # Whether to compare all weights is as good as to look at the operators of a pass, and costs less: where frozen
+        # parameters are state, it is not.
+        plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
+        small = plain and (sum(p.numel() for p in own) <= SMALL or any(map(checks.waits, own[:1])))
+        self.comparable = small and not (self.has_frozen or self.spread)
         self.hooked = any(p._backward_hooks for p in own)
         self.hooked |= any(part._backward_hooks or part._backward_pre_hooks for part in self.parts)
         self._seen: list[Any] = []
@@ -80,10 +83,8 @@ class Slots:
         return self._seen == found
 
     def compared(self, role: str, waits: bool) -> Weights | None:
-        """The weights, to be compared at the end of the step; None where passes are looked at one by one: on the first
-        step, and where looking at operators costs less than comparing, or frozen parameters are state."""
-        whole = self.looked_at and self._plain and not (self.has_frozen or self.spread)
-        return Weights(self.by_part, role, values=not waits) if whole and (waits or self._small) else None
+        """The weights, to be compared at the end of the step; None where passes are watched one by one."""
+        return Weights(self.by_part, role, values=not waits) if self.looked_at and self.comparable else None
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:

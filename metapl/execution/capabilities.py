@@ -8,7 +8,8 @@ class Capability(Enum):
 
     ONE_PROCESS = "the student's weights and batch as a whole"
     FORWARD_AD = "a pass of the student in forward mode"
+    CURVATURE = "second derivatives of the inner loss in the student's weights"
     THROUGH_INPUT = "a derivative through the student's input"
 
 
-ONE_PROCESS, FORWARD_AD, THROUGH_INPUT = Capability
+ONE_PROCESS, FORWARD_AD, CURVATURE, THROUGH_INPUT = Capability

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.execution.capabilities import CURVATURE, FORWARD_AD, Capability
 from metapl.execution.modules import named_parts, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks, columns_of
@@ -31,8 +31,10 @@ from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
 # The kinds of layouts in words, and what estimators and problems may require of them.
 _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "plain": ("a plain module", frozenset(Capability)),
-    "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD})),
-    "sharded": ("sharded", frozenset({FORWARD_AD})),
+    "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD, CURVATURE})),
+    "sharded": ("sharded", frozenset({FORWARD_AD, CURVATURE})),
+    "narrow": ("sharded with a mixed-precision policy", frozenset({FORWARD_AD})),
+    "cut": ("cut along the width of its images", frozenset({FORWARD_AD})),
     "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
 }
 
@@ -55,7 +57,9 @@ class Layout:
     def __post_init__(self) -> None:
         known = () if self.ranks.alone else self.network.named_buffers()
         self.versions = {name: (id(t), t._version) for name, t in known}
-        self.how, self.offers = _KINDS["products" if self.product_ranks > 1 else self.kind]
+        narrow = any(block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks)
+        kinds = {"products": self.product_ranks > 1, "cut": self.ranks.copies > 1, "narrow": narrow, self.kind: True}
+        self.how, self.offers = _KINDS[next(kind for kind, so in kinds.items() if so)]
 
     @property
     def is_sharded(self) -> bool:

@@ -90,7 +90,8 @@ class LocalStudent:
         self.device = next(iter(self.parameters.values())).device
         self.formats = [p.dtype for p in self.parameters.values()]
         self.half = bool(_HALF & {*self.formats})
-        self.narrowed: frozenset[torch.dtype] = frozenset()
+        self.narrowed: frozenset[torch.dtype] = frozenset()  # as Watch has it, as self.cut is
+        self.cut = False
         self.graphs: set[int] = set()  # the operations of its passes of record, as hashes
         self._autocast = torch.is_autocast_enabled(self.device.type)
         refuse_hooks(self.parameters, late=True)
@@ -102,6 +103,7 @@ class LocalStudent:
         if not self.slots.hold() or self._autocast != torch.is_autocast_enabled(self.device.type):
             return False
         self.first = not self.slots.looked_at
+        self.seen = self.slots.looked_at  # or, in the first step, since its first pass
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
         return True
@@ -201,7 +203,8 @@ class LocalStudent:
         the operations."""
         operations: list[type] = []
         known = [*at.values(), *tensors_in(inputs)]
-        found = stranger([outputs], known, self.own, made, parameters_alone=not self.first, operations=operations)
+        alone = self.seen if record else not self.first
+        found = stranger([outputs], known, self.own, made, parameters_alone=alone, operations=operations)
         if found is not None:
             remedy = "give it in the signal, and make the student's input of it: student_input(batch, signal)."
             refuse_stranger("the student's forward", found, remedy)
@@ -211,9 +214,9 @@ class LocalStudent:
         if not record or graph in self.graphs or len(self.graphs) == GRAPHS:
             return False, operations
         self.graphs.add(graph)
-        another = not self.first and self.ranks.alone and not runs_compiled(self.module)
+        another = self.seen and self.ranks.alone and not runs_compiled(self.module)
         if another:
-            self.first, self.slots.looked_at = True, False
+            self.first, self.seen, self.slots.looked_at = True, False, False
         return another, operations
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
@@ -223,12 +226,18 @@ class LocalStudent:
         # PyTorch's forward-mode rules of some operators fail in a dispatch mode; that pass has copies of the weights.
         # A compiled pass is not looked into. On an accelerator the host is busy starting operators.
         eager = forward_ad._current_level < 0 and not runs_compiled(self.module)
-        looking = eager and (self.first or not self.waits or self.slots.has_frozen)
-        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay)
+        compared = self.seen and self.slots.comparable
+        looking = eager and not compared and (self.first or not self.waits or self.slots.has_frozen)
+        values = compared and not self.waits
+        return weights_watched(self.slots.by_part, "student", inputs, looking=looking, replay=replay, values=values)
 
     def as_leaves(self, params: Tree) -> Tree:
         """Weights as leaves of a graph, which are parameters for a forward that asks."""
         return {name: stand_in(p.detach(), self.parameters[name]) for name, p in params.items()}
+
+    def over_ranks(self, tree: Tree) -> Tree:
+        """The mean over the ranks of what each has found of whole weights, of which this process holds its parts."""
+        return self.ranks.mean_tree(tree, self.params)
 
     def held_at(self, params: Tree) -> list[Slot]:
         """The student's slots with these weights in them."""
@@ -263,7 +272,7 @@ class Pass:
         self.student, self.params, self.inputs, self.keeps = student, params, inputs, keeps
         self._before, slots = RandomState.now(student.device), student.slots
         self._state, slots.state = slots.state or State(slots.parts), None
-        self.narrowed: frozenset[torch.dtype] = frozenset()  # as Watch has it, as self.cut is
+        self.narrowed: frozenset[torch.dtype] = frozenset()
         self.cut = self.own_functions = False
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
         looked = slots.weights is None or slots.hooked  # else there are none but those that its forward registers
@@ -281,17 +290,21 @@ class Pass:
         """z = S(x; θ), and what is seen on the way: buffers and generators move as in training. At the student's own
         weights the module itself runs; others are swapped in."""
         student, inputs = self.student, self.inputs
-        made = Made(inputs) if student.first and not runs_compiled(student.module) else NOTHING
+        made = NOTHING if student.seen or runs_compiled(student.module) else Made(inputs)
         with self._running(forward=True), student.watched(inputs) as watch, made as making:
             outputs = checks.logits(student.module(inputs), "student")
         self._state.refuse_other_parts("student")
         another, operations = student.looked_over(outputs, self._at, inputs, making, record=True)
         self.after = RandomState.now(student.device)
         if watch is not None:
-            student.narrowed |= watch.narrowed
-        self.narrowed, self.cut = student.narrowed, another or (watch is not None and watch.cut)
+            student.narrowed, student.cut, student.seen = (
+                student.narrowed | watch.narrowed,
+                student.cut | watch.cut,
+                True,
+            )
+        self.narrowed, self.cut = student.narrowed, another or student.cut
         # Processes exchange by Functions of their own.
-        looked_into = student.first and (another or watch is not None) and student.ranks.alone
+        looked_into = student.first and student.ranks.alone and not runs_compiled(student.module)
         self.own_functions = looked_into and any(issubclass(kind, BackwardCFunction) for kind in operations)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
@@ -380,7 +393,6 @@ class Pass:
 
     def gradient_again(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
-        self._refuse_ranks()
         self.params = params
         with self._replay(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
@@ -402,12 +414,19 @@ class Pass:
         block, for checkpoints run the student again in it."""
         at = self.student.as_leaves(self.params)
         with uncompiled(), self._again(self.student.held_at(at)):
-            outputs = self.student.forward(inputs)
-            found, known = outputs.detach(), self.outputs
-            if self._sample is not None:
-                found, known = _some(found), self._sample
-            check_outputs(found, known, BY_FORWARD_MODE[self.rounded_to].outputs)
-            yield at, outputs
+            yield at, self._same_outputs(self.student.forward(inputs))
+
+    def _same_outputs(self, outputs: Tensor) -> Tensor:
+        """Outputs of a replay, refused if they are not those of this pass."""
+        found, known = outputs.detach(), self.outputs
+        if self._sample is not None:
+            found, known = _some(found), self._sample
+        check_outputs(found, known, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
+        return outputs
+
+    def _whole_replay(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
+        """:meth:`_replay` with a graph of second derivatives, for which the leaves are whole."""
+        return self._replay(inputs)
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
@@ -468,16 +487,16 @@ class Pass:
 
     @contextmanager
     def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:
-        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass, as a function of w: (∂²ℓ/∂θ²) w, and
-        that in leaves of the loss and of the ``inputs``, None for one that neither depends on.
+        """The derivatives of ⟨g, w⟩, g being the gradient of a loss of this pass, on this rank's rows, as a function of
+        w: (∂²ℓ/∂θ²) w, and that in leaves of the loss and of the ``inputs``, None for one that neither depends on.
 
         By double backward: a forward pass and a backward pass with a graph, which stays for the block, and one through
         both for every w, the last of which may ``free`` it.
         """
-        self._refuse_ranks()
-        replay = self._replay(self.inputs if inputs is None else inputs)
+        replay = self._whole_replay(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), explained(), hessian_graph() as graph, replay as (at, outputs):
-            check_loss(loss(self.outputs, self.params).detach(), self.loss)  # at these outputs, to the last digits
+            again = loss(self.outputs, self.params).detach()
+            check_loss(again, self.loss, self.student.ranks)  # at these outputs, to the last digits
             g = graph.gradient(loss(outputs, at), list(at.values()))
             refuse_once_differentiable(g)
             yield partial(_derivatives, dict(zip(at, g, strict=True)), at, leaves)
@@ -490,18 +509,10 @@ class Pass:
         if self.kept is None:
             with self.hessian(loss, leaves, inputs) as product:
                 return product(w, free=True, curved=curved)
-        self._refuse_ranks()
         (at, g, leaves), self.kept = self.kept, None
         with explained():
             refuse_once_differentiable(g.values())
             return _derivatives(g, at, leaves, w, free=True, curved=curved)
-
-    def _refuse_ranks(self) -> None:
-        if not self.student.ranks.alone:
-            raise MetaplError(
-                "second derivatives of the inner loss, and steps that are computed again, are not built for students "
-                'in several processes; use an estimator that needs neither, such as mode="forward" with one step.'
-            )
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""

@@ -1,6 +1,6 @@
 """A sharded network: ``fully_shard`` gathers the weights of a block while it runs, over one mesh or replicas of one.
 
-The trees of weights hold this rank's parts, plain tensors; what a pass returns is of this rank's rows. Four things
+The trees of weights hold this rank's parts, plain tensors; what a pass returns is of this rank's rows. Five things
 would be silently wrong here and are kept in this file:
 
 - ``torch.func.functional_call`` has no effect on gathered weights, so other weights are written into the parts in
@@ -10,11 +10,14 @@ would be silently wrong here and are kept in this file:
 - ``torch.autograd.grad`` returns gradients of this rank's rows, so the backward pass is ``.backward()``, whose hooks
   average over the ranks, and the gradient is taken out of ``.grad``;
 - forward mode has no rules for collectives, so a pass along w is taken block by block: where a block has gathered its
-  weights, w is gathered too, and the weights are replaced by dual numbers until the block has run.
+  weights, w is gathered too, and the weights are replaced by dual numbers until the block has run;
+- a block gives up its weights after each backward pass, and a second one through it would read what is left of them. So
+  second derivatives are taken of the network with whole weights in the places of its parts, and without the hooks.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -24,15 +27,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
-from metapl.execution.buffers import State, stand_in
+from metapl.execution.buffers import State, stand_in, swapped
+from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
-from metapl.execution.local import LocalStudent, Pass
+from metapl.execution.local import NOTHING, LocalStudent, Pass
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree
 from metapl.execution.rng import RandomState, replayed
-from metapl.execution.shards import as_sharded, is_sharded, local, whole
-from metapl.execution.writes import Watch, weights_watched
+from metapl.execution.shards import as_sharded, is_sharded, laid_out_like, local, whole
+from metapl.execution.writes import Slot, Watch, weights_watched
 
 
 def student_of(
@@ -95,6 +99,42 @@ class ShardedStudent(LocalStudent):
         finally:
             self._write(kept)
 
+    def held_at(self, params: Tree) -> list[Slot]:
+        """None: weights are moved to in place."""
+        return []
+
+    def whole(self, parts: Tree) -> Tree:
+        """What this process holds the parts of, gathered."""
+        return {name: whole(as_sharded(t, self.parameters[name])) for name, t in parts.items()}
+
+    def over_ranks(self, tree: Tree) -> Tree:
+        mean = self.ranks.mean_tree(tree, tree)
+        return {name: local(laid_out_like(t, self.parameters[name])) for name, t in mean.items()}
+
+    @contextmanager
+    def whole_at(self, params: Tree) -> Iterator[None]:
+        """In this block, the network has these whole weights; no block gathers or gives up any, or is run again."""
+        self.layout.reshard()
+        frozen = {p: whole(p) for _, _, p in self.slots.parameters if is_sharded(p) and not p.requires_grad}
+        held = [(table, name, frozen[p]) for table, name, p in self.slots.parameters if p in frozen]
+        hooks = [
+            table
+            for _, part in named_parts(self.module)
+            for table in (part._forward_pre_hooks, part._forward_hooks)
+            if any(map(_exchanges, table.values()))
+        ]
+        before = [OrderedDict(table) for table in hooks]
+        for table in hooks:
+            for number in [number for number, hook in table.items() if _exchanges(hook)]:
+                del table[number]
+        try:
+            with swapped([*super().held_at(params), *held]):
+                yield
+        finally:
+            for table, kept in zip(hooks, before, strict=True):
+                table.clear()
+                table.update(kept)
+
     def _write(self, params: Mapping[str, Tensor]) -> None:
         self.layout.reshard()
         torch.clear_autocast_cache()
@@ -120,6 +160,11 @@ class ShardedStudent(LocalStudent):
             for block, slots in held.items():
                 stack.enter_context(_dual_while_it_runs(block, slots, w))
             yield
+
+
+def _exchanges(hook: Any) -> bool:
+    """Whether a hook is of ``fully_shard``, or of ``checkpoint`` for it, whose passes are run again once alone."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 # A place that holds a parameter, as its dictionary and name there, and the parameter's name.
@@ -171,8 +216,31 @@ class ShardedPass(Pass):
     def _along(self, w: Tree) -> Iterator[None]:
         if self.student.layout.product_ranks > 1:
             raise NotByThisMode("PyTorch has no forward mode through the exchanges of parallelize_module.")
-        with self._again([]), self.student.along(w):
+        with self._again([]), self._there(), self.student.along(w):
             yield
+
+    def _there(self) -> AbstractContextManager[None]:
+        """The student at the weights of this pass."""
+        return NOTHING if self.params is self.student.params else self.student.moved_to(self.params)
+
+    @contextmanager
+    def _running(self, *, forward: bool = False) -> Iterator[None]:
+        with self._there(), super()._running(forward=forward):
+            yield
+
+    @contextmanager
+    def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+        with self._there(), super()._replay(inputs) as found:
+            yield found
+
+    @contextmanager
+    def _whole_replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
+        at = {name: t.requires_grad_() for name, t in self.student.whole(self.params).items()}
+        with uncompiled(), self._again([]), self.student.whole_at(at):
+            yield at, self._same_outputs(self.student.forward(inputs))
+
+    def second_derivatives(self, w: Tree, *given: Any, **how: Any) -> tuple[Tree, list[Tensor | None]]:
+        return super().second_derivatives(self.student.whole(w), *given, **how)
 
     @contextmanager
     def _moved(self, moved: Tree) -> Iterator[None]:

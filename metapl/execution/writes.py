@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors as flattened
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError
@@ -229,10 +228,10 @@ class Weights:
 
 @contextmanager
 def weights_watched(
-    parts: Parameters, role: str, inputs: Any = None, *, looking: bool, replay: bool = False
+    parts: Parameters, role: str, inputs: Any = None, *, looking: bool, replay: bool = False, values: bool = False
 ) -> Iterator[Watch | None]:
     """Refuse a network that moves its inputs, or its weights, in a pass of this block; see :class:`Weights`."""
-    weights = Weights(parts, role, looking=looking, replay=replay)
+    weights = Weights(parts, role, looking=looking, replay=replay, values=values)
     given = tensors_in(inputs)
     versions = [t._version for t in given]
     watch: Any = Watch(weights) if looking else nullcontext()
@@ -245,12 +244,6 @@ def weights_watched(
     weights.check()
     if versions != [t._version for t in given]:
         raise changed_input(f"the {role}")
-
-
-def refuse_changed(given: Sequence[tuple[Tensor, int]], cause: BaseException | None = None) -> None:
-    """Refuse a step that has changed a tensor of its batches: these, and their versions before."""
-    if any(t._version != version for t, version in given):
-        raise changed_input("a network or a function of the step") from cause
 
 
 def changed_input(who: str) -> MetaplError:
@@ -350,12 +343,14 @@ class Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.memory |= _memory(result) - _memory((args, kwargs))  # a view of a weight is not made here
+        made = {memory_of(result)} if isinstance(result, Tensor) else _memory(result)
+        if not made <= self.memory:
+            self.memory |= made - _memory((args, kwargs))  # a view of a weight is not made here
         return result
 
 
 def _memory(tree: Any) -> set[int | None]:
-    return {memory_of(t) for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)}
+    return {memory_of(t) for t in leaves_of(tree) if isinstance(t, Tensor)}
 
 
 def stranger(

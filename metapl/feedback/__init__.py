@@ -13,9 +13,9 @@ from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
+from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.loss_difference import LossDifference
 from metapl.feedback.none import NoFeedback
-from metapl.feedback.path import Lookahead
 from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled

@@ -57,7 +57,7 @@ class Altered(Estimator):
                 f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
                 f'"signal" or "example", such as Forward(); that of {self.base.name} is "{self.base.credits}".'
             )
-        for name in ("labels", "credits", "keep_graph", "keep_graphs", "looks_ahead", "keeping", "requires"):
+        for name in ("labels", "credits", "keep_graph", "keep_graphs", "keep_on", "looks_ahead", "keeping", "requires"):
             object.__setattr__(self, name, getattr(self.base, name))
         object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")

@@ -116,6 +116,8 @@ class Estimator(ABC):
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     keep_graphs: int = 0
     """Of so many last steps the inner gradient stays differentiable, in the student's weights and the signal."""
+    keep_on: str | None = None
+    """Where states of a look-ahead are kept, as for :class:`Forward`."""
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
 

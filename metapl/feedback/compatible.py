@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, called, either
 from metapl.execution import checks
-from metapl.execution.agreement import check_copies
-from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS, THROUGH_INPUT, Capability
+from metapl.execution.agreement import check_shares
+from metapl.execution.capabilities import CURVATURE, FORWARD_AD, ONE_PROCESS, THROUGH_INPUT, Capability
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks
@@ -69,25 +68,9 @@ def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) ->
 
 
 def check_batches(labeled: Any, unlabeled: Sequence[Any], device: torch.device, ranks: Ranks, steps: int = 1) -> None:
-    """Refuse batches that are wrong, on one rank or on all, ranks with unequal shares of a batch, and processes that
-    should have the same rows and have others; ``unlabeled``: the first ones of so many steps."""
-    with ranks.agreed():
-        checks.batches([("labeled", labeled)], device)
-        for number, batch in enumerate(unlabeled):
-            checks.batches([("unlabeled", batch)], device, of_step=f" of step {number}" if steps > 1 else "")
-    if ranks.alone:
-        return
-    leaves = [[t for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)] for batch in (labeled, *unlabeled)]
-    ranks.equal(
-        [len(tensors[0]) for tensors in leaves],
-        "the ranks have unequal shares of a batch (rows of the labeled batch, then of the unlabeled: {counts}); "
-        "expected the same number of rows on every rank, since a loss is the mean of the ranks' means.",
-    )
-    if ranks.copies > 1:  # columns of images cannot be compared
-        rows = [t for tensors in leaves for t in tensors if t.ndim < 3 or not ranks.columns]
-        whole = "labels, or other whole numbers of a batch,"
-        check_copies([t for t in rows if not t.is_floating_point()], whole, ranks)
-        check_copies([t for t in rows if t.is_floating_point()], "rows of a batch", ranks)
+    """:func:`metapl.execution.agreement.check_shares`; ``unlabeled``: the first ones of so many steps."""
+    inner = [("unlabeled", batch, f" of step {n}" if steps > 1 else "") for n, batch in enumerate(unlabeled)]
+    check_shares([("labeled", labeled, ""), *inner], device, ranks)
 
 
 def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -> None:
@@ -134,7 +117,11 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
     """What is required of the student's layout, and what requires it."""
     found = {need: f"mode {mode.name!r}" for need in Capability if need in mode.requires}
     if steps > 1:
-        found.setdefault(ONE_PROCESS, f"a {called('look-ahead')} of {steps} student steps")
+        found.setdefault(CURVATURE, f"a {called('look-ahead')} of {steps} student steps")
+    if mode.keep_graphs:
+        found.setdefault(ONE_PROCESS, f"keep_graphs={mode.keep_graphs}")
+    if mode.keep_on not in (None, "cpu"):
+        found.setdefault(ONE_PROCESS, "keep_on= with a folder")
     if has_own(problem, "revised_signal"):
         found.setdefault(ONE_PROCESS, f"{kind_of(problem)}, which makes its signal of the feedback,")
     if mode.credits == "signal" and enters_input(problem):
@@ -211,7 +198,7 @@ def _mend(mode: Estimator, path: Path) -> str:
     def entries(feedback: Feedback) -> Tensor:
         return torch.cat([h.flatten() for h in (feedback.h, *feedback.others.values())])
 
-    expected = _tried(by_double_backward)
+    expected = _tried(by_double_backward) if path.student.ranks.alone else None
     if expected is not None and not sampled and not mode.keep_graph:
         fitting.append('mode="unrolled"' + " (with accumulate=1)" * (len(path.labeled) > 1))
     own = None if mode.keep_graph else "forward" if FORWARD_AD in mode.requires else "difference"

@@ -56,10 +56,10 @@ class Forward(Estimator):
             these steps, some twice that of a plain pass. 0: of one step at a time; K: nearly as ``unrolled`` in time,
             and in memory but for the teacher's graphs where these are run again. For soft signals that do not enter the
             student's input, in one process.
-        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, for one
-            path at a time. In a folder, a call of :func:`metapl.hypergradient` or :func:`metapl.attribute` that was
-            killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit for bit. The folder of
-            another call is refused; its files go when the call ends.
+        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
+            call of :func:`metapl.hypergradient` or :func:`metapl.attribute` at a time, in one process, and not of a
+            trainer. A call that was killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit
+            for bit. The folder of another call is refused; its files go when the call ends.
 
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
@@ -70,6 +70,8 @@ class Forward(Estimator):
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
+    In several processes, of a sharded student, each double backward pass takes its weights whole in every process, for
+    one step at a time; what is kept of the steps stays in parts.
     Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name, with the modes that run
     on the student; attention runs on its math kernel, or for blocks of queries.
     Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.
@@ -99,7 +101,8 @@ class Forward(Estimator):
         return self.truncate is None and self.normalization == "gradient"
 
     def keeping(self, steps: int, first: InnerStep) -> Keeping:
-        return keeping(steps, first.bytes, first.student.device, self.keep or self.keep_every, self.keep_on)
+        how, student = self.keep or self.keep_every, first.student
+        return keeping(steps, first.bytes, student.device, how, self.keep_on, student.ranks)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = [Feedback(**plain) for plain in path.found]  # of a path that is gone on with

@@ -19,8 +19,9 @@ from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import both_batches, check_batches, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.keeping import folder_of
-from metapl.feedback.path import Lookahead, take_steps
-from metapl.feedback.resuming import kept_in, known_by
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import take_steps
+from metapl.feedback.resuming import known_by, states_in
 from metapl.feedback.teaching import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.progress import counted
@@ -129,29 +130,30 @@ def hypergradient(
     of_teacher, of_student, device = layouts(teacher, student)
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
-    folder = folder_of(getattr(estimate, "keep_on", None)) if ahead is unlabeled else None
-    batches = ahead if folder or ahead.lazy else list(ahead)
+    folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
+    batches = ahead if folder or callable(ahead.batches) else list(ahead)
     labeled, held = read_batch(problem, "outer_batch", labeled), [batches[0]] if batches is ahead else batches
     options = ahead.options(update)
     check_batches(labeled, held, device, of_student.ranks, len(batches))
     check_mode(estimate, len(batches), problem, of_student)
     teach = Teaching(of_teacher, problem, estimate, generator, of_student.ranks, batches, accumulate, recompute_teacher)
-    begun = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
+    local_student = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
     readers = {"student": of_student.network, "teacher": teach.network if problem.teacher_reads_inputs else None}
-    explain, shown = partial(explain_types, labeled, held, readers), partial(counted, progress, len(batches))
+    explain = partial(explain_types, labeled, held, readers)
+    shown = partial(counted, progress and of_student.ranks.first, len(batches))
     going_on = NOTHING
     if folder is not None:
-        of = known_by(begun, teach, update, inner_optimizer, options, labeled, held[0])
-        going_on = kept_in(folder, of, begun, teach, update)
+        of = known_by(local_student, teach, update, inner_optimizer, options, labeled, held[0])
+        going_on = states_in(folder, of, local_student, teach, update)
 
     with (
-        step_guard(teach.slots, begun.slots, device=device, generator=generator, moves=False, explain=explain),
+        step_guard(teach.slots, local_student.slots, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
-        going_on as kept,
+        going_on as states,
     ):
-        with shown("steps", 0 if kept is None else kept.done) as tell:
+        with shown("steps", 0 if states is None else states.done) as tell:
             path = take_steps(  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-                begun,
+                local_student,
                 update,
                 problem,
                 labeled=labeled,
@@ -161,13 +163,12 @@ def hypergradient(
                 keep_graph=estimate.keep_graph,
                 keep_graphs=estimate.keep_graphs,
                 keep=estimate.keeping,
-                kept=kept,
+                states=states,
                 updates=[update.at(of_step) for of_step in options],
                 credits=estimate.credits,
                 first=True,
                 tell=tell,
             )
-        path.refuse_other(0, held[0])  # read twice
         with shown("steps back", len(path.found)) as path.tell:
             try:
                 feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)

@@ -392,7 +392,8 @@ class InnerStep:
         in_weights, in_leaves = self._by_parts(
             lambda part, *given: part.second_derivatives(w, *given, curved=curved), fields
         )
-        return mean_tree(in_weights), self.in_signal(fields, in_leaves)
+        hessian = self.student.over_ranks(mean_tree(in_weights)) if curved else {}
+        return hessian, self.in_signal(fields, in_leaves)
 
     def shifted_derivatives(self, factor: Tensor, w: Tree) -> tuple[Tensor, list[list[Tensor | None]]]:
         """:meth:`shifted`, and the derivatives of the inner loss there in the leaves of each micro-batch, for
@@ -405,13 +406,15 @@ class InnerStep:
     def in_signal(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
     ) -> dict[str, Tensor | None]:
-        """Derivatives in the leaves of each micro-batch, as derivatives in the whole signal's fields."""
+        """Derivatives of this rank's losses in the leaves of each micro-batch, as derivatives of the mean over the
+        ranks in the whole signal's fields."""
+        parts = len(self.passes) * self.student.ranks.size
         found: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
             through = self.entries[i].in_fields(leaves[len(fields) :]) if self.entries else {}
             for name, direct in zip(fields, leaves, strict=False):
                 terms = [t for t in (direct, through.get(name)) if t is not None]
-                found[name] += [sum(terms[1:], terms[0]) / len(self.passes)] if terms else []
+                found[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
         return {name: joined(pieces) if pieces else None for name, pieces in found.items()}
 
     def _by_parts(

@@ -9,12 +9,10 @@ b log_b K states, and each step is computed again once a level.
 from __future__ import annotations
 
 import math
-import shutil
-import weakref
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
-from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.ranks import ALONE, Ranks
 
 ALL_KEPT = 50  # steps, up to which all keep their states unless told otherwise
 BRANCHING = 10  # of the tree
@@ -51,7 +50,14 @@ class Keeping:
 ALL = Keeping()
 
 
-def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tree"] | None, on: str | None) -> Keeping:
+def keeping(
+    steps: int,
+    state: int,
+    device: torch.device,
+    how: int | Literal["tree"] | None,
+    on: str | None,
+    ranks: Ranks = ALONE,
+) -> Keeping:
     """Of a path of so many steps, whose states have so many bytes: every so many steps, a tree, or None for the
     cheapest of all, every √steps-th and a tree that fits into half of the memory that is free; in a folder, and where
     the system does not say what is free, every √steps-th.
@@ -60,7 +66,7 @@ def keeping(steps: int, state: int, device: torch.device, how: int | Literal["tr
     """
     folder = folder_of(on)
     all_held, root, tree = (Keeping(spacings, on) for spacings in ((), (math.isqrt(steps - 1) + 1,), _tree(steps)))
-    free = None if folder else free_bytes(torch.device("cpu") if on == "cpu" else device)
+    free = None if folder else _share_of_free(torch.device("cpu") if on == "cpu" else device, ranks)
 
     def fits(way: Keeping, share: float = 1.0) -> bool:
         return free is None or (way.states(steps) - 1) * state <= share * free  # the student has the first
@@ -103,6 +109,18 @@ def _tree(steps: int) -> tuple[int, ...]:
     return tuple(BRANCHING**level for level in range(levels, 0, -1))
 
 
+def _share_of_free(device: torch.device, ranks: Ranks) -> int | None:
+    """:func:`free_bytes`, of which the processes of one machine share those of the host; the least of all processes,
+    which have to keep the same steps."""
+    free = free_bytes(device)
+    if ranks.alone:
+        return free
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes)) if device.type == "cpu" else 1
+    own = math.inf if free is None else free // together
+    least = -float(ranks.greatest(torch.tensor(-own, dtype=torch.float64, device=ranks.device)))
+    return None if least == math.inf else int(least)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """The memory that is free on a device; None where the system does not say."""
     if device.type != "cpu":
@@ -115,9 +133,9 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 class States:
-    """Kept states, by the number of their step; those in a folder are in files that go when the path ends."""
+    """Kept states, by the number of their step; those in a folder: :class:`metapl.feedback.resuming.Folder`."""
 
-    done = 0  # steps that a process which was killed has taken, as :class:`metapl.feedback.resuming.Folder` knows them
+    done = 0  # steps that a process which was killed has taken
     adjoint: Any = None  # what it has of the way back
 
     def resume(self, path: Any, updates: Any) -> Any: ...
@@ -126,26 +144,16 @@ class States:
 
     def __init__(self, on: str | None) -> None:
         self.on, self._held = on, dict[int, tuple[list[Any], Any, list[Any]]]()
-        self._folder = None if on in (None, "cpu") else FilePath(mkdtemp(prefix="metapl-path-", dir=on))
-        if self._folder is not None:
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def keep(self, number: int, state: Any) -> None:
         leaves, structure = pytree.tree_flatten(state)
         places = [t.device if isinstance(t, Tensor) else None for t in leaves]
-        if self._folder is not None:
-            torch.save(leaves, self._folder / f"{number}.pt")
-            leaves = []
-        elif self.on == "cpu":
+        if self.on == "cpu":
             leaves = [t.cpu() if isinstance(t, Tensor) else t for t in leaves]
         self._held[number] = leaves, structure, places
 
     def take(self, number: int) -> Any:
         """A state, which is no longer kept."""
         leaves, structure, places = self._held.pop(number)
-        if self._folder is not None:
-            file = self._folder / f"{number}.pt"
-            leaves = torch.load(file, map_location="cpu")
-            file.unlink()
         moved = [t if at is None else t.to(at) for t, at in zip(leaves, places, strict=True)]
         return pytree.tree_unflatten(moved, structure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -10,19 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, called
 from metapl.execution import checks
-from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss
-from metapl.execution.batch import digest, joined, micro_batches, plain, rows
+from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss, check_shares
+from metapl.execution.batch import digest, micro_batches, plain
 from metapl.execution.buffers import own_code, unchanged
 from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
 from metapl.execution.numerics import Tree, mean_tree
-from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.writes import refuse_hooks, refuse_stranger, stranger
@@ -33,26 +30,17 @@ from metapl.feedback.inner_step import (
     InnerLoss,
     InnerStep,
     Normalized,
-    as_read,
     read_batch,
     refuse_unread_labels,
 )
 from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.problems.base import (
-    Problem,
-    Signal,
-    enters_input,
-    has_own,
-    joined_signals,
-    sum_and_weight,
-)
-from metapl.updates import Clipped, Update, options_by_step
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.mean_check import MeanCheck, look_at_inner_losses, outer_check
+from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
+from metapl.updates import Update
 
 REPEATS = 3
 """A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
-
-MEAN_TOLERANCE = 1e-3
-"""Of values, and of gradients in the outputs: far above rounding, also under bfloat16 where a loss runs in float32."""
 
 Keep = Callable[[int, InnerStep], Keeping]
 """Which of so many steps keep their states, by the size of the first one."""
@@ -66,68 +54,6 @@ _LOSS = "some example's loss is not finite, such as a mean over no tokens (0 / 0
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
-
-
-@dataclass(frozen=True)
-class Lookahead(Sequence[Any]):
-    """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
-
-    A signal that reads the student's outputs, such as that of :class:`metapl.problems.MetaWeightNet`, reads them as
-    constants: the derivative through them, from one step to the signals of later ones, is left out.
-
-    Args:
-        batches: each of them as for ``unlabeled``: a sequence, or a function of the step's number, 0 to ``steps`` - 1.
-            Of a function's batches, those of steps that are computed again are not held: it is called again for them,
-            and one that returns another batch then is refused.
-        steps: K; None: as many as the sequence has.
-        schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
-            each of the student's, or the factor of the first rate as a function of the step's number, as in
-            ``LambdaLR``. With :func:`metapl.hypergradient`, where both stay as they are.
-
-    >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
-    2
-    >>> Lookahead(lambda k: torch.full((4, 3), float(k)), steps=1000)[999].mean()
-    tensor(999.)
-    """
-
-    batches: Sequence[Any] | Callable[[int], Any]
-    steps: int | None = None
-    schedule: LRScheduler | Callable[[int], float] | None = None
-
-    def __post_init__(self) -> None:
-        given = self.batches
-        if not callable(given) and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
-            raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(given)}; expected a list of batches, one for "
-                "each student step, such as metapl.Lookahead([u1, u2]), or a function of the step's number, "
-                "metapl.Lookahead(batch_of, steps=100)."
-            )
-        if callable(given) or self.steps is not None:
-            checks.whole_number(self.steps, f"Lookahead(steps={self.steps!r})", "a number of student steps")
-        if not callable(given) and len(given) < (self.steps or 0):
-            raise MetaplError(f"Lookahead has {len(given)} batches for steps={self.steps}; expected one for each step.")
-
-    @property
-    def lazy(self) -> bool:
-        """Whether the batches are made as they are read."""
-        return callable(self.batches)
-
-    def __len__(self) -> int:
-        return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given
-
-    def __getitem__(self, number: Any) -> Any:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        return plain(self.batches(number) if callable(self.batches) else self.batches[number])
-
-    def options(self, update: Update) -> list[list[dict[str, Any]]]:
-        """The options of the inner optimizer in each step, where a schedule makes them differ."""
-        if self.schedule is None:
-            return []
-        optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
-        if optimizer is None:
-            update.at(())  # which refuses it
-        return options_by_step(optimizer, self.schedule, len(self))
 
 
 def inner_batches(unlabeled: Any) -> list[Any]:
@@ -162,14 +88,14 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     check_mean: bool = False
-    kept: States = field(init=False)  # of several steps, where some are computed again
+    states: States = field(init=False)  # of several steps, where some are computed again
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
-    def lazy(self) -> bool:
-        """Whether batches are made as they are read, and not held."""
+    def rereads(self) -> bool:
+        """Whether a batch that is needed again is read again, and not held."""
         return isinstance(self.batches, Lookahead)
 
     @property
@@ -235,10 +161,10 @@ class Path:
             yield self.steps[0], self.steps[0].pullback(self.outer_gradient()), None
             return
         first, end = 0 if truncate is None else max(0, len(self.steps) - truncate), len(self.steps)
-        if self.kept.adjoint is None:
+        if self.states.adjoint is None:
             v, state_cotangent = self.outer_gradient(), None
         else:
-            end, v, state_cotangent = (self.kept.adjoint[name] for name in ("at", "v", "state_cotangent"))
+            end, v, state_cotangent = (self.states.adjoint[name] for name in ("at", "v", "state_cotangent"))
         spacing = min(self.keeping.spacings, default=end)
         for number, step in self._backwards(first, end):
             self.refuse_other(number, step.batch)
@@ -254,7 +180,7 @@ class Path:
             if self.tell is not None:
                 self.tell(step.batch)
             if number > first and number % spacing == 0:
-                self.kept.passed(self, number, v, state_cotangent)
+                self.states.passed(self, number, v, state_cotangent)
 
     def _backwards(self, first: int, end: int) -> Iterator[tuple[int, InnerStep]]:
         """The steps from ``end`` to ``first``, with their numbers; forgotten ones are computed again."""
@@ -284,11 +210,11 @@ class Path:
     def _walked(self, start: int, stop: int) -> Iterator[InnerStep]:
         """The steps from a kept one on, computed again, but for the last of all, which is held."""
         held = len(self.steps) - 1 if self.steps[-1].grads else len(self.steps)
-        params, state = self.kept.take(start) if start < held else ({}, None)
+        params, state = self.states.take(start) if start < held else ({}, None)
         for number in range(start, stop):
             step = self.steps[number]
             if number < held:
-                step = step.again(params, state, self.batch(number) if self.lazy else None)
+                step = step.again(params, state, self.batch(number) if self.rereads else None)
                 params, state = step.moved
             yield step
 
@@ -298,7 +224,7 @@ class Path:
             spacing = self.keeping.spacings[0]
             self.steps[-1] = self.leave(number - 1, self.steps[-1], spacing)
             if number % spacing == 0:
-                self.kept.note(self, number, params, state)
+                self.states.note(self, number, params, state)
 
     def leave(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
         """A step without what is computed again, unless it is the last; of multiples of ``spacing`` the state is
@@ -306,12 +232,13 @@ class Path:
         if number == len(self.batches) - 1:
             return step
         if spacing and number % spacing == 0:
-            self.kept.keep(number, (step.params, step.state))
-        return step.forgotten(self.lazy)
+            self.states.keep(number, (step.params, step.state))
+        return step.forgotten(self.rereads)
 
     def batch(self, number: int) -> Any:
         """An inner batch once more; refuse one that is not the same."""
-        with replayed(RandomState.now(self.student.device)):  # a function may seed the default generator
+        # A function may seed the default generator.
+        with self.student.ranks.agreed(), replayed(RandomState.now(self.student.device)):
             batch = self.batches[number]
         self.refuse_other(number, batch)
         return batch
@@ -319,7 +246,9 @@ class Path:
     def refuse_other(self, number: int, batch: Any) -> None:
         """Refuse a batch that is made as it is read, where it is not the one that the student learned from."""
         known = self.steps[number].digest
-        if known is not None:
+        if known is None:
+            return
+        with self.student.ranks.agreed():
             checks.refuse(
                 digest(batch) != known,
                 f"{called('the function of Lookahead')} returned another batch for step {number} when it was called "
@@ -370,12 +299,13 @@ class Path:
         """
         start = self.steps[-1].passes[-1].after.branch()
         inputs = [read_batch(self.problem, "outer_input", part) for part in self.labeled]
-        check, self.check_mean = self._outer_check() if self.check_mean else None, False
+        check = outer_check(self.problem, self.student.ranks, len(self.labeled)) if self.check_mean else None
+        self.check_mean = False
         kinds: set[bool] = set()
         return inputs, [partial(self._outer_loss, part, check, kinds) for part in self.labeled], start
 
     def _outer_loss(
-        self, batch: Any, check: _MeanCheck | None, kinds: set[bool], outputs: Tensor
+        self, batch: Any, check: MeanCheck | None, kinds: set[bool], outputs: Tensor
     ) -> tuple[Tensor, Tensor | float]:
         """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
         if own_code(self.problem.outer_loss):
@@ -406,32 +336,6 @@ class Path:
                 check.look(outputs, batch)
         return value, weight
 
-    def _outer_check(self) -> _MeanCheck:
-        def loss(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor | float]:
-            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
-            return (value, weight) if isinstance(weight, Tensor) else (len(outputs) * value, len(outputs))
-
-        return _MeanCheck("outer_loss", loss, self.student.ranks, len(self.labeled))
-
-    def look_at_inner_losses(self) -> None:
-        """Warn if the inner losses of the first step depend on other rows of the batch."""
-        step = self.steps[0]
-        params = as_read(step.params, self.student)
-        (_, whole, _), *_ = pieces = list(step.pieces())
-
-        def loss(outputs: Tensor, given: Any) -> tuple[Tensor, float]:
-            batch, fields = given
-            losses = self.problem.inner_loss(outputs, whole.having(fields), batch, params)
-            return losses.sum(), len(losses)
-
-        check = _MeanCheck("inner_loss", loss, self.student.ranks, len(pieces))
-        has_rows = {name: step.has_rows(name) for name in whole.fields()}
-        with replayed(RandomState.now(step.outputs.device)):
-            # Of a field without rows, each micro-batch has one of its own, and two of them have none.
-            for record, signal, batch in pieces if all(has_rows.values()) else pieces[:1]:
-                fields = {name: t for name, t in signal.detached().fields().items() if has_rows[name]}
-                check.look(record.outputs, (batch, fields))
-
 
 def take_steps(
     student: nn.Module | Layout | LocalStudent,
@@ -445,7 +349,7 @@ def take_steps(
     keep_graph: bool = False,
     keep_graphs: int = 0,
     keep: Keep | None = None,
-    kept: States | None = None,
+    states: States | None = None,
     updates: Sequence[Update] = (),
     credits: Credits = "nothing",
     first: bool = False,
@@ -464,7 +368,7 @@ def take_steps(
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
         keep_graphs: of so many last steps, keep the graphs of the gradients for :meth:`InnerStep.second_derivatives`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
-        kept: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
+        states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
         credits: what gets the feedback; refuse an inner loss for which it would be wrong.
         first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
@@ -478,33 +382,36 @@ def take_steps(
     walk = _Walk(path, teach, parts, keep_graph, len(batches) - keep_graphs, credits)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    done = 0 if kept is None else kept.done
-    if kept is not None and done:
-        path.kept = kept
-        params, state = kept.resume(path, updates)
+    done = 0 if states is None else states.done
+    if states is not None and done:
+        path.states = states
+        params, state = states.resume(path, updates)
         path.batch(done - 1)  # of a path that is truncated, no other is read again
     for number in range(done, len(batches)):
         if number > done:
             params, state = path.steps[-1].moved
             path.keep_before(number, params, state)
-        batch = batches[number]
-        if number and path.lazy:
-            checks.batches([("unlabeled", batch)], student.device, of_step=f" of step {number}")
+        with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
+            batch = batches[number]
+        if number and path.rereads:
+            check_shares([("unlabeled", batch, f" of step {number}")], student.device, student.ranks)
         path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
         if number == 0:
+            if isinstance(batches, Lookahead):
+                path.batch(0)  # a function that always returns another batch is refused here, not after the path
             if credits != "nothing":
                 refuse_unread_labels(path.steps[0])
             if len(batches) > 1:
                 path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
-                path.kept = kept or States(path.keeping.on)
+                path.states = states or States(path.keeping.on)
             if shared:
-                path.look_at_inner_losses()
+                look_at_inner_losses(path.steps[0])
         for record in path.steps[-1].passes if several or number >= walk.graphs_from else ():
             record.refuse_later_graphs()
         if tell is not None:
             tell(batch)
-    if kept is not None and len(batches) > max(done, 1):  # a path of one step has no way back
-        kept.note(path, len(batches), *path.steps[-1].moved)
+    if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back
+        states.note(path, len(batches), *path.steps[-1].moved)
     return path
 
 
@@ -531,10 +438,10 @@ class _Walk:
         signals = [self._asked(x, None) for x in pieces] if before else []
         norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
         whole = self._united(signals if norm is None else [norm.signal]) if before else None
-        told = signals if whole is None else whole.chunks(self.parts)
+        of_piece = signals if whole is None else whole.chunks(self.parts)
         for i, x in enumerate(pieces):
             if entering:
-                entries.append(Entry(problem, x, told[i], self.keep_graph))
+                entries.append(Entry(problem, x, of_piece[i], self.keep_graph))
             inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
             with refuse_checkpoints() if keeps or (self.keep_graph and several) else NOTHING:
                 passes.append(student.pass_type(student, params, inputs, keeps).run())  # z = S(x; θ)
@@ -548,8 +455,8 @@ class _Walk:
             if not before:
                 signals.append(self._asked(x, outputs))
             if before or not self.keep_graph:
-                leaves = as_leaves(told[i].differentiable()) if keeps else {}
-                loss = InnerLoss(problem, told[i].having(leaves), x, student, self.credits)
+                leaves = as_leaves(of_piece[i].differentiable()) if keeps else {}
+                loss = InnerLoss(problem, of_piece[i].having(leaves), x, student, self.credits)
                 # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
                 found.append(passes[i].gradient(loss, list(leaves.values())))
         if whole is None:
@@ -580,69 +487,3 @@ class _Walk:
         for t in whole.differentiable().values() if self.keep_graph else ():
             t.requires_grad_()
         return whole
-
-
-_MENDS = {
-    "inner_loss": "Make an example's loss depend on its own row alone, or let signal() return what the rows share.",
-    "outer_loss": "Return (sum, weight) to be exact, such as (losses.sum(), mask.sum()), or a mean over the rows, such "
-    'as (weights * F.cross_entropy(outputs, labels, reduction="none")).mean().',
-}
-
-
-class _MeanCheck:
-    """Lets the first rank warn, once, if a loss of a problem is not the mean of its values on parts of the rows.
-
-    Values alone do not tell: all losses of a network are equal before it has learned anything. So the gradients in
-    the outputs are compared too. ``loss`` gives a sum and its weight, of ``parts`` micro-batches.
-    """
-
-    def __init__(self, name: str, loss: Callable[[Tensor, Any], tuple[Any, Any]], ranks: Ranks, parts: int) -> None:
-        self.name, self.loss, self.ranks = name, loss, ranks
-        self.where = " and ".join(["the ranks' rows"] * (ranks.size > 1) + ["micro-batches"] * (parts > 1))
-        self._first: tuple[Tensor, Any] | None = None
-        self._told = False
-
-    def look(self, outputs: Tensor, batch: Any) -> None:
-        """Look at this rank's rows of a micro-batch: the first one's two halves, then each beside the first."""
-        if self._told:
-            return
-        first, self._first = self._first, self._first or (outputs.detach(), batch)
-        try:
-            found = self._found(first, (outputs.detach(), batch))
-        except Exception:  # a loss that takes batches of its own number of rows alone is not looked at
-            found = None
-        text = next(filter(None, self.ranks.gathered(found)), None)
-        if text is not None:
-            self._told = True
-            if self.ranks.first:
-                warnings.warn(text, stacklevel=3)
-
-    def _found(self, one: tuple[Tensor, Any] | None, other: tuple[Tensor, Any]) -> str | None:
-        if one is None:
-            both, half, count = other, len(other[0]) // 2, len(other[0])
-            one, other = ((both[0][a:b], rows(both[1], a, b)) for a, b in ((0, half), (half, count)))
-        else:
-            both = pytree.tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) else a, one, other)
-        sums, weights, slopes = zip(*(self._at(*given) for given in (both, one, other) if len(given[0])), strict=True)
-        weight = sum(weights[1:])
-        if 0 in (weights[0], weight):  # nothing to judge in these rows
-            return None
-        value, mean = sums[0] / weights[0], sum(sums[1:]) / weight
-        slope, of_parts = slopes[0] / weights[0], joined(slopes[1:]) / weight
-        gap, size = (slope - of_parts).norm(), slope.norm() + of_parts.norm()
-        apart = abs(value - mean) > MEAN_TOLERANCE * (abs(value) + abs(mean)) + 1e-6
-        if not (apart or gap > MEAN_TOLERANCE * size):
-            return None
-        return (
-            f"the problem's {self.name} is {value:.4g} on {len(both[0])} examples, and the mean of its values on two "
-            f"parts of them is {mean:.4g} (the gradients in the outputs differ by norm {gap:.2g}, of {size / 2:.2g}): "
-            f"it is not a mean over examples. Here it is the mean of its values on {self.where}, so the feedback is "
-            f"that of another loss than of the batch as a whole. {_MENDS[self.name]}"
-        )
-
-    def _at(self, outputs: Tensor, batch: Any) -> tuple[float, float, Tensor]:
-        z = outputs.clone().requires_grad_()
-        with torch.enable_grad():
-            total, weight = self.loss(z, batch)
-        slope = torch.autograd.grad(total, z, materialize_grads=True)[0] if total.requires_grad else torch.zeros_like(z)
-        return float(total.detach()), float(weight), slope

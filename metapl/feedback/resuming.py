@@ -45,7 +45,7 @@ _PATH, _ADJOINT = "path.ckpt", "adjoint.ckpt"
 _NUMBERED = re.compile(r"(kept|steps)-(\d{8,})\.ckpt")
 
 
-def told(*given: Any) -> int:
+def fingerprint(*given: Any) -> int:
     """A number by which networks, optimizers, options and batches are known, the same in every process."""
 
     def plain(value: Any) -> Any:
@@ -73,18 +73,18 @@ def known_by(
     rule = inner_optimizer, settings(inner_optimizer), getattr(update, "group_of", None), update.read_state()
     kind, mode = student.device.type, teach.estimate
     return {
-        "a student": told(student.module),
-        "forward hooks of the student": told(_hooks(student.module)),
-        "a teacher": told(teach.network),
-        "forward hooks of the teacher": told(_hooks(teach.network)),
-        "an outer batch": told(labeled),
-        "inner batches": told(first),
+        "a student": fingerprint(student.module),
+        "forward hooks of the student": fingerprint(_hooks(student.module)),
+        "a teacher": fingerprint(teach.network),
+        "forward hooks of the teacher": fingerprint(_hooks(teach.network)),
+        "an outer batch": fingerprint(labeled),
+        "inner batches": fingerprint(first),
         "a number of steps": teach.steps,
-        "an inner optimizer": told(*rule, str(options)),
-        "a problem": told(settings(teach.problem)),
-        "autocast": told(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))),
-        "a generator=": told(None if teach.generator is None else teach.generator.get_state()),
-        "a mode": told(mode.name, str({**vars(mode), "keep_on": None}), teach.parts),
+        "an inner optimizer": fingerprint(*rule, str(options)),
+        "a problem": fingerprint(settings(teach.problem)),
+        "autocast": fingerprint(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))),
+        "a generator=": fingerprint(None if teach.generator is None else teach.generator.get_state()),
+        "a mode": fingerprint(mode.name, str({**vars(mode), "keep_on": None}), teach.parts),
     }
 
 
@@ -99,10 +99,10 @@ def settings(value: Any) -> str:
     return f"{type(value).__qualname__} {sorted(built_with(value).items())}"
 
 
-def begun(folder: str | None) -> RandomState | None:
+def generators_at_start(folder: str | None) -> RandomState | None:
     """The generators at the beginning of the path that a killed process has left in a folder; None without one."""
     place = folder_of(folder)
-    if place is None or not _is_begun(place):
+    if place is None or not _has_path(place):
         return None
     random = _load(place / _PATH)["content"]["random"]
     where = torch.device("cpu" if random["accelerator"] is None else torch.accelerator.current_accelerator() or "cpu")
@@ -133,7 +133,7 @@ class Folder(States):
                 'input, or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
             )
         remove_temporary(self.folder)
-        if not _is_begun(folder):
+        if not _has_path(folder):
             self.finish()
             content = {"of": dict(of), "random": RandomState.now(student.device).values(), "name": secrets.token_hex(8)}
             self._write(_PATH, content)
@@ -179,12 +179,12 @@ class Folder(States):
     def note(self, path: Path, number: int, params: Any, state: Any) -> None:
         """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
         self.keep(number, (params, state))
-        begun, parts = self.done, len(path.steps[0].passes)
+        parts = len(path.steps[0].passes)
         now = [State(slots.parts) for slots in (self.student.slots, self.teach.slots)]
         content = {
-            "begun": begun,
-            "steps": [step.record(self.bases[0]) for step in path.steps[begun:number]],
-            "passes": [self._record(part) for part in self.teach.passes[begun * parts : number * parts]],
+            "begun": self.done,
+            "steps": [step.record(self.bases[0]) for step in path.steps[self.done : number]],
+            "passes": [self._record(part) for part in self.teach.passes[self.done * parts : number * parts]],
             "states": [state.values(base) for state, base in zip(now, self.bases, strict=True)],
             "random": RandomState.now(self.student.device).values(),
             "drawn": None if self.teach.generator is None else self.teach.generator.get_state(),
@@ -255,17 +255,17 @@ class Folder(States):
 
 
 @contextmanager
-def kept_in(
+def states_in(
     folder: FilePath, of: Mapping[str, int], student: LocalStudent, teach: Teaching, update: Update
 ) -> Iterator[Folder]:
     """The states of a path in a folder that nobody else writes to; a path that ends removes them."""
     with owned(folder, leaves_lock=False):
-        kept = Folder(folder, of, student, teach, update)
-        yield kept
-        kept.finish()
+        states = Folder(folder, of, student, teach, update)
+        yield states
+        states.finish()
 
 
-def _is_begun(folder: FilePath) -> bool:
+def _has_path(folder: FilePath) -> bool:
     # Without its first file, a path ended while its files were removed.
     return (folder / _PATH).exists() and bool(_numbers(folder, "steps"))
 

@@ -141,8 +141,9 @@ class TeacherPass:
             return weights_watched([], "teacher", inputs, looking=False)
         eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
         on_host = inputs is None or not checks.waits(tensors_in(inputs)[0])
-        looking = eager and (on_host or slots.has_frozen)
-        return weights_watched(slots.by_part, "teacher", inputs, looking=looking)
+        looking = eager and not slots.comparable and (on_host or slots.has_frozen)
+        values = slots.comparable and on_host
+        return weights_watched(slots.by_part, "teacher", inputs, looking=looking, values=values)
 
     def _recorded(self) -> RemovableHandle:
         """Collect the outputs of the teacher in a block: the gradients of its losses are measured at these."""

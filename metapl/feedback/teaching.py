@@ -16,7 +16,8 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.sharded import by_backward
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.compatible import check_kind
-from metapl.feedback.path import Lookahead, Path
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import Path
 from metapl.feedback.teacher import Known, TeacherPass
 from metapl.problems.base import Problem, Signal
 
@@ -46,15 +47,15 @@ class Teaching:
         recompute: bool,
     ) -> None:
         self.layout, self.problem, self.estimate, self.generator = layout, problem, estimate, generator
-        self.ranks, self.parts, self.steps, self.lazy = ranks, parts, len(batches), isinstance(batches, Lookahead)
-        self.recompute = layout is not None and (recompute or parts > 1 or self.lazy)
+        self.ranks, self.parts, self.steps, self.rereads = ranks, parts, len(batches), isinstance(batches, Lookahead)
+        self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
         self.network = nn.Module() if layout is None else layout.network
         self.slots, self.passes = Slots(self.network), list[TeacherPass]()
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
         """The signal about a micro-batch, given the student's outputs on it."""
         step = self.made(batch, outputs)
-        if self.lazy:
+        if self.rereads:
             step.batch = None
         if self.layout is not None:
             self.passes.append(step)
@@ -76,11 +77,11 @@ class Teaching:
 
         def loss_of(number: int) -> Tensor:
             step = self.passes[number]
-            if self.lazy:
+            if self.rereads:
                 whole = micro_batches(path.batch(number // self.parts), self.parts, "unlabeled")
                 step.batch = whole[number % self.parts]
             loss = pieces[number].teacher_loss(step.with_graph())
-            step.batch = None if self.lazy else step.batch
+            step.batch = None if self.rereads else step.batch
             return loss
 
         losses = map(loss_of, range(len(self.passes)))

@@ -34,8 +34,8 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import folder_of
-from metapl.feedback.path import Lookahead
-from metapl.feedback.resuming import begun
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.resuming import generators_at_start
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
@@ -102,7 +102,7 @@ class Attribution:
         """Train without each of some sets of examples, on the same batches, initial weights and dropout masks, and
         compare: the linear datamodeling score is ``spearman``, of M outer losses the mean of theirs.
 
-        Cost: a plain training for each removal, and one more.
+        Cost: a plain training for each removal.
 
         Args:
             removals: three or more sets, each as for :meth:`predict`.
@@ -115,8 +115,7 @@ class Attribution:
         if len(sets) < 3:
             raise MetaplError(f"validate was given {len(sets)} removals; expected 3 or more sets, for a correlation.")
         weights = [torch.ones(self.scores.shape[-1]).index_fill(0, chosen.cpu(), 0.0) for chosen in sets]
-        whole = self._losses_without(torch.ones(self.scores.shape[-1]))
-        retrained = torch.stack([self._losses_without(w) - whole for w in weights]).double().cpu()
+        retrained = torch.stack([self._losses_without(w) - self.outer_loss for w in weights]).double().cpu()
         predicted = torch.stack([self.predict(chosen) for chosen in sets]).double().cpu()
         columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
         spearman, pearson = (
@@ -228,12 +227,12 @@ def attribute(
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
     mode = Forward() if mode is None else mode
-    if each and folder_of(getattr(mode, "keep_on", None)):
+    if each and folder_of(mode.keep_on):
         raise MetaplError(
             f"each=True and keep_on={mode.keep_on!r} were given, a path for each of {len(judged)} outer examples, and "
             'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
         )
-    start = begun(getattr(mode, "keep_on", None)) or RandomState.now(first.device)
+    start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
     scores, losses = list[Tensor](), list[Tensor]()
     for rows in torch.arange(len(judged)).split(1) if each else [torch.arange(len(judged))]:
         start.restore() if scores else None  # the dropout masks of the same training
@@ -374,17 +373,15 @@ class _Training:
                 signal = Signal(of_examples[chosen.to(weights.device)].to(outputs.dtype))
                 self.problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
                 optimizer.step()
-            rows = torch.arange(len(self.judged))
-            with torch.no_grad():
-                return (
-                    torch.stack([self._judged(network, part) for part in rows.split(1)])
-                    if self.each
-                    else self._judged(network, rows)
-                )
+            rows, branch = torch.arange(len(self.judged)), RandomState.now(self.start.device).branch()
+            losses = [self._judged(network, part, branch) for part in (rows.split(1) if self.each else [rows])]
+            return torch.stack(losses) if self.each else losses[0]
 
-    def _judged(self, network: nn.Module, rows: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _judged(self, network: nn.Module, rows: Tensor, branch: RandomState) -> Tensor:
         torch.clear_autocast_cache()
         batch = self.problem.outer_batch(self.judged[rows])
-        outputs = wide(network(self.problem.outer_input(batch)))
-        value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
+        with replayed(branch):  # with the dropout masks of the outer loss that was differentiated
+            outputs = wide(network(self.problem.outer_input(batch)))
+            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
         return value / weight

@@ -16,7 +16,8 @@ from metapl.execution.layout import layouts
 from metapl.feedback import Altered, Estimator, Implicit, Mode, estimator
 from metapl.feedback.compatible import prepare
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.feedback.path import Lookahead, inner_batches
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import inner_batches
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state
@@ -178,7 +179,7 @@ def check_gradient(
     True
     """
     labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-    if isinstance(unlabeled, Lookahead) and unlabeled.lazy:
+    if isinstance(unlabeled, Lookahead) and callable(unlabeled.batches):
         unlabeled = replace(unlabeled, batches=list(unlabeled))  # which are taken in other precisions too
     clip, bfloat16 = None, False
     if isinstance(teacher, BilevelTrainer):

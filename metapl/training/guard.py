@@ -20,7 +20,7 @@ from metapl.execution.kernels import checkpoints_without_reentry
 from metapl.execution.local import LocalStudent
 from metapl.execution.modules import trainable
 from metapl.execution.sharded import student_of
-from metapl.execution.writes import refuse_changed, tensors_in
+from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback.compatible import check_batches, check_mode
 from metapl.problems.base import has_own
 from metapl.updates import parameters_of, refuse_missing, runs_others_code
@@ -42,7 +42,7 @@ class StepGuard:
         self.student: LocalStudent | None = None
         self.problem, self.steps = trainer.problem, trainer.lookahead  # which were checked
         self.kind: tuple[Any, ...] = ()  # of the signal
-        self._given: list[tuple[Tensor, int]] = []
+        self._given: list[tuple[Tensor, int]] = []  # the tensors of the batches, and their versions before
 
     @contextmanager
     def step(self, trainer: Any, labeled: Any, batches: Sequence[Any]) -> Iterator[tuple[checks.Fault, LocalStudent]]:
@@ -79,7 +79,7 @@ class StepGuard:
                 try:
                     yield fault, student
                 except RuntimeError as error:  # autograd's own, where a graph has saved what was changed
-                    refuse_changed(self._given, error)
+                    self._refuse_changed_batches(error)
                     raise
                 student.slots.looked_at = self.slots.looked_at = True
 
@@ -103,7 +103,11 @@ class StepGuard:
             if slots.weights is not None:
                 slots.weights.check()
                 slots.weights = None
-        refuse_changed(self._given)
+        self._refuse_changed_batches()
+
+    def _refuse_changed_batches(self, cause: BaseException | None = None) -> None:
+        if any(t._version != version for t, version in self._given):
+            raise changed_input("a network or a function of the step") from cause
 
     @contextmanager
     def both_or_none(self, trainer: Any, first: bool) -> Iterator[None]:
@@ -144,6 +148,12 @@ def check_options(trainer: Any, steps: int) -> None:
     parts = {"accumulate": trainer.accumulate, "lookahead": steps}
     several = next((f"{name}={n}" for name, n in parts.items() if n > 1), "")
     for wrong, text in (
+        (
+            trainer.mode.keep_on not in (None, "cpu"),
+            f"keep_on={trainer.mode.keep_on!r} was given to a trainer, and a folder is of one call of "
+            'metapl.hypergradient or metapl.attribute; expected keep_on="cpu" or None, with keep="tree" for the fewest '
+            "states.",
+        ),
         (
             graph and trainer.accumulate > 1,
             f"accumulate={trainer.accumulate} with mode {trainer.mode.name!r}: expected 1 with 'unrolled', which keeps "

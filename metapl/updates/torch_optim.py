@@ -282,10 +282,10 @@ class TorchUpdate(Update):
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
             for name, weight in parameters.items():
-                weight.copy_(params[name])
+                local(weight).copy_(params[name])
                 self.optimizer.state.pop(weight, None)
                 if state[name]:
-                    self.optimizer.state[weight] = dict(state[name])
+                    self.optimizer.state[weight] = {key: _held(t, weight) for key, t in state[name].items()}
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         own = parameters_of(self.optimizer)
@@ -325,6 +325,11 @@ class TorchUpdate(Update):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+def _held(value: Any, like: Tensor) -> Any:
+    """A value of an optimizer's state, laid out as its parameter is where it has an entry for each of its weights."""
+    return as_sharded(value, like) if isinstance(value, Tensor) and value.shape == local(like).shape else value
 
 
 def _some(value: Any) -> Any:

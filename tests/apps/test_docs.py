@@ -22,6 +22,8 @@ pytestmark = pytest.mark.docs
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+WRITTEN = re.compile(r'(?:show|write_between_marks)\([\w.]+, "(\w+)"')
+"""A call that puts a table into a page, by the name of its marks."""
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ def test_files_that_are_named_are_there(page: Path) -> None:
 
 def test_every_table_that_a_benchmark_writes_has_its_marks_once() -> None:
     commands = "".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*.py"))
-    written = set(re.findall(r'write_between_marks\([\w.]+, "(\w+)"', commands)) | {"unseen"}
+    written = set(WRITTEN.findall(commands)) | {"unseen"}
     text = "".join(page.read_text() for page in PAGES)
     for name in written:
         assert text.count(f"<!-- {name}:begin -->") == text.count(f"<!-- {name}:end -->") == 1, name
@@ -154,7 +156,7 @@ def test_commands_that_write_a_page_name_the_page_that_has_the_marks() -> None:
     """So that the command in a benchmark's own text does what it says."""
     named = 0
     for script in (ROOT / "benchmarks").glob("*.py"):
-        marks = re.findall(r'write_between_marks\([\w.]+, "(\w+)"', script.read_text())
+        marks = WRITTEN.findall(script.read_text())
         for page in re.findall(r"--write (\S+\.md)", script.read_text()):
             assert all(f"<!-- {name}:begin -->" in (ROOT / page).read_text() for name in marks)
             named += 1

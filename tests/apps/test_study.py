@@ -80,7 +80,7 @@ def test_every_method_was_tuned_alike_and_the_test_set_opened_for_final_runs_alo
 def test_the_page_on_what_to_try_shows_the_tables_of_the_text_and_quotes_those_of_the_digits(tables: object) -> None:
     import text_feedback as study
 
-    rows = study.read()
+    rows = study.read(study.RAW)
     assert shown("text") == study.table(rows)
     assert len({(row["encoder"], row["text"]) for row in rows}) == 1
     assert len({len(grid) for grid in study.GRIDS.values()}) == 1
@@ -112,7 +112,7 @@ def test_the_pages_show_the_tables_of_the_classifiers_and_of_a_fresh_adam(tables
     import fresh_adam
     import tables as classifiers
 
-    assert shown("tables") == classifiers.table(classifiers.read())
+    assert shown("tables") == classifiers.table(classifiers.read(classifiers.RAW))
     assert shown("fresh_adam") == fresh_adam.table(json.loads(fresh_adam.RESULT.read_text()))
     for module in ("fresh_adam", "tables"):
         sys.modules.pop(module)
@@ -130,7 +130,7 @@ def test_the_page_shows_the_table_of_feedback_sizes(tables: object) -> None:
 def test_the_page_shows_the_table_of_pictures(tables: object) -> None:
     import pictures_study
 
-    rows = pictures_study.read()
+    rows = pictures_study.read(pictures_study.RAW)
     assert shown("pictures") == pictures_study.table(rows)
     tuning = [row for row in rows if row["phase"] == "tuning"]
     assert not {row["seed"] for row in tuning} & set(pictures_study.SEEDS)
@@ -149,7 +149,7 @@ def test_the_differences_between_pictures_that_the_page_speaks_of_are_those_of_t
     import pictures_study as study
     from figures import difference
 
-    rows = study.read()
+    rows = study.read(study.RAW)
     students = {method: study.column(rows, method, "test_accuracy") for method in study.METHODS}
     control = study.column(rows, "none", "finetuned_test_accuracy")
 
@@ -207,7 +207,7 @@ def test_the_page_on_wrong_labels_shows_the_tables_of_the_raw_rows(tables: objec
     import suspects
 
     assert shown("label_noise") == label_noise_tables.block(label_noise.RAW)
-    assert shown("suspects") == suspects.table(suspects.read())
+    assert shown("suspects") == suspects.table(suspects.read(suspects.RAW))
 
 
 def test_the_study_of_label_noise_was_run_as_it_says(tables: object) -> None:
@@ -331,7 +331,7 @@ def test_every_table_that_is_marked_is_compared_with_its_raw_file() -> None:
 def test_the_page_on_the_two_moons_shows_the_table_of_the_raw_rows(tables: object) -> None:
     import two_moons
 
-    rows = two_moons.read()
+    rows = two_moons.read(two_moons.RAW)
     assert shown("two_moons") == two_moons.table(rows)
     ran = [(row["regime"], row["method"]) for row in rows]
     assert sorted(ran) == sorted((name, m) for name, regime in two_moons.REGIMES.items() for m in regime.methods)
@@ -346,7 +346,7 @@ def test_the_page_on_the_two_moons_shows_the_table_of_the_raw_rows(tables: objec
 def test_the_rates_on_two_moons_that_the_page_speaks_of_are_those_of_the_rows(tables: object) -> None:
     import two_moons
 
-    rows = two_moons.read()
+    rows = two_moons.read(two_moons.RAW)
     words = " ".join((PAGE.parent / "two-moons.md").read_text().split())
 
     def successes(regime: str, method: str) -> int:

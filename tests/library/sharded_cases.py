@@ -116,6 +116,8 @@ def laid_out(network: nn.Module, layout: str | None) -> nn.Module:
         return _parallel(network, layout)
     if layout.startswith("shard"):
         return shard(network, Mesh(shard=world), checkpoint=layout == "shard_checkpoint")
+    if layout == "narrow":
+        return shard(network, Mesh(shard=world), precision="bfloat16")
     if layout == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
     else:
@@ -198,12 +200,16 @@ def train(
             case = {"steps": steps, "views": views, "gradients": gradients, "dtype": dtype, **options}
             return train(mode, layout, optimizer, **case)
     trainer = built(mode, layout, optimizer, dtype=dtype, **options)
+    ahead = trainer.lookahead
     found: dict[str, Any] = {"scalars": [], "feedback": [], "gradients": [], "moved": []}
     graphs = counters["stats"]["unique_graphs"]
     torch.manual_seed(3)
-    for step, (labeled, unlabeled) in enumerate(batches(steps, views, dtype)):
+    drawn = batches(steps * ahead, views, dtype)
+    for step, ((labeled, unlabeled), *later) in enumerate(drawn[i : i + ahead] for i in range(0, len(drawn), ahead)):
         together = 2 if layout is not None and layout.startswith("tensor") else 1
         labeled, unlabeled = share(labeled, together), share(unlabeled, together)
+        if later:
+            unlabeled = metapl.Lookahead([unlabeled, *(share(u, together) for _, u in later)])
         if gradients and step == 0:
             gradient = trainer.hypergradient(labeled, unlabeled, generator=torch.Generator().manual_seed(6))
             found["gradients"].append({name: whole(g) for name, g in gradient.grads.items()})
@@ -212,7 +218,7 @@ def train(
         found["scalars"].append(report.as_dict())
         h = report.feedback
         rows = [t.flatten(1) if t.ndim > 1 else t[:, None] for t in h.values()] if isinstance(h, dict) else []
-        found["feedback"].append(torch.cat(rows, 1) if rows else h)
+        found["feedback"].append(torch.cat(rows, 1) if rows else torch.stack(h, 1) if isinstance(h, tuple) else h)
     found["graphs"] = counters["stats"]["unique_graphs"] - graphs
     for layout_of_one in trainer.layouts:
         layout_of_one.reshard()
@@ -264,6 +270,35 @@ def _unequal() -> None:
         trainer.step(labeled, unlabeled[: 4 - dist.get_rank()])
     finally:
         assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
+
+
+def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward") -> None:
+    """A look-ahead on batches that are made as they are read, of this rank's share."""
+    teacher, student = (laid_out(network, "ddp") for network in networks())
+    labeled, unlabeled = share(batches(1)[0])
+    metapl.hypergradient(
+        teacher,
+        student,
+        labeled=labeled,
+        unlabeled=metapl.Lookahead(lambda step: batch_of(step, unlabeled), steps=3),
+        mode=mode,
+        inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
+    )
+
+
+def _another_batch_on_one() -> None:
+    """The second time that it is asked for."""
+    asked: list[int] = []
+
+    def batch_of(step: int, u: Tensor) -> Tensor:
+        asked.append(step)
+        return u + float(dist.get_rank() == 1 and step == 1 and asked.count(1) > 1)
+
+    _ahead(batch_of)
+
+
+def _unequal_later() -> None:
+    _ahead(lambda step, u: u[: 4 - (dist.get_rank() == 1 and step == 2)])
 
 
 def _not_finite_on_one() -> None:
@@ -387,7 +422,12 @@ def _outputs_in_parts() -> None:
 REFUSED: dict[str, Callable[[], Any]] = {
     "unrolled": lambda: built("unrolled", "ddp"),
     "implicit": lambda: built("implicit", "fsdp"),
-    "lookahead": lambda: built("forward", "fsdp", lookahead=2),
+    "lookahead": lambda: built("forward", "tensor", hidden=8, lookahead=2),
+    "lookahead_narrow": lambda: built("forward", "narrow", lookahead=2),
+    "keep_graphs": lambda: built(metapl.feedback.Forward(keep_graphs=1), "ddp", lookahead=2),
+    "keep_on": lambda: _ahead(lambda _, u: u, metapl.feedback.Forward(keep_on=".")),
+    "another_batch_on_one": _another_batch_on_one,
+    "unequal_later": _unequal_later,
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
     "compile": lambda: built("none", "tensor", hidden=8, compile=True),
     "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),

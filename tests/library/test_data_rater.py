@@ -208,10 +208,11 @@ def own_share(batch: Any) -> Any:
     return {name: share(t) for name, t in batch.items()}
 
 
-def in_processes(layout: str | None, mode: str, accumulate: int) -> dict[str, Any]:
+def in_processes(layout: str | None, mode: str, accumulate: int, steps: int) -> dict[str, Any]:
     """The gradient of this rank's rows, and two steps of a trainer."""
-    outer, inner = own_share(tokens(8, 1)), own_share(tokens(8, 2))
-    found = by_metapl(outer, [inner], mode, layout, accumulate=accumulate)
+    outer, *inner = (own_share(tokens(8, number)) for number in range(1, 2 + steps))
+    ahead = inner[0] if steps == 1 else metapl.Lookahead(inner)
+    found = by_metapl(outer, inner, mode, layout, accumulate=accumulate)
     rater, student = (laid_out(network, layout) for network in networks())
     trainer = metapl.BilevelTrainer(
         rater,
@@ -221,8 +222,9 @@ def in_processes(layout: str | None, mode: str, accumulate: int) -> dict[str, An
         inner_optimizer=torch.optim.AdamW(student.parameters(), **ADAMW),
         outer_optimizer=torch.optim.SGD(rater.parameters(), lr=0.1),
         accumulate=accumulate,
+        lookahead=steps,
     )
-    reports = [trainer.step(outer=outer, inner=inner) for _ in range(2)]
+    reports = [trainer.step(outer=outer, inner=ahead) for _ in range(2)]
     return {
         "grads": {n: whole(g) for n, g in found.grads.items()},
         "rater": {n: whole(p) for n, p in trainer.teacher.named_parameters()},  # type: ignore[union-attr]
@@ -231,11 +233,13 @@ def in_processes(layout: str | None, mode: str, accumulate: int) -> dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("layout", "mode", "accumulate"),
-    [("ddp", "forward", 2), ("ddp", "difference", 1), ("fsdp", "forward", 1)],
+    ("layout", "mode", "accumulate", "steps"),
+    [("ddp", "forward", 2, 1), ("ddp", "difference", 1, 1), ("fsdp", "forward", 1, 1), ("fsdp", "forward", 2, 2)],
 )
-def test_processes_share_the_softmax_and_the_tokens(two: Ranks, layout: str, mode: str, accumulate: int) -> None:
-    given = {"mode": mode, "accumulate": accumulate}
+def test_processes_share_the_softmax_and_the_tokens(
+    two: Ranks, layout: str, mode: str, accumulate: int, steps: int
+) -> None:
+    given: dict[str, Any] = {"mode": mode, "accumulate": accumulate, "steps": steps}
     alone, near = in_processes(None, **given), 1e-6 if mode == "difference" else 1e-10
     found = two.run("in_processes", layout=layout, **given)
     for own in found:

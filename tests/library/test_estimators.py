@@ -128,4 +128,7 @@ def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
     of_products = {"unrolled", "implicit", "forward", "reinforce_per_example"}
     assert refused(kind="sharded", product_ranks=2) == of_products
     assert "forward" not in refused(steps=2)
-    assert refused(steps=2, kind="sharded") == {*metapl.MODES}
+    assert (
+        refused(steps=2, kind="sharded") == refused(steps=2, kind="replicated") == {*metapl.MODES} - {"forward", "none"}
+    )
+    assert refused(steps=2, kind="sharded", product_ranks=2) == {*metapl.MODES}

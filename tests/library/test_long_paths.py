@@ -174,7 +174,7 @@ def test_a_teacher_of_batches_that_are_made_learns_the_same() -> None:
                 return tuple(t.double() if t.is_floating_point() else t for t in given)
 
             wide = Lookahead(lambda k, ahead=ahead: doubled(ahead[k]), steps=60)
-            wide = Lookahead([*map(doubled, ahead)]) if not ahead.lazy else wide
+            wide = Lookahead([*map(doubled, ahead)]) if not callable(ahead.batches) else wide
             result = metapl.hypergradient(
                 table,
                 student,
@@ -336,6 +336,15 @@ def test_wrong_paths_are_refused(case: str) -> None:
     with pytest.raises(MetaplError, match=said):
         gradient(student, inner, make(inner), Forward(keep_every=8))
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+
+
+def test_a_first_batch_that_is_another_is_refused_before_the_second_step() -> None:
+    read: list[int] = []
+    student = network()
+    ahead = Lookahead(lambda k: (read.append(k), another(k))[1], steps=60)  # type: ignore[func-returns-value]
+    with pytest.raises(MetaplError, match="another batch for step 0"):
+        gradient(student, OPTIMIZERS["adam"](student.parameters()), ahead, Forward(truncate=1))
+    assert {*read} == {0}
 
 
 def test_a_schedule_is_not_for_a_trainer_or_a_transform() -> None:

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.feedback import Forward, Unrolled
+from metapl.feedback import Altered, Forward, Unrolled
 
 ESTIMATORS: dict[str, tuple[str, str, str]] = {
     # mode, kind of labels, what the reference differentiates
@@ -288,6 +288,9 @@ def test_what_does_not_go_with_several_steps_is_refused_when_the_trainer_is_buil
         metapl.BilevelTrainer(**toy("mlp").networks(), mode="reinforce", lookahead=2)
     with pytest.raises(MetaplError, match=r"feedback_ratio .* does not go with lookahead=2"):
         metapl.BilevelTrainer(**toy("mlp").networks(), mode="forward", lookahead=2, feedback_ratio=0.1)
+    for mode in (Forward(keep_on="states"), Altered(Forward(keep_on="states"))):
+        with pytest.raises(MetaplError, match=r"keep_on='states' was given to a trainer.*expected keep_on=.cpu. or"):
+            metapl.BilevelTrainer(**toy("mlp").networks(), mode=mode, lookahead=2)
 
 
 # ----------------------------------------------------------------------------------------------- students of many kinds

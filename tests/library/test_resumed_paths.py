@@ -138,13 +138,13 @@ CALLS: dict[str, Call] = {
 }
 # The number of a batch that is read, or of a file that is about to get its name, at which the process is killed.
 PLACES = {
-    "before anything is kept": ("read", 4),
-    "in the run forward": ("read", 19),
-    "at the last step": ("read", STEPS + 1),
-    "in the way back": ("read", STEPS + 18),
+    "before anything is kept": ("read", 5),
+    "in the run forward": ("read", 20),
+    "at the last step": ("read", STEPS + 2),
+    "in the way back": ("read", STEPS + 19),
     "at a file of the run forward": ("file", 6),
     "at a file of the way back": ("file", 14),
-    "in the teacher's gradient": ("read", 2 * STEPS + 10),
+    "in the teacher's gradient": ("read", 2 * STEPS + 11),
 }
 
 

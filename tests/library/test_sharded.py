@@ -22,7 +22,7 @@ from torch import nn
 from metapl.distributed import Mesh, shard
 from metapl.distributed.mesh import blocks_of
 from metapl.errors import MetaplError
-from metapl.feedback import Altered, Reinforce, ReinforcePerExample
+from metapl.feedback import Altered, Forward, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer
 
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
@@ -248,6 +248,49 @@ def test_uda_aligns_the_labels_of_all_rows(two: Ranks) -> None:
     assert max(two.run("aligned")) < 1e-14
 
 
+SPACED = Forward(keep_every=2)
+TWO_OF_THREE = Forward(truncate=2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    [
+        ("ddp", [{"mode": "forward"}, {"mode": SPACED, "accumulate": 2}]),
+        ("fsdp", [{"mode": "forward"}, {"mode": SPACED, "optimizer": "adamw"}, {"mode": TWO_OF_THREE}]),
+        ("shard_checkpoint", [{"mode": "forward", "recompute_teacher": True}]),
+    ],
+)
+def test_several_steps_ahead(two: Ranks, layout: str, cases: list[dict[str, Any]]) -> None:
+    """Weights after two steps of the teacher, the feedback on each of three steps of the student, and the gradient."""
+    found = check(two, [{"layout": layout, "lookahead": 3, **case} for case in cases])
+    check_path_against_double_backward([own["gradients"][0] for own in found[0]])
+
+
+def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
+    """The gradient through three steps of SGD with momentum, by a loop that uses nothing of metapl."""
+    teacher, student = sharded_cases.networks()
+    (labeled, _), *_ = drawn = sharded_cases.batches(6)
+    at: dict[str, Any] = dict(student.named_parameters())
+    pace = {name: torch.zeros_like(p) for name, p in at.items()}
+    for _, u in drawn[:3]:
+        outputs = torch.func.functional_call(student, at, (u,))
+        loss = nn.functional.cross_entropy(outputs, teacher(u).softmax(-1))
+        grads = torch.autograd.grad(loss, list(at.values()), create_graph=True)
+        for (name, p), g in zip(list(at.items()), grads, strict=True):
+            g = g + 0.01 * p
+            pace[name] = 0.9 * pace[name] + g
+            at[name] = p - 0.2 * (g + 0.9 * pace[name])
+    outer = nn.functional.cross_entropy(torch.func.functional_call(student, at, (labeled[0],)), labeled[1])
+    learned = dict(teacher.named_parameters())
+    expected = dict(zip(learned, torch.autograd.grad(outer, [*learned.values()]), strict=True))
+    for own in found:
+        assert error(own, expected) < 1e-10
+
+
+def test_several_steps_ahead_over_replicas_of_shards(four: Ranks) -> None:
+    check(four, [{"mode": SPACED, "layout": "hsdp", "lookahead": 3}])
+
+
 def test_a_replicated_teacher_of_a_sharded_student(two: Ranks) -> None:
     check(two, [{"mode": "forward", "layout": "fsdp", "teacher_layout": "ddp", "optimizer": "adamw"}])
 
@@ -346,7 +389,15 @@ def test_casts_that_autocast_keeps_are_caught(two: Ranks) -> None:
     [
         ("unrolled", "mode 'unrolled' does not run on a student that is in DistributedDataParallel.*mode 'forward'"),
         ("implicit", "mode 'implicit' does not run on a student that is sharded"),
-        ("lookahead", "a look-ahead of 2 student steps does not run on a student that is sharded"),
+        ("lookahead", "mode 'forward' does not run on a student that is sharded by parallelize_module"),
+        (
+            "lookahead_narrow",
+            "a look-ahead of 2 student steps does not .* sharded with a mixed-precision policy",
+        ),
+        ("keep_graphs", "keep_graphs=1 does not run on a student that is in DistributedDataParallel"),
+        ("keep_on", "keep_on= with a folder does not run on a student that is in DistributedDataParallel"),
+        ("another_batch_on_one", "the function of Lookahead returned another batch for step 1"),
+        ("unequal_later", r"of the unlabeled batch of step 2: rank 0: \[4\]; rank 1: \[3\]"),
         ("reweight", "LearningToReweight, which makes its signal of the feedback, does not run"),
         ("max_norm", "the student's 0 is an Embedding with max_norm=1.0 and sparse=False; over several ranks expected"),
         ("sparse", "Embedding with max_norm=None and sparse=True; .*sparse gradients are not averaged"),

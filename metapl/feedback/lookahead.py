@@ -1,0 +1,72 @@
+"""The inner batches of several student steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import plain
+from metapl.updates import Clipped, Update, options_by_step
+
+
+@dataclass(frozen=True)
+class Lookahead(Sequence[Any]):
+    """K inner batches, one for each student step of a look-ahead; given in place of ``unlabeled``.
+
+    A signal that reads the student's outputs, such as that of :class:`metapl.problems.MetaWeightNet`, reads them as
+    constants: the derivative through them, from one step to the signals of later ones, is left out.
+
+    Args:
+        batches: each of them as for ``unlabeled``: a sequence, or a function of the step's number, 0 to ``steps`` - 1.
+            Of a function's batches, those of steps that are computed again are not held: it is called again for them,
+            and one that returns another batch then is refused.
+        steps: K; None: as many as the sequence has.
+        schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
+            each of the student's, or the factor of the first rate as a function of the step's number, as in
+            ``LambdaLR``. With :func:`metapl.hypergradient`, where both stay as they are.
+
+    >>> import torch
+    >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
+    2
+    >>> Lookahead(lambda k: torch.full((4, 3), float(k)), steps=1000)[999].mean()
+    tensor(999.)
+    """
+
+    batches: Sequence[Any] | Callable[[int], Any]
+    steps: int | None = None
+    schedule: LRScheduler | Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        given = self.batches
+        if not callable(given) and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
+            raise MetaplError(
+                f"Lookahead was given batches that are {checks.described(given)}; expected a list of batches, one for "
+                "each student step, such as metapl.Lookahead([u1, u2]), or a function of the step's number, "
+                "metapl.Lookahead(batch_of, steps=100)."
+            )
+        if callable(given) or self.steps is not None:
+            checks.whole_number(self.steps, f"Lookahead(steps={self.steps!r})", "a number of student steps")
+        if not callable(given) and len(given) < (self.steps or 0):
+            raise MetaplError(f"Lookahead has {len(given)} batches for steps={self.steps}; expected one for each step.")
+
+    def __len__(self) -> int:
+        return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return plain(self.batches(number) if callable(self.batches) else self.batches[number])
+
+    def options(self, update: Update) -> list[list[dict[str, Any]]]:
+        """The options of the inner optimizer in each step, where a schedule makes them differ."""
+        if self.schedule is None:
+            return []
+        optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
+        if optimizer is None:
+            update.at(())  # which refuses it
+        return options_by_step(optimizer, self.schedule, len(self))
