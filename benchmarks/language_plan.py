@@ -237,7 +237,8 @@ def table(result: Row) -> str:
         f"Student and rater of {counts} weights in float32, passes in bfloat16 under autocast, AdamW, {sequences} "
         f"sequences of {length:,} tokens in each batch of a rank. GB at the fullest moment: `kept for it` are weights "
         "and moments of the student's steps, and what is passed back through them; `passes` everything else, of double "
-        "backward its whole graph; blocks are kept for the backward pass, or run again in it. Rehearsed, not run.",
+        "backward its whole graph; blocks are kept for the backward pass, or run again in it; PFLOP of one rank. "
+        "Rehearsed, not run.",
         "",
         "| gradient | steps | blocks | precision | planned, MB | measured, MB | |",
         "|---|---:|---|---|---:|---:|---:|",
