@@ -214,7 +214,7 @@ def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
 
 
 def by_dot_products(setting: Row, seed: int, order: Tensor, train: Any, outer: Any, checkpoints: int) -> Tensor:
-    """TracIn: Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end."""
+    """TracIn without its rates: Σ ⟨∇ℓ_i, ∇L⟩ at checkpoints spread over the training, the last of them at its end."""
     network, _ = built(setting, seed)
     at = {len(order) * (number + 1) // checkpoints for number in range(checkpoints)}
     scores = torch.zeros(EXAMPLES)

@@ -579,14 +579,15 @@ def block(rows: Sequence[Row]) -> str:
     seeds = len({row["seed"] for row in rows if row["final"]})
     minutes = sum(row["seconds"] for row in rows) / 60
     told = (
-        f"Test accuracy in %, mean ± standard deviation over {seeds} seeds (400 test images each, drawn anew per seed "
-        "from the same 1,797, so intervals and p speak of other draws of these images, not of other data). *Labels "
-        "right*: accuracy of the teacher, or of the one network, on the unlabeled images. *Frequency error*: the share "
-        "of these that the student, or the one network, would have to call otherwise before it is finetuned for its "
-        "class frequencies to be right. Every arm has the processor time of 6,000 steps of Meta Pseudo Labels, by "
-        "costs that were measured once, without drawing the batches, and had eight configurations tried on five other "
-        "seeds, by the accuracy on 197 labeled validation images. *Lowest*: of the seeds. Intervals: t; p: sign-flip "
-        "test, of which 5e-06 is the least that is told apart; not corrected for their number. "
+        f"Test accuracy in %, at 1:5 weighted to the classes' shares, mean ± standard deviation over {seeds} seeds "
+        "(400 test images each, drawn anew per seed from the same 1,797, so intervals and p speak of other draws of "
+        "these images, not of other data). *Labels right*: accuracy of the teacher, or of the one network, on the "
+        "unlabeled images. *Frequency error*: the share of these that the student, or the one network, would have to "
+        "call otherwise before it is finetuned for its class frequencies to be right. Every arm has the processor "
+        "time of 6,000 steps of Meta Pseudo Labels, by costs that were measured once, without drawing the batches, "
+        "and had eight configurations tried on five other seeds, by the accuracy on 197 labeled validation images. "
+        "*Lowest*: of the seeds. Intervals: t; p: sign-flip test, of which 5e-06 is the least that is told apart; not "
+        "corrected for their number. "
         f"{len(rows):,} runs in {minutes:.0f} minutes of one core. "
         "`python benchmarks/feedback_worth.py`; raw rows: `benchmarks/results/feedback_worth.jsonl`."
     )

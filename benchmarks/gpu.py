@@ -448,7 +448,7 @@ def told_steps(name: str, row: Row) -> Iterator[Told]:
 
     for mode, parts in PASSES.items():
         if mode in seconds and parts.keys() <= seconds.keys():
-            result = f"{ratio(mode, parts):.2f} of its passes, {memory[mode] / 2**20:.0f} MB"
+            result = f"{ratio(mode, parts):.2f} of its passes, {memory[mode] / 1e6:.0f} MB"
             yield f"{name}: `{mode}`, {1 / statistics.median(seconds[mode]):.3g} steps a second", result, "1.10"
     for other in ("unrolled", "double backward, default attention", "double backward", "TorchOpt", "port's loop"):
         if other in seconds and "forward" in seconds:

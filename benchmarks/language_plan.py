@@ -1,6 +1,7 @@
 """What it takes to rate the data of a language model of 7 billion weights, and how near such a plan is to a small one.
 
     python benchmarks/language_plan.py              # half an hour of one core
+    python benchmarks/language_plan.py --only near    # the small network's rows; the others stay
     python benchmarks/language_plan.py --write docs/plan.md
 
 A rater of 0.1 billion weights scores the sequences from which a network as Llama's learns by two steps of AdamW. The
@@ -201,14 +202,15 @@ LARGE_CASES = [
     *(way("forward", 1, precision="bfloat16") | {"shards": shards} for shards in (1, 8, 64)),
     *(way(name, 2, False, "bfloat16") for name in ("forward", BY_HAND)),
     *(way(name, steps, precision="bfloat16") for name in ("forward", BY_HAND) for steps in (2, 4, 8)),
+    way("forward", 2, precision="bfloat16") | {"shards": 8},
 ]
 
 
-def done(miniature: bool) -> Iterator[Row]:
+def done(miniature: bool, kinds: Sequence[str]) -> Iterator[Row]:
     small, large = (TINY, TINY) if miniature else (SMALL, LARGE)
-    for case in SMALL_CASES:
+    for case in SMALL_CASES if "near" in kinds else ():
         yield {"kind": "near", **case, **planned(sizes=small, **case), "measured": measured(sizes=small, **case)}
-    for case in LARGE_CASES[1:5] if miniature else LARGE_CASES:
+    for case in (LARGE_CASES[1:5] if miniature else LARGE_CASES) if "large" in kinds else ():
         yield {"kind": "large", "shards": 1, **case, **planned(sizes=large, **case)}
 
 
@@ -235,7 +237,8 @@ def table(result: Row) -> str:
         f"Student and rater of {counts} weights in float32, passes in bfloat16 under autocast, AdamW, {sequences} "
         f"sequences of {length:,} tokens in each batch of a rank. GB at the fullest moment: `kept for it` are weights "
         "and moments of the student's steps, and what is passed back through them; `passes` everything else, of double "
-        "backward its whole graph; blocks are kept for the backward pass, or run again in it. Rehearsed, not run.",
+        "backward its whole graph; blocks are kept for the backward pass, or run again in it; PFLOP of one rank. "
+        "Rehearsed, not run.",
         "",
         "| gradient | steps | blocks | precision | planned, MB | measured, MB | |",
         "|---|---:|---|---|---:|---:|---:|",
@@ -264,13 +267,16 @@ def blocks(row: Row) -> str:
 
 def main() -> None:
     parser = machine.arguments(__doc__, RESULT, page=True)
+    kinds = ("near", "large")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="the rows of the other kind stay")
     given = machine.parsed(parser)
     if given.write:
         machine.write_between_marks(given.write, "language_plan", table(json.loads(given.out.read_text())))
         return
     torch.set_num_threads(1)
-    rows = []
-    for row in done(given.miniature):
+    there = [] if given.miniature or not given.out.exists() else json.loads(given.out.read_text())["rows"]
+    rows = [row for row in there if row["kind"] not in given.only]
+    for row in done(given.miniature, given.only):
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
     sizes = {"large": LARGE, "small": SMALL}

@@ -1,12 +1,13 @@
 """What a whole training costs to differentiate: `hypergradient` in the weight of every example, over plain training.
 
     python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
+    python benchmarks/long_paths.py --again wrn 20        # times these rows once more
     python benchmarks/long_paths.py --write docs/long-paths.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
 was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the
 weights of all steps and checks nothing; double backward through all steps with torch.func; and TorchOpt's
-differentiable Adam, where these fit. Rows that are there are not repeated.
+differentiable Adam, where these fit. Rows that are there are repeated by --again alone.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import gc
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +40,7 @@ from metapl.problems import EqualWeights
 
 RESULT = Path(__file__).parent / "results" / "long_paths.json"
 CPU = torch.device("cpu")
+Row = dict[str, Any]
 PYTORCHS = "all kept, PyTorch's double backward"  # of layers, in the place of metapl.execution.hessians
 WAYS: dict[str, Forward | None] = {
     "all kept": Forward(keep_every=1),
@@ -53,7 +56,7 @@ WITH_SGD = "all kept", PYTORCHS, "every √K-th", "adjoint by hand"
 CASES = {("wrn", 20): WITH_SGD, ("wrn", 100): tuple(way for way in WITH_SGD if way != PYTORCHS)}
 CASES |= {("mlp", steps): WITH_ADAM for steps in (10, 100)}
 CASES |= {("conv", steps): tuple(way for way in WITH_ADAM if way != "tree") for steps in (10, 100)}
-CASES |= {("mlp", 1000): ("all kept", "every √K-th", "tree"), ("mlp", 2000): ("every √K-th", "tree")}
+CASES |= {("mlp", 1000): ("all kept", "every √K-th", "tree"), ("mlp", 2000): ("every √K-th",)}
 TITLES = {
     "wrn": "WRN-28-2, SGD, batch 16",
     "mlp": "330,000 weights, Adam, batch 100",
@@ -200,10 +203,10 @@ def seconds(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[dict[str, Any]]:
+def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[str, int, str]]) -> Iterator[Row]:
     cases = {(name, 4): WITH_ADAM for name in ("mlp", "conv")} if miniature else CASES
-    for (name, steps), all_ways in cases.items():
-        ways = [way for way in all_ways if (name, steps, way) not in there]
+    for (name, steps), all_ways in (cases if again is None else {again: cases[again]}).items():
+        ways = [way for way in all_ways if again or (name, steps, way) not in there]
         if not ways:
             continue
         plain(name, 2)
@@ -217,23 +220,33 @@ def measured(miniature: bool, there: set[tuple[str, int, str]]) -> Iterator[dict
             base = (before + seconds(partial(plain, name, steps))) / 2
             row = {"network": name, "steps": steps, "way": way, "cpu": machine.described("cpu")["cpu"]}
             row |= {"time": took / base, "plain_seconds": base}
-            memory = {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
-            yield row | memory | {"kept_bytes": kept_bytes(name, steps, way)}
+            if (name, steps, way) not in there:
+                row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
+                row |= {"kept_bytes": kept_bytes(name, steps, way)}
+            yield row
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = ["| network | K | way | processor | time | memory | MB | without states |"]
-    lines += ["|---|---:|---|---|---:|---:|---:|---:|"]
+def table(result: Row) -> str:
+    lines = ["| network | K | way | time | memory | MB | without states |"]
+    lines += ["|---|---:|---|---:|---:|---:|---:|"]
     networks, ways = [*TITLES], [*WAYS]
-    for row in sorted(result["rows"], key=lambda r: (networks.index(r["network"]), r["steps"], ways.index(r["way"]))):
-        cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], row["cpu"], f"{row['time']:.1f}"]
-        peak, one, kept = (row.get(f"{name}_bytes") for name in ("peak", "one_step", "kept"))
-        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}"] if peak else ["–", "–"]
-        cells += [f"{(peak - kept) / one:.1f}" if peak and kept else "–"]
+
+    def place(row: Row) -> tuple[int, int, int]:
+        return networks.index(row["network"]), row["steps"], ways.index(row["way"])
+
+    for _, same in groupby(sorted(result["rows"], key=place), place):
+        row, *again = same
+        times = sorted(each["time"] for each in (row, *again))
+        spread = f" ({times[0]:.1f} to {times[-1]:.1f})" if again else ""
+        cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], f"{statistics.median(times):.1f}{spread}"]
+        peak, one, kept = (row[f"{name}_bytes"] for name in ("peak", "one_step", "kept"))
+        cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     told = (
-        "*Time*: processor time over plain training of the same steps, in turns; *memory*: the peak beyond what was "
-        "held before, over that of one plain step; *without states*: less those that are kept; –: not measured. "
+        "*Time*: processor time over plain training of the same steps, in turns; the median of several measurements, "
+        "and their range, or a single one; *memory*: the peak beyond what was held before, over that of one plain "
+        "step; *without states*: less those that are kept; –: none is. One thread of "
+        f"{' and '.join(sorted({row['cpu'] for row in result['rows']}))}, which other work shared. "
         "`python benchmarks/long_paths.py`; raw rows: `benchmarks/results/long_paths.json`."
     )
     return "\n".join([*lines, "", told])
@@ -241,11 +254,13 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = machine.arguments(__doc__, RESULT, page=True)
+    parser.add_argument("--again", nargs=2, metavar=("NETWORK", "K"), help="time the rows of this network and K again")
     given = machine.parsed(parser)
     torch.set_num_threads(1)
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+    again = given.again and (given.again[0], int(given.again[1]))
     known = {(row["network"], row["steps"], row["way"]) for row in rows}
-    for row in () if given.write else measured(given.miniature, known):
+    for row in () if given.write else measured(given.miniature, again, known):
         rows.append(row)
         print(row, flush=True)
         machine.write_json(given.out, {"machine": machine.described("cpu"), "rows": rows})

@@ -167,7 +167,7 @@ def table(result: Row) -> str:
             f"{row['ms']:.2f}",
             "–" if old is None or row["mode"] == BY_HAND else f"{row['ms'] / old:.2f}",
             "–" if own is None else f"{row['ms'] / own:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "–",
+            f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

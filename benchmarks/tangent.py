@@ -8,7 +8,8 @@ replay in forward mode (``mode="forward"``), by the same with products of stacke
 their tangents in one product), and by double backward through the kept graph of the inner pass
 (``Forward(keep_graphs=1)``). Attention: its derivative by PyTorch's math kernel, and for blocks of queries.
 Several steps: ``Forward(keep_graphs=m)`` between one graph at a time and all of them. Times are of the processor, on
-one thread, the median over turns of the ratio to the first way; memory is the allocator's peak.
+one thread, the median over turns of the ratio to the first way; memory is the allocator's peak; apart is how far what a
+way finds is from what the first one does, over the size of that.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MATH, BLOCKS = "math kernel", "blocks of queries"
 PARTS = ("step", "attention", "ahead")
 ONE_STEP = ("MLP", "transformer", CAUSAL, "WRN-28-2")
 AHEAD = {"transformer": (10, 32, (0, 2, 5, 10)), "WRN-28-2": (5, 4, (0, 2, 5))}  # steps, rows, graphs that are kept
-UNROLLED = "`unrolled`"
+UNROLLED, DOUBLE = "`unrolled`", "`unrolled`, float64"
 
 Row = dict[str, Any]
 Way = Callable[[], Any]
@@ -122,10 +123,11 @@ def attention(length: int) -> dict[str, Way]:
 
 
 def several_steps(network: str, steps: int, rows: int, graphs: Sequence[int]) -> dict[str, Way]:
-    teacher, student, (x, y), u = case(network, "cpu")
-    inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    cases = {dtype: case(network, "cpu", dtype) for dtype in (torch.float32, torch.float64)}
 
-    def gradient(mode: Any, recompute: bool) -> list[Tensor]:
+    def gradient(mode: Any, recompute: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        teacher, student, (x, y), u = cases[dtype]
+        inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
         found = metapl.hypergradient(
             teacher,
             student,
@@ -138,7 +140,8 @@ def several_steps(network: str, steps: int, rows: int, graphs: Sequence[int]) ->
         return list(found.grads.values())
 
     ways: dict[str, Way] = {UNROLLED: partial(gradient, "unrolled", False)}
-    return ways | {f"`Forward(keep_graphs={m})`": partial(gradient, Forward(keep_graphs=m), True) for m in graphs}
+    ways |= {f"`Forward(keep_graphs={m})`": partial(gradient, Forward(keep_graphs=m), True) for m in graphs}
+    return ways | {DOUBLE: partial(gradient, "unrolled", False, torch.float64)}
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
@@ -191,12 +194,13 @@ def run(miniature: bool, parts: Sequence[str]) -> list[Row]:
 
 
 def table(result: Row) -> str:
-    lines = ["| of | network | way | time | memory | ms | MB | turns |", "|---|---|---|---:|---:|---:|---:|---:|"]
+    lines = ["| of | network | way | time | memory | ms | MB | apart | turns |"]
+    lines += ["|---|---|---|---:|---:|---:|---:|---:|---:|"]
     first: Row = {}
     for row in result["rows"]:
         first = row if (row["of"], row["network"]) != (first.get("of"), first.get("network")) else first
         cells = [row["of"], row["network"], row["way"], f"{row['time']:.2f}", f"{row['bytes'] / first['bytes']:.2f}"]
-        cells += [f"{row['ms']:.3g}", f"{row['bytes'] / 1e6:.3g}", str(row["turns"])]
+        cells += [f"{row['ms']:.3g}", f"{row['bytes'] / 1e6:.3g}", f"{row['apart']:.2g}", str(row["turns"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -262,7 +262,7 @@ def table(result: dict[str, Any]) -> str:
         precision = row["precision"] + (", compiled" if row["compiled"] else "")
         cells = [row["subject"], f"`{row['mode']}`", precision, f"{row['examples_per_second']['step']:.0f}"]
         cells += [f"{ratio['step']:.3f}", f"{ratio['moves']:.3f}", f"{ratio['fed']:.3f}", f"{workers:.3f}"]
-        cells += [f"{row['peak_bytes'][name] / 2**20:.0f} MB" for name in ("floor", "step")]
+        cells += [f"{row['peak_bytes'][name] / 1e6:.0f} MB" for name in ("floor", "step")]
         lines.append("| " + " | ".join(cells) + " |")
     made = result["made_with"]
     lines += [

@@ -100,7 +100,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention in forward mode, for blocks of queries at a time: less time and memory than by PyTorch's math kernel,
-    the only one that has the derivative. With a mask, dropout or fewer keys' heads, by that.
+    the only one that has the derivative. By that kernel with a mask, dropout or fewer keys' heads, under
+    autocast, and in half precision.
 
     o = A v, A = softmax(s q kᵀ), has o′ = (A∘S′) v − rowsum(A∘S′) o + A v′, S′ = s (q′ kᵀ + q k′ᵀ).
     """

@@ -62,7 +62,7 @@ class ShardedStudent(LocalStudent):
     def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None, *, first: bool) -> None:
         layout.reshard()
         super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space, first=first)
-        self.first = False  # its operators are not looked at
+        self.first, self.seen = False, True  # its operators are not looked at
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]

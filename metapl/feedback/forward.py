@@ -53,8 +53,9 @@ class Forward(Estimator):
         keep_graphs: of so many of the last student steps (1 with one step), keep the graph of the gradient, which
             spares the step that part of its adjoint that would compute the graph again: a forward and a backward pass
             (of the first step, the derivative of the outputs takes the place of these). Memory: the graph of each of
-            these steps, some twice that of a plain pass. 0: of one step at a time; K: as ``unrolled`` in time and
-            memory. For soft signals that do not enter the student's input, in one process.
+            these steps, some twice that of a plain pass. 0: of one step at a time; K: nearly as ``unrolled`` in time,
+            and in memory but for the teacher's graphs where these are run again. For soft signals that do not enter the
+            student's input, in one process.
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
             call of :func:`metapl.hypergradient` or :func:`metapl.attribute` at a time, in one process, and not of a
             trainer. A call that was killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit
@@ -63,7 +64,7 @@ class Forward(Estimator):
     Takes: soft signals; hard labels by the expectation.
     Cost: 12 student passes a step with the teacher's 3; no graph beyond that of a plain step. Of K steps looked ahead,
     every one but the first costs a double backward pass instead of ż's, in which its Hessian product and its feedback
-    are found together: about 1.3 times what ``unrolled`` costs, in the memory of one student step, of K sets of
+    are found together: 1.1 to 1.4 times what ``unrolled`` costs, in the memory of one student step, of K sets of
     weights, gradients and optimizer states (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``).
     A signal that enters the student's input costs a double backward pass in every step, the first too.
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for

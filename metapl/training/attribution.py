@@ -203,8 +203,8 @@ def attribute(
 
     Returns: an :class:`Attribution`.
 
-    Cost: in plain trainings, the table of docs/long-paths.md (``benchmarks/long_paths.py``): some 4 to 5 on WRN-28-2, 5
-    to 8 on small networks, and about one more a level of a tree; with ``each``, this M times.
+    Cost: in plain trainings, the table of docs/long-paths.md (``benchmarks/long_paths.py``): some 4 to 5 on WRN-28-2;
+    on small networks 5 to 7 with all states kept, 6 to 9 with one in √K, 7 to 12 with a tree; with ``each``, M times.
     Memory: one plain step, the kept states, and of each step its masks' generator states and buffers.
 
     Bias: none, as a derivative. As a prediction of what a removal does it is of first order: it fails for large

@@ -134,6 +134,8 @@ def test_a_measurement_prints_the_table_of_the_file_that_it_writes(module: Modul
     if module.__name__ == "labels":
         assert "the same rows as numpy" in table
         assert json.loads(out.read_text())["phases"]["compare"]["balanced"]
+    if module.__name__ == "long_paths":
+        assert run("long_paths", "--miniature", "--out", out, "--again", "mlp", "4").count(" to ") == 5
     if module.__name__ == "modes":
         module.draw(json.loads(out.read_text()), tmp_path / "modes.png")
         assert (tmp_path / "modes.png").read_bytes().startswith(b"\x89PNG")

@@ -41,6 +41,7 @@ from metapl.execution.ranks import Columns, Ranks
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import local
 from metapl.execution.writes import tensors_in
+from metapl.feedback import keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.metrics.cost import FORMULAS
@@ -115,6 +116,7 @@ def stage(mesh: Mesh) -> Iterator[None]:
         waits = checks.waits
         stack.enter_context(patch.object(checks, "waits", lambda t: isinstance(t, FakeTensor) or waits(t)))
         stack.enter_context(patch.object(RandomState, "now", staticmethod(outside(RandomState.now))))
+        stack.enter_context(patch.object(keeping, "free_bytes", lambda _: None))  # of another machine
         names = ("restore", "same", "branch")
         stack.enter_context(replaced((RandomState, name, outside(getattr(RandomState, name))) for name in names))
         # A tangent may be wider than the weight that it meets; only this way such a product is let through, as it is.
