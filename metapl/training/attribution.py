@@ -360,7 +360,7 @@ class _OfExample(Completed):
         )
 
     def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
-        return _OfExample(self.given.for_modes(labels, mode), self.number)
+        return _OfExample(as_problem(self.given).for_modes(labels, mode), self.number)
 
 
 class _Training:
