@@ -426,4 +426,4 @@ def explain_types(
         taken = [checks.types(inputs) for _, inputs in batches[1:]]
         batches = [] if checks.types(batches[0][1]) in taken else batches[:1]
     if isinstance(cause, RuntimeError if cause is not error else checks.WRONG_INPUTS):
-        checks.explain(cause, networks, batches)
+        checks.explain(cause, networks, batches, widths=cause is error)

@@ -182,9 +182,16 @@ _OTHER_WIDTH = re.compile(r"shapes cannot be multiplied|to have \d+ channels|siz
 WRONG_INPUTS = (RuntimeError, TypeError, AttributeError, LookupError, ValueError)
 
 
-def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches: Sequence[tuple[str, Any]]) -> None:
+def explain(
+    error: Exception,
+    networks: Mapping[str, nn.Module | None],
+    batches: Sequence[tuple[str, Any]],
+    *,
+    widths: bool = False,
+) -> None:
     """Say so where a network, by its role, may have failed because the inputs of ``batches``, by their names, are of
-    another type than its weights, or in a dict or tuple: networks of Hugging Face take them as several arguments."""
+    another type than its weights, or in a dict or tuple: networks of Hugging Face take them as several arguments; with
+    ``widths``, of another width than its layers take."""
     calls = [f.f_locals for f, _ in traceback.walk_tb(error.__traceback__) if f.f_code.co_name == "_call_impl"]
     for role, network in networks.items():
         if network is None:
@@ -205,7 +212,7 @@ def explain(error: Exception, networks: Mapping[str, nn.Module | None], batches:
                     f"type: x.to(torch.{own})."
                 ) from error
         args: tuple[Any, ...] = next((call["args"] for call in calls if call.get("self") is network), ())
-        if args and isinstance(error, RuntimeError) and _OTHER_WIDTH.search(str(error)):
+        if widths and args and isinstance(error, RuntimeError) and _OTHER_WIDTH.search(str(error)):
             raise MetaplError(
                 f"the {role} cannot take inputs that are {described(args[0])} ({str(error).splitlines()[0]}); expected "
                 "inputs of the shape that its layers take, in every batch."

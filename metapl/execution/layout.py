@@ -85,7 +85,10 @@ class Layout:
 
     def reshard(self) -> None:
         """Let every block give up its gathered weights: the root keeps them after a pass without a backward pass, and
-        reads them again in the next one, whatever became of this rank's parts."""
+        after one that failed, and reads them again in the next one, whatever became of this rank's parts."""
+        states, groups = [block._get_fsdp_state() for block in self.blocks], list(_param_groups(self.blocks))
+        if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
+            _forget_pass(states, groups)
         for block in self.blocks:
             block.reshard()
 
@@ -310,6 +313,18 @@ def _param_groups(blocks: Sequence[Any]) -> Iterator[Any]:
         state = block._get_fsdp_state()
         groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
         yield from (group for group in groups if group is not None)
+
+
+def _forget_pass(states: Sequence[Any], groups: Sequence[Any]) -> None:
+    """Let blocks forget a pass that failed: the next one would go on with its gathered weights and its gradients."""
+    for state in states:
+        state._training_state = type(state._training_state).IDLE
+        state._state_ctx.post_backward_final_callback_queued = False
+    for group in groups:
+        group._training_state, group._all_gather_result = type(group._training_state).IDLE, None
+        for p in group.fsdp_params:
+            if hasattr(p, "_unsharded_param"):
+                p._unsharded_param.grad = None
 
 
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.

@@ -225,8 +225,13 @@ class ShardedPass(Pass):
 
     @contextmanager
     def _running(self, *, forward: bool = False) -> Iterator[None]:
-        with self._there(), super()._running(forward=forward):
-            yield
+        torch.clear_autocast_cache()
+        try:
+            with self._there(), super()._running(forward=forward):
+                yield
+        except BaseException:
+            self.student.layout.reshard()
+            raise
 
     @contextmanager
     def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:

@@ -65,6 +65,8 @@ def keeping(
     Raises: :class:`metapl.MetaplError` for a way that all of this memory does not hold, and for a folder that is none.
     """
     folder = folder_of(on)
+    if not ranks.alone:  # of parts that differ in size; every process has to choose the same
+        state = int(ranks.greatest(torch.tensor(float(state), dtype=torch.float64, device=ranks.device)))
     all_held, root, tree = (Keeping(spacings, on) for spacings in ((), (math.isqrt(steps - 1) + 1,), _tree(steps)))
     free = None if folder else _share_of_free(torch.device("cpu") if on == "cpu" else device, ranks)
 

@@ -138,9 +138,10 @@ class TeacherPass:
         if slots.weights is not None:
             return NOTHING  # they are compared at the end of the step
         if slots.spread:
+            torch.clear_autocast_cache()  # it has casts of weights that were gathered before
             return weights_watched([], "teacher", inputs, looking=False)
         eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
-        on_host = inputs is None or not checks.waits(tensors_in(inputs)[0])
+        on_host = not any(checks.waits(p) for _, _, p in slots.parameters[:1])
         looking = eager and not slots.comparable and (on_host or slots.has_frozen)
         values = slots.comparable and on_host
         return weights_watched(slots.by_part, "teacher", inputs, looking=looking, values=values)
@@ -186,7 +187,7 @@ class TeacherPass:
         """
         signal = self.with_graph()
         given = {"labeled": labeled, "unlabeled": self.batch, "signal": signal, "step": step}
-        with self._recorded(), rows_shared(self.ranks), self.watched() if self._slots.has_frozen else NOTHING:
+        with self._recorded(), rows_shared(self.ranks), self.watched():
             terms = sum_of_terms(self.teacher, losses, kind="teacher loss", **given)
         if self.ranks.copies > 1:
             check_copies([*terms.values()], "losses of the teacher", self.ranks)

@@ -19,6 +19,7 @@ from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, inputs_of, rows
 from metapl.execution.device import to_device
+from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, Measured
@@ -39,6 +40,7 @@ class Trainer(Stepwise):
     """A trainer that can be fitted, evaluated, saved and loaded."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
+    layouts: list[Layout]
     steps_done: int = 0
 
     def __repr__(self) -> str:
@@ -281,5 +283,8 @@ class Trainer(Stepwise):
             )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        on = self.precision != "float32"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if on else nullcontext()
+        if self.precision == "float32":
+            return nullcontext()
+        # Kept casts would be of weights that a sharded network has gathered, and given up since.
+        kept = not any(layout.is_sharded for layout in self.layouts)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=kept)

@@ -81,6 +81,7 @@ class LossTrainer(Trainer):
     ) -> None:
         check_arguments(LossTrainer.__init__, locals())
         self.as_given, self.layout = model, layout_of("network", model)
+        self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         refuse_compiled(model=self.student)
         optimizer = unwrapped(optimizer, plain=self.layout.kind == "plain")

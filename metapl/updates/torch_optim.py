@@ -136,8 +136,9 @@ def options_by_step(
     groups = _options(optimizer)
     function = callable(schedule) and not isinstance(schedule, type)
     if isinstance(schedule, ReduceLROnPlateau) or not (isinstance(schedule, LRScheduler) or function):
+        given = schedule.__name__ if isinstance(schedule, type) else type(schedule).__name__
         raise MetaplError(
-            f"schedule is {described(schedule)}; expected a torch.optim.lr_scheduler whose rates depend on the "
+            f"schedule is {given}; expected a torch.optim.lr_scheduler whose rates depend on the "
             "step alone, or a function from the step's number to a factor of the learning rate."
         )
     if not isinstance(schedule, LRScheduler):

@@ -286,6 +286,34 @@ def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward") -> 
     )
 
 
+def interrupted(layout: str, at: int) -> float:
+    """How far a plain gradient is from that of before, after a look-ahead whose student failed in one of its calls."""
+    teacher, student = networks()
+    plain = student.state_dict()
+    student = laid_out(student, layout)
+    (x, y), u = share(batches(1)[0])
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == at:
+            raise ZeroDivisionError
+
+    handle = student.blocks[0].inner.register_forward_pre_hook(fail)
+    inner = OPTIMIZERS["sgd"](student.parameters())
+    given = {"labeled": (x, y), "unlabeled": metapl.Lookahead([u, u, u]), "inner_optimizer": inner}
+    with pytest.raises(ZeroDivisionError):
+        metapl.hypergradient(laid_out(teacher, layout), student, **given)
+    handle.remove()
+    nn.functional.cross_entropy(student(x), y).backward()
+    alone = networks()[1]
+    alone.load_state_dict(plain)
+    labeled = batches(1)[0][0]
+    nn.functional.cross_entropy(alone(labeled[0]), labeled[1]).backward()
+    pairs = zip(student.parameters(), alone.parameters(), strict=True)
+    return max(float((whole(p.grad) - q.grad).abs().max()) for p, q in pairs)
+
+
 def _another_batch_on_one() -> None:
     """The second time that it is asked for."""
     asked: list[int] = []

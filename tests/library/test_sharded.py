@@ -287,6 +287,13 @@ def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
         assert error(own, expected) < 1e-10
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "shard_checkpoint"])
+def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
+    """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""
+    for at in (2, 3, 4, 5):
+        assert max(two.run("interrupted", layout=layout, at=at)) < 1e-12, at
+
+
 def test_several_steps_ahead_over_replicas_of_shards(four: Ranks) -> None:
     check(four, [{"mode": SPACED, "layout": "hsdp", "lookahead": 3}])
 
@@ -336,9 +343,9 @@ def test_dropout_has_the_masks_of_the_inner_pass(two: Ranks) -> None:
 def test_bfloat16_by_autocast(two: Ranks) -> None:
     """Autocast keeps casts of weights, which must not survive a move of them."""
     case: dict[str, Any] = {"optimizer": "sgd", "steps": 1, "dtype": torch.float32, "precision": "bfloat16"}
-    for mode in ("loss_difference", "forward"):
-        found = two.run("train", mode=mode, layout="fsdp", **case)
-        expected = alone(mode=mode, **case)
+    for mode, parts in (("loss_difference", 1), ("forward", 1), ("forward", 2)):
+        found = two.run("train", mode=mode, layout="fsdp", accumulate=parts, **case)
+        expected = alone(mode=mode, accumulate=parts, **case)
         for own in found:
             assert error(own["student"], expected["student"]) < 1e-2
             assert error(own["gradients"][0], expected["gradients"][0]) < 5e-2
