@@ -520,6 +520,7 @@ def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
 def _casts_kept(patch: pytest.MonkeyPatch) -> None:
     """Autocast's casts of the weights stay while these are moved."""
     patch.setattr(torch, "clear_autocast_cache", lambda: None)
+    patch.setattr(metapl.BilevelTrainer, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
