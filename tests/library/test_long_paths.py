@@ -341,7 +341,12 @@ def test_wrong_paths_are_refused(case: str) -> None:
 def test_a_first_batch_that_is_another_is_refused_before_the_second_step() -> None:
     read: list[int] = []
     student = network()
-    ahead = Lookahead(lambda k: (read.append(k), another(k))[1], steps=60)  # type: ignore[func-returns-value]
+
+    def batch_of(step: int) -> Any:
+        read.append(step)
+        return another(step)
+
+    ahead = Lookahead(batch_of, steps=60)
     with pytest.raises(MetaplError, match="another batch for step 0"):
         gradient(student, OPTIMIZERS["adam"](student.parameters()), ahead, Forward(truncate=1))
     assert {*read} == {0}
