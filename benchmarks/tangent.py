@@ -3,11 +3,13 @@
     python benchmarks/tangent.py --note "who else used the machine"
     python benchmarks/tangent.py --write docs/modes.md
 
-Three questions. One step: the derivative of a student's outputs along w, with the inner pass that it follows, by a
+Four questions. One step: the derivative of a student's outputs along w, with the inner pass that it follows, by a
 replay in forward mode (``mode="forward"``), by the same with products of stacked rows (a layer's W meets the inputs and
 their tangents in one product), and by double backward through the kept graph of the inner pass
 (``Forward(keep_graphs=1)``). Attention: its derivative by PyTorch's math kernel, and for blocks of queries.
-Several steps: ``Forward(keep_graphs=m)`` between one graph at a time and all of them. Times are of the processor, on
+Several steps: ``Forward(keep_graphs=m)`` between one graph at a time and all of them. A whole step, teacher included:
+by hand and with nothing checked, in three ways, of which the first is that of TorchOpt and higher, and by metapl. The
+trainer's step moves both networks as well. Times are of the processor, on
 one thread, the median over turns of the ratio to the first way; memory is the allocator's peak; apart is how far what a
 way finds is from what the first one does, over the size of that.
 """
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 from machine import arguments, described, parsed, show, write_json
-from peers import CAUSAL, LEARNING_RATE, case
+from peers import CAUSAL, LEARNING_RATE, by_hand, by_metapl, case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -41,7 +43,7 @@ from metapl.metrics.cost import peak_bytes
 RESULT = Path(__file__).parent / "results" / "tangent.json"
 REPLAY, STACKED, KEPT = "replay in forward mode", "the same, rows stacked", "kept graph"
 MATH, BLOCKS = "math kernel", "blocks of queries"
-PARTS = ("step", "attention", "ahead")
+PARTS = ("step", "attention", "ahead", "whole")
 ONE_STEP = ("MLP", "transformer", CAUSAL, "WRN-28-2")
 AHEAD = {"transformer": (10, 32, (0, 2, 5, 10)), "WRN-28-2": (5, 4, (0, 2, 5))}  # steps, rows, graphs that are kept
 UNROLLED, DOUBLE = "`unrolled`", "`unrolled`, float64"
@@ -144,6 +146,60 @@ def several_steps(network: str, steps: int, rows: int, graphs: Sequence[int]) ->
     return ways | {DOUBLE: partial(gradient, "unrolled", False, torch.float64)}
 
 
+# ---------------------------------------------------------------------------------------------------------- whole step
+
+
+def whole_step(network: str) -> dict[str, Way]:
+    """The teacher's gradient through one student step."""
+    given = teacher, student, (x, y), u = case(network, "cpu")
+    params: dict[str, Tensor] = dict(student.named_parameters())
+
+    def unchecked(keep_graph: bool) -> Sequence[Tensor]:
+        q, names = teacher(u).softmax(-1), list(params)
+        signal = q.detach().requires_grad_()
+        z = student(u)
+        g = torch.autograd.grad(F.cross_entropy(z, signal), list(params.values()), create_graph=keep_graph)
+        moved = {
+            n: (params[n].detach() - LEARNING_RATE * d.detach()).requires_grad_() for n, d in zip(names, g, strict=True)
+        }
+        outer = F.cross_entropy(functional_call(student, moved, (x,)), y)
+        w = [-LEARNING_RATE * v for v in torch.autograd.grad(outer, list(moved.values()))]
+        if keep_graph:
+            (h,) = torch.autograd.grad(g, signal, w)
+            return torch.autograd.grad(q, list(teacher.parameters()), h)
+        with forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(params[n].detach(), d) for n, d in zip(names, w, strict=True)}
+            tangent = forward_ad.unpack_dual(functional_call(student, duals, (u,))).tangent
+        leaf = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(leaf, signal), leaf, create_graph=True)
+        (h,) = torch.autograd.grad(slope, signal, tangent)
+        return torch.autograd.grad(q, list(teacher.parameters()), h)
+
+    learner, pupil, labeled, unlabeled = case(network, "cpu")
+    trainer = metapl.BilevelTrainer(
+        learner,
+        pupil,
+        mode="forward",
+        inner_optimizer=torch.optim.SGD(pupil.parameters(), lr=LEARNING_RATE),
+        outer_optimizer=torch.optim.SGD(learner.parameters(), lr=1.0),
+        teacher_losses=(),
+    )
+
+    def step() -> list[Tensor]:
+        before = [p.detach().clone() for p in learner.parameters()]
+        trainer.step(labeled=labeled, unlabeled=unlabeled)
+        return [b - p for b, p in zip(before, learner.parameters(), strict=True)]
+
+    ways: dict[str, Way] = {
+        "double backward by hand": partial(by_hand, *given, 1),
+        "kept graph by hand": partial(unchecked, True),
+        "forward mode by hand": partial(unchecked, False),
+        "`hypergradient`": partial(by_metapl("forward"), *given, 1),
+        "`BilevelTrainer.step`": step,
+    }
+    return {name: sdpa_kernel(SDPBackend.MATH)(way) for name, way in ways.items()}
+
+
 # --------------------------------------------------------------------------------------------------------- measurement
 
 
@@ -190,6 +246,10 @@ def run(miniature: bool, parts: Sequence[str]) -> list[Row]:
     for network, (steps, batch, graphs) in ahead.items() if "ahead" in parts else ():
         turns, of = 1 if miniature else {"WRN-28-2": 2}.get(network, 5), {"part": "ahead", "of": f"{steps} steps"}
         rows += measure(several_steps(network, steps, batch, graphs), turns, of | {"network": network})
+    for network, turns in {"MLP": 200, "transformer": 40, "WRN-28-2": 5}.items() if "whole" in parts else ():
+        if network == "MLP" or not miniature:
+            of = {"part": "whole", "of": "whole step", "network": network}
+            rows += measure(whole_step(network), 1 if miniature else turns, of)
     return rows
 
 

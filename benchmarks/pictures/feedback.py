@@ -42,6 +42,7 @@ from benchmarks.pictures.problem import Problem
 from benchmarks.pictures.problems import half, make, named
 from benchmarks.pictures.run import RESULTS, Row, configured, read, run
 from benchmarks.pictures.tables import TITLES
+from metapl.metrics import paired_test
 
 RAW = RESULTS / "pictures_feedback.jsonl"
 PROBLEMS, UNLABELED = ("arrows", "digits", "textures"), 2000
@@ -236,6 +237,28 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def unseen_table(rows: list[Row]) -> str:
+    """The arms that were run on all of the unseen half, and the tests that are named at the head of this file."""
+    heads = ["method", "configuration", *UNSEEN, "mean"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(UNSEEN) + 1)]
+    reached: dict[tuple[str, str], list[float]] = {}
+    for method, label in final_arms(rows):
+        found = {r["problem"]: accuracy(r) for r in runs_in(rows, (UNSEEN_SEED,), "unseen") if _is(r, method, label)}
+        if found.keys() >= {*UNSEEN}:
+            values = reached[method, label] = [found[name] for name in UNSEEN]
+            cells = [f"{value:.1f}" for value in (*values, statistics.fmean(values))]
+            lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
+    as_it_is, uda, mpl, none = final_arms(rows)
+    differences = (("primary: the feedback itself", mpl, none), ("Meta Pseudo Labels and tuned UDA", mpl, uda))
+    lines += ["", "| difference | mean | 95 % over problems | sign-flip p |", "|---|---:|---:|---:|"]
+    for name, first, second in (*differences, ("tuned UDA and UDA as it is", uda, as_it_is)):
+        if first in reached and second in reached:
+            test = paired_test(reached[first], reached[second])
+            low, high = test.interval or (test.mean, test.mean)
+            lines.append(f"| {name} | {test.mean:+.1f} | {low:+.1f} to {high:+.1f} | {test.p_permutation:.2f} |")
+    return "\n".join(lines)
+
+
 def tuned() -> str:
     """How many runs on the seen half have been looked at for each method, in all committed files."""
     counts: Counter[str] = Counter()
@@ -256,7 +279,8 @@ def block(rows: list[Row]) -> str:
         "teacher's own losses over the second half of the run. `python -m benchmarks.pictures.feedback`; raw rows: "
         "`benchmarks/results/pictures_feedback.jsonl`."
     )
-    return f"{table(rows)}\n\n{told} {tuned()}"
+    unseen = f"On the unseen half, 10 minutes, pictures of seed {UNSEEN_SEED}:\n\n{unseen_table(rows)}"
+    return f"{table(rows)}\n\n{told} {tuned()}\n\n{unseen}"
 
 
 def _is(row: Row, method: str, label: str) -> bool:
@@ -304,7 +328,7 @@ def main() -> None:
                 _append(given.out, row)
                 told = f"{row['problem']} {row['method']} {row['configuration']!r} {row['steps']} steps"
                 print(f"[{number}/{len(todo)}] {told}: {accuracy(row):.1f}", flush=True)
-    print(table(read(given.out)))
+    print(unseen_table(read(given.out)) if given.unseen else table(read(given.out)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.kernels import NotByThisMode
-from metapl.execution.numerics import reduced_float32
+from metapl.execution.numerics import Tree, reduced_float32
 from metapl.execution.ranks import ALONE, Agreed, Ranks
 
 # By the field of a signal; None: nothing depends on it.
@@ -167,6 +167,27 @@ def check_loss(losses: Tensor, first: Tensor, ranks: Ranks = ALONE) -> None:
         'and give it to the loss in a field of the signal. mode="unrolled" and "reinforce" evaluate no inner loss '
         "twice and take it as it is.",
         bound=bound,
+    )
+
+
+def check_gradient(again: Tree, first: Tree, tolerance: float, ranks: Ranks = ALONE) -> None:
+    """Refuse, on all ranks, a replay whose gradient differs from the ``first``, by the norms of both in each weight;
+    NaN where one was not computed."""
+    if not first:
+        return
+    zero = torch.zeros_like(next(iter(first.values())))
+    gaps = torch.stack([again.get(n, zero) - first.get(n, zero) for n in {**first, **again}]).abs().nan_to_num()
+    gap, size = ranks.pooled(
+        torch.stack([gaps.amax(), torch.linalg.vector_norm(torch.stack([*first.values()]))])
+    ).unbind()
+    _refuse(
+        gap,
+        tolerance * size,
+        "the student does not have the same gradient when the inner pass is repeated with the same batch, weights, "
+        "buffers and default random generators (in one weight its norm differs by {gap:.2g}, of {size:.2g} in all), so "
+        f"the feedback would be wrong. Usual causes: what the forward detaches, or a backward pass of its own, depends "
+        f'on {_CAUSES}. mode="unrolled" repeats no pass and takes the student as it is.',
+        size=size,
     )
 
 

@@ -18,12 +18,28 @@ from torch.autograd.function import BackwardCFunction
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.agreement import BY_DIFFERENCE, BY_FORWARD_MODE, check_loss, check_outputs, coarsest
+from metapl.execution.agreement import (
+    BY_DIFFERENCE,
+    BY_FORWARD_MODE,
+    check_gradient,
+    check_loss,
+    check_outputs,
+    coarsest,
+)
 from metapl.execution.buffers import Slots, State, stand_in, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
 from metapl.execution.hessians import hessian_graph
 from metapl.execution.kernels import explained, forward_mode, no_fast_path, refuse_once_differentiable
-from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.execution.numerics import (
+    WHOLE,
+    Space,
+    Tree,
+    full_float32,
+    mean_tree,
+    reduced_float32,
+    wide,
+    wide_tree,
+)
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
@@ -45,7 +61,7 @@ from metapl.execution.writes import (
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
 _HALF = {torch.float16, torch.bfloat16}
-_PLAIN = ("cut", "own_functions", "changed", "loss", "_sample")  # of a pass, for its record
+_PLAIN = ("cut", "own_functions", "changed", "loss", "sizes", "_sample")  # of a pass, for its record
 GRAPHS = 32  # that are looked at; a network of more, such as one that drops layers, makes them as it goes
 
 # A scalar of outputs and of the weights that they were computed at.
@@ -165,13 +181,13 @@ class LocalStudent:
             )
         return total / weight, weight
 
-    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
+    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False, sizes: Tree | None = None) -> Tree:
         """The gradient of a scalar in the weights that it reaches, the mean over the ranks; refused where it reaches
-        the student's own although others stand in for them."""
+        the student's own although others stand in for them. ``sizes`` gets the norms of this rank's."""
         wanted = {name: p for name, p in at.items() if p.requires_grad}
         own = {} if at is self.weights else {n: p for n, p in self.parameters.items() if at.get(n) is not p}
         tensors = [*wanted.values(), *own.values()]
-        with self.watched() if self.slots.has_frozen else NOTHING:  # which hooks may write to
+        with self.watched() if self.first or self.slots.has_frozen else NOTHING:  # hooks may write to weights
             found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
         for name, g in zip(own, found[len(wanted) :], strict=True):
             if g is not None:
@@ -182,6 +198,9 @@ class LocalStudent:
                     "parameter in both places (self.weight = other.weight); in inner_loss, read it from params."
                 )
         grads = {n: g for n, g in zip(wanted, found, strict=False) if g is not None}
+        checks.dense_gradients(grads)
+        if sizes is not None and grads:
+            sizes |= zip(grads, torch._foreach_norm([g.detach() for g in grads.values()]), strict=True)
         return grads if self.ranks.alone else self.ranks.mean_tree(grads, wanted)
 
     def forward(self, inputs: Any, at: Tree | None = None) -> Tensor:
@@ -274,6 +293,7 @@ class Pass:
         self._state, slots.state = slots.state or State(slots.parts), None
         self.narrowed: frozenset[torch.dtype] = frozenset()
         self.cut = self.own_functions = False
+        self.sizes: Tree = {}  # of its gradient, on this rank
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
         looked = slots.weights is None or slots.hooked  # else there are none but those that its forward registers
         self._hooks = hooks_of(student.parameters, slots.named_parts) if looked else []
@@ -337,7 +357,7 @@ class Pass:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
         with self._running():
-            grads = self.student.gradient(value, self._at, create_graph=keep or self.keeps)
+            grads = self.student.gradient(value, self._at, create_graph=keep or self.keeps, sizes=self.sizes)
         if not grads:
             raise checks.without_gradient("student")
         if self.keeps:
@@ -396,7 +416,10 @@ class Pass:
         self.params = params
         with self._replay(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
-            return self.student.gradient(loss(outputs, at), at)
+            again: Tree = {}
+            grads = self.student.gradient(loss(outputs, at), at, sizes=again)
+            self._check_sizes(again)
+            return grads
 
     def slopes(self, w: Tree, cotangents: Sequence[Tensor]) -> list[Tensor]:
         """The derivatives of ⟨u, S(x; θ)⟩ along w by its gradient, for cotangents u: a forward pass, and a backward
@@ -423,6 +446,10 @@ class Pass:
             found, known = _some(found), self._sample
         check_outputs(found, known, BY_FORWARD_MODE[self.rounded_to].outputs, self.student.ranks)
         return outputs
+
+    def _check_sizes(self, again: Tree) -> None:
+        tolerance = BY_FORWARD_MODE[self.rounded_to].outputs
+        check_gradient(again, self.sizes, tolerance, self.student.ranks)
 
     def _whole_replay(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
         """:meth:`_replay` with a graph of second derivatives, for which the leaves are whole."""
@@ -497,8 +524,10 @@ class Pass:
         with no_fast_path(math=True), explained(), hessian_graph() as graph, replay as (at, outputs):
             again = loss(self.outputs, self.params).detach()
             check_loss(again, self.loss, self.student.ranks)  # at these outputs, to the last digits
+            graph.read = all(t.ndim > 1 for t in at.values())  # else those of biases tell whether it is the same
             g = graph.gradient(loss(outputs, at), list(at.values()))
             refuse_once_differentiable(g)
+            self._check_sizes(dict(zip(at, torch._foreach_norm([t.detach() for t in g]), strict=True)))
             yield partial(_derivatives, dict(zip(at, g, strict=True)), at, leaves)
 
     def second_derivatives(

@@ -41,8 +41,7 @@ class Space:
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
-        norms: list[Tensor] = list(torch._foreach_norm([wide(t) for t in a.values()]))
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([wide(t) for t in a.values()])))
         return total
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:

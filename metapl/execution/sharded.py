@@ -72,7 +72,7 @@ class ShardedStudent(LocalStudent):
         with torch.no_grad():
             return super().loss(*given, **how)
 
-    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
+    def gradient(self, value: Tensor, at: Tree, **how: Any) -> Tree:
         return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
 
     def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:

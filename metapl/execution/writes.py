@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, leaves_of
+from metapl.execution.checks import described, leaves_of, waits
 
 # A place that holds a parameter, as its dictionary and name there.
 Slot = tuple[dict[str, Any], str, Any]
@@ -133,6 +133,11 @@ def memory_of(t: Tensor) -> int | None:
         return None
 
 
+def _same(t: Tensor, before: Tensor) -> bool:
+    """Whether a tensor has the values of another, NaN for NaN."""
+    return torch.equal(t, before) or (not before.equal(before) and torch.allclose(t, before, 0, 0, equal_nan=True))
+
+
 class Weights:
     """The parameters that the parts of a network hold now, to refuse passes that move them.
 
@@ -204,7 +209,7 @@ class Weights:
                 moved.append(name)
             elif not self.looking and t._version != version:
                 moved.append(name)
-            if before is not None and not torch.allclose(data, before.to(data.dtype), 0, 0, equal_nan=True):
+            if before is not None and not _same(data, before.to(data.dtype)):
                 data.copy_(before)
                 moved.append(name)
         return moved, flags
@@ -218,11 +223,12 @@ class Weights:
             )
         which = "one of its parameters" if name is None else f"its parameter {name}"
         raise MetaplError(
-            f"the {self.role} writes to {which} in its forward, so its passes would be at different weights and the "
-            "gradients wrong. Expected a forward that leaves the weights as they are: compute with the changed value "
-            "(F.linear(x, self.weight * self.mask), torch.nn.utils.parametrize); change weights between the steps (in "
-            "place of nn.Embedding(max_norm=...), too); where the first batch initializes them, run it before; what no "
-            "optimizer learns belongs in a buffer (register_buffer) or has requires_grad=False."
+            f"the {self.role} writes to {which} in its forward (or in a hook, or a backward pass of its own), so its "
+            "passes would be at different weights and the gradients wrong. Expected passes that leave the weights as "
+            "they are: compute with the changed value (F.linear(x, self.weight * self.mask), "
+            "torch.nn.utils.parametrize); change weights between the steps (in place of nn.Embedding(max_norm=...), "
+            "too); where the first batch initializes them, run it before; what no optimizer learns belongs in a "
+            "buffer (register_buffer) or has requires_grad=False."
         ) from cause
 
 
@@ -234,6 +240,9 @@ def weights_watched(
     weights = Weights(parts, role, looking=looking, replay=replay, values=values)
     given = tensors_in(inputs)
     versions = [t._version for t in given]
+    # Writes by .data or numpy count in no version.
+    plain = [t for t in given if type(t) is Tensor and t.layout is torch.strided and not waits(t)]
+    copies = [(t, t.detach().clone()) for t in plain if looking or values]
     watch: Any = Watch(weights) if looking else nullcontext()
     try:
         with watch as watching:
@@ -242,7 +251,7 @@ def weights_watched(
         weights.check(error)
         raise
     weights.check()
-    if versions != [t._version for t in given]:
+    if versions != [t._version for t in given] or not all(_same(t, copy) for t, copy in copies):
         raise changed_input(f"the {role}")
 
 

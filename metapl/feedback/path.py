@@ -467,7 +467,6 @@ class _Walk:
         inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
         if several:
             checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
-        checks.dense_gradients(grads)
         known = digest(batch) if isinstance(path.batches, Lookahead) else None
         taken = problem, update, passes, batch, whole, inner_loss, grads, state
         return InnerStep(*taken, entries, as_taken=several, digest=known, normalized=norm)

@@ -23,7 +23,7 @@ from metapl.execution.buffers import swapped
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.shards import ShardedSpace
-from metapl.feedback import credit
+from metapl.feedback import credit, keeping
 from metapl.problems import LearningToReweight
 
 CLASSES, ROWS, LABELED = 3, 8, 12
@@ -272,15 +272,22 @@ def _unequal() -> None:
         assert all(torch.equal(a, whole(p)) for a, p in zip(before, trainer.student.parameters(), strict=True))
 
 
-def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward") -> None:
+def kept_of_many(free: tuple[int, int]) -> str:
+    """What is kept of a path of sixty steps, where the ranks have so many bytes free."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keeping, "free_bytes", lambda _: free[dist.get_rank()])
+        return _ahead(lambda _, u: u, steps=60).kept
+
+
+def _ahead(batch_of: Callable[[int, Tensor], Tensor], mode: Any = "forward", *, steps: int = 3) -> metapl.Hypergradient:
     """A look-ahead on batches that are made as they are read, of this rank's share."""
     teacher, student = (laid_out(network, "ddp") for network in networks())
     labeled, unlabeled = share(batches(1)[0])
-    metapl.hypergradient(
+    return metapl.hypergradient(
         teacher,
         student,
         labeled=labeled,
-        unlabeled=metapl.Lookahead(lambda step: batch_of(step, unlabeled), steps=3),
+        unlabeled=metapl.Lookahead(lambda step: batch_of(step, unlabeled), steps=steps),
         mode=mode,
         inner_optimizer=OPTIMIZERS["sgd"](student.parameters()),
     )

@@ -337,6 +337,36 @@ def test_random_numbers_of_a_students_own_are_refused(mode: str, source: str) ->
     check_refused(case(Noisy(source).double()), mode, "does not return the same outputs.*generator of the module")
 
 
+class Detaching(nn.Module):
+    """Draws whether a branch learns, by a source of its own: the outputs are the same, and the gradient is another."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.body, self.branch = nn.Linear(16, 6, bias=bias), nn.Linear(6, 6, bias=bias)
+        self.head, self.draws = nn.Linear(6, CLASSES), random.Random(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        branch = self.branch(h)
+        return self.head(h + (branch if self.draws.random() < 0.5 else branch.detach()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("keep_every", [1, 2])
+def test_a_gradient_that_is_drawn_by_another_source_is_refused(keep_every: int, bias: bool) -> None:
+    torch.manual_seed(5)
+    problem = case(Detaching(bias).double())
+    with pytest.raises(metapl.MetaplError, match="does not have the same gradient"):
+        metapl.hypergradient(
+            problem.teacher,
+            problem.student,
+            labeled=problem.labeled,
+            unlabeled=metapl.Lookahead([problem.unlabeled] * 6),
+            mode=metapl.feedback.Forward(keep_every=keep_every),
+            inner_optimizer=torch.optim.SGD(problem.student.parameters(), lr=0.1),
+        )
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_one_sided_difference_refuses_them_as_well(source: str) -> None:
     torch.manual_seed(5)

@@ -287,6 +287,14 @@ def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
         assert error(own, expected) < 1e-10
 
 
+@pytest.mark.parametrize("short", [0, 1])
+def test_processes_with_other_memory_keep_the_same_steps(two: Ranks, short: int) -> None:
+    free = tuple(700_000 if rank == short else 10**9 for rank in range(2))
+    here, there = two.run("kept_of_many", free=free)
+    assert here == there
+    assert here.startswith("one step in")
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "shard_checkpoint"])
 def test_a_path_that_failed_leaves_the_student_as_it_was(two: Ranks, layout: str) -> None:
     """In a forward pass, and where a block is run again in the backward pass, at weights of a later step."""

@@ -121,7 +121,7 @@ def test_writes_to_weights_are_refused_before_they_happen(mode: str, write: str)
     torch.manual_seed(5)
     problem = case(Writing(WRITES[write]), torch.float32)
     refused(
-        problem, mode, 1, r"the student writes to its parameter body\.(weight|bias) in its forward.*leaves the weight"
+        problem, mode, 1, r"the student writes to its parameter body\.(weight|bias) in its forward.*leave the weight"
     )
 
 
@@ -156,6 +156,25 @@ def test_writes_in_the_labeled_pass_alone(mode: str, write: str) -> None:
     x, y = problem.labeled
     problem = Toy(problem.teacher, problem.student, (x + 100, y), problem.unlabeled, 0)
     refused(problem, mode, 1, r"the student writes to its parameter body\.weight")
+
+
+class InItsBackwardPass(Writing):
+    """Writes where a gradient comes by, out of sight of PyTorch's version counters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x.flatten(1)).tanh()
+        if h.requires_grad:
+            h.register_hook(lambda g: self.write(self))
+        return self.head(h)
+
+
+@pytest.mark.parametrize("by", ["data", "numpy"])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce", "none"])
+def test_writes_in_a_backward_pass(mode: str, by: str) -> None:
+    def write(net: Any) -> None:
+        net.body.weight.data.numpy().__imul__(0.9) if by == "numpy" else net.body.weight.data.mul_(0.9)
+
+    refused(case(InItsBackwardPass(write), torch.float64), mode, 1, r"the student writes to its parameter body\.weight")
 
 
 @pytest.mark.parametrize("mode", ["forward", "difference", "difference_one_sided", "reinforce_per_example"])
@@ -260,6 +279,25 @@ def test_an_input_that_is_changed_in_place_after_the_first_step(by: str, role: s
     assert alike(before, state_of(problem.teacher, problem.student))
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_an_input_that_is_changed_out_of_sight(mode: str, role: str) -> None:
+    """By numpy, which PyTorch's version counters do not see."""
+
+    class Halving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.detach().numpy().__imul__(0.5)
+            return self.net(x)
+
+    networks = {"student": mlp(), "teacher": mlp(), role: Halving()}
+    problem = case(networks["student"], torch.float64, networks["teacher"].double())
+    refused(problem, mode, 1, f"the {role} changed its input in place")
+
+
 def test_a_network_that_is_changed_is_looked_at_again() -> None:
     """Its parts are others than on the first step: as on that one, every operator is looked at."""
     problem = case(nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, CLASSES)), torch.float64)
@@ -287,6 +325,17 @@ def test_a_network_that_is_changed_is_looked_at_again() -> None:
 def test_a_teacher_that_writes_to_its_weights_is_refused(recompute: bool) -> None:
     problem = case(mlp(), torch.float64, Writing(WRITES["data"]).double())
     refused(problem, "forward", 1, r"the teacher writes to its parameter body\.weight", recompute_teacher=recompute)
+
+
+def test_a_teacher_that_writes_in_the_pass_for_its_own_losses_is_refused() -> None:
+    """That on the labeled batch."""
+    problem = case(mlp(), torch.float64, Late(WRITES["data"]).double())
+    x, y = problem.labeled
+    problem = Toy(problem.teacher, problem.student, (x + 100, y), problem.unlabeled, 0)
+    before = state_of(problem.teacher, problem.student)
+    with pytest.raises(MetaplError, match=r"the teacher writes to its parameter body\.weight"):
+        metapl.BilevelTrainer(**problem.networks(), mode="forward").step(**problem.data())
+    assert alike(before, state_of(problem.teacher, problem.student))
 
 
 def test_a_frozen_backbone_is_not_copied() -> None:
