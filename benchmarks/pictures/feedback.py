@@ -317,7 +317,8 @@ def main() -> None:
     if not given.table:
         seconds = costs_in(rows)
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-            wanted = sorted(missing(rows, given.minutes, given.unseen), key=lambda asked: asked[1:3] == AS_IT_IS)
+            wanted = list(missing(rows, given.minutes, given.unseen))
+            wanted.sort(key=lambda asked: (asked[1] == "uda", asked[1:3] == AS_IT_IS))  # the primary test first
             todo = [(*asked, steps_of(seconds, *asked[:3], asked[-1])) for asked in wanted]
             running = [pool.submit(one, *asked) for asked in todo]
             for number, done in enumerate(as_completed(running), 1):
