@@ -24,8 +24,9 @@ from metapl.feedback.path import take_steps
 from metapl.feedback.resuming import known_by, states_in
 from metapl.feedback.teaching import Teaching
 from metapl.problems.base import BilevelProblem
+from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.progress import counted
-from metapl.updates import update_of
+from metapl.updates import Clipped, update_of
 from metapl.words import summary
 
 
@@ -74,7 +75,8 @@ def hypergradient(
     inner_state: Any = None,
     generator: torch.Generator | None = None,
     recompute_teacher: bool = False,
-    accumulate: int = 1,
+    accumulate: MicroBatches = 1,
+    clip_norm: AboveZero | None = None,
     progress: bool = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
@@ -102,6 +104,8 @@ def hypergradient(
         generator: for drawing labels; default: the default generator of the device.
         recompute_teacher, accumulate: as for :class:`metapl.BilevelTrainer`; with micro-batches the teacher's pass is
             recomputed too.
+        clip_norm: the greatest global norm of the student's gradient in each step; None: no clipping. The clip is part
+            of the update, so the feedback includes its derivative.
         progress: show on standard error how far a look-ahead is: the steps, and the steps back; a bar on a terminal,
             else a line a minute at most.
 
@@ -125,10 +129,11 @@ def hypergradient(
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
-    checks.whole_number(accumulate, f"accumulate={accumulate!r}", "a number of micro-batches")
+    check_arguments(hypergradient, locals())
     checks.is_generator(generator)
     of_teacher, of_student, device = layouts(teacher, student)
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
+    update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
     batches = ahead if folder or callable(ahead.batches) else list(ahead)

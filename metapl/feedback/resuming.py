@@ -67,7 +67,7 @@ def known_by(
     options: Sequence[Any],
     labeled: Any,
     first: Any,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """What a path depends on, by name, as numbers by which it is known; ``options``: of the inner optimizer in each
     step; ``labeled``, ``first``: the outer batch, and the first inner one."""
     rule = inner_optimizer, settings(inner_optimizer), getattr(update, "group_of", None), update.read_state()
@@ -81,6 +81,7 @@ def known_by(
         "inner batches": fingerprint(first),
         "a number of steps": teach.steps,
         "an inner optimizer": fingerprint(*rule, str(options)),
+        "a clip_norm": getattr(update, "max_norm", None),
         "a problem": fingerprint(settings(teach.problem)),
         "autocast": fingerprint(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))),
         "a generator=": fingerprint(None if teach.generator is None else teach.generator.get_state()),
@@ -120,7 +121,7 @@ class Folder(States):
     """
 
     def __init__(
-        self, folder: FilePath, of: Mapping[str, int], student: LocalStudent, teach: Teaching, update: Update
+        self, folder: FilePath, of: Mapping[str, Any], student: LocalStudent, teach: Teaching, update: Update
     ) -> None:
         super().__init__("cpu")  # nothing is held
         self.name = ""  # of the path, by which its files are known
@@ -256,7 +257,7 @@ class Folder(States):
 
 @contextmanager
 def states_in(
-    folder: FilePath, of: Mapping[str, int], student: LocalStudent, teach: Teaching, update: Update
+    folder: FilePath, of: Mapping[str, Any], student: LocalStudent, teach: Teaching, update: Update
 ) -> Iterator[Folder]:
     """The states of a path in a folder that nobody else writes to; a path that ends removes them."""
     with owned(folder, leaves_lock=False):

@@ -39,6 +39,7 @@ from metapl.feedback.resuming import generators_at_start
 from metapl.problems.base import Completed, Kind, Problem, Signal, as_problem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
+from metapl.runs.fields import AboveZero
 from metapl.runs.progress import counted
 from metapl.updates import options_by_step, unwrapped
 from metapl.words import summary
@@ -175,6 +176,7 @@ def attribute(
     groups: Tensor | None = None,
     each: bool = False,
     mode: Forward | None = None,
+    clip_norm: AboveZero | None = None,
     progress: bool = True,
 ) -> Attribution:
     r"""What each training example does to the outer loss, through a whole training.
@@ -199,6 +201,7 @@ def attribute(
             M, as for that one.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
             ``Forward(keep_on=folder)`` the same call goes on after a kill.
+        clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
         progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
 
     Returns: an :class:`Attribution`.
@@ -261,13 +264,14 @@ def attribute(
                 mode=mode,
                 problem=judging,
                 inner_optimizer=optimizer,
+                clip_norm=clip_norm,
                 progress=progress,
             )
         scores.append(wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1)))
         for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
             scores[-1].index_add_(0, chosen if groups is None else groups[chosen], h.to(scores[-1]))
         losses.append(result.outer_loss)
-    retrain = _Training(student, optimizer, schedule, data, outer_batch, order, own, start, each, groups)
+    retrain = _Training(student, optimizer, schedule, data, outer_batch, order, own, start, each, groups, clip_norm)
     found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
     return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
 
@@ -378,13 +382,14 @@ class _Training:
         start: RandomState,
         each: bool,
         groups: Tensor | None,
+        clip_norm: float | None,
     ) -> None:
         # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
         left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
         self.begun = copy.deepcopy((student, optimizer), {id(t): t.detach() for t in left})
         self.options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, len(order))
         self.data, self.judged, self.order, self.problem = data, judged, order, problem
-        self.start, self.each, self.groups = start, each, groups
+        self.start, self.each, self.groups, self.clip_norm = start, each, groups, clip_norm
         kind = start.device.type  # in the precision of the scores, wherever it is called
         how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         self.autocast = partial(torch.autocast, kind, **how)
@@ -404,6 +409,8 @@ class _Training:
                 outputs = wide(network(self.problem.student_input(batch)))
                 signal = Signal(of_examples[chosen.to(weights.device)].to(outputs.dtype))
                 self.problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
+                if self.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
                 optimizer.step()
             return self._judged(network, RandomState.now(self.start.device).branch())
 

@@ -23,7 +23,7 @@ from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.path import inner_batches
 from metapl.problems.base import Problem, Signal, asked_first, enters_input
-from metapl.updates import Clipped, update_of
+from metapl.updates import update_of
 
 Tree = dict[str, Tensor]
 
@@ -87,8 +87,9 @@ class Case:
             unlabeled=self.unlabeled_batch,
             mode=estimate,
             problem=self.problem,
-            inner_optimizer=update if self.clip_norm is None else Clipped(update, self.clip_norm),
+            inner_optimizer=update,
             generator=torch.Generator().manual_seed(seed),
+            clip_norm=self.clip_norm,
         )
 
     def labeled_loss(self, truncate: int | None = None, seen: Sequence[Tensor] = ()) -> Run:

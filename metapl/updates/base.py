@@ -136,7 +136,7 @@ class Clipped(Update):
               , \qquad \tilde w = (\partial U/\partial g)^\top v \text{ at } c\,g
     """
 
-    parameters, learning_rate = _inner("parameters"), _inner("learning_rate")
+    parameters, learning_rate, group_of = _inner("parameters"), _inner("learning_rate"), _inner("group_of")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 

@@ -111,15 +111,15 @@ def _others_code(optimizer: torch.optim.Optimizer) -> str:
     if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
         return (
             "a hook of register_step_pre_hook or register_step_post_hook, or of register_optimizer_step_pre_hook or "
-            "_post_hook for all optimizers: remove it (the trainers clip gradients, by clip_norm)"
+            "_post_hook for all optimizers: remove it (clip_norm= clips gradients)"
         )
     step = vars(optimizer).get("step", type(optimizer).step)
     while getattr(step, "_wrapped_by_lr_sched", False):  # the wrapper of PyTorch's schedulers
         step = step.__wrapped__
     if getattr(step, "__func__", step) is not type(optimizer).step:
         return (
-            "a step of its own (its method was replaced: optimizer.step = ...): del optimizer.step (the trainers clip "
-            "gradients, by clip_norm)"
+            "a step of its own (its method was replaced: optimizer.step = ...): del optimizer.step (clip_norm= clips "
+            "gradients)"
         )
     return ""
 

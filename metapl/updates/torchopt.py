@@ -101,8 +101,8 @@ class TransformUpdate(Update):
                 raise MetaplError(
                     "inner_optimizer is a transform whose derivative in the gradient, or in its state, is wrong: along "
                     f"one direction it is {by_autograd:.4g} by autograd and {by_difference:.4g} by a difference of "
-                    "updates. Of TorchOpt's own, clip_grad_norm is such (use clip_norm of BilevelTrainer, or "
-                    "metapl.updates.Clipped), and adam and adamw with use_accelerated_op=True (leave that out)."
+                    "updates. Of TorchOpt's own, clip_grad_norm is such (use clip_norm= in its place), "
+                    "and adam and adamw with use_accelerated_op=True (leave that out)."
                 )
 
     def _slopes(self, like: Tree, steps: int, scale: float, in_state: bool) -> tuple[float, Tensor]:

@@ -50,7 +50,9 @@ def found(network: nn.Module, by: str = "sgd", **options: Any) -> Attribution:
     return attribute(network, **{"optimizer": inner, **given})
 
 
-def by_hand(network: nn.Module, order: Tensor, optimizer: str, factor: Callable[[int], float]) -> tuple[Tensor, Tensor]:
+def by_hand(
+    network: nn.Module, order: Tensor, optimizer: str, factor: Callable[[int], float], clip: float = 1e9
+) -> tuple[Tensor, Tensor]:
     """−dL/dw by double backward through the rule, written out, and the losses L_j; dropout from the same masks."""
     w = torch.ones(N, dtype=torch.float64, requires_grad=True)
     params: dict[str, Any] = {n: p.detach().clone().requires_grad_() for n, p in network.named_parameters()}
@@ -62,6 +64,8 @@ def by_hand(network: nn.Module, order: Tensor, optimizer: str, factor: Callable[
         z = functional_call(network, {**params, **buffers}, (TRAIN[0][chosen],))
         loss = (w[chosen] * F.cross_entropy(z, TRAIN[1][chosen], reduction="none")).mean()
         grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+        norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+        grads = {n: g * (clip / (norm + 1e-6)).clamp(max=1) for n, g in grads.items()}
         lr = 0.1 * factor(step)
         for n, g in grads.items():
             if optimizer == "sgd":
@@ -77,15 +81,16 @@ def by_hand(network: nn.Module, order: Tensor, optimizer: str, factor: Callable[
     return -torch.stack(rows), losses.detach()
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize(("scheduled", "clip"), [(False, None), (True, None), (True, 0.3)])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind", ["mlp", "batch_norm"])
-def test_the_scores_are_the_derivatives(kind: str, optimizer: str, scheduled: bool) -> None:
+def test_the_scores_are_the_derivatives(kind: str, optimizer: str, scheduled: bool, clip: float | None) -> None:
     network = student(kind)
     before = copy.deepcopy(network.state_dict())
     schedule = (lambda k: 1 - k / STEPS) if scheduled else None
-    attribution = found(network, optimizer, schedule=schedule)
-    exact, losses = by_hand(copy.deepcopy(network), attribution.order, optimizer, schedule or (lambda _: 1.0))
+    attribution = found(network, optimizer, schedule=schedule, clip_norm=clip)
+    factor = schedule or (lambda _: 1.0)
+    exact, losses = by_hand(copy.deepcopy(network), attribution.order, optimizer, factor, clip or 1e9)
     assert error(attribution.scores, exact.mean(0)) < 1e-7
     assert error(attribution.outer_loss, losses.mean()) < 1e-10
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
@@ -122,10 +127,10 @@ def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() ->
     assert not torch.equal(order, found(student(), generator=torch.Generator().manual_seed(1)).order)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "dropout", "batch_norm"])
-def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "clip"), [("mlp", None), ("mlp", 0.3), ("dropout", None), ("batch_norm", None)])
+def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: float | None) -> None:
     network = student(kind)
-    attribution = found(network, schedule=lambda k: 1 - k / STEPS)
+    attribution = found(network, schedule=lambda k: 1 - k / STEPS, clip_norm=clip)
     sets = [[1, 2], [5], [7, 8, 9]]
     agreement = attribution.validate(sets)
 
@@ -138,6 +143,7 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str) -> None
             optimizer.zero_grad()
             losses = F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
             (w[chosen] * losses).mean().backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), clip or torch.inf)
             optimizer.step()
         with torch.no_grad(), replayed(RandomState.now(torch.device("cpu")).branch()):
             return F.cross_entropy(plain(OUTER[0]), OUTER[1])
@@ -270,6 +276,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a class of schedules": ({"schedule": torch.optim.lr_scheduler.CosineAnnealingLR}, "schedule is .*expected"),
     "a number of steps": ({"steps": 5.0}, "steps=5.0: expected a whole number of steps"),
     "a batch size": ({"batch_size": 0}, "batch_size=0"),
+    "a clip": ({"clip_norm": 0.0}, "clip_norm=0.0: expected a number above 0 or None"),
     "a batch of more than all": ({"batch_size": N + 1}, "more than the 24"),
     "groups of other length": ({"groups": torch.zeros(3, dtype=torch.int64)}, "groups is"),
     "negative groups": ({"groups": torch.full((N,), -1)}, "groups is"),

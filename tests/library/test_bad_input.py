@@ -229,6 +229,9 @@ def test_an_option_out_of_its_range_is_refused_by_name(name: str) -> None:
     case, (wrong, text) = toy("mlp"), OPTIONS[name]
     with unmoved(case), pytest.raises(MetaplError, match=rf"^{name}={wrong!r}: expected .*{text}"):
         metapl.BilevelTrainer(**case.networks(), **{name: wrong})
+    if name in inspect.signature(metapl.hypergradient).parameters:
+        with unmoved(case), pytest.raises(MetaplError, match=rf"^{name}={wrong!r}: expected .*{text}"):
+            build(case, **{name: wrong})[0]()
     if name in inspect.signature(LossTrainer).parameters:
         optimizer = torch.optim.SGD(case.student.parameters(), lr=0.1)
         with unmoved(case), pytest.raises(MetaplError, match=rf"^{name}={wrong!r}: expected .*{text}"):

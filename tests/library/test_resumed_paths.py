@@ -149,7 +149,7 @@ CALLS: dict[str, Call] = {
     "labels are drawn": lambda *a: gradient(
         *a, teacher=network, problem=metapl.PseudoLabels("hard"), batch=unlabeled, generator=3
     ),
-    "a list of weights": lambda *a: gradient(*a, student=recurrent),
+    "a list of weights": lambda *a: gradient(*a, student=recurrent, clip_norm=0.1),
     "attribution": attribution,
 }
 # The number of a batch that is read, or of a file that is about to get its name, at which the process is killed.
@@ -248,6 +248,7 @@ TAUGHT: dict[str, Any] = {"problem": ExampleWeights(), "batch": lambda k: (*batc
 KILLED: dict[str, dict[str, Any]] = {
     "another seed of the generator": {"generator": 0},
     "a hook of the teacher": {"teacher": table, **TAUGHT},
+    "param groups behind a clip": {"clip_norm": 0.5},
 }
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -264,6 +265,8 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "a hook of the teacher": ({"teacher": hooked}, "forward hooks of the teacher"),
     "an attribute": ({"scale": 2.0}, "a student"),
     "param groups": ({"optimizer": lambda s: adam(s, first=2)}, "an inner optimizer"),
+    "param groups behind a clip": ({"optimizer": lambda s: adam(s, first=2)}, "an inner optimizer"),
+    "clip": ({"clip_norm": 0.5}, "a clip_norm"),
 }
 
 
