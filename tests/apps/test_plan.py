@@ -156,6 +156,32 @@ def test_networks_with_values_and_steps_that_read_them_are_refused() -> None:
     assert all(p.is_meta for network in pair for p in network.parameters())
 
 
+def own_pair(*_: nn.Module) -> metapl.BilevelTrainer:
+    return metapl.BilevelTrainer(nn.Linear(3, 2), nn.Linear(3, 2))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a Sequential": ({"networks": nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))}, "networks is of type Sequential"),
+    "no network": ({"networks": [None, nn.Linear(3, 2)]}, "a network to rehearse is of type NoneType"),
+    "no function of batches": ({"batches": (torch.ones(4, 3),)}, "batches is a tuple of 1 .*expected a function"),
+    "a tensor as a batch": ({"batches": lambda: torch.ones(4, 3)}, "what batches returns is a tensor of shape"),
+    "no function of networks": ({"train": None}, "train is of type NoneType; expected a function"),
+    "no trainer": ({"train": lambda *_: None}, "what train returns is of type NoneType; expected a trainer"),
+    "a trainer of others": ({"train": own_pair}, "train returned a trainer of other networks than train was given"),
+    "a number of ranks": ({"mesh": 8}, r"mesh is of type int; expected a metapl\.distributed\.Mesh"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_rehearsed_is_refused_by_name(case: str) -> None:
+    given, said = REFUSED[case]
+    with torch.device("meta"):
+        pair = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    usual = {"networks": pair, "train": metapl.BilevelTrainer, "batches": lambda: ((torch.randn(4, 3),), {})}
+    with pytest.raises(MetaplError, match=said):
+        rehearse(**{**usual, **given})
+
+
 def test_the_feedback_is_what_a_step_without_it_does_not_hold() -> None:
     found, without = (planned(digits(mode, 512, unlabeled_batch=8)) for mode in ("forward", "none"))
     assert found.per_rank["feedback"] > found.per_rank["weights"]  # v and θ′ at least, each as large as a network

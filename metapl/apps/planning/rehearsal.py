@@ -181,7 +181,8 @@ def rehearse(
         batches: makes what ``trainer.step`` is given, this rank's rows, by calls such as ``torch.empty``.
         averaged: with a moving average of the last network's weights and buffers.
 
-    Raises: :class:`metapl.MetaplError` for networks with values, and for a step that reads some.
+    Raises: :class:`metapl.MetaplError` for networks with values, for a trainer of others, and for a step that reads
+        values.
 
     >>> import metapl
     >>> with torch.device("meta"):
@@ -192,7 +193,13 @@ def rehearse(
     >>> step.phases["feedback"]["weights"] == 2 * 4 * 75_010
     True
     """
-    mesh = mesh or Mesh()
+    mesh = Mesh() if mesh is None else mesh
+    _refuse_other("networks", networks, list | tuple, "a list of networks, in the order in which train takes them")
+    _refuse_other("train", train, Callable, "a function that makes a trainer from the networks")
+    _refuse_other("batches", batches, Callable, "a function that makes what trainer.step is given")
+    _refuse_other("mesh", mesh, Mesh, "a metapl.distributed.Mesh, such as Mesh(shard=8), or None")
+    for network in networks:
+        _refuse_other("a network to rehearse", network, nn.Module, "a torch.nn.Module")
     places = {t.device.type for network in networks for t in network.parameters()} - {"meta"}
     if places:
         raise MetaplError(
@@ -207,8 +214,16 @@ def rehearse(
             networks = [laid_out(network, mesh) for network in networks]
             with unset_fake_temporarily():
                 trainer = train(*networks)
+            _refuse_other("what train returns", trainer, BilevelTrainer | LossTrainer, "a trainer")
+            trained = [net for net in (getattr(trainer, "teacher", None), trainer.student) if net is not None]
+            if not all(isinstance(local(p), FakeTensor) for net in trained for p in net.parameters()):
+                raise MetaplError(
+                    "train returned a trainer of other networks than train was given; expected one of those, as they "
+                    "are laid out over the mesh, with optimizers over their parameters."
+                )
             kept = [*networks[-1].parameters(), *networks[-1].buffers()] if averaged else []
             average, given = [torch.empty_like(local(t)) for t in kept], batches()
+            _refuse_other("what batches returns", given, list | tuple, "the arguments of trainer.step, in a tuple")
             if mesh.tensor > 1:  # the first time, DTensor runs each operation on whole shapes, to learn its result's
                 trainer.step(*given)
             return rehearsed(trainer, given, average)
@@ -219,6 +234,11 @@ def rehearse(
         ) from error
     finally:
         log.disabled = before
+
+
+def _refuse_other(name: str, given: Any, kind: Any, expected: str) -> None:
+    if not isinstance(given, kind):
+        raise MetaplError(f"{name} is {checks.described(given)}; expected {expected}.")
 
 
 def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequence[Tensor] = ()) -> Rehearsal:
