@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,11 @@ def test_classes_have_scores_of_their_own(
         ("run", ("--removals", "2"), "--removals 2 are too few for a correlation; expected 8 or more, or 0"),
         ("run", ("--steps", "3", "--batch", "8"), "--steps 3 of 8 pictures leave some of the 32 out"),
         ("run", ("--lr", "0"), "--lr 0.0: expected a number above 0"),
+        (
+            "../digits",
+            (),
+            "expected the folder of a run, or images or noisy, the recipes whose pictures are in folders",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
@@ -203,6 +209,47 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     assert main(["attribute", str(root / run), "--out", str(tmp_path / "out"), *flags]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_among_the_pictures_is_refused(
+    folders: tuple[Path, set[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is written there would be pictures of a class."""
+    root, _ = folders
+    for out in (root / "noisy", root / "noisy" / "bar" / "out", root / "clean" / "out"):
+        for words in (["attribute", root / "run"], ["train", "noisy", *given(root), "--steps", "2"]):
+            assert re.search(rf"--out {out} lies in --\w+ .*, where pictures", refused(capsys, *words, "--out", out))
+        assert not (out / "attribution.csv").exists()
+    assert sorted(path.name for path in (root / "noisy").iterdir()) == ["bar", "beam"]
+
+
+def test_a_class_without_pictures_to_judge_by_is_named(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = folders
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "bar").symlink_to(root / "others" / "bar")
+    flags = ("--val", tmp_path / "val", "--out", tmp_path / "out", *SOME[:-4], "--removals", "0")
+    assert "on 4 others, none of them of beam, after" in " ".join(
+        said(capsys, "attribute", root / "run", *flags).split()
+    )
+
+
+def test_the_pictures_that_judge_are_named_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, default in (("noisy", "those of --clean"), ("images", "a fifth of the labeled pictures")):
+        with pytest.raises(SystemExit):
+            main(["attribute", recipe, "--help"])
+        words = " ".join(re.findall(r"[^\s│]+", capsys.readouterr().out))
+        assert f"by which the others are judged, in a folder like --labeled. By default {default}" in words
+
+
+def test_torchrun_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "2")
+    told = refused(capsys, "attribute", tmp_path, "--out", tmp_path / "out")
+    assert "torchrun has started 2 processes of metapl attribute, which takes one; start it without" in told
 
 
 def test_a_run_of_another_kind_and_a_file_in_the_place_of_the_folder_are_refused(

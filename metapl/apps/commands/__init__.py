@@ -84,6 +84,7 @@ def _dispatch(given: list[str]) -> int:
         return print_completion(words)
     if command not in COMMANDS:
         raise _unknown("command", command, [*COMMANDS], "see metapl --help")
+    from metapl.apps.commands.launch import check_alone, is_first, left_to_first
     from metapl.apps.commands.parse import flags_named, parse
 
     program, kind = f"metapl {command}", found(command, words)
@@ -102,10 +103,10 @@ def _dispatch(given: list[str]) -> int:
         try:
             kind, program = kind.given(words, program)
             chosen = parse(kind, program, words)
+            if kind.alone:
+                check_alone(program)
             chosen.check()
         except MetaplError:
-            from metapl.apps.commands.launch import is_first, left_to_first
-
             if is_first():
                 raise
             return left_to_first()  # every process has the same flags

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from metapl.apps.commands.inputs import held, written
+from metapl.apps.commands.inputs import check_out, held, written
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Run, Switch, unset
 from metapl.apps.experiments.folder import begun, flat, stored
 from metapl.apps.experiments.galleries import gallery_of
@@ -28,10 +28,11 @@ from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.store import FileImages
 from metapl.apps.recipes import ImageFolders, NoisyFolders
+from metapl.apps.recipes.image_folders import SELECTED
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, whole
 from metapl.apps.recipes.settings import Batch, Steps
 from metapl.apps.reports import web
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
 from metapl.runs.cores import default_threads
@@ -101,6 +102,7 @@ class Attributing(Command):
     def run(self) -> int:
         subject = self.subject()
         recipe = subject.recipe
+        check_out(self.out, recipe)
         with held(self.out, TABLE, PAGE):
             torch.set_num_threads(subject.threads)
             device = recipe.torch_device()
@@ -180,6 +182,7 @@ class Attributing(Command):
             "image_size": recipe.image_size,
             "pictures": len(train),
             "judged_on": len(outer),
+            "not_judged_on": [name for c, name in enumerate(recipe.classes) if c not in outer.labels],
             "steps": steps,
             "batch": batch,
             "lr": self.lr,
@@ -242,6 +245,12 @@ class Attribute(Attributing):
     device: Annotated[Literal["auto", "cpu", "cuda"] | None, unset()] = None
 
     def subject(self) -> Subject:
+        if not self.folder.exists():
+            recipes = " or ".join(kind.name for kind in JUDGED)
+            raise MetaplError(
+                f"there is no folder {self.folder}; expected the folder of a run, or {recipes}, the recipes whose "
+                f"pictures are in folders: metapl attribute {JUDGED[0].name} --help."
+            )
         folder = begun(self.folder)
         recipe, _ = stored(folder)
         if not isinstance(recipe, ImageFolders):
@@ -277,16 +286,32 @@ class JudgedFolders(ImageFolders):
 
     Args:
         unlabeled: pictures that a run had beside these, by which its sizes and colors were chosen; by default none.
+        val: pictures whose labels are right, by which the others are judged, in a folder like --labeled. By default
+            a fifth of the labeled pictures is set aside if that makes 50 or more.
     """
 
     unlabeled: Annotated[str, unset("DIR")] = ""
+    val: Annotated[str | None, unset("DIR"), SELECTED] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unlabeled", self.unlabeled or self.labeled)
         super().__post_init__()
 
 
-OF_RECIPES = AttributeRecipe.on(JudgedFolders, NoisyFolders)
+@dataclass(frozen=True, kw_only=True)
+class JudgedNoisyFolders(NoisyFolders):
+    """Pictures some of which are in the folder of a wrong class, and others whose labels are right.
+
+    Args:
+        val: pictures whose labels are right, by which the others are judged, in a folder like --labeled. By default
+            those of --clean.
+    """
+
+    val: Annotated[str | None, unset("DIR")] = None
+
+
+JUDGED = (JudgedFolders, JudgedNoisyFolders)
+OF_RECIPES = AttributeRecipe.on(*JUDGED)
 
 
 class Scored(NamedTuple):
@@ -362,10 +387,11 @@ def sentences(found: dict[str, Any]) -> list[str]:
         )
     if found["loss"] >= found["loss_of_guesses"]:
         check = check.partition(" Near 1 ")[0]
+    missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
     unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
     return [
         f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
-        f"the loss of {found['network']} on {found['judged_on']:,} others after {found['steps']:,} steps of "
+        f"the loss of {found['network']} on {found['judged_on']:,} others{missing} after {found['steps']:,} steps of "
         f"{found['batch']}, at a rate of {found['lr']:g} that falls to 0. The loss there is {found['loss']:.3f}, that "
         f"of even guesses {found['loss_of_guesses']:.3f}{unlearned}.",
         check,

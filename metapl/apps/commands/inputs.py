@@ -156,6 +156,16 @@ class TestFolder:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def check_out(out: Path | None, recipe: Any) -> None:
+    """Refuse a folder to write to in one that a recipe reads pictures from, where what is written would be read too."""
+    for name in getattr(recipe, "places", ()):
+        folder = getattr(recipe, name)
+        if out is not None and folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
+            raise MetaplError(
+                f"--out {out} lies in --{name} {folder}, where pictures are read from; expected a folder elsewhere."
+            )
+
+
 @contextmanager
 def held(out: Path | None, *files: str) -> Iterator[None]:
     """The folder of ``--out``, which nobody else writes to until the block ends; nothing where there is none.

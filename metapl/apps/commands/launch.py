@@ -53,6 +53,16 @@ def left_to_first() -> int:
     return 2
 
 
+def check_alone(program: str) -> None:
+    """Refuse a command of one process that ``torchrun`` has started in several."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1":
+        raise MetaplError(
+            f"torchrun has started {count} processes of {program}, which takes one; start it without torchrun: "
+            f"{program} ..."
+        )
+
+
 def check_started(mesh: Mesh) -> None:
     """Refuse a mesh that is not of the processes that were started."""
     count = int(os.environ.get("WORLD_SIZE", "1"))

@@ -41,6 +41,8 @@ File = Annotated[Path | None, unset("FILE")]
 class Command(ABC):
     """A command: its fields are the flags, with their ranges as types, and its docstring is the help."""
 
+    alone: ClassVar[bool] = True  # in one process
+
     def __post_init__(self) -> None:
         check_fields(self)
 

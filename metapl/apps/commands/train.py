@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from metapl.apps.commands.inputs import run_folder
+from metapl.apps.commands.inputs import check_out, run_folder
 from metapl.apps.commands.launch import Lead, check_started, from_first, program, run_together
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
 from metapl.apps.commands.process import exit_code
@@ -58,6 +58,7 @@ class Train(OnRecipe):
     """
 
     own: ClassVar[str | None] = None  # the method that trains it unless another is named; None: the recipe's own
+    alone: ClassVar[bool] = False
     equal_cost: ClassVar[bool] = False  # whether compared methods take as many steps as cost the same
 
     method: Unasked[str] = ""
@@ -113,6 +114,7 @@ class Train(OnRecipe):
     def check(self) -> None:
         recipe: Recipe = self.recipe
         check_started(self.mesh)
+        check_out(None if self.resume else self.out, recipe)
         if self.jobs is not None and self.mesh.size > 1:
             raise MetaplError(
                 f"--jobs {self.jobs} has no effect beside --mesh: all processes train one run after another together."
