@@ -77,7 +77,7 @@ def check_started(mesh: Mesh) -> None:
     others = "" if count == 1 else f", or give a mesh of {count}"
     raise MetaplError(
         f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
-        f"expected as many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl train ...{others}"
+        f"expected as many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl ...{others}"
     )
 
 
@@ -96,7 +96,7 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         except ValueError as error:  # of the variables that say where the processes meet
             raise MetaplError(
                 f"process {os.environ.get('RANK', '?')} of {mesh.size} does not know where the others are: {error}. "
-                f"Start all with: torchrun --nproc-per-node={mesh.size} -m metapl train ..."
+                f"Start all with: torchrun --nproc-per-node={mesh.size} -m metapl ..."
             ) from error
     try:
         yield dist.get_rank()
