@@ -31,6 +31,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return color_run(tmp_path_factory)
 
 
+def test_the_curve_is_the_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr("metapl.apps.reports.draw_report", lambda path, network, **_: called.append(network))
+    assert main([*REDUCED, "--out", str(tmp_path / "run")]) == 0
+    assert called == ["student"]
+
+
 def contents(run: Path) -> dict[str, bytes]:
     names = ("metrics.jsonl", "result.json", "student.safetensors", "finetuned_student.safetensors")
     return {name: (run / name).read_bytes() for name in names}

@@ -121,6 +121,8 @@ def test_one_network_has_its_losses_and_no_student(tmp_path: Path, pages: list[F
     assert [legends(figure) for figure in pages[:3]] == [[["network"], own], [own], [own[:1]]]
     assert legends(pages[3])[:2] == [["student", "teacher"], ["inner (student)", "outer (labeled)"]]
     assert all(line.get_xydata().shape == (90, 2) for axes in pages[0].axes for line in axes.get_lines())
+    draw(tmp_path / "report.png", curves={"reduced": rows(90, ALONE)}, network="student")
+    assert legends(pages[4])[0] == ["student"]
 
 
 def test_the_spread_of_the_feedback_stands_in_for_its_ratio(tmp_path: Path) -> None:

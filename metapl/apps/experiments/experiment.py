@@ -22,7 +22,7 @@ from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
-from metapl.apps.recipes.methods import EVERY_METHOD, title
+from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks_of
 from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
@@ -177,6 +177,7 @@ class Experiment:
             classes=list(task.classes),
             summary=" ".join(summary(content)),
             galleries=galleries.read_galleries(self.folder.path, content.get("sha256", {}).get(galleries.FILE)),
+            network=titled(content["method"], "student"),
         )
 
     @property

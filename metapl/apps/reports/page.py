@@ -115,6 +115,7 @@ def draw_report(
     summary: str,
     galleries: Sequence[Gallery] = (),
     along: str = "step",
+    network: str = "network",
 ) -> None:
     """Draws a training, or several to compare, as one PNG file.
 
@@ -127,6 +128,7 @@ def draw_report(
         classes: C names, or None for numbers.
         galleries: pictures below all that, each gallery in one row or two; those beyond are left out.
         along: what steps are counted in.
+        network: what the network is called where no method has a teacher beside it.
 
     A panel without figures is left out, and so is a gallery without pictures. Figures that jump from step to step are
     drawn as a running mean over a fortieth of the steps, with the single steps pale behind them.
@@ -183,11 +185,12 @@ def draw_report(
                 places = [*range(len(panels)), *[len(panels) - 1] * (len(panels) % columns)]
                 mosaic = [places[start : start + columns] for start in range(0, len(places), columns)]
                 for number, axes in parts.pop().subplot_mosaic(mosaic).items():
-                    _draw_panel(axes, panels[number], curves, along, line=0.2 / ((high - low) / rows - 1.3))
+                    line = 0.2 / ((high - low) / rows - 1.3)
+                    _draw_panel(axes, panels[number], curves, along, network, line)
         canvas.write_page(path, figure)
 
 
-def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: float) -> None:
+def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, network: str, line: float) -> None:
     """The curves of all methods with their scales and a note; ``line`` is a line of text as a share of the height."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
@@ -238,7 +241,7 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: floa
     else:
         canvas.write_heading(axes, panel.title)
         if panel.now_and_then and present.keys() == {0}:
-            present = {0: "network"}
+            present = {0: network}
         colors = PALETTE if len(curves) == 1 else [QUIET] * len(PALETTE)
         handles = [
             Line2D([], [], color=colors[rank], linestyle=DASHES[rank], label=name)
