@@ -66,13 +66,14 @@ def called(name: str) -> str:
 
 @contextmanager
 def calling(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors of this block name arguments of what it calls as the caller knows them.
+    """Let errors of this block name arguments of what it calls as the caller knows them; inside another such block,
+    that one's names stay too.
 
     >>> with calling({"inner_optimizer": "optimizer"}):
     ...     called("inner_optimizer"), called("student")
     ('optimizer', 'student')
     """
-    token = CALLED.set(names)
+    token = CALLED.set({**names, **CALLED.get()})
     try:
         yield
     finally:

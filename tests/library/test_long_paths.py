@@ -475,6 +475,11 @@ def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 20_000)
     with pytest.raises(MetaplError, match=r"free; expected keep_on= with a folder"):
         gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep="tree"))
+    with pytest.raises(MetaplError, match=r"free; expected keep_on= with a folder"):
+        metapl.attribute(student, batch(0), batch(1), optimizer=inner, steps=STEPS, batch_size=8)
+    trainer = metapl.BilevelTrainer(None, student, Forward(), problem=EqualWeights(), inner_optimizer=inner)
+    with pytest.raises(MetaplError, match=r"free; expected fewer steps\.$"):
+        trainer.step(outer=batch(-1), inner=Lookahead(batch, steps=STEPS))  # which takes no folder
     monkeypatch.setattr(keeping, "free_bytes", lambda _: None)  # the system does not say
     assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 11, of 120"
     with pytest.raises(MetaplError, match="is no folder"):
