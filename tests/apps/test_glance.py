@@ -19,7 +19,7 @@ import torch
 from command import edited, metapl, refused, said
 from tiny_runs import NOISY_STUDENT, TINY, built_once, color_run, trained
 
-from metapl.apps.commands.listing import glance, listing
+from metapl.apps.commands.listing import HEAD, glance, listing
 from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.galleries import mistakes
 from metapl.apps.recipes.base import hints_of
@@ -181,6 +181,23 @@ def test_names_that_are_too_long_have_a_line_of_their_own() -> None:
     assert len({width_of(line[: line.index("1,000,000")]) for line in of_wide[1:3]}) == 1
     wide = listing([entry | {"run": name}], 200).splitlines()
     assert wide[1].startswith(f"{name}  noisy_student  a/very/long  1,000,000  100.0 (99.0-100.0) test")
+
+
+@pytest.mark.parametrize(
+    ("width", "head"), [(80, " ".join(HEAD)), (60, "run method steps accuracy, %"), (42, "run method accuracy, %")]
+)
+def test_a_narrow_terminal_has_fewer_columns(width: int, head: str) -> None:
+    entry = {
+        "run": "a-name-of-a-run",
+        "date": "2026-01-31T12:00:00",
+        "methods": ["noisy_student"],
+        "data": "a/very/long",
+    }
+    ended = {"state": "finished", "steps": 1_000, "seeds": [0], "accuracy": 0.5, "interval": [0.4, 0.6], "on": "test"}
+    lines = listing([entry | ended], width).splitlines()
+    assert " ".join(lines[0].split()) == head
+    assert "50.0 (40.0-60.0) test" in lines[1] + lines[2]
+    assert max(map(len, lines)) <= width
 
 
 def test_a_folder_that_cannot_be_listed_is_told(

@@ -27,6 +27,7 @@ from metapl.words import columns, short, shown, table, tell, width_of, wrapped
 
 HEAD = ("run", "method", "data", "steps", "accuracy, %", "date")
 CUT, LEAST = (2, 1, 0), 9  # columns that are cut where lines are too long, and to how many letters at least
+LEFT_OUT = (5, 2, 3)  # columns that are left out, whose width is then 0, where that does not suffice
 WRITTEN = ("recipe.json", "metrics.jsonl", "result.json")  # the newest of them says of when a run is
 
 
@@ -156,13 +157,18 @@ def listing(found: Sequence[Mapping[str, Any]], width: int) -> str:
         )
     cells = [[shown(text) for text in row] for row in rows]
     widths = [max(map(width_of, column)) for column in zip(*cells, strict=True)]
+    least = [min(size, LEAST) if column in CUT else size for column, size in enumerate(widths)]
+    for column in LEFT_OUT:
+        if sum(least) + 2 * (sum(map(bool, least)) - 1) > width:
+            least[column] = widths[column] = 0
     for column in CUT:
-        beyond = sum(widths) + 2 * (len(widths) - 1) - width
+        beyond = sum(widths) + 2 * (sum(map(bool, widths)) - 1) - width
         widths[column] = max(widths[column] - max(beyond, 0), min(widths[column], LEAST))
     long = {
         number: row[0] for number, row in enumerate(cells) if width_of(row[0]) > widths[0]
     }  # each in a line of its own
-    fits = [["" if i in long else row[0], *map(short, row[1:], widths[1:])] for i, row in enumerate(cells)]
+    kept = [column for column, size in enumerate(widths) if size and column]
+    fits = [["" if i in long else row[0], *(short(row[j], widths[j]) for j in kept)] for i, row in enumerate(cells)]
     lines = list[str]()
     for number, line in enumerate(table(fits, left=len(HEAD)).split("\n")):
         lines += filter(None, (long.get(number), line, below.get(number)))
