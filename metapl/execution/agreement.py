@@ -170,24 +170,25 @@ def check_loss(losses: Tensor, first: Tensor, ranks: Ranks = ALONE) -> None:
     )
 
 
-def check_gradient(again: Tree, first: Tree, tolerance: float, ranks: Ranks = ALONE) -> None:
-    """Refuse, on all ranks, a replay whose gradient differs from the ``first``, by the norms of both in each weight;
-    NaN where one was not computed."""
+def check_gradient(
+    again: Mapping[str, Tensor], first: Tree, tolerance: Tensor | None = None, ranks: Ranks = ALONE
+) -> None:
+    """Refuse, on all ranks, a replay whose gradient reaches other weights than the ``first``; with a ``tolerance``, one
+    of another norm in one of them. What these are of is given by their norms; nothing is compared with none."""
     if not first:
         return
-    zero = torch.zeros_like(next(iter(first.values())))
-    gaps = torch.stack([again.get(n, zero) - first.get(n, zero) for n in {**first, **again}]).abs().nan_to_num()
-    gap, size = ranks.pooled(
-        torch.stack([gaps.amax(), torch.linalg.vector_norm(torch.stack([*first.values()]))])
-    ).unbind()
+    norms = torch.stack([*first.values()])
+    gap, limit = norms.new_full((), math.inf if again.keys() != first.keys() else 0.0), torch.zeros_like(norms[0])
+    if tolerance is not None and again.keys() == first.keys():
+        gap = (torch.stack([again[name] for name in first]) - norms).abs().amax()
+        limit = tolerance * torch.linalg.vector_norm(norms)
     _refuse(
-        gap,
-        tolerance * size,
+        ranks.pooled(gap),
+        ranks.pooled(limit),
         "the student does not have the same gradient when the inner pass is repeated with the same batch, weights, "
-        "buffers and default random generators (in one weight its norm differs by {gap:.2g}, of {size:.2g} in all), so "
-        f"the feedback would be wrong. Usual causes: what the forward detaches, or a backward pass of its own, depends "
-        f'on {_CAUSES}. mode="unrolled" repeats no pass and takes the student as it is.',
-        size=size,
+        "buffers and default random generators (it reaches other weights, or has another norm in one), so the feedback "
+        f"would be wrong. Usual causes: what is detached, or a backward pass of its own, depends on {_CAUSES}. "
+        'mode="unrolled" repeats no pass and takes the student as it is.',
     )
 
 

@@ -48,24 +48,24 @@ class HessianGraph:
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.read = False  # whether the values of the gradient are
         self._task: int | None = None  # the backward pass of :meth:`gradient`
 
     @property
     def unread(self) -> bool:
         """Whether the backward pass that is running is for its graph alone. One within it, of a network that computes a
         gradient itself where a checkpoint or a Function of its own runs it again, is not: its values are read."""
-        return not self.read and self._task == torch._C._current_graph_task_id()
+        return self._task == torch._C._current_graph_task_id()
 
-    def gradient(self, value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradient of a scalar, to be differentiated once; unless its values are ``read``, NaN for a matrix."""
+    def gradient(self, value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradient of a scalar, to be differentiated once; its values are not to be read, and NaN for a weight.
+        None in a leaf that it does not reach."""
 
         def begins(_: Tensor) -> None:
             self._task = torch._C._current_graph_task_id()
 
         hook = value.register_hook(begins)
         try:
-            return torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+            return torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
         finally:
             self._task = None
             hook.remove()

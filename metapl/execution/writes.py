@@ -115,6 +115,10 @@ class Watch(TorchDispatchMode):
                 one.written[id(p)] = p, data, before
 
 
+_COMPARED = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+}
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _ROUNDING = {
     getattr(torch.ops.aten, name).default for name in ("round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside")
@@ -241,8 +245,8 @@ def weights_watched(
     given = tensors_in(inputs)
     versions = [t._version for t in given]
     # Writes by .data or numpy count in no version.
-    plain = [t for t in given if type(t) is Tensor and t.layout is torch.strided and not waits(t)]
-    copies = [(t, t.detach().clone()) for t in plain if looking or values]
+    plain = [t for t in given if type(t) is Tensor and t.dtype in _COMPARED and not (t.is_nested or waits(t))]
+    copies = [(t, t.detach().clone()) for t in plain if (looking or values) and t.layout is torch.strided]
     watch: Any = Watch(weights) if looking else nullcontext()
     try:
         with watch as watching:

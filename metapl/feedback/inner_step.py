@@ -265,6 +265,8 @@ class InnerStep:
 
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
+        for part in self.passes:
+            part.sizes = {}  # the gradient is another one
         step = replace(self, signal=signal, grads={}).again(self.params, self.state)
         return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
 

@@ -367,6 +367,36 @@ def test_a_gradient_that_is_drawn_by_another_source_is_refused(keep_every: int, 
         )
 
 
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.reshape(len(x), 4, 4)).mean(1))
+
+
+@pytest.mark.parametrize("keep_every", [1, 2])
+def test_a_gradient_that_is_nothing_but_rounding_is_not_refused(keep_every: int) -> None:
+    """Of a student that is its teacher; attention runs by another kernel in a replay."""
+    torch.manual_seed(5)
+    teacher = Attending().double()
+    problem = case(copy.deepcopy(teacher), teacher)
+    given = {"labeled": problem.labeled, "unlabeled": metapl.Lookahead([problem.unlabeled] * 4)}
+    found = [
+        metapl.hypergradient(
+            problem.teacher,
+            problem.student,
+            **given,
+            mode=mode,
+            inner_optimizer=torch.optim.SGD(problem.student.parameters(), lr=0.1),
+        ).grads
+        for mode in ("unrolled", metapl.feedback.Forward(keep_every=keep_every))
+    ]
+    assert error(found[1], found[0]) < 1e-9
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_one_sided_difference_refuses_them_as_well(source: str) -> None:
     torch.manual_seed(5)
