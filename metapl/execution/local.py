@@ -359,7 +359,8 @@ class Pass:
             raise checks.without_gradient("student")
         keep = self.student.double_backward
         with self._running():
-            sizes = None if runs_compiled(self.student.module) else self.sizes  # a graph of its own may end elsewhere
+            # The graph of a compiled pass may end elsewhere than that of its replay.
+            sizes = None if "forward" in vars(self.student.module) else self.sizes
             grads = self.student.gradient(value, self._at, create_graph=keep or self.keeps, sizes=sizes)
         if not grads:
             raise checks.without_gradient("student")
