@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, leaves_of, waits
+from metapl.execution import checks
+from metapl.execution.checks import described, leaves_of
 
 # A place that holds a parameter, as its dictionary and name there.
 Slot = tuple[dict[str, Any], str, Any]
@@ -245,7 +246,7 @@ def weights_watched(
     given = tensors_in(inputs)
     versions = [t._version for t in given]
     # Writes by .data or numpy count in no version.
-    plain = [t for t in given if type(t) is Tensor and t.dtype in _COMPARED and not (t.is_nested or waits(t))]
+    plain = [t for t in given if type(t) is Tensor and t.dtype in _COMPARED and not (t.is_nested or checks.waits(t))]
     copies = [(t, t.detach().clone()) for t in plain if (looking or values) and t.layout is torch.strided]
     watch: Any = Watch(weights) if looking else nullcontext()
     try:

@@ -130,7 +130,7 @@ def hypergradient(
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
-    check_arguments(hypergradient, locals())
+    check_arguments(hypergradient, {**locals(), "mode": estimate})
     checks.is_generator(generator)
     of_teacher, of_student, device = layouts(teacher, student)
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)

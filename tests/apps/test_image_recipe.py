@@ -98,7 +98,8 @@ def test_a_run_that_has_begun_to_train_stays_when_it_fails(pictures: Path, tmp_p
 
 
 def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
-    folders = ("--labeled", tmp_path / "none", "--unlabeled", tmp_path)
+    (tmp_path / "many").mkdir()
+    folders = ("--labeled", tmp_path / "none", "--unlabeled", tmp_path / "many")
     done = metapl("train", "images", *folders, "--out", tmp_path / "run", code=2)
     assert len(done.stderr.strip().splitlines()) == 1
     assert str(tmp_path / "none") in done.stderr
