@@ -1,6 +1,6 @@
 """Is the feedback worth its time on pictures? `metapl train images` at equal time: UDA and Meta Pseudo Labels.
 
-    python -m benchmarks.pictures.feedback --costs      # seconds of a step, on an idle core; measured once, then fixed
+    python -m benchmarks.pictures.feedback --costs      # seconds of a step, on an idle core; the first time counts
     python -m benchmarks.pictures.feedback --tune       # equally many configurations for each method
     python -m benchmarks.pictures.feedback --minutes 3  # what was chosen, on other seeds; 3, 10 and 30
     python -m benchmarks.pictures.feedback --unseen --costs         # the same on the unseen half: costs, then runs
@@ -17,7 +17,7 @@ the settings of the one with feedback, and is not tuned by itself. UDA is also r
 The unseen half has the same arms on pictures of a seed of its own, with as many unlabeled pictures as the problem has.
 **Its primary test, written before it was opened: Meta Pseudo Labels minus the same without feedback at 10 minutes, a
 sign-flip test over the nine problems, at 5 %.** All else there is descriptive: Meta Pseudo Labels minus tuned UDA, and
-tuned UDA minus UDA as it is.
+tuned UDA minus UDA as it is. These two arms were announced, and tuned UDA ran on four problems so far.
 """
 
 from __future__ import annotations
@@ -249,7 +249,10 @@ def unseen_table(rows: list[Row]) -> str:
             cells = [f"{value:.1f}" for value in (*values, statistics.fmean(values))]
             lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
     as_it_is, uda, mpl, none = final_arms(rows)
-    differences = (("primary: the feedback itself", mpl, none), ("Meta Pseudo Labels and tuned UDA", mpl, uda))
+    differences = (
+        ("primary: feedback in the last quarter, at equal time", mpl, none),
+        ("Meta Pseudo Labels and tuned UDA", mpl, uda),
+    )
     lines += ["", "| difference | mean | 95 % over problems | sign-flip p |", "|---|---:|---:|---:|"]
     for name, first, second in (*differences, ("tuned UDA and UDA as it is", uda, as_it_is)):
         if first in reached and second in reached:
