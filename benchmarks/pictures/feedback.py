@@ -232,7 +232,7 @@ def table(rows: list[Row]) -> str:
             found = [[accuracy(row) for row in final if row["problem"] == name] for name in PROBLEMS]
             if final:
                 cells = [f"{statistics.fmean(values):.1f}" for values in [*found, [v for vs in found for v in vs]]]
-                which = f"{minutes:g} | {len(found[0])} | {TITLES[method]} | {label}"
+                which = f"{minutes:g} | {len(found[0])} | {TITLES[method]} | {_called(method, label)}"
                 lines.append(f"| {which} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -247,7 +247,7 @@ def unseen_table(rows: list[Row]) -> str:
         if found.keys() >= {*UNSEEN}:
             values = reached[method, label] = [found[name] for name in UNSEEN]
             cells = [f"{value:.1f}" for value in (*values, statistics.fmean(values))]
-            lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
+            lines.append(f"| {TITLES[method]} | {_called(method, label)} | " + " | ".join(cells) + " |")
     as_it_is, uda, mpl, none = final_arms(rows)
     differences = (
         ("primary: feedback in the last quarter, at equal time", mpl, none),
@@ -284,6 +284,10 @@ def block(rows: list[Row]) -> str:
     )
     unseen = f"On the unseen half, 10 minutes, pictures of seed {UNSEEN_SEED}:\n\n{unseen_table(rows)}"
     return f"{table(rows)}\n\n{told} {tuned()}\n\n{unseen}"
+
+
+def _called(method: str, label: str) -> str:
+    return label.removeprefix("ratio 0.3, ") if method == "none" else label  # which has no feedback
 
 
 def _is(row: Row, method: str, label: str) -> bool:
