@@ -170,11 +170,12 @@ def check_loss(losses: Tensor, first: Tensor, ranks: Ranks = ALONE) -> None:
     )
 
 
-def check_gradient(
+def check_same_gradient(
     again: Mapping[str, Tensor], first: Tree, tolerance: Tensor | None = None, ranks: Ranks = ALONE
 ) -> None:
-    """Refuse, on all ranks, a replay whose gradient reaches other weights than the ``first``; with a ``tolerance``, one
-    of another norm in one of them. What these are of is given by their norms; nothing is compared with none."""
+    """Refuse, on all ranks, a replay whose gradient ``again`` reaches other weights than the ``first``, which is given
+    by its norms, or not at all. With a ``tolerance``, relative to the norm of the whole, so is ``again``, and may not
+    differ by more in any weight."""
     if not first:
         return
     norms = torch.stack([*first.values()])

@@ -21,25 +21,16 @@ from metapl.execution import checks
 from metapl.execution.agreement import (
     BY_DIFFERENCE,
     BY_FORWARD_MODE,
-    check_gradient,
     check_loss,
     check_outputs,
+    check_same_gradient,
     coarsest,
 )
 from metapl.execution.buffers import Slots, State, stand_in, swapped
 from metapl.execution.compiled import runs_compiled, uncompiled
 from metapl.execution.hessians import hessian_graph
 from metapl.execution.kernels import explained, forward_mode, no_fast_path, refuse_once_differentiable
-from metapl.execution.numerics import (
-    WHOLE,
-    Space,
-    Tree,
-    full_float32,
-    mean_tree,
-    reduced_float32,
-    wide,
-    wide_tree,
-)
+from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.writes import (
@@ -61,7 +52,7 @@ from metapl.execution.writes import (
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
 _HALF = {torch.float16, torch.bfloat16}
-_PLAIN = ("cut", "own_functions", "changed", "loss", "sizes", "_sample")  # of a pass, for its record
+RECORDED = ("cut", "own_functions", "changed", "loss", "sizes", "_sample")  # of a pass, for its record
 GRAPHS = 32  # that are looked at; a network of more, such as one that drops layers, makes them as it goes
 
 # A scalar of outputs and of the weights that they were computed at.
@@ -392,7 +383,7 @@ class Pass:
     def record(self, base: State) -> dict[str, Any]:
         """What :meth:`recorded` makes the pass of again, without θ and the inputs; ``base``: the student's state at the
         beginning of the path."""
-        return {name: getattr(self, name) for name in _PLAIN} | {
+        return {name: getattr(self, name) for name in RECORDED} | {
             "outputs": self.outputs if self._sample is None else self.outputs.new_empty(0),
             "shape": self.outputs.shape,
             "state": self._state.values(base),
@@ -404,7 +395,7 @@ class Pass:
     @classmethod
     def recorded(cls, student: LocalStudent, base: State, record: Mapping[str, Any]) -> Pass:
         found = cls.__new__(cls)
-        vars(found).update({name: record[name] for name in (*_PLAIN, "outputs")})
+        vars(found).update({name: record[name] for name in (*RECORDED, "outputs")})
         found.student, found.params, found.inputs, found.graph = student, {}, None, None
         found._at, found._held, found._hooks = {}, [], []
         found._state = base.having(record["state"])
@@ -425,7 +416,7 @@ class Pass:
             grads = self.student.gradient(loss(outputs, at), at, sizes=sizes)
             # Kernels that round outputs otherwise may leave another rest of terms that cancel.
             tolerance = torch.where(same, BY_FORWARD_MODE[self.rounded_to].outputs, torch.inf)
-            check_gradient(sizes, self.sizes, tolerance, self.student.ranks)
+            check_same_gradient(sizes, self.sizes, tolerance, self.student.ranks)
             self.sizes = sizes
             return grads
 
@@ -530,7 +521,7 @@ class Pass:
             check_loss(again, self.loss, self.student.ranks)  # at these outputs, to the last digits
             found = graph.gradient(loss(outputs, at), list(at.values()))
             g = {name: t for name, t in zip(at, found, strict=True) if t is not None}
-            check_gradient(g, self.sizes, ranks=self.student.ranks)
+            check_same_gradient(g, self.sizes, ranks=self.student.ranks)
             refuse_once_differentiable(g.values())
             yield partial(_derivatives, g, at, leaves)
 

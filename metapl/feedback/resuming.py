@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import digest
 from metapl.execution.buffers import Slots, State
-from metapl.execution.local import LocalStudent
+from metapl.execution.local import RECORDED, LocalStudent
 from metapl.execution.rng import RandomState
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, States, folder_of
@@ -73,6 +73,7 @@ def known_by(
     rule = inner_optimizer, settings(inner_optimizer), getattr(update, "group_of", None), update.read_state()
     kind, mode = student.device.type, teach.estimate
     return {
+        "a release of metapl": fingerprint(*RECORDED),  # whose records have the same fields
         "a student": fingerprint(student.module),
         "forward hooks of the student": fingerprint(_hooks(student.module)),
         "a teacher": fingerprint(teach.network),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.feedback import Forward
+from metapl.feedback import Forward, resuming
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import atomic
 
@@ -281,6 +281,14 @@ def test_the_folder_of_another_path_is_refused_and_left(case: str, tmp_path: Pat
         gradient(str(tmp_path), lambda: None, **{**own, **given})
     assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert same(gradient(str(tmp_path), lambda: None, **own), gradient(None, lambda: None, **own))
+
+
+def test_a_folder_with_records_of_other_fields_is_refused(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as before, pytest.raises(ZeroDivisionError):
+        before.setattr(resuming, "RECORDED", ("cut", "loss"))
+        gradient(str(tmp_path), stopped_at(20))
+    with pytest.raises(MetaplError, match="of another path, of a release of metapl other than"):
+        gradient(str(tmp_path), lambda: None)
 
 
 def stopped_at(number: int) -> Callable[[], None]:
