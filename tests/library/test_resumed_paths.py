@@ -284,9 +284,10 @@ def test_the_folder_of_another_path_is_refused_and_left(case: str, tmp_path: Pat
 
 
 def test_a_folder_with_records_of_other_fields_is_refused(tmp_path: Path) -> None:
-    with pytest.MonkeyPatch.context() as before, pytest.raises(ZeroDivisionError):
+    with pytest.MonkeyPatch.context() as before:
         before.setattr(resuming, "RECORDED", ("cut", "loss"))
-        gradient(str(tmp_path), stopped_at(20))
+        with pytest.raises(ZeroDivisionError):
+            gradient(str(tmp_path), stopped_at(20))
     with pytest.raises(MetaplError, match="of another path, of a release of metapl other than"):
         gradient(str(tmp_path), lambda: None)
 
