@@ -175,27 +175,32 @@ def whole_step(network: str) -> dict[str, Way]:
         (h,) = torch.autograd.grad(slope, signal, tangent)
         return torch.autograd.grad(q, list(teacher.parameters()), h)
 
-    learner, pupil, labeled, unlabeled = case(network, "cpu")
-    trainer = metapl.BilevelTrainer(
-        learner,
-        pupil,
-        mode="forward",
-        inner_optimizer=torch.optim.SGD(pupil.parameters(), lr=LEARNING_RATE),
-        outer_optimizer=torch.optim.SGD(learner.parameters(), lr=1.0),
-        teacher_losses=(),
-    )
+    def step(compiled: bool) -> Way:
+        learner, pupil, labeled, unlabeled = case(network, "cpu")
+        trainer = metapl.BilevelTrainer(
+            learner,
+            pupil,
+            mode="forward",
+            inner_optimizer=torch.optim.SGD(pupil.parameters(), lr=LEARNING_RATE),
+            outer_optimizer=torch.optim.SGD(learner.parameters(), lr=1.0),
+            teacher_losses=(),
+            compile=compiled,
+        )
 
-    def step() -> list[Tensor]:
-        before = [p.detach().clone() for p in learner.parameters()]
-        trainer.step(labeled=labeled, unlabeled=unlabeled)
-        return [b - p for b, p in zip(before, learner.parameters(), strict=True)]
+        def moved() -> list[Tensor]:
+            before = [p.detach().clone() for p in learner.parameters()]
+            trainer.step(labeled=labeled, unlabeled=unlabeled)
+            return [b - p for b, p in zip(before, learner.parameters(), strict=True)]
+
+        return moved
 
     ways: dict[str, Way] = {
         "double backward by hand": partial(by_hand, *given, 1),
         "kept graph by hand": partial(unchecked, True),
         "forward mode by hand": partial(unchecked, False),
         "`hypergradient`": partial(by_metapl("forward"), *given, 1),
-        "`BilevelTrainer.step`": step,
+        "`BilevelTrainer.step`": step(compiled=False),
+        "the same, compiled": step(compiled=True),
     }
     return {name: sdpa_kernel(SDPBackend.MATH)(way) for name, way in ways.items()}
 

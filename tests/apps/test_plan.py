@@ -92,12 +92,9 @@ SHARED = {
     "small_cnn, cut": (pictures("small_cnn"), {"spatial": 2}),
     "products": (digits("difference"), {"tensor": 2}),
 }
-OFTEN = ("forward", "products")
-"""The others differ in the layout, the estimator, the optimizer or the network."""
-
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.long) if case not in OFTEN else case for case in SHARED]
+    "case", [pytest.param(case, marks=pytest.mark.long) if case != "forward" else case for case in SHARED]
 )
 def test_a_plan_for_two_processes_is_what_each_holds(two: Ranks, case: str) -> None:
     recipe, sizes = SHARED[case]

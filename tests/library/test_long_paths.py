@@ -24,7 +24,7 @@ from metapl.metrics.cost import peak_bytes
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import progress
 
-STEPS = 120
+STEPS = 60
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Optimizer] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -142,13 +142,13 @@ def test_what_is_kept_changes_nothing(optimizer: str, truncate: int | None, tmp_
 
 
 def test_of_a_function_no_batch_is_held() -> None:
-    """Batches of 4 MB, 60 of them, and a network that is small beside them."""
+    """Batches of 2 MB, 60 of them, and a network that is small beside them."""
     torch.manual_seed(0)
-    student = nn.Sequential(nn.Flatten(), nn.Linear(10_000, 3))
+    student = nn.Sequential(nn.Flatten(), nn.Linear(5_000, 3))
 
     def wide(number: int) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(number)
-        return torch.randn(100, 10_000, generator=draw), torch.arange(100) % 3
+        return torch.randn(100, 5_000, generator=draw), torch.arange(100) % 3
 
     def peak(ahead: Lookahead) -> int:
         inner = torch.optim.SGD(student.parameters(), lr=0.01)
@@ -156,7 +156,7 @@ def test_of_a_function_no_batch_is_held() -> None:
         mode = Forward(keep_every=8)
         return peak_bytes(lambda: metapl.hypergradient(None, student, mode=mode, **given), torch.device("cpu"))
 
-    assert peak(Lookahead(wide, steps=60)) < 60 * 4e6 / 2
+    assert peak(Lookahead(wide, steps=60)) < 60 * 2e6 / 2
 
 
 def test_a_teacher_of_batches_that_are_made_learns_the_same() -> None:
@@ -466,9 +466,9 @@ def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.
     student = network()
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
     inner = OPTIMIZERS["adam"](student.parameters())
-    with pytest.raises(MetaplError, match=r"all 120 steps would keep 120 states .* expected Forward\(keep_every=11\)"):
+    with pytest.raises(MetaplError, match=r"all 60 steps would keep 60 states .* expected Forward\(keep_every=8\)"):
         gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_every=1))
-    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 11, of 120"
+    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 8, of 60"
     monkeypatch.setattr(keeping, "free_bytes", lambda _: 60_000)
     with pytest.raises(MetaplError, match=r"would keep 40 states .* expected Forward\(keep_every=7\) or keep_on= with"):
         gradient(student, inner, Lookahead(batch, steps=40), Forward())
@@ -481,7 +481,7 @@ def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.
     with pytest.raises(MetaplError, match=r"free; expected fewer steps\.$"):
         trainer.step(outer=batch(-1), inner=Lookahead(batch, steps=STEPS))  # which takes no folder
     monkeypatch.setattr(keeping, "free_bytes", lambda _: None)  # the system does not say
-    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 11, of 120"
+    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 8, of 60"
     with pytest.raises(MetaplError, match="is no folder"):
         gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_on="nowhere"))
     with pytest.raises(MetaplError, match="expected one of the two"):

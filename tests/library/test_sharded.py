@@ -615,7 +615,10 @@ def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
     assert gone_on[0]["history"] == whole[0]["history"]
 
 
-@pytest.mark.parametrize(("before", "after"), [("fsdp", "hsdp"), ("fsdp", None), (None, "fsdp"), ("ddp", "fsdp")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("fsdp", "hsdp"), ("fsdp", None), (None, "fsdp"), pytest.param("ddp", "fsdp", marks=pytest.mark.long)],
+)
 def test_a_fit_goes_on_in_another_layout(
     two: Ranks, four: Ranks, before: str | None, after: str | None, tmp_path: Path
 ) -> None:

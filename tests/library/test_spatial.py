@@ -107,12 +107,12 @@ def test_a_trainer_takes_the_steps_of_one_process(two: Ranks, mode: str) -> None
     ("mode", "optimizer", "mesh"),
     [
         ("forward", "adamw", {"shards": 2}),
-        ("reinforce", "sgd", {"shards": 2}),
-        ("difference", "sgd", {"shards": 2}),
         ("forward", "sgd", {"replicate": 2}),
         ("forward", "adamw", {"spatial": 4}),
         ("difference", "sgd", {"tensor": 2}),
-        ("reinforce", "adamw", {"tensor": 2}),
+        pytest.param("reinforce", "sgd", {"shards": 2}, marks=pytest.mark.long),
+        pytest.param("difference", "sgd", {"shards": 2}, marks=pytest.mark.long),
+        pytest.param("reinforce", "adamw", {"tensor": 2}, marks=pytest.mark.long),
     ],
 )
 def test_rows_in_two_shares_and_images_in_parts(four: Ranks, mode: str, optimizer: str, mesh: dict[str, int]) -> None:
