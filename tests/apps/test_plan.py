@@ -93,6 +93,7 @@ SHARED = {
     "products": (digits("difference"), {"tensor": 2}),
 }
 
+
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=pytest.mark.long) if case != "forward" else case for case in SHARED]
 )
