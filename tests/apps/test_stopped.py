@@ -153,7 +153,7 @@ LIVES: dict[tuple[str, str], list[Hit]] = {
     ("label_correction", ""): NOISY,
 }
 LONG = {("pictures", "killed with its workers"), ("pictures", "killed alone"), ("example_weights", "")}
-LONG |= {("label_correction", ""), ("hard", "stopped"), ("noisy student, finetuned", "")}
+LONG |= {("label_correction", ""), ("soft", "killed at every moment"), ("noisy student, finetuned", "")}
 
 
 @pytest.fixture(scope="module")

@@ -175,8 +175,8 @@ INDUCTOR = (
         # Passes of the blocks with and without a graph: of the student's 2 and the teacher's 1, and of whole networks.
         pytest.param("fsdp", "reinforce", 6, {}, id="blocks"),
         pytest.param("shard_checkpoint", "forward", 6, {}, id="checkpoint"),
-        pytest.param("ddp", "difference", 4, {}, id="replicas"),
-        pytest.param("fsdp", "forward", 5, {"problem": sharded_cases.SEVERAL}, id="several tensors"),
+        pytest.param("ddp", "difference", 4, {}, id="replicas", marks=pytest.mark.long),
+        pytest.param("fsdp", "forward", 5, {"problem": sharded_cases.SEVERAL}, id="several", marks=pytest.mark.long),
     ],
 )
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=INDUCTOR)])
@@ -287,7 +287,7 @@ def check_path_against_double_backward(found: list[dict[str, Any]]) -> None:
         assert error(own, expected) < 1e-10
 
 
-@pytest.mark.parametrize("short", [0, 1])
+@pytest.mark.parametrize("short", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_processes_with_other_memory_keep_the_same_steps(two: Ranks, short: int) -> None:
     free = tuple(700_000 if rank == short else 10**9 for rank in range(2))
     here, there = two.run("kept_of_many", free=free)

@@ -96,7 +96,9 @@ def test_dropout_of_pixels_is_refused(two: Ranks) -> None:
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode in ("forward", "reinforce") else pytest.param(mode, marks=pytest.mark.long) for mode in MODES]
+)
 def test_a_trainer_takes_the_steps_of_one_process(two: Ranks, mode: str) -> None:
     """Images in two parts, weights in two copies, every mode."""
     for found in two.run("parity", mode=mode, optimizer="sgd"):
@@ -107,7 +109,7 @@ def test_a_trainer_takes_the_steps_of_one_process(two: Ranks, mode: str) -> None
     ("mode", "optimizer", "mesh"),
     [
         ("forward", "adamw", {"shards": 2}),
-        ("forward", "sgd", {"replicate": 2}),
+        pytest.param("forward", "sgd", {"replicate": 2}, marks=pytest.mark.long),
         ("forward", "adamw", {"spatial": 4}),
         ("difference", "sgd", {"tensor": 2}),
         pytest.param("reinforce", "sgd", {"shards": 2}, marks=pytest.mark.long),
