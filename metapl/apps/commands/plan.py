@@ -104,12 +104,8 @@ class PlanRecipe(Command):
         return 0
 
 
-# Made dataclasses once more, so that each is called Plan with this help.
-COMMANDS: dict[str, type[PlanRecipe]] = {
-    name: dataclass(frozen=True, kw_only=True)(
-        type("Plan", (PlanRecipe,), {"kind": kind, "__doc__": PlanRecipe.__doc__})
-    )
-    for name, kind in PLANNED.items()
+COMMANDS = {
+    name: type("Plan", (PlanRecipe,), {"kind": kind, "__doc__": PlanRecipe.__doc__}) for name, kind in PLANNED.items()
 }
 
 

@@ -108,8 +108,8 @@ class Train(OnRecipe):
     @classmethod
     def about(cls) -> str:
         said, _, _ = (cls.kind.__doc__ or "").partition("    Args:")
-        _, note, flags = (Train.__doc__ or "").split("\n\n")
-        return f"{said.rstrip()}\n\n{note}\n\n{flags}"
+        _, note, _ = (Train.__doc__ or "").split("\n\n")
+        return f"{said.rstrip()}\n\n{note}"
 
     def check(self) -> None:
         recipe: Recipe = self.recipe
@@ -266,14 +266,9 @@ class NoisyStudent(Train):
     teacher. With --compare, the flags are those of --method, and the other methods take those that they have too.
 
     Args:
-        out: run folder; by default the next free one in runs/.
-        resume: continue the run in the folder; it ends bit for bit as without the interruption.
         compare: train by Meta Pseudo Labels, by controls without noise, without balancing and with one round, and by
             baselines too, each for as many steps as cost the same number of operations, and compare them. Methods with
             a first teacher train the same one, and learn from the same labels.
-        seeds: with --compare: seeds, such as 0-9 or 0,3,5; by default the recipe's own.
-        jobs: with --compare: number of runs at a time; by default one for each core, and one on a GPU.
-        mesh: processes that train together, started by torchrun.
     """
 
     own: ClassVar[str | None] = "noisy_student"
