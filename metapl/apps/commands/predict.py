@@ -24,6 +24,7 @@ from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.reports.canvas import SOFTWARE
 from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group
 from metapl.errors import MetaplError, few
+from metapl.metrics.predictions import logits_of
 from metapl.words import shown, tell
 
 HEADER = ("file", "class", "probability")
@@ -122,11 +123,8 @@ def _is_ours(file: Path) -> bool:
 
 def predictions(network: nn.Module, inputs: Inputs) -> Iterator[tuple[str, list[float], Tensor]]:
     """Of each example: where it stands, its probabilities, and what the network was given; never what is not finite."""
-    network.eval()
-    device = next(network.parameters()).device
     for batch in inputs.batches():
-        with torch.inference_mode():
-            logits_BC = network(torch.stack([x for _, x in batch]).to(device))
+        logits_BC = logits_of(network, [torch.stack([x for _, x in batch])])
         refuse_infinite(logits_BC, [name for name, _ in batch])
         for (name, x), p in zip(batch, logits_BC.softmax(dim=1).tolist(), strict=True):
             yield name, p, x

@@ -28,10 +28,8 @@ from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
 from metapl.errors import MetaplError, few, reason_of, require_extra
-from metapl.execution import checks
-from metapl.execution.device import to_device
 from metapl.metrics.classification import Evaluation, evaluate_logits
-from metapl.metrics.predictions import eval_mode
+from metapl.metrics.predictions import logits_of
 from metapl.runs.cores import available_cores
 from metapl.runs.sealed import refuse_irregular
 
@@ -123,12 +121,6 @@ class Subject:
             )
         return [known[name] for name in folders]
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Of a batch of inputs, on the CPU."""
-        first = next(self.network.parameters())
-        with eval_mode(self.network), torch.inference_mode():
-            return checks.logits(self.network(to_device(x, first.device)), "network").cpu()
-
     def batches(self, files: LabeledFiles, labels: Sequence[int], before: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits and labels of the files that can be read; ``before``: pictures done already."""
 
@@ -149,7 +141,7 @@ class Subject:
                     done += len(readable)
                     self.progress(done)
                     inputs, right = zip(*readable, strict=True)
-                    yield self.logits(torch.stack(inputs)), torch.tensor(right)
+                    yield logits_of(self.network, [torch.stack(inputs)]), torch.tensor(right)
         if done == before:
             raise MetaplError(f"none of the {len(files):,} pictures in {files.root} can be read.")
 
@@ -222,7 +214,7 @@ def imagenet_p(subject: Subject, root: Path) -> Stability:
             inputs = _frames(path, subject.whole.pictures)
             try:
                 while piece := list(islice(inputs, AT_ONCE)):
-                    taken += subject.logits(torch.stack(piece)).argmax(1).tolist()
+                    taken += logits_of(subject.network, [torch.stack(piece)]).argmax(1).tolist()
             except UnreadableImage as error:
                 subject.skip(str(error))
                 continue

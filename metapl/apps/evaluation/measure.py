@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupted
 from metapl.errors import MetaplError
-from metapl.execution import checks
-from metapl.metrics.predictions import eval_mode
+from metapl.metrics.predictions import eval_mode, logits_of
 
 Attack = Literal["fgsm", "pgd"]
 LEVELS, PGD_STEPS = 255, 10  # ε is counted in levels of a picture of 8 bits
@@ -180,8 +179,7 @@ def measure(
     n = 0
 
     def count(x: Tensor, y: Tensor) -> int:
-        with torch.inference_mode():
-            return int((checks.logits(network(x), "network").argmax(-1) == y).sum())
+        return int((logits_of(network, [x]).argmax(-1) == y.cpu()).sum())
 
     with eval_mode(network):
         for x, y in batches:
