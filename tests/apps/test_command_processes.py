@@ -126,7 +126,7 @@ def wait_for(condition: Callable[[], Any], process: Forked) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterms_to_the_whole_group_with_workers_save_the_step(tmp_path: Path) -> None:
     root, out = color_folders(tmp_path / "root"), tmp_path / "run"
     flags = ("--steps", "100000", "--num-workers", "2", "--save-every", "100000", "--resized-crop", "--out", str(out))
@@ -229,7 +229,7 @@ sys.exit(main(["predict", "nowhere", "x"]))
 """
 
 
-@pytest.mark.parametrize("name", ["torch", "metapl.apps.commands.parse"])
+@pytest.mark.parametrize("name", [pytest.param("torch", marks=pytest.mark.long), "metapl.apps.commands.parse"])
 def test_ctrl_c_during_imports_is_no_traceback(name: str) -> None:
     code = INTERRUPTED_IMPORT.format(name=name)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

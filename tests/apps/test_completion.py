@@ -12,59 +12,46 @@ import pytest
 
 from metapl.apps.commands import main
 
+# Of each line that it reads, a line of completions.
 COMPLETE = """
-source "$1"; shift
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
-_tyro_metapl
-printf '%s\\n' "${COMPREPLY[@]}"
+source "$1"
+while IFS= read -r line; do
+  read -ra COMP_WORDS <<< "metapl $line"
+  [[ "$line" == *" " ]] && COMP_WORDS+=("")
+  COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMP_LINE="metapl $line"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+  _tyro_metapl
+  echo "${COMPREPLY[@]}"
+done
 """
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``metapl --print-completion bash`` prints."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert main(["--print-completion", "bash"]) == 0
-    file = tmp_path_factory.mktemp("completion") / "metapl"
-    file.write_text(printed.getvalue())
-    return file
+COMPLETED = {
+    "tr": {"train"},
+    "train dig": {"digits"},
+    "train digits --feedback-": {"--feedback-weight", "--feedback-ratio"},
+    "train digits --mode ": {"forward", "reinforce", "none"},
+    "train images --changes.mir": {"--changes.mirror"},
+    "train digits --method uda --uda-": {"--uda-weight", "--uda-temperature"},
+    "train digits --method noisy_student --rou": {"--rounds"},
+    "attribute runs/mine --each": {"--each-class"},
+    "evaluate runs/mine --network ": {"delivered", "student", "teacher"},
+}
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("tr", {"train"}),
-        ("train dig", {"digits"}),
-        ("train digits --feedback-", {"--feedback-weight", "--feedback-ratio"}),
-        ("train digits --mode ", {"forward", "reinforce", "none"}),
-        ("train images --changes.mir", {"--changes.mirror"}),
-        ("train digits --method uda --uda-", {"--uda-weight", "--uda-temperature"}),
-        ("train digits --method noisy_student --rou", {"--rounds"}),
-        ("train noi", {"noisy"}),
-        ("train noisy --clean-b", {"--clean-batch"}),
-        ("evaluate runs/mine --net", {"--network"}),
-        ("run", {"runs"}),
-        ("rep", {"report"}),
-        ("att", {"attribute"}),
-        ("attribute runs/mine --each", {"--each-class"}),
-        ("report runs/mine --o", {"--out"}),
-        ("evaluate runs/mine --network ", {"delivered", "student", "teacher"}),
-    ],
-)
-def test_bash_completes_commands_recipes_flags_and_values(script: Path, line: str, expected: set[str]) -> None:
-    command = ["bash", "-c", COMPLETE, "bash", str(script), "metapl", *line.split(" ")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def test_bash_completes_commands_recipes_flags_and_values(tmp_path: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["--print-completion", "bash"]) == 0
+    (tmp_path / "script").write_text(printed.getvalue())
+    command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "script")]
+    lines = "".join(f"{line}\n" for line in COMPLETED)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    found = set(done.stdout.split())
-    assert expected <= found
-    assert len(expected) > 1 or found == expected
+    for (line, expected), found in zip(COMPLETED.items(), map(str.split, done.stdout.splitlines()), strict=True):
+        assert expected <= {*found}, line
+        assert len(expected) > 1 or {*found} == expected, line
 
 
-@pytest.mark.parametrize(
-    ("shell", "begins"), [pytest.param("zsh", "#compdef metapl", marks=pytest.mark.long), ("fish", "#")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("shell", "begins"), [("zsh", "#compdef metapl"), ("fish", "#")])
 def test_other_shells_have_scripts_too(shell: str, begins: str, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["--print-completion", shell]) == 0

@@ -267,8 +267,10 @@ def shortened(name: str) -> nn.Module:
     [
         ("pooled_cnn", 16),
         ("small_cnn", 16),
-        ("vit_b_16", 32),
-        *(pytest.param(*large, marks=pytest.mark.long) for large in (("resnet50", 32), ("efficientnet_b0_svhn", 16))),
+        *(
+            pytest.param(*large, marks=pytest.mark.long)
+            for large in (("vit_b_16", 32), ("resnet50", 32), ("efficientnet_b0_svhn", 16))
+        ),
     ],
 )
 def test_feedback_through_a_network_agrees_between_modes(name: str, size: int) -> None:

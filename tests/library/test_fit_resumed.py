@@ -310,9 +310,10 @@ def test_load_expects_a_path() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "workers"),
     [
-        *((name, "lists", 0) for name in ("sgd", "adamw", "torchopt_momentum")),
-        ("sgd", "loaders", 0),
+        ("torchopt_momentum", "lists", 0),
         ("sgd", "loaders", 1),
+        *(pytest.param(name, "lists", 0, marks=pytest.mark.long) for name in ("sgd", "adamw")),
+        pytest.param("sgd", "loaders", 0, marks=pytest.mark.long),
     ],
 )
 def test_a_fit_that_failed_ends_as_one_that_did_not(name: str, kind: str, workers: int, tmp_path: Path) -> None:
