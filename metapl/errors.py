@@ -66,8 +66,8 @@ def called(name: str) -> str:
 
 @contextmanager
 def calling(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors of this block name arguments of what it calls as the caller knows them; inside another such block,
-    that one's names stay too.
+    """Let errors of this block name arguments of what it calls as the caller knows them; of nested blocks, the outer
+    one's names win.
 
     >>> with calling({"inner_optimizer": "optimizer"}):
     ...     called("inner_optimizer"), called("student")

@@ -1,12 +1,15 @@
 r"""Whether a replay agrees with the pass that it replays.
 
-Two relations hold for every student that is the same differentiable function in all passes, and cost almost nothing:
+These relations hold for every student that is the same differentiable function in all passes, and cost almost nothing:
 
 - A replay at θ has the same outputs as the inner pass.
 - The derivative of the inner loss along w is the same in forward and in reverse mode:
 
 .. math:: \Big\langle \frac{\partial\ell}{\partial z}, \dot z \Big\rangle
           + \Big\langle \frac{\partial\ell}{\partial\theta}, w \Big\rangle = \langle g, w \rangle
+
+- Of several steps, where double backward takes the place of forward mode: the gradient of a replay reaches the same
+  weights, and where a step is computed again with the same outputs to the bit, it has the same norms.
 
 The first fails for different random numbers and for state that has changed; the second also if the outputs agree and
 the derivatives do not (``torch.no_grad()`` or ``detach()`` in the forward pass, a custom backward pass, hooks that
@@ -173,9 +176,9 @@ def check_loss(losses: Tensor, first: Tensor, ranks: Ranks = ALONE) -> None:
 def check_same_gradient(
     again: Mapping[str, Tensor], first: Tree, tolerance: Tensor | None = None, ranks: Ranks = ALONE
 ) -> None:
-    """Refuse, on all ranks, a replay whose gradient ``again`` reaches other weights than the ``first``, which is given
-    by its norms, or not at all. With a ``tolerance``, relative to the norm of the whole, so is ``again``, and may not
-    differ by more in any weight."""
+    """Refuse, on all ranks, a replay whose gradient reaches other weights than that of the pass. ``first`` are norms by
+    weight; an empty one, of compiled and sharded students, compares nothing. With a ``tolerance``, a share of the norm
+    over all weights, ``again`` are norms too, and none may differ by more."""
     if not first:
         return
     norms = torch.stack([*first.values()])

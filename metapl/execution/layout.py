@@ -57,7 +57,8 @@ class Layout:
     def __post_init__(self) -> None:
         known = () if self.ranks.alone else self.network.named_buffers()
         self.versions = {name: (id(t), t._version) for name, t in known}
-        narrow = any(block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks)
+        policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {None}
+        narrow = any(p.dtype not in policies for p in self.network.parameters()) if policies else False
         kinds = {"products": self.product_ranks > 1, "cut": self.ranks.copies > 1, "narrow": narrow, self.kind: True}
         self.how, self.offers = _KINDS[next(kind for kind, so in kinds.items() if so)]
 
@@ -287,7 +288,7 @@ def _is_spread(network: nn.Module) -> bool:
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
-    """Let every block of a network give up its gathered weights, as :meth:`Layout.reshard` does; the blocks."""
+    """Let every block of a network give up its gathered weights; the blocks."""
     blocks: tuple[Any, ...] = tuple(part for _, part in named_parts(network) if is_block(part))
     for block in blocks:
         block.reshard()
@@ -298,9 +299,11 @@ def reshard(network: nn.Module) -> tuple[Any, ...]:
 def without_gradients(network: nn.Module) -> Iterator[None]:
     """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded, which
     would gather its weights into tensors that no later pass could fill again."""
-    with torch.no_grad() if _is_spread(network) else torch.inference_mode():
-        yield
-    reshard(network)
+    try:
+        with torch.no_grad() if _is_spread(network) else torch.inference_mode():
+            yield
+    finally:
+        reshard(network)
 
 
 def _processes(mesh: Any) -> tuple[int, ...]:
@@ -320,7 +323,10 @@ def _forget_pass(states: Sequence[Any], groups: Sequence[Any]) -> None:
     for state in states:
         state._training_state = type(state._training_state).IDLE
         state._state_ctx.post_backward_final_callback_queued = False
+        state._state_ctx.iter_forward_root = None  # or the next pass would not wait for copies into its weights
+        state._comm_ctx.post_forward_order.clear()
     for group in groups:
+        group._post_forward_indices.clear()
         group._training_state, group._all_gather_result = type(group._training_state).IDLE, None
         for p in group.fsdp_params:
             if hasattr(p, "_unsharded_param"):

@@ -52,7 +52,7 @@ from metapl.execution.writes import (
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
 _HALF = {torch.float16, torch.bfloat16}
-RECORDED = ("cut", "own_functions", "changed", "loss", "sizes", "_sample")  # of a pass, for its record
+RECORDED = ("cut", "own_functions", "changed", "loss", "sizes", "_sample")  # that a pass's record holds as they are
 GRAPHS = 32  # that are looked at; a network of more, such as one that drops layers, makes them as it goes
 
 # A scalar of outputs and of the weights that they were computed at.
@@ -351,7 +351,8 @@ class Pass:
         keep = self.student.double_backward
         with self._running():
             # The graph of a compiled pass may end elsewhere than that of its replay.
-            sizes = None if "forward" in vars(self.student.module) else self.sizes
+            compiled = "forward" in vars(self.student.module) and runs_compiled(self.student.module)
+            sizes = None if compiled else self.sizes
             grads = self.student.gradient(value, self._at, create_graph=keep or self.keeps, sizes=sizes)
         if not grads:
             raise checks.without_gradient("student")
@@ -414,7 +415,7 @@ class Pass:
             same = (z == self.outputs if self._sample is None else _some(z) == self._sample).all()
             self.outputs, self._sample, sizes = z, None, dict[str, Tensor]()
             grads = self.student.gradient(loss(outputs, at), at, sizes=sizes)
-            # Kernels that round outputs otherwise may leave another rest of terms that cancel.
+            # Outputs that differ in a bit come from other kernels, which may round otherwise where gradients cancel.
             tolerance = torch.where(same, BY_FORWARD_MODE[self.rounded_to].outputs, torch.inf)
             check_same_gradient(sizes, self.sizes, tolerance, self.student.ranks)
             self.sizes = sizes

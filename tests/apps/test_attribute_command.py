@@ -212,14 +212,17 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
 
 
 def test_a_folder_among_the_pictures_is_refused(
-    folders: tuple[Path, set[str]], capsys: pytest.CaptureFixture[str]
+    folders: tuple[Path, set[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written there would be pictures of a class."""
     root, _ = folders
     for out in (root / "noisy", root / "noisy" / "bar" / "out", root / "clean" / "out"):
         for words in (["attribute", root / "run"], ["train", "noisy", *given(root), "--steps", "2"]):
-            assert re.search(rf"--out {out} lies in --\w+ .*, where pictures", refused(capsys, *words, "--out", out))
+            said = refused(capsys, *words, "--out", out)
+            assert re.search(rf"write to, {out}, lies in .*, the \w+ pictures, and would be read with them", said)
         assert not (out / "attribution.csv").exists()
+    monkeypatch.chdir(root / "noisy")
+    assert "write to, runs, lies in" in refused(capsys, "train", "noisy", *given(root), "--steps", "2")
     assert sorted(path.name for path in (root / "noisy").iterdir()) == ["bar", "beam"]
 
 

@@ -102,7 +102,8 @@ class Attributing(Command):
     def run(self) -> int:
         subject = self.subject()
         recipe = subject.recipe
-        check_out(self.out, recipe)
+        if self.out is not None:
+            check_out(self.out, recipe)
         with held(self.out, TABLE, PAGE):
             torch.set_num_threads(subject.threads)
             device = recipe.torch_device()

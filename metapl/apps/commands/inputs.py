@@ -156,13 +156,14 @@ class TestFolder:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def check_out(out: Path | None, recipe: Any) -> None:
+def check_out(out: Path, recipe: Any) -> None:
     """Refuse a folder to write to in one that a recipe reads pictures from, where what is written would be read too."""
     for name in getattr(recipe, "places", ()):
         folder = getattr(recipe, name)
-        if out is not None and folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
+        if folder and out.resolve().is_relative_to(Path(folder).expanduser().resolve()):
             raise MetaplError(
-                f"--out {out} lies in --{name} {folder}, where pictures are read from; expected a folder elsewhere."
+                f"the folder to write to, {out}, lies in {folder}, the {name} pictures, and would be read with them; "
+                "expected --out with a folder elsewhere."
             )
 
 

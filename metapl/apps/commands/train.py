@@ -114,7 +114,8 @@ class Train(OnRecipe):
     def check(self) -> None:
         recipe: Recipe = self.recipe
         check_started(self.mesh)
-        check_out(None if self.resume else self.out, recipe)
+        if not self.resume:
+            check_out(self.out or Path("runs"), recipe)
         if self.jobs is not None and self.mesh.size > 1:
             raise MetaplError(
                 f"--jobs {self.jobs} has no effect beside --mesh: all processes train one run after another together."
