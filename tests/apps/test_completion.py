@@ -23,7 +23,7 @@ while IFS= read -r line; do
   echo "${COMPREPLY[@]}"
 done
 """
-COMPLETED = {
+FEW = {
     "tr": {"train"},
     "train dig": {"digits"},
     "train digits --feedback-": {"--feedback-weight", "--feedback-ratio"},
@@ -34,18 +34,28 @@ COMPLETED = {
     "attribute runs/mine --each": {"--each-class"},
     "evaluate runs/mine --network ": {"delivered", "student", "teacher"},
 }
+MORE = {
+    "train noi": {"noisy"},
+    "train noisy --clean-b": {"--clean-batch"},
+    "evaluate runs/mine --net": {"--network"},
+    "run": {"runs"},
+    "rep": {"report"},
+    "att": {"attribute"},
+    "report runs/mine --o": {"--out"},
+}
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_bash_completes_commands_recipes_flags_and_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("completed", [FEW, pytest.param(MORE, marks=pytest.mark.long)])
+def test_bash_completes_commands_recipes_flags_and_values(completed: dict[str, set[str]], tmp_path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["--print-completion", "bash"]) == 0
     (tmp_path / "script").write_text(printed.getvalue())
     command = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "script")]
-    lines = "".join(f"{line}\n" for line in COMPLETED)
+    lines = "".join(f"{line}\n" for line in completed)
     done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    for (line, expected), found in zip(COMPLETED.items(), map(str.split, done.stdout.splitlines()), strict=True):
+    for (line, expected), found in zip(completed.items(), map(str.split, done.stdout.splitlines()), strict=True):
         assert expected <= {*found}, line
         assert len(expected) > 1 or {*found} == expected, line
 

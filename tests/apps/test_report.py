@@ -142,7 +142,10 @@ def test_lines_between_a_thousand_classes_do_not_hide_the_cells(
     assert cells.min() < 100
 
 
-@pytest.mark.parametrize(("size", "named"), [(1, True), (1, False), (40, True), (150, False)])
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [*((1, True), (1, False), (40, True), (150, False)), pytest.param(150, True, marks=pytest.mark.long)],
+)
 def test_matrices_of_many_classes(tmp_path: Path, size: int, named: bool) -> None:
     confusion = 900 * torch.eye(size, dtype=torch.int64) + 1
     classes = [f"a class with a long name, number {index}" for index in range(size)] if named else None

@@ -280,6 +280,7 @@ def test_the_folder_of_another_path_is_refused_and_left(case: str, tmp_path: Pat
     with pytest.raises(MetaplError, match=rf"holds the states of another path, of {said} other .* remove .*path\.ckpt"):
         gradient(str(tmp_path), lambda: None, **{**own, **given})
     assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert same(gradient(str(tmp_path), lambda: None, **own), gradient(None, lambda: None, **own))
 
 
 def test_a_folder_with_records_of_other_fields_is_refused(tmp_path: Path) -> None:
