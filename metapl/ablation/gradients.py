@@ -23,7 +23,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator, Lookahead, Mode
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.inner_step import read_batch
-from metapl.feedback.path import inner_batches
+from metapl.feedback.lookahead import inner_batches
 from metapl.metrics.cost import flops, peak_bytes
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, enters_input

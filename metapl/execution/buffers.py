@@ -60,8 +60,8 @@ class Slots:
         # Whether to compare all weights is as good as to look at the operators of a pass, and costs less: where frozen
         # parameters are state, it is not.
         plain = all(type(p) is nn.Parameter and p.layout is torch.strided for p in own)
-        small = plain and (sum(p.numel() for p in own) <= SMALL or any(map(checks.waits, own[:1])))
-        self.comparable = small and not (self.has_frozen or self.spread)
+        cheap = plain and (sum(p.numel() for p in own) <= SMALL or any(map(checks.waits, own[:1])))
+        self.comparable = cheap and not (self.has_frozen or self.spread)
         self.hooked = any(p._backward_hooks for p in own)
         self.hooked |= any(part._backward_hooks or part._backward_pre_hooks for part in self.parts)
         self._seen: list[Any] = []

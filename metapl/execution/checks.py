@@ -99,8 +99,7 @@ def described(value: Any) -> str:
 
 def batches(given: Iterable[tuple[str, Any]], device: torch.device, of_step: str = "") -> None:
     """Refuse batches, by name, that are empty, of uneven length, on another device than the networks, or not finite;
-    ``of_step``
-    says of which step."""
+    ``of_step`` says of which step."""
     for own, batch in given:
         name = CALLED.get().get(own, own)
         the = f"the {name} batch{of_step}"

@@ -17,8 +17,7 @@ a, b, c of :math:`\bar x, \bar\gamma, \bar\beta`,
     \bar x &= r (b - \gamma r\, \mathrm{mean}(\hat x a)) P g - \gamma r^2\, \mathrm{mean}(\hat x g) P a
               - \tfrac{\gamma r^2}{m} \langle a, P g \rangle \hat x,
 
-in seven passes over memory, where PyTorch makes some 30. A path of 20 steps through WRN-28-2 takes 4.1 plain trainings
-in place of 4.7 (``benchmarks/long_paths.py``).
+in seven passes over memory, where PyTorch makes some 30. What it spares a path: docs/long-paths.md.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ WeightedLoss = Callable[[Tensor], tuple[Tensor, Tensor | float]]
 
 
 class LocalStudent:
-    """A student on one device; ``first``: look closer, at its operators on an accelerator too.
+    """A student on one device; ``first``: its first step, whose operators are looked at on an accelerator too.
 
     ``double_backward`` keeps the gradients of its passes of record differentiable.
     """
@@ -110,7 +110,7 @@ class LocalStudent:
         if not self.slots.hold() or self._autocast != torch.is_autocast_enabled(self.device.type):
             return False
         self.first = not self.slots.looked_at
-        self.seen = self.hooks_seen = self.slots.looked_at  # or, in the first step, since its first pass
+        self.seen = self.hooks_seen = self.slots.looked_at  # in the first step, set by its first pass
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.waits = checks.waits(next(iter(self.parameters.values())))
         return True

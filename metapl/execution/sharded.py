@@ -100,7 +100,7 @@ class ShardedStudent(LocalStudent):
             self._write(kept)
 
     def held_at(self, params: Tree) -> list[Slot]:
-        """None: weights are moved to in place."""
+        """No slot: other weights are written into the parameters."""
         return []
 
     def whole(self, parts: Tree) -> Tree:
@@ -113,7 +113,7 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def whole_at(self, params: Tree) -> Iterator[None]:
-        """In this block, the network has these whole weights; no block gathers or gives up any, or is run again."""
+        """In this block, the network has these whole weights; no block gathers or frees any, or is run again."""
         self.layout.reshard()
         frozen = {p: whole(p) for _, _, p in self.slots.parameters if is_sharded(p) and not p.requires_grad}
         held = [(table, name, frozen[p]) for table, name, p in self.slots.parameters if p in frozen]
@@ -196,7 +196,7 @@ def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Iterat
             tensors[attribute] = weight
         before.clear()
 
-    # After fully_shard's own hook, and before its other.
+    # After fully_shard's hook that gathers the weights, and before the one that frees them.
     hooks = [block.register_forward_pre_hook(enter), block.register_forward_hook(leave, prepend=True)]
 
     try:

@@ -66,12 +66,12 @@ class Forward(Estimator):
     every one but the first costs a double backward pass instead of ż's, in which its Hessian product and its feedback
     are found together: 1.1 to 1.4 times what ``unrolled`` costs, in the memory of one student step, of K sets of
     weights, gradients and optimizer states (see ``keep_every``), and of the teacher's K graphs (``recompute_teacher``).
-    A signal that enters the student's input costs a double backward pass in every step, the first too.
+    A signal that enters the student's input costs a double backward pass in every step, the first too. Of a sharded
+    student, each double backward pass takes the weights whole in every process, for one step at a time; what is kept of
+    the steps stays in parts.
     Bias: none for soft signals. For hard labels θ′ of the sampled labels stands in for that of their mean: O(η²) for
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
-    In several processes, of a sharded student, each double backward pass takes its weights whole in every process, for
-    one step at a time; what is kept of the steps stays in parts.
     Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name, with the modes that run
     on the student; attention runs on its math kernel, or for blocks of queries.
     Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import calling
 from metapl.execution import checks
 from metapl.execution.buffers import explain_types, step_guard
 from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
@@ -19,7 +18,7 @@ from metapl.execution.sharded import student_of
 from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import both_batches, check_batches, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.inner_step import read_batch
-from metapl.feedback.keeping import FEWER, folder_of
+from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.resuming import known_by, states_in
@@ -156,7 +155,6 @@ def hypergradient(
         step_guard(teach.slots, local_student.slots, device=device, generator=generator, moves=False, explain=explain),
         checkpoints_without_reentry(),
         going_on as states,
-        calling({FEWER: "keep_on= with a folder"}),
     ):
         with shown("steps", 0 if states is None else states.done) as tell:
             path = take_steps(  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)

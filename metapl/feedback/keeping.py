@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, called
+from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks
 
 ALL_KEPT = 50  # steps, up to which all keep their states unless told otherwise
@@ -48,7 +48,6 @@ class Keeping:
 
 
 ALL = Keeping()
-FEWER = "fewer steps"  # what is left where no way fits; a call that takes a folder names that
 
 
 def keeping(
@@ -90,10 +89,10 @@ def keeping(
     if free is not None and not fits(asked):
         texts = f"keep_every={max(2, *root.spacings)}", 'keep="tree"'
         mends = [f"Forward({text})" for text, way in zip(texts, (root, tree), strict=True) if fits(way)][:1]
-        others = called(FEWER) if ranks.alone else FEWER
+        in_folder = ["keep_on= with a folder (in metapl.hypergradient and attribute)"] if ranks.alone else []
         raise MetaplError(
             f"{asked.words(steps)} would keep {asked.states(steps):,} states of {state / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free; expected {' or '.join([*mends, others])}."
+            f"{free / 2**20:,.0f} MiB are free; expected {', or '.join([*mends, *in_folder, 'fewer steps'])}."
         )
     return asked
 

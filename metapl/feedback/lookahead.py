@@ -70,3 +70,15 @@ class Lookahead(Sequence[Any]):
         if optimizer is None:
             update.at(())  # which refuses it
         return options_by_step(optimizer, self.schedule, len(self))
+
+
+def inner_batches(unlabeled: Any) -> list[Any]:
+    """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step."""
+    if not isinstance(unlabeled, Lookahead):
+        return [plain(unlabeled)]
+    if unlabeled.schedule is not None:
+        raise MetaplError(
+            "Lookahead was given a schedule, which is for metapl.hypergradient; the steps of a trainer are at the rate "
+            "that its inner optimizer has: expected Lookahead(batches) without schedule."
+        )
+    return list(unlabeled)

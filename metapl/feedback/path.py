@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, called
 from metapl.execution import checks
 from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss, check_shares
-from metapl.execution.batch import digest, micro_batches, plain
+from metapl.execution.batch import digest, micro_batches
 from metapl.execution.buffers import own_code, unchanged
 from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -54,18 +54,6 @@ _LOSS = "some example's loss is not finite, such as a mean over no tokens (0 / 0
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
-
-
-def inner_batches(unlabeled: Any) -> list[Any]:
-    """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step."""
-    if not isinstance(unlabeled, Lookahead):
-        return [plain(unlabeled)]
-    if unlabeled.schedule is not None:
-        raise MetaplError(
-            "Lookahead was given a schedule, which is for metapl.hypergradient; the steps of a trainer are at the rate "
-            "that its inner optimizer has: expected Lookahead(batches) without schedule."
-        )
-    return list(unlabeled)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Estimator
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
-from metapl.feedback.path import inner_batches
+from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import Problem, Signal, asked_first, enters_input
 from metapl.updates import update_of
 

@@ -16,8 +16,7 @@ from metapl.execution.layout import layouts
 from metapl.feedback import Altered, Estimator, Implicit, Mode, estimator
 from metapl.feedback.compatible import prepare
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import inner_batches
+from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state

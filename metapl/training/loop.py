@@ -20,8 +20,7 @@ from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import length, micro_batches
 from metapl.execution.checks import Fault
 from metapl.execution.shards import gathered, load_whole, local
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import inner_batches
+from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.metrics.metric import Metric
 from metapl.runs.checkpoint import Found
 from metapl.runs.checkpoint_parts import PartsWriter, check, load

@@ -22,8 +22,8 @@ from metapl.feedback import Estimator, Feedback, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_kind, check_mode, check_teacher, name_others, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.inner_step import read_batch
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import Path, inner_batches, take_steps
+from metapl.feedback.lookahead import Lookahead, inner_batches
+from metapl.feedback.path import Path, take_steps
 from metapl.feedback.teacher import Means, Objective, TeacherPass, teacher_scalars, updated
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, Signal, has_own
