@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from metapl.apps import reports as report
-from metapl.apps.reports import draw_report
+from metapl.apps.reports import draw_report, web
 from metapl.apps.reports.canvas import STYLE, png
 from metapl.errors import MetaplError
 
@@ -123,6 +124,7 @@ def test_one_network_has_its_losses_and_no_student(tmp_path: Path, pages: list[F
     assert all(line.get_xydata().shape == (90, 2) for axes in pages[0].axes for line in axes.get_lines())
     draw(tmp_path / "report.png", curves={"reduced": rows(90, ALONE)}, network="student")
     assert legends(pages[4])[0] == ["student"]
+    assert re.findall(r"</svg>(\w+) [\d.]+ %", web.plots({"uda": rows(90, ALONE)}, "network")) == ["network"]
 
 
 def test_the_spread_of_the_feedback_stands_in_for_its_ratio(tmp_path: Path) -> None:

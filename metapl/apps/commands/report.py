@@ -28,7 +28,7 @@ from metapl.apps.experiments.folder import (
 )
 from metapl.apps.experiments.galleries import FILE, mistakes, read_galleries
 from metapl.apps.experiments.side_by_side import mean_curves
-from metapl.apps.recipes.methods import title
+from metapl.apps.recipes.methods import called_network, title, titled
 from metapl.apps.reports import web
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
@@ -77,6 +77,7 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
     recipe, description = stored(folder)
     found, metrics = state_of(folder), Metrics(folder.path / "metrics.jsonl")
     method, done = title(recipe.method.name), found.get("compared")
+    network = titled(recipe.method.name, "student")
     said, curves = f"Not finished: {found['state']}", ""
     if done is not None:
         method, seeds = f"{len(done)} methods", len(found["seeds"])
@@ -86,7 +87,7 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
         said += f", at step {found['done']:,} of {found['phase']} (of {recipe.steps:,} steps)"
         lost = metrics.damaged()
         said += f"; damaged lines of {metrics.file.name}, left out: {len(lost)}" if lost else ""
-        curves = web.section(f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}))
+        curves = web.section(f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}, network))
     said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
     parts = [f'<p class="state">{web.text(said)}</p>', curves, *_made(folder, description, folder)]
     return f"{recipe.name}: {method}, seed {recipe.seed}", parts
@@ -105,7 +106,8 @@ def _ended(run: LoadedRun) -> tuple[str, list[str]]:
             web.section(f"{result['delivery'][:1].upper()}{result['delivery'][1:]}.", *parts),
         ]
     else:
-        parts.append(web.section("Curves", web.plots({result["method"]: last_fit(path, result)})))
+        network = titled(result["method"], "student")
+        parts.append(web.section("Curves", web.plots({result["method"]: last_fit(path, result)}, network)))
     if "rounds" in result:
         parts.append(web.section("Rounds", *map(web.paragraph, spoken_rounds(result["rounds"]))))
     if evaluation is not None:
@@ -143,7 +145,8 @@ def _compared(run: LoadedRun, evaluation: Evaluation) -> Iterator[str]:
         yield web.section("Curves", web.paragraph("The folders of the runs are not there any more."))
         return
     curves, along = mean_curves(path, found, results_within(path, result))
-    yield web.section("Curves", web.plots(curves, along), web.paragraph("means over the seeds", "quiet"))
+    plots = web.plots(curves, called_network(curves), along)
+    yield web.section("Curves", plots, web.paragraph("means over the seeds", "quiet"))
 
 
 def _mistakes(run: LoadedRun, names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.galleries import GRID, SUSPECTS
 from metapl.apps.experiments.jobs import Job, aloud, run_all
 from metapl.apps.recipes.base import Recipe, Task, rehearse
-from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
+from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import placed
@@ -156,7 +156,6 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
     first, _ = comparison.delivered()
     evaluations = [results[first, seed]["evaluation"] for seed in seeds]
     together = ", all seeds together" if len(seeds) > 1 else ""
-    called = {titled(method, "student") for method in curves}
     left_out = f" The curves are of the first {SHOWN} methods." if many > SHOWN else ""
     draw_report(
         folder / "report.png",
@@ -167,7 +166,7 @@ def _draw(folder: Path, comparison: Comparison, results: Mapping[tuple[str, int]
         classes=evaluations[0]["classes"],
         summary=f"{comparison.sentence()} Confusion: {title(first)}{together}.{left_out}",
         along=along,
-        network=called.pop() if len(called) == 1 else "network",
+        network=called_network(curves),
     )
 
 

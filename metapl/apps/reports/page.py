@@ -96,11 +96,14 @@ PANELS = (
 )
 
 
-def panels_of(curves: Curves) -> list[Panel]:
-    """Those that there are figures for."""
+def panels_of(curves: Curves, network: str) -> list[Panel]:
+    """Those that there are figures for; ``network``: what it is called where no method has a teacher beside it."""
     by_title: dict[str, Panel] = {}
     for panel in PANELS:
-        if any(panel.points(rows, key) for rows in curves.values() for key, _ in panel.series):
+        there = [key for key, _ in panel.series if any(panel.points(rows, key) for rows in curves.values())]
+        if panel.now_and_then and there == [panel.series[0][0]]:
+            panel = panel._replace(series=((there[0], network), *panel.series[1:]))
+        if there:
             by_title.setdefault(panel.title, panel)
     return list(by_title.values())
 
@@ -144,7 +147,7 @@ def draw_report(
             "expected C rows of C counts, and C names"
         )
     counts = np.array(matrix)
-    panels = panels_of(curves)
+    panels = panels_of(curves, network)
     galleries = [gallery for gallery in galleries if len(gallery)]
     if not (len(counts) or panels or galleries):
         raise MetaplError(
@@ -186,11 +189,11 @@ def draw_report(
                 mosaic = [places[start : start + columns] for start in range(0, len(places), columns)]
                 for number, axes in parts.pop().subplot_mosaic(mosaic).items():
                     line = 0.2 / ((high - low) / rows - 1.3)
-                    _draw_panel(axes, panels[number], curves, along, network, line)
+                    _draw_panel(axes, panels[number], curves, along, line)
         canvas.write_page(path, figure)
 
 
-def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, network: str, line: float) -> None:
+def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, line: float) -> None:
     """The curves of all methods with their scales and a note; ``line`` is a line of text as a share of the height."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
@@ -240,8 +243,6 @@ def _draw_panel(axes: Axes, panel: Panel, curves: Curves, along: str, network: s
         canvas.write_heading(axes, panel.title, f"{name}; {named}: 0" if zero else name)
     else:
         canvas.write_heading(axes, panel.title)
-        if panel.now_and_then and present.keys() == {0}:
-            present = {0: network}
         colors = PALETTE if len(curves) == 1 else [QUIET] * len(PALETTE)
         handles = [
             Line2D([], [], color=colors[rank], linestyle=DASHES[rank], label=name)

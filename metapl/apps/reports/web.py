@@ -111,9 +111,9 @@ def rows(cells: Sequence[Sequence[object]], head: Sequence[object] = ()) -> str:
 # -------------------------------------------------------------------------------------------------------------- curves
 
 
-def plots(curves: Curves, along: str = "step") -> str:
-    """A drawing of each panel that there are figures for; several curves have a color each, as in report.png."""
-    drawn = "".join(_plot(panel, curves, along) for panel in panels_of(curves))
+def plots(curves: Curves, network: str, along: str = "step") -> str:
+    """A drawing of each panel that there are figures for, as in report.png; several curves have a color each."""
+    drawn = "".join(_plot(panel, curves, along) for panel in panels_of(curves, network))
     zero = dict.fromkeys((panel.title, name) for panel in PANELS for name in panel.zero(curves))
     notes = "".join(paragraph(f"{title} of {name}: 0 in every step.") for title, name in zero)
     return (f'<div class="plots">{drawn}</div>' if drawn else "") + notes

@@ -5,6 +5,8 @@ To add one, write a file with a type of its own, and enter it here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from metapl.apps.recipes.base import Method
 from metapl.apps.recipes.methods.alone import ByUda, Everything, FixMatch, LabelSmoothing, Supervised
 from metapl.apps.recipes.methods.beside import (
@@ -71,6 +73,12 @@ def titled(method: str, network: str) -> str:
     ('finetuned student', 'finetuned network', 'network')
     """
     return EVERY_METHOD[method].networks[network]
+
+
+def called_network(methods: Iterable[str]) -> str:
+    """What runs by these methods call the network that they train, if all call it alike."""
+    found = {titled(method, "student") for method in methods}
+    return found.pop() if len(found) == 1 else "network"
 
 
 def title(method: str) -> str:
