@@ -512,7 +512,7 @@ class _TeacherTrainer(LossTrainer):
         super().__init__(teacher, optimizer=optimizer, **options)
         assert trainer.teacher_layout is not None
         self.layout = trainer.teacher_layout  # which knows the student's
-        self.ranks = self.layout.ranks
+        self.layouts, self.ranks = [self.layout], self.layout.ranks
         self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
