@@ -227,7 +227,10 @@ def tables(rows: list[Row]) -> str:
         ]
         lines.append(f"| {title} | {statistics.fmean(reached):.2f} | {' | '.join(cells)} |")
     seconds = statistics.fmean(r["seconds"] for r in gains)
-    told = f"{len(gains)} seeds, means and 95 % intervals of paired differences, {3 * gains[0]['steps']} steps each. "
+    told = (
+        f"{len(gains)} seeds, batches and weights on the same texts; means and 95 % intervals of paired differences, "
+    )
+    told += f"{3 * gains[0]['steps']} steps each. "
     told += f"The {gains[0]['steps']} outer steps of the rater are not counted: {seconds:.0f} s of processor time; "
     told += f"the counts take {1e3 * statistics.fmean(r['seconds_of_counts'] for r in gains):.0f} ms."
     lines += [
@@ -261,7 +264,8 @@ def tables(rows: list[Row]) -> str:
         lines.append(f"| {r['way']} | {r['attention']} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"One outer step over {AHEAD} steps of AdamW; processor time and peak memory over double backward by hand.",
+        f"One outer step over {AHEAD} steps of AdamW; processor time, the least of five, and peak memory over double "
+        "backward by hand.",
     ]
     lines += [f"Where it stops: `{reason}`." for reason in dict.fromkeys(reasons)]
     source = "`python benchmarks/data_rater.py`; raw rows: `benchmarks/results/data_rater.jsonl`."

@@ -155,7 +155,8 @@ def table(rows: list[Row]) -> str:
     told = " and ".join(f"{chosen(rows, arm):g} of {list(SETTINGS[arm])} for {arm}" for arm in SETTINGS)
     many = len(columns[UNTUNED, "seconds"])
     note = (
-        f"Means over {many} seeds; differences with 95 % intervals, paired by seed. Tuning chose {told}. "
+        f"Means over {many} seeds, splits and weights on the same digits; differences with 95 % intervals, paired by "
+        f"seed. Tuning chose {told}. "
         "`python benchmarks/hyperparameters.py`; raw rows: `benchmarks/results/hyperparameters.jsonl`."
     )
     return "\n".join([*lines, "", note])

@@ -264,13 +264,13 @@ def unseen_table(rows: list[Row]) -> str:
 
 
 def tuned() -> str:
-    """How many runs on the seen half have been looked at for each method, in all committed files."""
+    """How many tuning runs of each method, in all committed files."""
     counts: Counter[str] = Counter()
     for file in TUNED_IN:
         rows = [row for row in read(RESULTS / f"pictures_{file}.jsonl") if "method" in row]
         counts.update(row["method"] for row in (runs_in(rows, (TUNING_SEED,)) if file == "feedback" else rows))
     said = ", ".join(f"{TITLES[method]} {count}" for method, count in counts.most_common())
-    return f"Runs on the seen half whose rows are kept, with these and beside those of finetuning alone: {said}."
+    return f"Tuning runs whose rows are kept, with these and beside those of finetuning alone: {said}."
 
 
 def block(rows: list[Row]) -> str:
