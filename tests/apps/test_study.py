@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metapl.metrics import interval
+from metapl.metrics import interval, paired_test
 
 pytestmark = pytest.mark.docs
 
@@ -98,6 +98,12 @@ def test_the_page_on_what_to_try_shows_the_tables_of_the_text_and_quotes_those_o
     assert all(one in text for one in quoted)
     seen = page.split("all else the defaults of `BilevelTrainer`")[1].split("<!-- text:begin -->")[0]
     known = f"{shown('text')} 0.001 0.003"  # and the rates
+    for arm in (study.NEW, "tuned"):
+        none, forward = study.paired(rows, "final", arm)
+        gained = study.gain(*([row["labels_right"] for row in side] for side in (forward, none)))
+        known += " {} ({})".format(*gained)
+        times = study.mean(forward, "seconds") / study.mean(none, "seconds")
+        assert f"{times:.1f} times " in page.split("**What was not tried**")[1]
     assert all(number in known for number in re.findall(r"[+-]?\d+\.\d+", seen))
     cosines = [row["looks"]["as it is"][at][2] for row in rows if row["looks"] for at in (0, 1)]
     assert min(cosines) < 0 < 0.95 < max(cosines)
@@ -254,7 +260,23 @@ def test_what_the_page_on_wrong_labels_says_is_what_the_rows_say(tables: object)
         assert f"`{name}` {gain}" in said.replace(" gains", ""), name
     for method in ("label_correction", "noise_transition"):
         assert against(method, f"{method}_permuted", "asymmetric_40") in said
-    assert against("noise_transition", "early_stopping", "asymmetric_40", FINETUNED) in said
+    cells = {
+        (name, condition): paired_test(made.column(rows, name, condition, FINETUNED), made.best_plain(rows, condition))
+        for name, condition in itertools.product(made.BILEVEL, label_noise.CONDITIONS)
+    }
+    holm: dict[tuple[str, str], float] = {}
+    for left, cell in zip(range(30, 0, -1), sorted(cells, key=lambda cell: cells[cell].p), strict=True):
+        holm[cell] = max([left * cells[cell].p, *holm.values()])
+    first, second, third = (
+        ("meta_weight_net", "symmetric_40"),
+        ("example_weights", "symmetric_40"),
+        ("noise_transition", "asymmetric_40"),
+    )
+    assert [cell for cell in cells if holm[cell] < 0.05 and cells[cell].mean > 0] == [first]
+    assert f"{100 * cells[first].mean:.1f} ± 0.3 points (p = {cells[first].p:.1g}, Holm {holm[first]:.1g})" in said
+    assert f"{100 * cells[second].mean:.1f} ± 0.3 there (Holm {holm[second]:.1g})" in said
+    assert f"{100 * cells[third].mean:.1f} ± 0.3 at asymmetric noise (p = {cells[third].p:.1g}," in said
+    assert f"Holm {holm[third]:.2g})" in said
     gain = against("meta_weight_net", "plain", "symmetric_40").partition(" ±")[0]
     assert f"Its {gain} at 40 %" in said
     for other, conditions in {
@@ -444,7 +466,8 @@ def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_ha
 
     more = [seconds(name) / seconds("mpl") for name in study.ARMS if name != "mpl"]
     assert f"the other arms took {min(more):.1f} to {max(more):.1f} times MPL's seconds" in pages[1]
-    assert f"the push {seconds('push') / seconds('mpl'):.1f}. That is" in pages[1]
+    beside = f"the push {seconds('push') / seconds('mpl'):.1f}, MPL with aligned UDA"
+    assert f"{beside} {seconds('mpl_aligned') / seconds('mpl'):.2f}. That is" in pages[1]
     for place in study.PLACES:
         picked = {name: study.chosen(rows, place, name)[0] for name in ("push", "fixmatch", "mpl")}
         assert (picked["push"].size, picked["fixmatch"].threshold, picked["mpl"].size) == (0.1, 0.8, 1.0)
@@ -650,7 +673,9 @@ def test_what_the_page_on_the_studies_of_noisy_student_says_is_what_the_rows_say
     assert f"(p = {of('2', '1/1', '1/4')[1]}); with a quarter or fewer no gain" in said
     assert {verdicts["2", share] for share in ("1/128", "1/64", "1/32", "1/16", "1/4")} == {"not shown"}
     fifths = [of("3", f"soft, fifth {fifth}", f"hard, fifth {fifth}") for fifth in range(1, 6)]
-    assert f"soft labels are {fifths[0][0]} above hard ones (p = {fifths[0][1]}); of the other fifths" in said
+    assert f"soft labels are {fifths[0][0]} above hard ones (p = {fifths[0][1]}, one of five tests:" in said
+    p = paired_test(*(found["3"][f"{labels}, fifth 1"] for labels in ("soft", "hard"))).p
+    assert f"{5 * p:.2g} corrected); of the other fifths" in said
     assert all(float(p) > 0.05 for _, p in fifths[1:])
     larger = [of("4", f"teacher {w}, student {2 * w}", f"teacher {w}, student {w}") for w in widths[:4]]
     gains = [gain for gain, _ in larger]
