@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import subprocess
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
