@@ -144,9 +144,9 @@ class Folder(States):
         others = [name for name in of if known.get(name) != of[name]]
         if others:
             raise MetaplError(
-                f"keep_on={str(folder)!r} holds the states of another path, of {' and '.join(others)} other than what "
-                "was given; expected the call that was killed, to go on with it, or another folder. To begin anew in "
-                f"this one, remove {self.folder / _PATH}."
+                f"keep_on={str(folder)!r} holds the states of another path, begun with {' and '.join(others)} "
+                "other than now; expected the call that was killed, to go on with it, or another folder. To begin anew "
+                f"in this one, remove {self.folder / _PATH}."
             )
         self.done = max(_numbers(self.folder, "steps"), default=0)
         self.adjoint = self._read(_ADJOINT) if (self.folder / _ADJOINT).exists() else None

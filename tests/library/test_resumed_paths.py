@@ -277,7 +277,9 @@ def test_the_folder_of_another_path_is_refused_and_left(case: str, tmp_path: Pat
     with pytest.raises(ZeroDivisionError):
         gradient(str(tmp_path), stopped_at(20), **own)
     there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(MetaplError, match=rf"holds the states of another path, of {said} other .* remove .*path\.ckpt"):
+    with pytest.raises(
+        MetaplError, match=rf"holds the states of another path, begun with {said} other .* remove .*path\.ckpt"
+    ):
         gradient(str(tmp_path), lambda: None, **{**own, **given})
     assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert same(gradient(str(tmp_path), lambda: None, **own), gradient(None, lambda: None, **own))
@@ -288,7 +290,7 @@ def test_a_folder_with_records_of_other_fields_is_refused(tmp_path: Path) -> Non
         before.setattr(resuming, "RECORDED", ("cut", "loss"))
         with pytest.raises(ZeroDivisionError):
             gradient(str(tmp_path), stopped_at(20))
-    with pytest.raises(MetaplError, match="of another path, of a release of metapl other than"):
+    with pytest.raises(MetaplError, match="of another path, begun with a release of metapl other than"):
         gradient(str(tmp_path), lambda: None)
 
 
