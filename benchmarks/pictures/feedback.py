@@ -17,7 +17,7 @@ the settings of the one with feedback, and is not tuned by itself. UDA is also r
 The unseen half has the same arms on pictures of a seed of its own, with as many unlabeled pictures as the problem has.
 **Its primary test, written before it was opened: Meta Pseudo Labels minus the same without feedback at 10 minutes, a
 sign-flip test over the nine problems, at 5 %.** All else there is descriptive: Meta Pseudo Labels minus tuned UDA, and
-tuned UDA minus UDA as it is, which has not been run.
+tuned UDA minus UDA as it is.
 """
 
 from __future__ import annotations
