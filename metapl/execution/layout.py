@@ -297,10 +297,10 @@ def reshard(network: nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def without_gradients(network: nn.Module) -> Iterator[None]:
-    """Passes without gradients in this block: in inference mode, or by ``no_grad`` where the network is sharded, which
-    would gather its weights into tensors that no later pass could fill again."""
+    """Passes without gradients in this block. By ``no_grad``: a later pass with gradients cannot use the tensors of
+    inference mode, such as what a module makes in its first pass and keeps, or gathered weights."""
     try:
-        with torch.no_grad() if _is_spread(network) else torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         reshard(network)

@@ -137,11 +137,14 @@ def _pieces(batch: Any, whole: bool) -> Iterator[Any]:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block; afterwards every submodule is in the mode that it had."""
-    # Each flag for itself: `model.train()` afterwards would wake the layers that a user has frozen in eval mode.
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
+        for module, training in before:
+            if training and type(module).train is not nn.Module.train:  # which may do more, such as merge weights
+                module.train()
+        # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen in eval mode.
         for module, training in before:
             module.training = training

@@ -32,7 +32,7 @@ from metapl.training import resuming
 from metapl.training.contract import Report, Say, Stepwise
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records
-from metapl.training.selection import Average, Best, Selection, weights_of
+from metapl.training.selection import Average, Beside, Best, Selection, weights_of
 from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ class FitRun:
         self.made_of = resuming.made_of(trainer, self.rates)  # before a callback moves anything
         self.averages = {role: self._average(role) for role in ("student", "teacher")}
         self.selection = Selection(trainer, validation, truth, metric, options.select, say)
+        self.beside = {"student": self.selection.beside}
+        if trainer.teacher is not None:
+            self.beside["teacher"] = Beside(trainer.teacher)
         self.records = Records(out if self.first else None, options)
         self.callbacks = Callbacks(callbacks, trainer)
         self.ended: tuple[int, str] | None = None  # the last step, and why it is, once a callback has said so
@@ -348,6 +351,7 @@ class FitRun:
             "trainer": self.trainer.live_state(),
             "average": averages["student"],
             "teacher_average": averages["teacher"],
+            "beside": {role: one.changed() for role, one in self.beside.items()},
             "seen": self.seen,
             "best": dict(vars(self.selection.best)),
             "metric": self.selection.kind,
@@ -409,6 +413,8 @@ class FitRun:
         if {"student_optimizer", "teacher_optimizer"} & {*self.allow_changes}:
             trainer = trainer | {"optimizers": None}  # of any class
         self.trainer.load_state_dict(trainer)
+        for role, changed in state.get("beside", {}).items():  # which states of earlier versions do not have
+            self.beside[role].load(changed)
         self.rates.keep_settings(self.allow_changes)
         for role, average in self.averages.items():
             if average is not None:
@@ -431,7 +437,9 @@ class FitRun:
             with self._held("student") as candidate:
                 step = self.ended[0] if self.ended else self.options.steps
                 best = Best(self.seen.get(self.selection.row), step, weights_of(candidate))
+                best.beside = self.selection.beside.changed()
         load_whole(trainer.student, best.weights)
+        self.selection.beside.load(best.beside)
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
         history = self.records.history if self.ranks.alone else self.ranks.gathered(self.records.history)[0]
         metric = (self.selection.kind or [None])[0]
@@ -452,7 +460,10 @@ def _check(trainer: Stepwise, options: FitOptions, truth: Any) -> None:
             "no class logits; leave truth out, or set teacher_classifies = True on the problem."
         )
     elif options.warm_start and teacher is not None:
-        here, there = ({name: t.shape for name, t in net.state_dict().items()} for net in (trainer.student, teacher))
+        here, there = (
+            {name: getattr(t, "shape", "there") for name, t in net.state_dict().items()}
+            for net in (trainer.student, teacher)
+        )
         other = next((name for name in {**here, **there} if here.get(name) != there.get(name)), None)
         if other is not None:
             wrong = (

@@ -36,7 +36,7 @@ OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", 
 OPTIONAL = ("fingerprint", "parameters", "settings")
 
 # What the state of a fit has to say, with types; tensors stand in other entries.
-BEST = {"value": float | None, "step": int, "weights": dict[str, Any]}
+BEST = {"value": float | None, "step": int, "weights": dict[str, Any], "beside": dict[str, Any]}
 STATE: dict[str, Any] = {
     "step": AtLeastZero, "options": dict[str, Any], "seen": dict[str, float], "made_of": dict[str, Any],
     "best": dict[str, Any], "ended": tuple[int, str] | None, "rows": str,
@@ -157,7 +157,7 @@ def check_state(file: Path, state: Mapping[str, Any], student: nn.Module, steps:
     missing = [name for name in ("step", "options", "trainer", "seen", "best", "feeds", "rng") if name not in state]
     fault = f"it has no {missing[0]}" if missing else misfit_entries(state, STATE, "its state")
     fault = fault or misfit_entries(best := state["best"], BEST, "its best student")
-    if fault is None and best.keys() != BEST.keys():
+    if fault is None and {"beside", *best} != BEST.keys():  # which states of earlier versions do not have
         fault = f"its best student says {', '.join(map(str, best))}"
     elif fault is None and best["weights"]:
         shapes, kept = (

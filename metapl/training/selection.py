@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.checks import dense, described
 from metapl.execution.layout import reshard
+from metapl.execution.modules import named_parts
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
 from metapl.metrics.classification import Evaluation, check_labels
@@ -56,25 +58,27 @@ class Average:
                 "ema_decay=None, or 32-bit weights with precision='bfloat16'."
             )
         self.network, self.decay, self.steps = network, decay, 0
-        self._kept = [t.clone() for t in self._parts()]
+        self._kept = {name: t.clone() for name, t in self._parts().items()}
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        learned, parts = len([*self.network.parameters()]), self._parts()
-        torch._foreach_lerp_(self._kept[:learned], parts[:learned], 1 - decay)
-        _write(self._kept[learned:], parts[learned:])
+        parts = self._parts()
+        moving = [name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()]
+        torch._foreach_lerp_([self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay)
+        copied = {name: t for name, t in parts.items() if name not in {*moving}}
+        self._kept = {name: self._kept[name] for name in moving} | _written(self._kept, copied)
         self.steps += 1
 
     @contextmanager
     def held(self) -> Iterator[nn.Module]:
         """The network with the averaged weights in this block, and bit for bit its own afterwards."""
-        own = [t.clone() for t in self._parts()]
+        own = {name: t.clone() for name, t in self._parts().items()}
         try:
-            _write(self._parts(), self._kept)
+            _written(self._parts(), self._kept)
             yield self.network
         finally:
-            _write(self._parts(), own)
+            _written(self._parts(), own)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights, as the network's state has its own, and how many steps they have followed."""
@@ -89,30 +93,84 @@ class Average:
             kept.copy_(given[name])
         self.steps = state["steps"]
 
-    def _tensors(self) -> list[Any]:
+    def _tensors(self) -> dict[str, Any]:
         reshard(self.network)  # else a sharded network holds other tensors
-        return [*self.network.parameters(), *self.network.buffers()]
+        return dict(self.network.named_parameters()) | dict(self.network.named_buffers(remove_duplicate=False))
 
-    def _parts(self) -> list[Tensor]:
+    def _parts(self) -> dict[str, Tensor]:
         """This process's parts of the weights, sharing their memory."""
-        return [local(t).detach() for t in self._tensors()]
+        return {name: local(t).detach() for name, t in self._tensors().items()}
 
     def _of_state(self) -> Iterator[tuple[str, Any, Tensor]]:
         """The tensors of the network's state by name, each with this process's part of its average."""
-        kept = dict(zip(map(id, self._tensors()), self._kept, strict=True))
+        kept = {id(t): self._kept[name] for name, t in self._tensors().items() if name in self._kept}
         state = self.network.state_dict(keep_vars=True)
         return ((name, t, kept[id(t)]) for name, t in state.items() if id(t) in kept)
 
 
 @torch.no_grad()
-def _write(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for t, value in zip(into, values, strict=True):
-        t.copy_(value)
+def _written(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values, in the tensors of these names; in copies where there is none, or of another shape: of buffers that a
+    pass has made."""
+    found = {}
+    for name, value in values.items():
+        t = into.get(name)
+        found[name] = value.clone() if t is None or t.shape != value.shape else t.copy_(value)
+    return found
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's weights and buffers on the host; of a sharded one every process has all of them."""
-    return {name: whole(t).detach().cpu().clone() for name, t in model.state_dict().items()}
+def weights_of(model: nn.Module) -> dict[str, Any]:
+    """A copy of a network's state on the host; of a sharded one every process has all of it."""
+    return {
+        name: whole(t).detach().cpu().clone() if isinstance(t, Tensor) else copy.deepcopy(t)
+        for name, t in model.state_dict().items()
+    }
+
+
+class Beside:
+    """What a network holds beside its ``state_dict()`` and changes in training, by name: the buffers that are not
+    persistent, and the attributes of its modules that are numbers or tensors.
+
+    >>> network = nn.BatchNorm1d(1)
+    >>> network.calls, beside = 0, Beside(network)
+    >>> network.calls = 3
+    >>> beside.changed()
+    {'calls': 3}
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self._first = network, dict[str, Any]()
+        self._first = self.changed()
+
+    def changed(self) -> dict[str, Any]:
+        """Copies of what is other than it was at first."""
+        return {name: _copy(value) for name, value in self._held() if not _is_as(self._first.get(name), value)}
+
+    def load(self, changed: Mapping[str, Any]) -> None:
+        """Put back what was :meth:`changed`; all else is as it was at first."""
+        parts = dict(self.network.named_modules())
+        for name, value in {**self._first, **changed}.items():
+            path, _, last = name.rpartition(".")
+            table = parts[path]._buffers if last in parts[path]._buffers else vars(parts[path])
+            if not _is_as(own := table.get(last), value):
+                table[last] = value.to(own.device) if isinstance(own, Tensor) else _copy(value)
+
+    def _held(self) -> Iterator[tuple[str, Any]]:
+        for prefix, part in named_parts(self.network):
+            buffers = {name: part._buffers.get(name) for name in part._non_persistent_buffers_set}
+            own = {name: value for name, value in vars(part).items() if name[0] != "_" and name != "training"}
+            plain = {n: v for n, v in (buffers | own).items() if isinstance(v, int | float | Tensor)}
+            yield from ((prefix + name, value) for name, value in plain.items())
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_as(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value.to(other.device), other)
+    return type(value) is type(other) and bool(value == other)
 
 
 # ---------------------------------------------------------------------------------------------------------- validation
@@ -127,7 +185,8 @@ class Best:
 
     value: float | None = None
     step: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)  # of Beside.changed
 
 
 class Selection:
@@ -161,7 +220,7 @@ class Selection:
             )
         self.validation, self.truth = (as_tensors(data, trainer.dtype) for data in (validation, truth))
         self.say: Say = say or (lambda text: None)
-        self.best = Best()
+        self.best, self.beside = Best(), Beside(trainer.student)
         self.before: tuple[str, ...] | None = None
         self.lost = 0  # that could not be read
         self.told = ""  # the student's last value, and on how many examples it was measured
@@ -245,7 +304,7 @@ class Selection:
                     if role == "student":
                         self.told = f"{self.metric.shown(found.value)} of {found.n:,}"
                         if self.select and self.metric.improves(found.value, self.best.value):
-                            self.best = Best(found.value, step, weights_of(network))
+                            self.best = Best(found.value, step, weights_of(network), self.beside.changed())
         if labeler is not None and self.truth is not None:
             found = self._measured(labeler, self.truth, "truth", ACCURACY, "the teacher on truth")
             assert isinstance(found, Evaluation)
