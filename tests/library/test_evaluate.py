@@ -119,7 +119,7 @@ class Recorder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert not any(module.training for module in self.modules())
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         if self.fail:
             raise RuntimeError("out of memory")
         out: torch.Tensor = self.body(x)
