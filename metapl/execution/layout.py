@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +28,7 @@ from metapl.execution.modules import named_parts, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
+from metapl.execution.writes import memory_of
 
 # The kinds of layouts in words, and what estimators and problems may require of them.
 _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
@@ -150,13 +152,11 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
     known = {
         name: layout_of(name, network) for name, network in networks.items() if network is not None or name == "student"
     }
-    learned, devices = [], {}
+    devices = {}
     for name, layout in known.items():
         _refuse_not_replayable(name, layout)
-        learned.append({id(p) for p in trainable(layout.network).values()})
         devices[name] = {p.device for p in layout.network.parameters()}
-    if len(learned) == 2 and learned[0] & learned[1]:
-        raise MetaplError("teacher and student share weights; expected two networks: build the student separately.")
+    _refuse_shared_memory({name: layout.network for name, layout in known.items() if not layout.is_sharded})
     if len(set().union(*devices.values())) > 1:
         where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
         raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
@@ -359,6 +359,46 @@ def _refuse_not_replayable(name: str, layout: Layout) -> None:
             raise MetaplError(f"the {name}'s {path} {why}")
     if not trainable(layout.network):
         raise MetaplError(_NOTHING_TO_LEARN.format(name))
+
+
+def _refuse_shared_memory(networks: Mapping[str, nn.Module]) -> None:
+    """Refuse a weight that both networks learn, and a trainable weight in whose memory another tensor lies: a pass at
+    other weights has others for the one and not for the other. A weight that one network holds twice is one tensor."""
+    places: dict[int | None, dict[int, tuple[str, str, Tensor]]] = {}
+    for role, network in networks.items():
+        for prefix, part in named_parts(network):
+            own = {**part._parameters, **part._buffers, **vars(part)}
+            for name, t in own.items():
+                if not isinstance(t, Tensor) or t.layout is not torch.strided or not t.numel():
+                    continue
+                held = places.setdefault(memory_of(t), {})
+                by, _, _ = held.setdefault(id(t), (role, prefix + name, t))
+                if by != role and t.requires_grad:
+                    raise MetaplError(
+                        "teacher and student share weights; expected two networks: build the student separately."
+                    )
+    for place, held in places.items():
+        for (role, path, t), (other, its_path, its) in combinations(held.values() if place else (), 2):
+            if (t.requires_grad or its.requires_grad) and _overlap(t, its):
+                raise MetaplError(
+                    f"the {role}'s {path} and the {other}'s {its_path} are two tensors in one memory, such as "
+                    "nn.Parameter(weight.data) and weight.detach() make, and a step reads the one at other values "
+                    "than the other; expected one Parameter that is held in both places (self.weight = other.weight), "
+                    "weight.detach() in forward, or a copy: weight.detach().clone()."
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage share an entry."""
+    starts = [int(t.storage_offset()) * t.element_size() for t in (a, b)]
+    sizes = [1 + sum((n - 1) * by for n, by in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    ends = [start + size * t.element_size() for start, size, t in zip(starts, sizes, (a, b), strict=True)]
+    if max(starts) >= min(ends) or a.dtype != b.dtype:
+        return max(starts) < min(ends)
+    first = min(a.storage_offset(), b.storage_offset())
+    seen = torch.zeros((max(ends) - min(starts)) // a.element_size(), dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
 
 
 _NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."

@@ -151,9 +151,9 @@ class Beside:
         parts = dict(self.network.named_modules())
         for name, value in {**self._first, **changed}.items():
             path, _, last = name.rpartition(".")
-            table = parts[path]._buffers if last in parts[path]._buffers else vars(parts[path])
-            if not _is_as(own := table.get(last), value):
-                table[last] = value.to(own.device) if isinstance(own, Tensor) else _copy(value)
+            own = getattr(parts[path], last, None)
+            if not _is_as(own, value):
+                setattr(parts[path], last, value.to(own.device) if isinstance(own, Tensor) else _copy(value))
 
     def _held(self) -> Iterator[tuple[str, Any]]:
         for prefix, part in named_parts(self.network):

@@ -149,6 +149,12 @@ def other_student(case: Toy) -> list[nn.Parameter]:
     return list(toy("mlp").student.parameters())
 
 
+def held_in_one_memory(of: nn.Module, part: nn.Module) -> nn.Module:
+    """A part with a tensor in the memory of another's weight."""
+    part.weight = nn.Parameter(of.weight.data) if isinstance(part, nn.Linear) else of.weight.detach()  # type: ignore[assignment,union-attr]
+    return part
+
+
 SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
     "unknown_mode": (lambda c: {"mode": "reinforced"}, r"mode='reinforced'.*unrolled, forward, difference, reinforce"),
     "mode_class": (lambda c: {"mode": Reinforce}, r"mode=<class.*expected one of"),
@@ -193,6 +199,16 @@ SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
     ),
     "one_network": (lambda c: {"teacher": c.student}, r"share weights; expected two networks"),
     "shared_layer": (lambda c: {"teacher": nn.Sequential(nn.Flatten(), c.student[1], c.student[3])}, r"share weights"),
+    "views_of_the_student": (
+        lambda c: {"teacher": nn.Sequential(nn.Flatten(), held_in_one_memory(c.student[1], nn.Linear(12, 4)))},
+        r"the student's 1\.weight and the teacher's 1\.weight are two tensors in one memory|"
+        r"the teacher's 1\.weight and the student's 1\.weight are two tensors in one memory",
+    ),
+    "a_view_of_its_own": (
+        lambda c: {"student": held_in_one_memory(c.student[3], c.student)},
+        r"the student's 3\.weight.*two tensors in one memory.*weight\.detach\(\)\.clone\(\)|"
+        r"the student's weight and the student's 3\.weight are two tensors in one memory",
+    ),
     "other_device": (lambda c: {"teacher": mlp().to("meta")}, r"several devices: teacher on meta; student on cpu"),
     "nothing_to_learn": (
         lambda c: {"teacher": mlp().double().requires_grad_(False)},
