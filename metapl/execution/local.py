@@ -256,6 +256,10 @@ class LocalStudent:
         at = {id(own := self.parameters[name]): stand_in(p, own) for name, p in params.items()}
         return [(table, name, at[id(p)]) for table, name, p in self.slots.parameters if id(p) in at]
 
+    def holding(self, params: Tree) -> AbstractContextManager[None]:
+        """The student with these weights, for others that read it in this block."""
+        return swapped(self.held_at(self.as_leaves(params)))
+
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""

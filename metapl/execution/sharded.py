@@ -99,6 +99,8 @@ class ShardedStudent(LocalStudent):
         finally:
             self._write(kept)
 
+    holding = moved_to
+
     def held_at(self, params: Tree) -> list[Slot]:
         """No slot: other weights are written into the parameters."""
         return []

@@ -72,9 +72,15 @@ class Lookahead(Sequence[Any]):
         return options_by_step(optimizer, self.schedule, len(self))
 
 
-def inner_batches(unlabeled: Any) -> list[Any]:
-    """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step."""
+def inner_batches(unlabeled: Any, asked: int = 1) -> list[Any]:
+    """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step,
+    which one who ``asked`` for more is told."""
     if not isinstance(unlabeled, Lookahead):
+        if asked > 1:
+            raise MetaplError(
+                f"the trainer has lookahead={asked}, and step() was given one unlabeled batch; expected a look-ahead, "
+                f"metapl.Lookahead([u1, ..., u{asked}]), or a trainer with lookahead=1."
+            )
         return [plain(unlabeled)]
     if unlabeled.schedule is not None:
         raise MetaplError(

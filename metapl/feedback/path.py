@@ -423,7 +423,7 @@ class _Walk:
         at = f" (step {number} of the {called('look-ahead')})" if several else ""
         pieces = micro_batches(batch, self.parts, "unlabeled")
         passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-        signals = [self._asked(x, None) for x in pieces] if before else []
+        signals = [self._asked(x, None, params) for x in pieces] if before else []
         norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
         whole = self._united(signals if norm is None else [norm.signal]) if before else None
         of_piece = signals if whole is None else whole.chunks(self.parts)
@@ -441,7 +441,7 @@ class _Walk:
                 unchanged("the problem's check", given, problem.check, *given.values())
                 checks.refuse_not_finite(outputs, checks.DIVERGED.format("student") + at)
             if not before:
-                signals.append(self._asked(x, outputs))
+                signals.append(self._asked(x, outputs, params))
             if before or not self.keep_graph:
                 leaves = as_leaves(of_piece[i].differentiable()) if keeps else {}
                 loss = InnerLoss(problem, of_piece[i].having(leaves), x, student, self.credits)
@@ -459,10 +459,11 @@ class _Walk:
         taken = problem, update, passes, batch, whole, inner_loss, grads, state
         return InnerStep(*taken, entries, as_taken=several, digest=known, normalized=norm)
 
-    def _asked(self, x: Any, outputs: Tensor | None) -> Signal:
-        """Line 2: ŷ ~ T(x), or the soft label."""
-        ranks = self.path.student.ranks
-        with ranks.agreed():
+    def _asked(self, x: Any, outputs: Tensor | None, params: Tree) -> Signal:
+        """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this step."""
+        student, ranks = self.path.student, self.path.student.ranks
+        at_own = params is student.params or own_code(self.path.problem.signal)
+        with ranks.agreed(), NOTHING if at_own else student.holding(params):
             signal = self.teach(x, outputs).detached()
         if ranks.copies > 1:
             check_copies(list(signal.fields().values()), "signals of the teacher", ranks)

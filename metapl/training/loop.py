@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import length, micro_batches
+from metapl.execution.batch import length, micro_batches, plain
 from metapl.execution.checks import Fault
 from metapl.execution.shards import gathered, load_whole, local
 from metapl.feedback.lookahead import Lookahead, inner_batches
@@ -242,7 +243,9 @@ class FitRun:
         source, several = self.feeds.get("unlabeled"), self.trainer.lookahead
         if source is None or several == 1 or waits:
             return None if source is None else source.next()
-        return Lookahead([source.next() for _ in range(several)])
+        # Copies, for a source may fill the memory of one batch with the next.
+        held = [pytree.tree_map_only(Tensor, Tensor.clone, plain(source.next())) for _ in range(several - 1)]
+        return Lookahead([*held, source.next()])
 
     def _own_rows(self, batch: Any) -> Any:
         """This process's share of a batch, where the sources serve whole ones."""

@@ -205,7 +205,7 @@ class BilevelTrainer(Trainer):
             labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         self._follow_problem()
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
-        batches, guard, teacher_steps = inner_batches(unlabeled), self.guard, list[TeacherPass]()
+        batches, guard, teacher_steps = inner_batches(unlabeled, self.lookahead), self.guard, list[TeacherPass]()
 
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit

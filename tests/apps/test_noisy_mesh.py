@@ -53,7 +53,8 @@ def accuracies(run: Path) -> dict[str, Any]:
 
 
 def same_run(run: Path, other: Path, limit: float) -> None:
-    same(run, other, PHASES, limit)
+    # At the first steps all examples weigh alike, and what a step says to their sum is rounding.
+    same(run, other, PHASES, limit, but="feedback_snr")
     assert accuracies(run)
     assert accuracies(run) == accuracies(other)
     found, expected = ({row.pop("file"): row for row in suspects(each)} for each in (run, other))

@@ -248,6 +248,36 @@ def test_fit_draws_as_many_batches_as_are_looked_ahead() -> None:
     assert len(found.history) == 5
 
 
+class Refilled(list[Tensor]):
+    """Batches that are served in one memory, each over the one before."""
+
+    def __iter__(self) -> Any:
+        memory = torch.empty_like(self[0])
+        return (memory.copy_(x) for x in self[:])
+
+
+def test_a_source_that_fills_one_memory_again_and_again_is_trained_on_as_any_other() -> None:
+    ends = []
+    for served in (list, Refilled):
+        problem = toy("mlp")
+        trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", lookahead=3)
+        stream = served(batches(6, problem))
+        trainer.fit([problem.labeled], (x for _ in range(2) for x in stream), steps=4, progress=False)
+        ends.append(everything(problem))
+    assert same(*ends)
+
+
+def test_one_batch_for_a_trainer_that_looks_further_is_refused() -> None:
+    problem = toy("mlp")
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", lookahead=2)
+    with (
+        unmoved(problem),
+        pytest.raises(MetaplError, match=r"lookahead=2, and step\(\) .*one unlabeled batch.*u1, ..., u2"),
+    ):
+        trainer.step(problem.labeled, batches(1, problem)[0])
+    trainer.step(problem.labeled, Lookahead(batches(3, problem)))
+
+
 def test_a_student_that_waits_draws_one_batch_a_step() -> None:
     trainer, _ = fitted(3, wait=2)
     by_hand = toy("mlp")
@@ -420,6 +450,36 @@ def test_an_inner_loss_that_reads_a_weight_past_params_is_refused(mode: str) -> 
     trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, problem=Closed())
     with unmoved(problem), pytest.raises(MetaplError, match=r"reads the parameter 1\.weight from elsewhere.*params"):
         trainer.step(problem.labeled, Lookahead(batches(2, problem)))
+
+
+class Confident(metapl.PseudoLabels):
+    """Labels that count as far as the student, which the problem holds, is sure of its own."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def signal(self, teacher: nn.Module, batch: Any, *given: Any, **options: Any) -> Any:
+        signal = super().signal(teacher, batch, *given, **options)
+        return metapl.Signal(signal.value * self.student(batch).detach().softmax(1).amax(1, keepdim=True))
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "none"])
+def test_a_signal_that_reads_the_student_reads_it_as_it_is_in_the_step(mode: str) -> None:
+    problem = toy("mlp")
+    ahead, step = batches(3, problem), torch.optim.SGD(problem.student.parameters(), lr=0.5)
+    found = metapl.hypergradient(
+        **problem.networks(), labeled=problem.labeled, unlabeled=Lookahead(ahead), mode=mode,
+        problem=Confident(problem.student), inner_optimizer=step,
+    )  # fmt: skip
+    for x in ahead:  # three plain steps
+        z = problem.student(x)
+        labels = problem.teacher(x).softmax(1).detach() * z.detach().softmax(1).amax(1, keepdim=True)
+        step.zero_grad()
+        (-labels * z.log_softmax(1)).sum(1).mean().backward()
+        step.step()
+    for name, p in problem.student.named_parameters():
+        torch.testing.assert_close(found.student_params[name], p.detach(), rtol=1e-12, atol=1e-14)
 
 
 class ByOutputs(metapl.PseudoLabels):
