@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -294,21 +295,18 @@ def test_a_stopped_check_leaves_the_list_and_a_page(
     assert "The scores are not checked yet." in (tmp_path / "attribution.html").read_text()
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_scores_of_a_training_that_learned_nothing_are_not_said_to_be_believed(learned: bool) -> None:
-    found = {
-        "removals": 5,
-        "removed": 3,
-        "spearman": 0.9,
-        "interval": (0.5, 1.0),
-        "lr": 0.1,
-        "harmful": 1,
-        "pictures": 9,
-    }
-    found |= {"network": "the student", "judged_on": 4, "not_judged_on": [], "steps": 10, "batch": 2}
-    said = " ".join(command.sentences(found | {"loss": 0.5 if learned else 1.5, "loss_of_guesses": 1.1}))
-    assert ("can be believed" in said) == learned
-    assert ("it has learned nothing, and no score counts" in said) != learned
+def test_a_training_that_learned_nothing_has_no_scores(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, _ = folders
+    for here, there in (("bar", "beam"), ("beam", "bar")):  # pictures that all it has learned is wrong for
+        shutil.copytree(root / "others" / here, tmp_path / "val" / there)
+    given = ["attribute", str(root / "run"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out"), *SOME]
+    assert main(given) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"at --lr 0\.05 the loss of \S+ on the 8 pictures that judge is .*no score would count", told)
+    assert "Nothing was written; try --lr 0.02, fewer or more --steps" in told
+    assert not [*tmp_path.rglob("*.csv")]
 
 
 def test_a_picture_that_has_gone_does_not_give_its_score_to_another(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from command import refused, result, rows, said
 from PIL import Image
 
 from metapl.apps.commands import main
+from metapl.apps.experiments import galleries
 from metapl.apps.experiments.accuracies import READOUTS, Comparison
 from metapl.apps.experiments.experiment import check_shares
 from metapl.apps.experiments.settle import settled
@@ -86,6 +87,14 @@ def run(folders: tuple[Path, set[str]], tmp_path_factory: pytest.TempPathFactory
 def suspects(out: Path) -> list[dict[str, str]]:
     with (out / "suspects.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("others", [0, 5, 6, 10])
+def test_a_network_that_agrees_with_few_labels_is_said_to_have_learned_too_little(others: int) -> None:
+    listed = [galleries.Suspect(f"{i}.png", i, 0, int(i < others), 0.4, 0.6) for i in range(10)]
+    text = galleries.what_they_are(listed)
+    assert text.startswith(f"of {others} of 10 the network finds another class more probable")
+    assert ("it has not learned enough for this list" in text) == (others > 5)
 
 
 def test_a_run_lists_the_misplaced_pictures_first(run: Path, folders: tuple[Path, set[str]]) -> None:

@@ -168,6 +168,14 @@ class Attributing(Command):
 
         began = time.perf_counter()
         all_of_it = scored(EqualWeights())
+        judged, guesses = float(all_of_it.outer_loss), math.log(len(recipe.classes))
+        if not judged < guesses:
+            raise MetaplError(
+                f"after {steps:,} steps of {batch} at --lr {self.lr:g} the loss of {recipe.network_name} on the "
+                f"{len(outer):,} pictures that judge is {judged:.3f}, that of even guesses {guesses:.3f}: it has "
+                f"learned nothing that holds for them, and no score would count. Nothing was written; try --lr "
+                f"{self.lr / 3:.1g}, fewer or more --steps, or more labeled pictures than these {len(train):,}."
+            )
         known = outer.labels.unique().tolist() if self.each_class else []
         of_classes = [scored(OfClass(label)).scores.tolist() for label in known]
         rows, seconds = [], time.perf_counter() - began
@@ -190,8 +198,8 @@ class Attributing(Command):
             "momentum": MOMENTUM,
             "seed": seed,
             "device": str(device),
-            "loss": float(all_of_it.outer_loss),
-            "loss_of_guesses": math.log(len(recipe.classes)),
+            "loss": judged,
+            "loss_of_guesses": guesses,
             "harmful": sum(row.score < 0 for row in rows),
             "spearman": None,
             "interval": None,
@@ -386,15 +394,12 @@ def sentences(found: dict[str, Any]) -> list[str]:
             f"{high:.2f}). Near 1 the scores can be believed; near 0 or below they cannot, and a lower "
             f"rate, such as --lr {found['lr'] / 3:.1g}, may help."
         )
-    if found["loss"] >= found["loss_of_guesses"]:
-        check = check.partition(" Near 1 ")[0]
     missing = f", none of them of {few(found['not_judged_on'])}," * bool(found["not_judged_on"])
-    unlearned = ": it has learned nothing, and no score counts" * (found["loss"] >= found["loss_of_guesses"])
     return [
         f"{found['harmful']:,} of {found['pictures']:,} labeled pictures have a score below 0: more of one would raise "
         f"the loss of {found['network']} on {found['judged_on']:,} others{missing} after {found['steps']:,} steps of "
         f"{found['batch']}, at a rate of {found['lr']:g} that falls to 0. The loss there is {found['loss']:.3f}, that "
-        f"of even guesses {found['loss_of_guesses']:.3f}{unlearned}.",
+        f"of even guesses {found['loss_of_guesses']:.3f}.",
         check,
     ]
 

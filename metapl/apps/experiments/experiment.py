@@ -120,12 +120,9 @@ class Experiment:
         if task.doubtful is not None:
             found = galleries.find_suspects(task.doubtful, trained)
             galleries.write_suspects(folder.path, found, task)
-            others = f"{galleries.taken_for_others(found):,} of {len(found):,}"
-            self.say(
-                f"labels that may be wrong: {folder.path / galleries.SUSPECTS}, the most suspicious first; of {others} "
-                "the network finds another class more probable"
-            )
-            shown.append(galleries.suspects_gallery(found, task))
+            text, gallery = galleries.what_they_are(found), galleries.suspects_gallery(found, task)
+            self.say(f"labels that may be wrong: {folder.path / galleries.SUSPECTS}, the most suspicious first; {text}")
+            shown.append(dataclasses.replace(gallery, note=f"{gallery.note}; {text}"))
         changed = run.rounds.galleries() if method.selects else []
         sealed = {galleries.FILE: galleries.write_galleries(folder.path, shown)}
         networks = {name: run.keep(name) for name in method.kept}
@@ -169,13 +166,14 @@ class Experiment:
         """Draw ``report.png`` from the rows on disk and what ``result.json`` holds."""
         from metapl.apps.reports import draw_report
 
+        wait = getattr(self.recipe.method, "wait", None) or 0
         draw_report(
             self.folder.path / "report.png",
             title=f"{self.recipe.name}: {title(content['method'])}, seed {self.recipe.seed}",
             curves={content["method"]: last_fit(self.folder.path, content)},
             confusion=None if evaluation is None else evaluation.confusion,
             classes=list(task.classes),
-            summary=" ".join(summary(content)),
+            summary=" ".join([*summary(content), *[f"The student begins after step {wait:,}."] * bool(wait)]),
             galleries=galleries.read_galleries(self.folder.path, content.get("sha256", {}).get(galleries.FILE)),
             network=titled(content["method"], "student"),
         )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,11 @@ def draw_galleries(task: Task, labeler: nn.Module, student: nn.Module, name: str
     if task.sample is not None:
         seen = _look(labeler, task.sample)
         note = f"of {len(seen):,} unlabeled pictures, without augmentation, after training"
-        for title, shown in (("Most", seen[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
+        of_classes: dict[int, list[Any]] = {}
+        for one in seen:
+            of_classes.setdefault(one[2], []).append(one)
+        in_turn = [one for row in zip_longest(*of_classes.values()) for one in row if one is not None]
+        for title, shown in (("Most", in_turn[:SHOWN]), ("Least", seen[: -SHOWN - 1 : -1])):
             captions = [f"{names[taken_for]}\n{100 * sure:.0f} %" for _, sure, taken_for, _ in shown]
             marks = [taken_for == label if task.truth is not None else None for *_, taken_for, label in shown]
             pictures = [picture for picture, *_ in shown]
@@ -162,21 +167,29 @@ def find_suspects(doubtful: Doubtful, trained: Trainer) -> list[Suspect]:
     return suspects
 
 
-def taken_for_others(suspects: Sequence[Suspect]) -> int:
-    """Of how many the network finds another class more probable than the given one."""
-    return sum(one.probably != one.given for one in suspects)
+def what_they_are(suspects: Sequence[Suspect]) -> str:
+    """What the list says as a whole, which is little where the network agrees with few of the labels."""
+    others = sum(one.probably != one.given for one in suspects)
+    text = f"of {others:,} of {len(suspects):,} the network finds another class more probable"
+    if 2 * others <= len(suspects):
+        return text
+    return (
+        f"{text}: where fewer than half of the labels are wrong, it has not learned enough for this list, and should "
+        "be trained longer (--minutes)"
+    )
 
 
 def write_suspects(folder: Path, suspects: Sequence[Suspect], task: Task) -> None:
     """``suspects.csv`` with all of them, and ``suspects.png`` with the first."""
-    names, weighed = task.classes, any(one.weight is not None for one in suspects)
+    text, names, weighed = what_they_are(suspects), task.classes, any(one.weight is not None for one in suspects)
     with written_csv(folder / SUSPECTS) as writer:
         writer.writerow(["file", "given", "probably", "p_given", "p_probably", *(["weight"] if weighed else [])])
         for one in suspects:
             cells = [one.name, names[one.given], names[one.probably], f"{one.p_given:.3g}", f"{one.p_probably:.3g}"]
             writer.writerow([*cells, *([f"{one.weight:.3g}"] if weighed else [])])
-    note = "Beneath each: the given label, what the network takes it for and how surely, and its file."
-    draw_grid(folder / GRID, "Labels that may be wrong", note, [suspects_gallery(suspects, task)])
+    draw_grid(
+        folder / GRID, "Labels that may be wrong", f"{text[0].upper()}{text[1:]}.", [suspects_gallery(suspects, task)]
+    )
 
 
 def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
@@ -187,7 +200,7 @@ def suspects_gallery(suspects: Sequence[Suspect], task: Task) -> Gallery:
         f"{names[one.given]}\n{names[one.probably]}, {one.p_probably:.0%}\n{Path(one.name).name}" for one in shown
     )
     note = (
-        f"of {len(suspects):,} labels that may be wrong, the most suspicious first; of {taken_for_others(suspects):,} "
-        "the network finds another class more probable; beneath each, the given label first"
+        f"of {len(suspects):,} labels, the most suspicious first; beneath each, the given label, what the network "
+        "takes it for and how surely, and its file"
     )
     return Gallery("Suspects", note, pictures, captions, (None,) * len(shown))

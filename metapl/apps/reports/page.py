@@ -84,7 +84,7 @@ PANELS = (
     Panel(
         "Feedback to the teacher", (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),), log=True
     ),
-    Panel("Feedback to the teacher", (("feedback_std", "standard deviation of h"),), log=True),
+    Panel("Feedback to the teacher", (("feedback_std", "its standard deviation in a batch"),), log=True),
     Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, from the last hundred"),)),
     Panel(
         "Pseudo-labels",
