@@ -49,7 +49,8 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
         raise MetaplError(f"{name} is a dict with the keys {found}; {_EXPECTED}.{mend}")
     pair = isinstance(batch, tuple | list) and len(batch) > 1
     if not pair or not (isinstance(batch[0], Tensor) or holds_tensors(batch[0])):
-        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}.{mend}")
+        arrays = pair and any(isinstance(part, np.ndarray) for part in batch)
+        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}{', torch.as_tensor(x)' * arrays}.{mend}")
     return batch
 
 

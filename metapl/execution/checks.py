@@ -93,7 +93,9 @@ def described(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict of {len(value)} ({few(map(repr, value), 20)})"
     if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)} ({few((type(t).__name__ for t in value), 20)})"
+        kinds = [type(t).__name__ for t in value]
+        alike = len(kinds) > 3 and len({*kinds}) == 1
+        return f"a {type(value).__name__} of {len(value)} ({f'all {kinds[0]}' if alike else few(kinds, 20)})"
     return f"of type {type(value).__name__}"
 
 
@@ -338,7 +340,8 @@ def _in_range(numbers: Tensor, count: int, what: str, verbs: tuple[str, str], wh
         text = f"{what} {verbs[0]} a value outside 0..{count - 1}; {why}: expected 0..{count - 1}."
         refuse((low < 0) | (high >= count), text)
     elif int(low) < 0 or int(high) >= count:
-        raise MetaplError(f"{what} {verbs[1]} from {int(low)} to {int(high)}; {why}: expected 0..{count - 1}.")
+        mend = f", such as {what} - 1" if (int(low), int(high)) == (1, count) else ""
+        raise MetaplError(f"{what} {verbs[1]} from {int(low)} to {int(high)}; {why}: expected 0..{count - 1}{mend}.")
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:

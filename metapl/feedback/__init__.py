@@ -20,6 +20,7 @@ from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
 from metapl.problems.base import Kind
+from metapl.words import did_you_mean
 
 __all__ = [
     "MODES",
@@ -102,6 +103,6 @@ def estimator(mode: str | Estimator) -> Estimator:
         if mode == name:
             return _REGISTRY[name]
     raise MetaplError(
-        f"mode={mode!r} was given; expected one of {', '.join(MODES)}, "
+        f"mode={mode!r} was given{did_you_mean(str(mode), MODES)}; expected one of {', '.join(MODES)}, "
         'or an estimator value such as metapl.feedback.Reinforce(similarity="cosine").'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -129,8 +130,18 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
     return found
 
 
-def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
-    """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
+def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int, outputs: Tensor | None = None) -> None:
+    """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken. Of the
+    student's ``outputs`` on classes, warn if they are probabilities."""
+    if problem.teacher_classifies and outputs is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
+        rows = outputs.detach().sum(1)
+        if bool((outputs >= 0).all()) and bool(((rows - 1).abs() < 1e-3).all()):
+            warnings.warn(
+                "the student's outputs are probabilities (none is negative, and each row sums to 1), and the losses "
+                "take logits, of which they compute the softmax themselves: it would be taken twice, and little would "
+                "be learned. Leave the softmax out of the networks.",
+                stacklevel=2,
+            )
     told = signal.differentiable()
     if isinstance(signal.value, dict):
         told = {name: t for name, t in told.items() if name not in vars(signal)}

@@ -49,7 +49,7 @@ class Hypergradient:
     """
 
     grads: dict[str, Tensor]
-    feedback: Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], ...]
+    feedback: Any
     inner_loss: Tensor
     outer_loss: Tensor
     student_params: dict[str, Tensor]

@@ -143,7 +143,7 @@ class Trainer(Stepwise):
         refuse_unknown(options, self.fit)
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if steps is None:
-            raise MetaplError("fit() was not told how many steps to take; expected steps=1000, say.")
+            raise MetaplError("steps= was not given, the number of steps to take; expected steps=1000, say.")
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = Folder(out) if isinstance(out, str | Path) else out

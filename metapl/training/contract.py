@@ -81,7 +81,7 @@ class StepReport(Report):
             ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
     """
 
-    feedback: Tensor | dict[str, Tensor] | tuple[Tensor | dict[str, Tensor], ...]
+    feedback: Any
     signal: Signal
     student_outputs: Tensor
     problem: Problem

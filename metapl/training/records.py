@@ -115,7 +115,7 @@ class Records:
             raise MetaplError("resume=True was given without out; expected the folder of the run to go on with.")
         newest = self.checkpoints.newest(read)
         if newest is None:
-            say(f"no checkpoint of phase {self.phase} yet: starting anew")
+            say(f"no checkpoint of phase {self.phase} yet: it begins at its first step")
         for path, reason in newest.skipped if newest else ():
             say(f"passed over {path.name}: {reason}")
         return newest

@@ -213,7 +213,7 @@ class BilevelTrainer(Trainer):
             step = TeacherPass(guard.asked, *given, records=True)
             kind = len(batches), step.signal.sampled, *step.signal.differentiable()
             if kind != guard.kind:
-                check_kind(step.signal, self.mode, self.problem, len(batches))
+                check_kind(step.signal, self.mode, self.problem, len(batches), outputs)
                 guard.kind = kind
             teacher_steps.append(step)
             return step.signal

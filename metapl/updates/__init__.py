@@ -52,6 +52,12 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
                 "part only; for a sharded student expected torch.optim.SGD, Adam or AdamW."
             )
         return TransformUpdate(optimizer, parameters, state)
+    if isinstance(optimizer, type | str):
+        given = described(optimizer) if isinstance(optimizer, type) else repr(optimizer)
+        raise MetaplError(
+            f"{called('inner_optimizer')} is {given}; expected an optimizer of the student's parameters, such as "
+            "torch.optim.AdamW(student.parameters(), lr=1e-3)."
+        )
     if kind is None:
         inside = getattr(optimizer, "optimizer", None)
         wraps = f", a wrapper around {described(inside)}: give {called('inner_optimizer')}=optimizer.optimizer"

@@ -85,6 +85,12 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
         )
     known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
+    if len(missing) == len(parameters):
+        raise MetaplError(
+            f"{called(name)} holds {len(known)} tensors, none of which is one of the {len(parameters)} trainable "
+            f"parameters of the {network}, so that it would not be trained; build it from {network}.parameters(): it "
+            "may be the other network's, or of one that was built before."
+        )
     if missing:
         raise MetaplError(
             f"{called(name)} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of "

@@ -111,7 +111,7 @@ def newest(out: Path) -> dict[str, int]:
 def assert_resumed(words: str, checkpoints: dict[str, int]) -> None:
     """Every phase that had a checkpoint went on from it, and without any the run said that it starts anew."""
     if not checkpoints:
-        assert "starting anew" in words
+        assert "it begins at its first step" in words
     for phase, step in checkpoints.items():
         assert f"resumed at step {step}{'' if phase == 'fit' else f' of phase {phase}'}\n" in words
 

@@ -71,6 +71,8 @@ def test_in_code_a_wrong_value_is_refused_by_its_field() -> None:
             "invalid choice 'xyz' for argument '--mode'. Expected one of (",
         ),
         (("train", "digits", "--student.lr", "x"), "metapl: --student.lr: expected a number, got 'x'. See"),
+        ((*IMAGES, "--method", "fixmach"), "Perhaps you meant: fixmatch. See metapl train images"),
+        (("train", "images", "--labelled", "a", "--unlabelled", "b"), "Perhaps you meant: --labeled, --unlabeled."),
         (("train", "digits", "--stepz", "3"), "Unrecognized options: --stepz, 3. Perhaps you meant: --steps"),
         (("train", "digits", "--hidden", "3", "x"), "metapl: --hidden: expected a whole number, got 'x'. See"),
         ((*IMAGES, "--mean", "x"), "metapl: --mean: expected a number, got 'x'. See"),

@@ -120,7 +120,7 @@ def test_without_a_whole_checkpoint_it_is_refused_and_a_finished_run_is_left_alo
         path.unlink()
     code, words = run(recipe + " --resume", out)
     assert code == 0, words
-    assert "no checkpoint of phase fit yet: starting anew" in words
+    assert "no checkpoint of phase fit yet: it begins at its first step" in words
     assert_equal(out, left_alone("soft", recipe, tmp_path_factory))
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
     code, words = run(recipe + " --resume", out)

@@ -156,6 +156,7 @@ def held_in_one_memory(of: nn.Module, part: nn.Module) -> nn.Module:
 
 
 SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
+    "misspelt_mode": (lambda c: {"mode": "foward"}, r"mode='foward' was given; did you mean forward\?; expected one"),
     "unknown_mode": (lambda c: {"mode": "reinforced"}, r"mode='reinforced'.*unrolled, forward, difference, reinforce"),
     "mode_class": (lambda c: {"mode": Reinforce}, r"mode=<class.*expected one of"),
     "mode_number": (lambda c: {"mode": 3}, r"mode=3 was given; expected one of"),
@@ -170,7 +171,7 @@ SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
     "no_problem": (lambda c: {"problem": "pseudo_labels"}, r"problem is of type str; expected an object with signal"),
     "other_parameters": (
         lambda c: {"inner_optimizer": torch.optim.SGD(other_student(c), lr=0.1)},
-        r"4 trainable parameters, of which 1\.weight.*are not held.*student\.parameters\(\)",
+        r"none of which is one of the 4 trainable parameters of the student.*it may be the other network's",
     ),
     "fewer_parameters": (
         lambda c: {"inner_optimizer": torch.optim.SGD(list(c.student.parameters())[:3], lr=0.1)},
@@ -188,7 +189,11 @@ SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
         lambda c: {"inner_optimizer": torchopt.Adam(c.student.parameters(), lr=0.1)},
         r"torchopt\..*Adam.*TorchOpt transform such as",
     ),
-    "optimizer_class": (lambda c: {"inner_optimizer": torch.optim.SGD}, r"the class torch\.optim.*SGD"),
+    "optimizer_class": (
+        lambda c: {"inner_optimizer": torch.optim.SGD},
+        r"is the class torch\.optim.*SGD; expected an optimizer of the student's parameters",
+    ),
+    "optimizer_name": (lambda c: {"inner_optimizer": "sgd"}, r"is 'sgd'; expected an optimizer of the student's"),
     "optimizer_subclass": (
         lambda c: {"inner_optimizer": type("Mine", (torch.optim.SGD,), {})(c.student.parameters(), lr=0.1)},
         r"Mine.*these classes themselves",
@@ -263,7 +268,7 @@ def test_inner_state_beside_a_torch_optimiser_is_refused() -> None:
 
 def test_an_outer_optimiser_must_hold_the_teacher() -> None:
     case = toy("mlp")
-    with pytest.raises(MetaplError, match=r"outer_optimizer holds 4 tensors.*1\.weight.*are not held"):
+    with pytest.raises(MetaplError, match=r"outer_optimizer holds 4 tensors, none of which.* of the teacher"):
         metapl.BilevelTrainer(**case.networks(), outer_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.1))
     with pytest.raises(MetaplError, match=r"outer_optimizer is a .*expected a torch\.optim optimizer"):
         metapl.BilevelTrainer(**case.networks(), outer_optimizer=torchopt.sgd(0.1))

@@ -315,9 +315,34 @@ def test_an_option_that_fit_does_not_have(option: str, meant: str) -> None:
         two.finetune([(X, Y)], steps=2, optimiser=None)
     with pytest.raises(MetaplError, match=r"finetune\(\) has no option 'stps'; did you mean steps\?"):
         two.finetune([(X, Y)], stps=2)
-    with pytest.raises(MetaplError, match=r"fit\(\) was not told how many steps to take"):
+    with pytest.raises(MetaplError, match="steps= was not given, the number of steps to take"):
         one.fit([(X, Y)])
     assert one.steps_done == two.steps_done == 0
+
+
+def test_probabilities_in_the_place_of_logits_are_warned_of() -> None:
+    teacher, student = networks()
+    trainer = metapl.BilevelTrainer(teacher, nn.Sequential(student, nn.Softmax(1)), "forward")
+    with pytest.warns(UserWarning, match="the student's outputs are probabilities.*Leave the softmax out"):
+        trainer.step((X, Y), X)
+
+
+@pytest.mark.parametrize(
+    ("labeled", "text"),
+    [
+        (
+            (X, Y + 1),
+            r"labels run from 1 to 3; the networks have 3 classes: expected 0\.\.2, such as the labels - 1",
+        ),
+        ((X.numpy(), Y.numpy()), r"a tuple of 2 \(ndarray, ndarray\).*, torch\.as_tensor\(x\)\."),
+    ],
+)
+def test_labels_from_one_and_arrays_have_a_remedy(labeled: Any, text: str) -> None:
+    trainer = metapl.BilevelTrainer(*networks(), "forward")
+    with pytest.raises(MetaplError, match=text):
+        trainer.step(labeled, X)
+    with pytest.raises(MetaplError, match=r"unlabeled is a list of 8 \(all str\)"):
+        trainer.step((X, Y), ["a b c"] * 8)
 
 
 @pytest.mark.parametrize(

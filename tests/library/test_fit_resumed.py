@@ -454,7 +454,7 @@ def test_damaged_checkpoints_are_passed_over_by_name_and_without_a_whole_one_it_
     for path in (newest, older):
         path.unlink()
     assert same(ended(True), whole)
-    assert said == ["no checkpoint of phase fit yet: starting anew"]
+    assert said == ["no checkpoint of phase fit yet: it begins at its first step"]
 
 
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:

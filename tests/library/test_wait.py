@@ -316,7 +316,8 @@ def test_a_run_that_ends_in_its_wait_or_after_goes_on_bit_for_bit(
     other = trainer(1 if since else 0)  # without a checkpoint, it starts anew from the same weights
     torch.manual_seed(8 if since else 7)
     found = other.fit(labeled, unlabeled, out=folder, resume=True, say=said.append, **how)
-    assert said == [f"resumed at step {since}" if since else "no checkpoint of phase fit yet: starting anew"]
+    anew = "no checkpoint of phase fit yet: it begins at its first step"
+    assert said == [f"resumed at step {since}" if since else anew]
     assert same(end_of(other, found, folder), expected)
     assert same(found.teacher_weights, ended.teacher_weights)
     assert same(copied(other.teacher), ended.teacher_weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import re
 import shutil
@@ -130,7 +131,7 @@ def parse(kind: type[T], program: str, arguments: Sequence[str]) -> T:
             said = in_a_line(message.getvalue())
             if "" in arguments:  # tyro names it by nothing
                 said = re.sub("(?<=[:,]) ?(?=[,.])", " ''", said)
-            raise error or MetaplError(f"{said} See {program} --help.") from stop
+            raise error or MetaplError(f"{said}{perhaps(said)} See {program} --help.") from stop
         help_text.seek(0)
         width = shutil.get_terminal_size().columns
         for line in help_text.read().splitlines():  # paragraphs are lines of any length
@@ -154,6 +155,21 @@ def in_a_line(text: str) -> str:
     texts = [" ".join(part).removeprefix("Error parsing ").rstrip() for part in parts if part]
     said = [re.sub(r"(?<=[^ .])\.+$", "", text) for text in texts]  # the word .. is none of its periods
     return ". ".join(part for part in said if not part.startswith(("For full help", "Argument helptext"))) + "."
+
+
+def perhaps(said: str) -> str:
+    """What may have been meant, where tyro does not say it: of choices, and of flags beside others that are missing.
+
+    >>> perhaps("Missing from metapl: --labeled DIR. Unrecognized options: --labelled a.")
+    ' Perhaps you meant: --labeled.'
+    """
+    choice, flag = re.search(r"invalid choice '(.*?)' .* one of \((.*)\)", said), r"--[\w.-]*\w"
+    missing, _, unknown = said.partition("Unrecognized options")
+    given, known = re.findall(flag, unknown), re.findall(flag, missing)
+    if choice:
+        given, known = [choice[1]], re.findall(r"'(.*?)'", choice[2])
+    meant = [near for word in given for near in difflib.get_close_matches(word, known, n=1)]
+    return f" Perhaps you meant: {', '.join(meant)}." if meant else ""
 
 
 @contextlib.contextmanager
