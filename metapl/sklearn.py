@@ -82,6 +82,9 @@ def _refused(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[Non
         raise MetaplError(str(error)) from error
 
 
+_BLANK = ("", "nan", "<na>", "nat", "?")  # what a missing label becomes as a text, in files and by astype(str)
+
+
 def _has_label(label: object, partly: bool) -> bool:
     """Whether a label is not missing (None, NaN, pandas' NA and NaT), nor, of labels of a part of the rows, -1 as a
     number or a text."""
@@ -142,6 +145,10 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
         # As objects, for an array of texts would take NaN for one of them.
         y = column_or_1d(np.array(y, object) if isinstance(y, list | tuple) else y, warn=warn)
         check_consistent_length(X, y)
+        blank = sorted({str(label) for label in y if isinstance(label, str) and label.strip().lower() in _BLANK})
+        if blank:
+            missing = "None, NaN or -1 where a row has no label" if self._partly else "a label for each row"
+            raise ValueError(f"y has the texts {few(map(repr, blank))}, which are no classes; expected {missing}.")
         known = np.array([_has_label(label, self._partly) for label in y], bool)
         if not self._partly and not known.all():
             raise ValueError(f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row.")
