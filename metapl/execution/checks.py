@@ -306,16 +306,16 @@ def finite(logits_NC: Tensor) -> None:
         )
 
 
-def class_labels(labels: Any, classes: int) -> None:
-    """Refuse labels that are not integers in [0, classes)."""
+def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> None:
+    """Refuse labels that are not integers in [0, classes); ``what`` and ``why`` are the error's words."""
     if not isinstance(labels, Tensor) or labels.layout != torch.strided:
         dense(labels, "the labels are")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(
-            f"the labels are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
+            f"{what} are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
             "labels.long(), labels.argmax(1) of one-hot rows, labels.squeeze(1) of (batch, 1)."
         )
-    _in_range(labels, classes, "the labels", ("hold", "run"), f"the networks have {classes} classes")
+    _in_range(labels, classes, what, ("hold", "run"), why or f"the networks have {classes} classes")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:

@@ -80,7 +80,8 @@ class DataRater(Problem):
         inner batch without a token to predict."""
         _logits(outputs, unlabeled)
         for _, labels in map(_read, (labeled, unlabeled)):
-            checks.class_labels(labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2])
+            ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
+            checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
         checks.refuse(
             (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
             f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding, "
@@ -119,6 +120,8 @@ class DataRater(Problem):
 def _read(batch: Any) -> tuple[Any, Tensor]:
     """The networks' input, and the labels (B, T)."""
     given = plain(batch)
+    if isinstance(given, tuple | list) and len(given) == 1:  # as a DataLoader has it of a TensorDataset
+        (given,) = given
     inputs, parts = inputs_of(given), given if isinstance(given, dict) else {"input_ids": given}
     ids, mask = parts.get("input_ids"), parts.get("attention_mask")
     labels: Any = parts.get("labels", ids)
@@ -132,6 +135,8 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
             "of two tokens or more, a tensor, or a dict with input_ids and perhaps attention_mask and labels of the "
             "same shape. The batches of several student steps are a metapl.Lookahead([...])."
         )
+    if labels.dtype != torch.int64:
+        raise MetaplError(f"the token ids of DataRater are {checks.described(labels)}; expected int64: ids.long().")
     if mask is not None and "labels" not in parts:
         is_token = mask != 0
         # Padded on the left, the first token has nothing before it to be predicted from, as at a row's beginning.

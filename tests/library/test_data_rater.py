@@ -366,7 +366,8 @@ IDS = tokens(6, 1, "tensor")
         ({"inner": IDS[:, :1]}, r"expected token ids \(B, T\) of two tokens or more"),
         ({"outer": {"ids": IDS}}, r"expected token ids \(B, T\) of two tokens or more"),
         ({"outer": {"input_ids": IDS, "labels": IDS[:, 1:]}}, r"labels a tensor of shape \(6, 6\).*of the same shape"),
-        ({"outer": {"input_ids": IDS, "labels": IDS + 5}}, r"the labels run from 5 to 15.*expected 0\.\.10"),
+        ({"outer": {"input_ids": IDS, "labels": IDS + 5}}, r"token ids run from 5 to 15.*11 words.*0\.\.10"),
+        ({"outer": IDS.float()}, r"the token ids of DataRater are .*float32.*expected int64: ids\.long\(\)"),
         ({"outer": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}}, "are all of its labels left out"),
         (
             {"inner": {"input_ids": IDS, "labels": IDS.new_full(IDS.shape, -100)}},
@@ -387,6 +388,18 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     with pytest.raises(MetaplError, match=f"(?s){message}"):
         metapl.hypergradient(given.pop("teacher"), given.pop("student"), **given)
     assert same([*before.values()], [*change.get("student", student).parameters()])
+
+
+def test_lists_of_one_tensor_are_that_tensor() -> None:
+    """As a ``DataLoader`` makes them of a ``TensorDataset`` of one."""
+    found = []
+    for inner in (IDS, [IDS], (IDS,)):
+        teacher, student = networks(torch.float32)
+        step = torch.optim.SGD(student.parameters(), lr=0.1)
+        given: dict[str, Any] = {"outer": inner, "inner": inner, "mode": "forward", "problem": DataRater()}
+        found.append(metapl.hypergradient(teacher, student, inner_optimizer=step, **given).feedback)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 # ------------------------------------------------------------------------------------------- normalized by a problem

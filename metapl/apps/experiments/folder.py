@@ -505,10 +505,9 @@ def load_run(path: Path) -> LoadedRun:
     folder = begun(path)
     recipe, description = stored(folder)
     if not folder.ended:
-        raise MetaplError(
-            f"the run in {path} is not finished; go on with it by the command that started it, with --out {path} "
-            "--resume."
-        )
+        command = folder.description().get("command", f"the command that started it, with --out {path}")
+        more = "" if "--resume" in command.split() else " --resume"
+        raise MetaplError(f"the run in {path} is not finished; go on with it by {command}{more}")
     result = stored_result(folder)
     run = LoadedRun(folder, recipe.compared(result["method"], result["seed"]), description, result)
     settings = run.rounds
