@@ -103,6 +103,6 @@ def estimator(mode: str | Estimator) -> Estimator:
         if mode == name:
             return _REGISTRY[name]
     raise MetaplError(
-        f"mode={mode!r} was given{did_you_mean(str(mode), MODES)}; expected one of {', '.join(MODES)}, "
-        'or an estimator value such as metapl.feedback.Reinforce(similarity="cosine").'
+        f"mode={mode!r} was given; expected one of {', '.join(MODES)}, or an estimator value such as "
+        f'metapl.feedback.Reinforce(similarity="cosine"){did_you_mean(str(mode), MODES) or "."}'
     )

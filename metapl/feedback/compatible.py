@@ -133,15 +133,13 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int, outputs: Tensor | None = None) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken. Of the
     student's ``outputs`` on classes, warn if they are probabilities."""
-    if problem.teacher_classifies and outputs is not None and outputs.ndim == 2 and outputs.shape[1] > 1:
-        rows = outputs.detach().sum(1)
-        if bool((outputs >= 0).all()) and bool(((rows - 1).abs() < 1e-3).all()):
-            warnings.warn(
-                "the student's outputs are probabilities (none is negative, and each row sums to 1), and the losses "
-                "take logits, of which they compute the softmax themselves: it would be taken twice, and little would "
-                "be learned. Leave the softmax out of the networks.",
-                stacklevel=2,
-            )
+    if problem.teacher_classifies and outputs is not None and _are_probabilities(outputs):
+        warnings.warn(
+            "the student's outputs are probabilities (none is negative, and each row sums to 1), and the losses "
+            "take logits, of which they compute the softmax themselves: it would be taken twice, and little would "
+            "be learned. Leave the softmax out of the networks.",
+            stacklevel=2,
+        )
     told = signal.differentiable()
     if isinstance(signal.value, dict):
         told = {name: t for name, t in told.items() if name not in vars(signal)}
@@ -167,6 +165,13 @@ def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int, ou
             f"mode '{mode.name}' is for {other} signals, and the problem's signal is {own} ({why}); expected one of "
             f"the modes {', '.join(modes_for(kind, looks_ahead=steps > 1))}."
         )
+
+
+def _are_probabilities(outputs: Tensor) -> bool:
+    """Whether the rows of outputs on the host are distributions."""
+    if checks.waits(outputs) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        return False
+    return bool((outputs >= 0).all()) and bool(((outputs.detach().sum(1) - 1).abs() < 1e-3).all())
 
 
 def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:

@@ -156,7 +156,7 @@ def held_in_one_memory(of: nn.Module, part: nn.Module) -> nn.Module:
 
 
 SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
-    "misspelt_mode": (lambda c: {"mode": "foward"}, r"mode='foward' was given; did you mean forward\?; expected one"),
+    "misspelt_mode": (lambda c: {"mode": "foward"}, r"mode='foward' was given; expected one.*; did you mean forward\?"),
     "unknown_mode": (lambda c: {"mode": "reinforced"}, r"mode='reinforced'.*unrolled, forward, difference, reinforce"),
     "mode_class": (lambda c: {"mode": Reinforce}, r"mode=<class.*expected one of"),
     "mode_number": (lambda c: {"mode": 3}, r"mode=3 was given; expected one of"),

@@ -262,8 +262,8 @@ CAUGHT: dict[str, dict[str, Check]] = {
     "pairs_by_rank": {"against_scipy": lambda patch: test_evaluate.test_against_scipy(17)},
     "interval_of_one_side": {"wilsons": lambda patch: test_intervals.test_it_is_wilsons(7, 20)},
     "frozen_alias_goes_unwatched": {
-        "by_a_frozen_parameter": lambda patch: test_writes.test_a_write_to_a_weight_by_a_frozen_parameter_is_refused(
-            "forward"
+        "beside_a_frozen_parameter": lambda patch: (
+            test_writes.test_a_write_to_a_weight_beside_a_frozen_parameter_is_refused("forward")
         ),
     },
     "compared_without_a_gradient": {

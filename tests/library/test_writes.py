@@ -527,21 +527,22 @@ def test_a_frozen_parameter_that_is_exchanged_is_refused(mode: str) -> None:
 
 
 class SharedMemory(Moving):
-    """A frozen parameter in the memory of a learned one."""
+    """A frozen parameter beside a learned one in one memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept = nn.ParameterList([frozen(CLASSES)])
 
     def factor(self, h: Tensor) -> Any:
-        self.kept[0].mul_(0.9)
+        self.head.bias.data.mul_(0.9)
         return 1.0
 
 
 @pytest.mark.parametrize("mode", ALL)
-def test_a_write_to_a_weight_by_a_frozen_parameter_is_refused(mode: str) -> None:
+def test_a_write_to_a_weight_beside_a_frozen_parameter_is_refused(mode: str) -> None:
     student = SharedMemory().double()
-    student.kept[0].data = student.head.bias.data
+    memory = torch.cat([student.head.bias.data, student.kept[0].data])
+    student.head.bias.data, student.kept[0].data = memory.chunk(2)
     refused(case(student, torch.float64), mode, 1, "the student writes to its parameter head.bias")
 
 
