@@ -367,7 +367,8 @@ def _refuse_shared_memory(networks: Mapping[str, nn.Module]) -> None:
     places: dict[int | None, dict[int, tuple[str, str, Tensor]]] = {}
     for role, network in networks.items():
         for prefix, part in named_parts(network):
-            own = {**part._parameters, **part._buffers, **vars(part)}
+            made = {} if part._forward_pre_hooks else vars(part)  # which a hook, as that of spectral_norm, makes anew
+            own = {**part._parameters, **part._buffers, **made}
             for name, t in own.items():
                 if not isinstance(t, Tensor) or t.layout is not torch.strided or not t.numel():
                     continue

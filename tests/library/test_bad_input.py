@@ -233,6 +233,12 @@ def test_a_wrong_setting_is_refused_by_name(kind: str, way: str) -> None:
         call()
 
 
+def test_a_weight_that_a_hook_makes_before_each_pass_may_lie_in_the_memory_of_another() -> None:
+    case = toy("mlp")
+    nn.utils.spectral_norm(case.student[1])
+    metapl.BilevelTrainer(**case.networks(), mode="forward").step(**case.data())
+
+
 OPTIONS: dict[str, tuple[object, str]] = {
     "clip_norm": (0.0, "a number above 0 or None"),
     "precision": ("float16", "'float32', 'bfloat16'"),
