@@ -207,6 +207,10 @@ class TorchUpdate(Update):
                 f"parameters; {foreign} of the tensors are not the student's. Build it from student.parameters()."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch patches the class for each optimizer that is built, and an earlier function has no name any more.
+        return {**vars(self), "_compared": None}
+
     @staticmethod
     @abstractmethod
     def rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import signal
 from collections.abc import Callable
@@ -300,6 +301,20 @@ def test_nor_are_weights_without_values() -> None:
     state = at("student", "4.weight", value=lambda t: t.to("meta"))(trainer.state_dict())
     with pytest.raises(MetaplError, match=r"its student\.4\.weight is a tensor .* on meta"):
         trainer.load_state_dict(state)
+
+
+def test_a_pickled_trainer_goes_on_bit_for_bit() -> None:
+    data = list(zip(*batches(4), strict=True))
+    one = bilevel(inner=INNER["adamw"])
+    one.step(*data[0])
+    bilevel(inner=INNER["adamw"])  # each that is built patches the class
+    other = pickle.loads(pickle.dumps(one))
+    state = torch.get_rng_state()
+    ends = []
+    for trainer in (one, other):
+        torch.set_rng_state(state)
+        ends.append([*(trainer.step(*each).feedback for each in data[1:]), trainer.state_dict()])
+    assert same(*ends)
 
 
 def test_load_expects_a_path() -> None:
