@@ -117,7 +117,8 @@ def _compare_runs(folders: Sequence[Path]) -> None:
             steps = [f"{by_seed[0].steps:,}"] * differ  # all runs of a comparison have the same number
             rows.append((str(place), method, _ranges([entry.seed for entry in by_seed]), *steps, *shares))
     caption = f"test accuracy in % on {entries[0].evaluation.n:,} examples (chance {100 * _chance(entries):.1f})"
-    tell(f"{caption}{where_one_network(entry.method for entry in entries)}\n\n{table(rows, left=3)}\n")
+    heading = wrapped(f"{caption}{where_one_network(entry.method for entry in entries)}")
+    tell(f"{heading}\n\n{table(rows, left=3)}\n")
     if differ:
         tell(wrapped("The numbers of steps differ: each run took as many as fitted into its minutes.") + "\n")
     tell(_verdict(entries))

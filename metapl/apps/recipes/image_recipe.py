@@ -102,7 +102,7 @@ class ImageRecipe(Recipe):
         weights: file with pretrained weights of the network.
         teacher_dropout: dropout rate of the teacher, or of the one network, if not the same.
         stochastic_depth: probability of dropping the last block, for networks that support it.
-        channels_last: store the networks in the channels-last format, which is faster on tensor cores.
+        channels_last: whether the networks are stored in the channels-last format, which is faster on tensor cores.
         compile: compile the networks with torch.compile.
         pad: greatest shift of the weak view, in pixels.
         resized_crop: cut a random part out of each picture, as is usual for photographs, instead of shifting it. Every
