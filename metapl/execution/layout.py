@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -28,7 +28,6 @@ from metapl.execution.modules import named_parts, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks, columns_of
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
-from metapl.execution.writes import memory_of
 
 # The kinds of layouts in words, and what estimators and problems may require of them.
 _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
@@ -358,28 +357,29 @@ def _refuse_not_replayable(name: str, layout: Layout) -> None:
         if why:
             raise MetaplError(f"the {name}'s {path} {why}")
     if not trainable(layout.network):
-        raise MetaplError(_NOTHING_TO_LEARN.format(name))
+        raise MetaplError(NOTHING_TO_LEARN.format(name))
 
 
 def _refuse_shared_memory(networks: Mapping[str, nn.Module]) -> None:
     """Refuse a weight that both networks learn, and a trainable weight in whose memory another tensor lies: a pass at
     other weights has others for the one and not for the other. A weight that one network holds twice is one tensor."""
-    places: dict[int | None, dict[int, tuple[str, str, Tensor]]] = {}
+    held: dict[int, tuple[str, str, Tensor]] = {}
     for role, network in networks.items():
         for prefix, part in named_parts(network):
-            made = {} if part._forward_pre_hooks else vars(part)  # which a hook, as that of spectral_norm, makes anew
-            own = {**part._parameters, **part._buffers, **made}
-            for name, t in own.items():
-                if not isinstance(t, Tensor) or t.layout is not torch.strided or not t.numel():
-                    continue
-                held = places.setdefault(memory_of(t), {})
+            # PyTorch's older spectral_norm makes this attribute anew in each pass.
+            made = {hook.name for hook in part._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)}
+            for name, t in {**part._parameters, **part._buffers, **vars(part)}.items():
+                if not isinstance(t, Tensor) or t.grad_fn is not None or name in made or not _address(t):
+                    continue  # of what a pass has computed, its graph knows of what it is a view
                 by, _, _ = held.setdefault(id(t), (role, prefix + name, t))
                 if by != role and t.requires_grad:
                     raise MetaplError(
                         "teacher and student share weights; expected two networks: build the student separately."
                     )
-    for place, held in places.items():
-        for (role, path, t), (other, its_path, its) in combinations(held.values() if place else (), 2):
+    before: list[tuple[str, str, Tensor]] = []  # those whose memory ends behind where the next one's begins
+    for role, path, t in sorted(held.values(), key=lambda one: (str(one[2].device), _address(one[2]))):
+        before = [one for one in before if one[2].device == t.device and _end(one[2]) > _address(t)]
+        for other, its_path, its in before:
             if (t.requires_grad or its.requires_grad) and _overlap(t, its):
                 raise MetaplError(
                     f"the {role}'s {path} and the {other}'s {its_path} are two tensors in one memory, such as "
@@ -387,22 +387,36 @@ def _refuse_shared_memory(networks: Mapping[str, nn.Module]) -> None:
                     "than the other; expected one Parameter that is held in both places (self.weight = other.weight), "
                     "weight.detach() in forward, or a copy: weight.detach().clone()."
                 )
+        before.append((role, path, t))
+
+
+def _address(t: Tensor) -> int:
+    """Where a tensor's first entry lies; 0 for one without memory of its own."""
+    if t.layout is not torch.strided or t.is_nested:
+        return 0
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # of a class that wraps others
+        return 0
+
+
+def _end(t: Tensor) -> int:
+    """The address behind a tensor's last entry."""
+    last = sum((n - 1) * by for n, by in zip(t.shape, t.stride(), strict=True))
+    return _address(t) + (last + 1) * t.element_size()
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one storage share an entry."""
-    starts = [int(t.storage_offset()) * t.element_size() for t in (a, b)]
-    sizes = [1 + sum((n - 1) * by for n, by in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
-    ends = [start + size * t.element_size() for start, size, t in zip(starts, sizes, (a, b), strict=True)]
-    if max(starts) >= min(ends) or a.dtype != b.dtype:
-        return max(starts) < min(ends)
-    first = min(a.storage_offset(), b.storage_offset())
-    seen = torch.zeros((max(ends) - min(starts)) // a.element_size(), dtype=torch.bool)
-    seen.as_strided(a.shape, a.stride(), a.storage_offset() - first).fill_(True)
-    return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset() - first).any())
+    """Whether two tensors, of which neither ends before the other one begins, share an entry."""
+    start, size = min(_address(a), _address(b)), a.element_size()
+    if a.dtype != b.dtype or (_address(a) - _address(b)) % size:
+        return True
+    seen = torch.zeros((max(_end(a), _end(b)) - start) // size, dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride(), (_address(a) - start) // size).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), (_address(b) - start) // size).any())
 
 
-_NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
+NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
 
 # What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
 _SWITCHES = (
@@ -452,4 +466,4 @@ def _refuse_parts(name: str, network: nn.Module, blocks: Sequence[Any]) -> None:
                 "requires_grad=True to be sharded."
             )
     if not any(map(is_sharded, network.parameters())):
-        raise MetaplError(_NOTHING_TO_LEARN.format(name))
+        raise MetaplError(NOTHING_TO_LEARN.format(name))

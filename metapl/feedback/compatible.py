@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, called, either
 from metapl.execution import checks
 from metapl.execution.agreement import check_shares
+from metapl.execution.buffers import own_code
 from metapl.execution.capabilities import CURVATURE, FORWARD_AD, ONE_PROCESS, THROUGH_INPUT, Capability
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
@@ -133,7 +134,8 @@ def _required(mode: Estimator, steps: int, problem: Problem) -> dict[Capability,
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int, outputs: Tensor | None = None) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken. Of the
     student's ``outputs`` on classes, warn if they are probabilities."""
-    if problem.teacher_classifies and outputs is not None and _are_probabilities(outputs):
+    takes_logits = problem.teacher_classifies and own_code(problem.inner_loss)
+    if takes_logits and outputs is not None and _are_probabilities(outputs):
         warnings.warn(
             "the student's outputs are probabilities (none is negative, and each row sums to 1), and the losses "
             "take logits, of which they compute the softmax themselves: it would be taken twice, and little would "

@@ -141,7 +141,7 @@ def hypergradient(
     options = ahead.options(update)
     check_batches(labeled, held, device, of_student.ranks, len(batches))
     check_mode(estimate, len(batches), problem, of_student)
-    teach = Teaching(of_teacher, problem, estimate, generator, of_student.ranks, batches, accumulate, recompute_teacher)
+    teach = Teaching(of_teacher, problem, estimate, generator, of_student, batches, accumulate, recompute_teacher)
     local_student = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
     readers = {"student": of_student.network, "teacher": teach.network if problem.teacher_reads_inputs else None}
     explain = partial(explain_types, labeled, held, readers)

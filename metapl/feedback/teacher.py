@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
@@ -51,6 +52,8 @@ class TeacherPass:
         recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
             more forward pass, and no graph in memory between the two.
         slots: of the teacher.
+        student: whose weights are others when the signal is computed again, so that it must not run then; None: they
+            are the same.
         records: note the outputs of the teacher, at which :meth:`backward` measures the gradients of its losses.
         known: of a pass that has been run before, and is to be computed again: its signal, and what it began with.
     """
@@ -66,11 +69,13 @@ class TeacherPass:
         ranks: Ranks,
         slots: Slots,
         *,
+        student: nn.Module | None = None,
         records: bool,
         known: Known | None = None,
     ) -> None:
         self.teacher, self.problem, self.batch, self.ranks = teacher, problem, batch, ranks
         self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
+        self.student = student
         self._slots, self.records = slots, records
         self._outputs: list[tuple[Tensor, int]] = []  # and their versions, as they were returned
         self._nested = False  # whether an input of a pass depends on another pass
@@ -101,7 +106,7 @@ class TeacherPass:
         try:
             if generator is not None and self._drawn is not None:
                 generator.set_state(self._drawn)
-            with replayed(self._random), self._state.again(self._slots):
+            with replayed(self._random), self._state.again(self._slots), self._apart():
                 again = self._run()
         finally:
             if generator is not None and before is not None:
@@ -145,6 +150,23 @@ class TeacherPass:
         looking = eager and not slots.comparable and (on_host or slots.has_frozen)
         values = slots.comparable and on_host
         return weights_watched(slots.by_part, "teacher", inputs, looking=looking, values=values)
+
+    def _apart(self) -> AbstractContextManager[object]:
+        """Refuse a pass of the student in this block, where it would be at other weights than at first."""
+        if self.student is None:
+            return NOTHING
+        learned = {id(part) for part in self.student.modules() if any(p.requires_grad for p in part.parameters(False))}
+
+        def refuse(part: nn.Module, args: Any) -> None:
+            if id(part) in learned:
+                raise MetaplError(
+                    f"{kind_of(self.problem)}.signal runs the student, and it is asked again after a look-ahead of "
+                    "several steps, when the student's weights are no longer those of this step. Expected a signal of "
+                    "the student's outputs as they are given (student_outputs); or the batches in a list, with "
+                    "accumulate=1 and without recompute_teacher, where no signal is computed again."
+                )
+
+        return register_module_forward_pre_hook(refuse)
 
     def _recorded(self) -> RemovableHandle:
         """Collect the outputs of the teacher in a block: the gradients of its losses are measured at these."""

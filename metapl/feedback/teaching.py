@@ -12,7 +12,6 @@ from metapl.execution.batch import micro_batches
 from metapl.execution.buffers import Slots
 from metapl.execution.kernels import overwritten_explained
 from metapl.execution.layout import Layout
-from metapl.execution.ranks import Ranks
 from metapl.execution.sharded import by_backward
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.compatible import check_kind
@@ -29,7 +28,7 @@ class Teaching:
         layout: of the teacher; None: the problem has none, and is given an empty module.
         problem, estimate: the signal, and the mode that takes it.
         generator: of labels that are drawn.
-        ranks: of the student.
+        student: as it is laid out.
         batches: the inner ones; those of a look-ahead are read as they are taken, and not held.
         parts: micro-batches of each of them.
         recompute: as for :class:`TeacherPass`; True wherever batches are not held, or come in parts.
@@ -41,13 +40,14 @@ class Teaching:
         problem: Problem,
         estimate: Estimator,
         generator: torch.Generator | None,
-        ranks: Ranks,
+        student: Layout,
         batches: Sequence[Any],
         parts: int,
         recompute: bool,
     ) -> None:
         self.layout, self.problem, self.estimate, self.generator = layout, problem, estimate, generator
-        self.ranks, self.parts, self.steps, self.rereads = ranks, parts, len(batches), isinstance(batches, Lookahead)
+        self.ranks, self.parts, self.steps = student.ranks, parts, len(batches)
+        self.rereads, self.student = isinstance(batches, Lookahead), student.network if self.steps > 1 else None
         self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
         self.network = nn.Module() if layout is None else layout.network
         self.slots, self.passes = Slots(self.network), list[TeacherPass]()
@@ -65,7 +65,7 @@ class Teaching:
     def made(self, batch: Any, outputs: Tensor | None, known: Known | None = None) -> TeacherPass:
         """A pass that is run, or that is known from before."""
         given = self.problem, batch, outputs, self.generator, self.recompute, self.ranks, self.slots
-        return TeacherPass(self.network, *given, records=False, known=known)
+        return TeacherPass(self.network, *given, student=self.student, records=False, known=known)
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """The gradient of −Σ h·signal, over the passes on all micro-batches; empty without a teacher."""

@@ -58,7 +58,6 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
             f"the network's outputs on the batches have the shapes {few(tuple(t.shape) for t in logits)}; expected a "
             "row for each example, all of one shape: predict batch by batch."
         )
-    # Outside inference mode, so that what comes back are ordinary tensors.
     return torch.cat(logits)
 
 
@@ -143,8 +142,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in before:
-            if training and type(module).train is not nn.Module.train:  # which may do more, such as merge weights
-                module.train()
+            if type(module).train is not nn.Module.train:  # which may do more, such as merge weights
+                module.train(training)
         # Each flag for itself: `model.train()` alone would wake the layers that a user has frozen in eval mode.
         for module, training in before:
             module.training = training

@@ -30,10 +30,11 @@ from metapl.runs.memory import LESS, out_of_memory
 from metapl.runs.ownership import Folder
 from metapl.runs.progress import Progress, progress
 from metapl.training import resuming
+from metapl.training.beside import Beside
 from metapl.training.contract import Report, Say, Stepwise
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records
-from metapl.training.selection import Average, Beside, Best, Selection, weights_of
+from metapl.training.selection import Average, Best, Selection, weights_of
 from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
 
 if TYPE_CHECKING:
@@ -325,7 +326,7 @@ class FitRun:
         self._refuse_bad(step - 1)
         state, ranks, path = self._state(step), self.ranks, None
         if not ranks.alone:
-            state["ranks"] = ranks.gathered(resuming.own_state(state))  # what differs between processes
+            state["ranks"] = ranks.gathered(resuming.own_state(state))
             if self.parts is None:
                 state = gathered(state)
             self._settle()

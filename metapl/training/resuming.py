@@ -226,7 +226,15 @@ def version_note(before: Any) -> str | None:
 
 
 def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rng": state["rng"], "generator": state["trainer"].get("generator"), "feeds": state["feeds"]}
+    """What differs between processes."""
+    generator, best = state["trainer"].get("generator"), state["best"].get("beside", {})
+    return {
+        "rng": state["rng"],
+        "generator": generator,
+        "feeds": state["feeds"],
+        "beside": state.get("beside", {}),
+        "best_beside": best,
+    }
 
 
 def parts_writer(trainer: Stepwise, folder: Path | None, keep: int) -> PartsWriter | None:
@@ -288,4 +296,5 @@ def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batch
         torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
         own = own | {"rng": rng_state()}
     held = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
-    return state | {"rng": own["rng"], "feeds": own["feeds"], "trainer": held}
+    beside = {"beside": own.get("beside", {}), "best": state["best"] | {"beside": own.get("best_beside", {})}}
+    return state | {"rng": own["rng"], "feeds": own["feeds"], "trainer": held} | beside

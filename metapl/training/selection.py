@@ -17,12 +17,12 @@ from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.checks import dense, described
 from metapl.execution.layout import reshard
-from metapl.execution.modules import named_parts
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
 from metapl.metrics.classification import Evaluation, check_labels
 from metapl.metrics.metric import ACCURACY, Measured, Metric, default_metric, labels_of
 from metapl.metrics.predictions import logits_of, outer_batches
+from metapl.training.beside import Beside
 from metapl.training.contract import Say, Stepwise
 
 
@@ -125,52 +125,6 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
         name: whole(t).detach().cpu().clone() if isinstance(t, Tensor) else copy.deepcopy(t)
         for name, t in model.state_dict().items()
     }
-
-
-class Beside:
-    """What a network holds beside its ``state_dict()`` and changes in training, by name: the buffers that are not
-    persistent, and the attributes of its modules that are numbers or tensors.
-
-    >>> network = nn.BatchNorm1d(1)
-    >>> network.calls, beside = 0, Beside(network)
-    >>> network.calls = 3
-    >>> beside.changed()
-    {'calls': 3}
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network, self._first = network, dict[str, Any]()
-        self._first = self.changed()
-
-    def changed(self) -> dict[str, Any]:
-        """Copies of what is other than it was at first."""
-        return {name: _copy(value) for name, value in self._held() if not _is_as(self._first.get(name), value)}
-
-    def load(self, changed: Mapping[str, Any]) -> None:
-        """Put back what was :meth:`changed`; all else is as it was at first."""
-        parts = dict(self.network.named_modules())
-        for name, value in {**self._first, **changed}.items():
-            path, _, last = name.rpartition(".")
-            own = getattr(parts[path], last, None)
-            if not _is_as(own, value):
-                setattr(parts[path], last, value.to(own.device) if isinstance(own, Tensor) else _copy(value))
-
-    def _held(self) -> Iterator[tuple[str, Any]]:
-        for prefix, part in named_parts(self.network):
-            buffers = {name: part._buffers.get(name) for name in part._non_persistent_buffers_set}
-            own = {name: value for name, value in vars(part).items() if name[0] != "_" and name != "training"}
-            plain = {n: v for n, v in (buffers | own).items() if isinstance(v, int | float | Tensor)}
-            yield from ((prefix + name, value) for name, value in plain.items())
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _is_as(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) and isinstance(other, Tensor):
-        return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value.to(other.device), other)
-    return type(value) is type(other) and bool(value == other)
 
 
 # ---------------------------------------------------------------------------------------------------------- validation

@@ -210,7 +210,8 @@ class BilevelTrainer(Trainer):
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
             recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit
             given = self.problem, batch, outputs, self.generator, recompute, self.ranks, guard.slots
-            step = TeacherPass(guard.asked, *given, records=True)
+            apart = student.module if len(batches) > 1 else None
+            step = TeacherPass(guard.asked, *given, student=apart, records=True)
             kind = len(batches), step.signal.sampled, *step.signal.differentiable()
             if kind != guard.kind:
                 check_kind(step.signal, self.mode, self.problem, len(batches), outputs)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from metapl.errors import MetaplError, called, few
 from metapl.execution import checks
+from metapl.execution.layout import NOTHING_TO_LEARN
 from metapl.execution.numerics import Tree, wide
 from metapl.execution.shards import as_sharded, is_sharded, local
 from metapl.updates.base import Cotangents, Parameters, Update
@@ -83,6 +84,8 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"amsgrad of {called(name)} was switched on after its first step, whose greatest second moments it has not "
             f"kept; build a new {type(optimizer).__name__}(..., amsgrad=True)."
         )
+    if not parameters:
+        raise MetaplError(NOTHING_TO_LEARN.format(network))
     known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if len(missing) == len(parameters):
