@@ -82,7 +82,7 @@ def _refused(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[Non
         raise MetaplError(str(error)) from error
 
 
-_BLANK = ("", "nan", "<na>", "nat", "?")  # what a missing label becomes as a text, in files and by astype(str)
+_BLANK = ("", "nan", "<na>", "nat")  # what a missing label becomes as a text, in files and by astype(str)
 
 
 def _has_label(label: object, partly: bool) -> bool:

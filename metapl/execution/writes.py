@@ -133,7 +133,7 @@ _UNDECLARED = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miope
 def memory_of(t: Tensor) -> int | None:
     """What tensors that share memory have in common; None where a tensor has no memory of its own."""
     try:
-        return int(t.untyped_storage()._cdata)
+        return None if t.is_nested else int(t.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse ones
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -307,6 +308,19 @@ def test_a_training_that_learned_nothing_has_no_scores(
     assert re.search(r"at --lr 0\.05 the loss of \S+ on the 8 pictures that judge is .*no score would count", told)
     assert "Nothing was written; try --lr 0.02, fewer or more --steps" in told
     assert not [*tmp_path.rglob("*.csv")]
+
+
+def test_a_network_that_is_too_sure_has_scores(
+    folders: tuple[Path, set[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loss is above that of even guesses, of a few pictures; more than half of its answers are right."""
+    root, _ = folders
+    shutil.copytree(root / "others", tmp_path / "val")
+    for picture in sorted((tmp_path / "val" / "bar").iterdir())[:2]:
+        picture.rename(tmp_path / "val" / "beam" / f"wrong-{picture.name}")
+    given = ["attribute", str(root / "run"), "--val", str(tmp_path / "val"), "--out", str(tmp_path / "out"), *SOME]
+    assert main([*given, "--steps", "60", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] > math.log(2)
 
 
 def test_a_picture_that_has_gone_does_not_give_its_score_to_another(tmp_path: Path) -> None:

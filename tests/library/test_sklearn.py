@@ -274,7 +274,7 @@ REFUSED = {
     "None among wrong labels": Case("NaN or None, in 20 rows", y=np.where(TRUTH, NAMES.astype(object), None), of=1),
     "empty texts": Case("texts '', which .* None, NaN or -1", y=np.where(FEW < 0, "", NAMES), of=0),
     "texts of NaN": Case("texts 'nan', .*expected a label for each", y=np.where(TRUTH, NAMES, "nan"), of=1),
-    "question marks": Case(r"texts ' ', '\?', which are no", y=np.where(TRUTH, np.where(TRUTH > 1, NAMES, "?"), " ")),
+    "blank texts": Case(r"texts ' ', 'NaN', which are no", y=np.where(TRUTH, np.where(TRUTH > 1, NAMES, "NaN"), " ")),
     "no such mode": Case("mode='forwards'|unknown mode|forwards", mode="forwards"),
     "a mode of samples for weights": Case("reinforce", mode="reinforce", of=1),
     "no steps": Case(r"steps=0\): expected a whole number of 1 or more", steps=0),

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 from metapl.apps.commands.inputs import check_out, held, written
 from metapl.apps.commands.parse import Command, Folder, OnRecipe, Run, Switch, unset
@@ -169,17 +168,19 @@ class Attributing(Command):
         began = time.perf_counter()
         all_of_it = scored(EqualWeights())
         judged, guesses = float(all_of_it.outer_loss), math.log(len(recipe.classes))
-        if not judged < guesses:
+        if not judged < guesses and (right := accuracy(network, all_of_it, outer)) <= 1 / len(recipe.classes):
             raise MetaplError(
                 f"after {steps:,} steps of {batch} at --lr {self.lr:g} the loss of {recipe.network_name} on the "
-                f"{len(outer):,} pictures that judge is {judged:.3f}, that of even guesses {guesses:.3f}: it has "
-                f"learned nothing that holds for them, and no score would count. Nothing was written; try --lr "
-                f"{self.lr / 3:.1g}, fewer or more --steps, or more labeled pictures than these {len(train):,}."
+                f"{len(outer):,} pictures that judge is {judged:.3f}, that of even guesses {guesses:.3f}, and its "
+                f"accuracy {right:.1%}: it has learned nothing that holds for them, and no score would count. Nothing "
+                f"was written; try --lr {self.lr / 3:.1g}, fewer or more --steps, or more labeled pictures than these "
+                f"{len(train):,}."
             )
         known = outer.labels.unique().tolist() if self.each_class else []
         of_classes = [scored(OfClass(label)).scores.tolist() for label in known]
         rows, seconds = [], time.perf_counter() - began
-        columns = (t.tolist() for t in (train.labels, all_of_it.scores, losses(network, all_of_it, train)))
+        each_loss = F.cross_entropy(logits(network, all_of_it, train), train.labels, reduction="none")
+        columns = (t.tolist() for t in (train.labels, all_of_it.scores, each_loss))
         for number, (label, score, loss) in enumerate(zip(*columns, strict=True)):
             each = [(scores[number], recipe.classes[c]) for c, scores in zip(known, of_classes, strict=True)]
             most = max(each, key=lambda of: abs(of[0]), default=(0.0, ""))
@@ -362,15 +363,18 @@ class OfClass(EqualWeights):
         return F.cross_entropy(outputs[chosen], batch[1][chosen])
 
 
-def losses(network: nn.Module, found: Attribution, train: Pictures) -> Tensor:
-    """Of the trained network on what it was trained on, in mixed batches, whose statistics a batch norm takes."""
-    of_pictures, device = torch.empty(len(train)), found.scores.device
+def logits(network: nn.Module, found: Attribution, pictures: Pictures) -> Tensor:
+    """Of the trained network, in mixed batches, whose statistics a batch norm takes."""
+    mixed, outputs = torch.randperm(len(pictures)), list[Tensor]()
     with torch.no_grad():
-        for some in torch.randperm(len(train)).chunk(-(-len(train) // EVALUATED_AT_ONCE)):
-            x, y = default_collate([train[number] for number in some.tolist()])
-            logits = functional_call(network, found.student_params, (x.to(device),))
-            of_pictures[some] = F.cross_entropy(logits.cpu(), y, reduction="none")
-    return of_pictures
+        for some in mixed.chunk(-(-len(pictures) // EVALUATED_AT_ONCE)):
+            x = torch.stack([pictures[number][0] for number in some.tolist()]).to(found.scores.device)
+            outputs.append(functional_call(network, found.student_params, (x,)).cpu())
+    return torch.cat(outputs)[mixed.argsort()]
+
+
+def accuracy(network: nn.Module, found: Attribution, pictures: Pictures) -> float:
+    return float((logits(network, found, pictures).argmax(1) == pictures.labels).float().mean())
 
 
 def interval(rho: float, n: int) -> tuple[float, float]:
