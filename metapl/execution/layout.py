@@ -395,7 +395,7 @@ def _address(t: Tensor) -> int:
     if t.layout is not torch.strided or t.is_nested:
         return 0
     try:
-        return t.data_ptr()
+        return 0 if t.untyped_storage().device.type == "meta" else t.data_ptr()
     except RuntimeError:  # of a class that wraps others
         return 0
 
