@@ -41,10 +41,25 @@ class Block(nn.Module):
         return x + self.scale * self.outer(torch.tanh(self.inside(self.inner(x))))
 
 
+class Centred(nn.Module):
+    """A moving mean, beside the state, of the rows that this process has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.passes = torch.zeros(9, dtype=torch.float64), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = self.mean.lerp(x.detach().mean(0).to(self.mean.dtype), 0.3)
+            self.passes += 1
+        return x - self.mean.to(x.dtype) * min(self.passes, 4)
+
+
 INSIDE: dict[str, Callable[[], nn.Module]] = {
     "plain": nn.Identity,
     "norm": lambda: nn.BatchNorm1d(9),
     "dropout": lambda: nn.Dropout(0.3),
+    "centred": lambda: nn.Sequential(nn.Dropout(0.3), Centred()),
     "keyed": lambda: KeyedDropout(0.3, dist.get_rank() if dist.is_initialized() else 0),
 }
 
@@ -802,7 +817,7 @@ def resumed(
 ) -> dict[str, Any]:
     """A fit of four steps, from the beginning or on from where it was stopped."""
     trainer = built("forward", layout, "adamw", inside=inside)
-    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
+    torch.manual_seed(7 + (dist.get_rank() if inside in ("dropout", "centred") and dist.is_initialized() else 0))
     drawn = batches(4)
     (x, y), _ = batches(5)[4]
 

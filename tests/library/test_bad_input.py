@@ -155,6 +155,13 @@ def held_in_one_memory(of: nn.Module, part: nn.Module) -> nn.Module:
     return part
 
 
+def viewed_by(part: nn.Module, *views: Tensor) -> nn.Module:
+    """A network that keeps views of its weights as attributes."""
+    for i, view in enumerate(views):
+        setattr(part, "own" + "_" * i, view)
+    return nn.Sequential(*[nn.Identity()] * 3, part)
+
+
 SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
     "misspelt_mode": (lambda c: {"mode": "foward"}, r"mode='foward' was given; expected one.*; did you mean forward\?"),
     "unknown_mode": (lambda c: {"mode": "reinforced"}, r"mode='reinforced'.*unrolled, forward, difference, reinforce"),
@@ -214,6 +221,16 @@ SETTINGS: dict[str, tuple[Callable[[Toy], dict[str, Any]], str]] = {
         r"the student's 3\.weight.*two tensors in one memory.*weight\.detach\(\)\.clone\(\)|"
         r"the student's weight and the student's 3\.weight are two tensors in one memory",
     ),
+    "a_view_in_numpy": (
+        lambda c: {"student": viewed_by(c.student[3], torch.from_numpy(c.student[3].weight.detach().numpy()))},
+        r"the student's 3\.(weight|own) and the student's 3\.(weight|own) are two tensors in one memory",
+    ),
+    "one_of_many_views": (
+        lambda c: {
+            "student": viewed_by(c.student[3], *c.student[3].weight.detach().unbind(1), c.student[3].weight.data)
+        },
+        r"the student's 3\.(weight|own\w*) and the student's 3\.(weight|own\w*) are two tensors in one memory",
+    ),
     "other_device": (lambda c: {"teacher": mlp().to("meta")}, r"several devices: teacher on meta; student on cpu"),
     "nothing_to_learn": (
         lambda c: {"teacher": mlp().double().requires_grad_(False)},
@@ -236,6 +253,24 @@ def test_a_wrong_setting_is_refused_by_name(kind: str, way: str) -> None:
 def test_a_weight_that_a_hook_makes_before_each_pass_may_lie_in_the_memory_of_another() -> None:
     case = toy("mlp")
     nn.utils.spectral_norm(case.student[1])
+    metapl.BilevelTrainer(**case.networks(), mode="forward").step(**case.data())
+
+
+def test_what_a_hook_keeps_of_a_pass_may_lie_in_the_memory_of_a_weight() -> None:
+    case = toy("mlp")
+    layer = case.student[1]
+    layer.register_forward_hook(lambda layer, args, output: setattr(layer, "seen", (output, layer.weight.T)[1]))
+    case.student(case.unlabeled)
+    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward")
+    trainer.step(**case.data())
+
+
+def test_rows_of_one_memory_are_not_shared() -> None:
+    """Weights that alternate in one tensor have no entry in common."""
+    case = toy("mlp")
+    layer = case.student[3]
+    both = torch.randn(2 * len(layer.weight), *layer.weight.shape[1:], dtype=torch.float64)
+    layer.weight, layer.other = nn.Parameter(both[::2]), both[1::2]
     metapl.BilevelTrainer(**case.networks(), mode="forward").step(**case.data())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import metapl
 from metapl.metrics import predict_logits
+from metapl.training.beside import Beside
 
 
 class Counts(nn.Module):
@@ -78,6 +80,41 @@ class Caches(nn.Module):
         return x * self.table
 
 
+class Warms(nn.Module):
+    """A first value that a later pass replaces by None, and a container of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warm_up: float | None = 0.1
+        self.noted: dict[Any, Any] = {"seen": [], "mean": (torch.zeros(5), 0)}
+        self.also = nn.Identity()
+        self.also.noted = self.noted
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, passes = self.noted["mean"]
+        if self.training:
+            mean = mean.lerp(x.detach().mean(0), 0.1)
+            self.noted["mean"] = mean, passes + 1
+            self.also.noted["seen"].append(float(x.sum()))
+            self.warm_up = None if passes > 2 else self.warm_up
+        return x * (1 + (self.warm_up or 0)) - self.also.noted["mean"][0] + 1e-2 * len(self.noted["seen"])
+
+
+class Aliased(nn.Module):
+    """A buffer that is not persistent, which a part of the network reads by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5), persistent=False)
+        self.read = nn.Identity()
+        self.read.mean = self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.read.mean
+
+
 class Described(nn.Module):
     """A state of more than tensors, weights of whole numbers, and one buffer by two names."""
 
@@ -105,6 +142,8 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "counts": Counts,
     **{kind: (lambda kind=kind: Centres(kind)) for kind in ("transient", "late", "plain", "persistent")},
     "caches": Caches,
+    "warms": Warms,
+    "aliased": Aliased,
     "described": Described,
 }
 
@@ -141,7 +180,7 @@ def test_a_fit_that_failed_ends_as_one_that_did_not(part: str, tmp_path: Path) -
     assert same(*ends)
 
 
-@pytest.mark.parametrize("part", ["counts", "transient", "late", "plain"])
+@pytest.mark.parametrize("part", ["counts", "transient", "late", "plain", "warms", "aliased"])
 def test_the_best_student_is_whole(part: str) -> None:
     """A student that is put back has what it held beside its state when it was the best."""
     one, seen = trainer(part), list[Tensor]()
@@ -158,6 +197,34 @@ def test_the_best_student_is_whole(part: str) -> None:
     assert not torch.equal(seen[int(found.value) - 1], seen[-1])
 
 
+class Number(int):
+    """A number with a life of its own."""
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "a number of a class": lambda: Number(3),
+    "a lock": threading.Lock,
+    "a sparse tensor": lambda: torch.eye(3).to_sparse(),
+    "a tensor of a graph": lambda: torch.ones(3, requires_grad=True) * 2,
+    "a list with a lock": lambda: [1, threading.Lock()],
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_objects_of_other_kinds_are_left_alone(kind: str) -> None:
+    """They are in no checkpoint, and loading one does not touch them."""
+    part = Counts()
+    beside, part.other = Beside(part), OTHERS[kind]()
+    part.passes, own = 2, part.other
+    changed = beside.changed()
+    assert changed == {"passes": 2}
+    part.passes = 5
+    beside.load(changed)
+    assert part.passes == 2
+    assert part.other is own
+
+
 def test_merged_weights_are_parted_again_after_an_evaluation() -> None:
     layer = Merged()
     model = nn.Sequential(layer, nn.Linear(3, 3).eval())
@@ -166,6 +233,26 @@ def test_merged_weights_are_parted_again_after_an_evaluation() -> None:
     assert not layer.merged
     torch.testing.assert_close(layer.weight, before)
     assert [part.training for part in model] == [True, False]
+
+
+class Outer(nn.Sequential):
+    """A network whose train() is its own."""
+
+    def train(self, mode: bool = True) -> Outer:
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, Outer])
+def test_a_layer_that_stays_merged_is_merged_after_an_evaluation(kind: type[nn.Sequential]) -> None:
+    """Its network goes back to training mode and wakes it on the way."""
+    layer = Merged()
+    model = kind(layer, nn.Linear(3, 3))
+    layer.eval()
+    weight = layer.weight.clone()
+    predict_logits(model, [(torch.randn(4, 5), torch.arange(4) % 3)])
+    assert layer.merged
+    torch.testing.assert_close(layer.weight, weight)
+    assert [model.training, *(part.training for part in model)] == [True, False, True]
 
 
 def test_what_a_first_evaluation_makes_is_trained_with_afterwards() -> None:

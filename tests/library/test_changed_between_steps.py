@@ -144,6 +144,14 @@ def test_adam_is_refused_for_weights_that_are_cast_to_float16() -> None:
         trainer.step(**case.data())
 
 
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_a_network_that_is_frozen_whole_is_named(which: str) -> None:
+    case, trainer = in_training()
+    getattr(case, which).requires_grad_(False)
+    with pytest.raises(MetaplError, match=f"the {which} has no parameter with requires_grad=True, so it cannot learn"):
+        trainer.step(**case.data())
+
+
 class Entering(metapl.PseudoLabels):
     """The label enters the student's input."""
 

@@ -327,6 +327,21 @@ def test_probabilities_in_the_place_of_logits_are_warned_of() -> None:
         trainer.step((X, Y), X)
 
 
+class OfProbabilities(metapl.PseudoLabels):
+    """A loss of one's own, of outputs that are probabilities."""
+
+    def inner_loss(self, outputs: torch.Tensor, signal: Any, batch: Any, params: Any = None) -> torch.Tensor:
+        return -(signal.value * outputs.clamp_min(1e-9).log()).sum(1)
+
+
+def test_a_loss_of_probabilities_is_not_warned_of() -> None:
+    teacher, student = networks()
+    trainer = metapl.BilevelTrainer(
+        teacher, nn.Sequential(student, nn.Softmax(1)), "forward", problem=OfProbabilities()
+    )
+    trainer.step((X, Y), X)  # a warning fails this test
+
+
 @pytest.mark.parametrize(
     ("labeled", "text"),
     [

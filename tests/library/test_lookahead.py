@@ -482,6 +482,36 @@ def test_a_signal_that_reads_the_student_reads_it_as_it_is_in_the_step(mode: str
         torch.testing.assert_close(found.student_params[name], p.detach(), rtol=1e-12, atol=1e-14)
 
 
+AGAIN: dict[str, dict[str, Any]] = {
+    "batches of a function": {},
+    "micro-batches": {"accumulate": 2},
+    "a recomputed teacher": {"recompute_teacher": True},
+}
+
+
+@pytest.mark.parametrize("way", AGAIN)
+def test_a_signal_that_runs_the_student_is_not_computed_again(way: str) -> None:
+    """The student would be at other weights than at first, and the signal another one."""
+    problem = toy("mlp")
+    labeled, ahead = tuple(t[:4] for t in problem.labeled), batches(2, problem)
+    options = problem.networks() | {"mode": "forward", "problem": Confident(problem.student)} | AGAIN[way]
+    options["inner_optimizer"] = torch.optim.SGD(problem.student.parameters(), lr=0.5)
+
+    def found(unlabeled: Any) -> Any:
+        return metapl.hypergradient(**options, labeled=labeled, unlabeled=unlabeled)
+
+    calls = [lambda: found(Lookahead(lambda i: ahead[i], 2))]
+    if AGAIN[way]:
+        calls = [
+            lambda: found(Lookahead(ahead)),
+            lambda: metapl.BilevelTrainer(**options).step(labeled, Lookahead(ahead)),
+        ]
+    for call in calls:
+        with unmoved(problem), pytest.raises(MetaplError, match=r"Confident\.signal runs the student, and it is asked"):
+            call()
+    found(ahead[0])  # in one step the weights are those of the step
+
+
 class ByOutputs(metapl.PseudoLabels):
     """A signal whose value carries no gradient, beside outputs that the inner loss reads."""
 

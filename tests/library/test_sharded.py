@@ -598,17 +598,18 @@ def test_a_fit_of_parallel_products(two: Ranks, four: Ranks, layout: str) -> Non
         assert error(own["tuned"], expected["tuned"]) < 1e-6
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("layout", "inside"), [("ddp", "centred"), ("fsdp", "dropout"), ("fsdp", "centred")])
 def test_a_fit_that_was_stopped_goes_on_bit_for_bit_in_as_many_processes(
-    two: Ranks, layout: str, tmp_path: Path
+    two: Ranks, layout: str, inside: str, tmp_path: Path
 ) -> None:
-    """With dropout, whose masks are of the generators of each process."""
-    whole = two.run("resumed", layout=layout, out=str(tmp_path / "whole"))
-    two.run("resumed", layout=layout, out=str(tmp_path / "run"), stop=3)
+    """With dropout, whose masks are of the generators of each process, and means of its rows that each one holds."""
+    case = {"layout": layout, "inside": inside}
+    whole = two.run("resumed", **case, out=str(tmp_path / "whole"))
+    two.run("resumed", **case, out=str(tmp_path / "run"), stop=3)
     names = [path.name for path in sorted((tmp_path / "run" / "checkpoints" / "fit").iterdir())]
     suffix = "ckpt" if layout == "ddp" else "parts"  # every process writes its part of what is sharded
     assert names == [f"step-00000002.{suffix}"]
-    gone_on = two.run("resumed", layout=layout, out=str(tmp_path / "run"), resume=True)
+    gone_on = two.run("resumed", **case, out=str(tmp_path / "run"), resume=True)
     for own, expected in zip(gone_on, whole, strict=True):
         for part in ("weights", "teacher"):
             assert all(torch.equal(own[part][name], t) for name, t in expected[part].items())
