@@ -326,7 +326,8 @@ def main() -> None:
         seconds = costs_in(rows)
         with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
             wanted = list(missing(rows, given.minutes, given.unseen))
-            wanted.sort(key=lambda asked: (asked[1] == "uda", asked[1:3] == AS_IT_IS))  # the primary test first
+            # Seed by seed, the primary test first.
+            wanted.sort(key=lambda asked: (asked[3], asked[1] == "uda", asked[1:3] == AS_IT_IS))
             todo = [(*asked, steps_of(seconds, *asked[:3], asked[-1])) for asked in wanted]
             running = [pool.submit(one, *asked) for asked in todo]
             for number, done in enumerate(as_completed(running), 1):
