@@ -5,40 +5,17 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import socket
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import refused, said
 from PIL import Image
+from special_files import KINDS
 
 from metapl import MetaplError
 from metapl.apps.commands.compare import write_comparison
 from metapl.apps.commands.evaluate import write_evaluation
-
-
-def device(path: Path) -> None:
-    """A character device that takes everything and gives nothing, of this test's own."""
-    try:
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-    except PermissionError:
-        pytest.skip("only root may make devices")
-
-
-def bound(path: Path) -> None:
-    before = os.getcwd()
-    os.chdir(path.parent)  # the path of a socket is short
-    try:
-        with socket.socket(socket.AF_UNIX) as there:
-            there.bind(path.name)
-    finally:
-        os.chdir(before)
-
-
-KINDS = {"pipe": os.mkfifo, "device": device, "socket": bound}
-
 
 EVALUATED: dict[str, Any] = {"n": 4, "accuracy": 0.5, "attacks": {"fgsm": {"2": 0.25}}}
 
