@@ -15,7 +15,7 @@ import pytest
 import torch
 from command import refused, rows, said
 from PIL import Image
-from test_outputs import bound, device
+from special_files import bound, device
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.commands import main
