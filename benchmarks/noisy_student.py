@@ -37,8 +37,8 @@ from torch.nn import functional as F
 from when import drawn
 from when_stack import CLASSES, Views, Weights, _layers, _where_positive, copied, product, softmax, stacked
 
+from metapl.apps.machine.environment import environment
 from metapl.models import mlp
-from metapl.runs.environment import environment
 from metapl.training.options import DECAY, decay_interval
 
 RAW = Path(__file__).parent / "results" / "noisy_student.jsonl"

@@ -21,6 +21,7 @@ FLOORS = (
     ("feedback", "metrics"),
     ("training",),
     ("ablation", "sklearn"),
+    ("apps.machine",),
     ("apps.networks", "apps.reports"),
     ("apps.pictures", "apps.export"),
     ("apps.labels", "apps.evaluation"),

@@ -31,6 +31,8 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.machine.cores import default_threads
+from metapl.apps.machine.environment import environment
 from metapl.apps.recipes import RECIPES, ImageFolders, ImageRecipe
 from metapl.apps.recipes.base import Recipe, Role, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, titled
@@ -39,8 +41,6 @@ from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.atomic import remove_temporary, write_whole
-from metapl.runs.cores import default_threads
-from metapl.runs.environment import environment
 from metapl.runs.fields import AtLeastZero, Range, misfit, misfit_entries
 from metapl.runs.ownership import LOCK, Folder
 from metapl.runs.sealed import is_there, read_json, read_sealed

@@ -21,6 +21,7 @@ from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.galleries import GRID, SUSPECTS
 from metapl.apps.experiments.jobs import Job, aloud, run_all
+from metapl.apps.machine.cores import available_cores, default_threads
 from metapl.apps.recipes.base import Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
@@ -29,7 +30,6 @@ from metapl.errors import placed
 from metapl.execution.device import to_device
 from metapl.metrics import Evaluation, with_chance
 from metapl.metrics.cost import flops
-from metapl.runs.cores import available_cores, default_threads
 from metapl.runs.progress import duration
 from metapl.training import FitOptions, FitResult, Trainer
 
