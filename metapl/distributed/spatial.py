@@ -28,7 +28,6 @@ from metapl.distributed.dropout import KeyedDropout
 from metapl.errors import MetaplError
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Columns, columns_of
-from metapl.runs.memory import out_of_memory
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -150,7 +149,7 @@ def _of_whole_rows(module: nn.Module, example: tuple[Tensor, ...], weights: dict
     try:
         _run(module, example, weights, training=False)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if out_of_memory(error):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         shapes, why = ", ".join(str(tuple(t.shape)) for t in example), str(error).partition("\n")[0]
         raise MetaplError(

@@ -33,9 +33,8 @@ from metapl.feedback.teacher import Known, TeacherPass
 from metapl.feedback.teaching import Teaching
 from metapl.problems.base import Signal, asked_first, kind_of
 from metapl.runs import checkpoint
-from metapl.runs.atomic import remove_temporary
 from metapl.runs.fingerprints import as_values, built_with, network_record
-from metapl.runs.ownership import owned
+from metapl.runs.folder import Folder as OwnedFolder
 from metapl.updates import Update
 
 if TYPE_CHECKING:
@@ -134,7 +133,8 @@ class Folder(States):
                 f"keep_on={str(folder)!r} was given, and the signal of {kind_of(teach.problem)} enters the student's "
                 'input, or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
             )
-        remove_temporary(self.folder)
+        for left in self.folder.glob("*.tmp"):  # of processes that were killed
+            left.unlink(missing_ok=True)
         if not _has_path(folder):
             self.finish()
             content = {"of": dict(of), "random": RandomState.now(student.device).values(), "name": secrets.token_hex(8)}
@@ -261,7 +261,7 @@ def states_in(
     folder: FilePath, of: Mapping[str, Any], student: LocalStudent, teach: Teaching, update: Update
 ) -> Iterator[Folder]:
     """The states of a path in a folder that nobody else writes to; a path that ends removes them."""
-    with owned(folder, leaves_lock=False):
+    with OwnedFolder(folder).held():
         states = Folder(folder, of, student, teach, update)
         yield states
         states.finish()
@@ -275,9 +275,7 @@ def _has_path(folder: FilePath) -> bool:
 def _load(file: FilePath) -> dict[str, Any]:
     try:
         return checkpoint.load(file)
-    except checkpoint.ClosedCheckpointError:
-        raise
-    except checkpoint.CheckpointError as error:
+    except checkpoint.DamagedError as error:
         raise _unfit(file, str(error).removeprefix(f"{file} ").partition("; ")[0]) from error
 
 

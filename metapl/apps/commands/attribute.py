@@ -24,6 +24,7 @@ from metapl.apps.experiments.folder import begun, flat, stored
 from metapl.apps.experiments.galleries import gallery_of
 from metapl.apps.experiments.settle import settled
 from metapl.apps.machine.cores import default_threads
+from metapl.apps.machine.progress import duration
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.store import FileImages
@@ -36,7 +37,6 @@ from metapl.errors import MetaplError, few
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
 from metapl.runs.fields import Range
-from metapl.runs.progress import duration
 from metapl.training.attribution import Attribution, attribute
 from metapl.words import short, table, tell, wrapped
 
