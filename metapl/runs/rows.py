@@ -50,6 +50,7 @@ def _line(row: Mapping[str, Any]) -> bytes:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
+        _ = [value + 0.0 for name, value in row.items() if name != "phase" and value is not None]
         return row if isinstance(row["phase"], str) and isinstance(row["step"], int) else None
-    except (ValueError, RecursionError, LookupError, TypeError):
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError):
         return None

@@ -11,7 +11,6 @@ import pytest
 
 import metapl
 from metapl import moved
-from metapl.training.resuming import refuse_changes
 
 
 @pytest.mark.parametrize(("old", "new"), moved.MODULES.items())
@@ -75,11 +74,3 @@ def test_the_warning_names_the_line_of_the_user(tmp_path: Path) -> None:
         (f"{file}:7", "metapl.export"),
         (f"{file}:7", "metapl.experiments"),
     ]
-
-
-def test_a_run_of_an_earlier_version_names_what_it_was_made_of_by_its_old_name(tmp_path: Path) -> None:
-    before = {"labeled": {"kind": "metapl.experiments.noisy_student.Mixed"}}
-    now = {"labeled": {"kind": "metapl.apps.experiments.noisy_student.Mixed"}}
-    refuse_changes(tmp_path, before, now, ())
-    with pytest.raises(metapl.MetaplError, match=r"labeled\.kind was 'metapl"):
-        refuse_changes(tmp_path, before, {"labeled": {"kind": "metapl.data.steps.Mixed"}}, ())
