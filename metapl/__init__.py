@@ -18,7 +18,6 @@ try:
     from metapl.problems import BilevelProblem, PseudoLabels, Signal
     from metapl.problems.losses import UDA, CrossEntropy
     from metapl.training import StopFit
-    from metapl.training.check import check_gradient
     from metapl.training.contract import StepReport
     from metapl.training.loss_trainer import LossTrainer
     from metapl.training.trainer import BilevelTrainer
@@ -47,7 +46,6 @@ __all__ = [
     "StopFit",
     "ablate",
     "attribute",
-    "check_gradient",
     "feedback",
     "hypergradient",
     "models",

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
-from metapl.feedback.credit import example_feedback, forward_tangent
+from metapl.feedback.credit import Tangent, example_feedback
 from metapl.feedback.difference import Difference
+from metapl.feedback.forward import by_graph
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -47,10 +49,10 @@ class ReinforcePerExample(Estimator):
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
+    def keeps_pullback(self, steps: int, student: LocalStudent) -> bool:
+        return self.tangent == "forward" and by_graph(None, student)
+
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        if self.tangent == "forward":
-            feedback = example_feedback(step, w, forward_tangent(step, w))
-        else:
-            feedback = Difference().feedback_along(w, step, example_feedback)
-        return [feedback.divided_by(divisor(self.normalization, step, w))], state
+        tangent = Tangent(step.tangent(w)) if self.tangent == "forward" else Difference().tangent(step, w)
+        return [example_feedback(step, w, tangent).divided_by(divisor(self.normalization, step, w))], state

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import first_input, joined, labeled_pair
-from metapl.execution.buffers import own_code
-from metapl.execution.checks import described, refuse_not_finite, scalar_loss
+from metapl.execution.checks import described, scalar_loss
 from metapl.execution.numerics import wide
 
 Params = Mapping[str, Tensor]
@@ -107,17 +106,7 @@ def check_signal(signal: Any, problem: Any, method: str = "signal") -> Signal:
             "of a tensor of real numbers with a row for each example, or a dict of such tensors by name; or "
             "metapl.Signal(value, log_prob=...), with one log-probability for each, where a tensor was sampled."
         )
-    checked: Signal = signal
-    for key, t in parts.items():
-        if t.is_floating_point():
-            refuse_not_finite(t, _NOT_FINITE if key is None else f"{field_of(key)} of {_NOT_FINITE}")
-    return checked
-
-
-_NOT_FINITE = (
-    "the teacher's signal, by the problem's signal(), is NaN or infinite; the teacher's weights have probably "
-    "diverged: lower its learning rate, or look for such values in what it was built from."
-)
+    return signal
 
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:
@@ -183,6 +172,9 @@ class Problem(BilevelProblem):
     signal_has_rows: ClassVar[bool | Mapping[str, bool] | None] = None
     """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix; of a
     dict of tensors, by their names. None, or a name that is left out: where its length is that of the batch."""
+    signal_of_batch: ClassVar[bool] = False
+    """Whether :meth:`signal` speaks of the inner batch as a whole, such as by weights that sum to one over it: it is
+    then asked once, before the student runs, also where the batch is taken in micro-batches (``accumulate``)."""
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
@@ -317,7 +309,7 @@ def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
 
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: whether ``student_input`` takes one."""
-    if own_code(problem.student_input):  # which takes the batch
+    if type(problem).student_input is Problem.student_input and not isinstance(problem, Completed):
         return False
     signature = inspect.signature(problem.student_input)
     needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
-from metapl.execution.buffers import unchanged
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks, log_mean_of_rows
 from metapl.problems.base import Signal
@@ -160,10 +159,9 @@ def sum_of_terms(
     """The losses by name, each a scalar with the network's graph; losses with the same name are added. ``kind`` is the
     name of a loss in errors; ``given`` are the arguments of a :class:`TeacherLoss`."""
     terms: dict[str, Tensor] = {}
-    changeable = {"labeled": given["labeled"], "unlabeled": given["unlabeled"], "signal": vars(given["signal"])}
     for loss in losses:
         name = f"the {kind} {loss.name!r}"
-        value = unchanged(name, changeable, loss, network, **given)
+        value = loss(network, **given)
         checks.scalar_loss(value, name)
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
