@@ -6,6 +6,7 @@ on the device in a :class:`Fault`, and the error is raised when the report is re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -60,7 +61,10 @@ def refuse(bad: Tensor, text: str) -> None:
 
 def refuse_not_finite(t: Tensor, text: str) -> None:
     """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
-    refuse(~torch.isfinite(t.detach()).all(), text)
+    if waits(t):
+        refuse(~torch.isfinite(t).all(), text)
+    elif not math.isfinite(t) if t.ndim == 0 else not bool(torch.isfinite(t).all()):
+        raise MetaplError(text)
 
 
 def described(value: Any) -> str:
@@ -178,7 +182,8 @@ def class_labels(labels: Any, classes: int, what: str = "the labels", why: str =
             f"{what} are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
             "labels.long(), labels.argmax(1) of one-hot rows, labels.squeeze(1) of (batch, 1)."
         )
-    _in_range(labels, classes, what, why or f"the networks have {classes} classes")
+    if waits(labels):  # on the host, the loss itself says so before anything moves
+        _in_range(labels, classes, what, why or f"the networks have {classes} classes")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
@@ -197,10 +202,7 @@ def row_indices(index: Any, rows: int, who: str) -> Tensor:
 
 def _in_range(numbers: Tensor, count: int, what: str, why: str) -> None:
     low, high = numbers.aminmax()
-    text = f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}."
-    if not waits(numbers) and (int(low) < 0 or int(high) >= count):
-        raise MetaplError(text.replace("reach outside", f"run from {int(low)} to {int(high)}, outside"))
-    refuse((low < 0) | (high >= count), text)
+    refuse((low < 0) | (high >= count), f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}.")
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:

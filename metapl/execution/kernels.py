@@ -53,15 +53,15 @@ _LACKING = re.compile(r"(?i)forward[- ](mode )?AD|jvp function|differentiate twi
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
 
-@contextmanager
-def explained() -> Iterator[None]:
+class explained:
     """Turn autograd's error about a missing derivative into one that names the operation and the modes that run."""
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, RuntimeError | NotImplementedError) or not _LACKING.search(str(error)):
+            return
         said = str(error).splitlines()[0].rstrip(".")
-        if not _LACKING.search(said):
-            raise
         found = _OPERATION.search(said)
         raise NotByThisMode(
             f"{found[1] if found else 'an operation of the student'} lacks a derivative that this mode needs ({said}); "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outp
 from metapl.execution.kernels import explained, forward_mode, no_fast_path
 from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.execution.rng import RandomState, replayed
-from metapl.execution.state import Slot, Slots, State, stand_in, swapped
+from metapl.execution.rng import RandomState
+from metapl.execution.state import Replay, Slot, Slots, State, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -50,25 +50,20 @@ class LocalStudent:
     def __init__(
         self,
         module: nn.Module,
-        parameters: dict[str, nn.Parameter] | None = None,
         *,
         double_backward: bool = False,
         ranks: Ranks = ALONE,
         space: Space = WHOLE,
+        parameters: dict[str, nn.Parameter] | None = None,
     ) -> None:
         self.module, self.double_backward, self.ranks, self.space = module, double_backward, ranks, space
         self.slots = Slots(module)
-        self.parameters = self.slots.learned if parameters is None else parameters
+        self.parameters: dict[str, nn.Parameter] = self.slots.learned if parameters is None else parameters
         self.weights: Tree = dict(self.parameters)
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
         self.device = next(iter(self.parameters.values())).device
         self.formats = [p.dtype for p in self.parameters.values()]
         self.half = not _HALF.isdisjoint(self.formats)
-
-    def snapshot(self) -> State:
-        """The state as it is now: that of the beginning of the step, as long as no pass has moved it."""
-        state, self.slots.state = self.slots.state, None
-        return state or State(self.slots)
 
     def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
@@ -86,7 +81,7 @@ class LocalStudent:
         values: list[tuple[Tensor, Tensor | float]] = []
         gradients: list[Tree] = []
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with no_fast_path(math=True) if self.double_backward else NOTHING, self._beside(at, start):
+        with self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self.forward(x))
                 v = self.gradient(value, at) if value.requires_grad else {}
@@ -146,89 +141,79 @@ class LocalStudent:
         """The student with these weights, for others that read it in this block."""
         return swapped(self.held_at(self.as_leaves(params)))
 
-    @contextmanager
-    def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
+    def _beside(self, params: Tree, start: RandomState) -> AbstractContextManager[Any]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""
-        with replayed(start), State(self.slots).again(), swapped(self.held_at(params)):
-            yield
+        return Replay(start, State(self.slots), self.held_at(params))
 
 
 class Pass:
-    """One pass of record, and its replays: on its draws, and from copies of the state that it began with.
+    """One pass of record, z = S(x; θ), and its replays: on its draws, and from copies of the state that it began with.
 
-    Its ``outputs`` are z = S(x; θ), (B, ...), float32 or wider, without a graph; ``graph`` has it until
-    :meth:`gradient` has used it. A pass that ``keeps`` it has the pullback u ↦ (∂z/∂θ)ᵀu as a graph afterwards, whose
-    transpose is :meth:`tangent`.
+    Buffers and generators move as in training. At the student's own weights the module itself runs; others are swapped
+    in. Its ``outputs`` are z, (B, ...), float32 or wider, without a graph; ``graph`` has it until :meth:`gradient` has
+    used it.
     """
 
-    def __init__(self, student: LocalStudent, params: Tree, inputs: Any, keeps: bool = False) -> None:
-        self.student, self.params, self.inputs, self.keeps = student, params, inputs, keeps
-        self._before, self._state = RandomState.now(student.device), student.snapshot()
+    def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
+        self.student, self.params, self.inputs = student, params, inputs
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
-        self._pulled: tuple[Tensor, Tree] | None = None  # u, and its pullback with a graph
+        self._kept: tuple[Tree, list[Tensor]] | None = None  # g with a graph, and the leaves that it is derived in
         if params is student.params:
             self._at: Tree = student.weights
             self._held: list[Slot] = []
         else:
             self._at = params if student.double_backward else student.as_leaves(params)
             self._held = student.held_at(self._at)
-
-    def run(self) -> Pass:
-        """z = S(x; θ); buffers and generators move as in training. At the student's own weights the module itself runs;
-        others are swapped in."""
+        self._before = RandomState.now(student.device)
+        self._state, student.slots.state = student.slots.state or State(student.slots), None
         with self._running():
-            outputs = checks.logits(self.student.module(self.inputs), "student")
-        self.after = RandomState.now(self.student.device)
+            outputs = checks.logits(student.module(inputs), "student")
+        self.after = RandomState.now(student.device)
         self._dtype = outputs.dtype
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
-        return self
 
-    @cached_property
+    @property
     def rounded_to(self) -> torch.dtype:
         """The coarsest dtype of the pass: a key of the tolerances in :mod:`metapl.execution.compare`."""
         return coarsest([self._dtype, *self.student.formats], self.student.device)
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> AbstractContextManager[None]:
         """What this pass, or its backward pass, runs in."""
-        math = self.student.double_backward or self.keeps
-        with no_fast_path(math=True) if math else NOTHING, swapped(self._held) if self._held else NOTHING:
-            yield
+        return swapped(self._held) if self._held else NOTHING
 
-    def gradient(self, loss: Loss) -> tuple[Tensor, Tree]:
-        """A loss of this pass and its gradient, of the weights that it reaches; the graph is gone afterwards."""
-        graph, student = self.graph, self.student
-        assert graph is not None, "a pass learns once"
-        value = loss(graph, self._at) if not self.keeps else None
-        if value is None:  # g = (∂z/∂θ)ᵀu + ∂ℓ/∂θ with u = ∂ℓ/∂z as a leaf, so that ⟨g, w⟩ can be derived in u
-            z = graph.detach().requires_grad_()
-            value = loss(z, self._at)
-            ends = [z, *self._at.values()]
-            if not value.requires_grad or not graph.requires_grad:
-                raise checks.without_gradient("student")
-            u, *direct = torch.autograd.grad(value, ends, allow_unused=True)
-            u = torch.zeros_like(z).requires_grad_() if u is None else u.requires_grad_()
-            with self._running(), explained():
-                found = torch.autograd.grad(graph, list(self._at.values()), u, create_graph=True, allow_unused=True)
-            pulled = {name: g for name, g in zip(self._at, found, strict=True) if g is not None}
-            self._pulled = u, pulled
-            grads = {name: g.detach() for name, g in pulled.items()}
-            for name, g in zip(self._at, direct, strict=True):
-                if g is not None:
-                    grads[name] = grads[name] + g if name in grads else g
-            grads = grads if student.ranks.alone else student.ranks.mean_tree(grads, self._at)
-        else:
-            if not value.requires_grad:
-                raise checks.without_gradient("student")
-            with self._running():
+    def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
+        """A loss of this pass and its gradient g, of the weights that it reaches; the graph is gone afterwards, or kept
+        for :meth:`in_leaves`, where there are leaves of the loss to derive g in."""
+        assert self.graph is not None, "a pass learns once"
+        student, ranks = self.student, self.student.ranks
+        value = loss(self.graph, self._at)
+        if not value.requires_grad:
+            raise checks.without_gradient("student")
+        with self._running(), explained():
+            if leaves:
+                found = torch.autograd.grad(value, [*self._at.values()], create_graph=True, allow_unused=True)
+                own = {name: g for name, g in zip(self._at, found, strict=True) if g is not None}
+                grads = ranks.mean_tree({name: g.detach() for name, g in own.items()}, self._at)
+                self._kept = own, list(leaves)
+            else:
                 grads = student.gradient(value, self._at, create_graph=student.double_backward)
         if not grads:
             raise checks.without_gradient("student")
         self.graph = None
-        if not student.double_backward and not self.keeps:
+        if not student.double_backward and not leaves:
             self._at, self._held = {}, []
-        return student.ranks.mean(value.detach()), grads
+        value = value.detach()
+        return value if ranks.alone else ranks.mean(value), grads
+
+    def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
+        """The derivatives of ⟨g, w⟩ in the leaves of a graph that was kept, on this rank's rows; None without one."""
+        if self._kept is None:
+            return None
+        (own, leaves), self._kept = self._kept, None
+        with self._running(), explained():
+            _, found = _derivatives(own, {}, leaves, w, free=True)
+        return found
 
     def forget(self, inputs_too: bool) -> None:
         """Drop θ, and the inputs and most of the outputs, until :meth:`gradient_again`."""
@@ -265,18 +250,7 @@ class Pass:
         return self._replay(inputs)
 
     def tangent(self, w: Tree) -> Tensor:
-        """ż = d/dε S(x; θ + εw): the transpose of the pullback that the pass has kept, or else by forward-mode AD,
-        exact as well, one pass of about three plain ones, no graph."""
-        if self._pulled is not None:
-            u, pulled = self._pulled
-            pairs = [(g, w[name]) for name, g in pulled.items() if name in w and g.requires_grad]
-            self._pulled = None
-            if not pairs:
-                return torch.zeros_like(self.outputs)
-            with self._running(), explained():
-                tensors, given = zip(*pairs, strict=True)
-                (found,) = torch.autograd.grad(tensors, [u], given, allow_unused=True)
-            return torch.zeros_like(self.outputs) if found is None else found
+        """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
         with forward_mode():
             with self._along(w):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
@@ -352,11 +326,9 @@ class Pass:
         rounded = torch.float32 in formats and reduced_float32(device)
         return not (rounded or self.student.half or torch.is_autocast_enabled(device.type))
 
-    @contextmanager
-    def _again(self, held: Sequence[Any], *, upcast: bool = False) -> Iterator[None]:
+    def _again(self, held: Sequence[Slot], *, upcast: bool = False) -> AbstractContextManager[Any]:
         """These tensors held, on the draws of this pass, with copies of the state that it began with."""
-        with replayed(self._before), self._state.again(upcast=upcast), swapped(held):
-            yield
+        return Replay(self._before, self._state, held, upcast=upcast)
 
 
 LocalStudent.pass_type = Pass
@@ -386,7 +358,7 @@ def gradient_through(
     if not moved:
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
-    with no_fast_path(math=True), State(student.slots).again():
+    with Replay(RandomState.now(student.device), State(student.slots), []):
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )

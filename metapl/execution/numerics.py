@@ -37,7 +37,7 @@ class Space:
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         """⟨a, b⟩ over the parameters that both have, a scalar."""
-        return self.slope(a, b)[0]
+        return self._flat(a, b).sum()
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
@@ -46,10 +46,13 @@ class Space:
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
         """⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
+        flat = self._flat(a, b)
+        return flat.sum(), torch.linalg.vector_norm(flat)
+
+    def _flat(self, a: Tree, b: Tree) -> Tensor:
         names = [name for name in a if name in b]
         terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
-        flat = torch.cat([t.flatten() for t in terms])
-        return flat.sum(), torch.linalg.vector_norm(flat)
+        return torch.cat([t.flatten() for t in terms])
 
     def count(self, a: Tree) -> int:
         return sum(t.numel() for t in a.values())

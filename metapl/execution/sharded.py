@@ -32,20 +32,18 @@ from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.rng import RandomState
 from metapl.execution.shards import as_sharded, is_sharded, laid_out_like, local, whole
-from metapl.execution.state import Slot, State, stand_in, swapped
+from metapl.execution.state import Replay, Slot, State, stand_in, swapped
 
 
-def student_of(
-    network: nn.Module | Layout, parameters: dict[str, nn.Parameter] | None = None, *, double_backward: bool = False
-) -> LocalStudent:
+def student_of(network: nn.Module | Layout, *, double_backward: bool = False) -> LocalStudent:
     """A student as it is laid out, a module of this process alone or any other; for the arguments see
     :class:`metapl.execution.local.LocalStudent`."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
-        return ShardedStudent(layout, parameters)
-    return LocalStudent(layout.network, parameters, double_backward=double_backward, ranks=layout.ranks)
+        return ShardedStudent(layout)
+    return LocalStudent(layout.network, double_backward=double_backward, ranks=layout.ranks)
 
 
 class ShardedStudent(LocalStudent):
@@ -53,9 +51,10 @@ class ShardedStudent(LocalStudent):
 
     readable = False
 
-    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None) -> None:
+    def __init__(self, layout: Layout) -> None:
         layout.reshard()
-        super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space)
+        parameters = layout.parameters()
+        super().__init__(layout.network, ranks=layout.ranks, space=layout.space, parameters=parameters)
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
@@ -70,7 +69,7 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
-        with replayed(start), self.moved_to(params), State(self.slots).again():
+        with self.moved_to(params), Replay(start, State(self.slots)):
             yield
 
     @contextmanager

@@ -77,25 +77,6 @@ class State:
             elif all(n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)):  # nothing writes to expanded ones
                 t.data.copy_(before)
 
-    @contextmanager
-    def again(self, *, upcast: bool = False) -> Iterator[None]:
-        """Hold fresh copies of the snapshot in this block (``upcast``: in float32 or wider); afterwards the module
-        holds the tensors that it held before, as they were."""
-        now = [(table, dict(table)) for table, _ in self._tables]
-        fresh = {key: wide(t.clone()) if upcast else t.clone() for key, t in self._values.items()}
-        _fill(
-            [
-                (table, {n: fresh[id(t)] if t is not None else t for n, t in held.items()})
-                for table, held in self._tables
-            ]
-        )
-        copies = [(table, name, stand_in(fresh[id(p)], p)) for table, name, p in self._frozen]
-        try:
-            with swapped(copies):
-                yield
-        finally:
-            _fill(now)
-
     def values(self) -> list[Tensor]:
         """The copies, for :meth:`having`."""
         return [*self._values.values()]
@@ -106,6 +87,36 @@ class State:
         vars(found).update(vars(self))
         found._values = dict(zip(self._values, values, strict=True))
         return found
+
+
+class Replay:
+    """In this block, torch draws from ``random``, and a network holds fresh copies of a state (``upcast``: in float32
+    or wider) and the tensors ``held``; afterwards all is as it was before the block."""
+
+    def __init__(self, random: RandomState, state: State, held: Sequence[Slot] = (), *, upcast: bool = False) -> None:
+        self._random, self._state, self._held, self._upcast = random, state, held, upcast
+
+    def __enter__(self) -> None:
+        self._before = RandomState.now(self._random.device)
+        self._random.restore()
+        state, slots = self._state, list(self._held)
+        self._tables = [(table, dict(table)) for table, _ in state._tables]
+        if state._values:
+            fresh: dict[int, Any] = {key: t.clone() for key, t in state._values.items()}
+            if self._upcast:
+                fresh = {key: wide(t) for key, t in fresh.items()}
+            fresh[id(None)] = None  # a buffer that has no value yet
+            _fill([(table, {name: fresh[id(t)] for name, t in held.items()}) for table, held in state._tables])
+            slots += [(table, name, stand_in(fresh[id(p)], p)) for table, name, p in state._frozen]
+        self._slots = [(table, name, table[name]) for table, name, _ in slots]
+        for table, name, t in slots:
+            table[name] = t
+
+    def __exit__(self, *error: object) -> None:
+        for table, name, t in self._slots:
+            table[name] = t
+        _fill(self._tables)
+        self._before.restore()
 
 
 def _fill(tables: Sequence[tuple[Table, Table]]) -> None:
@@ -120,7 +131,8 @@ def stand_in(t: Tensor, own: Tensor) -> Tensor:
     if that does. A forward that asks, such as ``isinstance(weight, nn.Parameter)``, goes the same way."""
     if issubclass(type(own), nn.Parameter):  # not that of a sharded one, whose type tells how it is held
         t = t if isinstance(t, type(own)) else t.as_subclass(type(own))
-        vars(t).update(vars(own))
+        if own.__dict__:
+            t.__dict__.update(own.__dict__)
     return t.requires_grad_(own.requires_grad) if t.is_leaf else t
 
 

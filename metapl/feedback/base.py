@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +21,15 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.capabilities import ONE_PROCESS, Capability
-from metapl.execution.local import LocalStudent
+from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import Tree
 from metapl.feedback.inner_step import Credits, InnerStep
 from metapl.feedback.keeping import ALL, Keeping
-from metapl.feedback.path import Path
 from metapl.problems.base import Kind, Signal, field_of, kind_of
 from metapl.runs.fields import Range, check_fields
+
+if TYPE_CHECKING:
+    from metapl.feedback.path import Path
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
@@ -147,23 +149,26 @@ class Estimator(ABC):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """One :class:`Feedback` per step of the path, and the next state."""
 
-    def keeps_pullback(self, steps: int, student: LocalStudent) -> bool:
-        """Whether the pass of a path of so many steps keeps the graph of its pullback, for ż by its transpose."""
-        return False
+    def graph_of(self, steps: int, student: LocalStudent) -> Literal["signal", "example"] | None:
+        """In what g keeps a graph, over a path of so many steps: what gets the feedback; None: in nothing."""
+        return None
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
         feedback, state = self.feedback(path, state)  # line 4: h
-        with path.student.ranks.agreed():
+        with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if not any(found.read for found in feedback):
                 raise MetaplError(
                     f"the inner loss of {kind_of(path.problem)} does not depend on its signal, so there is no feedback "
                     "on it; expected an inner_loss in which the signal acts on the student's outputs, without "
                     '.detach() or argmax; to train without feedback, mode="none".'
                 )
-            sums = [h.detach().sum() for found in feedback for h in (found.h, *found.others.values())]
+            total = path.inner_loss  # a sum of all is finite where all are
+            for found in feedback:
+                for h in (found.h, *found.others.values()):
+                    total = total + h.sum()
             checks.refuse_not_finite(
-                torch.stack([path.inner_loss.to(sums[0].dtype), *(t.to(sums[0].dtype) for t in sums)]),
+                total,
                 "the inner loss or the feedback is NaN or infinite: the student has diverged, or some example's loss "
                 "has no finite value or derivative; lower the student's learning rate, or look for extreme values.",
             )

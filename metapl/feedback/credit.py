@@ -11,8 +11,9 @@ d/dε ℓ is compared with ⟨w, g⟩, which it equals by the chain rule (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,14 +22,18 @@ from torch.nn import functional as F
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, same_slopes
-from metapl.execution.local import as_leaves
+from metapl.execution.local import as_leaves, mean_of
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Feedback
-from metapl.feedback.inner_step import InnerStep
+from metapl.feedback.inner_step import InnerLoss, InnerStep
 from metapl.problems.base import Signal
 
 ROUNDINGS = 10.0
 """A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
+
+
+Credited = Literal["signal", "example"]
+"""What gets numbers of its own: each entry of the signal, or each example."""
 
 
 @dataclass(frozen=True)
@@ -43,36 +48,42 @@ class Tangent:
     in_signal: Mapping[str, Tensor | None] | None = None
 
 
-def exact_feedback(step: InnerStep, w: Tree) -> Feedback:
-    """The feedback along w by exact derivatives: by ż; or by double backward where the signal enters the student's
-    input, for ⟨∂ℓ/∂z, ż⟩ then depends on it through the whole network."""
+def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
+    """The feedback along w by exact derivatives, on the signal or on each example: from the graph of g where the pass
+    has kept it; else by ż; and by double backward where the signal enters the student's input, for ⟨∂ℓ/∂z, ż⟩ then
+    depends on it through the whole network."""
+    kept = [part.in_leaves(w) for part in step.passes]
+    if kept[0] is not None:
+        return feedback_from(step, step.in_signal(credited(step.signal, of), kept), of)  # type: ignore[arg-type]
     if step.entries:
-        _, in_signal = step.second_derivatives(w, step.signal.differentiable(), curved=False)
-        return feedback_from_gradients(step.signal, in_signal)
-    return signal_feedback(step, w, Tangent(step.tangent(w)))
+        _, found = step.second_derivatives(w, step.signal.differentiable(), curved=False)
+        return feedback_from(step, found, of)
+    return head_feedback(step, w, Tangent(step.tangent(w)), of)
 
 
-def signal_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
-    """The feedback on a differentiable signal, or on the distribution that labels were sampled from.
+def head_feedback(step: InnerStep, w: Tree, tangent: Tangent, of: Credited = "signal") -> Feedback:
+    """The feedback along w from ż, in the head alone.
 
     For sampled labels ℓ is linear in its target, so h_ik = −(1/B) d/dε ℓ(z_i, class k) is the derivative at the one-hot
-    rows of the labels.
+    rows of the labels. And Σ_i u_i d/dε ℓ_i is linear in u, so its gradient is d/dε ℓ itself: forward mode by two
+    reverse passes.
     """
     if tangent.in_signal is not None:
-        return feedback_from_gradients(step.signal, tangent.in_signal)
-    leaves = as_leaves(credited_fields(step.signal))
-    slope = _slope(step, step.signal.having(leaves), w, tangent)
-    if not slope.requires_grad:
-        return feedback_from_gradients(step.signal, dict.fromkeys(leaves))
-    grads = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
-    return feedback_from_gradients(step.signal, dict(zip(leaves, grads, strict=True)))
+        return feedback_from(step, tangent.in_signal, of)
+    leaves = as_leaves(credited(step.signal, of))
+    slope = _slope(step, leaves, w, tangent)
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if slope.requires_grad:
+        found = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
+    return feedback_from(step, dict(zip(leaves, found, strict=True)), of)
 
 
-def credited_fields(signal: Signal) -> dict[str, Tensor]:
-    """The fields of a signal that get feedback, with the values at which it is computed.
-
-    For sampled labels: the one-hot rows of the labels, in place of the distribution.
-    """
+def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
+    """What gets the feedback, with the values at which it is computed: the differentiable fields of the signal; for
+    sampled labels their one-hot rows, in place of the distribution; or a factor of each example's loss."""
+    if of == "example":
+        assert signal.log_prob is not None  # the mode takes sampled labels
+        return {"factors": torch.ones_like(signal.log_prob)}
     if not signal.sampled:
         return signal.differentiable()
     if signal.probs is None:
@@ -83,9 +94,14 @@ def credited_fields(signal: Signal) -> dict[str, Tensor]:
     return {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}
 
 
-def feedback_from_gradients(signal: Signal, gradients: Mapping[str, Tensor | None]) -> Feedback:
-    """h = −dL(θ′)/d(field), from dL(θ′)/d(field) for each field of a signal; None for one that the inner loss does not
-    depend on. For sampled labels, ``value`` is the distribution."""
+def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: Credited = "signal") -> Feedback:
+    """h = −dL(θ′)/d(field), from the gradients in what is :func:`credited`; None in a field that the inner loss does
+    not depend on."""
+    signal = step.signal
+    if of == "example":
+        h_B = gradients["factors"]
+        assert h_B is not None
+        return Feedback(-h_B, "log_prob")
     part = "probs" if signal.sampled else "value"
     found = {part if name == "value" else name: g for name, g in gradients.items()}
     h = {name: -g for name, g in found.items() if g is not None}
@@ -97,34 +113,30 @@ def feedback_from_gradients(signal: Signal, gradients: Mapping[str, Tensor | Non
     return Feedback(first, told[0], h, read)
 
 
-def example_feedback(step: InnerStep, w: Tree, tangent: Tangent) -> Feedback:
-    """h_i = −(1/B) d/dε ℓ_i(z + εż, signal, θ + εw), (B,), for the score of each sampled label."""
-    # Σ_i u_i d/dε ℓ_i is linear in u, so its gradient is d/dε ℓ itself: forward mode by two reverse passes.
-    u = step.inner_loss.new_ones(len(step.outputs), requires_grad=True)
-    slope = _slope(step, step.signal, w, tangent, u)
-    return Feedback(-torch.autograd.grad(slope, u, materialize_grads=True)[0], "log_prob")
-
-
-def _slope(step: InnerStep, signal: Signal, w: Tree, tangent: Tangent, factors: Tensor | None = None) -> Tensor:
-    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share, with a graph to the factors and signal;
-    flagged where it is not ⟨w, g⟩."""
-    ranks, dtype = step.student.ranks, step.passes[0].rounded_to
+def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
+    """d/dε (1/B) Σ_i factor_i ℓ_i(z + εż, signal, θ + εw), this rank's share, with a graph to the leaves; flagged where
+    it is not ⟨w, g⟩."""
+    ranks, parts = step.student.ranks, len(step.passes)
     z = step.outputs.detach().requires_grad_()
     theta = as_leaves(step.params) if step.student.readable else {}
+    factors = leaves.get("factors")
     with torch.enable_grad():
-        losses = step.inner_losses(z, signal, theta)
-        mean = (losses if factors is None else factors * losses).mean()
-        mean = mean if ranks.alone else mean / ranks.size  # the shares of the ranks add up to the mean
+        # Micro-batch by micro-batch: a loss may look at the batch as a whole.
+        signals, chunks = step.signal.having(leaves).chunks(parts), z.chunk(parts)
+        of_part = factors.chunk(parts) if factors is not None else [None] * parts
+        values = [
+            InnerLoss(step.problem, signal, x, step.student.readable, factor)(z_part, theta)
+            for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
+        ]
+        mean = mean_of(values) if ranks.alone else mean_of(values) / ranks.size  # the ranks' shares add up to the mean
         found = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
-        terms = [(g * t) for g, t in zip(found, directions, strict=True) if g is not None]
+        terms = [g * t for g, t in zip(found, directions, strict=True) if g is not None]
         slope = terms[0].sum() if len(terms) == 1 else torch.stack([term.sum() for term in terms]).sum()
 
     by_gradient, spread = step.space.slope(step.gradient, w)
-    forward, tolerance = (
-        ranks.sum(slope.detach()),
-        (EXACTLY if tangent.rounding is None else BY_DIFFERENCE)[dtype].slope,
-    )
+    forward, table = ranks.sum(slope.detach()), EXACTLY if tangent.rounding is None else BY_DIFFERENCE
+    tolerance = table[step.passes[0].rounded_to].slope
     for term in terms:
         spread = spread + ranks.norm(term.detach())
     if ranks.alone and not checks.waits(slope) and bool((forward - by_gradient).abs() <= tolerance * spread):

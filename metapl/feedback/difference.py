@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
-from metapl.feedback.credit import Tangent, signal_feedback
+from metapl.feedback.credit import Tangent, head_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -69,7 +69,7 @@ class Difference(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        h = signal_feedback(step, w, self.tangent(step, w))
+        h = head_feedback(step, w, self.tangent(step, w))
         return [h.divided_by(divisor(self.normalization, step, w))], state
 
     def tangent(self, step: InnerStep, w: Tree) -> Tangent:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
+from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.sharded import student_of
@@ -141,8 +142,11 @@ def hypergradient(
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()
-    teach = Teaching(of_teacher, problem, estimate, generator, of_student, batches, accumulate, recompute_teacher)
-    local_student = student_of(of_student, update.parameters, double_backward=estimate.keep_graph)
+    local_student = student_of(of_student, double_backward=estimate.keep_graph)
+    ranks = of_student.ranks
+    teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
+    graph_of = estimate.graph_of(len(batches), local_student)
+    kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
     shown = partial(counted, progress and of_student.ranks.first, len(batches))
     going_on = NOTHING
     if folder is not None:
@@ -151,6 +155,7 @@ def hypergradient(
 
     with (
         restored(teach.slots, local_student.slots, device=device, generator=generator, always=True),
+        kernels,
         going_on as states,
     ):
         with shown("steps", 0 if states is None else states.done) as tell:
@@ -163,7 +168,7 @@ def hypergradient(
                 teach=teach,
                 parts=accumulate,
                 keep_graph=estimate.keep_graph,
-                keep_pullback=estimate.keeps_pullback(len(batches), local_student),
+                graph_of=graph_of,
                 keep=estimate.keeping,
                 states=states,
                 updates=[update.at(of_step) for of_step in options],

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Update
@@ -73,22 +73,22 @@ class Entry:
 
 
 class InnerLoss:
-    """The mean of ℓ_i, (B,), as a function of outputs, and of weights of the ``student``, where it holds them whole."""
+    """The mean of factor_i ℓ_i, (B,), as a function of outputs and weights; ``readable``: whether this process holds
+    the weights whole, so that a loss may read them."""
 
-    def __init__(self, problem: Problem, signal: Signal, batch: Any, student: LocalStudent) -> None:
-        self.problem, self.signal, self.batch, self.readable = problem, signal, batch, student.readable
+    def __init__(
+        self, problem: Problem, signal: Signal, batch: Any, readable: bool, factors: Tensor | None = None
+    ) -> None:
+        self.problem, self.signal, self.batch, self.readable, self.factors = problem, signal, batch, readable, factors
 
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
-        return self.of_examples(outputs, params).mean()
-
-    def of_examples(self, outputs: Tensor, params: Tree) -> Tensor:
         losses = self.problem.inner_loss(outputs, self.signal, self.batch, params if self.readable else None)
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             raise MetaplError(
                 f"what inner_loss returned is {checks.described(losses)}, for a batch of {len(outputs)}; expected one "
                 f"loss per example, ({len(outputs)},): leave the mean to metapl."
             )
-        return losses
+        return losses.mean() if self.factors is None else (self.factors * losses).mean()
 
 
 @dataclass(frozen=True)
@@ -120,21 +120,14 @@ class InnerStep:
     entries: Sequence[Entry] = ()
     as_taken: bool = False
     digest: Tensor | None = None
+    student: LocalStudent = field(init=False)
+    params: Tree = field(init=False)
+    space: Space = field(init=False)
 
-    @property
-    def student(self) -> LocalStudent:
-        """Whose step this is."""
-        return self.passes[0].student
-
-    @property
-    def params(self) -> Tree:
-        """θ."""
-        return self.passes[0].params
-
-    @property
-    def space(self) -> Space:
-        """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
-        return self.student.space
+    def __post_init__(self) -> None:
+        own = self.__dict__  # of a frozen value
+        own["student"], own["params"] = self.passes[0].student, self.passes[0].params  # whose step, and θ
+        own["space"] = own["student"].space  # products and norms over all processes that hold parts of the weights
 
     @property
     def bytes(self) -> int:
@@ -155,7 +148,7 @@ class InnerStep:
         """A forgotten step with θ, g and the optimizer's state, and its batch if that was dropped; cost: a forward and
         a backward pass of the student."""
         step = self if batch is None else replace(self, batch=batch)
-        for part, x in zip(step.passes, step._batches, strict=True) if self.batch is None else ():
+        for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
             part.inputs = step.problem.student_input(x)
         grads = [part.gradient_again(params, step._loss(signal, x)) for part, signal, x in step.pieces()]
         return replace(step, grads=mean_tree(grads), state=state)
@@ -163,7 +156,8 @@ class InnerStep:
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
         step = replace(self, signal=signal, grads={}).again(self.params, self.state)
-        return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
+        losses = [self._loss(part, x)(p.outputs, self.params) for p, part, x in step.pieces()]
+        return replace(step, inner_loss=mean_of(losses))
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -216,12 +210,6 @@ class InnerStep:
         for part, *chunks in zip(self.passes, ahead.chunk(parts), behind.chunk(parts), strict=True):
             part.check_shifted(*chunks)
 
-    def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
-        """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
-        parts = len(self.passes)
-        pieces = zip(outputs.chunk(parts), signal.chunks(parts), self._batches, strict=True)
-        return joined([self._loss(part, x).of_examples(z, params) for z, part, x in pieces])
-
     @property
     def shifted_dtype(self) -> torch.dtype:
         """The narrowest dtype in a shifted pass, such as that of a float32 body, or cast, in a float64 student."""
@@ -272,7 +260,7 @@ class InnerStep:
 
     def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
-        return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
+        return zip(self.passes, self.signal.chunks(len(self.passes)), self.batches, strict=True)
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
@@ -299,6 +287,8 @@ class InnerStep:
         """Derivatives of this rank's losses in the leaves of each micro-batch, as derivatives of the mean over the
         ranks in the whole signal's fields."""
         parts = len(self.passes) * self.student.ranks.size
+        if len(self.passes) == 1 and parts == 1 and not self.entries:
+            return dict(zip(fields, in_leaves[0], strict=True))
         found: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
             through = self.entries[i].in_fields(leaves[len(fields) :]) if self.entries else {}
@@ -322,10 +312,10 @@ class InnerStep:
         return [first for first, _ in results], [second for _, second in results]
 
     def _loss(self, signal: Signal, batch: Any) -> Loss:
-        return InnerLoss(self.problem, signal, batch, self.student)
+        return InnerLoss(self.problem, signal, batch, self.student.readable)
 
     @property
-    def _batches(self) -> list[Any]:
+    def batches(self) -> list[Any]:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
 
 

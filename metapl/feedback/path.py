@@ -17,6 +17,7 @@ from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
+from metapl.feedback.credit import Credited, credited
 from metapl.feedback.inner_step import Entry, InnerLoss, InnerStep
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
@@ -264,7 +265,7 @@ def take_steps(
     teach: Teach,
     parts: int = 1,
     keep_graph: bool = False,
-    keep_pullback: bool = False,
+    graph_of: Credited | None = None,
     keep: Keep | None = None,
     states: States | None = None,
     updates: Sequence[Update] = (),
@@ -281,14 +282,14 @@ def take_steps(
         teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
             them where the signal enters its input, and once for all where it is of the whole batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
-        keep_pullback: of one step, keep the graph of the pass's pullback, for :meth:`InnerStep.tangent`.
+        graph_of: of one step, what g keeps a graph in, for :meth:`Pass.in_leaves`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
         tell: called with the batch of each step that has been taken.
     """
     if not isinstance(student, LocalStudent):
-        student = student_of(student, update.parameters, double_backward=keep_graph)
+        student = student_of(student, double_backward=keep_graph)
     several = len(batches) > 1
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
@@ -305,7 +306,7 @@ def take_steps(
         with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
             batch = batches[number]
         rule = updates[number] if updates else update
-        path.steps.append(_step(path, batch, params, state, rule, teach, parts, keep_graph, keep_pullback))
+        path.steps.append(_step(path, batch, params, state, rule, teach, parts, keep_graph, graph_of))
         if number == 0 and several:
             if isinstance(batches, Lookahead):
                 path.batch(0)  # a function that always returns another batch is refused here, not after the path
@@ -327,49 +328,54 @@ def _step(
     teach: Teach,
     parts: int,
     keep_graph: bool,
-    keep_pullback: bool,
+    graph_of: Credited | None,
 ) -> InnerStep:
     """One step of the student on a batch, in micro-batches; no weight moves."""
-    problem, student = path.problem, path.student
-    entering, of_batch = enters_input(problem), problem.signal_of_batch
+    problem, student, ranks = path.problem, path.student, path.student.ranks
+    entering, known = enters_input(problem), digest(batch) if isinstance(path.batches, Lookahead) else None
     pieces = micro_batches(batch, parts, "unlabeled")
+    graph_of = None if entering else graph_of  # the input's graph is another one
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this step."""
-        with student.ranks.agreed(), NOTHING if params is student.params else student.holding(params):
-            return teach(x, outputs).detached()
-
-    def united(signals: Sequence[Signal]) -> Signal:
-        """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
-        whole = signals[0] if len(signals) == 1 else joined_signals(signals)
-        for t in whole.differentiable().values() if keep_graph else ():
-            t.requires_grad_()
-        return whole
+        with NOTHING if params is student.params else student.holding(params):
+            if ranks.alone:
+                return teach(x, outputs).detached()
+            with ranks.agreed():
+                return teach(x, outputs).detached()
 
     signals: list[Signal] = []
-    if of_batch:
-        signals = united([asked(batch, None)]).chunks(parts)
-    elif entering:
-        signals = united([asked(x, None) for x in pieces]).chunks(parts)
+    if entering or problem.signal_of_batch:  # the teacher is asked before the student runs
+        signals = [asked(x, None) for x in ([batch] if problem.signal_of_batch else pieces)]
+        whole = _united(signals, keep_graph)
+        signals = whole.chunks(parts)
     passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-    before = bool(signals)  # the teacher was asked before the student runs
     for i, x in enumerate(pieces):
         if entering:
             entries.append(Entry(problem, x, signals[i], keep_graph))
         inputs = entries[i].given if entering else problem.student_input(x)
-        passes.append(student.pass_type(student, params, inputs, keep_pullback).run())  # z = S(x; θ)
-        outputs = passes[i].outputs
-        with student.ranks.agreed():
-            problem.check(outputs, path.labeled[i], x)
-        if not before:
-            signals.append(asked(x, outputs))
-        if before or not keep_graph:  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
-            found.append(passes[i].gradient(InnerLoss(problem, signals[i], x, student)))
-    whole = united(signals) if not before else joined_signals(signals) if len(signals) > 1 else signals[0]
-    if not found:  # no graph is freed before the path is differentiated in the signal as a whole
-        for record, part, x in zip(passes, whole.chunks(parts), pieces, strict=True):
-            found.append(record.gradient(InnerLoss(problem, part, x, student)))
+        passes.append(record := student.pass_type(student, params, inputs))  # z = S(x; θ)
+        problem.check(record.outputs, path.labeled[i], x)
+        if len(signals) <= i:
+            signals.append(asked(x, record.outputs))
+            if keep_graph:
+                signals = [_united(signals, keep_graph)]
+        signal, leaves = signals[i], dict[str, Tensor]()
+        if graph_of is not None:
+            leaves = as_leaves(credited(signal, graph_of))
+            signal = signal.having(leaves)
+        loss = InnerLoss(problem, signal, x, student.readable, leaves.get("factors"))
+        found.append(record.gradient(loss, [*leaves.values()]))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+    if len(signals) > 1 or not (entering or problem.signal_of_batch):
+        whole = joined_signals(signals) if len(signals) > 1 else signals[0]
     inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
-    known = digest(batch) if isinstance(path.batches, Lookahead) else None
     taken = problem, update, passes, batch, whole, inner_loss, grads, state
     return InnerStep(*taken, entries, as_taken=len(path.batches) > 1, digest=known)
+
+
+def _united(signals: Sequence[Signal], keep_graph: bool) -> Signal:
+    """The signal about the whole batch; with ``keep_graph``, the leaf that the path is differentiated in."""
+    whole = signals[0] if len(signals) == 1 else joined_signals(signals)
+    for t in whole.differentiable().values() if keep_graph else ():
+        t.requires_grad_()
+    return whole

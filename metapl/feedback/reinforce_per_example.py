@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
-from metapl.feedback.credit import Tangent, example_feedback
+from metapl.feedback.credit import Credited, exact_feedback, head_feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import by_graph
 from metapl.feedback.inner_step import Credits
@@ -49,10 +49,13 @@ class ReinforcePerExample(Estimator):
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
-    def keeps_pullback(self, steps: int, student: LocalStudent) -> bool:
-        return self.tangent == "forward" and by_graph(None, student)
+    def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
+        return "example" if self.tangent == "forward" and by_graph(None, student) else None
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        tangent = Tangent(step.tangent(w)) if self.tangent == "forward" else Difference().tangent(step, w)
-        return [example_feedback(step, w, tangent).divided_by(divisor(self.normalization, step, w))], state
+        if self.tangent == "forward":
+            feedback = exact_feedback(step, w, "example")
+        else:
+            feedback = head_feedback(step, w, Difference().tangent(step, w), "example")
+        return [feedback.divided_by(divisor(self.normalization, step, w))], state

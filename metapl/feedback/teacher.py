@@ -13,11 +13,12 @@ from metapl.execution.batch import micro_batches
 from metapl.execution.compare import EXACTLY, coarsest, same_outputs
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout
-from metapl.execution.ranks import rows_shared
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.local import NOTHING
+from metapl.execution.ranks import Ranks, rows_shared
+from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.execution.shards import local
-from metapl.execution.state import Slots, State
+from metapl.execution.state import Replay, Slots, State
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.compatible import check_kind
 from metapl.feedback.lookahead import Lookahead
@@ -53,7 +54,7 @@ class TeacherPass:
         try:
             if generator is not None and self.drawn is not None:
                 generator.set_state(self.drawn)
-            with replayed(self.random), self.state.again():
+            with Replay(self.random, self.state):
                 again = self._run()
         finally:
             if generator is not None and before is not None:
@@ -66,7 +67,7 @@ class TeacherPass:
 
     def _run(self) -> Signal:
         of = self.teaching
-        with rows_shared(of.ranks):
+        with NOTHING if of.ranks.alone else rows_shared(of.ranks):
             signal = of.problem.signal(of.network, self.batch, self.student_outputs, generator=of.generator)
         return check_signal(signal, of.problem)
 
@@ -79,7 +80,7 @@ class Teaching:
         layout: of the teacher; None: the problem has none, and is given an empty module.
         problem, mode: the signal, and the mode that takes it.
         generator: of labels that are drawn.
-        student: as it is laid out.
+        ranks, device: the processes that share the batches, and where the networks are.
         batches: the inner ones; those of a look-ahead are read as they are taken, and not held.
         parts: micro-batches of each of them.
         recompute: as for :class:`TeacherPass`; True wherever batches are not held, or come in parts.
@@ -91,14 +92,15 @@ class Teaching:
         problem: Problem,
         mode: Estimator,
         generator: torch.Generator | None,
-        student: Layout,
+        ranks: Ranks,
+        device: torch.device,
         batches: Sequence[Any],
         parts: int,
         recompute: bool,
     ) -> None:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
-        self.ranks, self.steps = student.ranks, len(batches)
-        self.device = next(iter(student.parameters().values())).device
+        self.ranks, self.steps = ranks, len(batches)
+        self.device = device
         self.parts = 1 if problem.signal_of_batch else parts
         self.rereads = isinstance(batches, Lookahead)
         self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
@@ -172,9 +174,9 @@ class Teaching:
             own = torch.zeros_like(from_feedback)
             if i >= first:  # of the last inner batch
                 given = {"labeled": labeled_parts[i - first], "unlabeled": record.batch, "signal": signal, "step": step}
-                with rows_shared(self.ranks):
+                with NOTHING if self.ranks.alone else rows_shared(self.ranks):
                     terms = sum_of_terms(self.network, losses, kind="teacher loss", **given)
-                own = torch.stack([*terms.values()]).sum() if terms else own
+                own = torch.stack([*terms.values()]).sum() if len(terms) > 1 else next(iter(terms.values()), own)
                 checks.learns(own, "teacher")
                 named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
                 scalars.append({"teacher_loss": own.detach(), **named})
@@ -217,5 +219,7 @@ def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str,
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The means over micro-batches; what only some report, such as a weight, as it is."""
+    if len(scalars) == 1:
+        return dict(scalars[0])
     names = dict.fromkeys(name for part in scalars for name in part)
     return {name: torch.stack([part[name] for part in scalars if name in part]).mean() for name in names}

@@ -6,6 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -309,19 +310,14 @@ def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
 
 def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: whether ``student_input`` takes one."""
-    if type(problem).student_input is Problem.student_input and not isinstance(problem, Completed):
-        return False
-    signature = inspect.signature(problem.student_input)
-    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    entering = "signal" in signature.parameters or len(needed) > 1
-    try:
-        signature.bind(*[None] * (1 + entering))
-    except TypeError:
-        raise MetaplError(
-            f"{kind_of(problem)}.student_input has the parameters {signature}; expected (batch), or (batch, signal) "
-            "for an input that is made from the teacher's signal."
-        ) from None
-    return entering
+    given = problem.given if isinstance(problem, Completed) else problem
+    method = getattr(type(given), "student_input", Problem.student_input)
+    return _takes_signal(method)
+
+
+@cache
+def _takes_signal(method: Any) -> bool:
+    return len(inspect.signature(method).parameters) > 2  # self, batch, signal
 
 
 def asked_first(problem: Problem) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Annotated, Any, Literal, Unpack
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import labeled_pair
+from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout, layouts
+from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
@@ -190,21 +191,24 @@ class BilevelTrainer(Trainer):
             check_mode(self.mode, len(batches), self.problem, self.layout)
         for layout in self.layouts:
             layout.begin_step()
-        self.update.follow(self.layout.parameters())
-        student = student_of(self.layout, self.update.parameters, double_backward=self.mode.keep_graph)
+        student = student_of(self.layout, double_backward=self.mode.keep_graph)
+        self.update.follow(student.parameters)
         teach = Teaching(
             self.teacher_layout,
             self.problem,
             self.mode,
             self.generator,
-            self.layout,
+            self.ranks,
+            self.device,
             batches,
             self.accumulate,
             self.recompute_teacher,
         )
         slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        graph_of = self.mode.graph_of(len(batches), student)
+        kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
-            with self._autocast() if self.precision != "float32" else nullcontext():
+            with self._autocast() if self.precision != "float32" else NOTHING, kernels:
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     student,
                     self.update,
@@ -214,7 +218,7 @@ class BilevelTrainer(Trainer):
                     teach=teach,
                     parts=self.accumulate,
                     keep_graph=self.mode.keep_graph,
-                    keep_pullback=self.mode.keeps_pullback(len(batches), student),
+                    graph_of=graph_of,
                     keep=self.mode.keeping,
                 )
                 feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
