@@ -31,6 +31,7 @@ import torch
 from machine import arguments, described, parsed, show, write_json
 from peers import CAUSAL, case
 from torch import Tensor, nn
+from torch._inductor.utils import clear_caches
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -199,8 +200,8 @@ def entered(step: Step) -> dict[str, list[str]]:
 def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
     """A way after three steps, where its teacher has gone to, and what there is to say of it beside times."""
     facts: Row = {}
-    if name in (COMPILED, BOTH):  # with nothing compiled before
-        torch._dynamo.reset()
+    if name in (COMPILED, BOTH):  # with nothing compiled before, in this process and on the disk
+        clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     step, teacher = way_of(name, mode, network)
     before = nn.utils.parameters_to_vector(teacher.parameters()).detach().clone()
@@ -219,6 +220,7 @@ def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
 
 def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: str) -> list[Row]:
     """A row for each way, all in turns with the same by hand."""
+    torch._dynamo.reset()  # which counts how often a function has been compiled anew
     ready = {name: warmed(name, mode, network) for name in (HAND, *ways)}
     calls = NETWORKS[network][1] if rounds > 1 else 1
     times: dict[str, list[float]] = {name: [] for name in ready}
