@@ -146,8 +146,8 @@ def step_of(
 
 
 def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
+    from metapl.ablation.cost import peak_bytes
     from metapl.apps.planning.rehearsal import Held
-    from metapl.metrics.cost import peak_bytes
 
     with Held() as seen:
         step()

@@ -112,7 +112,7 @@ def measure(miniature: bool, cases: Sequence[str] = CASES) -> list[Row]:
 def held(step: Callable[[], Any]) -> Row:
     """Peak memory; nothing by a checkout that has no measure of it."""
     try:
-        from metapl.metrics.cost import peak_bytes
+        from metapl.ablation.cost import peak_bytes
     except ImportError:
         return {}
     return {"peak_bytes": peak_bytes(step, torch.device("cpu"))}

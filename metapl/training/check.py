@@ -23,7 +23,7 @@ from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.by_hand import SEED, Case, Run, Tree, trained
 from metapl.training.trainer import BilevelTrainer
 from metapl.updates import unwrapped
-from metapl.words import short, summary, wrapped
+from metapl.words import summary
 
 ROUNDING, APPROXIMATION = 1e-6, 1e-2
 """How far an exact mode may be from double backward in float64, and any other that draws nothing; relative errors."""
@@ -113,13 +113,13 @@ class GradientCheck:
         rows |= {"its feedback, float64": self.feedback} if self.feedback else {}
         if self.parameters:
             worst = max(self.parameters, key=lambda name: self.parameters[name].relative_error)
-            rows[f"worst: {short(worst, 20)}"] = self.parameters[worst]
+            rows[f"worst: {worst}"] = self.parameters[worst]
         rows |= {f"{self.mode}, {own}": self.rounded} if self.rounded else {}
         rows[f"by hand, {own}"] = self.rounded_by_hand
         said = {True: "passed", False: "FAILED", None: "not known"}[self.passed]
         of_draws = f", ± {self.standard_error:.2g} in the cosine" if self.standard_error is not None else ""
         head = f"{self.mode}: {said}. {self.verdict}\nBeside double backward by hand in float64{of_draws}:"
-        return wrapped("\n".join([head, *(f"  {name:<27} {row}" for name, row in rows.items())]))
+        return "\n".join([head, *(f"  {name:<27} {row}" for name, row in rows.items())])
 
 
 def check_gradient(

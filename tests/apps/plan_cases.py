@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.ablation.cost import peak_bytes
 from metapl.apps.recipes.base import ROLES, Recipe
 from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.distributed import Mesh, shard
 from metapl.execution import buffers
 from metapl.execution.shards import local
-from metapl.metrics.cost import peak_bytes
 
 REPEATS = 5
 """Of which the least counts: another thread frees the buffers of an exchange, sooner or later."""

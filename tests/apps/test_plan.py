@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch import nn
 
 import metapl
+from metapl.ablation.cost import flops
 from metapl.apps.commands.plan import PLANNED, without_data
 from metapl.apps.planning import rehearse
 from metapl.apps.planning.plan import Plan, bytes_of, plan, propose
@@ -31,7 +32,6 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.rng import RandomState
 from metapl.feedback.path import Path as StudentPath
-from metapl.metrics.cost import flops
 from metapl.problems import DataRater
 
 NEAR = 0.15

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from metapl.apps.words import tell
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.ranks import Agreed
-from metapl.words import tell
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
 HEARD_WITHIN = 3.0  # seconds in which processes that fail together hear of each other

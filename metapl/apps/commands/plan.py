@@ -18,11 +18,11 @@ from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.protocols import IMAGENET_CLASSES, LARGE_RECIPES, PAPER_RECIPES, NoisyImagenet
 from metapl.apps.recipes.settings import MOST_STEPS, Mode
+from metapl.apps.words import table, tell
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import Range
-from metapl.words import table, tell
 
 MOST_RANKS = 2**20
 FLOPS = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}

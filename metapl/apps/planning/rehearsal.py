@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metapl.ablation.cost import FORMULAS
 from metapl.distributed.mesh import Mesh, shard
 from metapl.distributed.spatial import split_layer
 from metapl.errors import MetaplError
@@ -44,7 +45,6 @@ from metapl.execution.writes import tensors_in
 from metapl.feedback import keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
-from metapl.metrics.cost import FORMULAS
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
