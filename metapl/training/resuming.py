@@ -15,7 +15,6 @@ from torch import distributed as dist
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.layout import reshard
 from metapl.execution.shards import is_sharded
-from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
 from metapl.runs.checkpoint_parts import Like, PartsWriter, named
 from metapl.runs.fields import AtLeastZero, misfit_entries
@@ -95,7 +94,7 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             pairs, shown = _of_networks(had, has), _layer
         else:
             had, has = _flat(had), _flat(has)
-            pairs, shown = {name: (named_now(had.get(name)), has.get(name)) for name in {**had, **has}}, _short
+            pairs, shown = {name: (had.get(name), has.get(name)) for name in {**had, **has}}, _short
         for name, (was, is_now) in sorted(pairs.items()):
             if was != is_now and not (None in (was, is_now) and {*OPTIONAL} & {*name.split(".")}):
                 changed.append((part, f"{part}.{name} was {shown(was, is_now)}, now {shown(is_now, was)}"))

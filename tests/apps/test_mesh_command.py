@@ -1,4 +1,4 @@
-"""``torchrun -m metapl train``: every recipe over several processes, and one message where something fails."""
+"""``torchrun -m metapl.apps train``: every recipe over several processes, and one message where something fails."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_a_process_that_hangs_ends_the_run(two: Ranks, tmp_path: Path) -> None:
             "--mesh.shard 2) and 1 was started; expected as many. Start them with: torchrun",
         ),
         (2, Mesh(), "2 processes were started, and no mesh says what each of them does; give --mesh.replicate 2"),
-        (2, Mesh(shard=3), "--nproc-per-node=3 -m metapl ..., or give a mesh of 2"),
+        (2, Mesh(shard=3), "--nproc-per-node=3 -m metapl.apps ..., or give a mesh of 2"),
     ],
 )
 def test_a_mesh_of_other_processes_is_refused_with_both_remedies(

@@ -1,4 +1,4 @@
-"""``torchrun -m metapl train noisy`` where images or products are cut: as in one process, resumed and compared too."""
+"""``torchrun -m metapl.apps train noisy`` where products are cut: as in one process, resumed and compared too."""
 
 from __future__ import annotations
 
@@ -140,9 +140,17 @@ def test_a_comparison_in_parts(two: Ranks, pictures: Path, tmp_path: Path) -> No
 def test_torchrun(pictures: Path, tmp_path: Path, cut: str) -> None:
     """With validation pictures, of which the command chooses the best step."""
     given = [*command(pictures, cut), "--out", str(tmp_path / "cut")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "metapl"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "metapl.apps",
+    ]
     done = subprocess.run(
-        [*torchrun, *given, f"--mesh.{cut}", "2"],
+        [*torchrun, "-m", "metapl.apps", *given, f"--mesh.{cut}", "2"],
         capture_output=True,
         text=True,
         timeout=300,
