@@ -272,7 +272,7 @@ def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batch
     Raises: :class:`metapl.MetaplError` where the processes are as many as before no longer, and have sources of their
     own rather than ``whole_batches``, of which each takes its share.
     """
-    from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
+    from metapl.problems.stored import model_noise  # needed for resuming only
 
     ranks, best = trainer.ranks, state.get("best")
     if isinstance(best, dict) and "accuracy" in best:  # as earlier versions called it
@@ -288,7 +288,7 @@ def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batch
             "with split_batches=True."
         )
     own = every[ranks.number if len(every) == count else 0]
-    if len(every) != count and any(map(drops_by_itself, trainer.networks.values())):
+    if len(every) != count and any(map(model_noise, trainer.networks.values())):
         say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than before")
         set_rng_state(own["rng"])
         drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")

@@ -180,7 +180,7 @@ class Train(OnRecipe):
         def tried(recipe: Recipe) -> None:
             """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
             self._check_shares(recipe)
-            if self.mesh.together > 1:
+            if self.mesh.tensor > 1:
                 trial = Trial(recipe, recipe.method.name)
                 with lead.together(trial):
                     trial.run(self.mesh)
