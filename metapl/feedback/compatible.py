@@ -23,7 +23,7 @@ from metapl.feedback import MODES, Difference, Estimator, Feedback, Forward, est
 from metapl.feedback.credit import credited_fields, feedback_from_gradients
 from metapl.feedback.path import Path
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, has_own, kind_of
+from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, enters_input, has_own, kind_of
 
 PSEUDO_LABELS = PseudoLabels()
 
@@ -42,7 +42,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
             f"problem is {name}; expected an object with signal, inner_loss and outer_loss (metapl.BilevelProblem), "
             "such as problem=PseudoLabels()."
         )
-    return as_problem(problem).for_modes(mode.labels, mode.name)
+    return problem.for_modes(mode.labels, mode.name)
 
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:

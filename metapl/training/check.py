@@ -160,7 +160,7 @@ def check_gradient(
         mode: default: the trainer's own, and ``"forward"`` without one.
         problem, inner_optimizer, inner_state: as for :func:`metapl.hypergradient`.
         draws: of labels, where the mode samples them: their mean is compared with the gradient of the problem's
-            differentiable form (:meth:`metapl.problems.Problem.exact`).
+            differentiable form (:meth:`metapl.BilevelProblem.exact`).
 
     Returns: a :class:`GradientCheck`; its ``passed`` is for a test.
 

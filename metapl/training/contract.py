@@ -15,6 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.feedback.teacher import Means, figures
+from metapl.metrics.classification import label_columns, label_counts
 from metapl.metrics.metric import Term
 from metapl.problems.base import Problem, Signal, field_of, has_rows
 from metapl.words import summary
@@ -109,7 +110,7 @@ class StepReport(Report):
                 parts.append((self.ranks.sum(h) if shared else h).double().flatten())
                 weights.append(torch.full_like(parts[-1], 1 / self.ranks.size if shared else 1.0))
         h, weight = torch.cat(parts), torch.cat(weights)
-        columns = self.problem.columns(self.signal, self.student_outputs) | figures(self.recent)
+        columns = label_columns(self.signal, self.student_outputs) | figures(self.recent)
         if self.ranks.alone:
             return {"feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
         weight = weight / weight.sum()  # an entry of every rank's counts once
@@ -118,7 +119,7 @@ class StepReport(Report):
         return {"feedback_mean": means.pop("feedback_mean"), "feedback_std": spread, **means}
 
     def counts(self) -> dict[str, list[int]]:
-        return self.problem.counts(self.signal, self.student_outputs)
+        return label_counts(self.signal, self.student_outputs)
 
 
 class Stepwise(ABC):

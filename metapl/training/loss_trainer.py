@@ -27,8 +27,6 @@ from metapl.problems.losses import (
     CrossEntropy,
     TeacherLoss,
     check_losses,
-    refuse_ignored_labels,
-    refuse_split_batches,
     starts,
     sum_of_terms,
 )
@@ -89,7 +87,6 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
-        refuse_split_batches(self.losses, accumulate)
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compiled = CompiledPasses(*(self.layout.compilable() if compile else []))
@@ -121,8 +118,6 @@ class LossTrainer(Trainer):
         explain = partial(explain_types, labeled, others, {self.role: self.student})
         with step_guard(self.student, optimizer=self.optimizer, device=self.device, explain=explain) as fault:
             check_batches(labeled, others, self.device, self.ranks)
-            with self.ranks.agreed():
-                refuse_ignored_labels(self.losses_for(unlabeled), labeled, self.accumulate, self.ranks)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),

@@ -27,7 +27,7 @@ from metapl.feedback.path import Path, take_steps
 from metapl.feedback.teacher import Means, Objective, TeacherPass, teacher_scalars, updated
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, Signal, has_own
-from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
+from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
@@ -150,7 +150,6 @@ class BilevelTrainer(Trainer):
         plain = self.layout.kind == "plain"
         self.compile, self.outer_optimizer = compile, unwrapped(outer_optimizer, plain=plain)
         check_options(self, lookahead)
-        refuse_split_batches(self.teacher_losses or (), accumulate)
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
         # Double backward has no compiled form: there the student runs as it is.
@@ -286,7 +285,6 @@ class BilevelTrainer(Trainer):
         parts = self.accumulate
         with self.ranks.agreed():
             own = self._teacher_trainer.losses_for(teacher_steps[-1].batch)
-            refuse_ignored_labels(own, labeled, parts, self.ranks)
         chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
         labeled_parts = micro_batches(labeled, parts, "labeled")
         weights, last, objectives = (self.feedback_weight, self.feedback_ratio), len(teacher_steps) - parts, []

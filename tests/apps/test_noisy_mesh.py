@@ -139,7 +139,7 @@ def test_torchrun(pictures: Path, tmp_path: Path) -> None:
         "metapl.apps",
     ]
     done = subprocess.run(
-        [*torchrun, "-m", "metapl.apps", *given, "--mesh.tensor", "2"],
+        [*torchrun, *given, "--mesh.tensor", "2"],
         capture_output=True,
         text=True,
         timeout=300,
