@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.ablation.cost import flops, peak_bytes
 from metapl.ablation.results import Distance, Sweep
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, rows
@@ -24,7 +25,6 @@ from metapl.feedback import Altered, Estimator, Lookahead, Mode
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.inner_step import read_batch
 from metapl.feedback.lookahead import inner_batches
-from metapl.metrics.cost import flops, peak_bytes
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.memory import out_of_memory

@@ -12,7 +12,7 @@ from metapl.execution.capabilities import CURVATURE, ONE_PROCESS, THROUGH_INPUT
 from metapl.execution.layout import Layout
 from metapl.feedback import Estimator, modes_for
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, as_problem, enters_input, has_own, kind_of
+from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, enters_input, has_own, kind_of
 
 PSEUDO_LABELS = PseudoLabels()
 
@@ -23,7 +23,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     if isinstance(problem, type) or not isinstance(problem, BilevelProblem):
         given = f"the class {problem.__name__}" if isinstance(problem, type) else checks.described(problem)
         raise MetaplError(f"problem is {given}; expected a metapl.BilevelProblem, such as metapl.PseudoLabels().")
-    return as_problem(problem).for_modes(mode.labels, mode.name)
+    return problem.for_modes(mode.labels, mode.name)
 
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:

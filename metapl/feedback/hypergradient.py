@@ -90,7 +90,7 @@ def hypergradient(
             none, such as :class:`metapl.problems.LearningToReweight`.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
             also holds the labels, under ``labels``, is such a pair. For other batches see
-            :meth:`metapl.problems.Problem.outer_batch`.
+            :meth:`metapl.BilevelProblem.outer_batch`.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         outer, inner: other names of ``labeled`` and ``unlabeled``.

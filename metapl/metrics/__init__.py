@@ -1,8 +1,5 @@
 """How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
 
-from typing import TYPE_CHECKING, Any
-
-from metapl import moved
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.metric import Measured, Metric
 from metapl.metrics.predictions import predict_logits
@@ -22,9 +19,3 @@ __all__ = [
     "with_chance",
 ]
 __dir__ = __all__.copy
-
-
-if not TYPE_CHECKING:  # to whom these names are gone
-
-    def __getattr__(name: str) -> Any:
-        return moved.attribute(__name__, name)

@@ -33,7 +33,6 @@ from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitKeywords, FitOptions, refuse_unknown
 from metapl.training.resuming import check_allowed, going_on_from
 from metapl.training.stopping import Callback
-from metapl.words import tell
 
 
 class Trainer(Stepwise):
@@ -147,7 +146,7 @@ class Trainer(Stepwise):
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = Folder(out) if isinstance(out, str | Path) else out
-        how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
+        how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks, check_allowed(allow_changes)
         measure = metric_of(metric, mode)
         run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, measure, *how)
         with run.records.held():

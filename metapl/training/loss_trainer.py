@@ -24,8 +24,6 @@ from metapl.problems.losses import (
     CrossEntropy,
     TeacherLoss,
     check_losses,
-    refuse_ignored_labels,
-    refuse_split_batches,
     starts,
     sum_of_terms,
 )
@@ -84,7 +82,6 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
-        refuse_split_batches(self.losses, accumulate)
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
         self.compile = compile
@@ -113,8 +110,6 @@ class LossTrainer(Trainer):
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
         with restored(Slots(self.student), optimizer=self.optimizer, device=self.device) as fault:
-            with self.ranks.agreed():
-                refuse_ignored_labels(self.losses_for(unlabeled), labeled, self.accumulate, self.ranks)
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from faults import FAULTS, FAULTS_AHEAD
 from problems_zoo import OPTIMISERS, STUDENTS, Toy, noisy_teacher, product, toy, unmoved, warm
-from test_label_problems import METHODS, Method
+from test_problems import METHODS, Method
 from test_signal_in_input import Augmenting
 from torch import Tensor, nn
 from torch.nn import functional as F

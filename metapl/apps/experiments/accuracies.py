@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from metapl.apps.experiments.folder import READOUTS as READOUTS
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
+from metapl.apps.words import table
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, interval, paired_test, spoken, with_chance
-from metapl.words import table
 
 DELIVERED, STUDENT, FINETUNED = READOUTS
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metapl.ablation.cost import flops
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
 from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
@@ -28,7 +29,6 @@ from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import placed
 from metapl.execution.device import to_device
 from metapl.metrics import Evaluation, with_chance
-from metapl.metrics.cost import flops
 from metapl.runs.cores import available_cores, default_threads
 from metapl.runs.progress import duration
 from metapl.training import FitOptions, FitResult, Trainer
