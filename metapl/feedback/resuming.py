@@ -211,8 +211,8 @@ class Folder(States):
     def _student_pass(self, record: Mapping[str, Any]) -> Pass:
         """A pass that has been run, without its θ and inputs, which the way back computes again."""
         part = object.__new__(self.student.pass_type)
-        part.student, part.params, part.inputs, part.graph, part.keeps = self.student, {}, None, None, False
-        part._pulled, part._at, part._held = None, {}, []
+        part.student, part.params, part.inputs, part.graph = self.student, {}, None, None
+        part._kept, part._at, part._held = None, {}, []
         part._state, part._sample = self.bases[0].having(record["state"]), record["sample"]
         part._before, part.after = (RandomState(self.student.device, **record[name]) for name in ("before", "after"))
         part._dtype, part.outputs = getattr(torch, record["dtype"]), record["outputs"]

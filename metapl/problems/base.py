@@ -145,7 +145,7 @@ class BilevelProblem(ABC):
     but :meth:`revised_signal`."""
 
     @abstractmethod
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random) -> Signal:
         """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal is
         asked for before the student runs (see :meth:`student_input` and :attr:`signal_of_batch`)."""
 
