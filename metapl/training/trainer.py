@@ -131,6 +131,7 @@ class BilevelTrainer(Trainer):
         self.given, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
+        self.spread = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
@@ -189,7 +190,7 @@ class BilevelTrainer(Trainer):
         labeled = self.problem.outer_batch(labeled)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
-        for layout in self.layouts:
+        for layout in self.spread:
             layout.begin_step()
         student = student_of(self.layout, double_backward=self.mode.keep_graph)
         self.update.follow(student.parameters)
@@ -249,7 +250,7 @@ class BilevelTrainer(Trainer):
             path.commit()  # line 3; nothing has moved before
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
-            for layout in self.layouts:
+            for layout in self.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
