@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_bits import GRAPH, TANGENT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -383,9 +384,9 @@ IN_TORCHS_WORDS: dict[str, Wrong] = {
 }
 OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
     "a shared layer": (sharing, lambda c: c.built, MetaplError),
-    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step("forward"), MetaplError),
+    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step(TANGENT), MetaplError),
     "no second derivative": (with_student(Applied(Once)), lambda c: c.step("unrolled"), (MetaplError, RuntimeError)),
-    "a jvp of another function": (with_student(Applied(AnotherJvp)), lambda c: c.step("forward"), MetaplError),
+    "a jvp of another function": (with_student(Applied(AnotherJvp)), lambda c: c.step(TANGENT), MetaplError),
     "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward"), MetaplError),
     "complex weights": (lambda: Case(student=ComplexWeight()), lambda c: lambda: c.step("forward")(), MetaplError),
     "complex outputs": (lambda: Case(student=Returning(lambda z: z * 1j)), lambda c: c.step("reinforce"), TORCH),
@@ -548,7 +549,7 @@ AHEAD = ("forward", "unrolled", "none")
 
 @st.composite
 def situations(draw: st.DrawFn) -> dict[str, Any]:
-    mode = draw(st.sampled_from([mode for mode in metapl.MODES if mode != "implicit"]))
+    mode = draw(st.sampled_from([*(mode for mode in metapl.MODES if mode != "implicit"), TANGENT, GRAPH]))
     accumulate = 1 if mode == "unrolled" else draw(st.sampled_from([1, 2]))
     return {
         "mode": mode,
@@ -561,7 +562,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def fused(mode: str, ahead: int, own_generator: bool, steps: int, **options: Any) -> tuple[Case, Fuse, Any]:
+def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any) -> tuple[Case, Fuse, Any]:
     """A case with so many steps behind it, its fuse, and the batches of the next step; twice called, twice the same."""
     torch.manual_seed(0)
     fuse = Fuse()
