@@ -130,6 +130,9 @@ class BilevelProblem(ABC):
     A problem is a subclass with the three abstract methods; the others have defaults. docs/write-a-problem.md has one.
     """
 
+    classifies: ClassVar[bool] = False
+    """Whether the student's outputs are class logits (B, C), of which :meth:`metapl.BilevelTrainer.predict` gives the
+    probabilities."""
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
     teacher_reads_inputs: ClassVar[bool] = True

@@ -48,6 +48,7 @@ class CrossEntropy:
     weight: float = 1.0
 
     name: ClassVar[str] = "cross_entropy"
+    of_classes: ClassVar[bool] = True  # its network's outputs are class logits
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -309,6 +309,10 @@ class BilevelTrainer(Trainer):
         return starts(self.teacher_losses or (), self.steps_done)
 
     @property
+    def classifies(self) -> bool:
+        return self.problem.classifies
+
+    @property
     def teacher_classifies(self) -> bool:
         return self.problem.teacher_classifies
 
