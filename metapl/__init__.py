@@ -18,10 +18,10 @@ try:
     from metapl.problems import BilevelProblem, PseudoLabels, Signal
     from metapl.problems.losses import UDA, CrossEntropy
     from metapl.training import StopFit
-    from metapl.training.check import check_gradient
     from metapl.training.contract import StepReport
     from metapl.training.loss_trainer import LossTrainer
     from metapl.training.trainer import BilevelTrainer
+    from metapl.training.verify import check_gradient
     from metapl.words import did_you_mean
 except KeyboardInterrupt:
     # The command has not begun yet, and a traceback through the imports would say nothing.

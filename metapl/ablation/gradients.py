@@ -65,7 +65,7 @@ def reasons_told() -> Iterator[None]:
 def sibling(trainer: BilevelTrainer, mode: Mode | None = None, problem: BilevelProblem | None = None) -> BilevelTrainer:
     """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
     options: dict[str, Any] = {name: getattr(trainer, name) for name in SAME}
-    options |= {"problem": trainer.given_problem if problem is None else problem}
+    options |= {"problem": trainer.given_problem if problem is None else problem, "verify": False}  # the trainer is
     made = BilevelTrainer(trainer.teacher, trainer.student, trainer.mode if mode is None else mode, **options)
     made.update.load_state_dict(copy.deepcopy(trainer.update.state_dict()))
     return made

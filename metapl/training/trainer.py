@@ -36,6 +36,7 @@ from metapl.training.guard import StepGuard, check_options, check_outer, has_los
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
+from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, unwrapped, update_of
 
 # What parts of a trainer are made of; the other options are read at every step.
@@ -88,6 +89,10 @@ class BilevelTrainer(Trainer):
             rounding, dropout masks included (the first passes that draw are compared with eager ones). Eager stay the
             forward-mode pass of ``forward`` and ``reinforce_per_example``, the student under ``unrolled``, and
             everything outside a step. The networks stay plain modules; each batch shape compiles each kind of pass.
+        verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
+            the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
+            wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps.
+            Not of networks of more than 50 million weights, nor in several processes, where a line says so.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -121,8 +126,9 @@ class BilevelTrainer(Trainer):
         accumulate: MicroBatches = 1,
         compile: bool = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
+        verify: bool | int | Literal["warn"] = True,
     ) -> None:
-        self.mode = estimator(mode)
+        self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.no_inference_mode()
         checks.is_generator(generator)
@@ -142,6 +148,7 @@ class BilevelTrainer(Trainer):
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
+        refuse_hooks(self.student)
         refuse_compiled(student=self.student, **({} if self.teacher is None else {"teacher": self.teacher}))
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
@@ -204,6 +211,7 @@ class BilevelTrainer(Trainer):
         if outer is not None or inner is not None or labeled is None or unlabeled is None:
             labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         self._follow_problem()
+        self.verification.before(self, labeled, unlabeled)
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
         batches, guard, teacher_steps = inner_batches(unlabeled, self.lookahead), self.guard, list[TeacherPass]()
 
@@ -403,6 +411,7 @@ class BilevelTrainer(Trainer):
             "mode_state": {**self.mode_state, "recent": self.recent},
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
+            "verification": self.verification.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -423,6 +432,7 @@ class BilevelTrainer(Trainer):
         mode_state = dict(state["mode_state"])
         self.recent = mode_state.pop("recent", {})  # which states of earlier versions do not have
         self.mode_state, self.steps_done = mode_state, state["steps_done"]
+        self.verification.load_state_dict(state["verification"])
 
     # ------------------------------------------------------------------------------------------- beside the training
 
