@@ -468,7 +468,7 @@ def _error(at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, 
         if blind > 0.1 * reach or not math.isfinite(found):
             continue
         if gap <= tolerance * reach + blind:
-            return gap / reach
+            return max(gap - blind, 0.0) / reach
         # The errors of kinks, and of a fresh Adam's signs, shrink with the move: two that agree are no such error.
         if any(abs(found - one) + 10 * blind <= 0.2 * min(gap, other) for one, other, _ in tried):
             return max(gap / reach, 2 * tolerance)
