@@ -192,8 +192,8 @@ class Teaching:
         if ratio is not None:
             parameters = layout.parameters()
             if layout.kind == "replicated":
-                own_p: dict[str, Tensor] = dict(parameters)
-                of_feedback, of_losses = (self.ranks.mean_tree(t, own_p) for t in (of_feedback, of_losses))
+                like: dict[str, Tensor] = dict(parameters)
+                of_feedback, of_losses = (self.ranks.mean_tree(t, like) for t in (of_feedback, of_losses))
             a, b = (layout.space.norm({n: local(g) for n, g in t.items()}) for t in (of_feedback, of_losses))
             scale = torch.where(a > 0, ratio * b / a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
             for name, p in parameters.items():

@@ -35,6 +35,7 @@ from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
+from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, parameters_of, refuse_missing, unwrapped, update_of
 
 
@@ -81,6 +82,10 @@ class BilevelTrainer(Trainer):
             rounding, dropout masks included (the first passes that draw are compared with eager ones). Eager stay the
             forward-mode pass of ``forward`` and ``reinforce_per_example``, the student under ``unrolled``, and
             everything outside a step. The networks stay plain modules; each batch shape compiles each kind of pass.
+        verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
+            the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
+            wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps.
+            Not of networks of more than 50 million weights, nor in several processes, where a line says so.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -114,8 +119,9 @@ class BilevelTrainer(Trainer):
         accumulate: MicroBatches = 1,
         compile: bool = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
+        verify: bool | int | Literal["warn"] = True,
     ) -> None:
-        self.mode = estimator(mode)
+        self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
         self.problem = prepare(problem, self.mode)
@@ -134,6 +140,7 @@ class BilevelTrainer(Trainer):
         self.spread = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
+        refuse_hooks(self.student)
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
@@ -186,6 +193,7 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+        self.verification.before(self, labeled, unlabeled)
         batches = inner_batches(unlabeled, self.lookahead)
         labeled = self.problem.outer_batch(labeled)
         if len(batches) != self.lookahead:
@@ -346,6 +354,7 @@ class BilevelTrainer(Trainer):
             "mode_state": self.mode_state,
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
+            "verification": self.verification.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -364,6 +373,7 @@ class BilevelTrainer(Trainer):
         if self.outer_optimizer is not None:
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
+        self.verification.load_state_dict(state["verification"])
 
     # ------------------------------------------------------------------------------------------- beside the training
 
