@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.ablation.cost import flops, peak_bytes
@@ -133,7 +133,9 @@ class Point:
             signal = None
             if enters_input(problem):
                 no_outputs: Any = None
-                signal = problem.signal(copy.deepcopy(trainer.teacher), batch, no_outputs, generator=None)
+                signal = problem.signal(
+                    copy.deepcopy(trainer.teacher) or nn.Module(), batch, no_outputs, generator=None
+                )
             inputs = problem.student_input(batch, *(() if signal is None else (signal,)))
 
         def student() -> None:
