@@ -24,7 +24,6 @@ from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator, Lookahead, Mode
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.lookahead import inner_batches
-from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.memory import out_of_memory
 from metapl.training.trainer import BilevelTrainer
