@@ -40,6 +40,11 @@ class Fault:
                 )
 
 
+def transformed() -> bool:
+    """Whether this runs inside a transform of ``torch.func``, or is being compiled: no value can be read then."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 # What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
@@ -51,6 +56,8 @@ def waits(t: Tensor) -> bool:
 
 def refuse(bad: Tensor, text: str) -> None:
     """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
+    if transformed():
+        return
     fault = deferred.get()
     if fault is not None and waits(bad):
         fault.findings.append((bad, text))
@@ -60,6 +67,8 @@ def refuse(bad: Tensor, text: str) -> None:
 
 def refuse_not_finite(t: Tensor, text: str) -> None:
     """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
+    if transformed():
+        return
     t = t.detach() if t.requires_grad else t
     # On the host a sum is several times cheaper than isfinite; finite values may overflow in it, but seldom do.
     if waits(t) or not math.isfinite(t.sum()):
@@ -335,6 +344,8 @@ def row_indices(index: Any, rows: int, who: str) -> Tensor:
 
 
 def _in_range(numbers: Tensor, count: int, what: str, verbs: tuple[str, str], why: str) -> None:
+    if transformed():
+        return
     low, high = numbers.aminmax()
     if waits(numbers):
         text = f"{what} {verbs[0]} a value outside 0..{count - 1}; {why}: expected 0..{count - 1}."

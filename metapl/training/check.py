@@ -22,7 +22,6 @@ from metapl.runs.fields import Range, check_arguments
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.by_hand import SEED, Case, Run, Tree, trained
 from metapl.training.trainer import BilevelTrainer
-from metapl.updates import unwrapped
 from metapl.words import short, summary, wrapped
 
 ROUNDING, APPROXIMATION = 1e-6, 1e-2
@@ -209,7 +208,7 @@ def check_gradient(
     if of_student.is_sharded or not of_student.ranks.alone:
         raise MetaplError("check_gradient runs in one process; expected networks that are neither sharded nor in DDP.")
     networks = None if of_teacher is None else of_teacher.network, of_student.network
-    update = unwrapped(inner_optimizer), inner_state
+    update = inner_optimizer, inner_state
     before = rng_state()
     try:
         case = Case(*networks, prepare(problem, estimate), *update, labeled, unlabeled, clip)

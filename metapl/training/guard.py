@@ -23,7 +23,7 @@ from metapl.execution.sharded import student_of
 from metapl.execution.writes import changed_input, tensors_in
 from metapl.feedback.compatible import check_batches, check_mode
 from metapl.problems.base import has_own
-from metapl.updates import parameters_of, refuse_missing, runs_others_code
+from metapl.updates import parameters_of, refuse_missing
 
 
 class StepGuard:
@@ -119,7 +119,7 @@ class StepGuard:
         outer: Any = trainer.outer_optimizer
         known = type(outer) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
         safe = outer is None or any(one.is_sharded for one in self.spread)
-        if safe or not ((first and not known) or runs_others_code(outer)):
+        if safe or not (first and not known):
             yield
             return
         update, parameters = trainer.update, trainer.layout.parameters()

@@ -39,7 +39,6 @@ from metapl.training.contract import Report
 from metapl.training.loop import FitResult
 from metapl.training.options import FinetuneKeywords, refuse_unknown
 from metapl.training.states import check_state, names_of
-from metapl.updates import unwrapped
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -84,7 +83,6 @@ class LossTrainer(Trainer):
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         refuse_compiled(model=self.student)
-        optimizer = unwrapped(optimizer, plain=self.layout.kind == "plain")
         checks.steps_alone(optimizer)
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:

@@ -36,7 +36,7 @@ from metapl.training.guard import StepGuard, check_options, check_outer, has_los
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
-from metapl.updates import Clipped, unwrapped, update_of
+from metapl.updates import Clipped, update_of
 
 # What parts of a trainer are made of; the other options are read at every step.
 _BUILT_WITH = frozenset(
@@ -147,8 +147,7 @@ class BilevelTrainer(Trainer):
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
         self.recompute_teacher, self.generator = recompute_teacher, generator
-        plain = self.layout.kind == "plain"
-        self.compile, self.outer_optimizer = compile, unwrapped(outer_optimizer, plain=plain)
+        self.compile, self.outer_optimizer = compile, outer_optimizer
         check_options(self, lookahead)
         refuse_split_batches(self.teacher_losses or (), accumulate)
         check_mode(self.mode, lookahead, self.problem, self.layout)
@@ -157,9 +156,7 @@ class BilevelTrainer(Trainer):
         eager = self.layout if self.mode.keep_graph or self.mode.keep_graphs else None
         found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
         self.compiled = CompiledPasses(*(part for parts in found for part in parts))
-        self.inner_optimizer = unwrapped(
-            default_optimizer(self.student) if inner_optimizer is None else inner_optimizer, plain=plain
-        )
+        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
         self._teacher_trainer: _TeacherTrainer | None = None
