@@ -14,24 +14,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.numerics import Space, Tree, wide
+from metapl.execution.numerics import wide
 from metapl.functional.network import tensors_of
 from metapl.functional.state import Optimizer, State, optimizer_of
-from metapl.functional.step import Step, dot, make_step
+from metapl.functional.step import Step, make_step
+from metapl.functional.trees import PlainSpace
 from metapl.problems.base import enters_input, has_own
 from metapl.updates import Clipped, TorchUpdate, Update, options_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
-
-
-class _Space(Space):
-    """Products of trees by operations that every transform has rules for."""
-
-    def dot(self, a: Tree, b: Tree) -> Tensor:
-        return dot({name: t for name, t in a.items() if name in b}, b)
-
-    def norm(self, a: Tree) -> Tensor:
-        return dot(a, a).sqrt()
 
 
 def updates_of(trainer: Any) -> tuple[Update, Update | None]:
@@ -49,7 +40,7 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
         )
     if trainer.clip_norm is None:
         return inner, outer
-    clipped = [update and Clipped(update, trainer.clip_norm, _Space()) for update in (inner, outer)]
+    clipped = [update and Clipped(update, trainer.clip_norm, PlainSpace()) for update in (inner, outer)]
     return clipped[0], clipped[1]  # type: ignore[return-value]  # the first is one
 
 

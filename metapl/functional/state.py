@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.execution.numerics import Tree
 from metapl.functional.network import Network
 from metapl.updates import Clipped, TorchUpdate, Update
 
@@ -42,7 +43,7 @@ class Report(NamedTuple):
     outer_loss: Tensor  # L(θ′); NaN in the mode "none", which does not compute it
     teacher_loss: Tensor  # the sum of the teacher's own losses
     flag: Tensor  # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
-    teacher_losses: dict[str, Tensor]  # by name
+    teacher_losses: Tree  # by name
 
 
 def optimizer_of(update: Update, device: torch.device) -> Optimizer:

@@ -25,6 +25,10 @@ from metapl.feedback.inner_step import read_batch
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import Path, take_steps
 from metapl.feedback.teacher import Means, Objective, TeacherPass, teacher_scalars, updated
+from metapl.functional.build import functional
+from metapl.functional.compiled import CompiledStep
+from metapl.functional.state import State
+from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, Signal, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, refuse_ignored_labels, refuse_split_batches, starts
@@ -152,10 +156,7 @@ class BilevelTrainer(Trainer):
         refuse_split_batches(self.teacher_losses or (), accumulate)
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        # Double backward has no compiled form: there the student runs as it is.
-        eager = self.layout if self.mode.keep_graph or self.mode.keep_graphs else None
-        found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
-        self.compiled = CompiledPasses(*(part for parts in found for part in parts))
+        self.compiled, self.compiled_step = CompiledPasses(), CompiledStep()
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
@@ -202,6 +203,8 @@ class BilevelTrainer(Trainer):
             labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         self._follow_problem()
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
+        if self.compile:
+            return self.compiled_step(self, labeled, inner_batches(unlabeled, self.lookahead), ahead)
         batches, guard, teacher_steps = inner_batches(unlabeled, self.lookahead), self.guard, list[TeacherPass]()
 
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
@@ -261,6 +264,27 @@ class BilevelTrainer(Trainer):
             self.mode_state, self.recent = mode_state, report.recent
             self.steps_done += 1
             return report
+
+    def functional(self) -> tuple[Step, State]:
+        """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
+
+        ``state, report = step(state, outer, inner, noise=None)`` with the networks, losses, rules and options of this
+        trainer, whose own tensors do not move. It can be compiled, stacked (``torch.func.vmap``) and differentiated.
+        With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel noise of the shape of
+        the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
+
+        >>> import torch, metapl
+        >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> step, state = metapl.BilevelTrainer(teacher, student, mode="forward").functional()
+        >>> for _ in range(3):
+        ...     state, report = step(state, (torch.randn(5, 4), torch.arange(5) % 3), torch.randn(6, 4))
+        >>> int(state.step), report.feedback.shape
+        (3, torch.Size([6, 3]))
+
+        Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``, several processes,
+            more than 3 steps, and outer optimizers other than SGD, Adam and AdamW.
+        """
+        return functional(self)
 
     def _follow_problem(self) -> None:
         """Where a copy of the problem that was given is in use, put on it what has been put on that one since."""
