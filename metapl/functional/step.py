@@ -102,7 +102,7 @@ def make_step(
             """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses."""
 
             def asked(network: Any) -> tuple[Signal, Tree]:
-                signal: Any = problem.signal(network, batches[k], z, generator=noises[k])  # type: ignore[arg-type]
+                signal: Any = problem.signal(network, batches[k], z, generator=noises[k])
                 own: Tree = {}
                 for loss in losses_for(batches[k]) if k == steps - 1 else ():
                     value = loss(network, labeled=judged, unlabeled=batches[k], signal=signal, step=state.step)
