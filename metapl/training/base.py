@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, inputs_of, rows
-from metapl.execution.device import to_device
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import is_sharded
-from metapl.metrics.metric import ASKED, Asked, Better, Term, default_metric, metric_of, of_classes
+from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
@@ -33,7 +32,6 @@ from metapl.training.contract import Report, Say
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions
 from metapl.training.stopping import Callback
-from metapl.words import tell
 
 
 class Trainer(ABC):
@@ -213,7 +211,7 @@ class Trainer(ABC):
         if steps is None or labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches, and steps=, the number of steps.")
         folder = Folder(out) if isinstance(out, str | Path) else out
-        how = progress, say or partial(tell, file=sys.stderr), callbacks
+        how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks
         run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, metric_of(metric, mode), *how)
         with nullcontext() if run.records.out is None else run.records.out.held():
             return run.run(labeled, unlabeled, resume, batch_size)
@@ -285,15 +283,8 @@ class Trainer(ABC):
         >>> trainer.predict(np.ones((5, 4))).shape
         torch.Size([5, 3])
         """
-        first: list[Any] = []
-
-        def inputs() -> Iterator[Any]:
-            for x in input_batches(data, self.dtype, self.read_input):
-                first[:] = first or [rows(x, 0, ASKED)]
-                yield x
-
-        outputs = logits_of(self.student, inputs())
-        classes = of_classes(self, (*to_device(first, self.device), None), outputs)
+        outputs = logits_of(self.student, input_batches(data, self.dtype, self.read_input))
+        classes = of_classes(self, None, outputs)
         if classes:
             checks.finite(outputs)
         return wide(outputs).softmax(-1) if classes else wide(outputs)

@@ -33,12 +33,12 @@ from metapl.apps.recipes.image_folders import SELECTED
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, whole
 from metapl.apps.recipes.settings import Batch, Steps
 from metapl.apps.reports import web
+from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
 from metapl.runs.fields import Range
 from metapl.training.attribution import Attribution, attribute
-from metapl.words import short, table, tell, wrapped
 
 TABLE, PAGE = "attribution.csv", "attribution.html"
 PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given

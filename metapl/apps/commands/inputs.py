@@ -21,8 +21,9 @@ from metapl.apps.machine.sealed import refuse_irregular, written_last
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import scan_labeled, walk
 from metapl.apps.recipes import ImageFolders
+from metapl.apps.words import tell
 from metapl.errors import MetaplError, few
-from metapl.words import shown, tell
+from metapl.words import shown
 
 OF_RUNS = (
     "which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled data, or "

@@ -22,10 +22,11 @@ from metapl.apps.labels.queries import BINS, Statistics, select, statistics
 from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
+from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.training.options import MOST_WORKERS
-from metapl.words import short, shown, table, tell
+from metapl.words import shown
 
 Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
 

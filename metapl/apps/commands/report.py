@@ -31,10 +31,10 @@ from metapl.apps.experiments.side_by_side import mean_curves
 from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.recipes.methods import called_network, title, titled
 from metapl.apps.reports import web
+from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.rows import Metrics
-from metapl.words import short, tell
 
 PAGE = "report.html"
 

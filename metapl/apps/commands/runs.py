@@ -36,13 +36,14 @@ from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
 from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import title, titled
+from metapl.apps.words import table, tell
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastOne, Range
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
-from metapl.words import shown, table, tell
+from metapl.words import shown
 
 # What the name of the folder begins with, within the run's, in which its records are kept until it has ended.
 SCRATCH = ".finetune-"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
+from metapl.ablation.cost import flops
+from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, with_chance
 from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.galleries import GRID, SUSPECTS
@@ -29,8 +30,7 @@ from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_te
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import placed
 from metapl.execution.device import to_device
-from metapl.metrics import Evaluation, with_chance
-from metapl.metrics.cost import flops
+from metapl.metrics import Evaluation
 from metapl.training import FitOptions, FitResult, Trainer
 
 SHOWN = 7  # methods that one picture can tell apart

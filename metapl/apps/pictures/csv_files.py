@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from metapl.apps.machine.sealed import open_plain, replacing
+from metapl.apps.words import cell
 from metapl.errors import MetaplError, reason_of
-from metapl.words import cell, shown
+from metapl.words import shown
 
 
 class CsvRows:
