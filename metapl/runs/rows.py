@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 
 
@@ -23,7 +24,10 @@ class Metrics:
 
     def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
         """The rows written so far, damaged lines and a torn last one left out."""
-        lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
+        try:
+            lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
+        except OSError as error:
+            raise MetaplError(f"{self.file} cannot be read: {error.strerror}.") from error
         found = [row for row in map(_row, lines) if row is not None]
         return [row for row in found if phase is None or row["phase"] == phase]
 
