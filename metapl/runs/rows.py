@@ -34,6 +34,8 @@ class Metrics:
     def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
         """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once with ``then``."""
         rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
+        if not rows and self.file.exists() and self.file.stat().st_size:
+            raise MetaplError(f"{self.file} has no rows of a run, and is another's; expected another folder.")
         with replacing(self.file) as file:
             file.writelines(_line(row) for row in rows if row["phase"] != phase or row["step"] <= step)
             file.writelines(map(_line, then))
