@@ -18,7 +18,7 @@ from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.execution.state import restored
+from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
@@ -177,7 +177,9 @@ class BilevelTrainer(Trainer):
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
+        self._taught: list[int] = []  # the teacher's parameters, as its optimizer was last looked at
 
+    @one_at_a_time
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
@@ -218,6 +220,10 @@ class BilevelTrainer(Trainer):
             self.recompute_teacher,
         )
         slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        taught = [*map(id, teach.slots.learned.values())]
+        if outer_optimizer is not None and taught != self._taught:  # such as a new head, or a layer that was frozen
+            refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
+            self._taught = taught
         graph_of = self.mode.graph_of(len(batches), student)
         kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
@@ -259,9 +265,10 @@ class BilevelTrainer(Trainer):
                 )
             if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
-            path.commit()  # line 3; nothing has moved before
+            # Nothing has moved before. The teacher's optimizer may be any, and fail; the student's is a known one.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
+            path.commit()  # line 3: θ_S′
             for layout in self.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state

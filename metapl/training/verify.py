@@ -481,7 +481,7 @@ def _error(at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, 
 
 
 def _flat(tree: Any) -> Tensor:
-    return torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(tree)])
+    return torch.cat([t.detach().to_dense().double().flatten() for t in pytree.tree_leaves(tree)])
 
 
 def _size(t: Tensor) -> float:
