@@ -243,6 +243,7 @@ def plainly(problem: Toy, steps: int, sampled: bool) -> tuple[reference.Tree, di
     return dict(zip(phi, torch.autograd.grad(total, list(phi.values())), strict=True)), after
 
 
+@pytest.mark.filterwarnings("ignore::metapl.training.verify.VerificationWarning")
 @pytest.mark.parametrize("kind", STUDENTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_gradient_is_right_and_state_moves_once(mode: str, kind: str) -> None:
