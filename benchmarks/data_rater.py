@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
+from metapl.ablation.cost import peak_bytes
 from metapl.metrics import paired_test
-from metapl.metrics.cost import peak_bytes
 from metapl.problems import DataRater
 
 RAW = Path(__file__).parent / "results" / "data_rater.jsonl"

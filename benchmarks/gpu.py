@@ -47,7 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 import metapl
-from metapl.metrics.cost import peak_bytes
+from metapl.ablation.cost import peak_bytes
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

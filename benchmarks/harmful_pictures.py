@@ -90,7 +90,7 @@ def by_clean(root: Path, seed: int, out: Path) -> None:
 
 
 def metapl(*words: str) -> str:
-    command = [sys.executable, "-m", "metapl", *words]
+    command = [sys.executable, "-m", "metapl.apps", *words]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

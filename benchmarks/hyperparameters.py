@@ -23,7 +23,7 @@ import torch
 from machine import append, arguments, parsed, read, show
 from torch.nn import functional as F
 
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

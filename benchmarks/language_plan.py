@@ -29,10 +29,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import metapl
+from metapl.ablation.cost import peak_bytes
 from metapl.apps.planning import rehearse
 from metapl.apps.planning.rehearsal import Held, laid_out, stage
 from metapl.distributed import Mesh
-from metapl.metrics.cost import peak_bytes
 from metapl.problems import DataRater
 
 RESULT = Path(__file__).parent / "results" / "language_plan.json"

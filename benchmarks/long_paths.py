@@ -32,10 +32,10 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead
+from metapl.ablation.cost import peak_bytes
 from metapl.execution import hessians
 from metapl.feedback import Forward
 from metapl.feedback.keeping import keeping
-from metapl.metrics.cost import peak_bytes
 from metapl.problems import EqualWeights
 
 RESULT = Path(__file__).parent / "results" / "long_paths.json"

@@ -35,9 +35,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
+from metapl.ablation.cost import peak_bytes
 from metapl.apps.pictures import load_digits_split
 from metapl.feedback import Difference, Estimator
-from metapl.metrics.cost import peak_bytes
 
 # The profiler's own log would go to the terminal.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

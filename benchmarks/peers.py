@@ -320,7 +320,7 @@ def measure(library: str, network: str, steps: int, calls: int, truth: str, devi
         calls: timed ones, after one that is not.
         truth: the file with the exact gradient; made by :data:`TRUTH`.
     """
-    from metapl.metrics.cost import peak_bytes
+    from metapl.ablation.cost import peak_bytes
 
     torch.set_num_threads(1)
     gradient = gradient_of(library)

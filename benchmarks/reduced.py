@@ -110,7 +110,7 @@ def _weights(network: nn.Module) -> int:
 
 def measure(case: str, name: str, steps: int) -> Row:
     """One measurement, in the process that it is called in."""
-    from metapl.metrics.cost import peak_bytes
+    from metapl.ablation.cost import peak_bytes
 
     torch.set_num_threads(1)
     step, weights = step_of(case, name)

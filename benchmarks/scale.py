@@ -49,7 +49,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 ALONE = "one process"
 WIDTHS, ROWS = (128, 512, 512, 512, 10), 64
-SIMULATED = {"128 x 16": {"replicate": 128, "shard": 16}, "128 x 2 x 8": {"replicate": 128, "shard": 2, "spatial": 8}}
+SIMULATED = {"128 x 16": {"replicate": 128, "shard": 16}}
 
 Row = dict[str, Any]
 
@@ -146,8 +146,8 @@ def step_of(
 
 
 def counted(step: Callable[[], Any], held: Callable[[], int]) -> Row:
+    from metapl.ablation.cost import peak_bytes
     from metapl.apps.planning.rehearsal import Held
-    from metapl.metrics.cost import peak_bytes
 
     with Held() as seen:
         step()
@@ -199,9 +199,8 @@ def simulated(miniature: bool, layout: str | None) -> Iterator[Row]:
         if layout not in (None, name):
             continue
         for mode in ("forward", "none", "reinforce"):
-            given: dict[str, Any] = {"accumulate": 2} if "spatial" in sizes else {}
-            found = plan(without_data(PLANNED[recipe], given, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
-            row = {"recipe": recipe, "layout": name, "mesh": asdict(found.mesh), "mode": mode, **given}
+            found = plan(without_data(PLANNED[recipe], {}, None, mode), Mesh(**sizes), memory=bytes_of("80GB"))
+            row = {"recipe": recipe, "layout": name, "mesh": asdict(found.mesh), "mode": mode}
             per_rank = {"per_rank": found.per_rank, "flops": found.step.flops, "sent": sum(found.step.sent.values())}
             print(f"{recipe}, {name}, {mode}: {found.per_rank}", file=sys.stderr, flush=True)
             yield row | per_rank
@@ -269,11 +268,10 @@ def _simulated_table(rows: Sequence[Row]) -> str:
     ranks = 1
     for size in rows[0]["mesh"].values():
         ranks *= size
-    halves = " Images cut in 8 are taken in two micro-batches." if any("accumulate" in row for row in rows) else ""
     lines += [
         "",
         f"Simulated: a step of `{rows[0]['recipe']}` on {ranks:,} ranks, what one of them holds, computes and sends; a "
-        f"layout is replicas x shards, x parts of images where they are cut.{halves}",
+        "layout is replicas x shards.",
     ]
     return "\n".join(lines)
 

@@ -93,7 +93,18 @@ def run(plan: Plan, method: str, seed: int) -> Row:
         root = Path(scratch)
         wrong = write_pictures(root, seed, plan.images)
         folders = [part for name in ("labeled", "clean", "test") for part in (f"--{name}", str(root / NAMES[name]))]
-        command = [sys.executable, "-m", "metapl", "train", "noisy", *folders, "--method", method, "--seed", str(seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "metapl.apps",
+            "train",
+            "noisy",
+            *folders,
+            "--method",
+            method,
+            "--seed",
+            str(seed),
+        ]
         subprocess.run([*command, *plan.flags, "--out", str(root / "out")], check=True, stdout=subprocess.DEVNULL)
         result = json.loads((root / "out" / "result.json").read_text())
         with (root / "out" / "suspects.csv").open(newline="") as file:

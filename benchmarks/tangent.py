@@ -36,9 +36,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
+from metapl.ablation.cost import peak_bytes
 from metapl.execution import kernels
 from metapl.feedback import Forward
-from metapl.metrics.cost import peak_bytes
 
 RESULT = Path(__file__).parent / "results" / "tangent.json"
 REPLAY, STACKED, KEPT = "replay in forward mode", "the same, rows stacked", "kept graph"

@@ -50,6 +50,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import metapl
+from metapl.ablation.cost import peak_bytes
 from metapl.apps.pictures import (
     Affine,
     Chain,
@@ -64,7 +65,6 @@ from metapl.apps.pictures import (
     Weak,
 )
 from metapl.data import StepSampler, feed
-from metapl.metrics.cost import peak_bytes
 from metapl.problems.losses import UDA, CrossEntropy
 
 HERE = Path(__file__).parent

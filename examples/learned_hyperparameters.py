@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 
 STEPS, BATCH = 200, 50
 START = {"decay": [0.001, 0.001, 0.001], "smoothing": [0.05], "noise": [0.1], "shift": [0.1]}  # decay: of each layer

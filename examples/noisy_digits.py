@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import metapl
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
 
 WARM_UP = 60  # steps on the given labels as they are, before a method begins

@@ -16,7 +16,7 @@ import metapl
 from metapl.problems import Table
 
 
-class PairWeights:
+class PairWeights(metapl.BilevelProblem):
     """The weight of an example is looked up by its given label and by what the student takes it for."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):

@@ -1,111 +1,32 @@
-"""Names, messages and tables as they are shown: what a file is called must not move the cursor, or turn the line."""
+"""Names and values as messages show them."""
 
 from __future__ import annotations
 
 import difflib
-import itertools
-import re
-import shutil
-import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import TextIO
-
-WIDTH, NARROWEST = 80, 40  # columns of text where there is no terminal, and the least of one that is made use of
-ALIKE = 0.75  # how like two words are, of 1, for one to be meant by the other
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet take a cell for a formula
 
 TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
 """Characters that change the direction of a line, or end it."""
 
 
 def shown(text: object, keep: str = "") -> str:
-    r"""A name or a message as it is shown: control characters, turns of direction and bytes that are not UTF-8 escaped,
-    but for those to ``keep``, such as newlines of a message.
+    r"""A name or a message with control characters, turns of direction and bytes that are not UTF-8 escaped, but for
+    those to ``keep``, such as the newlines of a message.
 
     >>> shown("a\x1b[2Jb\n"), shown("caf\udce9"), shown("größe 猫")
     ('a\\x1b[2Jb\\n', 'caf\\xe9', 'größe 猫')
     """
-    text = str(text)
-    return text if text.isprintable() and text.isascii() else "".join(c if c in keep else _escaped(c) for c in text)
-
-
-def _escaped(letter: str) -> str:
-    if letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs"):
-        return letter
-    if 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is not UTF-8, as Python has it in names of files
-        return f"\\x{ord(letter) - 0xDC00:02x}"
-    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def width_of(text: str) -> int:
-    r"""Columns of a terminal that a text takes: two for a wide letter, none for a mark on the one before.
-
-    >>> width_of("cat"), width_of("猫"), width_of("e\u0301")
-    (3, 2, 1)
-    """
-    return len(text) if text.isascii() else sum(map(_width, text))
-
-
-def _width(letter: str) -> int:
-    wide = unicodedata.east_asian_width(letter) in ("W", "F")
-    return 0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + wide
-
-
-def short(name: str, most: int = 30) -> str:
-    """A name that fits, without its middle where need be: ends tell classes apart too.
-
-    >>> short("crane (n02012849)", 12), short("猫の写真クラス", 12)
-    ('crane...849)', '猫の...ラス')
-    """
-    name, tail = shown(name), (most - 3) // 2
-    return name if width_of(name) <= most else f"{_begin(name, most - 3 - tail)}...{_begin(name[::-1], tail)[::-1]}"
-
-
-def _begin(text: str, most: int) -> str:
-    return text[: sum(width <= most for width in itertools.accumulate(map(_width, text)))]
-
-
-def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
-    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given.
-
-    ``wrap`` breaks its lines where the file is not so wide; not for tables. What goes to standard error is broken on a
-    terminal only: who reads it from a pipe or a log looks for one line.
-    """
-    to = file or sys.stdout
-    text = " ".join(shown(part, keep="\n") for part in parts)
-    breaks = wrap and (to is not sys.stderr or _is_terminal(to))
-    print(wrapped(text, columns(to)) if breaks else text, file=to, end=end, flush=True)
-
-
-def columns(file: TextIO) -> int:
-    """The width of a terminal, and 80 for everything else."""
-    return max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST) if _is_terminal(file) else WIDTH
-
-
-def _is_terminal(file: TextIO) -> bool:
-    try:
-        return file.isatty()
-    except (AttributeError, ValueError):  # no stream, or one that is closed
-        return False
-
-
-def wrapped(text: str, width: int = WIDTH) -> str:
-    r"""Each line of a text in lines of this width, broken at spaces alone; what was set in stays so.
-
-    >>> print(wrapped("a line that is longer\n  than a screen, which was set in", 20))
-    a line that is
-    longer
-      than a screen,
-      which was set in
-    """
-    broken = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
-    broken.expand_tabs, lines = False, []
-    for line in text.split("\n"):
-        broken.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
-        lines.append(line if len(line) <= width else broken.fill(line))
-    return "\n".join(lines)
+    letters = []
+    for letter in str(text):
+        if letter in keep or (letter not in TURNS and unicodedata.category(letter) not in ("Cc", "Cs")):
+            letters.append(letter)
+        elif 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is not UTF-8, as Python has it in names of files
+            letters.append(f"\\x{ord(letter) - 0xDC00:02x}")
+        else:
+            letters.append(letter.encode("unicode_escape", "surrogatepass").decode("ascii"))
+    return "".join(letters)
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
@@ -114,56 +35,28 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     >>> did_you_mean("trian", ["train", "evaluate"]), did_you_mean("xyz", ["train"])
     ('; did you mean train?', '')
     """
-    close = difflib.get_close_matches(given, known, n=3, cutoff=ALIKE)
+    close = difflib.get_close_matches(given, known, n=3, cutoff=0.75)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def cell(text: str) -> str:
-    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an apostrophe; a negative
-    number is none.
-
-    >>> cell("=1+1"), cell("a=1"), cell("-1+1"), cell("-1.5e-05")
-    ("'=1+1", 'a=1', "'-1+1", '-1.5e-05')
-    """
-    number = re.fullmatch(r"-[\d.]+(e[+-]\d+)?", text)
-    return f"'{text}" if text.startswith(FORMULA) and number is None else text
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows with their columns aligned: the first ``left`` to the left, the others to the right.
-
-    >>> print(table([("class", "right"), ("cat", "97.5%"), ("dog", "8.0%")]))
-    class  right
-    cat    97.5%
-    dog     8.0%
-    """
-    widths, lines = [max(map(width_of, column)) for column in zip(*rows, strict=True)], []
-    for row in rows:
-        gaps = [" " * (width - width_of(text)) for text, width in zip(row, widths, strict=True)]
-        cells = [text + gap if i < left else gap + text for i, (text, gap) in enumerate(zip(row, gaps, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def summary(name: str, **parts: object) -> str:
-    """A short ``repr`` of several lines at most: numbers to four digits, tensors of more by their shape, dicts by their
-    names.
+    """A short ``repr``: numbers to four digits, tensors of more by their shape, dicts by their names.
 
     >>> summary("Report", step=3, loss=0.123456, grads={"weight": 1, "bias": 2})
     'Report(step=3, loss=0.1235, grads={weight, bias})'
     """
-    return wrapped(f"{name}({', '.join(f'{key}={_brief(part)}' for key, part in parts.items())})", WIDTH)
 
+    def brief(part: object) -> str:
+        if getattr(part, "shape", None) == ():  # a tensor of one number
+            part = float(part)  # type: ignore[arg-type]
+        if isinstance(part, float):
+            return f"{part:.4g}"
+        if isinstance(part, dict | tuple):
+            few = [str(key) if isinstance(part, dict) else brief(key) for key in [*part][:3]]
+            more = f" and {len(part) - 3:,} more" if len(part) > 3 else ""
+            return ("{{{}}}" if isinstance(part, dict) else "({})").format(", ".join(few) + more)
+        shape = getattr(part, "shape", None)
+        return str(part) if shape is None else f"tensor{[*shape]}".replace(" ", "")
 
-def _brief(part: object) -> str:
-    if getattr(part, "shape", None) == ():  # a tensor of one number
-        part = float(part)  # type: ignore[arg-type]
-    if isinstance(part, float):
-        return f"{part:.4g}"
-    if isinstance(part, dict):
-        names = [*map(str, part)]
-        return f"{{{', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}}}"
-    if isinstance(part, tuple):
-        return f"({', '.join(map(_brief, part[:3]))}{f' and {len(part) - 3:,} more' if len(part) > 3 else ''})"
-    shape = getattr(part, "shape", None)
-    return str(part) if shape is None else f"tensor{[*shape]}".replace(" ", "")
+    text = f"{name}({', '.join(f'{key}={brief(part)}' for key, part in parts.items())})"
+    return textwrap.fill(text, 80, break_on_hyphens=False, break_long_words=False)

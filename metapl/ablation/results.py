@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from metapl.feedback import MODES, Estimator, Implicit, estimator
-from metapl.words import table
 
 WIDTH = 80  # columns of a terminal
 
@@ -182,6 +181,13 @@ def _plain(found: Any) -> Any:
 def spread(values: Sequence[float]) -> dict[str, Any]:
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error, "values": list(values)}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with their columns aligned: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
 def _filled(text: str, indent: str = "") -> str:

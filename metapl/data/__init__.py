@@ -1,8 +1,5 @@
 """Data whose every draw is a pure function of (seed, step, example): a run resumes by position alone."""
 
-from typing import TYPE_CHECKING, Any
-
-from metapl import moved
 from metapl.data.feed import Feed, WithoutLabels, feed, without_labels
 from metapl.data.sampler import StepSampler
 from metapl.data.steps import StepBatches, loader
@@ -19,9 +16,3 @@ __all__ = [
     "without_labels",
 ]
 __dir__ = __all__.copy
-
-
-if not TYPE_CHECKING:  # to whom these names are gone
-
-    def __getattr__(name: str) -> Any:
-        return moved.attribute(__name__, name)

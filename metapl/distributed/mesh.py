@@ -1,26 +1,28 @@
-"""Laying networks out over processes: a mesh of them, and ``fully_shard`` or ``DistributedDataParallel`` over it."""
+"""Laying networks out over processes: a mesh of them, and ``fully_shard``, ``DistributedDataParallel`` or
+``parallelize_module`` over it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metapl.distributed.spatial import Example, spatial
-from metapl.distributed.tensor import Plan, parallel
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.modules import named_parts, named_tensors
 from metapl.execution.shards import is_sharded, local
 from metapl.runs.fields import Range, check_fields
 
 # The submodules of a network that gather their weights one after another.
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
+# How the products of layers are shared, by their names: as ``parallelize_module`` takes it.
+Plan = Mapping[str, Any]
 Count = Annotated[int, Range(1, of="a number of processes")]
 
 
@@ -33,12 +35,9 @@ class Mesh:
         shard: processes that hold a copy together, each a part of every weight; they too share the batches.
         tensor: processes that compute the products of a layer together, each with a part of its weights; they have the
             same rows of a batch, and follow each other.
-        spatial: parts that images are cut into along their width; the processes that hold parts of the same images have
-            the same rows of a batch, and follow each other: with ``tensor=T``, T processes have each part.
 
     The number of processes is the product. ``Mesh(replicate=R)`` is plain data parallelism, ``Mesh(shard=S)`` is
-    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines. With ``spatial=P``
-    and ``tensor=T``, each copy of the weights is held by S · P · T processes together.
+    FSDP2, both together are hybrid sharding: shard within a machine, replicate between machines.
 
     >>> Mesh(replicate=16, shard=8).size
     128
@@ -49,7 +48,6 @@ class Mesh:
     replicate: Count = 1
     shard: Count = 1
     tensor: Count = 1
-    spatial: Count = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,7 +55,7 @@ class Mesh:
     @property
     def size(self) -> int:
         """The number of processes."""
-        return self.shares * self.together
+        return self.shares * self.tensor
 
     @property
     def shares(self) -> int:
@@ -65,60 +63,34 @@ class Mesh:
         return self.replicate * self.shard
 
     @property
-    def together(self) -> int:
-        """How many processes have each share: they hold parts of the same images, or of the same products."""
-        return self.tensor * self.spatial
-
-    @property
     def share(self) -> int:
         """The number of this process's share."""
-        return dist.get_rank() // self.together
-
-    def part(self, images: Tensor) -> Tensor:
-        """This process's rows and columns of the images of a whole batch, (B, ..., W)."""
-        self.check_processes()
-        if len(images) % self.shares or images.shape[-1] % self.spatial:
-            raise MetaplError(
-                f"a batch of shape {tuple(images.shape)} cannot be cut for {self.shares} shares of rows and "
-                f"{self.spatial} parts of columns; expected multiples of these."
-            )
-        number = dist.get_rank() // self.tensor % self.spatial
-        return images.chunk(self.shares)[self.share].chunk(self.spatial, dim=-1)[number]
-
-    def columns(self, kind: str) -> Any:
-        """The group of the processes that hold parts of the same images as this one; ``kind`` of device."""
-        return self._built(kind, share=self.shares, spatial=self.spatial, tensor=self.tensor).get_group("spatial")
-
-    def devices(self, kind: str) -> Any:
-        """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
-        mesh = self._cut(kind)
-        return mesh if self.tensor == 1 else mesh[("replicate", "shard") if self.replicate > 1 else "shard"]
-
-    def products(self, kind: str) -> Any:
-        """The mesh of the devices that compute products together with this one."""
-        return self._cut(kind)["tensor"]
-
-    def _cut(self, kind: str) -> Any:
-        """All devices; those that hold parts of the same images hold parts of the same weights too."""
-        return self._built(kind, replicate=self.replicate, shard=self.shard * self.spatial, tensor=self.tensor)
-
-    def _built(self, kind: str, **sizes: int) -> Any:
-        """A mesh of devices with these dimensions, those of 1 left out; built once, for every mesh has its groups."""
-        sizes = {name: size for name, size in sizes.items() if size > 1 or name in ("shard", "spatial")}
-        built: dict[Any, Any] = self.__dict__.setdefault("_meshes", {})
-        key = (kind, *sizes)
-        if key not in built:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            self.check_processes()
-            built[key] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        return built[key]
+        return dist.get_rank() // self.tensor
 
     @property
     def factors(self) -> dict[str, int]:
         """What its number of processes is the product of."""
-        sizes = {name: getattr(self, name) for name in ("replicate", "shard", "tensor", "spatial")}
-        return {name: size for name, size in sizes.items() if size > 1 or name in ("replicate", "shard")}
+        return {name: size for name, size in asdict(self).items() if size > 1 or name != "tensor"}
+
+    def devices(self, kind: str) -> Any:
+        """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
+        mesh = self._built(kind)
+        return mesh if self.tensor == 1 else mesh[("replicate", "shard") if self.replicate > 1 else "shard"]
+
+    def products(self, kind: str) -> Any:
+        """The mesh of the devices that compute products together with this one."""
+        return self._built(kind)["tensor"]
+
+    def _built(self, kind: str) -> Any:
+        """The mesh of all devices; built once, for every mesh has process groups of its own."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        built: dict[str, Any] = self.__dict__.setdefault("_meshes", {})
+        if kind not in built:
+            self.check_processes()
+            sizes = {name: size for name, size in asdict(self).items() if size > 1 or name == "shard"}
+            built[kind] = init_device_mesh(kind, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        return built[kind]
 
     def check_processes(self) -> None:
         """Refuse a mesh that is not of all processes of this job."""
@@ -129,10 +101,7 @@ class Mesh:
             )
         if (world := dist.get_world_size()) != self.size:
             factors = " x ".join(f"{name}={size}" for name, size in self.factors.items())
-            raise MetaplError(
-                f"the mesh is of {self.size} processes ({factors}), and {world} were started; expected a product of "
-                f"{world}."
-            )
+            raise MetaplError(f"the mesh is of {self.size} processes ({factors}); expected the {world} of this job.")
 
 
 def shard(
@@ -142,7 +111,6 @@ def shard(
     blocks: Blocks | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     checkpoint: bool = False,
-    example: Example | None = None,
     plan: Plan | None = None,
 ) -> nn.Module:
     """Lay a network out over a mesh, for :class:`metapl.BilevelTrainer`: what a user of PyTorch would do by hand.
@@ -159,85 +127,65 @@ def shard(
             float32; batch norms stay in float32. Not with ``mesh.shard == 1``, where ``BilevelTrainer(precision=...)``
             computes under autocast.
         checkpoint: run each block again in the backward pass instead of keeping what it computed.
-        example: with ``mesh.spatial`` above 1, whole images (B, C, H, W), the same in every process, in a tuple with
-            what else the network takes: on these the network is compared with itself on parts of them
-            (:func:`metapl.distributed.spatial.spatial`).
         plan: with ``mesh.tensor`` above 1, how the products of layers are shared, by their names, as
-            ``parallelize_module`` takes it; by default, pairs of linear layers with activations between them
-            (:func:`metapl.distributed.tensor.pairs_of`).
+            ``parallelize_module`` takes it: ``{"0": ColwiseParallel(), "2": RowwiseParallel()}``. Dropout between two
+            such layers drops alike in all processes.
 
     A teacher that has nothing to cut, such as a table of weights, goes beside a student that is cut by ``mesh.tensor``
-    or ``mesh.spatial`` if it is laid out over the same processes without these: ``shard(teacher,
-    Mesh(replicate=mesh.size))``. The processes that hold the same rows then compute the same signal, which is checked.
+    if it is laid out over the same processes without it: ``shard(teacher, Mesh(replicate=mesh.size))``. The processes
+    that hold the same rows then compute the same signal.
 
     Returns: the network to train: ``module`` itself, or the wrapper around it.
 
     Raises: :class:`metapl.MetaplError` before anything is sharded.
     """
-    if not isinstance(module, nn.Module) or not isinstance(mesh, Mesh):
-        raise MetaplError(
-            f"shard was given {type(module).__name__} and {type(mesh).__name__}; expected a torch.nn.Module and a "
-            "metapl.distributed.Mesh(shard=...)."
-        )
     norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
-    sharded = next((path for path, t in named_tensors(module) if is_sharded(t)), None)
-    scalar = next((path for path, p in module.named_parameters() if not p.ndim), None)
-    cut = mesh.shard * mesh.spatial
+    names = dict(module.named_modules(remove_duplicate=False))
+    unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
+    chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
     refusals = {
-        "shard was given a module without parameters; expected a network.": not any(True for _ in module.parameters()),
-        f"{sharded} is sharded already; expected a module on one device.": sharded,
         f"precision={precision!r}: expected 'float32' or 'bfloat16'.": precision not in ("float32", "bfloat16"),
-        "precision='bfloat16' gathers the parts of weights in bfloat16, and with mesh.shard=1 every process holds them "
-        "whole; expected mesh.shard above 1, or BilevelTrainer(precision='bfloat16').": (
-            precision == "bfloat16" and mesh.shard == 1
-        ),
-        f"{scalar} is a parameter without dimensions, which fully_shard does not take; expected one of shape (1,): "
-        "torch.nn.Parameter(torch.ones(1)), or Mesh(replicate=...).": scalar and cut > 1,
+        "precision='bfloat16' gathers the parts of weights in bfloat16; expected mesh.shard above 1, or "
+        "BilevelTrainer(precision='bfloat16').": precision == "bfloat16" and mesh.shard == 1,
+        "shard was given a module without parameters, or one that is sharded already; expected a network on one "
+        "device.": {is_sharded(t) for _, t in named_tensors(module) if isinstance(t, nn.Parameter)} != {False},
         "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
-        "running statistics; leave checkpoint out, or take a network without batch norm.": checkpoint and norms,
-        f"shard was given mesh.spatial={mesh.spatial} and {'no' if example is None else 'an'} example; expected "
-        "example= with whole images where they are cut along their width, and only there.": (
-            (mesh.spatial > 1) != (example is not None)
+        "running statistics; leave checkpoint out, or take a network without batch norm.": checkpoint and bool(norms),
+        f"mesh.tensor is {mesh.tensor} and plan is {'not ' * (plan is None)}given; expected plan= where mesh.tensor is "
+        "above 1, and only there.": (mesh.tensor > 1) != (plan is not None),
+        f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
+        "blocks returned a module that is not inside the network; expected its submodules.": bool(
+            {id(block) for block in chosen} - {id(part) for part in names.values() if part is not module}
         ),
-        "shard was given a plan and mesh.tensor=1; expected mesh.tensor above 1, or no plan.": (
-            plan is not None and mesh.tensor == 1
+        "blocks returned a module that shares a weight with a part of the network outside of it, and one of the two "
+        "would learn a copy; expected blocks that hold all places of their weights.": (
+            mesh.shard > 1 and any(not _untied(module, [block]) for block in chosen)
         ),
     }
     for text, wrong in refusals.items():
         if wrong:
             raise MetaplError(text)
+    mesh.check_processes()
     kind = next(module.parameters()).device.type
-    if example is not None:
-        spatial(module, mesh.columns(kind), example)
-    chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
-    own = {id(part) for _, part in named_parts(module)} - {id(module)}
-    if any(id(block) not in own for block in chosen):
-        raise MetaplError("blocks returned a module that is not inside the network; expected its submodules.")
-    tied = next((block for block in chosen if not _untied(module, [block])), None)
-    if tied is not None and cut > 1:
-        raise MetaplError(
-            f"blocks returned a {type(tied).__name__} that shares a weight with a part of the network outside of it, "
-            "and one of the two would learn a copy; expected blocks that hold all places of their weights."
-        )
     if checkpoint:
         from torch.distributed._composable.checkpoint_activation import checkpoint as checkpointed
 
         for block in chosen:
             checkpointed(block)
-    if mesh.tensor > 1:
-        mesh.check_processes()
-        parallel(module, mesh.products(kind), plan)
-        if mesh.shares * mesh.spatial == 1:
+    if plan is not None:
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        parallelize_module(module, mesh.products(kind), dict(plan))
+        if mesh.shares == 1:
             return module
     elif mesh.shard == 1:
-        mesh.check_processes()
         return nn.parallel.DistributedDataParallel(module)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import Shard
 
     def placement(p: nn.Parameter) -> Shard:
         """Along a dimension that the shards divide, so that nothing is padded."""
-        return Shard(next((dim for dim, n in enumerate(local(p).shape) if n and n % cut == 0), 0))
+        return Shard(next((dim for dim, n in enumerate(local(p).shape) if n and n % mesh.shard == 0), 0))
 
     module.to(memory_format=torch.contiguous_format)  # fully_shard takes no other
     half = precision == "bfloat16"

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.buffers import explain_types, step_guard
-from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
+from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.sharded import student_of
+from metapl.execution.state import restored
 from metapl.feedback import Mode, estimator
-from metapl.feedback.compatible import both_batches, check_batches, check_mode, check_teacher, name_others, prepare
-from metapl.feedback.inner_step import read_batch
+from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.resuming import known_by, states_in
-from metapl.feedback.teaching import Teaching
+from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.progress import counted
@@ -93,7 +92,7 @@ def hypergradient(
             none, such as :class:`metapl.problems.LearningToReweight`.
         labeled: (x_l, y_l) of the outer loss, B_l rows; x_l is a tensor, or a dict or tuple of tensors. A dict that
             also holds the labels, under ``labels``, is such a pair. For other batches see
-            :meth:`metapl.problems.Problem.outer_batch`.
+            :meth:`metapl.BilevelProblem.outer_batch`.
         unlabeled: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads. Or a
             :class:`metapl.Lookahead` of K such batches, for K student steps.
         outer, inner: other names of ``labeled`` and ``unlabeled``.
@@ -146,23 +145,26 @@ def hypergradient(
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
-    labeled, held = read_batch(problem, "outer_batch", labeled), [batches[0]] if batches is ahead else batches
+    labeled, first = problem.outer_batch(labeled), batches[0]
     options = ahead.options(update)
-    check_batches(labeled, held, device, of_student.ranks, len(batches))
     check_mode(estimate, len(batches), problem, of_student)
-    teach = Teaching(of_teacher, problem, estimate, generator, of_student, batches, accumulate, recompute_teacher)
-    local_student = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
-    readers = {"student": of_student.network, "teacher": teach.network if problem.teacher_reads_inputs else None}
-    explain = partial(explain_types, labeled, held, readers)
+    for layout in (of_teacher, of_student):
+        if layout is not None:
+            layout.begin_step()
+    local_student = student_of(of_student, double_backward=estimate.keep_graph)
+    ranks = of_student.ranks
+    teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
+    graph_of = estimate.graph_of(len(batches), local_student)
+    kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
     shown = partial(counted, progress and of_student.ranks.first, len(batches))
     going_on = NOTHING
     if folder is not None:
-        of = known_by(local_student, teach, update, inner_optimizer, options, labeled, held[0])
+        of = known_by(local_student, teach, update, inner_optimizer, options, labeled, first)
         going_on = states_in(folder, of, local_student, teach, update)
 
     with (
-        step_guard(teach.slots, local_student.slots, device=device, generator=generator, moves=False, explain=explain),
-        checkpoints_without_reentry(),
+        restored(teach.slots, local_student.slots, device=device, generator=generator, always=True),
+        kernels,
         going_on as states,
     ):
         with shown("steps", 0 if states is None else states.done) as tell:
@@ -175,20 +177,14 @@ def hypergradient(
                 teach=teach,
                 parts=accumulate,
                 keep_graph=estimate.keep_graph,
-                keep_graphs=estimate.keep_graphs,
+                graph_of=graph_of,
                 keep=estimate.keeping,
                 states=states,
                 updates=[update.at(of_step) for of_step in options],
-                credits=estimate.credits,
-                first=True,
                 tell=tell,
             )
         with shown("steps back", len(path.found)) as path.tell:
-            try:
-                feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
-            except (NotByThisMode, RuntimeError) as error:
-                name_others(error, estimate, path)
-                raise
+            feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
         grads = teach.gradient(path, feedback)  # of −Σ h·signal(θ_T)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(h[-1])

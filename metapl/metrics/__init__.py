@@ -1,12 +1,9 @@
 """How good a model is, and whether one method beats another: pure functions on logits, labels and scores."""
 
-from typing import TYPE_CHECKING, Any
-
-from metapl import moved
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.metric import Measured, Metric
 from metapl.metrics.predictions import predict_logits
-from metapl.metrics.statistics import PairedTest, chance_level, interval, paired_test, spoken, with_chance
+from metapl.metrics.statistics import PairedTest, chance_level, interval, paired_test
 
 __all__ = [
     "Evaluation",
@@ -18,13 +15,5 @@ __all__ = [
     "interval",
     "paired_test",
     "predict_logits",
-    "spoken",
-    "with_chance",
 ]
 __dir__ = __all__.copy
-
-
-if not TYPE_CHECKING:  # to whom these names are gone
-
-    def __getattr__(name: str) -> Any:
-        return moved.attribute(__name__, name)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution.checks import dense, described, finite
+from metapl.execution.numerics import wide
 from metapl.metrics.statistics import chance_level
+from metapl.problems.base import Signal
 from metapl.words import summary
 
 CALIBRATION_BINS = 15
@@ -117,6 +119,32 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
         confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
         classes=None if classes is None else tuple(classes),
     )
+
+
+def label_columns(signal: Signal, outputs: Tensor) -> dict[str, Tensor]:
+    """What a step's signal says about labels, where the teacher's outputs are class logits of the student's shape:
+    ``pseudo_label_confidence``, ``pseudo_label_entropy`` (nats) and ``agreement`` (of the student's first class with
+    the teacher's), scalars; else nothing."""
+    logits = signal.outputs
+    if logits is None or logits.shape != outputs.shape:
+        return {}
+    q = signal.probs if signal.sampled else signal.value
+    q = q if isinstance(q, Tensor) else wide(logits).softmax(-1)
+    return {
+        "pseudo_label_confidence": q.amax(-1).mean(),
+        "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
+        "agreement": (logits.argmax(-1) == outputs.argmax(-1)).double().mean(),
+    }
+
+
+def label_counts(signal: Signal, outputs: Tensor) -> dict[str, list[int]]:
+    """``pseudo_label_classes``, where the teacher's outputs are class logits of the student's shape: the number of
+    examples of each class by the teacher's labels, drawn or most probable."""
+    logits = signal.outputs
+    if logits is None or logits.shape != outputs.shape:
+        return {}
+    chosen = signal.value if signal.sampled else logits.argmax(-1)
+    return {"pseudo_label_classes": torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).tolist()}
 
 
 def check_labels(labels: Tensor, classes: int, of: str = "") -> None:

@@ -1,8 +1,5 @@
 """Networks for teachers and students."""
 
-from typing import TYPE_CHECKING, Any
-
-from metapl import moved
 from metapl.models.networks import (
     Corrector,
     LabelAdjuster,
@@ -27,9 +24,3 @@ __all__ = [
     "wide_resnet28_10",
 ]
 __dir__ = __all__.copy
-
-
-if not TYPE_CHECKING:  # to whom these names are gone
-
-    def __getattr__(name: str) -> Any:
-        return moved.attribute(__name__, name)

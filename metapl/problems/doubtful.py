@@ -19,96 +19,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Problem, Random, Signal
-from metapl.runs.memory import out_of_memory
 
 
 class Classification(Problem):
     """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
-    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts, by name
-    asks: ClassVar[tuple[str, ...]] = ("indices",)  # the parts that the teacher is given
-    maps: ClassVar[str] = ""  # what the teacher takes and returns, for errors
-    shape: ClassVar[str] = "B"  # of what it returns: B for the examples, C for the classes
-
-    def parts_of(self, batch: Any) -> dict[str, Any]:
-        """The parts of an inner batch by name; refuse a batch with others."""
-        parts = batch if isinstance(batch, tuple | list) else ()
-        if len(parts) != len(self.inner_batch) or not holds_tensors(parts[0]):
-            raise MetaplError(
-                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
-                f"({', '.join(self.inner_batch)}) as unlabeled=, with inputs that are a tensor, or a dict or tuple of "
-                "tensors."
-            )
-        return dict(zip(self.inner_batch, parts, strict=True))
+    classifies: ClassVar[bool] = True
+    inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts
 
     def student_input(self, batch: Any) -> Any:
-        return self.parts_of(batch)["inputs"]
+        if not isinstance(batch, tuple | list) or len(batch) != len(self.inner_batch) or not holds_tensors(batch[0]):
+            raise MetaplError(
+                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
+                f"({', '.join(self.inner_batch)}) as unlabeled=."
+            )
+        return batch[0]
 
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels, of either batch, that are not classes of the student's outputs."""
         checks.class_outputs(outputs, "student")
-        parts = self.parts_of(unlabeled)
-        for labels in (labeled[1], *([parts["labels"]] if "labels" in parts else [])):
+        for labels in (labeled[1], *unlabeled[1 : 1 + ("labels" in self.inner_batch)]):
             checks.class_labels(labels, outputs.shape[1])
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")
-        return F.cross_entropy(outputs, safe_labels(outputs, batch))
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """What the teacher makes of :attr:`asks`, as :meth:`made`; refuse one that takes, or returns, other things."""
-        sizes = dict(zip("BC", student_outputs.shape, strict=True))
-        shape = tuple(sizes[letter] for letter in self.shape)
-        given = self.asked(teacher, batch, student_outputs)
-        return self.made(answer_of(teacher, given, self.maps, [shape], student_outputs.device))
-
-    def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
-        """What the teacher is given."""
-        parts = self.parts_of(batch)
-        return tuple(parts[name] for name in self.asks)
-
-    def made(self, answer: Tensor) -> Signal:
-        """The signal, of what the teacher returned."""
-        return Signal(wide(answer))
+        return F.cross_entropy(outputs, _labels(outputs, batch))
 
 
-def answer_of(
-    teacher: nn.Module, given: Sequence[Any], maps: str, shapes: Sequence[tuple[int, ...]], device: torch.device
-) -> Tensor:
-    """What a teacher that ``maps`` one thing to another returns; refuse one that takes, or returns, other things than
-    numbers of one of these shapes."""
-    answer: Any = None
-    try:
-        answer = teacher(*given)
-    except checks.WRONG_INPUTS as error:
-        if isinstance(error, MetaplError) or out_of_memory(error):
-            raise
-        checks.explain(error, {"teacher": teacher}, ())
-        taken = " and ".join(map(checks.described, given)) or "a call without arguments"
-        raise MetaplError(
-            f"the teacher {type(teacher).__name__} cannot take {taken}: {reason_of(error)}; expected a module that "
-            f"maps {maps}."
-        ) from error
-    tensor = isinstance(answer, Tensor)
-    if not tensor or answer.shape not in shapes or not answer.is_floating_point() or answer.device != device:
-        returned = checks.described(answer) if tensor else type(answer).__name__
-        raise MetaplError(
-            f"the teacher returned {returned}; expected a module that maps {maps}: floating point, of shape "
-            f"{' or '.join(map(str, shapes))}, on {device}."
-        )
-    found: Tensor = answer
-    return found
-
-
-def safe_labels(outputs: Tensor, batch: Any) -> Tensor:
+def _labels(outputs: Tensor, batch: Any) -> Tensor:
     """The labels of a batch; on a device, within the range of classes."""
     return checks.safe_labels(batch[1], outputs.shape[1])
+
+
+def _answer(teacher: nn.Module, shape: tuple[int, ...], *given: Any) -> Tensor:
+    """What a teacher makes of what it is given, refused if it has another shape."""
+    answer = teacher(*given)
+    if not isinstance(answer, Tensor) or answer.shape != shape:
+        raise MetaplError(f"the teacher returned {checks.described(answer)}; expected numbers of shape {shape}.")
+    return answer
 
 
 class Weighted(Classification):
@@ -116,7 +70,7 @@ class Weighted(Classification):
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
-        return signal.value * F.cross_entropy(outputs, safe_labels(outputs, batch), reduction="none")
+        return signal.value * F.cross_entropy(outputs, _labels(outputs, batch), reduction="none")
 
 
 class EqualWeights(Weighted):
@@ -136,11 +90,14 @@ class EqualWeights(Weighted):
 class Relabeled(Classification):
     """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""
 
-    shape: ClassVar[str] = "BC"
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """q = softmax(t), (B, C), of the teacher's answer t to all of the batch that it reads."""
+        logits = _answer(teacher, tuple(student_outputs.shape), *self.asked(batch))
+        return Signal(wide(logits).softmax(-1), outputs=logits)
 
-    def made(self, answer: Tensor) -> Signal:
-        """q = softmax(t), (B, C)."""
-        return Signal(wide(answer).softmax(-1), outputs=answer)
+    def asked(self, batch: Any) -> tuple[Any, ...]:
+        """What the teacher is given: here the last part of the batch."""
+        return (batch[-1],)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """CE against q, (B,)."""
@@ -168,11 +125,11 @@ class MetaWeightNet(Weighted):
     """
 
     teacher_reads_inputs: ClassVar[bool] = False
-    maps: ClassVar[str] = "losses (B,) to weights (B,), such as metapl.problems.WeightNet()"
 
-    def asked(self, teacher: nn.Module, batch: Any, student_outputs: Tensor) -> tuple[Any, ...]:
-        losses = F.cross_entropy(student_outputs, safe_labels(student_outputs, batch), reduction="none")
-        return (in_type_of(teacher, losses),)
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+        """a, (B,)."""
+        losses = F.cross_entropy(student_outputs, _labels(student_outputs, batch), reduction="none")
+        return Signal(wide(_answer(teacher, tuple(losses.shape), in_type_of(teacher, losses))))
 
 
 @dataclass(frozen=True)
@@ -223,9 +180,8 @@ class LearningToReweight(Weighted):
         """This problem; refuse modes without feedback on each example."""
         if "soft" not in labels or mode == "none":
             raise MetaplError(
-                f"mode '{mode}' was given, and LearningToReweight makes its weights from the feedback on each example, "
-                "which this mode does not give; use 'forward', 'difference', 'unrolled' or "
-                'metapl.feedback.Implicit(solver="identity").'
+                f"mode '{mode}' was given, and LearningToReweight makes its weights from the feedback on each example; "
+                "expected 'forward', 'difference', 'unrolled' or metapl.feedback.Implicit(solver=\"identity\")."
             )
         return self
 
@@ -254,11 +210,10 @@ class ExampleWeights(Weighted):
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels", "indices")
     teacher_reads_inputs: ClassVar[bool] = False
-    maps: ClassVar[str] = "indices (B,) to numbers (B,), such as metapl.problems.Table(torch.zeros(n)) for n examples"
 
-    def made(self, answer: Tensor) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """a = σ(t), (B,)."""
-        return Signal(wide(answer).sigmoid())
+        return Signal(wide(_answer(teacher, (len(student_outputs),), batch[2])).sigmoid())
 
 
 @dataclass(frozen=True)
@@ -275,7 +230,6 @@ class ExampleLabels(Relabeled):
 
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "indices")
     teacher_reads_inputs: ClassVar[bool] = False
-    maps: ClassVar[str] = "indices (B,) to logits (B, C), such as metapl.problems.Table(torch.zeros(n, C)) for n rows"
 
 
 @dataclass(frozen=True)
@@ -290,8 +244,8 @@ class LabelCorrection(Relabeled):
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """
 
-    asks: ClassVar[tuple[str, ...]] = ("inputs", "labels")
-    maps: ClassVar[str] = "inputs and given labels (B,) to logits (B, C), such as a metapl.models.Corrector"
+    def asked(self, batch: Any) -> tuple[Any, ...]:
+        return batch[0], batch[1]
 
 
 @dataclass(frozen=True)
@@ -311,18 +265,15 @@ class NoiseTransition(Classification):
 
     teacher_reads_inputs: ClassVar[bool] = False
     signal_has_rows: ClassVar[bool | None] = False
-    asks: ClassVar[tuple[str, ...]] = ()
-    maps: ClassVar[str] = "nothing to logits (C, C), such as metapl.problems.Table(4 * torch.eye(C))"
-    shape: ClassVar[str] = "CC"
 
-    def made(self, answer: Tensor) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """M, (C, C)."""
-        return Signal(wide(answer).softmax(-1))
+        return Signal(wide(_answer(teacher, 2 * (student_outputs.shape[1],))).softmax(-1))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """−log of the probability of the given label, (B,)."""
         # Column y_i of the matrix, in logarithms: (B, C).
-        log_M = signal.value.T[safe_labels(outputs, batch)].clamp_min(1e-30).log()
+        log_M = signal.value.T[_labels(outputs, batch)].clamp_min(1e-30).log()
         return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
 
 
@@ -338,10 +289,7 @@ class Table(nn.Module):
     def __init__(self, initial: Tensor) -> None:
         super().__init__()
         if not isinstance(initial, Tensor) or not initial.is_floating_point() or initial.ndim == 0:
-            raise MetaplError(
-                f"Table was given initial values that are {checks.described(initial)}; expected a tensor of floating "
-                "point with a row for each example, such as torch.zeros(n) or torch.zeros(n, classes)."
-            )
+            raise MetaplError(f"Table was given {checks.described(initial)}; expected numbers such as torch.zeros(n).")
         self.values = nn.Parameter(initial.detach().clone())
 
     def forward(self, index: Tensor | None = None) -> Tensor:

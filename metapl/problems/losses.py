@@ -15,13 +15,10 @@ from torch.nn import functional as F
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
-from metapl.execution.buffers import unchanged
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import Ranks, log_mean_of_rows
+from metapl.execution.ranks import log_mean_of_rows
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range, check_fields
-
-IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 
 @runtime_checkable
@@ -42,6 +39,8 @@ class TeacherLoss(Protocol):
 class CrossEntropy:
     r"""Supervised: weight · (1/B_l) Σ_j CE((1−α) y_j + α/C, T(x_l)_j), with α the ``label_smoothing`` in [0, 1).
 
+    Labels of -100 are left out of the mean, of each micro-batch and process for itself.
+
     Source: Algorithm 1, line 6.
     """
 
@@ -49,17 +48,18 @@ class CrossEntropy:
     weight: float = 1.0
 
     name: ClassVar[str] = "cross_entropy"
+    of_classes: ClassVar[bool] = True  # its network's outputs are class logits
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         logits, labels = wide(checks.logits(self.outputs(teacher, labeled), "network")), labeled[1]
-        probabilities = isinstance(labels, Tensor) and labels.shape == logits.shape
-        if logits.ndim == 2 and not probabilities:
+        if logits.ndim == 2 and labels.shape != logits.shape:  # else they are distributions
             checks.class_labels(labels, logits.shape[1])
-        labels = checks.safe_labels(labels, logits.shape[1])
-        return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            labels = checks.safe_labels(labels, logits.shape[1])
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return loss if self.weight == 1.0 else self.weight * loss
 
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         return teacher(labeled[0])
@@ -74,7 +74,8 @@ class UDA:
               p = \mathrm{softmax}\,T(x)
 
     With ``align``, p_ik is first multiplied by (``prior``_k / its mean over the batch) to the power of ``align``, and
-    normalized again, which moves the mean prediction of the batch towards the prior.
+    normalized again, which moves the mean prediction of the batch (with ``accumulate``, of the micro-batch) towards the
+    prior.
 
     Args:
         temperature: τ, 0 or more; below 1 sharpens the target; 0 is the one-hot target of the most probable class.
@@ -119,9 +120,7 @@ class UDA:
         if self.align:
             classes = log_p.shape[-1]
             if self.prior is not None and len(self.prior) != classes:
-                raise MetaplError(
-                    f"UDA has a prior of {len(self.prior)} shares and the network {classes} classes; expected as many."
-                )
+                raise MetaplError(f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class.")
             # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
             # class is 0; such a class is not aligned.
             log_mean_C = log_mean_of_rows(log_p)
@@ -136,10 +135,7 @@ class UDA:
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         pair = views(unlabeled)
         if len(pair) != 2:
-            raise MetaplError(
-                "UDA was given one view of the unlabeled batch; expected unlabeled=(weak, strong), or teacher_losses "
-                "without UDA."
-            )
+            raise MetaplError("UDA was given an unlabeled batch of one view; expected unlabeled=(weak, strong).")
         if step < self.start:
             return torch.zeros((), device=next(iter(signal.fields().values())).device)
         weak = signal.outputs
@@ -160,27 +156,19 @@ def sum_of_terms(
     """The losses by name, each a scalar with the network's graph; losses with the same name are added. ``kind`` is the
     name of a loss in errors; ``given`` are the arguments of a :class:`TeacherLoss`."""
     terms: dict[str, Tensor] = {}
-    changeable = {"labeled": given["labeled"], "unlabeled": given["unlabeled"], "signal": vars(given["signal"])}
     for loss in losses:
-        name = f"the {kind} {loss.name!r}"
-        value = unchanged(name, changeable, loss, network, **given)
-        checks.scalar_loss(value, name)
+        value = loss(network, **given)
+        checks.scalar_loss(value, f"the {kind} {loss.name!r}")
         terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
     return terms
 
 
 def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss, ...]:
-    """The losses as a tuple; refuse anything other than a sequence of losses. ``name`` is that of the argument."""
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    for loss in given if several else (given,):
-        if not several or isinstance(loss, type) or not isinstance(loss, TeacherLoss):
-            kind = (loss if isinstance(loss, type) else type(loss)).__name__
-            found = f"{f'the class {kind}' if isinstance(loss, type) else repr(loss):.80}{'' if several else ' alone'}"
-            raise MetaplError(
-                f"{name} {'holds' if several else 'is'} {found}; expected a tuple of losses, such as "
-                f"(metapl.CrossEntropy(), metapl.UDA()), or ({kind}(),) with one; a loss is a callable with a name."
-            )
-    return tuple(given)
+    """The losses as a tuple; anything other than a sequence of losses is refused. ``name`` is that of the argument."""
+    losses = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (None,)
+    if not all(isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses):
+        raise MetaplError(f"{name} is {given!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA()).")
+    return losses
 
 
 def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
@@ -195,25 +183,3 @@ def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
 @lru_cache(maxsize=16)  # because a copy to a device makes the host wait
 def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(shares, dtype=dtype, device=device).log()
-
-
-def refuse_ignored_labels(losses: Sequence[TeacherLoss], labeled: Any, accumulate: int, ranks: Ranks) -> None:
-    """Refuse labels that a mean over labels leaves out, where micro-batches or ranks share the batch."""
-    labels = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
-    own = any(isinstance(loss, CrossEntropy) for loss in losses)
-    if max(accumulate, ranks.size) > 1 and own and isinstance(labels, Tensor) and not labels.is_floating_point():
-        checks.refuse(
-            (labels == IGNORED).any(),
-            f"the labels hold {IGNORED}, which CrossEntropy() leaves out of its mean, and a mean of the means of "
-            f"micro-batches (accumulate={accumulate}) or processes ({ranks.size}) is another loss; expected "
-            "accumulate=1 in one process, or a loss of your own that divides by one number of labels in all parts.",
-        )
-
-
-def refuse_split_batches(losses: Sequence[TeacherLoss], accumulate: int) -> None:
-    """Refuse losses that are not means over examples together with micro-batches, which would change their value."""
-    if accumulate > 1 and any(isinstance(loss, UDA) and loss.align for loss in losses):
-        raise MetaplError(
-            f"accumulate={accumulate} splits a batch, and UDA(align=...) aligns the labels of a whole one; expected "
-            "align=0 or accumulate=1."
-        )

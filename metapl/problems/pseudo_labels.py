@@ -49,6 +49,7 @@ class PseudoLabels(Problem):
     temperature: Annotated[float, Range(above=0)] = 1.0
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
+    classifies: ClassVar[bool] = True
     teacher_classifies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -60,8 +61,8 @@ class PseudoLabels(Problem):
             return self._of(labels[0])
         if self.kind not in labels:
             raise MetaplError(
-                f"mode '{mode}' takes {' or '.join(labels)} labels and PseudoLabels(kind={self.kind!r}) was given; "
-                f"leave kind=None, or take a mode that takes {self.kind} ones (metapl.feedback.modes_for)."
+                f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes {' or '.join(labels)} labels; "
+                "expected kind=None, or another mode (metapl.feedback.modes_for)."
             )
         return self
 

@@ -13,8 +13,8 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import inputs_of, plain
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Params, Problem, Random, Signal
-from metapl.problems.doubtful import answer_of
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
@@ -38,8 +38,8 @@ class DataRater(Problem):
     nothing to predict has the loss 0; an inner batch of such sequences alone is refused.
 
     The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
-    (``accumulate``) and processes that share them. The ``signal`` of a report is a, of mean 1 over the batch, and the
-    feedback is that on a; it goes through the softmax to the scores.
+    (``accumulate``) and processes that share them: the rater sees the inner batch as a whole. The ``signal`` of a
+    report is a, of mean 1 over the batch, and the feedback is that on a; it goes through the softmax to the scores.
 
     Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has it. Its several
     students of different age are a loop of one's own over trainers that share the teacher and its optimizer, each of
@@ -63,6 +63,7 @@ class DataRater(Problem):
     """
 
     signal_has_rows: ClassVar[bool] = True
+    signal_of_batch: ClassVar[bool] = True
 
     def student_input(self, batch: Any) -> Any:
         return _read(batch)[0]
@@ -78,33 +79,30 @@ class DataRater(Problem):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse outputs that are not logits of each token, labels, of either batch, that are none of its words, and an
         inner batch without a token to predict."""
-        _logits(outputs, unlabeled)
+        if outputs.ndim != 3 or outputs.shape[:2] != _read(unlabeled)[1].shape:
+            raise MetaplError(
+                f"the student's outputs are {checks.described(outputs)}; expected the logits of a causal language "
+                "model, (B, T, words): metapl.models.Logits wraps those of Hugging Face."
+            )
         for _, labels in map(_read, (labeled, unlabeled)):
             ids, words = labels.masked_fill(labels == IGNORED, 0).flatten(), outputs.shape[2]
             checks.class_labels(ids, words, "the token ids", f"the student has {words:,} words")
         checks.refuse(
             (_read(unlabeled)[1][:, 1:] == IGNORED).all(),
-            f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding, "
-            "and neither student nor rater learns from it; expected one or more in every micro-batch of every process: "
-            "leave such sequences out.",
+            f"the inner batch of DataRater has no token to predict: its labels are all {IGNORED}, or all is padding; "
+            "expected one or more in every micro-batch of every process.",
         )
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """s, (B,)."""
+        """a, (B,), over the sequences of all processes."""
         inputs, labels = _read(batch)
-        maps, rows = "token ids (B, T), as the batch has them, to scores (B,)", len(labels)
-        scores = answer_of(teacher, [inputs], maps, [(rows,), (rows, 1)], labels.device)
-        return Signal(wide(scores).reshape(rows))
-
-    def normalized_signal(self, signal: Signal) -> Signal:
-        """a, (B,), over the whole batch."""
-        scores: Tensor = signal.value
-        if len(scores) < 2:
-            raise MetaplError(
-                "the inner batch of DataRater has one sequence, whose weight is 1 whatever its score, so the rater "
-                "would learn nothing; expected two or more, with drop_last=True in a DataLoader that may end on fewer."
-            )
-        return Signal(len(scores) * scores.softmax(0))
+        scores = teacher(inputs)
+        if not isinstance(scores, Tensor) or scores.shape not in ((len(labels),), (len(labels), 1)):
+            raise MetaplError(f"the rater returned {checks.described(scores)}; expected scores (B,).")
+        every, own = rows_of_all(wide(scores).reshape(len(labels)))
+        if len(every) < 2:
+            raise MetaplError("the inner batch of DataRater has one sequence, whose weight is 1; expected two or more.")
+        return Signal(len(every) * every.softmax(0)[own])
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """ℓ_i, (B,)."""
@@ -122,45 +120,29 @@ def _read(batch: Any) -> tuple[Any, Tensor]:
     given = plain(batch)
     if isinstance(given, tuple | list) and len(given) == 1:  # as a DataLoader has it of a TensorDataset
         (given,) = given
-    inputs, parts = inputs_of(given), given if isinstance(given, dict) else {"input_ids": given}
+    parts = given if isinstance(given, dict) else {"input_ids": given}
     ids, mask = parts.get("input_ids"), parts.get("attention_mask")
     labels: Any = parts.get("labels", ids)
     tensors = [ids, labels] + [mask] * (mask is not None)
     shapes = {t.shape if isinstance(t, Tensor) else None for t in tensors}
-    if len(shapes) > 1 or None in shapes or labels.ndim != 2 or labels.shape[1] < 2:
-        named = zip(("input_ids", "labels", "attention_mask"), tensors, strict=False)
-        held = ", ".join(f"{name} {checks.described(t)}" for name, t in named) if isinstance(given, dict) else ""
+    if len(shapes) > 1 or None in shapes or labels.ndim != 2 or labels.shape[1] < 2 or labels.dtype != torch.int64:
         raise MetaplError(
-            f"the batch of DataRater is {checks.described(batch)}{': ' * bool(held)}{held}; expected token ids (B, T) "
-            "of two tokens or more, a tensor, or a dict with input_ids and perhaps attention_mask and labels of the "
-            "same shape. The batches of several student steps are a metapl.Lookahead([...])."
+            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), int64, of two tokens or "
+            "more, or a dict of input_ids and perhaps attention_mask and labels of the same shape."
         )
-    if labels.dtype != torch.int64:
-        raise MetaplError(f"the token ids of DataRater are {checks.described(labels)}; expected int64: ids.long().")
     if mask is not None and "labels" not in parts:
         is_token = mask != 0
         # Padded on the left, the first token has nothing before it to be predicted from, as at a row's beginning.
         labels = labels.masked_fill(~is_token | ~F.pad(is_token[:, :-1], (1, 0), value=True), IGNORED)
-    return inputs, labels
-
-
-def _logits(outputs: Tensor, batch: Any) -> Tensor:
-    shape = _read(batch)[1].shape
-    if outputs.ndim != 3 or outputs.shape[:2] != shape:
-        raise MetaplError(
-            f"the student's outputs are {checks.described(outputs)} for tokens {tuple(shape)}; expected the logits of "
-            "a causal language model, (B, T, words); metapl.models.Logits wraps those of Hugging Face."
-        )
-    return outputs
+    return inputs_of(given), labels
 
 
 def _losses(outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
     """The cross-entropy of the following token at each place, (B, T), 0 where none is to be predicted, and 1 where one
     is."""
-    words = _logits(outputs, batch).shape[2]
     # The labels move, not the outputs, of which a part would be a copy.
     following = F.pad(_read(batch)[1][:, 1:], (0, 1), value=IGNORED)
     counts = following != IGNORED
-    safe = torch.where(counts, checks.safe_labels(following, words), IGNORED)
+    safe = torch.where(counts, checks.safe_labels(following, outputs.shape[2]), IGNORED)
     losses = F.cross_entropy(outputs.flatten(0, 1), safe.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(following), counts

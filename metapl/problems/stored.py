@@ -8,7 +8,7 @@ the adjusted label, and T learns from the labeled loss of the student afterwards
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.modules import drop_rate, may_drop_by_function
+from metapl.execution.modules import drop_rate
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Random, Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss
@@ -93,8 +93,8 @@ class StoredCrossEntropy(CrossEntropy):
     def outputs(self, teacher: nn.Module, labeled: Any) -> Any:
         if len(labeled) < 3:
             raise MetaplError(
-                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored), with the stored class "
-                "distributions of the labeled examples, for the teacher's supervised loss; or teacher_losses=()."
+                f"labeled is {checks.described(labeled)}; expected (inputs, labels, stored) for the teacher's "
+                "supervised loss, or teacher_losses=()."
             )
         return teacher(in_type_of(teacher, labeled[2]))
 
@@ -135,67 +135,40 @@ class NoisyStudentLoss:
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled, "the pseudo-labeled batch")
         if self.model_noise:
-            logits_l, logits_u = _logits(teacher, torch.cat([x_l, x_u])).split([len(x_l), len(x_u)])
+            logits = wide(checks.logits(teacher(torch.cat([x_l, x_u])), "network"))
+            logits_l, logits_u = logits.split([len(x_l), len(x_u)])
         else:
-            logits_l, logits_u = _logits(teacher, x_l), _logits(teacher, x_u, noise=False)
+            logits_l = wide(checks.logits(teacher(x_l), "network"))
+            with with_model_noise(teacher, on=False):
+                logits_u = wide(teacher(x_u))
         checks.class_labels(y, logits_l.shape[1])
+        check_stored(stored, logits_u, "unlabeled")
         y = checks.safe_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
-        on_unlabeled = _against_stored(logits_u, stored, self.hard)
+        on_unlabeled = F.cross_entropy(logits_u, stored.argmax(1) if self.hard else wide(stored))
         if self.form == "two_means":
             return on_labeled + on_unlabeled
         n_l, n_u = len(x_l), len(x_u)
         return (n_l * on_labeled + n_u * on_unlabeled) / (n_l + n_u)
 
 
-@dataclass(frozen=True)
-class StoredLabelLoss:
-    """Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored);
-    ``hard`` and ``model_noise`` as for :class:`NoisyStudentLoss`."""
-
-    hard: bool = False
-    model_noise: bool = True
-
-    name: ClassVar[str] = "pseudo_labeled"
-    of_classes: ClassVar[bool] = True
-
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        inputs, stored = stored_pair(labeled, "the pseudo-labeled batch")
-        return _against_stored(_logits(teacher, inputs, self.model_noise), stored, self.hard)
-
-
-def _logits(network: nn.Module, inputs: Tensor, noise: bool = True) -> Tensor:
-    with nullcontext() if noise else with_model_noise(network, on=False):
-        return wide(checks.logits(network(inputs), "network"))
-
-
-def _against_stored(logits: Tensor, stored: Tensor, hard: bool) -> Tensor:
-    check_stored(stored, logits, "unlabeled")
-    return F.cross_entropy(logits, stored.argmax(1) if hard else wide(stored))
-
-
 def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
     """Refuse stored values that are not one class distribution for each of the student's outputs (B, C)."""
     if stored.shape != outputs.shape or not stored.is_floating_point():
         raise MetaplError(
-            f"the stored labels of the {name} batch are {checks.described(stored)}; expected class distributions of "
-            f"shape {tuple(outputs.shape)}."
+            f"the stored labels of the {name} batch are {checks.described(stored)}; expected class distributions "
+            f"{tuple(outputs.shape)}."
         )
-    sums = wide(stored).sum(1)
     checks.refuse(
-        ((sums - 1).abs().amax() > 0.02) | (stored.amin() < 0),
-        f"the stored labels of the {name} batch are not distributions: expected numbers of 0 or more that sum to 1 in "
-        "every row (logits are stored after a softmax).",
+        ((wide(stored).sum(1) - 1).abs().amax() > 0.02) | (stored.amin() < 0),
+        f"the stored labels of the {name} batch are no distributions, which sum to 1 in every row; are they logits?",
     )
 
 
 def stored_pair(batch: Any, what: str) -> tuple[Any, Tensor]:
-    """The inputs and the stored distributions of a batch; refuse one that is not a pair of these."""
+    """The inputs and the stored distributions of a batch; one that is not a pair of these is refused."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise MetaplError(
-            f"{what} is {checks.described(batch)}; expected (inputs, stored), with the stored class distributions of "
-            "the inputs."
-        )
+        raise MetaplError(f"{what} is {checks.described(batch)}; expected (inputs, stored class distributions).")
     return batch[0], batch[1]
 
 
@@ -206,7 +179,7 @@ def model_noise(network: nn.Module) -> list[nn.Module]:
     >>> [type(part).__name__ for part in model_noise(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))]
     ['Dropout']
     """
-    return [part for part in network.modules() if drop_rate(part) or may_drop_by_function(part)]
+    return [part for part in network.modules() if drop_rate(part) or getattr(part, "drop_rate", 0.0)]
 
 
 @contextmanager

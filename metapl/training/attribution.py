@@ -36,7 +36,7 @@ from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.resuming import generators_at_start
-from metapl.problems.base import Completed, Kind, Problem, Signal, as_problem, sum_and_weight
+from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import AboveZero
@@ -252,8 +252,8 @@ def attribute(
         )
     start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
     scores, losses = list[Tensor](), list[Tensor]()
-    outer_batch, own = judged[torch.arange(len(judged))], as_problem(problem)
-    for judging in [_OfExample(own, number) for number in range(len(judged))] if each else [own]:
+    outer_batch, own = judged[torch.arange(len(judged))], problem
+    for judging in [_of_example(own, number) for number in range(len(judged))] if each else [own]:
         start.restore() if scores else None  # the dropout masks of the same training
         with calling(NAMES):
             result = hypergradient(
@@ -352,19 +352,16 @@ class _Rows:
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
 
-class _OfExample(Completed):
-    """A problem that is judged by one outer example; the network sees them all, so that a batch norm has the statistics
-    and dropout the masks of the whole outer loss."""
+def _of_example(problem: Problem, number: int) -> Problem:
+    """The problem as it is judged by one outer example; the network sees them all, so that a batch norm has the
+    statistics and dropout the masks of the whole outer loss."""
+    own, row = copy.copy(problem), slice(number, number + 1)
 
-    def __init__(self, given: Problem, number: int) -> None:
-        super().__init__(given)
-        self.number, row = number, slice(number, number + 1)
-        self.outer_loss = lambda outputs, batch: given.outer_loss(
-            outputs[row], pytree.tree_map_only(Tensor, lambda t: t[row], batch)
-        )
+    def outer_loss(outputs: Tensor, batch: Any) -> Any:
+        return problem.outer_loss(outputs[row], pytree.tree_map_only(Tensor, lambda t: t[row], batch))
 
-    def for_modes(self, labels: Sequence[Kind], mode: str = "") -> Problem:
-        return _OfExample(as_problem(self.given).for_modes(labels, mode), self.number)
+    object.__setattr__(own, "outer_loss", outer_loss)
+    return own
 
 
 class _Training:
@@ -420,6 +417,6 @@ class _Training:
         batch = self.problem.outer_batch(self.judged)
         with replayed(branch):  # with the dropout masks of the outer loss that was differentiated
             outputs = wide(network(self.problem.outer_input(batch)))
-        judging = [_OfExample(self.problem, number) for number in range(len(outputs))] if self.each else [self.problem]
+        judging = [_of_example(self.problem, number) for number in range(len(outputs))] if self.each else [self.problem]
         losses = [sum_ / weight for sum_, weight in (sum_and_weight(own.outer_loss(outputs, batch)) for own in judging)]
         return torch.stack(losses) if self.each else losses[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,11 @@ from torch import Tensor
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, inputs_of, rows
-from metapl.execution.device import to_device
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, Measured
-from metapl.metrics.metric import ASKED, Asked, Better, default_metric, metric_of, of_classes
+from metapl.metrics.metric import Asked, Better, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.generators import rng_state, set_rng_state
@@ -33,7 +32,6 @@ from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitKeywords, FitOptions, refuse_unknown
 from metapl.training.resuming import check_allowed, going_on_from
 from metapl.training.stopping import Callback
-from metapl.words import tell
 
 
 class Trainer(Stepwise):
@@ -147,7 +145,7 @@ class Trainer(Stepwise):
         if out == "":
             raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
         folder = Folder(out) if isinstance(out, str | Path) else out
-        how = progress, say or partial(tell, file=sys.stderr), callbacks, check_allowed(allow_changes)
+        how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks, check_allowed(allow_changes)
         measure = metric_of(metric, mode)
         run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, measure, *how)
         with run.records.held():
@@ -240,15 +238,8 @@ class Trainer(Stepwise):
         >>> trainer.predict(np.ones((5, 4))).shape
         torch.Size([5, 3])
         """
-        first: list[Any] = []
-
-        def inputs() -> Iterator[Any]:
-            for x in input_batches(data, self.dtype, self.read_input):
-                first[:] = first or [rows(x, 0, ASKED)]
-                yield x
-
-        outputs = logits_of(self.student, inputs())
-        classes = of_classes(self, (*to_device(first, self.device), None), outputs)
+        outputs = logits_of(self.student, input_batches(data, self.dtype, self.read_input))
+        classes = of_classes(self, None, outputs)
         if classes:
             checks.finite(outputs)
         return wide(outputs).softmax(-1) if classes else wide(outputs)

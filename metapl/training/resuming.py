@@ -15,7 +15,6 @@ from torch import distributed as dist
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.layout import reshard
 from metapl.execution.shards import is_sharded
-from metapl.moved import named_now
 from metapl.runs.checkpoint import CheckpointError
 from metapl.runs.checkpoint_parts import Like, PartsWriter, named
 from metapl.runs.fields import AtLeastZero, misfit_entries
@@ -95,7 +94,7 @@ def refuse_changes(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             pairs, shown = _of_networks(had, has), _layer
         else:
             had, has = _flat(had), _flat(has)
-            pairs, shown = {name: (named_now(had.get(name)), has.get(name)) for name in {**had, **has}}, _short
+            pairs, shown = {name: (had.get(name), has.get(name)) for name in {**had, **has}}, _short
         for name, (was, is_now) in sorted(pairs.items()):
             if was != is_now and not (None in (was, is_now) and {*OPTIONAL} & {*name.split(".")}):
                 changed.append((part, f"{part}.{name} was {shown(was, is_now)}, now {shown(is_now, was)}"))
@@ -273,7 +272,7 @@ def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batch
     Raises: :class:`metapl.MetaplError` where the processes are as many as before no longer, and have sources of their
     own rather than ``whole_batches``, of which each takes its share.
     """
-    from metapl.distributed.dropout import drops_by_itself  # needed for resuming only
+    from metapl.problems.stored import model_noise  # needed for resuming only
 
     ranks, best = trainer.ranks, state.get("best")
     if isinstance(best, dict) and "accuracy" in best:  # as earlier versions called it
@@ -289,7 +288,7 @@ def of_this(state: dict[str, Any], trainer: Stepwise, file: Path, *, whole_batch
             "with split_batches=True."
         )
     own = every[ranks.number if len(every) == count else 0]
-    if len(every) != count and any(map(drops_by_itself, trainer.networks.values())):
+    if len(every) != count and any(map(model_noise, trainer.networks.values())):
         say(f"the run was in {len(every)} processes and goes on in {count}: dropout masks are others than before")
         set_rng_state(own["rng"])
         drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")

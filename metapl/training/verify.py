@@ -33,7 +33,7 @@ from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode
 from metapl.feedback.compatible import prepare
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.implicit import conjugate_gradient, neumann
-from metapl.problems.base import Problem, Signal, asked_first, enters_input, field_of, joined_signals, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, field_of, joined_signals, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.updates import unwrapped, update_of
 
@@ -208,7 +208,7 @@ def refuse_hooks(student: nn.Module) -> None:
 def _of_trainer(trainer: Any, labeled: Any, unlabeled: Any, mode: Mode | None = None) -> tuple[Step, Estimator]:
     estimate, optimizer = estimator(trainer.mode if mode is None else mode), trainer.inner_optimizer
     state = None if _of_torch(optimizer) else trainer.update.read_state()
-    networks = trainer.teacher, trainer.student, prepare(trainer.given_problem, estimate)
+    networks = trainer.teacher, trainer.student, prepare(trainer.problem, estimate)
     options = trainer.clip_norm, trainer.accumulate, trainer.generator, RandomState.now(trainer.device)
     given: tuple[Any, ...] = (*networks, optimizer, state, *_batches(labeled, unlabeled), *options)
     return Step(*given), estimate
@@ -335,7 +335,8 @@ class Step:
             trainable(case.student),
             Run(case),
         )
-        advance, first, by = _stepper(case, theta), asked_first(problem), by or {}
+        advance, by = _stepper(case, theta), by or {}
+        first = problem.signal_of_batch or enters_input(problem)  # the teacher is asked before the student runs
 
         def move(what: str, tree: Any) -> None:
             with torch.no_grad():
@@ -352,10 +353,14 @@ class Step:
 
         def ask(x: Any, z: Any) -> Signal:
             begin(teacher)
-            k, i = divmod(len(run.signals), parts)
             z = z if z is None or seen is None else seen[len(run.signals)]
-            run.signals.append(problem.signal(teacher or nn.Module(), x, z, generator=case.generator))
-            signal = run.signals[-1] if told is None else told[len(run.signals) - 1]
+            return problem.signal(teacher or nn.Module(), x, z, generator=case.generator)
+
+        def heard(given: Signal) -> Signal:
+            """What the student learns from, of what the teacher says about a micro-batch."""
+            k, i = divmod(len(run.signals), parts)
+            run.signals.append(given)
+            signal = given if told is None else told[len(run.signals) - 1]
             shift = {name: side * d for (step, name), d in by.items() if step == k} if moved == "signal" else {}
             whole = signal.fields()
             rows = {n: d if d.shape == whole[n].shape else d.chunk(parts)[i] for n, d in shift.items()}
@@ -369,16 +374,14 @@ class Step:
         case.random.restore()
         for number, batch in enumerate(case.batches):
             pieces, before = micro_batches(batch, parts, "unlabeled"), {n: p.detach().clone() for n, p in theta.items()}
-            answers = [ask(x, None) for x in pieces] if first else []
-            if first and hasattr(problem, "normalized_signal"):
-                answers = problem.normalized_signal(joined_signals(answers)).chunks(parts)
-                run.signals[-parts:] = answers
+            said = ask(batch, None).chunks(parts) if problem.signal_of_batch else []
+            answers = [heard(said[i] if said else ask(x, None)) for i, x in enumerate(pieces)] if first else []
             for i, x in enumerate(pieces):
                 begin(student)
                 z = student(problem.student_input(x, *answers[i : i + 1] if enters_input(problem) else ()))
                 after = RandomState.now(device)
                 run.outputs.append(z.detach())
-                signal = answers[i] if first else ask(x, z.detach())
+                signal = answers[i] if first else heard(ask(x, z.detach()))
                 losses = problem.inner_loss(z, signal.detached(), x, theta)
                 if moved == "weights":
                     eps = side * by[moved]

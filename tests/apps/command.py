@@ -18,7 +18,7 @@ import pytest
 from forked import Forked
 
 from metapl.apps.commands import main
-from metapl.words import wrapped
+from metapl.apps.words import wrapped
 
 
 def process(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.ablation.cost import peak_bytes
+from metapl.apps.networks.products import products_of
 from metapl.apps.recipes.base import ROLES, Recipe
 from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.distributed import Mesh, shard
 from metapl.execution import buffers
 from metapl.execution.shards import local
-from metapl.metrics.cost import peak_bytes
 
 REPEATS = 5
 """Of which the least counts: another thread frees the buffers of an exchange, sooner or later."""
@@ -27,8 +28,8 @@ def measured(recipe: Recipe, mesh: Mesh) -> int:
     torch.manual_seed(0)
     networks = [recipe.network(role) for role in ROLES]
     if mesh.size > 1:
-        example = torch.rand(2, *recipe.input_shape) if mesh.spatial > 1 else None
-        networks = [shard(network, mesh, example=example) for network in networks]
+        tensor = mesh.tensor
+        networks = [shard(net, mesh, plan=products_of(net, tensor) if tensor > 1 else None) for net in networks]
     with pytest.MonkeyPatch.context() as patch:  # as networks of more weights, of which no copy is compared
         patch.setattr(buffers, "SMALL", 0)
         trainer = bilevel_trainer(recipe, *networks, recipe.method)
@@ -39,8 +40,7 @@ def measured(recipe: Recipe, mesh: Mesh) -> int:
 
 def _batches(recipe: Recipe, mesh: Mesh) -> Any:
     labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
-    *sides, width = recipe.input_shape
-    shape = (*sides, width // mesh.spatial)
+    shape = recipe.input_shape
     weak, strong = (torch.rand(unlabeled, *shape) for _ in range(2))
     labels = torch.arange(labeled) % len(recipe.classes)
     return (torch.rand(labeled, *shape), labels), (weak, strong)

@@ -139,7 +139,7 @@ def test_an_estimator_and_a_problem_are_a_file_each(package: Path) -> None:
 @pytest.mark.long
 def test_the_command_line_offers_the_new_mode(package: Path) -> None:
     settings = ("--steps", "2", "--mode", "doubled", "--out", "run")
-    done = run(package, "-m", "metapl", "train", "digits", *settings)
+    done = run(package, "-m", "metapl.apps", "train", "digits", *settings)
     assert done.returncode == 0, done.stderr
     assert '"doubled"' in (package / "run/recipe.json").read_text()
 
@@ -157,8 +157,8 @@ def test_a_method_is_a_file_and_a_line_of_the_registry(package: Path) -> None:
     first = "from metapl.apps.recipes.methods.label_noise"
     registry.write_text(text.replace(first, imported + first))
     settings = ("train", "digits", "--steps", "2", "--out", "run", "--method", "heavier", "--factor", "3")
-    done = run(package, "-m", "metapl", *settings)
+    done = run(package, "-m", "metapl.apps", *settings)
     assert done.returncode == 0, done.stderr
     assert '"factor": 3.0' in (package / "run/recipe.json").read_text()
-    refused = run(package, "-m", "metapl", "train", "digits", "--factor", "3")
+    refused = run(package, "-m", "metapl.apps", "train", "digits", "--factor", "3")
     assert (refused.returncode, "--factor" in refused.stderr) == (2, True)

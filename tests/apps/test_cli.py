@@ -327,7 +327,7 @@ def test_a_diverged_network_names_the_files(
 
 
 def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: Path) -> None:
-    command = [sys.executable, "-m", "metapl", "predict", str(trained), str(pictures)]
+    command = [sys.executable, "-m", "metapl.apps", "predict", str(trained), str(pictures)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

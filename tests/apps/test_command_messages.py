@@ -12,8 +12,8 @@ from command import refused, unwrapped
 import metapl
 from metapl.apps.commands import main
 from metapl.apps.recipes import ImageFolders
+from metapl.apps.words import wrapped
 from metapl.errors import FieldError
-from metapl.words import wrapped
 
 IMAGES = ("train", "images", "--labeled", "few", "--unlabeled", "many")
 """Of folders that there are not: what is refused needs none."""

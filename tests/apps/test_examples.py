@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 import metapl
-from metapl.data import load_digits_split
+from metapl.apps.pictures import load_digits_split
 
 pytestmark = pytest.mark.docs
 

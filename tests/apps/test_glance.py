@@ -24,8 +24,8 @@ from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.experiments.galleries import mistakes
 from metapl.apps.recipes.base import hints_of
 from metapl.apps.reports import web
+from metapl.apps.words import width_of
 from metapl.metrics import Evaluation
-from metapl.words import width_of
 
 HOSTILE = "<script>alert('x')</script>&\"<img src=http://a/b>"
 

@@ -169,7 +169,7 @@ def test_fifty_kills_lose_nothing(whole: Path, tmp_path: Path) -> None:
 def test_torchrun_starts_killed_processes_again(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
-    command += ["-m", "metapl", *COMMAND, "--out", str(run)]
+    command += ["-m", "metapl.apps", *COMMAND, "--out", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     launcher = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + SECONDS

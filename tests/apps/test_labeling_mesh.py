@@ -108,7 +108,7 @@ def test_labels_are_to_the_bit_those_of_one_process_that_was_stopped(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layout", ["replicate", "shard", "spatial"])
+@pytest.mark.parametrize("layout", ["replicate", "shard"])
 def test_pictures_in_files(two: Ranks, tmp_path: Path, layout: str) -> None:
     """Of which one cannot be read."""
     root = color_folders(tmp_path / "pictures", many=8)

@@ -50,8 +50,8 @@ def test_a_process_that_was_not_told_where_to_meet_is_refused(monkeypatch: pytes
     ("started", "here", "program"),
     [
         ("1", None, "metapl"),
-        ("2", "2", "torchrun --nproc-per-node=2 -m metapl"),
-        ("16", "8", "torchrun ... -m metapl"),
+        ("2", "2", "torchrun --nproc-per-node=2 -m metapl.apps"),
+        ("16", "8", "torchrun ... -m metapl.apps"),
     ],
 )
 def test_a_stopped_run_goes_on_in_as_many_processes(

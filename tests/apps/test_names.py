@@ -18,8 +18,9 @@ from tiny_runs import color_folders, images_command
 from metapl.apps.commands import main
 from metapl.apps.experiments import galleries
 from metapl.apps.pictures.csv_files import CsvRows
+from metapl.apps.words import cell
 from metapl.errors import few
-from metapl.words import TURNS, cell, shown
+from metapl.words import TURNS, shown
 
 PERSIAN = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"
 

@@ -1,4 +1,4 @@
-"""``torchrun -m metapl train noisy`` where images or products are cut: as in one process, resumed and compared too."""
+"""``torchrun -m metapl.apps train noisy`` where products are cut: as in one process, resumed and compared too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = (
     "--validate-every 3 --save-every 3 --student.algorithm sgd --student.lr 0.05"
 )
 NETWORKS = {
-    "spatial": "--image-size 8 --network small_cnn",
+    "small": "--image-size 8 --network small_cnn",
     "tensor": "--image-size 16 --network timm:test_vit --mode difference",
 }
 PHASES = ("warm", "fit", "finetune")
@@ -64,41 +64,32 @@ def same_run(run: Path, other: Path, limit: float) -> None:
             assert float(row[column]) == pytest.approx(float(expected[name][column]), abs=2e-3)
 
 
-LIMITS = {"spatial": 1e-3, "tensor": 5e-3}
+LIMIT = 5e-3
 """Of rounding in float32, and of differences of outputs there."""
 
 
 @pytest.mark.parametrize(
-    ("cut", "method"),
+    "method",
     [
-        ("spatial", "label_correction"),
-        *(
-            pytest.param(cut, method, marks=pytest.mark.long)
-            for cut, methods in (
-                ("spatial", ("meta_weight_net", "example_weights", "noise_transition")),
-                ("tensor", ("meta_weight_net", "example_weights", "label_correction", "noise_transition")),
-            )
-            for method in methods
-        ),
+        "label_correction",
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("meta_weight_net", "example_weights", "noise_transition")),
     ],
 )
-def test_a_run_in_parts_is_that_of_one_process(
-    two: Ranks, pictures: Path, tmp_path: Path, cut: str, method: str
-) -> None:
+def test_a_run_in_parts_is_that_of_one_process(two: Ranks, pictures: Path, tmp_path: Path, method: str) -> None:
     """Metrics, accuracies and suspects; and it goes on from a checkpoint bit for bit."""
-    given = command(pictures, cut, "--method", method)
+    given = command(pictures, "tensor", "--method", method)
     trained(None, given, tmp_path / "alone")
-    trained(two, [*given, f"--mesh.{cut}", "2"], tmp_path / "cut")
-    same_run(tmp_path / "cut", tmp_path / "alone", LIMITS[cut])
+    trained(two, [*given, "--mesh.tensor", "2"], tmp_path / "cut")
+    same_run(tmp_path / "cut", tmp_path / "alone", LIMIT)
     left = as_if_killed(tmp_path / "cut", tmp_path / "again", step=3)
     (left / "suspects.csv").unlink()
-    trained(two, [*given, f"--mesh.{cut}", "2", "--resume"], left)
+    trained(two, [*given, "--mesh.tensor", "2", "--resume"], left)
     for name in ("student.safetensors", "finetuned_student.safetensors", "suspects.csv"):
         assert (left / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
 def test_a_corrector_is_sharded_as_the_student_is(two: Ranks, pictures: Path, tmp_path: Path) -> None:
-    given = command(pictures, "spatial", "--method", "label_correction")
+    given = command(pictures, "small", "--method", "label_correction")
     trained(None, [*given, "--accumulate", "2"], tmp_path / "parts")  # batch norms see a share of the rows
     trained(two, [*given, "--mesh.shard", "2"], tmp_path / "shard")
     same_run(tmp_path / "shard", tmp_path / "parts", 1e-3)
@@ -107,10 +98,9 @@ def test_a_corrector_is_sharded_as_the_student_is(two: Ranks, pictures: Path, tm
 @pytest.mark.parametrize(
     ("network", "flags", "text"),
     [
-        ("spatial", "--mesh.tensor 2", "--mesh.tensor 2: small_cnn has no two linear layers"),
-        ("tensor", "--mesh.spatial 2", "has no form for images cut along their width"),
-        ("spatial", "--mesh.spatial 2 --compile", "--compile does not run with --mesh.spatial or --mesh.tensor"),
-        ("spatial", "--mesh.replicate 2 --labeled-batch 7", "labeled_batch of 7, which 2 ranks do not share equally"),
+        ("small", "--mesh.tensor 2", "--mesh.tensor 2: small_cnn has no two linear layers"),
+        ("tensor", "--mesh.tensor 2 --compile", "--compile does not run with --mesh.tensor"),
+        ("small", "--mesh.replicate 2 --labeled-batch 7", "labeled_batch of 7, which 2 ranks do not share equally"),
     ],
 )
 def test_what_does_not_fit_is_said_once_before_steps_are_measured(
@@ -128,21 +118,28 @@ def test_what_does_not_fit_is_said_once_before_steps_are_measured(
 
 @pytest.mark.long
 def test_a_comparison_in_parts(two: Ranks, pictures: Path, tmp_path: Path) -> None:
-    given = command(pictures, "spatial", "--compare", "--methods", "label_correction", "meta_weight_net", "plain")
+    given = command(pictures, "tensor", "--compare", "--methods", "label_correction", "meta_weight_net", "plain")
     trained(None, [*given, "--jobs", "1"], tmp_path / "alone")
-    trained(two, [*given, "--mesh.spatial", "2"], tmp_path / "cut")
+    trained(two, [*given, "--mesh.tensor", "2"], tmp_path / "cut")
     for method in ("label_correction", "meta_weight_net", "plain"):
-        same_run(tmp_path / "cut" / method / "seed-0", tmp_path / "alone" / method / "seed-0", 1e-3)
+        same_run(tmp_path / "cut" / method / "seed-0", tmp_path / "alone" / method / "seed-0", LIMIT)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cut", ["spatial", "tensor"])
-def test_torchrun(pictures: Path, tmp_path: Path, cut: str) -> None:
+def test_torchrun(pictures: Path, tmp_path: Path) -> None:
     """With validation pictures, of which the command chooses the best step."""
-    given = [*command(pictures, cut), "--out", str(tmp_path / "cut")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "metapl"]
+    given = [*command(pictures, "tensor"), "--out", str(tmp_path / "cut")]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "metapl.apps",
+    ]
     done = subprocess.run(
-        [*torchrun, *given, f"--mesh.{cut}", "2"],
+        [*torchrun, *given, "--mesh.tensor", "2"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -151,4 +148,4 @@ def test_torchrun(pictures: Path, tmp_path: Path, cut: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert command_cases.command([*given[:-1], str(tmp_path / "alone")])[0] == 0
-    same_run(tmp_path / "cut", tmp_path / "alone", LIMITS[cut])
+    same_run(tmp_path / "cut", tmp_path / "alone", LIMIT)

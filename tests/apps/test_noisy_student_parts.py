@@ -26,13 +26,19 @@ from metapl.apps.networks import Architecture
 from metapl.apps.planning.plan import plan
 from metapl.apps.recipes import Digits, ImageFolders
 from metapl.apps.recipes.base import Run
-from metapl.apps.recipes.methods.noisy_student import NoisyStudent, _finetuned, end_matched, networks_of
+from metapl.apps.recipes.methods.noisy_student import (
+    NoisyStudent,
+    StoredLabelLoss,
+    _finetuned,
+    end_matched,
+    networks_of,
+)
 from metapl.apps.recipes.protocols import PAPER_RECIPES
 from metapl.apps.recipes.settings import OpenOptimizer, SelfTraining
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.problems.base import Signal
-from metapl.problems.stored import NoisyStudentLoss, StoredLabelLoss, model_noise
+from metapl.problems.stored import NoisyStudentLoss, model_noise
 from metapl.training import FitOptions, FitResult
 
 NOTHING = Signal(torch.zeros(0))

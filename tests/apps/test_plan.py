@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch import nn
 
 import metapl
+from metapl.ablation.cost import flops
 from metapl.apps.commands.plan import PLANNED, without_data
 from metapl.apps.planning import rehearse
 from metapl.apps.planning.plan import Plan, bytes_of, plan, propose
@@ -31,7 +32,6 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.rng import RandomState
 from metapl.feedback.path import Path as StudentPath
-from metapl.metrics.cost import flops
 from metapl.problems import DataRater
 
 NEAR = 0.15
@@ -89,7 +89,6 @@ SHARED = {
     "difference, adamw": (digits("difference", student=ADAMW, teacher=ADAMW), {"shard": 2}),
     "replicas": (digits(), {"replicate": 2}),
     "small_cnn": (pictures("small_cnn"), {"shard": 2}),
-    "small_cnn, cut": (pictures("small_cnn"), {"spatial": 2}),
     "products": (digits("difference"), {"tensor": 2}),
 }
 
@@ -243,7 +242,7 @@ def test_the_command_says_and_writes_the_plan(tmp_path: Path, capsys: pytest.Cap
     assert found["fits"] is True
     assert found["communication_bytes_per_step"] == sum(found["communication"].values()) > 0
     assert found["hours"] == pytest.approx(Digits().steps * found["flops_per_step"] / 2 / 1e9 / 3600)
-    assert found["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1, "spatial": 1}
+    assert found["mesh"] == {"replicate": 1, "shard": 2, "tensor": 1}
     assert "on 2 ranks: --mesh.shard 2\n" in text
     assert "3,466 weights" in text
     assert "fits into 80 GB" in text
@@ -283,8 +282,6 @@ def test_a_mesh_is_proposed_that_fits(capsys: pytest.CaptureFixture[str]) -> Non
         (("digits", "--unlabeled-batch", "7", "--mesh.shard", "2"), "digits has an unlabeled_batch of 7"),
         (("digits", "--mesh.tensor", "2"), r"mode 'forward' .* mode 'difference'"),
         (("cifar10-4k", "--mesh.tensor", "2"), "has no two linear layers"),
-        (("digits", "--mesh.spatial", "3"), "pictures of 8 pixels, which cannot be cut into 3"),
-        (("digits", "--mesh.spatial", "2"), "does not run: .* networks are made of convolutions, norms and pooling"),
         (("digits", "--mesh.shard", "2", "--ranks", "2"), "--ranks 2 has no effect beside --mesh"),
         (("digits", "--ranks", "0"), "--ranks 0: expected a whole number"),
         (("digits", "--mesh.shard", "10000000"), "--mesh 10000000: expected 1 to 1,048,576"),

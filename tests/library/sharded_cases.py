@@ -11,15 +11,14 @@ import pages
 import pytest
 import torch
 import torchopt
+from metapl.execution.buffers import swapped
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo.utils import counters
 
 import metapl
-from metapl.distributed.dropout import KeyedDropout
 from metapl.errors import MetaplError
 from metapl.execution import sharded
-from metapl.execution.buffers import swapped
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.shards import ShardedSpace
@@ -60,7 +59,6 @@ INSIDE: dict[str, Callable[[], nn.Module]] = {
     "norm": lambda: nn.BatchNorm1d(9),
     "dropout": lambda: nn.Dropout(0.3),
     "centred": lambda: nn.Sequential(nn.Dropout(0.3), Centred()),
-    "keyed": lambda: KeyedDropout(0.3, dist.get_rank() if dist.is_initialized() else 0),
 }
 
 

@@ -352,19 +352,6 @@ def test_a_scalar_beside_a_pair_is_refused() -> None:
         refused(lambda: trainer.step(labeled, x), r"a scalar on one micro-batch and \(sum, weight\)", teacher, student)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_labels_that_a_teachers_cross_entropy_leaves_out(accumulate: int) -> None:
-    """PyTorch's mean over the labels that are left is one of the whole batch only."""
-    model = nn.Conv1d(2, 3, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    labeled = torch.randn(4, 2, 5), torch.tensor([[0, 1, 2, -100, -100]]).expand(4, 5)
-    trainer = LossTrainer(model, optimizer=optimizer, accumulate=accumulate)
-    if accumulate == 1:
-        assert trainer.step(labeled).loss > 0
-    else:
-        refused(lambda: trainer.step(labeled), "the labels hold -100, which CrossEntropy.*accumulate=1", model)
-
-
 # --------------------------------------------------------------------------------------------------------- LossTrainer
 
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead, MetaplError
+from metapl.ablation.cost import peak_bytes
 from metapl.feedback import Forward
-from metapl.metrics.cost import peak_bytes
 
 
 def gradient(problem: Toy, inner: Any, inner_state: Any, ahead: list[Any], mode: Any) -> metapl.Hypergradient:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
+from metapl.ablation.cost import peak_bytes
 from metapl.execution.batch import digest
 from metapl.feedback import Forward, keeping
 from metapl.feedback.keeping import Keeping
-from metapl.metrics.cost import peak_bytes
 from metapl.problems import EqualWeights, ExampleWeights, Table
 from metapl.runs import progress
 

@@ -98,7 +98,7 @@ def test_the_gradient_by_a_method_is_that_by_forward() -> None:
 # ------------------------------------------------------------------------------------------------ problems of one's own
 
 
-class Reweighting:
+class Reweighting(metapl.BilevelProblem):
     """The teacher weighs each example by the student's own loss on it; a batch is (x, noisy label)."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
@@ -268,7 +268,7 @@ def test_feedback_that_is_not_finite_is_refused_in_every_field(mode: str) -> Non
         metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Steep(), inner_optimizer=inner)
 
 
-class Shares:
+class Shares(metapl.BilevelProblem):
     """The teacher weighs each example against the others of the batch that the loss is given."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
@@ -418,7 +418,7 @@ def test_what_is_put_on_pseudo_labels_stays_when_the_mode_chooses_their_kind(mak
     assert vars(exact).keys() == vars(make(2.0)).keys()
 
 
-class Alone:
+class Alone(metapl.BilevelProblem):
     """The three methods alone, with a setting."""
 
     def __init__(self) -> None:

@@ -1,56 +1,64 @@
-"""Problems of one's own against plain double backward: example weights, corrected labels, losses that read θ."""
+"""Every problem against double backward of its formulas: one table of problems and references, and a few steps."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from problems_zoo import OPTIMISERS, STUDENTS, Toy, mlp, product, toy, warm
+from problems_zoo import CLASSES, OPTIMISERS, everything, product, same, toy, warm
 from reference import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError, Signal
-from metapl.problems import Problem
+from metapl.feedback import Implicit
+from metapl.models import label_adjuster
+from metapl.problems import (
+    ExampleLabels,
+    ExampleWeights,
+    LabelCorrection,
+    LearningToReweight,
+    MetaWeightNet,
+    NoiseTransition,
+    Problem,
+    ReducedLabels,
+    StoredCrossEntropy,
+    Table,
+    WeightNet,
+)
 
-Loss = Callable[..., Tensor]
-
-
-class Outer:
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(outputs, batch[1])
-
-
-class MetaWeightNet(Outer):
-    """The teacher weighs each example by the student's own loss on it; a batch is (x, noisy label)."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        losses = F.cross_entropy(student_outputs, batch[1], reduction="none")
-        return Signal(teacher(losses.unsqueeze(-1)).squeeze(-1).sigmoid())
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return signal.value * F.cross_entropy(outputs, batch[1], reduction="none")
-
-
-class LabelCorrection(Outer):
-    """The teacher reads the input and mixes its own label with the noisy one."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        x, noisy = batch
-        logits = teacher(x)
-        return Signal(0.6 * logits.softmax(-1) + 0.4 * F.one_hot(noisy, logits.shape[-1]), outputs=logits)
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return F.cross_entropy(outputs, signal.value, reduction="none")
+TABLE = 20
+X = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+Y = torch.tensor([0, 2, 1, 1, 0])
+INDEX = torch.tensor([3, 19, 0, 7, 3])
 
 
-class LearnedDecay(Outer):
-    """The teacher says, per example, how strongly the student's weights are pulled to zero."""
+def stored(rows: int, seed: int = 5) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(rows, CLASSES, generator=draw, dtype=torch.float64)).softmax(-1)
+
+
+STORED = stored(5)
+
+
+class Corrector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_input, self.of_label = nn.Linear(16, CLASSES), nn.Embedding(CLASSES, CLASSES)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.of_input(x.flatten(1)) + self.of_label(y)
+
+
+class LearnedDecay(Problem):
+    """A problem of a user's: the teacher says how strongly the student's weights are pulled to zero."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
         return Signal(teacher(batch[0]).softmax(-1)[:, 0])
@@ -59,103 +67,299 @@ class LearnedDecay(Outer):
         squares = sum(p.square().sum() for p in params.values())
         return F.cross_entropy(outputs, batch[1], reduction="none") + 0.3 * signal.value * squares
 
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
 
 @dataclass(frozen=True)
-class ByName:
-    problem: Any
+class Method:
+    """A problem, and the same written out: the losses (B,) of the teacher's weights, the student's and its outputs."""
+
+    problem: Problem
     teacher: Callable[[], nn.Module]
+    batch: Any
+    losses: Callable[[nn.Module, dict[str, Tensor], dict[str, Tensor], Tensor], Tensor]
 
 
-def weigher() -> nn.Module:
-    return nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1))
+def call(teacher: nn.Module, weights: dict[str, Tensor], *args: Tensor) -> Tensor:
+    return torch.func.functional_call(teacher, weights, args)
 
 
-PROBLEMS = {
-    "meta_weight_net": ByName(MetaWeightNet(), weigher),
-    "label_correction": ByName(LabelCorrection(), mlp),
-    "learned_decay": ByName(LearnedDecay(), mlp),
+def plain(z: Tensor) -> Tensor:
+    return -z.log_softmax(-1)[torch.arange(5), Y]
+
+
+def against(q: Tensor, z: Tensor) -> Tensor:
+    return -(q * z.log_softmax(-1)).sum(-1)
+
+
+def adjuster() -> nn.Module:
+    """One that has learned something: at its start, its first layers get no gradient."""
+    network = label_adjuster(CLASSES, hidden=7, layers=3).double()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return network
+
+
+METHODS: dict[str, Method] = {
+    "meta_weight_net": Method(
+        MetaWeightNet(), lambda: WeightNet(8), (X, Y), lambda t, p, theta, z: call(t, p, plain(z).detach()) * plain(z)
+    ),
+    "example_weights": Method(
+        ExampleWeights(),
+        lambda: Table(torch.linspace(-1, 1, TABLE)),
+        (X, Y, INDEX),
+        lambda t, p, theta, z: torch.sigmoid(p["values"][INDEX]) * plain(z),
+    ),
+    "example_labels": Method(
+        ExampleLabels(),
+        lambda: Table(torch.randn(TABLE, CLASSES)),
+        (X, INDEX),
+        lambda t, p, theta, z: against(p["values"][INDEX].softmax(-1), z),
+    ),
+    "label_correction": Method(
+        LabelCorrection(),
+        Corrector,
+        (X, Y),
+        lambda t, p, theta, z: against(call(t, p, X, Y).softmax(-1), z),
+    ),
+    "noise_transition": Method(
+        NoiseTransition(),
+        lambda: Table(torch.eye(CLASSES) + torch.linspace(-0.3, 0.3, CLASSES**2).reshape(CLASSES, CLASSES)),
+        (X, Y),
+        lambda t, p, theta, z: -(z.softmax(-1) @ p["values"].softmax(-1))[torch.arange(5), Y].log(),
+    ),
+    "reduced_labels": Method(
+        ReducedLabels(temperature=0.7),
+        adjuster,
+        (X, STORED),
+        lambda t, p, theta, z: against((call(t, p, STORED) / 0.7).softmax(-1), z),
+    ),
+    "learned_decay": Method(
+        LearnedDecay(),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES)),
+        (X, Y),
+        lambda t, p, theta, z: (
+            plain(z) + 0.3 * call(t, p, X).softmax(-1)[:, 0] * sum((w**2).sum() for w in theta.values())
+        ),
+    ),
 }
 
 
-def noisy_toy(name: str, student: str) -> Toy:
-    problem = toy(student, teacher=PROBLEMS[name].teacher)
-    noisy = torch.tensor([2, 0, 1, 1])
-    return Toy(problem.teacher, problem.student, problem.labeled, (problem.unlabeled, noisy), problem.seed)
+def teacher_of(name: str) -> nn.Module:
+    torch.manual_seed(4)
+    return METHODS[name].teacher().double()
 
 
-def double_backward(name: str, case: Toy, rule: reference.Rule, state: Any) -> dict[str, Tensor]:
-    """dL(θ′)/dθ_T with one graph from end to end, each problem's formulas written out once more."""
-    theta, phi = reference.weights(case.student), reference.weights(case.teacher)
-    x, noisy = case.unlabeled
-    rows = torch.arange(len(noisy))
-    z = reference.at(case.student, theta, x)
-    after_inner = torch.get_rng_state()
-    ce = -z.log_softmax(-1)[rows, noisy]
-    if name == "meta_weight_net":
-        losses = torch.sigmoid(reference.at(case.teacher, phi, ce.detach()[:, None]))[:, 0] * ce
-    elif name == "label_correction":
-        target = 0.6 * torch.softmax(reference.at(case.teacher, phi, x), -1) + 0.4 * torch.eye(3)[noisy]
-        losses = reference.cross_entropy(target, z)
-    else:
-        pull = torch.softmax(reference.at(case.teacher, phi, x), -1)[:, 0]
-        losses = ce + 0.3 * pull * torch.stack([(p**2).sum() for p in theta.values()]).sum()
-    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
-    moved, _ = rule(theta, dict(zip(theta, g, strict=True)), state)
+def by_double_backward(
+    name: str, teacher: nn.Module, student: nn.Module, labeled: Any, rule: Any, state: Any, steps: int = 1
+) -> dict[str, Tensor]:
+    theta, phi = reference.weights(student), reference.weights(teacher)
+    for _ in range(steps):
+        losses = METHODS[name].losses(teacher, phi, theta, reference.at(student, theta, X))
+        after_inner = torch.get_rng_state()
+        g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
+        theta, state = rule(theta, dict(zip(theta, g, strict=True)), state)
     torch.set_rng_state(reference.own_stream(after_inner))
-    outer = F.cross_entropy(reference.at(case.student, moved, case.labeled[0]), case.labeled[1])
+    outer = F.cross_entropy(reference.at(student, theta, labeled[0]), labeled[1])
     return dict(zip(phi, torch.autograd.grad(outer, list(phi.values())), strict=True))
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "student", "optimiser"),
     product(
-        PROBLEMS,
+        METHODS,
         ("unrolled", "forward", "difference"),
-        STUDENTS,
-        ("torch_sgd_nesterov", "torch_adam", "torchopt_clip"),
-        usual=[*PROBLEMS, "unrolled", "forward", "difference", "dropout", "torch_sgd_nesterov"],
+        ("mlp", "batch_norm", "dropout"),
+        ("torch_sgd_nesterov", "torch_adamw"),
+        usual=[*METHODS, "forward", "mlp", "torch_sgd_nesterov"],
     ),
 )
-def test_own_problems_are_exact(name: str, mode: str, student: str, optimiser: str) -> None:
-    case = noisy_toy(name, student)
-    inner, inner_state, state = warm(case, OPTIMISERS[optimiser])
+def test_a_problem_has_the_gradient_of_its_formula(name: str, mode: str, student: str, optimiser: str) -> None:
+    case, rule, teacher = toy(student), OPTIMISERS[optimiser], teacher_of(name)
+    inner, _, state = warm(case, rule, 2)
     case.draw_from_start()
-    expected = double_backward(name, case, OPTIMISERS[optimiser].rule, state)
+    expected = by_double_backward(name, teacher, case.student, case.labeled, rule.rule, state)
     case.draw_from_start()
     found = metapl.hypergradient(
-        **case.networks(),
-        **case.data(),
+        teacher,
+        case.student,
+        labeled=case.labeled,
+        unlabeled=METHODS[name].batch,
         mode=mode,
-        problem=PROBLEMS[name].problem,
+        problem=METHODS[name].problem,
         inner_optimizer=inner,
-        inner_state=inner_state,
     )
     assert error(found.grads, expected) < (1e-4 if mode == "difference" else 1e-9)
-    assert found.feedback.shape == ((4, 3) if name == "label_correction" else (4,))
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_the_trainer_takes_own_problems(name: str) -> None:
-    """Thirty steps lower the labelled loss by more than the student's steps alone do with an idle teacher."""
-    losses = {}
-    for mode in ("forward", "none"):
-        case = noisy_toy(name, "mlp")
-        trainer = metapl.BilevelTrainer(
-            **case.networks(),
-            mode=mode,
-            problem=PROBLEMS[name].problem,
-            inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
-            outer_optimizer=torch.optim.Adam(case.teacher.parameters(), lr=0.05),
-            teacher_losses=(),
+@pytest.mark.parametrize("mode", ["unrolled", "forward"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "meta_weight_net"])  # whose weight leaves θ out
+def test_and_over_several_steps(name: str, mode: str) -> None:
+    case, rule, teacher = toy("mlp"), OPTIMISERS["torch_sgd_nesterov"], teacher_of(name)
+    expected = by_double_backward(name, teacher, case.student, case.labeled, rule.rule, None, 3)
+    found = metapl.hypergradient(
+        teacher,
+        case.student,
+        labeled=case.labeled,
+        unlabeled=metapl.Lookahead([METHODS[name].batch] * 3),
+        mode=mode,
+        problem=METHODS[name].problem,
+        inner_optimizer=rule.build(case.student),
+    )
+    assert error(found.grads, expected) < 1e-8
+
+
+def stop_after(steps: int) -> Callable[..., None]:
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        if step >= steps:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("name", ["label_correction", *(pytest.param(n, marks=pytest.mark.long) for n in METHODS)])
+def test_a_fit_with_validation_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    method = METHODS[name]
+
+    def fit(steps: int, **options: Any) -> list[Tensor]:
+        case, teacher = toy("mlp", dtype=torch.float32), teacher_of(name).float()
+        batch = tuple(t.float() if t.is_floating_point() else t for t in method.batch)
+        trainer = metapl.BilevelTrainer(teacher, case.student, "forward", problem=method.problem, teacher_losses=())
+        trainer.fit(
+            [case.labeled] * 2,
+            [batch] * 3,
+            steps=6,
+            validation=case.labeled,
+            validate_every=2,
+            save_every=1,
+            progress=False,
+            callbacks=[] if steps == 6 else [stop_after(steps)],
+            **options,
         )
-        for _ in range(30):
-            trainer.step(**case.data())
-        losses[mode] = F.cross_entropy(case.student(case.labeled[0]), case.labeled[1]).item()
-    assert losses["forward"] < losses["none"] - 0.02
+        return [p.detach().clone() for net in (teacher, case.student) for p in net.parameters()]
+
+    whole = fit(6)
+    with pytest.raises(KeyboardInterrupt):
+        fit(3, out=tmp_path / "run")
+    assert same(whole, fit(6, out=tmp_path / "run", resume=True))
 
 
-class Coins(Outer):
-    """A signal that is not a class: the teacher draws which examples to keep, by their log-probability alone."""
+@pytest.mark.parametrize("name", METHODS)
+def test_a_teacher_in_half_precision_has_its_feedback_in_float32(name: str) -> None:
+    """In float16, whose least number is 6e-8, little would be left of this feedback."""
+    found, case = [], toy("mlp", dtype=torch.float32)
+    for dtype in (torch.float16, torch.float32):
+        teacher = teacher_of(name).half().to(dtype)
+        if name in ("label_correction", "learned_decay"):  # those that read x
+            teacher.forward = lambda x, *y, of=teacher.forward, dtype=dtype: of(x.to(dtype), *y)  # type: ignore[method-assign]
+        batches = [
+            tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in ((X, Y), METHODS[name].batch)
+        ]
+        inner = torch.optim.SGD(case.student.parameters(), lr=1e-5)
+        given: dict[str, Any] = {"problem": METHODS[name].problem, "inner_optimizer": inner}
+        found.append(metapl.hypergradient(teacher, case.student, labeled=batches[0], unlabeled=batches[1], **given))
+    half, whole = (one.feedback for one in found)
+    if name != "learned_decay":  # whose own softmax is in the teacher's type
+        assert half.dtype == torch.float32
+        assert error(half, whole) < 5e-3
+
+
+# ------------------------------------------------------------------------------------------------ learning to reweight
+
+
+def weights_by_hand(student: nn.Module, labeled: Any, look: reference.Rule, state: Any) -> tuple[Tensor, Tensor]:
+    """h = −dL(θ̂)/dε by double backward through the look-ahead, and w: the paper's Algorithm 1, lines 4-10."""
+    theta = reference.weights(student)
+    epsilon = torch.zeros(5, dtype=X.dtype, requires_grad=True)
+    inner = (epsilon * plain(reference.at(student, theta, X))).mean()
+    g = torch.autograd.grad(inner, list(theta.values()), create_graph=True)
+    moved, _ = look(theta, dict(zip(theta, g, strict=True)), state)
+    outer = F.cross_entropy(reference.at(student, moved, labeled[0]), labeled[1])
+    h = -torch.autograd.grad(outer, epsilon)[0]
+    helpful = h.clamp_min(0)
+    return h, helpful / (helpful.sum() if helpful.sum() > 0 else 1)
+
+
+PAPER = Implicit(solver="identity")
+"""The paper's look-ahead, by plain SGD whatever the optimizer."""
+
+
+@pytest.mark.parametrize(
+    ("momentum", "mode", "parts"),
+    [(0.0, "forward", 1), (0.0, "unrolled", 1), (0.9, "forward", 1), (0.9, PAPER, 1), (0.9, PAPER, 5)],
+)
+def test_ten_steps_of_learning_to_reweight_are_those_of_its_paper(momentum: float, mode: Any, parts: int) -> None:
+    """By SGD with and without momentum, which the look-ahead has too, but for the paper's."""
+    case, options = toy("mlp"), {"lr": 0.3, "momentum": momentum}
+    trusted = X + 0.5 * X.flip(1, 2), torch.where(torch.arange(5) < 2, (Y + 1) % CLASSES, Y)
+    mirror, rule, state = copy.deepcopy(case.student), reference.sgd(**options), None
+    trainer = metapl.BilevelTrainer(
+        None,
+        case.student,
+        mode,
+        problem=LearningToReweight(),
+        inner_optimizer=torch.optim.SGD(case.student.parameters(), **options),
+        accumulate=parts,
+    )
+    used = []
+    for _ in range(10):
+        look = (reference.sgd(lr=1.0), None) if mode == PAPER else (rule, state)
+        h, w = weights_by_hand(mirror, trusted, *look)
+        theta = reference.weights(mirror)
+        loss = (w * plain(reference.at(mirror, theta, X))).sum()
+        g = torch.autograd.grad(loss, list(theta.values()))
+        moved, state = rule(theta, dict(zip(theta, g, strict=True)), state)
+        mirror.load_state_dict({name: t.detach() for name, t in moved.items()})
+        report = trainer.step(trusted, (X, Y))
+        assert error(report.feedback, h) < 1e-8
+        assert torch.allclose(report.signal.value, 5 * w, 0, 1e-8)
+        assert abs(report.inner_loss - loss.item()) < 1e-8
+        assert error(dict(case.student.named_parameters()), moved) < 1e-8
+        used.append(int((w > 0).sum()))
+    assert sum(0 < n < 5 for n in used) >= 5
+
+
+def test_where_no_example_helps_the_gradient_is_zero() -> None:
+    """Trusted: the same example with the other label."""
+    student = nn.Linear(3, 2)
+    before = [p.detach().clone() for p in student.parameters()]
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = metapl.BilevelTrainer(None, student, "forward", problem=LearningToReweight(), inner_optimizer=sgd)
+    x = torch.ones(1, 3)
+    report = trainer.step((x, torch.tensor([1])), (x, torch.tensor([0])))
+    assert report.feedback < 0
+    assert report.signal.value == 0
+    assert same(list(student.parameters()), before)
+
+
+def test_the_feedback_finds_wrong_labels() -> None:
+    """Trusted examples of the same two clusters: those with a flipped label get less weight, in both ways."""
+    draw, y = torch.Generator().manual_seed(0), torch.arange(60) % 2
+    centers, wrong = torch.tensor([[2.0, 0.0], [-2.0, 0.0]]), torch.arange(60) < 18
+    x = centers[y] + torch.randn(60, 2, generator=draw)
+    given = torch.where(wrong, 1 - y, y)
+    trusted = centers.repeat(5, 1) + torch.randn(10, 2, generator=draw), torch.arange(10) % 2
+    torch.manual_seed(0)
+    table = Table(torch.zeros(60))
+    adam = torch.optim.Adam(table.parameters(), lr=0.1)
+    learned = metapl.BilevelTrainer(table, nn.Linear(2, 2), "forward", problem=ExampleWeights(), outer_optimizer=adam)
+    for _ in range(60):
+        learned.step(labeled=trusted, unlabeled=(x, given, torch.arange(60)))
+    weights = table.values.detach().sigmoid()
+    assert weights[wrong].mean() < 0.3 < 0.6 < weights[~wrong].mean()
+    torch.manual_seed(0)
+    trainer = metapl.BilevelTrainer(None, nn.Linear(2, 2), "forward", problem=LearningToReweight())
+    shares = torch.stack([trainer.step(trusted, (x, given)).signal.value for _ in range(20)]).mean(0)
+    assert shares[wrong].mean() < 0.2 < 1.2 < shares[~wrong].mean()
+
+
+# ---------------------------------------------------------------------------------------------------- what is general
+
+
+class Coins(LearnedDecay):
+    """A sampled signal that is not a class: the teacher draws which examples to keep."""
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
         p = teacher(batch[0])[:, 0].sigmoid()
@@ -168,35 +372,14 @@ class Coins(Outer):
 
 def test_sampled_signals_need_no_classes() -> None:
     """The examples left out get no credit, and the credits sum to Algorithm 1's scalar."""
-    h = {}
+    h, case = {}, toy("mlp")
     for mode in ("reinforce", "reinforce_per_example"):
-        case = noisy_toy("learned_decay", "mlp")
-        case.draw_from_start()
+        torch.manual_seed(5)
         inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-        h[mode] = metapl.hypergradient(
-            **case.networks(), **case.data(), mode=mode, problem=Coins(), inner_optimizer=inner
-        ).feedback
-    assert 0 < int((h["reinforce_per_example"] == 0).sum()) < 4
+        given: dict[str, Any] = {"labeled": case.labeled, "unlabeled": (X, Y), "problem": Coins()}
+        h[mode] = metapl.hypergradient(**case.networks(), **given, mode=mode, inner_optimizer=inner).feedback
+    assert 0 < int((h["reinforce_per_example"] == 0).sum()) < 5
     assert error(h["reinforce_per_example"].sum(), h["reinforce"]) < 1e-12
-
-
-@pytest.mark.parametrize("mode", ["forward", "difference"])
-def test_an_expectation_needs_the_law(mode: str) -> None:
-    case = noisy_toy("learned_decay", "mlp")
-    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    with pytest.raises(metapl.MetaplError, match=r"has no probs.*reinforce_per_example"):
-        metapl.hypergradient(**case.networks(), **case.data(), mode=mode, problem=Coins(), inner_optimizer=inner)
-
-
-def test_an_inner_loss_that_is_averaged_already_is_refused() -> None:
-    class Averaged(metapl.PseudoLabels):
-        def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-            return super().inner_loss(outputs, signal, batch, params).mean()
-
-    case = toy("mlp")
-    inner = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    with pytest.raises(metapl.MetaplError, match=r"shape \(\), .* for a batch of 4; expected one loss per example"):
-        metapl.hypergradient(**case.networks(), **case.data(), problem=Averaged(), inner_optimizer=inner)
 
 
 class Ratings(Problem):
@@ -237,17 +420,12 @@ def ratings(rows: int, *, labeled: bool) -> Any:
     return {"user": user, "item": item} | target
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("mode", ["forward", "difference", "unrolled"])
-def test_an_outer_batch_of_any_nesting(mode: str, accumulate: int) -> None:
-    """The trainer's gradient against double backward on the modules' own functional calls."""
-    if mode == "unrolled" and accumulate > 1:
-        pytest.skip("refused: it keeps the graph of the whole batch")
+@pytest.mark.parametrize(("mode", "accumulate"), [("forward", 1), ("forward", 2), ("difference", 2), ("unrolled", 1)])
+def test_an_outer_batch_of_any_nesting_and_another_mean(mode: str, accumulate: int) -> None:
     torch.manual_seed(0)
     teacher, student = Bilinear().double(), Bilinear().double()
     labeled, unlabeled = ratings(6, labeled=True), ratings(4, labeled=False)
     weights = dict(student.named_parameters())
-
     inner = (torch.func.functional_call(student, weights, (unlabeled,)) - teacher(unlabeled)).square().mean()
     g = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
     moved = {name: p - 0.1 * t for (name, p), t in zip(weights.items(), g, strict=True)}
@@ -255,23 +433,88 @@ def test_an_outer_batch_of_any_nesting(mode: str, accumulate: int) -> None:
     outputs = torch.func.functional_call(student, moved, ({name: labeled[name] for name in ("user", "item")},))[:, 0]
     outer = ((outputs - rating).square() * mask).sum() / mask.sum()
     expected = torch.autograd.grad(outer, list(teacher.parameters()))
-    before = [p.detach().clone() for p in teacher.parameters()]
-    trainer = metapl.BilevelTrainer(
-        teacher,
-        student,
-        mode,
-        problem=Ratings(),
-        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
-        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=1.0),
-        accumulate=accumulate,
-    )
-    trainer.fit([labeled], [unlabeled], steps=1)
-    found = [a - p.detach() for a, p in zip(before, teacher.parameters(), strict=True)]
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    given: dict[str, Any] = {"mode": mode, "problem": Ratings(), "inner_optimizer": sgd, "accumulate": accumulate}
+    found = metapl.hypergradient(teacher, student, outer=labeled, inner=unlabeled, **given).grads
     tolerance = 1e-6 if mode == "difference" else 1e-10
-    assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(found, expected, strict=True))
+    pairs = zip(found.values(), expected, strict=True)
+    assert all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in pairs)
 
 
-def test_other_problems_refuse_such_a_batch() -> None:
-    trainer = metapl.BilevelTrainer(Bilinear().double(), Bilinear().double(), "forward")
-    with pytest.raises(MetaplError, match="labeled is a dict with the keys"):
-        trainer.step(ratings(6, labeled=True), ratings(4, labeled=False))
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_the_adjuster_begins_as_the_identity(classes: int) -> None:
+    q = torch.rand(4, classes).pow(8)
+    q[0] = 0
+    q[0, 1] = 1
+    q /= q.sum(1, keepdim=True)
+    assert (label_adjuster(classes)(q).softmax(-1) - q).abs().max() < 1e-5
+
+
+def test_the_supervised_term_reads_the_stored_labels_of_labeled_examples() -> None:
+    case, network, (x, y) = toy("mlp"), teacher_of("reduced_labels"), (X, Y)
+    trainer = metapl.BilevelTrainer(network, case.student, "none", problem=ReducedLabels())
+    expected = F.cross_entropy(network(stored(5, 6)), y, label_smoothing=0.1)
+    report = trainer.step((x, y, stored(5, 6)), (X, STORED))
+    assert report.teacher_cross_entropy == pytest.approx(expected.item(), rel=1e-6)
+
+
+class Half(LearnedDecay):
+    """Not a problem: one of the three methods is missing."""
+
+    outer_loss = Problem.outer_loss
+
+
+def Averaged() -> Problem:
+    return type(
+        "Averaged",
+        (LearnedDecay,),
+        {"inner_loss": lambda self, outputs, signal, *_: signal.value.mean() * outputs.sum()},
+    )()
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no labels": ("example_weights", {"unlabeled": X}, "inner batch of ExampleWeights"),
+    "a part too many": ("label_correction", {"unlabeled": (X, Y, INDEX)}, "inner batch of LabelCorrection"),
+    "a label too large": ("label_correction", {"unlabeled": (X, Y + 7)}, "labels"),
+    "an index too large": ("example_weights", {"unlabeled": (X, Y, INDEX + 9)}, "rows"),
+    "an index that is a mask": ("example_weights", {"unlabeled": (X, Y, Y.to(torch.uint8))}, "int64"),
+    "weights of another shape": ("meta_weight_net", {"teacher": nn.Linear(5, 3).double()}, "teacher returned"),
+    "a matrix of another shape": ("noise_transition", {"teacher": Table(torch.eye(4)).double()}, "teacher returned"),
+    "no stored labels": ("reduced_labels", {"unlabeled": X}, "stored"),
+    "logits for distributions": ("reduced_labels", {"unlabeled": (X, STORED.log())}, "distributions"),
+    "stored labels of other classes": ("reduced_labels", {"unlabeled": (X, STORED[:, :2])}, "distributions"),
+    "a teacher where there is none": ("noise_transition", {"problem": LearningToReweight()}, "teacher"),
+    "no teacher": ("label_correction", {"teacher": None}, "teacher"),
+    "a mode without feedback on examples": (
+        "label_correction",
+        {"teacher": None, "problem": LearningToReweight(), "mode": "reinforce"},
+        "reinforce",
+    ),
+    "a loss that is averaged already": ("learned_decay", {"problem": Averaged()}, "one loss per example"),
+    "an object that is no problem": ("learned_decay", {"problem": object()}, "BilevelProblem"),
+    "a class": ("learned_decay", {"problem": LearnedDecay}, "BilevelProblem"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_and_nothing_moves(name: str) -> None:
+    method, change, word = WRONG[name]
+    case = toy("batch_norm")
+    given = {"teacher": teacher_of(method), "problem": METHODS[method].problem, "unlabeled": METHODS[method].batch}
+    given |= {"mode": "forward", **change}
+    before = everything(case)
+
+    def step() -> None:
+        unlabeled = given.pop("unlabeled")
+        metapl.BilevelTrainer(given.pop("teacher"), case.student, **given).step((X, Y), unlabeled)
+
+    with pytest.raises(MetaplError, match=word):
+        step()
+    assert same(before, everything(case))
+
+
+def test_a_problem_without_a_method_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="outer_loss"):
+        Half()  # type: ignore[abstract]
+    with pytest.raises(MetaplError, match="label_smoothing"):
+        StoredCrossEntropy(label_smoothing=1.5)

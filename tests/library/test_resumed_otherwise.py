@@ -25,7 +25,6 @@ from torch.utils.data import (
 
 from metapl import BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, PseudoLabels
 from metapl.data.identity import source_record
-from metapl.distributed import keyed_dropout
 from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.fingerprints import as_values
@@ -285,13 +284,6 @@ def test_the_same_network_is_gone_on_with_in_any_mode_and_by_the_same_trainer(tm
     wrapped[1] = checkpoint_wrapper(wrapped[1])
     fitted_network(wrapped, tmp_path, steps=8, say=told.append)
     assert told == ["resumed at step 6"]
-
-
-def test_what_stands_in_for_a_layer_in_another_layout_is_not_another_network(tmp_path: Path) -> None:
-    fitted_network(layers(nn.Dropout(0.1)), tmp_path, resume=False)
-    fitted_network(keyed_dropout(layers(nn.Dropout(0.1))), tmp_path, steps=6)
-    with pytest.raises(MetaplError, match=r"networks\.student\.0 was Linear\(.*now Heads"):
-        fitted_network(keyed_dropout(layers(nn.Dropout(0.1), body=Heads())), tmp_path, steps=8)
 
 
 def altered(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:

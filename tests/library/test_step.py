@@ -271,9 +271,6 @@ class OfTable(metapl.problems.Problem):
     def outer_loss(self, outputs: Any, batch: Any) -> Any:
         return F.cross_entropy(outputs, batch[1])
 
-    def columns(self, signal: metapl.Signal, outputs: Any) -> dict[str, Any]:
-        return {"largest": signal.value.amax()}
-
 
 def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
     table, student = Table(8, 4), nn.Linear(6, 4)
@@ -282,7 +279,7 @@ def test_the_report_is_of_the_step_where_the_signal_is_a_weight() -> None:
     )
     report = trainer.step((torch.randn(8, 6), torch.arange(8) % 4), torch.randn(8, 6))
     assert table.labels.amax() > 0.3
-    assert report.largest == 0.25
+    assert report.signal.value.amax() == 0.25
 
 
 def test_a_gradient_left_by_the_caller_does_not_enter_the_step() -> None:

@@ -21,11 +21,11 @@ from metapl.apps.experiments.settle import settled
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.apps.reports.ablation import draw_ablation
+from metapl.apps.words import tell, wrapped
 from metapl.errors import MetaplError
 from metapl.feedback import MODES, estimator
 from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
-from metapl.words import tell, wrapped
 
 # Options of :func:`metapl.ablate` that are flags by the same name.
 ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")

@@ -31,6 +31,7 @@ from metapl.apps.recipes.image_folders import SELECTED
 from metapl.apps.recipes.image_recipe import EVALUATED_AT_ONCE, whole
 from metapl.apps.recipes.settings import Batch, Steps
 from metapl.apps.reports import web
+from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
@@ -38,7 +39,6 @@ from metapl.runs.cores import default_threads
 from metapl.runs.fields import Range
 from metapl.runs.progress import duration
 from metapl.training.attribution import Attribution, attribute
-from metapl.words import short, table, tell, wrapped
 
 TABLE, PAGE = "attribution.csv", "attribution.html"
 PASSES, FEWEST_STEPS = 10, 100  # over the pictures, where --steps is not given

@@ -24,11 +24,11 @@ from metapl.apps.recipes.base import as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
 from metapl.apps.reports.canvas import PALETTE
 from metapl.apps.reports.robustness import RELATIVE, SUMMARY, draw_evaluations, value_at
+from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
 from metapl.runs.fields import AtLeastOne, Range, misfit_entries
 from metapl.runs.sealed import read_json
-from metapl.words import short, table, tell, wrapped
 
 COMPARED, PICTURE = "compared.json", "compared.png"
 

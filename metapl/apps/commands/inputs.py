@@ -19,11 +19,12 @@ from metapl.apps.experiments.folder import NetworkName, RunFolder
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import scan_labeled, walk
 from metapl.apps.recipes import ImageFolders
+from metapl.apps.words import tell
 from metapl.errors import MetaplError, few
 from metapl.runs.atomic import written_last
 from metapl.runs.ownership import owned
 from metapl.runs.sealed import refuse_irregular
-from metapl.words import shown, tell
+from metapl.words import shown
 
 OF_RUNS = (
     "which of the run's networks: the one that it delivers, the student, the student finetuned on the labeled data, or "

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from metapl.apps.words import tell
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.execution.ranks import Agreed
-from metapl.words import tell
 
 PATIENCE = timedelta(minutes=10)  # for which a process waits for another one before it gives up
 HEARD_WITHIN = 3.0  # seconds in which processes that fail together hear of each other
@@ -35,7 +35,7 @@ def program() -> str:
     if count == "1":
         return "metapl"
     here = os.environ.get("LOCAL_WORLD_SIZE") == count
-    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl"
+    return f"torchrun {f'--nproc-per-node={count}' if here else '...'} -m metapl.apps"
 
 
 def is_first() -> bool:
@@ -77,7 +77,7 @@ def check_started(mesh: Mesh) -> None:
     others = "" if count == 1 else f", or give a mesh of {count}"
     raise MetaplError(
         f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
-        f"expected as many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl ...{others}"
+        f"expected as many. Start them with: torchrun --nproc-per-node={mesh.size} -m metapl.apps ...{others}"
     )
 
 
@@ -95,7 +95,7 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         except ValueError as error:  # of the variables that say where the processes meet
             raise MetaplError(
                 f"process {os.environ.get('RANK', '?')} of {mesh.size} does not know where the others are: {error}. "
-                f"Start all with: torchrun --nproc-per-node={mesh.size} -m metapl ..."
+                f"Start all with: torchrun --nproc-per-node={mesh.size} -m metapl.apps ..."
             ) from error
     try:
         yield dist.get_rank()

@@ -19,11 +19,12 @@ from metapl.apps.experiments.experiment import TOLD
 from metapl.apps.experiments.folder import RunFolder, refuse_changed, stored, stored_result
 from metapl.apps.pictures.folders import walk
 from metapl.apps.recipes.base import Recipe
+from metapl.apps.words import columns, short, table, tell, width_of, wrapped
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
 from metapl.runs.ownership import is_owned
 from metapl.runs.rows import Metrics
-from metapl.words import columns, short, shown, table, tell, width_of, wrapped
+from metapl.words import shown
 
 HEAD = ("run", "method", "data", "steps", "accuracy, %", "date")
 CUT, LEAST = (2, 1, 0), 9  # columns that are cut where lines are too long, and to how many letters at least

@@ -18,11 +18,11 @@ from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.recipes.protocols import IMAGENET_CLASSES, LARGE_RECIPES, PAPER_RECIPES, NoisyImagenet
 from metapl.apps.recipes.settings import MOST_STEPS, Mode
+from metapl.apps.words import table, tell
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import Range
-from metapl.words import table, tell
 
 MOST_RANKS = 2**20
 FLOPS = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
@@ -148,7 +148,6 @@ def lines(found: Plan) -> list[str]:
     recipe, mesh, held = found.recipe, found.mesh, found.per_rank
     teacher, student = (f"{found.parameters[role]:,}" for role in ("teacher", "student"))
     labeled, unlabeled = (f"{count // mesh.shares:,}" for count in (recipe.labeled_batch, recipe.unlabeled_batch))
-    share = "a rank" if mesh.spatial == 1 else f"{mesh.spatial} ranks, each with a part of every picture"
     factors = " ".join(f"--mesh.{name} {value}" for name, value in dataclasses.asdict(mesh).items() if value > 1)
     ranks = f"{mesh.size:,} ranks: {factors}" if factors else "1 rank"
     if self_trained(recipe):
@@ -167,11 +166,11 @@ def lines(found: Plan) -> list[str]:
     if not found.fits:
         mend = "Give a greater --mesh.shard."
         if held["activations"] > found.memory / 2:
-            mend = "Activations are most of it: give smaller batches, --accumulate, or --mesh.spatial for convolutions."
+            mend = "Activations are most of it: give smaller batches, or --accumulate."
         verdict = f"It does not fit {most} {mend}"
     return [
         *head,
-        f"{labeled} labeled and {unlabeled} unlabeled examples for {share}",
+        f"{labeled} labeled and {unlabeled} unlabeled examples for a rank",
         "",
         *beside,
         "",

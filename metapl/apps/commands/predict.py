@@ -23,9 +23,10 @@ from metapl.apps.experiments.labeling import refuse_infinite
 from metapl.apps.pictures.csv_files import CsvRows, written_csv
 from metapl.apps.reports.canvas import SOFTWARE
 from metapl.apps.reports.gallery import MOST_GROUPS, Gallery, draw_grid, pictures_a_group
+from metapl.apps.words import tell
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import logits_of
-from metapl.words import shown, tell
+from metapl.words import shown
 
 HEADER = ("file", "class", "probability")
 

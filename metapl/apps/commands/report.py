@@ -30,12 +30,12 @@ from metapl.apps.experiments.galleries import FILE, mistakes, read_galleries
 from metapl.apps.experiments.side_by_side import mean_curves
 from metapl.apps.recipes.methods import called_network, title, titled
 from metapl.apps.reports import web
+from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.atomic import write_whole
 from metapl.runs.rows import Metrics
 from metapl.runs.sealed import read_plain
-from metapl.words import short, tell
 
 PAGE = "report.html"
 

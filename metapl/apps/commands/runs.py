@@ -34,6 +34,7 @@ from metapl.apps.export.network import can_run_onnx, require_onnx
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
 from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import title, titled
+from metapl.apps.words import table, tell
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastOne, Range
@@ -42,7 +43,7 @@ from metapl.runs.rows import Metrics
 from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
-from metapl.words import shown, table, tell
+from metapl.words import shown
 
 # What the name of the folder begins with, within the run's, in which its records are kept until it has ended.
 SCRATCH = ".finetune-"

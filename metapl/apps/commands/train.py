@@ -31,12 +31,12 @@ from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
 from metapl.apps.recipes.protocols import NOISY_STUDENT_RECIPES
 from metapl.apps.recipes.settings import Optimizer
+from metapl.apps.words import tell, wrapped
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
 from metapl.runs.cores import default_threads
 from metapl.runs.fields import AtLeastOne
 from metapl.training import Interrupted
-from metapl.words import tell, wrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +180,7 @@ class Train(OnRecipe):
         def tried(recipe: Recipe) -> None:
             """Refuse a recipe that the processes cannot train together, networks that cannot be cut included."""
             self._check_shares(recipe)
-            if self.mesh.together > 1:
+            if self.mesh.tensor > 1:
                 trial = Trial(recipe, recipe.method.name)
                 with lead.together(trial):
                     trial.run(self.mesh)

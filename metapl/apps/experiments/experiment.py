@@ -20,19 +20,18 @@ from metapl.apps.experiments.accuracies import spoken_rounds, summary
 from metapl.apps.experiments.folder import RunFolder, refuse_changed, weights_file
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
+from metapl.apps.networks.products import products_of
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.recipes.methods.noisy_student import finetuned_larger, networks_of
-from metapl.distributed.dropout import can_be_keyed, drops_by_itself, keyed_dropout
 from metapl.distributed.mesh import Mesh, shard
-from metapl.distributed.spatial import takes_whole_images
-from metapl.distributed.tensor import pairs_of
 from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import load_whole
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.problems.stored import model_noise
 from metapl.runs.rows import Metrics
 from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult, Say, Trainer
@@ -251,26 +250,20 @@ class Experiment:
             return [teacher, *self.laid_out(student)]
         return self.laid_out(teacher, student)
 
-    def laid_out(self, *networks: nn.Module, labels: tuple[Tensor, ...] = ()) -> list[nn.Module]:
-        """Networks over the processes that train together; they take images, and perhaps two labels of these."""
-        options: dict[str, Any] = {}
-        if self.mesh.spatial > 1:
-            draw = torch.Generator().manual_seed(self.recipe.seed)
-            images = torch.rand(2, *self.recipe.input_shape, generator=draw).to(self.recipe.torch_device())
-            options["example"] = (images, *labels)
-        # Compiled passes would wait for each key.
-        if all(map(can_be_keyed, networks)) and not self.recipe.trainer_options().get("compile"):
-            for network in networks:
-                keyed_dropout(network, self.mesh.share)
-        found = [shard(network, self.mesh, **options) for network in networks]
-        for network in networks if self.mesh.spatial > 1 else ():
-            takes_whole_images(network)
+    def laid_out(self, *networks: nn.Module) -> list[nn.Module]:
+        """Networks over the processes that train together."""
+        tensor, found = self.mesh.tensor, []
+        for network in networks:
+            plan = products_of(network, tensor) if tensor > 1 else None
+            if plan == {}:
+                raise MetaplError(f"--mesh.tensor {tensor}: a {type(network).__name__} has {NO_PRODUCTS}")
+            found.append(shard(network, self.mesh, plan=plan))
         self.seed_shares(*networks)
         return found
 
     def seed_shares(self, *networks: nn.Module) -> None:
         """Where networks drop something row after row, let each share of a batch have masks of its own."""
-        if self.mesh.size > 1 and any(map(drops_by_itself, networks)):
+        if self.mesh.size > 1 and any(map(model_noise, networks)):
             torch.manual_seed(self.recipe.seed + 2**32 * (1 + self.mesh.share))
 
 
@@ -294,10 +287,7 @@ class Training(Run):
             first = t.detach().contiguous()
             dist.broadcast(first, 0)
             t.data.copy_(first)
-        if not reads_inputs:
-            return shard(teacher, Mesh(replicate=mesh.size))
-        labels = torch.zeros(2, dtype=torch.long, device=next(teacher.parameters()).device)
-        return self.experiment.laid_out(teacher, labels=(labels,))[0]
+        return self.experiment.laid_out(teacher)[0] if reads_inputs else shard(teacher, Mesh(replicate=mesh.size))
 
     def laid_out(self, network: nn.Module) -> nn.Module:
         return network if self.experiment.mesh.size == 1 else self.experiment.laid_out(network)[0]
@@ -313,7 +303,7 @@ class Training(Run):
         if mesh.size == 1:
             return ALONE
         world: Any = dist.group.WORLD
-        return Ranks([world], mesh.share, self.recipe.torch_device(), mesh.together, first=dist.get_rank() == 0)
+        return Ranks([world], mesh.share, self.recipe.torch_device(), mesh.tensor, first=dist.get_rank() == 0)
 
     @cached_property
     def shared(self) -> Path:
@@ -389,18 +379,23 @@ def evaluated(network: nn.Module, data: Any, classes: Sequence[str] | None = Non
 # -------------------------------------------------------------------------------------- whether processes can share it
 
 
+NO_PRODUCTS = (
+    "no two linear layers with an activation between them; give --network vit_b_16 or another vision transformer, or "
+    "--mesh.shard instead."
+)
+
+
 def check_runs(recipe: Recipe, mesh: Mesh, methods: Iterable[str]) -> None:
     """Refuse methods and options that do not run in the processes of a mesh; nothing is read or built."""
-    if getattr(recipe, "compile", False) and mesh.together > 1:
+    if getattr(recipe, "compile", False) and mesh.tensor > 1:
         raise MetaplError(
-            "--compile does not run with --mesh.spatial or --mesh.tensor; leave it out, or give --mesh.replicate and "
-            "--mesh.shard."
+            "--compile does not run with --mesh.tensor; leave it out, or give --mesh.replicate and --mesh.shard."
         )
 
 
 def check_shares(recipe: Recipe, mesh: Mesh) -> None:
-    """Refuse what the ranks do not share equally: batches, the columns of pictures and the products of a network."""
-    parts, side = getattr(recipe, "accumulate", 1), recipe.input_shape[-1]
+    """Refuse what the ranks do not share equally: batches and the products of a network."""
+    parts = getattr(recipe, "accumulate", 1)
     for name in recipe.batches_shared:
         size = getattr(recipe, name, None)
         if size is not None and size % (mesh.shares * parts):
@@ -410,17 +405,9 @@ def check_shares(recipe: Recipe, mesh: Mesh) -> None:
                 f"{recipe.name} has {one} {name} of {size:,}, which {how}; expected a multiple of "
                 f"{mesh.shares * parts:,}: give --{name.replace('_', '-')}, or another mesh."
             )
-    if side % mesh.spatial:
-        raise MetaplError(
-            f"{recipe.name} has pictures of {side} pixels, which cannot be cut into {mesh.spatial} parts; expected a "
-            f"multiple of {mesh.spatial}: give --image-size, or another --mesh.spatial."
-        )
     network = getattr(recipe, "network_name", None)
     if mesh.tensor > 1 and network is not None:
         with torch.random.fork_rng(devices=[]):
-            pairs = pairs_of(recipe.network())
-        if not pairs:
-            raise MetaplError(
-                f"--mesh.tensor {mesh.tensor}: {network} has no two linear layers with an activation between them; "
-                "give --network vit_b_16 or another vision transformer, or --mesh.spatial or --mesh.shard instead."
-            )
+            plan = products_of(recipe.network(), mesh.tensor)
+        if not plan:
+            raise MetaplError(f"--mesh.tensor {mesh.tensor}: {network} has {NO_PRODUCTS}")

@@ -104,8 +104,7 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
         recipe = dataclasses.replace(recipe, **changed)
     check_shares(recipe, mesh)
     labeled, unlabeled = recipe.labeled_batch // mesh.shares, recipe.unlabeled_batch // mesh.shares
-    *sides, width = recipe.input_shape
-    shape, classes = (*sides, width // mesh.spatial), len(recipe.classes)
+    shape, classes = recipe.input_shape, len(recipe.classes)
     with torch.device("meta"):
         networks = _networks(recipe)
     counts = [sum(p.numel() for p in network.parameters()) for network in networks]
@@ -129,13 +128,9 @@ def plan(recipe: Recipe, mesh: Mesh, *, memory: int, flops_per_second: float | N
     except MetaplError:
         raise
     except (RuntimeError, ValueError) as error:  # of the networks' own code, such as a batch norm's of one example
-        remedy = (
-            " With --mesh.spatial, networks are made of convolutions, norms and pooling up to a global pooling; give "
-            "such a network, or more of --mesh.shard instead."
-        )
         raise MetaplError(
             f"a step of {recipe.name} on {mesh.size:,} ranks, with {labeled:,} labeled and {unlabeled:,} unlabeled "
-            f"examples on each, does not run: {reason_of(error)}.{remedy * (mesh.spatial > 1)}"
+            f"examples on each, does not run: {reason_of(error)}."
         ) from error
     parameters = {"teacher": 0 if self_trained(recipe) else counts[0], "student": counts[-1]}
     return Plan(recipe, mesh, memory, flops_per_second, parameters, step)

@@ -31,20 +31,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metapl.ablation.cost import FORMULAS
+from metapl.apps.networks.products import products_of
 from metapl.distributed.mesh import Mesh, shard
-from metapl.distributed.spatial import split_layer
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.local import Pass
 from metapl.execution.modules import trainable
-from metapl.execution.ranks import Columns, Ranks
+from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import local
-from metapl.execution.writes import tensors_in
 from metapl.feedback import keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
-from metapl.metrics.cost import FORMULAS
+from metapl.feedback.teacher import Teaching
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
@@ -148,19 +148,10 @@ class Replicated(DistributedDataParallel):
 def laid_out(module: nn.Module, mesh: Mesh) -> nn.Module:
     """A network, on the meta device, over the ranks of the stage's mesh, as ``shard`` lays it out, without values."""
     with unset_fake_temporarily():  # the meta device cuts a weight into many parts much faster
-        if mesh.spatial > 1:  # as spatial() does, but for its comparison of outputs, which have no values here
-            columns = Columns(mesh.columns("cpu"))
-            for name, layer in list(module.named_modules()):
-                # Dropout of pixels is refused where there are values; after the pooling it stays.
-                split = None if isinstance(layer, nn.Dropout) else split_layer(name, layer, columns)
-                if split is not None:
-                    module.set_submodule(name, split)
-            vars(module)["split_columns"] = columns
-        if mesh.shard > 1 or mesh.tensor > 1:  # by a mesh that cuts weights over the same ranks, and images no more
-            plain = Mesh(replicate=mesh.replicate, shard=mesh.shard * mesh.spatial, tensor=mesh.tensor)
+        if mesh.shard > 1 or mesh.tensor > 1:
             mesh.devices("cpu")
-            vars(plain)["_meshes"] = {("meta", *sizes): built for (_, *sizes), built in vars(mesh)["_meshes"].items()}
-            module = shard(module, plain)
+            vars(mesh)["_meshes"]["meta"] = vars(mesh)["_meshes"]["cpu"]
+            module = shard(module, mesh, plan=products_of(module, mesh.tensor) if mesh.tensor > 1 else None)
     module = module.to_empty(device="cpu")
     return Replicated(module) if mesh.size > 1 and mesh.shard == mesh.tensor == 1 else module
 
@@ -241,6 +232,10 @@ def _refuse_other(name: str, given: Any, kind: Any, expected: str) -> None:
         raise MetaplError(f"{name} is {checks.described(given)}; expected {expected}.")
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
 def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer on a labeled and an unlabeled batch, the second: optimizers then have their states. Beside
     the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`."""
@@ -272,7 +267,7 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
             (InnerStep, "tangent", None, FOR_FEEDBACK),
             *((type(trainer.update), name, None, FOR_FEEDBACK) for name in ("update", "stepped", "vjp")),
             (InnerStep, "second_derivatives", None, FOR_FEEDBACK),
-            (BilevelTrainer, "_teacher_backward", TEACHER, None),
+            (Teaching, "backward", TEACHER, None),
             (LossTrainer, "clip", UPDATE, None),
             (Path, "commit", UPDATE, None),
             *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Self
@@ -16,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Self
 import torch
 import tyro
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.pictures.batches import Fetched
@@ -27,8 +29,9 @@ from metapl.apps.recipes.settings import FirstTeacher, Selection, SelfTraining
 from metapl.data.draws import fold_in
 from metapl.data.sampler import StepSampler
 from metapl.errors import MetaplError
+from metapl.execution.numerics import wide
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.stored import NoisyStudentLoss, StoredLabelLoss
+from metapl.problems.stored import NoisyStudentLoss, check_stored, stored_pair, with_model_noise
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import DECAY, decay_interval
 from metapl.training.selection import weights_of
@@ -126,6 +129,25 @@ def _control(made: str, name: str, how: str, **forced: Any) -> type[NoisyStudent
 WithoutNoise = _control("WithoutNoise", "noisy_student_clean", "no noise on unlabeled", unlabeled_noise="none")
 Uneven = _control("Uneven", "noisy_student_uneven", "not balanced", balance=False, per_class=None)
 Once = _control("Once", "noisy_student_once", "one round", rounds=1)
+
+
+@dataclass(frozen=True)
+class StoredLabelLoss:
+    """Cross-entropy on pseudo-labeled examples alone, (1/B) Σ_i CE(stored_i, S(x_i)), of labeled batches (x, stored);
+    ``hard`` and ``model_noise`` as for :class:`NoisyStudentLoss`."""
+
+    hard: bool = False
+    model_noise: bool = True
+
+    name: ClassVar[str] = "pseudo_labeled"
+    of_classes: ClassVar[bool] = True
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
+        inputs, stored = stored_pair(labeled, "the pseudo-labeled batch")
+        with nullcontext() if self.model_noise else with_model_noise(teacher, on=False):
+            logits = wide(teacher(inputs))
+        check_stored(stored, logits, "unlabeled")
+        return F.cross_entropy(logits, stored.argmax(1) if self.hard else wide(stored))
 
 
 @dataclass(frozen=True, kw_only=True)

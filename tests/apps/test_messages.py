@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from metapl.words import columns, tell
+from metapl.apps.words import columns, tell
 
 # ---------------------------------------------------------------------------------------------------- lines that fit
 

@@ -1,4 +1,4 @@
-"""``python -m metapl`` is the ``metapl`` command."""
+"""``python -m metapl.apps`` is the ``metapl`` command."""
 
 from metapl.apps.commands import main
 

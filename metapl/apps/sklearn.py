@@ -1,0 +1,430 @@
+"""Classifiers for tables, as scikit-learn has them: from few labels and many unlabeled rows, or from labels of which
+some are wrong.
+
+Both standardize each column by its mean and deviation over the rows that ``fit`` is given, train small networks on
+these, and predict by one of them on the CPU. What they draw comes from ``random_state``: the same seed gives the same
+weights on one machine, and the default generators of torch, NumPy and Python stay as they were. None draws the seed
+from NumPy's, as elsewhere in scikit-learn.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
+from inspect import signature
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.metrics import accuracy_score
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_consistent_length, check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import assert_all_finite, check_is_fitted, column_or_1d, validate_data
+from torch import Tensor, nn
+
+from metapl.data import StepBatches, StepSampler
+from metapl.data.draws import fold_in
+from metapl.errors import MetaplError, few, reason_of
+from metapl.execution.checks import described
+from metapl.feedback import Mode
+from metapl.metrics.predictions import logits_of
+from metapl.models import mlp
+from metapl.problems import ExampleWeights, Table
+from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_fields
+from metapl.runs.generators import rng_state, set_rng_state
+from metapl.training.loss_trainer import LossTrainer
+from metapl.training.trainer import BilevelTrainer
+
+__all__ = ["MetaPseudoLabelsClassifier", "MetaReweightedClassifier"]
+
+Array = np.ndarray[Any, Any]
+Network = Callable[[int, int], nn.Module]
+ZeroOrMore = Annotated[float, Range(0)]
+
+_DRAWING = threading.RLock()  # the default generators are those of all threads
+
+
+@dataclass(frozen=True)
+class _Rows(StepBatches[Any]):
+    """Shuffled batches of the same rows of each column, or with ``weights`` batches of rows drawn in proportion to
+    these; with a ``noise``, views of the only one."""
+
+    columns: tuple[Tensor, ...]
+    sampler: StepSampler
+    noise: float | None = None
+    weights: Tensor | None = None
+    steps: None = None
+
+    def batch(self, step: int) -> Any:
+        draw = torch.Generator().manual_seed(fold_in(self.sampler.seed, step))
+        rows = self.sampler.indices(step)
+        if self.weights is not None:
+            rows = torch.multinomial(self.weights, len(rows), replacement=True, generator=draw)
+        found = tuple(column[rows] for column in self.columns)
+        if not self.noise:
+            return found if self.noise is None else found[0]
+        noise = torch.randn(found[0].shape, generator=draw, dtype=found[0].dtype)
+        return found[0], found[0] + self.noise * noise.to(found[0].device)
+
+
+@contextmanager
+def _refused(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """What scikit-learn says of wrong rows and labels, as an error of metapl."""
+    try:
+        yield
+    except kinds as error:
+        raise MetaplError(str(error)) from error
+
+
+_BLANK = ("", "nan", "<na>", "nat")  # what a missing label becomes as a text, in files and by astype(str)
+
+
+def _has_label(label: object, partly: bool) -> bool:
+    """Whether a label is not missing (None, NaN, pandas' NA and NaT), nor, of labels of a part of the rows, -1 as a
+    number or a text."""
+    if isinstance(label, str):
+        return label != "-1" or not partly
+    return str(label) not in ("None", "nan", "<NA>", "NaT", *("-1", "-1.0") * partly)
+
+
+@dataclass(eq=False, repr=False)
+class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Rows and labels of scikit-learn in, one trained network out."""
+
+    hidden_layer_sizes: AtLeastOne | tuple[AtLeastOne, ...] = (64,)
+    _: KW_ONLY
+    network: Network | None = None
+    mode: Mode = "forward"
+    steps: AtLeastOne = 300
+    batch_size: AtLeastOne = 64
+    learning_rate: AboveZero = 0.05
+    weight_decay: ZeroOrMore = 0.02
+    device: str = "cpu"
+    verbose: bool = False
+    random_state: Any = None
+    _partly: ClassVar[bool] = False  # whether rows may have no label
+
+    def predict_proba(self, X: Any) -> Array:
+        """Class probabilities (n, classes) of the rows of X, in the order of ``classes_``."""
+        check_is_fitted(self)
+        x = self._standardized(self._rows(X, reset=False))
+        return logits_of(self.network_, x.split(1024)).double().softmax(-1).numpy()
+
+    def predict(self, X: Any) -> Array:
+        """The most probable class of each row of X."""
+        check_is_fitted(self)
+        labels: Array = self.classes_[self.predict_proba(X).argmax(1)]
+        return labels
+
+    def _rows(self, X: Any, *, reset: bool) -> Array:
+        if issparse(X):
+            raise MetaplError("X is a sparse matrix; expected a dense one, of which each entry is read: X.toarray().")
+        with _refused():
+            rows: Array = validate_data(self, X, reset=reset, dtype=np.float64, ensure_min_samples=1 + reset)
+        return rows
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The accuracy on the rows of X that have a label in y, so that cross-validation does without the others."""
+        predicted = self.predict(X)
+        with _refused((ValueError, TypeError)):
+            known, y = self._known(predicted, y)
+            check_consistent_length(predicted, sample_weight)
+            if not known.any():
+                raise ValueError("score() was given y without a label; expected labels of one row or more.")
+            weights = None if sample_weight is None else np.asarray(sample_weight)[known]
+            return float(accuracy_score(y, predicted[known], sample_weight=weights))
+
+    def _known(self, X: Array, y: Any, *, warn: bool = False) -> tuple[Array, Array]:
+        """Which rows have a label, and these labels."""
+        # As objects, for an array of texts would take NaN for one of them.
+        y = column_or_1d(np.array(y, object) if isinstance(y, list | tuple) else y, warn=warn)
+        check_consistent_length(X, y)
+        blank = sorted({str(label) for label in y if isinstance(label, str) and label.strip().lower() in _BLANK})
+        if blank:
+            missing = "None, NaN or -1 where a row has no label" if self._partly else "a label for each row"
+            raise ValueError(f"y has the texts {few(map(repr, blank))}, which are no classes; expected {missing}.")
+        known = np.array([_has_label(label, self._partly) for label in y], bool)
+        if not self._partly and not known.all():
+            raise ValueError(f"y contains NaN or None, in {np.sum(~known):,} rows; expected a label for each row.")
+        y = y[known]
+        if y.dtype == object and not any(isinstance(label, str) for label in y):
+            y = np.array(y.tolist())  # numbers, of a column with None
+        return known, y
+
+    def _labels(self, X: Array, y: Any) -> tuple[Array, Array]:
+        """Which rows have a label, and the classes of these by number; they are noted by name."""
+        with _refused((ValueError, TypeError)):  # the latter of labels that cannot be compared
+            known, y = self._known(X, y, warn=True)
+            assert_all_finite(y, input_name="y")
+            check_classification_targets(y)
+            classes, codes = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            has = f"the class {few(classes)} alone" if len(classes) else "no label"
+            mend = (
+                " Of two classes -1 and 1, the first is no class here but a missing label: give 0 and 1." * self._partly
+            )
+            raise MetaplError(f"y has {has}; expected labels of two classes or more.{mend}")
+        self.classes_ = classes
+        return known, codes
+
+    def _standardized(self, X: Array) -> Tensor:
+        with _refused(), np.errstate(over="ignore", invalid="ignore"):
+            x = self.scaler_.transform(X).astype(np.float32)
+            assert_all_finite(x, input_name="standardized X")
+        return torch.from_numpy(x)
+
+    @contextmanager
+    def _fitting(self, X: Any, y: Any) -> Iterator[tuple[Tensor, Array, Array, int]]:
+        """Standardized rows where the networks are trained, what :meth:`_labels` gives, and a seed, whose draws are the
+        only ones in the block. Where that fails, the classifier is as it was."""
+        check_fields(self)
+        before = dict(vars(self))
+        try:
+            X = self._rows(X, reset=True)
+            known, codes = self._labels(X, y)
+            with _refused(), np.errstate(over="ignore", invalid="ignore"):
+                self.scaler_ = StandardScaler().fit(X)
+                assert_all_finite(self.scaler_.var_, input_name="the variance of X")
+                seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            x = self._moved(self._standardized(X))
+            with _DRAWING:
+                generators = rng_state()
+                try:
+                    torch.manual_seed(seed)
+                    yield x, known, codes, seed
+                finally:
+                    set_rng_state(generators)
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _moved(self, x: Tensor) -> Tensor:
+        try:
+            moved = x.to(self.device)
+            moved.sum().item()  # which the meta device cannot
+            return moved
+        except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError of a build without CUDA
+            raise MetaplError(
+                f"device={self.device!r} was given: {reason_of(error)}; expected a device that is there, such as 'cpu'."
+            ) from error
+
+    def _built(self, x: Tensor) -> nn.Module:
+        """A network for the rows x, with first weights of its own."""
+        columns, classes, make = x.shape[1], len(self.classes_), self.network
+        if make is None:
+            return mlp([columns, *np.atleast_1d(self.hidden_layer_sizes).tolist(), classes]).to(x)
+        takes_both = False
+        with suppress(TypeError):  # of what cannot be called, or takes other arguments
+            takes_both = not isinstance(make, nn.Module) and bool(signature(make).bind(columns, classes))
+        found = make(columns, classes) if takes_both else None
+        if not isinstance(found, nn.Module):
+            given = described(make) if found is None else f"a function that returned {described(found)}"
+            raise MetaplError(
+                f"network= is {given}; expected a function (columns, classes) -> torch.nn.Module, such as "
+                "lambda columns, classes: metapl.models.mlp([columns, 64, classes]): two networks are made by it."
+            )
+        try:
+            gives = f"gives outputs of shape {tuple(logits_of(found.to(x), [x[:2]]).shape)} for"
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
+            gives = f"cannot take ({reason_of(error)})"
+        if gives != f"gives outputs of shape {(2, classes)} for":
+            raise MetaplError(
+                f"the network of network= {gives} 2 rows of {columns} columns; expected logits of shape {(2, classes)} "
+                f"for the classes {few(self.classes_)}."
+            )
+        return found
+
+    def _optimizer(self, network: nn.Module) -> torch.optim.SGD:
+        return torch.optim.SGD(
+            network.parameters(), lr=self.learning_rate, momentum=0.9, nesterov=True, weight_decay=self.weight_decay
+        )
+
+    def _batches(self, seed: int, *columns: Tensor, noise: float | None = None, weights: Tensor | None = None) -> _Rows:
+        size = len(columns[0])
+        return _Rows(columns, StepSampler(size, min(self.batch_size, size), seed), noise, weights)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class MetaPseudoLabelsClassifier(_Classifier):
+    r"""Meta Pseudo Labels for tables: a teacher labels all rows, a student learns from these labels, and the teacher
+    from how the student then does on the rows with labels.
+
+    The student sees the rows with noise, where ``noise`` is not 0; the teacher labels them as they are, and learns to
+    say the same of both (:class:`metapl.UDA`). Prediction is by the student.
+
+    Args:
+        hidden_layer_sizes: widths between the columns and the classes, of both networks.
+        network: in their place, a function (columns, classes) -> ``torch.nn.Module`` that gives logits.
+        mode: of :class:`metapl.BilevelTrainer`; ``"none"`` is the control without feedback.
+        steps: of training, with a cosine schedule.
+        batch_size: rows in a batch of each kind, or all that there are.
+        learning_rate, weight_decay: of both networks' SGD with Nesterov momentum 0.9.
+        noise: standard deviation of the noise, in deviations of each column; 0: one view, and no consistency.
+        feedback_weight, feedback_ratio: as of :class:`metapl.BilevelTrainer`.
+        device: where it is trained.
+        verbose: show a bar.
+        random_state: as elsewhere in scikit-learn.
+
+    Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``), and
+    ``network_``, the student, on the CPU.
+
+    Cost: ``steps`` steps of the mode, whatever the number of rows.
+
+    Source: Pham et al., "Meta Pseudo Labels" (CVPR 2021), Algorithm 1.
+
+    >>> from sklearn.datasets import make_moons
+    >>> X, y = make_moons(200, noise=0.1, random_state=0)
+    >>> y[10:] = -1  # ten rows keep their labels
+    >>> MetaPseudoLabelsClassifier(steps=20, random_state=0).fit(X, y).predict_proba(X).shape
+    (200, 2)
+    """
+
+    noise: ZeroOrMore = 0.5
+    feedback_weight: float = 1.0
+    feedback_ratio: ZeroOrMore | None = None
+    _partly: ClassVar[bool] = True
+
+    def fit(self, X: Any, y: Any) -> MetaPseudoLabelsClassifier:
+        """Train on rows of which some have a label.
+
+        Args:
+            X: (n, columns) numbers, none of them missing; dense.
+            y: (n,) classes, numbers or texts. A row without a label has -1, as a number or as the text "-1", None or
+                NaN. Where every row has a label, a warning says so, and the training goes on.
+
+        Returns: this classifier.
+        Raises: :class:`metapl.MetaplError`, a ``ValueError``.
+        """
+        with self._fitting(X, y) as (x, known, codes, seed):
+            if known.all():
+                warnings.warn(
+                    "every row of y has a label, of which -1 would say that there is none; a VotingClassifier, or "
+                    "another that numbers the labels anew, makes a class of -1",
+                    stacklevel=2,
+                )
+            teacher, student = self._built(x), self._built(x)
+            trainer = BilevelTrainer(
+                teacher,
+                student,
+                self.mode,
+                inner_optimizer=self._optimizer(student),
+                outer_optimizer=self._optimizer(teacher),
+                feedback_weight=self.feedback_weight,
+                feedback_ratio=self.feedback_ratio,
+            )
+            labeled = self._batches(seed, x[known], torch.from_numpy(codes).to(x.device))
+            trainer.fit(labeled, self._batches(seed + 1, x, noise=self.noise), steps=self.steps, progress=self.verbose)
+            self.network_ = student.cpu()
+        return self
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class MetaReweightedClassifier(_Classifier):
+    r"""Learning from labels of which some are wrong: each row has a weight, which is learned from rows to be trusted.
+
+    First :class:`metapl.problems.ExampleWeights` learns the weights a_i in (0, 1): they fall where a step on the row
+    raises the loss on the trusted rows. Then a network with new first weights is trained on all rows, each drawn in
+    proportion to its weight, and the trusted ones to 1.
+
+    Args:
+        hidden_layer_sizes, network, batch_size, learning_rate, weight_decay, device, verbose, random_state: as of
+            :class:`MetaPseudoLabelsClassifier`.
+        mode: one for differentiable signals.
+        steps: of each of the two trainings.
+        weights_learning_rate: of the weights' Adam, in logits.
+        trusted_fraction: of the rows of each class, and at least one, that are taken for trusted where ``fit`` is not
+            told which are. They are as wrong as the others.
+
+    Attributes: ``classes_``, ``n_features_in_``, ``feature_names_in_``, ``scaler_`` (a ``StandardScaler``),
+    ``weights_`` (n,) of the rows of ``fit``, 1 for trusted ones, and ``network_`` on the CPU.
+
+    Cost: ``steps`` steps of the mode and as many of plain training, whatever the number of rows.
+
+    >>> from sklearn.datasets import make_moons
+    >>> X, y = make_moons(200, noise=0.1, random_state=0)
+    >>> trusted = np.arange(200) < 20
+    >>> y[20:60] = 1 - y[20:60]  # wrong labels
+    >>> found = MetaReweightedClassifier(random_state=0).fit(X, y, trusted=trusted)
+    >>> bool(found.weights_[20:60].mean() < found.weights_[60:].mean())
+    True
+    """
+
+    weights_learning_rate: AboveZero = 0.2
+    trusted_fraction: Annotated[float, Range(above=0, below=1)] = 0.1
+
+    def fit(self, X: Any, y: Any, trusted: Any = None) -> MetaReweightedClassifier:
+        """Learn a weight of each row, and train on the weighted rows.
+
+        Args:
+            X: (n, columns) numbers, none of them missing; dense.
+            y: (n,) classes, numbers or texts, some of them wrong.
+            trusted: (n,) True where a label is known to be right, for one row of each class or more. None: a random
+                ``trusted_fraction``, which is as wrong as the rest.
+
+        Returns: this classifier.
+        Raises: :class:`metapl.MetaplError`, a ``ValueError``.
+        """
+        with self._fitting(X, y) as (x, _, codes, seed):
+            mask = self._drawn(codes, seed) if trusted is None else self._trusted(trusted, codes)
+            clean = torch.tensor(mask)
+            labels, rest = torch.from_numpy(codes).to(x.device), ~clean
+            table, student = Table(torch.zeros(int(rest.sum()), device=x.device)), self._built(x)
+            trainer = BilevelTrainer(
+                table,
+                student,
+                self.mode,
+                problem=ExampleWeights(),
+                inner_optimizer=self._optimizer(student),
+                outer_optimizer=torch.optim.Adam(table.parameters(), lr=self.weights_learning_rate),
+            )
+            index = torch.arange(int(rest.sum()), device=x.device)
+            how: dict[str, Any] = {"steps": self.steps, "progress": self.verbose}
+            trainer.fit(
+                self._batches(seed, x[clean], labels[clean]),
+                self._batches(seed + 1, x[rest], labels[rest], index),
+                **how,
+            )
+            weights = torch.ones(len(x), dtype=torch.float64)
+            weights[rest] = table.values.detach().cpu().double().sigmoid()
+            network = self._built(x)
+            rows = self._batches(seed + 2, x, labels, weights=weights)
+            LossTrainer(network, optimizer=self._optimizer(network)).fit(rows, **how)
+            self.weights_, self.network_ = weights.numpy(), network.cpu()
+        return self
+
+    def _trusted(self, trusted: Any, codes: Array) -> Array:
+        """The mask as it was given; one of another kind, or without a class, is refused."""
+        with _refused():
+            mask = np.asarray(trusted)
+        if mask.shape != codes.shape or mask.dtype != bool or mask.all():
+            every = ", all True" if mask.dtype == bool and mask.all() else ""
+            raise MetaplError(
+                f"trusted= has the shape {mask.shape} and the type {mask.dtype}{every}; "
+                f"expected {len(codes)} truth values, one for each row of X, some of them False."
+            )
+        missing = np.setdiff1d(np.arange(len(self.classes_)), codes[mask])
+        if len(missing):
+            raise MetaplError(
+                f"no trusted row has a label of {few(self.classes_[missing])}; expected one of each class or more: the "
+                "weights of a class that is not among them would fall to 0."
+            )
+        return mask
+
+    def _drawn(self, codes: Array, seed: int) -> Array:
+        """A random ``trusted_fraction`` of each class, at least one row of it."""
+        order, mask = np.random.default_rng(seed).permutation(len(codes)), np.zeros(len(codes), bool)
+        for code in np.unique(codes):
+            rows = order[codes[order] == code]
+            mask[rows[: max(1, round(self.trusted_fraction * len(rows)))]] = True
+        if mask.all():
+            raise MetaplError(
+                f"trusted_fraction={self.trusted_fraction} takes all {len(codes)} rows for trusted, one of each class "
+                "or more; expected some to be weighed: fewer classes, more rows, a smaller fraction, or trusted=."
+            )
+        return mask

@@ -1,0 +1,113 @@
+"""Names, messages and tables as they are shown: what a file is called must not move the cursor, or turn the line."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import TextIO
+
+from metapl.words import shown
+
+WIDTH, NARROWEST = 80, 40  # columns of text where there is no terminal, and the least of one that is made use of
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what makes a spreadsheet take a cell for a formula
+
+
+def width_of(text: str) -> int:
+    r"""Columns of a terminal that a text takes: two for a wide letter, none for a mark on the one before.
+
+    >>> width_of("cat"), width_of("猫"), width_of("e\u0301")
+    (3, 2, 1)
+    """
+    return len(text) if text.isascii() else sum(map(_width, text))
+
+
+def _width(letter: str) -> int:
+    wide = unicodedata.east_asian_width(letter) in ("W", "F")
+    return 0 if unicodedata.category(letter) in ("Mn", "Me", "Cf") else 1 + wide
+
+
+def short(name: str, most: int = 30) -> str:
+    """A name that fits, without its middle where need be: ends tell classes apart too.
+
+    >>> short("crane (n02012849)", 12), short("猫の写真クラス", 12)
+    ('crane...849)', '猫の...ラス')
+    """
+    name, tail = shown(name), (most - 3) // 2
+    return name if width_of(name) <= most else f"{_begin(name, most - 3 - tail)}...{_begin(name[::-1], tail)[::-1]}"
+
+
+def _begin(text: str, most: int) -> str:
+    return text[: sum(width <= most for width in itertools.accumulate(map(_width, text)))]
+
+
+def tell(*parts: object, file: TextIO | None = None, end: str = "\n", wrap: bool = False) -> None:
+    """Print a message, with what must not be shown escaped, to standard output unless a ``file`` is given.
+
+    ``wrap`` breaks its lines where the file is not so wide; not for tables. What goes to standard error is broken on a
+    terminal only: who reads it from a pipe or a log looks for one line.
+    """
+    to = file or sys.stdout
+    text = " ".join(shown(part, keep="\n") for part in parts)
+    breaks = wrap and (to is not sys.stderr or _is_terminal(to))
+    print(wrapped(text, columns(to)) if breaks else text, file=to, end=end, flush=True)
+
+
+def columns(file: TextIO) -> int:
+    """The width of a terminal, and 80 for everything else."""
+    return max(shutil.get_terminal_size((WIDTH, 24)).columns, NARROWEST) if _is_terminal(file) else WIDTH
+
+
+def _is_terminal(file: TextIO) -> bool:
+    try:
+        return file.isatty()
+    except (AttributeError, ValueError):  # no stream, or one that is closed
+        return False
+
+
+def wrapped(text: str, width: int = WIDTH) -> str:
+    r"""Each line of a text in lines of this width, broken at spaces alone; what was set in stays so.
+
+    >>> print(wrapped("a line that is longer\n  than a screen, which was set in", 20))
+    a line that is
+    longer
+      than a screen,
+      which was set in
+    """
+    broken = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
+    broken.expand_tabs, lines = False, []
+    for line in text.split("\n"):
+        broken.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")))
+        lines.append(line if len(line) <= width else broken.fill(line))
+    return "\n".join(lines)
+
+
+def cell(text: str) -> str:
+    """A name as a cell of CSV: one that a spreadsheet would take for a formula begins with an apostrophe; a negative
+    number is none.
+
+    >>> cell("=1+1"), cell("a=1"), cell("-1+1"), cell("-1.5e-05")
+    ("'=1+1", 'a=1', "'-1+1", '-1.5e-05')
+    """
+    number = re.fullmatch(r"-[\d.]+(e[+-]\d+)?", text)
+    return f"'{text}" if text.startswith(FORMULA) and number is None else text
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows with their columns aligned: the first ``left`` to the left, the others to the right.
+
+    >>> print(table([("class", "right"), ("cat", "97.5%"), ("dog", "8.0%")]))
+    class  right
+    cat    97.5%
+    dog     8.0%
+    """
+    widths, lines = [max(map(width_of, column)) for column in zip(*rows, strict=True)], []
+    for row in rows:
+        gaps = [" " * (width - width_of(text)) for text, width in zip(row, widths, strict=True)]
+        cells = [text + gap if i < left else gap + text for i, (text, gap) in enumerate(zip(row, gaps, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
