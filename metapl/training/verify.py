@@ -688,8 +688,8 @@ class _Verified:
                     return "log_prob is not the logarithm of probs at the value that was drawn."
             if bool((log_prob > 1e-6).any()):
                 return "log_prob is above 0, so it is no logarithm of a probability."
-        if parts > 1 and len(self.base.batches) == 1:
-            case, signal, z = self.base.copied(), joined_signals(self.told), torch.cat(run.outputs)
+        if parts > 1:
+            case, signal, z = self.base.copied(), joined_signals(self.told[:parts]), torch.cat(run.outputs[:parts])
             inner = case.problem.inner_loss(z, signal, case.batches[0], trainable(case.student)).mean()
             whole = case.problem.outer_loss(torch.cat(run.labeled), case.problem.outer_batch(case.labeled))
             total, weight = sum_and_weight(whole)
