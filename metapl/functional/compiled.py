@@ -60,7 +60,7 @@ class CompiledStep:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
                 compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, options=OPTIONS)
-            eager, there, probs = _eager(trainer, labeled, batches, ahead)
+            eager, there, probs = eager_step(trainer, labeled, batches, ahead)
         else:
             compiled, updates, probs = self.known[key]
         noise = None
@@ -107,7 +107,9 @@ def _refuse(trainer: Any) -> None:
         raise MetaplError("inner_optimizer is a TorchOpt transform, which is not compiled; leave compile out.")
 
 
-def _eager(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> tuple[StepReport, State, Tensor | None]:
+def eager_step(
+    trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool
+) -> tuple[StepReport, State, Tensor | None]:
     """The same step by a copy of the trainer, eagerly: its report, the state after it, and the probabilities that
     labels were drawn from. The generators stay where they are."""
     start = RandomState.now(trainer.device)
