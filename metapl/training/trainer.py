@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,9 @@ from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
-from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
-from metapl.training.options import FinetuneKeywords
-from metapl.training.states import check_state, names_of
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
@@ -368,11 +365,8 @@ class BilevelTrainer(Trainer):
         return [*self._optimizers.values()]
 
     def settings(self) -> dict[str, Any]:
-        names = ["mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS]
-        values = settings_of(self, names)
-        if self.inner_optimizer not in self.schedulable:  # a transform, whose settings are in its functions
-            values["settings"] |= built_with({"inner_optimizer": self.inner_optimizer})
-        return values
+        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
+        return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
         return {
@@ -382,19 +376,15 @@ class BilevelTrainer(Trainer):
             "student": self.student.state_dict(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
-            "optimizers": names_of(self._optimizers),
             "mode_state": self.mode_state,
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
             "verification": self.verification.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, in a trainer built alike.
-
-        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
-        """
-        check_state(type(self).__name__, state, self.live_state(), self._optimizers)
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["mode"] != self.mode.name:
+            raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:
@@ -415,7 +405,7 @@ class BilevelTrainer(Trainer):
         *,
         steps: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        **options: Unpack[FinetuneKeywords],
+        **options: Any,
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
