@@ -14,6 +14,7 @@ from metapl.training import StopFit
 from metapl.training.contract import StepReport
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
+from metapl.training.verify import check_gradient
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __version__ = "0.2.0"
 
 __all__ = ["MODES", "UDA", "BilevelProblem", "BilevelTrainer", "CrossEntropy", "Hypergradient", "Lookahead"]
 __all__ += ["LossTrainer", "MetaplError", "PseudoLabels", "Signal", "StepReport", "StopFit", "ablate", "attribute"]
-__all__ += ["feedback", "hypergradient", "models", "problems"]
+__all__ += ["check_gradient", "feedback", "hypergradient", "models", "problems"]
 
 # Loaded when they are first used, so that ``import metapl`` loads little beside torch.
 _LATER = {"ablate": "metapl.ablation", "attribute": "metapl.training.attribution"}

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.ablation.cost import flops, peak_bytes
@@ -23,9 +23,7 @@ from metapl.execution.batch import length, rows
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Altered, Estimator, Lookahead, Mode
 from metapl.feedback.difference import RELATIVE_STEP
-from metapl.feedback.inner_step import read_batch
 from metapl.feedback.lookahead import inner_batches
-from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.memory import out_of_memory
 from metapl.training.trainer import BilevelTrainer
@@ -65,7 +63,7 @@ def reasons_told() -> Iterator[None]:
 def sibling(trainer: BilevelTrainer, mode: Mode | None = None, problem: BilevelProblem | None = None) -> BilevelTrainer:
     """A trainer of the same networks and optimizers, in their state, by another mode or on another problem."""
     options: dict[str, Any] = {name: getattr(trainer, name) for name in SAME}
-    options |= {"problem": trainer.given_problem if problem is None else problem}
+    options |= {"problem": trainer.problem if problem is None else problem, "verify": False}  # the trainer is
     made = BilevelTrainer(trainer.teacher, trainer.student, trainer.mode if mode is None else mode, **options)
     made.update.load_state_dict(copy.deepcopy(trainer.update.state_dict()))
     return made
@@ -134,8 +132,10 @@ class Point:
             signal = None
             if enters_input(problem):
                 no_outputs: Any = None
-                signal = problem.signal(copy.deepcopy(trainer.guard.asked), batch, no_outputs, generator=None)
-            inputs = read_batch(problem, "student_input", batch, signal)
+                signal = problem.signal(
+                    copy.deepcopy(trainer.teacher) or nn.Module(), batch, no_outputs, generator=None
+                )
+            inputs = problem.student_input(batch, *(() if signal is None else (signal,)))
 
         def student() -> None:
             with torch.no_grad(), replayed(RandomState.now(trainer.device)):
@@ -215,7 +215,7 @@ def _over_steps(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str
 
 
 def _over_temperatures(point: Point, modes: Sequence[Estimator]) -> list[Setting] | str:
-    problem: Any = PseudoLabels() if point.trainer.given_problem is None else point.trainer.given_problem
+    problem: Any = point.trainer.problem
     if not dataclasses.is_dataclass(problem) or not hasattr(problem, "temperature"):
         return f"the problem {type(problem).__name__} has no temperature."
     settings: list[Setting] = []

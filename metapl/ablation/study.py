@@ -28,7 +28,6 @@ from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import MODES, Altered, Estimator, Lookahead, Mode, estimator
-from metapl.feedback.inner_step import read_batch
 from metapl.metrics import Evaluation
 from metapl.metrics.metric import metric_of
 from metapl.metrics.predictions import eval_mode
@@ -329,7 +328,7 @@ def _trainings(
 
 
 def outer_loss_of(trainer: BilevelTrainer, labeled: Any) -> float:
-    batch = read_batch(trainer.problem, "outer_batch", labeled)
+    batch = trainer.problem.outer_batch(labeled)
     with eval_mode(trainer.student), torch.no_grad():
         outputs = trainer.student(trainer.problem.outer_input(batch))
         total, weight = sum_and_weight(trainer.problem.outer_loss(outputs, batch))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ def hypergradient(
     accumulate: MicroBatches = 1,
     clip_norm: AboveZero | None = None,
     progress: bool = False,
+    verify: bool | Literal["warn"] = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
 
@@ -107,6 +109,8 @@ def hypergradient(
             of the update, so the feedback includes its derivative.
         progress: show on standard error how far a look-ahead is: the steps, and the steps back; a bar on a terminal,
             else a line a minute at most.
+        verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
+            of it; some five real steps on copies, more where it is not.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
@@ -125,6 +129,11 @@ def hypergradient(
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+    if verify:  # by a module above this one, which calls this function on copies
+        check = import_module("metapl.training.verify").check_gradient
+        given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
+        given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
+        check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).taken(verify)
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)

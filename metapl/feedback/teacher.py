@@ -192,14 +192,15 @@ class Teaching:
         if ratio is not None:
             parameters = layout.parameters()
             if layout.kind == "replicated":
-                own_p: dict[str, Tensor] = dict(parameters)
-                of_feedback, of_losses = (self.ranks.mean_tree(t, own_p) for t in (of_feedback, of_losses))
+                like: dict[str, Tensor] = dict(parameters)
+                of_feedback, of_losses = (self.ranks.mean_tree(t, like) for t in (of_feedback, of_losses))
             a, b = (layout.space.norm({n: local(g) for n, g in t.items()}) for t in (of_feedback, of_losses))
             scale = torch.where(a > 0, ratio * b / a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
+            for name, g in of_feedback.items():
+                scaled = scale.to(g.dtype) * g
+                of_losses[name] = scaled + of_losses[name] if name in of_losses else scaled
             for name, p in parameters.items():
-                h_p, own_p = of_feedback.get(name), of_losses.get(name)
-                h_p = None if h_p is None else scale.to(h_p.dtype) * h_p
-                p.grad = own_p if h_p is None else h_p if own_p is None else h_p + own_p
+                p.grad = of_losses.get(name)
             scalars[-1]["feedback_weight"] = scale
         means = mean_scalars(scalars)
         return means if self.ranks.alone else self.ranks.mean_scalars(means)

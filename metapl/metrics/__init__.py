@@ -3,7 +3,7 @@
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.metric import Measured, Metric
 from metapl.metrics.predictions import predict_logits
-from metapl.metrics.statistics import PairedTest, chance_level, interval, paired_test, spoken, with_chance
+from metapl.metrics.statistics import PairedTest, chance_level, interval, paired_test
 
 __all__ = [
     "Evaluation",
@@ -15,7 +15,5 @@ __all__ = [
     "interval",
     "paired_test",
     "predict_logits",
-    "spoken",
-    "with_chance",
 ]
 __dir__ = __all__.copy

@@ -42,22 +42,16 @@ def predict_logits(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> t
             labels.append(y.cpu())
             yield x
 
-    logits = logits_of(model, inputs())
-    return logits, torch.cat(labels)
+    return logits_of(model, inputs()), torch.cat(labels)
 
 
 def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
     with passes(model) as outputs_of:
         logits = [outputs_of(x).cpu() for x in inputs]
-    if not logits:
-        raise MetaplError("there are no batches to predict; give at least one, and a fresh iterator for each call")
-    shapes = dict.fromkeys(t.shape[1:] if t.ndim else None for t in logits)
-    if len(shapes) > 1 or None in shapes:
-        raise MetaplError(
-            f"the network's outputs on the batches have the shapes {few(tuple(t.shape) for t in logits)}; expected a "
-            "row for each example, all of one shape: predict batch by batch."
-        )
+    if len({t.shape[1:] for t in logits if t.ndim}) != 1 or not all(t.ndim for t in logits):
+        shapes = few(tuple(t.shape) for t in logits) or "none, for there are no batches"
+        raise MetaplError(f"the network's outputs have the shapes {shapes}; expected rows of one shape.")
     return torch.cat(logits)
 
 
@@ -66,30 +60,8 @@ def passes(model: nn.Module) -> Iterator[Callable[[Any], Tensor]]:
     """A function from inputs to the network's outputs on them, in eval mode and without gradients while the block
     lasts."""
     first = next(model.parameters(), None)
-
-    def outputs_of(x: Any) -> Tensor:
-        given = x if first is None else to_device(x, first.device)
-        return checks.logits(model(given), "network")
-
     with eval_mode(model), without_gradients(model):
-        yield outputs_of
-
-
-def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
-    """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such; ``name`` is that of the
-    data in errors."""
-    for batch in iterated(data, name, whole := is_whole(data)):
-        inputs, labels = labeled_pair(batch, batch_name(data, name))[:2]
-        yield from _pieces((to_device(inputs, device), to_device(labels, device)), whole)
-
-
-def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of) -> Iterator[Any]:
-    """The inputs of data in batches, labels left out by ``read``: of a tensor, an array or a dict of these, a tuple
-    that begins with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay
-    as they are."""
-    whole = is_array(data) or isinstance(plain(data), dict | tuple)
-    for batch in iterated(data, "the data to predict", whole):
-        yield from _pieces(as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are"), whole)
+        yield lambda x: checks.logits(model(x if first is None else to_device(x, first.device)), "network")
 
 
 def outer_batches(
@@ -98,35 +70,39 @@ def outer_batches(
     """The inputs of a network and the batch as its loss reads it, on the device, of one labeled batch or an iterable of
     such; ``read`` makes them of a batch, whose name in errors it takes."""
     whole = is_whole(data) or isinstance(data, Tensor)
-    for batch in iterated(data, name, whole):
-        for piece in _pieces(to_device(plain(batch), device), whole):
-            yield read(piece, name if whole else batch_name(data, name))
+    for batch in _batches(data, name, lambda batch: to_device(plain(batch), device), whole):
+        yield read(batch, name if whole else f"a batch of {name}")
 
 
-def iterated(data: Any, name: str, whole: bool = False) -> Iterator[Any]:
-    """The batches of an iterable, or of what has them by position, or data that is ``whole`` as one; other data are
-    refused."""
+def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
+    """(inputs, labels) in batches on the device, from one labeled batch or an iterable of such."""
+    return outer_batches(data, lambda batch, of: labeled_pair(batch, of)[:2], device, name)
+
+
+def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = inputs_of) -> Iterator[Any]:
+    """The inputs of data in batches, labels left out by ``read``: of a tensor, an array or a dict of these, a tuple
+    that begins with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay
+    as they are."""
+
+    def inputs(batch: Any) -> Any:
+        return as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")
+
+    return _batches(data, "the data to predict", inputs, is_array(data) or isinstance(plain(data), dict | tuple))
+
+
+def _batches(data: Any, name: str, prepared: Callable[[Any], Any], whole: bool) -> Iterator[Any]:
+    """The batches of an iterable, or of data that comes as a ``whole``, in batches of at most ``ROWS`` examples."""
     try:
-        batches: Iterator[Any] = iter([data] if whole else data)
+        source: Iterator[Any] = iter([data] if whole else data)
     except TypeError as error:
-        expected = "expected tensors, or an iterable of batches of them"
-        raise MetaplError(f"{name} is {checks.described(data)}; {expected}.") from error
-    return batches
-
-
-def batch_name(data: Any, name: str) -> str:
-    """A batch of data in errors: data that is not one pair is read as batches, and who gave it may not know that."""
-    read = f"{name} is {checks.described(data)}, which is read as batches, and a batch of it"
-    return name if is_whole(data) else read
-
-
-def _pieces(batch: Any, whole: bool) -> Iterator[Any]:
-    """A batch, or, of data that comes as a whole, batches of at most ``ROWS`` examples."""
-    count = length(batch)
-    if not whole or count <= ROWS:
-        yield batch
-    else:
-        yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
+        raise MetaplError(f"{name} is {checks.described(data)}; expected tensors, or batches of them.") from error
+    for given in source:
+        batch = prepared(given)
+        count = length(batch) if whole else 0
+        if count > ROWS:
+            yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
+        else:
+            yield batch
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from metapl.execution.numerics import wide
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
-Random = torch.Generator | None
+Random = torch.Generator | Tensor | None  # what labels are drawn by; a tensor is the noise itself, on the pure road
 OuterLoss = Tensor | tuple[Tensor, Tensor | float]  # a mean over examples; or a sum, and the weight to divide it by
 
 
@@ -69,7 +69,7 @@ class Signal:
         own: dict[str, Any] = {name: t for name, t in fields.items() if name in vars(self)}
         if isinstance(self.value, dict):
             own["value"] = {key: fields.get(field_of(key), t) for key, t in self.value.items()}
-        return replace(self, **own)
+        return type(self)(**{**vars(self), **own})
 
     def chunks(self, parts: int) -> list[Signal]:
         """The signal about each of ``parts`` micro-batches."""
@@ -90,6 +90,8 @@ def check_signal(signal: Any, problem: Any, method: str = "signal") -> Signal:
     """What a problem's ``signal``, or another ``method``, returned; anything but a signal of tensors is refused."""
     value: Any = getattr(signal, "value", None)
     tensors = value if isinstance(value, dict) else {"": value}
+    if type(signal) is Signal and type(value) is Tensor and signal.log_prob is None:
+        return signal  # the usual one
     fits = isinstance(signal, Signal) and bool(tensors)
     fits = fits and all(isinstance(t, Tensor) and not t.is_complex() for t in tensors.values())
     fits = fits and all(isinstance(name, str) for name in tensors)
@@ -130,6 +132,9 @@ class BilevelProblem(ABC):
     A problem is a subclass with the three abstract methods; the others have defaults. docs/write-a-problem.md has one.
     """
 
+    classifies: ClassVar[bool] = False
+    """Whether the student's outputs are class logits (B, C), of which :meth:`metapl.BilevelTrainer.predict` gives the
+    probabilities."""
     teacher_classifies: ClassVar[bool] = False
     """Whether the teacher maps the student's inputs to class logits, so that its accuracy can be measured."""
     teacher_reads_inputs: ClassVar[bool] = True

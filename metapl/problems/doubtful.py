@@ -29,6 +29,7 @@ from metapl.problems.base import Kind, Params, Problem, Random, Signal
 class Classification(Problem):
     """A student that returns class logits, and an outer batch (x, y) with trusted labels."""
 
+    classifies: ClassVar[bool] = True
     inner_batch: ClassVar[tuple[str, ...]] = ("inputs", "labels")  # its parts
 
     def student_input(self, batch: Any) -> Any:

@@ -49,6 +49,7 @@ class PseudoLabels(Problem):
     temperature: Annotated[float, Range(above=0)] = 1.0
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
 
+    classifies: ClassVar[bool] = True
     teacher_classifies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

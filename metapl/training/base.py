@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,11 @@ from torch import Tensor
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, inputs_of, rows
-from metapl.execution.device import to_device
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.shards import is_sharded
 from metapl.metrics import Evaluation, Measured
-from metapl.metrics.metric import ASKED, Asked, Better, default_metric, metric_of, of_classes
+from metapl.metrics.metric import Asked, Better, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.generators import rng_state, set_rng_state
@@ -239,15 +238,8 @@ class Trainer(Stepwise):
         >>> trainer.predict(np.ones((5, 4))).shape
         torch.Size([5, 3])
         """
-        first: list[Any] = []
-
-        def inputs() -> Iterator[Any]:
-            for x in input_batches(data, self.dtype, self.read_input):
-                first[:] = first or [rows(x, 0, ASKED)]
-                yield x
-
-        outputs = logits_of(self.student, inputs())
-        classes = of_classes(self, (*to_device(first, self.device), None), outputs)
+        outputs = logits_of(self.student, input_batches(data, self.dtype, self.read_input))
+        classes = of_classes(self, None, outputs)
         if classes:
             checks.finite(outputs)
         return wide(outputs).softmax(-1) if classes else wide(outputs)

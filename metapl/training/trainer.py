@@ -25,6 +25,10 @@ from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
+from metapl.functional.build import functional
+from metapl.functional.compiled import CompiledStep
+from metapl.functional.state import State
+from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
@@ -35,7 +39,8 @@ from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
-from metapl.updates import Clipped, parameters_of, refuse_missing, unwrapped, update_of
+from metapl.training.verify import Verification, refuse_hooks
+from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -81,6 +86,10 @@ class BilevelTrainer(Trainer):
             rounding, dropout masks included (the first passes that draw are compared with eager ones). Eager stay the
             forward-mode pass of ``forward`` and ``reinforce_per_example``, the student under ``unrolled``, and
             everything outside a step. The networks stay plain modules; each batch shape compiles each kind of pass.
+        verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
+            the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
+            wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps.
+            Not of networks of more than 50 million weights, nor in several processes, where a line says so.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -114,8 +123,9 @@ class BilevelTrainer(Trainer):
         accumulate: MicroBatches = 1,
         compile: bool = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
+        verify: bool | int | Literal["warn"] = True,
     ) -> None:
-        self.mode = estimator(mode)
+        self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
         self.problem = prepare(problem, self.mode)
@@ -131,8 +141,10 @@ class BilevelTrainer(Trainer):
         self.given, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
+        self.spread = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
+        refuse_hooks(self.student)
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
@@ -149,12 +161,10 @@ class BilevelTrainer(Trainer):
             )
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        plain = self.layout.kind == "plain"
-        inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
-        self.inner_optimizer = unwrapped(inner_optimizer, plain=plain)
+        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = unwrapped(outer_optimizer, plain=plain)
+        self.outer_optimizer = outer_optimizer
         self._teacher_trainer: _TeacherTrainer | None = None
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
             self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
@@ -166,7 +176,7 @@ class BilevelTrainer(Trainer):
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
-        self.steps_done = 0
+        self.steps_done, self.compiled_step = 0, CompiledStep()
 
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
@@ -185,11 +195,14 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        batches = inner_batches(unlabeled, self.lookahead)
+        self.verification.before(self, labeled, unlabeled)
+        batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
         labeled = self.problem.outer_batch(labeled)
+        if self.compile:
+            return self.compiled_step(self, labeled, batches, ahead)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
-        for layout in self.layouts:
+        for layout in self.spread:
             layout.begin_step()
         student = student_of(self.layout, double_backward=self.mode.keep_graph)
         self.update.follow(student.parameters)
@@ -239,7 +252,7 @@ class BilevelTrainer(Trainer):
                     self.steps_done,
                     {"inner_loss": path.inner_loss, **known, **scalars},
                     fault,
-                    feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+                    feedback=h if ahead else h[0],
                     # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
                     signal=step.signal.having({name: t.clone() for name, t in step.signal.fields().items()}),
                     student_outputs=step.outputs.clone(),
@@ -249,7 +262,7 @@ class BilevelTrainer(Trainer):
             path.commit()  # line 3; nothing has moved before
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
-            for layout in self.layouts:
+            for layout in self.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
@@ -259,6 +272,27 @@ class BilevelTrainer(Trainer):
     def _has_losses(self) -> bool:
         given = self.teacher_losses
         return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+
+    def functional(self) -> tuple[Step, State]:
+        """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
+
+        ``state, report = step(state, outer, inner, noise=None)`` with the networks, losses, rules and options of this
+        trainer, whose own tensors do not move. It can be compiled, stacked (``torch.func.vmap``) and differentiated.
+        With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel noise of the shape of
+        the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
+
+        >>> import torch, metapl
+        >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> step, state = metapl.BilevelTrainer(teacher, student, mode="forward").functional()
+        >>> for _ in range(3):
+        ...     state, report = step(state, (torch.randn(5, 4), torch.arange(5) % 3), torch.randn(6, 4))
+        >>> int(state.step), report.feedback.shape
+        (3, torch.Size([6, 3]))
+
+        Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``, several processes,
+            more than 3 steps, and outer optimizers other than SGD, Adam and AdamW.
+        """
+        return functional(self)
 
     def teacher_step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
@@ -308,6 +342,10 @@ class BilevelTrainer(Trainer):
         return starts(self.teacher_losses or (), self.steps_done)
 
     @property
+    def classifies(self) -> bool:
+        return self.problem.classifies
+
+    @property
     def teacher_classifies(self) -> bool:
         return self.problem.teacher_classifies
 
@@ -341,6 +379,7 @@ class BilevelTrainer(Trainer):
             "mode_state": self.mode_state,
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
+            "verification": self.verification.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -359,6 +398,7 @@ class BilevelTrainer(Trainer):
         if self.outer_optimizer is not None:
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
+        self.verification.load_state_dict(state["verification"])
 
     # ------------------------------------------------------------------------------------------- beside the training
 

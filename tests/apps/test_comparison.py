@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 
-from metapl.apps.experiments.accuracies import READOUTS, Comparison
+from metapl.apps.experiments.accuracies import READOUTS, Comparison, spoken
+from metapl.errors import MetaplError
 from metapl.metrics import chance_level
 
 
@@ -96,3 +98,15 @@ def test_the_delivered_student_is_the_best_methods_by_validation_alone() -> None
 @pytest.mark.parametrize(("counts", "expected"), [([5, 5], 0.5), ([0, 7, 3], 0.7), ([1, 1, 1, 1], 0.25)])
 def test_chance_is_that_of_the_largest_class_at_least(counts: list[int], expected: float) -> None:
     assert chance_level(counts) == expected
+
+
+def test_words() -> None:
+    assert spoken(0.25, 12_000, 1 / 4) == "25.0 % (n = 12,000, 95 % interval 24.2-25.8, chance 25.0 %)"
+    assert spoken(1.0, 4, 1 / 3) == "100.0 % (n = 4, 95 % interval 51.0-100.0, chance 33.3 %)"
+    assert spoken(0.25, 12_000, None) == "25.0 % (n = 12,000, 95 % interval 24.2-25.8)"
+
+
+@pytest.mark.parametrize(("accuracy", "n", "chance"), [(1.5, 3, 0.5), (math.nan, 3, 0.5), (0.5, 4, 2.0), (0.5, 0, 0.5)])
+def test_impossible_accuracies(accuracy: float, n: int, chance: float) -> None:
+    with pytest.raises(MetaplError):
+        spoken(accuracy, n, chance)

@@ -117,20 +117,33 @@ def row(mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "pl
 
 
 FEEDBACK = metapl.feedback
+
+
+def forward(by: str) -> metapl.feedback.Forward:
+    """One of its two orders of differentiation, which else depends on the size of the student."""
+    if "by" in FEEDBACK.Forward.__dataclass_fields__:
+        return FEEDBACK.Forward(by=by)
+    return FEEDBACK.Forward(keep_graphs=int(by == "graph"))
+
+
+TANGENT, GRAPH = forward("tangent"), forward("graph")
 TABLE: dict[str, Row] = {
-    "forward nesterov norm dropout": row("forward", NESTEROV, net="norm dropout"),
-    "forward plain clip": row("forward", PLAIN, ADAM, clip_norm=0.5),
-    "forward adam accumulate": row("forward", ADAM, NESTEROV, accumulate=2),
-    "forward adamw groups conv": row("forward", two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"),
-    "forward torchopt norm": row("forward", torchopt_sgd, PLAIN, "norm"),
-    "forward nesterov K=3 norm dropout": row("forward", NESTEROV, ADAM, "norm dropout", ahead=3),
-    "forward adam K=3 clip": row("forward", ADAM, PLAIN, ahead=3, clip_norm=0.5),
-    "forward nesterov bfloat16": row("forward", NESTEROV, net="norm", precision="bfloat16", within=5e-2),
-    "forward nesterov UDA": row("forward", NESTEROV, net="norm dropout", views=True),
-    "forward adamw recompute": row("forward", ADAMW, ADAM, "norm dropout", recompute_teacher=True),
+    "forward nesterov norm dropout": row(TANGENT, NESTEROV, net="norm dropout"),
+    "forward plain clip": row(TANGENT, PLAIN, ADAM, clip_norm=0.5),
+    "forward adam accumulate": row(TANGENT, ADAM, NESTEROV, accumulate=2),
+    "forward adamw groups conv": row(TANGENT, two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"),
+    "forward torchopt norm": row(TANGENT, torchopt_sgd, PLAIN, "norm"),
+    "forward nesterov K=3 norm dropout": row(TANGENT, NESTEROV, ADAM, "norm dropout", ahead=3),
+    "forward adam K=3 clip": row(TANGENT, ADAM, PLAIN, ahead=3, clip_norm=0.5),
+    "forward nesterov bfloat16": row(TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2),
+    "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
+    "forward adamw recompute": row(TANGENT, ADAMW, ADAM, "norm dropout", recompute_teacher=True),
     "forward groups signal in input": row(
-        "forward", two_groups(torch.optim.SGD, momentum=0.9), problem=Shown(), teacher_losses=()
+        TANGENT, two_groups(torch.optim.SGD, momentum=0.9), problem=Shown(), teacher_losses=()
     ),
+    "forward by graph nesterov norm dropout": row(GRAPH, NESTEROV, net="norm dropout"),
+    "forward by graph adamw groups conv": row(GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"),
+    "forward by graph plain clip UDA": row(GRAPH, PLAIN, clip_norm=0.5, views=True),
     "reinforce nesterov UDA norm dropout": row("reinforce", NESTEROV, net="norm dropout", views=True),
     "reinforce plain frozen groups": row(
         "reinforce", two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True

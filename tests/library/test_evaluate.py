@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+import metapl
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, evaluate_logits, paired_test, predict_logits
+from metapl.metrics import Evaluation, evaluate_logits, interval, paired_test, predict_logits
+from metapl.metrics.metric import metric_of, of_classes
 
 
 def test_by_hand() -> None:
@@ -32,15 +34,7 @@ def test_by_hand() -> None:
         confusion=((1, 0, 0), (1, 1, 1), (0, 0, 0)),
         classes=("a", "b", "c"),
     )
-
-
-def test_gaps_of_one_bin_cancel_and_of_two_do_not() -> None:
-    together = torch.tensor([[0.8, 0.2]] * 5).log()
-    assert evaluate_logits(together, torch.tensor([0, 0, 0, 0, 1])).expected_calibration_error == pytest.approx(
-        0, abs=1e-6
-    )
-    apart = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
-    assert evaluate_logits(apart, torch.tensor([0, 1])).expected_calibration_error == pytest.approx(0.4, abs=1e-6)
+    assert json.loads(json.dumps(evaluation.to_json(), allow_nan=False)) == evaluation.to_json()
 
 
 def test_against_scikit_learn() -> None:
@@ -55,26 +49,13 @@ def test_against_scikit_learn() -> None:
     assert evaluation.per_class == pytest.approx(metrics.recall_score(labels_N, predicted_N, average=None))
     assert evaluation.confusion == tuple(map(tuple, metrics.confusion_matrix(labels_N, predicted_N).tolist()))
     assert evaluation.negative_log_likelihood == pytest.approx(metrics.log_loss(labels_N, p_NC, labels=range(12)))
-
-
-def test_calibration_error_bin_by_bin() -> None:
-    generator = torch.Generator().manual_seed(1)
-    p_NC = (3 * torch.randn(400, 4, generator=generator, dtype=torch.float64)).softmax(1)
-    labels_N = torch.randint(0, 4, (400,), generator=generator)
-    confidence, correct = p_NC.max(1).values, p_NC.argmax(1) == labels_N
-    expected = 0.0
-    for low in range(15):
-        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
-        if inside.any():
-            gap = correct[inside].double().mean() - confidence[inside].mean()
-            expected += float(inside.double().mean() * gap.abs())
-    assert evaluate_logits(p_NC.log(), labels_N).expected_calibration_error == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("width", [5, 6])
-def test_top5_only_where_it_says_something(width: int) -> None:
-    evaluation = evaluate_logits(torch.arange(float(width))[None], torch.tensor([0]))
-    assert evaluation.top5 == (None if width == 5 else 0.0)
+    confidence, correct = logits_NC.double().softmax(1).max(1).values, predicted_N == labels_N
+    gaps = [
+        (correct[inside].double() - confidence[inside]).sum().abs()
+        for low in range(15)
+        if (inside := (confidence > low / 15) & (confidence <= (low + 1) / 15)).any()
+    ]
+    assert evaluation.expected_calibration_error == pytest.approx(float(torch.stack(gaps).sum()) / 500)
 
 
 def test_one_class_half_precision_and_large_logits() -> None:
@@ -83,29 +64,22 @@ def test_one_class_half_precision_and_large_logits() -> None:
     assert evaluation.negative_log_likelihood == pytest.approx(6e4, rel=0.01)
 
 
-def test_json() -> None:
-    evaluation = evaluate_logits(torch.eye(3)[:2], torch.tensor([0, 1]), classes=("a", "b", "c"))
-    plain = json.loads(json.dumps(evaluation.to_json(), allow_nan=False))
-    assert plain == evaluation.to_json()
-    assert plain["per_class"] == [1.0, 1.0, None]
-
-
 @pytest.mark.parametrize(
-    ("logits", "labels", "classes", "text"),
+    ("logits", "labels", "classes"),
     [
-        (torch.zeros(2), torch.zeros(2, dtype=torch.int64), None, r"\(2,\) and labels \(2,\)"),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), None, r"\(2, 3\) and labels \(3,\)"),
-        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), None, "at least 1"),
-        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), None, "floating-point"),
-        (torch.zeros(2, 3), torch.zeros(2), None, "expected integers"),
-        (torch.zeros(2, 3), torch.tensor([0, 3]), None, "0 to 3; of 3 classes, expected 0 to 2"),
-        (torch.zeros(2, 3), torch.tensor([0, -1]), None, "from -1 to 0"),
-        (torch.zeros(2, 3), torch.tensor([0, 1]), ["a"], "1 names of classes were given for 3 logits"),
-        (torch.tensor([[0.0, 1.0], [0.0, math.nan]]), torch.tensor([0, 1]), None, r"1 of 2 .*example 1\).*diverged"),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int64), None),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64), None),
+        (torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), None),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), None),
+        (torch.zeros(2, 3), torch.zeros(2), None),
+        (torch.zeros(2, 3), torch.tensor([0, 3]), None),
+        (torch.zeros(2, 3), torch.tensor([0, -1]), None),
+        (torch.zeros(2, 3), torch.tensor([0, 1]), ["a"]),
+        (torch.tensor([[0.0, 1.0], [0.0, math.nan]]), torch.tensor([0, 1]), None),
     ],
 )
-def test_wrong_input(logits: torch.Tensor, labels: torch.Tensor, classes: list[str] | None, text: str) -> None:
-    with pytest.raises(MetaplError, match=text):
+def test_wrong_logits_and_labels(logits: torch.Tensor, labels: torch.Tensor, classes: list[str] | None) -> None:
+    with pytest.raises(MetaplError):
         evaluate_logits(logits, labels, classes)
 
 
@@ -126,39 +100,110 @@ class Recorder(nn.Module):
         return out
 
 
-def flags(model: nn.Module) -> list[bool]:
-    return [module.training for module in model.modules()]
-
-
-def test_predicting_restores_every_flag_and_touches_nothing() -> None:
+@pytest.mark.parametrize("fail", [False, True])
+def test_predicting_restores_every_flag_and_touches_nothing(fail: bool) -> None:
     model = Recorder()
     model.body[1].eval()  # a frozen layer within a training model
-    before, state = flags(model), {name: value.clone() for name, value in model.state_dict().items()}
+    before, state = [m.training for m in model.modules()], {n: t.clone() for n, t in model.state_dict().items()}
     x, y = torch.randn(10, 3), torch.arange(10)
-    logits_NC, labels_N = predict_logits(model, zip(x.split(4), y.split(4), strict=True))
-    assert flags(model) == before
+    if fail:
+        model.fail = True
+        with pytest.raises(RuntimeError, match="out of memory"):
+            predict_logits(model, [(x, y)])
+    else:
+        logits_NC, labels_N = predict_logits(model, zip(x.split(4), y.split(4), strict=True))
+        assert torch.equal(labels_N, y)
+        torch.testing.assert_close(logits_NC, model.eval().body(x).detach())
+        model.train()
+        model.body[1].eval()
+    assert [m.training for m in model.modules()] == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(labels_N, y)
-    model.eval()
-    torch.testing.assert_close(logits_NC, model.body(x).detach())
-    logits_NC.requires_grad_()  # an ordinary tensor, not one of inference mode
-
-
-def test_flags_are_restored_after_a_failure() -> None:
-    model = Recorder()
-    model.fail = True
-    before = flags(model)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        predict_logits(model, [(torch.zeros(1, 3), torch.zeros(1))])
-    assert flags(model) == before
-
-
-def test_no_batches() -> None:
     with pytest.raises(MetaplError, match="no batches"):
         predict_logits(nn.Linear(1, 1), [])
 
 
-# Paired tests
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+X, Y = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+
+
+def trainer(*losses: Any) -> metapl.LossTrainer:
+    torch.manual_seed(0)
+    student = nn.Linear(3, 2)
+    return metapl.LossTrainer(
+        student, losses or (metapl.CrossEntropy(),), optimizer=torch.optim.SGD(student.parameters(), 0.1)
+    )
+
+
+def squared(network: nn.Module, *, labeled: Any, **_: Any) -> torch.Tensor:
+    return (network(labeled[0]) - labeled[1]).square().mean()
+
+
+squared.name = "squared"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("labels", "name"),
+    [
+        (Y, "accuracy"),
+        (Y.int(), "accuracy"),
+        (Y + 5, "loss"),  # counts
+        (X[:, :2].softmax(1), "loss"),
+        (X[:, :2], "loss"),
+    ],
+)
+def test_integers_that_number_the_outputs_are_classes(labels: torch.Tensor, name: str) -> None:
+    judge = trainer(squared) if name == "loss" else trainer()
+    assert of_classes(judge, (X, labels), torch.zeros(12, 2)) == (name == "accuracy")
+    if labels.shape == (12, 2):
+        assert judge.evaluate((X, labels)).metric == name
+    assert trainer().predict(X).sum(1).allclose(torch.ones(12))
+    assert torch.equal(trainer(squared).predict(X), trainer().student(X).detach())
+
+
+class Mean:
+    """As torchmetrics has them."""
+
+    higher_is_better = False
+
+    def reset(self) -> None:
+        self.values: list[torch.Tensor] = []
+
+    def update(self, outputs: torch.Tensor, labels: torch.Tensor) -> None:
+        self.values.append(outputs[:, 0] - labels)
+
+    def compute(self) -> torch.Tensor:
+        return torch.cat(self.values).mean()
+
+
+def test_a_function_an_object_and_the_loss_are_over_all_examples() -> None:
+    judge = trainer()
+    z = judge.student(X).detach()
+    batches = [(X[:5], Y[:5]), (X[5:], Y[5:])]
+    assert judge.evaluate(batches, metric=Mean()).value == pytest.approx(float((z[:, 0] - Y).mean()), rel=1e-5)
+    by_rows = judge.evaluate(batches, metric=lambda outputs, batch: outputs[:, 1].mean())
+    assert (by_rows.metric, by_rows.n, by_rows.value) == ("metric", 12, pytest.approx(float(z[:, 1].mean()), rel=1e-5))
+    expected = float(nn.functional.cross_entropy(z, Y))
+    assert judge.evaluate(batches, metric="loss").value == pytest.approx(expected, rel=1e-5)
+    assert metric_of(Mean()).better == "min"  # type: ignore[union-attr]
+    for given, mode in (("acuracy", None), (Mean, None), (3, None), (Mean(), "max"), (None, "min"), ("loss", "most")):
+        with pytest.raises(MetaplError):
+            metric_of(given, mode)  # type: ignore[arg-type]
+    for wrong in (lambda outputs, batch: outputs, lambda outputs, batch: True, lambda outputs, batch: math.nan):
+        with pytest.raises(MetaplError, match="metric"):
+            judge.evaluate(batches, metric=wrong)
+
+
+# -------------------------------------------------------------------------------------------------------- paired tests
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 20), (870, 1000)])
+def test_the_interval_is_wilsons(correct: int, n: int) -> None:
+    z, p = 1.959963984540054, correct / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    ends = [(p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+    assert interval(correct, n) == pytest.approx(ends, abs=1e-12)
 
 
 def scores(n: int, seed: int) -> tuple[Any, Any]:
@@ -167,62 +212,38 @@ def scores(n: int, seed: int) -> tuple[Any, Any]:
     return b + generator.normal(0.01, 0.01, n), b
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 10, 16, 17, 40])
-def test_against_scipy(n: int) -> None:
-    stats = pytest.importorskip("scipy.stats")
+@pytest.mark.parametrize("n", [2, 5, 10, 17])
+def test_paired_scores_by_enumeration(n: int) -> None:
     a, b = scores(n, seed=n)
-    test, expected = paired_test(a, b), stats.ttest_rel(a, b)
-    assert test.p == pytest.approx(expected.pvalue)
-    assert test.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
-    assert test.mean == pytest.approx((a - b).mean())
-    assert test.std == pytest.approx((a - b).std(ddof=1))
+    test, d = paired_test(a, b), a - b
+    assert test.mean == pytest.approx(d.mean())
+    assert test.std == pytest.approx(d.std(ddof=1))
+    assert test.interval is not None
+    assert sum(test.interval) / 2 == pytest.approx(d.mean())
     if n > 16:
         assert test.p_permutation is None
-    elif n <= 10:
-        exact = stats.permutation_test(((a - b),), numpy.mean, permutation_type="samples", n_resamples=math.inf)
-        assert test.p_permutation == pytest.approx(exact.pvalue)
-        assert test.p_permutation is not None
-        assert test.p_permutation >= 2 / 2**n
+    else:
+        sums = [abs(numpy.dot(signs, d)) for signs in itertools.product((1, -1), repeat=n)]
+        assert test.p_permutation == pytest.approx(numpy.mean([one >= abs(d.sum()) - 1e-12 for one in sums]))
+    other = paired_test(b, a)
+    assert other.mean == -test.mean
+    assert other.p == pytest.approx(test.p)
 
 
-def test_permutations_with_ties() -> None:
-    differences = [0.1, 0.2, -0.3, 0.1, 0.2]
-    sums = [
-        sum(s * round(10 * d) for s, d in zip(signs, differences, strict=True))
-        for signs in itertools.product((1, -1), repeat=5)
-    ]
-    expected = sum(abs(one) >= 3 for one in sums) / 32
-    assert paired_test(differences, [0.0] * 5).p_permutation == expected
-    assert paired_test([0.7 + one for one in differences], [0.7] * 5).p_permutation == expected
-
-
-def test_one_pair_has_no_p() -> None:
-    test = paired_test([0.9], [0.8])
-    assert (test.n, test.std, test.interval, test.p, test.p_permutation) == (1, None, None, None, None)
-    assert test.mean == pytest.approx(0.1)
-
-
-def test_identical_scores() -> None:
+def test_scores_without_spread_and_ties() -> None:
+    one = paired_test([0.9], [0.8])
+    assert (one.n, one.std, one.interval, one.p, one.p_permutation) == (1, None, None, None, None)
     test = paired_test([0.9, 0.8, 0.7], [0.9, 0.8, 0.7])
     assert (test.mean, test.std, test.interval, test.p, test.p_permutation) == (0.0, 0.0, None, None, 1.0)
-
-
-def test_equal_differences_have_no_t_test_even_when_they_are_rounded() -> None:
     test = paired_test([0.2, 0.3, 0.4], [0.1, 0.2, 0.3])
-    assert test.mean == pytest.approx(0.1)
     assert (test.p, test.interval, test.p_permutation) == (None, None, 0.25)
-
-
-def test_the_order_turns_the_sign() -> None:
-    a, b = scores(6, seed=0)
-    left, right = paired_test(a, b), paired_test(b, a)
-    assert left.mean == -right.mean
-    assert left.p == pytest.approx(right.p)
-    assert left.p_permutation == right.p_permutation
-    json.dumps(left.to_json(), allow_nan=False)
+    assert paired_test([0.1, 0.2, -0.3, 0.1, 0.2], [0.0] * 5).p_permutation == 22 / 32
+    json.dumps(test.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([math.nan], [1.0]), ([math.inf, 1], [1, 1])])
 def test_wrong_scores(a: list[float], b: list[float]) -> None:
     with pytest.raises(MetaplError):
         paired_test(a, b)
+    with pytest.raises(MetaplError):
+        interval(3, 2)

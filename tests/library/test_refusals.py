@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_bits import GRAPH, TANGENT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
@@ -172,6 +173,73 @@ class Applied(nn.Module):
         return self.function.apply(x)  # type: ignore[no-any-return]
 
 
+class AnotherJvp(torch.autograd.Function):
+    """Its forward mode is not that of its backward pass."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t * torch.linspace(0, 1, t.shape[-1])
+
+
+class Returning(nn.Module):
+    """A network that returns something else than a tensor of real numbers."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.change = network(), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.network(x))
+
+
+class ComplexWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(WIDTH, CLASSES, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
+class Sparse(nn.Module):
+    """A student whose embedding has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x.abs().long()))
+
+
+def hooked() -> Case:
+    """A hook on a weight, which copies of a network drop, changes its gradient."""
+    case = Case()
+    case.student[0].weight.register_hook(lambda g: g / 2)
+    return case
+
+
+def within_inference_mode(call: Callable[[], Any]) -> Callable[[], Any]:
+    return torch.inference_mode()(call)
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return network()
+
+
 def with_student(inside: nn.Module) -> Callable[[], Case]:
     return lambda: Case(student=network(inside))
 
@@ -228,9 +296,6 @@ BUILT: dict[str, Wrong] = {
         c.built, inner_optimizer=torch.optim.Rprop(c.student.parameters())
     ),
     "an outer optimizer that lacks a weight": lambda c: partial(c.built, outer_optimizer=some_of(c.teacher)),
-    "an outer optimizer that evaluates the loss": lambda c: partial(
-        c.built, outer_optimizer=torch.optim.LBFGS(c.teacher.parameters())
-    ),
     "no steps ahead": lambda c: partial(c.built, lookahead=0),
     "steps ahead in Algorithm 1": lambda c: partial(c.built, "reinforce", lookahead=2),
     "no micro-batches": lambda c: partial(c.built, accumulate=0),
@@ -241,6 +306,13 @@ BUILT: dict[str, Wrong] = {
     "a number as teacher loss": lambda c: partial(c.built, teacher_losses=(3,)),
     "a text as problem": lambda c: partial(c.built, problem="labels"),
     "a number as generator": lambda c: partial(c.built, generator=3),
+    "a student without shapes yet": lambda c: partial(
+        c.built, student=nn.Sequential(nn.LazyLinear(CLASSES)), inner_optimizer=None
+    ),
+    "a student made in inference mode": lambda c: partial(
+        c.built, student=made_in_inference_mode(), inner_optimizer=None
+    ),
+    "a student in DataParallel": lambda c: partial(c.built, student=nn.DataParallel(c.student)),
 }
 STEPS: dict[str, Wrong] = {
     "a class too many": lambda c: c.step(labeled=(c.x, c.y + CLASSES - 1)),
@@ -253,6 +325,7 @@ STEPS: dict[str, Wrong] = {
     "a signal of a text": lambda c: c.step(problem=Odd(signal=lambda s: Signal("labels"))),
     "a signal of complex numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value + 0j))),
     "a signal that is no number": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value * NAN))),
+    "a signal of whole numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.argmax(-1)))),
     "a signal without a graph": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.detach()))),
     "log-probabilities of another shape": lambda c: c.step(
         "reinforce", problem=Odd(signal=lambda s: Signal(s.value.argmax(-1), log_prob=s.value.log()))
@@ -308,8 +381,20 @@ IN_TORCHS_WORDS: dict[str, Wrong] = {
 }
 OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
     "a shared layer": (sharing, lambda c: c.built, MetaplError),
-    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step("forward"), MetaplError),
+    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step(TANGENT), MetaplError),
     "no second derivative": (with_student(Applied(Once)), lambda c: c.step("unrolled"), (MetaplError, RuntimeError)),
+    "a jvp of another function": (with_student(Applied(AnotherJvp)), lambda c: c.step(TANGENT), MetaplError),
+    "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward"), MetaplError),
+    "complex weights": (lambda: Case(student=ComplexWeight()), lambda c: lambda: c.step("forward")(), MetaplError),
+    "complex outputs": (lambda: Case(student=Returning(lambda z: z * 1j)), lambda c: c.step("reinforce"), TORCH),
+    "a tuple as outputs": (lambda: Case(student=Returning(lambda z: (z, z))), lambda c: c.step("forward"), TORCH),
+    "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")(), MetaplError),
+    "an outer optimizer that evaluates the loss": (
+        Case,
+        lambda c: lambda: c.step("forward", outer_optimizer=torch.optim.LBFGS(c.teacher.parameters()))(),
+        TORCH,
+    ),
+    "a step in inference mode": (Case, lambda c: within_inference_mode(c.step("forward")), TORCH),
     "a student that is no number": (not_a_number, lambda c: c.step("reinforce"), MetaplError),
     "a student that diverges within its step": (diverging, lambda c: c.step("forward"), MetaplError),
 }
@@ -330,6 +415,47 @@ def test_a_wrong_call_moves_nothing(name: str) -> None:
     with pytest.raises(error):
         call()
     assert moved(before, case.everything()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there")
+def test_a_generator_of_another_device_is_refused() -> None:
+    case = Case()
+    before = case.everything()
+    with pytest.raises(MetaplError):
+        case.step("reinforce", generator=torch.Generator("cuda"))()
+    assert moved(before, case.everything()) == []
+
+
+VALUES: dict[str, Callable[[], Any]] = {
+    "PseudoLabels.kind": lambda: metapl.PseudoLabels("firm"),
+    "PseudoLabels.temperature": lambda: metapl.PseudoLabels(temperature=0.0),
+    "PseudoLabels.label_smoothing": lambda: metapl.PseudoLabels(label_smoothing=1.0),
+    "CrossEntropy.label_smoothing": lambda: CrossEntropy(label_smoothing=-0.1),
+    "UDA.threshold": lambda: UDA(threshold=1.0),
+    "UDA.temperature": lambda: UDA(temperature=NAN),
+    "UDA.align": lambda: UDA(align=1.1),
+    "UDA.ramp": lambda: UDA(ramp=-1),
+    "Reinforce.similarity": lambda: metapl.feedback.Reinforce(similarity="angle"),
+    "Reinforce.baseline": lambda: metapl.feedback.Reinforce(baseline=1.0),
+    "LossDifference.baseline": lambda: metapl.feedback.LossDifference(baseline=-0.5),
+    "Forward.normalization": lambda: metapl.feedback.Forward(normalization="unit"),
+    "Forward.keep_every": lambda: metapl.feedback.Forward(keep_every=True),
+    "Unrolled.truncate": lambda: metapl.feedback.Unrolled(truncate=0),
+    "ReinforcePerExample.tangent": lambda: metapl.feedback.ReinforcePerExample(tangent="both"),
+    "Difference.relative_step": lambda: metapl.feedback.Difference(relative_step=0.0),
+    "Implicit.damping": lambda: metapl.feedback.Implicit(damping=float("inf")),
+    "Implicit.iterations": lambda: metapl.feedback.Implicit(iterations=0),
+    "Lookahead.batches": lambda: Lookahead([]),
+    "Lookahead.steps": lambda: Lookahead(lambda k: None, steps=0),
+    "WeightNet.hidden": lambda: metapl.problems.WeightNet(0),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_wrong_value_is_refused_where_it_is_made(name: str) -> None:
+    with pytest.raises(MetaplError):
+        VALUES[name]()
 
 
 # ----------------------------------------------------------------------------------------------- an error within a step
@@ -425,7 +551,7 @@ AHEAD = ("forward", "unrolled", "none")
 
 @st.composite
 def situations(draw: st.DrawFn) -> dict[str, Any]:
-    mode = draw(st.sampled_from([mode for mode in metapl.MODES if mode != "implicit"]))
+    mode = draw(st.sampled_from([*(mode for mode in metapl.MODES if mode != "implicit"), TANGENT, GRAPH]))
     accumulate = 1 if mode == "unrolled" else draw(st.sampled_from([1, 2]))
     return {
         "mode": mode,
@@ -438,7 +564,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def fused(mode: str, ahead: int, own_generator: bool, steps: int, **options: Any) -> tuple[Case, Fuse, Any]:
+def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any) -> tuple[Case, Fuse, Any]:
     """A case with so many steps behind it, its fuse, and the batches of the next step; twice called, twice the same."""
     torch.manual_seed(0)
     fuse = Fuse()

@@ -14,7 +14,7 @@ from metapl.apps.experiments.folder import READOUTS as READOUTS
 from metapl.apps.recipes.methods import EVERY_METHOD, title, titled
 from metapl.apps.words import table
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, PairedTest, interval, paired_test, spoken, with_chance
+from metapl.metrics import Evaluation, PairedTest, interval, paired_test
 
 DELIVERED, STUDENT, FINETUNED = READOUTS
 
@@ -301,6 +301,28 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if tested is not None and method.is_noisy_student:
         lines += better_before(content["rounds"], tested["accuracy"])
     return lines
+
+
+def with_chance(accuracy: float, n: int, chance: float) -> str:
+    """An accuracy with the number of examples and the chance level.
+
+    >>> with_chance(0.7125, 400, 0.1)
+    '71.2% of 400 (chance 10.0%)'
+    """
+    return f"{accuracy:.1%} of {n:,} (chance {chance:.1%})"
+
+
+def spoken(accuracy: float, n: int, chance: float | None) -> str:
+    """An accuracy in words, with its number of examples n, its 95 % interval, and what guessing reaches where known.
+
+    >>> spoken(131 / 150, 150, 0.1)
+    '87.3 % (n = 150, 95 % interval 81.1-91.7, chance 10.0 %)'
+    """
+    if not 0 <= accuracy <= 1 or not 0 <= (chance or 0) <= 1:
+        raise MetaplError(f"accuracy {accuracy} beside chance {chance} was given; expected fractions, 0 to 1")
+    low, high = (f"{100 * end:.1f}" for end in interval(round(accuracy * n), n))
+    guessed = "" if chance is None else f", chance {100 * chance:.1f} %"
+    return f"{accuracy * 100:.1f} % (n = {n:,}, 95 % interval {low}-{high}{guessed})"
 
 
 def spoken_rounds(rounds: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from metapl.ablation.cost import flops
-from metapl.apps.experiments.accuracies import Comparison, seeds_in_words
+from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, with_chance
 from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.galleries import GRID, SUSPECTS
@@ -28,7 +28,7 @@ from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_te
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import placed
 from metapl.execution.device import to_device
-from metapl.metrics import Evaluation, with_chance
+from metapl.metrics import Evaluation
 from metapl.runs.cores import available_cores, default_threads
 from metapl.runs.progress import duration
 from metapl.training import FitOptions, FitResult, Trainer
