@@ -218,6 +218,8 @@ class BilevelTrainer(Trainer):
             self.recompute_teacher,
         )
         slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
+            refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
         graph_of = self.mode.graph_of(len(batches), student)
         kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
