@@ -481,7 +481,8 @@ def _error(at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, 
 
 
 def _flat(tree: Any) -> Tensor:
-    return torch.cat([t.detach().to_dense().double().flatten() for t in pytree.tree_leaves(tree)])
+    leaves = [t.detach() for t in pytree.tree_leaves(tree)]  # sparse ones of embeddings
+    return torch.cat([(t.to_dense() if t.is_sparse else t).double().flatten() for t in leaves])
 
 
 def _size(t: Tensor) -> float:
