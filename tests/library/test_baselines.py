@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
+from metapl.ablation import Altered
 from metapl.execution.ranks import ALONE
-from metapl.feedback import Altered, Estimator
+from metapl.feedback import Estimator
 from metapl.training.loss_trainer import LossTrainer
 
 

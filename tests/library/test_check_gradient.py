@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError, Signal
-from metapl.feedback import Altered, Feedback, Forward, Reinforce
+from metapl.ablation import Altered
+from metapl.feedback import Feedback, Forward, Reinforce
 from metapl.problems import Problem
 from metapl.training.check import GradientCheck
 

@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import MetaplError
-from metapl.feedback import Altered, Estimator, LossDifference, Reinforce
+from metapl.ablation import Altered
+from metapl.feedback import Estimator, LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
 from metapl.runs.rows import Events
 from metapl.training import FitOptions, Interrupted

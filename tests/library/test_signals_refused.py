@@ -14,8 +14,9 @@ from trainers import OnceDifferentiable, refused
 
 import metapl
 from metapl import MetaplError, Signal
+from metapl.ablation import Altered
 from metapl.execution.capabilities import FORWARD_AD, ONE_PROCESS
-from metapl.feedback import Altered, Implicit, ReinforcePerExample
+from metapl.feedback import Implicit, ReinforcePerExample
 from metapl.feedback.inner_step import CopiedParams
 
 ROWS, CLASSES = 12, 4
