@@ -166,6 +166,6 @@ def test_alterations_leave_the_default_generator_alone() -> None:
 
 
 def test_a_feedback_for_the_whole_batch_cannot_be_altered() -> None:
-    for base, credits in ((metapl.feedback.Reinforce(), "batch"), (metapl.feedback.NoFeedback(), "nothing")):
-        with pytest.raises(MetaplError, match=f'feedback on each example.*is "{credits}"'):
+    for base in (metapl.feedback.Reinforce(), metapl.feedback.NoFeedback()):
+        with pytest.raises(MetaplError, match="each example"):
             Altered(base)
