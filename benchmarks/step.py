@@ -1,13 +1,18 @@
-"""What a step costs beside another checkout and beside Algorithm 1 written by hand, taking turns in one run.
+"""What a whole step of BilevelTrainer costs beside the same mode written by hand in plain torch.
 
-    python benchmarks/step.py                              # every mode on a tiny network and on WRN-28-2
-    python benchmarks/step.py --against ../other-checkout  # and the same by the metapl of that checkout
-    python benchmarks/step.py --only mlp --turns 9         # or wrn; the rows of the other network stay
-    python benchmarks/step.py --table benchmarks/results/step.json
+    python benchmarks/step.py                                         # the step as it is, on five networks
+    python benchmarks/step.py --parts eager,compiled,stacked          # compiled as one graph, and 32 seeds at once
+    python benchmarks/step.py --networks tiny,mlp --rounds 9 --label 0.2.0
+    python benchmarks/step.py --functions forward                     # the functions of a step, by file
     python benchmarks/step.py --write docs/modes.md
 
-Times are of the processor, on one thread, the median over turns of the mean over some steps. Figures of one run are
-comparable, those of two runs are not. Peak memory is what a step of WRN-28-2 holds beyond what was held before it.
+A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its own loss. Times are
+of the processor, on one thread. Ways take turns: each takes some steps a round, and a ratio is the median over rounds
+of one way's time over that of the same mode by hand in the same round, beside the quartiles. A stacked step is
+``torch.func.vmap`` of the trainer's function over 32 seeds with a batch each, and its time is that of one seed.
+Compiling is not in the times: it is given in seconds, with an empty cache, and as the number of steps after which it
+has paid, against the step as it is. Apart is how far the teacher is from the one trained by hand, over how far it has
+gone, after three steps. Counted are the files and functions of metapl that the third step enters.
 """
 
 from __future__ import annotations
@@ -15,195 +20,292 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, described, parsed, write_between_marks, write_json
+from machine import arguments, described, parsed, show, write_json
+from peers import CAUSAL, case
 from torch import Tensor, nn
+from torch._inductor.utils import clear_caches
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HERE = Path(__file__).parent
-RESULT = HERE / "results" / "step.json"
-BY_HAND = "Algorithm 1 by hand"
-CASES = ("mlp", "wrn")
-AHEAD = (1, 5, 10)
-BATCH = 32
+import metapl
+
+RESULT = Path(__file__).parent / "results" / "step.json"
+ROOT = str(Path(metapl.__file__).parent)
+RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
+SEEDS = 32
+HAND, EAGER, COMPILED = "by hand", "as it is", "compiled"
+STACKED, BOTH = f"{SEEDS} stacked", f"{SEEDS} stacked, compiled"
+PARTS = {"eager": (EAGER,), "compiled": (COMPILED,), "stacked": (STACKED, BOTH)}
+NETWORKS = {  # name in a table, and steps of each way in a round
+    "tiny": ("MLP 16-16-4, batch 32", 40),
+    "mlp": ("MLP 64-64-10, batch 64", 30),
+    "transformer": ("transformer, 2 layers of 64", 4),
+    "causal": (CAUSAL, 3),
+    "wrn": ("WRN-28-2, batch 8", 1),
+}
 
 Row = dict[str, Any]
+Step = Callable[[], Any]
+Pair = tuple[nn.Module, nn.Module]
+Data = tuple[tuple[Tensor, Tensor], Tensor]
 
 
-def networks(name: str) -> tuple[nn.Module, nn.Module, Any, Tensor]:
-    """Teacher, student, a labeled and an unlabeled batch."""
-    import metapl
+# ------------------------------------------------------------------------------------------------------------- by hand
 
-    torch.manual_seed(0)
-    if name == "mlp":
+
+def networks(name: str) -> tuple[Pair, Data]:
+    """Teacher and student; a labeled and an unlabeled batch."""
+    if name == "tiny":
+        torch.manual_seed(0)
         teacher, student = (nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2))
-        return teacher, student, (torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16)
-    student = metapl.models.wide_resnet28_2(num_classes=10)
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    pictures, more = (torch.randn(BATCH, 3, 32, 32) for _ in range(2))
-    return teacher, student, (pictures, torch.randint(0, 10, (BATCH,))), more
+        return (teacher, student), ((torch.randn(32, 16), torch.randint(0, 4, (32,))), torch.randn(32, 16))
+    known = {"mlp": "MLP", "transformer": "transformer", "causal": CAUSAL, "wrn": "WRN-28-2"}
+    teacher, student, (x, y), u = case(known[name], "cpu")
+    return (teacher, student), ((x[:8], y[:8]), u[:8]) if name == "wrn" else ((x, y), u)
 
 
-def optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
-    if name == "AdamW":
-        return torch.optim.AdamW(network.parameters(), lr=1e-3)
-    return torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+def optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
 
 
-def by_hand(teacher: nn.Module, student: nn.Module, kind: str) -> Any:
-    """Algorithm 1 as one would write it for one pair of networks, by the loss difference's first-order form, checks
-    and all else left out: two passes of the student, h from ⟨∇L(θ′), g⟩, one pass of the teacher."""
-    inner, outer = optimizer(kind, student), optimizer(kind, teacher)
+def by_hand(mode: str, pair: Pair, data: Data) -> Step:
+    """The step as one would write it for one pair of networks, checks and all else left out."""
+    (teacher, student), ((x, y), u) = pair, data
+    inner, outer = optimizer(student), optimizer(teacher)
+    params: dict[str, Tensor] = dict(student.named_parameters())
+    weights, learned, own = [*params.values()], [*teacher.parameters()], nn.CrossEntropyLoss(label_smoothing=0.1)
+    slope = -RATE * (1 + MOMENTUM)  # of θ' in g; in the first step, whose momentum begins with g, too
 
-    def step(labeled: Any, unlabeled: Tensor) -> None:
-        logits = teacher(unlabeled)
+    def move(by: torch.optim.Optimizer, of: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        for p, g in zip(of, grads, strict=True):
+            p.grad = g.detach()
+        by.step()
+
+    def teach(loss: Tensor) -> None:
+        move(outer, learned, torch.autograd.grad(loss + own(teacher(x), y), learned))
+
+    def reinforce() -> None:
+        logits = teacher(u)
         labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-        inner.zero_grad()
-        F.cross_entropy(student(unlabeled), labels).backward()
-        g = [p.grad.clone() for p in student.parameters() if p.grad is not None]
-        inner.step()
-        v = torch.autograd.grad(F.cross_entropy(student(labeled[0]), labeled[1]), list(student.parameters()))
-        h = 0.05 * torch.stack([(a * b).sum() for a, b in zip(v, g, strict=True)]).sum()
-        outer.zero_grad()
-        own = F.cross_entropy(teacher(labeled[0]), labeled[1], label_smoothing=0.1)
-        (h * F.cross_entropy(logits, labels, reduction="sum") + own).backward()
-        outer.step()
+        g = torch.autograd.grad(F.cross_entropy(student(u), labels), weights)
+        move(inner, weights, g)
+        v = torch.autograd.grad(F.cross_entropy(student(x), y), weights)
+        h = -slope * torch.stack([(a * b).sum() for a, b in zip(v, g, strict=True)]).sum()
+        teach(h * F.cross_entropy(logits, labels, reduction="sum"))
 
-    return step
+    def forward() -> None:
+        q = teacher(u).softmax(-1)
+        signal, z = q.detach().requires_grad_(), student(u)
+        g = torch.autograd.grad(F.cross_entropy(z, signal), weights)
+        before = [p.detach().clone() for p in weights]
+        move(inner, weights, g)
+        v = torch.autograd.grad(F.cross_entropy(student(x), y), weights)
+        with forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(p, slope * d) for n, p, d in zip(params, before, v, strict=True)}
+            tangent = forward_ad.unpack_dual(functional_call(student, duals, (u,))).tangent
+        leaf = z.detach().requires_grad_()
+        (of_z,) = torch.autograd.grad(F.cross_entropy(leaf, signal), leaf, create_graph=True)
+        (h,) = torch.autograd.grad(of_z, signal, tangent)
+        teach((h * q).sum())
 
+    def unrolled() -> None:
+        g = torch.autograd.grad(F.cross_entropy(student(u), teacher(u).softmax(-1)), weights, create_graph=True)
+        after = {}
+        for (name, p), g_p in zip(params.items(), g, strict=True):
+            d = g_p + DECAY * p
+            before = inner.state[p].get("momentum_buffer") if p in inner.state else None
+            after[name] = p - RATE * (d + MOMENTUM * (d if before is None else MOMENTUM * before + d))
+        teach(F.cross_entropy(functional_call(student, after, (x,)), y))
+        move(inner, weights, g)
 
-def measure(miniature: bool, cases: Sequence[str] = CASES) -> list[Row]:
-    """One turn: every mode on some networks, in this process."""
-    import metapl
-
-    torch.set_num_threads(1)
-    rows = []
-    modes = ("none", "reinforce") if miniature else [mode for mode in metapl.MODES if mode != "implicit"]
-    for kind in ("SGD", "AdamW") if "mlp" in cases else ():
-        for mode in (BY_HAND, *modes):
-            teacher, student, labeled, unlabeled = networks("mlp")
-            if mode == BY_HAND:
-                step = by_hand(teacher, student, kind)
-            else:
-                built = {"inner_optimizer": optimizer(kind, student), "outer_optimizer": optimizer(kind, teacher)}
-                step = metapl.BilevelTrainer(teacher, student, mode, **built).step
-            rows.append({"case": "mlp", "mode": mode, "optimizer": kind} | timed(step, labeled, unlabeled, 5, 40))
-    if miniature or "wrn" not in cases:
-        return rows
-    for mode in modes:
-        for ahead in AHEAD if mode in ("forward", "unrolled") and hasattr(metapl, "Lookahead") else (1,):
-            teacher, student, labeled, unlabeled = networks("wrn")
-            trainer = metapl.BilevelTrainer(teacher, student, mode, teacher_losses=())
-            batches = unlabeled if ahead == 1 else metapl.Lookahead([unlabeled] * ahead)
-            warm, steps = (1, 3) if ahead == 1 else (1, 1)
-            row = {"case": "wrn", "mode": mode, "ahead": ahead} | timed(trainer.step, labeled, batches, warm, steps)
-            rows.append(row | held(partial(trainer.step, labeled, batches)))
-    return rows
+    step = {"forward": forward, "reinforce": reinforce, "unrolled": unrolled}[mode]
+    # CPU kernels of attention have no second derivative and no forward mode.
+    needs = mode != "reinforce" and not isinstance(student, nn.Sequential)
+    return sdpa_kernel(SDPBackend.MATH)(step) if needs else step
 
 
-def held(step: Callable[[], Any]) -> Row:
-    """Peak memory; nothing by a checkout that has no measure of it."""
+MODES = ("forward", "reinforce", "unrolled")
+
+
+# ----------------------------------------------------------------------------------------------------------- by metapl
+
+
+def trainer_of(mode: str, pair: Pair, **options: Any) -> metapl.BilevelTrainer:
+    teacher, student = pair
+    optimizers = {"inner_optimizer": optimizer(student), "outer_optimizer": optimizer(teacher)}
+    losses = (metapl.CrossEntropy(label_smoothing=0.1),)
+    return metapl.BilevelTrainer(teacher, student, mode, teacher_losses=losses, **optimizers, **options)
+
+
+def by_metapl(mode: str, pair: Pair, data: Data, **options: Any) -> Step:
+    trainer, (labeled, unlabeled) = trainer_of(mode, pair, **options), data
+    return lambda: trainer.step(labeled, unlabeled)
+
+
+def stacked(mode: str, network: str, compiled: bool) -> Step:
+    """A step of all seeds."""
+    found = [(trainer_of(mode, pair).functional(), data) for pair, data in (networks(network) for _ in range(SEEDS))]
+    step = torch.func.vmap(found[0][0][0], randomness="different")
+    step = torch.compile(step, fullgraph=True) if compiled else step
+    state = [metapl.functional.stack([state for (_, state), _ in found])]  # type: ignore[attr-defined]
+    x, y, u = (torch.stack(of_seeds) for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in found), strict=True))
+
+    def all_seeds() -> None:
+        state[0], _ = step(state[0], (x, y), u)
+
+    return all_seeds
+
+
+def way_of(name: str, mode: str, network: str) -> tuple[Step, nn.Module]:
+    """A way with networks and optimizers of its own, and its teacher."""
+    pair, data = networks(network)
+    if name in (STACKED, BOTH):
+        return stacked(mode, network, name == BOTH), pair[0]
+    if name == HAND:
+        return by_hand(mode, pair, data), pair[0]
+    return by_metapl(mode, pair, data, **({"compile": True} if name == COMPILED else {})), pair[0]
+
+
+def entered(step: Step) -> dict[str, list[str]]:
+    """The functions of metapl that a step enters, by file: what ``def`` or ``lambda`` makes, and not comprehensions."""
+    found: dict[str, set[str]] = {}
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        named = not code.co_name.startswith("<") or code.co_name == "<lambda>"
+        if event == "call" and named and code.co_filename.startswith(ROOT):
+            found.setdefault(code.co_filename[len(ROOT) + 1 :], set()).add(f"{code.co_firstlineno}:{code.co_name}")
+
+    sys.setprofile(look)
     try:
-        from metapl.ablation.cost import peak_bytes
-    except ImportError:
-        return {}
-    return {"peak_bytes": peak_bytes(step, torch.device("cpu"))}
+        step()
+    finally:
+        sys.setprofile(None)
+    return {file: sorted(names) for file, names in sorted(found.items())}
 
 
-def timed(step: Any, labeled: Any, unlabeled: Any, warm: int, steps: int) -> Row:
-    for _ in range(warm):
-        step(labeled, unlabeled)
-    before = time.process_time()
-    for _ in range(steps):
-        step(labeled, unlabeled)
-    return {"ms": 1e3 * (time.process_time() - before) / steps}
+# --------------------------------------------------------------------------------------------------------- measurement
 
 
-def turn(checkout: Path, miniature: bool, cases: Sequence[str]) -> list[Row]:
-    """One turn by the metapl of a checkout, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    use = f"import step; print(json.dumps(step.measure({miniature}, {cases})))"
-    code = f"import json, sys; sys.path.insert(0, {str(HERE)!r}); {use}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, cwd=checkout
-    )
-    if done.returncode:
-        raise SystemExit(f"the metapl of {checkout} failed:\n{done.stderr[-2000:]}")
-    rows: list[Row] = json.loads(done.stdout.splitlines()[-1])
+def warmed(name: str, mode: str, network: str) -> tuple[Step, Tensor, Row]:
+    """A way after three steps, where its teacher has gone to, and what there is to say of it beside times."""
+    facts: Row = {}
+    if name in (COMPILED, BOTH):  # with nothing compiled before, in this process and on the disk
+        clear_caches()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    step, teacher = way_of(name, mode, network)
+    before = nn.utils.parameters_to_vector(teacher.parameters()).detach().clone()
+    since = time.perf_counter()
+    step()
+    if name in (COMPILED, BOTH):
+        facts["cold_seconds"] = time.perf_counter() - since
+    step()
+    if name == EAGER:
+        way = entered(step)
+        facts |= {"files": len(way), "functions": sum(map(len, way.values()))}
+    else:
+        step()
+    return step, nn.utils.parameters_to_vector(teacher.parameters()).detach() - before, facts
+
+
+def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: str) -> list[Row]:
+    """A row for each way, all in turns with the same by hand."""
+    torch._dynamo.reset()  # which counts how often a function has been compiled anew
+    ready = {name: warmed(name, mode, network) for name in (HAND, *ways)}
+    calls = NETWORKS[network][1] if rounds > 1 else 1
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, (step, _, _) in ready.items():
+            since = time.process_time()
+            for _ in range(calls):
+                step()
+            each = 1e3 * (time.process_time() - since) / calls
+            times[name].append(each / SEEDS if name in (STACKED, BOTH) else each)
+    rows = []
+    for name in ways:
+        ratios = [a / b for a, b in zip(times[name], times[HAND], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else 3 * ratios
+        row = {"label": label, "network": network, "mode": mode, "way": name, "ratio": middle, "quartiles": [low, high]}
+        row |= {"ms": statistics.median(times[name]), "ms_by_hand": statistics.median(times[HAND])}
+        row |= {"rounds": rounds, "steps": calls, **ready[name][2]}
+        if mode != "reinforce" and name in (EAGER, COMPILED):  # labels are drawn otherwise by hand
+            gone = ready[HAND][1]
+            row["apart"] = float((ready[name][1] - gone).norm() / gone.norm())
+        if "cold_seconds" in row:
+            slower = statistics.median(times[EAGER if EAGER in times else HAND])
+            saved = (slower - row["ms"]) * (SEEDS if name == BOTH else 1) / 1e3
+            row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
+        rows.append(row)
     return rows
-
-
-def medians(turns: list[list[Row]]) -> list[Row]:
-    return [
-        {**rows[0], "ms": statistics.median(row["ms"] for row in rows), "turns": [round(row["ms"], 3) for row in rows]}
-        for rows in zip(*turns, strict=True)
-    ]
 
 
 def table(result: Row) -> str:
-    """The medians, and what they are beside the other checkout and beside Algorithm 1 by hand."""
-    before = {_key(row): row["ms"] for row in result.get("against", [])}
+    """A row for each way and mode."""
     lines = [
-        "| network | optimizer | mode | steps ahead | ms | beside the other checkout | beside Algorithm 1 by hand "
-        "| peak MB |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
+        "| metapl | network | mode | way | ms | times by hand | quartiles | files, functions | compiling, s "
+        "| pays after | apart |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    hand = {row["optimizer"]: row["ms"] for row in result["rows"] if row["mode"] == BY_HAND}
     for row in result["rows"]:
-        old, own = before.get(_key(row)), hand.get(row.get("optimizer"))
+        low, high = row["quartiles"]
+        pays = row.get("pays_after")
         cells = [
-            {"mlp": "MLP 16-16-4, batch 32", "wrn": f"WRN-28-2, batch {BATCH}"}[row["case"]],
-            row.get("optimizer", "SGD"),
-            row["mode"],
-            str(row.get("ahead", 1)),
-            f"{row['ms']:.2f}",
-            "–" if old is None or row["mode"] == BY_HAND else f"{row['ms'] / old:.2f}",
-            "–" if own is None else f"{row['ms'] / own:.2f}",
-            f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "–",
+            *(row["label"], NETWORKS[row["network"]][0], f"`{row['mode']}`", row["way"], f"{row['ms']:.3g}"),
+            *(f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"),
+            f"{row['files']}, {row['functions']}" if "files" in row else "–",
+            *(
+                (f"{row['cold_seconds']:.0f}", f"{pays:,} steps" if pays else "never")
+                if "cold_seconds" in row
+                else "––"
+            ),
+            f"{row['apart']:.0e}" if "apart" in row else "–",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("case", "mode", "optimizer", "ahead"))
-
-
 def main() -> None:
     parser = arguments(__doc__, RESULT, page=True)
-    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of metapl")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--only", choices=CASES, help="measure this network; the result's rows of the other one stay")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of a result, and measure nothing")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="the rows of other networks stay")
+    parser.add_argument("--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--label", default=metapl.__version__, help="what the rows are called; those of others stay")
+    parser.add_argument("--note", default="", help="about the machine, such as who else used it")
+    parser.add_argument("--functions", choices=MODES, help="print the functions of a step by file, and stop")
     given = parsed(parser)
-    if given.write:
-        write_between_marks(given.write, "step", table(json.loads(given.out.read_text())))
+    if given.functions:
+        step, _, _ = warmed(EAGER, given.functions, "tiny")
+        for file, names in entered(step).items():
+            print(f"{file} ({len(names)}): {', '.join(names)}")
         return
-    if given.table:
-        print(table(json.loads(given.table.read_text())))
-        return
-    turns: dict[str, list[list[Row]]] = {"rows": [], "against": []}
-    cases = (given.only,) if given.only else CASES
-    for _ in range(1 if given.miniature else given.turns):
-        turns["rows"].append(turn(HERE.parent, given.miniature, cases))
-        if given.against:
-            turns["against"].append(turn(given.against.resolve(), given.miniature, cases))
-    result = {name: medians(rows) for name, rows in turns.items() if rows} | {"measured_on": described("cpu")}
-    if given.only:
-        before = json.loads(given.out.read_text())
-        for name in ("rows", "against"):
-            rows = result.get(name, []) + [row for row in before.get(name, []) if row["case"] != given.only]
-            result[name] = sorted(rows, key=lambda row: CASES.index(row["case"]))
-    write_json(given.out, result)
-    print(table(json.loads(given.out.read_text())))
+    if given.write is None:
+        names, parts = given.networks.split(","), given.parts.split(",")
+        names, rounds = (["tiny"], 1) if given.miniature else (names, given.rounds)
+        ways = [way for part, own in PARTS.items() if part in parts for way in own]
+        if {*names} - {*NETWORKS} or {*parts} - {*PARTS}:
+            parser.error(f"expected networks of {', '.join(NETWORKS)} and parts of {', '.join(PARTS)}")
+        torch.set_num_threads(1)
+        rows = [row for name in names for mode in MODES for row in measure(name, mode, ways, rounds, given.label)]
+        rows = [row | {"note": given.note, "measured_on": described("cpu")} for row in rows]
+        old = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
+        known = {tuple(row[key] for key in ("label", "network", "mode", "way")): row for row in [*old, *rows]}
+        write_json(given.out, {"rows": [known[key] for key in sorted(known, key=place)]})
+    show(given.write, "step", table(json.loads(given.out.read_text())))
+
+
+def place(key: tuple[str, str, str, str]) -> tuple[Any, ...]:
+    label, network, mode, way = key
+    return label, [*NETWORKS].index(network), mode, (EAGER, COMPILED, STACKED, BOTH).index(way)
 
 
 if __name__ == "__main__":

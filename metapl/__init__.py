@@ -11,10 +11,10 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training import StopFit
-from metapl.training.check import check_gradient
 from metapl.training.contract import StepReport
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
+from metapl.training.verify import check_gradient
 from metapl.words import did_you_mean
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from metapl.data import StepBatches, StepSampler
 from metapl.data.draws import fold_in
 from metapl.errors import MetaplError, few, reason_of
-from metapl.execution.checks import WRONG_INPUTS, described
+from metapl.execution.checks import described
 from metapl.feedback import Mode
 from metapl.metrics.predictions import logits_of
 from metapl.models import mlp
@@ -231,7 +231,7 @@ class _Classifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scik
             )
         try:
             gives = f"gives outputs of shape {tuple(logits_of(found.to(x), [x[:2]]).shape)} for"
-        except WRONG_INPUTS as error:
+        except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
             gives = f"cannot take ({reason_of(error)})"
         if gives != f"gives outputs of shape {(2, classes)} for":
             raise MetaplError(

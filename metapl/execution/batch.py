@@ -20,10 +20,6 @@ from metapl.execution import checks
 from metapl.execution.checks import described
 
 LABEL_KEYS = ("labels", "label")  # in a batch that is a dict
-_EXPECTED = (
-    "expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, or one dict with the labels "
-    "under 'labels'"
-)
 
 
 def plain(batch: Any) -> Any:
@@ -41,17 +37,15 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
     """A labeled batch as (inputs, labels), or a longer tuple that begins with them; errors begin with ``name`` and end
     with ``mend``."""
     batch = plain(batch)
-    if isinstance(batch, dict):
-        keys = [key for key in LABEL_KEYS if key in batch]
-        if len(keys) == 1 and holds_tensors(inputs_of(batch)):
-            return inputs_of(batch), batch[keys[0]]
-        found = ", ".join(map(repr, batch)) or "none"
-        raise MetaplError(f"{name} is a dict with the keys {found}; {_EXPECTED}.{mend}")
-    pair = isinstance(batch, tuple | list) and len(batch) > 1
-    if not pair or not (isinstance(batch[0], Tensor) or holds_tensors(batch[0])):
-        arrays = pair and any(isinstance(part, np.ndarray) for part in batch)
-        raise MetaplError(f"{name} is {described(batch)}; {_EXPECTED}{', torch.as_tensor(x)' * arrays}.{mend}")
-    return batch
+    keys = [key for key in LABEL_KEYS if key in batch] if isinstance(batch, dict) else []
+    if len(keys) == 1 and holds_tensors(inputs_of(batch)):
+        return inputs_of(batch), batch[keys[0]]
+    if isinstance(batch, tuple | list) and len(batch) > 1 and holds_tensors(batch[0]):
+        return batch
+    raise MetaplError(
+        f"{name} is {described(batch)}; expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of "
+        f"tensors, or one dict with the labels under 'labels'.{mend}"
+    )
 
 
 def first_input(batch: Any) -> Any:
@@ -62,7 +56,7 @@ def first_input(batch: Any) -> Any:
         return batch[0]
     raise MetaplError(
         f"the batch is of type {type(batch).__name__}; expected a tensor, a dict or a tuple (input, ...). For other "
-        "batches, give the problem a method student_input(batch) that returns the student's input."
+        "batches, give the problem a method student_input(batch)."
     )
 
 
@@ -102,10 +96,7 @@ def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
         return data
     if array is None or array.dtype.kind not in "biuf":
         given = described(data) if array is None else f"an array of {array.dtype}"
-        raise MetaplError(
-            f"{what or 'the data hold'} {given}; expected numbers: a tensor, a numpy array, a dict or tuple of these, "
-            "or an iterable of batches."
-        )
+        raise MetaplError(f"{what or 'the data hold'} {given}; expected numbers: tensors, arrays, or batches of these.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():
@@ -124,7 +115,7 @@ def length(batch: Any) -> int:
 
 def digest(batch: Any) -> Tensor:
     """A whole number by which a batch is known: its structure, plain values, shapes and types, and tensors bit for bit;
-    the same in every process, and of two batches with a chance of about 2^-60."""
+    the same in every process, and of two batches with a chance of about 2^-60. It is computed where the tensors are."""
     leaves, structure = pytree.tree_flatten(batch)
     arrays = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t for t in leaves]
     known = [(t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t) for t in arrays]
@@ -169,47 +160,32 @@ def views(unlabeled: Any) -> tuple[Any, ...]:
     """(x,) or (weak, strong); a pair of inputs and labels is refused.
 
     Two views are tensors of one shape and type, unless they are one integer per example, or dicts and tuples of tensors
-    of the same names, types and numbers of dimensions.
+    of the same structure.
     """
     if isinstance(unlabeled, Tensor):
         return (unlabeled,)
-    if isinstance(unlabeled, Mapping):
-        named = [name for name in LABEL_KEYS if name in unlabeled]
-        if named:
-            raise MetaplError(f"unlabeled is {described(unlabeled)}, with labels under {named[0]!r}; {_REMEDY}.")
+    if isinstance(unlabeled, Mapping) and not any(name in unlabeled for name in LABEL_KEYS):
         return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
         return (first_input(unlabeled),)
-    if not isinstance(unlabeled, tuple | list) or len(unlabeled) != 2:
-        raise MetaplError(
-            f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak "
-            "view, strong view). The batches of several student steps are a metapl.Lookahead([...])."
+    if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and holds_tensors(unlabeled[0]):
+        first, second = map(pytree.tree_flatten, unlabeled)
+        alike = first[1] == second[1] and all(
+            isinstance(a, Tensor) == isinstance(b, Tensor)
+            and (not isinstance(a, Tensor) or (a.dtype == b.dtype and a.ndim == b.ndim))
+            for a, b in zip(first[0], second[0], strict=True)
         )
-    first, second = unlabeled
-    alike = holds_tensors(first) and _same_structure(first, second)
-    if alike and isinstance(second, Tensor):
-        alike = first.shape == second.shape and (second.ndim != 1 or second.is_floating_point())
-    if not alike:
-        raise MetaplError(
-            f"unlabeled is a pair of {described(first)} and {described(second)}; two views of the same examples have "
-            f"the same shape and type. If the second is labels, {_REMEDY}. If the inputs are a tuple of tensors, write "
-            "(inputs,)."
-        )
-    return tuple(unlabeled)
-
-
-_REMEDY = "leave the labels out, with metapl.data.without_labels(loader) or a data set of inputs only"
+        if isinstance(unlabeled[1], Tensor):
+            same = isinstance(unlabeled[0], Tensor) and unlabeled[0].shape == unlabeled[1].shape
+            alike = alike and same and (unlabeled[1].ndim != 1 or unlabeled[1].is_floating_point())
+        if alike:
+            return tuple(unlabeled)
+    raise MetaplError(
+        f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak view, strong "
+        "view) of one shape and type, and no labels (metapl.data.without_labels leaves them out). A tuple of inputs is "
+        "written (inputs,), and the batches of several student steps are a metapl.Lookahead([...])."
+    )
 
 
 def holds_tensors(inputs: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
-
-
-def _same_structure(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.dtype == second.dtype and first.ndim == second.ndim
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(_same_structure(first[name], second[name]) for name in first)
-    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
-        return len(first) == len(second) and all(map(_same_structure, first, second))
-    return type(first) is type(second)
+    return any(isinstance(leaf, Tensor) for leaf in checks.leaves_of(inputs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Space:
 
     def dot(self, a: Tree, b: Tree) -> Tensor:
         """⟨a, b⟩ over the parameters that both have, a scalar."""
-        return self.slope(a, b)[0]
+        return self._flat(a, b).sum()
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
@@ -46,10 +46,13 @@ class Space:
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
         """⟨a, b⟩, and the norm of its terms, to which its rounding is proportional."""
+        flat = self._flat(a, b)
+        return flat.sum(), torch.linalg.vector_norm(flat)
+
+    def _flat(self, a: Tree, b: Tree) -> Tensor:
         names = [name for name in a if name in b]
         terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
-        flat = torch.cat([t.flatten() for t in terms])
-        return flat.sum(), torch.linalg.vector_norm(flat)
+        return torch.cat([t.flatten() for t in terms])
 
     def count(self, a: Tree) -> int:
         return sum(t.numel() for t in a.values())
@@ -85,24 +88,12 @@ def full_float32(device: torch.device) -> Iterator[None]:
     if not reduced_float32(device):
         yield
         return
-    before = [(switch, switch.fp32_precision) for switches in _SWITCHES.values() for switch in switches]
-    # The older setters write to both devices', and keep a flag of their own, which must agree with the new one; with a
-    # mixture they cannot be read.
-    matmul = cudnn = None
-    with suppress(RuntimeError):
-        matmul = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    with suppress(RuntimeError):
-        cudnn = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-    for switch in _SWITCHES[device.type]:
+    switches = _SWITCHES[device.type]
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
         switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        if matmul is not None:
-            torch.set_float32_matmul_precision(matmul)
-        if cudnn is not None:
-            torch.backends.cudnn.allow_tf32 = cudnn
-        for switch, precision in before:
+        for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision

@@ -203,6 +203,29 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Te
     return drawn
 
 
+class _AllRows(torch.autograd.Function):
+    """The rows of all ranks; backward, each rank gets what all ranks found for its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.all_rows(t)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.own_rows(ctx.ranks.sum(grads[0])), None
+
+
+def rows_of_all(t: Tensor) -> tuple[Tensor, slice]:
+    """In a problem's ``signal``, the rows of all ranks that share the batch, differentiably, and where this rank's
+    are."""
+    ranks = _sharing.get()
+    if ranks.alone:
+        return t, slice(None)
+    every: Tensor = _AllRows.apply(t, ranks)
+    return every, slice(ranks.rank * len(t), (ranks.rank + 1) * len(t))
+
+
 def log_mean_of_rows(log_p: Tensor) -> Tensor:
     """The logarithms of the means of probabilities, (B, C), over the rows of all ranks that share a batch."""
     log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))

@@ -17,7 +17,7 @@ class RandomState:
 
     device: torch.device
     cpu: Tensor
-    accelerator: Tensor | None
+    accelerator: Tensor | None = None
 
     @staticmethod
     def now(device: torch.device) -> RandomState:

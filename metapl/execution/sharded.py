@@ -27,31 +27,23 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
-from metapl.execution.buffers import State, stand_in, swapped
-from metapl.execution.compiled import uncompiled
 from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree
-from metapl.execution.rng import RandomState, replayed
+from metapl.execution.rng import RandomState
 from metapl.execution.shards import as_sharded, is_sharded, laid_out_like, local, whole
-from metapl.execution.writes import Slot, Watch, weights_watched
+from metapl.execution.state import Replay, Slot, State, stand_in, swapped
 
 
-def student_of(
-    network: nn.Module | Layout,
-    parameters: dict[str, nn.Parameter] | None = None,
-    *,
-    double_backward: bool = False,
-    first: bool = False,
-) -> LocalStudent:
+def student_of(network: nn.Module | Layout, *, double_backward: bool = False) -> LocalStudent:
     """A student as it is laid out, a module of this process alone or any other; for the arguments see
     :class:`metapl.execution.local.LocalStudent`."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
-        return ShardedStudent(layout, parameters, first=first)
-    return LocalStudent(layout.network, parameters, double_backward=double_backward, first=first, ranks=layout.ranks)
+        return ShardedStudent(layout)
+    return LocalStudent(layout.network, double_backward=double_backward, ranks=layout.ranks)
 
 
 class ShardedStudent(LocalStudent):
@@ -59,10 +51,10 @@ class ShardedStudent(LocalStudent):
 
     readable = False
 
-    def __init__(self, layout: Layout, parameters: dict[str, nn.Parameter] | None, *, first: bool) -> None:
+    def __init__(self, layout: Layout) -> None:
         layout.reshard()
-        super().__init__(layout.network, parameters, ranks=layout.ranks, space=layout.space, first=first)
-        self.first, self.seen = False, True  # its operators are not looked at
+        parameters = layout.parameters()
+        super().__init__(layout.network, ranks=layout.ranks, space=layout.space, parameters=parameters)
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
@@ -75,18 +67,9 @@ class ShardedStudent(LocalStudent):
     def gradient(self, value: Tensor, at: Tree, **how: Any) -> Tree:
         return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
 
-    def watched(self, inputs: Any = None, *, replay: bool = False) -> AbstractContextManager[Watch | None]:
-        """The rank's parts of the weights are compared: a block's gathered weights come and go."""
-        return weights_watched([("", self.params, frozenset(self.params))], "student", inputs, looking=False)
-
-    def looked_over(self, *given: Any, **how: Any) -> tuple[bool, list[type]]:
-        """Nothing: the gathered weights that the graph begins at come and go."""
-        return False, []
-
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
-        state = State(self.slots.parts)
-        with replayed(start), self.moved_to(params), state.again(self.slots, once=True):
+        with self.moved_to(params), Replay(start, State(self.slots)):
             yield
 
     @contextmanager
@@ -226,10 +209,10 @@ class ShardedPass(Pass):
         return NOTHING if self.params is self.student.params else self.student.moved_to(self.params)
 
     @contextmanager
-    def _running(self, *, forward: bool = False) -> Iterator[None]:
+    def _running(self) -> Iterator[None]:
         torch.clear_autocast_cache()
         try:
-            with self._there(), super()._running(forward=forward):
+            with self._there(), super()._running():
                 yield
         except BaseException:
             self.student.layout.reshard()
@@ -243,7 +226,7 @@ class ShardedPass(Pass):
     @contextmanager
     def _whole_replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         at = {name: t.requires_grad_() for name, t in self.student.whole(self.params).items()}
-        with uncompiled(), self._again([]), self.student.whole_at(at):
+        with self._again([]), self.student.whole_at(at):
             yield at, self._same_outputs(self.student.forward(inputs))
 
     def second_derivatives(self, w: Tree, *given: Any, **how: Any) -> tuple[Tree, list[Tensor | None]]:
@@ -264,14 +247,14 @@ class ShardedPass(Pass):
 ShardedStudent.pass_type = ShardedPass
 
 
-def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+def by_backward(value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False) -> dict[str, Any]:
     """The gradient of a scalar by ``.backward()``, whose hooks average over the ranks, laid out as the parameters are;
     ``.grad`` stays as it is."""
     kept = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.grad = None
-        value.backward()
+        value.backward(retain_graph=retain)
         found: dict[str, Any] = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     finally:
         for name, p in parameters.items():

@@ -91,11 +91,6 @@ def estimator(mode: str | Estimator) -> Estimator:
     'reinforce'
     """
     if isinstance(mode, Estimator):
-        if hasattr(mode, "one_process") or hasattr(mode, "forward_mode"):  # of an earlier version
-            raise MetaplError(
-                f"{type(mode).__name__} says one_process or forward_mode; expected the set `requires`, such as "
-                "frozenset({ONE_PROCESS, FORWARD_AD}) from metapl.execution.capabilities."
-            )
         return mode
     for name in MODES:
         if mode == name:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,17 +21,19 @@ from torch import Tensor
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.capabilities import ONE_PROCESS, Capability
+from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import Tree
-from metapl.feedback.inner_step import Credits, InnerStep, unread_signal
+from metapl.feedback.inner_step import Credits, InnerStep
 from metapl.feedback.keeping import ALL, Keeping
-from metapl.feedback.path import Path
-from metapl.problems.base import Kind, Signal, field_of
+from metapl.problems.base import Kind, Signal, field_of, kind_of
 from metapl.runs.fields import Range, check_fields
+
+if TYPE_CHECKING:
+    from metapl.feedback.path import Path
 
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
-Graphs = Annotated[int, Range(0, of="a number of graphs")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
 
 
@@ -85,14 +87,6 @@ class Feedback:
             return [self] * parts
         return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
 
-    def on_given(self, step: InnerStep) -> Feedback:
-        """The feedback on what the teacher said, which the problem has normalized into the step's signal."""
-        if step.normalized is None or self.part is None:  # nothing was normalized, or no field has a feedback
-            return self
-        others = step.normalized.in_given({self.part: self.h.detach(), **self.others})
-        part = next(iter(others))
-        return replace(self, h=others.pop(part), part=part, others=others)
-
     def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
         """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
         without rows it is the sum over micro-batches, each of which has a signal of its own."""
@@ -114,8 +108,6 @@ class Estimator(ABC):
     ``"nothing"``."""
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
-    keep_graphs: int = 0
-    """Of so many last steps the inner gradient stays differentiable, in the student's weights and the signal."""
     keep_on: str | None = None
     """Where states of a look-ahead are kept, as for :class:`Forward`."""
     looks_ahead: ClassVar[bool] = False
@@ -157,30 +149,30 @@ class Estimator(ABC):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """One :class:`Feedback` per step of the path, and the next state."""
 
+    def graph_of(self, steps: int, student: LocalStudent) -> Literal["signal", "example"] | None:
+        """In what g keeps a graph, over a path of so many steps: what gets the feedback; None: in nothing."""
+        return None
+
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
         feedback, state = self.feedback(path, state)  # line 4: h
-        with path.student.ranks.agreed():
+        with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             if not any(found.read for found in feedback):
-                raise MetaplError(unread_signal(path.problem))
-            try:
-                for h in (h for found in feedback for h in (found.h, *found.others.values())):
-                    checks.refuse_not_finite(h, _NOT_FINITE)
-            except MetaplError:
-                if path.inner_loss.isfinite():
-                    raise
-                raise MetaplError(_NO_INNER_LOSS.format(float(path.inner_loss))) from None
+                raise MetaplError(
+                    f"the inner loss of {kind_of(path.problem)} does not depend on its signal, so there is no feedback "
+                    "on it; expected an inner_loss in which the signal acts on the student's outputs, without "
+                    '.detach() or argmax; to train without feedback, mode="none".'
+                )
+            total = path.inner_loss  # a sum of all is finite where all are
+            for found in feedback:
+                for h in (found.h, *found.others.values()):
+                    total = total + h.sum()
+            checks.refuse_not_finite(
+                total,
+                "the inner loss or the feedback is NaN or infinite: the student has diverged, or some example's loss "
+                "has no finite value or derivative; lower the student's learning rate, or look for extreme values.",
+            )
         return feedback, state
-
-
-_NO_INNER_LOSS = (
-    "the inner loss is {}, so there is no feedback: what inner_loss returned for some example is not finite, such as a "
-    "mean over no tokens (0 / 0), or the student has diverged."
-)
-_NOT_FINITE = (
-    "the feedback is NaN or infinite: the student diverged within its step, or a loss of the problem has no finite "
-    "derivative; lower the student's learning rate, or look for examples with extreme values."
-)
 
 
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from metapl.execution import checks
-from metapl.execution.agreement import SlopesDisagree, check_bend, check_difference
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
-from metapl.feedback.credit import Tangent, check_projections, signal_feedback
+from metapl.feedback.credit import Tangent, head_feedback
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import Range
 
-Credit = Callable[[InnerStep, Tree, Tangent], Feedback]
 Derivatives = Sequence[Sequence[Tensor | None]]  # in the leaves of each micro-batch
-
-REDUCTIONS = (1.0, 8.0, 64.0)
-"""The divisors of δ, tried in turn while the derivatives along w disagree (only where the host can read them)."""
 
 ROUNDINGS = 30.0
 """A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
@@ -60,13 +54,8 @@ class Difference(Estimator):
     (relative error up to 1.6 measured, below 0.01 after five steps).
     With ``parametrizations.spectral_norm`` the power iteration moves along with the weights. Backpropagation takes it
     as constant, so there is a bias that falls as it converges (``unrolled`` has none).
-    A signal in the student's input: the inner loss's derivative in the signal is the difference that is taken, by three
-    passes forward and back; always central. Unlike outputs it jumps where a ReLU switches, and it loses more digits. So
-    its error is measured (by the derivative at θ, in the middle), and where it is above 5 % of the feedback at every δ,
-    the step is refused.
-    Checks: the outputs on both sides are compared with those at θ (not on CUDA, where reading them would wait). A
-    one-sided difference has no outputs behind θ, so that its curvature is not checked. On the first step of a student
-    that rounds or detaches, ż is compared with the gradients of some projections of the outputs.
+    A signal in the student's input: the inner loss's derivative in the signal is the difference that is taken, by two
+    passes forward and back; always central. Unlike outputs it jumps where a ReLU switches, and it loses more digits.
     Runs: wherever the student runs, on any operation.
     Source: the finite-difference product of DARTS (its eq. 8), moved from gradients to outputs.
     """
@@ -80,65 +69,29 @@ class Difference(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        h = self.feedback_along(w, step, signal_feedback)
+        h = head_feedback(step, w, self.tangent(step, w))
         return [h.divided_by(divisor(self.normalization, step, w))], state
 
-    def feedback_along(self, w: Tree, step: InnerStep, credit: Credit) -> Feedback:
-        """The feedback along w by ``credit``, with ż at δ, or at a smaller δ if ReLUs that switch within δ spoil it.
-
-        Fewer units switch within a smaller δ. A student whose passes are not of one function is refused at every δ: the
-        tolerance for rounding does not grow as δ falls.
-        """
-        for reduction in REDUCTIONS:
-            try:
-                tangent = self.tangent(step, w, reduction)
-                feedback = credit(step, w, tangent)
-                if step.student.first and not checks.waits(tangent.z_dot):
-                    check_projections(step, w, tangent)
-                return feedback
-            except SlopesDisagree as error:
-                disagree = error
-        raise disagree
-
-    def tangent(self, step: InnerStep, w: Tree, reduction: float = 1.0) -> Tangent:
-        """ż along w, by moves of length δ/``reduction``; exactly zero for w = 0."""
+    def tangent(self, step: InnerStep, w: Tree) -> Tangent:
+        """ż along w, by moves of length δ; exactly zero for w = 0."""
         length = step.space.norm(w)
-        factor = self.step_size(step) / reduction / length.clamp_min(torch.finfo(length.dtype).tiny)
+        factor = self.step_size(step) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        fields, in_signal = step.signal.differentiable(), None
         if step.entries:
-            return self._entering(step, w, factor, reduction)
-        ahead = step.shifted(factor, w)
-        if self.one_sided:
-            here = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
-            step.check_shifted(here, here)
-            moved, factors = ahead - here, factor
+            (ahead, of_ahead), (behind, of_behind) = (step.shifted_derivatives(side * factor, w) for side in (1, -1))
+            moved = step.in_signal(fields, _differences(of_ahead, of_behind))
+            in_signal = {name: None if t is None else t / (2 * factor) for name, t in moved.items()}
         else:
-            behind = step.shifted(-factor, w)
-            step.check_shifted(ahead, behind)
-            moved, factors = ahead - behind, 2 * factor
+            ahead = step.shifted(factor, w)
+            if self.one_sided:
+                behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
+            else:
+                behind = step.shifted(-factor, w)
+        step.check_shifted(behind if self.one_sided and not step.entries else ahead, behind)
+        width = factor if self.one_sided and not step.entries else 2 * factor
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        if not self.one_sided and step.in_full_precision and not checks.waits(moved):
-            check_bend(ahead, step.outputs, behind, rounding, step.student.ranks)
-        return Tangent(moved / factors, rounding / (reduction * factors))
-
-    def _entering(self, step: InnerStep, w: Tree, factor: Tensor, reduction: float) -> Tangent:
-        """:meth:`tangent` where the signal enters the student's input: central differences of the outputs, and of the
-        inner loss's derivatives in the signal."""
-        (ahead, of_ahead), (here, of_here), (behind, of_behind) = (
-            step.shifted_derivatives(side * factor, w) for side in (1, 0, -1)
-        )
-        step.check_shifted(here, here)
-        rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
-        if not checks.waits(here):
-            check_bend(ahead, here, behind, rounding, step.student.ranks)
-        fields = step.signal.differentiable()
-        moved = step.in_signal(fields, _differences(of_ahead, of_behind))
-        there, back = _differences(of_ahead, of_here), _differences(of_here, of_behind)
-        eps = torch.finfo(step.shifted_dtype).eps * (factor * step.space.norm(w) > 0)  # w = 0 moves nothing, exactly
-        bend = step.in_signal(fields, _differences(there, back))
-        check_difference(moved, bend, step.in_signal(fields, of_here), eps)
-        in_signal = {name: None if t is None else t / (2 * factor) for name, t in moved.items()}
-        return Tangent((ahead - behind) / (2 * factor), rounding / (reduction * 2 * factor), in_signal)
+        return Tangent((ahead - behind) / width, rounding / width, in_signal)
 
     def step_size(self, step: InnerStep) -> Tensor:
         """δ, a scalar on the student's device."""

@@ -20,12 +20,23 @@ from typing import ClassVar, Literal
 
 from metapl.errors import MetaplError
 from metapl.execution.capabilities import FORWARD_AD, Capability
-from metapl.feedback.base import Estimator, Feedback, Graphs, Normalization, State, Steps, divisor, padded
-from metapl.feedback.credit import credited_fields, exact_feedback, feedback_from_gradients
+from metapl.execution.local import LocalStudent
+from metapl.feedback.base import Estimator, Feedback, Normalization, State, Steps, divisor, padded
+from metapl.feedback.credit import Credited, credited, exact_feedback, feedback_from
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, keeping
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
+
+SMALL = 2**15  # weights of a student, up to which the graph is kept: measured in benchmarks/step.py
+
+
+def by_graph(by: Literal["graph", "tangent"] | None, student: LocalStudent) -> bool:
+    """Whether g keeps its graph: what was asked for, or by the student's size; a sharded student, whose backward pass
+    is ``.backward()``, has no such graph."""
+    if not student.readable:
+        return False
+    return by == "graph" if by else sum(p.numel() for p in student.params.values()) <= SMALL
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,9 @@ class Forward(Estimator):
             a tree (``Hypergradient.kept`` says which); in a folder, every √K-th.
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed again once for every
             factor of 10 in K after the first.
-        keep_graphs: of so many of the last student steps (1 with one step), keep the graph of the gradient, which
-            spares the step that part of its adjoint that would compute the graph again: a forward and a backward pass
-            (of the first step, the derivative of the outputs takes the place of these). Memory: the graph of each of
-            these steps, some twice that of a plain pass. 0: of one step at a time; K: nearly as ``unrolled`` in time,
-            and in memory but for the teacher's graphs where these are run again. For soft signals that do not enter the
-            student's input, in one process.
+        by: how one step is differentiated: ``"graph"``, ⟨g, w⟩ by the graph of g, which the inner pass then keeps (less
+            time on small networks, about twice the memory); ``"tangent"``, by ż in forward mode. None: by the student's
+            size alone, the graph up to :data:`SMALL` weights.
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an existing folder, of one
             call of :func:`metapl.hypergradient` or :func:`metapl.attribute` at a time, in one process, and not of a
             trainer. A call that was killed goes on when it is repeated, with a ``generator=`` as it stood at first, bit
@@ -82,7 +90,7 @@ class Forward(Estimator):
     keep_every: Steps | None = None
     keep: Literal["tree"] | None = None
     keep_on: str | None = None
-    keep_graphs: Graphs = 0
+    by: Literal["graph", "tangent"] | None = None
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
@@ -100,15 +108,18 @@ class Forward(Estimator):
     def exact(self) -> bool:
         return self.truncate is None and self.normalization == "gradient"
 
+    def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
+        return "signal" if steps == 1 and by_graph(self.by, student) else None
+
     def keeping(self, steps: int, first: InnerStep) -> Keeping:
         how, student = self.keep or self.keep_every, first.student
         return keeping(steps, first.bytes, student.device, how, self.keep_on, student.ranks)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         feedback = [Feedback(**plain) for plain in path.found]  # of a path that is gone on with
-        for step, w, gradients in path.adjoints(credited_fields, self.truncate):
+        for step, w, gradients in path.adjoints(credited, self.truncate):
             # The earliest step's Hessian product is not needed.
-            h = exact_feedback(step, w) if gradients is None else feedback_from_gradients(step.signal, gradients)
+            h = exact_feedback(step, w) if gradients is None else feedback_from(step, gradients)
             feedback.append(h.divided_by(divisor(self.normalization, step, w)))
             path.found.append(vars(feedback[-1]))
         return padded(feedback[::-1], path), state

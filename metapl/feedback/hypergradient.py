@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.buffers import explain_types, step_guard
-from metapl.execution.kernels import NotByThisMode, checkpoints_without_reentry
+from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.sharded import student_of
+from metapl.execution.state import restored
 from metapl.feedback import Mode, estimator
-from metapl.feedback.compatible import both_batches, check_batches, check_mode, check_teacher, name_others, prepare
-from metapl.feedback.inner_step import read_batch
+from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
 from metapl.feedback.resuming import known_by, states_in
-from metapl.feedback.teaching import Teaching
+from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.progress import counted
@@ -78,6 +78,7 @@ def hypergradient(
     accumulate: MicroBatches = 1,
     clip_norm: AboveZero | None = None,
     progress: bool = False,
+    verify: bool | Literal["warn"] = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
 
@@ -108,6 +109,8 @@ def hypergradient(
             of the update, so the feedback includes its derivative.
         progress: show on standard error how far a look-ahead is: the steps, and the steps back; a bar on a terminal,
             else a line a minute at most.
+        verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
+            of it; some five real steps on copies, more where it is not.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
@@ -126,6 +129,11 @@ def hypergradient(
     Source: Meta Pseudo Labels, eq. (3) and eq. (12).
     """
     labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+    if verify:  # by a module above this one, which calls this function on copies
+        check = import_module("metapl.training.verify").check_gradient
+        given = {"problem": problem, "inner_optimizer": inner_optimizer, "inner_state": inner_state, "mode": mode}
+        given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
+        check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).taken(verify)
     estimate = estimator(mode)
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
@@ -137,23 +145,26 @@ def hypergradient(
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
-    labeled, held = read_batch(problem, "outer_batch", labeled), [batches[0]] if batches is ahead else batches
+    labeled, first = problem.outer_batch(labeled), batches[0]
     options = ahead.options(update)
-    check_batches(labeled, held, device, of_student.ranks, len(batches))
     check_mode(estimate, len(batches), problem, of_student)
-    teach = Teaching(of_teacher, problem, estimate, generator, of_student, batches, accumulate, recompute_teacher)
-    local_student = student_of(of_student, update.parameters, double_backward=estimate.keep_graph, first=True)
-    readers = {"student": of_student.network, "teacher": teach.network if problem.teacher_reads_inputs else None}
-    explain = partial(explain_types, labeled, held, readers)
+    for layout in (of_teacher, of_student):
+        if layout is not None:
+            layout.begin_step()
+    local_student = student_of(of_student, double_backward=estimate.keep_graph)
+    ranks = of_student.ranks
+    teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
+    graph_of = estimate.graph_of(len(batches), local_student)
+    kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
     shown = partial(counted, progress and of_student.ranks.first, len(batches))
     going_on = NOTHING
     if folder is not None:
-        of = known_by(local_student, teach, update, inner_optimizer, options, labeled, held[0])
+        of = known_by(local_student, teach, update, inner_optimizer, options, labeled, first)
         going_on = states_in(folder, of, local_student, teach, update)
 
     with (
-        step_guard(teach.slots, local_student.slots, device=device, generator=generator, moves=False, explain=explain),
-        checkpoints_without_reentry(),
+        restored(teach.slots, local_student.slots, device=device, generator=generator, always=True),
+        kernels,
         going_on as states,
     ):
         with shown("steps", 0 if states is None else states.done) as tell:
@@ -166,20 +177,14 @@ def hypergradient(
                 teach=teach,
                 parts=accumulate,
                 keep_graph=estimate.keep_graph,
-                keep_graphs=estimate.keep_graphs,
+                graph_of=graph_of,
                 keep=estimate.keeping,
                 states=states,
                 updates=[update.at(of_step) for of_step in options],
-                credits=estimate.credits,
-                first=True,
                 tell=tell,
             )
         with shown("steps back", len(path.found)) as path.tell:
-            try:
-                feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
-            except (NotByThisMode, RuntimeError) as error:
-                name_others(error, estimate, path)
-                raise
+            feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
         grads = teach.gradient(path, feedback)  # of −Σ h·signal(θ_T)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(h[-1])

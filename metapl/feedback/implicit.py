@@ -81,10 +81,7 @@ class Implicit(Estimator):
             return [exact_feedback(step, w)], state
         step_size = step.update.learning_rate if self.step_size is None else float(self.step_size)
         if self.solver == "neumann" and not step_size:
-            raise MetaplError(
-                'Implicit(solver="neumann") takes the student\'s learning rate for its step_size, and this optimizer '
-                "has none above 0; give step_size=..., below 2 over the greatest eigenvalue of the inner loss."
-            )
+            raise MetaplError('Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate above 0.')
         with step.hessian() as product:
             if self.solver == "cg":
                 x = conjugate_gradient(product, v, self.iterations, float(self.damping))
@@ -100,7 +97,6 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
     accelerator those after the end are run too, so that the host need not wait.
     """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
-    types = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in v.values()}))
     x = scaled(v, 0.0)
     r, p = v, v
     rr = first = dot(r, r)
@@ -114,18 +110,16 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         curvature, p_norm, q_norm = dot(p, q), norm(p), norm(q)
         checks.refuse(
             ~q_norm.isfinite() & ~ended,
-            f"a product of Implicit's conjugate gradients is not finite in {types}: damping={damping:g} is too "
-            "large for it, or the student has diverged; expected a damping of about the size of the eigenvalues of the "
-            "inner loss's second derivative, such as 0.01.",
+            f"a product of Implicit's conjugate gradients is not finite: damping={damping:g} is too large, or the "
+            "student has diverged.",
         )
         largest = torch.maximum(largest, q_norm / p_norm.clamp_min(tiny))  # at most the greatest eigenvalue
         flat = curvature <= rounding * p_norm * q_norm
         negative = flat if number == 0 else curvature < -rounding * largest * p_norm**2  # v itself must be curved
         checks.refuse(
             negative & ~ended,
-            "the inner loss has no positive curvature along a direction that conjugate gradients take, so the student "
-            "is not near an optimum of it; train it longer, add a penalty on its weights to the inner loss, or give "
-            'Implicit a larger damping, or solver="neumann" or "identity".',
+            "the inner loss curves downwards along a direction of Implicit's conjugate gradients: the student is not near "
+            'an optimum; expected a larger damping, or solver="neumann" or "identity".',
         )
         ended = ended | flat
         alpha = torch.where(ended, 0.0, rr / curvature.clamp_min(tiny))
@@ -144,10 +138,8 @@ def neumann(product: Product, v: Tree, iterations: int, step_size: float, dampin
         x = _plus(x, term, 1.0)
     checks.refuse(
         ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
-        f"the Neumann series diverges with step_size={step_size:g} and damping={damping:g}: its last term is longer "
-        "than its first. Give Implicit a step_size below 2 over the greatest eigenvalue of the inner loss's second "
-        "derivative plus damping; where that loss curves downwards, a larger damping, or a student that is nearer to "
-        "an optimum of it.",
+        f"the Neumann series diverges with step_size={step_size:g} and damping={damping:g}; expected a step_size below "
+        "2 over the greatest eigenvalue of the inner loss's second derivative plus damping.",
     )
     return x
 

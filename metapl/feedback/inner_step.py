@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,57 +29,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import joined, micro_batches
-from metapl.execution.buffers import State, changed_in_place, own_code, unchanged
-from metapl.execution.checks import described
-from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves
+from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
-from metapl.execution.ranks import Ranks
-from metapl.execution.rng import RandomState, replayed
-from metapl.execution.writes import refuse_stranger, stranger, tensors_in
-from metapl.problems.base import Problem, Signal, check_signal, has_rows, kind_of
+from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
-
-IN_THE_SIGNAL = "give it in a field of the signal or, for a penalty on the teacher, in teacher_losses."
-"""The remedy for a loss that reads a tensor that the feedback knows nothing of."""
-
-STRANGERS = {
-    "student_input": (
-        "such as a weight of the teacher or a parameter of the problem. The feedback is on the signal alone, so this "
-        "gradient would be lost; expected student_input(batch, signal), which makes the input from what signal() "
-        "returned (the feedback goes through it), or an input without a gradient: x.detach()."
-    ),
-    "outer_input": (
-        "The feedback is on the signal about the inner batch alone, so this gradient would be lost; expected an input "
-        "without one: x.detach()."
-    ),
-}
-"""What is said of an input that requires a gradient, by the method of a problem that made it."""
-
-
-def read_batch(
-    problem: Problem, method: str, batch: Any, signal: Signal | None = None, known: Sequence[Tensor] = ()
-) -> Any:
-    """What a problem's ``outer_batch``, ``outer_input`` or ``student_input`` makes of a batch (and of the signal),
-    refused if it writes to them, or makes an input that depends on other tensors than ``known`` ones, which may require
-    a gradient."""
-    make, args = getattr(problem, method), (batch,) if signal is None else (batch, signal)
-    if own_code(make):
-        return make(*args)
-    name = f"{kind_of(problem)}.{method}"
-    given = {"batch": batch} if signal is None else {"batch": batch, "signal": vars(signal)}
-    made = unchanged(name, given, make, *args)
-    found = stranger(tensors_in(made), known) if method in STRANGERS else None
-    if found is not None:
-        raise MetaplError(
-            f"{name} returned an input that depends on {described(found)}, that requires a gradient. "
-            f"{STRANGERS[method]}"
-        )
-    return made
 
 
 class Entry:
@@ -93,8 +51,7 @@ class Entry:
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
         floating = {n: t for n, t in signal.fields().items() if t.is_floating_point()}
         self.fields = floating if in_graph else as_leaves(floating)
-        signal = signal.having(self.fields)
-        self.graph = read_batch(problem, "student_input", batch, signal, list(self.fields.values()))
+        self.graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
         self.given = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
@@ -114,68 +71,24 @@ class Entry:
         found = torch.autograd.grad(tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True)
         return dict(zip(self.fields, found, strict=True))
 
-    def read(self) -> list[str]:
-        """The fields that the input depends on."""
-        found = self.in_fields([torch.ones_like(t) for t in self._entering])
-        return [name for name, t in found.items() if t is not None]
 
+class InnerLoss:
+    """The mean of factor_i ℓ_i, (B,), as a function of outputs and weights; ``readable``: whether this process holds
+    the weights whole, so that a loss may read them."""
 
-class Normalized:
-    """A signal as the problem normalizes it over the rows of all ranks, and its graph from what the teacher said.
+    def __init__(
+        self, problem: Problem, signal: Signal, batch: Any, readable: bool, factors: Tensor | None = None
+    ) -> None:
+        self.problem, self.signal, self.batch, self.readable, self.factors = problem, signal, batch, readable, factors
 
-    Args:
-        given: what the teacher said about this rank's rows, those of all micro-batches.
-    """
-
-    def __init__(self, problem: Problem, given: Signal, ranks: Ranks) -> None:
-        name, method = f"{kind_of(problem)}.normalized_signal", "normalized_signal"
-        _refuse_without_rows(f"{name} was given", [given])
-        every = {n: ranks.all_rows(t) for n, t in given.fields().items()}
-        self.ranks = ranks
-        self.leaves = as_leaves({n: t for n, t in every.items() if t.is_floating_point()})
-        whole = given.having(every | self.leaves)
-        with torch.enable_grad():
-            made = unchanged(name, {"signal": vars(whole)}, problem.normalized_signal, whole)
-        made = check_signal(made, problem, method)
-        _refuse_without_rows(f"{name} returned", [made, whole])
-        self.fields = made.fields()
-        refuse_stranger(name, stranger(self.fields.values(), self.leaves.values()), IN_THE_SIGNAL)
-        for t in () if ranks.alone else [t.detach().double() for t in self.fields.values()]:
-            mean = ranks.mean(t)
-            apart = (t - mean).abs() > 1e-3 * mean.abs() + 1e-6 * mean.abs().amax()
-            checks.refuse(
-                ranks.greatest(apart.any().double()) > 0,
-                f"{name} returned other values in each process, which joins the rows of all of them; expected a "
-                "function of the signal alone: draw noise in signal(), and give it in a field.",
-            )
-        self.signal = made.having({n: ranks.own_rows(t.detach()) for n, t in self.fields.items()})
-
-    def in_given(self, h: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The feedback on fields of the normalized signal, as that on the fields of what the teacher said."""
-        reached = [n for n in h if self.fields[n].requires_grad]
-        if not reached:
+    def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
+        losses = self.problem.inner_loss(outputs, self.signal, self.batch, params if self.readable else None)
+        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             raise MetaplError(
-                "what normalized_signal returned carries no gradient to the signal that it was given, so the feedback "
-                "would be lost: it was detached, or made under torch.no_grad(); expected a differentiable function."
+                f"what inner_loss returned is {checks.described(losses)}, for a batch of {len(outputs)}; expected one "
+                f"loss per example, ({len(outputs)},): leave the mean to metapl."
             )
-        found = torch.autograd.grad(
-            [self.fields[n] for n in reached],
-            list(self.leaves.values()),
-            [self.ranks.all_rows(h[n]).to(self.fields[n].dtype) for n in reached],
-            materialize_grads=True,
-        )
-        return {n: self.ranks.own_rows(g) for n, g in zip(self.leaves, found, strict=True)}
-
-
-def _refuse_without_rows(who: str, signals: Sequence[Signal]) -> None:
-    """Refuse a sampled signal, and signals whose tensors have not all as many rows."""
-    lengths = {t.shape[:1] for signal in signals for t in signal.fields().values()}
-    if signals[0].sampled or len(lengths) > 1 or () in lengths:
-        found = few([f"{n} {tuple(t.shape)}" for n, t in signals[0].fields().items()])
-        raise MetaplError(
-            f"{who} a signal of {found}; expected a differentiable one (without log_prob) that has, in every tensor, "
-            "a row for each row of the inner batch."
-        )
+        return losses.mean() if self.factors is None else (self.factors * losses).mean()
 
 
 @dataclass(frozen=True)
@@ -194,7 +107,6 @@ class InnerStep:
         as_taken: whether θ′ is to be that of the optimizer's own step to the last bit, since the roundings of several
             steps grow.
         digest: of the batch, where it may be dropped and made again.
-        normalized: how the signal came from what the teacher said, where the problem normalizes it.
     """
 
     problem: Problem
@@ -208,22 +120,14 @@ class InnerStep:
     entries: Sequence[Entry] = ()
     as_taken: bool = False
     digest: Tensor | None = None
-    normalized: Normalized | None = None
+    student: LocalStudent = field(init=False)
+    params: Tree = field(init=False)
+    space: Space = field(init=False)
 
-    @property
-    def student(self) -> LocalStudent:
-        """Whose step this is."""
-        return self.passes[0].student
-
-    @property
-    def params(self) -> Tree:
-        """θ."""
-        return self.passes[0].params
-
-    @property
-    def space(self) -> Space:
-        """Products and norms of trees of the student's weights, over all processes that hold parts of them."""
-        return self.student.space
+    def __post_init__(self) -> None:
+        own = self.__dict__  # of a frozen value
+        own["student"], own["params"] = self.passes[0].student, self.passes[0].params  # whose step, and θ
+        own["space"] = own["student"].space  # products and norms over all processes that hold parts of the weights
 
     @property
     def bytes(self) -> int:
@@ -244,31 +148,16 @@ class InnerStep:
         """A forgotten step with θ, g and the optimizer's state, and its batch if that was dropped; cost: a forward and
         a backward pass of the student."""
         step = self if batch is None else replace(self, batch=batch)
-        for part, x in zip(step.passes, step._batches, strict=True) if self.batch is None else ():
-            part.inputs = read_batch(step.problem, "student_input", x)
+        for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
+            part.inputs = step.problem.student_input(x)
         grads = [part.gradient_again(params, step._loss(signal, x)) for part, signal, x in step.pieces()]
         return replace(step, grads=mean_tree(grads), state=state)
 
-    def record(self, base: State) -> dict[str, Any]:
-        """What :meth:`recorded` makes a forgotten step of again; ``base``: as for :meth:`Pass.record`."""
-        plain = {"signal": vars(self.signal), "inner_loss": self.inner_loss, "digest": self.digest}
-        return plain | {"passes": [part.record(base) for part in self.passes]}
-
-    @classmethod
-    def recorded(
-        cls, problem: Problem, update: Update, student: LocalStudent, base: State, record: Mapping[str, Any]
-    ) -> InnerStep:
-        passes = [student.pass_type.recorded(student, base, part) for part in record["passes"]]
-        signal = Signal(**record["signal"])
-        plain = {"inner_loss": record["inner_loss"], "digest": record["digest"]}
-        return cls(problem, update, passes, None, signal, grads={}, state=None, as_taken=True, **plain)
-
     def on(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
-        for part in self.passes:
-            part.sizes = {}  # the gradient is another one
         step = replace(self, signal=signal, grads={}).again(self.params, self.state)
-        return replace(step, inner_loss=self.inner_losses(self.outputs, signal, self.params).mean())
+        losses = [self._loss(part, x)(p.outputs, self.params) for p, part, x in step.pieces()]
+        return replace(step, inner_loss=mean_of(losses))
 
     @cached_property
     def outputs(self) -> Tensor:
@@ -321,23 +210,10 @@ class InnerStep:
         for part, *chunks in zip(self.passes, ahead.chunk(parts), behind.chunk(parts), strict=True):
             part.check_shifted(*chunks)
 
-    def inner_losses(self, outputs: Tensor, signal: Signal, params: Tree) -> Tensor:
-        """ℓ_i, (B,), micro-batch by micro-batch: a loss may look at the batch as a whole."""
-        parts = len(self.passes)
-        # Outputs that the loss keeps have a graph, by which an outer loss that reads them is refused.
-        given = outputs.chunk(parts) if parts > 1 else (outputs,)
-        chunks = [z if z.requires_grad else z.detach().requires_grad_() for z in given]
-        pieces = zip(chunks, signal.chunks(parts), self._batches, strict=True)
-        read = as_read(params, self.student) if params else params
-        with torch.enable_grad():
-            losses = joined([self.problem.inner_loss(z, part, x, read) for z, part, x in pieces])
-        return losses if torch.is_grad_enabled() else losses.detach()
-
     @property
     def shifted_dtype(self) -> torch.dtype:
         """The narrowest dtype in a shifted pass, such as that of a float32 body, or cast, in a float64 student."""
         formats = {wide(t).dtype for t in (*self.params.values(), self.outputs)}
-        formats |= {dtype for part in self.passes for dtype in part.narrowed}
         return torch.float32 if torch.float32 in formats else torch.float64
 
     @property
@@ -384,7 +260,7 @@ class InnerStep:
 
     def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
-        return zip(self.passes, self.signal.chunks(len(self.passes)), self._batches, strict=True)
+        return zip(self.passes, self.signal.chunks(len(self.passes)), self.batches, strict=True)
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
@@ -411,6 +287,8 @@ class InnerStep:
         """Derivatives of this rank's losses in the leaves of each micro-batch, as derivatives of the mean over the
         ranks in the whole signal's fields."""
         parts = len(self.passes) * self.student.ranks.size
+        if len(self.passes) == 1 and parts == 1 and not self.entries:
+            return dict(zip(fields, in_leaves[0], strict=True))
         found: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
             through = self.entries[i].in_fields(leaves[len(fields) :]) if self.entries else {}
@@ -434,10 +312,10 @@ class InnerStep:
         return [first for first, _ in results], [second for _, second in results]
 
     def _loss(self, signal: Signal, batch: Any) -> Loss:
-        return InnerLoss(self.problem, signal, batch, self.student)
+        return InnerLoss(self.problem, signal, batch, self.student.readable)
 
     @property
-    def _batches(self) -> list[Any]:
+    def batches(self) -> list[Any]:
         return micro_batches(self.batch, len(self.passes), "unlabeled")
 
 
@@ -450,144 +328,3 @@ def _with_graph_of(value: Any, wider: Any) -> Any:
     if not isinstance(wider, Tensor) or not wider.requires_grad:
         return value
     return value.detach() + (wider - wider.detach()).to(value.dtype)
-
-
-class CopiedParams(dict[str, Tensor]):
-    """The ``params`` of an inner loss: copies, made as they are read, so that a write reaches no weight."""
-
-    def __init__(self, params: Tree) -> None:
-        super().__init__(params)
-        self.copies: Tree = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.copies:
-            self.copies[name] = super().__getitem__(name).clone()
-        return self.copies[name]
-
-    def __iter__(self) -> Iterator[str]:  # also makes dict(params) and {**params} read by __getitem__
-        return super().__iter__()
-
-    def copy(self) -> Tree:
-        return {name: self[name] for name in self}
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401  # which would call itself
-
-    def items(self) -> Any:
-        return self.copy().items()
-
-    def values(self) -> Any:
-        return self.copy().values()
-
-
-class _Unreadable(dict[str, Tensor]):
-    """The ``params`` of an inner loss where no process holds the weights."""
-
-    def _refuse(self, *names: Any) -> Any:
-        raise MetaplError(
-            f"the problem's inner_loss reads the student's weights (params[{[*names, '...'][0]!r}]), of which a "
-            "sharded student holds a part only; expected a loss of the student's outputs. With weights in the inner "
-            "loss, wrap the student in DistributedDataParallel."
-        )
-
-    __getitem__ = get = items = values = keys = __iter__ = __len__ = __contains__ = _refuse
-
-
-def as_read(params: Tree, student: LocalStudent) -> Tree:
-    """The weights as an inner loss may read them."""
-    return CopiedParams(params) if student.readable else _Unreadable()
-
-
-class InnerLoss:
-    """The mean of ℓ_i as a function of outputs, and of weights of the ``student``.
-
-    By what gets the feedback, ``credits``, a loss is refused with a derivative in what has none, or that draws random
-    numbers where it is to be taken a second time.
-    """
-
-    def __init__(
-        self, problem: Problem, signal: Signal, batch: Any, student: LocalStudent, credits: Credits = "nothing"
-    ) -> None:
-        self.problem, self.batch, self.student = problem, batch, student
-        self.credits: Credits = "nothing" if own_code(problem.inner_loss) else credits
-        self.others: Tree = {}
-        if self.credits != "nothing" and signal.sampled:
-            others = {name: getattr(signal, name) for name in ("log_prob", "probs", "outputs")}
-            self.others = as_leaves({n: t for n, t in others.items() if t is not None and t.is_floating_point()})
-            signal = replace(signal, **self.others)
-        self.signal = signal
-
-    def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
-        if own_code(self.problem.inner_loss):  # which reads the outputs and the signal's value
-            return self.problem.inner_loss(outputs, self.signal, self.batch).mean()
-        fields = {name: t for name, t in self.signal.fields().items() if name not in self.others}
-        read, weights = as_read(params, self.student), params if self.student.readable else {}
-        who = "the problem's inner_loss"
-        changeable = {"outputs": outputs, "signal": vars(self.signal), "batch": self.batch}
-        twice = self.credits in ("signal", "example") and not self.student.double_backward
-        start = RandomState.now(outputs.device) if twice else None
-        losses = unchanged(who, changeable, self.problem.inner_loss, outputs, self.signal, self.batch, read)
-        if start is not None and not RandomState.now(outputs.device).same(start):
-            raise MetaplError(
-                "the problem's inner_loss draws random numbers, such as dropout masks or noise, and this mode takes "
-                "its derivatives in a second pass over it, which would draw others. Draw them in signal(), and give "
-                "them to the loss in a field of the signal, or drop out in the student."
-                + (' mode="unrolled" takes the loss as it is.' if not self.signal.sampled else "")
-            )
-        if isinstance(read, CopiedParams) and any(t._version for t in read.copies.values()):
-            raise changed_in_place(who, ["params"])
-        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            raise MetaplError(
-                f"what inner_loss returned is {described(losses)}, for a batch of {len(outputs)}; expected one loss "
-                f"per example, ({len(outputs)},): leave the mean to metapl."
-            )
-        other = stranger([losses], [outputs, *weights.values(), *fields.values()], self.student.own)
-        for name, t in self.others.items():
-            if other is t:
-                raise _other_field("inner_loss", name)
-        refuse_stranger(who, other, IN_THE_SIGNAL)
-        return losses.mean()
-
-
-def _other_field(method: str, name: str) -> MetaplError:
-    return MetaplError(
-        f"{method} has a derivative in signal.{name}, and the feedback on a sampled signal covers its "
-        f"log-probability only, so the teacher's gradient would be wrong. If signal.{name} is meant as a "
-        f"constant, write signal.{name}.detach(); else return a differentiable signal (without log_prob)."
-    )
-
-
-def unread_signal(problem: Problem) -> str:
-    """Of an inner loss whose gradient in the student does not depend on the signal: there is no feedback on it."""
-    return (
-        f"the gradient of the inner loss of {kind_of(problem)} in the student's weights does not depend on its "
-        "signal, so there is no feedback on it and the teacher would learn nothing; expected an inner_loss in which "
-        "the signal acts on the student's outputs, such as signal.value * losses, without .detach(), argmax or a "
-        'comparison of the signal. To train without feedback, take mode="none".'
-    )
-
-
-def refuse_unread_labels(step: InnerStep) -> None:
-    """Refuse a loss, and an input, that are the same for the labels drawn for other examples; a differentiable signal
-    that is not read shows in its feedback."""
-    signal = step.signal
-    if not signal.sampled or (own_code(step.problem.inner_loss) and not step.entries):
-        return
-    for name in dict.fromkeys(name for entry in step.entries for name in entry.read()):
-        raise _other_field("student_input", name)
-    rolled = replace(signal, value=signal.value.roll(1, 0))
-    start = RandomState.now(step.outputs.device)
-
-    def at(signal: Signal) -> list[Tensor]:
-        with replayed(start), torch.no_grad():
-            pieces = zip(step._batches, signal.chunks(len(step.passes)), strict=True)
-            made = [read_batch(step.problem, "student_input", *piece) for piece in pieces] if step.entries else []
-            inputs = [t for t in pytree.tree_leaves(made) if isinstance(t, Tensor)]
-            return [step.inner_losses(step.outputs, signal, step.params), *inputs]
-
-    here, there = at(signal), at(rolled)
-    if [t.shape for t in here] != [t.shape for t in there]:
-        return  # an input that is as long as its labels
-    same = torch.stack([(a == b).all() for a, b in zip(here, there, strict=True)]).all()
-    # Where no two labels differ, this batch cannot tell.
-    checks.refuse(same & (rolled.value != signal.value).any(), unread_signal(step.problem))

@@ -82,17 +82,12 @@ def keeping(
     else:
         asked = next((way for way in (all_held, root, tree) if fits(way, SHARE)), tree)
     if folder and not asked.spacings:
-        raise MetaplError(
-            f"keep_every=1 and keep_on={on!r} were given, and steps that are all held are in no file; expected "
-            f"keep_every={root.spacings[0]}, or None, by which that is chosen."
-        )
+        raise MetaplError(f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None.")
     if free is not None and not fits(asked):
-        texts = f"keep_every={max(2, *root.spacings)}", 'keep="tree"'
-        mends = [f"Forward({text})" for text, way in zip(texts, (root, tree), strict=True) if fits(way)][:1]
-        in_folder = ["keep_on= with a folder (in metapl.hypergradient and attribute)"] if ranks.alone else []
+        fitting = 'keep="tree"' if fits(tree) else "keep_on= with a folder"
         raise MetaplError(
             f"{asked.words(steps)} would keep {asked.states(steps):,} states of {state / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free; expected {', or '.join([*mends, *in_folder, 'fewer steps'])}."
+            f"{free / 2**20:,.0f} MiB are free; expected {fitting}, or fewer steps."
         )
     return asked
 

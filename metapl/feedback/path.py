@@ -7,50 +7,25 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, called
 from metapl.execution import checks
-from metapl.execution.agreement import SAME_LOSS, check_copies, check_outer_loss, check_shares
 from metapl.execution.batch import digest, micro_batches
-from metapl.execution.buffers import own_code, unchanged
-from metapl.execution.kernels import refuse_checkpoints, refuse_once_differentiable
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
-from metapl.execution.writes import refuse_hooks, refuse_stranger, stranger
-from metapl.feedback.inner_step import (
-    IN_THE_SIGNAL,
-    Credits,
-    Entry,
-    InnerLoss,
-    InnerStep,
-    Normalized,
-    read_batch,
-    refuse_unread_labels,
-)
+from metapl.feedback.credit import Credited, credited
+from metapl.feedback.inner_step import Entry, InnerLoss, InnerStep
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.mean_check import MeanCheck, look_at_inner_losses, outer_check
-from metapl.problems.base import Problem, Signal, enters_input, has_own, joined_signals, sum_and_weight
+from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Update
-
-REPEATS = 3
-"""A branch that is drawn by a fair coin, and not by torch's, is the same in all of these once in eight times."""
 
 Keep = Callable[[int, InnerStep], Keeping]
 """Which of so many steps keep their states, by the size of the first one."""
-
-_NOT_FINITE = (
-    "the derivative of the outer loss in the student's weights is NaN or infinite before step {} of the {}: "
-    "the steps from there on amplify it without bound. Lower the student's learning rate, or take fewer of the last "
-    "steps, Forward(truncate=...)."
-)
-_LOSS = "some example's loss is not finite, such as a mean over no tokens (0 / 0), or the student has diverged."
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
@@ -65,7 +40,6 @@ class Path:
         labeled: the outer batch, in micro-batches.
         batches: the inner ones; a look-ahead that makes them as they are read is asked again on the way back.
         keeping: which steps keep their weights and optimizer state; the adjoint computes the others again.
-        check_mean: warn if a loss is not a mean over examples, where ranks or micro-batches share the batch.
     """
 
     problem: Problem
@@ -75,7 +49,6 @@ class Path:
     batches: Sequence[Any] = ()
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
-    check_mean: bool = False
     states: States = field(init=False)  # of several steps, where some are computed again
     found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
     tell: Callable[[Any], None] | None = None  # of each step that has been taken
@@ -108,13 +81,8 @@ class Path:
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
-        """L(θ), with the dropout masks of L(θ′); one forward pass, and :data:`REPEATS` more on the first step, whose
-        values are compared: L(θ) and L(θ′) are to be of one function."""
-        loss = self._outer_loss_at(self.student.params)
-        for _ in range(REPEATS if self.student.first else 0):
-            again = self.student.loss(self.student.params, *self._outer_pass())
-            check_outer_loss(again, loss, SAME_LOSS[self.steps[0].passes[0].rounded_to])
-        return loss
+        """L(θ), with the dropout masks of L(θ′); one forward pass."""
+        return self._outer_loss_at(self.student.params)
 
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
@@ -159,7 +127,12 @@ class Path:
             if number > first:
                 bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
                 v, state_cotangent = bar.params, bar.state
-                checks.refuse_not_finite(self.student.space.norm(v), _NOT_FINITE.format(number, called("look-ahead")))
+                checks.refuse_not_finite(
+                    self.student.space.norm(v),
+                    f"the derivative of the outer loss is NaN or infinite before step {number} of the look-ahead: the "
+                    "steps from there on amplify it without bound. Lower the student's learning rate, or differentiate "
+                    "fewer of the last steps, Forward(truncate=...).",
+                )
                 yield step, bar.gradient, in_signal
             elif state_cotangent is None:
                 yield step, step.pullback(v), None
@@ -234,40 +207,28 @@ class Path:
     def refuse_other(self, number: int, batch: Any) -> None:
         """Refuse a batch that is made as it is read, where it is not the one that the student learned from."""
         known = self.steps[number].digest
-        if known is None:
-            return
-        with self.student.ranks.agreed():
-            checks.refuse(
-                digest(batch) != known,
-                f"{called('the function of Lookahead')} returned another batch for step {number} when it was called "
-                "again, or wrote to the tensors of an earlier one, so the gradient would be that of another training; "
-                "expected new tensors in every call, and the same batch for the same number: draw its examples and "
-                "views from a generator that is seeded by the number, torch.Generator().manual_seed(number), or give a "
-                "list of batches.",
-            )
+        if known is not None:
+            with self.student.ranks.agreed():
+                checks.refuse(
+                    digest(batch) != known,
+                    f"the function of Lookahead returned another batch for step {number} when it was called again; "
+                    "expected the same batch for the same number: torch.Generator().manual_seed(number).",
+                )
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double
         backward through the path; None for a field that the inner loss does not depend on."""
         counted = self.steps[-(truncate or 0) :]
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
-        refuse_once_differentiable(self.steps[-1].grads.values())  # whose graph has those of the steps before
         gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
         return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
         where it makes none."""
-        if not has_own(self.problem, "revised_signal"):
-            return self
-        given = self.steps[-1].signal
-        name, changeable = "the problem's revised_signal", {"signal": vars(given), "h": h}
-        signal = unchanged(name, changeable, self.problem.revised_signal, given, h)
-        if signal is None:
-            return self
-        refuse_hooks(self.student.parameters)
-        (step,) = self.steps
-        return replace(self, steps=[step.on(signal.detached())])
+        step = self.steps[-1]
+        signal = self.problem.revised_signal(step.signal, h)
+        return self if signal is None else replace(self, steps=[step.on(signal.detached())])
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
@@ -286,43 +247,12 @@ class Path:
         The stream is independent of the default one, from whose state after the inner pass the teacher draws.
         """
         start = self.steps[-1].passes[-1].after.branch()
-        inputs = [read_batch(self.problem, "outer_input", part) for part in self.labeled]
-        check = outer_check(self.problem, self.student.ranks, len(self.labeled)) if self.check_mean else None
-        self.check_mean = False
-        kinds: set[bool] = set()
-        return inputs, [partial(self._outer_loss, part, check, kinds) for part in self.labeled], start
+        inputs = [self.problem.outer_input(part) for part in self.labeled]
 
-    def _outer_loss(
-        self, batch: Any, check: MeanCheck | None, kinds: set[bool], outputs: Tensor
-    ) -> tuple[Tensor, Tensor | float]:
-        """The outer loss on a micro-batch; ``kinds``: whether it was a pair on one of them, and a scalar."""
-        if own_code(self.problem.outer_loss):
-            value, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
-        else:
-            name, given = "the problem's outer_loss", {"outputs": outputs, "batch": batch}
-            # With a graph from the outputs on also where the student runs without one, so that another way is seen.
-            with torch.enable_grad():
-                value, weight = sum_and_weight(unchanged(name, given, self.problem.outer_loss, outputs, batch))
-            found = stranger([value], [outputs])
-            if id(found) in self.student.own:
-                raise MetaplError(
-                    f"{name} reads a weight of the student from elsewhere, or what another pass has made of it, such "
-                    "as outputs that inner_loss kept, so the feedback would be wrong; expected a loss of the outputs "
-                    "and the batch that it is given."
-                )
-            refuse_stranger(name, found, IN_THE_SIGNAL)
-            kinds.add(isinstance(weight, Tensor))
-            if len(kinds) > 1:
-                raise MetaplError(
-                    f"{name} returned a scalar on one micro-batch and (sum, weight) on another; expected the same of "
-                    "all: where nothing is left to judge, a sum and a weight of 0."
-                )
-        if self.student.ranks.copies > 1:
-            check_copies([outputs], "outputs of the student on the labeled batch", self.student.ranks)
-        if check is not None:
-            with replayed(RandomState.now(outputs.device)):
-                check.look(outputs, batch)
-        return value, weight
+        def loss(part: Any, outputs: Tensor) -> tuple[Tensor, Tensor | float]:
+            return sum_and_weight(self.problem.outer_loss(outputs, part))
+
+        return inputs, [partial(loss, part) for part in self.labeled], start
 
 
 def take_steps(
@@ -335,12 +265,10 @@ def take_steps(
     teach: Teach,
     parts: int = 1,
     keep_graph: bool = False,
-    keep_graphs: int = 0,
+    graph_of: Credited | None = None,
     keep: Keep | None = None,
     states: States | None = None,
     updates: Sequence[Update] = (),
-    credits: Credits = "nothing",
-    first: bool = False,
     tell: Callable[[Any], None] | None = None,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
@@ -352,25 +280,21 @@ def take_steps(
         labeled, batches: the outer batch, and the inner ones, one for each step; those of a look-ahead are read as they
             are taken.
         teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
-            them, where the signal enters its input or is normalized over the batch.
+            them where the signal enters its input, and once for all where it is of the whole batch.
         keep_graph: keep the path differentiable with respect to the signals, for :meth:`Path.gradients_in_signals`.
-        keep_graphs: of so many last steps, keep the graphs of the gradients for :meth:`InnerStep.second_derivatives`.
+        graph_of: of one step, what g keeps a graph in, for :meth:`Pass.in_leaves`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
-        credits: what gets the feedback; refuse an inner loss for which it would be wrong.
-        first: look closer: warn if a loss is not a mean over examples, and look at the student's operators on an
-            accelerator too.
         tell: called with the batch of each step that has been taken.
     """
     if not isinstance(student, LocalStudent):
-        student = student_of(student, update.parameters, double_backward=keep_graph, first=first)
-    shared, several = first and max(student.ranks.size, parts) > 1, keep_graph and len(batches) > 1
-    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches, check_mean=shared)
-    walk = _Walk(path, teach, parts, keep_graph, len(batches) - keep_graphs, credits)
+        student = student_of(student, double_backward=keep_graph)
+    several = len(batches) > 1
+    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches)
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params, state = as_leaves(student.params) if several else student.params, update.read_state()
-    done = 0 if states is None else states.done
+    params = as_leaves(student.params) if several and keep_graph else student.params
+    state, done = update.read_state(), 0 if states is None else states.done
     if states is not None and done:
         path.states = states
         params, state = states.resume(path, updates)
@@ -381,21 +305,13 @@ def take_steps(
             path.keep_before(number, params, state)
         with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
             batch = batches[number]
-        if number and path.rereads:
-            check_shares([("unlabeled", batch, f" of step {number}")], student.device, student.ranks)
-        path.steps.append(walk.step(number, batch, params, state, updates[number] if updates else update))
-        if number == 0:
+        rule = updates[number] if updates else update
+        path.steps.append(_step(path, batch, params, state, rule, teach, parts, keep_graph, graph_of))
+        if number == 0 and several:
             if isinstance(batches, Lookahead):
                 path.batch(0)  # a function that always returns another batch is refused here, not after the path
-            if credits != "nothing":
-                refuse_unread_labels(path.steps[0])
-            if len(batches) > 1:
-                path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
-                path.states = states or States(path.keeping.on)
-            if shared:
-                look_at_inner_losses(path.steps[0])
-        for record in path.steps[-1].passes if several or number >= walk.graphs_from else ():
-            record.refuse_later_graphs()
+            path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
+            path.states = states or States(path.keeping.on)
         if tell is not None:
             tell(batch)
     if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back
@@ -403,75 +319,63 @@ def take_steps(
     return path
 
 
-@dataclass(frozen=True)
-class _Walk:
-    """The steps of a path, one after the other; the arguments are those of :func:`take_steps`."""
+def _step(
+    path: Path,
+    batch: Any,
+    params: Tree,  # θ
+    state: Any,  # s, of the inner optimizer
+    update: Update,
+    teach: Teach,
+    parts: int,
+    keep_graph: bool,
+    graph_of: Credited | None,
+) -> InnerStep:
+    """One step of the student on a batch, in micro-batches; no weight moves."""
+    problem, student, ranks = path.problem, path.student, path.student.ranks
+    entering, known = enters_input(problem), digest(batch) if isinstance(path.batches, Lookahead) else None
+    pieces = micro_batches(batch, parts, "unlabeled")
+    graph_of = None if entering else graph_of  # the input's graph is another one
 
-    path: Path
-    teach: Teach
-    parts: int
-    keep_graph: bool
-    graphs_from: int  # the first step that keeps the graph of its gradient
-    credits: Credits
-
-    def step(self, number: int, batch: Any, params: Tree, state: Any, update: Update) -> InnerStep:
-        """The step on a batch, from these weights and this state of the optimizer."""
-        path, problem, student = self.path, self.path.problem, self.path.student
-        several, entering, keeps = len(path.batches) > 1, enters_input(problem), number >= self.graphs_from
-        normalizing = has_own(problem, "normalized_signal")
-        before = entering or normalizing  # whether the teacher is asked before the student runs
-        at = f" (step {number} of the {called('look-ahead')})" if several else ""
-        pieces = micro_batches(batch, self.parts, "unlabeled")
-        passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
-        signals = [self._asked(x, None, params) for x in pieces] if before else []
-        norm = Normalized(problem, joined_signals(signals), student.ranks) if normalizing else None
-        whole = self._united(signals if norm is None else [norm.signal]) if before else None
-        of_piece = signals if whole is None else whole.chunks(self.parts)
-        for i, x in enumerate(pieces):
-            if entering:
-                entries.append(Entry(problem, x, of_piece[i], self.keep_graph))
-            inputs = entries[i].given if entering else read_batch(problem, "student_input", x)
-            with refuse_checkpoints() if keeps or (self.keep_graph and several) else NOTHING:
-                passes.append(student.pass_type(student, params, inputs, keeps).run())  # z = S(x; θ)
-            outputs = passes[i].outputs
-            if student.ranks.copies > 1:
-                check_copies([outputs], "outputs of the student", student.ranks)
-            with student.ranks.agreed():
-                given = {"outputs": outputs, "labeled": path.labeled[i], "unlabeled": x}
-                unchanged("the problem's check", given, problem.check, *given.values())
-                checks.refuse_not_finite(outputs, checks.DIVERGED.format("student") + at)
-            if not before:
-                signals.append(self._asked(x, outputs, params))
-            if before or not self.keep_graph:
-                leaves = as_leaves(of_piece[i].differentiable()) if keeps else {}
-                loss = InnerLoss(problem, of_piece[i].having(leaves), x, student, self.credits)
-                # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
-                found.append(passes[i].gradient(loss, list(leaves.values())))
-        if whole is None:
-            whole = signals[0] if self.parts == 1 and not self.keep_graph else self._united(signals)
-        if not found:  # no graph is freed before the path is differentiated in the signal as a whole
-            for record, part, x in zip(passes, whole.chunks(self.parts), pieces, strict=True):
-                found.append(record.gradient(InnerLoss(problem, part, x, student, self.credits)))
-        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
-        if several:
-            checks.refuse_not_finite(inner_loss, f"the inner loss is NaN or infinite{at}: {_LOSS}")
-        known = digest(batch) if isinstance(path.batches, Lookahead) else None
-        taken = problem, update, passes, batch, whole, inner_loss, grads, state
-        return InnerStep(*taken, entries, as_taken=several, digest=known, normalized=norm)
-
-    def _asked(self, x: Any, outputs: Tensor | None, params: Tree) -> Signal:
+    def asked(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this step."""
-        student, ranks = self.path.student, self.path.student.ranks
-        at_own = params is student.params or own_code(self.path.problem.signal)
-        with ranks.agreed(), NOTHING if at_own else student.holding(params):
-            signal = self.teach(x, outputs).detached()
-        if ranks.copies > 1:
-            check_copies(list(signal.fields().values()), "signals of the teacher", ranks)
-        return signal
+        with NOTHING if params is student.params else student.holding(params):
+            if ranks.alone:
+                return teach(x, outputs).detached()
+            with ranks.agreed():
+                return teach(x, outputs).detached()
 
-    def _united(self, signals: Sequence[Signal]) -> Signal:
-        """The whole signal; with ``keep_graph``, the leaf that the path is differentiated with respect to."""
-        whole = joined_signals(signals)
-        for t in whole.differentiable().values() if self.keep_graph else ():
-            t.requires_grad_()
-        return whole
+    signals: list[Signal] = []
+    if entering or problem.signal_of_batch:  # the teacher is asked before the student runs
+        signals = [asked(x, None) for x in ([batch] if problem.signal_of_batch else pieces)]
+        whole = _united(signals, keep_graph)
+        signals = whole.chunks(parts)
+    passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
+    for i, x in enumerate(pieces):
+        if entering:
+            entries.append(Entry(problem, x, signals[i], keep_graph))
+        inputs = entries[i].given if entering else problem.student_input(x)
+        passes.append(record := student.pass_type(student, params, inputs))  # z = S(x; θ)
+        problem.check(record.outputs, path.labeled[i], x)
+        if len(signals) <= i:
+            signals.append(asked(x, record.outputs))
+            if keep_graph:
+                signals = [_united(signals, keep_graph)]
+        signal, leaves = signals[i], dict[str, Tensor]()
+        if graph_of is not None:
+            leaves = as_leaves(credited(signal, graph_of))
+            signal = signal.having(leaves)
+        loss = InnerLoss(problem, signal, x, student.readable, leaves.get("factors"))
+        found.append(record.gradient(loss, [*leaves.values()]))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
+    if len(signals) > 1 or not (entering or problem.signal_of_batch):
+        whole = joined_signals(signals) if len(signals) > 1 else signals[0]
+    inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
+    taken = problem, update, passes, batch, whole, inner_loss, grads, state
+    return InnerStep(*taken, entries, as_taken=len(path.batches) > 1, digest=known)
+
+
+def _united(signals: Sequence[Signal], keep_graph: bool) -> Signal:
+    """The signal about the whole batch; with ``keep_graph``, the leaf that the path is differentiated in."""
+    whole = signals[0] if len(signals) == 1 else joined_signals(signals)
+    for t in whole.differentiable().values() if keep_graph else ():
+        t.requires_grad_()
+    return whole

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from metapl.execution.capabilities import FORWARD_AD, Capability
+from metapl.execution.local import LocalStudent
 from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
-from metapl.feedback.credit import example_feedback, forward_tangent
+from metapl.feedback.credit import Credited, exact_feedback, head_feedback
 from metapl.feedback.difference import Difference
+from metapl.feedback.forward import by_graph
 from metapl.feedback.inner_step import Credits
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
@@ -47,10 +49,13 @@ class ReinforcePerExample(Estimator):
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
+    def graph_of(self, steps: int, student: LocalStudent) -> Credited | None:
+        return "example" if self.tangent == "forward" and by_graph(None, student) else None
+
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
         if self.tangent == "forward":
-            feedback = example_feedback(step, w, forward_tangent(step, w))
+            feedback = exact_feedback(step, w, "example")
         else:
-            feedback = Difference().feedback_along(w, step, example_feedback)
+            feedback = head_feedback(step, w, Difference().tangent(step, w), "example")
         return [feedback.divided_by(divisor(self.normalization, step, w))], state

@@ -24,17 +24,15 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import digest
-from metapl.execution.buffers import Slots, State
-from metapl.execution.local import RECORDED, LocalStudent
+from metapl.execution.local import LocalStudent, Pass
 from metapl.execution.rng import RandomState
+from metapl.execution.state import State
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.keeping import Keeping, States, folder_of
-from metapl.feedback.teacher import Known, TeacherPass
-from metapl.feedback.teaching import Teaching
-from metapl.problems.base import Signal, asked_first, kind_of
+from metapl.feedback.teacher import TeacherPass, Teaching
+from metapl.problems.base import Signal, enters_input, kind_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import remove_temporary
-from metapl.runs.fingerprints import as_values, built_with, network_record
 from metapl.runs.ownership import owned
 from metapl.updates import Update
 
@@ -43,20 +41,6 @@ if TYPE_CHECKING:
 
 _PATH, _ADJOINT = "path.ckpt", "adjoint.ckpt"
 _NUMBERED = re.compile(r"(kept|steps)-(\d{8,})\.ckpt")
-
-
-def fingerprint(*given: Any) -> int:
-    """A number by which networks, optimizers, options and batches are known, the same in every process."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            held = {**dict(value.named_parameters()), **dict(value.named_buffers())}
-            return network_record(value), [part.training for part in value.modules()], held
-        if isinstance(value, torch.optim.Optimizer):
-            return type(value).__name__, [{**group, "params": None} for group in value.param_groups]
-        return value
-
-    return int(digest([plain(value) for value in given]))
 
 
 def known_by(
@@ -70,35 +54,34 @@ def known_by(
 ) -> dict[str, Any]:
     """What a path depends on, by name, as numbers by which it is known; ``options``: of the inner optimizer in each
     step; ``labeled``, ``first``: the outer batch, and the first inner one."""
-    rule = inner_optimizer, settings(inner_optimizer), getattr(update, "group_of", None), update.read_state()
-    kind, mode = student.device.type, teach.estimate
+
+    def known(value: Any) -> int:
+        return int(digest(value))
+
+    def network(module: nn.Module) -> Any:
+        return (
+            str(module),
+            [part.training for part in module.modules()],
+            {
+                **dict(module.named_parameters()),
+                **dict(module.named_buffers()),
+            },
+        )
+
+    groups = getattr(inner_optimizer, "param_groups", [])
+    rule = type(inner_optimizer).__name__, str([{**group, "params": len(group["params"])} for group in groups])
+    mode, kind = teach.mode, student.device.type
     return {
-        "a release of metapl": fingerprint(*RECORDED),  # whose records have the same fields
-        "a student": fingerprint(student.module),
-        "forward hooks of the student": fingerprint(_hooks(student.module)),
-        "a teacher": fingerprint(teach.network),
-        "forward hooks of the teacher": fingerprint(_hooks(teach.network)),
-        "an outer batch": fingerprint(labeled),
-        "inner batches": fingerprint(first),
+        "a student": known(network(student.module)),
+        "a teacher": known(network(teach.network)),
+        "batches": known((labeled, first)),
         "a number of steps": teach.steps,
-        "an inner optimizer": fingerprint(*rule, str(options)),
-        "a clip_norm": getattr(update, "max_norm", None),
-        "a problem": fingerprint(settings(teach.problem)),
-        "autocast": fingerprint(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))),
-        "a generator=": fingerprint(None if teach.generator is None else teach.generator.get_state()),
-        "a mode": fingerprint(mode.name, str({**vars(mode), "keep_on": None}), teach.parts),
+        "an inner optimizer": known((*rule, str(options), getattr(update, "max_norm", None), update.read_state())),
+        "a problem": known((kind_of(teach.problem), str(sorted(vars(teach.problem).items())))),
+        "a precision": known((torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind)))),
+        "a generator": known(None if teach.generator is None else teach.generator.get_state()),
+        "a mode": known((mode.name, str({**vars(mode), "keep_on": None}), teach.parts)),
     }
-
-
-def _hooks(network: nn.Module) -> list[Any]:
-    """The functions that run around the passes of modules, by their names: as of modules, their code is not seen."""
-    kinds = "_forward_pre_hooks", "_forward_hooks"
-    return [[as_values([*getattr(part, kind).values()]) for kind in kinds] for part in network.modules()]
-
-
-def settings(value: Any) -> str:
-    """A problem, or an update, in words: its class and what it was built with."""
-    return f"{type(value).__qualname__} {sorted(built_with(value).items())}"
 
 
 def generators_at_start(folder: str | None) -> RandomState | None:
@@ -106,7 +89,7 @@ def generators_at_start(folder: str | None) -> RandomState | None:
     place = folder_of(folder)
     if place is None or not _has_path(place):
         return None
-    random = _load(place / _PATH)["content"]["random"]
+    random = checkpoint.load(place / _PATH)["content"]["random"]
     where = torch.device("cpu" if random["accelerator"] is None else torch.accelerator.current_accelerator() or "cpu")
     return RandomState(where, **random)
 
@@ -127,12 +110,12 @@ class Folder(States):
         super().__init__("cpu")  # nothing is held
         self.name = ""  # of the path, by which its files are known
         self.folder, self.student, self.teach, self.update = folder, student, teach, update
-        self.bases = _state(student.slots), _state(teach.slots)
+        self.bases = [slots.state or State(slots) for slots in (student.slots, teach.slots)]
         self._written = set[int]()  # the states that are kept, of this process
-        if asked_first(teach.problem):
+        if enters_input(teach.problem):
             raise MetaplError(
                 f"keep_on={str(folder)!r} was given, and the signal of {kind_of(teach.problem)} enters the student's "
-                'input, or is normalized over the batch, and no file holds its graph; expected keep_on="cpu", or None.'
+                'input, whose graph no file holds; expected keep_on="cpu", or None.'
             )
         remove_temporary(self.folder)
         if not _has_path(folder):
@@ -157,12 +140,16 @@ class Folder(States):
         """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
         after them."""
         for number in sorted(_numbers(self.folder, "steps")):
-            found = self._read(name := f"steps-{number:08d}.ckpt")
-            if found["begun"] != len(path.steps):
-                raise _unfit(self.folder / name, "is there, and a file of steps before it is not")
+            found = self._read(f"steps-{number:08d}.ckpt")
             for record in found["steps"]:
                 rule = updates[len(path.steps)] if updates else path.update
-                path.steps.append(InnerStep.recorded(self.teach.problem, rule, self.student, self.bases[0], record))
+                passes = [self._student_pass(part) for part in record["passes"]]
+                plain = {"inner_loss": record["inner_loss"], "digest": record["digest"]}
+                signal = Signal(**record["signal"])
+                step = InnerStep(
+                    self.teach.problem, rule, passes, None, signal, grads={}, state=None, as_taken=True, **plain
+                )
+                path.steps.append(step)
             self.teach.passes += map(self._teacher_pass, found["passes"])
         path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
         for base, values in zip(self.bases, found["states"], strict=True):
@@ -181,13 +168,28 @@ class Folder(States):
     def note(self, path: Path, number: int, params: Any, state: Any) -> None:
         """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
         self.keep(number, (params, state))
-        parts = len(path.steps[0].passes)
-        now = [State(slots.parts) for slots in (self.student.slots, self.teach.slots)]
+        passes, self_done = self.teach.passes, self.done * self.teach.parts
         content = {
-            "begun": self.done,
-            "steps": [step.record(self.bases[0]) for step in path.steps[self.done : number]],
-            "passes": [self._record(part) for part in self.teach.passes[self.done * parts : number * parts]],
-            "states": [state.values(base) for state, base in zip(now, self.bases, strict=True)],
+            "steps": [
+                {
+                    "signal": vars(step.signal),
+                    "inner_loss": step.inner_loss,
+                    "digest": step.digest,
+                    "passes": [self._record_student(part) for part in step.passes],
+                }
+                for step in path.steps[self.done : number]
+            ],
+            "passes": [
+                {
+                    "signal": vars(part.signal.detached()),
+                    "outputs": part.student_outputs,
+                    "random": part.random.values(),
+                    "state": part.state.values(),
+                    "drawn": part.drawn,
+                }
+                for part in passes[self_done : number * self.teach.parts]
+            ],
+            "states": [State(slots).values() for slots in (self.student.slots, self.teach.slots)],
             "random": RandomState.now(self.student.device).values(),
             "drawn": None if self.teach.generator is None else self.teach.generator.get_state(),
             "spacings": list(path.keeping.spacings),
@@ -195,15 +197,38 @@ class Folder(States):
         self._write(f"steps-{number:08d}.ckpt", content)
         self.done = number
 
-    def _record(self, part: TeacherPass) -> dict[str, Any]:
-        known = part.known
-        of_pass = {"random": known.random.values(), "state": known.state.values(self.bases[1]), "drawn": known.drawn}
-        return {"signal": vars(known.signal), "outputs": part.student_outputs, **of_pass}
+    def _record_student(self, part: Pass) -> dict[str, Any]:
+        return {
+            "outputs": part.outputs if part._sample is None else part.outputs.new_empty(0),
+            "sample": part._sample,
+            "shape": part.outputs.shape,
+            "state": part._state.values(),
+            "before": part._before.values(),
+            "after": part.after.values(),
+            "dtype": str(part._dtype).removeprefix("torch."),
+        }
+
+    def _student_pass(self, record: Mapping[str, Any]) -> Pass:
+        """A pass that has been run, without its θ and inputs, which the way back computes again."""
+        part = object.__new__(self.student.pass_type)
+        part.student, part.params, part.inputs, part.graph = self.student, {}, None, None
+        part._kept, part._at, part._held = None, {}, []
+        part._state, part._sample = self.bases[0].having(record["state"]), record["sample"]
+        part._before, part.after = (RandomState(self.student.device, **record[name]) for name in ("before", "after"))
+        part._dtype, part.outputs = getattr(torch, record["dtype"]), record["outputs"]
+        if part._sample is not None:
+            part.outputs = part.outputs.new_zeros(()).expand(record["shape"])
+        return part
 
     def _teacher_pass(self, record: Mapping[str, Any]) -> TeacherPass:
-        random, state = RandomState(self.student.device, **record["random"]), self.bases[1].having(record["state"])
-        known = Known(Signal(**record["signal"]), random, state, record["drawn"])
-        return self.teach.made(None, record["outputs"], known)
+        part = object.__new__(TeacherPass)
+        part.teaching, part.batch, part.student_outputs = self.teach, None, record["outputs"]
+        part.random, part.state = (
+            RandomState(self.student.device, **record["random"]),
+            self.bases[1].having(record["state"]),
+        )
+        part.signal, part.drawn = Signal(**record["signal"]), record["drawn"]
+        return part
 
     # --------------------------------------------------------------------------------------------------- the way back
 
@@ -248,9 +273,12 @@ class Folder(States):
         checkpoint.save(self.folder / name, {"content": content, "places": places, "of": [self.name, name]})
 
     def _read(self, name: str) -> Any:
-        found = _load(self.folder / name)
+        found = checkpoint.load(self.folder / name)
         if found["of"] != [self.name, name]:
-            raise _unfit(self.folder / name, "was not written by this path under this name")
+            raise MetaplError(
+                f"{self.folder / name} was not written by this path under this name, so the path in this folder cannot "
+                f"be gone on with; to begin anew, remove {self.folder / _PATH}."
+            )
         leaves, structure = pytree.tree_flatten(found["content"])
         places = zip(leaves, found["places"], strict=True)
         return pytree.tree_unflatten([t.to(at) if at else t for t, at in places], structure)
@@ -272,26 +300,6 @@ def _has_path(folder: FilePath) -> bool:
     return (folder / _PATH).exists() and bool(_numbers(folder, "steps"))
 
 
-def _load(file: FilePath) -> dict[str, Any]:
-    try:
-        return checkpoint.load(file)
-    except checkpoint.ClosedCheckpointError:
-        raise
-    except checkpoint.CheckpointError as error:
-        raise _unfit(file, str(error).removeprefix(f"{file} ").partition("; ")[0]) from error
-
-
-def _unfit(file: FilePath, what: str) -> MetaplError:
-    return MetaplError(
-        f"{file} {what}, so the path in this folder cannot be gone on with; expected its files as they were written. "
-        f"To begin anew, remove {file.with_name(_PATH)}."
-    )
-
-
 def _numbers(folder: FilePath, kind: str) -> list[int]:
     names = (_NUMBERED.fullmatch(file.name) for file in folder.iterdir())
     return [int(name[2]) for name in names if name is not None and name[1] == kind]
-
-
-def _state(slots: Slots) -> State:
-    return slots.state or State(slots.parts)

@@ -1,381 +1,227 @@
-"""The teacher's half of a step: the signal, and the loss that it learns from."""
+"""The teacher's half of a step: its signals, and the gradient that it learns from."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
-from torch.nn import functional as F
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
-from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.agreement import check_copies, check_recomputed
-from metapl.execution.batch import length
-from metapl.execution.buffers import Slots, State, unchanged
-from metapl.execution.compiled import runs_compiled
-from metapl.execution.kernels import checkpoints_without_reentry, no_fast_path, overwritten_explained
+from metapl.execution.batch import micro_batches
+from metapl.execution.compare import EXACTLY, coarsest, same_outputs
+from metapl.execution.kernels import no_fast_path
+from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
-from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks, rows_shared
-from metapl.execution.rng import RandomState, replayed
-from metapl.execution.writes import journal, tensors_in, weights_watched
-from metapl.feedback.base import Feedback
-from metapl.feedback.inner_step import InnerStep
-from metapl.problems.base import Problem, Signal, check_signal, enters_input, has_rows, kind_of
+from metapl.execution.rng import RandomState
+from metapl.execution.sharded import by_backward
+from metapl.execution.shards import local
+from metapl.execution.state import Replay, Slots, State
+from metapl.feedback.base import Estimator, Feedback
+from metapl.feedback.compatible import check_kind
+from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.path import Path
+from metapl.problems.base import Problem, Signal, check_signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
 
-class Known(NamedTuple):
-    """The signal of a pass that is computed again, and the generators and the teacher's state that it began with."""
-
-    signal: Signal
-    random: RandomState
-    state: State
-    drawn: Tensor | None
-
-
 class TeacherPass:
-    """The teacher's passes on one inner batch, all at θ_T from before the step: its signal, and the loss that it learns
-    from.
+    """The teacher's pass on one inner batch, at θ_T from before the step.
 
-    Args:
-        student_outputs: S(x_u; θ_S), detached; the signal may depend on them. None: the student has not run, because
-            the signal enters its input.
-        recompute: make the signal without a graph first, and once more with a graph in :meth:`with_graph`. Cost: one
-            more forward pass, and no graph in memory between the two.
-        slots: of the teacher.
-        student: whose weights are others when the signal is computed again, so that it must not run then; None: they
-            are the same.
-        records: note the outputs of the teacher, at which :meth:`backward` measures the gradients of its losses.
-        known: of a pass that has been run before, and is to be computed again: its signal, and what it began with.
+    ``recompute``: make the signal without a graph first, and once more with a graph in :meth:`with_graph`, on the same
+    draws and state. Cost: one more forward pass, and no graph in memory between the two.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        problem: Problem,
-        batch: Any,
-        student_outputs: Tensor | None,
-        generator: torch.Generator | None,
-        recompute: bool,
-        ranks: Ranks,
-        slots: Slots,
-        *,
-        student: nn.Module | None = None,
-        records: bool,
-        known: Known | None = None,
-    ) -> None:
-        self.teacher, self.problem, self.batch, self.ranks = teacher, problem, batch, ranks
-        self.student_outputs, self.generator, self.recompute = student_outputs, generator, recompute
-        self.student = student
-        self._slots, self.records = slots, records
-        self._outputs: list[tuple[Tensor, int]] = []  # and their versions, as they were returned
-        self._nested = False  # whether an input of a pass depends on another pass
-        if known is not None:
-            self.signal, self._random, self._state, self._drawn = known
-            return
-        if not recompute:
+    def __init__(self, teaching: Teaching, batch: Any, student_outputs: Tensor | None) -> None:
+        self.teaching, self.batch, self.student_outputs = teaching, batch, student_outputs
+        if not teaching.recompute:
             self.signal = self._run()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
             return
-        self._random = RandomState.now(tensors_in(batch)[0].device)
-        self._state = State(self._slots.parts)
-        self._drawn = None if generator is None else generator.get_state()
-        kept = journal()
-        with torch.no_grad(), no_fast_path(), checkpoints_without_reentry(), kept as self._state.parameters:
+        generator = teaching.generator
+        self.random, self.state = RandomState.now(teaching.device), State(teaching.slots)
+        self.drawn = None if generator is None else generator.get_state()
+        with torch.no_grad(), no_fast_path():
             self.signal = self._run()
-
-    @property
-    def known(self) -> Known:
-        """What :meth:`with_graph` begins with."""
-        return Known(self.signal.detached(), self._random, self._state, self._drawn)
 
     def with_graph(self) -> Signal:
         """The signal with the teacher's graph, computed again if it was made without."""
-        if not self.recompute:
+        if not self.teaching.recompute:
             return self.signal
-        generator = self.generator
+        generator = self.teaching.generator
         before = None if generator is None else generator.get_state()
         try:
-            if generator is not None and self._drawn is not None:
-                generator.set_state(self._drawn)
-            with replayed(self._random), self._state.again(self._slots), self._apart():
+            if generator is not None and self.drawn is not None:
+                generator.set_state(self.drawn)
+            with Replay(self.random, self.state):
                 again = self._run()
         finally:
             if generator is not None and before is not None:
                 generator.set_state(before)
-        for first, second in zip(self.signal.fields().values(), again.fields().values(), strict=True):
-            check_recomputed(second.detach(), first.detach())
+        fields = again.fields()
+        for name, first in self.signal.fields().items():
+            second = fields[name].detach()
+            same_outputs(second, first.detach(), EXACTLY[coarsest([first.dtype], first.device)].outputs, "teacher")
         return again
 
     def _run(self) -> Signal:
-        outputs: Any = self.student_outputs
-        who, given = "the problem's signal()", {"student_outputs": outputs}
-        with self._recorded() if self.records else NOTHING, rows_shared(self.ranks), self.watched(self.batch):
-            try:
-                signal = unchanged(
-                    who, given, self.problem.signal, self.teacher, self.batch, outputs, generator=self.generator
-                )
-            except (AttributeError, TypeError) as error:
-                if outputs is not None or "NoneType" not in str(error):
-                    raise
-                kind, mend = kind_of(self.problem), ", or student_input(batch)"
-                why = f"{kind}.student_input(batch, signal) makes the student's input from the signal"
-                if not enters_input(self.problem):
-                    why, mend = f"{kind}.normalized_signal joins what is said about all micro-batches", ""
-                raise MetaplError(
-                    f"{kind}.signal reads the student's outputs, and {why}, so the student has not run yet and "
-                    f"student_outputs is None; expected a signal of the teacher and the batch alone{mend}. ({error})"
-                ) from error
-        return check_signal(signal, self.problem)
+        of = self.teaching
+        with NOTHING if of.ranks.alone else rows_shared(of.ranks):
+            signal = of.problem.signal(of.network, self.batch, self.student_outputs, generator=of.generator)
+        return check_signal(signal, of.problem)
 
-    def watched(self, inputs: Any = None) -> AbstractContextManager[object]:
-        """Refuse a pass in this block that moves the teacher's weights, and keep what it moves of the frozen ones."""
-        slots = self._slots
-        if slots.weights is not None:
-            return NOTHING  # they are compared at the end of the step
-        if slots.spread:
-            torch.clear_autocast_cache()  # it has casts of weights that were gathered before
-            return weights_watched([], "teacher", inputs, looking=False)
-        eager = not ("forward" in vars(self.teacher) and runs_compiled(self.teacher))
-        on_host = not any(checks.waits(p) for _, _, p in slots.parameters[:1])
-        looking = eager and not slots.comparable and (on_host or slots.has_frozen)
-        values = slots.comparable and on_host
-        return weights_watched(slots.by_part, "teacher", inputs, looking=looking, values=values)
 
-    def _apart(self) -> AbstractContextManager[object]:
-        """Refuse a pass of the student in this block, where it would be at other weights than at first."""
-        if self.student is None:
-            return NOTHING
-        learned = {id(part) for part in self.student.modules() if any(p.requires_grad for p in part.parameters(False))}
+class Teaching:
+    """The teacher's passes on the inner batches of a path, in their order: one for each micro-batch, or one for the
+    whole batch where the problem says so (``signal_of_batch``).
 
-        def refuse(part: nn.Module, args: Any) -> None:
-            if id(part) in learned:
-                raise MetaplError(
-                    f"{kind_of(self.problem)}.signal runs the student, and it is asked again after a look-ahead of "
-                    "several steps, when the student's weights are no longer those of this step. Expected a signal of "
-                    "the student's outputs as they are given (student_outputs); or the batches in a list, with "
-                    "accumulate=1 and without recompute_teacher, where no signal is computed again."
-                )
+    Args:
+        layout: of the teacher; None: the problem has none, and is given an empty module.
+        problem, mode: the signal, and the mode that takes it.
+        generator: of labels that are drawn.
+        ranks, device: the processes that share the batches, and where the networks are.
+        batches: the inner ones; those of a look-ahead are read as they are taken, and not held.
+        parts: micro-batches of each of them.
+        recompute: as for :class:`TeacherPass`; True wherever batches are not held, or come in parts.
+    """
 
-        return register_module_forward_pre_hook(refuse)
+    def __init__(
+        self,
+        layout: Layout | None,
+        problem: Problem,
+        mode: Estimator,
+        generator: torch.Generator | None,
+        ranks: Ranks,
+        device: torch.device,
+        batches: Sequence[Any],
+        parts: int,
+        recompute: bool,
+    ) -> None:
+        self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
+        self.ranks, self.steps = ranks, len(batches)
+        self.device = device
+        self.parts = 1 if problem.signal_of_batch else parts
+        self.rereads = isinstance(batches, Lookahead)
+        self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
+        self.network = nn.Module() if layout is None else layout.network
+        self.slots, self.passes = Slots(self.network), list[TeacherPass]()
 
-    def _recorded(self) -> RemovableHandle:
-        """Collect the outputs of the teacher in a block: the gradients of its losses are measured at these."""
+    def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
+        """The signal about a micro-batch, given the student's outputs on it."""
+        step = TeacherPass(self, batch, outputs)
+        if self.rereads:
+            step.batch = None
+        if self.layout is not None:
+            self.passes.append(step)
+        if len(self.passes) <= 1:
+            check_kind(step.signal, self.mode, self.problem, self.steps)
+        return step.signal
 
-        # A function, unlike a bound method, is not copied with a teacher that a loss copies.
-        def record(module: nn.Module, args: Any, output: Any) -> Any:
-            if module is not self.teacher:
-                return output
-            # What else the pass computes from an output is before the view, whose gradient is that of the losses alone.
-            views: dict[int, Tensor] = {}
-            self._nested |= any(t.requires_grad for t in tensors_in(args))
-
-            def viewed(t: Any) -> Any:
-                if t.requires_grad and id(t) not in views:
-                    views[id(t)] = t.view_as(t) if t.layout == torch.strided and not t.is_nested else t
-                return views.get(id(t), t)
-
-            output = viewed(output) if isinstance(output, Tensor) else pytree.tree_map_only(Tensor, viewed, output)
-            # A weight that is returned as it is has no gradient under no_grad.
-            self._outputs += [(t, t._version) for t in views.values() if t.requires_grad]
-            return output
-
-        return self.teacher.register_forward_hook(record)
+    def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
+        """The gradient of −Σ h·signal in the teacher's weights, over the passes on all micro-batches; empty without a
+        teacher. Where the passes are recomputed, one graph at a time is in memory."""
+        if self.layout is None:
+            return {}
+        pieces = [piece for found in feedback for piece in found.chunks(self.parts)]
+        grads: dict[str, Tensor] = {}
+        losses: list[Tensor] = []
+        for number, step in enumerate(self.passes):
+            if self.rereads:
+                whole = micro_batches(path.batch(number // self.parts), self.parts, "unlabeled")
+                step.batch = whole[number % self.parts]
+            losses.append(pieces[number].teacher_loss(step.with_graph()))
+            step.batch = None if self.rereads else step.batch
+            if self.recompute or number == len(self.passes) - 1:
+                total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+                found = gradient_of(self.layout, self.ranks.size * total if self.layout.is_sharded else total)
+                if not self.layout.is_sharded:
+                    found = {name: self.ranks.sum(g) for name, g in found.items()}
+                grads = {name: grads[name] + g for name, g in found.items()} if grads else found
+                losses = []
+        return grads
 
     def backward(
         self,
-        feedback: Feedback,
-        weight: float,
-        ratio: float | None,
+        feedback: Sequence[Feedback],
         losses: Sequence[TeacherLoss],
         labeled: Any,
         step: int,
-        parts: int = 1,
-    ) -> Objective:
-        """Algorithm 1, lines 5-7: add the gradient of weight·(−Σ h·signal) + Σ own losses / parts to the weights'.
+        *,
+        weight: float,
+        ratio: float | None,
+    ) -> dict[str, Tensor]:
+        r"""Algorithm 1, lines 5-7: leave the gradient of λ·(−Σ h·signal) + Σ_k L_k in ``.grad``, micro-batch by
+        micro-batch; the own losses L_k read the last batch.
 
-        With a ``ratio``, the weight is the one at which this is the ratio of the norms of the gradients of the feedback
-        and of the own losses at the teacher's outputs. The norms are NaN for a loss that depends on the teacher's
-        weights in other ways too, and where the processes hold shares of one gradient.
+        With a ``ratio``, λ is the number at which this is the ratio of the norms of the two gradients in the teacher's
+        parameters. Cost: one more backward pass.
+
+        Returns: ``teacher_loss``, the sum of the own losses, and a ``teacher_<name>`` for each of them.
         """
-        signal = self.with_graph()
-        given = {"labeled": labeled, "unlabeled": self.batch, "signal": signal, "step": step}
-        with self._recorded(), rows_shared(self.ranks), self.watched():
-            terms = sum_of_terms(self.teacher, losses, kind="teacher loss", **given)
-        if self.ranks.copies > 1:
-            check_copies([*terms.values()], "losses of the teacher", self.ranks)
-        from_feedback = feedback.teacher_loss(signal)
-        if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks
-            from_feedback = self.ranks.size * from_feedback
-        own = [*terms.values()] or [torch.zeros_like(from_feedback)]
-        from_own = own[0] if len(own) == 1 else torch.stack(own).sum()
-        checks.learns(from_own, "teacher")
-        scalars = {f"teacher_{name}": term.detach() for name, term in terms.items()}
-        scalars["teacher_loss"] = from_own.detach()
-        from_own = from_own / parts if parts > 1 else from_own
-        rows = length(self.batch) if self.student_outputs is None else len(self.student_outputs)
-        shared = (parts > 1 or self.ranks.size > 1) and not all(has_rows(self.problem, signal, rows).values())
-        if shared and ratio is not None:
-            raise MetaplError(
-                "feedback_ratio is measured row by row at the teacher's outputs, and this signal, or a field of it, "
-                "which is one for all examples, gets its feedback from several processes; use feedback_weight."
-            )
-        with overwritten_explained("teacher"):
-            at_feedback, further = self._gradients(from_feedback, "the signal", ratio)
-            at_own, further_too = self._gradients(from_own, "a teacher loss", ratio)
-            # Over the rows of all ranks; both sizes are in units of a mean over the ranks.
-            sizes = _size(at_feedback, from_feedback), _size(at_own, from_own)
-            of_feedback, of_own = (size * torch.nan if shared else self.ranks.pooled(size) for size in sizes)
-            factor: Tensor | float = weight
-            if ratio is not None:
-                factor = ratio * of_own / of_feedback.clamp_min(torch.finfo(of_feedback.dtype).tiny)
-                factor = torch.where(of_feedback > 0, factor, 0.0)
-            if at_feedback is None or at_own is None or further or further_too or self._nested:
-                total = factor * from_feedback + from_own
+        layout = self.layout
+        if layout is None:
+            return {}
+        pieces = [piece for found in feedback for piece in found.chunks(self.parts)]
+        labeled_parts = micro_batches(labeled, self.parts, "labeled")
+        first, scalars = len(self.passes) - self.parts, list[dict[str, Tensor]]()
+        of_feedback, of_losses = dict[str, Tensor](), dict[str, Tensor]()  # gradients, where their ratio is asked for
+        for i, (record, h) in enumerate(zip(self.passes, pieces, strict=True)):
+            signal = record.with_graph()
+            from_feedback = h.teacher_loss(signal)
+            if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks
+                from_feedback = self.ranks.size * from_feedback
+            own = torch.zeros_like(from_feedback)
+            if i >= first:  # of the last inner batch
+                given = {"labeled": labeled_parts[i - first], "unlabeled": record.batch, "signal": signal, "step": step}
+                with NOTHING if self.ranks.alone else rows_shared(self.ranks):
+                    terms = sum_of_terms(self.network, losses, kind="teacher loss", **given)
+                own = torch.stack([*terms.values()]).sum() if len(terms) > 1 else next(iter(terms.values()), own)
+                checks.learns(own, "teacher")
+                named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
+                scalars.append({"teacher_loss": own.detach(), **named})
+                own = own / self.parts if self.parts > 1 else own
+            if ratio is None:
+                total = (from_feedback if weight == 1.0 else weight * from_feedback) + own
                 if total.requires_grad:
                     total.backward()
-            else:  # on from the outputs, so that no operation above them runs backward twice
-                both = [
-                    (t, own if h is None else factor * h if own is None else factor * h + own)
-                    for (t, _), h, own in zip(self._outputs, at_feedback, at_own, strict=True)
-                    if h is not None or own is not None
-                ]
-                if both:
-                    torch.autograd.backward([t for t, _ in both], [g for _, g in both])
-        found = [g for g in at_feedback or () if g is not None]
-        pushes = [wide(g).sum(0).flatten() for g in found if g.layout == torch.strided and not g.is_nested]
-        g = torch.cat(pushes or [of_own.new_empty(0)])
-        pieces = F.pad(g, (0, -len(g) % ENTRIES)).view(-1, ENTRIES)
-        # With weights by which the classes of a token, whose gradients sum to zero, do not cancel.
-        weights = torch.arange(len(pieces), dtype=g.dtype, device=g.device).mul(math.sqrt(2)).cos()
-        folded = (weights[:, None] * pieces).sum(0)
-        return scalars, factor * of_feedback, of_own, folded if pushes else None
-
-    def _gradients(self, loss: Tensor, name: str, ratio: float | None) -> tuple[list[Tensor | None] | None, bool]:
-        """The gradients of a loss at the teacher's outputs, by a backward pass down to these alone, and whether it
-        depends on further tensors that require a gradient. None in their place, or with a ratio an error, for a loss
-        that depends on a weight in another way."""
-        outputs, weights = [t for t, _ in self._outputs], {id(p) for p in self._slots.learned.values()}
-        beside = self._beside(loss)
-        if beside & weights or any(t._version != version for t, version in self._outputs):
-            if ratio is not None:
-                raise MetaplError(
-                    f"feedback_ratio is measured at the outputs of the teacher's forward, and {name} also depends on "
-                    "the teacher's weights in another way, such as through another method, an output that is not a "
-                    "tensor, tuple or dict, or one that was changed in place. Let forward return what it depends on, "
-                    "write z = z / 2 for z /= 2, or use feedback_weight."
-                )
-            return None, True
-        if not (loss.requires_grad and outputs):
-            return [None] * len(outputs), bool(beside)
-        return [*torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)], bool(beside)
-
-    def _beside(self, loss: Tensor) -> set[int]:
-        """The tensors that require a gradient and that a loss depends on otherwise than through the outputs."""
-        seen = {(t.grad_fn, t.output_nr) for t, _ in self._outputs}
-        edges: list[tuple[Node | None, int]] = [(loss.grad_fn, loss.output_nr)]
-        found: set[int] = set()
-        while edges:
-            edge = edges.pop()
-            if edge[0] is None or edge in seen:
                 continue
-            seen.add(edge)
-            if hasattr(edge[0], "variable"):
-                found.add(id(edge[0].variable))
-            edges += edge[0].next_functions
-        return found
+            for sums, loss, retain in ((of_feedback, from_feedback, own.requires_grad), (of_losses, own, False)):
+                for name, g in (gradient_of(layout, loss, retain) if loss.requires_grad else {}).items():
+                    sums[name] = sums[name] + g if name in sums else g
+        if ratio is not None:
+            parameters = layout.parameters()
+            if layout.kind == "replicated":
+                like: dict[str, Tensor] = dict(parameters)
+                of_feedback, of_losses = (self.ranks.mean_tree(t, like) for t in (of_feedback, of_losses))
+            a, b = (layout.space.norm({n: local(g) for n, g in t.items()}) for t in (of_feedback, of_losses))
+            scale = torch.where(a > 0, ratio * b / a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
+            for name, g in of_feedback.items():
+                scaled = scale.to(g.dtype) * g
+                of_losses[name] = scaled + of_losses[name] if name in of_losses else scaled
+            for name, p in parameters.items():
+                p.grad = of_losses.get(name)
+            scalars[-1]["feedback_weight"] = scale
+        means = mean_scalars(scalars)
+        return means if self.ranks.alone else self.ranks.mean_scalars(means)
 
 
-Objective = tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]
-"""Of the teacher on a micro-batch: ``teacher_loss``, the sum of its own losses, and ``teacher_<name>`` for each of
-them; the norms of the gradients of the feedback and of these at the teacher's outputs; and the gradient of the
-feedback, at weight 1, in a bias that is added to these outputs: the sum over the rows, of as many entries as
-:data:`ENTRIES`, by zeros behind it or as a sum of its pieces. None where it cannot be told."""
-
-
-def teacher_scalars(objectives: Sequence[Objective], parts: int, ranks: Ranks) -> dict[str, Tensor]:
-    """The scalars of a step: means over its micro-batches and ranks, and ``feedback_ratio``, NaN without own losses.
-
-    The last ``parts`` of the ``objectives``, the micro-batches of the last inner batch, hold the own losses. These are
-    means over a micro-batch; the feedback is a sum.
-    """
-    last = objectives[-parts:]
-    feedback, own = _norm([feedback for _, feedback, *_ in objectives]), _norm([own for _, _, own, _ in last])
-    scalars = dict(last[0][0]) if len(last) == 1 else mean_scalars([scalars for scalars, *_ in last])
-    scalars["feedback_ratio"] = torch.where(own > 0, feedback / own, torch.nan)
-    return scalars if ranks.alone else ranks.mean_scalars(scalars)
+def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
+    """The gradient of a loss in a network's weights: of this rank's rows, or the mean over the ranks of a sharded
+    network, whose own backward pass averages; zeros where the loss does not reach."""
+    parameters = layout.parameters()
+    if not loss.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in parameters.items()}
+    if layout.is_sharded:
+        found = by_backward(loss, parameters, retain=retain)
+        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
+    grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain, materialize_grads=True)
+    return dict(zip(parameters, grads, strict=True))
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The means over micro-batches."""
+    """The means over micro-batches; what only some report, such as a weight, as it is."""
     if len(scalars) == 1:
         return dict(scalars[0])
-    return {name: torch.stack([part[name] for part in scalars]).mean() for name in scalars[0]}
-
-
-def _norm(sizes: Sequence[Tensor]) -> Tensor:
-    return sizes[0] if len(sizes) == 1 else torch.linalg.vector_norm(torch.stack(list(sizes)))
-
-
-def _size(gradients: Sequence[Tensor | None] | None, loss: Tensor) -> Tensor:
-    sizes = [torch.linalg.vector_norm(wide(g)).to(loss.dtype) for g in gradients or () if g is not None]
-    return _norm(sizes) if sizes else loss.new_full((), torch.nan if gradients is None else 0.0)
-
-
-# What one batch is too small to show: means over the last hundred steps or so, kept on the device.
-Means = Mapping[str, Any]
-ENTRIES = 1024  # of a gradient, alike in all steps and processes, whose sequences may be of any lengths
-NEWEST = 0.02  # share of the newest step in the means, once they are over more than 50 steps
-
-
-@torch.no_grad()
-def updated(kept: Means, pushes: Sequence[Tensor], step: InnerStep, labeled: Any, ranks: Ranks) -> Means:
-    """The means with one step more: plain ones of the first 50 steps, then exponential ones. ``spread`` is the sum of
-    the squares of the steps' weights, 1/n in a plain mean of n. Of other shapes than before, they begin anew."""
-    q: Any = step.signal.probs if step.signal.sampled else step.signal.value
-    new: dict[str, Any] = {}
-    if pushes:
-        g = ranks.mean(sum(pushes[1:], pushes[0]))
-        new = {"feedback": g, "feedback_square": g.square().sum()}
-    labels: Any = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
-    classes = step.problem.teacher_classifies and isinstance(q, Tensor) and q.ndim == 2 and q.is_floating_point()
-    if classes and isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point():
-        is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)  # of ignored ones, none
-        p = wide(q).mean(0)
-        new["shares"] = ranks.mean(torch.stack([p, is_class.to(p).mean(0)]))
-    shapes = {name: t.shape for name, t in kept.items() if name != "spread"}
-    if not kept or shapes != {name: t.shape for name, t in new.items()}:
-        return {**new, "spread": 1.0}
-    weight = max(NEWEST, kept["spread"] / (1 + kept["spread"]))
-    means = {name: kept[name].to(t).lerp(t, weight) for name, t in new.items()}
-    return {**means, "spread": (1 - weight) ** 2 * kept["spread"] + weight**2}
-
-
-def figures(kept: Means) -> dict[str, Tensor]:
-    r"""``feedback_snr``, the signal to noise of the gradient g of a step's feedback in a bias of the teacher's outputs:
-
-    .. math:: \frac{\lVert E g \rVert^2}{\mathrm{tr}\,\mathrm{Var}\,g} \approx
-              \frac{\lVert m \rVert^2 - \kappa s}{s - \lVert m \rVert^2}, \quad
-              m = \sum_t w_t g_t, \quad s = \sum_t w_t \lVert g_t \rVert^2, \quad \kappa = \sum_t w_t^2
-
-    Both parts are (1 − κ) times what they estimate, without bias while the g are independent and of one distribution;
-    without a signal, it is around 0 by κ √(2/C), κ = 0.01. And ``class_shares_vs_labeled``, half the L1 distance of the
-    mean class probabilities of the pseudo-labels from the shares of the classes among the labels.
-    """
-    found = {}
-    if "feedback" in kept and kept["spread"] < 1:  # after one step, nothing is known of the noise
-        signal, square = kept["feedback"].square().sum(), kept["feedback_square"]
-        noise = (square - signal).clamp_min(torch.finfo(square.dtype).tiny)  # which is 0 without feedback
-        found["feedback_snr"] = (signal - kept["spread"] * square) / noise
-    if "shares" in kept:
-        pseudo, labeled = kept["shares"]
-        found["class_shares_vs_labeled"] = (pseudo - labeled / labeled.sum()).abs().sum() / 2
-    return found
+    names = dict.fromkeys(name for part in scalars for name in part)
+    return {name: torch.stack([part[name] for part in scalars if name in part]).mean() for name in names}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from metapl.execution.kernels import explained
 from metapl.feedback.base import Estimator, Feedback, State, Steps, padded
-from metapl.feedback.credit import feedback_from_gradients
+from metapl.feedback.credit import feedback_from
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
@@ -43,4 +43,4 @@ class Unrolled(Estimator):
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         with explained():
             gradients = path.gradients_in_signals(self.truncate)
-        return padded([feedback_from_gradients(step.signal, fields) for step, fields in gradients], path), state
+        return padded([feedback_from(step, fields) for step, fields in gradients], path), state

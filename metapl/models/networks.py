@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
-from metapl.execution.checks import described, logits_in, mend_of, row_indices
+from metapl.execution.checks import described, logits_in, row_indices
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
@@ -314,6 +314,6 @@ class Logits(nn.Module):
             raise MetaplError(
                 f"the {type(self.network).__name__} in metapl.models.Logits returned {found} for {rows} examples; "
                 "expected floating-point logits (examples, classes) or (examples, tokens, words): a tensor, an object "
-                f"with .logits or a dict with 'logits'. To mend it: {mend_of(outputs, 'network')}."
+                f"with .logits or a dict with 'logits'."
             )
         return logits

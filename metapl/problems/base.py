@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,7 +69,7 @@ class Signal:
         own: dict[str, Any] = {name: t for name, t in fields.items() if name in vars(self)}
         if isinstance(self.value, dict):
             own["value"] = {key: fields.get(field_of(key), t) for key, t in self.value.items()}
-        return replace(self, **own)
+        return type(self)(**{**vars(self), **own})
 
     def chunks(self, parts: int) -> list[Signal]:
         """The signal about each of ``parts`` micro-batches."""
@@ -89,6 +90,8 @@ def check_signal(signal: Any, problem: Any, method: str = "signal") -> Signal:
     """What a problem's ``signal``, or another ``method``, returned; anything but a signal of tensors is refused."""
     value: Any = getattr(signal, "value", None)
     tensors = value if isinstance(value, dict) else {"": value}
+    if type(signal) is Signal and type(value) is Tensor and signal.log_prob is None:
+        return signal  # the usual one
     fits = isinstance(signal, Signal) and bool(tensors)
     fits = fits and all(isinstance(t, Tensor) and not t.is_complex() for t in tensors.values())
     fits = fits and all(isinstance(name, str) for name in tensors)
@@ -139,14 +142,17 @@ class BilevelProblem(ABC):
     signal_has_rows: ClassVar[bool | Mapping[str, bool] | None] = None
     """Whether a signal has a row for each example of the inner batch, or is one for all of them, such as a matrix; of a
     dict of tensors, by their names. None, or a name that is left out: where its length is that of the batch."""
+    signal_of_batch: ClassVar[bool] = False
+    """Whether :meth:`signal` speaks of the inner batch as a whole, such as by weights that sum to one over it: it is
+    then asked once, before the student runs, also where the batch is taken in micro-batches (``accumulate``)."""
     has_teacher: ClassVar[bool] = True
     """Whether a network makes the signal; without one, ``teacher=None`` is given and nothing learns from the feedback
     but :meth:`revised_signal`."""
 
     @abstractmethod
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Random) -> Signal:
         """The teacher's signal about ``batch``; ``student_outputs`` (B, ...) are detached, and None where the signal is
-        asked for before the student runs (see :meth:`student_input` and :meth:`normalized_signal`)."""
+        asked for before the student runs (see :meth:`student_input` and :attr:`signal_of_batch`)."""
 
     @abstractmethod
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
@@ -166,15 +172,6 @@ class BilevelProblem(ABC):
         signal is then asked for before the student runs, so that ``student_outputs`` is None in :meth:`signal`.
         """
         return first_input(batch)
-
-    def normalized_signal(self, signal: Signal) -> Signal:
-        """The signal that the student learns from, made from what :meth:`signal` said about all rows of the inner
-        batch, those of other micro-batches and processes included, such as weights that sum to one over the batch.
-
-        A function of the given rows alone that returns as many; the feedback goes through it to the teacher. Where a
-        problem has one, :meth:`signal` is asked before the student runs, so that ``student_outputs`` is None there.
-        """
-        return signal
 
     def outer_batch(self, batch: Any) -> Any:
         """The outer batch as :meth:`outer_loss` reads it; here (inputs, labels), any other batch is refused. To read
@@ -240,14 +237,14 @@ def enters_input(problem: Problem) -> bool:
     """Whether the signal enters the student's input: whether ``student_input`` takes a second argument."""
     if not has_own(problem, "student_input"):
         return False
-    parameters = inspect.signature(problem.student_input).parameters.values()
+    return _takes_signal(type(problem).student_input)
+
+
+@cache  # asked in every step
+def _takes_signal(student_input: Any) -> bool:
+    _, *parameters = inspect.signature(student_input).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     return len(needed) > 1 or any(p.name == "signal" for p in parameters)
-
-
-def asked_first(problem: Problem) -> bool:
-    """Whether the signal is asked for before the student runs."""
-    return enters_input(problem) or has_own(problem, "normalized_signal")
 
 
 def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:

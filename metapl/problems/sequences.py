@@ -13,6 +13,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import inputs_of, plain
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Params, Problem, Random, Signal
 
 IGNORED = -100
@@ -37,8 +38,8 @@ class DataRater(Problem):
     nothing to predict has the loss 0; an inner batch of such sequences alone is refused.
 
     The softmax is over the whole inner batch, and the outer mean over all tokens, whatever the number of micro-batches
-    (``accumulate``) and processes that share them. The ``signal`` of a report is a, of mean 1 over the batch, and the
-    feedback is that on a; it goes through the softmax to the scores.
+    (``accumulate``) and processes that share them: the rater sees the inner batch as a whole. The ``signal`` of a
+    report is a, of mean 1 over the batch, and the feedback is that on a; it goes through the softmax to the scores.
 
     Give a :class:`metapl.Lookahead` of a few batches (``lookahead=``) and Adam, as the paper has it. Its several
     students of different age are a loop of one's own over trainers that share the teacher and its optimizer, each of
@@ -62,6 +63,7 @@ class DataRater(Problem):
     """
 
     signal_has_rows: ClassVar[bool] = True
+    signal_of_batch: ClassVar[bool] = True
 
     def student_input(self, batch: Any) -> Any:
         return _read(batch)[0]
@@ -92,19 +94,15 @@ class DataRater(Problem):
         )
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
-        """s, (B,)."""
+        """a, (B,), over the sequences of all processes."""
         inputs, labels = _read(batch)
         scores = teacher(inputs)
         if not isinstance(scores, Tensor) or scores.shape not in ((len(labels),), (len(labels), 1)):
             raise MetaplError(f"the rater returned {checks.described(scores)}; expected scores (B,).")
-        return Signal(wide(scores).reshape(len(labels)))
-
-    def normalized_signal(self, signal: Signal) -> Signal:
-        """a, (B,), over the whole batch."""
-        scores: Tensor = signal.value
-        if len(scores) < 2:
+        every, own = rows_of_all(wide(scores).reshape(len(labels)))
+        if len(every) < 2:
             raise MetaplError("the inner batch of DataRater has one sequence, whose weight is 1; expected two or more.")
-        return Signal(len(scores) * scores.softmax(0))
+        return Signal(len(every) * every.softmax(0)[own])
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """ℓ_i, (B,)."""

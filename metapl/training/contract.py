@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.feedback.teacher import Means, figures
-from metapl.metrics.classification import label_columns, label_counts
 from metapl.metrics.metric import Term
-from metapl.problems.base import Problem, Signal, field_of, has_rows
+from metapl.problems.base import Signal
 from metapl.words import summary
 
 Say = Callable[[str], None]
@@ -25,12 +24,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Report:
-    """The numbers of a step. They stay on the device until they are read: ``as_dict`` gives floats.
+    """The numbers of a step. They stay on the device until they are read: ``as_dict``, or an attribute, gives floats.
 
     Args:
         step: the step's number, from 0.
-        scalars: by name.
-        fault: errors detected on the device; raised when the report is read.
+        scalars: by name; means over the processes that share the batch.
+        fault: what was checked on the device; raised when the report is read.
     """
 
     step: int
@@ -41,85 +40,50 @@ class Report:
         feedback = {"feedback": self.feedback} if "feedback" in vars(self) else {}
         return summary(type(self).__name__, step=self.step, **self.scalars, **feedback)
 
+    @property
+    def flag(self) -> Tensor:
+        """Whether a check of the step has failed: a boolean scalar on the device. On a CPU such a step is refused."""
+        return self.fault.flag
+
     def as_dict(self) -> dict[str, float]:
         """Every scalar, in one transfer from the device."""
         self.fault.raise_if_found()
-        tensors = self._tensors()
-        values = torch.stack([t.detach().double().reshape(()) for t in tensors.values()]).tolist()
-        return dict(zip(tensors, values, strict=True))
+        found = self._columns()
+        values = torch.stack([t.detach().double().reshape(()) for t in found.values()]).tolist()
+        return dict(zip(found, values, strict=True))
 
-    def counts(self) -> dict[str, list[int]]:
-        """Whole numbers, a list for each name, such as the pseudo-labels of each class."""
-        return {}
-
-    def _tensors(self) -> dict[str, Tensor]:
+    def _columns(self) -> dict[str, Tensor]:
         return self.scalars
 
     def __getattr__(self, name: str) -> float:
-        values = self.as_dict() if "scalars" in self.__dict__ and not name.startswith("_") else {}
-        if name not in values:
-            fields = "feedback and " if "feedback" in self.__dict__ else ""
-            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {fields}{', '.join(values)}")
-        return values[name]
+        known = self._columns() if "scalars" in self.__dict__ and not name.startswith("_") else {}
+        if name not in known:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(known)}")
+        return self.as_dict()[name]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StepReport(Report):
-    """The numbers of one step of the bilevel trainer; an attribute or ``as_dict`` gives floats.
+    """The numbers of one step of the bilevel trainer.
 
     Args:
         feedback: h, minus the gradient of the labeled loss in the signal, as the mode shapes it; a tensor, or a dict of
             them where the signal is one. A tuple of these for a :class:`metapl.Lookahead`.
         scalars: ``inner_loss`` (ℓ at θ), ``outer_loss`` (L(θ′), where the mode computes it), ``teacher_loss`` (the sum
-            of its own losses) and a ``teacher_<name>`` for each of these, ``feedback_ratio`` (the norm of the weighted
-            feedback's gradient at the teacher's outputs over that of its own losses; NaN without these, and for a
-            signal without rows whose feedback comes from several processes or micro-batches).
-        signal: the teacher's signal about the last inner batch, without its graph.
-        student_outputs: S(x_u; θ) on that batch.
-        problem: it gives the report its columns.
-        recent: means over the last steps, whose :func:`metapl.feedback.teacher.figures` are reported.
-        ranks: the processes that share the batch: the scalars are means over them, on whichever rank they are read;
-            ``feedback``, ``signal``, ``student_outputs`` and ``counts`` are of this rank's rows.
+            of its own losses) and a ``teacher_<name>`` for each of these; with ``feedback_ratio``, the
+            ``feedback_weight`` that gave it. Read with these: ``feedback_mean`` and ``feedback_std``, of the entries of
+            this rank's h.
+        signal: the teacher's signal about the last inner batch, without its graph, of this rank's rows.
+        student_outputs: S(x_u; θ) on that batch, of this rank's rows.
     """
 
     feedback: Any
     signal: Signal
     student_outputs: Tensor
-    problem: Problem
-    recent: Means = field(default_factory=dict)
-    ranks: Ranks = field(default=ALONE)
-
-    def exchanged(self) -> StepReport:
-        """The same, when all ranks are here: later one may read the report alone."""
-        self.__dict__["_exchanged"] = self._columns()
-        return self
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**self.scalars, **(self._columns() if self.ranks.alone else self.__dict__["_exchanged"])}
 
     def _columns(self) -> dict[str, Tensor]:
-        """``feedback_mean`` and ``feedback_std`` of h over its entries, the problem's columns and the recent means'."""
-        steps = self.feedback if isinstance(self.feedback, tuple) else (self.feedback,)
-        rows = has_rows(self.problem, self.signal, len(self.student_outputs))
-        parts, weights = [], []
-        for found in steps:
-            of_field = {field_of(key): h for key, h in found.items()} if isinstance(found, dict) else {"value": found}
-            for name, h in sorted(of_field.items()):
-                # Of the feedback on a field without rows, such as a matrix, each rank has a share.
-                shared = not rows.get(name, True)
-                parts.append((self.ranks.sum(h) if shared else h).double().flatten())
-                weights.append(torch.full_like(parts[-1], 1 / self.ranks.size if shared else 1.0))
-        h, weight = torch.cat(parts), torch.cat(weights)
-        columns = label_columns(self.signal, self.student_outputs) | figures(self.recent)
-        if self.ranks.alone:
-            return {"feedback_mean": h.mean(), "feedback_std": h.std(correction=0), **columns}
-        weight = weight / weight.sum()  # an entry of every rank's counts once
-        means = self.ranks.mean_scalars({"feedback_mean": (weight * h).sum(), **columns})
-        spread = self.ranks.mean((weight * (h - means["feedback_mean"]).square()).sum()).sqrt()
-        return {"feedback_mean": means.pop("feedback_mean"), "feedback_std": spread, **means}
-
-    def counts(self) -> dict[str, list[int]]:
-        return label_counts(self.signal, self.student_outputs)
+        h = torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(self.feedback)])
+        return {**self.scalars, "feedback_mean": h.mean(), "feedback_std": h.std(correction=0)}
 
 
 class Stepwise(ABC):

@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.agreement import check_copies
 from metapl.execution.batch import labeled_pair, micro_batches, plain
-from metapl.execution.buffers import explain_types, step_guard
-from metapl.execution.compiled import CompiledPasses, refuse_compiled
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
-from metapl.feedback.compatible import check_batches
+from metapl.execution.state import Slots, restored
 from metapl.feedback.teacher import mean_scalars
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
@@ -81,15 +78,13 @@ class LossTrainer(Trainer):
         self.as_given, self.layout = model, layout_of("network", model)
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
-        refuse_compiled(model=self.student)
         optimizer = unwrapped(optimizer, plain=self.layout.kind == "plain")
-        checks.steps_alone(optimizer)
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
-        self.compiled = CompiledPasses(*(self.layout.compilable() if compile else []))
+        self.compile = compile
         self.steps_done = 0
         self._optimizer_checked = False
 
@@ -114,16 +109,13 @@ class LossTrainer(Trainer):
         if not self._optimizer_checked:
             checks.moves(self.optimizer, self.student)
             self._optimizer_checked = True
-        others = () if unlabeled is None else (unlabeled,)
-        explain = partial(explain_types, labeled, others, {self.role: self.student})
-        with step_guard(self.student, optimizer=self.optimizer, device=self.device, explain=explain) as fault:
-            check_batches(labeled, others, self.device, self.ranks)
+        with restored(Slots(self.student), optimizer=self.optimizer, device=self.device) as fault:
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            with self._autocast(), self.compiled():
+            with self._autocast():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
             self.clip()
             self.optimizer.step()
@@ -144,7 +136,6 @@ class LossTrainer(Trainer):
                 step=self.steps_done,
                 kind="teacher loss" if self.role == "teacher" else "loss",
             )
-        check_copies([*terms.values()], f"losses of the {self.role}", self.ranks)
         loss = torch.stack(list(terms.values())).sum()
         checks.learns(loss, self.role)
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
@@ -155,7 +146,6 @@ class LossTrainer(Trainer):
     def clip(self) -> None:
         """Average the gradient in ``.grad`` over the ranks, clip it, and refuse one that the optimizer cannot use."""
         self.layout.mean_gradients()
-        checks.sparse_gradients(self.optimizer, self.student)
         if self.clip_norm is not None:
             self.layout.clip_gradients(self.clip_norm)
 

@@ -11,38 +11,32 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
-from metapl.execution.batch import labeled_pair, micro_batches
-from metapl.execution.compiled import CompiledPasses, refuse_compiled
-from metapl.execution.kernels import NotByThisMode
+from metapl.execution.batch import labeled_pair
+from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
+from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.feedback import Estimator, Feedback, Mode, estimator
-from metapl.feedback.compatible import both_batches, check_kind, check_mode, check_teacher, name_others, prepare
+from metapl.execution.state import restored
+from metapl.feedback import Estimator, Mode, estimator
+from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
-from metapl.feedback.inner_step import read_batch
 from metapl.feedback.lookahead import Lookahead, inner_batches
-from metapl.feedback.path import Path, take_steps
-from metapl.feedback.teacher import Means, Objective, TeacherPass, teacher_scalars, updated
+from metapl.feedback.path import take_steps
+from metapl.feedback.teacher import Teaching
 from metapl.metrics.metric import Term
-from metapl.problems.base import BilevelProblem, Signal, has_own
+from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
-from metapl.training.guard import StepGuard, check_options, check_outer, has_losses
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
-from metapl.updates import Clipped, unwrapped, update_of
-
-# What parts of a trainer are made of; the other options are read at every step.
-_BUILT_WITH = frozenset(
-    ("teacher", "student", "inner_optimizer", "outer_optimizer", "accumulate", "clip_norm", "compile", "mode",
-     "precision", "teacher_losses")
-)  # fmt: skip
+from metapl.training.verify import Verification, refuse_hooks
+from metapl.updates import Clipped, parameters_of, refuse_missing, unwrapped, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -88,6 +82,10 @@ class BilevelTrainer(Trainer):
             rounding, dropout masks included (the first passes that draw are compared with eager ones). Eager stay the
             forward-mode pass of ``forward`` and ``reinforce_per_example``, the student under ``unrolled``, and
             everything outside a step. The networks stay plain modules; each batch shape compiles each kind of pass.
+        verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
+            the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
+            wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also every N steps.
+            Not of networks of more than 50 million weights, nor in several processes, where a line says so.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -121,13 +119,12 @@ class BilevelTrainer(Trainer):
         accumulate: MicroBatches = 1,
         compile: bool = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
+        verify: bool | int | Literal["warn"] = True,
     ) -> None:
-        self.mode = estimator(mode)
+        self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
-        checks.no_inference_mode()
         checks.is_generator(generator)
-        self.given_problem, self.problem = problem, prepare(problem, self.mode)
-        self._given_as = dict(getattr(problem, "__dict__", {}))
+        self.problem = prepare(problem, self.mode)
         check_teacher(
             teacher,
             self.problem,
@@ -140,49 +137,44 @@ class BilevelTrainer(Trainer):
         self.given, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
+        self.spread = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
-        refuse_compiled(student=self.student, **({} if self.teacher is None else {"teacher": self.teacher}))
+        refuse_hooks(self.student)
         self.teacher_losses = None if teacher_losses is None else check_losses(teacher_losses)
         self.clip_norm, self.precision, self.accumulate, self.lookahead = clip_norm, precision, accumulate, lookahead
         self.feedback_weight, self.feedback_ratio = feedback_weight, feedback_ratio
-        self.recompute_teacher, self.generator = recompute_teacher, generator
-        plain = self.layout.kind == "plain"
-        self.compile, self.outer_optimizer = compile, unwrapped(outer_optimizer, plain=plain)
-        check_options(self, lookahead)
+        self.recompute_teacher, self.generator, self.compile = recompute_teacher, generator, compile
+        if self.mode.keep_on not in (None, "cpu"):
+            raise MetaplError(f'keep_on={self.mode.keep_on!r} is for metapl.hypergradient; expected "cpu" or None.')
+        if self.mode.keep_graph and accumulate > 1:
+            raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
+        if feedback_ratio is not None and feedback_weight != 1.0:
+            raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
+        if feedback_ratio is not None and not self._has_losses:
+            raise MetaplError(
+                "feedback_ratio was given without teacher losses to measure by; expected feedback_weight."
+            )
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        # Double backward has no compiled form: there the student runs as it is.
-        eager = self.layout if self.mode.keep_graph or self.mode.keep_graphs else None
-        found = [layout.compilable() for layout in self.layouts if compile and layout is not eager]
-        self.compiled = CompiledPasses(*(part for parts in found for part in parts))
-        self.inner_optimizer = unwrapped(
-            default_optimizer(self.student) if inner_optimizer is None else inner_optimizer, plain=plain
-        )
+        plain = self.layout.kind == "plain"
+        inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
+        self.inner_optimizer = unwrapped(inner_optimizer, plain=plain)
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
+        self.outer_optimizer = unwrapped(outer_optimizer, plain=plain)
         self._teacher_trainer: _TeacherTrainer | None = None
-        if self.teacher is not None and teacher is not None:
-            self.outer_optimizer = self.outer_optimizer or default_optimizer(self.teacher)
-            check_outer(self.outer_optimizer, self.teacher)
+        if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
+            self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
+            if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
+                given = checks.described(outer_optimizer)
+                raise MetaplError(f"outer_optimizer is {given}; expected one of torch.optim over teacher.parameters().")
+            refuse_missing("outer_optimizer", self.outer_optimizer, self.teacher_layout.parameters(), "teacher")
+            if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
+                raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
-        self.recent: Means = {}
         self.steps_done = 0
-        self.guard = StepGuard(self)
-        self._built = True
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _BUILT_WITH and "_built" in vars(self) and value is not getattr(self, name):
-            raise MetaplError(
-                f"{name} of a BilevelTrainer was assigned, and other parts of the trainer were built with the one that "
-                f"it has; expected it as it was given: build a new BilevelTrainer(..., {name}=...), in which networks "
-                "and optimizers go on from their states."
-            )
-        if name == "problem" and "_built" in vars(self):
-            self.given_problem, value = value, prepare(value, self.mode)
-            self._given_as = dict(getattr(self.given_problem, "__dict__", {}))
-        super().__setattr__(name, value)
 
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
@@ -200,28 +192,32 @@ class BilevelTrainer(Trainer):
 
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
-        if outer is not None or inner is not None or labeled is None or unlabeled is None:
-            labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        self._follow_problem()
-        labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
-        batches, guard, teacher_steps = inner_batches(unlabeled, self.lookahead), self.guard, list[TeacherPass]()
-
-        def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch
-            recompute = self.recompute_teacher or self.accumulate > 1  # the graphs of all of them would not fit
-            given = self.problem, batch, outputs, self.generator, recompute, self.ranks, guard.slots
-            apart = student.module if len(batches) > 1 else None
-            step = TeacherPass(guard.asked, *given, student=apart, records=True)
-            kind = len(batches), step.signal.sampled, *step.signal.differentiable()
-            if kind != guard.kind:
-                check_kind(step.signal, self.mode, self.problem, len(batches), outputs)
-                guard.kind = kind
-            teacher_steps.append(step)
-            return step.signal
-
-        with guard.step(self, labeled, batches) as (fault, student):
-            first = not student.slots.looked_at
-            bfloat16, compiled = self.precision != "float32", self.compiled.forwards
-            with self._autocast() if bfloat16 else NOTHING, self.compiled() if compiled else NOTHING:
+        labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
+        self.verification.before(self, labeled, unlabeled)
+        batches = inner_batches(unlabeled, self.lookahead)
+        labeled = self.problem.outer_batch(labeled)
+        if len(batches) != self.lookahead:
+            check_mode(self.mode, len(batches), self.problem, self.layout)
+        for layout in self.spread:
+            layout.begin_step()
+        student = student_of(self.layout, double_backward=self.mode.keep_graph)
+        self.update.follow(student.parameters)
+        teach = Teaching(
+            self.teacher_layout,
+            self.problem,
+            self.mode,
+            self.generator,
+            self.ranks,
+            self.device,
+            batches,
+            self.accumulate,
+            self.recompute_teacher,
+        )
+        slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        graph_of = self.mode.graph_of(len(batches), student)
+        kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
+        with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
+            with self._autocast() if self.precision != "float32" else NOTHING, kernels:
                 path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
                     student,
                     self.update,
@@ -230,94 +226,48 @@ class BilevelTrainer(Trainer):
                     batches=batches,
                     teach=teach,
                     parts=self.accumulate,
-                    first=first,
                     keep_graph=self.mode.keep_graph,
-                    keep_graphs=self.mode.keep_graphs,
+                    graph_of=graph_of,
                     keep=self.mode.keeping,
-                    credits=self.mode.credits,
                 )
-                try:
-                    feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
-                except (NotByThisMode, RuntimeError) as error:
-                    name_others(error, self.mode, path)
-                    raise
-                given = [
-                    h.on_given(step) if step.normalized else h for step, h in zip(path.steps, feedback, strict=True)
-                ]
-                objectives = self._teacher_backward(teacher_steps, given, labeled)  # lines 5-7: −Σ h·signal + losses
+                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
+                own = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
+                scalars = teach.backward(  # lines 5-7: −Σ h·signal + losses
+                    feedback,
+                    own,
+                    labeled,
+                    self.steps_done,
+                    weight=self.feedback_weight,
+                    ratio=self.feedback_ratio,
+                )
                 known = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
                 h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
                 path = path.revised(h[-1])
-                report = self._report(path, known, h if ahead else h[0], objectives, fault, labeled)
-            if self._teacher_trainer is not None and (guard.spread or self.clip_norm is not None):
+                step = path.steps[-1]
+                report = StepReport(
+                    self.steps_done,
+                    {"inner_loss": path.inner_loss, **known, **scalars},
+                    fault,
+                    feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+                    # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
+                    signal=step.signal.having({name: t.clone() for name, t in step.signal.fields().items()}),
+                    student_outputs=step.outputs.clone(),
+                )
+            if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
-            elif self.outer_optimizer is not None:
-                checks.sparse_gradients(self.outer_optimizer, guard.asked)
-            guard.refuse_moves(student)
-            with guard.both_or_none(self, first):
-                path.commit()  # line 3; before the teacher moves: a failing student optimizer leaves it in place
-                if self.outer_optimizer is not None:
-                    self.outer_optimizer.step()  # line 8: θ_T′
-            for layout in guard.spread:
+            path.commit()  # line 3; nothing has moved before
+            if outer_optimizer is not None:
+                outer_optimizer.step()  # line 8: θ_T′
+            for layout in self.spread:
                 layout.agree_on_buffers()
-            self.mode_state, self.recent = mode_state, report.recent
+            self.mode_state = mode_state
             self.steps_done += 1
             return report
 
-    def _follow_problem(self) -> None:
-        """Where a copy of the problem that was given is in use, put on it what has been put on that one since."""
-        given = self.given_problem
-        if given is not None and given is not self.problem:
-            now = getattr(given, "__dict__", {})
-            for name, value in now.items():
-                if name != "kind" and (name not in self._given_as or self._given_as[name] is not value):
-                    object.__setattr__(self.problem, name, value)
-            self._given_as = dict(now)
-        if self._teacher_trainer is not None:
-            self._teacher_trainer.problem = self.problem
-
-    def _teacher_backward(
-        self, teacher_steps: Sequence[TeacherPass], feedback: Sequence[Feedback], labeled: Any
-    ) -> list[Objective]:
-        """The gradient of the teacher's objective, micro-batch by micro-batch; its own losses read the last batch."""
-        if self._teacher_trainer is None:
-            return []
-        parts = self.accumulate
-        with self.ranks.agreed():
-            own = self._teacher_trainer.losses_for(teacher_steps[-1].batch)
-        chunks = [chunk for step_feedback in feedback for chunk in step_feedback.chunks(parts)]
-        labeled_parts = micro_batches(labeled, parts, "labeled")
-        weights, last, objectives = (self.feedback_weight, self.feedback_ratio), len(teacher_steps) - parts, []
-        for i, (step, h) in enumerate(zip(teacher_steps, chunks, strict=True)):
-            losses = own if i >= last else ()
-            objectives.append(step.backward(h, *weights, losses, labeled_parts[i % parts], self.steps_done, parts))
-        return objectives
-
-    def _report(
-        self,
-        path: Path,
-        known: dict[str, Tensor],
-        h: Any,
-        objectives: Sequence[Objective],
-        fault: checks.Fault,
-        labeled: Any,
-    ) -> StepReport:
-        of_teacher = teacher_scalars(objectives, self.accumulate, self.ranks) if objectives else {}
-        signal = path.steps[-1].signal
-        pushes = [push for *_, push in objectives if push is not None]
-        report = StepReport(
-            self.steps_done,
-            {"inner_loss": path.inner_loss, **known, **of_teacher},
-            fault,
-            ranks=self.ranks,
-            feedback=h,
-            # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
-            signal=signal.having({name: t.clone() for name, t in signal.fields().items()}),
-            student_outputs=path.steps[-1].outputs.clone(),
-            problem=self.problem,
-            recent=updated(self.recent, pushes, path.steps[-1], labeled, self.ranks),
-        )
-        return report if self.ranks.alone else report.exchanged()
+    @property
+    def _has_losses(self) -> bool:
+        given = self.teacher_losses
+        return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
 
     def teacher_step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
@@ -337,20 +287,19 @@ class BilevelTrainer(Trainer):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None:
             return super().teacher_step(labeled, unlabeled)
-        if not has_losses(self):
+        if not self._has_losses:
             raise MetaplError(
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
                 "expected teacher losses, or wait=0."
             )
-        self._follow_problem()
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
         return report
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
-        batch = read_batch(self.problem, "outer_batch", batch) if self._reads("batch") else labeled_pair(batch, name)
-        return read_batch(self.problem, "outer_input", batch), batch
+        batch = self.problem.outer_batch(batch) if self._reads("batch") else labeled_pair(batch, name)
+        return self.problem.outer_input(batch), batch
 
     def outer_terms(self) -> list[Term]:
         judge = self.problem.outer_loss
@@ -358,7 +307,7 @@ class BilevelTrainer(Trainer):
 
     def read_input(self, batch: Any) -> Any:
         own = self._reads("input") and not isinstance(batch, Tensor)
-        return read_batch(self.problem, "outer_input", batch) if own else super().read_input(batch)
+        return self.problem.outer_input(batch) if own else super().read_input(batch)
 
     def _reads(self, what: Literal["batch", "input"]) -> bool:
         return has_own(self.problem, f"outer_{what}")
@@ -402,9 +351,10 @@ class BilevelTrainer(Trainer):
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "optimizers": names_of(self._optimizers),
-            "mode_state": {**self.mode_state, "recent": self.recent},
+            "mode_state": self.mode_state,
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
+            "verification": self.verification.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -422,9 +372,8 @@ class BilevelTrainer(Trainer):
         self.update.load_state_dict(as_held(copy.deepcopy(state["inner"]), self.inner_optimizer))
         if self.outer_optimizer is not None:
             self.outer_optimizer.load_state_dict(as_held(copy.deepcopy(state["outer"]), self.outer_optimizer))
-        mode_state = dict(state["mode_state"])
-        self.recent = mode_state.pop("recent", {})  # which states of earlier versions do not have
-        self.mode_state, self.steps_done = mode_state, state["steps_done"]
+        self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
+        self.verification.load_state_dict(state["verification"])
 
     # ------------------------------------------------------------------------------------------- beside the training
 
@@ -471,7 +420,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         estimate = estimator(self.mode if mode is None else mode)
-        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
+        return self._gradient(estimate, prepare(self.problem, estimate), labeled, unlabeled, generator)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
@@ -516,7 +465,7 @@ class _TeacherTrainer(LossTrainer):
         assert trainer.teacher_layout is not None
         self.layout = trainer.teacher_layout  # which knows the student's
         self.layouts, self.ranks = [self.layout], self.layout.ranks
-        self.given, self.problem, self.compiled = trainer.teacher_losses, trainer.problem, trainer.compiled
+        self.given, self.problem = trainer.teacher_losses, trainer.problem
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
         return self.problem.default_teacher_losses(unlabeled) if self.given is None else self.given

@@ -52,7 +52,6 @@ MEASUREMENTS = (
     "step",
     "tangent",
     "throughput",
-    "way_of_a_step",
 )
 LONG = ("endurance", "peers", "reduced")
 
@@ -231,6 +230,7 @@ def test_the_study_of_hyperparameters_was_run_as_it_says(module: ModuleType) -> 
         ("attribution", "<!-- harmful_pictures:begin -->", "harmful_pictures"),
         ("data-rater", "<!-- data_rater:begin -->", "data_rater"),
         ("hyperparameters", "<!-- hyperparameters:begin -->", "hyperparameters"),
+        ("modes", "<!-- step:begin -->", "step"),
         ("modes", "<!-- tangent:begin -->", "tangent"),
         ("plan", "<!-- language_plan:begin -->", "language_plan"),
     ],

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from metapl.execution.writes import Watch, Weights, memory_of
 from torch import Tensor
 
 from metapl.data import sampler
 from metapl.data.feed import _ListFeed
 from metapl.execution import buffers, local, rng
 from metapl.execution.local import LocalStudent, Pass
-from metapl.execution.writes import Watch, Weights, memory_of
 from metapl.feedback import base, loss_difference, reinforce
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path

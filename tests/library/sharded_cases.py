@@ -11,6 +11,7 @@ import pages
 import pytest
 import torch
 import torchopt
+from metapl.execution.buffers import swapped
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo.utils import counters
@@ -18,7 +19,6 @@ from torch._dynamo.utils import counters
 import metapl
 from metapl.errors import MetaplError
 from metapl.execution import sharded
-from metapl.execution.buffers import swapped
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.shards import ShardedSpace

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from metapl.execution.compiled import CompiledPasses
 from problems_zoo import ANYWHERE, CLASSES, Toy, everything, noisy_teacher, same, toy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 import metapl
 from metapl import CrossEntropy, MetaplError
 from metapl.execution import compiled
-from metapl.execution.compiled import CompiledPasses
 from metapl.execution.local import LocalStudent
 from metapl.training.loss_trainer import LossTrainer
 

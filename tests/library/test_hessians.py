@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from metapl.execution.hessians import HessianGraph, hessian_graph
 from reference import error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead
-from metapl.execution.hessians import HessianGraph, hessian_graph
 from metapl.feedback import Forward
 from metapl.problems import EqualWeights
 

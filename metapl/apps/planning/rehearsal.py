@@ -41,10 +41,10 @@ from metapl.execution.modules import trainable
 from metapl.execution.ranks import Ranks
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import local
-from metapl.execution.writes import tensors_in
 from metapl.feedback import keeping
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
+from metapl.feedback.teacher import Teaching
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
@@ -232,6 +232,10 @@ def _refuse_other(name: str, given: Any, kind: Any, expected: str) -> None:
         raise MetaplError(f"{name} is {checks.described(given)}; expected {expected}.")
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
 def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequence[Tensor] = ()) -> Rehearsal:
     """A step of a trainer on a labeled and an unlabeled batch, the second: optimizers then have their states. Beside
     the networks, a moving ``average`` of weights may be held. All is of this rank, inside a :func:`stage`."""
@@ -263,7 +267,7 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
             (InnerStep, "tangent", None, FOR_FEEDBACK),
             *((type(trainer.update), name, None, FOR_FEEDBACK) for name in ("update", "stepped", "vjp")),
             (InnerStep, "second_derivatives", None, FOR_FEEDBACK),
-            (BilevelTrainer, "_teacher_backward", TEACHER, None),
+            (Teaching, "backward", TEACHER, None),
             (LossTrainer, "clip", UPDATE, None),
             (Path, "commit", UPDATE, None),
             *((type(optimizer), "step", UPDATE, None) for optimizer in trainer.schedulable[1:]),

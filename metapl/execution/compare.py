@@ -1,0 +1,95 @@
+r"""The step's one comparison: does what a mode computes belong to the step that is taken?
+
+For every student that is the same differentiable function in all passes:
+
+- a replay at θ has the same outputs as the inner pass;
+- the inner loss has the same derivative along w in forward and in reverse mode,
+
+.. math:: \Big\langle \frac{\partial\ell}{\partial z}, \dot z \Big\rangle
+          + \Big\langle \frac{\partial\ell}{\partial\theta}, w \Big\rangle = \langle g, w \rangle
+
+The first fails for other random numbers and for state that has moved. The second also fails where the outputs agree and
+the derivatives do not, such as for a hook that changes gradients. Both go into the step's flag: on a CPU it is read
+before anything moves, on a device with the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metapl.execution import checks
+from metapl.execution.numerics import reduced_float32
+from metapl.execution.ranks import ALONE, Ranks
+
+
+class Tolerance(NamedTuple):
+    """How far apart two computations of the same quantity may be."""
+
+    outputs: float  # the norm of their difference, relative to their norms
+    slope: float  # relative to the size of the slopes and of the terms that they sum
+
+
+# By the coarsest dtype of a pass; TF32 counts as float16, which has the same ten bits. Measured on the networks of
+# benchmarks/difference_step.py, fresh and in training, the slopes differ by at most 3e-6 in float32 and 1e-2 under
+# bfloat16; for students that are refused they differ by 0.1 and more.
+EXACTLY = {
+    torch.float64: Tolerance(1e-6, 1e-6),
+    torch.float32: Tolerance(5e-3, 1e-3),
+    torch.float16: Tolerance(2e-2, 5e-2),
+    torch.bfloat16: Tolerance(5e-2, 0.1),
+}
+# A difference of outputs errs mostly by ReLUs that switch within the move, which may spoil it by much in one step.
+BY_DIFFERENCE = {
+    torch.float64: Tolerance(1e-4, 1.0),
+    torch.float32: Tolerance(1e-2, 1.0),
+    torch.float16: Tolerance(5e-2, 1.0),
+    torch.bfloat16: Tolerance(0.1, 1.0),
+}
+
+CAUSES = (
+    "random numbers that are not of torch's default generators, state outside of buffers, torch.no_grad() or detach() "
+    "on a part of the forward, a hook or an autograd.Function that changes gradients (docs/contract.md; "
+    "metapl.check_gradient says more)"
+)
+
+
+def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
+    """The coarsest dtype that a pass is rounded to, by its dtypes and PyTorch's settings: a key of the tolerances."""
+    formats = set(dtypes)
+    if torch.is_autocast_enabled(device.type):
+        formats.add(torch.get_autocast_dtype(device.type))
+    if torch.float32 in formats and reduced_float32(device):
+        formats.add(torch.bfloat16 if device.type == "cpu" else torch.float16)
+    return next((t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64)
+
+
+def same_outputs(again: Tensor, first: Tensor, tolerance: float, who: str = "student", ranks: Ranks = ALONE) -> None:
+    """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it replays."""
+    if ranks.alone and not checks.waits(first) and torch.equal(again, first):
+        return
+    if not first.is_floating_point():
+        checks.refuse((again != first).any(), f"the {who} drew other labels when its pass was repeated: {CAUSES}")
+        return
+    gap, size, other = (ranks.norm(t) for t in (again - first, first, again))
+    checks.refuse(
+        ~(gap <= tolerance * (size + other)),  # so that NaN is flagged
+        f"the {who} does not return the same outputs when its pass is repeated with the same batch, weights, buffers "
+        f"and random numbers, so the feedback would be wrong. Likely causes: {CAUSES}.",
+    )
+
+
+def same_slopes(forward: Tensor, backward: Tensor, spread: Tensor, tolerance: float, rounding: Tensor | float) -> None:
+    """Flag a derivative along w, ``forward`` ⟨∂ℓ/∂z, ż⟩ + ⟨∂ℓ/∂θ, w⟩, that is not ``backward``, ⟨g, w⟩.
+
+    Their error is proportional to the ``spread``, the size of the terms of the two sums, and bounded by ``rounding``.
+    """
+    checks.refuse(
+        ~((forward - backward).abs() <= tolerance * (spread + backward.abs()) + rounding),
+        "the student's forward and backward passes are not of one function: along the direction of the feedback, the "
+        "inner loss has one derivative by the outputs and another by the gradient, so the feedback would be wrong. "
+        f"Likely causes: {CAUSES}.",
+    )

@@ -1,0 +1,201 @@
+"""What the passes of a network move besides the weights that it learns: its state, copied, replaced, and restored.
+
+State is the buffers and the parameters that are not learned, such as the average of a momentum encoder. What a network
+keeps elsewhere, in attributes or in Python objects, is not carried (docs/contract.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.execution import checks
+from metapl.execution.modules import named_parts
+from metapl.execution.numerics import wide
+from metapl.execution.rng import RandomState
+from metapl.execution.shards import is_sharded
+
+Table = dict[str, Any]  # of a module: its parameters, or its buffers
+Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
+
+
+class Slots:
+    """The places where a module holds its tensors now; read anew in every step, so that new heads need no guard.
+
+    Attributes:
+        parameters: every place of a parameter; one that is held twice has two.
+        learned: the parameters that require a gradient, once each, by their first name.
+        frozen: the places of the others.
+        buffers: the tables of buffers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parameters: list[Slot] = []
+        self.frozen: list[Slot] = []
+        self.buffers: list[Table] = []
+        self.state: State | None = None  # as a step begins, until its first pass has taken it
+        first: dict[int, tuple[str, nn.Parameter]] = {}
+        for prefix, part in named_parts(module):
+            for name, p in part._parameters.items():
+                if p is None:
+                    continue
+                self.parameters.append((part._parameters, name, p))
+                if p.requires_grad:
+                    first.setdefault(id(p), (prefix + name, p))
+                elif not is_sharded(p):  # a block exchanges those, whatever the table holds
+                    self.frozen.append((part._parameters, name, p))
+            self.buffers.append(part._buffers)
+        self.learned = dict(first.values())
+
+
+class State:
+    """A snapshot of a network's state: the tensors that its tables hold, and copies of their values."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._tables = [(table, dict(table)) for table in slots.buffers]
+        self._frozen = slots.frozen
+        held = [t for _, table in self._tables for t in table.values() if t is not None]
+        self._held: dict[int, Tensor] = {id(t): t for t in (*held, *(p for _, _, p in slots.frozen))}
+        self._values = {key: t.detach().clone() for key, t in self._held.items()}
+
+    def restore(self) -> None:
+        """Put the tensors back into the tables, and their values into them."""
+        _fill(self._tables)
+        for table, name, p in self._frozen:
+            table[name] = p
+        for key, t in self._held.items():
+            before = self._values[key]
+            # Past the version counter: a graph that has saved a tensor finds what it has saved.
+            if t.shape != before.shape:
+                t.data = before
+            elif all(n < 2 or by for n, by in zip(t.shape, t.stride(), strict=True)):  # nothing writes to expanded ones
+                t.data.copy_(before)
+
+    def values(self) -> list[Tensor]:
+        """The copies, for :meth:`having`."""
+        return [*self._values.values()]
+
+    def having(self, values: Sequence[Tensor]) -> State:
+        """This snapshot with the :meth:`values` of another one of the same network."""
+        found = object.__new__(State)
+        vars(found).update(vars(self))
+        found._values = dict(zip(self._values, values, strict=True))
+        return found
+
+
+class Replay:
+    """In this block, torch draws from ``random``, and a network holds fresh copies of a state (``upcast``: in float32
+    or wider) and the tensors ``held``; afterwards all is as it was before the block."""
+
+    def __init__(self, random: RandomState, state: State, held: Sequence[Slot] = (), *, upcast: bool = False) -> None:
+        self._random, self._state, self._held, self._upcast = random, state, held, upcast
+
+    def __enter__(self) -> None:
+        self._before = RandomState.now(self._random.device)
+        self._random.restore()
+        state, slots = self._state, list(self._held)
+        self._tables = [(table, dict(table)) for table, _ in state._tables]
+        if state._values:
+            fresh: dict[int, Any] = {key: t.clone() for key, t in state._values.items()}
+            if self._upcast:
+                fresh = {key: wide(t) for key, t in fresh.items()}
+            fresh[id(None)] = None  # a buffer that has no value yet
+            _fill([(table, {name: fresh[id(t)] for name, t in held.items()}) for table, held in state._tables])
+            slots += [(table, name, stand_in(fresh[id(p)], p)) for table, name, p in state._frozen]
+        self._slots = [(table, name, table[name]) for table, name, _ in slots]
+        for table, name, t in slots:
+            table[name] = t
+
+    def __exit__(self, *error: object) -> None:
+        for table, name, t in self._slots:
+            table[name] = t
+        _fill(self._tables)
+        self._before.restore()
+
+
+def _fill(tables: Sequence[tuple[Table, Table]]) -> None:
+    for table, held in tables:
+        if table or held:
+            table.clear()
+            table.update(held)
+
+
+def stand_in(t: Tensor, own: Tensor) -> Tensor:
+    """A tensor to stand in for a network's own: of its type, with its attributes, and as a leaf, which needs a gradient
+    if that does. A forward that asks, such as ``isinstance(weight, nn.Parameter)``, goes the same way."""
+    if issubclass(type(own), nn.Parameter):  # not that of a sharded one, whose type tells how it is held
+        t = t if isinstance(t, type(own)) else t.as_subclass(type(own))
+        if own.__dict__:
+            t.__dict__.update(own.__dict__)
+    return t.requires_grad_(own.requires_grad) if t.is_leaf else t
+
+
+@contextmanager
+def swapped(held: Sequence[Slot]) -> Iterator[None]:
+    """Put these tensors into their places in this block; afterwards the tables hold the same tensors as before.
+
+    ``torch.func.functional_call`` does so for a forward pass alone, and a checkpoint runs the module in the backward
+    pass too: a backward pass belongs into the block.
+    """
+    before = [(table, name, table[name]) for table, name, _ in held]
+    for table, name, t in held:
+        table[name] = t
+    try:
+        yield
+    finally:
+        for table, name, t in before:
+            table[name] = t
+
+
+# Held while a step runs: replays set PyTorch's default generators, so other threads wait.
+step_lock = RLock()
+
+
+@contextmanager
+def restored(
+    *networks: Slots,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+    generator: torch.Generator | None = None,
+    always: bool = False,
+) -> Iterator[checks.Fault]:
+    """Run a step in this block. If it fails (or ``always``), buffers, frozen parameters, gradients and generators are
+    bit for bit as they were before.
+
+    The gradients of an ``optimizer``'s parameters are cleared before and after. Yields the fault of the step's report,
+    in which checks on a device wait for whoever reads it; with ``always`` they are read at once.
+    """
+    checks.no_inference_mode()
+    fault = checks.Fault()
+    with step_lock, torch.enable_grad():
+        saved = [State(slots) for slots in networks]
+        for slots, state in zip(networks, saved, strict=True):
+            slots.state = state
+        random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
+        filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
+        grads = [p.grad for p in filled]
+        token = checks.deferred.set(None if always else fault)
+        failed = True
+        try:
+            for p in filled:
+                p.grad = None
+            yield fault
+            failed, grads = False, [None] * len(filled)
+        finally:
+            checks.deferred.reset(token)
+            for p, grad in zip(filled, grads, strict=True):
+                p.grad = grad
+            torch.clear_autocast_cache()  # of a caller's region: it holds casts of weights from before the step
+            if failed or always:
+                for state in saved:
+                    state.restore()
+            if failed:
+                random.restore()
+                if generator is not None and drawn is not None:
+                    generator.set_state(drawn)

@@ -1,0 +1,137 @@
+"""Tiny runs of the command end on the weights whose bits are stored in goldens.json.
+
+The bits are compared where the machine is that of the store, norms and products elsewhere, as in test_bits.py. A change
+that is meant to give other weights renews the file in a commit of its own, and says why:
+
+    PYTHONPATH=tests/library python tests/apps/test_goldens.py --renew [run ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from test_bits import check, here, lines, one_thread, outcome
+
+from metapl.apps.commands import main
+
+STORED = Path(__file__).with_name("goldens.json")
+SIDE, COLORS = 20, ("blue", "green", "red")
+
+DIGITS = (
+    *("--steps", "16", "--hidden", "8", "6", "--labeled-batch", "10", "--unlabeled-batch", "12", "--save-every", "6"),
+    *("--finetune-steps", "4", "--log-every", "4", "--validate-every", "4"),
+)
+PICTURES = (
+    *("--steps", "8", "--image-size", "20", "--network", "small_cnn", "--finetune-steps", "2", "--device", "cpu"),
+    *("--labeled-batch", "8", "--log-every", "2", "--save-every", "4", "--precision", "float32"),
+)
+IMAGES = (*PICTURES, "--unlabeled-batch", "8")
+
+RUNS: dict[str, tuple[str, ...]] = {
+    "digits forward": ("train", "digits", *DIGITS, "--uda-weight", "1", "--warmup", "3", "--ema-decay", "0.9"),
+    "digits reinforce": (
+        *("train", "digits", *DIGITS, "--mode", "reinforce", "--baseline", "0.9", "--dropout", "0.2"),
+        *("--wait", "4", "--schedule", "constant"),
+    ),
+    "digits reduced": ("train", "digits", *DIGITS, "--method", "reduced_mpl"),
+    "digits fixmatch": ("train", "digits", *DIGITS, "--method", "fixmatch"),
+    "images mpl": ("train", "images", *IMAGES, "--method", "mpl", "--accumulate", "2", "--uda-align", "0"),
+    "images uda": ("train", "images", *IMAGES, "--method", "uda", "--dropout", "0.1"),
+    "images none": ("train", "images", *IMAGES, "--method", "none", "--randaugment"),
+    "images pseudo labels": ("train", "images", *IMAGES, "--method", "pseudo_labels"),
+    "noisy example weights": ("train", "noisy", *PICTURES, "--method", "example_weights"),
+    "noisy weight net": ("train", "noisy", *PICTURES, "--method", "meta_weight_net"),
+    "noisy label correction": ("train", "noisy", *PICTURES, "--method", "label_correction"),
+    "noisy transition": ("train", "noisy", *PICTURES, "--method", "noise_transition"),
+    "noisy student": (
+        *("noisy-student", "digits", "--steps", "8", "--rounds", "2", "--hidden", "8", "--labeled-batch", "8"),
+        *("--ratio", "2", "--threshold", "0.12", "--log-every", "2", "--validate-every", "4", "--save-every", "4"),
+    ),
+}
+
+
+def pictures(root: Path) -> Path:
+    """Noisy pictures of three colors, one in five of ``noisy`` in another folder; ``clean`` has other ones."""
+    rng = numpy.random.default_rng(0)
+    for part, count in (("labeled", 8), ("test", 6), ("noisy", 15), ("clean", 4), ("unlabeled", 12)):
+        for index, color in enumerate(COLORS):
+            for number in range(count):
+                levels = rng.integers(0, 256, (SIDE, SIDE, 3)) // 2
+                levels[..., 2 - index] += 100
+                wrong = part == "noisy" and number % 5 == 0
+                label = "" if part == "unlabeled" else COLORS[(index + wrong) % 3]
+                folder = root / part / label
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(levels.astype("uint8")).save(folder / f"{color}-{number}.png")
+    return root
+
+
+def of_run(name: str, root: Path, out: Path) -> dict[str, Any]:
+    """The weights of every network that a run delivers."""
+    command = list(RUNS[name])
+    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(command[1], ())
+    folders = [f"--{part}={root / part}" for part in parts]
+    folders += [f"--labeled={root / 'noisy'}"] if command[1] == "noisy" else []
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        code = main([*command, *folders, "--seed", "1", "--out", str(out)])
+    assert code == 0, said.getvalue()
+    found = {file.stem: load_file(file) for file in sorted(out.glob("*.safetensors")) if "pictures" not in file.name}
+    assert "student" in found
+    return outcome(found)
+
+
+@pytest.fixture(name="root", scope="module")
+def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(name="stored", scope="module")
+def _stored() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(STORED.read_text())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
+    assert stored["runs"].keys() == RUNS.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_ends_on_the_same_weights(name: str, stored: dict[str, Any], root: Path, tmp_path: Path) -> None:
+    check(of_run(name, root, tmp_path / "run"), stored["runs"][name], stored["machine"], 1e-4)
+
+
+def renew() -> None:
+    """Write what is found here and now, of some runs or of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renew", nargs="*", metavar="RUN", required=True, help="runs by name; none: all")
+    names = parser.parse_args().renew or [*RUNS]
+    stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"runs": {}}
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        if stored.get("machine", here()) != here() and {*names} < {*RUNS}:
+            parser.error(f"the file is of {stored['machine']}, and this is {here()}: renew all runs")
+        root = pictures(Path(folder, "pictures"))
+        found = {name: of_run(name, root, Path(folder, name)) for name in names}
+        stored = {"runs": {name: found.get(name) or stored["runs"][name] for name in RUNS}, "machine": here()}
+    STORED.write_text(lines(stored))
+
+
+if __name__ == "__main__":
+    renew()

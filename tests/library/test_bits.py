@@ -1,0 +1,460 @@
+"""Whole trainings end on the bits that are stored in bits.json.
+
+Each row takes 20 steps with a tiny network and is hashed: weights, buffers, feedback, the default generator. A hash
+depends on torch's version, on the instructions of the processor and on the number of threads, so hashes are compared
+only where all three are the stored ones. Elsewhere norms and a few products with fixed vectors are compared, to 1e-5.
+
+A change that is meant to round otherwise renews the file in a commit of its own, and says why:
+
+    python tests/library/test_bits.py --renew [row ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import UDA, CrossEntropy, Lookahead, Signal
+
+STORED = Path(__file__).with_name("bits.json")
+STEPS, ROWS, LABELED, WIDTH, CLASSES = 20, 12, 8, 16, 4
+
+# ---------------------------------------------------------------------------------------------------------- trainings
+
+
+class Image(nn.Module):
+    """A vector of 16 numbers as an image of 4 x 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (1, 4, 4))
+
+
+def network(kind: str, scale: float = 1.0) -> nn.Module:
+    """Smooth everywhere, so that other rounding ends near the same weights."""
+    if kind == "conv":
+        layers: list[nn.Module] = [Image(), nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.SiLU()]
+        return nn.Sequential(*layers, nn.Conv2d(6, 6, 3, stride=2), nn.SiLU(), nn.Flatten(), nn.Linear(6, CLASSES))
+    norm = [nn.BatchNorm1d(10)] if "norm" in kind else [nn.LayerNorm(10)]
+    drop = [nn.Dropout(0.2 * scale)] if "dropout" in kind else []
+    return nn.Sequential(nn.Linear(WIDTH, 10), *norm, nn.GELU(), *drop, nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 4))
+
+
+class Shown(metapl.problems.Problem):
+    """The teacher's signal is added to the student's input, and enters its loss too."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).tanh())
+
+    def student_input(self, batch: Any, signal: Signal) -> Tensor:
+        return batch + F.pad(signal.value, (0, WIDTH - CLASSES))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return outputs.logsumexp(1) - (signal.value.softmax(1) * outputs).sum(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+Optimizer = Callable[[nn.Module], Any]
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def two_groups(build: Any, **options: Any) -> Optimizer:
+    """Matrices decay, at a rate of their own; the others do not."""
+
+    def of(module: nn.Module) -> Any:
+        flat, deep = ([p for p in trained(module) if (p.ndim > 1) == which] for which in (False, True))
+        return build([{"params": deep, "lr": 0.02, "weight_decay": 0.05}, {"params": flat, "lr": 0.05}], **options)
+
+    return of
+
+
+def of_torch(build: Any, **options: Any) -> Optimizer:
+    return lambda module: build(trained(module), **options)
+
+
+NESTEROV = of_torch(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+PLAIN = of_torch(torch.optim.SGD, lr=0.3)
+# Adam divides by the root of its second moment: with a tiny eps the first steps would magnify rounding.
+ADAM = of_torch(torch.optim.Adam, lr=0.02, betas=(0.8, 0.95), eps=1e-3)
+ADAMW = of_torch(torch.optim.AdamW, lr=0.02, eps=1e-3, weight_decay=0.1)
+
+
+def torchopt_sgd(module: nn.Module) -> Any:
+    return torchopt.sgd(0.1, momentum=0.9)
+
+
+def torchopt_adam(module: nn.Module) -> Any:
+    return torchopt.adam(0.02, eps=1e-3)
+
+
+Row = dict[str, Any]
+
+
+def row(mode: Any, inner: Optimizer, outer: Optimizer = NESTEROV, net: str = "plain", **options: Any) -> Row:
+    """One training: what is not an option of the trainer is ``ahead`` (K inner batches a step), ``views`` (a weak and a
+    strong one), ``frozen`` (the first layer of both networks) and ``within`` (the tolerance without hashes)."""
+    return {"mode": mode, "inner": inner, "outer": outer, "net": net, **options}
+
+
+FEEDBACK = metapl.feedback
+
+
+def forward(by: str) -> metapl.feedback.Forward:
+    """One of its two orders of differentiation, which else depends on the size of the student."""
+    if "by" in FEEDBACK.Forward.__dataclass_fields__:
+        return FEEDBACK.Forward(by=by)
+    return FEEDBACK.Forward(keep_graphs=int(by == "graph"))
+
+
+TANGENT, GRAPH = forward("tangent"), forward("graph")
+TABLE: dict[str, Row] = {
+    "forward nesterov norm dropout": row(TANGENT, NESTEROV, net="norm dropout"),
+    "forward plain clip": row(TANGENT, PLAIN, ADAM, clip_norm=0.5),
+    "forward adam accumulate": row(TANGENT, ADAM, NESTEROV, accumulate=2),
+    "forward adamw groups conv": row(TANGENT, two_groups(torch.optim.AdamW, eps=1e-3), ADAMW, "conv"),
+    "forward torchopt norm": row(TANGENT, torchopt_sgd, PLAIN, "norm"),
+    "forward nesterov K=3 norm dropout": row(TANGENT, NESTEROV, ADAM, "norm dropout", ahead=3),
+    "forward adam K=3 clip": row(TANGENT, ADAM, PLAIN, ahead=3, clip_norm=0.5),
+    "forward nesterov bfloat16": row(TANGENT, NESTEROV, net="norm", precision="bfloat16", within=5e-2),
+    "forward nesterov UDA": row(TANGENT, NESTEROV, net="norm dropout", views=True),
+    "forward adamw recompute": row(TANGENT, ADAMW, ADAM, "norm dropout", recompute_teacher=True),
+    "forward groups signal in input": row(
+        TANGENT, two_groups(torch.optim.SGD, momentum=0.9), problem=Shown(), teacher_losses=()
+    ),
+    "forward by graph nesterov norm dropout": row(GRAPH, NESTEROV, net="norm dropout"),
+    "forward by graph adamw groups conv": row(GRAPH, two_groups(torch.optim.AdamW, eps=1e-3), ADAM, "conv"),
+    "forward by graph plain clip UDA": row(GRAPH, PLAIN, clip_norm=0.5, views=True),
+    "reinforce nesterov UDA norm dropout": row("reinforce", NESTEROV, net="norm dropout", views=True),
+    "reinforce plain frozen groups": row(
+        "reinforce", two_groups(torch.optim.SGD), two_groups(torch.optim.SGD), frozen=True
+    ),
+    "reinforce adam recompute": row("reinforce", ADAM, ADAMW, "dropout", recompute_teacher=True),
+    "reinforce adamw bfloat16": row("reinforce", ADAMW, net="dropout", precision="bfloat16", within=5e-2),
+    "reinforce torchopt cosine baseline": row(
+        FEEDBACK.Reinforce(similarity="cosine", baseline=0.9), torchopt_adam, net="norm"
+    ),
+    "per example nesterov accumulate": row("reinforce_per_example", NESTEROV, ADAM, accumulate=2),
+    # Not with one number for all examples: that of a step of clipped length is 0.
+    "per example plain clip": row("reinforce_per_example", PLAIN, ADAMW, "norm", clip_norm=0.5),
+    "per example adam ratio": row("reinforce_per_example", ADAM, net="norm dropout", feedback_ratio=0.5, within=1e-4),
+    "unrolled nesterov norm dropout": row("unrolled", NESTEROV, net="norm dropout"),
+    "unrolled adam frozen clip": row("unrolled", ADAM, PLAIN, frozen=True, clip_norm=0.5),
+    "unrolled adamw K=3 groups": row("unrolled", two_groups(torch.optim.AdamW, eps=1e-3), ahead=3, net="norm"),
+    "unrolled torchopt UDA": row("unrolled", torchopt_adam, views=True, net="dropout"),
+    "unrolled plain signal in input": row("unrolled", PLAIN, problem=Shown(), teacher_losses=(), net="norm"),
+    # A difference of outputs in float32 has few digits.
+    "difference nesterov norm dropout": row("difference", NESTEROV, net="norm dropout", within=1e-3),
+    "difference adamw accumulate": row("difference", ADAMW, accumulate=2, net="dropout", within=1e-3),
+    "loss difference nesterov dropout": row("loss_difference", NESTEROV, ADAM, "norm dropout", within=1e-4),
+    "loss difference torchopt baseline": row(FEEDBACK.LossDifference(baseline=0.5), torchopt_sgd, within=1e-4),
+    "none nesterov UDA bfloat16": row("none", NESTEROV, net="norm", views=True, precision="bfloat16", within=5e-2),
+    "none adam K=3 dropout": row("none", ADAM, ADAM, "dropout", ahead=3),
+    "implicit identity": row(FEEDBACK.Implicit(solver="identity"), PLAIN, net="norm"),
+    "implicit series": row(FEEDBACK.Implicit(solver="neumann", iterations=3, damping=0.1), NESTEROV),
+}
+
+
+def batches(steps: int, ahead: int, views: bool) -> list[tuple[Any, Any]]:
+    """All of them, from a generator of their own: the default one is used by the steps alone."""
+    draw = torch.Generator().manual_seed(1)
+
+    def inner() -> Any:
+        x = torch.randn(ROWS, WIDTH, generator=draw)
+        return (x, x + 0.3 * torch.randn(ROWS, WIDTH, generator=draw)) if views else x
+
+    found = []
+    for _ in range(steps):
+        labeled = torch.randn(LABELED, WIDTH, generator=draw), torch.randint(CLASSES, (LABELED,), generator=draw)
+        found.append((labeled, Lookahead([inner() for _ in range(ahead)]) if ahead > 1 else inner()))
+    return found
+
+
+def losses(views: bool) -> list[Any]:
+    """Said here, so that a row does not depend on defaults; UDA's labels are soft, which rounding cannot flip."""
+    return [
+        CrossEntropy(label_smoothing=0.1),
+        *([UDA(temperature=0.7, threshold=0.0, ramp=10, start=2)] if views else []),
+    ]
+
+
+def train(given: Row, laid_out: Callable[[nn.Module], nn.Module] = lambda module: module, steps: int = STEPS) -> Any:
+    """The trainer after its steps, and the feedback of each."""
+    options = {name: value for name, value in given.items() if name not in NOT_OPTIONS}
+    torch.manual_seed(0)
+    teacher, student = network(given["net"]), network(given["net"], 1.5)
+    for module in (teacher, student) if given.get("frozen") else ():
+        for p in next(layer for layer in module.modules() if isinstance(layer, nn.Linear)).parameters():
+            p.requires_grad_(False)
+    teacher, student = laid_out(teacher), laid_out(student)
+    views, ahead = given.get("views", False), given.get("ahead", 1)
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        given["mode"],
+        inner_optimizer=given["inner"](student),
+        outer_optimizer=given["outer"](teacher),
+        **({"lookahead": ahead} if ahead > 1 else {}),
+        **{"teacher_losses": losses(views), **options},
+    )
+    drawn = batches(steps, ahead, views)
+    torch.manual_seed(2)
+    feedback: list[Tensor] = []
+    for labeled, unlabeled in drawn:
+        h = trainer.step(shared(labeled), shared(unlabeled)).feedback
+        feedback += h if isinstance(h, tuple) else (h,)
+    return trainer, feedback
+
+
+NOT_OPTIONS = ("mode", "inner", "outer", "net", "ahead", "views", "frozen", "within")
+
+
+def shared(batch: Any) -> Any:
+    """This process's rows of a batch."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()):
+        return batch
+    if isinstance(batch, tuple):
+        return tuple(map(shared, batch))
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+# --------------------------------------------------------------------------------------------------------- what stays
+
+
+def parts(trainer: Any, feedback: Iterable[Tensor] = ()) -> dict[str, dict[str, Tensor]]:
+    """The tensors that a training leaves, by what they are and by name."""
+    found: dict[str, dict[str, Tensor]] = {"buffers": {}}
+    for name in ("student", "teacher"):
+        module = getattr(trainer, name)
+        found[name] = {key: whole(p) for key, p in module.named_parameters()}
+        found["buffers"] |= {f"{name}.{key}": b for key, b in module.named_buffers()}
+    found["feedback"] = {f"{number:03}": h for number, h in enumerate(feedback)}
+    return {part: tensors for part, tensors in found.items() if tensors}
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bytes, in the order of the names."""
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        found.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def measured(tensors: Mapping[str, Tensor]) -> list[float]:
+    """The norm of all numbers together, and their products with three vectors of cosines, of which each has its own
+    frequency: float64, and no greater than a norm."""
+    flat = torch.cat([t.detach().double().flatten() for _, t in sorted(tensors.items())])
+    place = torch.arange(len(flat), dtype=torch.float64)
+    return [float(flat.norm()), *(float((flat * torch.cos(place * f + f)).sum()) for f in (0.7, 1.9, 2.8))]
+
+
+def outcome(found: Mapping[str, Mapping[str, Tensor]], generator: Tensor | None = None) -> dict[str, Any]:
+    """What is stored of a row."""
+    hashes = {part: digest(tensors) for part, tensors in found.items()}
+    if generator is not None:
+        hashes["generator"] = digest({"state": generator})
+    return {"sha256": hashes, "numbers": {part: measured(tensors) for part, tensors in found.items()}}
+
+
+def here() -> dict[str, Any]:
+    """What the bits depend on."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "capability": capability, "threads": torch.get_num_threads()}
+
+
+@contextmanager
+def one_thread() -> Any:
+    """Rounding depends on the number of threads; the default generator is left as it was."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+
+
+def check(found: dict[str, Any], stored: dict[str, Any], machine: dict[str, Any], within: float = 1e-5) -> None:
+    """A row as it is stored: to the bit where the machine is that of the store, else to ``within`` of each norm."""
+    apart = [part for part, known in stored["sha256"].items() if found["sha256"].get(part) != known]
+    if machine == here():
+        assert not apart, f"other bits in {apart}"
+    assert found["numbers"].keys() == stored["numbers"].keys()
+    for part, known in stored["numbers"].items():
+        scale = max(known[0], 1e-30)  # the norm
+        gaps = [abs(a - b) / scale for a, b in zip(found["numbers"][part], known, strict=True)]
+        assert max(gaps) <= within, (part, gaps)
+
+
+@pytest.fixture(name="stored", scope="module")
+def _stored() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(STORED.read_text())
+    return found
+
+
+def test_what_is_stored_is_what_is_run(stored: dict[str, Any]) -> None:
+    assert stored["rows"].keys() == TABLE.keys()
+    assert stored["sharded"].keys() == SHARDED.keys()
+
+
+def of_row(name: str) -> dict[str, Any]:
+    with one_thread():
+        trainer, feedback = train(TABLE[name])
+        return outcome(parts(trainer, feedback), torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_twenty_steps_end_on_the_same_bits(stored: dict[str, Any], name: str) -> None:
+    with one_thread():
+        check(of_row(name), stored["rows"][name], stored["machine"], TABLE[name].get("within", 1e-5))
+
+
+# ------------------------------------------------------------------------------------------------- two ranks of FSDP2
+
+SHARDED: dict[str, Row] = {
+    "forward": row("forward", NESTEROV, ADAMW, net="dropout"),
+    "reinforce": row("reinforce", ADAM, net="dropout"),
+}
+
+
+def _rank(number: int, folder: str) -> None:
+    """What a rank runs; the first writes what they found."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+
+    def laid_out(module: nn.Module) -> nn.Module:
+        for layer in module.children():
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        return fully_shard(module, mesh=mesh)
+
+    found = {}
+    for name, given in SHARDED.items():
+        trainer, _ = train(given, laid_out, steps=5)
+        found[name] = outcome(parts(trainer))["numbers"]
+    if number == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def of_ranks() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)
+        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
+        return found
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_end_on_the_same_numbers(stored: dict[str, Any]) -> None:
+    for name, numbers in of_ranks().items():
+        check({"sha256": {}, "numbers": numbers}, {"sha256": {}, "numbers": stored["sharded"][name]}, {})
+
+
+# ------------------------------------------------------------------------------------------------------ killed, resumed
+
+
+def fitted(folder: str, callbacks: Iterable[Any] = ()) -> dict[str, Any]:
+    """A fit with everything that has a state, gone on from what is in the folder."""
+    with one_thread():
+        torch.manual_seed(0)
+        teacher, student = network("norm dropout"), network("norm dropout")
+        trainer = metapl.BilevelTrainer(
+            teacher, student, "reinforce", inner_optimizer=NESTEROV(student), outer_optimizer=ADAM(teacher)
+        )
+        draw = torch.Generator().manual_seed(3)
+        x, y = torch.randn(60, WIDTH, generator=draw), torch.randint(CLASSES, (60,), generator=draw)
+        options: dict[str, Any] = {"steps": 30, "log_every": 1, "save_every": 7, "validate_every": 5, "warmup": 4}
+        options |= {"ema_decay": 0.9, "validation": (x, y), "out": folder, "resume": True, "batch_size": 12}
+        found = trainer.fit((x, y), x + 0.1, callbacks=tuple(callbacks), **options)
+        chosen = {name: t for name, t in found.weights.items() if isinstance(t, Tensor)}
+        return outcome({**parts(trainer), "chosen": chosen}, torch.get_rng_state())
+
+
+class Killed:
+    """A callback that ends its process, as running out of memory does."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, step: int, row: Any, trainer: Any) -> None:
+        if step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _killed_fit(folder: str, at: int) -> None:
+    fitted(folder, [Killed(at)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 17])  # before the first checkpoint, and between two
+def test_a_killed_fit_goes_on_to_the_bits_of_one_that_was_not(tmp_path: Path, at: int) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_killed_fit, args=(str(tmp_path / "killed"), at))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert fitted(str(tmp_path / "killed")) == fitted(str(tmp_path / "whole"))
+
+
+# ------------------------------------------------------------------------------------------------------------ renewal
+
+
+def main() -> None:
+    """Write what is found here and now, of some rows or of all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--renew", nargs="*", metavar="ROW", required=True, help="rows by name, or 'sharded'; none: all"
+    )
+    names = parser.parse_args().renew or [*TABLE, "sharded"]
+    stored: dict[str, Any] = json.loads(STORED.read_text()) if STORED.exists() else {"rows": {}, "sharded": {}}
+    with one_thread():
+        machine = here()
+    if stored.get("machine", machine) != machine and {*names} < {*TABLE, "sharded"}:
+        parser.error(f"the file is of {stored['machine']}, and this is {machine}: renew all rows")
+    stored["machine"] = machine
+    rows = {name: of_row(name) if name in names else stored["rows"][name] for name in TABLE}
+    stored["rows"] = rows
+    if "sharded" in names:
+        stored["sharded"] = of_ranks()
+    STORED.write_text(lines(stored))
+
+
+def lines(stored: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    fields = []
+    for name, value in stored.items():
+        inside = ",\n".join(f"  {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())
+        fields.append(f' "{name}": {{\n{inside}\n }}')
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main()

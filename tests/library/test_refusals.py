@@ -1,0 +1,604 @@
+"""What ends in an error has moved nothing: weights, buffers, gradients, optimizer states and generators.
+
+A table of wrong calls, each with the type of its error, and a property: an error that is raised anywhere within a step
+leaves everything bit for bit as it was, and the next step is the one that would have been taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_bits import GRAPH, TANGENT
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import metapl
+from metapl import UDA, CrossEntropy, Lookahead, MetaplError, Signal
+
+TORCH = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
+"""Of what torch itself refuses in words of its own; a MetaplError is a ValueError, and will do."""
+
+ROWS, LABELED, WIDTH, CLASSES = 6, 4, 5, 3
+NAN = float("nan")
+
+# ------------------------------------------------------------------------------------------------------------- the case
+
+
+def network(inside: nn.Module | None = None) -> nn.Module:
+    """With all that a pass may leave behind."""
+    norm = [nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3)]
+    return nn.Sequential(nn.Linear(WIDTH, 8), *norm, nn.Identity() if inside is None else inside, nn.Linear(8, CLASSES))
+
+
+@dataclass
+class Case:
+    """Two networks with gradients, two optimizers, two batches and a generator; some of them may be replaced."""
+
+    teacher: Any = field(default_factory=network)
+    student: Any = field(default_factory=network)
+    inner: Any = None
+    outer: Any = None
+    generator: Any = None
+    trainer: Any = None
+
+    def __post_init__(self) -> None:
+        draw = torch.Generator().manual_seed(1)
+        self.x, self.u = (torch.randn(rows, WIDTH, generator=draw) for rows in (LABELED, ROWS))
+        self.y = torch.tensor([0, 1, 2, 0])
+        self.inner = torch.optim.SGD(self.student.parameters(), lr=0.1, momentum=0.9)
+        self.outer = torch.optim.Adam(self.teacher.parameters(), lr=0.01)
+        for number, network in enumerate((self.teacher, self.student)):
+            for p in network.parameters():
+                p.grad = torch.full_like(p, 0.25 + number)
+
+    def built(self, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
+        optimizers = {"inner_optimizer": self.inner, "outer_optimizer": self.outer}
+        known = {"teacher": self.teacher, "student": self.student, "mode": mode, **optimizers}
+        known["teacher_losses"] = (CrossEntropy(),)
+        return metapl.BilevelTrainer(**{**known, **options})
+
+    def step(self, mode: Any = "forward", *, labeled: Any = None, unlabeled: Any = None, **options: Any) -> Any:
+        """A step of a trainer that has already taken one with these networks and optimizers."""
+        labeled = (self.x, self.y) if labeled is None else labeled
+        return partial(self.built(mode, **options).step, labeled, self.u if unlabeled is None else unlabeled)
+
+    def everything(self) -> dict[str, Any]:
+        """What an error leaves as it was."""
+        found: dict[str, Any] = {"default generator": torch.get_rng_state()}
+        for name, module in (("teacher", self.teacher), ("student", self.student)):
+            for key, p in module.named_parameters():
+                found |= {f"{name}.{key}": p, f"{name}.{key}.grad": p.grad, f"{name}.{key} asks": p.requires_grad}
+            found |= {f"{name}.{key}": b for key, b in module.named_buffers()}
+            found |= {f"{name}.{key} trains": m.training for key, m in module.named_modules()}
+        for name, optimizer in (("inner", self.inner), ("outer", self.outer)):
+            leaves, _ = pytree.tree_flatten(optimizer.state_dict())
+            found |= {f"{name} {number}": leaf for number, leaf in enumerate(leaves)}
+        if self.generator is not None:
+            found["own generator"] = self.generator.get_state()
+        if self.trainer is not None:
+            leaves, _ = pytree.tree_flatten(self.trainer.state_dict())
+            found |= {f"state {number}": leaf for number, leaf in enumerate(leaves)}
+        return {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in found.items()}
+
+
+def moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is no longer bit for bit as it was."""
+
+    def bits(t: Tensor) -> Tensor:  # of which those that are no number are equal to themselves
+        return t.contiguous().reshape(-1).view(torch.uint8)
+
+    def same(a: Any, b: Any) -> bool:
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return type(a) is type(b) and bool(a == b)
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+    names = [name for name in before if name in now and not same(before[name], now[name])]
+    return [*names, *sorted(before.keys() ^ now.keys())]
+
+
+# ------------------------------------------------------------------------------------------------------ the wrong calls
+
+
+class Odd(metapl.problems.Problem):
+    """Soft labels, of which one method returns something else, made from what it should return."""
+
+    def __init__(self, **changes: Callable[[Any], Any]) -> None:
+        self.changes = changes
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return self.odd("signal", Signal(teacher(batch).softmax(-1)))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return self.odd("inner_loss", -(signal.value * outputs.log_softmax(-1)).sum(-1))
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return self.odd("outer_loss", F.cross_entropy(outputs, batch[1]))
+
+    def odd(self, method: str, value: Any) -> Any:
+        return self.changes.get(method, lambda same: same)(value)
+
+
+class OwnLoss:
+    """A teacher's loss that returns something else than its mean."""
+
+    name = "own"
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        self.change = change
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Any:
+        return self.change(F.cross_entropy(teacher(labeled[0]), labeled[1], reduction="none"))
+
+
+class NoForwardMode(torch.autograd.Function):
+    """Twice differentiable, and without a rule for forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class Once(torch.autograd.Function):
+    """Its backward pass cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)  # type: ignore[no-any-return]
+
+
+class AnotherJvp(torch.autograd.Function):
+    """Its forward mode is not that of its backward pass."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor) -> Tensor:
+        return t * torch.linspace(0, 1, t.shape[-1])
+
+
+class Returning(nn.Module):
+    """A network that returns something else than a tensor of real numbers."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network, self.change = network(), change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.network(x))
+
+
+class ComplexWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(WIDTH, CLASSES, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
+class Sparse(nn.Module):
+    """A student whose embedding has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x.abs().long()))
+
+
+def hooked() -> Case:
+    """A hook on a weight, which copies of a network drop, changes its gradient."""
+    case = Case()
+    case.student[0].weight.register_hook(lambda g: g / 2)
+    return case
+
+
+def within_inference_mode(call: Callable[[], Any]) -> Callable[[], Any]:
+    return torch.inference_mode()(call)
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return network()
+
+
+def with_student(inside: nn.Module) -> Callable[[], Case]:
+    return lambda: Case(student=network(inside))
+
+
+def sharing() -> Case:
+    """Both networks hold one layer."""
+    case = Case()
+    case.student[-1] = case.teacher[-1]
+    case.inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
+    return case
+
+
+def diverging() -> Case:
+    case = Case()
+    case.inner.param_groups[0]["lr"] = float("inf")
+    return case
+
+
+def not_a_number() -> Case:
+    case = Case()
+    with torch.no_grad():
+        case.student[0].weight.fill_(NAN)
+    return case
+
+
+def hypergradient(case: Case, **options: Any) -> Callable[[], Any]:
+    known = {"labeled": (case.x, case.y), "unlabeled": case.u, "inner_optimizer": case.inner, "mode": "forward"}
+    return partial(metapl.hypergradient, case.teacher, case.student, **{**known, **options})
+
+
+def attribute(case: Case, **options: Any) -> Callable[[], Any]:
+    data = {"train": (case.u, torch.arange(ROWS) % CLASSES), "outer": (case.x, case.y)}
+    known = {"optimizer": case.inner, "steps": 2, "batch_size": 3, "progress": False}
+    return partial(metapl.attribute, case.student, **{**data, **known, **options})
+
+
+def some_of(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([*module.parameters()][1:], lr=0.1)
+
+
+Wrong = Callable[[Case], Callable[[], Any]]
+"""Of a case, the call that cannot be meant; what it needs beforehand is made already."""
+
+BUILT: dict[str, Wrong] = {
+    "no such mode": lambda c: partial(c.built, "foward"),
+    "a number as mode": lambda c: partial(c.built, 3),
+    "one network as both": lambda c: partial(metapl.BilevelTrainer, c.student, c.student),
+    "a student without weights": lambda c: partial(c.built, student=nn.Identity()),
+    "a student that is none": lambda c: partial(c.built, student="network"),
+    "no teacher": lambda c: partial(c.built, teacher=None, outer_optimizer=None, teacher_losses=None),
+    "an inner optimizer that lacks a weight": lambda c: partial(c.built, inner_optimizer=some_of(c.student)),
+    "an inner optimizer of the teacher": lambda c: partial(c.built, inner_optimizer=c.outer),
+    "an inner optimizer without a rule": lambda c: partial(
+        c.built, inner_optimizer=torch.optim.Rprop(c.student.parameters())
+    ),
+    "an outer optimizer that lacks a weight": lambda c: partial(c.built, outer_optimizer=some_of(c.teacher)),
+    "no steps ahead": lambda c: partial(c.built, lookahead=0),
+    "steps ahead in Algorithm 1": lambda c: partial(c.built, "reinforce", lookahead=2),
+    "no micro-batches": lambda c: partial(c.built, accumulate=0),
+    "a negative norm": lambda c: partial(c.built, clip_norm=-1.0),
+    "another precision": lambda c: partial(c.built, precision="float64"),
+    "a weight that is no number": lambda c: partial(c.built, feedback_weight=NAN),
+    "hard labels in double backward": lambda c: partial(c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")),
+    "a number as teacher loss": lambda c: partial(c.built, teacher_losses=(3,)),
+    "a text as problem": lambda c: partial(c.built, problem="labels"),
+    "a number as generator": lambda c: partial(c.built, generator=3),
+    "a student without shapes yet": lambda c: partial(
+        c.built, student=nn.Sequential(nn.LazyLinear(CLASSES)), inner_optimizer=None
+    ),
+    "a student made in inference mode": lambda c: partial(
+        c.built, student=made_in_inference_mode(), inner_optimizer=None
+    ),
+    "a student in DataParallel": lambda c: partial(c.built, student=nn.DataParallel(c.student)),
+}
+STEPS: dict[str, Wrong] = {
+    "a class too many": lambda c: c.step(labeled=(c.x, c.y + CLASSES - 1)),
+    "a negative class": lambda c: c.step("reinforce", labeled=(c.x, c.y - 1)),
+    "a batch too few": lambda c: c.step(lookahead=2),
+    "steps ahead that the mode does not take": lambda c: c.step("reinforce", unlabeled=Lookahead([c.u, c.u])),
+    "fewer rows than micro-batches": lambda c: c.step(accumulate=5),
+    "one view for two": lambda c: c.step(teacher_losses=(UDA(),)),
+    "a signal that is a tensor": lambda c: c.step(problem=Odd(signal=lambda s: s.value)),
+    "a signal of a text": lambda c: c.step(problem=Odd(signal=lambda s: Signal("labels"))),
+    "a signal of complex numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value + 0j))),
+    "a signal that is no number": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value * NAN))),
+    "a signal of whole numbers": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.argmax(-1)))),
+    "a signal without a graph": lambda c: c.step(problem=Odd(signal=lambda s: Signal(s.value.detach()))),
+    "log-probabilities of another shape": lambda c: c.step(
+        "reinforce", problem=Odd(signal=lambda s: Signal(s.value.argmax(-1), log_prob=s.value.log()))
+    ),
+    "a soft signal where labels are sampled": lambda c: c.step("reinforce", problem=Odd()),
+    "an inner loss that is a mean": lambda c: c.step(problem=Odd(inner_loss=lambda t: t.mean())),
+    "an inner loss for each class": lambda c: c.step(problem=Odd(inner_loss=lambda t: t[:, None].expand(-1, 3))),
+    "an inner loss of fewer rows": lambda c: c.step(problem=Odd(inner_loss=lambda t: t[1:])),
+    "an inner loss that is a number": lambda c: c.step(problem=Odd(inner_loss=lambda t: 0.5)),
+    "an inner loss that is nothing": lambda c: c.step("difference", problem=Odd(inner_loss=lambda t: None)),
+    "an inner loss without a graph": lambda c: c.step("unrolled", problem=Odd(inner_loss=lambda t: t.detach())),
+    "an outer loss for each example": lambda c: c.step(problem=Odd(outer_loss=lambda t: t.expand(LABELED))),
+    "an outer loss that is a number": lambda c: c.step(
+        "difference", problem=Odd(outer_loss=lambda t: float(t.detach()))
+    ),
+    "an outer loss without a graph": lambda c: c.step(problem=Odd(outer_loss=lambda t: t.detach())),
+    "an outer loss of three parts": lambda c: c.step(problem=Odd(outer_loss=lambda t: (t, t, t))),
+    "a teacher loss for each example": lambda c: c.step(teacher_losses=(OwnLoss(lambda t: t),)),
+    "a teacher loss that is a number": lambda c: c.step(teacher_losses=(OwnLoss(lambda t: 0.5),)),
+}
+OTHERS: dict[str, Wrong] = {
+    "hypergradient: no such mode": lambda c: hypergradient(c, mode="foward"),
+    "hypergradient: a class too many": lambda c: hypergradient(c, labeled=(c.x, c.y + 1)),
+    "hypergradient: no optimizer": lambda c: hypergradient(c, inner_optimizer=None),
+    "hypergradient: an optimizer that lacks a weight": lambda c: hypergradient(c, inner_optimizer=some_of(c.student)),
+    "hypergradient: steps ahead": lambda c: hypergradient(c, mode="difference", unlabeled=Lookahead([c.u, c.u])),
+    "hypergradient: an inner loss that is a mean": lambda c: hypergradient(
+        c, problem=Odd(inner_loss=lambda t: t.mean())
+    ),
+    "hypergradient: an outer loss for each example": lambda c: hypergradient(
+        c, mode="unrolled", problem=Odd(outer_loss=lambda t: t.expand(LABELED))
+    ),
+    "attribute: no steps": lambda c: attribute(c, steps=0),
+    "attribute: a class too many": lambda c: attribute(c, train=(c.u, torch.arange(ROWS))),
+    "attribute: labels of another length": lambda c: attribute(c, train=(c.u, torch.arange(3))),
+    "attribute: an optimizer that lacks a weight": lambda c: attribute(c, optimizer=some_of(c.student)),
+    "attribute: another mode": lambda c: attribute(c, mode=metapl.feedback.Reinforce()),
+    "a metric for each example": lambda c: partial(
+        c.built().evaluate, (c.x, c.y), metric=lambda outputs, batch: outputs.amax(-1)
+    ),
+    "a metric of a text": lambda c: partial(c.built().evaluate, (c.x, c.y), metric=lambda outputs, batch: "good"),
+}
+IN_TORCHS_WORDS: dict[str, Wrong] = {
+    "labels that are no whole numbers": lambda c: c.step(labeled=(c.x, c.y.float())),
+    "labels of another length": lambda c: c.step(labeled=(c.x, c.y[1:])),
+    "labels in a list": lambda c: c.step(labeled=(c.x, c.y.tolist())),
+    "an inner batch of a text": lambda c: c.step("reinforce", unlabeled="pictures"),
+    "an inner batch of no rows": lambda c: c.step(unlabeled=c.u[:0]),
+    "an inner batch of other width": lambda c: c.step(unlabeled=c.u[:, 1:]),
+    "an outer batch of other width": lambda c: c.step(labeled=(c.x[:, 1:], c.y)),
+    "a batch on another device": lambda c: c.step(unlabeled=c.u.to("meta")),
+    "a batch of other floats": lambda c: c.step(unlabeled=c.u.half()),
+}
+OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
+    "a shared layer": (sharing, lambda c: c.built, MetaplError),
+    "no rule for forward mode": (with_student(Applied(NoForwardMode)), lambda c: c.step(TANGENT), MetaplError),
+    "no second derivative": (with_student(Applied(Once)), lambda c: c.step("unrolled"), (MetaplError, RuntimeError)),
+    "a jvp of another function": (with_student(Applied(AnotherJvp)), lambda c: c.step(TANGENT), MetaplError),
+    "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward"), MetaplError),
+    "complex weights": (lambda: Case(student=ComplexWeight()), lambda c: lambda: c.step("forward")(), MetaplError),
+    "complex outputs": (lambda: Case(student=Returning(lambda z: z * 1j)), lambda c: c.step("reinforce"), TORCH),
+    "a tuple as outputs": (lambda: Case(student=Returning(lambda z: (z, z))), lambda c: c.step("forward"), TORCH),
+    "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")(), MetaplError),
+    "an outer optimizer that evaluates the loss": (
+        Case,
+        lambda c: lambda: c.step("forward", outer_optimizer=torch.optim.LBFGS(c.teacher.parameters()))(),
+        TORCH,
+    ),
+    "a step in inference mode": (Case, lambda c: within_inference_mode(c.step("forward")), TORCH),
+    "a student that is no number": (not_a_number, lambda c: c.step("reinforce"), MetaplError),
+    "a student that diverges within its step": (diverging, lambda c: c.step("forward"), MetaplError),
+}
+TABLE: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
+    **{name: (Case, wrong, MetaplError) for name, wrong in (BUILT | STEPS | OTHERS).items()},
+    **{name: (Case, wrong, TORCH) for name, wrong in IN_TORCHS_WORDS.items()},
+    **OTHER_NETWORKS,
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_wrong_call_moves_nothing(name: str) -> None:
+    made, wrong, error = TABLE[name]
+    torch.manual_seed(0)
+    case = made()
+    call = wrong(case)
+    before = case.everything()
+    with pytest.raises(error):
+        call()
+    assert moved(before, case.everything()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch makes no generator of a device that is not there")
+def test_a_generator_of_another_device_is_refused() -> None:
+    case = Case()
+    before = case.everything()
+    with pytest.raises(MetaplError):
+        case.step("reinforce", generator=torch.Generator("cuda"))()
+    assert moved(before, case.everything()) == []
+
+
+VALUES: dict[str, Callable[[], Any]] = {
+    "PseudoLabels.kind": lambda: metapl.PseudoLabels("firm"),
+    "PseudoLabels.temperature": lambda: metapl.PseudoLabels(temperature=0.0),
+    "PseudoLabels.label_smoothing": lambda: metapl.PseudoLabels(label_smoothing=1.0),
+    "CrossEntropy.label_smoothing": lambda: CrossEntropy(label_smoothing=-0.1),
+    "UDA.threshold": lambda: UDA(threshold=1.0),
+    "UDA.temperature": lambda: UDA(temperature=NAN),
+    "UDA.align": lambda: UDA(align=1.1),
+    "UDA.ramp": lambda: UDA(ramp=-1),
+    "Reinforce.similarity": lambda: metapl.feedback.Reinforce(similarity="angle"),
+    "Reinforce.baseline": lambda: metapl.feedback.Reinforce(baseline=1.0),
+    "LossDifference.baseline": lambda: metapl.feedback.LossDifference(baseline=-0.5),
+    "Forward.normalization": lambda: metapl.feedback.Forward(normalization="unit"),
+    "Forward.keep_every": lambda: metapl.feedback.Forward(keep_every=True),
+    "Unrolled.truncate": lambda: metapl.feedback.Unrolled(truncate=0),
+    "ReinforcePerExample.tangent": lambda: metapl.feedback.ReinforcePerExample(tangent="both"),
+    "Difference.relative_step": lambda: metapl.feedback.Difference(relative_step=0.0),
+    "Implicit.damping": lambda: metapl.feedback.Implicit(damping=float("inf")),
+    "Implicit.iterations": lambda: metapl.feedback.Implicit(iterations=0),
+    "Lookahead.batches": lambda: Lookahead([]),
+    "Lookahead.steps": lambda: Lookahead(lambda k: None, steps=0),
+    "WeightNet.hidden": lambda: metapl.problems.WeightNet(0),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_wrong_value_is_refused_where_it_is_made(name: str) -> None:
+    with pytest.raises(MetaplError):
+        VALUES[name]()
+
+
+# ----------------------------------------------------------------------------------------------- an error within a step
+
+
+class Broken(Exception):
+    """What is raised within a step."""
+
+
+class Fuse:
+    """Counts what it is told of, and breaks when a count is reached; a copy of a network has the same one."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self.breaks: tuple[str, int] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Fuse:
+        return self
+
+    def at(self, place: str) -> None:
+        self.counts[place] = self.counts.get(place, 0) + 1
+        if self.breaks == (place, self.counts[place]):
+            raise Broken
+
+
+class Wire(torch.autograd.Function):
+    """The identity, which tells a fuse of each pass through it."""
+
+    @staticmethod
+    def forward(x: Tensor, fuse: Fuse, name: str) -> Tensor:
+        fuse.at(f"{name} forward")
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.fuse, ctx.called = inputs
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        ctx.fuse.at(f"{ctx.called} backward")
+        return g, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:
+        ctx.fuse.at(f"{ctx.called} tangent")
+        return t.view_as(t)
+
+
+class Wired(nn.Module):
+    def __init__(self, fuse: Fuse, name: str) -> None:
+        super().__init__()
+        self.fuse, self.name = fuse, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Wire.apply(x, self.fuse, self.name)  # type: ignore[no-any-return]
+
+
+class Fused(metapl.problems.Problem):
+    """Pseudo-labels, soft or drawn, whose methods tell a fuse."""
+
+    def __init__(self, fuse: Fuse, hard: bool) -> None:
+        self.fuse, self.hard = fuse, hard
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        q = teacher(batch).softmax(-1)
+        labels = torch.multinomial(q.detach(), 1, generator=generator)[:, 0]
+        self.fuse.at("signal")
+        return Signal(labels, log_prob=q.gather(1, labels[:, None])[:, 0].log()) if self.hard else Signal(q)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        self.fuse.at("inner loss")
+        return F.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        self.fuse.at("outer loss")
+        return F.cross_entropy(outputs, batch[1])
+
+
+class FusedLoss:
+    name = "fused"
+
+    def __init__(self, fuse: Fuse) -> None:
+        self.fuse = fuse
+
+    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+        self.fuse.at("teacher loss")
+        return F.cross_entropy(teacher(labeled[0]), labeled[1])
+
+
+HARD = ("reinforce", "reinforce_per_example", "loss_difference")
+AHEAD = ("forward", "unrolled", "none")
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> dict[str, Any]:
+    mode = draw(st.sampled_from([*(mode for mode in metapl.MODES if mode != "implicit"), TANGENT, GRAPH]))
+    accumulate = 1 if mode == "unrolled" else draw(st.sampled_from([1, 2]))
+    return {
+        "mode": mode,
+        "ahead": draw(st.sampled_from([1, 3])) if mode in AHEAD else 1,
+        "accumulate": accumulate,
+        "recompute_teacher": draw(st.booleans()),
+        "clip_norm": draw(st.sampled_from([None, 0.5])),
+        "own_generator": draw(st.booleans()),
+        "steps": draw(st.sampled_from([0, 1, 2] if accumulate == 1 else [1, 2])),
+    }
+
+
+def fused(mode: Any, ahead: int, own_generator: bool, steps: int, **options: Any) -> tuple[Case, Fuse, Any]:
+    """A case with so many steps behind it, its fuse, and the batches of the next step; twice called, twice the same."""
+    torch.manual_seed(0)
+    fuse = Fuse()
+    case = Case(network(Wired(fuse, "teacher")), network(Wired(fuse, "student")))
+    case.generator = torch.Generator().manual_seed(5) if own_generator else None
+    losses = (FusedLoss(fuse),)
+    given = {"problem": Fused(fuse, mode in HARD), "teacher_losses": losses, "generator": case.generator}
+    case.trainer = case.built(mode, lookahead=ahead, **given, **options)
+    batches = (case.x, case.y), Lookahead([case.u] * ahead) if ahead > 1 else case.u
+    for _ in range(steps):
+        case.trainer.step(*batches)
+    fuse.counts.clear()
+    return case, fuse, batches
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data(), situations())
+def test_an_error_anywhere_in_a_step_moves_nothing(data: st.DataObject, situation: dict[str, Any]) -> None:
+    """And the next step is that of a trainer that never met one."""
+    twin, seen, batches = fused(**situation)
+    twin.trainer.step(*batches)
+    after = twin.everything()
+    places = [(place, number) for place, count in sorted(seen.counts.items()) for number in range(1, count + 1)]
+
+    case, fuse, batches = fused(**situation)
+    before = case.everything()
+    fuse.breaks = data.draw(st.sampled_from(places), label="place")
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - whose cause is asked for
+        case.trainer.step(*batches)
+    chain, error = [], caught.value
+    while error is not None:
+        chain, error = [*chain, error], error.__cause__ or error.__context__
+    assert any(isinstance(one, Broken) for one in chain)
+    assert moved(before, case.everything()) == []
+    fuse.breaks = None
+    case.trainer.step(*batches)
+    assert moved(after, case.everything()) == []
