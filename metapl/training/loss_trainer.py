@@ -34,7 +34,6 @@ from metapl.training.contract import Report
 from metapl.training.loop import FitResult
 from metapl.training.options import FinetuneKeywords, refuse_unknown
 from metapl.training.states import check_state, names_of
-from metapl.updates import unwrapped
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -78,7 +77,6 @@ class LossTrainer(Trainer):
         self.as_given, self.layout = model, layout_of("network", model)
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
-        optimizer = unwrapped(optimizer, plain=self.layout.kind == "plain")
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")

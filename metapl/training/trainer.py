@@ -25,6 +25,10 @@ from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
+from metapl.functional.build import functional
+from metapl.functional.compiled import CompiledStep
+from metapl.functional.state import State
+from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
@@ -36,7 +40,7 @@ from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.options import FinetuneKeywords
 from metapl.training.states import check_state, names_of
 from metapl.training.verify import Verification, refuse_hooks
-from metapl.updates import Clipped, parameters_of, refuse_missing, unwrapped, update_of
+from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -157,12 +161,10 @@ class BilevelTrainer(Trainer):
             )
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        plain = self.layout.kind == "plain"
-        inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
-        self.inner_optimizer = unwrapped(inner_optimizer, plain=plain)
+        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = unwrapped(outer_optimizer, plain=plain)
+        self.outer_optimizer = outer_optimizer
         self._teacher_trainer: _TeacherTrainer | None = None
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
             self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
@@ -174,7 +176,7 @@ class BilevelTrainer(Trainer):
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
-        self.steps_done = 0
+        self.steps_done, self.compiled_step = 0, CompiledStep()
 
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
@@ -194,8 +196,10 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         self.verification.before(self, labeled, unlabeled)
-        batches = inner_batches(unlabeled, self.lookahead)
+        batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
         labeled = self.problem.outer_batch(labeled)
+        if self.compile:
+            return self.compiled_step(self, labeled, batches, ahead)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
         for layout in self.spread:
@@ -248,7 +252,7 @@ class BilevelTrainer(Trainer):
                     self.steps_done,
                     {"inner_loss": path.inner_loss, **known, **scalars},
                     fault,
-                    feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+                    feedback=h if ahead else h[0],
                     # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
                     signal=step.signal.having({name: t.clone() for name, t in step.signal.fields().items()}),
                     student_outputs=step.outputs.clone(),
@@ -268,6 +272,27 @@ class BilevelTrainer(Trainer):
     def _has_losses(self) -> bool:
         given = self.teacher_losses
         return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+
+    def functional(self) -> tuple[Step, State]:
+        """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
+
+        ``state, report = step(state, outer, inner, noise=None)`` with the networks, losses, rules and options of this
+        trainer, whose own tensors do not move. It can be compiled, stacked (``torch.func.vmap``) and differentiated.
+        With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel noise of the shape of
+        the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
+
+        >>> import torch, metapl
+        >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> step, state = metapl.BilevelTrainer(teacher, student, mode="forward").functional()
+        >>> for _ in range(3):
+        ...     state, report = step(state, (torch.randn(5, 4), torch.arange(5) % 3), torch.randn(6, 4))
+        >>> int(state.step), report.feedback.shape
+        (3, torch.Size([6, 3]))
+
+        Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``, several processes,
+            more than 3 steps, and outer optimizers other than SGD, Adam and AdamW.
+        """
+        return functional(self)
 
     def teacher_step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None

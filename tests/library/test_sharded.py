@@ -128,7 +128,7 @@ def check_against_double_backward(found: list[dict[str, Any]], mode: str, optimi
     teacher, student = sharded_cases.networks()
     labeled, unlabeled = sharded_cases.batches(1)[0]
     q = teacher(unlabeled).softmax(-1).detach()
-    labels = torch.multinomial(q, 1, generator=torch.Generator().manual_seed(6)).squeeze(-1)
+    labels = reference.drawn(q, torch.Generator().manual_seed(6))
     hard = {} if KINDS[mode] == "soft" else {"labels": labels}
     rule = RULES[optimizer]
     expected = reference.pseudo_labels(teacher, student, labeled, unlabeled, rule, kind=KINDS[mode], **hard)
