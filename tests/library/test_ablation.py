@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import everything, same, toy
-from torch import Tensor, nn
+from torch import nn
 from trainers import OnceDifferentiable
 
 import metapl
@@ -32,7 +32,7 @@ def test_the_figures_are_what_is_known_of_the_modes() -> None:
     modes = found(draws=16).modes
     assert tuple(modes) == metapl.MODES
     assert isinstance(modes["implicit"], str)
-    assert "curvature" in modes["implicit"]
+    assert "optimum" in modes["implicit"]
     costs = {name: mode for name, mode in modes.items() if isinstance(mode, ModeCost)}
     for name in EXACT:
         assert costs[name].cosine > 0.9999
@@ -123,45 +123,6 @@ def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
     assert "forward_permuted" in found("mlp", ["forward", Altered(Forward(), "permuted")]).altered
 
 
-class Rounding(torch.autograd.Function):
-    """Straight through: no derivative in forward mode."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-class Straight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(16, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(Rounding.apply(self.first(x.flatten(1))))
-
-
-def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
-    """A difference sees the steps of the rounding, which the derivative passes over."""
-    problem = toy("mlp", dtype=torch.float32, rows=16)
-    trainer = metapl.BilevelTrainer(problem.teacher, Straight())
-    result = ablate(trainer, problem.labeled, problem.unlabeled, **QUICK)
-    assert result.recommended == "unrolled"
-    reason = result.modes["forward"]
-    assert isinstance(reason, str)
-    assert json.loads(result.to_json())["modes"]["forward"] == {"reason": reason}
-    table = result.table()
-    assert max(map(len, table.splitlines())) <= 80
-    assert " ".join(reason.split()) in " ".join(table.split())
-    lines = {line.split()[0]: line for line in table.splitlines() if line}
-    assert lines["forward"].endswith("[1]")
-    assert lines["unrolled"].split()[1] == "1.000"
-    assert isinstance(result.altered["unrolled_permuted"], ModeCost)
-
-
 class TooLarge(Difference):
     """Asks for more memory than there is."""
 
@@ -169,8 +130,22 @@ class TooLarge(Difference):
         raise MemoryError
 
 
-def test_errors_of_torch_are_reasons_too() -> None:
-    assert "MemoryError" in str(found("mlp", ["forward", TooLarge()]).modes["difference"])
+def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
+    result = found("mlp", ["unrolled", TooLarge(), "implicit"])
+    assert result.recommended == "unrolled"
+    assert "MemoryError" in str(reason := result.modes["difference"])
+    assert json.loads(result.to_json())["modes"]["difference"] == {"reason": reason}
+    table = result.table()
+    assert max(map(len, table.splitlines())) <= 80
+    assert " ".join(str(result.modes["implicit"]).split()) in " ".join(table.split())
+    lines = {line.split()[0]: line for line in table.splitlines() if line}
+    assert lines["difference"].endswith("[1]")
+    assert lines["implicit"].endswith("[2]")
+    assert lines["unrolled"].split()[1] == "1.000"
+    assert isinstance(result.altered["unrolled_permuted"], ModeCost)
+
+
+def test_a_student_without_derivatives_is_refused() -> None:
     problem = toy("mlp")
     trainer = metapl.BilevelTrainer(problem.teacher, OnceDifferentiable(16, 3).double(), "reinforce")
     with pytest.raises(MetaplError, match="no exact gradient"):
