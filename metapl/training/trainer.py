@@ -125,7 +125,7 @@ class BilevelTrainer(Trainer):
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
-        self.problem = prepare(problem, self.mode)
+        self.given_problem, self.problem = problem, prepare(problem, self.mode)
         check_teacher(
             teacher,
             self.problem,
@@ -439,7 +439,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         estimate = estimator(self.mode if mode is None else mode)
-        return self._gradient(estimate, prepare(self.problem, estimate), labeled, unlabeled, generator)
+        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing

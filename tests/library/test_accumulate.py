@@ -16,7 +16,6 @@ from trainers import refused
 
 import metapl
 from metapl import UDA, CrossEntropy
-from metapl.ablation import study
 from metapl.feedback import Difference, Reinforce
 from metapl.problems.losses import TeacherLoss
 from metapl.training import loss_trainer
@@ -298,13 +297,6 @@ def test_what_is_no_mean_is_told_of_on_the_first_step_alone(mode: str) -> None:
             trainer.step((labeled[0], labels), x)
         assert len(told) == 1
         trainer.step((labeled[0], labels), x)
-
-
-def test_what_modes_are_compared_by_after_short_trainings_is_the_same_mean() -> None:
-    teacher, student, labeled, _ = _words(torch.float64)
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=Language(), teacher_losses=())
-    expected = F.cross_entropy(student(labeled[0]).mT, labeled[1])
-    assert study.outer_loss_of(trainer, labeled) == pytest.approx(float(expected.detach()))
 
 
 class Returns(Language):

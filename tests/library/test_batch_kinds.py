@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metapl
 from metapl import UDA, CrossEntropy, LossTrainer, MetaplError
+from metapl.ablation import Altered
 from metapl.data import feed, without_labels
-from metapl.feedback import Altered
 from metapl.models import Logits
 
 ROWS, CLASSES = 6, 3

@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.feedback import Altered, Forward, Unrolled
+from metapl.ablation import Altered
+from metapl.feedback import Forward, Unrolled
 
 ESTIMATORS: dict[str, tuple[str, str, str]] = {
     # mode, kind of labels, what the reference differentiates

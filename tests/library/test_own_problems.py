@@ -230,7 +230,7 @@ def test_a_control_alters_the_feedback_on_every_field(how: Any) -> None:
     options = {"inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.3)}
     altered, plain = (
         metapl.hypergradient(
-            **case.networks(), **case.data(), **options, problem=problem, mode=metapl.feedback.Altered(alteration=how)
+            **case.networks(), **case.data(), **options, problem=problem, mode=metapl.ablation.Altered(alteration=how)
         )
         for problem in (OutputsAlone(), ByForwardOfOutputs())
     )

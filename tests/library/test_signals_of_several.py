@@ -18,7 +18,8 @@ from trainers import refused, trainer_for, values
 
 import metapl
 from metapl import MetaplError, Signal
-from metapl.feedback import Altered, Difference, Forward, Implicit
+from metapl.ablation import Altered
+from metapl.feedback import Difference, Forward, Implicit
 
 
 class Teacher(Labeller):
