@@ -478,10 +478,9 @@ class _Verified:
         try:
             h, reference = flat([*self.h.values()]), flat(by_mode(self.base, other).feedback)
         except (RuntimeError, MetaplError):  # of an operation without that derivative
-            return other == "forward"
+            return bool(other == "forward")
         h, reference = (h.sum(), reference.sum()) if self.sampled else (h, reference)  # Σ h_i is the batch's scalar
-        same_h: bool = torch.dist(h, reference).item() <= self._tolerance * reference.norm().item()
-        return same_h
+        return bool(torch.dist(h, reference) <= self._tolerance * reference.norm())
 
     def _causes(self) -> list[str]:
         after, causes = self.run.copies, list[str]()
