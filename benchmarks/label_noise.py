@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 from metapl.data.sampler import StepSampler
 from metapl.feedback import Altered, Estimator, Forward
@@ -69,7 +70,6 @@ from metapl.problems import (
     WeightNet,
 )
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "label_noise.jsonl"
 CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32

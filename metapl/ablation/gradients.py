@@ -25,7 +25,6 @@ from metapl.feedback import Altered, Estimator, Lookahead, Mode
 from metapl.feedback.difference import RELATIVE_STEP
 from metapl.feedback.lookahead import inner_batches
 from metapl.problems.base import BilevelProblem, enters_input
-from metapl.runs.memory import out_of_memory
 from metapl.training.trainer import BilevelTrainer
 
 # Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed.
@@ -53,10 +52,9 @@ def reasons_told() -> Iterator[None]:
     except MetaplError as error:
         raise CannotRun(str(error)) from error
     except (RuntimeError, MemoryError) as error:
-        whose = out_of_memory(error)
         # What torch says may run over many lines; the first says what is wrong.
         first = str(error).strip().partition("\n")[0]
-        text = f"{type(error).__name__}: {first}" if whose is None else f"the memory {whose} does not suffice for it."
+        text = f"{type(error).__name__}: {first}"
         raise CannotRun(text) from error
 
 

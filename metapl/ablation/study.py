@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ from metapl.metrics import Evaluation
 from metapl.metrics.metric import metric_of
 from metapl.metrics.predictions import eval_mode
 from metapl.problems.base import sum_and_weight
-from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments, misfit
-from metapl.runs.progress import counting
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments, fits, words
+from metapl.runs.progress import progress as bar_of
 from metapl.training.selection import Selection
 from metapl.training.trainer import BilevelTrainer
 
@@ -190,7 +189,7 @@ class _Compared:
 def _checked_seeds(given: Any, labeled: Any, unlabeled: Any, validation: Any) -> tuple[int, ...]:
     """The seeds of short trainings, which read their sources again."""
     seeds = [*given] if isinstance(given, range) else given
-    wrong = misfit(seeds, Seeds, "train_seeds")
+    wrong = "" if fits(seeds, Seeds) else f"train_seeds is {seeds!r}; expected {words(Seeds)}"
     if not wrong and len(set(seeds)) < max(1, len(seeds)):
         wrong = f"train_seeds is {seeds}; expected one or more, none twice"
     if wrong:
@@ -224,9 +223,8 @@ def _over_points(distances: Sequence[Distance]) -> tuple[float, float, float]:
 
 @contextmanager
 def _counted(what: str, shown: bool, total: int) -> Iterator[Callable[[], None]]:
-    with counting(what, shown, total) as update:
-        numbers = itertools.count(1)
-        yield lambda: update(next(numbers))
+    with bar_of(shown, name=what, start=0, steps=total) as bar:
+        yield bar.update
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class Fault:
                 )
 
 
+def transformed() -> bool:
+    """Whether this runs inside a transform of ``torch.func``, or is being compiled: no value can be read then."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 # What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
@@ -52,6 +57,8 @@ def waits(t: Tensor) -> bool:
 
 def refuse(bad: Tensor, text: str) -> None:
     """Raise ``text`` where the boolean scalar ``bad`` holds, now or when the next report is read."""
+    if transformed():
+        return
     fault = deferred.get()
     if fault is not None and waits(bad):
         fault.findings.append((bad, text))
@@ -61,6 +68,8 @@ def refuse(bad: Tensor, text: str) -> None:
 
 def refuse_not_finite(t: Tensor, text: str) -> None:
     """Raise ``text`` if a tensor has NaN or infinite values, now or when the next report is read."""
+    if transformed():
+        return
     if waits(t):
         refuse(~torch.isfinite(t).all(), text)
     elif not math.isfinite(t) if t.ndim == 0 else not bool(torch.isfinite(t).all()):
@@ -182,8 +191,7 @@ def class_labels(labels: Any, classes: int, what: str = "the labels", why: str =
             f"{what} are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
             "labels.long(), labels.argmax(1) of one-hot rows, labels.squeeze(1) of (batch, 1)."
         )
-    if waits(labels):  # on the host, the loss itself says so before anything moves
-        _in_range(labels, classes, what, why or f"the networks have {classes} classes")
+    _in_range(labels, classes, what, why or f"the networks have {classes} classes")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
@@ -201,8 +209,11 @@ def row_indices(index: Any, rows: int, who: str) -> Tensor:
 
 
 def _in_range(numbers: Tensor, count: int, what: str, why: str) -> None:
+    if transformed():
+        return
     low, high = numbers.aminmax()
-    refuse((low < 0) | (high >= count), f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}.")
+    if waits(numbers) or int(low) < 0 or int(high) >= count:
+        refuse((low < 0) | (high >= count), f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}.")
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:

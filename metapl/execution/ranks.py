@@ -183,17 +183,28 @@ def rows_shared(ranks: Ranks) -> Iterator[None]:
         _sharing.reset(token)
 
 
-def draw_classes(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A class for each row of probabilities (B, C), as a column (B, 1)."""
+def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise, (rows, classes), of the type of a tensor: log p plus it is greatest at a class drawn from
+    p. Unlike ``torch.multinomial`` it is compiled and stacked like any other operation, and can be made beforehand."""
+    u = torch.rand(rows, classes, generator=generator, dtype=like.dtype, device=like.device)
+    return -(-u.log()).log()
+
+
+def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
+    """A class for each row of probabilities (B, C), as a column (B, 1); in the place of a generator, Gumbel noise."""
+    if isinstance(generator, Tensor) or checks.transformed():
+        noise = (
+            generator
+            if isinstance(generator, Tensor)
+            else gumbel(len(probabilities), probabilities.shape[1], probabilities)
+        )
+        return (probabilities.log() + noise).argmax(-1, keepdim=True)
     # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
     ranks = _sharing.get()
-    if ranks.alone:
-        return torch.multinomial(probabilities, 1, generator=generator)
-    every = probabilities.new_ones(ranks.size * len(probabilities), probabilities.shape[1])
-    ranks.own_rows(every).copy_(probabilities)  # other ranks' rows do not matter here
-    drawn = ranks.own_rows(torch.multinomial(every, 1, generator=generator))
+    every = gumbel(ranks.size * len(probabilities), probabilities.shape[1], probabilities, generator)
+    drawn = (probabilities.log() + ranks.own_rows(every)).argmax(-1, keepdim=True)
     if ranks.copies > 1:
-        held = drawn.to(every.dtype)
+        held = drawn.to(probabilities.dtype)
         checks.refuse(
             (ranks.mean_of_copies(held) != held).any(),
             "processes that have the same rows, such as those that hold parts of the same images, have drawn different "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,8 @@ class RandomState:
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""
+        if (given := _branch.get()) is not None:
+            return given
         # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
         states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
         digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
@@ -50,6 +53,19 @@ class RandomState:
         if self.accelerator is None:
             return RandomState(self.device, start, None)
         return RandomState(self.device, start, torch.Generator(self.device).manual_seed(seed).get_state())
+
+
+_branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
+
+
+@contextmanager
+def branching_to(state: RandomState) -> Iterator[None]:
+    """Let every :meth:`RandomState.branch` in this block start at a given state."""
+    token = _branch.set(state)
+    try:
+        yield
+    finally:
+        _branch.reset(token)
 
 
 @contextmanager

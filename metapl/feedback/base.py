@@ -64,7 +64,7 @@ class Feedback:
         if self.part is None:
             return self.h.new_zeros(())
         parts, fields = {self.part: self.h, **self.others}, signal.fields()
-        terms = [-(h * fields[name]).sum() for name, h in parts.items()]
+        terms = [(-h * fields[name]).sum() for name, h in parts.items()]
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise MetaplError(
                 f"the teacher's signal ({self.part}) carries no gradient to the teacher's weights, so the feedback "

@@ -118,8 +118,8 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         negative = flat if number == 0 else curvature < -rounding * largest * p_norm**2  # v itself must be curved
         checks.refuse(
             negative & ~ended,
-            "the inner loss curves downwards along a direction of Implicit's conjugate gradients: the student is not near "
-            'an optimum; expected a larger damping, or solver="neumann" or "identity".',
+            "the inner loss curves downwards along a direction of the conjugate gradients, so the student is not near "
+            'its optimum; expected a larger damping, or solver="neumann" or "identity".',
         )
         ended = ended | flat
         alpha = torch.where(ended, 0.0, rr / curvature.clamp_min(tiny))

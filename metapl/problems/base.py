@@ -19,7 +19,7 @@ from metapl.execution.numerics import wide
 
 Params = Mapping[str, Tensor]
 Kind = Literal["soft", "hard"]  # of a signal: differentiable, or sampled
-Random = torch.Generator | None
+Random = torch.Generator | Tensor | None  # what labels are drawn by; a tensor is the noise itself, on the pure road
 OuterLoss = Tensor | tuple[Tensor, Tensor | float]  # a mean over examples; or a sum, and the weight to divide it by
 
 

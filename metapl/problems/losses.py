@@ -31,7 +31,7 @@ class TeacherLoss(Protocol):
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         """A scalar with the teacher's graph, a mean over the rows: it is taken on each micro-batch and rank apart, and
-        averaged. ``step`` counts from 0."""
+        averaged. ``step`` counts from 0; on the pure road it is an int64 tensor without dimensions."""
         ...
 
 
@@ -132,11 +132,13 @@ class UDA:
         sharp = F.softmax(log_p / self.temperature, -1) if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1])
         return sharp.to(p.dtype) * confident
 
-    def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
+    def __call__(
+        self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int | Tensor
+    ) -> Tensor:
         pair = views(unlabeled)
         if len(pair) != 2:
             raise MetaplError("UDA was given an unlabeled batch of one view; expected unlabeled=(weak, strong).")
-        if step < self.start:
+        if not isinstance(step, Tensor) and step < self.start:
             return torch.zeros((), device=next(iter(signal.fields().values())).device)
         weak = signal.outputs
         if weak is None:
@@ -146,6 +148,10 @@ class UDA:
         log_strong = F.log_softmax(wide(teacher(pair[1])), -1)
         # A class of probability 0 in both target and prediction has no loss; 0 log 0 would be NaN.
         losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
+        if isinstance(step, Tensor):  # on the pure road, where one function holds every step
+            late = step.to(losses.dtype) - self.start
+            share = (late / self.ramp).clamp(0, 1) if self.ramp else (late >= 0).to(late.dtype)
+            return self.weight * share * losses.mean()
         ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()
 

@@ -41,7 +41,7 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import AboveZero
 from metapl.runs.progress import counted
-from metapl.updates import options_by_step, unwrapped
+from metapl.updates import options_by_step
 from metapl.words import summary
 
 NAMES = {
@@ -240,7 +240,7 @@ def attribute(
             f"batch_size={batch_size} is more than the {len(data)} training examples; expected at most so many."
         )
     groups = None if groups is None else _checked_groups(groups, len(data), first.device)
-    problem, optimizer = EqualWeights() if problem is None else problem, unwrapped(optimizer)
+    problem = EqualWeights() if problem is None else problem
     _refuse_other(problem, optimizer)
     order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
     ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)

@@ -266,7 +266,8 @@ def off_by(
 
 
 def flat(tree: Any) -> Tensor:
-    return torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(tree)])
+    leaves = [t.detach() for t in pytree.tree_leaves(tree)]  # sparse ones of embeddings
+    return torch.cat([(t.to_dense() if t.is_sparse else t).double().flatten() for t in leaves])
 
 
 def size_of(t: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,26 @@ from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.execution.state import restored
+from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
 from metapl.feedback.teacher import Teaching
+from metapl.functional.build import functional
+from metapl.functional.compiled import CompiledStep
+from metapl.functional.state import State
+from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
-from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
-from metapl.training.options import FinetuneKeywords
-from metapl.training.states import check_state, names_of
 from metapl.training.verify import Verification, refuse_hooks
-from metapl.updates import Clipped, parameters_of, refuse_missing, unwrapped, update_of
+from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -157,12 +158,10 @@ class BilevelTrainer(Trainer):
             )
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        plain = self.layout.kind == "plain"
-        inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
-        self.inner_optimizer = unwrapped(inner_optimizer, plain=plain)
+        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = unwrapped(outer_optimizer, plain=plain)
+        self.outer_optimizer = outer_optimizer
         self._teacher_trainer: _TeacherTrainer | None = None
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
             self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
@@ -174,8 +173,10 @@ class BilevelTrainer(Trainer):
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
-        self.steps_done = 0
+        self.steps_done, self.compiled_step = 0, CompiledStep()
+        self._taught: list[int] = []  # the teacher's parameters, as its optimizer was last looked at
 
+    @one_at_a_time
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
@@ -194,8 +195,10 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         self.verification.before(self, labeled, unlabeled)
-        batches = inner_batches(unlabeled, self.lookahead)
+        batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
         labeled = self.problem.outer_batch(labeled)
+        if self.compile:
+            return self.compiled_step(self, labeled, batches, ahead)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
         for layout in self.spread:
@@ -214,6 +217,10 @@ class BilevelTrainer(Trainer):
             self.recompute_teacher,
         )
         slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        taught = [*map(id, teach.slots.learned.values())]
+        if outer_optimizer is not None and taught != self._taught:  # such as a new head, or a layer that was frozen
+            refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
+            self._taught = taught
         graph_of = self.mode.graph_of(len(batches), student)
         kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
@@ -248,16 +255,17 @@ class BilevelTrainer(Trainer):
                     self.steps_done,
                     {"inner_loss": path.inner_loss, **known, **scalars},
                     fault,
-                    feedback=h if isinstance(unlabeled, Lookahead) else h[0],
+                    feedback=h if ahead else h[0],
                     # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
                     signal=step.signal.having({name: t.clone() for name, t in step.signal.fields().items()}),
                     student_outputs=step.outputs.clone(),
                 )
             if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
-            path.commit()  # line 3; nothing has moved before
+            # Nothing has moved before. The teacher's optimizer may be any, and fail; the student's is a known one.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
+            path.commit()  # line 3: θ_S′
             for layout in self.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
@@ -268,6 +276,27 @@ class BilevelTrainer(Trainer):
     def _has_losses(self) -> bool:
         given = self.teacher_losses
         return has_own(self.problem, "default_teacher_losses") if given is None else bool(given)
+
+    def functional(self) -> tuple[Step, State]:
+        """The trainer's step as one pure function, and a copy of its state: :mod:`metapl.functional.step`.
+
+        ``state, report = step(state, outer, inner, noise=None)`` with the networks, losses, rules and options of this
+        trainer, whose own tensors do not move. It can be compiled, stacked (``torch.func.vmap``) and differentiated.
+        With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel noise of the shape of
+        the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
+
+        >>> import torch, metapl
+        >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> step, state = metapl.BilevelTrainer(teacher, student, mode="forward").functional()
+        >>> for _ in range(3):
+        ...     state, report = step(state, (torch.randn(5, 4), torch.arange(5) % 3), torch.randn(6, 4))
+        >>> int(state.step), report.feedback.shape
+        (3, torch.Size([6, 3]))
+
+        Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``, several processes,
+            more than 3 steps, and outer optimizers other than SGD, Adam and AdamW.
+        """
+        return functional(self)
 
     def teacher_step(
         self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None
@@ -336,11 +365,8 @@ class BilevelTrainer(Trainer):
         return [*self._optimizers.values()]
 
     def settings(self) -> dict[str, Any]:
-        names = ["mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS]
-        values = settings_of(self, names)
-        if self.inner_optimizer not in self.schedulable:  # a transform, whose settings are in its functions
-            values["settings"] |= built_with({"inner_optimizer": self.inner_optimizer})
-        return values
+        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
+        return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
         return {
@@ -350,19 +376,15 @@ class BilevelTrainer(Trainer):
             "student": self.student.state_dict(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
-            "optimizers": names_of(self._optimizers),
             "mode_state": self.mode_state,
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
             "verification": self.verification.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, in a trainer built alike.
-
-        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
-        """
-        check_state(type(self).__name__, state, self.live_state(), self._optimizers)
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["mode"] != self.mode.name:
+            raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:
@@ -383,7 +405,7 @@ class BilevelTrainer(Trainer):
         *,
         steps: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        **options: Unpack[FinetuneKeywords],
+        **options: Any,
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 

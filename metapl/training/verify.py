@@ -35,7 +35,7 @@ from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import Problem, Signal, field_of, joined_signals, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.real_step import APPROXIMATE, EPS, EPS32, Run, Step, Tree, flat, of_torch, off_by, same, size_of
-from metapl.updates import unwrapped, update_of
+from metapl.updates import update_of
 
 Errors = dict[str, float | None]  # None: rounding drowns the difference
 Status = Literal["right", "allowed", "refused", "cannot tell", "nothing to verify"]
@@ -135,7 +135,7 @@ def check_gradient(
     if of_student.is_sharded or not of_student.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
     networks = None if of_teacher is None else of_teacher.network, of_student.network, prepare(problem, estimate)
-    given = *networks, unwrapped(inner_optimizer), inner_state, *_batches(labeled, unlabeled), clip_norm, accumulate
+    given = *networks, inner_optimizer, inner_state, *_batches(labeled, unlabeled), clip_norm, accumulate
     return verified(Step(*given, generator, RandomState.now(device)), estimate)
 
 

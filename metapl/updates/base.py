@@ -7,6 +7,9 @@ The adjoint of one step maps the cotangents of θ′ and s′ to the cotangents 
           (\bar\theta', \bar s')
 
 For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enough.
+
+Both roads use the same rules. On the pure road the settings of the param groups come in as ``options``, whose numbers
+are 0-D tensors, and the step counter is a tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from metapl.errors import MetaplError
 from metapl.execution.numerics import WHOLE, Space, Tree
 
 Parameters = Mapping[str, nn.Parameter]
+Options = Sequence[Mapping[str, Any]]  # of each param group
 
 
 class Cotangents(NamedTuple):
@@ -56,27 +60,28 @@ class Update(ABC):
         """The current state, for :meth:`update`; reading it changes nothing."""
 
     @abstractmethod
-    def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        """θ′ and s′, differentiable in all three arguments."""
+    def update(self, params: Tree, grads: Tree, state: Any, options: Options | None = None) -> tuple[Tree, Any]:
+        """θ′ and s′, differentiable in all arguments; ``options`` take the place of those of the param groups."""
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         """θ′ and s′ to the last bit as :meth:`commit` would have them, without a graph."""
         return self.update(params, grads, state)
 
-    def at(self, options: Sequence[Mapping[str, Any]]) -> Update:
+    def at(self, options: Options) -> Update:
         """The same update with these options of its param groups, such as the learning rates of a later step."""
-        raise MetaplError(
-            "a schedule was given, and inner_optimizer is a TorchOpt transform, whose rates are functions of its own "
-            "state: expected the schedule in the transform, as torchopt.schedule has them, or torch.optim.SGD, Adam or "
-            "AdamW."
-        )
+        raise MetaplError("schedule was given with a TorchOpt transform; expected torchopt.schedule in the transform.")
 
-    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
+    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None) -> Tree:
         """w = (∂U/∂g)ᵀ v. Cost: the update and its backward pass, a few operations per weight."""
-        at = _leaves(grads)
-        with torch.enable_grad():
-            moved, _ = self.update(params, at, state)
-        return _pulled([(moved[name], bar) for name, bar in v.items()], at)[0]
+
+        def moved(grads: Tree) -> Tree:
+            theta, _ = self.update(params, grads, state, options)
+            return {name: theta[name] for name in v}
+
+        vjp: Any = torch.func.vjp
+        _, pull = vjp(moved, {name: g.detach() for name, g in grads.items()})
+        w: Tree = pull(v)[0]
+        return w
 
     def vjp(
         self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None
@@ -84,14 +89,20 @@ class Update(ABC):
         """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
         leaves, structure = pytree.tree_flatten(state)
         numbers = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
-        at_grads, at_params, at_state = _leaves(grads), _leaves(params), _leaves(numbers)
+        trees: list[dict[Any, Tensor]] = [_as_leaves(tree) for tree in (grads, params, numbers)]
+        at_grads, at_params, at_state = trees
         with torch.enable_grad():
             before = pytree.tree_unflatten([at_state.get(i, t) for i, t in enumerate(leaves)], structure)
             moved, new_state = self.update(at_params, at_grads, before)
         after = pytree.tree_leaves(new_state)
         pairs = [(moved[name], bar) for name, bar in v.items()]
         pairs += [(after[i], bar) for i, bar in (state_cotangent or {}).items()]
-        return Cotangents(*_pulled(pairs, at_grads, at_params, at_state))
+        reached = [(t, bar) for t, bar in pairs if isinstance(t, Tensor) and t.requires_grad]
+        flat = [t for tree in trees for t in tree.values()]
+        ends, bars = zip(*reached, strict=True)
+        found = iter(torch.autograd.grad(ends, flat, bars, materialize_grads=True))
+        bars_of = [{name: next(found) for name in tree} for tree in trees]
+        return Cotangents(*bars_of)
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         """Move the student's parameters and the optimizer's state: by the optimizer's own step on g or, for an update
@@ -110,19 +121,8 @@ class Update(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _leaves(tree: dict[Any, Tensor]) -> dict[Any, Tensor]:
+def _as_leaves(tree: dict[Any, Tensor]) -> dict[Any, Tensor]:
     return {name: t.detach().requires_grad_() for name, t in tree.items()}
-
-
-def _pulled(outputs: list[tuple[Any, Tensor]], *inputs: dict[Any, Tensor]) -> list[dict[Any, Tensor]]:
-    """The cotangents of trees of inputs, from outputs with theirs."""
-    reached = [(t, bar) for t, bar in outputs if isinstance(t, Tensor) and t.requires_grad]
-    flat = [t for tree in inputs for t in tree.values()]
-    ends, bars = zip(*reached, strict=True) if reached else ((), ())
-    found = iter(
-        torch.autograd.grad(ends, flat, bars, materialize_grads=True) if reached else map(torch.zeros_like, flat)
-    )
-    return [{name: next(found) for name in tree} for tree in inputs]
 
 
 def _inner(name: str) -> Any:
@@ -143,17 +143,17 @@ class Clipped(Update):
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:
         self.inner, self.max_norm, self.space = inner, max_norm, space
 
-    def update(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
-        return self.inner.update(params, self._clip(grads), state)
+    def update(self, params: Tree, grads: Tree, state: Any, options: Options | None = None) -> tuple[Tree, Any]:
+        return self.inner.update(params, self._clip(grads), state, options)
 
     def stepped(self, params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
         return self.inner.stepped(params, self._clip(grads), state)
 
-    def at(self, options: Sequence[Mapping[str, Any]]) -> Clipped:
+    def at(self, options: Options) -> Clipped:
         return Clipped(self.inner.at(options), self.max_norm, self.space)
 
-    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree) -> Tree:
-        return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v), grads)
+    def pullback(self, params: Tree, grads: Tree, state: Any, v: Tree, options: Options | None = None) -> Tree:
+        return self._through_clip(self.inner.pullback(params, self._clip(grads), state, v, options), grads)
 
     def vjp(
         self, params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: dict[int, Tensor] | None = None

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from metapl.errors import MetaplError, called, few
-from metapl.execution import checks
-from metapl.execution.layout import NOTHING_TO_LEARN
-from metapl.execution.numerics import Tree, wide
+from metapl.execution.checks import transformed
+from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
-from metapl.updates.base import Cotangents, Parameters, Update
+from metapl.updates.base import Cotangents, Options, Parameters, Update
+from metapl.updates.lists import Tensors, add, div, mul, plus, sub
 
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
-Tensors = list[Tensor] | tuple[Tensor, ...]
 
 # Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
 # between, ten times as much in the adjoint of Adam, would be of the whole network.
 AT_ONCE = 2**25
-
-_WRAPPERS = {
-    "accelerate.optimizer.AcceleratedOptimizer",
-    "lightning.pytorch.core.optimizer.LightningOptimizer",
-    "pytorch_lightning.core.optimizer.LightningOptimizer",
-}
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -43,127 +32,33 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def unwrapped(optimizer: Any, *, plain: bool = False) -> Any:
-    """What accelerate and Lightning have put into an optimizer of theirs, whose class theirs imitates, whose step may
-    be skipped, and whose ``load_state_dict`` may load into the wrapper; any other optimizer as it is.
-
-    Raises: :class:`metapl.MetaplError` for gradients that are scaled or accumulated by accelerate; and in several
-        processes for a network that is ``plain``, of which each would train a copy of its own.
-    """
-    while any(f"{kind.__module__}.{kind.__qualname__}" in _WRAPPERS for kind in type(optimizer).__mro__):
-        parts = getattr(getattr(optimizer, "gradient_state", None), "num_steps", 1)
-        if plain and dist.is_available() and dist.is_initialized() and (processes := dist.get_world_size()) > 1:
-            raise MetaplError(
-                f"an optimizer was prepared for {processes} processes, and its network is a plain module, of which "
-                "each would train a copy on its own share of the batches; expected both networks as "
-                "accelerator.prepare(network) returned them; under Lightning, which wraps the whole LightningModule, "
-                "devices=1."
-            )
-        if getattr(optimizer, "scaler", None) is not None:
-            raise MetaplError(
-                "an optimizer was prepared with mixed_precision='fp16', which scales the loss, and the losses are not "
-                'those of accelerate; expected Accelerator(mixed_precision="bf16"), or "no".'
-            )
-        if parts > 1:
-            raise MetaplError(
-                f"an optimizer was prepared with gradient_accumulation_steps={parts}, and a step of metapl takes whole "
-                f"batches; expected Accelerator(gradient_accumulation_steps=1), and accumulate={parts} for metapl."
-            )
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
     """Refuse an optimizer that does not hold all trainable parameters of a network, ``"teacher"`` or ``"student"``;
     ``name`` is that of its argument."""
-    held = [p for group in optimizer.param_groups if group.get("amsgrad") for p in group["params"]]
-    if any(
-        "exp_avg_sq" in state and "max_exp_avg_sq" not in state for state in map(optimizer.state.get, held) if state
-    ):
-        raise MetaplError(
-            f"amsgrad of {called(name)} was switched on after its first step, whose greatest second moments it has not "
-            f"kept; build a new {type(optimizer).__name__}(..., amsgrad=True)."
-        )
-    if not parameters:
-        raise MetaplError(NOTHING_TO_LEARN.format(network))
     known = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in known]
-    if len(missing) == len(parameters):
+    if missing or not parameters:
         raise MetaplError(
-            f"{called(name)} holds {len(known)} tensors, none of which is one of the {len(parameters)} trainable "
-            f"parameters of the {network}, so that it would not be trained; build it from {network}.parameters(): it "
-            "may be the other network's, or of one that was built before."
+            f"{called(name)} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
+            f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
+            f"add_param_group."
         )
-    if missing:
-        raise MetaplError(
-            f"{called(name)} holds {len(known)} tensors, the {network} has {len(parameters)} trainable parameters, of "
-            f"which {few(missing, 3)} are not held, so they would not be trained; build it from "
-            f"{network}.parameters(), and add new ones, such as a head put in later, by {called(name)}.add_param_group."
-        )
-    for lr in (group["lr"] for group in optimizer.param_groups):
-        if isinstance(lr, Tensor) and lr.ndim:
-            raise MetaplError(
-                f"{called(name)} has lr={lr}, a tensor of shape {tuple(lr.shape)}; expected a number, or a tensor "
-                "without dimensions, such as torch.tensor(0.1)."
-            )
-
-
-def described(optimizer: Any) -> str:
-    """An optimizer in words, by its class."""
-    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    return f"{'the class ' if isinstance(optimizer, type) else ''}{kind.__module__}.{kind.__qualname__}"
-
-
-def _others_code(optimizer: torch.optim.Optimizer) -> str:
-    """What runs in an optimizer's step besides that of its class, and how to do without; nothing: an empty text."""
-    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    if any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks)):
-        return (
-            "a hook of register_step_pre_hook or register_step_post_hook, or of register_optimizer_step_pre_hook or "
-            "_post_hook for all optimizers: remove it (clip_norm= clips gradients)"
-        )
-    step = vars(optimizer).get("step", type(optimizer).step)
-    while getattr(step, "_wrapped_by_lr_sched", False):  # the wrapper of PyTorch's schedulers
-        step = step.__wrapped__
-    if getattr(step, "__func__", step) is not type(optimizer).step:
-        return (
-            "a step of its own (its method was replaced: optimizer.step = ...): del optimizer.step (clip_norm= clips "
-            "gradients)"
-        )
-    return ""
-
-
-def runs_others_code(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's step is more than that of a class of PyTorch's."""
-    return bool(_others_code(optimizer)) or not type(optimizer).__module__.startswith("torch.optim")
 
 
 def options_by_step(
     optimizer: torch.optim.Optimizer, schedule: LRScheduler | Callable[[int], float], steps: int
 ) -> list[list[dict[str, Any]]]:
     """The options of the param groups in each of so many steps of a schedule, which stays where it stands."""
-    groups = _options(optimizer)
-    function = callable(schedule) and not isinstance(schedule, type)
-    if isinstance(schedule, ReduceLROnPlateau) or not (isinstance(schedule, LRScheduler) or function):
-        given = schedule.__name__ if isinstance(schedule, type) else type(schedule).__name__
+    groups = options_of(optimizer)
+    if isinstance(schedule, ReduceLROnPlateau | type) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
         raise MetaplError(
-            f"schedule is {given}; expected a torch.optim.lr_scheduler whose rates depend on the "
-            "step alone, or a function from the step's number to a factor of the learning rate."
+            f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler whose rates depend on the step alone, "
+            "or a function from the step's number to a factor of the learning rate."
         )
     if not isinstance(schedule, LRScheduler):
-        factors = [schedule(number) for number in range(steps)]
-        for number, factor in enumerate(factors):
-            if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
-                raise MetaplError(
-                    f"schedule({number}) returned {factor!r}; expected a factor of the learning rate, a number of 0 or "
-                    "more."
-                )
-        return [[{**group, "lr": group["lr"] * factor} for group in groups] for factor in factors]
+        return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]
     if schedule.optimizer is not optimizer:
-        raise MetaplError(
-            f"schedule is of another optimizer than {called('inner_optimizer')}; expected one that was built with "
-            f"that: {type(schedule).__name__}({called('inner_optimizer')}, ...)."
-        )
+        raise MetaplError(f"schedule is of another optimizer than {called('inner_optimizer')}.")
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
     kind: Any = type(optimizer)
     alike = kind([{**group, "params": [nn.Parameter(torch.zeros(()))]} for group in groups])
@@ -171,18 +66,13 @@ def options_by_step(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a schedule that runs ahead of its optimizer
         for number in range(steps):
-            try:
-                ahead.step() if number else None
-            except ValueError as error:
-                raise MetaplError(
-                    f"schedule is {type(schedule).__name__}, which ends before step {number} of {steps} ({error}); "
-                    f"expected one of {steps} steps or more, from where it stands."
-                ) from error
-            found.append(_options(alike))
+            if number:
+                ahead.step()
+            found.append(options_of(alike))
     return found
 
 
-def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Copies of the options of the param groups: a scheduler writes into a learning rate that is a tensor."""
     return [copy.deepcopy({n: v for n, v in group.items() if n != "params"}) for group in optimizer.param_groups]
 
@@ -195,43 +85,44 @@ class TorchUpdate(Update):
     states hold this process's parts; the optimizer holds DTensors.
     """
 
+    numbers: tuple[str, ...] = ()
+    """The options of a param group that are numbers, which the pure road takes as tensors."""
+
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer = optimizer
-        self._compared: Any = None  # the step that was found to be as predicted
-        self._options: Sequence[Mapping[str, Any]] = ()  # of the param groups; none: those that they have
+        self._options: Options = ()  # of the param groups; none: those that they have
         self.parameters: dict[str, nn.Parameter] = {}
         self._held: list[list[int]] = []
         self.follow(parameters)
-        own, held = {id(p) for p in parameters.values()}, parameters_of(optimizer)
-        foreign = sum(p.requires_grad and id(p) not in own for p in held)
+        own = {id(p) for p in parameters.values()}
+        foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
         if foreign:
             raise MetaplError(
-                f"{called('inner_optimizer')} holds {len(held)} tensors, the student has {len(parameters)} trainable "
-                f"parameters; {foreign} of the tensors are not the student's. Build it from student.parameters()."
+                f"{called('inner_optimizer')} holds {foreign} tensors that are no trainable parameters of the network; "
+                "build it from student.parameters()."
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # PyTorch patches the class for each optimizer that is built, and an earlier function has no name any more.
-        return {**vars(self), "_compared": None}
 
     @staticmethod
     @abstractmethod
     def rule(
-        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
         """θ′ and s′ of the parameters of one group, differentiable in θ, g and s."""
+
+    @staticmethod
+    @abstractmethod
+    def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
+        """A state from which the next step is the one from ``state``, with all tensors that later states have."""
 
     def follow(self, parameters: Parameters) -> None:
         groups = self.optimizer.param_groups
         options = [name for name in ("differentiable", "capturable") if any(group.get(name) for group in groups)]
-        what = f"{options[0]}=True: leave it out" if options else _others_code(self.optimizer)
-        if what:
-            raise MetaplError(f"{called('inner_optimizer')} has {what}; metapl does not differentiate through that.")
+        if options:
+            raise MetaplError(f"{called('inner_optimizer')} has {options[0]}=True; expected it to be left out.")
         held = [[id(p) for p in group["params"]] for group in groups]
         own = self.parameters
         known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
-        asked = any(isinstance(group["lr"], Tensor) or group.get("amsgrad") for group in groups)
-        if known and held == self._held and not asked:
+        if known and held == self._held:
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         group_of = {i: number for number, ids in enumerate(held) for i in ids}
@@ -249,9 +140,21 @@ class TorchUpdate(Update):
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states
 
-    def update(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
+    def begun_state(self) -> States:
+        """The current state, with all tensors that later states have."""
+        state, groups = self.read_state(), self.optimizer.param_groups
+        return {n: self.begun(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
+
+    def options(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The options of the param groups in two parts: those that make the rule what it is, and the numbers in it. A 0
+        is of the first part, since it leaves something out."""
+        groups = options_of(self.optimizer)
+        now = [{n: group.pop(n) for n in self.numbers if _is_set(group[n])} for group in groups]
+        return groups, now
+
+    def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
-        for group, names in self.groups(grads):
+        for group, names in self.groups(grads, options):
             given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
             moved, states = self.rule(*given, group)
             new_params.update(zip(names, moved, strict=True))
@@ -275,24 +178,25 @@ class TorchUpdate(Update):
         new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
         return new_params, new_state
 
-    def at(self, options: Sequence[Mapping[str, Any]]) -> TorchUpdate:
+    def at(self, options: Options) -> TorchUpdate:
         later = copy.copy(self)
         later._options = options
         return later
 
-    def groups(self, grads: Tree) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    def groups(self, grads: Tree, options: Options | None = None) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
         """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
-        for number, group in enumerate(self._options or self.optimizer.param_groups):
-            names, size = list[str](), 0
+        for number, group in enumerate(options or self._options or self.optimizer.param_groups):
+            names: list[str] = []
+            size = 0
             for name in grads:
                 if self.group_of[name] == number:
                     names.append(name)
                     size += grads[name].numel()
                 if size >= AT_ONCE:
-                    yield dict(group), names
+                    yield group, names
                     names, size = [], 0
             if names:
-                yield dict(group), names
+                yield group, names
 
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         with torch.no_grad():
@@ -310,30 +214,10 @@ class TorchUpdate(Update):
             for name, p in parameters.items():
                 g = grads.get(name)
                 p.grad = as_sharded(g, p) if self._sharded and g is not None else g
-            step = type(self.optimizer).step  # another, where its class was patched
-            with nullcontext() if self._compared is step else self._as_predicted(parameters, grads):
-                self.optimizer.step()
-            self._compared = step
+            self.optimizer.step()
         finally:
             for p in own:
                 p.grad = None
-
-    @contextmanager
-    def _as_predicted(self, parameters: Parameters, grads: Tree) -> Iterator[None]:
-        """Refuse a step in this block that moves the first values of a parameter elsewhere than the rule does."""
-        state = {name: {key: _some(t) for key, t in held.items()} for name, held in self.read_state().items()}
-        before = {name: _some(local(p)) for name, p in parameters.items()}
-        predicted, _ = self.update(before, {name: _some(g) for name, g in grads.items()}, state)
-        yield
-        for name, was in before.items():
-            there, now = predicted[name], _some(local(parameters[name]))
-            gap, moved, size = (torch.linalg.vector_norm(wide(t)) for t in (now - there, there - was, was))
-            checks.refuse(
-                gap > max(1e-3, 4 * torch.finfo(was.dtype).eps) * moved + 4 * torch.finfo(was.dtype).eps * size,
-                f"inner_optimizer moved the student's {name} elsewhere than the step of {described(self.optimizer)} "
-                "does, by whose rule the feedback is found. Usual causes: a step that was replaced or wrapped, or does "
-                "more, such as clipping (use clip_norm) or projecting weights. The weights have moved by it.",
-            )
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -347,9 +231,9 @@ def _held(value: Any, like: Tensor) -> Any:
     return as_sharded(value, like) if isinstance(value, Tensor) and value.shape == local(like).shape else value
 
 
-def _some(value: Any) -> Any:
-    """A copy of the first values of a tensor, by which an elementwise rule is compared without its memory."""
-    return value.detach().flatten()[:64].clone() if isinstance(value, Tensor) and value.ndim else value
+def _is_set(setting: Any) -> bool:
+    """Whether a number of a param group is not 0; those that are tensors are not."""
+    return isinstance(setting, Tensor) or setting != 0
 
 
 class SGD(TorchUpdate):
@@ -361,34 +245,42 @@ class SGD(TorchUpdate):
     .. math:: w = \mp\eta\,(1 + \mu c \mid c \mid 1)\, v
     """
 
+    numbers = ("lr", "momentum", "dampening", "weight_decay")
+
     @staticmethod
     def rule(
-        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
-        d: Tensors = torch._foreach_neg(grads) if group["maximize"] else grads
-        d = torch._foreach_add(d, params, alpha=group["weight_decay"]) if group["weight_decay"] != 0 else d
+        d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
+        d = add(d, params, group["weight_decay"]) if _is_set(group["weight_decay"]) else d
         mu, damped = group["momentum"], 1 - group["dampening"]
-        if mu != 0:
+        if _is_set(mu):
             old = [state.get("momentum_buffer") for state in states]
             held = [b for b in old if b is not None]
             if len(held) == len(old):
-                new: Tensors = torch._foreach_add(torch._foreach_mul(held, mu), d, alpha=damped)
+                new: Tensors = add(mul(held, mu), d, damped)
             else:
                 new = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
             states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
-            d = torch._foreach_add(d, new, alpha=mu) if group["nesterov"] else new
-        return torch._foreach_sub(params, torch._foreach_mul(d, group["lr"])), list(states)
+            d = add(d, new, mu) if group["nesterov"] else new
+        return sub(params, mul(d, group["lr"])), list(states)
 
-    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree) -> Tree:
+    @staticmethod
+    def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
+        # A first step with dampening is not the one from a buffer of zeros.
+        if not group["momentum"] or group["dampening"] or state.get("momentum_buffer") is not None:
+            return {name: t for name, t in state.items() if t is not None}
+        return {**state, "momentum_buffer": torch.zeros_like(p)}
+
+    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
         w: Tree = {}
-        for group, names in self.groups(grads):
+        for group, names in self.groups(grads, options):
             mu, lr, sign = group["momentum"], group["lr"], -1.0 if group["maximize"] else 1.0
             slopes = []
             for name in names:
-                c = 1.0 if state[name].get("momentum_buffer") is None else 1.0 - float(group["dampening"])
-                slope = sign * -(1.0 if mu == 0 else 1.0 + mu * c if group["nesterov"] else c)
-                slopes.append((lr * slope).to(v[name]) if isinstance(lr, Tensor) else lr * slope)
-            w.update(zip(names, torch._foreach_mul([v[name] for name in names], slopes), strict=True))
+                c = 1.0 if state[name].get("momentum_buffer") is None else 1.0 - group["dampening"]
+                slopes.append(lr * (sign * -((1.0 + mu * c if group["nesterov"] else c) if _is_set(mu) else 1.0)))
+            w.update(zip(names, mul([v[name] for name in names], slopes), strict=True))
         return {name: w[name] for name in grads}
 
     def vjp(
@@ -403,22 +295,23 @@ class SGD(TorchUpdate):
         after = {n: {**held, place: None} if n in moved else held for n, held in state.items()}
         given, before = state_cotangent or {}, _numbers(state)
         bars = {at: given[number] for at, number in _numbers(after).items() if number in given}
-        w, theta = dict[str, Tensor](), dict(v)
+        w: Tree = {}
+        theta = dict(v)
         for group, names in self.groups(grads):
             mu, damping, decay = group["momentum"], group["dampening"], group["weight_decay"]
-            of_d: Tensors = torch._foreach_mul([v[n] for n in names], -group["lr"])
+            of_d: Tensors = mul([v[n] for n in names], -group["lr"])
             if mu != 0:
-                of_b = torch._foreach_mul(of_d, mu) if group["nesterov"] else of_d
+                of_b = mul(of_d, mu) if group["nesterov"] else of_d
                 for n, bar in zip(names, of_b, strict=True):
                     if (n, place) in bars:
                         bar += bars[n, place]
                 fresh = [state[n].get(place) is None for n in names]
                 kept = [b if new or not damping else b * (1 - damping) for b, new in zip(of_b, fresh, strict=True)]
-                of_d = torch._foreach_add(kept, of_d) if group["nesterov"] else kept
-                bars |= {(n, place): bar for n, bar in zip(names, torch._foreach_mul(of_b, mu), strict=True)}
+                of_d = plus(kept, of_d) if group["nesterov"] else kept
+                bars |= {(n, place): bar for n, bar in zip(names, mul(of_b, mu), strict=True)}
             if decay != 0:
-                theta.update(zip(names, torch._foreach_add([v[n] for n in names], of_d, alpha=decay), strict=True))
-            w.update(zip(names, torch._foreach_neg(of_d) if group["maximize"] else of_d, strict=True))
+                theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
+            w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
         held = {at for at in before if isinstance(state[at[0]][at[1]], Tensor)}
         of_state = {before[at]: bar for at, bar in bars.items() if at in held}
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
@@ -432,6 +325,8 @@ class Adam(TorchUpdate):
     constant. In float16 that is above many a real n̂, and such weights are refused.
     """
 
+    numbers = ("lr", "betas", "eps", "weight_decay")
+
     def follow(self, parameters: Parameters) -> None:
         half = [name for name, p in parameters.items() if p.dtype == torch.float16]
         if half:
@@ -443,16 +338,20 @@ class Adam(TorchUpdate):
 
     @staticmethod
     def rule(
-        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
+        params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
     ) -> tuple[Tensors, list[State]]:
-        eta, kept = group["lr"], tuple(params)
-        if group["weight_decay"] != 0 and group.get("decoupled_weight_decay", False):
-            kept = torch._foreach_mul(params, 1 - eta * group["weight_decay"])
+        eta, kept = group["lr"], params
+        if _is_set(group["weight_decay"]) and group.get("decoupled_weight_decay", False):
+            kept = mul(params, 1 - eta * group["weight_decay"])
         _, m_hat, root, _, new = _moments(params, grads, states, group)
-        step = torch._foreach_div(m_hat, torch._foreach_add(root, group["eps"]))
-        return torch._foreach_sub(kept, torch._foreach_mul(step, eta)), new
+        return sub(kept, mul(div(m_hat, plus(root, group["eps"])), eta)), new
 
-    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree) -> Tree:
+    @staticmethod
+    def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
+        moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+        return {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}, **state}
+
+    def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
         r"""In closed form, with a few fused operations instead of autograd's many:
 
         .. math:: \frac{\partial\theta'}{\partial d} = \frac{-\eta}{\sqrt{\hat n} + \epsilon} \Big[
@@ -460,20 +359,19 @@ class Adam(TorchUpdate):
                   \frac{1-\beta_2}{1-\beta_2^t} \frac{d}{\sqrt{\hat n}} \Big]
         """
         w: Tree = {}
-        for group, names in self.groups(grads):
+        for group, names in self.groups(grads, options):
             (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
             given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
             d, m_hat, root, steps, new = _moments(*given, group)
-            size = torch._foreach_add(root, group["eps"])
-            of_root = torch._foreach_div(d, root)
-            torch._foreach_mul_(of_root, [(1 - beta2) / (1 - beta2**t) for t in steps])
+            size = plus(root, group["eps"])
+            of_root = mul(div(d, root), [(1 - beta2) / (1 - beta2**t) for t in steps])
             if group["amsgrad"]:  # where an older maximum rules, n̂ does not depend on d
                 pairs = [(s["exp_avg_sq"], s["max_exp_avg_sq"]) for s in new]
-                of_root = tuple(torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, pairs, strict=True))
-            slopes = torch._foreach_neg(torch._foreach_div(torch._foreach_mul(m_hat, of_root), size))
-            torch._foreach_add_(slopes, [(1 - beta1) / (1 - beta1**t) for t in steps])
-            slopes = torch._foreach_div(torch._foreach_mul(slopes, -sign * group["lr"]), size)
-            w.update(zip(names, torch._foreach_mul([v[n] for n in names], slopes), strict=True))
+                of_root = [torch.where(n >= top, t, 0.0) for t, (n, top) in zip(of_root, pairs, strict=True)]
+            slopes = mul(div(mul(m_hat, of_root), size), -1.0)
+            slopes = plus(slopes, [(1 - beta1) / (1 - beta1**t) for t in steps])
+            slopes = div(mul(slopes, -sign * group["lr"]), size)
+            w.update(zip(names, mul([v[n] for n in names], slopes), strict=True))
         return {name: w[name] for name in grads}
 
     def vjp(
@@ -497,30 +395,25 @@ class Adam(TorchUpdate):
             (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
             held = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
             d, m_hat, root, steps, _ = _moments(*held, group)
-            size = torch._foreach_add(root, group["eps"])
-            of_m = torch._foreach_div(torch._foreach_mul([v[n] for n in names], -lr), size)  # of m̂
-            of_n = torch._foreach_mul(of_m, m_hat)
-            for divisor in (size, root):
-                torch._foreach_div_(of_n, divisor)
-            torch._foreach_mul_(of_n, [-0.5 / (1 - beta2**t) for t in steps])
-            torch._foreach_div_(of_m, [1 - beta1**t for t in steps])
+            size = plus(root, group["eps"])
+            of_m = div(mul([v[n] for n in names], -lr), size)  # of m̂
+            of_n = div(div(mul(of_m, m_hat), size), root)
+            of_n = mul(of_n, [-0.5 / (1 - beta2**t) for t in steps])
+            of_m = div(of_m, [1 - beta1**t for t in steps])
             for bar, r in zip(of_n, root, strict=True):
                 bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)  # where n̂ counts as a constant
             for key, found in zip(moments, (of_m, of_n), strict=True):
                 for n, bar in zip(names, found, strict=True):
                     if (n, key) in bars:
                         bar += bars[n, key]
-            of_d = torch._foreach_mul(d, of_n)
-            torch._foreach_mul_(of_d, 2 * (1 - beta2))
-            torch._foreach_add_(of_d, of_m, alpha=1 - beta1)
+            of_d = add(mul(mul(d, of_n), 2 * (1 - beta2)), of_m, 1 - beta1)
             if decay != 0 and group.get("decoupled_weight_decay", False):
-                theta.update(zip(names, torch._foreach_mul([v[n] for n in names], 1 - lr * decay), strict=True))
+                theta.update(zip(names, mul([v[n] for n in names], 1 - lr * decay), strict=True))
             elif decay != 0:
-                theta.update(zip(names, torch._foreach_add([v[n] for n in names], of_d, alpha=decay), strict=True))
+                theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
             for key, found, beta in zip(moments, (of_m, of_n), (beta1, beta2), strict=True):
-                torch._foreach_mul_(found, beta)
-                bars |= {(n, key): bar for n, bar in zip(names, found, strict=True)}
-            w.update(zip(names, torch._foreach_neg(of_d) if group["maximize"] else of_d, strict=True))
+                bars |= {(n, key): bar for n, bar in zip(names, mul(found, beta), strict=True)}
+            w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
         of_state = {before[place]: bar for place, bar in bars.items() if place in before}
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
 
@@ -531,19 +424,19 @@ def _numbers(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], in
 
 
 def _moments(
-    params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: dict[str, Any]
-) -> tuple[Tensors, Tensors, Tensors, list[float], list[State]]:
+    params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
+) -> tuple[Tensors, Tensors, Tensors, list[Any], list[State]]:
     """d, m̂, √n̂ and the steps t of the parameters of a group, and their new states."""
     beta1, beta2 = group["betas"]
-    d: Tensors = torch._foreach_neg(grads) if group["maximize"] else grads
-    if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", False):
-        d = torch._foreach_add(d, params, alpha=group["weight_decay"])
-    counts = [state.get("step", 0.0) for state in states]  # tensors on the host
-    steps = [float(n.detach() if isinstance(n, Tensor) else n) + 1.0 for n in counts]
+    d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
+    if _is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):
+        d = add(d, params, group["weight_decay"])
+    counts = [state.get("step", 0.0) for state in states]  # tensors, which on the eager road are on the host
+    steps = [n + 1.0 if transformed() else float(n.detach() if isinstance(n, Tensor) else n) + 1.0 for n in counts]
     m = _average("exp_avg", d, beta1, states)
-    n = _average("exp_avg_sq", torch._foreach_mul(d, d), beta2, states)
-    new = [
-        {**state, "step": torch.tensor(t), "exp_avg": m_i, "exp_avg_sq": n_i}
+    n = _average("exp_avg_sq", mul(d, d), beta2, states)
+    new: list[State] = [
+        {**state, "step": t if isinstance(t, Tensor) else torch.tensor(t), "exp_avg": m_i, "exp_avg_sq": n_i}
         for state, t, m_i, n_i in zip(states, steps, m, n, strict=True)
     ]
     if group["amsgrad"]:
@@ -551,15 +444,17 @@ def _moments(
             n_i, top = state["exp_avg_sq"], state.get("max_exp_avg_sq")
             state["max_exp_avg_sq"] = n_i if top is None else torch.where(n_i >= top, n_i, top)
         n = [state["max_exp_avg_sq"] for state in new]
-    m_hat = torch._foreach_div(m, [1 - beta1**t for t in steps])
-    n_hat = torch._foreach_div(n, [1 - beta2**t for t in steps])
-    root = torch._foreach_sqrt([n_i.clamp_min(torch.finfo(n_i.dtype).tiny) for n_i in n_hat])
+    m_hat = div(m, [1 - beta1**t for t in steps])
+    n_hat = div(n, [1 - beta2**t for t in steps])
+    # Not torch._foreach_sqrt and _foreach_clamp_min, which a transform cannot trace.
+    root = [n_i.clamp_min(torch.finfo(n_i.dtype).tiny).sqrt() for n_i in n_hat]
     return d, m_hat, root, steps, new
 
 
-def _average(name: str, new: Tensors, beta: float, states: Sequence[State]) -> Tensors:
+def _average(name: str, new: Tensors, beta: Any, states: Sequence[State]) -> Tensors:
     """β·old + (1−β)·new; old is 0 in the first step."""
-    fresh = torch._foreach_mul(new, 1 - beta)
+    fresh: Tensors = mul(new, 1 - beta)
     if any(name not in state for state in states):
         return [t + beta * state[name] if name in state else t for t, state in zip(fresh, states, strict=True)]
-    return torch._foreach_add(torch._foreach_mul([state[name] for state in states], beta), fresh)
+    averaged: Tensors = plus(mul([state[name] for state in states], beta), fresh)
+    return averaged

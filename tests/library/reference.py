@@ -124,6 +124,12 @@ def weights(module: nn.Module) -> Tree:
     return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
 
 
+def drawn(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A label for each row of probabilities, (B,), by Gumbel's argmax."""
+    u = torch.rand(q.shape, generator=generator, dtype=q.dtype)
+    return (q.detach().log() - (-u.log()).log()).argmax(-1)
+
+
 def cross_entropy(target: Tensor, outputs: Tensor) -> Tensor:
     """−Σ_k target_k log softmax(outputs)_k, (B,)."""
     return -(target * torch.log_softmax(outputs, -1)).sum(-1)
@@ -159,7 +165,7 @@ def pseudo_labels(
     q = log_q.exp()
     classes, rows = q.shape[-1], len(q)
     if kind != "soft" and labels is None:
-        labels = torch.multinomial(q.detach(), 1).squeeze(-1)
+        labels = drawn(q)
     end = torch.get_rng_state()
     hard = None if labels is None else F.one_hot(labels, classes).to(q)
     u = torch.ones((1,) if kind == "batch_score" else (rows,), dtype=q.dtype, requires_grad=True)
@@ -223,7 +229,7 @@ def several_steps(
         z = at(student, theta, strong)
         after_inner = torch.get_rng_state()
         q = torch.softmax(at(teacher, phi, weak), -1)
-        hard = None if kind == "soft" else F.one_hot(torch.multinomial(q.detach(), 1)[:, 0], q.shape[-1]).to(q)
+        hard = None if kind == "soft" else F.one_hot(drawn(q), q.shape[-1]).to(q)
         leaves.append((q if hard is None else hard).detach().requires_grad_())
         told.append(q)
         inner = cross_entropy(leaves[-1], z).mean()

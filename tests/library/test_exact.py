@@ -48,6 +48,8 @@ def check_against_reference(
     """One call of the library beside the reference; the library must leave everything where it was."""
     mode, kind, told, tolerance = ESTIMATORS[estimator]
     tolerance = max(optimiser.tolerance, tolerance or 0.0, at_least or 0.0)
+    if told == "batch_score" and "clip" in optimiser.name:
+        tolerance = 1e-6  # behind an active clip ⟨w, g⟩ is zero but for rounding and the clip's 1e-6
     problem.draw_from_start()
     state = {"state": rule_state, "kind": told, **labels}
     expected = reference.pseudo_labels(**problem.networks(), **problem.data(), rule=optimiser.rule, **state)

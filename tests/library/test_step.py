@@ -118,7 +118,7 @@ def test_statistics_and_generator_advance_as_by_one_pass_of_each_network(mode: s
     twin.student(twin.unlabeled[1])
     q = twin.teacher(twin.unlabeled[0]).softmax(-1)
     if mode in SAMPLED:
-        torch.multinomial(q, 1)
+        reference.drawn(q)
     assert torch.equal(after, torch.get_rng_state())
     for name in ("student", "teacher"):
         buffers = (dict(net.networks()[name].named_buffers()) for net in (case, twin))

@@ -1,0 +1,86 @@
+"""The pure step of a trainer; see :meth:`metapl.BilevelTrainer.functional`."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.functional.state import State, state_of, unclipped
+from metapl.functional.step import Step, make_step
+from metapl.functional.trees import PlainSpace
+from metapl.problems.base import enters_input, has_own
+from metapl.updates import Clipped, TorchUpdate, Update, update_of
+
+LONGEST = 3  # steps that are unrolled in one function
+
+
+def updates_of(trainer: Any) -> tuple[Update, Update | None]:
+    """U of the student and of the teacher, each behind the trainer's clip."""
+    found: list[Any] = [unclipped(trainer.update), None]
+    if trainer.teacher is not None:
+        trained = {name: p for name, p in trainer.teacher.named_parameters() if p.requires_grad}
+        found[1] = update_of(trainer.outer_optimizer, trained)
+    if trainer.clip_norm is not None:
+        found = [update and Clipped(update, trainer.clip_norm, PlainSpace()) for update in found]
+    return found[0], found[1]
+
+
+def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> Step:
+    """The pure step of a trainer that looks so many steps ahead."""
+    mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
+    enters, inner = enters_input(problem), unclipped(updates[0])
+    refused = {
+        "mode implicit": mode.name == "implicit",
+        "accumulate": trainer.accumulate > 1,
+        "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
+        f"{steps} steps ahead, but {LONGEST} at most (metapl.functional.training takes more)": steps > LONGEST,
+        "cosine of several steps": steps > 1 and getattr(mode, "normalization", "") == "cosine",
+        "difference with a signal in the input": enters and mode.name == "difference",
+        "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),
+    }
+    for what in (what for what, is_so in refused.items() if is_so):
+        raise MetaplError(f"the pure step takes no {what}; leave compile= and functional() out.")
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    if trainer.precision != "float32":  # without the cache, which would keep casts of tensors inside a transform
+        autocast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
+    code: Any = getattr(problem.inner_loss, "__code__", None)
+    place = 3 + hasattr(problem.inner_loss, "__self__")
+    known = code is not None and code.co_argcount > place
+    return make_step(
+        trainer.teacher,
+        trainer.student,
+        problem,
+        mode,
+        *updates,
+        tuple(u.options()[0] if isinstance(u := unclipped(update), TorchUpdate) else [] for update in updates),
+        problem.default_teacher_losses if own is None else lambda batch: own,
+        steps=steps,
+        weight=trainer.feedback_weight,
+        ratio=trainer.feedback_ratio,
+        enters=enters,
+        reads=not known or any(code.co_varnames[place] in str(i.argval) for i in dis.get_instructions(code)),
+        revises=has_own(problem, "revised_signal"),
+        autocast=autocast,
+    )
+
+
+def functional(trainer: Any) -> tuple[Step, State]:
+    """The pure step of a trainer, and a copy of its state."""
+    updates = updates_of(trainer)
+    step = step_of(trainer, trainer.lookahead, updates)
+    return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
+
+
+def _repeats(update: Update) -> bool:
+    """Whether a second call with the same state gives the same update."""
+    theta = {name: p.detach() for name, p in update.parameters.items()}
+    once, again = (update.update(theta, theta, update.read_state())[0] for _ in "ab")
+    return all(torch.equal(t, again[name]) for name, t in once.items())

@@ -1,0 +1,104 @@
+"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metapl.execution.numerics import Tree, wide
+from metapl.functional.network import Network, tensors_of
+from metapl.problems.base import Signal, field_of
+from metapl.updates import Clipped, TorchUpdate, Update
+
+
+class Optimizer(NamedTuple):
+    """The state of ``torch.optim`` by parameter, and the settings of its param groups as tensors without dimensions,
+    so that a schedule changes values and not the function."""
+
+    state: Any
+    settings: list[dict[str, Any]]
+
+
+class State(NamedTuple):
+    """Everything that one step hands to the next."""
+
+    teacher: Network
+    student: Network
+    inner: Optimizer
+    outer: Optimizer
+    mode: Tree  # of the estimator, such as a baseline
+    step: Tensor  # int64, from 0
+
+
+class Report(NamedTuple):
+    """The numbers of a step; of K steps looked ahead, ``feedback`` and ``signal`` are lists of K."""
+
+    feedback: Any  # h = −dL(θ′)/d(signal), as the signal's value is: a tensor or a dict of them
+    signal: Any  # the fields of the signal by name
+    student_outputs: Tensor  # (B, ...), S(x_u; θ) on the last batch
+    inner_loss: Tensor  # the mean of ℓ_i, and over the steps
+    outer_loss: Tensor  # L(θ′); NaN in the mode "none", which does not compute it
+    teacher_loss: Tensor  # the sum of the teacher's own losses
+    flag: Tensor  # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
+    teacher_losses: Tree  # by name
+
+
+def held(signal: Signal) -> dict[str, Any]:
+    """What a signal holds, by name."""
+    return {name: t for name, t in vars(signal).items() if t is not None}
+
+
+def on_value(h: Tree, value: Any) -> Any:
+    """The feedback as the signal's value is: a tensor, or a dict of those that are numbers."""
+    if isinstance(value, dict):
+        return {key: h[field_of(key)] for key in value if field_of(key) in h}
+    return h["log_prob"] if "log_prob" in h else h["value"]
+
+
+def unclipped(update: Update | None) -> Any:
+    """An update without its clip."""
+    return update.inner if isinstance(update, Clipped) else update
+
+
+def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
+    """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
+    device = trainer.device
+
+    def number(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(number, value))
+        return value.detach().double() if isinstance(value, Tensor) else _number(value, device)
+
+    def optimizer(update: Update | None) -> Optimizer:
+        of = unclipped(update)
+        if not isinstance(of, TorchUpdate):
+            return Optimizer({} if of is None else of.read_state(), [])
+        return Optimizer(of.begun_state(), [{n: number(v) for n, v in group.items()} for group in of.options()[1]])
+
+    student = tensors_of(trainer.student)
+    kind = wide(next(iter(student.params.values()))).dtype
+    mode = {name: t.to(device, kind) for name, t in trainer.mode_state.items()}
+    inner, outer = map(optimizer, updates)
+    step = torch.tensor(trainer.steps_done, device=device)
+    return State(tensors_of(trainer.teacher), student, inner, outer, mode, step)
+
+
+@lru_cache(maxsize=256)  # since most settings stay what they are
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)  # of the precision of a number of Python
+
+
+def stack(states: Sequence[Any]) -> Any:
+    """Several states, or batches, as one, whose tensors have a first dimension more, for ``torch.func.vmap``."""
+    return pytree.tree_map(lambda *tensors: torch.stack(tensors), *states)
+
+
+def unstack(state: Any) -> list[Any]:
+    """What was stacked, one by one."""
+    leaves, structure = pytree.tree_flatten(state)
+    return [pytree.tree_unflatten(list(row), structure) for row in zip(*(t.unbind() for t in leaves), strict=True)]

@@ -1,0 +1,256 @@
+r"""One step of Algorithm 1 as one pure function, in every mode but ``implicit``:
+
+    state, report = step(state, outer, inner, noise=None)
+
+Nothing is hidden: weights, buffers, optimizers, their settings and the step's number go in and come out, labels are
+drawn by the noise that is given, and only dropout draws from torch's default generator. So ``torch.compile`` takes the
+step whole, ``torch.func.vmap`` takes many states at once, and it can be read from top to bottom.
+
+The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) and its pullback c ↦ (∂z/∂θ)ᵀ c,
+
+- g = (∂z/∂θ)ᵀ ∂ℓ/∂z, θ′ = U(θ, g), v = ∇L(θ′), w = (∂U/∂g)ᵀ v;
+- ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w. So the student runs
+  once, and ż has the dropout masks and the batch statistics of that one pass;
+- h = −∂/∂(signal) ⟨∂ℓ/∂z (z, signal), ż⟩, in the head alone;
+- the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl.execution.checks import logits
+from metapl.execution.numerics import Tree, wide
+from metapl.functional.network import Function, Network
+from metapl.functional.state import Report, State, held, on_value
+from metapl.functional.trees import dot, moves, norm
+from metapl.problems.base import Problem, Signal, sum_and_weight
+from metapl.updates import Update
+
+Step = Callable[..., tuple[State, Report]]
+grad, grad_and_value, vmap = torch.func.grad, torch.func.grad_and_value, torch.func.vmap
+vjp: Any = torch.func.vjp
+
+
+class Walk(NamedTuple):
+    """What the student's K steps end in."""
+
+    L: Tensor  # L(θ′)
+    z: Tensor  # (B, ...), of the last step
+    losses: list[Tensor]  # ℓ of each step
+    signals: list[dict[str, Any]]  # what each signal holds, with the teacher's graph
+    h: list[Tree]  # the feedback on these
+    own: Tree  # the teacher's own losses, by name
+    theta: Tree
+    s: Any  # the optimizer's state
+    at_S: Tree  # the student's buffers
+    at_T: Tree  # the teacher's
+    gap: Tensor  # between the sides of ⟨∂ℓ/∂z, ż⟩ = ⟨g, w⟩, relative to their terms
+
+
+def make_step(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: Problem,
+    mode: Any,  # an Estimator
+    inner_update: Update,  # U of the student, perhaps behind a clip
+    outer_update: Update | None,  # that of the teacher
+    kept: Sequence[list[dict[str, Any]]],  # what their param groups hold besides the settings
+    losses_for: Callable[[Any], Sequence[Any]],  # the teacher's own losses, by the inner batch
+    *,
+    steps: int = 1,  # K
+    weight: float = 1.0,  # λ
+    ratio: float | None = None,  # in its place, the norm of the feedback's gradient over that of the own losses'
+    enters: bool = False,  # whether the signal enters the student's input
+    reads: bool = True,  # whether the inner loss reads the student's weights
+    revises: bool = False,  # whether the problem makes the real step's signal of the feedback
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Step:
+    """The step of these networks, losses and rules; the modules' own tensors are not read, those of the state are."""
+    T, S, kind = Function(teacher), Function(student), mode.name
+    composed = kind == "unrolled" or steps > 1 or enters
+    first = steps if kind == "none" else steps - (getattr(mode, "truncate", None) or steps)  # of those with feedback
+    unit = "cosine" if getattr(mode, "similarity", "") == "cosine" else getattr(mode, "normalization", "gradient")
+
+    def step(state: State, outer: Any, inner: Any, noise: Any = None) -> tuple[State, Report]:
+        batches, noises = ([inner], [noise]) if steps == 1 else (list(inner), list(noise or [None] * steps))
+        judged = problem.outer_batch(outer)
+        rates, teacher_rates = (
+            [{**group, **now} for group, now in zip(groups, optimizer.settings, strict=True)]
+            for groups, optimizer in zip(kept, (state.inner, state.outer), strict=True)
+        )
+
+        def run(theta: Tree, at_S: Tree, k: int, *entering: Signal) -> tuple[Tensor, Tree]:
+            """z = S(x_k; θ), (B, ...), and the buffers that the pass leaves."""
+            x = problem.student_input(batches[k], *entering)
+            z, left = S.at(theta, at_S, lambda network: network(x))
+            return wide(logits(z, "student")), left
+
+        def outer_loss(theta: Tree, at_S: Tree) -> Tensor:
+            """L, by a pass with batch statistics of its own, which leaves the running ones as they are."""
+            z, _ = S.at(theta, at_S, lambda network: network(problem.outer_input(judged)))
+            total, count = sum_and_weight(problem.outer_loss(wide(logits(z, "student")), judged))
+            return total / count
+
+        def ask(theta_T: Tree, at_T: Tree, k: int, z: Tensor | None) -> Any:
+            """Line 2: ŷ ~ T(x_u), or the soft label; and with the last batch lines 6-7, the teacher's own losses."""
+
+            def asked(network: Any) -> tuple[Signal, Tree]:
+                signal: Any = problem.signal(network, batches[k], z, generator=noises[k])
+                own: Tree = {}
+                for loss in losses_for(batches[k]) if k == steps - 1 else ():
+                    value = loss(network, labeled=judged, unlabeled=batches[k], signal=signal, step=state.step)
+                    own[loss.name] = own[loss.name] + value if loss.name in own else value
+                return signal, own
+
+            (signal, own), left = T.at(theta_T, at_T, asked)
+            return signal, own, left
+
+        def in_units(h: Tree, w: Tree, g: Tree) -> Tree:
+            """h as it is, by the learning rate, or by ‖w‖‖g‖."""
+            if unit == "gradient":
+                return h
+            eta = rates[0]["lr"] if unit == "learning_rate" else norm(w) * norm(g)
+            return {name: t / torch.where(eta > 0, eta, 1.0) for name, t in h.items()}
+
+        def walk(k: int, theta_T: Tree, theta: Tree, s: Any, at_S: Tree, at_T: Tree) -> Walk:
+            """Lines 2 to 4: the student's step k and those after it, and the feedback on the signal of each."""
+            none: Any = (None, None, at_S)
+            z, pull, left = none if enters else vjp(lambda t: run(t, at_S, k), theta, has_aux=True)
+            given, own, at_T = ask(theta_T, at_T, k, None if z is None else z.detach())
+            signal, read = given.detached(), theta if reads else {}  # a constant for the student
+            fields = signal.differentiable()
+            if signal.sampled and kind in ("forward", "difference"):  # the expectation over labels, at the drawn ones
+                fields = {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}  # (B, C)
+
+            def mean_loss(z: Tensor, read: Tree, fields: Tree, u: Tensor | float = 1.0) -> Tensor:
+                return (u * problem.inner_loss(z, signal.having(fields), batches[k], read)).mean()  # of (B,)
+
+            def gradient(fields: Tree) -> Any:
+                """Line 3: ℓ and g = ∇_θ (1/B) Σ ℓ_i, with the pass that they come from."""
+                at, back, after = z, pull, left
+                if enters:
+                    entering = signal if signal.sampled else signal.having(fields)
+                    at, back, after = vjp(lambda t: run(t, at_S, k, entering), theta, has_aux=True)
+                (c, direct), loss = grad_and_value(mean_loss, (0, 1))(at, read, fields)
+                g = {name: t + direct[name] if reads else t for name, t in back(c)[0].items()}
+                return loss, g, at, after
+
+            def onward(fields: Tree) -> tuple[Tensor, Walk]:
+                """L(θ_K) as a function of signal k, through this step and all after it."""
+                loss, g, z_k, after = gradient(fields)
+                moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
+                if k + 1 < steps:
+                    end = walk(k + 1, theta_T, moved, s_k, after, at_T)
+                    end = end._replace(losses=[loss, *end.losses], signals=[held(given), *end.signals])
+                    return end.L, end
+                L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
+                return L, Walk(L, z_k, [loss], [held(given)], [], own, moved, s_k, after, at_T, 0 * loss)
+
+            def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
+                """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
+                c, direct = grad(mean_loss, (0, 1))(z, read, fields, u)
+                terms = {"z": c * z_dot, **{name: t * w[name] for name, t in direct.items()}}
+                return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
+
+            if k < first:
+                _, end = onward(fields)
+                zero = {} if kind == "none" else {name: torch.zeros_like(t) for name, t in fields.items()}
+                return end._replace(h=[zero, *end.h])
+            if composed and fields:  # line 4: h = −dL(θ_K)/d(signal k), by the composed derivative
+                L, pull_L, end = vjp(onward, fields, has_aux=True)
+                h = {name: -t for name, t in pull_L(torch.ones_like(L))[0].items()}
+                end = end._replace(h=[in_units(h, {}, {}), *end.h])
+            else:
+                loss, g, z, left = gradient({})
+                moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
+                w, gap = g, 0 * loss
+                if kind == "loss_difference":  # line 4: h = L(θ) − L(θ′), under the same dropout masks
+                    pair = (
+                        {n: torch.stack([t, moved[n]]) for n, t in theta.items()},
+                        {n: torch.stack([t, t]) for n, t in left.items()},
+                    )
+                    before, L = vmap(outer_loss, randomness="same")(*pair)
+                    h = {"log_prob": before - L}
+                else:
+                    v, L = grad_and_value(outer_loss)(moved, left)  # line 4: v = ∇L(θ′)
+                    w = inner_update.pullback(theta, g, s, v, rates)  # w = (∂U/∂g)ᵀ v
+                    h = {"log_prob": -dot(w, g)}
+                if kind in ("forward", "difference", "reinforce_per_example"):
+                    if "difference" in (kind, getattr(mode, "tangent", "")):
+                        ahead, behind, distance = moves(mode, theta, w)
+                        with torch.autocast(z.device.type, enabled=False):
+                            z_dot = (run(ahead, at_S, k)[0] - run(behind, at_S, k)[0]) / distance
+                    else:
+                        z_dot = vjp(lambda c: pull(c)[0], torch.zeros_like(z))[1](w)[0]  # ż = (∂z/∂θ) w, (B, ...)
+                    u, by_example = torch.ones(len(z), dtype=z.dtype, device=z.device), kind == "reinforce_per_example"
+                    found, (along, size) = grad_and_value(slope, int(by_example), has_aux=True)(fields, u, z, z_dot, w)
+                    h = {"log_prob": -found} if by_example else {name: -t for name, t in found.items()}
+                    size = (
+                        size
+                        + norm({n: t * w[n] for n, t in g.items()})
+                        + 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)
+                    )
+                    gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
+                end = Walk(L, z, [loss], [held(given)], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
+            if revises:  # line 3 once more, on the signal that the problem makes of the feedback
+                real = problem.revised_signal(signal, on_value(end.h[0], signal.value))
+                if real is not None:
+                    loss, g, *_ = gradient(real.fields())
+                    moved, s_k = inner_update.update(theta, g, s, rates)
+                    end = end._replace(losses=[loss], signals=[held(real)], theta=moved, s=s_k)
+            return end
+
+        def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
+            """Lines 2 to 7 as a function of the teacher's weights: Σ sg(h)·signal, and the sum of its own losses."""
+            end = walk(0, theta_T, state.student.params, state.inner.state, state.student.state, state.teacher.state)
+            h, mode_state = end.h, state.mode
+            if "baseline" in state.mode:  # the moving average from before this step
+                raw = h[0]["log_prob"]
+                b = state.mode["baseline"].to(raw)
+                h, mode_state = [{"log_prob": raw - b}], {"baseline": mode.baseline * b + (1 - mode.baseline) * raw}
+            push = 0 * end.losses[0]
+            for found, signal in zip(h, end.signals, strict=True):
+                for name, t in found.items():  # where labels were drawn, h on their values is on their distribution
+                    part = (
+                        signal["probs"] if "log_prob" in signal and name == "value" else Signal(**signal).fields()[name]
+                    )
+                    push = push + (t.detach() * part).sum()
+            return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
+
+        theta_T, s_T, G = state.teacher.params, state.outer.state, {}
+        with autocast():
+            if theta_T:
+                (_, own), pull_T, (end, h, mode_state) = vjp(objective, theta_T, has_aux=True)
+                one = torch.ones_like(own)
+                if ratio is None:
+                    (G,) = pull_T((-weight * one, one))
+                else:
+                    (of_h,), (of_own,) = pull_T((-one, 0 * one)), pull_T((0 * one, one))
+                    factor = torch.where(norm(of_h) > 0, ratio * norm(of_own) / norm(of_h), 0.0)
+                    G = {name: factor * t + of_own[name] for name, t in of_h.items()}
+            else:
+                (_, own), (end, h, mode_state) = objective({})
+        if outer_update is not None and (kind != "none" or end.own):  # line 8; what nothing reaches does not decay
+            theta_T, s_T = outer_update.update(theta_T, G, s_T, teacher_rates)
+
+        signals = [held(Signal(**signal).detached()) for signal in end.signals]
+        found = [on_value(t, signal["value"]) if t else 0 * own for t, signal in zip(h, signals, strict=True)]
+        told = (found, signals) if steps > 1 else (found[0], signals[0])
+        loss, finite = (
+            torch.stack(end.losses).mean(),
+            torch.stack([t.sum() for tree in h for t in tree.values()] or [own]),
+        )
+        flag = end.gap + 0 * (loss + own + finite.sum())
+        report = Report(told[0], told[1], end.z.detach(), loss, end.L, own, flag, end.own)
+        networks = Network(theta_T, end.at_T), Network(end.theta, end.at_S)
+        optimizers = state.inner._replace(state=end.s), state.outer._replace(state=s_T)
+        return State(*networks, *optimizers, mode_state, state.step + 1), report
+
+    return step
