@@ -53,18 +53,11 @@ class VerificationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """The result of :func:`check_gradient`.
+    """The result of :func:`check_gradient`; ``print`` says it in words."""
 
-    Args:
-        status: ``"right"``; ``"allowed"``: off the definition for a good reason; ``"refused"``; ``"cannot tell"``:
-            rounding drowns the differences, or a part cannot be copied; ``"nothing to verify"``: mode ``none``.
-        verdict: in words, with the likely causes of a refusal.
-        errors: |difference − ⟨a, d⟩| over the size of these, by what was moved and in which direction.
-    """
-
-    status: Status
-    verdict: str
-    errors: dict[str, float] = field(default_factory=dict)
+    status: Status  # "allowed": off the definition for a good reason; "cannot tell": rounding drowns the differences
+    verdict: str  # with the likely causes of a refusal
+    errors: dict[str, float] = field(default_factory=dict)  # by what was moved and how, over the size of the derivative
 
     @property
     def passed(self) -> bool | None:
@@ -109,8 +102,7 @@ def check_gradient(
     Args:
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer` alone, as it stands.
         labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three.
-        mode: default the trainer's own, and ``"forward"`` without one.
-        problem, inner_optimizer, inner_state, generator, accumulate, clip_norm: as for :func:`metapl.hypergradient`.
+        mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
 
     Returns: a :class:`GradientCheck`; its ``passed`` is for a test.
     Cost: the mode once and some five real steps; about thirty where they disagree.
@@ -140,12 +132,7 @@ def check_gradient(
 
 
 class Verification:
-    """When the steps of a trainer are verified, and what was found.
-
-    Args:
-        setting: True: at the first step, and where the fingerprint of the networks is a new one; ``"warn"``: the same,
-            with warnings in the place of errors; False: never; a number N: also every N steps.
-    """
+    """When the steps of a trainer are verified, and what was found; ``setting`` is its ``verify=``."""
 
     def __init__(self, setting: Setting = True) -> None:
         if setting != "warn" and (not isinstance(setting, int) or setting < 0):
@@ -162,12 +149,15 @@ class Verification:
         if mark in self.known and not (every and trainer.steps_done % every == 0):
             return
         weights = sum(p.numel() for network in trainer.networks.values() for p in network.parameters())
-        spread = any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts)
+        if spread := any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts):
+            told = "networks of several processes are not verified: give metapl.check_gradient smaller ones in one."
+        else:
+            told = (
+                f"networks of {weights:,} weights are not verified: take verify=N, or metapl.check_gradient(trainer)."
+            )
         if spread or (weights > MOST_WEIGHTS and not every):
-            what = "networks of several processes" if spread else f"networks of {weights:,} weights"
-            mend = "smaller ones in one process" if spread else "this trainer, or take verify=N"
             if trainer.ranks.first:
-                LOG.warning("%s are not verified: give metapl.check_gradient %s.", what, mend)
+                LOG.warning(told)
         else:
             found = verified(*_of_trainer(trainer, labeled, unlabeled))
             self.verdict = f"{found.status}: {found.verdict}"
@@ -274,11 +264,7 @@ class _Verified:
             return GradientCheck("refused", f"{name}: {fault} See docs/contract.md.")
         at, errors = self, self.errors()
         if at.off(errors):  # a ReLU at exactly 0 has two slopes; a thousandth of the weights' size away it has one
-            base, draw = self.base.copied(), torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for p in (*base.learned().values(), *trainable(base.student).values()):
-                    p.add_(1e-3 * size_of(p) * torch.randn(p.shape, generator=draw).to(p))
-            at = _Verified(base, self.estimate, self.eps)
+            at = _Verified(self.base.beside(), self.estimate, self.eps)
             errors = at.errors()
         if at.off(errors) and at._in_float32():
             at.eps = EPS32
@@ -414,16 +400,16 @@ class _Verified:
         run, parts = self.run, self.base.accumulate
         if run.written:
             return f"a pass of the student, or a loss, writes to its weights ({few(sorted(run.written), 3)})."
-        for signal in self.run.signals if self.sampled else ():
+        for signal in run.signals:
             log_prob, probs, value = signal.log_prob, signal.probs, signal.value
             if log_prob is None or value.is_floating_point() or value.shape != log_prob.shape:
-                continue
+                continue  # no classes
+            if bool((log_prob > 1e-6).any()):
+                return "log_prob is above 0, so it is no logarithm of a probability."
             if probs is not None and probs.shape[:-1] == value.shape:
                 right = probs.gather(-1, value[..., None])[..., 0].log()
                 if not torch.allclose(log_prob, right, 1e-6, max(1e-6, 10 * self.eps)):
                     return "log_prob is not the logarithm of probs at the value that was drawn."
-            if bool((log_prob > 1e-6).any()):
-                return "log_prob is above 0, so it is no logarithm of a probability."
         if parts > 1:
             case, signal, z = self.base.copied(), joined_signals(self.told[:parts]), torch.cat(run.outputs[:parts])
             inner = case.problem.inner_loss(z, signal, case.batches[0], trainable(case.student)).mean()
