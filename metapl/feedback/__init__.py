@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Literal
 
 from metapl.errors import MetaplError
-from metapl.feedback.altered import Altered
-from metapl.feedback.base import Estimator, Feedback
+from metapl.feedback.base import Estimator
+from metapl.feedback.credit import Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
@@ -24,7 +24,6 @@ from metapl.words import did_you_mean
 
 __all__ = [
     "MODES",
-    "Altered",
     "Difference",
     "Estimator",
     "Feedback",

@@ -19,8 +19,9 @@ from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.execution.shards import local
 from metapl.execution.state import Replay, Slots, State
-from metapl.feedback.base import Estimator, Feedback
+from metapl.feedback.base import Estimator
 from metapl.feedback.compatible import check_kind
+from metapl.feedback.credit import Feedback
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path
 from metapl.problems.base import Problem, Signal, check_signal
@@ -194,7 +195,8 @@ class Teaching:
             if layout.kind == "replicated":
                 like: dict[str, Tensor] = dict(parameters)
                 of_feedback, of_losses = (self.ranks.mean_tree(t, like) for t in (of_feedback, of_losses))
-            a, b = (layout.space.norm({n: local(g) for n, g in t.items()}) for t in (of_feedback, of_losses))
+            trees = [{n: local(g) for n, g in t.items()} for t in (of_feedback, of_losses)]
+            a, b = (layout.space.norm(t) if t else torch.zeros((), device=self.device) for t in trees)
             scale = torch.where(a > 0, ratio * b / a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
             for name, g in of_feedback.items():
                 scaled = scale.to(g.dtype) * g

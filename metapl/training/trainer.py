@@ -18,12 +18,13 @@ from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.execution.state import restored
+from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
+from metapl.feedback.report import Report, StepReport
 from metapl.feedback.teacher import Teaching
 from metapl.functional.build import functional
 from metapl.functional.compiled import CompiledStep
@@ -34,7 +35,6 @@ from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
-from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
@@ -125,7 +125,7 @@ class BilevelTrainer(Trainer):
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
-        self.problem = prepare(problem, self.mode)
+        self.given_problem, self.problem = problem, prepare(problem, self.mode)
         check_teacher(
             teacher,
             self.problem,
@@ -175,6 +175,7 @@ class BilevelTrainer(Trainer):
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
+    @one_at_a_time
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
@@ -215,6 +216,8 @@ class BilevelTrainer(Trainer):
             self.recompute_teacher,
         )
         slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
+            refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
         graph_of = self.mode.graph_of(len(batches), student)
         kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
@@ -256,9 +259,10 @@ class BilevelTrainer(Trainer):
                 )
             if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
-            path.commit()  # line 3; nothing has moved before
+            # Nothing has moved before. The teacher's optimizer may be any, and fail; the student's is a known one.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
+            path.commit()  # line 3: θ_S′
             for layout in self.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
@@ -435,7 +439,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         estimate = estimator(self.mode if mode is None else mode)
-        return self._gradient(estimate, prepare(self.problem, estimate), labeled, unlabeled, generator)
+        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
