@@ -51,7 +51,7 @@ class PartsWriter:
         """
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
-        self.settle()
+        self.finished()
 
         def begin() -> tuple[str, str]:
             self.checkpoints.make()
@@ -76,7 +76,7 @@ class PartsWriter:
         self._under_way = done = Future[Path]()
         threading.Thread(target=self._finish, args=(done, saved, place, path, step), daemon=True).start()
 
-    def settle(self) -> Path | None:
+    def finished(self) -> Path | None:
         """Wait for the checkpoint under way; the path of the last one that was written. Raises as :meth:`write`."""
         done, self._under_way = self._under_way, None
         if done is not None:

@@ -196,7 +196,7 @@ def attribute(
     a small convolutional network at a large rate (docs/attribution.md has measurements). A removed example stays in
     its batch, with the weight 0: it counts in B and in the statistics of a batch norm.
 
-    Raises: :class:`metapl.MetaplError` for data that are not as told, and as :func:`metapl.hypergradient`.
+    Raises: :class:`metapl.MetaplError` for other data, and as :func:`metapl.hypergradient`.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)

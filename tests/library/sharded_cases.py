@@ -807,7 +807,7 @@ def unwritten(folder: str) -> list[str]:
                 patch.setattr(where, name, refuse)
             try:
                 writer.write(1, {"weight": torch.ones(3)})
-                writer.settle()
+                writer.finished()
             except parts.CheckpointError as error:
                 told.append(str(error))
         writer.close()

@@ -36,7 +36,7 @@ def state_of(step: int, value: float = 1.0, size: int = 3) -> dict[str, Any]:
 
 def written(writer: PartsWriter, step: int, value: float = 1.0) -> Path:
     writer.write(step, state_of(step, value))
-    path = writer.settle()
+    path = writer.finished()
     assert path is not None
     return path
 
@@ -51,7 +51,7 @@ def test_it_is_read_as_it_was_when_it_was_asked_for(writer: PartsWriter) -> None
     state["trainer"]["student"]["sharded"].to_local().zero_()
     state["trainer"]["student"]["weight"].zero_()
     state["trainer"]["optimizer"]["param_groups"][0]["lr"] = 0.0
-    path = writer.settle()
+    path = writer.finished()
     assert path == writer.checkpoints.folder / "step-00000007.parts"
     expected = state_of(7, 2.0)
     expected["trainer"]["student"]["sharded"] = torch.full((3, 2), 2.0)
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_what_was_there(writer: PartsWriter) -> None:
     try:
         writer.write(2, state_of(2, size=10_000))
         with pytest.raises(CheckpointError, match="could not be written"):
-            writer.settle()
+            writer.finished()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(writer) == ["step-00000001.parts"]
