@@ -180,12 +180,10 @@ class FitRun:
                     # Several processes agree on a stop where numbers are read anyway.
                     asked = bool(stop) if ranks.alone else options.due(options.log_every, t) and ranks.any(bool(stop))
                     if asked:
-                        raise Interrupted(
-                            t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1) or self._finished_parts()
-                        )
+                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1) or self._finished())
                     if self.ended:
                         break
-                self._finished_parts()
+                self._finished()
             if stop:  # after the last step, while the records were closed
                 raise Interrupted(options.steps, stop[0], self.records.saved_at)
 
@@ -288,7 +286,7 @@ class FitRun:
     # ------------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, step: int) -> Path | None:
-        """Write a checkpoint; None where it is written beside the training, until :meth:`_finished_parts`."""
+        """Write a checkpoint; None where it is written beside the training, until :meth:`_finished`."""
         if not self.saves:
             return None
         self._refuse_bad(step - 1)
@@ -297,7 +295,7 @@ class FitRun:
             state["ranks"] = ranks.gathered(resuming.own_state(state))
             if self.parts is None:
                 state = gathered(state)
-            self._finished_parts()
+            self._finished()
         with ranks.agreed(waiting=True):
             if self.parts is None:
                 path = self.records.save(step, state)  # by the first one
@@ -307,7 +305,7 @@ class FitRun:
             self.parts.write(step, state)
         return path
 
-    def _finished_parts(self) -> Path | None:
+    def _finished(self) -> Path | None:
         """Wait for the checkpoint that is written beside the training; the last one that was."""
         if self.parts is not None:
             self.records.saved_at = self.parts.finished() or self.records.saved_at
