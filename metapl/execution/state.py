@@ -102,7 +102,7 @@ class Replay:
         self._random.restore()
         state, slots = self._state, list(self._held)
         self._tables = [(table, dict(table)) for table, _ in state._tables]
-        if state._values:
+        if state._values or any(now for _, now in self._tables):
             fresh: dict[int, Any] = {key: t.clone() for key, t in state._values.items()}
             if self._upcast:
                 fresh = {key: wide(t) for key, t in fresh.items()}

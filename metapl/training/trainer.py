@@ -125,7 +125,7 @@ class BilevelTrainer(Trainer):
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
-        self.problem = prepare(problem, self.mode)
+        self.given_problem, self.problem = problem, prepare(problem, self.mode)
         check_teacher(
             teacher,
             self.problem,
@@ -174,7 +174,6 @@ class BilevelTrainer(Trainer):
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
-        self._taught: list[int] = []  # the teacher's parameters, as its optimizer was last looked at
 
     @one_at_a_time
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
@@ -217,10 +216,8 @@ class BilevelTrainer(Trainer):
             self.recompute_teacher,
         )
         slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
-        taught = [*map(id, teach.slots.learned.values())]
-        if outer_optimizer is not None and taught != self._taught:  # such as a new head, or a layer that was frozen
+        if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
             refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
-            self._taught = taught
         graph_of = self.mode.graph_of(len(batches), student)
         kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
@@ -442,7 +439,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         estimate = estimator(self.mode if mode is None else mode)
-        return self._gradient(estimate, prepare(self.problem, estimate), labeled, unlabeled, generator)
+        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing

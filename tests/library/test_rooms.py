@@ -19,7 +19,7 @@ FLOORS = (
     ("execution",),
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
-    ("training",),
+    ("functional", "training"),
     ("ablation",),
     ("apps.words", "apps.sklearn", "apps.machine"),
     ("apps.networks", "apps.reports"),

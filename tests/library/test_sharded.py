@@ -19,10 +19,11 @@ from ranks import Hung, Ranks
 from reference import error
 from torch import nn
 
+from metapl.ablation import Altered
 from metapl.distributed import Mesh, shard
 from metapl.distributed.mesh import blocks_of
 from metapl.errors import MetaplError
-from metapl.feedback import Altered, Forward, Reinforce, ReinforcePerExample
+from metapl.feedback import Forward, Reinforce, ReinforcePerExample
 from metapl.models import mlp as multilayer
 
 MODES = ("none", "reinforce", "reinforce_per_example", "loss_difference", "difference", "forward")
