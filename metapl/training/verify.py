@@ -264,7 +264,7 @@ class _Verified:
         if fault := self._fault():
             return GradientCheck("refused", f"{name}: {fault} See docs/contract.md.")
         at, errors = self, self.errors()
-        if at.off(errors):  # a ReLU at exactly 0 has two slopes; a thousandth of the weights' size away it has one
+        if at.off(errors):
             at = _Verified(self.base.beside(), self.estimate, self.eps)
             errors = at.errors()
         if at.off(errors) and at._in_float32():

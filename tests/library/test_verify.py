@@ -200,6 +200,20 @@ def test_clean_students_are_right_in_every_mode(student: str) -> None:
         assert (mode, found.status) == (mode, "right"), str(found)
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_a_fresh_adam_which_is_a_sign_and_relus_at_zero(optimizer: Any) -> None:
+    torch.manual_seed(0)
+    networks = [model(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 6), nn.ReLU()) for _ in range(2)]
+    for p in networks[0].parameters():
+        nn.init.zeros_(p) if p.ndim == 1 else None
+    x = torch.randn(16, 4) * (torch.arange(16) % 2)[:, None]  # half of the inputs are blank
+    given = {"labeled": (torch.randn(16, 4), torch.arange(16) % C), "unlabeled": x}
+    for mode in MODES:
+        inner = optimizer(networks[1].parameters(), lr=1e-3)
+        found = metapl.check_gradient(*networks, **given, mode=mode, inner_optimizer=inner)
+        assert (mode, found.status) == (mode, "right"), str(found)
+
+
 @pytest.mark.parametrize("solver", ["cg", "neumann", "identity"])
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_implicit_beside_double_backward(solver: Any, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
