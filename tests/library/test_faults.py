@@ -21,7 +21,6 @@ import test_sampled
 import test_signals_of_several
 import test_step
 import test_updates
-import torch
 
 from metapl import MetaplError
 from metapl.feedback import LossDifference, Reinforce
@@ -57,11 +56,13 @@ bit_for_bit = partial(of, test_relations.test_weights_buffers_gradients_and_stat
 smoothed = lambda estimator: of(test_exact.test_two_views_temperature_and_smoothing, estimator, 0.15)  # noqa: E731
 one_pass = partial(of, test_step.test_statistics_and_generator_advance_as_by_one_pass_of_each_network)
 baseline = partial(of, test_relations.test_the_baseline_is_its_value_from_before_the_step)
-ratio = of(
-    test_ratio.test_the_norms_of_the_two_gradients_have_this_ratio, "forward", {}, test_ratio.LOSSES[0]
-)
+ratio = of(test_ratio.test_the_norms_of_the_two_gradients_have_this_ratio, "forward", {}, test_ratio.LOSSES[0])
 several = lambda mode: of(  # noqa: E731
-    test_signals_of_several.test_every_field_gets_its_own_feedback, mode, 1, "torch_sgd", test_signals_of_several.Weighted
+    test_signals_of_several.test_every_field_gets_its_own_feedback,
+    mode,
+    1,
+    "torch_sgd",
+    test_signals_of_several.Weighted,
 )
 
 CAUGHT: dict[str, list[Check]] = {
@@ -151,7 +152,9 @@ def test_every_fault_has_a_test_that_catches_it() -> None:
     assert CAUGHT.keys() | faults.FAULTS_AHEAD.keys() >= plants
 
 
-@pytest.mark.parametrize(("fault", "number"), [(fault, n) for fault, checks in CAUGHT.items() for n in range(len(checks))])
+@pytest.mark.parametrize(
+    ("fault", "number"), [(fault, n) for fault, checks in CAUGHT.items() for n in range(len(checks))]
+)
 def test_a_planted_fault_is_caught(fault: str, number: int) -> None:
     """By an assertion, or by the library itself, as it would find it in a student."""
     passes(CAUGHT[fault][number])

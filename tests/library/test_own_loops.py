@@ -261,9 +261,7 @@ def test_a_scaled_loss_of_accelerate_is_refused() -> None:
     networks, (outer, inner), _ = prepared()
     inner.scaler = outer.scaler = torch.amp.GradScaler("cpu")  # which accelerate makes on GPUs only
     for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
-        with pytest.raises(
-            MetaplError
-        ):
+        with pytest.raises(MetaplError):
             metapl.BilevelTrainer(*networks, **options)
 
 
@@ -309,9 +307,7 @@ def test_a_network_with_a_part_in_ddp_is_refused(tmp_path: Path) -> None:
         for networks in ((inside, nn.Linear(4, 3)), (nn.Linear(4, 3), inside)):
             with pytest.raises(MetaplError):
                 metapl.BilevelTrainer(*networks)
-        with pytest.raises(
-            MetaplError
-        ):
+        with pytest.raises(MetaplError):
             metapl.BilevelTrainer(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)), nn.Linear(4, 3))
     finally:
         torch.distributed.destroy_process_group()

@@ -277,9 +277,7 @@ def test_the_folder_of_another_path_is_refused_and_left(case: str, tmp_path: Pat
     with pytest.raises(ZeroDivisionError):
         gradient(str(tmp_path), stopped_at(20), **own)
     there = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(
-        MetaplError
-    ):
+    with pytest.raises(MetaplError):
         gradient(str(tmp_path), lambda: None, **{**own, **given})
     assert there == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert same(gradient(str(tmp_path), lambda: None, **own), gradient(None, lambda: None, **own))
