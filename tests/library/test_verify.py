@@ -115,11 +115,11 @@ batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mea
 penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
 PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a clip": ("RRRRR", {}, {"clip_norm": 0.1}),
-    "micro-batches": ("RRR--", {}, {"accumulate": 2}),
-    "a pair in micro-batches": ("RRR--", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
-    "a sum in micro-batches": ("XXX--", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "micro-batches": ("RRRRR", {}, {"accumulate": 2}),
+    "a pair in micro-batches": ("RRRRR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("XXXXX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
     "a loss of the batch": ("RRRRR", batchwise, {}),
-    "a loss of the batch in micro-batches": ("XXX--", batchwise, {"accumulate": 2}),
+    "a loss of the batch in micro-batches": ("XXXXX", batchwise, {"accumulate": 2}),
     "a penalty on weights": ("RRRRR", penalty, {}),
     "a parameter in the signal": (
         "RRRRR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
