@@ -1,9 +1,10 @@
-"""Students of unusual kinds, and what verification says of each by mode."""
+"""Students and problems of unusual kinds, and what verification says of each, in the columns of test_verify.py."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from metapl import PseudoLabels, Signal
 
 C = 3
 
@@ -189,4 +192,75 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS
         "XXXXX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
     "a tensor in a weight's memory": (
         "XXXXX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ problems
+
+
+class Problem(PseudoLabels):
+    """Pseudo-labels with other losses, or another signal: functions of what the library's have, by name."""
+
+    def __init__(self, **change: Any) -> None:
+        super().__init__()
+        vars(self).update(change=change, matrix=change.pop("matrix", None), teacher=None)
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        found, change = super().signal(teacher, batch, student_outputs, generator=generator), vars(self)["change"]
+        if self.kind == "hard":
+            return change["hard"](found) if "hard" in change else found
+        return Signal(change["soft"](self, teacher, batch)) if "soft" in change else found
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        losses, change = super().inner_loss(outputs, signal, batch), vars(self)["change"]
+        return change["inner"](self, losses, outputs, batch, params) if "inner" in change else losses
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        loss, change = super().outer_loss(outputs, batch), vars(self)["change"]
+        return change["outer"](self, loss, outputs, batch) if "outer" in change else loss
+
+
+def half(t: Tensor) -> Tensor:
+    return (t + t.detach()) / 2
+
+
+def writes(self: Any, losses: Tensor, outputs: Tensor, batch: Any, params: Any) -> Tensor:
+    next(iter(params.values())).data.mul_(0.9)
+    return losses
+
+
+def logit(s: Any) -> Tensor:
+    return s.outputs.gather(-1, s.value[:, None])[:, 0]
+
+
+learned = {"matrix": nn.Parameter(torch.eye(C) + 0.1)}
+with_teacher = {"inner": lambda self, losses, z, x, params: losses + 0.1 * (z * self.teacher(x)).sum(1)}
+batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mean()}
+penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
+PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a clip": ("RRRRR", {}, {"clip_norm": 0.1}),
+    "micro-batches": ("RRRRR", {}, {"accumulate": 2}),
+    "a pair in micro-batches": ("RRRRR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("XXXXX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a loss of the batch": ("RRRRR", batchwise, {}),
+    "a loss of the batch in micro-batches": ("XXXXX", batchwise, {"accumulate": 2}),
+    "a penalty on weights": ("RRRRR", penalty, {}),
+    "a parameter in the signal": (
+        "RRRRR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
+    "a parameter in a loss": (
+        "XXXXX", {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
+    "an inner loss of the teacher": ("XXXXX", with_teacher, {}),
+    "an outer loss of the teacher": (
+        "XXXXX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+    "a loss that writes weights": ("XXXXX", {"inner": writes}, {}),
+    "half a signal": ("AARAA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
+    "a layer's signal": ("AARAA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
+    "a hard signal, straight-through": (
+        "AARAA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
+    "a wrong backward in the signal": (
+        "XXRXX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
+    "a log_prob that is none": ("RRXRR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
+    "a logit without probs": ("RRXRR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
+    "a smoothed log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
+    "half a log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
 }  # fmt: skip

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from kinds import KINDS, C, Function, Own, norms, plain, put, rounded
+from kinds import KINDS, PROBLEMS, C, Own, Problem, norms, plain, put, rounded
 from problems_zoo import product, toy, unmoved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl import Lookahead, MetaplError, PseudoLabels, Signal
+from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
 from metapl.training import verify
 from metapl.training.verify import GradientCheck, VerificationWarning
@@ -72,74 +72,6 @@ def test_kinds_of_students(kind: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
-
-
-class Problem(PseudoLabels):
-    """Pseudo-labels with other losses, or another signal: functions of what the library's have, by name."""
-
-    def __init__(self, **change: Any) -> None:
-        super().__init__()
-        vars(self).update(change=change, matrix=change.pop("matrix", None), teacher=None)
-
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        found, change = super().signal(teacher, batch, student_outputs, generator=generator), vars(self)["change"]
-        if self.kind == "hard":
-            return change["hard"](found) if "hard" in change else found
-        return Signal(change["soft"](self, teacher, batch)) if "soft" in change else found
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        losses, change = super().inner_loss(outputs, signal, batch), vars(self)["change"]
-        return change["inner"](self, losses, outputs, batch, params) if "inner" in change else losses
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        loss, change = super().outer_loss(outputs, batch), vars(self)["change"]
-        return change["outer"](self, loss, outputs, batch) if "outer" in change else loss
-
-
-def half(t: Tensor) -> Tensor:
-    return (t + t.detach()) / 2
-
-
-def writes(self: Any, losses: Tensor, outputs: Tensor, batch: Any, params: Any) -> Tensor:
-    next(iter(params.values())).data.mul_(0.9)
-    return losses
-
-
-def logit(s: Any) -> Tensor:
-    return s.outputs.gather(-1, s.value[:, None])[:, 0]
-
-
-learned = {"matrix": nn.Parameter(torch.eye(C) + 0.1)}
-with_teacher = {"inner": lambda self, losses, z, x, params: losses + 0.1 * (z * self.teacher(x)).sum(1)}
-batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mean()}
-penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
-PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "a clip": ("RRRRR", {}, {"clip_norm": 0.1}),
-    "micro-batches": ("RRRRR", {}, {"accumulate": 2}),
-    "a pair in micro-batches": ("RRRRR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
-    "a sum in micro-batches": ("XXXXX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
-    "a loss of the batch": ("RRRRR", batchwise, {}),
-    "a loss of the batch in micro-batches": ("XXXXX", batchwise, {"accumulate": 2}),
-    "a penalty on weights": ("RRRRR", penalty, {}),
-    "a parameter in the signal": (
-        "RRRRR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
-    "a parameter in a loss": (
-        "XXXXX", {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
-    "an inner loss of the teacher": ("XXXXX", with_teacher, {}),
-    "an outer loss of the teacher": (
-        "XXXXX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
-    "a loss that writes weights": ("XXXXX", {"inner": writes}, {}),
-    "half a signal": ("AARAA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
-    "a layer's signal": ("AARAA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
-    "a hard signal, straight-through": (
-        "AARAA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
-    "a wrong backward in the signal": (
-        "XXRXX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
-    "a log_prob that is none": ("RRXRR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
-    "a logit without probs": ("RRXRR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
-    "a smoothed log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
-    "half a log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PROBLEMS)
@@ -361,6 +293,34 @@ def test_settings(setting: Any, times: int, verified: list[str]) -> None:
     for _ in range(4):
         made.step(**batches)
     assert len(verified) == times
+
+
+LATE: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {  # what a later step refuses: by tangent, by graph
+    "a hook on an activation": ("X-", KINDS["a hook on an activation"][1]),
+    "another jvp than backward": ("X-", KINDS["another jvp than backward"][1]),
+    "python's random numbers": ("X-", KINDS["python's random numbers"][1]),
+    "weights written by .data": ("X-", KINDS["weights written by .data"][1]),
+    "an input in place": ("X-", KINDS["an input in place"][1]),
+    "straight-through": ("--", KINDS["straight-through"][1]),
+    "outputs that are not finite": ("XX", lambda s, x: s.plain(x) / 0),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_what_begins_after_the_first_step_is_seen_by_the_flag(kind: str) -> None:
+    expected, forward = LATE[kind]
+    found = ""
+    for by in ("tangent", "graph"):
+        student = Own(lambda s, x: forward(s, x) if s.late else s.plain(x), put("late", lambda s: False))
+        made, batches = trainer(student, Forward(by=by))
+        made.step(**batches)
+        student.late = True
+        try:
+            made.step(**batches)
+            found += "-"
+        except MetaplError:
+            found += "X"
+    assert found == expected
 
 
 @pytest.mark.parametrize("mode", ["forward", "loss_difference"])
