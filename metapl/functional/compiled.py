@@ -23,8 +23,7 @@ from metapl.execution.ranks import gumbel
 from metapl.execution.rng import RandomState, branching_to
 from metapl.feedback.lookahead import Lookahead
 from metapl.functional.build import step_of, updates_of
-from metapl.functional.network import tensors_of
-from metapl.functional.state import State, state_of, unclipped
+from metapl.functional.state import State, settings_of, state_of, unclipped
 from metapl.functional.trees import norm
 from metapl.problems.base import Signal
 from metapl.training.contract import StepReport
@@ -41,6 +40,9 @@ class CompiledStep:
 
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
+        self.state: State | None = None  # views of the tensors that modules and optimizers hold
+        self.places: list[tuple[Any, str, Tensor, int]] = []  # the tables that hold these, and their memory
+        self.owners: list[tuple[Any, Tensor, Any]] = []  # optimizers, and their states by parameter
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledStep, ()
@@ -48,45 +50,34 @@ class CompiledStep:
     def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
         networks = {"student": trainer.student, **({} if trainer.teacher is None else {"teacher": trainer.teacher})}
-        parts = [(role, path, part) for role, net in networks.items() for path, part in net.named_modules()]
+        modules = [module for net in networks.values() for module in _modules(net)]
         flags = tuple(
-            (id(p), p.training, *(t is not None and t.requires_grad for t in p._parameters.values())) for *_, p in parts
+            (id(m), m.training, *[p is not None and p.requires_grad for p in m._parameters.values()]) for m in modules
         )
-        weights = trainer.feedback_weight, trainer.feedback_ratio
-        key = flags, weights, len(batches), trainer.mode, id(trainer.problem), id(trainer.teacher_losses)
-        first = key not in self.known
+        optimizers = [o for o in (trainer.inner_optimizer, trainer.outer_optimizer) if o is not None]
+        weights = trainer.feedback_weight, trainer.feedback_ratio, trainer.mode, tuple(map(id, optimizers))
+        key = flags, weights, len(batches), id(trainer.problem), id(trainer.teacher_losses)
+        first, several = key not in self.known, len(batches) > 1
         if first:
-            for role, net in networks.items():
-                for name, p in net.named_parameters():
-                    if p._backward_hooks or p._post_accumulate_grad_hooks:
-                        raise MetaplError(
-                            f"the {role}'s {name} has a hook, which no graph captures; leave compile out."
-                        )
-            if not isinstance(unclipped(trainer.update), TorchUpdate):
-                raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
-            updates = updates_of(trainer)
-            step: Any = step_of(trainer, len(batches), updates)
-            step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-                compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, **BACKEND)
-            plain = [_numbers(part) for *_, part in parts]
+            compiled, updates = self.compile(trainer, networks, len(batches))
+            before = [_numbers(module) for module in modules]
             eager, there, twins = eager_step(trainer, labeled, batches, ahead)
-            for (role, path, _), was, twin in zip(parts, plain, twins, strict=True):
-                for name in (name for name, value in _numbers(twin).items() if was.get(name) != value):
-                    raise MetaplError(f"the {role}'s {path}.{name} changes in a step, which no graph captures.")
-            probs = eager.signal.probs
+            changed = [
+                n for m, was in zip(twins, before, strict=True) for n, v in _numbers(m).items() if was.get(n) != v
+            ]
+            if changed:
+                raise MetaplError(f"{changed[0]} of a network's module changes in a step, which no graph captures.")
+            state, probs = state_of(trainer, updates), eager.signal.probs
         else:
             compiled, updates, probs = self.known[key]
+            state = self.read(trainer, updates)
         noise = None
         if trainer.generator is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, trainer.generator) for batch in batches)
-        state, several = state_of(trainer, updates), len(batches) > 1
+        given = (tuple(batches), noise) if several else (batches[0], noise and noise[0])
         try:
             with torch.no_grad(), no_fast_path(math=True):
-                moved, report = compiled(
-                    state, labeled, *((tuple(batches), noise) if several else (batches[0], noise and noise[0]))
-                )
+                moved, report = compiled(state, labeled, *given)
         except Exception as error:
             if not first:
                 raise
@@ -96,9 +87,7 @@ class CompiledStep:
         scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
         scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
         scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-        text = (
-            "the step's numbers are not finite, or the student's outputs do not follow its weights (the slopes differ)."
-        )
+        text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
         wrapped = StepReport(
             trainer.steps_done,
             scalars,
@@ -110,19 +99,76 @@ class CompiledStep:
         )
         if first:
             _compare(_seen(state, moved, wrapped), _seen(state, there, eager), report.inner_loss)
-            self.known[key] = compiled, updates, probs
-        for net, update, held, of in (
-            (trainer.student, updates[0], moved.student, moved.inner),
-            (trainer.teacher, updates[1], moved.teacher, moved.outer),
-        ):
-            pairs = [(own[n], t) for own, new in zip(tensors_of(net), held, strict=True) for n, t in new.items()]
-            for name, p in {} if update is None else unclipped(update).parameters.items():
-                own = unclipped(update).optimizer.state[p]
-                pairs += [(own.setdefault(key, torch.empty_like(t)), t) for key, t in of.state[name].items()]
-            if pairs:
-                torch._foreach_copy_([to for to, _ in pairs], [t for _, t in pairs])
+            self.known[key], self.state = (compiled, updates, probs), None
+            self.read(trainer, updates)
+        with torch.no_grad():
+            torch._foreach_copy_([held for _, _, held, _ in self.places], _leaves(moved, state))
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
         return wrapped
+
+    def compile(self, trainer: Any, networks: dict[str, Any], steps: int) -> tuple[Any, Any]:
+        """The trainer's step as one graph, once it is called; refused where none could be."""
+        for role, net in networks.items():
+            for name, p in net.named_parameters():
+                if p._backward_hooks or p._post_accumulate_grad_hooks:
+                    raise MetaplError(f"the {role}'s {name} has a hook, which no graph captures; leave compile out.")
+        if not isinstance(unclipped(trainer.update), TorchUpdate):
+            raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
+        updates = updates_of(trainer)
+        step: Any = step_of(trainer, steps, updates)
+        step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
+            return torch.compile(step, fullgraph=True, dynamic=False, **BACKEND), updates
+
+    def read(self, trainer: Any, updates: Any) -> State:
+        """The state, in the very tensors that modules and optimizers hold; those of optimizers made where missing."""
+        held = all(t is table.get(name) and t.data_ptr() == at for table, name, t, at in self.places)
+        if self.state is None or not held or not all(o.state.get(p) is own for o, p, own in self.owners):
+            state = state_of(trainer, updates)
+            self.places, self.owners = [], []
+            tables: list[tuple[Any, str]] = []
+            for net, network, update, optimizer in (
+                (trainer.student, state.student, updates[0], state.inner),
+                (trainer.teacher, state.teacher, updates[1], state.outer),
+            ):
+                for name in (*network.params, *network.state):
+                    path, _, last = name.rpartition(".")
+                    part = net.get_submodule(path)
+                    tables.append((part._parameters if last in part._parameters else part._buffers, last))
+                for name, p in {} if update is None else unclipped(update).parameters.items():
+                    own = unclipped(update).optimizer.state[p]
+                    self.owners.append((unclipped(update).optimizer, p, own))
+                    for key, t in optimizer.state[name].items():
+                        own.setdefault(key, t)
+                        tables.append((own, key))
+            self.places = [(table, name, table[name], table[name].data_ptr()) for table, name in tables]
+            self.state = state
+        inner, outer = (
+            optimizer._replace(settings=[] if update is None else settings_of(unclipped(update), trainer.device))
+            for optimizer, update in zip((self.state.inner, self.state.outer), updates, strict=True)
+        )
+        step = torch.tensor(trainer.steps_done, device=trainer.device)
+        mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
+        return self.state._replace(inner=inner, outer=outer, mode=mode, step=step)
+
+
+def _modules(module: Any) -> list[Any]:
+    """A module and those in it, in the order of ``modules()``."""
+    return [module, *(part for child in module._modules.values() if child is not None for part in _modules(child))]
+
+
+def _leaves(state: State, order: State) -> list[Tensor]:
+    """The tensors of networks and optimizers, in the order of another state."""
+    pairs = (
+        (state.student, state.inner, order.student, order.inner),
+        (state.teacher, state.outer, order.teacher, order.outer),
+    )
+    found = []
+    for network, optimizer, named, held in pairs:
+        found += [network.params[n] for n in named.params] + [network.state[n] for n in named.state]
+        found += [optimizer.state[n][key] for n in named.params for key in held.state.get(n, ())]
+    return found
 
 
 def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> tuple[StepReport, State, list[Any]]:
@@ -142,7 +188,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
         with branching_to(end):
             twin, report = taken()
         start.restore()
-    modules = [part for net in (twin.student, twin.teacher) if net is not None for part in net.modules()]
+    modules = [part for net in (twin.student, twin.teacher) if net is not None for part in _modules(net)]
     return report, state_of(twin, updates_of(twin)), modules
 
 

@@ -69,16 +69,11 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
     """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
     device = trainer.device
 
-    def number(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(number, value))
-        return value.detach().double() if isinstance(value, Tensor) else _number(value, device)
-
     def optimizer(update: Update | None) -> Optimizer:
         of = unclipped(update)
-        if not isinstance(of, TorchUpdate):
-            return Optimizer({} if of is None else of.read_state(), [])
-        return Optimizer(of.begun_state(), [{n: number(v) for n, v in group.items()} for group in of.options()[1]])
+        if isinstance(of, TorchUpdate):
+            return Optimizer(of.begun_state(), settings_of(of, device))
+        return Optimizer({} if of is None else of.read_state(), [])
 
     student = tensors_of(trainer.student)
     kind = wide(next(iter(student.params.values()))).dtype
@@ -86,6 +81,17 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
     inner, outer = map(optimizer, updates)
     step = torch.tensor(trainer.steps_done, device=device)
     return State(tensors_of(trainer.teacher), student, inner, outer, mode, step)
+
+
+def settings_of(update: TorchUpdate, device: torch.device) -> list[dict[str, Any]]:
+    """The numbers in an optimizer's param groups, as tensors."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(number, value))
+        return value.detach().double() if isinstance(value, Tensor) else _number(value, device)
+
+    return [{name: number(value) for name, value in group.items()} for group in update.settings()]
 
 
 @lru_cache(maxsize=256)  # since most settings stay what they are
