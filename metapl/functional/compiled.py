@@ -41,8 +41,11 @@ class CompiledStep:
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
         self.state: State | None = None  # views of the tensors that modules and optimizers hold
-        self.places: list[tuple[Any, str, Tensor, int]] = []  # the tables that hold these, and their memory
-        self.owners: list[tuple[Any, Tensor, Any]] = []  # optimizers, and their states by parameter
+        self.tensors: list[Tensor] = []  # these, in the order of _leaves,
+        self.memory: list[int] = []  # and where they were
+        self.places: list[tuple[Any, Any, Any]] = []  # what is known to stand in a table under a name
+        self.numbers: list[Any] = []  # the optimizers' settings, and these as tensors
+        self.settings: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledStep, ()
@@ -102,7 +105,7 @@ class CompiledStep:
             self.known[key], self.state = (compiled, updates, probs), None
             self.read(trainer, updates)
         with torch.no_grad():
-            torch._foreach_copy_([held for _, _, held, _ in self.places], _leaves(moved, state))
+            torch._foreach_copy_(self.tensors, _leaves(moved, state))
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
         return wrapped
 
@@ -114,6 +117,7 @@ class CompiledStep:
                     raise MetaplError(f"the {role}'s {name} has a hook, which no graph captures; leave compile out.")
         if not isinstance(unclipped(trainer.update), TorchUpdate):
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
+        trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
         updates = updates_of(trainer)
         step: Any = step_of(trainer, steps, updates)
         step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
@@ -123,34 +127,41 @@ class CompiledStep:
 
     def read(self, trainer: Any, updates: Any) -> State:
         """The state, in the very tensors that modules and optimizers hold; those of optimizers made where missing."""
-        held = all(t is table.get(name) and t.data_ptr() == at for table, name, t, at in self.places)
-        if self.state is None or not held or not all(o.state.get(p) is own for o, p, own in self.owners):
-            state = state_of(trainer, updates)
-            self.places, self.owners = [], []
-            tables: list[tuple[Any, str]] = []
-            for net, network, update, optimizer in (
-                (trainer.student, state.student, updates[0], state.inner),
-                (trainer.teacher, state.teacher, updates[1], state.outer),
+        held = all(table.get(name) is value for table, name, value in self.places)
+        if self.state is None or not held or [t.data_ptr() for t in self.tensors] != self.memory:
+            self.state, self.places, self.tensors = state_of(trainer, updates), [], []
+            for net, role, update, optimizer in (
+                (trainer.student, self.state.student, unclipped(updates[0]), self.state.inner),
+                (trainer.teacher, self.state.teacher, unclipped(updates[1]), self.state.outer),
             ):
-                for name in (*network.params, *network.state):
+                for name in (*role.params, *role.state):
                     path, _, last = name.rpartition(".")
                     part = net.get_submodule(path)
-                    tables.append((part._parameters if last in part._parameters else part._buffers, last))
-                for name, p in {} if update is None else unclipped(update).parameters.items():
-                    own = unclipped(update).optimizer.state[p]
-                    self.owners.append((unclipped(update).optimizer, p, own))
+                    self.hold(part._parameters if last in part._parameters else part._buffers, last)
+                for name, p in {} if update is None else update.parameters.items():
+                    own = update.optimizer.state[p]
+                    self.places += [
+                        (vars(update.optimizer), "state", update.optimizer.state),
+                        (update.optimizer.state, p, own),
+                    ]
                     for key, t in optimizer.state[name].items():
                         own.setdefault(key, t)
-                        tables.append((own, key))
-            self.places = [(table, name, table[name], table[name].data_ptr()) for table, name in tables]
-            self.state = state
+                        self.hold(own, key)
+            self.memory = [t.data_ptr() for t in self.tensors]
+        numbers = [[] if update is None else unclipped(update).settings() for update in updates]
+        if numbers != self.numbers:
+            self.numbers, self.settings = numbers, [settings_of(n, trainer.device) for n in numbers]
         inner, outer = (
-            optimizer._replace(settings=[] if update is None else settings_of(unclipped(update), trainer.device))
-            for optimizer, update in zip((self.state.inner, self.state.outer), updates, strict=True)
+            optimizer._replace(settings=now)
+            for optimizer, now in zip((self.state.inner, self.state.outer), self.settings, strict=True)
         )
         step = torch.tensor(trainer.steps_done, device=trainer.device)
         mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
         return self.state._replace(inner=inner, outer=outer, mode=mode, step=step)
+
+    def hold(self, table: dict[str, Any], name: str) -> None:
+        self.places.append((table, name, table[name]))
+        self.tensors.append(table[name])
 
 
 def _modules(module: Any) -> list[Any]:

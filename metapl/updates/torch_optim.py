@@ -147,7 +147,9 @@ class TorchUpdate(Update):
 
     def settings(self) -> list[dict[str, Any]]:
         """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""
-        return [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        found = [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in groups]
+        return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in found]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
