@@ -6,32 +6,28 @@ kind is compared with the eager one, taken by a copy of the trainer; what cannot
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
 from metapl.execution.checks import Fault
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.ranks import gumbel
-from metapl.execution.rng import RandomState, branching_to
-from metapl.feedback.lookahead import Lookahead
+from metapl.execution.rng import RandomState
 from metapl.functional.build import step_of, updates_of
-from metapl.functional.state import State, settings_of, state_of, unclipped
-from metapl.functional.trees import norm
+from metapl.functional.first_step import eager_step, refuse_other
+from metapl.functional.state import Report, State, settings_of, state_of, unclipped
 from metapl.problems.base import Signal
 from metapl.training.contract import StepReport
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
-AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm: h, gradients and buffers with the eager ones
 SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
 
 
@@ -60,48 +56,35 @@ class CompiledStep:
         optimizers = [o for o in (trainer.inner_optimizer, trainer.outer_optimizer) if o is not None]
         weights = trainer.feedback_weight, trainer.feedback_ratio, trainer.mode, tuple(map(id, optimizers))
         key = flags, weights, len(batches), id(trainer.problem), id(trainer.teacher_losses)
-        first, several = key not in self.known, len(batches) > 1
+        first, several, draw = key not in self.known, len(batches) > 1, trainer.generator
+        start, drawn = RandomState.now(trainer.device), draw and draw.get_state()
         if first:
             compiled, updates = self.compile(trainer, networks, len(batches))
-            before = [_numbers(module) for module in modules]
-            eager, there, twins = eager_step(trainer, labeled, batches, ahead)
-            changed = [
-                n for m, was in zip(twins, before, strict=True) for n, v in _numbers(m).items() if was.get(n) != v
-            ]
-            if changed:
-                raise MetaplError(f"{changed[0]} of a network's module changes in a step, which no graph captures.")
-            state, probs = state_of(trainer, updates), eager.signal.probs
+            eager = eager_step(trainer, labeled, batches, ahead)
+            state, probs = state_of(trainer, updates), eager[1].signal.probs
         else:
             compiled, updates, probs = self.known[key]
             state = self.read(trainer, updates)
         noise = None
-        if trainer.generator is not None and probs is not None:
-            noise = tuple(gumbel(length(batch), probs.shape[1], probs, trainer.generator) for batch in batches)
-        given = (tuple(batches), noise) if several else (batches[0], noise and noise[0])
+        if draw is not None and probs is not None:
+            noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
             with torch.no_grad(), no_fast_path(math=True):
+                given = (tuple(batches), noise) if several else (batches[0], noise and noise[0])
                 moved, report = compiled(state, labeled, *given)
+            wrapped = _wrapped(trainer, report, several, ahead)
+            if first:
+                refuse_other(state, (moved, wrapped), eager)
         except Exception as error:
-            if not first:
+            start.restore()
+            if draw is not None:
+                draw.set_state(drawn)
+            if not first or isinstance(error, MetaplError):
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             said = " ".join([*lines[:2], *[line for line in lines[2:] if line.startswith("File ")][-1:]])
             raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
-        scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
-        scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
-        scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-        text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
-        wrapped = StepReport(
-            trainer.steps_done,
-            scalars,
-            Fault([(~(report.flag < SLOPES), text)]),
-            feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
-            signal=Signal(**(report.signal[-1] if several else report.signal)),
-            student_outputs=report.student_outputs,
-            problem=trainer.problem,
-        )
         if first:
-            _compare(_seen(state, moved, wrapped), _seen(state, there, eager), report.inner_loss)
             self.known[key], self.state = (compiled, updates, probs), None
             self.read(trainer, updates)
         with torch.no_grad():
@@ -164,6 +147,23 @@ class CompiledStep:
         self.tensors.append(table[name])
 
 
+def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepReport:
+    """A pure step's report as the trainer's."""
+    scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
+    scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
+    scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+    text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
+    return StepReport(
+        trainer.steps_done,
+        scalars,
+        Fault([(~(report.flag < SLOPES), text)]),
+        feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
+        signal=Signal(**(report.signal[-1] if several else report.signal)),
+        student_outputs=report.student_outputs,
+        problem=trainer.problem,
+    )
+
+
 def _modules(module: Any) -> list[Any]:
     """A module and those in it, in the order of ``modules()``."""
     return [module, *(part for child in module._modules.values() if child is not None for part in _modules(child))]
@@ -180,52 +180,3 @@ def _leaves(state: State, order: State) -> list[Tensor]:
         found += [network.params[n] for n in named.params] + [network.state[n] for n in named.state]
         found += [optimizer.state[n][key] for n in named.params for key in held.state.get(n, ())]
     return found
-
-
-def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> tuple[StepReport, State, list[Any]]:
-    """The same step by a copy of the trainer on the eager road: its report, the state after it, and the copy's modules.
-    No generator moves."""
-    start, generator = RandomState.now(trainer.device), trainer.generator
-
-    def taken() -> Any:
-        twin = copy.deepcopy(trainer, {} if generator is None else {id(generator): generator.clone_state()})
-        vars(twin)["compile"] = False
-        return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
-
-    twin, report = taken()
-    end = RandomState.now(trainer.device)
-    start.restore()
-    if not end.same(start):  # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream
-        with branching_to(end):
-            twin, report = taken()
-        start.restore()
-    modules = [part for net in (twin.student, twin.teacher) if net is not None for part in _modules(net)]
-    return report, state_of(twin, updates_of(twin)), modules
-
-
-def _numbers(part: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(part).items() if isinstance(value, int | float | str)}
-
-
-def _seen(before: State, after: State, report: StepReport) -> dict[str, dict[Any, Tensor]]:
-    """What is compared. Gradients by the first moments, not by weights, of which a fresh Adam's move is a sign."""
-    trees = {"h": dict(enumerate(pytree.tree_leaves(report.feedback)))}
-    for role, held in (("student", after.inner.state), ("teacher", after.outer.state)):
-        network, was = getattr(after, role), getattr(before, role).params
-        moments = {
-            n: held[n].get("exp_avg", held[n].get("momentum_buffer", p - was[n])) for n, p in network.params.items()
-        }
-        trees |= {f"the {role}'s gradient": moments, f"the {role}'s buffers": network.state}
-    return trees
-
-
-def _compare(found: dict[str, Any], expected: dict[str, Any], loss: Tensor) -> None:
-    """Refuse a compiled step that is not the eager one."""
-    for name, tree in expected.items():
-        if tree:
-            gap, size = norm({n: found[name][n].double() - t for n, t in tree.items()}), norm(tree)
-            rounding = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if name == "h" else 0.0
-            if not bool(gap <= AGREES[loss.dtype] * size + rounding):
-                raise MetaplError(
-                    f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out."
-                )
