@@ -11,7 +11,6 @@ import pages
 import pytest
 import torch
 import torchopt
-from metapl.execution.buffers import swapped
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo.utils import counters
@@ -22,6 +21,7 @@ from metapl.execution import sharded
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.shards import ShardedSpace
+from metapl.execution.state import swapped
 from metapl.feedback import credit, keeping
 from metapl.problems import LearningToReweight
 
