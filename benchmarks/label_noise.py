@@ -54,6 +54,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl.ablation import Altered
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 from metapl.data.sampler import StepSampler
 from metapl.feedback import Estimator, Forward
@@ -70,7 +71,6 @@ from metapl.problems import (
     WeightNet,
 )
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "label_noise.jsonl"
 CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32

@@ -11,8 +11,8 @@ of the processor, on one thread. Ways take turns: each takes some steps a round,
 of one way's time over that of the same mode by hand in the same round, beside the quartiles. A stacked step is
 ``torch.func.vmap`` of the trainer's function over 32 seeds with a batch each, and its time is that of one seed.
 Compiling is not in the times: it is given in seconds, with an empty cache, and as the number of steps after which it
-has paid, against the step as it is. Apart is how far the teacher is from the one trained by hand, over how far it has
-gone, after three steps. Counted are the files and functions of metapl that the third step enters.
+has paid, against the same that is not compiled. Apart is how far the teacher is from the one trained by hand, over how
+far it has gone, after three steps. Counted are the files and functions of metapl that the third step enters.
 """
 
 from __future__ import annotations
@@ -242,8 +242,8 @@ def measure(network: str, mode: str, ways: Sequence[str], rounds: int, label: st
             gone = ready[HAND][1]
             row["apart"] = float((ready[name][1] - gone).norm() / gone.norm())
         if "cold_seconds" in row:
-            slower = statistics.median(times[EAGER if EAGER in times else HAND])
-            saved = (slower - row["ms"]) * (SEEDS if name == BOTH else 1) / 1e3
+            plain, seeds = (STACKED, SEEDS) if name == BOTH else (EAGER if EAGER in times else HAND, 1)
+            saved = (statistics.median(times[plain]) - row["ms"]) * seeds / 1e3
             row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
         rows.append(row)
     return rows

@@ -67,14 +67,23 @@ def coarsest(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype
     return next((t for t in (torch.bfloat16, torch.float16, torch.float32) if t in formats), torch.float64)
 
 
-def same_outputs(again: Tensor, first: Tensor, tolerance: float, who: str = "student", ranks: Ranks = ALONE) -> None:
-    """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it replays."""
+def same_outputs(
+    again: Tensor,
+    first: Tensor,
+    tolerance: float,
+    who: str = "student",
+    ranks: Ranks = ALONE,
+    moved: Tensor | None = None,
+) -> None:
+    """Flag, on all ranks, a replay whose outputs (or labels) are not those of the pass that it replays. Of a mean over
+    passes at other weights, ``moved`` are the outputs of one of them, which have a size where those of the pass are
+    zero."""
     if ranks.alone and not checks.waits(first) and torch.equal(again, first):
         return
     if not first.is_floating_point():
         checks.refuse((again != first).any(), f"the {who} drew other labels when its pass was repeated: {CAUSES}")
         return
-    gap, size, other = (ranks.norm(t) for t in (again - first, first, again))
+    gap, size, other = (ranks.norm(t) for t in (again - first, first, again if moved is None else moved))
     checks.refuse(
         ~(gap <= tolerance * (size + other)),  # so that NaN is flagged
         f"the {who} does not return the same outputs when its pass is repeated with the same batch, weights, buffers "

@@ -295,7 +295,7 @@ class Pass:
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
         tolerance = BY_DIFFERENCE[self.rounded_to].outputs
-        same_outputs((ahead + behind) / 2, self.outputs, tolerance, ranks=self.student.ranks)
+        same_outputs((ahead + behind) / 2, self.outputs, tolerance, ranks=self.student.ranks, moved=ahead)
 
     @contextmanager
     def hessian(self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Any = None) -> Iterator[Product]:

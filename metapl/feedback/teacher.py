@@ -194,7 +194,8 @@ class Teaching:
             if layout.kind == "replicated":
                 like: dict[str, Tensor] = dict(parameters)
                 of_feedback, of_losses = (self.ranks.mean_tree(t, like) for t in (of_feedback, of_losses))
-            a, b = (layout.space.norm({n: local(g) for n, g in t.items()}) for t in (of_feedback, of_losses))
+            trees = [{n: local(g) for n, g in t.items()} for t in (of_feedback, of_losses)]
+            a, b = (layout.space.norm(t) if t else torch.zeros((), device=self.device) for t in trees)
             scale = torch.where(a > 0, ratio * b / a.clamp_min(torch.finfo(a.dtype).tiny), 0.0)
             for name, g in of_feedback.items():
                 scaled = scale.to(g.dtype) * g

@@ -481,7 +481,8 @@ def _error(at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, 
 
 
 def _flat(tree: Any) -> Tensor:
-    return torch.cat([t.detach().double().flatten() for t in pytree.tree_leaves(tree)])
+    leaves = [t.detach() for t in pytree.tree_leaves(tree)]  # sparse ones of embeddings
+    return torch.cat([(t.to_dense() if t.is_sparse else t).double().flatten() for t in leaves])
 
 
 def _size(t: Tensor) -> float:
@@ -688,8 +689,8 @@ class _Verified:
                     return "log_prob is not the logarithm of probs at the value that was drawn."
             if bool((log_prob > 1e-6).any()):
                 return "log_prob is above 0, so it is no logarithm of a probability."
-        if parts > 1 and len(self.base.batches) == 1:
-            case, signal, z = self.base.copied(), joined_signals(self.told), torch.cat(run.outputs)
+        if parts > 1:
+            case, signal, z = self.base.copied(), joined_signals(self.told[:parts]), torch.cat(run.outputs[:parts])
             inner = case.problem.inner_loss(z, signal, case.batches[0], trainable(case.student)).mean()
             whole = case.problem.outer_loss(torch.cat(run.labeled), case.problem.outer_batch(case.labeled))
             total, weight = sum_and_weight(whole)

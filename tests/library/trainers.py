@@ -18,7 +18,7 @@ from metapl import MetaplError, Signal
 
 def trainer_for(case: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
     networks = {name: options.pop(name, network) for name, network in case.networks().items()}
-    return metapl.BilevelTrainer(**networks, mode=mode, **options)
+    return metapl.BilevelTrainer(**networks, mode=mode, **{"verify": False, **options})
 
 
 def refused(call: Callable[[], Any], text: str, *watched: nn.Module) -> None:

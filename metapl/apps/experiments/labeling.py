@@ -22,6 +22,7 @@ from metapl.apps.experiments.folder import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
+from metapl.apps.machine.progress import counting, progress
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import ask, digest, hashes, scan_unlabeled
 from metapl.apps.pictures.sets import load_image_data
@@ -34,7 +35,6 @@ from metapl.errors import MetaplError, few
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
 from metapl.runs.fingerprints import fingerprint
-from metapl.runs.progress import counting, progress
 from metapl.training import Say
 from metapl.training.selection import weights_of
 from metapl.words import shown

@@ -1,0 +1,116 @@
+"""What a trainer hands out is a snapshot that later steps leave as it is; an evaluation leaves a network as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from problems_zoo import everything, same, toy
+from torch import Tensor, nn
+
+import metapl
+
+INNER: dict[str, Callable[[nn.Module], Any]] = {
+    "sgd": lambda student: torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9),
+    "adam": lambda student: torch.optim.Adam(student.parameters()),
+    "torchopt": lambda student: torchopt.sgd(0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_a_state_dict_is_a_snapshot(inner: str) -> None:
+    """Also once it was loaded: what it brings back is the run from there, twice."""
+    case = toy("batch_norm")
+    mode = metapl.feedback.Reinforce(baseline=0.9)
+    trainer = metapl.BilevelTrainer(**case.networks(), mode=mode, inner_optimizer=INNER[inner](case.student))
+    trainer.step(**case.data())
+    best, runs = trainer.state_dict(), []
+    for _ in range(2):
+        trainer.load_state_dict(best)
+        torch.manual_seed(0)
+        for _ in range(3):
+            trainer.step(**case.data())
+        runs.append(everything(case, generator=False))
+    assert same(*runs)
+
+
+def test_so_is_that_of_a_trainer_of_one_network() -> None:
+    case = toy("batch_norm")
+    trainer = metapl.LossTrainer(case.student, optimizer=INNER["sgd"](case.student))
+    trainer.step(case.labeled)
+    best, runs = trainer.state_dict(), []
+    for _ in range(2):
+        trainer.load_state_dict(best)
+        for _ in range(3):
+            trainer.step(case.labeled)
+        runs.append(everything(case, generator=False))
+    assert same(*runs)
+
+
+def test_the_weights_of_a_fit_are_a_snapshot() -> None:
+    case = toy("batch_norm")
+    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward")
+    found = trainer.fit([case.labeled], [case.unlabeled], steps=2, progress=False)
+    before = copy.deepcopy(found.weights)
+    trainer.step(**case.data())
+    assert all(torch.equal(t, before[name]) for name, t in found.weights.items())
+    assert not torch.equal(case.student[0].weight, before["0.weight"])
+
+
+class Merged(nn.Linear):
+    """Low-rank additions that evaluation adds to the weight, as adapters of language models do."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 3)
+        self.down, self.up = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(3, 2))
+        self.weight.requires_grad_(False)
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Merged:
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).detach()
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return z if self.merged else z + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("part_in_eval", [False, True])
+def test_weights_that_evaluation_merges_are_as_they_were(part_in_eval: bool) -> None:
+    """Whichever part of the network was in evaluation mode before."""
+    layer = Merged()
+    model = nn.Sequential(layer, nn.Linear(3, 3))
+    (layer if part_in_eval else model[1]).eval()
+    before, modes = layer.weight.clone(), [part.training for part in model.modules()]
+    trainer = metapl.LossTrainer(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.predict(torch.randn(4, 5))
+    assert layer.merged == part_in_eval
+    torch.testing.assert_close(layer.weight, before)
+    assert [part.training for part in model.modules()] == modes
+
+
+class Caches(nn.Module):
+    """A table that the first pass makes, and later ones read."""
+
+    table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.5, x.shape[-1])
+        return x * self.table
+
+
+def test_what_a_first_evaluation_makes_is_trained_with_afterwards() -> None:
+    """So evaluation is no inference mode, whose tensors autograd refuses."""
+    student = nn.Sequential(Caches(), nn.Linear(5, 3))
+    trainer = metapl.BilevelTrainer(nn.Linear(5, 3), student, "forward")
+    trainer.predict(torch.randn(4, 5))
+    before = student[1].weight.detach().clone()
+    trainer.step((torch.randn(4, 5), torch.arange(4) % 3), torch.randn(6, 5))
+    assert not torch.equal(student[1].weight, before)
