@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from metapl.errors import MetaplError, calling
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, is_array, length
 from metapl.execution.numerics import wide
@@ -43,17 +43,6 @@ from metapl.runs.fields import AboveZero
 from metapl.runs.progress import counted
 from metapl.updates import options_by_step
 from metapl.words import summary
-
-NAMES = {
-    "inner_optimizer": "optimizer",
-    "labeled": "outer",
-    "unlabeled": "train",
-    "look-ahead": "training",
-    "the function of Lookahead": "train",
-    "a problem of your own (metapl.BilevelProblem)": "a subclass of metapl.problems.EqualWeights with check, "
-    "inner_loss and outer_loss of its own, for problem=",
-}
-"""What :func:`hypergradient` is given here, as errors name it."""
 
 
 class DatamodelingScore(NamedTuple):
@@ -255,18 +244,17 @@ def attribute(
     outer_batch, own = judged[torch.arange(len(judged))], problem
     for judging in [_of_example(own, number) for number in range(len(judged))] if each else [own]:
         start.restore() if scores else None  # the dropout masks of the same training
-        with calling(NAMES):
-            result = hypergradient(
-                None,
-                student,
-                outer=outer_batch,
-                inner=ahead,
-                mode=mode,
-                problem=judging,
-                inner_optimizer=optimizer,
-                clip_norm=clip_norm,
-                progress=progress,
-            )
+        result = hypergradient(
+            None,
+            student,
+            outer=outer_batch,
+            inner=ahead,
+            mode=mode,
+            problem=judging,
+            inner_optimizer=optimizer,
+            clip_norm=clip_norm,
+            progress=progress,
+        )
         scores.append(wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1)))
         for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
             scores[-1].index_add_(0, chosen if groups is None else groups[chosen], h.to(scores[-1]))
