@@ -252,8 +252,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unequal rows": ({"train": (X, Y[:3])}, "as many inputs as labels"),
     "no rows": ({"train": (X[:0], Y[:0])}, "train is empty"),
     "texts": ({"train": (["a"] * N, Y)}, "train holds"),
-    "NaN": ({"train": (X * torch.nan, Y)}, ""),
-    "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, ""),
+    "NaN": ({"train": (X * torch.nan, Y)}, "."),
+    "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, "."),
     "an infinite outer input": ({"outer": (X * torch.inf, Y)}, "NaN"),
     "labels that are no classes": ({"train": (X, Y + 3)}, "class"),
     "outputs that are no classes": (
