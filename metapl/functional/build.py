@@ -27,7 +27,7 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
     found: list[Any] = [unclipped(trainer.update), None]
     if trainer.teacher is not None:
         trained = {name: p for name, p in trainer.teacher.named_parameters() if p.requires_grad}
-        found[1] = update_of(trainer.outer_optimizer, trained)
+        found[1] = update_of(trainer.outer_optimizer, trained, name="outer_optimizer")
     if trainer.clip_norm is not None:
         found = [update and Clipped(update, trainer.clip_norm, PlainSpace()) for update in found]
     return found[0], found[1]

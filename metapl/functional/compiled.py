@@ -31,7 +31,7 @@ from metapl.training.contract import StepReport
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
-OPTIONS: dict[str, Any] = {"fallback_random": True}
+BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
 AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm: h, gradients and buffers with the eager ones
 SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
 
@@ -69,11 +69,11 @@ class CompiledStep:
             step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-                compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, options=OPTIONS)
-            numbers = [{n: v for n, v in vars(part).items() if isinstance(v, int | float | str)} for *_, part in parts]
+                compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, **BACKEND)
+            plain = [_numbers(part) for *_, part in parts]
             eager, there, twins = eager_step(trainer, labeled, batches, ahead)
-            for (role, path, _), was, twin in zip(parts, numbers, twins, strict=True):
-                for name in (name for name, value in was.items() if vars(twin).get(name) != value):
+            for (role, path, _), was, twin in zip(parts, plain, twins, strict=True):
+                for name in (name for name, value in _numbers(twin).items() if was.get(name) != value):
                     raise MetaplError(f"the {role}'s {path}.{name} changes in a step, which no graph captures.")
             probs = eager.signal.probs
         else:
@@ -91,8 +91,8 @@ class CompiledStep:
             if not first:
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            where = " ".join([line for line in lines if line.startswith("File ")][-1:])
-            raise MetaplError(f"torch.compile cannot take this step: {lines[0]} {where}; leave compile out.") from error
+            said = " ".join([*lines[:2], *[line for line in lines[2:] if line.startswith("File ")][-1:]])
+            raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
         scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
         scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
         scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
@@ -143,6 +143,10 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
         start.restore()
     modules = [part for net in (twin.student, twin.teacher) if net is not None for part in net.modules()]
     return report, state_of(twin, updates_of(twin)), modules
+
+
+def _numbers(part: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(part).items() if isinstance(value, int | float | str)}
 
 
 def _seen(before: State, after: State, report: StepReport) -> dict[str, dict[Any, Tensor]]:

@@ -117,62 +117,52 @@ def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
 # ------------------------------------------------------------------------------------------------------- trees as JSON
 
 
-def encoded(value: Any, tensors: dict[str, Tensor], parts: dict[str, Any] | None = None) -> Any:
+def encoded(
+    value: Any, tensors: dict[str, Tensor], parts: dict[str, Any] | None = None, place: str = "", tied: Any = None
+) -> Any:
     """A tree as JSON, in which a dict with one key that begins with $ says what stands there.
 
     Args:
-        value: of :func:`save`.
-        tensors: takes the tensors, contiguous on the host, by their places. Those in one memory, such as tied weights,
-            are one.
+        value: of :func:`save`, at a ``place`` in it.
+        tensors: takes the tensors, contiguous on the host, by their places; those in one memory are ``tied``.
         parts: takes the sharded ones; None: there must be none.
     """
-    names: dict[Any, str] = {}  # by the memory of a tensor
-    held: list[Tensor] = []  # an address is used anew once its tensor is gone
-
-    def tensor(t: Tensor, name: str) -> dict[str, str]:
-        memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else id(t)
-        if memory not in names:
-            held.append(t)
-            while name in tensors:  # of a key 1 beside a key "1"
-                name += "~"
-            names[memory] = name
-            on_host = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
-            # A file has no two tensors in one memory, nor one in a part of another's.
-            own = on_host.untyped_storage().nbytes() == on_host.nbytes and on_host.data_ptr() not in storages
-            tensors[name] = on_host if own else on_host.clone()
-            storages.add(tensors[name].data_ptr())
-        return {"$tensor": names[memory]}
-
-    storages: set[int] = set()
-
-    def tree(value: Any, place: str) -> Any:
-        kind = type(value)  # exact types: numpy.float64 is a float too, and a named tuple a tuple
-        if value is None or kind in (bool, int, float, str):
-            return value
-        if hasattr(value, "device_mesh") and parts is not None:
-            parts[place] = value
-            return {"$part": place}
-        if isinstance(value, Tensor) and value.layout == torch.strided and not hasattr(value, "device_mesh"):
-            return tensor(value, place)
-        if kind in (list, tuple, torch.Size):
-            entries = [tree(entry, f"{place}/{i}") for i, entry in enumerate(value)]
-            return entries if kind is list else {"$tuple": entries}
-        if kind in (dict, OrderedDict):
-            found = {key: tree(entry, f"{place}/{key}" if place else str(key)) for key, entry in value.items()}
-            about = getattr(value, "_metadata", None)  # a module writes there of which version its state is
-            if about is None and all(type(key) is str and key[:1] != "$" for key in found):
-                return found
-            pairs = [[tree(key, place), entry] for key, entry in found.items()]
-            return {"$dict": pairs, "about": tree(about, f"{place}/about")}
-        raise CheckpointError(
-            f"{place or 'the state'} is a {kind.__qualname__}; expected tensors, numbers, strings and None in dicts, "
-            "lists and tuples"
-        )
-
-    try:
-        return tree(value, "")
-    except RecursionError as error:
-        raise CheckpointError("the state contains itself; a checkpoint is a tree") from error
+    tied = {} if tied is None else tied
+    kind = type(value)  # exact types: numpy.float64 is a float too, and a named tuple a tuple
+    if value is None or kind in (bool, int, float, str):
+        return value
+    is_part = hasattr(value, "device_mesh")
+    if is_part and parts is not None:
+        parts[place] = value
+        return {"$part": place}
+    if isinstance(value, Tensor) and value.layout == torch.strided and not is_part:
+        t = value.detach().resolve_conj().resolve_neg()
+        memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else place
+        if memory not in tied:
+            while place in tensors:  # of a key 1 beside a key "1"
+                place += "~"
+            tied[memory] = place
+            on_host = t.cpu().contiguous()
+            # A file has no tensor in a part of another's memory, nor two in one.
+            at = on_host.untyped_storage().data_ptr()
+            own = on_host.untyped_storage().nbytes() == on_host.nbytes and at not in tied
+            tensors[place], tied[at] = on_host if own else on_host.clone(), place
+        return {"$tensor": tied[memory]}
+    if kind in (list, tuple, torch.Size):
+        entries = [encoded(entry, tensors, parts, f"{place}/{i}", tied) for i, entry in enumerate(value)]
+        return entries if kind is list else {"$tuple": entries}
+    if kind in (dict, OrderedDict):
+        below = f"{place}/" if place else ""
+        found = {key: encoded(entry, tensors, parts, f"{below}{key}", tied) for key, entry in value.items()}
+        about = getattr(value, "_metadata", None)  # a module writes there of which version its state is
+        if about is None and all(type(key) is str and key[:1] != "$" for key in found):
+            return found
+        pairs = [[encoded(key, tensors), entry] for key, entry in found.items()]
+        return {"$dict": pairs, "about": encoded(about, tensors)}
+    raise CheckpointError(
+        f"{place or 'the state'} is a {kind.__qualname__}; expected tensors, numbers, strings and None in dicts, lists "
+        "and tuples"
+    )
 
 
 def decoded(value: Any, tensor: Callable[[str], Tensor], part: Callable[[str], Tensor]) -> Any:

@@ -132,6 +132,7 @@ class LossTrainer(Trainer):
                 kind="teacher loss" if self.role == "teacher" else "loss",
             )
         loss = torch.stack(list(terms.values())).sum()
+        checks.refuse_not_finite(loss.detach(), f"the loss of the {self.role} is NaN or infinite")
         checks.learns(loss, self.role)
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
             (loss / self.accumulate).backward()

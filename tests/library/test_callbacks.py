@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,9 +169,7 @@ def test_the_history_of_a_resumed_fit_has_its_earlier_parts(killed: int, tmp_pat
         ends.append(bilevel(teacher_losses=()).fit(labeled, unlabeled, resume=True, **how).history)
     assert [row["step"] for row in ends[0]] == [2, 4, 6, 8, 10, 12, 13]
     for a, b in zip(*ends, strict=True):
-        assert math.isnan(a.pop("feedback_ratio"))
-        assert math.isnan(b.pop("feedback_ratio"))
-        assert a == b
+        assert repr(a) == repr(b)
 
 
 def test_a_callback_with_a_state_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -56,10 +56,10 @@ def test_what_was_saved_comes_back(name: str, tmp_path: Path) -> None:
 
 def test_it_is_a_file_of_safetensors_in_which_tied_weights_are_one(tmp_path: Path) -> None:
     flat = torch.arange(8.0)
-    tied = {"a": {"w": WEIGHT}, "b": {"w": WEIGHT}, "views": [flat[:4], flat[2:], flat]}
+    tied = {"a": {"w": WEIGHT}, "b": {"w": WEIGHT}, "views": [flat[:4], flat[2:], flat, flat.view(2, 4)]}
     save(tmp_path / "a.ckpt", tied)
     with safe_open(tmp_path / "a.ckpt", framework="pt") as file:
-        assert sorted(file.keys()) == ["a/w", "views/0", "views/1", "views/2"]
+        assert sorted(file.keys()) == ["a/w", "views/0", "views/1", "views/2", "views/3"]
     found = load(tmp_path / "a.ckpt")
     assert same(found, tied)
     assert found["a"]["w"] is found["b"]["w"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from problems_zoo import toy, unmoved
+from problems_zoo import product, toy, unmoved
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -23,15 +23,14 @@ from metapl.training import verify
 from metapl.training.verify import GradientCheck, VerificationWarning
 
 C = 3
-NEW_STEP = False  # True once a step watches nothing: the rows of LATER then hold, and those of TODAY no longer
 COLUMNS: dict[str, tuple[Any, int]] = {
-    "forward": ("forward", 1),
-    "unrolled": ("unrolled", 1),
+    "tangent": (Forward(by="tangent"), 1),
+    "graph": (Forward(by="graph"), 1),
     "reinforce": ("reinforce", 1),
-    "per example": ("reinforce_per_example", 1),
+    "unrolled": ("unrolled", 1),
     "unrolled, 3 steps": ("unrolled", 3),
 }
-LETTERS = {"R": "right", "A": "allowed", "X": "refused"}
+LETTERS = {"R": "right", "A": "allowed", "X": "refused"}  # "-": not run
 
 
 class Own(nn.Module):
@@ -65,8 +64,8 @@ def check(student: nn.Module, mode: Any = "forward", steps: int = 1, **options: 
     given: dict[str, Any] = {"labeled": (torch.randn(8, 4), torch.randint(C, (8,))), "inner_optimizer": sgd}
     given |= {"unlabeled": x[0] if steps == 1 else Lookahead(x), "mode": mode, **options}
     problem = given.get("problem")
-    if isinstance(problem, ReadsTeacher):
-        object.__setattr__(problem, "teacher", teacher)
+    if isinstance(problem, Problem):
+        vars(problem)["teacher"] = teacher
     return metapl.check_gradient(given.pop("teacher", teacher), student, **given)
 
 
@@ -98,11 +97,6 @@ def counts(student: Any, x: Tensor) -> Tensor:
     return student.plain(x) * (1 + 0.1 * student.n)
 
 
-def lists(student: Any, x: Tensor) -> Tensor:
-    student.seen.append(1)
-    return student.plain(x) * (1 + 0.1 * len(student.seen))
-
-
 def lazy(student: Any, x: Tensor) -> Tensor:
     if "mean" not in student._buffers:
         student.register_buffer("mean", x.mean(0).detach())
@@ -110,11 +104,7 @@ def lazy(student: Any, x: Tensor) -> Tensor:
 
 
 def written(how: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
-    def forward(student: Any, x: Tensor) -> Tensor:
-        how(student.a.weight)
-        return student.plain(x)
-
-    return forward
+    return lambda student, x: (how(student.a.weight), student.plain(x))[1]
 
 
 def average(student: Any, x: Tensor) -> Tensor:
@@ -149,11 +139,6 @@ def hooked(student: Any, x: Tensor) -> Tensor:
     return student.b(h)
 
 
-def in_place(student: Any, x: Tensor) -> Tensor:
-    x.mul_(1.1)
-    return student.plain(x)
-
-
 def slopes(student: Any, x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.clone().requires_grad_()
@@ -166,21 +151,12 @@ def rounded(t: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
     return t + (how(t) - t).detach()
 
 
-def normed(norm: Callable[[nn.Module], nn.Module]) -> Callable[[Any], None]:
-    def add(student: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            student.a = norm(student.a)
-
-    return add
-
-
 def put(name: str, make: Callable[[Any], Any]) -> Callable[[Any], None]:
     return lambda student: setattr(student, name, make(student))
 
 
-def doubling(student: Any) -> None:
-    student.b.register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else 2 * g for g in gi))
+def shared(student: Any) -> None:
+    student.c = student.d = nn.Linear(6, 6)
 
 
 class Counting:
@@ -191,196 +167,185 @@ class Counting:
         return output * (1 + 0.1 * self.n)
 
 
+def embedded(student: Any, x: Tensor) -> Tensor:
+    return student.plain(x) + student.e((x[:, 0] > 0).long())
+
+
 def plain(student: Any, x: Tensor) -> Tensor:
     return student.plain(x)
 
 
-in_norms, old = nn.utils.parametrizations, nn.utils
+def scaled(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output * 1.5
+
+
+def doubled(module: Any, inputs: Any, outputs: Any) -> Any:
+    return tuple(None if g is None else 2 * g for g in inputs)
+
+
+norms, old = nn.utils.parametrizations, nn.utils
 KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS
     "plain": ("RRRRR", plain),
     "a frozen layer": ("RRRRR", plain, lambda s: s.a.requires_grad_(False)),
-    "a shared layer": ("RRRRR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), lambda s: put("d", lambda s: s.c)(put("c", lambda s: nn.Linear(6, 6))(s) or s)),
-    "a hook that scales outputs": ("RRRRR", plain, lambda s: s.a.register_forward_hook(lambda m, i, o: o * 1.5)),
+    "a shared layer": ("RRRRR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
+    "a hook that scales outputs": ("RRRRR", plain, lambda s: s.a.register_forward_hook(scaled)),
     "a buffer that counts": ("RRRRR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
     "a buffer made by the first pass": ("RRRRR", lazy),
     "a gradient in its input": ("RRRRR", slopes),
-    "a checkpoint": ("RRRRX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
+    "a checkpoint": ("RRRRX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
+    "a reentrant checkpoint": (
+        "XXXXX", lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
+    "masks in a checkpoint": (
+        "RRRRX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
+    "an embedding within max_norm": (
+        "RRRRR", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=50))),
     "float32 within": ("RRRRR", lambda s, x: s.b(s.a(x).float().tanh().to(x.dtype))),
     "float32 alone": ("RRRRR", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
-    "weight norm": ("XRRXX", plain, normed(in_norms.weight_norm)),
-    "the old weight norm": ("XRRXX", plain, normed(old.weight_norm)),
-    "spectral norm": ("AAAAA", plain, normed(in_norms.spectral_norm)),
+    "weight norm": ("XRRRX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's second derivative is wrong
+    "the old weight norm": ("XRRRX", plain, put("a", lambda s: old.weight_norm(s.a))),
+    "spectral norm": ("XAAAA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
     "straight-through": ("AAAAA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
     "a binary layer": ("AAAAA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),
     "a detached average": ("AAAAA", lambda s, x: s.plain(x) - s.plain(x).mean(0).detach()),
-    "a branch under no_grad": ("AAAAA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
+    "a detached branch": ("AAAAA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
     "a doubled backward": ("AAAAA", lambda s, x: Function.apply(s.plain(x), 2.0, 2.0)),
-    "an average in a buffer": ("AAAAA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
     "a codebook": ("AAAAA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
-    "a momentum encoder": ("AAAAX", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
-    "another jvp than backward": ("XRRXR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
+    "an average in a buffer": ("XAAAA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
+    "a momentum encoder": ("XAAAA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
+    "a hook on an activation": ("XAAAA", hooked),
+    "a hook on a backward pass": ("XAAAA", plain, lambda s: s.b.register_full_backward_hook(doubled)),
+    "another jvp than backward": ("XRRRR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
+    # These are refused by the modes, and in the steps, that repeat a pass.
+    "an attribute that counts": ("XRRRR", counts, put("n", lambda s: 0)),
+    "a hook that counts": ("XRRRR", plain, lambda s: s.a.register_forward_hook(Counting())),
+    "an input in place": ("XRRRR", lambda s, x: s.plain(x.mul_(1.1))),
+    "a generator of its own": (
+        "XRRRR", lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
     "python's random numbers": ("XXXXX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
     "numpy's random numbers": ("XXXXX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
     "weights written by .data": ("XXXXX", written(lambda w: w.data.mul_(0.9))),
     "weights written by numpy": ("XXXXX", written(lambda w: w.detach().numpy().__imul__(0.9))),
     "clamped weights": ("XXXXX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
     "weights that decay slowly": ("XXXXX", written(lambda w: w.data.mul_(1 - 1e-9))),
-    "max_norm": ("XXXXX", lambda s, x: s.plain(x) + s.e((x[:, 0] > 0).long()), put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
-    "a tensor in a weight's memory": ("XXXXX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
+    "an embedding beyond max_norm": (
+        "XXXXX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
+    "a tensor in a weight's memory": (
+        "XXXXX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
 }  # fmt: skip
-TODAY: dict[str, tuple[Any, ...]] = {
-    "an input in place": ("XXXXX", in_place),
-    "a hook on an activation": ("XAAXX", hooked),
-    "a hook on a backward pass": ("XAAXX", plain, doubling),
-    "an own generator": ("XRRXR", lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator().manual_seed(1))),
-    "a hook that counts": ("XRRXR", plain, lambda s: s.a.register_forward_hook(Counting())),
-    "an attribute that counts": ("RRRRR", counts, put("n", lambda s: 0)),
-    "a list that grows": ("RRRRR", lists, put("seen", lambda s: [])),
-}  # fmt: skip
-LATER: dict[str, tuple[Any, ...]] = {
-    "an attribute that counts": ("XRRXR", counts, put("n", lambda s: 0)),
-    "a list that grows": ("XRRXR", lists, put("seen", lambda s: [])),
-    "a hook that counts": ("XRRXR", plain, lambda s: s.a.register_forward_hook(Counting())),
-}
-"""What begins, or is met, in the step that watches nothing; switched on with it."""
-ROWS = KINDS | (LATER if NEW_STEP else TODAY)
 
 
-@pytest.mark.parametrize("kind", ROWS)
-def test_kinds_of_students(kind: str) -> None:
-    expected, *how = ROWS[kind]
-    found = {}
-    for column in COLUMNS:
+def statuses(expected: str, student: Callable[[], nn.Module], **options: Any) -> None:
+    """Compare the statuses in all columns."""
+    found = ""
+    for column, letter in zip(COLUMNS, expected, strict=True):
         torch.manual_seed(0)
-        found[column] = checked(Own(*how), *COLUMNS[column])
-    assert found == {column: LETTERS[letter] for column, letter in zip(COLUMNS, expected, strict=True)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the old norms are deprecated
+            made = student()
+        status = checked(made, *COLUMNS[column], **options) if letter != "-" else "-"
+        found += next((one for one, name in LETTERS.items() if name == status), status)
+    assert found == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_students(kind: str) -> None:
+    expected, *how = KINDS[kind]
+    statuses(expected, lambda: Own(*how))
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
 
 
-class ReadsTeacher(PseudoLabels):
-    """An inner loss that reads the teacher."""
+class Problem(PseudoLabels):
+    """Pseudo-labels with other losses, or another signal: functions of what the library's have, by name."""
 
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        return super().inner_loss(outputs, signal, batch) + 0.1 * (outputs * vars(self)["teacher"](batch)).sum(1)
-
-
-class OuterReadsTeacher(ReadsTeacher):
-    inner_loss = PseudoLabels.inner_loss
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return super().outer_loss(outputs, batch) + 0.1 * (outputs * vars(self)["teacher"](batch[0])).mean()
-
-
-class Learns(PseudoLabels):
-    """A problem with a parameter of its own, which the signal depends on; or a loss does."""
-
-    def __init__(self, in_loss: bool) -> None:
+    def __init__(self, **change: Any) -> None:
         super().__init__()
-        vars(self).update(matrix=nn.Parameter(torch.eye(C) + 0.1), in_loss=in_loss)
+        vars(self).update(change=change, matrix=change.pop("matrix", None), teacher=None)
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        if vars(self)["in_loss"] or self.kind == "hard":
-            return super().signal(teacher, batch, student_outputs, generator=generator)
-        return Signal((teacher(batch) @ vars(self)["matrix"]).softmax(-1))
+        found, change = super().signal(teacher, batch, student_outputs, generator=generator), vars(self)["change"]
+        if self.kind == "hard":
+            return change["hard"](found) if "hard" in change else found
+        return Signal(change["soft"](self, teacher, batch)) if "soft" in change else found
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        outputs = outputs @ vars(self)["matrix"] if vars(self)["in_loss"] else outputs
-        return super().inner_loss(outputs, signal, batch)
-
-
-class Writes(PseudoLabels):
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        next(iter(params.values())).data.mul_(0.9)
-        return super().inner_loss(outputs, signal, batch)
-
-
-class Said(PseudoLabels):
-    """Another signal: a function of the teacher's logits, soft; or of the library's, drawn."""
-
-    def __init__(self, soft: Any = None, hard: Any = None) -> None:
-        super().__init__()
-        vars(self).update(soft=soft, hard=hard)
-
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        soft, hard = vars(self)["soft"], vars(self)["hard"]
-        if self.kind != "hard":
-            return Signal(soft(teacher, batch)) if soft else super().signal(teacher, batch, None, generator=generator)
-        found = super().signal(teacher, batch, None, generator=generator)
-        return hard(found) if hard else found
-
-
-class Batchwise(PseudoLabels):
-    """Losses that are no means over examples."""
-
-    def __init__(self, which: str) -> None:
-        super().__init__()
-        vars(self).update(which=which)
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        losses = super().inner_loss(outputs, signal, batch)
-        return losses * outputs.square().mean() if vars(self)["which"] == "inner" else losses
+        losses, change = super().inner_loss(outputs, signal, batch), vars(self)["change"]
+        return change["inner"](self, losses, outputs, batch, params) if "inner" in change else losses
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        total = F.cross_entropy(outputs, batch[1], reduction="sum")
-        which = vars(self)["which"]
-        return (total, len(outputs)) if which == "pair" else total if which == "outer" else total / len(outputs)
+        loss, change = super().outer_loss(outputs, batch), vars(self)["change"]
+        return change["outer"](self, loss, outputs, batch) if "outer" in change else loss
 
 
 def half(t: Tensor) -> Tensor:
     return (t + t.detach()) / 2
 
 
-PROBLEMS: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
-    "the library's": ("RRRRR", PseudoLabels, {}),
-    "two micro-batches": ("RRRRR", PseudoLabels, {"accumulate": 2}),
-    "a clip": ("RRRRR", PseudoLabels, {"clip_norm": 0.1}),
-    "a pair, two micro-batches": ("RRRRR", lambda: Batchwise("pair"), {"accumulate": 2}),
-    "a loss of the batch": ("RRRRR", lambda: Batchwise("inner"), {}),
-    "a loss of the batch, two micro-batches": ("XXXXX", lambda: Batchwise("inner"), {"accumulate": 2}),
-    "a sum, two micro-batches": ("XXXXX", lambda: Batchwise("outer"), {"accumulate": 2}),
-    "a parameter in the signal": ("RRRRR", lambda: Learns(False), {}),
-    "a parameter in the loss": ("XXXXX", lambda: Learns(True), {}),
-    "an inner loss of the teacher": ("XXXXX", ReadsTeacher, {}),
-    "an outer loss of the teacher": ("XXXXX", OuterReadsTeacher, {}),
-    "a loss that writes weights": ("XXXXX", Writes, {}),
-    "half a signal": ("AARRA", lambda: Said(lambda t, x: half(t(x).softmax(-1))), {}),
-    "a layer's signal": ("AARRA", lambda: Said(lambda t, x: t[-1](t[:-1](x).detach()).softmax(-1)), {}),
-    "a wrong backward in the signal": ("XXRRX", lambda: Said(lambda t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)), {}),
-    "a log_prob that is none": ("RRXXR", lambda: Said(hard=lambda s: replace(s, log_prob=s.outputs.gather(-1, s.value[:, None])[:, 0])), {}),
-    "a logit without probs": ("RRXXR", lambda: Said(hard=lambda s: Signal(s.value, s.outputs.gather(-1, s.value[:, None])[:, 0] + 2)), {}),
-    "a smoothed log_prob": ("RRXXR", lambda: Said(hard=lambda s: replace(s, log_prob=0.9 * s.log_prob + 0.1 * s.probs.log().mean(-1))), {}),
-    "half a log_prob": ("RRXXR", lambda: Said(hard=lambda s: replace(s, log_prob=half(s.log_prob))), {}),
+def writes(self: Any, losses: Tensor, outputs: Tensor, batch: Any, params: Any) -> Tensor:
+    next(iter(params.values())).data.mul_(0.9)
+    return losses
+
+
+def logit(s: Any) -> Tensor:
+    return s.outputs.gather(-1, s.value[:, None])[:, 0]
+
+
+learned = {"matrix": nn.Parameter(torch.eye(C) + 0.1)}
+with_teacher = {"inner": lambda self, losses, z, x, params: losses + 0.1 * (z * self.teacher(x)).sum(1)}
+batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mean()}
+penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
+PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a clip": ("RRRRR", {}, {"clip_norm": 0.1}),
+    "micro-batches": ("RRR--", {}, {"accumulate": 2}),
+    "a pair in micro-batches": ("RRR--", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("XXX--", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a loss of the batch": ("RRRRR", batchwise, {}),
+    "a loss of the batch in micro-batches": ("XXX--", batchwise, {"accumulate": 2}),
+    "a penalty on weights": ("RRRRR", penalty, {}),
+    "a parameter in the signal": (
+        "RRRRR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
+    "a parameter in a loss": (
+        "XXXXX", {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
+    "an inner loss of the teacher": ("XXXXX", with_teacher, {}),
+    "an outer loss of the teacher": (
+        "XXXXX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+    "a loss that writes weights": ("XXXXX", {"inner": writes}, {}),
+    "half a signal": ("AARAA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
+    "a layer's signal": ("AARAA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
+    "a hard signal, straight-through": (
+        "AARAA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
+    "a wrong backward in the signal": (
+        "XXRXX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
+    "a log_prob that is none": ("RRXRR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
+    "a logit without probs": ("RRXRR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
+    "a smoothed log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
+    "half a log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:the problem.s .*_loss is")
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_kinds_of_problems(kind: str) -> None:
-    expected, problem, options = PROBLEMS[kind]
-    torch.manual_seed(0)
-    found = {c: checked(Own(plain), *COLUMNS[c], problem=problem(), **options) for c in COLUMNS}
-    assert found == {column: LETTERS[letter] for column, letter in zip(COLUMNS, expected, strict=True)}
+    expected, change, options = PROBLEMS[kind]
+    statuses(expected, lambda: Own(plain), problem=Problem(**change), **options)
 
 
 # -------------------------------------------------------------------------------------------- clean students, by mode
 
 
-class GRU(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.head = nn.GRUCell(2, 5), nn.Linear(5, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.new_zeros(len(x), 5)
-        for part in x.chunk(2, 1):
-            h = self.cell(part, h)
-        return self.head(h)
+def gru(student: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(len(x), 5)
+    for part in x.chunk(2, 1):
+        h = student.cell(part, h)
+    return h
 
 
 def model(*layers: nn.Module, head: int = 6) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(head, C))
+
+
+def attention(student: Any, x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, student.w(x))
 
 
 rows = nn.Unflatten(1, (2, 2))
@@ -398,21 +363,20 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: model(nn.Dropout(0.2), nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.4)),
     "convolution": lambda: model(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), head=18),
     "pooling": lambda: model(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 1), nn.MaxPool1d(2)),
-    "gru": GRU,
+    "gru": lambda: model(Own(gru, put("cell", lambda s: nn.GRUCell(2, 5))), head=5),
     "transformer": lambda: model(rows, nn.TransformerEncoderLayer(2, 1, 4, 0.1, batch_first=True), head=4),
-    "default attention": lambda: model(rows, Own(lambda s, x: F.scaled_dot_product_attention(x, x, s.w(x)), put("w", lambda s: nn.Linear(2, 2))), head=4),
-    "embeddings": lambda: model(Own(lambda s, x: s.e((x > 0).long()).flatten(1), put("e", lambda s: nn.Embedding(2, 2))), head=8),
+    "default attention": lambda: model(rows, Own(attention, put("w", lambda s: nn.Linear(2, 2))), head=4),
+    "embeddings": lambda: model(Own(lambda s, x: s.e((x > 0).long()), put("e", lambda s: nn.Embedding(2, 2))), head=8),
     "a residual": lambda: model(Own(lambda s, x: x + s.w(x).tanh(), put("w", lambda s: nn.Linear(4, 4))), head=4),
-    "dicts": lambda: Own(lambda s, x: s.plain(torch.cat([*x.values()], 1)) if isinstance(x, dict) else s.plain(x)),
-    "an orthogonal layer": lambda: model(in_norms.orthogonal(nn.Linear(4, 6))),
-    "zeros": lambda: model(nn.Linear(4, 6), nn.ReLU(), Own(plain, lambda s: [nn.init.zeros_(p) for p in s.parameters()]) if False else nn.Identity()),
-}  # fmt: skip
+    "an orthogonal layer": lambda: model(norms.orthogonal(nn.Linear(4, 6))),
+    "a zero in a relu": lambda: model(nn.Linear(4, 6), Own(lambda s, x: (0 * x).relu() + x)),
+}
 MODES = [mode for mode in metapl.MODES if mode not in ("implicit", "none")]
 
 
 @pytest.mark.parametrize("student", CLEAN)
 def test_clean_students_are_right_in_every_mode(student: str) -> None:
-    for mode in MODES:
+    for mode in [*MODES, Forward(by="tangent")]:
         torch.manual_seed(0)
         found = check(CLEAN[student](), mode)
         assert (mode, found.status) == (mode, "right"), str(found)
@@ -506,8 +470,7 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
     patch.setattr(verify, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
 
 
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce", "reinforce_per_example"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"]))
 def test_planted_faults_are_refused(fault: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = toy("dropout", views=True, rows=6)
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}
@@ -641,4 +604,4 @@ def test_calls_that_are_none() -> None:
             metapl.check_gradient(*call, **batches)
     with pytest.raises(MetaplError):
         metapl.check_gradient(made)
-    assert metapl.check_gradient(made, **batches, mode="reinforce").passed
+    assert metapl.check_gradient(made, **batches, mode="unrolled").passed

@@ -34,8 +34,8 @@ from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
-from metapl.runs.fingerprints import fingerprint
 from metapl.training import Say
+from metapl.training.resuming import digest as digest_of
 from metapl.training.selection import weights_of
 from metapl.words import shown
 
@@ -215,7 +215,7 @@ def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperat
         "examples": len(labeled.ids),
         "ids_sha256": labeled.hash(),
         "pictures_sha256": labeled.pictures.content(),
-        "weights_fingerprint": fingerprint(weights_of(network)),
+        "weights_fingerprint": digest_of(weights_of(network)),
         "temperature": temperature,
         "views": f"as they are, not augmented. {recipe.input_note}",
         "batch": labeled.pictures.batch_size,
