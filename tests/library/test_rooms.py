@@ -19,6 +19,7 @@ FLOORS = (
     ("execution",),
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
+    ("functional", "training"),
     ("ablation",),
     ("apps.errors", "apps.words", "apps.sklearn", "apps.machine"),
     ("apps.networks", "apps.reports"),
