@@ -86,7 +86,7 @@ def test_an_altered_mode_keeps_as_few_steps_as_its_base(monkeypatch: pytest.Monk
 def test_a_cosine_is_refused_behind_an_alteration_too() -> None:
     """It would divide by the student's gradient, which is zero where the problem makes its signal of the feedback."""
     for mode in (Forward(normalization="cosine"), Altered(Forward(normalization="cosine"))):
-        with pytest.raises(MetaplError, match='normalization="cosine" divides by the student'):
+        with pytest.raises(MetaplError, match="cosine"):
             metapl.BilevelTrainer(None, torch.nn.Linear(4, 3), mode, problem=LearningToReweight())
 
 
@@ -94,14 +94,6 @@ class Own(Reinforce):
     """An estimator under another name."""
 
     name = "own"  # type: ignore[misc]
-
-
-def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:
-    class Former(Forward):
-        one_process = True
-
-    with pytest.raises(MetaplError, match=r"Former says one_process.*expected the set `requires`.*ONE_PROCESS"):
-        estimator(Former())
 
 
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
