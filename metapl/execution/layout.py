@@ -8,7 +8,7 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -178,7 +178,7 @@ def layout_of(name: str, network: Any) -> Layout:
         own = processes = tuple(dist.get_process_group_ranks(groups[0]))
     elif any(isinstance(part, DistributedDataParallel) for part in network.modules()):
         raise MetaplError(f"a part of the {name} is in DistributedDataParallel; expected the whole of it in one.")
-    elif _is_spread(network):
+    elif any(is_block(part) or any(map(is_sharded, part._parameters.values())) for part in network.modules()):
         groups, processes, own, found = _sharded(name, network)
     else:
         return Layout(network)
@@ -235,17 +235,11 @@ def is_block(part: nn.Module) -> bool:
     return "FSDPModule" in _of_torch(type(part))
 
 
-def _names_of_torch(kind: type) -> frozenset[str]:
+@cache
+def _of_torch(kind: type) -> frozenset[str]:
     """The names of a class and of its bases, of those that are PyTorch's: by name, for the classes that spread weights
     take seconds to import, and one process has none of them."""
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
-
-
-_of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
-
-
-def _is_spread(network: nn.Module) -> bool:
-    return any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
