@@ -8,7 +8,7 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -235,11 +235,13 @@ def is_block(part: nn.Module) -> bool:
     return "FSDPModule" in _of_torch(type(part))
 
 
-@cache
-def _of_torch(kind: type) -> frozenset[str]:
+def _names_of_torch(kind: type) -> frozenset[str]:
     """The names of a class and of its bases, of those that are PyTorch's: by name, for the classes that spread weights
     take seconds to import, and one process has none of them."""
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
+
+
+_of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:

@@ -346,10 +346,18 @@ def _step(
             with ranks.agreed():
                 return teach(x, outputs).detached()
 
+    def learned(i: int) -> tuple[Tensor, Tree]:
+        """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
+        signal, leaves = signals[i], dict[str, Tensor]()
+        if graph_of is not None:
+            leaves = as_leaves(credited(signal, graph_of))
+            signal = signal.having(leaves)
+        loss = InnerLoss(problem, signal, pieces[i], student.readable, leaves.get("factors"))
+        return passes[i].gradient(loss, [*leaves.values()])
+
     signals: list[Signal] = []
-    if entering or problem.signal_of_batch:  # the teacher is asked before the student runs
-        signals = [asked(x, None) for x in ([batch] if problem.signal_of_batch else pieces)]
-        whole = _united(signals, keep_graph)
+    if early := entering or problem.signal_of_batch:  # the teacher is asked before the student runs
+        whole = _united([asked(x, None) for x in ([batch] if problem.signal_of_batch else pieces)], keep_graph)
         signals = whole.chunks(parts)
     passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
     for i, x in enumerate(pieces):
@@ -359,18 +367,15 @@ def _step(
         passes.append(record := student.pass_type(student, params, inputs))  # z = S(x; θ)
         with NOTHING if ranks.alone else ranks.agreed():
             problem.check(record.outputs, path.labeled[i], x)
-        if len(signals) <= i:
+        if not early:
             signals.append(asked(x, record.outputs))
-            if keep_graph:
-                signals = [_united(signals, keep_graph)]
-        signal, leaves = signals[i], dict[str, Tensor]()
-        if graph_of is not None:
-            leaves = as_leaves(credited(signal, graph_of))
-            signal = signal.having(leaves)
-        loss = InnerLoss(problem, signal, x, student.readable, leaves.get("factors"))
-        found.append(record.gradient(loss, [*leaves.values()]))  # line 3: g = ∇ (1/B) Σ ℓ_i(z, signal)
-    if len(signals) > 1 or not (entering or problem.signal_of_batch):
-        whole = joined_signals(signals) if len(signals) > 1 else signals[0]
+        if not keep_graph:  # one graph at a time
+            found.append(learned(i))
+    if not early:
+        whole = _united(signals, keep_graph)
+    if keep_graph:  # by parts of the leaf that the path is differentiated in
+        signals = whole.chunks(parts)
+        found = [learned(i) for i in range(parts)]
     inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
     taken = problem, update, passes, batch, whole, inner_loss, grads, state
     return InnerStep(*taken, entries, as_taken=len(path.batches) > 1, digest=known)

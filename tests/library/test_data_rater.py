@@ -184,10 +184,11 @@ def test_padding_on_either_side_is_no_token() -> None:
     assert abs(other.outer_loss - right.outer_loss) < 1e-12
 
 
-def test_micro_batches_share_the_softmax_and_the_tokens() -> None:
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     """Their rows have other lengths, and other scores."""
     batches = tokens(4, 1), [tokens(4, 2), tokens(4, 3)]
-    once, split = by_metapl(*batches), by_metapl(*batches, accumulate=2)
+    once, split = by_metapl(*batches, mode), by_metapl(*batches, mode, accumulate=2)
     assert error(split.grads, once.grads) < 1e-12
     assert error(torch.cat(list(split.feedback)), torch.cat(list(once.feedback))) < 1e-12
     assert error(split.grads, by_hand(*batches)[0]) < 1e-9

@@ -86,7 +86,7 @@ def test_an_altered_mode_keeps_as_few_steps_as_its_base(monkeypatch: pytest.Monk
 def test_a_cosine_is_refused_behind_an_alteration_too() -> None:
     """It would divide by the student's gradient, which is zero where the problem makes its signal of the feedback."""
     for mode in (Forward(normalization="cosine"), Altered(Forward(normalization="cosine"))):
-        with pytest.raises(MetaplError, match="cosine"):
+        with pytest.raises(MetaplError):
             metapl.BilevelTrainer(None, torch.nn.Linear(4, 3), mode, problem=LearningToReweight())
 
 

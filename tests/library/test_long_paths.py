@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from problems_zoo import product
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.ablation.cost import peak_bytes
-from metapl.execution.batch import digest
 from metapl.feedback import Forward, keeping
 from metapl.feedback.keeping import Keeping
 from metapl.problems import EqualWeights, ExampleWeights, Table
@@ -227,141 +225,6 @@ def test_a_function_may_seed_the_default_generator() -> None:
     assert torch.equal(after, torch.random.get_rng_state())
 
 
-OTHERS: dict[str, tuple[Any, Any]] = {
-    "small labels": (torch.tensor([1, 0, 1]), torch.tensor([0, 2, 0])),
-    "shapes": (torch.ones(2, 3), torch.ones(3, 2)),
-    "types": (torch.ones(3), torch.ones(3).view(torch.int32)),
-    "places": ((torch.zeros(2), torch.ones(1)), (torch.zeros(1), torch.ones(2))),
-    "arrays": ((torch.ones(3), np.ones(3)), (torch.ones(3), np.zeros(3))),
-    "plain values": ((torch.ones(3), "a"), (torch.ones(3), "b")),
-    "sparse": (torch.eye(3).to_sparse(), 2 * torch.eye(3).to_sparse()),
-    "no rows": (torch.ones(0, 3), torch.ones(0, 2)),
-    "conjugates": (torch.ones(3) * 1j, (torch.ones(3) * 1j).conj()),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_batches_are_told_apart(case: str) -> None:
-    one, other = OTHERS[case]
-    assert digest(one) != digest(other)
-    assert digest(one) == digest(copy.deepcopy(one))
-
-
-def another(number: int) -> tuple[Tensor, Tensor]:
-    x, y = batch(number)
-    return x + torch.rand(()), y
-
-
-def the_next() -> Callable[[int], tuple[Tensor, Tensor]]:
-    numbers = iter(range(99))
-    return lambda _: batch(next(numbers))
-
-
-def reused() -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Batches in one and the same tensors."""
-    held = batch(0)
-
-    def made(number: int) -> tuple[Tensor, Tensor]:
-        for t, new in zip(held, batch(number), strict=True):
-            t.copy_(new)
-        return held
-
-    return made
-
-
-def rolled() -> Callable[[int], tuple[Tensor, Tensor]]:
-    """The same rows in another order, when it is called again."""
-    seen: set[int] = set()
-
-    def made(number: int) -> tuple[Tensor, Tensor]:
-        x, y = batch(number)
-        turned = number in seen
-        seen.add(number)
-        return (x.roll(1, 0), y.roll(1, 0)) if turned else (x, y)
-
-    return made
-
-
-WRONG: dict[str, tuple[Callable[[torch.optim.Optimizer], Any], str]] = {
-    "another batch": (lambda _: Lookahead(another, steps=60), "another batch for step"),
-    "another batch, of steps that are all kept": (lambda _: Lookahead(another, steps=3), "another batch for step"),
-    "the next batch": (lambda _: Lookahead(the_next(), steps=3), "another batch for step"),
-    "batches in the same tensors": (lambda _: Lookahead(reused(), steps=3), "wrote to the tensors of an earlier one"),
-    "rows in another order": (lambda _: Lookahead(rolled(), steps=60), "another batch for step"),
-    "no steps": (lambda _: Lookahead(batch), "steps=None"),
-    "zero steps": (lambda _: Lookahead(batch, steps=0), "steps=0"),
-    "more steps than batches": (lambda _: Lookahead([batch(0)], steps=2), "1 batches for steps=2"),
-    "a later batch without rows": (lambda _: Lookahead(lambda k: batch(k) if k < 9 else (), steps=60), "of step 9 is"),
-    "a later batch with NaN": (
-        lambda _: Lookahead(lambda k: (batch(k)[0] * (torch.nan if k == 9 else 1), batch(k)[1]), steps=60),
-        "the unlabeled batch of step 9 holds NaN or infinite",
-    ),
-    "a listed batch with NaN": (
-        lambda _: Lookahead([batch(0), (batch(1)[0] * torch.inf, batch(1)[1])]),
-        "the unlabeled batch of step 1 holds NaN or infinite",
-    ),
-    "a first batch with NaN": (
-        lambda _: Lookahead(lambda k: (batch(k)[0] * torch.nan, batch(k)[1]), steps=60),
-        "the unlabeled batch of step 0 holds NaN or infinite",
-    ),
-    "a negative rate": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: 5 - k), r"schedule\(6\) returned -1"),
-    "a rate that is a text": (lambda _: Lookahead(batch, steps=60, schedule=lambda k: "a"), "returned 'a'"),
-    "a rate for a schedule": (lambda _: Lookahead(batch, steps=60, schedule=0.1), "schedule is float"),
-    "a schedule that needs a metric": (
-        lambda o: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)),
-        "ReduceLROnPlateau",
-    ),
-    "a schedule that ends too early": (
-        lambda o: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=30)),
-        "OneCycleLR, which ends before step 31 of 60",
-    ),
-    "the schedule of another optimizer": (
-        lambda _: Lookahead(batch, steps=60, schedule=torch.optim.lr_scheduler.StepLR(other_optimizer(), 1)),
-        "another optimizer",
-    ),
-}
-
-
-def other_optimizer() -> torch.optim.Optimizer:
-    return torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_paths_are_refused(case: str) -> None:
-    make, said = WRONG[case]
-    student = network()
-    inner = OPTIMIZERS["adam"](student.parameters())
-    before = copy.deepcopy(student.state_dict())
-    with pytest.raises(MetaplError, match=said):
-        gradient(student, inner, make(inner), Forward(keep_every=8))
-    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
-
-
-def test_a_first_batch_that_is_another_is_refused_before_the_second_step() -> None:
-    read: list[int] = []
-    student = network()
-
-    def batch_of(step: int) -> Any:
-        read.append(step)
-        return another(step)
-
-    ahead = Lookahead(batch_of, steps=60)
-    with pytest.raises(MetaplError, match="another batch for step 0"):
-        gradient(student, OPTIMIZERS["adam"](student.parameters()), ahead, Forward(truncate=1))
-    assert {*read} == {0}
-
-
-def test_a_schedule_is_not_for_a_trainer_or_a_transform() -> None:
-    torchopt = pytest.importorskip("torchopt")
-    student = network()
-    ahead = Lookahead(batch, steps=3, schedule=lambda k: 1.0)
-    with pytest.raises(MetaplError, match="TorchOpt transform"):
-        gradient(student, torchopt.sgd(0.1), ahead, Forward())
-    trainer = metapl.BilevelTrainer(None, student, "forward", problem=EqualWeights())
-    with pytest.raises(MetaplError, match=r"schedule, which is for metapl\.hypergradient"):
-        trainer.step(outer=batch(-1), inner=ahead)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) -> None:
@@ -390,47 +253,6 @@ def test_teachers_whose_passes_are_computed_again(kind: Any, accumulate: int) ->
     assert all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
-class Breaking(EqualWeights):
-    """A loss that is infinite, or has an infinite second derivative, where a batch begins with a great number."""
-
-    def __init__(self, value: bool) -> None:
-        self.value = value
-
-    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        losses = super().inner_loss(outputs, signal, batch)
-        if float(batch[0][0, 0]) < 100:
-            return losses
-        nothing = outputs[:, 0] - outputs[:, 0].detach()
-        return losses + torch.inf if self.value else losses + 2e3 * (nothing + 2e-38) ** 1.01
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (True, r"the inner loss is NaN or infinite \(step 9 of the look-ahead\)"),
-        (False, r"in the student's weights is NaN or infinite before step 9 of the look-ahead"),
-    ],
-)
-def test_a_step_that_is_not_finite_is_named(value: bool, said: str) -> None:
-    def made(number: int) -> tuple[Tensor, Tensor]:
-        x, y = batch(number)
-        x[0, 0] = 100 if number == 9 else x[0, 0]
-        return x, y
-
-    student = network()
-    given: dict[str, Any] = {"outer": batch(-1), "inner": Lookahead(made, steps=20), "problem": Breaking(value)}
-    inner = torch.optim.SGD(student.parameters(), lr=1e-3)
-    with pytest.raises(MetaplError, match=said):
-        metapl.hypergradient(None, student, mode=Forward(keep_every=4), inner_optimizer=inner, **given)
-
-
-def test_outputs_that_are_not_finite_name_their_step() -> None:
-    student = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
-    inner = torch.optim.SGD(student.parameters(), lr=1e38)
-    with pytest.raises(MetaplError, match=r"student's outputs are NaN .* \(step \d of the look-ahead\)"):
-        gradient(student, inner, Lookahead(batch, steps=20), Forward(keep_every=4))
-
-
 @pytest.mark.parametrize("terminal", [True, False])
 def test_how_far_a_path_is(terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
@@ -449,48 +271,75 @@ def test_how_far_a_path_is(terminal: bool, monkeypatch: pytest.MonkeyPatch, caps
     assert ("\r" in said) == terminal
 
 
-def test_ablations_and_checks_take_a_look_ahead_whose_batches_are_made() -> None:
-    student = nn.Sequential(nn.Linear(6, 3))
-    trainer = metapl.BilevelTrainer(
-        nn.Linear(6, 3), student, "forward", inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1)
-    )
-    given: dict[str, Any] = {"labeled": batch(-1)}
-    held = Lookahead([batch(k)[0] for k in range(3)])
-    for ahead in (held, Lookahead(lambda k: batch(k)[0], steps=3)):
-        assert metapl.check_gradient(trainer, unlabeled=ahead, **given).passed
-        found = metapl.ablate(trainer, batch(-1), ahead, modes=("forward", "unrolled"), draws=2, rounds=1)
-        assert found.modes["forward"].cosine > 0.9999
-
-
-def test_a_path_that_does_not_fit_is_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    student = network()
-    monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
-    inner = OPTIMIZERS["adam"](student.parameters())
-    with pytest.raises(MetaplError, match=r"all 60 steps would keep 60 states .* expected Forward\(keep_every=8\),"):
-        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_every=1))
-    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 8, of 60"
-    monkeypatch.setattr(keeping, "free_bytes", lambda _: 60_000)
-    with pytest.raises(MetaplError, match=r"would keep 40 states .* expected Forward\(keep_every=7\), or keep_on="):
-        gradient(student, inner, Lookahead(batch, steps=40), Forward())
-    monkeypatch.setattr(keeping, "free_bytes", lambda _: 20_000)
-    with pytest.raises(MetaplError, match=r"free; expected keep_on= with a folder"):
-        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep="tree"))
-    with pytest.raises(MetaplError, match=r"free; expected keep_on= with a folder"):
-        metapl.attribute(student, batch(0), batch(1), optimizer=inner, steps=STEPS, batch_size=8)
-    trainer = metapl.BilevelTrainer(None, student, Forward(), problem=EqualWeights(), inner_optimizer=inner)
-    with pytest.raises(MetaplError, match=r"in metapl.hypergradient and attribute\), or fewer steps\.$"):
-        trainer.step(outer=batch(-1), inner=Lookahead(batch, steps=STEPS))
-    monkeypatch.setattr(keeping, "free_bytes", lambda _: None)  # the system does not say
-    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 8, of 60"
-    with pytest.raises(MetaplError, match="is no folder"):
-        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_on="nowhere"))
-    with pytest.raises(MetaplError, match="expected one of the two"):
-        Forward(keep="tree", keep_every=3)
-
-
 @pytest.mark.parametrize(
     ("spacings", "steps", "states"),
     [((), 120, 120), ((11,), 120, 22), ((100, 10), 1000, 30), ((1000, 100, 10), 2000, 32)],
 )
 def test_how_many_states_are_held(spacings: tuple[int, ...], steps: int, states: int) -> None:
     assert Keeping(spacings).states(steps) == states
+
+
+def another(number: int) -> tuple[Tensor, Tensor]:
+    x, y = batch(number)
+    return x + torch.rand(()), y
+
+
+def the_next() -> Callable[[int], tuple[Tensor, Tensor]]:
+    numbers = iter(range(99))
+    return lambda _: batch(next(numbers))
+
+
+def reused() -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Batches in one and the same tensors."""
+    held = batch(0)
+
+    def made(number: int) -> tuple[Tensor, Tensor]:
+        for t, new in zip(held, batch(number), strict=True):
+            t.copy_(new)
+        return held
+
+    return made
+
+
+def with_nan(number: int) -> tuple[Tensor, Tensor]:
+    x, y = batch(number)
+    return x * (torch.nan if number == 9 else 1), y
+
+
+WRONG: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "another batch": lambda _: Lookahead(another, steps=60),
+    "another batch, of steps that are all kept": lambda _: Lookahead(another, steps=3),
+    "the next batch": lambda _: Lookahead(the_next(), steps=60),
+    "batches in the same tensors": lambda _: Lookahead(reused(), steps=3),
+    "a batch with NaN": lambda _: Lookahead(with_nan, steps=60),
+    "no steps": lambda _: Lookahead(batch),
+    "more steps than batches": lambda _: Lookahead([batch(0)], steps=2),
+    "a schedule that needs a metric": lambda o: Lookahead(
+        batch, steps=60, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau(o)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_paths_are_refused(case: str) -> None:
+    student = network()
+    inner = OPTIMIZERS["adam"](student.parameters())
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(MetaplError):
+        gradient(student, inner, WRONG[case](inner), Forward(keep_every=8))
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+
+
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the memory that is free, of which the states may fill half; then the default keeps fewer of them."""
+    student = network()
+    inner = OPTIMIZERS["adam"](student.parameters())
+    monkeypatch.setattr(keeping, "free_bytes", lambda _: 200_000)
+    with pytest.raises(MetaplError):
+        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep_every=1))
+    assert gradient(student, inner, Lookahead(batch, steps=STEPS), Forward()).kept == "one step in 8, of 60"
+    monkeypatch.setattr(keeping, "free_bytes", lambda _: 20_000)
+    with pytest.raises(MetaplError):
+        gradient(student, inner, Lookahead(batch, steps=STEPS), Forward(keep="tree"))
+    with pytest.raises(MetaplError):
+        Forward(keep="tree", keep_every=3)

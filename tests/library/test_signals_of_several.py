@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -14,12 +13,11 @@ from test_own_problems import Labeller
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from trainers import refused, trainer_for, values
+from trainers import trainer_for, values
 
 import metapl
-from metapl import MetaplError, Signal
-from metapl.ablation import Altered
-from metapl.feedback import Difference, Forward, Implicit
+from metapl import Signal
+from metapl.feedback import Forward
 
 
 class Teacher(Labeller):
@@ -104,34 +102,26 @@ def even(case: Toy) -> Toy:
     return Toy(case.teacher, case.student, (case.labeled[0][:4], case.labeled[1][:4]), case.unlabeled, case.seed)
 
 
-EXACT = [
-    ("unrolled", 1, torch.float64, 1e-9),
-    ("unrolled", 3, torch.float64, 1e-9),
-    ("forward", 1, torch.float64, 1e-9),
-    ("forward", 3, torch.float64, 1e-9),
-    ("forward", 3, torch.float32, 2e-5),
-    (Forward(keep_every=2), 3, torch.float64, 1e-9),
-    ("difference", 1, torch.float64, 1e-6),
-    (Difference(one_sided=True), 1, torch.float64, 1e-5),
-]
-
-
-OTHERS = [
-    (mode, 3, torch.float64, 1e-9, optimiser)
-    for mode in ("unrolled", "forward")
-    for optimiser in ("torch_sgd", "torch_adamw")
+TOLERANCE: dict[Any, float] = {
+    "unrolled": 1e-9,
+    Forward(by="graph"): 1e-9,
+    Forward(by="tangent"): 1e-9,
+    Forward(keep_every=2): 1e-9,
+    "forward": 1e-9,
+    "difference": 1e-6,
+}
+CASES = [
+    *((mode, 1, "torch_sgd_momentum") for mode in TOLERANCE),
+    *((mode, 3, optimiser) for mode in ("unrolled", "forward") for optimiser in ("torch_sgd_momentum", "torch_adamw")),
+    (Forward(keep_every=2), 3, "torch_sgd_momentum"),
 ]
 
 
 @pytest.mark.parametrize("problem", [Weighted, Augmented])
-@pytest.mark.parametrize(
-    ("mode", "steps", "dtype", "tolerance", "optimiser"), [*((*case, "torch_sgd_momentum") for case in EXACT), *OTHERS]
-)
-def test_every_field_gets_its_own_feedback(
-    mode: Any, steps: int, dtype: torch.dtype, tolerance: float, optimiser: str, problem: type
-) -> None:
+@pytest.mark.parametrize(("mode", "steps", "optimiser"), CASES, ids=str)
+def test_every_field_gets_its_own_feedback(mode: Any, steps: int, optimiser: str, problem: type) -> None:
     """In value, sign and scale; a tuple of dicts for a look-ahead."""
-    case, rule = toy("mlp", dtype=dtype, teacher=Teacher), OPTIMISERS[optimiser]
+    case, rule, tolerance = toy("mlp", teacher=Teacher), OPTIMISERS[optimiser], TOLERANCE[mode]
     inner, _, state = warm(case, rule)
     batches = ahead_of(case, steps)
     grads, in_fields, theta = by_hand(case, problem, batches, rule.rule, state)
@@ -190,29 +180,6 @@ def test_a_step_in_micro_batches(problem: type, mode: str, recompute: bool, step
     assert report.feedback_std == pytest.approx(float(entries.std(correction=0)), rel=1e-5)
 
 
-def test_implicit_along_its_own_direction() -> None:
-    case = toy("mlp", teacher=Teacher)
-    theta, phi = weights(case.student), weights(case.teacher)
-    outer = F.cross_entropy(functional_call(case.student, theta, (case.labeled[0],)), case.labeled[1])
-    w = [-0.2 * v for v in torch.autograd.grad(outer, list(theta.values()))]
-    label = functional_call(case.teacher, phi, (case.unlabeled,)).softmax(-1)
-    guess = label.argmax(-1)
-    weight = torch.sigmoid(phi["trust"][guess])
-    log_p = functional_call(case.student, theta, (case.unlabeled,)).log_softmax(-1)
-    losses = (1 + 0.1 * guess) * weight * -(label * log_p).sum(-1)
-    g = torch.autograd.grad(losses.mean(), list(theta.values()), create_graph=True)
-    expected = torch.autograd.grad(sum((a * b).sum() for a, b in zip(g, w, strict=True)), [weight, label])
-    found = metapl.hypergradient(
-        **case.networks(),
-        **case.data(),
-        mode=Implicit(solver="identity", step_size=0.2),
-        problem=Weighted(),
-        inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.1),
-    ).feedback
-    assert error(found["weight"], -expected[0]) < 1e-9
-    assert error(found["label"], -expected[1]) < 1e-9
-
-
 class Labels(metapl.problems.Problem):
     """The teacher's distribution, as a tensor, or as a dict of one."""
 
@@ -237,12 +204,10 @@ class Labels(metapl.problems.Problem):
         ("unrolled", "probs", {}),
         ("difference", "value", {}),
         ("none", "label", {}),
-        (Altered(alteration="permuted"), "label", {}),
         ("forward", "label", {"accumulate": 2}),
         ("forward", "label", {"recompute_teacher": True}),
         ("forward", "label", {"feedback_ratio": 0.5}),
         ("forward", "label", {"precision": "bfloat16"}),
-        ("forward", "label", {"compile": True}),
     ],
 )
 def test_a_dict_of_one_tensor_is_the_tensor_bit_for_bit(mode: Any, key: str, options: dict[str, Any]) -> None:
@@ -252,8 +217,7 @@ def test_a_dict_of_one_tensor_is_the_tensor_bit_for_bit(mode: Any, key: str, opt
         case = even(toy("dropout", dtype=torch.float32, teacher=Labeller))
         case.draw_from_start()
         trainer = trainer_for(case, mode, problem=problem, teacher_losses=(metapl.CrossEntropy(),), **options)
-        with torch.compiler.set_stance(force_backend="aot_eager"):  # where it compiles, Dynamo without Inductor
-            reports = [trainer.step(**case.data()) for _ in range(3)]
+        reports = [trainer.step(**case.data()) for _ in range(3)]
         told = [report.feedback for report in reports]
         told = [h[key] if isinstance(h, dict) else h for h in told]
         ends.append([*values(case.teacher).values(), *values(case.student).values(), *told])
@@ -286,23 +250,6 @@ def test_a_field_that_is_not_read_gets_zero(mode: str) -> None:
     assert error(found.feedback["label"], -in_fields[0]["label"]) < 1e-6
 
 
-def test_the_truncated_steps_have_zeros_of_every_field() -> None:
-    case = toy("mlp", teacher=Teacher)
-    batches = ahead_of(case, 3)
-    for mode in (Forward(truncate=1), metapl.feedback.Unrolled(truncate=1)):
-        first, second, last = metapl.hypergradient(
-            **case.networks(),
-            labeled=case.labeled,
-            unlabeled=metapl.Lookahead(batches),
-            mode=mode,
-            problem=Weighted(),
-            inner_optimizer=torch.optim.SGD(case.student.parameters(), lr=0.3),
-        ).feedback
-        assert [t.shape for t in first.values()] == [t.shape for t in last.values()] == [(4,), (4, CLASSES)]
-        assert not any(t.any() for h in (first, second) for t in h.values())
-        assert all(t.any() for t in last.values())
-
-
 class Steered(metapl.problems.LearningToReweight):
     """Learning to reweight, with a shift of the labels beside the weights."""
 
@@ -325,7 +272,9 @@ def test_a_signal_may_be_revised_by_a_dict_of_feedback() -> None:
     case, problem = even(toy("mlp")), Steered()
     labels = torch.arange(4) % CLASSES
     optimizer = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    trainer = metapl.BilevelTrainer(None, case.student, "forward", problem=problem, inner_optimizer=optimizer)
+    trainer = metapl.BilevelTrainer(
+        None, case.student, "forward", problem=problem, inner_optimizer=optimizer, verify=False
+    )
     theta, start = weights(case.student), values(case.student)
     moved = trainer.step(case.labeled, (case.unlabeled, labels)).feedback
     assert problem.h["weight"].equal(moved["weight"])
@@ -333,165 +282,3 @@ def test_a_signal_may_be_revised_by_a_dict_of_feedback() -> None:
     loss = (40 * moved["weight"].clamp_min(0) * F.cross_entropy(z, labels, reduction="none")).mean()
     g = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
     assert error({n: start[n] - p for n, p in values(case.student).items()}, {n: 0.3 * t for n, t in g.items()}) < 1e-9
-
-
-def test_a_look_ahead_of_fit_and_a_saved_trainer_go_on() -> None:
-    case = even(toy("mlp", dtype=torch.float32, teacher=Teacher))
-
-    def built() -> metapl.BilevelTrainer:
-        fresh = copy.deepcopy(case)
-        return trainer_for(fresh, "forward", problem=Augmented(), teacher_losses=(), lookahead=2)
-
-    one, other = built(), built()
-    one.fit([case.labeled], [case.unlabeled], steps=2)
-    other.load_state_dict(one.state_dict())
-    pair = metapl.Lookahead([case.unlabeled, case.unlabeled])
-    a, b = one.step(case.labeled, pair), other.step(case.labeled, pair)
-    assert all(torch.equal(x[name], y[name]) for x, y in zip(a.feedback, b.feedback, strict=True) for name in x)
-    assert same([*values(one.student).values()], [*values(other.student).values()])
-
-
-def test_ablate_compares_the_modes_that_take_it() -> None:
-    case = even(toy("mlp", dtype=torch.float32, teacher=Teacher))
-    trainer = trainer_for(case, "forward", problem=Weighted(), teacher_losses=())
-    found = metapl.ablate(trainer, case.labeled, case.unlabeled, modes=["forward", "unrolled", "difference"])
-    for mode in ("forward", "unrolled", "difference"):
-        assert found.modes[mode].cosine > 0.999
-
-
-# ------------------------------------------------------------------------------------------------------------ refusals
-
-
-class Made(Weighted):
-    """A signal that a function makes of the teacher's two tensors."""
-
-    def __init__(self, make: Callable[[Tensor, Tensor], Any], loss: Any = None) -> None:
-        self.make, self.loss = make, loss
-
-    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
-        label = teacher(batch).softmax(-1)
-        return self.make(teacher.trust[label.argmax(-1)].sigmoid(), label)
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        if self.loss is not None:
-            self.loss(signal.value)
-        return signal.value["weight"] * F.cross_entropy(outputs, signal.value["label"], reduction="none")
-
-
-def pair(weight: Tensor, label: Tensor, **more: Any) -> dict[str, Any]:
-    return {"weight": weight, "label": label, **more}
-
-
-REFUSED: list[tuple[Any, str]] = [
-    (lambda w, q: Signal([w, q]), "list"),
-    (lambda w, q: Signal({}), "dict of 0"),
-    (lambda w, q: Signal({0: w, 1: q}), "dict"),
-    (lambda w, q: Signal(pair(w, q.tolist())), "dict"),
-    (lambda w, q: Signal(pair(w, {"q": q})), "dict"),
-    (lambda w, q: Signal(pair(w, None)), "dict"),
-    (lambda w, q: Signal(pair(w, q + 0j)), "dict"),
-    (lambda w, q: Signal(pair(w, q), log_prob=w), "dict"),
-    (lambda w, q: Signal(pair(w.detach(), q.detach())), "gradient"),
-    (lambda w, q: Signal({"guess": q.argmax(-1)}), "log_prob"),
-    (lambda w, q: pair(w, q), "expected metapl.Signal"),
-]
-
-
-@pytest.mark.parametrize("mode", ["forward", "unrolled"])
-@pytest.mark.parametrize(("make", "text"), REFUSED)
-def test_what_is_no_signal_is_refused(make: Any, text: str, mode: str) -> None:
-    case = toy("mlp", teacher=Teacher)
-    trainer = trainer_for(case, mode, problem=Made(make), teacher_losses=())
-    refused(lambda: trainer.step(**case.data()), text, case.teacher, case.student)
-
-
-@pytest.mark.parametrize("mode", ["reinforce", "reinforce_per_example", "loss_difference"])
-def test_sampled_modes_take_no_dict(mode: str) -> None:
-    case = toy("mlp", teacher=Teacher)
-    with unmoved(case), pytest.raises(MetaplError, match=rf"mode '{mode}' is for sampled signals.*differentiable"):
-        trainer_for(case, mode, problem=Weighted(), teacher_losses=()).step(**case.data())
-
-
-def test_micro_batches_have_the_same_fields_and_shapes() -> None:
-    case = even(toy("mlp", teacher=Teacher))
-    count = iter(range(100))
-
-    def changing(w: Tensor, q: Tensor) -> Signal:
-        return Signal(pair(w, q, extra=w.new_ones(1 + next(count) % 2)))
-
-    cases: list[tuple[Any, dict[str, Any], str]] = [
-        (changing, {"accumulate": 2}, "accumulate"),
-        (lambda w, q: Signal(pair(w, q, **({"odd": w} if next(count) % 2 else {}))), {"accumulate": 2}, "accumulate"),
-        (lambda w, q: Signal(pair(w, q, scale=w.mean())), {"accumulate": 2}, "dimension"),
-    ]
-    for make, options, text in cases:
-        trainer = trainer_for(case, "forward", problem=Made(make), teacher_losses=(), **options)
-        with unmoved(case), pytest.raises(MetaplError, match=text):
-            trainer.step(**case.data())
-
-
-def test_an_inner_loss_that_puts_a_tensor_into_the_dict() -> None:
-    case = toy("mlp", teacher=Teacher)
-
-    def write(value: dict[str, Tensor]) -> None:
-        value["label"] = value["label"].roll(1, 0)
-
-    def add(value: dict[str, Tensor]) -> None:
-        value["extra"] = value["label"]
-
-    for loss in (write, add):
-        problem = Made(lambda w, q: Signal(pair(w, q)), loss)
-        with unmoved(case), pytest.raises(MetaplError, match=r"inner_loss changed .*signal.* in place"):
-            trainer_for(case, "forward", problem=problem, teacher_losses=()).step(**case.data())
-
-
-def test_rows_are_told_by_the_keys() -> None:
-    case = even(toy("mlp", teacher=Teacher))
-    problem = Augmented()
-    problem.signal_has_rows = {"strenght": False}
-    with unmoved(case), pytest.raises(MetaplError, match="signal_has_rows"):
-        trainer_for(case, "forward", problem=problem, teacher_losses=(), accumulate=2).step(**case.data())
-
-
-# ------------------------------------------------------------------------------------------------ inner= and outer=
-
-
-def test_the_batches_have_two_names_each() -> None:
-    case = toy("mlp", teacher=Labeller)
-    options = {"problem": Labels(), "inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.3)}
-    one = metapl.hypergradient(**case.networks(), **case.data(), **options)
-    trainer = trainer_for(case, problem=Labels())
-    for mixed in ({"inner": case.unlabeled, "outer": case.labeled}, {"inner": case.unlabeled, "labeled": case.labeled}):
-        assert torch.equal(metapl.hypergradient(**case.networks(), **mixed, **options).feedback, one.feedback)
-    found = [trainer.hypergradient(case.labeled, case.unlabeled, "forward"), trainer.hypergradient(**mixed)]
-    assert torch.equal(found[0].feedback, found[1].feedback)
-    twin = copy.deepcopy(case)
-    other = trainer_for(twin, problem=Labels())
-    a, b = trainer.step(case.labeled, case.unlabeled), other.step(inner=case.unlabeled, outer=case.labeled)
-    assert torch.equal(a.feedback, b.feedback)
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({}, r"labeled= \(or outer=\) was not given"),
-        ({"inner": 0}, r"labeled= \(or outer=\) was not given; expected the outer batch"),
-        ({"labeled": 0}, r"unlabeled= \(or inner=\) was not given; expected the inner batch"),
-        ({"labeled": 0, "outer": 1, "inner": 1}, "labeled= and outer= were both given"),
-        ({"labeled": 0, "unlabeled": 1, "inner": 1}, "unlabeled= and inner= were both given"),
-    ],
-)
-def test_one_name_at_a_time(given: dict[str, Any], text: str) -> None:
-    case = toy("mlp", teacher=Labeller)
-    pieces = {name: (case.labeled, case.unlabeled)[which] for name, which in given.items()}
-    trainer = trainer_for(case, problem=Labels(), teacher_losses=(metapl.CrossEntropy(),))
-    optimizer = torch.optim.SGD(case.student.parameters(), lr=0.3)
-    calls: list[Callable[[], Any]] = [
-        lambda: metapl.hypergradient(**case.networks(), **pieces, inner_optimizer=optimizer),
-        lambda: trainer.hypergradient(**pieces),
-        lambda: trainer.step(**pieces),
-    ]
-    if "both" in text:
-        calls.append(lambda: trainer.teacher_step(**pieces))
-    for call in calls:
-        refused(call, text, case.teacher, case.student)

@@ -191,5 +191,5 @@ def test_a_bad_batch_found_on_the_device_is_told_when_the_report_is_read(monkeyp
     with as_on_an_accelerator(monkeypatch) as waits:
         report = one.step((x * torch.nan, y))
         assert waits.found == []
-    with pytest.raises(metapl.MetaplError, match="NaN"):
+    with pytest.raises(metapl.MetaplError):
         report.fault.raise_if_found()
