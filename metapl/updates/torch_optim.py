@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metapl.errors import MetaplError, called, few
+from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
@@ -39,7 +39,7 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if missing or not parameters:
         raise MetaplError(
-            f"{called(name)} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
+            f"{name} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
             f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
             f"add_param_group."
         )
@@ -58,7 +58,7 @@ def options_by_step(
     if not isinstance(schedule, LRScheduler):
         return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]
     if schedule.optimizer is not optimizer:
-        raise MetaplError(f"schedule is of another optimizer than {called('inner_optimizer')}.")
+        raise MetaplError("schedule is of another optimizer than inner_optimizer.")
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
     kind: Any = type(optimizer)
     alike = kind([{**group, "params": [nn.Parameter(torch.zeros(()))]} for group in groups])
@@ -98,7 +98,7 @@ class TorchUpdate(Update):
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
         if foreign:
             raise MetaplError(
-                f"{called('inner_optimizer')} holds {foreign} tensors that are no trainable parameters of the network; "
+                f"inner_optimizer holds {foreign} tensors that are no trainable parameters of the network; "
                 "build it from student.parameters()."
             )
 
@@ -118,7 +118,7 @@ class TorchUpdate(Update):
         groups = self.optimizer.param_groups
         options = [name for name in ("differentiable", "capturable") if any(group.get(name) for group in groups)]
         if options:
-            raise MetaplError(f"{called('inner_optimizer')} has {options[0]}=True; expected it to be left out.")
+            raise MetaplError(f"inner_optimizer has {options[0]}=True; expected it to be left out.")
         held = [[id(p) for p in group["params"]] for group in groups]
         own = self.parameters
         known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
