@@ -29,10 +29,10 @@ import torch
 from machine import arguments, parsed, results
 
 from metapl.apps.experiments.experiment import Experiment
+from metapl.apps.machine.environment import environment
 from metapl.apps.recipes import Digits, Feedback, Optimizer
 from metapl.apps.recipes.base import Task
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.environment import environment
 from metapl.training import Trainer
 from metapl.training.loss_trainer import LossTrainer
 

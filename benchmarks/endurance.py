@@ -48,9 +48,10 @@ from torch import nn
 from metapl import LossTrainer, MetaplError
 from metapl.apps.commands import main as metapl_command
 from metapl.apps.experiments.folder import WEIGHTS
+from metapl.apps.machine import ownership
 from metapl.apps.networks.weights import load_weights
 from metapl.apps.pictures.reader import read_image
-from metapl.runs import checkpoint, ownership
+from metapl.runs import checkpoint
 from metapl.runs.checkpoint import CheckpointFolder
 
 RESULT = Path(__file__).parent / "results" / "endurance.json"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from machine import arguments, parsed, results, show
 
+from metapl.apps.machine.environment import environment
 from metapl.apps.recipes import Digits
-from metapl.runs.environment import environment
 from metapl.training.trainer import BilevelTrainer
 
 RAW = Path(__file__).parent / "results" / "feedback_size.json"

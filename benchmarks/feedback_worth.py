@@ -56,10 +56,10 @@ from when import (
 )
 from when_stack import CLASSES, Batch, Passes, Rule, Stack, Weights, copied, cosine, forward
 
+from metapl.apps.machine.cores import available_cores
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 from metapl.metrics import paired_test
-from metapl.runs.cores import available_cores
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "feedback_worth.jsonl"
 STEPS, FINETUNE_STEPS = 6000, 200

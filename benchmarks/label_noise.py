@@ -53,9 +53,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl.ablation import Altered
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 from metapl.data.sampler import StepSampler
-from metapl.feedback import Altered, Estimator, Forward
+from metapl.feedback import Estimator, Forward
 from metapl.feedback.inner_step import InnerStep
 from metapl.models import mlp
 from metapl.problems import (
@@ -69,7 +71,6 @@ from metapl.problems import (
     WeightNet,
 )
 from metapl.problems.losses import CrossEntropy
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "label_noise.jsonl"
 CLASSES, HANDFUL, BATCH, HIDDEN = 10, 10, 64, 32
@@ -304,7 +305,7 @@ class Reweighting(LearningToReweight):
 
 @dataclass(frozen=True)
 class AlteredBlocks(Altered):
-    """:class:`metapl.feedback.Altered` within each block: rows are examples, or classes of a transition matrix."""
+    """:class:`metapl.ablation.Altered` within each block: rows are examples, or classes of a transition matrix."""
 
     seeds: tuple[int, ...] = ()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from metapl.runs.cores import available_cores
+from metapl.apps.machine.cores import available_cores
 
 
 def arguments(description: str | None, result: Path, *, page: bool = False) -> argparse.ArgumentParser:

@@ -37,9 +37,10 @@ from torch.nn import functional as F
 from when import drawn
 from when_stack import CLASSES, Views, Weights, _layers, _where_positive, copied, product, softmax, stacked
 
+from metapl.apps.machine.environment import environment
+from metapl.apps.recipes.methods.noisy_student import decay_interval
 from metapl.models import mlp
-from metapl.runs.environment import environment
-from metapl.training.options import DECAY, decay_interval
+from metapl.training.options import DECAY
 
 RAW = Path(__file__).parent / "results" / "noisy_student.jsonl"
 LABELS, LABELED_BATCH, STEPS, MOMENTUM, FINETUNE_LR = 4, 32, 1500, 0.9, 0.02

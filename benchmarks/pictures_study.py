@@ -28,8 +28,8 @@ from machine import append, arguments, parsed, read, write_between_marks
 from PIL import Image
 from torch import Tensor
 
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "pictures_study.jsonl"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(10))

@@ -25,8 +25,8 @@ from metapl.apps.commands import main as metapl
 from metapl.apps.commands.train import COMPARED
 from metapl.apps.experiments.folder import RunFolder, stored, stored_result
 from metapl.apps.experiments.side_by_side import operations
+from metapl.apps.machine.environment import environment
 from metapl.apps.recipes.methods import title
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "student_or_mpl.jsonl"
 SEEDS = range(10)

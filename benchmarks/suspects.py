@@ -31,8 +31,8 @@ from machine import append, arguments, parsed, read, show
 from PIL import Image
 from torch import Tensor
 
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "suspects.jsonl"
 CLEAN, WRONG, FIRST, SIDE = 10, 0.1, 0.1, 16

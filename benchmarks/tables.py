@@ -30,8 +30,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.semi_supervised import LabelSpreading, SelfTrainingClassifier
 
+from metapl.apps.machine.environment import environment
 from metapl.metrics import paired_test
-from metapl.runs.environment import environment
 from metapl.sklearn import MetaPseudoLabelsClassifier, MetaReweightedClassifier
 
 RAW = Path(__file__).parent / "results" / "tables.jsonl"

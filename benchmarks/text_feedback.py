@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl.apps.machine.environment import environment
 from metapl.feedback import Forward
 from metapl.metrics import paired_test, predict_logits
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "text_feedback.jsonl"
 MASKED, BATCH = 0.15, 32

@@ -26,7 +26,7 @@ import torch
 from machine import append, arguments, parsed, read, write_between_marks
 from two_moons_stack import Method, Outcome, TwoMoons, TwoMoonsRuns, mcnemar
 
-from metapl.runs.environment import environment
+from metapl.apps.machine.environment import environment
 
 RAW = Path(__file__).parent / "results" / "two_moons.jsonl"
 SEEDS = tuple(range(100, 164))

@@ -49,9 +49,9 @@ from when_stack import (
     stacked,
 )
 
+from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
 from metapl.models import mlp
-from metapl.runs.environment import environment
 
 RAW = Path(__file__).parent / "results" / "when.jsonl"
 SIZES, BATCH, EMA_DECAY, FINETUNE_LR = [64, 32, 32, 10], 64, 0.995, 0.02

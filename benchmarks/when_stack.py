@@ -163,7 +163,7 @@ Alteration = Literal[
 
 
 def altered(h: Tensor, q: Tensor, alteration: Alteration, rows: Tensor, coins: Tensor) -> Tensor:
-    """The feedback as the controls have it; three of them are those of :class:`metapl.feedback.Altered`.
+    """The feedback as the controls have it; three of them are those of :class:`metapl.ablation.Altered`.
 
     Args:
         h: (S, B, C), whose mean over the classes by the student's probabilities is 0.
@@ -505,7 +505,7 @@ def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:
 
 
 def drawn_for_controls(seeds: Sequence[int], step: int, batch: int) -> tuple[Tensor, Tensor]:
-    """The permutations and signs that :class:`metapl.feedback.Altered` draws for these seeds in a step."""
+    """The permutations and signs that :class:`metapl.ablation.Altered` draws for these seeds in a step."""
 
     def each(draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         return torch.stack([draw(torch.Generator().manual_seed(seed * 1_000_003 + step)) for seed in seeds])

@@ -41,8 +41,8 @@ def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row)
     """One training; its accuracies on the test set, and what it was like along the run."""
     from metapl.apps.experiments.jobs import Job
     from metapl.apps.experiments.settle import REHEARSED, settled, steps_within
+    from metapl.apps.machine.environment import environment
     from metapl.apps.recipes import ImageFolders
-    from metapl.runs.environment import environment
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

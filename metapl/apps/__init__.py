@@ -10,6 +10,7 @@ evaluation   damaged and misleading pictures, ImageNet's other test sets
 reports      pictures of a training
 planning     what a training needs, before it runs
 export       trained networks as files for others
+machine      the machine it runs on, and its files
 """
 
 from importlib import import_module

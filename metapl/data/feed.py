@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -19,22 +18,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, default_convert
 
 from metapl.data.generators import Generators, parts_of
 from metapl.data.steps import StepBatches, loader
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import inputs_of
-from metapl.execution.checks import described
 from metapl.execution.device import to_device
 from metapl.runs.generators import plain_states
 
 _END: Any = object()
-
-_RESUMABLE = (
-    "a torch DataLoader, a metapl.data.StepBatches, a list of batches, or an object with state_dict and load_state_dict"
-)
 
 
 class Feed(Protocol):
@@ -68,8 +62,6 @@ def feed(
         source: one of
 
             - :class:`~metapl.data.StepBatches`: batch t is ``source[t]``.
-            - an object with ``state_dict`` and ``load_state_dict``, such as torchdata's ``StatefulDataLoader``: these
-              hold the position.
             - a list or tuple of batches: batch t is ``source[t % len(source)]``.
             - a torch ``DataLoader``, or anything else that ``iter`` begins anew each time: its epochs follow each
               other, and ``set_epoch(epoch)`` is called on samplers and data sets that have it.
@@ -79,9 +71,7 @@ def feed(
         stop: number of batches that the run needs, 0 or more. Batches beyond it are not promised.
         num_workers: processes that prepare batches of a ``StepBatches`` ahead. A ``DataLoader`` has its own number.
         seed: of what the source draws, any integer.
-        device: where the batches are wanted; None: wherever the source has them. Away from the CPU, workers fetch the
-            :meth:`~metapl.data.StepBatches.raw` batches of a ``StepBatches``, and what it leaves to
-            :meth:`~metapl.data.StepBatches.augment`, such as the views of pictures, is done there.
+        device: where the batches are wanted; None: wherever the source has them.
 
     Returns: a feed at batch 0. Workers start with the first batch.
 
@@ -92,9 +82,7 @@ def feed(
     generators that the loader, its samplers, its data set or their transforms hold as attributes; see "Loaders that can
     be resumed" in docs/runs.md for the exceptions.
 
-    Raises: :class:`metapl.MetaplError` for a source that is none of these, has no batch or fewer than ``stop``; from
-    ``next`` where making a batch failed or an iterator ran out (the same batch comes next, except from iterators and
-    objects with ``state_dict``); from ``restore`` for a state that is not of such a source.
+    Raises: :class:`metapl.MetaplError` for a source that is none of these, or has no batch or fewer than ``stop``.
 
     >>> from torch.utils.data import DataLoader
     >>> digits = DataLoader(range(10), batch_size=4, shuffle=True)
@@ -105,22 +93,21 @@ def feed(
     >>> torch.equal(first.next(), second.next())
     True
     """
-    for what, number in (("stop", stop), ("num_workers", num_workers)):
-        if number < 0:
-            raise MetaplError(f"the feed of {name} got {what} {number}; expected 0 or more")
     target = None if device is None else torch.device(device)
     if isinstance(source, WithoutLabels):
         inner = feed(source.source, name=name, stop=stop, num_workers=num_workers, seed=seed, device=device)
         return _MappedFeed(inner, inputs_of)
     if isinstance(source, StepBatches):
         return _StepFeed(source, name, stop, num_workers, target)
-    _refuse_source(source, name)
+    if isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray) or not isinstance(
+        source, Iterable
+    ):
+        raise MetaplError(
+            f"{name} is {checks.described(source)}; expected a torch DataLoader, a list of batches, a "
+            "metapl.data.StepBatches, or an iterable of batches."
+        )
     stream: Feed
-    # A loader that accelerate has prepared has both methods, whether or not the one inside it has.
-    inside = getattr(source, "base_dataloader", source)
-    if hasattr(inside, "state_dict") and hasattr(inside, "load_state_dict"):
-        stream = _StatefulFeed(source, name, stop, seed)
-    elif isinstance(source, Sequence):
+    if isinstance(source, Sequence):
         stream = _ListFeed(source, name)
     else:
         stream = (_IteratorFeed if isinstance(source, Iterator) else _EpochFeed)(source, name, stop, seed)
@@ -146,7 +133,7 @@ def _placed(batch: Any, device: torch.device) -> Any:
 
 
 def _finishes_batches(device: torch.device) -> bool:
-    """Whether views are applied on the device itself: on the CPU, workers do that."""
+    """Whether half of a batch is made on the device itself: on the CPU, workers do that."""
     return device.type != "cpu"
 
 
@@ -195,8 +182,7 @@ class _ListFeed:
         self._source, self._name, self._position = source, name, 0
 
     def next(self) -> Any:
-        with _blamed(f"{self._name} failed at batch {self._position}", self._source):
-            batch = self._batch()
+        batch = self._batch()
         self._position += 1
         return batch
 
@@ -207,17 +193,17 @@ class _ListFeed:
         return {"kind": self.kind, "position": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
-        (position,) = _entries(state, self.kind, self._name, position=int)
+        _check_kind(state, self.kind, self._name)
         self.close()
-        self._position = position
+        self._position = state["position"]
 
     def close(self) -> None:
         pass
 
 
 class _StepFeed(_ListFeed):
-    """The batches of a `StepBatches`, by their step: made whole by the loader, or on the device from what it fetches. A
-    run may change from one to the other, for both give the same batches."""
+    """The batches of a `StepBatches`, by their step. Of one with ``raw()`` and ``augment(step, fetched)``, the halves
+    of its batches, workers fetch the first half and the second is made on the device; both ways give the same."""
 
     kind = "steps"
 
@@ -225,13 +211,10 @@ class _StepFeed(_ListFeed):
         self, source: StepBatches[Any], name: str, stop: int, workers: int, device: torch.device | None
     ) -> None:
         if stop > len(source):
-            raise MetaplError(
-                f"{name} has {len(source)} steps, and the run needs {stop}; expected as many or more: a stream without "
-                "an end has steps=None"
-            )
-        self._source, self._name, self._position = source, name, 0
-        self._stop, self._workers, self._device = stop, workers, device
-        self._on_device = device is not None and _finishes_batches(device)
+            raise MetaplError(f"{name} has {len(source)} steps, and the run needs {stop}; expected as many or more")
+        self._source: Any = source
+        self._name, self._position, self._stop, self._workers, self._device = name, 0, stop, workers, device
+        self._halves = device is not None and _finishes_batches(device) and hasattr(source, "raw")
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:
@@ -246,14 +229,14 @@ class _StepFeed(_ListFeed):
 
     def _batch(self) -> Any:
         if self._iterator is None:
-            source = self._source.raw() if self._on_device else self._source
+            source = self._source.raw() if self._halves else self._source
             # Workers have their batches pinned in the background, for CUDA.
             pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
             self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
         item = next(self._iterator)
         batch = item if self._device is None else _placed(item, self._device)
         # Converted as loaders do, which turn tuples into lists.
-        return default_convert(self._source.augment(self._position, batch)) if self._on_device else batch
+        return default_convert(self._source.augment(self._position, batch)) if self._halves else batch
 
     def close(self) -> None:
         _stop_workers(self._iterator)
@@ -267,7 +250,6 @@ class _IteratorFeed:
     """The epochs of an iterable, with generators of its own; alone, for an iterator, which can be gone through once."""
 
     kind = "iterator"
-    why_empty = ""
 
     def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
         self._source, self._name, self._stop = source, name, stop
@@ -280,15 +262,11 @@ class _IteratorFeed:
     def next(self) -> Any:
         with self._generators.in_place():
             while (batch := self._take()) is _END:
-                if isinstance(self._source, Iterator):
+                if isinstance(self._source, Iterator) or not self._batches:
+                    # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last=True.
                     raise MetaplError(
-                        f"{self._name} ran out at batch {self._batches} (counted from 0), and the run needs "
-                        f"{self._stop}; an iterator can be gone through once: expected a longer one, or {_RESUMABLE}"
-                    )
-                if not self._batches:
-                    raise MetaplError(
-                        f"{self._name} gave no batch in epoch {self._epoch} ({described(self._source)}); expected at "
-                        f"least one{self.why_empty}"
+                        f"{self._name} has no batch {self._batches} in epoch {self._epoch}, and the run needs "
+                        f"{self._stop}; expected more, or a source that can be gone through again"
                     )
                 self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
                 self._start = self._generators.read()
@@ -298,21 +276,16 @@ class _IteratorFeed:
     def _take(self) -> Any:
         if self._iterator is None:
             self._begin()
-        with _blamed(f"{self._name} failed at batch {self._batches} of epoch {self._epoch}", self._source):
-            return next(self._iterator, _END)  # type: ignore[arg-type]  # begun
+        return next(self._iterator, _END)  # type: ignore[arg-type]  # begun
 
     def _begin(self) -> None:
-        with _blamed(f"{self._name} could not begin epoch {self._epoch}", self._source):
-            self._iterator = iter(self._source)
+        self._iterator = iter(self._source)
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "batches": self._batches}
 
     def restore(self, state: dict[str, Any]) -> None:
-        raise MetaplError(
-            f"{self._name} is an iterator ({described(self._source)}), which cannot be resumed by position: it can be "
-            f"iterated once, and has no position that could be read; expected {_RESUMABLE}"
-        )
+        raise MetaplError(f"{self._name} is an iterator, which has no position; expected a DataLoader or a list")
 
     def close(self) -> None:
         pass  # an iterator belongs to its owner, and may go on elsewhere
@@ -322,7 +295,6 @@ class _EpochFeed(_IteratorFeed):
     """The epochs of a `DataLoader`, or of anything else that begins anew each time."""
 
     kind = "epochs"
-    why_empty = ": is its data set empty, smaller than a batch with drop_last=True, or used up after one pass?"
 
     def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
         super().__init__(source, name, stop, seed)
@@ -344,35 +316,29 @@ class _EpochFeed(_IteratorFeed):
         self._generators.write(self._start)
         for part in self._parts:
             if hasattr(part, "set_epoch"):
-                with _blamed(f"{self._name} could not begin epoch {self._epoch}", self._source):
-                    part.set_epoch(self._epoch)
+                part.set_epoch(self._epoch)
         super()._begin()
-        taken, self._batches = self._batches, 0
-        try:
-            while self._batches < taken:
-                if self._take() is _END:
-                    raise MetaplError(
-                        f"{self._name} has {self._batches} batches in an epoch, and the run to resume had taken "
-                        f"{taken} of epoch {self._epoch}; expected the same data, batch size and seeds as then"
-                    )
-                self._batches += 1
-        finally:
-            self._batches = taken
+        for taken in range(self._batches):
+            if next(self._iterator, _END) is _END:  # type: ignore[arg-type]  # begun
+                raise MetaplError(
+                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._batches} of "
+                    f"epoch {self._epoch}; expected the same data, batch size and seeds as then"
+                )
 
     def state(self) -> dict[str, Any]:
         stream = plain_states(self._start)
         return {"kind": self.kind, "epoch": self._epoch, "batches": self._batches, "stream": stream}
 
     def restore(self, state: dict[str, Any]) -> None:
-        epoch, batches, start = _entries(state, self.kind, self._name, epoch=int, batches=int, stream=list)
-        if batches and getattr(self._source, "num_workers", 0) > 1 and not getattr(self._source, "in_order", True):
-            raise MetaplError(
-                f"{self._name} is a DataLoader with in_order=False: its batches come as its workers finish them, so it "
-                "cannot be resumed by position; expected in_order=True, the default"
-            )
-        start = self._generators.check(start)
+        _check_kind(state, self.kind, self._name)
+        if (
+            state["batches"]
+            and getattr(self._source, "num_workers", 0) > 1
+            and not getattr(self._source, "in_order", True)
+        ):
+            raise MetaplError(f"{self._name} has in_order=False, and no order to be resumed in; expected in_order=True")
         self.close()
-        self._epoch, self._batches, self._start = epoch, batches, start
+        self._epoch, self._batches, self._start = state["epoch"], state["batches"], state["stream"]
         try:
             with self._generators.in_place():
                 self._begin()
@@ -385,47 +351,6 @@ class _EpochFeed(_IteratorFeed):
         self._iterator = None
 
 
-class _StatefulFeed(_IteratorFeed):
-    """The epochs of an object that keeps its own position."""
-
-    kind = "state_dict"
-    _closed = False
-
-    def next(self) -> Any:
-        if self._closed:
-            raise MetaplError(f"the feed of {self._name} is closed; make a new one and restore it to go on")
-        return super().next()
-
-    def state(self) -> dict[str, Any]:
-        with self._generators.in_place(), _blamed(f"{self._name} could not tell its state", self._source):
-            # Asked before it is iterated, a loader may begin an epoch to answer. The draws of that are the first
-            # batch's, and must not be made twice.
-            if not self._closed and self._iterator is None:
-                self._begin()
-            source = copy.deepcopy(self._source.state_dict())
-        stream = plain_states(self._generators.states)
-        return {"kind": self.kind, "epoch": self._epoch, "batches": self._batches, "stream": stream, "source": source}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        epoch, batches, stream, source = _entries(
-            state, self.kind, self._name, epoch=int, batches=int, stream=list, source=object
-        )
-        states = self._generators.check(stream)
-        self.close()
-        with self._generators.in_place():
-            self._generators.write(states)
-            with _blamed(f"{self._name} could not load its state", self._source):
-                self._source.load_state_dict(source)
-                self._iterator = iter(self._source)
-            # In the run to resume, the epoch had begun before.
-            self._generators.write(states)
-        self._epoch, self._batches, self._closed = epoch, batches, False
-
-    def close(self) -> None:
-        _stop_workers(self._iterator)
-        self._iterator, self._closed = None, True
-
-
 def _stop_workers(iterator: Iterator[Any] | None) -> None:
     # torch stops workers when the iterator is collected, but a traceback may hold on to it for long.
     stop = getattr(iterator, "_shutdown_workers", None)
@@ -433,52 +358,6 @@ def _stop_workers(iterator: Iterator[Any] | None) -> None:
         stop()
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
-
-
-def _entries(state: Any, expected_kind: str, name: str, /, **kinds: type) -> list[Any]:
-    kind = state.get("kind") if isinstance(state, Mapping) else None
-    if kind != expected_kind:
-        raise MetaplError(
-            f"{name} got a state of kind {kind!r}; expected kind {expected_kind!r}, from the same kind of source as in "
-            "the run to resume"
-        )
-    wrong = []
-    for key, wanted in kinds.items():
-        if key not in state or not isinstance(state[key], wanted) or (wanted is int and state[key] < 0):
-            wrong.append(key)
-    if wrong:
-        raise MetaplError(f"{name} got a state with wrong entries: {', '.join(wrong)}; expected what state() returned")
-    return [state[key] for key in kinds]
-
-
-@contextmanager
-def _blamed(failure: str, source: Any) -> Iterator[None]:
-    """Name the source that failed and the batch; errors that do so themselves, and Ctrl-C, pass."""
-    try:
-        yield
-    except MetaplError as error:
-        text = str(error)
-        if "Original Traceback" not in text:
-            raise
-        # Of an error in a worker process, the loader puts the traceback into its text.
-        raise MetaplError(text.rsplit("MetaplError: ", 1)[-1].strip()) from error.__cause__
-    except Exception as error:
-        if isinstance(source, StepBatches) and (known := source.explain()) is not None:
-            raise MetaplError(f"{failure}: {known}") from error
-        what = f"{type(error).__name__}: {reason_of(error)}"
-        mend = "the error that caused this one says where to mend the data"
-        raise MetaplError(f"{failure} ({described(source)}): {what}; {mend}") from error
-
-
-def _refuse_source(source: Any, name: str) -> None:
-    """Refuse what has no batches, and what can be iterated over but does not give batches."""
-    mend = None
-    if isinstance(source, Dataset) or (hasattr(source, "__getitem__") and not isinstance(source, Iterable)):
-        mend = "wrap it in a DataLoader, which makes batches of it: torch.utils.data.DataLoader(dataset, batch_size=…)"
-    elif isinstance(source, Tensor | np.ndarray):
-        mend = "wrap it in a data set and a DataLoader, give fit(batch_size=64), or [batch] to serve it whole each time"
-    elif isinstance(source, str | bytes | Mapping | Set | nn.Module) or not isinstance(source, Iterable):
-        mend = "call it" if callable(source) and not isinstance(source, nn.Module | type) else "give one of these"
-    if mend is not None:
-        raise MetaplError(f"{name} is {described(source)}; expected {_RESUMABLE}: {mend}.")
+def _check_kind(state: Mapping[str, Any], kind: str, name: str) -> None:
+    if state["kind"] != kind:
+        raise MetaplError(f"{name} was a source of kind {state['kind']!r}, and is {kind!r} now; expected the same kind")

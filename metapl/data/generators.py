@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from metapl.data import draws
-from metapl.errors import MetaplError
 
 # Attributes of a source with parts that may hold generators or have ``set_epoch``.
 _PARTS = ("loader", "base_dataloader", "batch_sampler", "sampler", "dataset", "datasets", "transform", "transforms")
@@ -26,7 +25,6 @@ class Generators:
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         attributes = (value for part in parts for value in getattr(part, "__dict__", {}).values())
         own = {id(v): v for v in attributes if isinstance(v, _KINDS) and v is not torch.default_generator}
-        self._name = name
         self._generators: tuple[Any, ...] = (torch.default_generator, random, np.random, *own.values())
         key = draws.fold_in(seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
         first = (torch.Generator().manual_seed(key), random.Random(key), np.random.RandomState(np.random.MT19937(key)))
@@ -51,23 +49,9 @@ class Generators:
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
             elif isinstance(generator, random.Random) or generator is random:
-                generator.setstate(state)
+                generator.setstate((state[0], tuple(state[1]), state[2]))
             else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
                 generator.set_state(state.cpu() if isinstance(generator, torch.Generator) else state)
-
-    def check(self, states: Any) -> list[Any]:
-        """Refuse states that these generators do not take."""
-        before = self.read()
-        try:
-            self.write(states)
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            raise MetaplError(
-                f"{self._name} cannot take up the saved states of its {len(self._generators)} random number generators "
-                f"({type(error).__name__}: {error}); expected the source that the checkpoint was written with"
-            ) from error
-        finally:
-            self.write(before)
-        return list(states)
 
 
 def parts_of(source: Any) -> list[Any]:

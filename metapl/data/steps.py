@@ -6,16 +6,16 @@ from __future__ import annotations
 import signal
 import sys
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.errors import MetaplError
-from metapl.runs.fingerprints import type_name
 from metapl.runs.signals import END, is_heard
 
 BatchT = TypeVar("BatchT")
+PATIENCE = 30  # seconds that a worker lives on after it was asked to end, for the step under way
 
 
 class StepBatches(Dataset[BatchT], ABC):
@@ -23,9 +23,6 @@ class StepBatches(Dataset[BatchT], ABC):
 
     A subclass has a field ``steps``, the number of steps or None for an endless stream, and says in :meth:`batch` what
     step t holds, from t and its own constant fields alone. ``batches[t]`` and ``len(batches)`` follow.
-
-    Where half of the work is better done on the device, :meth:`raw` and :meth:`augment` are its halves; without them,
-    the first is all of it.
     """
 
     steps: int | None
@@ -34,35 +31,9 @@ class StepBatches(Dataset[BatchT], ABC):
     def batch(self, step: int) -> BatchT:
         """The batch of a step in [0, len(self))."""
 
-    def raw(self) -> StepBatches[Any]:
-        """What is fetched, for workers that leave the rest to the device; of as many steps."""
-        return self
-
-    def augment(self, step: int, fetched: Any) -> BatchT:
-        """``self[step]``, from ``self.raw()[step]`` on whatever device it is on."""
-        batch: BatchT = fetched
-        return batch
-
-    def explain(self) -> str | None:
-        """Which file workers died of, once a loader has failed and before its workers are stopped; None where that is
-        not what happened."""
-        return None
-
-    @property
-    def examples(self) -> int | None:
-        """How many examples all batches have, where that is known; what is read may be less."""
-        return None
-
-    def record(self) -> dict[str, Any]:
-        """What is known of the batches without drawing one, as plain values: a run that goes on is held against it."""
-        return {"kind": type_name(type(self)), "length": len(self)}
-
     def __getitem__(self, step: int) -> BatchT:
-        if step < 0:
-            raise MetaplError(f"step is {step}; expected 0 or more: batches are counted from the start of the run")
-        if step >= len(self):
-            # What ends a ``for`` loop over the data set.
-            raise IndexError(f"step is {step}, but there are {len(self)} steps")
+        if not 0 <= step < len(self):  # an IndexError ends a ``for`` loop over the data set
+            raise IndexError(f"step is {step}; expected 0 to {len(self) - 1}, counted from the start of the run")
         return self.batch(step)
 
     def __len__(self) -> int:
@@ -83,7 +54,7 @@ def loader(
 
     Returns: a loader that leaves the default random number generator alone.
 
-    Raises: :class:`metapl.MetaplError` unless 0 ≤ start ≤ stop ≤ len(batches) and num_workers ≥ 0.
+    Raises: :class:`metapl.MetaplError` unless 0 ≤ start ≤ stop ≤ len(batches).
 
     >>> class Squares(StepBatches[int]):
     ...     steps = None
@@ -93,12 +64,7 @@ def loader(
     [25, 36, 49]
     """
     if not 0 <= start <= stop <= len(batches):
-        raise MetaplError(
-            f"loader got steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches): "
-            "a stream without an end has steps=None"
-        )
-    if num_workers < 0:
-        raise MetaplError(f"loader got num_workers {num_workers}; expected 0 or more, 0 for no worker processes")
+        raise MetaplError(f"steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= len(batches)")
     return DataLoader(
         batches,
         batch_size=None,
@@ -110,9 +76,6 @@ def loader(
         # sampled labels draw after a restart.
         generator=torch.Generator(),
     )
-
-
-PATIENCE = 30  # seconds that a worker lives on after it was asked to end, for the step under way
 
 
 def _begin_worker(worker: int) -> None:

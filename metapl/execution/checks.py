@@ -191,8 +191,7 @@ def class_labels(labels: Any, classes: int, what: str = "the labels", why: str =
             f"{what} are {described(labels)}; expected integers (int64), one class index per example, (batch,): "
             "labels.long(), labels.argmax(1) of one-hot rows, labels.squeeze(1) of (batch, 1)."
         )
-    if waits(labels):  # on the host, the loss itself says so before anything moves
-        _in_range(labels, classes, what, why or f"the networks have {classes} classes")
+    _in_range(labels, classes, what, why or f"the networks have {classes} classes")
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
@@ -213,7 +212,8 @@ def _in_range(numbers: Tensor, count: int, what: str, why: str) -> None:
     if transformed():
         return
     low, high = numbers.aminmax()
-    refuse((low < 0) | (high >= count), f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}.")
+    if waits(numbers) or int(low) < 0 or int(high) >= count:
+        refuse((low < 0) | (high >= count), f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}.")
 
 
 def safe_probabilities(probabilities: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,18 @@ def swapped(held: Sequence[Slot]) -> Iterator[None]:
 
 # Held while a step runs: replays set PyTorch's default generators, so other threads wait.
 step_lock = RLock()
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def one_at_a_time(step: Function) -> Function:
+    """A step for which those of other threads wait."""
+
+    @wraps(step)
+    def locked(*args: Any, **options: Any) -> Any:
+        with step_lock:
+            return step(*args, **options)
+
+    return cast(Function, locked)
 
 
 @contextmanager

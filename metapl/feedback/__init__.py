@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 from metapl.errors import MetaplError
-from metapl.feedback.altered import Altered
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
@@ -24,7 +23,6 @@ from metapl.words import did_you_mean
 
 __all__ = [
     "MODES",
-    "Altered",
     "Difference",
     "Estimator",
     "Feedback",

@@ -15,7 +15,7 @@ from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.sharded import student_of
-from metapl.execution.state import restored
+from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.keeping import folder_of
@@ -61,6 +61,7 @@ class Hypergradient:
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
+@one_at_a_time
 def hypergradient(
     teacher: nn.Module | None,
     student: nn.Module,

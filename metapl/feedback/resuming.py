@@ -32,8 +32,7 @@ from metapl.feedback.keeping import Keeping, States, folder_of
 from metapl.feedback.teacher import TeacherPass, Teaching
 from metapl.problems.base import Signal, enters_input, kind_of
 from metapl.runs import checkpoint
-from metapl.runs.atomic import remove_temporary
-from metapl.runs.ownership import owned
+from metapl.runs.folder import Folder as OwnedFolder
 from metapl.updates import Update
 
 if TYPE_CHECKING:
@@ -117,7 +116,8 @@ class Folder(States):
                 f"keep_on={str(folder)!r} was given, and the signal of {kind_of(teach.problem)} enters the student's "
                 'input, whose graph no file holds; expected keep_on="cpu", or None.'
             )
-        remove_temporary(self.folder)
+        for left in self.folder.glob("*.tmp"):  # of processes that were killed
+            left.unlink(missing_ok=True)
         if not _has_path(folder):
             self.finish()
             content = {"of": dict(of), "random": RandomState.now(student.device).values(), "name": secrets.token_hex(8)}
@@ -289,7 +289,7 @@ def states_in(
     folder: FilePath, of: Mapping[str, Any], student: LocalStudent, teach: Teaching, update: Update
 ) -> Iterator[Folder]:
     """The states of a path in a folder that nobody else writes to; a path that ends removes them."""
-    with owned(folder, leaves_lock=False):
+    with OwnedFolder(folder).held():
         states = Folder(folder, of, student, teach, update)
         yield states
         states.finish()

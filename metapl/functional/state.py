@@ -1,22 +1,24 @@
-"""What a pure step takes and returns, besides the batches: tensors in NamedTuples and dicts, and nothing else."""
+"""What a pure step takes and returns besides the batches: tensors in NamedTuples and dicts, and nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.execution.numerics import Tree
-from metapl.functional.network import Network
+from metapl.execution.numerics import Tree, wide
+from metapl.functional.network import Network, tensors_of
+from metapl.problems.base import Signal, field_of
 from metapl.updates import Clipped, TorchUpdate, Update
 
 
 class Optimizer(NamedTuple):
-    """An optimizer's tensors: its state by parameter, as ``torch.optim`` has it, and the settings of its param groups,
-    0-D tensors, so that a schedule changes values and not the function."""
+    """The state of ``torch.optim`` by parameter, and the settings of its param groups as tensors without dimensions,
+    so that a schedule changes values and not the function."""
 
     state: Any
     settings: list[dict[str, Any]]
@@ -29,14 +31,14 @@ class State(NamedTuple):
     student: Network
     inner: Optimizer
     outer: Optimizer
-    mode: dict[str, Tensor]  # of the estimator, such as a baseline
-    step: Tensor  # int64, counted from 0
+    mode: Tree  # of the estimator, such as a baseline
+    step: Tensor  # int64, from 0
 
 
 class Report(NamedTuple):
     """The numbers of a step; of K steps looked ahead, ``feedback`` and ``signal`` are lists of K."""
 
-    feedback: Any  # h = −dL(θ′)/d(signal): a tensor, or a dict of them where the signal's value is one
+    feedback: Any  # h = −dL(θ′)/d(signal), as the signal's value is: a tensor or a dict of them
     signal: Any  # the fields of the signal by name
     student_outputs: Tensor  # (B, ...), S(x_u; θ) on the last batch
     inner_loss: Tensor  # the mean of ℓ_i, and over the steps
@@ -46,35 +48,57 @@ class Report(NamedTuple):
     teacher_losses: Tree  # by name
 
 
-def optimizer_of(update: Update, device: torch.device) -> Optimizer:
-    """What an update reads, with buffers and counters made where the optimizer has not made them yet."""
-    inner = update.inner if isinstance(update, Clipped) else update
-    state = inner.read_state()
-    if not isinstance(inner, TorchUpdate):
-        return Optimizer(state, [])
+def held(signal: Signal) -> dict[str, Any]:
+    """What a signal holds, by name."""
+    return {name: t for name, t in vars(signal).items() if t is not None}
+
+
+def on_value(h: Tree, value: Any) -> Any:
+    """The feedback as the signal's value is: a tensor, or a dict of those that are numbers."""
+    if isinstance(value, dict):
+        return {key: h[field_of(key)] for key in value if field_of(key) in h}
+    return h["log_prob"] if "log_prob" in h else h["value"]
+
+
+def unclipped(update: Update | None) -> Any:
+    """An update without its clip."""
+    return update.inner if isinstance(update, Clipped) else update
+
+
+def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
+    """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
+    device = trainer.device
 
     def number(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(number, value))
-        return torch.as_tensor(value, dtype=torch.float64, device=device)  # as precise as a number of Python
+        return value.detach().double() if isinstance(value, Tensor) else _number(value, device)
 
-    groups = inner.optimizer.param_groups
-    begun = {n: inner.begun(p.detach(), state[n], groups[inner.group_of[n]]) for n, p in inner.parameters.items()}
-    chosen = [{name: number(group[name]) for name in inner.settings if _is_tensor(group[name])} for group in groups]
-    return Optimizer({n: {k: torch.as_tensor(t) for k, t in held.items()} for n, held in begun.items()}, chosen)
+    def optimizer(update: Update | None) -> Optimizer:
+        of = unclipped(update)
+        if not isinstance(of, TorchUpdate):
+            return Optimizer({} if of is None else of.read_state(), [])
+        return Optimizer(of.begun_state(), [{n: number(v) for n, v in group.items()} for group in of.options()[1]])
+
+    student = tensors_of(trainer.student)
+    kind = wide(next(iter(student.params.values()))).dtype
+    mode = {name: t.to(device, kind) for name, t in trainer.mode_state.items()}
+    inner, outer = map(optimizer, updates)
+    step = torch.tensor(trainer.steps_done, device=device)
+    return State(tensors_of(trainer.teacher), student, inner, outer, mode, step)
 
 
-def _is_tensor(setting: Any) -> bool:
-    """Whether a setting is one of the state's: 0 switches a part of the rule off, so that it stays what it is."""
-    return isinstance(setting, tuple) or setting != 0
+@lru_cache(maxsize=256)  # since most settings stay what they are
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)  # of the precision of a number of Python
 
 
 def stack(states: Sequence[Any]) -> Any:
-    """Several states as one, whose tensors have a first dimension more, for ``torch.func.vmap``."""
+    """Several states, or batches, as one, whose tensors have a first dimension more, for ``torch.func.vmap``."""
     return pytree.tree_map(lambda *tensors: torch.stack(tensors), *states)
 
 
 def unstack(state: Any) -> list[Any]:
-    """The states, reports or batches that were stacked, one by one."""
+    """What was stacked, one by one."""
     leaves, structure = pytree.tree_flatten(state)
     return [pytree.tree_unflatten(list(row), structure) for row in zip(*(t.unbind() for t in leaves), strict=True)]

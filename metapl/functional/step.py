@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, wide
 from metapl.functional.network import Function, Network
-from metapl.functional.state import Report, State
+from metapl.functional.state import Report, State, held, on_value
 from metapl.functional.trees import dot, moves, norm
-from metapl.problems.base import Problem, Signal, field_of, sum_and_weight
+from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.updates import Update
 
 Step = Callable[..., tuple[State, Report]]
@@ -44,7 +44,7 @@ class Walk(NamedTuple):
     L: Tensor  # L(θ′)
     z: Tensor  # (B, ...), of the last step
     losses: list[Tensor]  # ℓ of each step
-    signals: list[Tree]  # the fields of each signal, with the teacher's graph
+    signals: list[dict[str, Any]]  # what each signal holds, with the teacher's graph
     h: list[Tree]  # the feedback on these
     own: Tree  # the teacher's own losses, by name
     theta: Tree
@@ -61,7 +61,7 @@ def make_step(
     mode: Any,  # an Estimator
     inner_update: Update,  # U of the student, perhaps behind a clip
     outer_update: Update | None,  # that of the teacher
-    kept: tuple[list[dict[str, Any]], list[dict[str, Any]]],  # what their param groups hold besides the settings
+    kept: Sequence[list[dict[str, Any]]],  # what their param groups hold besides the settings
     losses_for: Callable[[Any], Sequence[Any]],  # the teacher's own losses, by the inner batch
     *,
     steps: int = 1,  # K
@@ -148,10 +148,10 @@ def make_step(
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 if k + 1 < steps:
                     end = walk(k + 1, theta_T, moved, s_k, after, at_T)
-                    end = end._replace(losses=[loss, *end.losses], signals=[given.fields(), *end.signals])
+                    end = end._replace(losses=[loss, *end.losses], signals=[held(given), *end.signals])
                     return end.L, end
                 L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
-                return L, Walk(L, z_k, [loss], [given.fields()], [], own, moved, s_k, after, at_T, 0 * loss)
+                return L, Walk(L, z_k, [loss], [held(given)], [], own, moved, s_k, after, at_T, 0 * loss)
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
@@ -198,15 +198,13 @@ def make_step(
                         + 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)
                     )
                     gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
-                end = Walk(L, z, [loss], [given.fields()], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
+                end = Walk(L, z, [loss], [held(given)], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
             if revises:  # line 3 once more, on the signal that the problem makes of the feedback
-                h = end.h[0]
-                at = {key: h[field_of(key)] for key in signal.value} if isinstance(signal.value, dict) else h["value"]
-                real = problem.revised_signal(signal, at)
+                real = problem.revised_signal(signal, on_value(end.h[0], signal.value))
                 if real is not None:
                     loss, g, *_ = gradient(real.fields())
                     moved, s_k = inner_update.update(theta, g, s, rates)
-                    end = end._replace(losses=[loss], signals=[real.fields()], theta=moved, s=s_k)
+                    end = end._replace(losses=[loss], signals=[held(real)], theta=moved, s=s_k)
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
@@ -220,7 +218,9 @@ def make_step(
             push = 0 * end.losses[0]
             for found, signal in zip(h, end.signals, strict=True):
                 for name, t in found.items():  # where labels were drawn, h on their values is on their distribution
-                    part = signal["probs" if name == "value" and "log_prob" in signal else name]
+                    part = (
+                        signal["probs"] if "log_prob" in signal and name == "value" else Signal(**signal).fields()[name]
+                    )
                     push = push + (t.detach() * part).sum()
             return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
 
@@ -240,8 +240,8 @@ def make_step(
         if outer_update is not None and (kind != "none" or end.own):  # line 8; what nothing reaches does not decay
             theta_T, s_T = outer_update.update(theta_T, G, s_T, teacher_rates)
 
-        found = [next(iter(t.values())) if {"value", "log_prob"} & {*t} else t or 0 * own for t in h]
-        signals = [{name: t.detach() for name, t in signal.items()} for signal in end.signals]
+        signals = [held(Signal(**signal).detached()) for signal in end.signals]
+        found = [on_value(t, signal["value"]) if t else 0 * own for t, signal in zip(h, signals, strict=True)]
         told = (found, signals) if steps > 1 else (found[0], signals[0])
         loss, finite = (
             torch.stack(end.losses).mean(),

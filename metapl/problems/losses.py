@@ -149,8 +149,9 @@ class UDA:
         # A class of probability 0 in both target and prediction has no loss; 0 log 0 would be NaN.
         losses = -(target * log_strong.masked_fill((target == 0) & (log_strong == -math.inf), 0)).sum(-1)
         if isinstance(step, Tensor):  # on the pure road, where one function holds every step
-            share = ((step - self.start) / self.ramp).clamp(0, 1) if self.ramp else step >= self.start
-            return self.weight * share.to(losses.dtype) * losses.mean()
+            late = step.to(losses.dtype) - self.start
+            share = (late / self.ramp).clamp(0, 1) if self.ramp else (late >= 0).to(late.dtype)
+            return self.weight * share * losses.mean()
         ramped = self.weight * min(1.0, (step - self.start) / self.ramp) if self.ramp else self.weight
         return ramped * losses.mean()
 

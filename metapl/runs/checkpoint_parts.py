@@ -1,43 +1,36 @@
 """Checkpoints of which every process writes its part, while the training goes on.
 
-A checkpoint is a new folder, ``step-00001234.parts``, of files as one process writes them:
-
-    part-00000.ckpt, part-00001.ckpt, ...   of each tensor that is sharded, what a process holds, and where that is
-    rest.ckpt                               everything else, and the SHA-256 of the files above; written last
-
-It has its name only when all of these are on the disk; until then the name ends with ``.tmp``. Tensors are read into
-any layout, on any number of processes or in one, and no code is run.
+A checkpoint is a new folder, ``step-00001234.parts``: the sharded tensors as torch.distributed.checkpoint writes them,
+everything else in ``rest.ckpt``, and the SHA-256 of these files in ``files.ckpt``, written last. It has its name only
+when all of these are on the disk. Its metadata is a pickle, which can run code: load only what one's own job wrote.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import ExitStack
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from metapl.errors import reason_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import sync_folder
-from metapl.runs.checkpoint import ELSEWHERE, CheckpointError, CheckpointFolder, Packed, unpacked
+from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError
 
-REST = "rest.ckpt"
+REST, FILES = "rest.ckpt", "files.ckpt"
+LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 Like = Callable[[str, torch.Size], Any]
 """By the name of a tensor and its shape, a DTensor whose layout it is to have; None: whole."""
-
-LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 
 class PartsWriter:
@@ -56,27 +49,32 @@ class PartsWriter:
 
         Raises: :class:`CheckpointError` on every process where the checkpoint before this one could not be written.
         """
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
         self.settle()
-        folder, parts, packed = self.checkpoints.folder, dict[str, Any](), list[Packed]()
 
-        def instead(name: str, t: Any) -> Any:
-            if not is_sharded(t):
-                return None if self.first else {"tuple": []}
-            part, where = t.detach().to_local(), t.device_mesh.get_coordinate() or ()
-            # Of processes that hold the same, the first one writes it.
-            if part.numel() and not any(
-                at for at, kind in zip(where, t.placements, strict=True) if kind.is_replicate()
-            ):
-                parts[name] = [_box(t)[0], part.to("cpu", copy=True)]
-            said = [name, [*t.shape], str(t.dtype).removeprefix("torch.")]
-            return {"dict": [[ELSEWHERE, said]]}
+        def begin() -> tuple[str, str]:
+            self.checkpoints.make()
+            names = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in range(10**6))
+            # One of the same step may be left from before a restart.
+            name = next(name for name in names if not (self.checkpoints.folder / name).exists())
+            place = self.checkpoints.folder / f"{name}.{secrets.token_hex(4)}.tmp"
+            place.mkdir()
+            try:
+                checkpoint.save(place / REST, state, {})
+            except BaseException:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+            return name, place.name
 
-        path = folder / f"step-{step:08d}.parts"
-        self._agreed(path, lambda: packed.append(Packed(state, instead)))
-        name, place = self._agreed(path, partial(self._make, step), first=True)
-        job = folder / place, folder / name, step, parts, *packed
+        name, temporary = self._agreed(begin, first=True)
+        path, place = self.checkpoints.folder / name, self.checkpoints.folder / temporary
+        parts: dict[str, Any] = {}
+        checkpoint.encoded(state, {}, parts)
+        # The parts are copied before it returns.
+        saved: Any = async_save(parts, checkpoint_id=place, process_group=self.group)
         self._under_way = done = Future[Path]()
-        threading.Thread(target=self._finish, args=(done, *job), daemon=True).start()
+        threading.Thread(target=self._finish, args=(done, saved, place, path, step), daemon=True).start()
 
     def settle(self) -> Path | None:
         """Wait for the checkpoint under way; the path of the last one that was written. Raises as :meth:`write`."""
@@ -91,38 +89,32 @@ class PartsWriter:
         if done is None or wait([done], LEAVES_WITHIN).done:
             dist.destroy_process_group(self.group)
 
-    def _make(self, step: int) -> tuple[str, str]:
-        """Make the folder of a checkpoint: its name, and the one that it has until it is whole."""
-        self.checkpoints.make()
-        # One of the same step may be left from before a restart.
-        names = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in itertools.count())
-        name = next(name for name in names if not (self.checkpoints.folder / name).exists())
-        place = self.checkpoints.folder / f"{name}.{secrets.token_hex(4)}.tmp"
-        place.mkdir()
-        return name, place.name
+    def _finish(self, done: Future[Path], saved: Any, place: Path, path: Path, step: int) -> None:
+        def own() -> dict[str, str]:
+            try:
+                saved.result()
+            except BaseException as error:  # torch's own is no Exception
+                last = str(error).strip().rpartition("\n")[2]
+                raise CheckpointError(f"{last} (is the disk full, or closed to a process?)") from error
+            files = place.glob(f"__{self.rank}_*")
+            return {file.name: _sha256(file) for file in (*files, *(place / n for n in (".metadata", REST)))}
 
-    def _finish(self, done: Future[Path], place: Path, path: Path, step: int, parts: Any, rest: Packed) -> None:
-        def part() -> list[Any]:
-            name = f"part-{self.rank:05d}.ckpt"
-            return [[name, checkpoint.write(place / name, Packed({"parts": parts}))]] if parts else []
-
-        def whole() -> None:
-            rest.json = {"dict": [["files", {"dict": [*itertools.chain(*files)]}], ["state", rest.json]]}
-            checkpoint.write(place / REST, rest)
+        def whole(files: list[dict[str, str]]) -> None:
+            checkpoint.save(place / FILES, {name: sha256 for part in files for name, sha256 in part.items()})
             os.replace(place, path)
             sync_folder(path.parent)
             self.checkpoints.remove_oldest(step)
 
         try:
-            files = self._agreed(path, part)
-            self._agreed(path, whole, first=True)
+            files = self._agreed(own)
+            self._agreed(lambda: whole(files), first=True)
             done.set_result(path)
         except BaseException as error:  # for the training's own thread
             if self.first:
                 shutil.rmtree(place, ignore_errors=True)
             done.set_exception(error)
 
-    def _agreed(self, path: Path, act: Callable[[], Any], *, first: bool = False) -> Any:
+    def _agreed(self, act: Callable[[], Any], *, first: bool = False) -> Any:
         """What it gives in each process, or in the first one alone; what fails in one fails in all."""
         found = fault = None
         try:
@@ -133,44 +125,22 @@ class PartsWriter:
         dist.all_gather_object(every, (found, fault), group=self.group)
         faults = [fault for _, fault in every if fault is not None]
         if faults:
-            raise CheckpointError(
-                f"{path} could not be written: {faults[0]}. Nothing was left behind, and the checkpoints before it are "
-                "as they were. Is the disk full, or closed to a process? Mend that, then resume the run."
-            )
+            raise CheckpointError(f"{self.checkpoints.folder}: a checkpoint could not be written: {faults[0]}")
         return every[0][0] if first else [found for found, _ in every]
 
 
-def named(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The sharded tensors of a state by the names that they have in the parts."""
-    found: dict[str, Any] = {}
-
-    def note(name: str, t: Any) -> Any:
-        if is_sharded(t):
-            found[name] = t
-        return ()
-
-    Packed(state, note)
-    return found
-
-
-def is_sharded(t: Any) -> bool:
-    return hasattr(t, "device_mesh")
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 def check(path: Path) -> dict[str, Any]:
-    """Refuse a checkpoint, in parts or not, of which not every byte is as it was written; what its file says, or the
-    file beside the parts."""
+    """Refuse a checkpoint, in parts or not, of which not every byte is as it was written."""
     if not path.is_dir():
         return checkpoint.load(path)
-    rest = checkpoint.load(path / REST)
-    for name, sha256 in rest["files"].items():
-        with checkpoint.opened(path / Path(name).name) as part:
-            if part.sha256 != sha256:
-                raise CheckpointError(f"{path} is damaged: its {name} is of another one; go back to an older one.")
-    return rest
+    if not (path / FILES).exists():
+        if (path / REST).exists():
+            checkpoint.load(path / REST, lambda name: torch.empty(0))  # one of an earlier version is refused by name
+        raise DamagedError(f"{path} is damaged: it has no {FILES}")
+    for name, sha256 in checkpoint.load(path / FILES).items():
+        if not (path / name).is_file() or _sha256(path / name) != sha256:
+            raise DamagedError(f"{path} is damaged: its {name} is another than was written")
+    return {}
 
 
 def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict[str, Any]:
@@ -181,49 +151,28 @@ def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict
         return checkpoint.load(path)
     if not checked:
         check(path)
-    with ExitStack() as stack:
-        rest = stack.enter_context(checkpoint.opened(path / REST, checked=checked))
-        pieces: dict[str, list[Any]] = {}
-        for file in unpacked(dict(rest.packed["dict"])["files"], rest.tensor):
-            part = stack.enter_context(checkpoint.opened(path / Path(file).name, checked=True))
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
-            def later(number: int, part: checkpoint.Content = part) -> Any:
-                return part.places[number][1], partial(part.tensor, number)
-
-            for name, piece in unpacked(part.packed, later)["parts"].items():
-                pieces.setdefault(name, []).append(piece)
-
-        def read(said: list[Any]) -> Tensor:
-            name, shape, dtype = said
-            return _read(name, shape, dtype, pieces.get(name, []), like)
-
-        state: dict[str, Any] = unpacked(rest.packed, cache(rest.tensor), read)["state"]
-    return state
+    about: Any = FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors: dict[str, Any] = {}
+    for name, said in about.items():
+        layout, dtype = (None if like is None else like(name, said.size)), said.properties.dtype
+        tensors[name] = torch.empty(said.size, dtype=dtype) if layout is None else torch.empty_like(layout, dtype=dtype)
+    if tensors:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that each process reads for itself is meant
+            load_parts(tensors, checkpoint_id=path, no_dist=True)
+    return checkpoint.load(path / REST, tensors.__getitem__)
 
 
-def _read(name: str, shape: list[int], dtype: str, pieces: list[Any], like: Like | None) -> Tensor:
-    """A tensor, or what of it this process is to have, from pieces: where each begins, its shape and how to read it."""
-    layout = None if like is None else like(name, torch.Size(shape))
-    begin, sizes = _box(layout) if layout is not None else ([0] * len(shape), shape)
-    t = torch.empty(sizes, dtype=getattr(torch, dtype))
-    missing = t.numel()
-    for at, (size, read) in pieces:
-        ends = [(max(a, b), min(a + n, b + m)) for a, n, b, m in zip(at, size, begin, sizes, strict=True)]
-        if all(low < high for low, high in ends):
-            part = read()[tuple(slice(low - a, high - a) for (low, high), a in zip(ends, at, strict=True))]
-            t[tuple(slice(low - b, high - b) for (low, high), b in zip(ends, begin, strict=True))] = part
-            missing -= part.numel()
-    if missing:
-        raise CheckpointError(f"{name} is not all in the parts of a checkpoint; go back to an older one.")
-    if layout is None:
-        return t
-    from torch.distributed.tensor import DTensor
-
-    t = t.to(layout.device)
-    where = layout.device_mesh, layout.placements
-    return DTensor.from_local(t, *where, run_check=False, shape=torch.Size(shape), stride=layout.stride())
+def layouts(state: dict[str, Any]) -> dict[str, Any]:
+    """The sharded tensors of a state by the names that they have in the parts."""
+    found: dict[str, Any] = {}
+    checkpoint.encoded(state, {}, found)
+    return found
 
 
-def _box(t: Any) -> tuple[list[int], list[int]]:
-    [chunk] = t.__create_chunk_list__()
-    return [*chunk.offsets], [*chunk.sizes]
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

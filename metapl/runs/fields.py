@@ -1,4 +1,4 @@
-"""Ranges and choices as types: values of users and of files, held against annotations."""
+"""Ranges and choices as types: what a caller gave, held against annotations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -26,8 +26,6 @@ class Range:
 
     >>> Range(0, 1).words(float), Range(above=0).words(float), Range(1, of="a number of processes").words(int)
     ('a number in [0, 1)', 'a number above 0', 'a number of processes, 1 or more')
-    >>> Range(1, most=2048).words(int)
-    'a whole number from 1 to 2,048'
     """
 
     least: float | None = None
@@ -44,15 +42,14 @@ class Range:
         name = self.of or ("a whole number" if kind is int else "a number")
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
-        if kind is int and self.least is not None and self.most is not None:
-            return f"{name} from {self.least:,} to {self.most:,}"
-        if low is not None and high is not None:
-            return f"{name} in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
-        if high is not None:
-            return f"{name} {'of at most' if self.below is None else 'below'} {high}"
-        if low is None:
-            return name
-        return f"{name} above {low}" if self.least is None else f"{name}{',' if self.of else ' of'} {low} or more"
+        if low is None or high is None:
+            if high is not None:
+                return f"{name} {'of at most' if self.below is None else 'below'} {high}"
+            more = f" above {low}" if self.least is None else f"{',' if self.of else ' of'} {low} or more"
+            return name if low is None else f"{name}{more}"
+        if kind is int and self.above is None and self.below is None:
+            return f"{name} from {low:,} to {high:,}"
+        return f"{name} in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
 
 
 AtLeastOne = Annotated[int, Range(1)]
@@ -70,15 +67,11 @@ def check_fields(value: Any) -> None:
     >>> @dataclass(frozen=True)
     ... class Smoothed:
     ...     amount: Annotated[float, Range(0, 1)] = 0.0
-    ...     kind: Literal["soft", "hard"] | None = None
     ...     def __post_init__(self) -> None:
     ...         check_fields(self)
     >>> Smoothed(amount=1.5)
     Traceback (most recent call last):
     metapl.errors.FieldError: Smoothed(amount=1.5): expected a number in [0, 1).
-    >>> Smoothed(kind="firm")
-    Traceback (most recent call last):
-    metapl.errors.FieldError: Smoothed(kind='firm'): expected 'soft', 'hard' or None.
     """
     kind: Any = type(value)
     hints = _of_fields(kind)
@@ -99,8 +92,8 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
 
 def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> None:
     for name, hint in hints.items():
-        if misfit(value := given[name], hint) is not None:
-            expected = _words(hint)
+        if not fits(value := given[name], hint):
+            expected = words(hint)
             if isinstance(value, float) and not math.isfinite(value):
                 expected = expected.replace("a number", "a finite number")
             raise FieldError(f"{shown.format(f'{name}={value!r}')}: expected {expected}.", name, value, expected)
@@ -122,114 +115,67 @@ def _of_fields(kind: Any) -> dict[str, Any]:
 
 
 def _is_limited(hint: Any) -> bool:
-    if get_origin(hint) is Annotated:
-        kind, ranges = _ranged(hint)
-        return bool(ranges) or _is_limited(kind)
-    return hint in (bool, int, float) or get_origin(hint) is Literal or any(map(_is_limited, get_args(hint)))
+    kind, ranges = ranged(hint)
+    choices = kind in (bool, int, float) or get_origin(kind) is Literal
+    return bool(ranges) or choices or any(map(_is_limited, get_args(kind)))
 
 
-def _ranged(hint: Any) -> tuple[Any, list[Range]]:
+def ranged(hint: Any) -> tuple[Any, list[Range]]:
     """A type and its ranges; those of a union are its numbers' own."""
     if get_origin(hint) is not Annotated:
         return hint, []
     kind, *said = get_args(hint)  # such as to the command line
     ranges = [one for one in said if isinstance(one, Range)]
     if ranges and get_origin(kind) in (Union, types.UnionType):
-        parts = [Annotated[(part, *ranges)] if _ranged(part)[0] in (int, float) else part for part in get_args(kind)]
+        parts = [Annotated[(part, *ranges)] if ranged(part)[0] in (int, float) else part for part in get_args(kind)]
         return Union[tuple(parts)], []  # noqa: UP007 - of parts that are known at run time
-    if ranges and kind not in (int, float):
-        raise TypeError(f"{hint} has a range, and is neither a number nor a union with one")
     return kind, ranges
 
 
-def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
-    """What is wrong with a value that a user or a file gave, in words; None where it fits.
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is as annotated; a whole number is a float too, and a list a tuple.
 
-    Args:
-        value: of dicts, lists, numbers, texts, switches and None.
-        hint: a type as in an annotation, ``Annotated`` with a :class:`Range` where not all numbers will do. A list fits
-            a tuple, a dict fits a dataclass whose fields its entries fit, a whole number fits a float; NaN and infinite
-            numbers fit nothing.
-        where: what messages call the value.
-
-    >>> misfit(3, int), misfit("3", int | None, "steps"), misfit(0, AtLeastOne, "steps")
-    (None, "steps is '3'; expected a whole number or None", 'steps is 0; expected a whole number of 1 or more')
-    >>> misfit({"a": [1, "x"]}, dict[str, tuple[int, ...]], "counts")
-    "counts.a.1 is 'x'; expected a whole number"
+    >>> fits(3, AtLeastOne), fits(0, AtLeastOne | None), fits("soft", Literal["soft", "hard"]), fits(True, int)
+    (True, False, True, False)
     """
-    kind, ranges = _ranged(hint)
+    kind, ranges = ranged(hint)
     origin, parts = get_origin(kind), get_args(kind)
-    if _fits_plainly(value, kind) and all(one.holds(value) for one in ranges):
-        return None
     if origin in (Union, types.UnionType):
-        faults = [misfit(value, part, where) for part in parts]
-        # Of a text that may be left out, say, the fault of the text itself says nothing of None.
-        deeper = [fault for fault in faults if fault is not None and not fault.startswith(f"{where} is ")]
-        return None if None in faults else deeper[0] if deeper else _unexpected(value, hint, where)
-    if origin in (tuple, list) and isinstance(value, list | tuple):
-        hints = [parts[0]] * len(value) if origin is list or parts[1:] == (...,) else list(parts)
-        if len(hints) != len(value):
-            return f"{where} has {len(value)} entries; expected {len(hints)}"
-        return _first(misfit(entry, hints[i], f"{where}.{i}") for i, entry in enumerate(value))
-    if isinstance(value, Mapping):
-        if origin is not None and issubclass(origin, Mapping):
-            return _first(misfit(entry, parts[1], f"{where}.{name}") for name, entry in value.items())
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            return misfit_entries(value, _hints(kind), where)
-    return _unexpected(value, hint, where)
-
-
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def misfit_entries(values: Mapping[str, Any], hints: Mapping[str, Any], where: str = "it") -> str | None:
-    """The same of the entries of a dict that have a hint, by name; ``where=""`` leaves them their bare names."""
-    above = f"{where}." if where else ""
-    return _first(misfit(value, hints[name], f"{above}{name}") for name, value in values.items() if name in hints)
-
-
-def _fits_plainly(value: Any, hint: Any) -> bool:
-    if hint in (Any, None, type(None)):
-        return hint is Any or value is None
-    if hint is int:
-        return not isinstance(value, bool) and isinstance(value, Integral)
-    if hint is float:
-        try:
-            return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-        except OverflowError:  # a whole number that no float reaches
+        return any(fits(value, part) for part in parts)
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
             return False
-    if hint in (str, bool):
-        return type(value) is hint
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(one) and value == one for one in get_args(hint))
-    plain = get_origin(hint) or hint
-    return isinstance(plain, type) and plain not in (list, tuple, dict) and isinstance(value, plain)
+        each = [parts[0]] * len(value) if origin is list or parts[1:] == (...,) else list(parts)
+        return len(each) == len(value) and all(map(fits, value, each))
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in parts)
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+            return False
+        # Of whole numbers, some are beyond every float.
+        finite = abs(int(value)) < 2**1023 if isinstance(value, Integral) else math.isfinite(value)
+        return (kind is int or finite) and all(one.holds(value) for one in ranges)
+    if kind in (str, bool):
+        return type(value) is kind
+    if kind in (None, type(None), Any):
+        return kind is Any or value is None
+    plain = origin or kind
+    return isinstance(plain, type) and plain is not dict and isinstance(value, plain)
 
 
-def _first(faults: Iterable[str | None]) -> str | None:
-    return next((fault for fault in faults if fault is not None), None)
-
-
-def _unexpected(value: Any, hint: Any, where: str) -> str:
-    shown = repr(value)
-    expected = "an object" if dataclasses.is_dataclass(hint) else _words(hint)
-    return f"{where} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}; expected {expected}"
-
-
-def _words(hint: Any) -> str:
-    kind, ranges = _ranged(hint)
+def words(hint: Any) -> str:
+    """What is expected by an annotation, in words."""
+    kind, ranges = ranged(hint)
     if ranges:
         return " and ".join(one.words(kind) for one in ranges)
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        of_each = [map(repr, get_args(part)) if get_origin(part) is Literal else [_words(part)] for part in parts]
-        *first, last = [words for choices in of_each for words in choices]
+        of_each = [map(repr, get_args(part)) if get_origin(part) is Literal else [words(part)] for part in parts]
+        *first, last = [text for choices in of_each for text in choices]
         return f"{', '.join(first)} or {last}"
     if origin is Literal:
         return f"one of {', '.join(map(repr, parts))}" if len(parts) > 1 else repr(parts[0])
     if origin is tuple:
-        return f"several, each {_words(parts[0])}" if parts[1:] == (...,) else f"({', '.join(map(_words, parts))})"
+        return f"several, each {words(parts[0])}" if parts[1:] == (...,) else f"({', '.join(map(words, parts))})"
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
     return names.get(kind, getattr(kind, "__name__", str(kind)))

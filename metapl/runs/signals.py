@@ -1,11 +1,10 @@
-"""The signals by which a process is asked to end."""
+"""The signals by which a process is asked to end, from outside and from a terminal that is closed."""
 
 from __future__ import annotations
 
 import signal
 
-# From outside, and from a terminal that is closed; Windows has no SIGHUP.
-END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows has no SIGHUP
 
 
 def is_heard(number: int) -> bool:

@@ -7,11 +7,11 @@ base          what every trainer has: fit, evaluate, predict, save, load
 loop          the loop
 selection     the moving average of the weights, validation, and the best student so far
 stopping      what ends a fit early: callbacks, Ctrl-C, SIGTERM and SIGHUP
-records       rows, TensorBoard events and checkpoints
-resuming      what a checkpoint says, and whether it is of a fit that was made alike
-states        whether a state is one of such a trainer
+records       rows, TensorBoard's copy of them, and checkpoints
+figures       what is recorded of a step's feedback
+resuming      what a resumed fit must have in common with its beginning
 options       how a fit runs, and the learning rates that its schedule moves
-contract      what the loop requires of a trainer, and the numbers of a step
+contract      the numbers of a step
 
 Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options → contract.
 """

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from metapl.errors import MetaplError, calling
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, is_array, length
 from metapl.execution.numerics import wide
@@ -43,17 +42,6 @@ from metapl.runs.fields import AboveZero
 from metapl.runs.progress import counted
 from metapl.updates import options_by_step
 from metapl.words import summary
-
-NAMES = {
-    "inner_optimizer": "optimizer",
-    "labeled": "outer",
-    "unlabeled": "train",
-    "look-ahead": "training",
-    "the function of Lookahead": "train",
-    "a problem of your own (metapl.BilevelProblem)": "a subclass of metapl.problems.EqualWeights with check, "
-    "inner_loss and outer_loss of its own, for problem=",
-}
-"""What :func:`hypergradient` is given here, as errors name it."""
 
 
 class DatamodelingScore(NamedTuple):
@@ -149,15 +137,11 @@ class Attribution:
             torch.save({name: getattr(self, name) for name in names}, out)
 
     def _chosen(self, removed: Any) -> Tensor:
-        count, chosen = self.scores.shape[-1], _numbers(removed, "removed", self.scores.device)
+        count, chosen = self.scores.shape[-1], torch.as_tensor(removed, device=self.scores.device)
         if chosen.dtype == torch.bool and chosen.shape == (count,):
             return chosen.nonzero()[:, 0]
-        whole = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
-        if chosen.ndim != 1 or not whole or not len(chosen) or chosen.min() < 0 or chosen.max() >= count:
-            raise MetaplError(
-                f"removed is {checks.described(chosen)}; expected the numbers of some of the {count} training examples "
-                f"or groups, 0 to {count - 1}, or {count} booleans."
-            )
+        if chosen.dtype != torch.int64 or chosen.ndim != 1 or not len(chosen) or chosen.min() < 0:
+            raise MetaplError(f"removed is {checks.described(chosen)}; expected some of 0 to {count - 1}, or booleans.")
         found: Tensor = torch.unique(chosen)
         return found
 
@@ -173,7 +157,6 @@ def attribute(
     schedule: LRScheduler | Callable[[int], float] | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
-    groups: Tensor | None = None,
     each: bool = False,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
@@ -195,14 +178,12 @@ def attribute(
         schedule: of the learning rate, as for :class:`metapl.Lookahead`.
         generator: for the order; default ``torch.Generator().manual_seed(0)``.
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other losses.
-        groups: a number for each training example, (N,), such as that of its source: the scores are then of the groups,
-            (S,), the sums of their examples'.
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's; the network sees all
             M, as for that one.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
             ``Forward(keep_on=folder)`` the same call goes on after a kill.
         clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
-        progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
+        progress: show on standard error how far it is, where that is a terminal.
 
     Returns: an :class:`Attribution`.
 
@@ -226,127 +207,105 @@ def attribute(
 
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
-    if not isinstance(student, nn.Module):
-        raise MetaplError(
-            f"student is {checks.described(student)}; expected a torch.nn.Module: attribute(student, train, outer)."
-        )
-    first = next(student.parameters(), torch.zeros(()))
-    data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
     checks.whole_number(steps, f"steps={steps!r}", "a whole number of steps")
     checks.whole_number(batch_size, f"batch_size={batch_size!r}", "a number of examples")
-    checks.is_generator(generator)
+    first = next(student.parameters())
+    data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
+    problem, mode = problem or EqualWeights(), mode or Forward()
     if batch_size > len(data):
-        raise MetaplError(
-            f"batch_size={batch_size} is more than the {len(data)} training examples; expected at most so many."
-        )
-    groups = None if groups is None else _checked_groups(groups, len(data), first.device)
-    problem = EqualWeights() if problem is None else problem
-    _refuse_other(problem, optimizer)
-    order = _order(len(data), steps, batch_size, generator or torch.Generator().manual_seed(0))
-    ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
-    mode = Forward() if mode is None else mode
-    if each and folder_of(mode.keep_on):
-        raise MetaplError(
-            f"each=True and keep_on={mode.keep_on!r} were given, a path for each of {len(judged)} outer examples, and "
-            'a folder is of one; expected keep_on="cpu" or None, or a call for each outer example.'
-        )
-    start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
-    scores, losses = list[Tensor](), list[Tensor]()
-    outer_batch, own = judged[torch.arange(len(judged))], problem
-    for judging in [_of_example(own, number) for number in range(len(judged))] if each else [own]:
-        start.restore() if scores else None  # the dropout masks of the same training
-        with calling(NAMES):
-            result = hypergradient(
-                None,
-                student,
-                outer=outer_batch,
-                inner=ahead,
-                mode=mode,
-                problem=judging,
-                inner_optimizer=optimizer,
-                clip_norm=clip_norm,
-                progress=progress,
-            )
-        scores.append(wide(first.new_zeros(len(data) if groups is None else int(groups.max()) + 1)))
-        for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
-            scores[-1].index_add_(0, chosen if groups is None else groups[chosen], h.to(scores[-1]))
-        losses.append(result.outer_loss)
-    retrain = _Training(student, optimizer, schedule, data, outer_batch, order, own, start, each, groups, clip_norm)
-    found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    return Attribution(found[0], order, found[1], result.student_params, result.kept, retrain)
-
-
-def _checked_groups(given: Any, examples: int, device: torch.device) -> Tensor:
-    groups = _numbers(given, "groups", device)
-    if groups.shape != (examples,) or groups.dtype != torch.int64 or groups.min() < 0:
-        raise MetaplError(
-            f"groups is {checks.described(groups)}; expected a whole number of 0 or more for each of the {examples} "
-            "training examples."
-        )
-    return groups
-
-
-def _refuse_other(problem: Any, optimizer: Any) -> None:
-    """Refuse a training that cannot be repeated, and a signal that is not the weights."""
+        raise MetaplError(f"batch_size={batch_size}: expected at most the {len(data)} training examples.")
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise MetaplError(
-            f"optimizer is {checks.described(optimizer)}; expected torch.optim.SGD, Adam or AdamW over the student's "
-            "parameters, by which a training can be repeated."
+        raise MetaplError(f"optimizer is {checks.described(optimizer)}; expected torch.optim.SGD, Adam or AdamW.")
+    if type(problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
+        raise MetaplError(f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal.")
+    if each and folder_of(mode.keep_on):
+        raise MetaplError(f"keep_on={mode.keep_on!r} is the folder of one path; expected each=False, or None.")
+    # (K, B) examples, in shuffled passes.
+    draw = generator or torch.Generator().manual_seed(0)
+    passes = [torch.randperm(len(data), generator=draw) for _ in range(-(-steps * batch_size // len(data)))]
+    order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
+    ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
+    start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
+    outer_batch = judged[torch.arange(len(judged))]
+    judging = [_of_example(problem, number) for number in range(len(judged))] if each else [problem]
+    scores, losses = list[Tensor](), list[Tensor]()
+    for own in judging:
+        start.restore() if scores else None  # the dropout masks of the same training
+        result = hypergradient(
+            None,
+            student,
+            outer=outer_batch,
+            inner=ahead,
+            mode=mode,
+            problem=own,
+            inner_optimizer=optimizer,
+            clip_norm=clip_norm,
+            progress=progress,
         )
-    if getattr(type(problem), "signal", None) is not EqualWeights.signal:
-        raise MetaplError(
-            f"problem is {type(problem).__name__}, whose signal is its own, and a score is a derivative in weights "
-            "that are 1; expected a subclass of metapl.problems.EqualWeights with losses of your own."
-        )
+        scores.append(wide(first.new_zeros(len(data))))
+        for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
+            scores[-1].index_add_(0, chosen, h.to(scores[-1]))
+        losses.append(result.outer_loss)
 
+    # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
+    left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    begun = copy.deepcopy((student, optimizer), {id(t): t.detach() for t in left})
+    options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, steps)
+    kind = first.device.type  # in the precision of the scores, wherever it is called
+    how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
-def _numbers(given: Any, name: str, device: torch.device) -> Tensor:
-    try:
-        return torch.as_tensor(given, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise MetaplError(f"{name} is {checks.described(given)}; expected numbers, not names: {error}.") from error
+    def losses_without(weights: Tensor) -> Tensor:
+        """The same training once more, with other weights of the examples, (N,), by a plain loop: the outer loss."""
+        network, again = copy.deepcopy(begun)
+        with replayed(start), torch.enable_grad(), torch.autocast(kind, **how):
+            for number, chosen in enumerate(order):
+                batch = data[chosen]
+                for group, own in zip(again.param_groups, options[number] if options else [], strict=False):
+                    group.update(own)
+                again.zero_grad()
+                torch.clear_autocast_cache()  # of weights before the step
+                outputs = wide(network(problem.student_input(batch)))
+                signal = Signal(weights[chosen].to(outputs))
+                problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
+                if clip_norm is not None:
+                    nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+                again.step()
+            torch.clear_autocast_cache()
+            given = problem.outer_batch(outer_batch)
+            # With the dropout masks of the outer loss that was differentiated.
+            with torch.no_grad(), replayed(RandomState.now(first.device).branch()):
+                outputs = wide(network(problem.outer_input(given)))
+                found = [
+                    sum_ / weight
+                    for sum_, weight in (sum_and_weight(own.outer_loss(outputs, given)) for own in judging)
+                ]
+        return torch.stack(found) if each else found[0]
 
-
-def _order(examples: int, steps: int, batch_size: int, generator: torch.Generator) -> Tensor:
-    """(K, B) examples, in shuffled passes."""
-    passes = -(-steps * batch_size // examples)
-    stream = torch.cat([torch.randperm(examples, generator=generator) for _ in range(passes)])
-    return stream[: steps * batch_size].view(steps, batch_size)
+    found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
+    return Attribution(found[0], order, found[1], result.student_params, result.kept, losses_without)
 
 
 class _Rows:
     """Pairs (input, label) by numbers: of tensors or arrays, or of a data set, on a weight's device."""
 
     def __init__(self, given: Any, name: str, like: Tensor) -> None:
-        self.device, self.name = like.device, name
+        self.device, self.source = like.device, given
         arrays = isinstance(given, tuple | list) and len(given) == 2
-        by_number = hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, Mapping)
-        if not arrays and (is_array(given) or not by_number):
+        if not arrays and (is_array(given) or isinstance(given, Mapping) or not hasattr(given, "__len__")):
             raise MetaplError(
-                f"{name} is {checks.described(given)}; expected (inputs, labels), tensors or arrays of equally many "
-                "rows, or a data set of such pairs with a length."
+                f"{name} is {checks.described(given)}; expected (inputs, labels), or a data set of pairs."
             )
         self.held = as_tensors(tuple(given), like.dtype, f"{name} holds") if arrays else None
-        self.source = given
-        if arrays:
-            lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
-            if len(lengths) != 1:
-                raise MetaplError(f"{name} has tensors of {lengths} rows; expected as many inputs as labels.")
-        if not len(self):
-            raise MetaplError(f"{name} is empty; expected at least one example.")
+        lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
+        if len(lengths) > 1 or not len(self):
+            raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected one or more, of each as many.")
 
     def __len__(self) -> int:
         return len(self.source) if self.held is None else length(self.held)
 
     def __getitem__(self, chosen: Tensor) -> Any:
         if self.held is None:
-            batch = default_collate([self.source[i] for i in chosen.tolist()])
-            if not isinstance(batch, tuple | list) or len(batch) < 2:
-                raise MetaplError(
-                    f"{self.name} gives examples that are {checks.described(self.source[0])}; expected pairs "
-                    "(input, label) by number."
-                )
-            batch = tuple(batch)
+            batch: Any = tuple(default_collate([self.source[i] for i in chosen.tolist()]))
         else:
             batch = pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.held)
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
@@ -362,61 +321,3 @@ def _of_example(problem: Problem, number: int) -> Problem:
 
     object.__setattr__(own, "outer_loss", outer_loss)
     return own
-
-
-class _Training:
-    """The same training once more, with other weights of the examples, by a plain loop: the outer loss at its end."""
-
-    def __init__(
-        self,
-        student: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: Any,
-        data: _Rows,
-        judged: Any,
-        order: Tensor,
-        problem: Problem,
-        start: RandomState,
-        each: bool,
-        groups: Tensor | None,
-        clip_norm: float | None,
-    ) -> None:
-        # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
-        left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
-        self.begun = copy.deepcopy((student, optimizer), {id(t): t.detach() for t in left})
-        self.options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, len(order))
-        self.data, self.judged, self.order, self.problem = data, judged, order, problem
-        self.start, self.each, self.groups, self.clip_norm = start, each, groups, clip_norm
-        kind = start.device.type  # in the precision of the scores, wherever it is called
-        how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-        self.autocast = partial(torch.autocast, kind, **how)
-
-    def __call__(self, weights: Tensor) -> Tensor:
-        network, optimizer = copy.deepcopy(self.begun)
-        weights = weights.to(self.data.device)
-        of_examples = weights if self.groups is None else weights[self.groups]
-        with replayed(self.start), torch.enable_grad(), self.autocast():
-            for number, chosen in enumerate(self.order):
-                batch = self.data[chosen]
-                if self.options:
-                    for group, options in zip(optimizer.param_groups, self.options[number], strict=True):
-                        group.update(options)
-                optimizer.zero_grad()
-                torch.clear_autocast_cache()  # of weights before the step
-                outputs = wide(network(self.problem.student_input(batch)))
-                signal = Signal(of_examples[chosen.to(weights.device)].to(outputs.dtype))
-                self.problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
-                if self.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
-                optimizer.step()
-            return self._judged(network, RandomState.now(self.start.device).branch())
-
-    @torch.no_grad()
-    def _judged(self, network: nn.Module, branch: RandomState) -> Tensor:
-        torch.clear_autocast_cache()
-        batch = self.problem.outer_batch(self.judged)
-        with replayed(branch):  # with the dropout masks of the outer loss that was differentiated
-            outputs = wide(network(self.problem.outer_input(batch)))
-        judging = [_of_example(self.problem, number) for number in range(len(outputs))] if self.each else [self.problem]
-        losses = [sum_ / weight for sum_, weight in (sum_and_weight(own.outer_loss(outputs, batch)) for own in judging)]
-        return torch.stack(losses) if self.each else losses[0]

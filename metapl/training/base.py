@@ -2,44 +2,116 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError, either
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, inputs_of, rows
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import is_sharded
-from metapl.metrics import Evaluation, Measured
-from metapl.metrics.metric import Asked, Better, default_metric, metric_of, of_classes
+from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
+from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.runs.ownership import Folder
-from metapl.training.contract import Say, Stepwise
+from metapl.training.contract import Report, Say
 from metapl.training.loop import FitResult, FitRun
-from metapl.training.options import FitKeywords, FitOptions, refuse_unknown
-from metapl.training.resuming import check_allowed, going_on_from
+from metapl.training.options import FitOptions
 from metapl.training.stopping import Callback
 
 
-class Trainer(Stepwise):
-    """A trainer that can be fitted, evaluated, saved and loaded."""
+class Trainer(ABC):
+    """A trainer that goes step by step, whose state can be saved between any two.
 
-    precision: Literal["float32", "bfloat16"] = "float32"
+    Attributes:
+        student: the network that is trained, evaluated and kept.
+        teacher: the network that makes the labels, where there is one.
+        as_given: the student as it was handed over, perhaps in ``DistributedDataParallel``.
+        device: where the networks are.
+        ranks: the processes that share its batches.
+        lookahead: unlabeled batches that the loop draws for a step; several are given as a :class:`metapl.Lookahead`.
+        teacher_classifies: whether the teacher gives class logits, so that its accuracy can be measured.
+        classifies: whether the losses are known to be of classes, without being asked.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+    as_given: nn.Module
+    device: torch.device
+    ranks: Ranks = ALONE
     layouts: list[Layout]
+    lookahead: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
+
+    @property
+    @abstractmethod
+    def schedulable(self) -> list[torch.optim.Optimizer]:
+        """The optimizers whose learning rates the schedule moves: the student's, then the teacher's."""
+
+    @abstractmethod
+    def step(self, labeled: Any, unlabeled: Any = None) -> Report:
+        """One step."""
+
+    @abstractmethod
+    def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
+        """The student's inputs in a labeled batch, which errors call ``name``, and the batch as its loss reads it."""
+
+    @abstractmethod
+    def outer_terms(self) -> Sequence[Term]:
+        """What the student is validated by, where its metric is the loss: the sum of these."""
+
+    @abstractmethod
+    def live_state(self) -> dict[str, Any]:
+        """:meth:`state_dict` without the copies: the next step changes its tensors."""
+
+    @abstractmethod
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take a state; it may raise anything, and have loaded a part."""
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides a step: losses and their weights, precision, clipping. A resumed fit has the same."""
+        return {}
+
+    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
+        """One step of the teacher alone, while the student waits."""
+        raise MetaplError(f"{type(self).__name__} has no teacher that could learn while the student waits; use wait=0.")
+
+    @property
+    def teacher_classifies(self) -> bool:
+        return self.teacher is not None
+
+    @property
+    def classifies(self) -> bool:
+        return False
+
+    @property
+    def late_starts(self) -> Sequence[int]:
+        """How many steps from now a loss begins that costs nothing before, such as UDA's."""
+        return ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the student's weights, which arrays of floating point are given."""
+        return next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     def __repr__(self) -> str:
         """The networks by class and size, what trains each of them at which rate, and how far it is."""
@@ -55,6 +127,8 @@ class Trainer(Stepwise):
         done = f"steps_done={self.steps_done:,}, device={str(self.device)!r}"
         return "\n".join([f"{type(self).__name__}({mode}{done})", *lines])
 
+    # ------------------------------------------------------------------------------------------------------- fitting
+
     def fit(
         self,
         labeled: Any = None,
@@ -67,14 +141,12 @@ class Trainer(Stepwise):
         validation: Any = None,
         metric: Asked | None = None,
         mode: Better | None = None,
-        truth: Any = None,
-        out: str | Folder | None = None,
-        resume: bool = False,
-        allow_changes: Sequence[str] = (),
+        out: str | Path | Folder | None = None,
+        resume: bool | Literal["anyway"] = False,
         progress: bool = True,
         say: Say | None = None,
         callbacks: Sequence[Callback] = (),
-        **options: Unpack[FitKeywords],
+        **options: Any,
     ) -> FitResult:
         """Train for ``steps`` steps, and leave the best student by validation in place.
 
@@ -105,21 +177,18 @@ class Trainer(Stepwise):
                 ``student_validation_f1``. It is given the network's outputs in eval mode.
             mode: whether the smallest (``"min"``) or the greatest (``"max"``) value of the metric is the best; for
                 functions, and objects without ``higher_is_better``. Not the trainer's mode.
-            truth: (inputs, labels) of unlabeled examples whose labels happen to be known, for recording how many of
-                the teacher's labels are right; nothing is trained or selected on it.
             out: a folder for metrics, TensorBoard events and checkpoints.
             resume: go on from the newest whole checkpoint in ``out``; without it, a folder with checkpoints of this
-                phase is refused.
-            allow_changes: what may differ from the run that is resumed, some of ``student_optimizer``,
-                ``teacher_optimizer``, ``trainer`` (losses, weights, precision, clipping), ``networks`` (what their
-                modules say of themselves, and which parameters they learn), ``dtype``, ``labeled``, ``unlabeled`` and
-                ``validation``. Anything else that is known to differ is refused by name.
-            progress: show on standard error how far it is: a bar on a terminal, else a line a minute at most.
+                phase is refused. So is, by name, what is known to differ from the fit that is gone on with: options,
+                losses, settings of the optimizers, and data of another size or with another first batch.
+                ``"anyway"`` compares nothing: networks, optimizers and generators go on with what the checkpoint has.
+            progress: show on standard error how far it is, where that is a terminal.
             say: where messages go; default: standard error.
             callbacks: each is called as ``callback(step, row, trainer)`` after every row that is recorded, with the
-                number of steps done and the numbers of the row. It may raise :class:`metapl.StopFit`, which ends the
-                fit and keeps what was done; what it draws from torch's default generators is undone. One that has
-                ``state_dict`` and ``load_state_dict`` is saved and restored with the run.
+                number of steps done and the numbers of the row; numbers that it returns by their names join the row. It
+                may raise :class:`metapl.StopFit`, which ends the fit and keeps what was done; what it draws from
+                torch's default generators is undone. One that has ``state_dict`` and ``load_state_dict`` is saved and
+                restored with the run.
             options: the other fields of :class:`FitOptions`.
 
         Returns: a :class:`FitResult`.
@@ -138,34 +207,16 @@ class Trainer(Stepwise):
         >>> steps, sorted(found.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'step', 'student_lr'])
         """
-        refuse_unknown(options, self.fit)
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-        if steps is None:
-            raise MetaplError("steps= was not given, the number of steps to take; expected steps=1000, say.")
-        if out == "":
-            raise MetaplError("out='' was given; expected the path of a folder, or None to keep nothing.")
+        if steps is None or labeled is None:
+            raise MetaplError("fit needs labeled= (or outer=), a source of batches, and steps=, the number of steps.")
         folder = Folder(out) if isinstance(out, str | Path) else out
-        how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks, check_allowed(allow_changes)
-        measure = metric_of(metric, mode)
-        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, truth, measure, *how)
-        with run.records.held():
+        how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks
+        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, metric_of(metric, mode), *how)
+        with nullcontext() if run.records.out is None else run.records.out.held():
             return run.run(labeled, unlabeled, resume, batch_size)
 
-    @overload
-    def evaluate(self, data: Any, *, classes: list[str], metric: Literal["accuracy"] | None = None) -> Evaluation: ...
-
-    @overload
-    def evaluate(self, data: Any, *, metric: Literal["accuracy"]) -> Evaluation: ...
-
-    @overload  # Any: what the loss is of is known when it is asked, and the attributes of one of classes are asked for
-    def evaluate(self, data: Any, *, metric: None = None) -> Evaluation | Any: ...
-
-    @overload
-    def evaluate(self, data: Any, *, metric: Asked) -> Measured: ...
-
-    def evaluate(
-        self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None
-    ) -> Evaluation | Measured:
+    def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.
 
         Args:
@@ -176,8 +227,7 @@ class Trainer(Stepwise):
 
         Returns: for classes an :class:`metapl.metrics.Evaluation`: accuracy, per class, confusion matrix and
         calibration; for any other problem or metric a :class:`metapl.metrics.Measured`. Both have ``metric``, its name,
-        its ``value``, and ``n``, the number of examples. A type checker takes it for the first, unless
-        ``metric`` is another one.
+        its ``value``, and ``n``, the number of examples.
 
         >>> import metapl
         >>> model = torch.nn.Linear(4, 1)
@@ -196,16 +246,11 @@ class Trainer(Stepwise):
                 raise MetaplError("the labeled data have no batches; expected at least one, and a fresh iterator.")
             batches = chain([first], batches)
             measure = default_metric(self, first[1], logits_of(self.student, [rows(first[0], 0, 2)]))
-        found = measure.measured(self, self.student, batches, "the student")
+        found: Any = measure.measured(self, self.student, batches, "the student")
         if classes is None:
             return found
-        if not isinstance(found, Evaluation) or len(classes) != len(found.confusion):
-            width = (
-                f"{len(found.confusion)} logits" if isinstance(found, Evaluation) else f"the metric {found.metric!r}"
-            )
-            raise MetaplError(
-                f"{len(classes)} names of classes were given for {width}; expected one for each class of an accuracy."
-            )
+        if len(classes) != len(getattr(found, "confusion", ())):
+            raise MetaplError(f"{len(classes)} names of classes for the metric {found.metric!r}; expected one a class.")
         return replace(found, classes=tuple(classes))
 
     def read_input(self, batch: Any) -> Any:
@@ -244,6 +289,28 @@ class Trainer(Stepwise):
             checks.finite(outputs)
         return wide(outputs).softmax(-1) if classes else wide(outputs)
 
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next step, except the data and the default generators.
+
+        A snapshot: later steps do not change it, unlike the ``state_dict`` of a PyTorch module or optimizer, which
+        shares its tensors. Cost: a copy of the weights and of the optimizers' states on their device.
+        """
+        return copy.deepcopy(self.live_state())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, in a trainer built alike.
+
+        Raises: :class:`metapl.MetaplError` where it cannot be loaded; what had been is then loaded back.
+        """
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            raise MetaplError(f"this is no state for this trainer ({type(error).__name__}: {error})") from error
+
     def save(self, path: str | Path) -> None:
         """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
         self._refuse_parts("save")
@@ -252,26 +319,15 @@ class Trainer(Stepwise):
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
         self._refuse_parts("load")
-        if not isinstance(path, str | os.PathLike):
-            raise MetaplError(f"load() was given {checks.described(path)}; expected the path of a file.")
         state = checkpoint.load(path)
         if not state.keys() >= {"trainer", "rng"}:
             raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
-        before = rng_state()
-        set_rng_state(state["rng"])  # or nothing has moved
-        try:
-            with going_on_from(path):
-                self.load_state_dict(state["trainer"])
-        except MetaplError:
-            set_rng_state(before)
-            raise
+        self.load_state_dict(state["trainer"])
+        set_rng_state(state["rng"])  # last, for loading may draw
 
     def _refuse_parts(self, name: str) -> None:
         if any(is_sharded(p) for network in self.networks.values() for p in network.parameters()):
-            raise MetaplError(
-                f"{name}() is not built yet for sharded networks, of which this process holds a part; write the "
-                "networks and optimizers with torch.distributed.checkpoint."
-            )
+            raise MetaplError(f"{name}() is of whole networks; write sharded ones with torch.distributed.checkpoint.")
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,9 @@ from metapl.problems.losses import (
     sum_of_terms,
 )
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
-from metapl.runs.fingerprints import settings_of
 from metapl.training import Trainer
 from metapl.training.contract import Report
 from metapl.training.loop import FitResult
-from metapl.training.options import FinetuneKeywords, refuse_unknown
-from metapl.training.states import check_state, names_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -137,6 +134,7 @@ class LossTrainer(Trainer):
                 kind="teacher loss" if self.role == "teacher" else "loss",
             )
         loss = torch.stack(list(terms.values())).sum()
+        checks.refuse_not_finite(loss.detach(), f"the loss of the {self.role} is NaN or infinite")
         checks.learns(loss, self.role)
         if loss.requires_grad:  # UDA alone is a plain 0 before its start
             (loss / self.accumulate).backward()
@@ -170,22 +168,16 @@ class LossTrainer(Trainer):
         return any(getattr(loss, "of_classes", False) for loss in self.losses)
 
     def settings(self) -> dict[str, Any]:
-        return settings_of(self, ("losses", *SETTINGS))
+        return {name: getattr(self, name) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
         return {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "optimizers": names_of({"optimizer": self.optimizer}),
             "steps_done": self.steps_done,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, in a trainer built alike.
-
-        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
-        """
-        check_state(type(self).__name__, state, self.live_state(), {"optimizer": self.optimizer})
+    def _load(self, state: dict[str, Any]) -> None:
         load_whole(self.student, state["student"])
         self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
         self.steps_done = state["steps_done"]
@@ -201,7 +193,7 @@ def finetune(
     accumulate: int = 1,
     compile: bool = False,
     clip_norm: float | None = None,
-    **options: Unpack[FinetuneKeywords],
+    **options: Any,
 ) -> FitResult:
     """Train a student, as it is now, on labeled batches alone.
 
@@ -216,7 +208,6 @@ def finetune(
 
     Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
     """
-    refuse_unknown(options, finetune, LossTrainer.fit)
     trainer = LossTrainer(
         student,
         (CrossEntropy(),),

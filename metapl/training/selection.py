@@ -10,20 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from metapl.errors import MetaplError, placed, reason_of
-from metapl.execution import checks
-from metapl.execution.batch import as_tensors, length, rows
-from metapl.execution.checks import dense, described
+from metapl.errors import MetaplError
+from metapl.execution.batch import as_tensors, rows
 from metapl.execution.layout import reshard
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
-from metapl.metrics.classification import Evaluation, check_labels
-from metapl.metrics.metric import ACCURACY, Measured, Metric, default_metric, labels_of
+from metapl.metrics.metric import Metric, default_metric
 from metapl.metrics.predictions import logits_of, outer_batches
-from metapl.training.beside import Beside
-from metapl.training.contract import Say, Stepwise
 
 
 class Average:
@@ -127,8 +121,6 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- validation
-
 Kept = Callable[[], AbstractContextManager[nn.Module]]
 """A network in a block."""
 
@@ -140,7 +132,6 @@ class Best:
     value: float | None = None
     step: int = 0
     weights: dict[str, Any] = field(default_factory=dict)
-    beside: dict[str, Any] = field(default_factory=dict)  # of Beside.changed
 
 
 class Selection:
@@ -149,163 +140,59 @@ class Selection:
     Args:
         trainer: whose networks they are, and which says how a batch is read and judged.
         validation: a labeled batch, or an iterable of such; None: nothing is looked at.
-        truth: (inputs, labels) of unlabeled examples, for the teacher.
-        metric: by what they are measured; None: by the kind of problem, which :meth:`check` finds out.
+        metric: by what they are measured; None: accuracy or the loss, by the kind of problem.
         select: whether the best student is remembered.
-        say: takes what a user should know of the validation data.
     """
 
-    def __init__(
-        self,
-        trainer: Stepwise,
-        validation: Any,
-        truth: Any = None,
-        metric: Metric | None = None,
-        select: bool = True,
-        say: Say | None = None,
-    ) -> None:
-        self.trainer, self.device, self.metric, self.select = trainer, trainer.device, metric, select
+    def __init__(self, trainer: Any, validation: Any, metric: Metric | None = None, select: bool = True) -> None:
+        self.trainer, self.metric, self.select = trainer, metric, select
+        self.validation, self.best = as_tensors(validation, trainer.dtype), Best()
         if metric is not None and validation is None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
         if select and metric is not None and metric.better is None:
-            raise MetaplError(
-                f"the metric {metric.name!r} was given without which of its values are better; expected mode='max', or "
-                "mode='min' of an error."
-            )
-        self.validation, self.truth = (as_tensors(data, trainer.dtype) for data in (validation, truth))
-        self.say: Say = say or (lambda text: None)
-        self.best, self.beside = Best(), Beside(trainer.student)
-        self.before: tuple[str, ...] | None = None
-        self.lost = 0  # that could not be read
-        self.told = ""  # the student's last value, and on how many examples it was measured
+            raise MetaplError(f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside it.")
+        if isinstance(validation, Iterator):
+            raise MetaplError("validation is an iterator, which is read once; expected a list or a DataLoader.")
 
-    def check(self, labeler: nn.Module | None = None) -> None:
-        """Refuse validation data, and truth, that could not be used later, and a metric that fails on them; find out
-        which metric it is where none was given.
-
-        Cost: a pass on two examples of each; where the metric is not accuracy, on the first batch.
-        """
-        for name, data, network in (
-            ("validation", self.validation, self.trainer.student),
-            ("truth", self.truth, labeler),
-        ):
-            if data is None or network is None:
-                continue
-            if isinstance(data, Iterator):
-                raise MetaplError(
-                    f"{name} is {described(data)}, which can be read only once, and is read at every validation; "
-                    "expected a pair (inputs, labels), a list of batches or a DataLoader."
-                )
-            with replayed(RandomState.now(self.device)):
-                first = next(outer_batches(data, self.trainer.read_outer, self.device, name), None)
-                if first is None or not length(first[0]):
-                    raise MetaplError(f"{name} has no batches; expected at least one example, or None.")
-                inputs, batch = first
-                dense(batch, f"{name} holds")
-                with placed(f"{name} cannot be measured: "):
-                    checks.finite_on_host(inputs)
-                labels = labels_of(batch)
-                if isinstance(data, Dataset) and isinstance(labels, int | Tensor) and not getattr(labels, "ndim", 0):
-                    raise MetaplError(
-                        f"{name} is a data set of single examples; expected batches: DataLoader({name}, 256)."
-                    )
-                try:
-                    outputs = logits_of(network, [rows(inputs, 0, 2)])
-                except RuntimeError as error:
-                    raise MetaplError(
-                        f"the network failed on {name} ({type(error).__name__}: {reason_of(error)}); expected inputs "
-                        "such as its batches for training have."
-                    ) from error
-                metric = ACCURACY if name == "truth" else self.metric or default_metric(self.trainer, batch, outputs)
-                if metric is ACCURACY:
-                    _check_classes(inputs, labels, outputs, name)
-                else:
-                    with placed(f"{name} cannot be measured by it: "):
-                        metric.over(self.trainer, network, [first])
-                self.metric = self.metric or metric
-
-    @property
-    def kind(self) -> tuple[str, ...] | None:
-        """The name of the metric, and which of its values are better; without validation data, what it was before the
-        fit was resumed, if there were any then."""
-        return self.before if self.metric is None else (self.metric.name, str(self.metric.better))
+    def check(self) -> None:
+        """Measure the student on the first batch, so that data and metric that do not fit are seen before the first
+        step; where no metric was given, find out which it is."""
+        if self.validation is None:
+            return
+        with replayed(RandomState.now(self.trainer.device)):
+            first = next(self._batches(), None)
+            if first is None:
+                raise MetaplError("validation has no batches; expected at least one example, or None.")
+            inputs, batch = first
+            if self.metric is None:
+                self.metric = default_metric(self.trainer, batch, logits_of(self.trainer.student, [rows(inputs, 0, 2)]))
+            self.metric.over(self.trainer, self.trainer.student, [first])
 
     @property
     def row(self) -> str:
         """What a record calls the student's value."""
         return f"student_validation_{self.metric.name}" if self.metric else ""
 
-    def look(
-        self, student: Kept | None, teacher: Kept | None, labeler: nn.Module | None, step: int
-    ) -> dict[str, float]:
-        """The metric after ``step`` steps; None for a network that there is not, or that has not begun.
+    def look(self, networks: Mapping[str, Kept], step: int) -> dict[str, float]:
+        """The metric of networks, ``student`` or ``teacher``, after ``step`` steps.
 
         Args:
-            student, teacher: the networks that are kept, such as the averages, each in a block of its own: averages of
-                sharded networks take the place of these.
-            labeler: the network that makes the pseudo-labels.
+            networks: that are kept, such as the averages, each in a block of its own: averages of sharded networks take
+                the place of these.
             step: number of steps done.
         """
+        values: dict[str, float] = {}
         if self.validation is None or self.metric is None:
-            return {}
-        values = {}
-        for role, held in (("student", student), ("teacher", teacher)):
-            if held is not None:
-                with held() as network:
-                    of = f"the {role} on validation data after step {step}"
-                    found = self._measured(network, self.validation, "validation", self.metric, of)
-                    values[f"{role}_validation_{self.metric.name}"] = found.value
-                    if role == "student":
-                        self.told = f"{self.metric.shown(found.value)} of {found.n:,}"
-                        if self.select and self.metric.improves(found.value, self.best.value):
-                            self.best = Best(found.value, step, weights_of(network), self.beside.changed())
-        if labeler is not None and self.truth is not None:
-            found = self._measured(labeler, self.truth, "truth", ACCURACY, "the teacher on truth")
-            assert isinstance(found, Evaluation)
-            off = torch.tensor(found.confusion).sum(0) - torch.tensor(found.confusion).sum(1)
-            values["pseudo_label_accuracy"] = found.accuracy
-            values["class_shares_vs_truth"] = float(off.abs().sum()) / (2 * found.n)
+            return values
+        for role, held in networks.items():
+            of = f"the {role} on validation data after step {step}"
+            # A DataLoader draws from the default generator; looking must not change the training.
+            with held() as network, replayed(RandomState.now(self.trainer.device)):
+                value = self.metric.measured(self.trainer, network, self._batches(), of).value
+                values[f"{role}_validation_{self.metric.name}"] = value
+                if role == "student" and self.select and self.metric.improves(value, self.best.value):
+                    self.best = Best(value, step, weights_of(network))
         return values
 
-    def _measured(self, network: nn.Module, data: Any, name: str, metric: Metric, of: str) -> Measured | Evaluation:
-        from metapl.data.steps import StepBatches  # needed for fitting only
-
-        counts: list[int] = []
-
-        def batches() -> Iterator[tuple[Any, Any]]:
-            for inputs, batch in outer_batches(data, self.trainer.read_outer, self.device, name):
-                counts.append(length(inputs))
-                yield inputs, batch
-
-        expected = data.examples if isinstance(data, StepBatches) else None
-        try:
-            # A DataLoader draws from the default generator; looking must not change the training.
-            with replayed(RandomState.now(self.device)):
-                found = metric.measured(self.trainer, network, batches(), of)
-        except MetaplError as error:
-            if not expected or any(counts):
-                raise
-            raise MetaplError(
-                f"none of the {expected:,} validation pictures can be read any more; were they moved or removed while "
-                "the run was under way? Put them back, then go on with the run."
-            ) from error
-        expected = expected or found.n
-        lost, before = expected - found.n, self.lost
-        self.lost = max(lost, before)
-        if lost > before:
-            self.say(
-                f"note: {lost:,} of the {expected:,} validation pictures cannot be read any more; accuracies are of "
-                "the others, and are not to be compared with those before"
-            )
-        return found
-
-
-def _check_classes(inputs: Any, labels: Any, outputs: Tensor, name: str) -> None:
-    count = length(inputs)
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or len(labels) != count:
-        raise MetaplError(
-            f"{name} has the labels {described(labels)} for {count:,} examples; expected one class index for each, and "
-            "at least one example."
-        )
-    checks.class_outputs(outputs, "network")
-    check_labels(labels, outputs.shape[1], f" of {name}")
+    def _batches(self) -> Iterator[tuple[Any, Any]]:
+        return outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")

@@ -8,14 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from metapl.errors import MetaplError
-from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
 from metapl.runs.signals import END, is_heard
-from metapl.training.contract import Stepwise
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
-"""Called with the number of steps done, the row recorded after them and the trainer; what it returns is not read.
+"""Called with the number of steps done, the row recorded after them and the trainer; a dict of numbers
+that it returns becomes part of the row.
 
 An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__call__`` is saved in the checkpoints and
 goes on where it was when the fit is resumed.
@@ -56,42 +54,22 @@ class StopFit(Exception):
 class Callbacks:
     """The callbacks of one fit, called in turn with its trainer."""
 
-    def __init__(self, given: Sequence[Callback], trainer: Stepwise) -> None:
-        several = isinstance(given, tuple | list)
-        wrong = [callback for callback in given if not callable(callback)] if several else [given]
-        if wrong:
-            raise MetaplError(
-                f"callbacks holds or is something {described(wrong[0])}; expected a list of callables that take (step, "
-                "row, trainer), such as callbacks=[lambda step, row, trainer: print(step, row)]."
-            )
+    def __init__(self, given: Sequence[Callback], trainer: Any) -> None:
         self.given, self.trainer = tuple(given), trainer
-        names = ("state_dict", "load_state_dict")
-        self.stateful: list[Any] = [one for one in given if all(hasattr(one, name) for name in names)]
-        self.raised: Exception | None = None  # what one has raised, which ends the fit
+        self.stateful: list[Any] = [one for one in given if hasattr(one, "state_dict")]
 
-    def after(self, step: int, row: Mapping[str, float]) -> str | None:
-        """Call each; why the fit is to stop, if one of them says so."""
+    def after(self, step: int, row: dict[str, float]) -> str | None:
+        """Call each, and add the numbers that it returns to the row; why the fit is to stop, if one says so."""
         reasons = []
         for callback in self.given:
             # Observing must not change the run: a DataLoader, for one, draws from the default generator.
             with replayed(RandomState.now(self.trainer.device)):
                 try:
-                    callback(step, dict(row), self.trainer)
+                    found = callback(step, dict(row), self.trainer)
+                    row |= found if isinstance(found, Mapping) else {}
                 except StopFit as stop:
                     reasons.append(str(stop))
-                except Exception as error:
-                    self.raised = error
-                    raise
         return "; ".join(filter(None, reasons)) if reasons else None
-
-    def restore(self, states: Sequence[Any]) -> None:
-        if len(states) != len(self.stateful):
-            raise MetaplError(
-                f"the checkpoint has the states of {len(states)} callbacks, and {len(self.stateful)} of those given "
-                "have state_dict; expected the callbacks that the run was started with."
-            )
-        for callback, state in zip(self.stateful, states, strict=True):
-            callback.load_state_dict(state)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Unpack
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.execution.state import restored
+from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
@@ -33,12 +33,9 @@ from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
-from metapl.runs.fingerprints import built_with, settings_of
 from metapl.training import FitResult, Trainer
 from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
-from metapl.training.options import FinetuneKeywords
-from metapl.training.states import check_state, names_of
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
@@ -128,7 +125,7 @@ class BilevelTrainer(Trainer):
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
-        self.problem = prepare(problem, self.mode)
+        self.given_problem, self.problem = problem, prepare(problem, self.mode)
         check_teacher(
             teacher,
             self.problem,
@@ -178,6 +175,7 @@ class BilevelTrainer(Trainer):
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
+    @one_at_a_time
     def step(self, labeled: Any = None, unlabeled: Any = None, *, outer: Any = None, inner: Any = None) -> StepReport:
         """One step of Algorithm 1 on a labeled batch and an unlabeled one.
 
@@ -261,9 +259,10 @@ class BilevelTrainer(Trainer):
                 )
             if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
-            path.commit()  # line 3; nothing has moved before
+            # Nothing has moved before. The teacher's optimizer may be any, and fail; the student's is a known one.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
+            path.commit()  # line 3: θ_S′
             for layout in self.spread:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
@@ -363,11 +362,8 @@ class BilevelTrainer(Trainer):
         return [*self._optimizers.values()]
 
     def settings(self) -> dict[str, Any]:
-        names = ["mode", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS]
-        values = settings_of(self, names)
-        if self.inner_optimizer not in self.schedulable:  # a transform, whose settings are in its functions
-            values["settings"] |= built_with({"inner_optimizer": self.inner_optimizer})
-        return values
+        names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
+        return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
         return {
@@ -377,19 +373,15 @@ class BilevelTrainer(Trainer):
             "student": self.student.state_dict(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
-            "optimizers": names_of(self._optimizers),
             "mode_state": self.mode_state,
             "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
             "verification": self.verification.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`, in a trainer built alike.
-
-        Raises: :class:`metapl.MetaplError` for anything else, before anything is loaded.
-        """
-        check_state(type(self).__name__, state, self.live_state(), self._optimizers)
+    def _load(self, state: dict[str, Any]) -> None:
+        if state["mode"] != self.mode.name:
+            raise MetaplError(f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:
@@ -410,7 +402,7 @@ class BilevelTrainer(Trainer):
         *,
         steps: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        **options: Unpack[FinetuneKeywords],
+        **options: Any,
     ) -> FitResult:
         """Train the student, as it is now, on labeled batches alone: what Meta Pseudo Labels ends with.
 
@@ -447,7 +439,7 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         estimate = estimator(self.mode if mode is None else mode)
-        return self._gradient(estimate, prepare(self.problem, estimate), labeled, unlabeled, generator)
+        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
 
     def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
         """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing

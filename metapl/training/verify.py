@@ -14,7 +14,6 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, either, few, reason_of
-from metapl.execution.batch import micro_batches, plain
+from metapl.execution.batch import plain
 from metapl.execution.layout import layouts
 from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState
@@ -33,19 +32,18 @@ from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode
 from metapl.feedback.compatible import prepare
 from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.implicit import conjugate_gradient, neumann
-from metapl.problems.base import Problem, Signal, enters_input, field_of, joined_signals, sum_and_weight
+from metapl.problems.base import Problem, Signal, field_of, joined_signals, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.training.real_step import APPROXIMATE, EPS, EPS32, Run, Step, Tree, flat, of_torch, off_by, same, size_of
 from metapl.updates import update_of
 
-Tree = dict[Any, Tensor]
 Errors = dict[str, float | None]  # None: rounding drowns the difference
 Status = Literal["right", "allowed", "refused", "cannot tell", "nothing to verify"]
 Setting = bool | int | Literal["warn"]
 
 MOST_WEIGHTS = 50_000_000  # of both networks; larger ones are verified by check_gradient, or verify=N
 STEPS = 3  # of a look-ahead
-EXACT, APPROXIMATE = 1e-5, 1e-2  # relative errors of exact modes, and of those that take differences themselves
-EPS, EPS32 = 2e-16, 1e-7  # rounding of F, and of one that runs in float32 somewhere
+EXACT = 1e-5  # the relative error that an exact mode may have, beyond rounding
 LOG = logging.getLogger("metapl")
 
 
@@ -55,18 +53,11 @@ class VerificationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class GradientCheck:
-    """The result of :func:`check_gradient`.
+    """The result of :func:`check_gradient`; ``print`` says it in words."""
 
-    Args:
-        status: ``"right"``; ``"allowed"``: off the definition for a good reason; ``"refused"``; ``"cannot tell"``:
-            rounding drowns the differences, or a part cannot be copied; ``"nothing to verify"``: mode ``none``.
-        verdict: in words, with the likely causes of a refusal.
-        errors: |difference − ⟨a, d⟩| over the size of these, by what was moved and in which direction.
-    """
-
-    status: Status
-    verdict: str
-    errors: dict[str, float] = field(default_factory=dict)
+    status: Status  # "allowed": off the definition for a good reason; "cannot tell": rounding drowns the differences
+    verdict: str  # with the likely causes of a refusal
+    errors: dict[str, float] = field(default_factory=dict)  # by what was moved and how, over the size of the derivative
 
     @property
     def passed(self) -> bool | None:
@@ -111,8 +102,7 @@ def check_gradient(
     Args:
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer` alone, as it stands.
         labeled, unlabeled, outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three.
-        mode: default the trainer's own, and ``"forward"`` without one.
-        problem, inner_optimizer, inner_state, generator, accumulate, clip_norm: as for :func:`metapl.hypergradient`.
+        mode: default the trainer's own, and ``"forward"`` without one. The others are :func:`metapl.hypergradient`'s.
 
     Returns: a :class:`GradientCheck`; its ``passed`` is for a test.
     Cost: the mode once and some five real steps; about thirty where they disagree.
@@ -142,12 +132,7 @@ def check_gradient(
 
 
 class Verification:
-    """When the steps of a trainer are verified, and what was found.
-
-    Args:
-        setting: True: at the first step, and where the fingerprint of the networks is a new one; ``"warn"``: the same,
-            with warnings in the place of errors; False: never; a number N: also every N steps.
-    """
+    """When the steps of a trainer are verified, and what was found; ``setting`` is its ``verify=``."""
 
     def __init__(self, setting: Setting = True) -> None:
         if setting != "warn" and (not isinstance(setting, int) or setting < 0):
@@ -159,19 +144,20 @@ class Verification:
         """Verify where it is due, before anything of a step runs; :class:`metapl.MetaplError` for a wrong gradient."""
         if not self.setting:
             return
-        mark, every = (
-            fingerprint(trainer.teacher, trainer.student),
-            0 if self.setting in (True, "warn") else self.setting,
-        )
-        if mark in self.known and not (every and trainer.steps_done % int(every) == 0):
+        mark = fingerprint(trainer.teacher, trainer.student)
+        every = 0 if isinstance(self.setting, bool | str) else self.setting
+        if mark in self.known and not (every and trainer.steps_done % every == 0):
             return
         weights = sum(p.numel() for network in trainer.networks.values() for p in network.parameters())
-        spread = any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts)
+        if spread := any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts):
+            told = "networks of several processes are not verified: give metapl.check_gradient smaller ones in one."
+        else:
+            told = (
+                f"networks of {weights:,} weights are not verified: take verify=N, or metapl.check_gradient(trainer)."
+            )
         if spread or (weights > MOST_WEIGHTS and not every):
-            what = "networks of several processes" if spread else f"networks of {weights:,} weights"
-            mend = "smaller ones in one process" if spread else "this trainer, or take verify=N"
             if trainer.ranks.first:
-                LOG.warning("%s are not verified: give metapl.check_gradient %s.", what, mend)
+                LOG.warning(told)
         else:
             found = verified(*_of_trainer(trainer, labeled, unlabeled))
             self.verdict = f"{found.status}: {found.verdict}"
@@ -189,12 +175,9 @@ def fingerprint(*networks: nn.Module | None) -> int:
     """A number that changes with the modes, frozen parts and hooks of networks; the same in every process."""
     marks: list[int] = []
     for part in (part for network in networks if network is not None for part in network.modules()):
-        hooks = part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks
-        marks += (
-            part.training,
-            *map(len, hooks),
-            *[p is not None and p.requires_grad for p in part._parameters.values()],
-        )
+        marks += part.training, len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks)
+        learned = [p is not None and p.requires_grad for p in part._parameters.values()]
+        marks += [len(part._backward_pre_hooks), *learned]
     return hash(tuple(marks))  # whole numbers have the same hash in every process
 
 
@@ -207,7 +190,7 @@ def refuse_hooks(student: nn.Module) -> None:
 
 def _of_trainer(trainer: Any, labeled: Any, unlabeled: Any, mode: Mode | None = None) -> tuple[Step, Estimator]:
     estimate, optimizer = estimator(trainer.mode if mode is None else mode), trainer.inner_optimizer
-    state = None if _of_torch(optimizer) else trainer.update.read_state()
+    state = None if of_torch(optimizer) else trainer.update.read_state()
     networks = trainer.teacher, trainer.student, prepare(trainer.problem, estimate)
     options = trainer.clip_norm, trainer.accumulate, trainer.generator, RandomState.now(trainer.device)
     given: tuple[Any, ...] = (*networks, optimizer, state, *_batches(labeled, unlabeled), *options)
@@ -220,273 +203,6 @@ def _batches(labeled: Any, unlabeled: Any) -> tuple[Any, list[Any]]:
     given = [plain(labeled), *(plain(ahead[i]) for i in range(min(len(ahead), STEPS)))]
     labeled, *batches = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
     return labeled, batches
-
-
-def _of_torch(optimizer: Any) -> list[Any]:
-    """The optimizers of ``torch.optim``; none of a transform."""
-    parts = [*optimizer] if isinstance(optimizer, tuple | list) else [optimizer]
-    return parts if all(isinstance(part, torch.optim.Optimizer) for part in parts) else []
-
-
-# ------------------------------------------------------------------------------------------------- F, by real steps
-
-
-@dataclass
-class Run:
-    """One evaluation of F, and what was met on the way."""
-
-    copies: Step
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    inner: float = 0.0  # the first step's loss
-    signals: list[Signal] = field(default_factory=list)  # of each micro-batch of each step, with the teacher's graph
-    outputs: list[Tensor] = field(default_factory=list)
-    labeled: list[Tensor] = field(default_factory=list)  # the student's outputs on the outer batch
-    gradients: dict[str, Tree] = field(default_factory=dict)  # of the first inner loss and of the outer loss
-    states: list[Tree] = field(default_factory=list)  # buffers and frozen parameters before each pass
-    written: set[str] = field(default_factory=set)  # weights of the student that a pass or a loss has moved
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step is computed from: as it was given, or copies of it, each of which serves one evaluation."""
-
-    teacher: nn.Module | None
-    student: nn.Module
-    problem: Problem
-    optimizer: Any
-    state: Any
-    labeled: Any
-    batches: list[Any]
-    clip_norm: float | None
-    accumulate: int
-    generator: torch.Generator | None
-    random: RandomState
-    own: tuple[Tensor, ...] = ()  # what the problem holds that requires a gradient
-
-    def copied(self, dtype: torch.dtype | None = None) -> Step:
-        """Copies that share what the originals share, with all tensors of floating point in ``dtype``."""
-        memo: dict[int, Any] = {}
-        for network in (self.teacher, self.student, self.problem):
-            for part in network.modules() if isinstance(network, nn.Module) else ():
-                # Results in attributes, such as the old weight_norm's, which deepcopy refuses.
-                memo |= {id(t): t.detach().clone() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn}
-        teacher, student = copy.deepcopy((self.teacher, self.student), memo)
-        before = set(memo)
-        problem = copy.deepcopy(self.problem, memo)
-        own = [t for i, t in memo.items() if i not in before and isinstance(t, Tensor) and t.requires_grad]
-        state, labeled, batches = copy.deepcopy((self.state, self.labeled, self.batches), memo)
-        for t in memo.values() if dtype is not None else ():
-            if isinstance(t, Tensor) and t.is_floating_point():
-                t.grad, t.data = None, t.data.to(dtype)
-        memory = {p.untyped_storage().data_ptr(): p for p in trainable(self.student).values()}
-        for t in memo.get(id(memo), ()):  # tensors in the memory of a parameter, whose copy has memory of its own
-            if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and t.untyped_storage().data_ptr() in memory:
-                p = memory[t.untyped_storage().data_ptr()]
-                begin = t.storage_offset() - p.storage_offset()
-                memo[id(t)].data = memo[id(p)].data.as_strided(t.shape, t.stride(), begin)
-        # Built anew: a copy of an optimizer may hold a step() that is bound to the first one.
-        rebuilt = tuple(_rebuilt(one, memo) for one in _of_torch(self.optimizer)) or (self.optimizer,)
-        optimizer = rebuilt if len(rebuilt) > 1 else rebuilt[0]
-        options = self.clip_norm, self.accumulate, self.generator and self.generator.clone_state(), self.random
-        return Step(teacher, student, problem, optimizer, state, labeled, batches, *options, tuple(own))
-
-    def learned(self) -> Tree:
-        """All parameters of the teacher and of the problem."""
-        taught = {} if self.teacher is None else trainable(self.teacher)
-        return {**taught, **{f"the problem's parameter {i}": t for i, t in enumerate(self.own)}}
-
-    def by_mode(self, mode: Mode) -> Any:
-        """The mode's own gradient."""
-        case = self.copied()
-        case.random.restore()
-        inner = Lookahead(case.batches) if len(case.batches) > 1 else case.batches[0]
-        given = {"labeled": case.labeled, "unlabeled": inner, "mode": mode, "problem": case.problem}
-        given |= {"inner_optimizer": case.optimizer, "inner_state": case.state, "generator": case.generator}
-        options = {"accumulate": case.accumulate, "clip_norm": case.clip_norm}
-        return hypergradient(case.teacher, case.student, **given, **options)  # type: ignore[arg-type]
-
-    def taken(
-        self,
-        moved: str = "",
-        by: Tree | None = None,
-        side: float = 0.0,
-        *,
-        told: list[Signal] | None = None,
-        seen: list[Tensor] | None = None,
-        held: list[Tree] | None = None,
-        steps: bool = True,
-    ) -> Run:
-        """Take the steps on fresh copies.
-
-        Args:
-            moved, by, side: the ``"teacher"`` with the problem's parameters, fields of the ``"signal"``, or the
-                student's weights at the ``"start"`` or the ``"end"`` by ``side`` times ``by``; ``"weights"``: these
-                are ε, and the inner losses count 1 + ε times.
-            told: signals in the place of the teacher's.
-            seen: the student's outputs as the teacher is given them, constants to every mode.
-            held: buffers and frozen parameters with which passes begin.
-            steps: False: for L(θ).
-        """
-        case, device, parts = self.copied(), self.random.device, self.accumulate
-        problem, student, teacher, theta, run = (
-            case.problem,
-            case.student,
-            case.teacher,
-            trainable(case.student),
-            Run(case),
-        )
-        advance, by = _stepper(case, theta), by or {}
-        first = problem.signal_of_batch or enters_input(problem)  # the teacher is asked before the student runs
-
-        def move(what: str, tree: Any) -> None:
-            with torch.no_grad():
-                for name, d in by.items() if what == moved else ():
-                    tree[name].add_(d, alpha=side)
-
-        def begin(network: nn.Module | None) -> None:
-            named = [] if network is None else [*network.named_buffers(), *network.named_parameters()]
-            still = {name: t for name, t in named if not t.requires_grad}
-            for name, t in ({} if held is None else held[len(run.states)]).items():
-                if name in still:
-                    still[name].copy_(t)
-            run.states.append({name: t.detach().clone() for name, t in still.items()})
-
-        def ask(x: Any, z: Any) -> Signal:
-            begin(teacher)
-            z = z if z is None or seen is None else seen[len(run.signals)]
-            return problem.signal(teacher or nn.Module(), x, z, generator=case.generator)
-
-        def heard(given: Signal) -> Signal:
-            """What the student learns from, of what the teacher says about a micro-batch."""
-            k, i = divmod(len(run.signals), parts)
-            run.signals.append(given)
-            signal = given if told is None else told[len(run.signals) - 1]
-            shift = {name: side * d for (step, name), d in by.items() if step == k} if moved == "signal" else {}
-            whole = signal.fields()
-            rows = {n: d if d.shape == whole[n].shape else d.chunk(parts)[i] for n, d in shift.items()}
-            return signal.having({name: whole[name] + d for name, d in rows.items()})
-
-        def compare(before: Tree) -> None:
-            run.written.update(name for name, p in theta.items() if not _same(p, before[name]))
-
-        move("teacher", case.learned())
-        move("start", theta)
-        case.random.restore()
-        for number, batch in enumerate(case.batches):
-            pieces, before = micro_batches(batch, parts, "unlabeled"), {n: p.detach().clone() for n, p in theta.items()}
-            said = ask(batch, None).chunks(parts) if problem.signal_of_batch else []
-            answers = [heard(said[i] if said else ask(x, None)) for i, x in enumerate(pieces)] if first else []
-            for i, x in enumerate(pieces):
-                begin(student)
-                z = student(problem.student_input(x, *answers[i : i + 1] if enters_input(problem) else ()))
-                after = RandomState.now(device)
-                run.outputs.append(z.detach())
-                signal = answers[i] if first else heard(ask(x, z.detach()))
-                losses = problem.inner_loss(z, signal.detached(), x, theta)
-                if moved == "weights":
-                    eps = side * by[moved]
-                    losses = losses * (1 + (eps.chunk(parts)[i] if eps.ndim else eps))
-                (losses.mean() / parts).backward()
-                run.inner += 0.0 if number else float(losses.detach().mean()) / parts
-            compare(before)
-            grads = {name: p.grad for name, p in theta.items() if p.grad is not None}
-            run.gradients.setdefault("start", {name: g.clone() for name, g in grads.items()})
-            if case.clip_norm is not None:
-                nn.utils.clip_grad_norm_([p for name, p in theta.items() if name in grads], case.clip_norm)
-            if steps:
-                advance(grads)
-            student.zero_grad()
-        move("end", theta)
-        before, pairs = {n: p.detach().clone() for n, p in theta.items()}, []
-        after.branch().restore()  # the labeled pass draws from a stream of its own
-        for part in micro_batches(problem.outer_batch(case.labeled), parts, "labeled"):
-            begin(student)
-            run.labeled.append(student(problem.outer_input(part)))
-            pairs.append(sum_and_weight(problem.outer_loss(run.labeled[-1], part)))
-        compare(before)
-        run.loss = torch.stack([total for total, _ in pairs]).sum() / sum(weight for _, weight in pairs)
-        if not moved and run.loss.requires_grad:
-            run.loss.backward()
-            run.gradients["end"] = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theta.items()}
-        run.loss = run.loss.detach()
-        return run
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _rebuilt(optimizer: Any, memo: dict[int, Any]) -> Any:
-    """An optimizer over the copies of its parameters."""
-    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise MetaplError("step() of the inner optimizer was replaced on the object; expected that of its class.")
-    groups = [{**group, "params": [memo.get(id(p), p) for p in group["params"]]} for group in optimizer.param_groups]
-    built = type(optimizer)(groups)
-    built.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        getattr(built, name).update(getattr(optimizer, name))
-    return built
-
-
-def _stepper(case: Step, theta: Any) -> Callable[[Tree], None]:
-    """The real optimizer's step; of a transform, and of Muon, whose own step rounds to bfloat16, metapl's update."""
-    many = _of_torch(case.optimizer)
-    update = None if many and not any(type(one).__name__ == "Muon" for one in many) else case
-    functional: Any = None if update is None else update_of(case.optimizer, theta, case.state)
-    state = None if functional is None else functional.read_state()
-
-    def advance(grads: Tree) -> None:
-        nonlocal state
-        if functional is None:
-            for one in many:
-                one.step()
-            return
-        with torch.no_grad():
-            new, state = functional.update({name: p.detach() for name, p in theta.items()}, grads, state)
-            for name, p in theta.items():
-                p.copy_(new[name])
-
-    return advance
-
-
-# ----------------------------------------------------------------------------------------- gradients and differences
-
-
-def _error(at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, level: float, eps: float,
-           tolerance: float) -> float | None:  # fmt: skip
-    """How far ⟨gradient, direction⟩ is from the differences of a function, whose value is ``level``."""
-    terms = _flat([gradient[n] * d for n, d in direction.items()])
-    predicted, noise, tried = float(terms.sum()), 50 * eps * max(abs(level), 1e-3), list[tuple[float, float, float]]()
-    size = max(abs(predicted), float(terms.norm()))
-    moves = (1e-5, 1e-6, 1e-4, 1e-7, 1e-3, 1e-8) if eps < EPS32 else (1e-3, 1e-2, 3e-2)
-    ladder = [move for move in moves if noise / move <= tolerance * size]  # on which rounding leaves the tolerance
-    for move in ladder + sorted(set(moves) - {*ladder}, reverse=True):
-        blind = noise / move
-        if tried and blind > 0.1 * size:
-            continue
-        found = (at(direction, move) - at(direction, -move)) / (2 * move)
-        gap, reach = abs(found - predicted), max(size, abs(found))
-        if max(gap, reach) <= blind:  # both are zero, or what is not drowns
-            return 0.0 if abs(predicted) <= noise else None
-        if blind > 0.1 * reach or not math.isfinite(found):
-            continue
-        if gap <= tolerance * reach + blind:
-            return max(gap - blind, 0.0) / reach
-        # The errors of kinks, and of a fresh Adam's signs, shrink with the move: two that agree are no such error.
-        if any(abs(found - one) + 10 * blind <= 0.2 * min(gap, other) for one, other, _ in tried):
-            return max(gap / reach, 2 * tolerance)
-        tried.append((found, gap, gap / reach))
-    best = min((error for *_, error in tried), default=None)
-    return best if best is None or best > APPROXIMATE else min(best, tolerance)
-
-
-def _flat(tree: Any) -> Tensor:
-    leaves = [t.detach() for t in pytree.tree_leaves(tree)]  # sparse ones of embeddings
-    return torch.cat([(t.to_dense() if t.is_sparse else t).double().flatten() for t in leaves])
-
-
-def _size(t: Tensor) -> float:
-    return max(float(t.detach().double().square().mean().sqrt()), 1e-2)
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict
@@ -515,12 +231,23 @@ def verified(given: Step, estimate: Any) -> GradientCheck:
         set_rng_state(before)
 
 
+def by_mode(step: Step, mode: Mode) -> Any:
+    """The mode's own gradient."""
+    case = step.copied()
+    case.random.restore()
+    inner = Lookahead(case.batches) if len(case.batches) > 1 else case.batches[0]
+    given = {"labeled": case.labeled, "unlabeled": inner, "mode": mode, "problem": case.problem}
+    given |= {"inner_optimizer": case.optimizer, "inner_state": case.state, "generator": case.generator}
+    options = {"accumulate": case.accumulate, "clip_norm": case.clip_norm}
+    return hypergradient(case.teacher, case.student, **given, **options)  # type: ignore[arg-type]
+
+
 class _Verified:
     """The gradient of a mode at one point, beside differences; and what is found where they disagree."""
 
     def __init__(self, base: Step, estimate: Estimator, eps: float = EPS) -> None:
         self.base, self.estimate, self.learned = base, estimate, base.learned()
-        self.found, self.run = base.by_mode(estimate), base.taken()
+        self.found, self.run = by_mode(base, estimate), base.taken()
         self.eps = eps if self.run.loss.dtype == torch.float64 else EPS32
         h, self.told = self.found.feedback, [signal.detached() for signal in self.run.signals]
         named = [t if isinstance(t, dict) else {"": t} for t in (h if isinstance(h, tuple) else (h,))]
@@ -537,11 +264,7 @@ class _Verified:
             return GradientCheck("refused", f"{name}: {fault} See docs/contract.md.")
         at, errors = self, self.errors()
         if at.off(errors):  # a ReLU at exactly 0 has two slopes; a thousandth of the weights' size away it has one
-            base, draw = self.base.copied(), torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for p in (*base.learned().values(), *trainable(base.student).values()):
-                    p.add_(1e-3 * _size(p) * torch.randn(p.shape, generator=draw).to(p))
-            at = _Verified(base, self.estimate, self.eps)
+            at = _Verified(self.base.beside(), self.estimate, self.eps)
             errors = at.errors()
         if at.off(errors) and at._in_float32():
             at.eps = EPS32
@@ -568,8 +291,7 @@ class _Verified:
         """Of the mode; ``held``: with these states before each pass."""
         errors: Errors = {}
         if type(self.base.problem).revised_signal is Problem.revised_signal:  # else the mode's is that of a later step
-            gap = abs(float(self.found.outer_loss) - float(self.run.loss))
-            gap /= max(abs(float(self.run.loss)), 1e-3)
+            gap = abs(float(self.found.outer_loss) - float(self.run.loss)) / max(abs(float(self.run.loss)), 1e-3)
             errors["the mode's own L(θ′)"] = max(gap, 2 * APPROXIMATE) if gap > 1000 * self.eps else gap
         if isinstance(self.estimate, Implicit):
             errors |= self._of_implicit(self.estimate)
@@ -601,13 +323,13 @@ class _Verified:
         draw, given = torch.Generator().manual_seed(0), (value(self.run), self.eps, self._tolerance)
         theta: Tree = {**trainable(self.base.student)} if moved in ("start", "end") else self.learned
         signs = {n: torch.randint(0, 2, g.shape, generator=draw).to(g) * 2 - 1 for n, g in gradient.items()}
-        direction = {n: t * (_size(theta[n]) if n in theta else 1.0) for n, t in signs.items()}
-        what, length = what or f"the {moved}", float(_flat(gradient).norm())
+        direction = {n: t * (size_of(theta[n]) if n in theta else 1.0) for n, t in signs.items()}
+        what, length = what or f"the {moved}", float(flat(gradient).norm())
         errors: Errors = {}
-        if length > 0 and len(_flat(gradient)) > 1:
-            along = {n: g * float(_flat(direction).norm()) / length for n, g in gradient.items()}
-            errors[f"{what}, along the gradient"] = _error(at, gradient, along, *given)
-        return errors | {f"{what}, in a random direction": _error(at, gradient, direction, *given)}
+        if length > 0 and len(flat(gradient)) > 1:
+            along = {n: g * float(flat(direction).norm()) / length for n, g in gradient.items()}
+            errors[f"{what}, along the gradient"] = off_by(at, gradient, along, *given)
+        return errors | {f"{what}, in a random direction": off_by(at, gradient, direction, *given)}
 
     def _past_the_signal(self) -> Errors:
         """That F does not move with the teacher while its signal is held."""
@@ -637,10 +359,9 @@ class _Verified:
         if not own and not self.base.own:
             return dict(self.found.grads)
         score, learned = self._score(self.run.signals), self.run.copies.learned()
-        g = torch.autograd.grad(
-            score, [*learned.values()], retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return dict(zip(learned, g, strict=True)) | ({} if own else self.found.grads)
+        how: dict[str, Any] = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
+        g = dict(zip(learned, torch.autograd.grad(score, [*learned.values()], **how), strict=True))
+        return g if own else g | self.found.grads
 
     def _of_implicit(self, mode: Implicit) -> Errors:
         """h beside double backward, with w by its solver from Hessian products of double backward."""
@@ -667,9 +388,9 @@ class _Verified:
                 w = conjugate_gradient(hessian, v, mode.iterations, float(mode.damping))
             elif mode.solver == "neumann":
                 w = neumann(hessian, v, mode.iterations, float(rate), float(mode.damping))
-            left = _flat([t + mode.damping * w[name] - v[name] for name, t in hessian(w).items()]).norm()
-            exact, h = _flat(mixed(w, [*at.values()])), _flat([*self.h.values()])
-        LOG.info("(H + damping) w = -v is solved up to %.2g of v.", float(left / _flat(v).norm()))
+            left = flat([t + mode.damping * w[name] - v[name] for name, t in hessian(w).items()]).norm()
+            exact, h = flat(mixed(w, [*at.values()])), flat([*self.h.values()])
+        LOG.info("(H + damping) w = -v is solved up to %.2g of v.", float(left / flat(v).norm()))
         return {"h beside double backward": float((h - exact).norm() / exact.norm().clamp_min(1e-300))}
 
     # ------------------------------------------------------------------------------------- what is wrong, and why
@@ -679,18 +400,18 @@ class _Verified:
         run, parts = self.run, self.base.accumulate
         if run.written:
             return f"a pass of the student, or a loss, writes to its weights ({few(sorted(run.written), 3)})."
-        for signal in self.run.signals if self.sampled else ():
+        for signal in run.signals:
             log_prob, probs, value = signal.log_prob, signal.probs, signal.value
             if log_prob is None or value.is_floating_point() or value.shape != log_prob.shape:
-                continue
+                continue  # no classes
+            if bool((log_prob > 1e-6).any()):
+                return "log_prob is above 0, so it is no logarithm of a probability."
             if probs is not None and probs.shape[:-1] == value.shape:
                 right = probs.gather(-1, value[..., None])[..., 0].log()
                 if not torch.allclose(log_prob, right, 1e-6, max(1e-6, 10 * self.eps)):
                     return "log_prob is not the logarithm of probs at the value that was drawn."
-            if bool((log_prob > 1e-6).any()):
-                return "log_prob is above 0, so it is no logarithm of a probability."
-        if parts > 1 and len(self.base.batches) == 1:
-            case, signal, z = self.base.copied(), joined_signals(self.told), torch.cat(run.outputs)
+        if parts > 1:
+            case, signal, z = self.base.copied(), joined_signals(self.told[:parts]), torch.cat(run.outputs[:parts])
             inner = case.problem.inner_loss(z, signal, case.batches[0], trainable(case.student)).mean()
             whole = case.problem.outer_loss(torch.cat(run.labeled), case.problem.outer_batch(case.labeled))
             total, weight = sum_and_weight(whole)
@@ -711,21 +432,15 @@ class _Verified:
     def _reason(self, off: list[str]) -> tuple[Status, str]:
         """Whether it is off for a good reason; else the likely causes."""
         if any(not self.base.taken().loss.equal(self.run.loss) for _ in range(3)):
-            return (
-                "refused",
-                "two equal steps differ: random numbers that are not torch's default generator's, or state.",
-            )
+            return "refused", "two equal steps differ: random numbers that are not torch's own, or other state."
         if not self.off(self.errors(held=self.run.states)):
             return "allowed", "state that passes carry on (buffers, frozen parameters) depends on the weights."
         if self.learned and self.off(self._past_the_signal()):
-            return "refused", (
-                "the loss moves with the teacher, or a tensor of the problem that requires a gradient, while the "
-                "signal is held: there is a way past the signal."
-            )
+            return "refused", "the loss moves while the signal is held: there is a way past the signal to it."
         if off[0].startswith("the signal in the teacher") and not self.expected:
             return "refused", "the gradient of log_prob in the teacher is not its derivative: is it detached in part?"
         if off[0] == "the mode's own L(θ′)":
-            return "refused", f"likely {'; '.join(self._causes()) or 'a tensor in the memory of a weight'}."
+            return "refused", f"likely {'; '.join([*self._causes(), 'or state or random numbers of its own'])}."
         scored = self.learned and (self.expected or not self.sampled)
         if scored and not self.off(self._of_signal()):
             if not self.off(self._of_score(self._gradient(own=True))):
@@ -741,82 +456,39 @@ class _Verified:
         return "refused", f"likely {'; '.join([which] * bool(bent) + self._causes()) or 'the mode itself'}."
 
     def _as_another(self) -> bool:
-        """Whether h is that of double backward on the same copies; of ``unrolled`` itself, that of forward mode."""
-        base, other = self.base, estimator("forward" if self.estimate.name == "unrolled" else "unrolled")
+        """Whether h is that of double backward on the same copies; of a mode without it, that of a mode alike."""
         if self.expected:
             return True  # no other mode differentiates at labels that were drawn
-        if self.sampled:
-            weighted = _Weighted(base.problem, joined_signals(self.told))
-            base = replace(base, teacher=None, problem=weighted, accumulate=1)
+        alike = {"unrolled": "forward", "reinforce": "reinforce_per_example", "reinforce_per_example": "reinforce"}
+        other: Any = alike.get(self.estimate.name, "unrolled")
         try:
-            h, reference = _flat([*self.h.values()]), _flat(base.by_mode(other).feedback)
+            h, reference = flat([*self.h.values()]), flat(by_mode(self.base, other).feedback)
         except (RuntimeError, MetaplError):  # of an operation without that derivative
-            return other.name == "forward"
-        reference = reference.sum()[None] if self.sampled and len(h) == 1 else reference
-        return float((h - reference).norm()) <= self._tolerance * float(reference.norm())
+            return bool(other == "forward")
+        h, reference = (h.sum(), reference.sum()) if self.sampled else (h, reference)  # Σ h_i is the batch's scalar
+        return bool(torch.dist(h, reference) <= self._tolerance * reference.norm())
 
     def _causes(self) -> list[str]:
         after, causes = self.run.copies, list[str]()
         pairs = (("student", self.base.student, after.student), ("teacher", self.base.teacher, after.teacher))
         for who, one, other in pairs:
-            parts = {} if one is None else dict(one.named_modules())
-            now = {} if other is None else dict(other.named_modules())
-            hooked = [name or who for name, m in parts.items() if m._forward_hooks or m._backward_hooks]
-            moved = [f"{name}.{key}" for name in parts for key in _changed(vars(parts[name]), vars(now.get(name, one)))]
-            causes += [f"hooks of the {who} ({few(hooked, 3)})"] * bool(hooked)
-            causes += [f"attributes of the {who} that a pass changes ({few(moved, 3)})"] * bool(moved)
+            parts = [] if one is None or other is None else [*zip(one.modules(), other.modules(), strict=False)]
+            hooked = [type(a).__name__ for a, _ in parts if a._forward_hooks or a._backward_hooks]
+            moved = [name for a, b in parts for name, t in _plain(b).items() if _plain(a).get(name) != t]
+            causes += [f"hooks of the {who} (of {few(hooked, 3)})"] * bool(hooked)
+            causes += [f"attributes that a pass of the {who} changes ({few(moved, 3)})"] * bool(moved)
         leaves = [pytree.tree_leaves([case.batches, case.labeled]) for case in (self.base, after)]
-        written = any(isinstance(a, Tensor) and not _same(a, b) for a, b in zip(*leaves, strict=True))
-        names, agree = _functions(self.run.labeled[0]), list[str]()
+        written, names = any(not same(a, b) for a, b in zip(*leaves, strict=True)), _functions(self.run.labeled[0])
         causes += ["a batch that is changed in place"] * written
         causes += [f"autograd functions of the student's own ({few(names, 3)})"] * bool(names)
-        for mode in map(estimator, ("unrolled", "forward", "difference") if not self.sampled else ()):
-            try:
-                other_mode = _Verified(self.base, mode)
-                agree += (
-                    [mode.name] if mode.name != self.estimate.name and not other_mode.off(other_mode.errors()) else []
-                )
-            except (RuntimeError, MetaplError):  # no error of the mode that is verified
-                continue
-        return causes + [f"a derivative that {few(agree)}, which is right here, does not take"] * bool(agree)
+        return causes
 
 
-class _Weighted(Problem):
-    """The inner losses times weights of 1 on a signal that is given, whose h is −dL/d(weights)."""
-
-    has_teacher = False
-
-    def __init__(self, problem: Problem, told: Signal) -> None:
-        self.problem, self.told = problem, told
-        self.outer_batch, self.outer_input = problem.outer_batch, problem.outer_input  # type: ignore[method-assign]
-
-    def student_input(self, batch: Any) -> Any:
-        return self.problem.student_input(batch, *(self.told,) if enters_input(self.problem) else ())
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> Signal:
-        return Signal(student_outputs.new_ones(len(student_outputs)))
-
-    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
-        losses: Tensor = signal.value * self.problem.inner_loss(outputs, self.told, batch, params)
-        return losses
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        return self.problem.outer_loss(outputs, batch)
-
-
-def _changed(before: Any, after: Any) -> list[str]:
-    """The attributes that differ: numbers, texts and tensors, and the lengths of containers."""
-    names = []
-    for name in sorted({*before, *after} - {"_parameters", "_buffers", "_modules"}):
-        a, b = before.get(name), after.get(name)
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            differ = not _same(a, b)
-        elif isinstance(b, Tensor | bool | int | float | str | None):
-            differ = type(a) is not type(b) or bool(a != b)
-        else:
-            differ = isinstance(a, list | dict | set) and isinstance(b, list | dict | set) and len(a) != len(b)
-        names += [name] * differ
-    return names
+def _plain(part: nn.Module) -> dict[str, Any]:
+    """A module's numbers and texts, and the lengths of its containers."""
+    own = {name: t for name, t in vars(part).items() if not name.startswith("_")}
+    lengths = {name: len(t) for name, t in own.items() if isinstance(t, list | dict | set)}
+    return {name: t for name, t in own.items() if isinstance(t, bool | int | float | str)} | lengths
 
 
 def _functions(t: Tensor) -> list[str]:

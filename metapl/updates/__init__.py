@@ -37,7 +37,7 @@ __all__ = [
 _UPDATES: dict[type, type[TorchUpdate]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: Adam}
 
 
-def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Update:
+def update_of(optimizer: Any, parameters: Parameters, state: Any = None, name: str = "inner_optimizer") -> Update:
     """The update of ``torch.optim`` SGD, Adam or AdamW over exactly these ``parameters`` of the student, or of a
     TorchOpt transform with its ``state`` from an earlier step (None: its initial one); an update as it is."""
     if isinstance(optimizer, Update):
@@ -47,7 +47,7 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None) -> Upda
     kind = _UPDATES.get(type(optimizer))
     if kind is None or state is not None:
         raise MetaplError(
-            f"{called('inner_optimizer')} is {optimizer!r:.80}{'' if state is None else ', with a state'}; expected "
+            f"{called(name)} is {type(optimizer).__name__}{'' if state is None else ', with a state'}; expected "
             "torch.optim.SGD, Adam or AdamW themselves, without inner_state, or, for a student on one device, a "
             "TorchOpt transform."
         )

@@ -85,8 +85,8 @@ class TorchUpdate(Update):
     states hold this process's parts; the optimizer holds DTensors.
     """
 
-    settings: tuple[str, ...] = ()
-    """The numbers of a param group, which the pure road takes as tensors where they are not 0."""
+    numbers: tuple[str, ...] = ()
+    """The options of a param group that are numbers, which the pure road takes as tensors."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer = optimizer
@@ -139,6 +139,18 @@ class TorchUpdate(Update):
         if self._sharded:
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states
+
+    def begun_state(self) -> States:
+        """The current state, with all tensors that later states have."""
+        state, groups = self.read_state(), self.optimizer.param_groups
+        return {n: self.begun(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
+
+    def options(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The options of the param groups in two parts: those that make the rule what it is, and the numbers in it. A 0
+        is of the first part, since it leaves something out."""
+        groups = options_of(self.optimizer)
+        now = [{n: group.pop(n) for n in self.numbers if _is_set(group[n])} for group in groups]
+        return groups, now
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
@@ -233,7 +245,7 @@ class SGD(TorchUpdate):
     .. math:: w = \mp\eta\,(1 + \mu c \mid c \mid 1)\, v
     """
 
-    settings = ("lr", "momentum", "dampening", "weight_decay")
+    numbers = ("lr", "momentum", "dampening", "weight_decay")
 
     @staticmethod
     def rule(
@@ -313,7 +325,7 @@ class Adam(TorchUpdate):
     constant. In float16 that is above many a real n̂, and such weights are refused.
     """
 
-    settings = ("lr", "betas", "eps", "weight_decay")
+    numbers = ("lr", "betas", "eps", "weight_decay")
 
     def follow(self, parameters: Parameters) -> None:
         half = [name for name, p in parameters.items() if p.dtype == torch.float16]

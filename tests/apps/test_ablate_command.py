@@ -25,7 +25,8 @@ def build():
 
 def with_helper():
     import my_helper
-    return (*build(), my_helper.validation())
+    trainer, labeled, unlabeled = build()
+    return trainer, my_helper.labeled(), unlabeled
 
 def wrong():
     return 3
@@ -49,7 +50,7 @@ def mode():
 HELPER = """
 import torch
 
-def validation():
+def labeled():
     return torch.randn(12, 6), torch.arange(12) % 3
 """
 
@@ -68,7 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("small_pages")
 def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "ablate digits --steps 4 --draws 2 --rounds 1 --stability --train-steps 2 --train-seeds 0,3 --out there"
+    arguments = "ablate digits --steps 4 --draws 2 --rounds 1 --out there"
     assert main(arguments.split()) == 0
     said = capsys.readouterr().out
     content = json.loads((folder / "there/ablation.json").read_text())
@@ -80,15 +81,9 @@ def test_it_writes_figures_and_a_picture_and_recommends(folder: Path, capsys: py
     assert content["points"] == [0, 2, 4]
     assert content["recommended"] in ("forward", "unrolled")
     assert [*content["altered"]] == ["forward_permuted", "forward_class_means", "forward_random_sign"]
-    assert content["stability"]["batch_size"]["values"] == [8, 16, 32, 64]
-    assert [*content["stability"]["epsilon"]["modes"]] == ["difference"]
-    assert content["trainings"]["seeds"] == [0, 3]
-    assert {*content["trainings"]["modes"]} == {*metapl.MODES, *content["altered"]} - {"implicit"}
-    assert content["trainings"]["modes"]["none"]["accuracy"]["mean"] > 0
     assert (folder / "there/ablation.png").stat().st_size > 1000
     assert max(map(len, said.splitlines())) <= 80
-    for words in ("temperature of the pseudo-labels", "trainings of 2 steps", "altered feedback, as a control"):
-        assert words in said
+    assert "altered feedback, as a control" in said
 
 
 def test_the_help_names_the_recipes_that_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,12 +96,11 @@ def test_the_help_names_the_recipes_that_it_knows(capsys: pytest.CaptureFixture[
 
 def test_networks_of_ones_own(folder: Path) -> None:
     """In a process of its own: the module is found in the folder in which the command is called."""
-    arguments = "ablate --factory my_networks:with_helper --modes forward reinforce --rounds 1 --train-steps 2"
+    arguments = "ablate --factory my_networks:with_helper --modes forward reinforce --rounds 1"
     born = Forked(arguments.split(), cwd=folder)
     out, err = born.communicate()
     assert born.returncode == 0, err
     assert "Take forward" in out
-    assert "accuracy, %" in out
     assert sorted(path.suffix for path in folder.iterdir() if path.is_file()) == [".py"] * 4
 
 
@@ -117,8 +111,8 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("--factory my_networks:too_few", "returned (BilevelTrainer, tuple); expected (trainer, labeled, unlabeled)"),
         ("--factory my_networks:biuld", "AttributeError: module 'my_networks' has no attribute 'biuld'"),
         ("--factory my_networks:asks", "asks failed: TypeError: asks() missing 1 required positional argument: 'x'"),
-        ("--factory my_networks:fails", "fails failed: KeyError: 'students' (my_networks.py, line 23).\n"),
-        ("--factory my_networks:leaves", "leaves failed: SystemExit (my_networks.py, line 26)"),
+        ("--factory my_networks:fails", "fails failed: KeyError: 'students' (my_networks.py, line 24).\n"),
+        ("--factory my_networks:leaves", "leaves failed: SystemExit (my_networks.py, line 27)"),
         ("--factory my_networks:mode", "mode='forwards' was given; expected one of"),
         ("--factory elsewhere:build", "No module named 'elsewhere'; expected module:function"),
         ("--factory my_typo:build", "build failed: ModuleNotFoundError: No module named 'nowhere_to_be_fo"),
@@ -136,17 +130,14 @@ def test_networks_of_ones_own(folder: Path) -> None:
         ("--factory my_networks:build --steps -1", "--steps -1: expected a whole number from 0 to"),
         ("digitz", "there is no recipe 'digitz'; did you mean digits?"),
         ("digits --modes forwards", "mode='forwards' was given; expected one of"),
-        ("digits --modes forward forward", "forward more than once"),
+        ("digits --modes forward forward", "each name once"),
         ("digits --steps 2 --out my_networks.py", "is a file; expected a folder"),
         ("digits --draws 1", "--draws 1: expected a whole number from 2 to 10,000."),
         ("digits --rounds 0", "--rounds 0: expected a whole number from 1 to 10,000."),
-        ("digits --train-steps -3", "--train-steps -3: expected a whole number from 0 to"),
-        ("digits --train-seeds 0-4", "without --train-steps, so nothing would be trained"),
-        ("digits --train-steps 3 --train-seeds 4-0", "--train-seeds='4-0': 4-0 ends before it begins; write 0-4"),
         ("digits --ema-decay 0.9 --finetune.lr 1", "Unrecognized options: --ema-decay, 0.9, --finetune.lr, 1. See"),
         ("images --labeled a --unlabeled b --pad 2", "Unrecognized options: --pad, 2. See metapl ablate images --help"),
         ("images --labeled a --unlabeled b --method mpl", "Unrecognized options: --method, mpl. See"),
-        ("digits --stabilty", "Unrecognized options: --stabilty. Perhaps you meant: --stability."),
+        ("digits --alterd", "Unrecognized options: --alterd. Perhaps you meant: --no-altered"),
         ("", "no recipe was named"),
     ],
 )
@@ -190,5 +181,3 @@ def test_the_page_shows_the_run_whose_figures_are_kept() -> None:
         assert rows[name][1] == f"{row['cosine']:.3f}"
         assert rows[name][4] == f"{row['passes']:.1f}"
     assert content["modes"]["implicit"]["reason"] in " ".join(page.split())
-    for name, row in content["trainings"]["modes"].items():
-        assert f"{row['outer_loss']['mean']:.3f} ± {row['outer_loss']['standard_error']:.3f}" in page, name

@@ -30,6 +30,7 @@ from metapl.apps.pictures import (
     View,
 )
 from metapl.apps.pictures.views import base
+from metapl.apps.pictures.views.normal import cosine_and_sine
 from metapl.data import StepSampler, draws, feed
 from metapl.errors import MetaplError
 
@@ -276,7 +277,7 @@ def test_a_share_of_the_pictures_is_changed_and_the_others_stay(share: float) ->
 
 def test_cosine_and_sine_are_torchs() -> None:
     half_turns = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
-    cos, sin = draws.cosine_and_sine(half_turns)
+    cos, sin = cosine_and_sine(half_turns)
     assert (cos - (math.pi * half_turns).cos()).abs().max() < 2e-15
     assert (sin - (math.pi * half_turns).sin()).abs().max() < 2e-8
     middle = half_turns.abs() < 0.99

@@ -18,7 +18,7 @@ from metapl import MetaplError
 from metapl.apps.commands import main
 from metapl.apps.commands.inputs import new_default_folder
 from metapl.apps.experiments.folder import RunFolder
-from metapl.runs import ownership
+from metapl.apps.machine import ownership
 
 QUICK = ("train", "digits", "--steps", "2", "--hidden", "4", "--finetune-steps", "0")
 TOGETHER = 12

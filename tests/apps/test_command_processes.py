@@ -23,8 +23,8 @@ from metapl.apps.commands import main
 from metapl.apps.commands.commands import LESS_MEMORY
 from metapl.apps.commands.process import exit_code, stoppable
 from metapl.apps.labels import LabelStore
+from metapl.apps.machine.memory import out_of_memory
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.runs.memory import out_of_memory
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.stopping import stop_requests
 

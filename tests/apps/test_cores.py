@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metapl.runs.cores import available_cores, default_threads
+from metapl.apps.machine.cores import available_cores, default_threads
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
@@ -39,7 +39,7 @@ def test_a_limit_of_the_container_counts(
     (tmp_path / file).write_text(quota)
     (tmp_path / "cpu").mkdir(exist_ok=True)
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    monkeypatch.setattr("metapl.runs.cores.CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr("metapl.apps.machine.cores.CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == expected
@@ -47,6 +47,6 @@ def test_a_limit_of_the_container_counts(
 
 @pytest.mark.parametrize(("given", "expected"), [("3", 3), ("4,2", 4), ("0", 7), ("many", 7), ("", 7)])
 def test_omp_num_threads_is_heeded(given: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metapl.runs.cores.available_cores", lambda: 7)
+    monkeypatch.setattr("metapl.apps.machine.cores.available_cores", lambda: 7)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert default_threads() == expected

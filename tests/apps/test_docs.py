@@ -34,7 +34,7 @@ def _own_generator() -> Iterator[None]:
 
 PASTED = (
     "attribution",
-    "correctness",
+    "contract",
     "data-rater",
     "from-mpl-pytorch",
     "long-paths",

@@ -39,6 +39,13 @@ def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient() -> No
     assert cosines["none"] == [0, 0]
 
 
+def test_stability_prints_the_distance_of_each_mode_over_its_settings() -> None:
+    rows = [line.split() for line in output("stability.py", "--draws", "2", "--steps", "5").splitlines()]
+    numbers = [[float(cell) for cell in row] for row in rows if row and row[0][0].isdigit()]
+    assert [len(row) for row in numbers] == [2] * 4 + [5] * 8
+    assert all(row[1] < 1e-5 and row[2] < 0.01 < row[3] for row in numbers[4:])
+
+
 @pytest.mark.long
 def test_own_networks_learns_with_feedback_and_without() -> None:
     """One seed says nothing of the difference, and that is printed."""

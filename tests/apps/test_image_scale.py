@@ -260,7 +260,8 @@ def test_how_far_files_are_looked_into_depends_on_their_sizes_too(
 
 # Every look is shown, however fast the machine is.
 SHOWING_ALL = (
-    "import sys, metapl.runs.progress as p; p.EVERY = 0; from metapl.apps.commands import main; sys.exit(main())"
+    "import sys, metapl.apps.machine.progress as p; p.EVERY = 0; "
+    "from metapl.apps.commands import main; sys.exit(main())"
 )
 
 
@@ -342,7 +343,7 @@ def test_control_c_while_it_lists(many: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_terminal_is_shown_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    from metapl.runs.progress import counting
+    from metapl.apps.machine.progress import counting
 
     with counting("listing", shown=True) as count:
         time.sleep(0.2)

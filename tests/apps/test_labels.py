@@ -27,7 +27,7 @@ from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
 from metapl.apps.labels import store as reading
 from metapl.apps.labels.writer import entropy, most_probable
-from metapl.runs import ownership
+from metapl.apps.machine import ownership
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -593,7 +593,7 @@ def test_a_refusal_of_the_disk_has_its_words(tmp_path: Path, monkeypatch: pytest
     def full(*given: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("metapl.runs.atomic.replacing", full)
+    monkeypatch.setattr("metapl.apps.machine.sealed.replacing", full)
     with pytest.raises(MetaplError, match=r"store.json could not be written: No space left on device; the 0 rows"):
         add(tmp_path / "store", ["a"], softmax(1))
     assert not (tmp_path / "store").exists()

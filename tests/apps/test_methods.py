@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import CrossEntropy, MetaplError
+from metapl.ablation import Altered
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.recipes import Digits, Feedback, Optimizer
 from metapl.apps.recipes.methods import COMPARED, CONTROLS, METHODS
-from metapl.feedback import Altered, Forward, ReinforcePerExample
+from metapl.feedback import Forward, ReinforcePerExample
 from metapl.training import Trainer
 from metapl.training.loss_trainer import LossTrainer
 

@@ -13,7 +13,7 @@ from tiny_runs import NOISY_STUDENT, built_once, trained
 from metapl.apps.experiments.folder import load_run
 from metapl.apps.experiments.rounds import FOLDER, LABELS, SELECTED
 from metapl.apps.labels import LabelStore
-from metapl.runs.fingerprints import fingerprint
+from metapl.training.resuming import digest
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def test_a_round_learns_from_the_labels_of_the_network_before_it(whole: Path) ->
     assert first["weights_fingerprint"] == last["teacher"]["weights_fingerprint"]
     assert first["test_accuracy"] == last["teacher"]["test_accuracy"]
     teacher = run.network("teacher")
-    assert fingerprint(dict(teacher.state_dict())) == last["teacher"]["weights_fingerprint"]
-    assert fingerprint(dict(run.network("student").state_dict())) == last["weights_fingerprint"]
+    assert digest(dict(teacher.state_dict())) == last["teacher"]["weights_fingerprint"]
+    assert digest(dict(run.network("student").state_dict())) == last["weights_fingerprint"]
     labels = LabelStore(whole / last["store"])
     assert labels.provenance["weights_fingerprint"] == last["teacher"]["weights_fingerprint"]
     images = run.recipe.task().unlabeled.images

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import metapl
-import metapl.runs.ownership
-from metapl.runs.ownership import BEHIND_CONTENT, lock
+import metapl.apps.machine.ownership
+from metapl.apps.machine.ownership import BEHIND_CONTENT, lock
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -136,7 +136,7 @@ with open(sys.argv[2], "a+") as file:
 
 def test_a_lock_holds_against_other_processes_until_theirs_ends(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    command = [sys.executable, "-c", HOLD, metapl.runs.ownership.__file__, file]
+    command = [sys.executable, "-c", HOLD, metapl.apps.machine.ownership.__file__, file]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with holder, file.open("a+") as mine:
         assert holder.stdout is not None

@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.pictures import feedback, run, tables
 from benchmarks.pictures.problems import class_counts, half
+from metapl.apps.machine.environment import environment
 from metapl.metrics import chance_level
-from metapl.runs.environment import environment
 
 pytestmark = pytest.mark.docs
 

@@ -18,7 +18,7 @@ from metapl.apps.experiments import experiment
 from metapl.apps.experiments.labeling import rows_of
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.pictures import load_digits_split
-from metapl.runs.fingerprints import fingerprint
+from metapl.training.resuming import digest
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_store_has_the_labels_of_the_trained_teacher(
     for part, about in ((part, LabelStore(run / "labels" / part).provenance) for part in ("unlabeled", "labeled")):
         assert {*PROVENANCE} <= {*about}
         assert about["pictures"] == part
-        assert about["weights_fingerprint"] == fingerprint(dict(teacher.state_dict()))
+        assert about["weights_fingerprint"] == digest(dict(teacher.state_dict()))
     with torch.no_grad():
         for part, images in (("unlabeled", split.unlabeled), ("labeled", split.labeled[0])):
             found = stored(run)[part]

@@ -17,10 +17,10 @@ from tiny_runs import TINY
 
 from metapl.apps.commands import main
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, stored_result
+from metapl.apps.machine.misfit import misfit
 from metapl.apps.recipes.base import from_dict
 from metapl.apps.recipes.settings import Optimizer
 from metapl.errors import MetaplError
-from metapl.runs.fields import misfit
 
 SEALED = (*WEIGHTS.values(), "pictures.safetensors")
 

@@ -24,12 +24,13 @@ from tiny_runs import color_folders, images_command
 
 from metapl.apps.commands import main
 from metapl.apps.labels import LabelStore
+from metapl.apps.machine import ownership
 from metapl.apps.pictures import FileImages, scan_labeled, scan_unlabeled, shard_writer, shards
 from metapl.apps.pictures.check import Finding, check_folders, verify_files
 from metapl.apps.pictures.folders import hash_files
 from metapl.apps.pictures.shard_writer import check_shards, write_shards
 from metapl.errors import MetaplError
-from metapl.runs import atomic, ownership
+from metapl.runs import atomic
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from metapl.apps.recipes.methods import MetaPseudoLabels
 def threads(cores: str) -> list[int]:
     """Cores and threads as a process on these cores alone sees them."""
     code = (
-        f"import os; os.sched_setaffinity(0, {{{cores}}}); from metapl.runs.cores import *; "
+        f"import os; os.sched_setaffinity(0, {{{cores}}}); from metapl.apps.machine.cores import *; "
         "print(available_cores(), default_threads())"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

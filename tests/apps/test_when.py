@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import metapl
+from metapl.ablation import Altered
 from metapl.apps.pictures.views import base
-from metapl.feedback import Altered, Estimator, Forward
+from metapl.feedback import Estimator, Forward
 from metapl.models import mlp
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training.loss_trainer import LossTrainer

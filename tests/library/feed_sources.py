@@ -74,36 +74,6 @@ class Reiterable:
             yield torch.stack([index, torch.randint(100, ())])
 
 
-class Countdown:
-    """A source that keeps its own position, but not what it draws from."""
-
-    def __init__(self) -> None:
-        self.generator = seeded(8)
-        self.left: list[int] | None = None
-
-    def __iter__(self) -> Iterator[Tensor]:
-        self.begin()
-        self.salt = torch.randint(100, ())  # like the seed that a loader draws for its workers, and then has no use for
-        return self.batches()
-
-    def begin(self) -> None:
-        if self.left is None:
-            self.left = torch.randperm(4, generator=self.generator).tolist()
-            random.shuffle(self.left)
-
-    def batches(self) -> Iterator[Tensor]:
-        while self.left:
-            yield torch.stack([torch.tensor(self.left.pop()), torch.randint(100, ())])
-        self.left = None
-
-    def state_dict(self) -> dict[str, Any]:
-        self.begin()  # as torchdata's loader does when it is asked before it is iterated
-        return {"left": self.left}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.left = state["left"]
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -147,7 +117,6 @@ SOURCES: dict[str, Callable[[], Any]] = {
     "nested": nested,
     "iterable": lambda: DataLoader(Stream(), batch_size=3),
     "re-iterable": Reiterable,
-    "state_dict": Countdown,
 }
 
 

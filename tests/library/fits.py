@@ -73,8 +73,10 @@ def leaves(tree: Any) -> list[Any]:
 
 def same(a: Any, b: Any) -> bool:
     """Bit for bit."""
-    pairs = list(zip(leaves(a), leaves(b), strict=True))
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+    pairs = list(zip(leaves(a), leaves(b), strict=False))
+    return len(leaves(a)) == len(leaves(b)) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs
+    )
 
 
 def copied(module: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import pages
 import pytest
 import torch
 import torchopt
-from metapl.execution.buffers import swapped
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo.utils import counters
@@ -19,9 +18,11 @@ from torch._dynamo.utils import counters
 import metapl
 from metapl.errors import MetaplError
 from metapl.execution import sharded
+from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.shards import ShardedSpace
+from metapl.execution.state import swapped
 from metapl.feedback import credit, keeping
 from metapl.problems import LearningToReweight
 
@@ -753,6 +754,14 @@ def hang() -> None:
         dist.barrier()
 
 
+class Share(list[Any]):
+    """This rank's rows of batches that all ranks have whole."""
+
+    def __init__(self, whole: list[Any], ranks: Ranks) -> None:
+        super().__init__(micro_batches(batch, ranks.size, "whole")[ranks.rank] for batch in whole)
+        self.whole = whole
+
+
 def fitted(
     layout: str | None, out: str | None = None, mode: str = "forward", ema_decay: float | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -761,8 +770,8 @@ def fitted(
     drawn = batches(4)
     (x, y), _ = batches(5)[4]
     result = trainer.fit(
-        [labeled for labeled, _ in drawn],
-        [unlabeled for _, unlabeled in drawn],
+        Share([labeled for labeled, _ in drawn], trainer.ranks),
+        Share([unlabeled for _, unlabeled in drawn], trainer.ranks),
         steps=4,
         wait=1,
         validation=(x, y),
@@ -770,12 +779,11 @@ def fitted(
         log_every=2,
         save_every=2,
         ema_decay=ema_decay,
-        split_batches=True,
         progress=False,
         out=out,
         say=lambda text: None,
     )
-    tuned = trainer.finetune([labeled for labeled, _ in drawn], steps=2, split_batches=True, progress=False)
+    tuned = trainer.finetune(Share([labeled for labeled, _ in drawn], trainer.ranks), steps=2, progress=False)
     return {"history": result.history, "weights": result.weights, "tuned": tuned.weights, "step": result.step}
 
 
@@ -792,7 +800,7 @@ def unwritten(folder: str) -> list[str]:
         raise RuntimeError("a bug")
 
     told = []
-    for where, name in ((parts.PartsWriter, "_make"), (parts.checkpoint, "write")):
+    for where, name in ((parts.CheckpointFolder, "make"), (parts.checkpoint, "save")):
         writer = parts.PartsWriter(Path(folder), 2)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 0:
@@ -825,14 +833,13 @@ def resumed(
 
     try:
         result = trainer.fit(
-            [labeled for labeled, _ in drawn],
-            [unlabeled for _, unlabeled in drawn],
+            Share([labeled for labeled, _ in drawn], trainer.ranks),
+            Share([unlabeled for _, unlabeled in drawn], trainer.ranks),
             steps=4,
             validation=(x, y),
             validate_every=2,
             log_every=1,
             save_every=2,
-            split_batches=True,
             progress=False,
             out=out,
             resume=resume,

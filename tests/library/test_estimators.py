@@ -12,10 +12,9 @@ from torch import nn
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.ablation import recommendation
-from metapl.ablation.results import ModeCost
+from metapl.ablation import Altered
 from metapl.execution.layout import Layout
-from metapl.feedback import Altered, Difference, Estimator, Forward, Reinforce, Unrolled, estimator
+from metapl.feedback import Difference, Estimator, Forward, Reinforce, Unrolled, estimator
 from metapl.feedback.compatible import check_mode, prepare
 from metapl.problems import LearningToReweight
 
@@ -95,12 +94,6 @@ class Own(Reinforce):
     """An estimator under another name."""
 
     name = "own"  # type: ignore[misc]
-
-
-def test_which_modes_are_never_recommended_can_be_said() -> None:
-    modes: dict[str, ModeCost | str] = {"own": ModeCost(1.0, 0.5, 1.0, 9.0, 0.01, 1000)}
-    assert recommendation(modes)[0] == "own"
-    assert recommendation(modes, never=("own",))[0] is None
 
 
 def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:

@@ -76,12 +76,3 @@ def test_a_range_around_a_union_holds_for_its_numbers() -> None:
     assert (Outside(None).count, Outside(1).count) == (None, 1)
     with pytest.raises(FieldError, match=r"Outside\(count=0\): expected a whole number of 1 or more or None\."):
         Outside(0)
-
-
-def test_a_range_of_what_is_no_number_is_an_error_of_who_wrote_it() -> None:
-    @dataclass(frozen=True)
-    class Wrong:
-        name: Annotated[str, Range(1)] = "x"
-
-    with pytest.raises(TypeError, match="has a range, and is neither a number nor a union with one"):
-        check_fields(Wrong())

@@ -70,17 +70,14 @@ NOT_OPTIONS: dict[str, list[Any]] = {
     "schedule": ["linear", 3, None],
     "warmup": [-1, 99, "2"],
     "wait": [-1, 99],
-    "warm_start": [True, "yes"],
     "ema_decay": [1.5, -0.1, NAN, "x"],
     "validate_every": [0, 1.5],
     "log_every": [0, -3],
     "save_every": [0, "all"],
-    "exact_every": [0, 1.5],
     "keep": [0, -1],
     "phase": ["a/b", "..", "", 3],
     "num_workers": [-1, 257, 1.5],
     "validation": ["x", 5, [], (torch.zeros(0, 1, 4, 4), torch.zeros(0).long())],
-    "stepz": [1],
 }
 NOT_TRAINERS: dict[str, list[Any]] = {
     "mode": ["foward", "", 3, None, object()],

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy
-from metapl.feedback import Difference, LossDifference, Reinforce
+from metapl.feedback import Difference, LossDifference
 
 SAMPLED = ["reinforce", "reinforce_per_example", "loss_difference"]
 

@@ -189,18 +189,6 @@ def test_the_greatest_or_the_smallest_value_is_kept() -> None:
         assert max(values) > min(values)
 
 
-def test_a_fit_says_which_metric(capsys: pytest.CaptureFixture[str]) -> None:
-    regression().fit([(X, Y)], steps=2, validation=(X, Y))
-    single().fit(
-        [(torch.randn(6, 5), torch.arange(6) % 3)], steps=2, validation=(torch.randn(4, 5), torch.arange(4) % 3)
-    )
-    first, second = capsys.readouterr().err.splitlines()
-    assert "validation loss " in first
-    assert " of 30, " in first
-    assert "validation accuracy " in second
-    assert "% of 4, " in second
-
-
 def test_numbers_for_each_output_and_distributions_are_no_classes() -> None:
     assert regression(outputs=3).evaluate((X, X)).metric == "loss"
     found = regression(metapl.CrossEntropy(), outputs=3).evaluate((X, X.softmax(1)))
@@ -334,45 +322,8 @@ def test_a_killed_fit_ends_bit_for_bit_as_one_that_was_not(name: str, tmp_path: 
 def test_a_resume_by_another_metric_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         fit_language_model(tmp_path, [killing(5)])
-    for options, now in (
-        ({"metric": lambda outputs, batch: 0.0, "mode": "min"}, r"'metric' \(min\)"),
-        ({"metric": TokensRight(), "mode": "max"}, r"'recall' \(max\)"),
-    ):
-        with pytest.raises(MetaplError, match=rf"validated by the metric 'loss' \(min\), now it is {now}"):
-            fit_language_model(tmp_path, **options)
-    found, _ = fit_language_model(tmp_path, validation=None, allow_changes=["validation"])
-    assert found.metric == "loss", "what the best one was chosen by before"
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which knew accuracy alone, by that name."""
-    from metapl.training.loop import FitRun
-
-    real = FitRun._state
-
-    def earlier(self: FitRun, step: int) -> dict[str, Any]:
-        state = real(self, step)
-        state["best"]["accuracy"] = state["best"].pop("value")
-        del state["metric"]
-        return state
-
-    y = torch.arange(30) % 3
-    how: dict[str, Any] = {
-        "validation": (X, y),
-        "validate_every": 1,
-        "save_every": 1,
-        "progress": False,
-        "out": tmp_path,
-    }
-    monkeypatch.setattr(FitRun, "_state", earlier)
-    first = regression(metapl.CrossEntropy(), outputs=3).fit([(X, y)], steps=4, schedule="constant", **how)
-    monkeypatch.setattr(FitRun, "_state", real)
-    again = regression(metapl.CrossEntropy(), outputs=3).fit([(X, y)], steps=4, schedule="constant", resume=True, **how)
-    assert (again.validation_accuracy, again.step) == (first.validation_accuracy, first.step)
-    with pytest.raises(MetaplError, match=r"metric 'accuracy' \(max\), now it is 'loss' \(min\)"):
-        regression(metapl.CrossEntropy(), outputs=3).fit(
-            [(X, y)], steps=5, schedule="constant", resume=True, metric="loss", **how
-        )
+    with pytest.raises(MetaplError, match="metric"):
+        fit_language_model(tmp_path, metric=TokensRight(), mode="max")
 
 
 def test_patience_as_a_callback_stops_by_any_metric(tmp_path: Path) -> None:
@@ -413,26 +364,32 @@ def test_patience_as_a_callback_stops_by_any_metric(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_refused_with_its_step(value: float) -> None:
-    """Not before: of an untrained network, or the first batch alone, a metric may not be defined."""
-    with pytest.raises(MetaplError, match="step 2"):
-        regression().fit([(X, Y)], steps=4, validation=(X, Y), metric=lambda *_: value, mode="min", validate_every=2)
+REFUSED: dict[str, dict[str, Any]] = {
+    "a vector": {"metric": lambda outputs, batch: torch.ones(2)},
+    "a text": {"metric": lambda outputs, batch: "0.3"},
+    "one argument": {"metric": lambda outputs: 0.0},
+    "a class": {"metric": Recall},
+    "a name": {"metric": "acuracy"},
+    "no mode": {"metric": absolute, "mode": None},
+    "another mode": {"metric": absolute, "mode": "best"},
+    "a mode alone": {"mode": "min"},
+    "no validation": {"metric": absolute, "validation": None},
+    "no batches": {"validation": []},
+    "once": {"validation": ((x, y) for x, y in [(X, Y)])},
+    "other shapes": {"validation": (X, Y[:7])},
+    "not a number": {"metric": lambda outputs, batch: math.nan},
+}
 
 
-def test_a_loss_without_weight_and_one_that_needs_other_batches_are_refused() -> None:
-    nothing = {**HELD, "mask": torch.zeros_like(HELD["mask"])}
-    with pytest.raises(MetaplError, match="weights"):
-        language_model().evaluate(nothing)
-    with pytest.raises(MetaplError, match="there are 0 examples"):
-        regression().evaluate((X[:0], Y[:0]))
-    with pytest.raises(
-        MetaplError, match=r"^2 names of classes were given for the metric 'loss'; expected one for each"
-    ):
-        regression().evaluate((X, Y), classes=["low", "high"])
-    one = regression(metapl.UDA(), outputs=1)
-    with pytest.raises(MetaplError, match=r"^validation cannot be measured by it: unlabeled is of type NoneType"):
-        one.fit([(X, Y)], [(X, X)], steps=2, validation=(X, Y))
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_metric_or_data_that_cannot_be_measured_is_refused(what: str) -> None:
+    """All but what is no finite number before the first step."""
+    trainer = regression()
+    options = {"validation": (X, Y), "mode": "min" if "metric" in REFUSED[what] else None, **REFUSED[what]}
+    with pytest.raises(MetaplError):
+        trainer.fit([(X, Y)], steps=2, progress=False, **options)
+    assert (trainer.steps_done == 0) != (what == "not a number")
 
 
 # ------------------------------------------------------------------------------------------------ examples in memory
@@ -480,34 +437,23 @@ def test_frames_of_pandas_are_arrays() -> None:
 
 
 A, B = torch.randn(8, 5), torch.arange(8) % 3
-AMBIGUOUS: list[tuple[dict[str, Any], str]] = [
-    (
-        {"labeled": (A, B)},
-        r"^labeled is a tuple of 2 \(Tensor, Tensor\), which may be examples in memory or batches.*\[\(x, y\)\]",
-    ),
-    ({"labeled": (A.numpy(), B.numpy())}, r"^labeled is a tuple of 2 \(ndarray, ndarray\), which may be"),
-    ({"unlabeled": (A, A)}, r"^unlabeled is a tuple of 2 .*batch_size=64"),
-    ({"unlabeled": A}, r"^unlabeled is a tensor of shape \(8, 5\).*fit\(batch_size=64\)"),
-    ({"labeled": {"x": A, "labels": B}}, r"^labeled is a dict of 2"),
-    ({"batch_size": 4}, r"^batch_size=4 was given, and labeled are no examples in memory"),
-    ({"labeled": (A, B), "batch_size": 0}, r"batch_size=0: expected a number of examples, 1 or more"),
-    ({"labeled": (A, B), "batch_size": 2.0}, r"batch_size=2\.0: expected a number of examples"),
-    ({"labeled": (A, B[:3]), "batch_size": 2}, r"^labeled has tensors of 8, 3 rows; expected as many in each"),
-    ({"labeled": (A[:0], B[:0]), "batch_size": 2}, r"^labeled has tensors of 0, 0 rows.*at least one"),
-    ({"labeled": (A, torch.tensor(1)), "batch_size": 2}, r"^labeled has tensors of 8, 0 rows"),
-    ({"labeled": (A, [*"abcdefgh"]), "batch_size": 2}, r"^labeled holds of type str; expected numbers"),
-    ({"labeled": (A / 0, B), "batch_size": 2}, r"^labeled holds NaN or infinite values"),
-    ({"labeled": [[A.tolist()] * 30]}, r"list of 30 \(all list\)"),
-    ({"labeled": (A.to_sparse(), B), "batch_size": 2}, r"^labeled holds a sparse_coo tensor.*to_dense"),
-    ({"labeled": [(A, B)], "outer": [(A, B)]}, r"^labeled= and outer= were both given"),
-    ({"labeled": None}, "labeled is None; expected a source"),
+AMBIGUOUS: list[dict[str, Any]] = [
+    {"labeled": (A, B)},
+    {"labeled": (A.numpy(), B.numpy())},
+    {"unlabeled": A},
+    {"labeled": {"x": A, "labels": B}},
+    {"labeled": (A, B), "batch_size": 0},
+    {"labeled": (A, B[:3]), "batch_size": 2},
+    {"labeled": (A[:0], B[:0]), "batch_size": 2},
+    {"labeled": [(A, B)], "outer": [(A, B)]},
+    {"labeled": None},
 ]
 
 
-@pytest.mark.parametrize(("options", "text"), AMBIGUOUS)
-def test_sources_that_may_be_two_things_are_refused(options: dict[str, Any], text: str) -> None:
+@pytest.mark.parametrize("options", AMBIGUOUS, ids=range(len(AMBIGUOUS)))
+def test_sources_that_may_be_two_things_are_refused(options: dict[str, Any]) -> None:
     trainer = single()
-    with pytest.raises(MetaplError, match=text):
+    with pytest.raises(MetaplError, match="labeled"):
         trainer.fit(**{"labeled": [(A, B)], "steps": 2, "progress": False, **options})
     assert trainer.steps_done == 0
 
@@ -517,31 +463,3 @@ def test_inner_and_outer_are_other_names() -> None:
     names = ("labeled", "unlabeled"), ("outer", "inner")
     ends = [bilevel().fit(**dict(zip(pair, data, strict=True)), steps=3, progress=False).weights for pair in names]
     assert same(*ends)
-
-
-# ------------------------------------------------------------------------------- what fails in a problem's own losses
-
-
-class FloatTargets(NextToken):
-    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        return super().outer_loss(outputs, {**batch, "ids": batch["ids"].float()})
-
-
-class NoTokens(NextToken):
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        return super().inner_loss(outputs, signal, batch) / (batch["index"] > 0)
-
-
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
-def test_a_loss_that_fails_is_not_taken_for_a_network_or_mode_that_does(mode: Any) -> None:
-    trainer = metapl.BilevelTrainer(nn.Embedding(16, 1), SmallGPT(), mode, problem=FloatTargets(), teacher_losses=())
-    with pytest.raises(RuntimeError, match="expected") as caught:
-        trainer.step(outer=texts(8, 1), inner=texts(16, 2))
-    assert "cannot take" not in str(caught.value)
-    assert "cannot run" not in str(caught.value)
-
-
-def test_an_inner_loss_that_is_not_finite_is_named() -> None:
-    trainer = metapl.BilevelTrainer(nn.Embedding(16, 1), SmallGPT(), "forward", problem=NoTokens(), teacher_losses=())
-    with pytest.raises(MetaplError, match=r"the inner loss is (inf|nan).*no tokens"):
-        trainer.step(outer=texts(8, 1), inner=texts(16, 2))

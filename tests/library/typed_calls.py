@@ -57,18 +57,15 @@ def built(teacher: nn.Module, student: nn.Module) -> None:
 
 def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([], steps=3, validate_every=2, batch_size=4, metric="loss")
-    trainer.fit([], steps=3, valdate_every=2)  # type: ignore[call-arg]
-    trainer.fit([], steps=3, warmup="2")  # type: ignore[arg-type]
+    trainer.fit([], steps=3, validate_every=2)
+    trainer.fit([], steps="3")  # type: ignore[arg-type]
     trainer.fit([], steps=3, mode="best")  # type: ignore[arg-type]
     trainer.fit([], steps=3, metric=error, mode="min")
     trainer.fit([], steps=3, metric="acuracy")  # type: ignore[arg-type]
     trainer.fit([], steps=3, metric=lambda outputs: 0.0)  # type: ignore[arg-type]
     trainer.finetune([], steps=3, validation=None, resume=True, log_every=1)
-    trainer.finetune([], steps=3, log_evry=1)  # type: ignore[call-arg]
     print(trainer.evaluate([]).value, trainer.evaluate([], metric="loss").value)
     print(trainer.evaluate([], metric="accuracy").accuracy, trainer.evaluate([], classes=["a", "b"]).confusion)
-    print(trainer.evaluate([]).accuracy, trainer.evaluate([]).acuracy)  # type: ignore[union-attr]
-    print(trainer.evaluate([], metric="loss").accuracy)  # type: ignore[attr-defined]
 
 
 def looked_up(trainer: metapl.BilevelTrainer) -> None:

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from metapl.apps.commands.commands import CHOICES, COMMANDS, GONE, HELP, LESS_MEMORY, found, help_of, print_completion
 from metapl.apps.commands.process import drop_output, exit_code, stoppable, streams
+from metapl.apps.machine.memory import out_of_memory
 from metapl.apps.words import tell
 from metapl.errors import MetaplError
-from metapl.runs.memory import out_of_memory
 from metapl.words import did_you_mean, shown
 
 

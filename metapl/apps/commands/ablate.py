@@ -15,8 +15,7 @@ import torch
 
 from metapl.ablation import ablate
 from metapl.apps.commands.inputs import held, written
-from metapl.apps.commands.parse import Command, Folder, OnRecipe, Switch, unset
-from metapl.apps.experiments.accuracies import parse_seeds
+from metapl.apps.commands.parse import Command, Folder, OnRecipe, unset
 from metapl.apps.experiments.settle import settled
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.methods.beside import bilevel_trainer
@@ -28,7 +27,7 @@ from metapl.runs.fields import Range
 from metapl.training.trainer import BilevelTrainer
 
 # Options of :func:`metapl.ablate` that are flags by the same name.
-ASKED = ("modes", "draws", "rounds", "altered", "stability", "train_steps")
+ASKED = ("modes", "draws", "rounds", "altered")
 
 # Fields of recipes that an ablation has no use for, which takes steps at constant rates and keeps no run.
 OF_RUNS = (
@@ -48,9 +47,6 @@ class Looking(Command):
         draws: of labels, for modes that draw them, and of alterations.
         rounds: in which each mode is timed once; by default 5, more for short calls.
         altered: also measure a mode's feedback altered, as a control: permuted, its mean, with random signs.
-        stability: also measure the modes over a few step sizes, temperatures and batch sizes.
-        train_steps: also train by each mode for so many steps, over --train-seeds; 0 does not.
-        train_seeds: seeds of these short trainings, such as 0-4 or 0,3,5.
     """
 
     out: Folder = None
@@ -58,25 +54,15 @@ class Looking(Command):
     draws: Annotated[int, Range(2, most=10_000)] = 8
     rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
     altered: bool = True
-    stability: Switch = False
-    train_steps: Steps = 0
-    train_seeds: Annotated[str | None, unset("SEEDS", default="(default: 0-4)")] = None
 
     def check(self) -> None:
         for name in self.modes or ():
             estimator(name)
-        if self.train_seeds is not None and not self.train_steps:
-            raise MetaplError(
-                f"--train-seeds {self.train_seeds} was given without --train-steps, so nothing would be trained; give "
-                "--train-steps 100 too, or leave it out."
-            )
-        parse_seeds(self.train_seeds or "0-4", "--train-seeds")
 
     def run(self) -> int:
         with held(self.out):
             asked = {name: getattr(self, name) for name in ASKED}
-            seeds = parse_seeds(self.train_seeds or "0-4", "--train-seeds")
-            found = ablate(**self.subject(), **asked, train_seeds=seeds, progress=True)
+            found = ablate(**self.subject(), **asked, progress=True)
             several = len(found.points) > 1
             where = f"steps {', '.join(map(str, found.points))}" if several else "the start"
             tell(f"gradients at {where} of the training{', costs at the last of them' * several};")
@@ -90,7 +76,7 @@ class Looking(Command):
 
     @abstractmethod
     def subject(self) -> dict[str, Any]:
-        """Trainer, sources, steps and validation, by the names of :func:`metapl.ablation.ablate`."""
+        """Trainer, sources and steps, by the names of :func:`metapl.ablation.ablate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +96,7 @@ class Ablate(Looking, OnRecipe):
         task, device = recipe.task(print, True), recipe.torch_device()
         teacher, student = (recipe.network(role).to(device) for role in ("teacher", "student"))
         trainer = bilevel_trainer(recipe, teacher, student, recipe.method)
-        sources = {"labeled": task.labeled, "unlabeled": task.unlabeled, "validation": task.validation}
-        return {"trainer": trainer, "steps": recipe.steps, **sources}
+        return {"trainer": trainer, "steps": recipe.steps, "labeled": task.labeled, "unlabeled": task.unlabeled}
 
 
 COMMANDS = Ablate.on(Digits, ImageFolders, *PROTOCOL_RECIPES)
@@ -123,8 +108,7 @@ class AblateFactory(Looking):
 
     Args:
         factory: module:function of a module in this folder or installed; the function takes nothing and returns a
-            metapl.BilevelTrainer, a source of labeled and one of unlabeled batches, and validation data if there are
-            any.
+            metapl.BilevelTrainer, a source of labeled and one of unlabeled batches.
         steps: of the training that is looked at, at its beginning, in its middle and at its end.
     """
 
@@ -133,15 +117,14 @@ class AblateFactory(Looking):
 
     def subject(self) -> dict[str, Any]:
         made = made_by(self.factory)
-        if not isinstance(made, tuple) or len(made) not in (3, 4) or not isinstance(made[0], BilevelTrainer):
+        if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], BilevelTrainer):
             several = isinstance(made, tuple) and f"({', '.join(type(part).__name__ for part in made)})"
             raise MetaplError(
                 f"--factory {self.factory} returned {several or f'a value of type {type(made).__name__}'}; expected "
-                "(trainer, labeled, unlabeled) or (trainer, labeled, unlabeled, validation), the trainer a "
-                "metapl.BilevelTrainer, the others batches or sources of batches as for its fit."
+                "(trainer, labeled, unlabeled), the trainer a metapl.BilevelTrainer, the others batches or sources of "
+                "batches as for its fit."
             )
-        names = ("trainer", "labeled", "unlabeled", "validation")
-        return {"steps": self.steps, **dict(zip(names, made, strict=False))}
+        return {"steps": self.steps, **dict(zip(("trainer", "labeled", "unlabeled"), made, strict=True))}
 
 
 def made_by(name: str) -> Any:

@@ -23,6 +23,8 @@ from metapl.apps.commands.parse import Command, Folder, OnRecipe, Run, Switch, u
 from metapl.apps.experiments.folder import begun, flat, stored
 from metapl.apps.experiments.galleries import gallery_of
 from metapl.apps.experiments.settle import settled
+from metapl.apps.machine.cores import default_threads
+from metapl.apps.machine.progress import duration
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.pictures.store import FileImages
@@ -35,9 +37,7 @@ from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.execution.rng import RandomState
 from metapl.problems import EqualWeights
-from metapl.runs.cores import default_threads
 from metapl.runs.fields import Range
-from metapl.runs.progress import duration
 from metapl.training.attribution import Attribution, attribute
 
 TABLE, PAGE = "attribution.csv", "attribution.html"

@@ -7,8 +7,8 @@ from dataclasses import field, make_dataclass
 from importlib import import_module
 from typing import Annotated, Any, Union
 
+from metapl.apps.machine.memory import LESS
 from metapl.errors import MetaplError
-from metapl.runs.memory import LESS
 
 # Where each is: a class, or of those whose first word is a choice the classes by that word, which are imported when
 # they are asked for.

@@ -19,6 +19,8 @@ from metapl.apps.evaluation.corruptions import CORRUPTIONS
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack
 from metapl.apps.experiments.accuracies import ENOUGH_SEEDS, READOUTS, STUDENT, Comparison, spread, where_one_network
 from metapl.apps.experiments.folder import LoadedRun, RunFolder, flat, load_run, results_within, stored_data
+from metapl.apps.machine.misfit import misfit_entries
+from metapl.apps.machine.sealed import read_json
 from metapl.apps.recipes import ImageFolders, Recipe
 from metapl.apps.recipes.base import as_dict
 from metapl.apps.recipes.methods import EVERY_METHOD
@@ -27,8 +29,7 @@ from metapl.apps.reports.robustness import RELATIVE, SUMMARY, draw_evaluations, 
 from metapl.apps.words import short, table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
-from metapl.runs.fields import AtLeastOne, Range, misfit_entries
-from metapl.runs.sealed import read_json
+from metapl.runs.fields import AtLeastOne, Range
 
 COMPARED, PICTURE = "compared.json", "compared.png"
 

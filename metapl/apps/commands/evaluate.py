@@ -23,13 +23,13 @@ from metapl.apps.evaluation.imagenet import Pictures, Subject, is_imagenet
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, LEVELS, Attack, Robustness, measure
 from metapl.apps.experiments.folder import LoadedRun, load_run, weights_file
 from metapl.apps.experiments.labeling import refuse_infinite
+from metapl.apps.machine.progress import counting
 from metapl.apps.recipes import ImageRecipe
 from metapl.apps.words import WIDTH, short, table, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.runs.fields import Range
-from metapl.runs.progress import counting
 from metapl.words import shown
 
 EVALUATION, PICTURE = "evaluation.json", "robustness.png"

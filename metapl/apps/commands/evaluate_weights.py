@@ -16,13 +16,13 @@ from metapl.apps.commands.inputs import TestFolder
 from metapl.apps.commands.parse import File, Switch, unset
 from metapl.apps.evaluation.imagenet import IMAGENET_OUTPUTS, Pictures, Subject, is_imagenet
 from metapl.apps.export import read_metadata
+from metapl.apps.machine.sealed import read_plain
 from metapl.apps.networks import Architecture, head_outputs, load_weights, normalized
 from metapl.apps.pictures.folders import scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES
 from metapl.apps.recipes.image_recipe import IMAGENET, LARGEST_SIDE
 from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.fields import Range
-from metapl.runs.sealed import read_plain
 
 # How torchvision's networks are evaluated on ImageNet, and timm's that say nothing else.
 USUAL_SIDE, USUAL_CENTER = 224, 224 / 256

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from metapl.apps.commands.parse import unset
 from metapl.apps.experiments.folder import NetworkName, RunFolder
+from metapl.apps.machine.ownership import owned
+from metapl.apps.machine.sealed import refuse_irregular, written_last
 from metapl.apps.pictures.check import find_copies
 from metapl.apps.pictures.folders import scan_labeled, walk
 from metapl.apps.recipes import ImageFolders
 from metapl.apps.words import tell
 from metapl.errors import MetaplError, few
-from metapl.runs.atomic import written_last
-from metapl.runs.ownership import owned
-from metapl.runs.sealed import refuse_irregular
 from metapl.words import shown
 
 OF_RUNS = (

@@ -19,12 +19,12 @@ from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.drawing import draw_statistics
 from metapl.apps.labels.files import store_around
 from metapl.apps.labels.queries import BINS, Statistics, select, statistics
+from metapl.apps.machine.progress import counting
+from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.recipes.settings import MOST_IN_A_BATCH
 from metapl.apps.words import short, table, tell
 from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
-from metapl.runs.progress import counting
-from metapl.runs.sealed import sha256_of
 from metapl.training.options import MOST_WORKERS
 from metapl.words import shown
 

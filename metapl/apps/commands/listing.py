@@ -17,12 +17,12 @@ from metapl.apps.commands.parse import Command, Switch, unset
 from metapl.apps.experiments.accuracies import DELIVERED, spread
 from metapl.apps.experiments.experiment import TOLD
 from metapl.apps.experiments.folder import RunFolder, refuse_changed, stored, stored_result
+from metapl.apps.machine.ownership import is_owned
 from metapl.apps.pictures.folders import walk
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.words import columns, short, table, tell, width_of, wrapped
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
-from metapl.runs.ownership import is_owned
 from metapl.runs.rows import Metrics
 from metapl.words import shown
 

@@ -13,6 +13,7 @@ import tyro
 from metapl.ablation.results import in_units, size
 from metapl.apps.commands.inputs import check_file
 from metapl.apps.commands.parse import Command, File, unset
+from metapl.apps.machine.sealed import replacing
 from metapl.apps.planning.plan import NAMES, Plan, bytes_of, pair, plan, propose, self_trained
 from metapl.apps.recipes import PROTOCOL_RECIPES, Digits, ImageFolders, Vision
 from metapl.apps.recipes.base import Recipe
@@ -21,7 +22,6 @@ from metapl.apps.recipes.settings import MOST_STEPS, Mode
 from metapl.apps.words import table, tell
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
-from metapl.runs.atomic import replacing
 from metapl.runs.fields import Range
 
 MOST_RANKS = 2**20

@@ -28,14 +28,13 @@ from metapl.apps.experiments.folder import (
 )
 from metapl.apps.experiments.galleries import FILE, mistakes, read_galleries
 from metapl.apps.experiments.side_by_side import mean_curves
+from metapl.apps.machine.sealed import read_plain, write_whole
 from metapl.apps.recipes.methods import called_network, title, titled
 from metapl.apps.reports import web
 from metapl.apps.words import short, tell
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
-from metapl.runs.atomic import write_whole
 from metapl.runs.rows import Metrics
-from metapl.runs.sealed import read_plain
 
 PAGE = "report.html"
 
@@ -85,8 +84,9 @@ def _unfinished(folder: RunFolder) -> tuple[str, list[str]]:
         curves = web.section("Runs that have ended", web.rows(ended, ("method", "runs")))
     else:
         said += f", at step {found['done']:,} of {found['phase']} (of {recipe.steps:,} steps)"
-        lost = metrics.damaged()
-        said += f"; damaged lines of {metrics.file.name}, left out: {len(lost)}" if lost else ""
+        lines = metrics.file.read_bytes().split(b"\n")[:-1] if metrics.file.exists() else []
+        lost = len(lines) - len(metrics.rows())
+        said += f"; damaged lines of {metrics.file.name}, left out: {lost}" if lost else ""
         curves = web.section(f"Curves of {found['phase']}", web.plots({method: metrics.rows(found["phase"])}, network))
     said += "; it goes on by its command with --resume" if found["state"] == "interrupted" else ""
     parts = [f'<p class="state">{web.text(said)}</p>', curves, *_made(folder, description, folder)]

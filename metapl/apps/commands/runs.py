@@ -31,6 +31,8 @@ from metapl.apps.experiments.folder import (
 )
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
+from metapl.apps.machine.progress import counting
+from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
 from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import title, titled
@@ -38,9 +40,7 @@ from metapl.apps.words import table, tell
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastOne, Range
-from metapl.runs.progress import counting
 from metapl.runs.rows import Metrics
-from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
 from metapl.words import shown

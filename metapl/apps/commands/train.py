@@ -26,6 +26,7 @@ from metapl.apps.experiments.jobs import Job, Trial, aloud
 from metapl.apps.experiments.labeling import check_labels_given
 from metapl.apps.experiments.settle import settled
 from metapl.apps.experiments.side_by_side import compare
+from metapl.apps.machine.cores import default_threads
 from metapl.apps.recipes import RECIPES, Digits, ImageFolders
 from metapl.apps.recipes.base import SEEDS, Method, Recipe, Unasked
 from metapl.apps.recipes.methods import title
@@ -34,7 +35,6 @@ from metapl.apps.recipes.settings import Optimizer
 from metapl.apps.words import tell, wrapped
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError
-from metapl.runs.cores import default_threads
 from metapl.runs.fields import AtLeastOne
 from metapl.training import Interrupted
 

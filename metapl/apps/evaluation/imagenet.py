@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, Robustness, flip_probability, relative_to
+from metapl.apps.machine.cores import available_cores
+from metapl.apps.machine.sealed import refuse_irregular
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
 from metapl.errors import MetaplError, few, reason_of, require_extra
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
-from metapl.runs.cores import available_cores
-from metapl.runs.sealed import refuse_irregular
 
 IMAGENET_OUTPUTS = 1000
 

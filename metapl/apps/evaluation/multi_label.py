@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from metapl.apps.machine.sealed import read_plain
 from metapl.errors import MetaplError, few
-from metapl.runs.sealed import read_plain
 
 Label = int | str
 _few = partial(few, most=3, longest=60)

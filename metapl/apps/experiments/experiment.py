@@ -17,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.experiments import galleries
 from metapl.apps.experiments.accuracies import spoken_rounds, summary
+from metapl.apps.experiments.fitting import Share, fit
 from metapl.apps.experiments.folder import RunFolder, refuse_changed, weights_file
 from metapl.apps.experiments.labeling import label_by, labels_given
 from metapl.apps.experiments.rounds import Rounds
+from metapl.apps.machine.sealed import sha256_of
 from metapl.apps.networks.products import products_of
 from metapl.apps.pictures.store import record_files, replaced_files
 from metapl.apps.recipes.base import ROLES, SELECTED_ON, Chosen, Recipe, Run, Stored, Task, as_dict
@@ -33,7 +35,6 @@ from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.problems.stored import model_noise
 from metapl.runs.rows import Metrics
-from metapl.runs.sealed import sha256_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import finetune
 from metapl.training.selection import weights_of
@@ -197,7 +198,6 @@ class Experiment:
             "say": self.say,
             **self.recipe.fit_options(),
             "select": self.selects(task),
-            "split_batches": self.mesh.size > 1,
         }
 
     def fit(
@@ -205,7 +205,12 @@ class Experiment:
     ) -> FitResult:
         """The main phase, or one before it; ``over`` replaces options of the recipe."""
         options = {"steps": self.recipe.steps, **self.options(task), **over}
-        return trainer.fit(labeled, unlabeled, phase=phase, **options)
+        return fit(trainer, self.share(labeled), self.share(unlabeled), phase=phase, **options)
+
+    def share(self, source: Any) -> Any:
+        """The rows of this process, where several train together."""
+        mesh = self.mesh
+        return source if mesh.size == 1 or source is None else Share(source, mesh.share, mesh.shares)
 
     def finetune(self, task: Task, student: nn.Module, before: FitResult) -> FitResult:
         """The student finetuned on the labeled data, or unchanged where validation shows that to be better."""
@@ -215,10 +220,10 @@ class Experiment:
             return before
         result = finetune(
             student,
-            task.finetuning,
+            self.share(task.finetuning),
             optimizer=self.recipe.finetune.build(student),
             **self.recipe.trainer_options(),
-            **self.options(task) | {"truth": None} | self.recipe.finetune_options(),
+            **{k: v for k, v in self.options(task).items() if k != "truth"} | self.recipe.finetune_options(),
         )
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
             load_whole(_inside(student), before.weights)

@@ -31,6 +31,11 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.machine.cores import default_threads
+from metapl.apps.machine.environment import environment
+from metapl.apps.machine.misfit import misfit, misfit_entries
+from metapl.apps.machine.ownership import LOCK, owned
+from metapl.apps.machine.sealed import is_there, read_json, read_sealed, remove_temporary, write_whole
 from metapl.apps.recipes import RECIPES, ImageFolders, ImageRecipe
 from metapl.apps.recipes.base import Recipe, Role, as_dict, recipe_from_dict
 from metapl.apps.recipes.methods import EVERY_METHOD, titled
@@ -38,12 +43,8 @@ from metapl.apps.recipes.protocols import PAPER_RECIPES, NoisyImagenet
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
-from metapl.runs.atomic import remove_temporary, write_whole
-from metapl.runs.cores import default_threads
-from metapl.runs.environment import environment
-from metapl.runs.fields import AtLeastZero, Range, misfit, misfit_entries
-from metapl.runs.ownership import LOCK, Folder
-from metapl.runs.sealed import is_there, read_json, read_sealed
+from metapl.runs.fields import AtLeastZero, Range
+from metapl.runs.folder import Folder
 
 FORMAT = 3  # the layout of run folders that this version writes and reads
 
@@ -91,8 +92,22 @@ def _seal(content: Mapping[str, Any]) -> str:
 class RunFolder(Folder):
     """The files of one run of a recipe."""
 
+    # Files that are written before anything was trained.
     undone = ("recipe.json", LOCK, "data.json", "split.json", "skipped.jsonl")
     command: str | None = None  # what starts the run, for the record
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """:func:`owned`; within it, this value may be held again, which changes nothing."""
+        if self._lock is not None:
+            yield
+            return
+        with owned(self.path, self.undone):
+            self._lock = True
+            try:
+                yield
+            finally:
+                self._lock = None
 
     @property
     def exists(self) -> bool:
@@ -184,7 +199,7 @@ class RunFolder(Folder):
     def read_json(
         self, name: str, hints: Mapping[str, Any] | None = None, needed: Iterable[str] = ()
     ) -> dict[str, Any]:
-        """One of the folder's JSON files, an object, as :func:`~metapl.runs.sealed.read_json` reads it."""
+        """One of the folder's JSON files, an object, as :func:`~metapl.apps.machine.sealed.read_json` reads it."""
         if not is_there(self.path / name):
             raise MetaplError(
                 f"{name} is missing in {self.path}: this is not a run folder, or its run has not come so far."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.experiments.folder import ANOTHER
+from metapl.apps.machine.sealed import read_sealed, replacing
 from metapl.apps.pictures.csv_files import written_csv
 from metapl.apps.recipes.base import Doubtful, Task
 from metapl.apps.reports import Gallery, draw_grid
@@ -22,8 +23,6 @@ from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.problems import Table
-from metapl.runs.atomic import replacing
-from metapl.runs.sealed import read_sealed
 from metapl.training import Trainer
 from metapl.training.trainer import BilevelTrainer
 

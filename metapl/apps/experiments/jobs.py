@@ -18,11 +18,11 @@ import torch
 
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.folder import ANOTHER, RunFolder, describe, stored_result
+from metapl.apps.machine.sealed import read_sealed
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.words import tell
 from metapl.distributed.mesh import Mesh
 from metapl.errors import MetaplError, placed
-from metapl.runs.sealed import read_sealed
 
 PATIENCE = 30.0  # seconds that a worker has to save the step under way before it is killed
 

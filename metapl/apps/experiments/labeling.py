@@ -22,6 +22,7 @@ from metapl.apps.experiments.folder import load_run
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels.files import DIGEST_BYTES, PAGE_ROWS
 from metapl.apps.labels.store import is_text
+from metapl.apps.machine.progress import counting, progress
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import ask, digest, hashes, scan_unlabeled
 from metapl.apps.pictures.sets import load_image_data
@@ -33,9 +34,8 @@ from metapl.data.steps import StepBatches
 from metapl.errors import MetaplError, few
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.metrics.predictions import logits_of
-from metapl.runs.fingerprints import fingerprint
-from metapl.runs.progress import counting, progress
 from metapl.training import Say
+from metapl.training.resuming import digest as digest_of
 from metapl.training.selection import weights_of
 from metapl.words import shown
 
@@ -215,7 +215,7 @@ def provenance(network: nn.Module, labeled: Labeled, recipe: Recipe, *, temperat
         "examples": len(labeled.ids),
         "ids_sha256": labeled.hash(),
         "pictures_sha256": labeled.pictures.content(),
-        "weights_fingerprint": fingerprint(weights_of(network)),
+        "weights_fingerprint": digest_of(weights_of(network)),
         "temperature": temperature,
         "views": f"as they are, not augmented. {recipe.input_note}",
         "batch": labeled.pictures.batch_size,

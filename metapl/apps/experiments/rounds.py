@@ -28,8 +28,8 @@ from metapl.data.draws import fold_in
 from metapl.errors import few
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.problems.stored import with_model_noise
-from metapl.runs.fingerprints import fingerprint
 from metapl.training import FitResult, Say
+from metapl.training.resuming import digest
 from metapl.training.selection import weights_of
 
 FOLDER = "rounds"  # where a run keeps the stores of its rounds: of all unlabeled examples, and of the selected ones
@@ -99,7 +99,7 @@ class Rounds:
         chosen = LabelStore(place)
         before, after = statistics(labels), statistics(chosen)
         reached = self._measured(number - 1, teacher)
-        weights = fingerprint(weights_of(teacher))
+        weights = digest(weights_of(teacher))
         record: dict[str, Any] = {
             "round": number,
             "teacher": {"round": number - 1, "weights_fingerprint": weights, **reached},
@@ -125,7 +125,7 @@ class Rounds:
         self.records[number - 1] |= {
             "parameters": sum(p.numel() for p in network.parameters()),
             "best_step": result.step,
-            "weights_fingerprint": fingerprint(weights_of(network)),
+            "weights_fingerprint": digest(weights_of(network)),
             **self._measured(number, network),
         }
 

@@ -22,15 +22,15 @@ from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
 from metapl.apps.experiments.galleries import GRID, SUSPECTS
 from metapl.apps.experiments.jobs import Job, aloud, run_all
-from metapl.apps.recipes.base import Recipe, Task, rehearse
+from metapl.apps.machine.cores import available_cores, default_threads
+from metapl.apps.machine.progress import duration
+from metapl.apps.recipes.base import FIT_OPTIONS, Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.errors import placed
 from metapl.execution.device import to_device
 from metapl.metrics import Evaluation
-from metapl.runs.cores import available_cores, default_threads
-from metapl.runs.progress import duration
 from metapl.training import FitOptions, FitResult, Trainer
 
 SHOWN = 7  # methods that one picture can tell apart
@@ -90,7 +90,8 @@ def check_method(recipe: Recipe, task: Task) -> None:
     """Refuse options of no use together, and data that a method cannot be trained on; nothing is trained."""
 
     def check(trainer: Trainer, labeled: Any, unlabeled: Any, task: Task, **options: Any) -> FitResult:
-        FitOptions(**{"steps": recipe.steps, **recipe.fit_options(), **options})
+        asked = {"steps": recipe.steps, **recipe.fit_options(), **options}
+        FitOptions(**{name: value for name, value in asked.items() if name in (*FIT_OPTIONS, "steps")})
         return FitResult(None, 0, {})
 
     with placed(f"{recipe.method.name}: "):

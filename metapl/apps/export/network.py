@@ -29,10 +29,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from metapl.apps.export.card import CARD, INPUT, ONNX, OUTPUT, PROGRAM, WEIGHTS, render
+from metapl.apps.machine.misfit import misfit_entries
+from metapl.apps.machine.sealed import replacing
 from metapl.apps.networks import Architecture, Normalized, normalized
 from metapl.errors import MetaplError, few, reason_of, require_extra
-from metapl.runs.atomic import replacing
-from metapl.runs.fields import Range, misfit_entries
+from metapl.runs.fields import Range
 
 _REQUIRED, _OPTIONAL = ("recipe", "data_hash", "metrics"), ("title", "classes", "notes", "center")
 

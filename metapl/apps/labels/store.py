@@ -16,9 +16,9 @@ from torch import Tensor
 
 from metapl.apps.labels import files as layout
 from metapl.apps.labels.files import Description, Part
+from metapl.apps.machine.sealed import open_plain, sha256_of
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.runs.sealed import open_plain, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

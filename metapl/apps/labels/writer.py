@@ -20,11 +20,11 @@ from torch import Tensor
 from metapl.apps.labels import files as layout
 from metapl.apps.labels.files import DESCRIPTION, DIGEST_BYTES, PAGE_ROWS, PAGE_VALUES, Description, Part
 from metapl.apps.labels.store import LabelStore
+from metapl.apps.machine.environment import environment
+from metapl.apps.machine.ownership import owned
+from metapl.apps.machine.sealed import remove_temporary, write_whole
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import described
-from metapl.runs.atomic import remove_temporary, write_whole
-from metapl.runs.environment import environment
-from metapl.runs.ownership import owned
 
 if TYPE_CHECKING:
     import pyarrow as pa

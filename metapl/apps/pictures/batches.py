@@ -7,8 +7,6 @@ Normalization is not a view: it belongs to the network, which sees the same numb
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +16,13 @@ import torch
 from torch import Tensor
 
 from metapl.apps.pictures.reader import Box
-from metapl.apps.pictures.store import FileImages, Images, MemoryImages, pick
+from metapl.apps.pictures.store import FileImages, Images, pick
 from metapl.apps.pictures.views.base import View
 from metapl.apps.pictures.views.transforms import ResizedCrop
 from metapl.data import draws
-from metapl.data.identity import NAMES
 from metapl.data.sampler import StepSampler
 from metapl.data.steps import BatchT, StepBatches
 from metapl.errors import MetaplError
-from metapl.runs.fingerprints import as_values, fingerprint
 
 Fetched = tuple[Tensor, ...]
 
@@ -46,16 +42,6 @@ class PictureBatches(StepBatches[BatchT]):
                 dead = " or ".join(map(str, files))
                 return f"a worker died while reading {dead}; remove or replace it" if files else None
         return None
-
-    def fingerprint(self, columns: Any) -> str | None:
-        """Of the examples; folders of files may move, their names count."""
-        told: Any = self.images
-        if isinstance(told, MemoryImages):
-            told = [told.data, told.indices]
-        elif isinstance(told, FileImages):
-            step = max(1, -(-len(told) // NAMES))
-            told = [os.path.basename(told.path(index)) for index in range(0, len(told), step)]
-        return fingerprint([told, columns])
 
 
 class ExampleBatches(PictureBatches[BatchT]):
@@ -88,15 +74,13 @@ class ExampleBatches(PictureBatches[BatchT]):
         """What else a batch holds of the same examples, by name."""
         return {name: held for name in ("labels", "stored") if (held := getattr(self, name, None)) is not None}
 
-    def record(self) -> dict[str, Any]:
-        sampler = dataclasses.asdict(self.sampler)
-        return {
-            "examples": sampler.pop("size"),
-            **sampler,
-            "view_seed": self.seed,
-            "views": [as_values(view) for view in self.views.values()],
-            "fingerprint": self.fingerprint([*self.columns.values()]),
-        }
+    @property
+    def examples(self) -> int:
+        return self.sampler.size
+
+    @property
+    def batch_size(self) -> int:
+        return self.sampler.batch_size
 
     def batch(self, step: int) -> BatchT:
         return self.augment(step, self.fetch(step))
@@ -282,9 +266,6 @@ class EvaluationBatches(PictureBatches[tuple[Tensor, Tensor]]):
     @property
     def examples(self) -> int:
         return len(self.labels)
-
-    def record(self) -> dict[str, Any]:
-        return {"examples": len(self.images), "fingerprint": self.fingerprint(self.labels)}
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.images)))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from metapl.apps.machine.sealed import irregular
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, ask, digest, silent
 from metapl.apps.pictures.reader import UnreadableImage, image_size, read_image
 from metapl.apps.pictures.shards import open_picture, size_of, status_of
 from metapl.errors import few
-from metapl.runs.sealed import irregular
 from metapl.words import shown
 
 # ------------------------------------------------------------------------------------------------- files, one by one

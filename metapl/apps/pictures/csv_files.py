@@ -12,10 +12,9 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from metapl.apps.machine.sealed import open_plain, replacing
 from metapl.apps.words import cell
 from metapl.errors import MetaplError, reason_of
-from metapl.runs.atomic import replacing
-from metapl.runs.sealed import open_plain
 from metapl.words import shown
 
 

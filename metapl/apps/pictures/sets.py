@@ -15,12 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metapl.apps.machine.memory import out_of_memory
+from metapl.apps.machine.sealed import read_json, write_whole
 from metapl.apps.pictures.store import FileImages, Images, MemoryImages
 from metapl.data import draws
 from metapl.errors import MetaplError, few, reason_of
-from metapl.runs.atomic import write_whole
-from metapl.runs.memory import out_of_memory
-from metapl.runs.sealed import read_json
 
 # -------------------------------------------------------------------------------------------------------------- splits
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from metapl.apps.machine.ownership import LOCK, owned
+from metapl.apps.machine.sealed import is_temporary, remove_temporary, replacing
 from metapl.apps.pictures.check import verify_files
 from metapl.apps.pictures.folders import Files, Progress, ask, digest, scan_unlabeled, silent
 from metapl.apps.pictures.reader import UnreadableImage, image_size
 from metapl.apps.pictures.shards import FORMAT, MANIFEST, SUFFIX, Manifest, ShardFile, open_picture, size_of
 from metapl.errors import MetaplError, few
-from metapl.runs.atomic import is_temporary, remove_temporary, replacing
-from metapl.runs.ownership import LOCK, owned
 from metapl.words import shown
 
 PER_SHARD = 10_000

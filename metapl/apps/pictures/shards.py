@@ -21,8 +21,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from metapl.apps.machine.sealed import open_plain, read_json
 from metapl.errors import MetaplError, few, reason_of
-from metapl.runs.sealed import open_plain, read_json
 from metapl.words import shown
 
 SUFFIX, MANIFEST, FORMAT = ".tar", "shards.json", 1

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from metapl.apps.machine.ownership import lock
+from metapl.apps.machine.sealed import read_plain, refuse_irregular
 from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
-from metapl.runs.ownership import lock
-from metapl.runs.sealed import read_plain, refuse_irregular
 
 _IN_A_ROW, _WORKERS = 32, 256
 

@@ -15,12 +15,13 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.networks import Architecture
 from metapl.apps.pictures.sets import Split
 from metapl.apps.recipes.settings import Batch, Optimizer, Selection, Share, Softness, SomeSteps, Steps
 from metapl.errors import MetaplError
 from metapl.metrics import chance_level
-from metapl.runs.fields import Range, check_fields, misfit_entries
+from metapl.runs.fields import Range, check_fields
 from metapl.training import FitOptions, FitResult, Say, Trainer
 
 SELECTED_ON = 50  # the fewest validation examples to choose a student by: one standard error is 7 points then
@@ -392,7 +393,8 @@ class Recipe(ABC):
         check_fields(self)
         self.method.check(self)
         if self.complete:
-            FitOptions(steps=self.steps, **self.fit_options() | self.method.options(self))
+            asked = self.fit_options() | self.method.options(self)
+            FitOptions(steps=self.steps, **{k: v for k, v in asked.items() if k in FIT_OPTIONS})
 
     @classmethod
     def by_name(cls, name: str) -> Method:

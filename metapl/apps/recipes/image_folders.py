@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Optional, Self, Type
 import tyro
 
 from metapl.apps.labels.files import DESCRIPTION
+from metapl.apps.machine.progress import counting
+from metapl.apps.machine.sealed import read_plain
 from metapl.apps.pictures.check import (
     Finding,
     check_folders,
@@ -32,8 +34,6 @@ from metapl.apps.recipes.settings import OPEN, OpenOptimizer, Optimizer, Share, 
 from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.runs.fields import Range, check_fields
-from metapl.runs.progress import counting
-from metapl.runs.sealed import read_plain
 from metapl.training import Say
 
 IN_MEMORY = 2**30  # bytes of decoded pictures that are kept; of larger folders, files are read each time they are drawn

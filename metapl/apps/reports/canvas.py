@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from metapl.runs.atomic import write_whole
+from metapl.apps.machine.sealed import write_whole
 from metapl.words import shown
 
 if TYPE_CHECKING:

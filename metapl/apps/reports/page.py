@@ -85,7 +85,7 @@ PANELS = (
         "Feedback to the teacher", (("feedback_ratio", "its gradient ÷ that of the teacher's own losses"),), log=True
     ),
     Panel("Feedback to the teacher", (("feedback_std", "its standard deviation in a batch"),), log=True),
-    Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, from the last hundred"),)),
+    Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, by its examples"),)),
     Panel(
         "Pseudo-labels",
         (("pseudo_label_accuracy", "accuracy"), ("pseudo_label_confidence", "confidence"), ("agreement", "agreement")),

@@ -2,8 +2,8 @@
 of folders of pictures.
 
 What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles come from
-:func:`metapl.data.draws.cosine_and_sine`, sums over a picture are exact, and everything else is elementwise or works on
-one picture at a time. Products of batched matrices would depend on the batch.
+:func:`~metapl.apps.pictures.views.normal.cosine_and_sine`, sums over a picture are exact, and everything else is
+elementwise or works on one picture at a time. Products of batched matrices would depend on the batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from metapl.apps.pictures.reader import LUMA
 from metapl.apps.pictures.views import base
 from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, View, below
+from metapl.apps.pictures.views.normal import cosine_and_sine, normal
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution.device import to_device
@@ -148,7 +149,7 @@ class ShiftNoiseCutout(PictureView):
         offsets_B2 = self.shift - below(u_B4[:, :2], 2 * self.shift + 1)
         images = base.crop_flip(images, offsets_B2, None, 0.0)
         if self.noise > 0:
-            z = draws.normal(seed, step, examples, images[0].numel(), stream=base.NOISE)
+            z = normal(seed, step, examples, images[0].numel(), stream=base.NOISE)
             images = images + self.noise * z.view_as(images).to(images.dtype)
         if self.cutout > 0:
             room = torch.tensor(images.shape[2:], device=images.device) - self.cutout + 1
@@ -205,7 +206,7 @@ class Affine(PictureView):
         """(B, 2, 3) float64: from pixels about the center to where they come from, in units of half the sides."""
         u_B5 = draws.uniform(seed, step, examples, 5, stream=base.AFFINE, dtype=torch.float64)
         v_B5 = 2.0 * u_B5 - 1.0
-        cos_B2, sin_B2 = draws.cosine_and_sine(v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180]))
+        cos_B2, sin_B2 = cosine_and_sine(v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180]))
         (cos, cos_shear), (sin, sin_shear) = cos_B2.unbind(1), sin_B2.unbind(1)
         slope = sin_shear / cos_shear
         low, high = self.scale
@@ -267,7 +268,7 @@ class Color(PictureView):
         ranges = [self.brightness, self.contrast, self.saturation]
         low, high = u_B4.new_tensor([[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]])
         b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
-        cos, sin = draws.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
+        cos, sin = cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
         # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the last one.
         turn, tilt = (1.0 - cos) / 3.0, sin / math.sqrt(3.0)
         return torch.stack([s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1)

@@ -14,12 +14,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import tyro
 from torch import nn
 
+from metapl.ablation import Altered
 from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
 from metapl.apps.recipes.base import Method, Phase, Phases, Recipe, Run, variant
 from metapl.apps.recipes.methods.alone import Losses, WithUda, alone
 from metapl.apps.recipes.settings import SIZE, Feedback, Labeling, Optimizer, Share, Softness, SomeSteps, Steps, Weight
 from metapl.errors import MetaplError
-from metapl.feedback import Altered
 from metapl.models import label_adjuster
 from metapl.problems import ReducedLabels, StoredCrossEntropy
 from metapl.problems.losses import CrossEntropy

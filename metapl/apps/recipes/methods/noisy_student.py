@@ -33,7 +33,7 @@ from metapl.execution.numerics import wide
 from metapl.problems.losses import CrossEntropy
 from metapl.problems.stored import NoisyStudentLoss, check_stored, stored_pair, with_model_noise
 from metapl.training.loss_trainer import LossTrainer
-from metapl.training.options import DECAY, decay_interval
+from metapl.training.options import DECAY, DECAY_EPOCHS, EPOCHS
 from metapl.training.selection import weights_of
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase that finetunes the
@@ -358,3 +358,12 @@ def _pseudo_labeled(
     sampler = StepSampler(len(chosen.positions), settings.ratio * recipe.labeled_batch, seed=seed, stream=1)
     crop = source.crop if augmented else None
     return PseudoLabeledBatches(images, sampler, view, None, seed, crop=crop, chosen=chosen)
+
+
+def decay_interval(steps: int) -> float:
+    """Steps after which the exponential schedule multiplies the rate by 0.97, where that is not given.
+
+    >>> decay_interval(700)
+    4.8
+    """
+    return steps * DECAY_EPOCHS / EPOCHS

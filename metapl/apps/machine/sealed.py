@@ -3,21 +3,25 @@ one, and JSON whose values fit the types that are expected of them."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+import re
 import stat
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
+from metapl.apps.machine.misfit import misfit_entries
 from metapl.errors import MetaplError, reason_of
-from metapl.runs.fields import misfit_entries
+from metapl.runs import atomic
 
 StrPath = str | os.PathLike[str]
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 
 
 def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes:
@@ -39,8 +43,8 @@ def read_json(
 
     Args:
         path: of the file.
-        hints: the types of entries by their names, as :func:`~metapl.runs.fields.misfit` takes them; others may hold
-            anything.
+        hints: the types of entries by their names, as :func:`~metapl.apps.machine.misfit.misfit` takes them; others
+            may hold anything.
         needed: names of entries that must be there.
         mend: what to do where it is another; it ends the message of the refusal.
     """
@@ -116,3 +120,50 @@ def irregular(mode: int) -> str | None:
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
     return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is what :func:`replacing` writes to, such as one that a killed process left.
+
+    >>> is_temporary("recipe.json.0123abcd.tmp"), is_temporary("recipe.tmp")
+    (True, False)
+    """
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed processes had begun to write; for whoever owns the folder."""
+    for name in filter(is_temporary, os.listdir(folder)):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """:func:`metapl.runs.atomic.replacing`, which says what kind of thing is in the way where it is no plain file."""
+    refuse_irregular(os.path.realpath(path))
+    with atomic.replacing(path) as file:
+        yield file
+
+
+def write_whole(path: Path, content: Any, mend: str) -> None:
+    """Write a file by :func:`replacing`; ``mend`` says what to do where the disk refuses, and ends the message."""
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise MetaplError(f"{path} could not be written: {error.strerror or error}; {mend}") from error
+
+
+@contextlib.contextmanager
+def written_last(path: Path, content: bytes) -> Iterator[None]:
+    """A file that appears when the block ends well, such as one whose pictures the block writes. Its bytes are on disk
+    before the block begins, so a full disk leaves neither it nor what the block writes."""
+    with replacing(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metapl.runs.cores import available_cores
+from metapl.apps.machine.cores import available_cores
 
 
 def environment() -> dict[str, Any]:

@@ -53,12 +53,10 @@ class Altered(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
-            raise MetaplError(
-                f"Altered(base={self.base!r}): expected an estimator with feedback on each example, whose `credits` is "
-                f'"signal" or "example", such as Forward(); that of {self.base.name} is "{self.base.credits}".'
-            )
+            raise MetaplError(f"Altered(base={self.base!r}): expected feedback on each example, such as Forward().")
         for name in ("labels", "credits", "keep_graph", "keep_graphs", "keep_on", "looks_ahead", "keeping", "requires"):
-            object.__setattr__(self, name, getattr(self.base, name))
+            if hasattr(self.base, name):
+                object.__setattr__(self, name, getattr(self.base, name))
         object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")
 
@@ -75,10 +73,7 @@ class Altered(Estimator):
     def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
         """h, altered over the rows of all ranks."""
         if h.ndim == 0:
-            raise MetaplError(
-                f"Altered(alteration={self.alteration!r}) was given feedback on a scalar signal; expected a signal "
-                "with rows, over which the feedback can be altered."
-            )
+            raise MetaplError(f"Altered({self.alteration!r}) was given feedback on a scalar; expected rows.")
         if not step.has_rows(name):  # every rank and micro-batch has a share of the feedback on all of a matrix
             return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
         ranks = step.student.ranks

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from metapl.runs import progress as module
-from metapl.runs.progress import Progress
+from metapl.apps.machine import progress as module
+from metapl.apps.machine.progress import Progress
 
 
 class Clock:

@@ -11,45 +11,16 @@ import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
+from metapl.apps.machine.sealed import open_plain
 from metapl.errors import MetaplError
-from metapl.runs.checkpoint import CheckpointFolder
-from metapl.runs.sealed import open_plain
 
 LOCK = ".lock"  # the file that is locked; in the folder of a run it stays where it is when that is let go
 PATIENCE = 3.0  # seconds that are waited for an owner that is just going
 BEHIND_CONTENT = 2**30  # where the locked byte lies on Windows
 # What the system answers where somebody else has the lock; EACCES and EDEADLK on Windows.
 HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-
-
-class Folder:
-    """The folder of a fit: checkpoints of its phases, and the rows that :mod:`metapl.training` records. It is made,
-    where it is missing, when it is held."""
-
-    undone: ClassVar[Collection[str]] = (LOCK,)
-    """Names of files that are written before anything was trained, for :func:`owned`."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._is_held = False
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """:func:`owned`; within it, this value may be held again, which changes nothing."""
-        if self._is_held:
-            yield
-            return
-        with owned(self.path, self.undone):
-            self._is_held = True
-            try:
-                yield
-            finally:
-                self._is_held = False
-
-    def checkpoints(self, phase: str, keep: int = 2) -> CheckpointFolder:
-        return CheckpointFolder(self.path / "checkpoints" / phase, keep=keep)
 
 
 @contextmanager

@@ -1,0 +1,73 @@
+"""What ``fit`` records of a step's feedback and labels, computed from its report at the steps that are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metapl.execution.numerics import wide
+from metapl.execution.ranks import Ranks
+from metapl.problems.base import Problem, Signal, field_of, has_rows
+
+
+@torch.no_grad()
+def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mapping[str, Tensor]:
+    r"""Scalars of a :class:`metapl.StepReport`, means over the ranks.
+
+    ``feedback_mean`` and ``feedback_std`` of h over its entries. Where the signal has a row for each example,
+    ``feedback_snr``, the signal to noise of the step's gradient :math:`\sum_i g_i` in the teacher's outputs, by the
+    spread of its B examples:
+
+    .. math:: \frac{\lVert E \sum_i g_i \rVert^2}{\mathrm{tr}\,\mathrm{Var} \sum_i g_i} \approx
+              \frac{B \lVert m \rVert^2 - s}{s - \lVert m \rVert^2}, \quad
+              m = \frac1B \sum_i g_i, \quad s = \frac1B \sum_i \lVert g_i \rVert^2
+
+    For labels of classes, ``pseudo_label_confidence``, ``pseudo_label_entropy`` (nats), ``agreement`` (of the student's
+    first class with the teacher's) and ``class_shares_vs_labeled`` (half the L1 distance of the mean class
+    probabilities from the shares of the classes among the labels of this batch).
+    """
+    signal, outputs = report.signal, report.student_outputs
+    steps = report.feedback if isinstance(report.feedback, tuple) else (report.feedback,)
+    rows, entries = has_rows(problem, signal, len(outputs)), []
+    for found in steps:
+        named = {field_of(key): h for key, h in found.items()} if isinstance(found, dict) else {"value": found}
+        # Of the feedback on a field without rows, such as a matrix, each rank has a share.
+        entries += [(h if rows.get(name, True) else ranks.sum(h)).double().flatten() for name, h in named.items()]
+    h = torch.cat(entries)
+    mean = ranks.mean(h.mean())
+    found = {"feedback_mean": mean, "feedback_std": ranks.mean((h - mean).square().mean()).sqrt()}
+    h, q = steps[-1], signal.probs if signal.sampled else signal.value
+    if isinstance(h, Tensor) and h.shape[:1] == outputs.shape[:1] and rows.get("value", True):
+        g = _at_outputs(h, q, signal, problem.teacher_classifies).flatten(1)  # (B, C)
+        count = len(g) * ranks.size
+        m, s = ranks.mean(g.mean(0)).square().sum(), ranks.mean(g.square().sum(1).mean())
+        found["feedback_snr"] = (count * m - s) / (s - m).clamp_min(torch.finfo(s.dtype).tiny)
+    if signal.outputs is None or signal.outputs.shape != outputs.shape:
+        return found
+    q = wide(q if isinstance(q, Tensor) and q.is_floating_point() else signal.outputs.softmax(-1))
+    of_labels = {
+        "pseudo_label_confidence": q.amax(-1).mean(),
+        "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
+        "agreement": (signal.outputs.argmax(-1) == outputs.argmax(-1)).double().mean(),
+    }
+    labels: Any = labeled[1] if isinstance(labeled, tuple | list) and len(labeled) > 1 else None
+    indices = isinstance(labels, Tensor) and labels.ndim == 1 and not labels.is_floating_point()
+    if problem.teacher_classifies and q.ndim == 2 and indices:
+        is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)  # of ignored ones, none
+        shares = ranks.mean(torch.stack([q.mean(0), is_class.to(q).mean(0)]))
+        found["class_shares_vs_labeled"] = (shares[0] - shares[1] / shares[1].sum()).abs().sum() / 2
+    return found | (of_labels if ranks.alone else ranks.mean_scalars(of_labels))
+
+
+def _at_outputs(h: Any, q: Any, signal: Signal, of_classes: bool) -> Any:
+    """The feedback of each example as a gradient in the teacher's logits; in the signal itself where it has none."""
+    if not (of_classes and isinstance(q, Tensor) and q.ndim == 2 and q.is_floating_point()):
+        return h[:, None]
+    q, y = wide(q), signal.value
+    if signal.sampled:  # h_i ∇ log q_i(y_i)
+        return h[:, None] * (F.one_hot(y, q.shape[1]) - q)
+    return q * (h - (q * h).sum(1, keepdim=True)) if h.shape == q.shape else h[:, None]

@@ -1,0 +1,310 @@
+"""The pure road against the eager one: h, both gradients and the next state; captured whole, stacked, and alone."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils import _pytree as pytree
+
+import metapl
+from metapl import UDA, CrossEntropy, Signal
+from metapl.execution.kernels import no_fast_path
+from metapl.execution.ranks import gumbel
+from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
+from metapl.functional import stack, unstack
+from metapl.functional.compiled import eager_step
+from metapl.functional.state import State
+
+CLASSES, WIDE = 3, 5
+ROWS = 6
+QUICK = {0, 1, 4, 6}  # of the captured rows, in make test
+MODES = ["forward", "unrolled", "difference", "reinforce", "reinforce_per_example", "loss_difference", "none"]
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.01, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02),
+}
+FEATURES = ["plain", "batch_norm", "dropout", "groups", "frozen", "signal_in_input", "uda", "clip", "reads_weights"]
+
+
+class Entering(metapl.problems.Problem):
+    """A signal that enters the student's input, and its loss."""
+
+    def student_input(self, batch: Any, signal: Any) -> Any:
+        return batch + 0.3 * signal.value.repeat(1, 2)[:, :WIDE]
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch).tanh())
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return (outputs - signal.value).square().mean(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class Penalized(metapl.PseudoLabels):
+    """An inner loss that reads the student's weights."""
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        penalty = sum(p.square().sum() for p in params.values())
+        return super().inner_loss(outputs, signal, batch) + 0.1 * penalty * (1 + outputs.mean(1))
+
+
+def network(*features: str) -> nn.Module:
+    middle = [nn.BatchNorm1d(8)] * ("batch_norm" in features) + [nn.Dropout(0.3)] * ("dropout" in features)
+    made = nn.Sequential(nn.Linear(WIDE, 8, bias=False), *middle, nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    if "frozen" in features:
+        made[0].weight.requires_grad_(False)
+    return made
+
+
+def weights(module: nn.Module, *features: str) -> list[Any]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [{"params": trained[:1], "lr": 0.05}, {"params": trained[1:]}] if "groups" in features else trained
+
+
+def build(mode: Any, optimizer: str = "nesterov", *features: str, **options: Any) -> metapl.BilevelTrainer:
+    torch.manual_seed(0)
+    teacher, student = network(*features), network(*features)
+    if "signal_in_input" in features:
+        options["problem"] = Entering()
+    if "reads_weights" in features:
+        options["problem"] = Penalized()
+    if "uda" in features:
+        options["teacher_losses"] = CrossEntropy(label_smoothing=0.1), UDA(temperature=0.5, threshold=0.2, ramp=7)
+    if "clip" in features:
+        options["clip_norm"] = 0.05
+    made = OPTIMIZERS[optimizer]
+    given = {"inner_optimizer": made(weights(student, *features)), "outer_optimizer": made(weights(teacher, *features))}
+    return metapl.BilevelTrainer(teacher, student, mode, **given, **options)
+
+
+def batches(*features: str, seed: int = 1) -> tuple[Any, Any]:
+    draw = torch.Generator().manual_seed(seed)
+    x, u, v = (torch.randn(ROWS, WIDE, dtype=torch.float64, generator=draw) for _ in "xuv")
+    return (x, torch.arange(ROWS) % CLASSES), (u, v) if "uda" in features else u
+
+
+def error(found: Any, expected: Any) -> float:
+    """The norm of the difference of two trees over that of the second."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    a, b = (torch.cat([zero, *(t.double().flatten() for t in pytree.tree_leaves(tree))]) for tree in (found, expected))
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def trees(state: State) -> dict[str, Any]:
+    of = {"teacher": (state.teacher, state.outer.state), "student": (state.student, state.inner.state)}
+    return {
+        f"{name}'s {what}": t for name, pair in of.items() for what, t in zip(("network", "state"), pair, strict=True)
+    }
+
+
+def agree(trainer: metapl.BilevelTrainer, data: tuple[Any, Any], tolerance: float, ahead: bool = False) -> None:
+    """One step by both roads, from the same generator."""
+    torch.manual_seed(3)
+    given = list(data[1]) if ahead else [data[1]]
+    report, expected, _ = eager_step(trainer, data[0], given, ahead)
+    step, state = trainer.functional()
+    moved, found = step(state, data[0], tuple(given) if ahead else given[0])
+    assert error(found.feedback, report.feedback) < tolerance
+    assert error(found.student_outputs, report.student_outputs) < 1e-12
+    for name, t in trees(expected).items():
+        assert error(trees(moved)[name], t) < tolerance, name
+    shown = report.as_dict()
+    for name in ("inner_loss", "outer_loss", "teacher_loss"):
+        assert name not in shown or float(getattr(found, name)) == pytest.approx(shown[name], rel=1e-9)
+    assert float(found.flag) < tolerance
+    assert int(moved.step) == int(expected.step)
+
+
+def fits(mode: str, feature: str) -> bool:
+    """Shifted passes of a difference draw masks of their own, and signals in the input are for few modes."""
+    if feature == "signal_in_input":
+        return mode in ("forward", "unrolled", "none")
+    return (mode, feature) != ("difference", "dropout")
+
+
+TABLE = [row for row in itertools.product(MODES, OPTIMIZERS, FEATURES) if fits(row[0], row[2])]
+
+
+@pytest.mark.parametrize(("mode", "optimizer", "feature"), TABLE)
+def test_a_pure_step_is_the_eager_step(mode: str, optimizer: str, feature: str) -> None:
+    """From fresh optimizers, and from warm ones."""
+    trainer, data = build(mode, optimizer, feature), batches(feature)
+    tolerance = 1e-6 if mode == "difference" else 1e-9
+    agree(trainer, data, tolerance)
+    trainer.step(*data)
+    agree(trainer, batches(feature, seed=2), tolerance)
+
+
+OPTIONS: list[tuple[Any, dict[str, Any]]] = [
+    (Forward(normalization="learning_rate"), {}),
+    (Forward(normalization="cosine"), {"feedback_weight": 3.0}),
+    ("forward", {"problem": metapl.PseudoLabels("hard", label_smoothing=0.1)}),
+    (Difference(one_sided=True), {}),
+    (Reinforce(baseline=0.9), {}),
+    (Reinforce(similarity="cosine"), {}),
+    (LossDifference(baseline=0.5, normalization="learning_rate"), {}),
+    (ReinforcePerExample(tangent="difference", normalization="cosine"), {}),
+    ("none", {"teacher_losses": ()}),
+    ("forward", {"teacher_losses": ()}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), OPTIONS)
+def test_options_of_modes_and_trainers(mode: Any, options: dict[str, Any]) -> None:
+    trainer, data = build(mode, **options), batches()
+    for seed in (2, 3):
+        trainer.step(*data)
+        data = batches(seed=seed)
+        agree(trainer, data, 1e-5 if "ifference" in repr(mode) else 1e-9)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "none", Unrolled(truncate=1)])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+def test_several_steps_ahead(mode: Any, optimizer: str, steps: int) -> None:
+    trainer = build(mode, optimizer, "batch_norm", lookahead=steps)
+    data = batches()[0], tuple(batches(seed=seed)[1] for seed in range(steps))
+    agree(trainer, data, 1e-9, ahead=True)
+    trainer.step(data[0], metapl.Lookahead(list(data[1])))
+    agree(trainer, data, 1e-9, ahead=True)
+
+
+def test_a_problem_without_a_teacher_revises_its_signal() -> None:
+    student = network("batch_norm")
+    inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+    problem = metapl.problems.LearningToReweight()
+    trainer = metapl.BilevelTrainer(None, student, "forward", problem=problem, inner_optimizer=inner)
+    (x, y), u = batches()
+    agree(trainer, ((x, y), (u, y)), 1e-9)
+
+
+def test_short_passes_round_as_the_eager_ones() -> None:
+    trainer, data = build("forward", precision="bfloat16"), batches()
+    for part in (trainer.teacher, trainer.student):
+        part.float()
+    agree(trainer, pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, data), 2e-2)
+
+
+def test_a_loss_of_the_teacher_starts_late_and_grows() -> None:
+    """The step is a tensor, and so is its share."""
+    loss = UDA(start=2, ramp=4, weight=2.0)
+    trainer, data = build("none", teacher_losses=(loss,)), batches("uda")
+    step, state = trainer.functional()
+    for number in range(8):
+        torch.manual_seed(3)
+        teacher = trainer.teacher
+        at = {**state.teacher.params}
+        state, report = step(state, *data)
+        outputs = torch.func.functional_call(teacher, at, (data[1][0],))
+        moved = torch.func.functional_call(teacher, at, (data[1][1],)).log_softmax(-1)
+        full = -(outputs.softmax(-1) * moved).sum(-1).mean()
+        share = min(1.0, max(0.0, (number - 2) / 4))
+        assert float(report.teacher_loss) == pytest.approx(2.0 * share * float(full), rel=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------- many at once
+
+
+def noise_of(seed: int) -> Tensor:
+    like = torch.zeros((), dtype=torch.float64)
+    return gumbel(ROWS, CLASSES, like, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
+@pytest.mark.parametrize("mode", MODES)
+def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
+    """Of states that differ in everything, on data and noise of their own."""
+    singles, data, noises = [], [batches(seed=seed) for seed in range(3)], [noise_of(seed) for seed in range(3)]
+    step, state = build(mode, optimizer, "batch_norm", "clip").functional()
+    for number in range(3):  # the states after 0, 1 and 2 steps
+        singles.append(state)
+        state, _ = step(state, *data[number], noises[number])
+    expected = [step(one, *each, noise) for one, each, noise in zip(singles, data, noises, strict=True)]
+    found = torch.func.vmap(step)(stack(singles), *stack(data), torch.stack(noises))
+    for a, b in zip(unstack(found), expected, strict=True):
+        if mode == "none":  # it computes no outer loss
+            a, b = ((moved, report._replace(outer_loss=report.flag)) for moved, report in (a, b))
+        assert error(a, b) < 1e-6 if mode == "difference" else error(a, b) < 1e-12
+
+
+def test_32_stacked_seeds_are_32_runs_and_a_run_learns() -> None:
+    """By ``functional()`` alone, in the mode whose labels are drawn."""
+    step, state = build("reinforce", "nesterov").functional()
+    draws = [torch.Generator().manual_seed(seed) for seed in range(32)]
+
+    def begun(draw: torch.Generator) -> State:
+        return state._replace(
+            **{
+                role: network._replace(
+                    params={
+                        n: torch.randn(p.shape, generator=draw, dtype=p.dtype) / 3 for n, p in network.params.items()
+                    }
+                )
+                for role, network in (("teacher", state.teacher), ("student", state.student))
+            }
+        )
+
+    runs = [begun(draw) for draw in draws]
+    together = stack(runs)
+    labeled, unlabeled = batches()
+    losses = []
+    for number in range(40):
+        noises = torch.stack([noise_of(100 * number + seed) for seed in range(32)])
+        together, report = torch.func.vmap(step, in_dims=(0, None, None, 0))(together, labeled, unlabeled, noises)
+        losses.append(report.teacher_loss.mean())
+        for seed in (0, 17, 31):
+            runs[seed], _ = step(runs[seed], labeled, unlabeled, noises[seed])
+    for seed in (0, 17, 31):
+        assert error(unstack(together)[seed], runs[seed]) < 1e-6
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ captured
+
+PAIRWISE = [
+    (MODES[i % 7], [*OPTIMIZERS][i % 4], feature)
+    for i in range(24)
+    if fits(MODES[i % 7], feature := [f for f in FEATURES if fits(MODES[i % 7], f)][(5 * i) % 7])
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+
+
+@pytest.mark.parametrize(
+    ("backend", "mode", "optimizer", "feature"),
+    [
+        ("aot_eager", *row) if i in QUICK else pytest.param("aot_eager", *row, marks=pytest.mark.long)
+        for i, row in enumerate(PAIRWISE)
+    ]
+    + [
+        pytest.param("inductor", *row, marks=[needs_compiler] + [pytest.mark.long] * (i > 0))
+        for i, row in enumerate(PAIRWISE)
+    ],
+)
+def test_a_step_is_captured_whole(backend: str, mode: str, optimizer: str, feature: str) -> None:
+    """In one graph, with the labels and masks of the plain function, and no new one for another rate."""
+    trainer, data = build(mode, optimizer, feature), batches(feature)
+    step, state = trainer.functional()
+    options = {"options": {"fallback_random": True}} if backend == "inductor" else {}
+    before = counters["stats"]["unique_graphs"]
+    captured = torch.compile(step, fullgraph=True, backend=backend, dynamic=False, **options)
+    for _ in range(2):
+        with torch.no_grad(), no_fast_path(math=True):
+            torch.manual_seed(4)
+            expected = step(state, *data)
+            torch.manual_seed(4)
+            found = captured(state, *data)
+        found, expected = ((s, r._replace(outer_loss=r.flag) if mode == "none" else r) for s, r in (found, expected))
+        assert error(found, expected) < (1e-6 if mode == "difference" else 1e-9)
+        state = expected[0]
+        state.inner.settings[0]["lr"] = state.inner.settings[0]["lr"] / 2
+    assert counters["stats"]["unique_graphs"] == before + 1
