@@ -8,10 +8,10 @@ from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.report import StepReport
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training import StopFit
-from metapl.training.contract import StepReport
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 from metapl.training.verify import check_gradient

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Literal
 
 from metapl.errors import MetaplError
-from metapl.feedback.base import Estimator, Feedback
+from metapl.feedback.base import Estimator
+from metapl.feedback.credit import Feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit

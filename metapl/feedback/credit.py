@@ -11,8 +11,8 @@ d/dε ℓ is compared with ⟨w, g⟩, which it equals by the chain rule (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,9 +24,8 @@ from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, same_slopes
 from metapl.execution.local import as_leaves, mean_of
 from metapl.execution.numerics import Tree
-from metapl.feedback.base import Feedback
 from metapl.feedback.inner_step import InnerLoss, InnerStep
-from metapl.problems.base import Signal
+from metapl.problems.base import Signal, field_of
 
 ROUNDINGS = 10.0
 """A bound on the rounding error of ⟨g, w⟩ relative to ‖g‖‖w‖, in units of the machine epsilon; measured: up to 0.7."""
@@ -46,6 +45,69 @@ class Tangent:
     z_dot: Tensor
     rounding: Tensor | None = None
     in_signal: Mapping[str, Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The feedback h on a part of the signal.
+
+    Args:
+        h: without a graph: in the shape of that part, or a scalar for the whole batch.
+        part: ``"value"`` for a differentiable signal, or the first of its :meth:`~metapl.Signal.fields` where it is a
+            dict; ``"log_prob"`` for sampled labels, by their score; ``"probs"`` for sampled labels whose expectation is
+            taken; None: no feedback.
+        others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those beside the
+            value that the inner loss depends on.
+        read: whether the inner loss depends on the signal at all.
+    """
+
+    h: Tensor
+    part: str | None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    read: bool = True
+
+    def teacher_loss(self, signal: Signal) -> Tensor:
+        """−Σ stopgrad(h)·signal, a scalar with the teacher's graph; its gradient is the hypergradient dL(θ′)/dθ_T.
+
+        It is a sum, not a mean, because h already contains the 1/B of the inner loss.
+        """
+        if self.part is None:
+            return self.h.new_zeros(())
+        parts, fields = {self.part: self.h, **self.others}, signal.fields()
+        terms = [(-h * fields[name]).sum() for name, h in parts.items()]
+        if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
+            raise MetaplError(
+                f"the teacher's signal ({self.part}) carries no gradient to the teacher's weights, so the feedback "
+                "would be lost: it was detached, or made under torch.no_grad(). Keep its graph, or use "
+                'mode="none", which gives no feedback.'
+            )
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
+        """The same with h, and that on other fields, changed; ``change`` is also given the field's name."""
+        others = {name: change(name, h) for name, h in self.others.items()}
+        return replace(self, h=change(self.part or "", self.h), others=others)
+
+    def divided_by(self, divisor: Tensor | float) -> Feedback:
+        return self if isinstance(divisor, float) and divisor == 1.0 else self.mapped(lambda _, h: h / divisor)
+
+    def chunks(self, parts: int) -> list[Feedback]:
+        """The feedback on each of ``parts`` micro-batches."""
+        if self.h.ndim == 0 or parts == 1:
+            return [self] * parts
+        return [self.mapped(lambda _, h, i=i: h.chunk(parts)[i]) for i in range(parts)]  # type: ignore[misc]
+
+    def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
+        """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
+        without rows it is the sum over micro-batches, each of which has a signal of its own."""
+        parts, value = len(step.passes), step.signal.value
+        found = {
+            name: h if parts == 1 or not h.ndim or step.has_rows(name) else h.reshape(parts, -1, *h.shape[1:]).sum(0)
+            for name, h in {self.part or "": self.h.detach(), **self.others}.items()
+        }
+        if not isinstance(value, dict) or self.part is None:
+            return found[self.part or ""]
+        return {key: found[name].detach() for key in value if (name := field_of(key)) in found}
 
 
 def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:

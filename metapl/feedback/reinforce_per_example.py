@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from metapl.execution.capabilities import FORWARD_AD, Capability
 from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor
-from metapl.feedback.credit import Credited, exact_feedback, head_feedback
+from metapl.feedback.base import Estimator, Normalization, State, divisor
+from metapl.feedback.credit import Credited, Feedback, exact_feedback, head_feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import by_graph
 from metapl.feedback.inner_step import Credits

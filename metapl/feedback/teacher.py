@@ -19,8 +19,9 @@ from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.execution.shards import local
 from metapl.execution.state import Replay, Slots, State
-from metapl.feedback.base import Estimator, Feedback
+from metapl.feedback.base import Estimator
 from metapl.feedback.compatible import check_kind
+from metapl.feedback.credit import Feedback
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import Path
 from metapl.problems.base import Problem, Signal, check_signal

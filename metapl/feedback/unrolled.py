@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.execution.kernels import explained
-from metapl.feedback.base import Estimator, Feedback, State, Steps, padded
-from metapl.feedback.credit import feedback_from
+from metapl.feedback.base import Estimator, State, Steps, padded
+from metapl.feedback.credit import Feedback, feedback_from
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 

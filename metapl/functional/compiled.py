@@ -22,12 +22,12 @@ from metapl.execution.kernels import no_fast_path
 from metapl.execution.ranks import gumbel
 from metapl.execution.rng import RandomState, branching_to
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.report import StepReport
 from metapl.functional.build import step_of, updates_of
 from metapl.functional.network import tensors_of
 from metapl.functional.state import State, state_of, unclipped
 from metapl.functional.trees import norm
 from metapl.problems.base import Signal
-from metapl.training.contract import StepReport
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.

@@ -16,8 +16,8 @@ contract      the numbers of a step
 Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options → contract.
 """
 
+from metapl.feedback.report import Report, Say
 from metapl.training.base import Trainer
-from metapl.training.contract import Report, Say
 from metapl.training.loop import FitResult
 from metapl.training.options import FitOptions
 from metapl.training.stopping import Callback, Interrupted, StopFit

@@ -23,12 +23,12 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import is_sharded
+from metapl.feedback.report import Report, Say
 from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.training.contract import Report, Say
 from metapl.training.loop import FitResult, FitRun
 from metapl.training.options import FitOptions
 from metapl.training.stopping import Callback

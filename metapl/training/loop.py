@@ -24,6 +24,7 @@ from metapl.execution.batch import plain
 from metapl.execution.checks import Fault
 from metapl.execution.shards import gathered, is_sharded, load_whole, local
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.report import Report, Say
 from metapl.metrics.metric import Metric
 from metapl.runs import checkpoint_parts as parts
 from metapl.runs.checkpoint import Found
@@ -31,7 +32,6 @@ from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.progress import progress
 from metapl.training import resuming
-from metapl.training.contract import Report, Say
 from metapl.training.figures import figures
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records

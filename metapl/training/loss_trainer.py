@@ -17,7 +17,12 @@ from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import Slots, restored
+<<<<<<< HEAD
 from metapl.feedback.teacher import NOT_FINITE, mean_scalars
+=======
+from metapl.feedback.report import Report
+from metapl.feedback.teacher import mean_scalars
+>>>>>>> lead
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
@@ -29,7 +34,6 @@ from metapl.problems.losses import (
 )
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
-from metapl.training.contract import Report
 from metapl.training.loop import FitResult
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses

@@ -24,6 +24,7 @@ from metapl.feedback.compatible import both_batches, check_mode, check_teacher, 
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.feedback.lookahead import Lookahead, inner_batches
 from metapl.feedback.path import take_steps
+from metapl.feedback.report import Report, StepReport
 from metapl.feedback.teacher import Teaching
 from metapl.functional.build import functional
 from metapl.functional.compiled import CompiledStep
@@ -34,7 +35,6 @@ from metapl.problems.base import BilevelProblem, has_own
 from metapl.problems.losses import TeacherLoss, check_losses, starts
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
-from metapl.training.contract import Report, StepReport
 from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of

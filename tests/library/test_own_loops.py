@@ -183,6 +183,127 @@ def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_pat
     assert same(whole, weights(train(accelerator(), tmp_path / "cut", 9, 4)))
 
 
+<<<<<<< HEAD
+=======
+@pytest.mark.long
+def test_two_processes_of_accelerate_take_the_steps_of_one(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    alone = example("with_accelerate").train(NoAccelerator(), tmp_path / "alone", 50)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [sys.executable, *launch, "examples/with_accelerate.py", str(tmp_path / "two"), "50"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "random_states_1.pkl").exists()  # of the second process
+    state = torch.load(tmp_path / "two" / "custom_checkpoint_0.pkl")
+    for role in ("student", "teacher"):
+        for name, value in getattr(alone, role).state_dict().items():
+            assert (state[role][name] - value).abs().max() < 1e-5 * value.abs().max()
+
+
+def prepared(*, twice: bool = False, **options: Any) -> tuple[list[nn.Module], list[Any], Any]:
+    acc = accelerator(**options)
+    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
+    wrapped = [acc.prepare(optimizer) for optimizer in optimizers]
+    if twice:
+        wrapped = [type(one)(one) for one in wrapped]
+    return [acc.prepare(network) for network in networks], wrapped, optimizers
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_optimizers_of_accelerate_are_taken_out_of_their_wrappers(twice: bool) -> None:
+    networks, (outer, inner), (own_outer, own_inner) = prepared(twice=twice)
+    trainer = metapl.BilevelTrainer(*networks, "forward", inner_optimizer=inner, outer_optimizer=outer)
+    assert trainer.inner_optimizer is own_inner
+    assert trainer.outer_optimizer is own_outer
+    assert metapl.LossTrainer(networks[1], optimizer=inner).optimizer is own_inner
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    given = {"labeled": (x, y), "unlabeled": x}
+    a, b = (metapl.hypergradient(*networks, **given, inner_optimizer=one).grads for one in (inner, own_inner))
+    assert same([*a.values()], [*b.values()])
+    assert metapl.check_gradient(*networks, **given, inner_optimizer=inner).passed
+    assert trainer.state_dict()["optimizers"] == {"inner": "SGD", "outer": "SGD"}
+
+
+def test_prepared_optimizers_of_plain_networks_are_refused_in_several_processes(monkeypatch: Any) -> None:
+    """As Lightning hands them over, and accelerate where the networks were not prepared: the copies drift apart."""
+    networks, (outer, inner), _ = prepared()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(MetaplError):
+            metapl.BilevelTrainer(*networks, **options)
+    with pytest.raises(MetaplError):
+        metapl.LossTrainer(networks[1], optimizer=inner)
+
+
+def test_accumulation_of_accelerate_is_refused() -> None:
+    networks, (outer, inner), _ = prepared(gradient_accumulation_steps=4)
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(MetaplError):
+            metapl.BilevelTrainer(*networks, **options)
+    with pytest.raises(MetaplError):
+        metapl.LossTrainer(networks[1], optimizer=inner)
+
+
+def test_a_scaled_loss_of_accelerate_is_refused() -> None:
+    networks, (outer, inner), _ = prepared()
+    inner.scaler = outer.scaler = torch.amp.GradScaler("cpu")  # which accelerate makes on GPUs only
+    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
+        with pytest.raises(MetaplError):
+            metapl.BilevelTrainer(*networks, **options)
+
+
+def test_mixed_precision_of_accelerate_trains_where_nothing_is_a_difference_of_rounded_outputs() -> None:
+    (teacher, student), (outer, inner), _ = prepared(mixed_precision="bf16")
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    optimizers = {"inner_optimizer": inner, "outer_optimizer": outer}
+    for mode in ("forward", "unrolled"):
+        trainer = metapl.BilevelTrainer(teacher, student, mode, **optimizers)
+        before = weights(trainer)
+        cosine = trainer.exact_cosine((x, y), x)
+        assert cosine is not None
+        assert cosine > 0.99
+        trainer.step((x, y), x)
+        assert not same(before, weights(trainer))
+    trainer, before = metapl.BilevelTrainer(teacher, student, "difference", **optimizers), weights(trainer)
+    with pytest.raises(MetaplError):
+        trainer.step((x, y), x)
+    assert same(before, weights(trainer))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_prepared_loader_is_fed_and_resumed(workers: int) -> None:
+    acc, data = accelerator(), torch.arange(20.0)
+    loaders = [
+        acc.prepare(torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, num_workers=workers))
+        for _ in range(2)
+    ]
+    first, second = (feed(loader, name="unlabeled", stop=99) for loader in loaders)
+    for _ in range(7):
+        first.next()
+    second.restore(first.state())
+    rest = [[one.next() for _ in range(6)] for one in (first, second)]
+    assert same(*rest)
+    first.close()
+    second.close()
+
+
+def test_a_network_with_a_part_in_ddp_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        inside = Logits(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)))
+        for networks in ((inside, nn.Linear(4, 3)), (nn.Linear(4, 3), inside)):
+            with pytest.raises(MetaplError):
+                metapl.BilevelTrainer(*networks)
+        with pytest.raises(MetaplError):
+            metapl.BilevelTrainer(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)), nn.Linear(4, 3))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+>>>>>>> lead
 # ----------------------------------------------------------------------------------------------------------- Lightning
 
 QUIET: dict[str, Any] = {"enable_model_summary": False}

@@ -144,8 +144,6 @@ def test_the_student_learns_strong_and_the_teacher_is_fed_back_through_weak(mode
         assert torch.equal(report.signal.value, expected.labels)
 
 
-
-
 # ---------------------------------------------------------------------------------------- the teacher's own losses
 
 
@@ -185,8 +183,6 @@ def test_the_teachers_own_losses_are_added_to_the_feedback(
         assert report.teacher_loss == pytest.approx((supervised + consistency).item(), rel=1e-12)
 
 
-
-
 @pytest.mark.parametrize(("views", "names"), [(False, {"cross_entropy"}), (True, {"cross_entropy", "uda"})])
 def test_the_default_losses_are_smoothed_cross_entropy_and_uda_for_two_views(views: bool, names: set[str]) -> None:
     case = toy("mlp", views=views)
@@ -198,13 +194,7 @@ def test_the_default_losses_are_smoothed_cross_entropy_and_uda_for_two_views(vie
     )
 
 
-
-
-
-
 # ------------------------------------------------------------------------------------------------------ the report
-
-
 
 
 class Table(nn.Module):
@@ -248,8 +238,6 @@ def test_a_gradient_left_by_the_caller_does_not_enter_the_step() -> None:
         trainer_for(case, "reinforce").step(**case.data())
         runs.append([*values(case.student).values(), *values(case.teacher).values()])
     assert same(*runs)
-
-
 
 
 @pytest.mark.parametrize("mode", [Difference(), LossDifference(baseline=0.9), "forward", "reinforce"])
