@@ -19,11 +19,11 @@ from metapl.execution.checks import Fault
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.ranks import gumbel
 from metapl.execution.rng import RandomState
+from metapl.feedback.report import StepReport
 from metapl.functional.build import step_of, updates_of
 from metapl.functional.first_step import eager_step, refuse_other
 from metapl.functional.state import Report, State, settings_of, state_of, unclipped
 from metapl.problems.base import Signal
-from metapl.feedback.report import StepReport
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.

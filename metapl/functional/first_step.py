@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, branching_to
 from metapl.feedback.lookahead import Lookahead
+from metapl.feedback.report import StepReport
 from metapl.functional.build import updates_of
 from metapl.functional.state import State, state_of
 from metapl.functional.trees import norm
-from metapl.feedback.report import StepReport
 
 AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm
 Taken = tuple[State, StepReport]
