@@ -193,6 +193,10 @@ class FitRun:
         waits = options.waits(t)
         labeled, unlabeled = self._next("labeled"), self._unlabeled(waits)
         self.rates.move(t)
+        if options.warm_start and t == options.wait and trainer.teacher is not None:
+            with self._held("teacher") as teacher:
+                load_whole(trainer.student, weights_of(teacher))
+            self.averages["student"] = self._average("student")
         try:
             report = trainer.teacher_step(labeled, unlabeled) if waits else trainer.step(labeled, unlabeled)
         except MetaplError as error:

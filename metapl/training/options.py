@@ -31,6 +31,8 @@ class FitOptions:
             schedule, warm-up included, and its average. The authors have 3,000 for CIFAR-10 and 20,000 for ImageNet.
         ema_decay: keep a moving average of the student's weights, with decay min(this, (1+t)/(10+t)), which is then
             validated and kept. A teacher is averaged alike, and itself makes the labels. None: no averages.
+        warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights (the average's, where
+            there is one). The two need the same architecture.
         select: keep the best student by validation, the latest of equals; False: keep the last one, whatever
             validation shows. A few validation examples cannot tell students apart.
         validate_every, log_every, save_every: in steps; the last step counts as a multiple of each.
@@ -45,6 +47,7 @@ class FitOptions:
     warmup: AtLeastZero = 0
     wait: AtLeastZero = 0
     ema_decay: Annotated[float, Range(0, 1)] | None = None
+    warm_start: bool = False
     select: bool = True
     validate_every: AtLeastOne = 100
     log_every: AtLeastOne = 20
@@ -57,6 +60,8 @@ class FitOptions:
         check_fields(self)
         if self.wait >= self.steps:
             raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
+        if self.warm_start and not self.wait:
+            raise MetaplError("warm_start=True: expected steps in which the teacher trains alone, wait=1000 say.")
         if self.warmup > self.steps - self.wait:
             raise MetaplError(f"warmup={self.warmup}: expected at most the steps after wait, {self.steps - self.wait}.")
         if self.decay_every is not None and self.schedule != "exponential":

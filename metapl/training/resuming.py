@@ -22,7 +22,7 @@ OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", 
 def options_of(run: Any) -> dict[str, Any]:
     """One flat dict of plain values, which two parts of a fit have in common."""
     options, trainer, metric = run.options, run.trainer, run.selection.metric
-    names = ["schedule", "warmup", "wait", "ema_decay", "select"]
+    names = ["schedule", "warmup", "wait", "ema_decay", "warm_start", "select"]
     names += ["decay_every"] * (options.schedule == "exponential")
     names += ["steps"] * (options.schedule != "constant" and options.decay_every is None)
     found = {name: getattr(options, name) for name in names}

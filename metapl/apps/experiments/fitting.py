@@ -1,4 +1,4 @@
-"""What the application adds to a fit: shares of whole batches, a warm start, and figures of the pseudo-labels."""
+"""What the application adds to a fit: shares of whole batches, and figures of the pseudo-labels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor
 from metapl.data import StepBatches
 from metapl.errors import MetaplError
 from metapl.execution.batch import length, micro_batches
-from metapl.execution.shards import load_whole, whole
+from metapl.execution.shards import whole
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import batches_of, predict_logits
 from metapl.training import FitResult, Trainer
-from metapl.training.selection import weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +86,6 @@ class ExactCosine:
         return {"exact_cosine": self.found[step]} if step in self.found else {}
 
 
-def begin_warm(trainer: Any, wait: int) -> None:
-    """Let the student take the teacher's weights when it begins, after ``wait`` steps."""
-    step = trainer.step
-
-    def first(labeled: Any, unlabeled: Any = None) -> Any:
-        if trainer.steps_done == wait:
-            weights: dict[str, Tensor] = weights_of(trainer.teacher)
-            load_whole(trainer.student, weights)
-        return step(labeled, unlabeled)
-
-    trainer.step = first
-
-
 def fit(
     trainer: Trainer,
     labeled: Any,
@@ -107,7 +93,6 @@ def fit(
     *,
     truth: Any = None,
     exact_every: int | None = None,
-    warm_start: bool = False,
     **options: Any,
 ) -> FitResult:
     """:meth:`metapl.training.Trainer.fit` with what is above.
@@ -116,12 +101,9 @@ def fit(
         trainer, labeled, unlabeled, options: of the fit.
         truth: (inputs, labels) of unlabeled examples whose labels are known, for looking at pseudo-labels only.
         exact_every: steps between measurements of the cosine to the exact gradient; None: never.
-        warm_start: the student begins with the teacher's weights.
     """
     callbacks = [*options.pop("callbacks", ()), *([] if truth is None else [Truth(truth)])]
     own = "step" in vars(trainer)
-    if warm_start:
-        begin_warm(trainer, options["wait"])
     if exact_every is not None and getattr(getattr(trainer, "mode", None), "credits", "nothing") != "nothing":
         callbacks.append(ExactCosine(trainer, exact_every, options["steps"]))
     try:
