@@ -344,7 +344,7 @@ class _Verified:
 
     def _of_implicit(self, mode: Implicit) -> Errors:
         """h beside double backward, with w by its solver from Hessian products of double backward."""
-        case, signal = self.base.copied(), self.told[0]
+        case, signal = self.base.copied(), joined_signals(self.told)  # of the micro-batches of one step
         at = {n: t.requires_grad_() for n, t in signal.fields().items() if (0, n) in self.h}
         theta, batch = trainable(case.student), case.batches[0]
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
