@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
-from metapl.execution.batch import micro_batches
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import micro_batches, plain
 from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState
+from metapl.feedback import Lookahead, Mode
+from metapl.feedback.hypergradient import hypergradient
 from metapl.problems.base import Problem, Signal, enters_input, sum_and_weight
 from metapl.updates import update_of
 
 Tree = dict[Any, Tensor]
 
 APPROXIMATE = 1e-2  # the relative error that a mode may have which takes differences itself
+STEPS = 3  # of a look-ahead
 EPS, EPS32 = 2e-16, 1e-7  # rounding of F, and of one that runs in float32 somewhere
 
 
@@ -285,3 +288,57 @@ def flat(tree: Any) -> Tensor:
 
 def size_of(t: Tensor) -> float:
     return max(float(t.detach().double().square().mean().sqrt()), 1e-2)
+
+
+def batches_of(labeled: Any, unlabeled: Any) -> tuple[Any, list[Any]]:
+    """Copies: a slice would be copied with all of the tensor that it is one of."""
+    ahead = unlabeled if isinstance(unlabeled, Lookahead) else [unlabeled]
+    given = [plain(labeled), *(plain(ahead[i]) for i in range(min(len(ahead), STEPS)))]
+    labeled, *batches = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
+    return labeled, batches
+
+
+def by_mode(step: Step, mode: Mode) -> Any:
+    """The mode's own gradient."""
+    case = step.copied()
+    case.random.restore()
+    inner = Lookahead(case.batches) if len(case.batches) > 1 else case.batches[0]
+    given = {"labeled": case.labeled, "unlabeled": inner, "mode": mode, "problem": case.problem}
+    given |= {"inner_optimizer": case.optimizer, "inner_state": case.state, "generator": case.generator}
+    options = {"accumulate": case.accumulate, "clip_norm": case.clip_norm}
+    return hypergradient(case.teacher, case.student, **given, **options)  # type: ignore[arg-type]
+
+
+def plain_state(part: nn.Module) -> dict[str, Any]:
+    """A module's numbers and texts, and the lengths of its containers."""
+    own = {name: t for name, t in vars(part).items() if not name.startswith("_")}
+    lengths = {name: len(t) for name, t in own.items() if isinstance(t, list | dict | set)}
+    return {name: t for name, t in own.items() if isinstance(t, bool | int | float | str)} | lengths
+
+
+def functions_in(t: Tensor) -> list[str]:
+    """The names of autograd functions of one's own in a graph."""
+    nodes, seen, found = [t.grad_fn], set[Any](), set[str]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {type(node).__name__.removesuffix("Backward")} if hasattr(node, "_forward_cls") else set()
+            nodes += [other for other, _ in node.next_functions]
+    return sorted(found)
+
+
+def causes(before: Step, run: Run) -> list[str]:
+    """What a step has in it, or has changed, that may make a gradient wrong."""
+    after, found = run.copies, list[str]()
+    pairs = (("student", before.student, after.student), ("teacher", before.teacher, after.teacher))
+    for who, one, other in pairs:
+        parts = [] if one is None or other is None else [*zip(one.modules(), other.modules(), strict=False)]
+        hooked = [type(a).__name__ for a, _ in parts if a._forward_hooks or a._backward_hooks]
+        moved = [name for a, b in parts for name, t in plain_state(b).items() if plain_state(a).get(name) != t]
+        found += [f"hooks of the {who} (of {few(hooked, 3)})"] * bool(hooked)
+        found += [f"attributes that a pass of the {who} changes ({few(moved, 3)})"] * bool(moved)
+    leaves = [pytree.tree_leaves([case.batches, case.labeled]) for case in (before, after)]
+    written, names = any(not same(a, b) for a, b in zip(*leaves, strict=True)), functions_in(run.labeled[0])
+    found += ["a batch that is changed in place"] * written
+    return found + [f"autograd functions of the student's own ({few(names, 3)})"] * bool(names)

@@ -21,20 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, either, few, reason_of
-from metapl.execution.batch import plain
 from metapl.execution.layout import layouts
 from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState
-from metapl.feedback import Estimator, Implicit, Lookahead, LossDifference, Mode, estimator
+from metapl.feedback import Estimator, Implicit, LossDifference, Mode, estimator
 from metapl.feedback.compatible import prepare
-from metapl.feedback.hypergradient import hypergradient
 from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import Problem, Signal, field_of, joined_signals, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.training.real_step import APPROXIMATE, EPS, EPS32, Run, Step, Tree, flat, of_torch, off_by, same, size_of
+from metapl.training import real_step
+from metapl.training.real_step import EPS, EPS32, Run, Step, Tree, flat, off_by
 from metapl.updates import update_of
 
 Errors = dict[str, float | None]  # None: rounding drowns the difference
@@ -42,7 +40,6 @@ Status = Literal["right", "allowed", "refused", "cannot tell", "nothing to verif
 Setting = bool | int | Literal["warn"]
 
 MOST_WEIGHTS = 50_000_000  # of both networks; larger ones are verified by check_gradient, or verify=N
-STEPS = 3  # of a look-ahead
 EXACT = 1e-5  # the relative error that an exact mode may have, beyond rounding
 LOG = logging.getLogger("metapl")
 
@@ -115,20 +112,20 @@ def check_gradient(
     True
     """
     labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-    if labeled is None or unlabeled is None:
-        raise MetaplError("check_gradient was given no batches of a step; expected labeled= and unlabeled=.")
-    if isinstance(getattr(teacher, "verification", None), Verification):
-        if any(t is not None for t in (student, problem, inner_optimizer, inner_state, generator, clip_norm)):
-            raise MetaplError("check_gradient was given a trainer and other parts beside it; expected the trainer.")
+    trainer = isinstance(getattr(teacher, "verification", None), Verification)
+    given = [student, inner_optimizer, problem, inner_state, generator, clip_norm]
+    wrong = any(part is not None for part in given) if trainer else student is None or inner_optimizer is None
+    if wrong or labeled is None or unlabeled is None:
+        raise MetaplError("check_gradient takes a trainer, or teacher, student and inner_optimizer; and both batches.")
+    if student is None:
         return verified(*_of_trainer(teacher, labeled, unlabeled, mode))
-    if student is None or inner_optimizer is None:
-        raise MetaplError("check_gradient takes a trainer, or teacher, student and inner_optimizer, and the batches.")
     (of_teacher, of_student, device), estimate = layouts(teacher, student), estimator(mode or "forward")
     if of_student.is_sharded or not of_student.ranks.alone:
         raise MetaplError("check_gradient was given networks of several processes; expected those of one, not sharded.")
     networks = None if of_teacher is None else of_teacher.network, of_student.network, prepare(problem, estimate)
-    given = *networks, inner_optimizer, inner_state, *_batches(labeled, unlabeled), clip_norm, accumulate
-    return verified(Step(*given, generator, RandomState.now(device)), estimate)
+    parts = *networks, inner_optimizer, inner_state, *real_step.batches_of(labeled, unlabeled)
+    step = Step(*parts, clip_norm, accumulate, generator, RandomState.now(device))
+    return verified(step, estimate)
 
 
 class Verification:
@@ -149,15 +146,11 @@ class Verification:
         if mark in self.known and not (every and trainer.steps_done % every == 0):
             return
         weights = sum(p.numel() for network in trainer.networks.values() for p in network.parameters())
-        if spread := any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts):
-            told = "networks of several processes are not verified: give metapl.check_gradient smaller ones in one."
-        else:
-            told = (
-                f"networks of {weights:,} weights are not verified: take verify=N, or metapl.check_gradient(trainer)."
-            )
+        spread = any(layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts)
         if spread or (weights > MOST_WEIGHTS and not every):
+            what = "several processes" if spread else f"{weights:,} weights"
             if trainer.ranks.first:
-                LOG.warning(told)
+                LOG.warning("Networks of %s are not verified: give metapl.check_gradient small ones of one.", what)
         else:
             found = verified(*_of_trainer(trainer, labeled, unlabeled))
             self.verdict = f"{found.status}: {found.verdict}"
@@ -190,19 +183,11 @@ def refuse_hooks(student: nn.Module) -> None:
 
 def _of_trainer(trainer: Any, labeled: Any, unlabeled: Any, mode: Mode | None = None) -> tuple[Step, Estimator]:
     estimate, optimizer = estimator(trainer.mode if mode is None else mode), trainer.inner_optimizer
-    state = None if of_torch(optimizer) else trainer.update.read_state()
+    state = None if real_step.of_torch(optimizer) else trainer.update.read_state()
     networks = trainer.teacher, trainer.student, prepare(trainer.problem, estimate)
     options = trainer.clip_norm, trainer.accumulate, trainer.generator, RandomState.now(trainer.device)
-    given: tuple[Any, ...] = (*networks, optimizer, state, *_batches(labeled, unlabeled), *options)
+    given: tuple[Any, ...] = (*networks, optimizer, state, *real_step.batches_of(labeled, unlabeled), *options)
     return Step(*given), estimate
-
-
-def _batches(labeled: Any, unlabeled: Any) -> tuple[Any, list[Any]]:
-    """Copies: a slice would be copied with all of the tensor that it is one of."""
-    ahead = unlabeled if isinstance(unlabeled, Lookahead) else [unlabeled]
-    given = [plain(labeled), *(plain(ahead[i]) for i in range(min(len(ahead), STEPS)))]
-    labeled, *batches = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
-    return labeled, batches
 
 
 # -------------------------------------------------------------------------------------------------------- the verdict
@@ -232,23 +217,12 @@ def verified(given: Step, estimate: Any) -> GradientCheck:
         set_rng_state(before)
 
 
-def by_mode(step: Step, mode: Mode) -> Any:
-    """The mode's own gradient."""
-    case = step.copied()
-    case.random.restore()
-    inner = Lookahead(case.batches) if len(case.batches) > 1 else case.batches[0]
-    given = {"labeled": case.labeled, "unlabeled": inner, "mode": mode, "problem": case.problem}
-    given |= {"inner_optimizer": case.optimizer, "inner_state": case.state, "generator": case.generator}
-    options = {"accumulate": case.accumulate, "clip_norm": case.clip_norm}
-    return hypergradient(case.teacher, case.student, **given, **options)  # type: ignore[arg-type]
-
-
 class _Verified:
     """The gradient of a mode at one point, beside differences; and what is found where they disagree."""
 
     def __init__(self, base: Step, estimate: Estimator, eps: float = EPS) -> None:
         self.base, self.estimate, self.learned = base, estimate, base.learned()
-        self.found, self.run = by_mode(base, estimate), base.taken()
+        self.found, self.run = real_step.by_mode(base, estimate), base.taken()
         self.eps = eps if self.run.loss.dtype == torch.float64 else EPS32
         h, self.told = self.found.feedback, [signal.detached() for signal in self.run.signals]
         named = [t if isinstance(t, dict) else {"": t} for t in (h if isinstance(h, tuple) else (h,))]
@@ -283,7 +257,7 @@ class _Verified:
     def _tolerance(self) -> float:
         exact = self.estimate.exact or self.sampled or isinstance(self.estimate, Implicit)
         by_difference = "difference" in (self.estimate.name, getattr(self.estimate, "tangent", ""))
-        return EXACT if exact and not by_difference and self.eps < EPS32 else APPROXIMATE
+        return EXACT if exact and not by_difference and self.eps < EPS32 else real_step.APPROXIMATE
 
     def off(self, errors: Errors) -> list[str]:
         return [what for what, error in errors.items() if error is not None and error > self._tolerance]
@@ -293,7 +267,7 @@ class _Verified:
         errors: Errors = {}
         if type(self.base.problem).revised_signal is Problem.revised_signal:  # else the mode's is that of a later step
             gap = abs(float(self.found.outer_loss) - float(self.run.loss)) / max(abs(float(self.run.loss)), 1e-3)
-            errors["the mode's own L(θ′)"] = max(gap, 2 * APPROXIMATE) if gap > 1000 * self.eps else gap
+            errors["the mode's own L(θ′)"] = max(gap, 2 * real_step.APPROXIMATE) if gap > 1000 * self.eps else gap
         if isinstance(self.estimate, Implicit):
             errors |= self._of_implicit(self.estimate)
         elif isinstance(self.estimate, LossDifference):
@@ -328,7 +302,7 @@ class _Verified:
         draw, given = torch.Generator().manual_seed(0), (value(self.run), self.eps, self._tolerance)
         theta: Tree = {**trainable(self.base.student)} if moved in ("start", "end") else self.learned
         signs = {n: torch.randint(0, 2, g.shape, generator=draw).to(g) * 2 - 1 for n, g in gradient.items()}
-        direction = {n: t * (size_of(theta[n]) if n in theta else 1.0) for n, t in signs.items()}
+        direction = {n: t * (real_step.size_of(theta[n]) if n in theta else 1.0) for n, t in signs.items()}
         what, length = what or f"the {moved}", float(flat(gradient).norm())
         errors: Errors = {}
         if length > 0 and len(flat(gradient)) > 1:
@@ -420,8 +394,8 @@ class _Verified:
             inner = case.problem.inner_loss(z, signal, case.batches[0], trainable(case.student)).mean()
             whole = case.problem.outer_loss(torch.cat(run.labeled), case.problem.outer_batch(case.labeled))
             total, weight = sum_and_weight(whole)
-            pairs = {"inner_loss": (float(inner.detach()), run.inner)}
-            pairs["outer_loss"] = float((total / weight).detach()), float(run.loss)
+            outer = float((total / weight).detach()), float(run.loss)
+            pairs = {"inner_loss": (float(inner.detach()), run.inner), "outer_loss": outer}
             for name, (a, b) in pairs.items():
                 if abs(a - b) > max(1e-6, 100 * self.eps) * max(abs(a), abs(b)):
                     return f"{name} is {a:.6g}, and {b:.6g} by micro-batches: no mean over examples, nor (sum, weight)."
@@ -444,13 +418,14 @@ class _Verified:
             return "refused", "the loss moves while the signal is held: there is a way past the signal to it."
         if off[0].startswith("the signal in the teacher") and not self.expected:
             return "refused", "the gradient of log_prob in the teacher is not its derivative: is it detached in part?"
+        causes = real_step.causes(self.base, self.run)
         if off[0] == "the mode's own L(θ′)":
-            return "refused", f"likely {'; '.join([*self._causes(), 'or state or random numbers of its own'])}."
+            return "refused", f"likely {'; '.join(causes) or 'state or random numbers of its own, or a shared memory'}."
         scored = self.learned and (self.expected or not self.sampled)
         if scored and not self.off(self._of_signal()):
             if not self.off(self._of_score(self._gradient(own=True))):
                 return "refused", "h is right, and the mode's gradient in the teacher is not that of h."
-            if names := _functions(self._score(self.run.signals)):
+            if names := real_step.functions_in(self._score(self.run.signals)):
                 return "refused", f"the backward of {few(names)} in the signal is not the derivative of its forward."
             return "allowed", "the signal is detached in part (detach, no_grad, argmax), which leaves out that part."
         at = {"inner": "start", "outer": "end"}
@@ -458,7 +433,8 @@ class _Verified:
         which = f"the gradient of the {' and '.join(bent)} loss in the student's weights is not its derivative"
         if bent and self._as_another():
             return "allowed", f"{which} (straight-through, detached, a backward of its own), and the mode follows it."
-        return "refused", f"likely {'; '.join([which] * bool(bent) + self._causes()) or 'the mode itself'}."
+        causes = [which] * bool(bent) + causes
+        return "refused", f"likely {'; '.join(causes) or 'the mode, or a derivative of torch that it takes'}."
 
     def _as_another(self) -> bool:
         """Whether h is that of double backward on the same copies; of a mode without it, that of a mode alike."""
@@ -467,42 +443,8 @@ class _Verified:
         alike = {"unrolled": "forward", "reinforce": "reinforce_per_example", "reinforce_per_example": "reinforce"}
         other: Any = alike.get(self.estimate.name, "unrolled")
         try:
-            h, reference = flat([*self.h.values()]), flat(by_mode(self.base, other).feedback)
+            h, reference = flat([*self.h.values()]), flat(real_step.by_mode(self.base, other).feedback)
         except (RuntimeError, MetaplError):  # of an operation without that derivative
             return bool(other == "forward")
         h, reference = (h.sum(), reference.sum()) if self.sampled else (h, reference)  # Σ h_i is the batch's scalar
         return bool(torch.dist(h, reference) <= self._tolerance * reference.norm())
-
-    def _causes(self) -> list[str]:
-        after, causes = self.run.copies, list[str]()
-        pairs = (("student", self.base.student, after.student), ("teacher", self.base.teacher, after.teacher))
-        for who, one, other in pairs:
-            parts = [] if one is None or other is None else [*zip(one.modules(), other.modules(), strict=False)]
-            hooked = [type(a).__name__ for a, _ in parts if a._forward_hooks or a._backward_hooks]
-            moved = [name for a, b in parts for name, t in _plain(b).items() if _plain(a).get(name) != t]
-            causes += [f"hooks of the {who} (of {few(hooked, 3)})"] * bool(hooked)
-            causes += [f"attributes that a pass of the {who} changes ({few(moved, 3)})"] * bool(moved)
-        leaves = [pytree.tree_leaves([case.batches, case.labeled]) for case in (self.base, after)]
-        written, names = any(not same(a, b) for a, b in zip(*leaves, strict=True)), _functions(self.run.labeled[0])
-        causes += ["a batch that is changed in place"] * written
-        causes += [f"autograd functions of the student's own ({few(names, 3)})"] * bool(names)
-        return causes
-
-
-def _plain(part: nn.Module) -> dict[str, Any]:
-    """A module's numbers and texts, and the lengths of its containers."""
-    own = {name: t for name, t in vars(part).items() if not name.startswith("_")}
-    lengths = {name: len(t) for name, t in own.items() if isinstance(t, list | dict | set)}
-    return {name: t for name, t in own.items() if isinstance(t, bool | int | float | str)} | lengths
-
-
-def _functions(t: Tensor) -> list[str]:
-    """The names of autograd functions of one's own in a graph."""
-    nodes, seen, found = [t.grad_fn], set[Any](), set[str]()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found |= {type(node).__name__.removesuffix("Backward")} if hasattr(node, "_forward_cls") else set()
-            nodes += [other for other, _ in node.next_functions]
-    return sorted(found)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
-from metapl.training import verify
+from metapl.training import real_step, verify
 from metapl.training.verify import GradientCheck, VerificationWarning
 
 COLUMNS: dict[str, tuple[Any, int]] = {
@@ -230,8 +230,8 @@ FAULTS: dict[str, Callable[..., Any]] = {
 
 
 def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
-    real = verify.hypergradient
-    patch.setattr(verify, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
+    real = real_step.hypergradient
+    patch.setattr(real_step, "hypergradient", lambda *networks, **options: FAULTS[fault](real, *networks, **options))
 
 
 @pytest.mark.parametrize(("mode", "fault"), product(["forward", "reinforce", "unrolled"], FAULTS, usual=["forward"]))
