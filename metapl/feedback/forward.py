@@ -81,7 +81,7 @@ class Forward(Estimator):
     updates affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B = 2, relative
     norm: 0.26 under a warmed Adam, 0.82 under an active clip).
     Raises: :class:`metapl.MetaplError` for operations without forward-mode AD, by name, with the modes that run
-    on the student; attention runs on its math kernel, or for blocks of queries.
+    on the student; attention runs on its math kernel.
     Source: derived at the head of this file, from eq. (3); the mixed-mode products of the AD literature.
     """
 

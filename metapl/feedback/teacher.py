@@ -27,6 +27,11 @@ from metapl.feedback.path import Path
 from metapl.problems.base import Problem, Signal, check_signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
+NOT_FINITE = (
+    "the network's own loss is NaN or infinite: it has diverged, or a batch has extreme values; lower its learning "
+    "rate, or clean the batch."
+)
+
 
 class TeacherPass:
     """The teacher's pass on one inner batch, at θ_T from before the step.
@@ -205,7 +210,10 @@ class Teaching:
                 p.grad = of_losses.get(name)
             scalars[-1]["feedback_weight"] = scale
         means = mean_scalars(scalars)
-        return means if self.ranks.alone else self.ranks.mean_scalars(means)
+        means = means if self.ranks.alone else self.ranks.mean_scalars(means)
+        # The mean over the ranks is finite where all of them are: they refuse it together.
+        checks.refuse_not_finite(means["teacher_loss"], NOT_FINITE)
+        return means
 
 
 def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:

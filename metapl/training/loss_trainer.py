@@ -18,7 +18,7 @@ from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import Slots, restored
 from metapl.feedback.report import Report
-from metapl.feedback.teacher import mean_scalars
+from metapl.feedback.teacher import NOT_FINITE, mean_scalars
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
@@ -112,11 +112,13 @@ class LossTrainer(Trainer):
             )
             with self._autocast():
                 parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
+            means = self.ranks.mean_scalars(mean_scalars(parts))
+            checks.refuse_not_finite(means[self.total], NOT_FINITE)
             self.clip()
             self.optimizer.step()
             self.layout.agree_on_buffers()
             self.steps_done += 1
-            return Report(self.steps_done - 1, self.ranks.mean_scalars(mean_scalars(parts)), fault)
+            return Report(self.steps_done - 1, means, fault)
 
     def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
         """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""

@@ -145,12 +145,11 @@ class TorchUpdate(Update):
         state, groups = self.read_state(), self.optimizer.param_groups
         return {n: self.begun(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
 
-    def options(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The options of the param groups in two parts: those that make the rule what it is, and the numbers in it. A 0
-        is of the first part, since it leaves something out."""
-        groups = options_of(self.optimizer)
-        now = [{n: group.pop(n) for n in self.numbers if _is_set(group[n])} for group in groups]
-        return groups, now
+    def settings(self) -> list[dict[str, Any]]:
+        """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""
+        groups = self.optimizer.param_groups
+        found = [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in groups]
+        return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in found]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)

@@ -132,8 +132,10 @@ def smoothed_score(patch: pytest.MonkeyPatch) -> None:
 
 def batch_taken_in_parts(patch: pytest.MonkeyPatch) -> None:
     """A signal of the batch as a whole is asked for micro-batch by micro-batch."""
-    for kind in [Problem, *Problem.__subclasses__()]:
+    kinds = [Problem]
+    for kind in kinds:
         patch.setattr(kind, "signal_of_batch", False)
+        kinds += kind.__subclasses__()
 
 
 # ------------------------------------------------------------------------------------------ the update
@@ -334,7 +336,13 @@ def excluded_end_taken(patch: pytest.MonkeyPatch) -> None:
 
 def requirements_not_held(patch: pytest.MonkeyPatch) -> None:
     """Every mode runs wherever the student lies."""
-    patch.setattr(Layout, "offers", frozenset(Capability))
+    real = Layout.__init__
+
+    def init(self: Layout, *given: Any, **options: Any) -> None:
+        real(self, *given, **options)
+        self.offers = frozenset(Capability)
+
+    patch.setattr(Layout, "__init__", init)
 
 
 def same_order_every_epoch(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""Processes that stand for the ranks of a distributed run: started once, they run one function after another."""
+"""Fresh processes that stand for the ranks of a distributed run: they run one function after another.
+
+If one of them dies or hangs, the test that it was asked for fails, and the next one begins with new ones.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from forked import context
 
 SECONDS = 60.0
 
@@ -32,14 +33,18 @@ class Ranks:
     """
 
     def __init__(self, number: int, cases: str = "sharded_cases", *, joined: bool = True) -> None:
-        from_here = context()
+        self.number, self.cases, self.joined = number, cases, joined
+        self.folder: Any = None
+        self.pipes, self.processes = list[Connection](), list[Any]()
+
+    def start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        meeting = str(Path(self.folder.name) / "meeting") if joined else _free_port()
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for rank in range(number):
-            ours, theirs = from_here.Pipe()
-            process = from_here.Process(target=_serve, args=(theirs, rank, number, meeting, cases), daemon=True)
+        meeting = str(Path(self.folder.name) / "meeting") if self.joined else _free_port()
+        for rank in range(self.number):
+            ours, theirs = spawn.Pipe()
+            given = theirs, rank, self.number, meeting, self.cases
+            process = spawn.Process(target=_serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -47,16 +52,21 @@ class Ranks:
 
     def run(self, name: str, **arguments: Any) -> list[Any]:
         """What a function of that module returns on every rank."""
+        if not self.pipes:
+            self.start()
         # Of processes that meet anew each time, one might find the meeting place of the last time still open.
         port = _free_port()
-        for pipe in self.pipes:
-            pipe.send((name, arguments, port))
         answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(SECONDS):
-                self.close()
-                raise Hung(f"rank {rank} of {len(self.pipes)} did not answer to {name}({arguments}) in {SECONDS:.0f} s")
-            answers.append(pipe.recv())
+        try:
+            for pipe in self.pipes:
+                pipe.send((name, arguments, port))
+            for rank, pipe in enumerate(self.pipes):
+                if not pipe.poll(SECONDS):
+                    raise Hung(f"rank {rank} of {self.number} did not answer to {name} in {SECONDS:.0f} s")
+                answers.append(pipe.recv())
+        except (Hung, EOFError, OSError):
+            self.close()
+            raise
         failed = [text for text, _ in answers if text is not None]
         assert not failed, "\n".join(failed)
         return [value for _, value in answers]
@@ -70,7 +80,9 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self.folder.cleanup()
+        self.pipes, self.processes = [], []
+        if self.folder is not None:
+            self.folder.cleanup()
 
 
 def _free_port() -> int:
@@ -92,7 +104,6 @@ def _serve(pipe: Connection, rank: int, number: int, meeting: str | int, module:
     from torch import distributed as dist
 
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(None, force=True)  # their loaders' workers are not of the server
     if isinstance(meeting, str):
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=number)
     else:

@@ -84,7 +84,7 @@ def plainly(problem: Toy, kind: str = "soft") -> tuple[reference.Tree, dict[str,
     later = twin(student)  # as its backward pass leaves it, in which a checkpoint runs again
     state = state_of(later)
     torch.set_rng_state(own_stream(after_inner))
-    put(later, {name: p.detach().requires_grad_() for name, p in moved.items()})
+    put(later, {name: nn.Parameter(p.detach()) for name, p in moved.items()})
     at = {name: p for name, p in later.named_parameters() if p.requires_grad}
     outer = F.cross_entropy(later(problem.labeled[0]), problem.labeled[1])
     v = torch.autograd.grad(outer, list(at.values()), materialize_grads=True)  # while θ′ is there for checkpoints

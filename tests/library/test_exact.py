@@ -91,6 +91,17 @@ def test_warmed_optimiser(estimator: str, student: str, optimiser: str) -> None:
         check_against_reference(estimator, problem, rule, inner, inner_state, rule_state)
 
 
+@pytest.mark.parametrize("optimiser", ["torch_sgd_nesterov", "torch_adamw", "torchopt_clip"])
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("estimator", ["forward", "forward_hard", "reinforce_per_example"])
+def test_large_students_go_along_a_tangent(
+    estimator: str, student: str, optimiser: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where small ones keep a graph."""
+    monkeypatch.setattr("metapl.feedback.forward.SMALL", 0)
+    test_fresh_optimiser(estimator, student, optimiser)
+
+
 def unmoved_but_for_draws(problem: Toy, inner: Any) -> Any:
     """Weights, buffers, gradients and optimiser states bit for bit; the generator is the caller's own."""
     return unmoved(problem, *([inner] if isinstance(inner, torch.optim.Optimizer) else []), generator=False)

@@ -130,11 +130,10 @@ CAUGHT: dict[str, list[Check]] = {
         of(test_step.test_micro_batches_give_the_numbers_of_the_whole, "forward", "mlp", "torch_sgd_nesterov")
     ],
     "outputs_unchecked": [
-        of(test_replays.test_random_numbers_of_a_students_own_are_refused, "per_example_by_difference"),
         of(test_replays.test_a_teacher_that_draws_otherwise_when_it_is_recomputed_is_refused),
     ],
     "slopes_unchecked": [of(test_replays.test_a_gradient_that_is_not_the_derivative_on_purpose, "hook", [])],
-    "excluded_end_taken": [of(test_refusals.test_a_wrong_value_is_refused_where_it_is_made, "a decay of 1")],
+    "excluded_end_taken": [of(test_refusals.test_a_wrong_value_is_refused_where_it_is_made, "Reinforce.baseline")],
     "requirements_not_held": [of(test_estimators.test_modes_run_on_the_layouts_that_offer_what_they_require)],
     "same_order_every_epoch": [of(test_data.test_orders_differ_by_epoch_seed_and_stream)],
 }

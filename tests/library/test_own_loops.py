@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import runpy
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,25 +16,15 @@ from typing import Any
 import pages
 import pytest
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 import metapl
-from metapl.data import feed
-from metapl.errors import MetaplError
-from metapl.models import Logits
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::Warning"),  # those of other libraries
     pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="the examples are not installed"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _own_generator() -> Iterator[None]:
-    with torch.random.fork_rng():
-        yield
 
 
 def example(name: str) -> SimpleNamespace:
@@ -195,124 +183,6 @@ def test_a_loop_of_accelerate_takes_the_steps_of_a_plain_one_and_resumes(tmp_pat
     assert same(whole, weights(train(accelerator(), tmp_path / "cut", 9, 4)))
 
 
-@pytest.mark.long
-def test_two_processes_of_accelerate_take_the_steps_of_one(tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    alone = example("with_accelerate").train(NoAccelerator(), tmp_path / "alone", 50)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [sys.executable, *launch, "examples/with_accelerate.py", str(tmp_path / "two"), "50"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "random_states_1.pkl").exists()  # of the second process
-    state = torch.load(tmp_path / "two" / "custom_checkpoint_0.pkl")
-    for role in ("student", "teacher"):
-        for name, value in getattr(alone, role).state_dict().items():
-            assert (state[role][name] - value).abs().max() < 1e-5 * value.abs().max()
-
-
-def prepared(*, twice: bool = False, **options: Any) -> tuple[list[nn.Module], list[Any], Any]:
-    acc = accelerator(**options)
-    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
-    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
-    wrapped = [acc.prepare(optimizer) for optimizer in optimizers]
-    if twice:
-        wrapped = [type(one)(one) for one in wrapped]
-    return [acc.prepare(network) for network in networks], wrapped, optimizers
-
-
-@pytest.mark.parametrize("twice", [False, True])
-def test_optimizers_of_accelerate_are_taken_out_of_their_wrappers(twice: bool) -> None:
-    networks, (outer, inner), (own_outer, own_inner) = prepared(twice=twice)
-    trainer = metapl.BilevelTrainer(*networks, "forward", inner_optimizer=inner, outer_optimizer=outer)
-    assert trainer.inner_optimizer is own_inner
-    assert trainer.outer_optimizer is own_outer
-    assert metapl.LossTrainer(networks[1], optimizer=inner).optimizer is own_inner
-    x, y = torch.randn(6, 4), torch.arange(6) % 3
-    given = {"labeled": (x, y), "unlabeled": x}
-    a, b = (metapl.hypergradient(*networks, **given, inner_optimizer=one).grads for one in (inner, own_inner))
-    assert same([*a.values()], [*b.values()])
-    assert metapl.check_gradient(*networks, **given, inner_optimizer=inner).passed
-    assert trainer.state_dict()["optimizers"] == {"inner": "SGD", "outer": "SGD"}
-
-
-def test_prepared_optimizers_of_plain_networks_are_refused_in_several_processes(monkeypatch: Any) -> None:
-    """As Lightning hands them over, and accelerate where the networks were not prepared: the copies drift apart."""
-    networks, (outer, inner), _ = prepared()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
-        with pytest.raises(MetaplError):
-            metapl.BilevelTrainer(*networks, **options)
-    with pytest.raises(MetaplError):
-        metapl.LossTrainer(networks[1], optimizer=inner)
-
-
-def test_accumulation_of_accelerate_is_refused() -> None:
-    networks, (outer, inner), _ = prepared(gradient_accumulation_steps=4)
-    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
-        with pytest.raises(MetaplError):
-            metapl.BilevelTrainer(*networks, **options)
-    with pytest.raises(MetaplError):
-        metapl.LossTrainer(networks[1], optimizer=inner)
-
-
-def test_a_scaled_loss_of_accelerate_is_refused() -> None:
-    networks, (outer, inner), _ = prepared()
-    inner.scaler = outer.scaler = torch.amp.GradScaler("cpu")  # which accelerate makes on GPUs only
-    for options in ({"inner_optimizer": inner}, {"outer_optimizer": outer}):
-        with pytest.raises(MetaplError):
-            metapl.BilevelTrainer(*networks, **options)
-
-
-def test_mixed_precision_of_accelerate_trains_where_nothing_is_a_difference_of_rounded_outputs() -> None:
-    (teacher, student), (outer, inner), _ = prepared(mixed_precision="bf16")
-    x, y = torch.randn(12, 4), torch.arange(12) % 3
-    optimizers = {"inner_optimizer": inner, "outer_optimizer": outer}
-    for mode in ("forward", "unrolled"):
-        trainer = metapl.BilevelTrainer(teacher, student, mode, **optimizers)
-        before = weights(trainer)
-        cosine = trainer.exact_cosine((x, y), x)
-        assert cosine is not None
-        assert cosine > 0.99
-        trainer.step((x, y), x)
-        assert not same(before, weights(trainer))
-    trainer, before = metapl.BilevelTrainer(teacher, student, "difference", **optimizers), weights(trainer)
-    with pytest.raises(MetaplError):
-        trainer.step((x, y), x)
-    assert same(before, weights(trainer))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_prepared_loader_is_fed_and_resumed(workers: int) -> None:
-    acc, data = accelerator(), torch.arange(20.0)
-    loaders = [
-        acc.prepare(torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, num_workers=workers))
-        for _ in range(2)
-    ]
-    first, second = (feed(loader, name="unlabeled", stop=99) for loader in loaders)
-    for _ in range(7):
-        first.next()
-    second.restore(first.state())
-    rest = [[one.next() for _ in range(6)] for one in (first, second)]
-    assert same(*rest)
-    first.close()
-    second.close()
-
-
-def test_a_network_with_a_part_in_ddp_is_refused(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
-    try:
-        inside = Logits(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)))
-        for networks in ((inside, nn.Linear(4, 3)), (nn.Linear(4, 3), inside)):
-            with pytest.raises(MetaplError):
-                metapl.BilevelTrainer(*networks)
-        with pytest.raises(MetaplError):
-            metapl.BilevelTrainer(nn.parallel.DistributedDataParallel(nn.Linear(4, 3)), nn.Linear(4, 3))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # ----------------------------------------------------------------------------------------------------------- Lightning
 
 QUIET: dict[str, Any] = {"enable_model_summary": False}
@@ -335,110 +205,7 @@ def test_a_lightning_module_takes_as_many_steps_as_it_is_told_and_resumes(tmp_pa
         assert rates[0] == rates[1]
 
 
-def test_optimizers_of_lightning_are_taken_out_of_their_wrappers() -> None:
-    """And their states are loaded into them: Lightning's wrapper keeps what it is given for itself."""
-    core = pytest.importorskip("lightning.pytorch.core.optimizer")
-    networks = [metapl.models.mlp([4, 8, 3]) for _ in range(2)]
-    outer, inner = (torch.optim.Adam(network.parameters(), lr=0.01) for network in networks)
-    wrapped = {"inner_optimizer": core.LightningOptimizer(inner), "outer_optimizer": core.LightningOptimizer(outer)}
-    trainer = metapl.BilevelTrainer(*networks, "forward", **wrapped)
-    assert trainer.inner_optimizer is inner
-    assert trainer.outer_optimizer is outer
-    trainer.step((torch.randn(6, 4), torch.arange(6) % 3), torch.randn(6, 4))
-    state = trainer.state_dict()
-    outer.state.clear()
-    trainer.load_state_dict(state)
-    assert len(outer.state) == len([*networks[0].parameters()])
-
-
 # --------------------------------------------------------------------------------------------------------- transformers
-
-
-def bert(**options: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    sizes = options | {
-        "vocab_size": 30,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_labels": 3,
-    }
-    config = transformers.BertConfig(**sizes, num_attention_heads=2, max_position_embeddings=6)
-    return transformers.BertForSequenceClassification(config)  # type: ignore[no-any-return]
-
-
-CALLS: dict[str, Any] = {
-    "step": lambda t, s, x, y: metapl.BilevelTrainer(t, s).step((x, y), x),
-    "teacher_step": lambda t, s, x, y: metapl.BilevelTrainer(t, s).teacher_step((x, y), x),
-    "hypergradient": lambda t, s, x, y: metapl.hypergradient(
-        t, s, labeled=(x, y), unlabeled=x, inner_optimizer=torch.optim.SGD(s.parameters(), lr=0.1)
-    ),
-    "predict": lambda t, s, x, y: metapl.BilevelTrainer(t, s).predict(x),
-    "evaluate": lambda t, s, x, y: metapl.BilevelTrainer(t, s).evaluate((x, y)),
-    "finetune": lambda t, s, x, y: metapl.BilevelTrainer(t, s).finetune([(x, y)], steps=1, progress=False),
-}
-
-
-@pytest.mark.parametrize("kind", ["ids", "tokenizer"])
-@pytest.mark.parametrize(
-    ("call", "who"),
-    [
-        *((call, "student") for call in CALLS if call != "teacher_step"),
-        ("step", "teacher"),
-        ("teacher_step", "teacher"),
-    ],
-)
-def test_a_model_of_hugging_face_is_refused_with_its_adapter_and_trains_in_it(call: str, who: str, kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    ids, y = torch.randint(1, 30, (6, 6)), torch.arange(6) % 3
-    x = ids if kind == "ids" else transformers.BatchEncoding({"input_ids": ids, "attention_mask": ids.ne(0).long()})
-    networks = {"teacher": Logits(bert()), "student": Logits(bert())}
-    with pytest.raises(MetaplError):
-        CALLS[call](*(networks | {who: networks[who].network}).values(), x, y)
-    CALLS[call](*networks.values(), x, y)
-
-
-@pytest.mark.parametrize("kind", ["ids", "dict"])
-@pytest.mark.parametrize("wrap", [Logits, lambda network: network], ids=["wrapped", "bare"])
-def test_a_model_of_hugging_face_without_a_head_is_refused_by_that(wrap: Any, kind: str) -> None:
-    ids, body = torch.randint(1, 30, (6, 6)), bert().base_model
-    x = ids if kind == "ids" else {"input_ids": ids}
-    for networks in ((Logits(bert()), wrap(body)), (wrap(body), Logits(bert()))):
-        with pytest.raises(MetaplError):
-            metapl.BilevelTrainer(*networks, "forward").step((x, torch.arange(6) % 3), x)
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_trainer_of_transformers_takes_whole_steps_and_its_own_move_nothing(parts: int, tmp_path: Path) -> None:
-    """The steps of a plain loop, at the rates of its schedule; its accumulation makes more of them, not larger ones."""
-    transformers = pytest.importorskip("transformers")
-    networks, taken = (
-        [Logits(bert(hidden_dropout_prob=0, attention_probs_dropout_prob=0)) for _ in range(2)],
-        list[Any](),
-    )
-    twins = copy.deepcopy(networks)
-    rows = [{"input_ids": torch.randint(1, 30, (6,)), "labels": torch.tensor(i % 3)} for i in range(16)]
-
-    class Steps(transformers.Trainer):  # type: ignore[misc, name-defined]
-        def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-            if not taken:
-                self.bilevel = metapl.BilevelTrainer(*networks, "forward", inner_optimizer=self.optimizer)
-            taken.append((inputs["labels"], inputs["input_ids"], self.optimizer.param_groups[0]["lr"]))
-            report = self.bilevel.step((inputs["input_ids"], inputs["labels"]), inputs["input_ids"])
-            return torch.tensor(report.inner_loss)
-
-    options = {"max_steps": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": parts, "use_cpu": True}
-    given = transformers.TrainingArguments(
-        str(tmp_path), **options, report_to=[], disable_tqdm=True, learning_rate=0.01
-    )
-    Steps(networks[1].network, given, train_dataset=rows).train()
-    assert len(taken) == 4 * parts
-    inner = torch.optim.AdamW(twins[1].parameters(), weight_decay=0.0)
-    plain = metapl.BilevelTrainer(*twins, "forward", inner_optimizer=inner)
-    for y, x, inner.param_groups[0]["lr"] in taken:
-        plain.step((x, y), x)
-    for own, twin in zip(networks, twins, strict=True):  # but for the rounding of its fused AdamW
-        torch.testing.assert_close(own.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.long
