@@ -31,6 +31,12 @@ Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
 
 
+UNEQUAL = (
+    "the ranks have unequal shares of a batch (rows of the labeled one, then of the unlabeled one: {counts}); expected "
+    "the same number on every rank, since a loss is the mean of the ranks' means."
+)
+
+
 @dataclass
 class Path:
     """The student's steps from θ to θ′, where the outer loss is taken; no weight moves before :meth:`commit`.
@@ -305,6 +311,9 @@ def take_steps(
             path.keep_before(number, params, state)
         with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
             batch = batches[number]
+        if not student.ranks.alone:
+            shares = [next((len(t) for t in checks.leaves_of(x) if isinstance(t, Tensor)), 0) for x in (labeled, batch)]
+            student.ranks.equal(shares, UNEQUAL)
         rule = updates[number] if updates else update
         path.steps.append(_step(path, batch, params, state, rule, teach, parts, keep_graph, graph_of))
         if number == 0 and several:

@@ -27,7 +27,6 @@ from metapl.feedback.path import Path
 from metapl.problems.base import Problem, Signal, check_signal
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 
-
 NOT_FINITE = (
     "the network's own loss is NaN or infinite: it has diverged, or a batch has extreme values; lower its learning "
     "rate, or clean the batch."

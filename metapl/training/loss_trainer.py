@@ -17,12 +17,8 @@ from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import Slots, restored
-<<<<<<< HEAD
-from metapl.feedback.teacher import NOT_FINITE, mean_scalars
-=======
 from metapl.feedback.report import Report
-from metapl.feedback.teacher import mean_scalars
->>>>>>> lead
+from metapl.feedback.teacher import NOT_FINITE, mean_scalars
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
+from metapl.ablation import Altered
 from metapl.execution.ranks import ALONE
-from metapl.feedback import Altered, Estimator
+from metapl.feedback import Estimator
 from metapl.training.loss_trainer import LossTrainer
 
 
@@ -165,6 +166,6 @@ def test_alterations_leave_the_default_generator_alone() -> None:
 
 
 def test_a_feedback_for_the_whole_batch_cannot_be_altered() -> None:
-    for base, credits in ((metapl.feedback.Reinforce(), "batch"), (metapl.feedback.NoFeedback(), "nothing")):
+    for base in (metapl.feedback.Reinforce(), metapl.feedback.NoFeedback()):
         with pytest.raises(MetaplError):
             Altered(base)

@@ -31,8 +31,6 @@ class Labeller(nn.Module):
         return self.network(x)
 
 
-
-
 class Reweighting(metapl.BilevelProblem):
     """The teacher weighs each example by the student's own loss on it; a batch is (x, noisy label)."""
 
