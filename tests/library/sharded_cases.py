@@ -23,6 +23,7 @@ from metapl.execution.ranks import Ranks, rows_of_all, rows_shared
 from metapl.execution.shards import ShardedSpace
 from metapl.execution.state import swapped
 from metapl.feedback import credit, keeping
+from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
 
 CLASSES, ROWS, LABELED = 3, 8, 12
@@ -493,9 +494,15 @@ def _products_of_parts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
-    """1/B with the B of this rank."""
-    real = credit._slope
+    """1/B with the B of this rank: by the tangent in the head, and by a graph that is kept."""
+    real, through = credit._slope, InnerStep.in_signal
     patch.setattr(credit, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size)
+
+    def in_signal(self: InnerStep, *given: Any) -> Any:
+        size = self.student.ranks.size
+        return {name: None if t is None else t * size for name, t in through(self, *given).items()}
+
+    patch.setattr(InnerStep, "in_signal", in_signal)
 
 
 def _casts_kept(patch: pytest.MonkeyPatch) -> None:
