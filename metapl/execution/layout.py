@@ -73,7 +73,21 @@ class Layout:
 
     def reshard(self) -> None:
         """Let every block give up its gathered weights: the root keeps them after a pass without a backward pass, and
-        reads them again in the next one, whatever became of this rank's parts."""
+        after one that failed, and reads them again in the next one, whatever became of this rank's parts."""
+        states, groups = [block._get_fsdp_state() for block in self.blocks], list(_param_groups(self.blocks))
+        if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
+            # A pass that failed: the next one would go on with its gathered weights and its gradients.
+            for state in states:
+                state._training_state = type(state._training_state).IDLE
+                state._state_ctx.post_backward_final_callback_queued = False
+                state._state_ctx.iter_forward_root = None  # or the next pass would not wait for copies into its weights
+                state._comm_ctx.post_forward_order.clear()
+            for group in groups:
+                group._post_forward_indices.clear()
+                group._training_state, group._all_gather_result = type(group._training_state).IDLE, None
+                for p in group.fsdp_params:
+                    if hasattr(p, "_unsharded_param"):
+                        p._unsharded_param.grad = None
         for block in self.blocks:
             block.reshard()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import dense, described, finite
+from metapl.execution.checks import described, finite
 from metapl.execution.numerics import wide
 from metapl.metrics.statistics import chance_level
 from metapl.problems.base import Signal
@@ -87,15 +87,16 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
-    if logits_NC.ndim != 2 or labels_N.ndim != 1 or len(logits_NC) != len(labels_N) or logits_NC.numel() == 0:
-        given = f"logits {tuple(logits_NC.shape)} and labels {tuple(labels_N.shape)}"
-        raise MetaplError(f"{given} were given; expected (N, C) and (N,) with N and C at least 1")
-    if not logits_NC.is_floating_point():
-        raise MetaplError(f"the logits are {logits_NC.dtype}; expected floating-point numbers")
+    fits = logits_NC.ndim == 2 and labels_N.shape == logits_NC.shape[:1] and logits_NC.numel() > 0
+    if not fits or not logits_NC.is_floating_point():
+        raise MetaplError(
+            f"{described(logits_NC)} and labels {tuple(labels_N.shape)} were given; expected logits (N, C), floating "
+            "point, and labels (N,), N and C at least 1."
+        )
     count, width = logits_NC.shape
     check_labels(labels_N, width)
     if classes is not None and len(classes) != width:
-        raise MetaplError(f"{len(classes)} names of classes were given for {width} logits")
+        raise MetaplError(f"{len(classes)} names of classes were given for {width} logits.")
     finite(logits_NC)
     labels_N = labels_N.to("cpu", torch.int64)
     log_p_NC = torch.log_softmax(logits_NC.detach().to("cpu", torch.float64), dim=1)
@@ -149,11 +150,9 @@ def label_counts(signal: Signal, outputs: Tensor) -> dict[str, list[int]]:
 
 def check_labels(labels: Tensor, classes: int, of: str = "") -> None:
     """Refuse labels that are not indices of so many classes; ``of`` says of which data they are."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise MetaplError(
-            f"the labels{of} are {described(labels)}; expected integers, the index of each class: labels.long()"
+            f"the labels{of} are {described(labels)}, from {labels.min().item()} to {labels.max().item()}; expected "
+            f"integers, of {classes} classes 0 to {classes - 1}."
         )
-    dense(labels, f"the labels{of} are")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise MetaplError(f"the labels{of} run from {low} to {high}; of {classes} classes, expected 0 to {classes - 1}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import LABEL_KEYS, length
 from metapl.execution.checks import described
 from metapl.execution.device import to_device
@@ -161,7 +162,7 @@ def _accuracy(judge: Judge, network: nn.Module, batches: Batches) -> Evaluation:
 def _loss(judge: Judge, network: nn.Module, batches: Batches) -> Measured:
     terms, n = judge.outer_terms(), 0
     sums = [[0.0, 0.0] for _ in terms]  # of each: sum and weight
-    with passes(network):
+    with passes(network), _named("loss"):
         for inputs, batch in batches:
             n += (count := _count(inputs, batch))
             for held, term in zip(sums, terms, strict=True):
@@ -179,7 +180,7 @@ def _by_rows(
     function: Callable[[Tensor, Any], Any], name: str, judge: Judge, network: nn.Module, batches: Batches
 ) -> Measured:
     total, n = 0.0, 0
-    with passes(network) as outputs_of:
+    with passes(network) as outputs_of, _named(name):
         for inputs, batch in batches:
             count = _count(inputs, batch)
             total, n = total + count * _number(function(outputs_of(inputs), batch), name), n + count
@@ -191,7 +192,7 @@ def _updated(metric: Any, name: str, judge: Judge, network: nn.Module, batches: 
     named = [p.name for p in inspect.signature(metric.update).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     n = 0
     metric.reset()
-    with passes(network) as outputs_of:
+    with passes(network) as outputs_of, _named(name):
         for inputs, batch in batches:
             given = outputs_of(inputs), batch if named[1:2] == ["batch"] else _labels(batch, name)
             metric.update(*to_device(given, getattr(metric, "device", judge.device)))
@@ -199,6 +200,18 @@ def _updated(metric: Any, name: str, judge: Judge, network: nn.Module, batches: 
     value = _number(metric.compute(), name) if n else math.nan
     metric.reset()
     return Measured(name, value, n)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Say which metric failed, and how one is called."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        raise MetaplError(
+            f"the metric {name!r} failed ({reason_of(error)}); expected f(outputs, batch) -> number, or an object with "
+            "update(outputs, labels)."
+        ) from error
 
 
 ACCURACY = Metric("accuracy", "max", _accuracy)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pages
 import pytest
 import torch
 import torchopt
@@ -17,13 +15,15 @@ from torch._dynamo.utils import counters
 
 import metapl
 from metapl.errors import MetaplError
+from metapl.execution import ranks as ranks_module
 from metapl.execution import sharded
 from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
-from metapl.execution.ranks import Ranks, rows_shared
+from metapl.execution.ranks import Ranks, rows_of_all, rows_shared
 from metapl.execution.shards import ShardedSpace
 from metapl.execution.state import swapped
 from metapl.feedback import credit, keeping
+from metapl.feedback.inner_step import InnerStep
 from metapl.problems import LearningToReweight
 
 CLASSES, ROWS, LABELED = 3, 8, 12
@@ -41,25 +41,10 @@ class Block(nn.Module):
         return x + self.scale * self.outer(torch.tanh(self.inside(self.inner(x))))
 
 
-class Centred(nn.Module):
-    """A moving mean, beside the state, of the rows that this process has seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean, self.passes = torch.zeros(9, dtype=torch.float64), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.mean = self.mean.lerp(x.detach().mean(0).to(self.mean.dtype), 0.3)
-            self.passes += 1
-        return x - self.mean.to(x.dtype) * min(self.passes, 4)
-
-
 INSIDE: dict[str, Callable[[], nn.Module]] = {
     "plain": nn.Identity,
     "norm": lambda: nn.BatchNorm1d(9),
     "dropout": lambda: nn.Dropout(0.3),
-    "centred": lambda: nn.Sequential(nn.Dropout(0.3), Centred()),
 }
 
 
@@ -188,7 +173,7 @@ def built(
         inner_optimizer=build(student.parameters()) if inner is None else inner,
         outer_optimizer=build(teacher.parameters()),
         generator=torch.Generator().manual_seed(5),
-        **options,
+        **{"verify": False, **options},
     )
 
 
@@ -256,7 +241,23 @@ class Several(metapl.problems.Problem):
         return nn.functional.cross_entropy(outputs, batch[1])
 
 
-SEVERAL = Several()
+class OfAllRows(metapl.BilevelProblem):
+    """The weights of all ranks' rows are a softmax over them."""
+
+    signal_of_batch = True
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        every, own = rows_of_all(teacher(batch)[:, 0])
+        return metapl.Signal(len(every) * every.softmax(0)[own])
+
+    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
+        return signal.value * outputs.logsumexp(-1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+SEVERAL, OF_ALL_ROWS = Several(), OfAllRows()
 
 
 def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -348,33 +349,6 @@ def _another_batch_on_one() -> None:
     _ahead(batch_of)
 
 
-def _unequal_later() -> None:
-    _ahead(lambda step, u: u[: 4 - (dist.get_rank() == 1 and step == 2)])
-
-
-def _not_finite_on_one() -> None:
-    trainer = built("reinforce", "ddp")
-    labeled, unlabeled = share(batches(1)[0])
-    trainer.step(labeled, unlabeled * torch.nan if dist.get_rank() == 1 else unlabeled)
-
-
-def _wrong_label_on_one() -> None:
-    trainer = built("reinforce", "fsdp")
-    (x, y), unlabeled = share(batches(1)[0])
-    trainer.step((x, y + 7 if dist.get_rank() == 1 else y), unlabeled)
-
-
-class WeightDecay(metapl.PseudoLabels):
-    """An inner loss that reads the student's weights."""
-
-    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
-        return super().inner_loss(outputs, signal, batch) + params["head.weight"].square().sum()
-
-
-def _reads_weights() -> None:
-    built("forward", "fsdp", problem=WeightDecay()).step(*share(batches(1)[0]))
-
-
 def _root_forgotten() -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -446,13 +420,6 @@ class Weighted(metapl.PseudoLabels):
         return total, weights[batch[1]].sum()
 
 
-class Summed(metapl.PseudoLabels):
-    """An outer loss that is a sum over examples."""
-
-    def outer_loss(self, outputs: Any, batch: Any) -> Tensor:
-        return len(outputs) * super().outer_loss(outputs, batch)
-
-
 def _reweight() -> None:
     student = laid_out(networks()[1], "ddp")
     metapl.BilevelTrainer(None, student, mode="forward", problem=LearningToReweight())
@@ -474,26 +441,18 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "unrolled": lambda: built("unrolled", "ddp"),
     "implicit": lambda: built("implicit", "fsdp"),
     "lookahead": lambda: built("forward", "tensor", hidden=8, lookahead=2),
-    "lookahead_narrow": lambda: built("forward", "narrow", lookahead=2),
-    "keep_graphs": lambda: built(metapl.feedback.Forward(keep_graphs=1), "ddp", lookahead=2),
     "keep_on": lambda: _ahead(lambda _, u: u, metapl.feedback.Forward(keep_on=".")),
     "another_batch_on_one": _another_batch_on_one,
-    "unequal_later": _unequal_later,
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
-    "compile": lambda: built("none", "tensor", hidden=8, compile=True),
     "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
     "reweight": _reweight,
     "max_norm": lambda: _embedding(max_norm=1.0),
     "sparse": lambda: _embedding(sparse=True),
     "tied": _tied,
     "unequal": _unequal,
-    "not_finite_on_one": _not_finite_on_one,
-    "wrong_label_on_one": _wrong_label_on_one,
-    "reads_weights": _reads_weights,
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
     "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
-    "ratio_without_rows": lambda: without_rows(teacher_losses=(Even(),), feedback_ratio=0.5),
     "switched_later": _switched_later,
     "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
     "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
@@ -535,15 +494,26 @@ def _products_of_parts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
-    """1/B with the B of this rank."""
-    real = credit._slope
+    """1/B with the B of this rank: by the tangent in the head, and by a graph that is kept."""
+    real, through = credit._slope, InnerStep.in_signal
     patch.setattr(credit, "_slope", lambda step, *a, **kw: real(step, *a, **kw) * step.student.ranks.size)
+
+    def in_signal(self: InnerStep, *given: Any) -> Any:
+        size = self.student.ranks.size
+        return {name: None if t is None else t * size for name, t in through(self, *given).items()}
+
+    patch.setattr(InnerStep, "in_signal", in_signal)
 
 
 def _casts_kept(patch: pytest.MonkeyPatch) -> None:
     """Autocast's casts of the weights stay while these are moved."""
     patch.setattr(torch, "clear_autocast_cache", lambda: None)
     patch.setattr(metapl.BilevelTrainer, "_autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+
+
+def _rows_of_others_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Each rank learns by what it alone has found for its rows."""
+    patch.setattr(ranks_module._AllRows, "backward", lambda ctx, *g: (ctx.ranks.own_rows(g[0]), None))
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -554,6 +524,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "casts_kept": _casts_kept,
     "products_of_parts": _products_of_parts,
     "mean_over_own_rows": _mean_over_own_rows,
+    "rows_of_others_forgotten": _rows_of_others_forgotten,
 }
 
 
@@ -577,16 +548,6 @@ def placements() -> dict[str, Any]:
     network = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 4))
     shard(network, Mesh(shard=2))
     return {name: (str(p.placements), tuple(p.to_local().shape)) for name, p in network.named_parameters()}
-
-
-def warned(layout: str) -> list[str]:
-    """What two steps warn of, the first on this rank."""
-    trainer = built("loss_difference", layout, problem=Summed())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for batch in batches(2):
-            trainer.step(*share(batch))
-    return [str(warning.message) for warning in caught if "outer_loss" in str(warning.message)]
 
 
 class Tempered(metapl.problems.Problem):
@@ -631,39 +592,8 @@ def without_rows(
     report: dict[str, float] = trainer.step(share((x, y)), share((unlabeled[:rows], y[:rows]))).as_dict()
     assert trainer.teacher is not None
     values = torch.cat([p.detach().flatten() for p in trainer.teacher.parameters()])
+    report = {name: value for name, value in report.items() if not name.startswith("feedback_")}  # of this rank's h
     return report | {f"teacher_{i}": float(v) for i, v in enumerate(values)}
-
-
-class OfTokens(metapl.problems.Problem):
-    """Labels of tokens, in sequences of any length."""
-
-    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any) -> metapl.Signal:
-        return metapl.Signal(teacher(batch).softmax(-1))
-
-    def inner_loss(self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None) -> Tensor:
-        return -(signal.value * outputs.log_softmax(-1)).sum(-1).mean(-1)
-
-    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        return nn.functional.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
-
-
-def other_lengths() -> list[Tensor]:
-    """What processes with sequences of other lengths keep of the feedback."""
-    teacher, student = (laid_out(nn.Linear(5, CLASSES), "ddp") for _ in range(2))
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=OfTokens())
-    for n in (3, 5):
-        x = torch.randn(2, n + dist.get_rank(), 5)
-        trainer.step((x, x.argmax(-1) % CLASSES), x)
-    return [trainer.recent["feedback"], trainer.recent["feedback_square"]]
-
-
-class Even(nn.Module):
-    """A teacher loss on a matrix: it is kept near one."""
-
-    name, weight = "even", 1.0
-
-    def __call__(self, teacher: nn.Module, **_: Any) -> Tensor:
-        return teacher().square().mean()
 
 
 class Moving(nn.Module):
@@ -787,11 +717,6 @@ def fitted(
     return {"history": result.history, "weights": result.weights, "tuned": tuned.weights, "step": result.step}
 
 
-def script(page: str) -> None:
-    """The code of a page of the documentation."""
-    exec(compile(pages.code(Path(page)), page, "exec"), {"__name__": "__main__"})
-
-
 def unwritten(folder: str) -> list[str]:
     """What each rank is told of two checkpoints, at whose beginning and end something fails on the first alone."""
     from metapl.runs import checkpoint_parts as parts
@@ -823,7 +748,7 @@ def resumed(
 ) -> dict[str, Any]:
     """A fit of four steps, from the beginning or on from where it was stopped."""
     trainer = built("forward", layout, "adamw", inside=inside)
-    torch.manual_seed(7 + (dist.get_rank() if inside in ("dropout", "centred") and dist.is_initialized() else 0))
+    torch.manual_seed(7 + (dist.get_rank() if inside == "dropout" and dist.is_initialized() else 0))
     drawn = batches(4)
     (x, y), _ = batches(5)[4]
 
