@@ -96,14 +96,6 @@ class Own(Reinforce):
     name = "own"  # type: ignore[misc]
 
 
-def test_an_estimator_that_says_what_it_requires_in_the_former_way_is_refused() -> None:
-    class Former(Forward):
-        one_process = True
-
-    with pytest.raises(MetaplError):
-        estimator(Former())
-
-
 def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
     """What a layout offers follows from its kind, without the processes."""
 
