@@ -14,7 +14,6 @@ Writes a JSON file; ``--write`` puts its table into a page.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -39,6 +38,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy
+import safetensors.torch
 import torch
 from machine import arguments, described, parsed, write_between_marks, write_json
 from PIL import Image
@@ -558,9 +558,7 @@ def evil(marker: Path, draw: random.Random, damaged: int) -> Iterator[tuple[str,
             if where == "in a state":
                 yield f"{name}, protocol {protocol}, sealed", sealed(plain)
                 yield f"{name}, protocol {protocol}, zipped and sealed", sealed(zipped(plain))
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(sound := Path(folder) / "sound.ckpt", {"step": 1, "trainer": {"a": torch.ones(3)}})
-        content = sound.read_bytes().partition(b"\n")[2]
+    content = json.dumps(checkpoint.encoded({"step": 1, "trainer": {"a": torch.ones(3)}}, {})).encode()
     for number in range(damaged):
         yield f"damaged {number}, sealed", sealed(mutated(content, draw))
 
@@ -579,9 +577,10 @@ def zipped(content: bytes) -> bytes:
 
 
 def sealed(content: bytes) -> bytes:
-    """Content with the first line of a checkpoint, as if metapl had written it."""
-    begin = b"metapl-checkpoint %04d " % checkpoint.FORMAT
-    return begin + hashlib.sha256(begin + content).hexdigest().encode() + b"\n" + content
+    """Content as the tree of a checkpoint, with its checksum, as if metapl had written it."""
+    tree = content.decode("latin1")
+    sha256 = checkpoint._digest(checkpoint.FORMAT, tree, {})
+    return safetensors.torch.save({}, {"metapl": checkpoint.FORMAT, "tree": tree, "sha256": sha256})
 
 
 def mutated(content: bytes, draw: random.Random, most: int = 1) -> bytes:

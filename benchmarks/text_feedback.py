@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
+from metapl.apps.experiments.fitting import fit
 from metapl.apps.machine.environment import environment
 from metapl.feedback import Forward
 from metapl.metrics import paired_test, predict_logits
@@ -141,7 +142,8 @@ def one_run(job: Row, miniature: bool) -> Row:
     sets = {"own": (x[known], y[known]), "other": (x[extra], y[extra]), "held_out": held_out}
     at = [given.steps // 4, given.steps * 3 // 4] if (job["part"], job["arm"]) == ("look", NEW) else []
     look = texts.Look(at, unlabeled[: 4 * texts.LOOKS], sets)
-    told = trainer.fit(
+    told = fit(
+        trainer,
         labeled,
         unlabeled,
         steps=given.steps,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import Any
 
 from metapl.words import shown
 
 
 class MetaplError(ValueError):
-    """Base of every error that a user can cause: it says what was given, what was expected and how to mend it.
+    """Base of every error that a user can cause: it says what was given and what was expected.
 
     It is raised before anything moved: weights, buffers, optimizer states, gradients, random number generators and
     files are as they were.
@@ -29,13 +25,6 @@ class FieldError(MetaplError):
         self.field, self.value, self.expected = field, value, expected
 
 
-def require_extra(extra: str, need: str, *packages: str) -> None:
-    """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
-    missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
-    if missing:
-        raise MetaplError(f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'")
-
-
 def reason_of(error: BaseException) -> str:
     """Why something failed, in a line without its period: the system's words, or what the message begins with.
 
@@ -45,39 +34,6 @@ def reason_of(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     first = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
     return shown(f"{first:.300}".rstrip("."))
-
-
-@contextmanager
-def placed(where: str) -> Iterator[None]:
-    """Say where, in front of what a :class:`MetaplError` of this block says."""
-    try:
-        yield
-    except MetaplError as error:
-        raise MetaplError(f"{where}{error}") from error
-
-
-CALLED: ContextVar[Mapping[str, str]] = ContextVar("called", default=MappingProxyType({}))
-
-
-def called(name: str) -> str:
-    """An argument, or another thing, as errors name it: by its own name, unless :func:`calling` gives it another."""
-    return CALLED.get().get(name, name)
-
-
-@contextmanager
-def calling(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors of this block name arguments of what it calls as the caller knows them; of nested blocks, the outer
-    one's names win.
-
-    >>> with calling({"inner_optimizer": "optimizer"}):
-    ...     called("inner_optimizer"), called("student")
-    ('optimizer', 'student')
-    """
-    token = CALLED.set({**names, **CALLED.get()})
-    try:
-        yield
-    finally:
-        CALLED.reset(token)
 
 
 def few(names: Iterable[object], most: int = 5, longest: int = 300) -> str:

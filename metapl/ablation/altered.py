@@ -55,7 +55,7 @@ class Altered(Estimator):
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(f"Altered(base={self.base!r}): expected feedback on each example, such as Forward().")
-        for name in ("labels", "credits", "keep_graph", "keep_graphs", "keep_on", "looks_ahead", "keeping", "requires"):
+        for name in ("labels", "credits", "keep_graph", "keep_on", "looks_ahead", "keeping", "requires", "graph_of"):
             if hasattr(self.base, name):
                 object.__setattr__(self, name, getattr(self.base, name))
         object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))

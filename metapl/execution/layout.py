@@ -15,18 +15,17 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 from torch import distributed as dist
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.spectral_norm import SpectralNorm
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.capabilities import CURVATURE, FORWARD_AD, Capability
 from metapl.execution.modules import named_parts, trainable
 from metapl.execution.numerics import WHOLE, Space, Tree
-from metapl.execution.ranks import ALONE, Ranks, columns_of
+from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
 
 # The kinds of layouts in words, and what estimators and problems may require of them.
@@ -35,7 +34,6 @@ _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "replicated": ("in DistributedDataParallel", frozenset({FORWARD_AD, CURVATURE})),
     "sharded": ("sharded", frozenset({FORWARD_AD, CURVATURE})),
     "narrow": ("sharded with a mixed-precision policy", frozenset({FORWARD_AD})),
-    "cut": ("cut along the width of its images", frozenset({FORWARD_AD})),
     "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
 }
 
@@ -60,24 +58,12 @@ class Layout:
         self.versions = {name: (id(t), t._version) for name, t in known}
         policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {None}
         narrow = any(p.dtype not in policies for p in self.network.parameters()) if policies else False
-        kinds = {"products": self.product_ranks > 1, "cut": self.ranks.copies > 1, "narrow": narrow, self.kind: True}
+        kinds = {"products": self.product_ranks > 1, "narrow": narrow, self.kind: True}
         self.how, self.offers = _KINDS[next(kind for kind, so in kinds.items() if so)]
 
     @property
     def is_sharded(self) -> bool:
         return self.kind == "sharded"
-
-    def compilable(self) -> list[nn.Module]:
-        """The modules whose forward passes ``torch.compile`` takes: the network, or the blocks of a sharded one, which
-        run between the hooks that gather and give up their weights."""
-        if self.ranks.copies > 1:
-            raise MetaplError(
-                "compile=True does not run on networks that are cut along the width of their images, or whose products "
-                "are shared (parallelize_module); leave compile out, or lay them out over replicas and shards alone."
-            )
-        found = [block for block in self.blocks if block is not self.network]
-        inside = {id(part) for block in found for part in block.modules() if part is not block}
-        return [block for block in found if id(block) not in inside] or [self.network]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the network learns, as its optimizer holds them."""
@@ -87,10 +73,7 @@ class Layout:
 
     def reshard(self) -> None:
         """Let every block give up its gathered weights: the root keeps them after a pass without a backward pass, and
-        after one that failed, and reads them again in the next one, whatever became of this rank's parts."""
-        states, groups = [block._get_fsdp_state() for block in self.blocks], list(_param_groups(self.blocks))
-        if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
-            _forget_pass(states, groups)
+        reads them again in the next one, whatever became of this rank's parts."""
         for block in self.blocks:
             block.reshard()
 
@@ -146,41 +129,38 @@ class Layout:
 
 
 def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
-    """The layouts of two networks and their device; refuse networks that cannot be trained together."""
-    networks = {"teacher": teacher, "student": student}
-    known = {
-        name: layout_of(name, network) for name, network in networks.items() if network is not None or name == "student"
-    }
-    devices = {}
+    """The layouts of two networks and their device; networks that cannot be trained together are refused."""
+    of_teacher = None if teacher is None else layout_of("teacher", teacher)
+    of_student = layout_of("student", student)
+    known = {"student": of_student} if of_teacher is None else {"teacher": of_teacher, "student": of_student}
     for name, layout in known.items():
         _refuse_not_replayable(name, layout)
-        devices[name] = {p.device for p in layout.network.parameters()}
-    _refuse_shared_memory({name: layout.network for name, layout in known.items() if not layout.is_sharded})
-    if len(set().union(*devices.values())) > 1:
-        where = "; ".join(f"{name} on {', '.join(sorted(map(str, on)))}" for name, on in devices.items())
-        raise MetaplError(f"the networks are on several devices: {where}. Move both to one with .to(device).")
-    of_teacher, of_student = known.get("teacher"), known["student"]
-    device, own = devices["student"].pop(), of_student.ranks
+    on = {p.device for layout in known.values() for p in layout.network.parameters()}
+    if len(on) > 1:
+        raise MetaplError(
+            f"the networks are on {' and '.join(sorted(map(str, on)))}; expected one device: .to(device)."
+        )
     if of_teacher is None:
-        return None, of_student, device
-    together = of_teacher.processes == of_student.processes
+        return None, of_student, on.pop()
+    # A pass at other weights has others for the one network and not for the other.
+    if {*map(id, of_teacher.parameters().values())} & {*map(id, student.parameters())} or (
+        {*map(id, of_student.parameters().values())} & {*map(id, of_teacher.network.parameters())}
+    ):
+        raise MetaplError(
+            "teacher and student share weights that are trained; expected two networks, built separately."
+        )
+    together, own = of_teacher.processes == of_student.processes, of_student.ranks
     if together and own.copies > 1 and of_teacher.ranks.copies == 1:
         # A teacher that is not cut computes the same in all processes that hold the same rows: its gradient is the mean
         # over all processes, in which each share of the rows counts as often as there are copies of it.
-        ranks = replace(of_teacher.ranks, rank=own.rank, copies=own.copies, columns=own.columns)
-        return replace(of_teacher, ranks=ranks), of_student, device
-    cut = {(layout.product_ranks, layout.ranks.copies) for layout in known.values()}
-    if not together or len(cut) > 1:
-        described = []
-        for it in known.values():
-            over = f" over the processes {', '.join(map(str, it.processes))}" * bool(it.processes)
-            described.append(it.how + over + f", of which {it.ranks.copies} share each row" * (it.ranks.copies > 1))
+        of_teacher = replace(of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies))
+    elif not together or of_teacher.product_ranks != of_student.product_ranks:
         raise MetaplError(
-            f"the teacher is {described[0]}, the student {described[1]}; expected both over the same processes in the "
-            "same order: both in DistributedDataParallel or in fully_shard, and cut in the same way, or a teacher that "
-            f"is not cut, beside a student that is: shard(teacher, Mesh(replicate={len(of_student.processes)}))."
+            f"the teacher is {of_teacher.how}, the student {of_student.how}; expected both over the same processes in "
+            "the same order, and cut in the same way, or a teacher that is not cut beside a student that is: "
+            "shard(teacher, Mesh(replicate=...))."
         )
-    return of_teacher, of_student, device
+    return of_teacher, of_student, on.pop()
 
 
 def layout_of(name: str, network: Any) -> Layout:
@@ -191,47 +171,30 @@ def layout_of(name: str, network: Any) -> Layout:
     if isinstance(network, DistributedDataParallel):
         if getattr(network, "_comm_hooks", None):
             raise MetaplError(
-                f"the {name} is a DistributedDataParallel with a communication hook (register_comm_hook), which would "
-                "not be called: metapl averages the gradients itself. Leave the hook out."
+                f"the {name} is a DistributedDataParallel with a communication hook, which would not be called: metapl "
+                "averages the gradients itself."
             )
         groups, network = [network.process_group], network.module
         own = processes = tuple(dist.get_process_group_ranks(groups[0]))
     elif any(isinstance(part, DistributedDataParallel) for part in network.modules()):
-        raise MetaplError(
-            f"the {name}, a {type(network).__name__}, has a part in DistributedDataParallel, which averages none of "
-            "the gradients that metapl takes; expected the whole of it in one: of a network in metapl.models.Logits, "
-            "wrap or prepare what Logits returns."
-        )
-    elif _is_spread(network):
+        raise MetaplError(f"a part of the {name} is in DistributedDataParallel; expected the whole of it in one.")
+    elif any(is_block(part) or any(map(is_sharded, part._parameters.values())) for part in network.modules()):
         groups, processes, own, found = _sharded(name, network)
-    elif columns_of(network) is None:
-        return Layout(network)
     else:
-        raise MetaplError(
-            f"the {name} is split along the width of its images, and nothing averages its gradients over the processes "
-            f"that hold the parts; expected it in DistributedDataParallel, or in fully_shard, over these: "
-            f"shard({name}, Mesh(spatial=...), example=...) does both."
-        )
+        return Layout(network)
     for prefix, part in named_parts(network):
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (part.max_norm is not None or part.sparse):
             raise MetaplError(
-                f"the {name}'s {prefix.removesuffix('.') or 'module'} is an {type(part).__name__} with max_norm="
-                f"{part.max_norm} and sparse={part.sparse}; over several ranks expected max_norm=None, which else "
-                "changes the weights by the rows of one rank, and sparse=False: sparse gradients are not averaged."
+                f"the {name}'s {prefix.removesuffix('.')} has max_norm={part.max_norm} and sparse={part.sparse}; over "
+                "several ranks expected max_norm=None, which else follows the rows of one rank, and sparse=False."
             )
-    columns, number = columns_of(network), processes.index(dist.get_rank())
-    share, copies = own.index(dist.get_rank()), len(processes) // len(own)
-    if columns is not None:
-        members = tuple(dist.get_process_group_ranks(columns.group))
-        start = share - share % len(members)
-        if own[start : start + len(members)] != members:
-            raise MetaplError(
-                f"the {name}'s images are split over the processes {', '.join(map(str, members))}, and its batch is "
-                f"shared by {', '.join(map(str, own))}; expected neighbors among these."
-            )
-        share, copies = share // len(members), copies * len(members)
-    device = local(next(network.parameters())).device
-    ranks = Ranks(groups, share, device, copies, number == 0, columns is not None)
+    ranks = Ranks(
+        groups,
+        own.index(dist.get_rank()),
+        local(next(network.parameters())).device,
+        len(processes) // len(own),
+        processes.index(dist.get_rank()) == 0,
+    )
     return Layout(network, ranks=ranks, processes=processes, **found)
 
 
@@ -256,9 +219,8 @@ def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...],
             fits = p.device_mesh == mesh and kinds in (["Shard"], ["Replicate", "Shard"])
         if not fits:
             raise MetaplError(
-                f"the {name}'s {path} is laid out as {tuple(placements)} over {getattr(p, 'device_mesh', 'one')}, "
-                f"beside parameters over {mesh}; expected one mesh for all: of fully_shard, with one dimension, or "
-                "two, replicas and the shards of each; or one whose dimensions it shares with parallelize_module."
+                f"the {name}'s {path} is laid out as {tuple(placements)} over {getattr(p, 'device_mesh', 'one')}; "
+                f"expected one mesh for all, {mesh}: of shards, of replicas and shards, or of these and products."
             )
     # One group where it is all processes.
     everywhere = list(processes) == list(range(dist.get_world_size()))
@@ -280,10 +242,6 @@ def _names_of_torch(kind: type) -> frozenset[str]:
 
 
 _of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
-
-
-def _is_spread(network: nn.Module) -> bool:
-    return any(is_block(part) or any(map(is_sharded, part._parameters.values())) for _, part in named_parts(network))
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
@@ -317,21 +275,6 @@ def _param_groups(blocks: Sequence[Any]) -> Iterator[Any]:
         yield from (group for group in groups if group is not None)
 
 
-def _forget_pass(states: Sequence[Any], groups: Sequence[Any]) -> None:
-    """Let blocks forget a pass that failed: the next one would go on with its gathered weights and its gradients."""
-    for state in states:
-        state._training_state = type(state._training_state).IDLE
-        state._state_ctx.post_backward_final_callback_queued = False
-        state._state_ctx.iter_forward_root = None  # or the next pass would not wait for copies into its weights
-        state._comm_ctx.post_forward_order.clear()
-    for group in groups:
-        group._post_forward_indices.clear()
-        group._training_state, group._all_gather_result = type(group._training_state).IDLE, None
-        for p in group.fsdp_params:
-            if hasattr(p, "_unsharded_param"):
-                p._unsharded_param.grad = None
-
-
 # PyTorch's classes around or inside a network that do not let a pass run at other weights.
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
 
@@ -341,79 +284,22 @@ def _refuse_not_replayable(name: str, layout: Layout) -> None:
     for prefix, part in named_parts(layout.network):
         wrapper = next((name for name in _WRAPPERS if name in _of_torch(type(part))), None)
         if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
-            where = f"has a {wrapper} at {prefix[:-1]!r}" if prefix else f"is a {wrapper}"
             raise MetaplError(
-                f"the {name} {where}, which does not let a pass run at other weights; expected the plain module, or "
-                "one that is as a whole in DistributedDataParallel or sharded by fully_shard."
+                f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights; expected a "
+                "plain module, or one that is as a whole in DistributedDataParallel or sharded by fully_shard."
             )
     for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
         why = ""
         if nn.parameter.is_lazy(t):
-            why = f"has no shape yet (a lazy module, such as LazyLinear); run the {name} on one batch first."
+            why = "has no shape yet, as in LazyLinear; run it on one batch first"
         elif t.is_inference():
-            why = "was made inside torch.inference_mode(), and cannot be trained; build it outside of that."
+            why = "was made inside torch.inference_mode(); build it outside of that"
         elif not layout.is_sharded and "DTensor" in (type(t).__name__, type(t.data).__name__):
-            why = "is a DTensor inside another wrapper; expected no wrapper around what is sharded."
+            why = "is a DTensor inside another wrapper"
         if why:
-            raise MetaplError(f"the {name}'s {path} {why}")
+            raise MetaplError(f"the {name}'s {path} {why}.")
     if not trainable(layout.network):
         raise MetaplError(NOTHING_TO_LEARN.format(name))
-
-
-def _refuse_shared_memory(networks: Mapping[str, nn.Module]) -> None:
-    """Refuse a weight that both networks learn, and a trainable weight in whose memory another tensor lies: a pass at
-    other weights has others for the one and not for the other. A weight that one network holds twice is one tensor."""
-    held: dict[int, tuple[str, str, Tensor]] = {}
-    for role, network in networks.items():
-        for prefix, part in named_parts(network):
-            # PyTorch's older spectral_norm makes this attribute anew in each pass.
-            made = {hook.name for hook in part._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)}
-            for name, t in {**part._parameters, **part._buffers, **vars(part)}.items():
-                if not isinstance(t, Tensor) or t.grad_fn is not None or name in made or not _address(t):
-                    continue  # of what a pass has computed, its graph knows of what it is a view
-                by, _, _ = held.setdefault(id(t), (role, prefix + name, t))
-                if by != role and t.requires_grad:
-                    raise MetaplError(
-                        "teacher and student share weights; expected two networks: build the student separately."
-                    )
-    before: list[tuple[str, str, Tensor]] = []  # those whose memory ends behind where the next one's begins
-    for role, path, t in sorted(held.values(), key=lambda one: (str(one[2].device), _address(one[2]))):
-        before = [one for one in before if one[2].device == t.device and _end(one[2]) > _address(t)]
-        for other, its_path, its in before:
-            if (t.requires_grad or its.requires_grad) and _overlap(t, its):
-                raise MetaplError(
-                    f"the {role}'s {path} and the {other}'s {its_path} are two tensors in one memory, such as "
-                    "nn.Parameter(weight.data) and weight.detach() make, and a step reads the one at other values "
-                    "than the other; expected one Parameter that is held in both places (self.weight = other.weight), "
-                    "weight.detach() in forward, or a copy: weight.detach().clone()."
-                )
-        before.append((role, path, t))
-
-
-def _address(t: Tensor) -> int:
-    """Where a tensor's first entry lies; 0 for one without memory of its own."""
-    if t.layout is not torch.strided or t.is_nested:
-        return 0
-    try:
-        return 0 if t.untyped_storage().device.type == "meta" else t.data_ptr()
-    except RuntimeError:  # of a class that wraps others
-        return 0
-
-
-def _end(t: Tensor) -> int:
-    """The address behind a tensor's last entry."""
-    last = sum((n - 1) * by for n, by in zip(t.shape, t.stride(), strict=True))
-    return _address(t) + (last + 1) * t.element_size()
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, of which neither ends before the other one begins, share an entry."""
-    start, size = min(_address(a), _address(b)), a.element_size()
-    if a.dtype != b.dtype or (_address(a) - _address(b)) % size:
-        return True
-    seen = torch.zeros((max(_end(a), _end(b)) - start) // size, dtype=torch.bool)
-    seen.as_strided(a.shape, a.stride(), (_address(a) - start) // size).fill_(True)
-    return bool(seen.as_strided(b.shape, b.stride(), (_address(b) - start) // size).any())
 
 
 NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
@@ -433,9 +319,7 @@ def _refuse_other_means(name: str, blocks: Sequence[Any]) -> None:
         for attribute, usual, call in _SWITCHES:
             if getattr(group, attribute, usual) is not usual:
                 raise MetaplError(
-                    f"{call} was called on the {name}, so its gradients would not be the mean over the ranks, as the "
-                    "feedback takes them to be; leave it out (scale the loss itself; accumulate=... of the trainer "
-                    "takes a batch in parts)."
+                    f"{call} was called on the {name}, so its gradients would not be means over the ranks."
                 )
 
 
@@ -443,27 +327,23 @@ def _refuse_parts(name: str, network: nn.Module, blocks: Sequence[Any]) -> None:
     """Refuse weights that would learn from this rank's rows alone, or be two where one is meant."""
     if not is_block(network):
         raise MetaplError(
-            f"fully_shard was called on parts of the {name} and not on the {name} itself, so the rest of it would "
-            f"learn from this rank's share of the batch alone; expected fully_shard({name}) after its blocks."
+            f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) after them."
         )
     _refuse_other_means(name, blocks)
     seen: set[int] = set()
     for p in {id(p): p for group in _param_groups(blocks) for p in group.fsdp_params}.values():
         number = getattr(p, "_orig_param_uid", id(p))
         if number in seen:
-            info = p._module_info
             raise MetaplError(
-                f"the {name} shares the {info.param_name} of a {type(info.module).__name__.removeprefix('FSDP')} "
-                "between two blocks that fully_shard was called on, and each would learn a copy; expected both in one "
-                "call, fully_shard([first, second]), or outside of all blocks."
+                f"the {name} shares a {p._module_info.param_name} between two blocks of fully_shard, and each would "
+                "learn a copy; expected both in one call, fully_shard([first, second]), or outside of all blocks."
             )
         seen.add(number)
     for path, p in network.named_parameters():
         if p.requires_grad and not is_sharded(p):
             raise MetaplError(
-                f"the {name}'s {path} is not sharded although fully_shard was called on the {name} (ignored_params), "
-                "so it would learn from this rank's share of the batch alone; expected every parameter with "
-                "requires_grad=True to be sharded."
+                f"the {name}'s {path} is left out of fully_shard (ignored_params), so it would learn from this rank's "
+                "share of the batch alone; expected every parameter with requires_grad=True to be sharded."
             )
     if not any(map(is_sharded, network.parameters())):
         raise MetaplError(NOTHING_TO_LEARN.format(name))

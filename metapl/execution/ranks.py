@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from metapl.errors import MetaplError
@@ -34,9 +34,8 @@ class Ranks:
     groups: Sequence[dist.ProcessGroup] = ()  # whose product they are, as the dimensions of a mesh
     rank: int = 0  # the number of this process's share of the rows
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # where tensors can be exchanged
-    copies: int = 1  # how many processes hold the same rows, and compute parts of the same images or products
+    copies: int = 1  # how many processes hold the same rows, and compute parts of the same products
     first: bool = True  # whether this process shows and writes
-    columns: bool = False  # whether the copies have columns of the same images, and not the same images
 
     @cached_property
     def size(self) -> int:
@@ -70,10 +69,6 @@ class Ranks:
         for group in self.groups:
             dist.all_reduce(total, how, group=group)
         return total
-
-    def mean_of_copies(self, t: Tensor) -> Tensor:
-        """The mean of a small tensor over the processes that hold this process's rows."""
-        return t if self.copies == 1 else self.all_rows(t[None])[self.rank]
 
     def mean_scalars(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means of scalars, in one exchange; every rank has the same names."""
@@ -118,17 +113,11 @@ class Ranks:
         """The norm of what has these norms on the ranks: the root of the sum of their squares."""
         return norm if self.alone else self.sum(norm.detach().square()).sqrt()
 
-    def equal(self, counts: Sequence[int], text: str) -> None:
-        """Refuse, on every rank, counts that differ between ranks; in ``text``, ``{counts}`` are those of all."""
-        if self.alone:
-            return
-        most, least = self.greatest(torch.tensor([*counts, *(-n for n in counts)], device=self.device)).chunk(2)
-        bad = (most != -least).any()
-        if checks.waits(bad):
-            checks.refuse(bad, text.format(counts="not read here"))
-        elif bad:
-            every = enumerate(self.gathered(list(counts)))
-            raise Agreed(text.format(counts="; ".join(f"rank {i}: {n}" for i, n in every)))
+    def equal(self, count: int, what: str) -> None:
+        """Refuse, on every rank, numbers of rows that differ between ranks: their exchanges would never end."""
+        if not self.alone:
+            most, least = self.greatest(torch.tensor([count, -count], device=self.device))
+            checks.refuse(most != -least, f"the shares of {what} are unequal; expected as many rows on every rank.")
 
     @property
     def number(self) -> int:
@@ -202,16 +191,7 @@ def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | No
     # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
     ranks = _sharing.get()
     every = gumbel(ranks.size * len(probabilities), probabilities.shape[1], probabilities, generator)
-    drawn = (probabilities.log() + ranks.own_rows(every)).argmax(-1, keepdim=True)
-    if ranks.copies > 1:
-        held = drawn.to(probabilities.dtype)
-        checks.refuse(
-            (ranks.mean_of_copies(held) != held).any(),
-            "processes that have the same rows, such as those that hold parts of the same images, have drawn different "
-            "labels for them; seed their default generators alike, or give all of them a generator in the same state "
-            "(generator=).",
-        )
-    return drawn
+    return (probabilities.log() + ranks.own_rows(every)).argmax(-1, keepdim=True)
 
 
 class _AllRows(torch.autograd.Function):
@@ -246,18 +226,3 @@ def log_mean_of_rows(log_p: Tensor) -> Tensor:
     greatest = ranks.greatest(log_mean_C)
     greatest = greatest.masked_fill(greatest == -math.inf, 0)  # of a class that is impossible everywhere
     return ranks.mean((log_mean_C - greatest).exp()).log() + greatest
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The processes that hold parts of the same images, from left to right; a copy of a network shares them."""
-
-    group: dist.ProcessGroup
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Columns:
-        return self  # a process group cannot be copied
-
-
-def columns_of(network: nn.Module) -> Columns | None:
-    """How the images of a network are split, if they are."""
-    return vars(network).get("split_columns")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import digest, micro_batches
+from metapl.execution.batch import digest, length, micro_batches
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
 from metapl.execution.numerics import Tree, mean_tree
@@ -29,12 +29,6 @@ Keep = Callable[[int, InnerStep], Keeping]
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
-
-
-UNEQUAL = (
-    "the ranks have unequal shares of a batch (rows of the labeled one, then of the unlabeled one: {counts}); expected "
-    "the same number on every rank, since a loss is the mean of the ranks' means."
-)
 
 
 @dataclass
@@ -298,6 +292,7 @@ def take_steps(
         student = student_of(student, double_backward=keep_graph)
     several = len(batches) > 1
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches)
+    student.ranks.equal(length(labeled), "the outer batch")
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(student.params) if several and keep_graph else student.params
     state, done = update.read_state(), 0 if states is None else states.done
@@ -311,9 +306,6 @@ def take_steps(
             path.keep_before(number, params, state)
         with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
             batch = batches[number]
-        if not student.ranks.alone:
-            shares = [next((len(t) for t in checks.leaves_of(x) if isinstance(t, Tensor)), 0) for x in (labeled, batch)]
-            student.ranks.equal(shares, UNEQUAL)
         rule = updates[number] if updates else update
         path.steps.append(_step(path, batch, params, state, rule, teach, parts, keep_graph, graph_of))
         if number == 0 and several:
@@ -343,6 +335,7 @@ def _step(
     problem, student, ranks = path.problem, path.student, path.student.ranks
     entering, known = enters_input(problem), digest(batch) if isinstance(path.batches, Lookahead) else None
     pieces = micro_batches(batch, parts, "unlabeled")
+    ranks.equal(length(batch), "the inner batch")
     graph_of = None if entering else graph_of  # the input's graph is another one
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
@@ -372,7 +365,8 @@ def _step(
             entries.append(Entry(problem, x, signals[i], keep_graph))
         inputs = entries[i].given if entering else problem.student_input(x)
         passes.append(record := student.pass_type(student, params, inputs))  # z = S(x; θ)
-        problem.check(record.outputs, path.labeled[i], x)
+        with NOTHING if ranks.alone else ranks.agreed():
+            problem.check(record.outputs, path.labeled[i], x)
         if not early:
             signals.append(asked(x, record.outputs))
         if not keep_graph:  # one graph at a time

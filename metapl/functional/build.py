@@ -17,7 +17,7 @@ from metapl.functional.state import State, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.functional.trees import PlainSpace
 from metapl.problems.base import enters_input, has_own
-from metapl.updates import Clipped, TorchUpdate, Update, update_of
+from metapl.updates import Clipped, TorchUpdate, Update, options_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -60,7 +60,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         problem,
         mode,
         *updates,
-        tuple(u.options()[0] if isinstance(u := unclipped(update), TorchUpdate) else [] for update in updates),
+        tuple(options_of(u.optimizer) if isinstance(u := unclipped(update), TorchUpdate) else [] for update in updates),
         problem.default_teacher_losses if own is None else lambda batch: own,
         steps=steps,
         weight=trainer.feedback_weight,

@@ -6,33 +6,28 @@ kind is compared with the eager one, taken by a copy of the trainer; what cannot
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
 from metapl.execution.checks import Fault
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.ranks import gumbel
-from metapl.execution.rng import RandomState, branching_to
-from metapl.feedback.lookahead import Lookahead
+from metapl.execution.rng import RandomState
 from metapl.feedback.report import StepReport
 from metapl.functional.build import step_of, updates_of
-from metapl.functional.network import tensors_of
-from metapl.functional.state import State, state_of, unclipped
-from metapl.functional.trees import norm
+from metapl.functional.first_step import eager_step, refuse_other
+from metapl.functional.state import Report, State, settings_of, state_of, unclipped
 from metapl.problems.base import Signal
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
-AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm: h, gradients and buffers with the eager ones
 SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
 
 
@@ -41,6 +36,12 @@ class CompiledStep:
 
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
+        self.state: State | None = None  # views of the tensors that modules and optimizers hold
+        self.tensors: list[Tensor] = []  # these, in the order of _leaves,
+        self.memory: list[int] = []  # and where they were
+        self.places: list[tuple[Any, Any, Any]] = []  # what is known to stand in a table under a name
+        self.numbers: list[Any] = []  # the optimizers' settings, and these as tensors
+        self.settings: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledStep, ()
@@ -48,126 +49,133 @@ class CompiledStep:
     def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
         networks = {"student": trainer.student, **({} if trainer.teacher is None else {"teacher": trainer.teacher})}
-        parts = [(role, path, part) for role, net in networks.items() for path, part in net.named_modules()]
+        modules = [module for net in networks.values() for module in _modules(net)]
         flags = tuple(
-            (id(p), p.training, *(t is not None and t.requires_grad for t in p._parameters.values())) for *_, p in parts
+            (id(m), m.training, *[p is not None and p.requires_grad for p in m._parameters.values()]) for m in modules
         )
-        weights = trainer.feedback_weight, trainer.feedback_ratio
-        key = flags, weights, len(batches), trainer.mode, id(trainer.problem), id(trainer.teacher_losses)
-        first = key not in self.known
+        optimizers = [o for o in (trainer.inner_optimizer, trainer.outer_optimizer) if o is not None]
+        weights = trainer.feedback_weight, trainer.feedback_ratio, trainer.mode, tuple(map(id, optimizers))
+        key = flags, weights, len(batches), id(trainer.problem), id(trainer.teacher_losses)
+        first, several, draw = key not in self.known, len(batches) > 1, trainer.generator
+        start, drawn = RandomState.now(trainer.device), draw and draw.get_state()
         if first:
-            for role, net in networks.items():
-                for name, p in net.named_parameters():
-                    if p._backward_hooks or p._post_accumulate_grad_hooks:
-                        raise MetaplError(
-                            f"the {role}'s {name} has a hook, which no graph captures; leave compile out."
-                        )
-            if not isinstance(unclipped(trainer.update), TorchUpdate):
-                raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
-            updates = updates_of(trainer)
-            step: Any = step_of(trainer, len(batches), updates)
-            step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-                compiled: Any = torch.compile(step, fullgraph=True, dynamic=False, **BACKEND)
-            plain = [_numbers(part) for *_, part in parts]
-            eager, there, twins = eager_step(trainer, labeled, batches, ahead)
-            for (role, path, _), was, twin in zip(parts, plain, twins, strict=True):
-                for name in (name for name, value in _numbers(twin).items() if was.get(name) != value):
-                    raise MetaplError(f"the {role}'s {path}.{name} changes in a step, which no graph captures.")
-            probs = eager.signal.probs
+            compiled, updates = self.compile(trainer, networks, len(batches))
+            eager = eager_step(trainer, labeled, batches, ahead)
+            state, probs = state_of(trainer, updates), eager[1].signal.probs
         else:
             compiled, updates, probs = self.known[key]
+            state = self.read(trainer, updates)
         noise = None
-        if trainer.generator is not None and probs is not None:
-            noise = tuple(gumbel(length(batch), probs.shape[1], probs, trainer.generator) for batch in batches)
-        state, several = state_of(trainer, updates), len(batches) > 1
+        if draw is not None and probs is not None:
+            noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
             with torch.no_grad(), no_fast_path(math=True):
-                moved, report = compiled(
-                    state, labeled, *((tuple(batches), noise) if several else (batches[0], noise and noise[0]))
-                )
+                given = (tuple(batches), noise) if several else (batches[0], noise and noise[0])
+                moved, report = compiled(state, labeled, *given)
+            wrapped = _wrapped(trainer, report, several, ahead)
+            if first:
+                refuse_other(state, (moved, wrapped), eager)
         except Exception as error:
-            if not first:
+            start.restore()
+            if draw is not None:
+                draw.set_state(drawn)
+            if not first or isinstance(error, MetaplError):
                 raise
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             said = " ".join([*lines[:2], *[line for line in lines[2:] if line.startswith("File ")][-1:]])
             raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
-        scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
-        scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
-        scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-        text = (
-            "the step's numbers are not finite, or the student's outputs do not follow its weights (the slopes differ)."
-        )
-        wrapped = StepReport(
-            trainer.steps_done,
-            scalars,
-            Fault([(~(report.flag < SLOPES), text)]),
-            feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
-            signal=Signal(**(report.signal[-1] if several else report.signal)),
-            student_outputs=report.student_outputs,
-        )
         if first:
-            _compare(_seen(state, moved, wrapped), _seen(state, there, eager), report.inner_loss)
-            self.known[key] = compiled, updates, probs
-        for net, update, held, of in (
-            (trainer.student, updates[0], moved.student, moved.inner),
-            (trainer.teacher, updates[1], moved.teacher, moved.outer),
-        ):
-            pairs = [(own[n], t) for own, new in zip(tensors_of(net), held, strict=True) for n, t in new.items()]
-            for name, p in {} if update is None else unclipped(update).parameters.items():
-                own = unclipped(update).optimizer.state[p]
-                pairs += [(own.setdefault(key, torch.empty_like(t)), t) for key, t in of.state[name].items()]
-            if pairs:
-                torch._foreach_copy_([to for to, _ in pairs], [t for _, t in pairs])
+            self.known[key], self.state = (compiled, updates, probs), None
+            self.read(trainer, updates)
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors, _leaves(moved, state))
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
         return wrapped
 
+    def compile(self, trainer: Any, networks: dict[str, Any], steps: int) -> tuple[Any, Any]:
+        """The trainer's step as one graph, once it is called; refused where none could be."""
+        for role, net in networks.items():
+            for name, p in net.named_parameters():
+                if p._backward_hooks or p._post_accumulate_grad_hooks:
+                    raise MetaplError(f"the {role}'s {name} has a hook, which no graph captures; leave compile out.")
+        if not isinstance(unclipped(trainer.update), TorchUpdate):
+            raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
+        trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
+        updates = updates_of(trainer)
+        step: Any = step_of(trainer, steps, updates)
+        step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
+            return torch.compile(step, fullgraph=True, dynamic=False, **BACKEND), updates
 
-def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> tuple[StepReport, State, list[Any]]:
-    """The same step by a copy of the trainer on the eager road: its report, the state after it, and the copy's modules.
-    No generator moves."""
-    start, generator = RandomState.now(trainer.device), trainer.generator
+    def read(self, trainer: Any, updates: Any) -> State:
+        """The state, in the very tensors that modules and optimizers hold; those of optimizers made where missing."""
+        held = all(table.get(name) is value for table, name, value in self.places)
+        if self.state is None or not held or [t.data_ptr() for t in self.tensors] != self.memory:
+            self.state, self.places, self.tensors = state_of(trainer, updates), [], []
+            for net, role, update, optimizer in (
+                (trainer.student, self.state.student, unclipped(updates[0]), self.state.inner),
+                (trainer.teacher, self.state.teacher, unclipped(updates[1]), self.state.outer),
+            ):
+                for name in (*role.params, *role.state):
+                    path, _, last = name.rpartition(".")
+                    part = net.get_submodule(path)
+                    self.hold(part._parameters if last in part._parameters else part._buffers, last)
+                for name, p in {} if update is None else update.parameters.items():
+                    own = update.optimizer.state[p]
+                    self.places += [
+                        (vars(update.optimizer), "state", update.optimizer.state),
+                        (update.optimizer.state, p, own),
+                    ]
+                    for key, t in optimizer.state[name].items():
+                        own.setdefault(key, t)
+                        self.hold(own, key)
+            self.memory = [t.data_ptr() for t in self.tensors]
+        numbers = [[] if update is None else unclipped(update).settings() for update in updates]
+        if numbers != self.numbers:
+            self.numbers, self.settings = numbers, [settings_of(n, trainer.device) for n in numbers]
+        inner, outer = (
+            optimizer._replace(settings=now)
+            for optimizer, now in zip((self.state.inner, self.state.outer), self.settings, strict=True)
+        )
+        step = torch.tensor(trainer.steps_done, device=trainer.device)
+        mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
+        return self.state._replace(inner=inner, outer=outer, mode=mode, step=step)
 
-    def taken() -> Any:
-        twin = copy.deepcopy(trainer, {} if generator is None else {id(generator): generator.clone_state()})
-        vars(twin)["compile"] = False
-        return twin, twin.step(labeled, Lookahead(list(batches)) if ahead else batches[0])
-
-    twin, report = taken()
-    end = RandomState.now(trainer.device)
-    start.restore()
-    if not end.same(start):  # L(θ′) draws on where the teacher's passes end; on the eager road, from its own stream
-        with branching_to(end):
-            twin, report = taken()
-        start.restore()
-    modules = [part for net in (twin.student, twin.teacher) if net is not None for part in net.modules()]
-    return report, state_of(twin, updates_of(twin)), modules
+    def hold(self, table: dict[str, Any], name: str) -> None:
+        self.places.append((table, name, table[name]))
+        self.tensors.append(table[name])
 
 
-def _numbers(part: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(part).items() if isinstance(value, int | float | str)}
+def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepReport:
+    """A pure step's report as the trainer's."""
+    scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
+    scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
+    scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+    text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
+    return StepReport(
+        trainer.steps_done,
+        scalars,
+        Fault([(~(report.flag < SLOPES), text)]),
+        feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
+        signal=Signal(**(report.signal[-1] if several else report.signal)),
+        student_outputs=report.student_outputs,
+    )
 
 
-def _seen(before: State, after: State, report: StepReport) -> dict[str, dict[Any, Tensor]]:
-    """What is compared. Gradients by the first moments, not by weights, of which a fresh Adam's move is a sign."""
-    trees = {"h": dict(enumerate(pytree.tree_leaves(report.feedback)))}
-    for role, held in (("student", after.inner.state), ("teacher", after.outer.state)):
-        network, was = getattr(after, role), getattr(before, role).params
-        moments = {
-            n: held[n].get("exp_avg", held[n].get("momentum_buffer", p - was[n])) for n, p in network.params.items()
-        }
-        trees |= {f"the {role}'s gradient": moments, f"the {role}'s buffers": network.state}
-    return trees
+def _modules(module: Any) -> list[Any]:
+    """A module and those in it, in the order of ``modules()``."""
+    return [module, *(part for child in module._modules.values() if child is not None for part in _modules(child))]
 
 
-def _compare(found: dict[str, Any], expected: dict[str, Any], loss: Tensor) -> None:
-    """Refuse a compiled step that is not the eager one."""
-    for name, tree in expected.items():
-        if tree:
-            gap, size = norm({n: found[name][n].double() - t for n, t in tree.items()}), norm(tree)
-            rounding = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if name == "h" else 0.0
-            if not bool(gap <= AGREES[loss.dtype] * size + rounding):
-                raise MetaplError(
-                    f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out."
-                )
+def _leaves(state: State, order: State) -> list[Tensor]:
+    """The tensors of networks and optimizers, in the order of another state."""
+    pairs = (
+        (state.student, state.inner, order.student, order.inner),
+        (state.teacher, state.outer, order.teacher, order.outer),
+    )
+    found = []
+    for network, optimizer, named, held in pairs:
+        found += [network.params[n] for n in named.params] + [network.state[n] for n in named.state]
+        found += [optimizer.state[n][key] for n in named.params for key in held.state.get(n, ())]
+    return found

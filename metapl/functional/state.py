@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -69,16 +68,11 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
     """The tensors of a trainer's networks and optimizers, those of optimizers made where they are missing."""
     device = trainer.device
 
-    def number(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(number, value))
-        return value.detach().double() if isinstance(value, Tensor) else _number(value, device)
-
     def optimizer(update: Update | None) -> Optimizer:
         of = unclipped(update)
-        if not isinstance(of, TorchUpdate):
-            return Optimizer({} if of is None else of.read_state(), [])
-        return Optimizer(of.begun_state(), [{n: number(v) for n, v in group.items()} for group in of.options()[1]])
+        if isinstance(of, TorchUpdate):
+            return Optimizer(of.begun_state(), settings_of(of.settings(), device))
+        return Optimizer({} if of is None else of.read_state(), [])
 
     student = tensors_of(trainer.student)
     kind = wide(next(iter(student.params.values()))).dtype
@@ -88,9 +82,9 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
     return State(tensors_of(trainer.teacher), student, inner, outer, mode, step)
 
 
-@lru_cache(maxsize=256)  # since most settings stay what they are
-def _number(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64, device=device)  # of the precision of a number of Python
+def settings_of(numbers: Any, device: torch.device) -> Any:
+    """The numbers of param groups as tensors, as precise as a number of Python is."""
+    return pytree.tree_map(lambda number: torch.tensor(number, dtype=torch.float64, device=device), numbers)
 
 
 def stack(states: Sequence[Any]) -> Any:

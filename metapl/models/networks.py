@@ -232,10 +232,8 @@ class LabelAdjuster(nn.Module):
         self.correction = nn.Sequential(*linear)
 
     def forward(self, stored_BC: Tensor) -> Tensor:
-        if stored_BC.ndim != 2 or stored_BC.shape[1] != self.num_classes:
-            raise MetaplError(
-                f"label_adjuster got {described(stored_BC)}; expected stored distributions (B, {self.num_classes})."
-            )
+        if stored_BC.shape[1:] != (self.num_classes,):
+            raise MetaplError(f"label_adjuster got {described(stored_BC)}; expected (B, {self.num_classes}).")
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()
         read = torch.cat([q, log_q / -math.log(LEAST)], dim=1)
@@ -285,8 +283,7 @@ class Logits(nn.Module):
     Args:
         network: is held, not copied: what is trained are its own weights.
 
-    Raises: :class:`metapl.MetaplError` where the network is not a module; on a call, where it returns neither, or not
-        (B, C), or (B, T, words) of a language model.
+    Raises: :class:`metapl.MetaplError` on a call, where it returns neither, or not (B, C), or (B, T, words).
 
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):
@@ -298,8 +295,6 @@ class Logits(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise MetaplError(f"metapl.models.Logits was given {described(network)}; expected a torch.nn.Module.")
         self.network = network
 
     def forward(self, inputs: Any) -> Tensor:
@@ -310,10 +305,9 @@ class Logits(nn.Module):
         logits, rows = outputs if isinstance(outputs, Tensor) else logits_in(outputs), length(inputs)
         is_logits = isinstance(logits, Tensor) and logits.ndim >= 2 and logits.is_floating_point()
         if not is_logits or (rows and len(logits) != rows):
-            found = described(logits if isinstance(logits, Tensor) else outputs)
             raise MetaplError(
-                f"the {type(self.network).__name__} in metapl.models.Logits returned {found} for {rows} examples; "
-                "expected floating-point logits (examples, classes) or (examples, tokens, words): a tensor, an object "
-                f"with .logits or a dict with 'logits'."
+                f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} for {rows} "
+                "examples; expected logits (examples, classes) or (examples, tokens, words): a tensor, an object with "
+                ".logits or a dict with 'logits'."
             )
         return logits

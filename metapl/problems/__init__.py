@@ -16,22 +16,7 @@ from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.problems.sequences import DataRater
 from metapl.problems.stored import ReducedLabels, StoredCrossEntropy
 
-__all__ = [
-    "BilevelProblem",
-    "DataRater",
-    "EqualWeights",
-    "ExampleLabels",
-    "ExampleWeights",
-    "LabelCorrection",
-    "LearningToReweight",
-    "MetaWeightNet",
-    "NoiseTransition",
-    "Problem",
-    "PseudoLabels",
-    "ReducedLabels",
-    "Signal",
-    "StoredCrossEntropy",
-    "Table",
-    "WeightNet",
-]
+__all__ = ["BilevelProblem", "DataRater", "EqualWeights", "ExampleLabels", "ExampleWeights", "LabelCorrection"]
+__all__ += ["LearningToReweight", "MetaWeightNet", "NoiseTransition", "Problem", "PseudoLabels", "ReducedLabels"]
+__all__ += ["Signal", "StoredCrossEntropy", "Table", "WeightNet"]
 __dir__ = __all__.copy

@@ -232,6 +232,8 @@ class CheckpointFolder:
         except OSError as error:
             raise CheckpointError(f"{self.folder} could not be made: {error.strerror}") from error
         for left in self.folder.glob("step-*.tmp"):
+            if not re.fullmatch(r"step-\d{8,}[^ ]*\.[0-9a-f]{8}\.tmp", left.name):
+                continue  # a user's
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def newest(self, read: Callable[[Path], dict[str, Any]] = load) -> Found | None:

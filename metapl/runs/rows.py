@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from metapl.errors import MetaplError
 from metapl.runs.atomic import replacing
 
 
@@ -23,13 +24,18 @@ class Metrics:
 
     def rows(self, phase: str | None = None) -> list[dict[str, Any]]:
         """The rows written so far, damaged lines and a torn last one left out."""
-        lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
+        try:
+            lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
+        except OSError as error:
+            raise MetaplError(f"{self.file} cannot be read: {error.strerror}.") from error
         found = [row for row in map(_row, lines) if row is not None]
         return [row for row in found if phase is None or row["phase"] == phase]
 
     def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
         """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once with ``then``."""
         rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
+        if not rows and self.file.exists() and self.file.stat().st_size:
+            raise MetaplError(f"{self.file} has no rows of a run, and is another's; expected another folder.")
         with replacing(self.file) as file:
             file.writelines(_line(row) for row in rows if row["phase"] != phase or row["step"] <= step)
             file.writelines(map(_line, then))

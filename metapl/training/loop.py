@@ -341,10 +341,11 @@ class FitRun:
                 raise MetaplError(f"{found.path} is of a fit on {' and '.join(state['feeds'])} batches; give the same.")
             if step > options.steps:
                 raise MetaplError(f"{found.path} has done {step} steps; expected steps={step} or more.")
+            self.data = {name: self._about(name) for name in self.sources}
             if compare:
                 resuming.refuse_other(found.path, state["options"], resuming.options_of(self))
                 for name, was in state["data"].items():
-                    resuming.refuse_other(found.path, was, self._about(name))
+                    resuming.refuse_other(found.path, was, self.data[name])
             if len(state["callbacks"]) != len(self.callbacks.stateful):
                 raise MetaplError(f"{found.path} has {len(state['callbacks'])} callbacks' states; give the same ones.")
             for callback, saved in zip(self.callbacks.stateful, state["callbacks"], strict=True):
@@ -354,7 +355,6 @@ class FitRun:
                 if average is not None:
                     average.load_state_dict(state["averages"][role])
             self.seen, self.selection.best, self.ended = state["seen"], Best(**state["best"]), state["ended"]
-            self.data = state["data"]
             for name, one in self.feeds.items():
                 one.restore(state["feeds"][name])
             set_rng_state(state["rng"])  # last: what comes before may draw

@@ -95,11 +95,11 @@ class Step:
         return Step(teacher, student, problem, optimizer, state, labeled, batches, *options, tuple(own))
 
     def beside(self) -> Step:
-        """The same a thousandth of the weights' size away."""
+        """The same a hundredth of the weights' size away: no ReLU is at exactly 0, where it has two slopes."""
         case, draw = self.copied(), torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in (*case.learned().values(), *trainable(case.student).values()):
-                p.add_(1e-3 * size_of(p) * torch.randn(p.shape, generator=draw).to(p))
+                p.add_(1e-2 * max(size_of(p), 0.1) * torch.randn(p.shape, generator=draw).to(p))
         return case
 
     def learned(self) -> Tree:
@@ -247,15 +247,20 @@ def _stepper(case: Step, theta: Any) -> Callable[[Tree], None]:
 def off_by(
     at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, level: float, eps: float, tolerance: float
 ) -> float | None:
-    """How far ⟨gradient, direction⟩ is from the differences of a function, whose value is ``level``."""
+    """How far ⟨gradient, direction⟩ is from the differences of a function, whose value is ``level``.
+
+    The differences have errors of rounding, which grow as the move shrinks, and of kinks, which shrink with it. So has
+    a fresh Adam: it is smooth at gradients below its eps alone.
+    """
     terms = flat([gradient[n] * d for n, d in direction.items()])
-    predicted, noise, tried = float(terms.sum()), 50 * eps * max(abs(level), 1e-3), list[tuple[float, float, float]]()
+    predicted, noise, errors = float(terms.sum()), 50 * eps * max(abs(level), 1e-3), list[float]()
     size = max(abs(predicted), float(terms.norm()))
-    moves = (1e-5, 1e-6, 1e-4, 1e-7, 1e-3, 1e-8) if eps < EPS32 else (1e-3, 1e-2, 3e-2)
-    ladder = [move for move in moves if noise / move <= tolerance * size]  # on which rounding leaves the tolerance
-    for move in ladder + sorted(set(moves) - {*ladder}, reverse=True):
+    moves = [10.0**-n for n in range(12, 2, -1)] if eps < EPS32 else [1e-3, 1e-2, 3e-2]
+    clear = [move for move in moves if noise / move <= tolerance * size]  # of rounding; the smallest first
+    usual, small = [move for move in clear if move == 1e-5], list[tuple[float, float]]()
+    for move in [*usual, *(move for move in clear if move not in usual), *(m for m in moves[::-1] if m not in clear)]:
         blind = noise / move
-        if tried and blind > 0.1 * size:
+        if errors and blind > 0.1 * size:
             continue
         found = (at(direction, move) - at(direction, -move)) / (2 * move)
         gap, reach = abs(found - predicted), max(size, abs(found))
@@ -265,11 +270,11 @@ def off_by(
             continue
         if gap <= tolerance * reach + blind:
             return max(gap - blind, 0.0) / reach
-        # The errors of kinks, and of a fresh Adam's signs, shrink with the move: two that agree are no such error.
-        if any(abs(found - one) + 10 * blind <= 0.2 * min(gap, other) for one, other, _ in tried):
-            return max(gap / reach, 2 * tolerance)
-        tried.append((found, gap, gap / reach))
-    best = min((error for *_, error in tried), default=None)
+        errors.append(gap / reach)
+        small += [(found, gap)] if move in clear[:2] else []
+        if len(small) == 2 and abs(small[0][0] - small[1][0]) + 10 * blind <= 0.2 * min(small[0][1], small[1][1]):
+            return max(min(errors), 2 * tolerance)  # the smallest moves agree with each other
+    best = min(errors, default=None)
     return best if best is None or best > APPROXIMATE else min(best, tolerance)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from metapl.errors import MetaplError, called
+from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
 from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
 from metapl.updates.torch_optim import (
@@ -47,7 +47,7 @@ def update_of(optimizer: Any, parameters: Parameters, state: Any = None, name: s
     kind = _UPDATES.get(type(optimizer))
     if kind is None or state is not None:
         raise MetaplError(
-            f"{called(name)} is {type(optimizer).__name__}{'' if state is None else ', with a state'}; expected "
+            f"{name} is {type(optimizer).__name__}{'' if state is None else ', with a state'}; expected "
             "torch.optim.SGD, Adam or AdamW themselves, without inner_state, or, for a student on one device, a "
             "TorchOpt transform."
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metapl.errors import MetaplError, called, few
+from metapl.errors import MetaplError, few
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
@@ -39,7 +39,7 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
     missing = [path for path, p in parameters.items() if id(p) not in known]
     if missing or not parameters:
         raise MetaplError(
-            f"{called(name)} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
+            f"{name} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
             f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
             f"add_param_group."
         )
@@ -58,7 +58,7 @@ def options_by_step(
     if not isinstance(schedule, LRScheduler):
         return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]
     if schedule.optimizer is not optimizer:
-        raise MetaplError(f"schedule is of another optimizer than {called('inner_optimizer')}.")
+        raise MetaplError("schedule is of another optimizer than inner_optimizer.")
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
     kind: Any = type(optimizer)
     alike = kind([{**group, "params": [nn.Parameter(torch.zeros(()))]} for group in groups])
@@ -98,7 +98,7 @@ class TorchUpdate(Update):
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
         if foreign:
             raise MetaplError(
-                f"{called('inner_optimizer')} holds {foreign} tensors that are no trainable parameters of the network; "
+                f"inner_optimizer holds {foreign} tensors that are no trainable parameters of the network; "
                 "build it from student.parameters()."
             )
 
@@ -118,7 +118,7 @@ class TorchUpdate(Update):
         groups = self.optimizer.param_groups
         options = [name for name in ("differentiable", "capturable") if any(group.get(name) for group in groups)]
         if options:
-            raise MetaplError(f"{called('inner_optimizer')} has {options[0]}=True; expected it to be left out.")
+            raise MetaplError(f"inner_optimizer has {options[0]}=True; expected it to be left out.")
         held = [[id(p) for p in group["params"]] for group in groups]
         own = self.parameters
         known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
@@ -145,12 +145,11 @@ class TorchUpdate(Update):
         state, groups = self.read_state(), self.optimizer.param_groups
         return {n: self.begun(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
 
-    def options(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The options of the param groups in two parts: those that make the rule what it is, and the numbers in it. A 0
-        is of the first part, since it leaves something out."""
-        groups = options_of(self.optimizer)
-        now = [{n: group.pop(n) for n in self.numbers if _is_set(group[n])} for group in groups]
-        return groups, now
+    def settings(self) -> list[dict[str, Any]]:
+        """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""
+        groups = self.optimizer.param_groups
+        found = [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in groups]
+        return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in found]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -16,7 +15,6 @@ from metapl.apps.networks.products import products_of
 from metapl.apps.recipes.base import ROLES, Recipe
 from metapl.apps.recipes.methods.beside import bilevel_trainer
 from metapl.distributed import Mesh, shard
-from metapl.execution import buffers
 from metapl.execution.shards import local
 
 REPEATS = 5
@@ -30,10 +28,7 @@ def measured(recipe: Recipe, mesh: Mesh) -> int:
     if mesh.size > 1:
         tensor = mesh.tensor
         networks = [shard(net, mesh, plan=products_of(net, tensor) if tensor > 1 else None) for net in networks]
-    with pytest.MonkeyPatch.context() as patch:  # as networks of more weights, of which no copy is compared
-        patch.setattr(buffers, "SMALL", 0)
-        trainer = bilevel_trainer(recipe, *networks, recipe.method)
-        trainer.step(*_batches(recipe, mesh))
+    trainer = bilevel_trainer(recipe, *networks, recipe.method)
     batches = _batches(recipe, mesh)
     return peak_of_steps(trainer, batches, batches, networks)
 

@@ -276,7 +276,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a log that is a folder, of a run that goes on": (
         lambda place: ((place / "result.json").unlink(), instead(place / "metrics.jsonl", os.mkdir)),
-        "metrics.jsonl cannot be read: it is a folder",
+        "metrics.jsonl cannot be read",
     ),
     "other data": (lambda place: edited(place / "data.json", hash={}), "data.json is damaged"),
 }

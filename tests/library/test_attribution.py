@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import metapl
 from metapl import MetaplError, attribute
 from metapl.execution.rng import RandomState, replayed
 from metapl.problems import EqualWeights
+from metapl.runs import progress
 from metapl.training.attribution import Attribution
 
 N, STEPS = 24, 9
@@ -107,6 +109,16 @@ def test_of_each_outer_example(kind: str) -> None:
     assert error(attribution.validate(sets).retrained.mean(1), of_all) < 1e-10
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_of_groups_it_is_the_sum_over_their_examples(each: bool) -> None:
+    groups = torch.arange(N) % 4
+    of_groups, of_examples = found(student(), each=each, groups=groups), found(student(), each=each)
+    for group in range(4):
+        assert error(of_groups.scores[..., group], of_examples.scores[..., groups == group].sum(-1)) < 1e-12
+    changes = of_groups.validate([[0], [1], [2]]).retrained
+    assert error(changes, of_examples.validate([groups == g for g in range(3)]).retrained) < 1e-12
+
+
 def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() -> None:
     order = found(student()).order
     assert order.shape == (STEPS, 8)
@@ -144,12 +156,16 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: f
     assert error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets])) < 1e-12
 
 
-def test_what_small_removals_do_is_predicted() -> None:
+def test_what_small_removals_do_is_predicted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 12 examples, removed one by one from a training at a small rate."""
     network = student()
     inner = torch.optim.SGD(network.parameters(), lr=0.02)
     attribution = attribute(network, TRAIN, OUTER, optimizer=inner, steps=30, batch_size=8)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
     agreement = attribution.validate([[number] for number in range(12)])
+    assert "trainings without examples: step 12 of 12" in capsys.readouterr().err
     assert agreement.spearman > 0.95
     assert agreement.pearson > 0.98
     assert error(agreement.predicted, agreement.retrained) < 0.3
@@ -237,34 +253,77 @@ class Noisy(TensorDataset):
 
 
 X, Y = TRAIN
-REFUSED: dict[str, dict[str, Any]] = {
-    "inputs alone": {"train": X},
-    "unequal rows": {"train": (X, Y[:3])},
-    "no rows": {"train": (X[:0], Y[:0])},
-    "texts": {"train": (["a"] * N, Y)},
-    "a dict of tensors": {"train": {"x": X, "y": Y}},
-    "a number of steps": {"steps": 5.0},
-    "a batch size": {"batch_size": 0},
-    "a clip": {"clip_norm": 0.0},
-    "a batch of more than all": {"batch_size": N + 1},
-    "two examples in a list": {"outer": [(X[0], Y[0]), (X[1], Y[1])]},
-    "weights that are not 1": {"problem": Twice()},
-    "views that differ": {"train": Noisy(X, Y), "steps": 60},
-    "an optimizer without a rule": {"optimizer": torch.optim.RMSprop(nn.Linear(2, 2).parameters())},
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "inputs alone": ({"train": X}, "train is"),
+    "unequal rows": ({"train": (X, Y[:3])}, "as many inputs as labels"),
+    "no rows": ({"train": (X[:0], Y[:0])}, "train is empty"),
+    "texts": ({"train": (["a"] * N, Y)}, "train holds"),
+    "NaN": ({"train": (X * torch.nan, Y)}, "the train batch of step 0 holds NaN"),
+    "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, r"the train batch of step \d"),
+    "an infinite outer input": ({"outer": (X * torch.inf, Y)}, "the outer batch holds NaN or infinite"),
+    "labels that are no classes": ({"train": (X, Y + 3)}, "class"),
+    "outputs that are no classes": (
+        {"train": (X.unflatten(1, (2, 3)).repeat(1, 1, 2), Y)},
+        r"the student's outputs are .* a subclass of metapl\.problems\.EqualWeights",
+    ),
+    "labels of one row each": ({"train": (X, Y[:, None])}, r"labels\.squeeze\(1\)"),
+    "a dict of tensors": ({"train": {"x": X, "y": Y}}, r"train is a dict of 2 .*expected \(inputs, labels\)"),
+    "inputs of another width": ({"train": (X[:, :5], Y)}, r"the student cannot take inputs .*\(8, 5\)"),
+    "outer inputs of another type": (
+        {"outer": (OUTER[0].long(), OUTER[1])},
+        "cannot take outer inputs of int64",
+    ),
+    "a class of schedules": ({"schedule": torch.optim.lr_scheduler.CosineAnnealingLR}, "schedule is .*expected"),
+    "a number of steps": ({"steps": 5.0}, "steps=5.0: expected a whole number of steps"),
+    "a batch size": ({"batch_size": 0}, "batch_size=0"),
+    "a clip": ({"clip_norm": 0.0}, "clip_norm=0.0: expected a number above 0 or None"),
+    "a batch of more than all": ({"batch_size": N + 1}, "more than the 24"),
+    "groups of other length": ({"groups": torch.zeros(3, dtype=torch.int64)}, "groups is"),
+    "negative groups": ({"groups": torch.full((N,), -1)}, "groups is"),
+    "groups that are no numbers": ({"groups": torch.zeros(N)}, "groups is"),
+    "groups by name": ({"groups": ["a"] * N}, "groups is a list .* expected numbers, not names"),
+    "a generator": ({"generator": 3}, "generator is"),
+    "examples that are dicts": ({"train": [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]}, "expected pairs"),
+    "examples without labels": ({"train": [*X]}, "expected pairs"),
+    "two examples in a list": ({"outer": [(X[0], Y[0]), (X[1], Y[1])]}, "as many inputs as labels"),
+    "weights that are not 1": ({"problem": Twice()}, "problem is Twice"),
+    "views that differ in a few steps": ({"train": Noisy(X, Y), "steps": 3}, "train returned another batch for step"),
+    "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "train returned another batch for step"),
+    "another network's optimizer": (
+        {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
+        "optimizer holds 2 tensors",
+    ),
+    "an optimizer without a rule": (
+        {"optimizer": torch.optim.RMSprop(nn.Linear(2, 2).parameters())},
+        "RMSprop",
+    ),
+    "another optimizer's schedule": (
+        {"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(2, 2).parameters()), 1)},
+        "schedule is of another optimizer than optimizer",
+    ),
+    "a rate that diverges": ({"schedule": lambda k: 1e308, "steps": 9}, r"\(step \d of the training\)"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_wrong_data_are_refused(case: str) -> None:
+    options, said = REFUSED[case]
     mode = {"mode": metapl.feedback.Forward(keep_every=8)} if case == "views that differ" else {}
-    with pytest.raises(MetaplError):
-        found(student(), "sgd", **mode, **REFUSED[case])
+    with pytest.raises(MetaplError, match=said) as refused:
+        found(student(), "sgd", **mode, **options)
+    assert not re.search("inner_optimizer|labeled|[Ll]ook-?ahead", str(refused.value))
 
 
-@pytest.mark.parametrize("wrong", [[-1], [], [0.5], [[1]], np.ones(3, dtype=bool)])
+@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], ["a"], np.ones(3, dtype=bool)])
 def test_wrong_removals_are_refused(wrong: Any) -> None:
     with pytest.raises(MetaplError, match="removed is"):
         found(student()).predict(wrong)
+
+
+def test_a_student_in_another_place_is_refused() -> None:
+    rows: Any = TRAIN
+    with pytest.raises(MetaplError, match=r"student is a tuple of 2 .*attribute\(student"):
+        found(rows)
 
 
 def test_a_transform_is_refused() -> None:

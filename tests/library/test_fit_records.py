@@ -23,6 +23,7 @@ from fits import (
     single,
 )
 
+from metapl import MetaplError
 from metapl.execution.ranks import ALONE
 from metapl.training.figures import figures
 
@@ -132,3 +133,10 @@ def test_a_terminal_shows_a_bar_and_anything_else_nothing(
     single().fit(batches(3)[0], **how)
     assert "fit: " in terminal.getvalue()
     assert "left" in terminal.getvalue()
+
+
+def test_somebody_elses_rows_are_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(MetaplError, match="another"):
+        single().fit(batches(5)[0], steps=2, out=tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'

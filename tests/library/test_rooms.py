@@ -22,7 +22,7 @@ FLOORS = (
     ("functional",),
     ("training",),
     ("ablation",),
-    ("apps.words", "apps.sklearn", "apps.machine"),
+    ("apps.errors", "apps.words", "apps.sklearn", "apps.machine"),
     ("apps.networks", "apps.reports"),
     ("apps.pictures", "apps.export"),
     ("apps.labels", "apps.evaluation"),

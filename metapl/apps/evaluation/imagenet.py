@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.errors import require_extra
 from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET, Robustness, flip_probability, relative_to
 from metapl.apps.machine.cores import available_cores
@@ -29,7 +30,7 @@ from metapl.apps.machine.sealed import refuse_irregular
 from metapl.apps.pictures.batches import in_unit_range
 from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
 from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
-from metapl.errors import MetaplError, few, reason_of, require_extra
+from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from metapl.apps.errors import placed
 from metapl.apps.experiments.experiment import Experiment
 from metapl.apps.experiments.folder import ANOTHER, RunFolder, describe, stored_result
 from metapl.apps.machine.sealed import read_sealed
 from metapl.apps.recipes.base import Recipe
 from metapl.apps.words import tell
 from metapl.distributed.mesh import Mesh
-from metapl.errors import MetaplError, placed
+from metapl.errors import MetaplError
 
 PATIENCE = 30.0  # seconds that a worker has to save the step under way before it is killed
 

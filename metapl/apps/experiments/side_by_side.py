@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from metapl.ablation.cost import flops
+from metapl.apps.errors import placed
 from metapl.apps.experiments.accuracies import Comparison, seeds_in_words, with_chance
 from metapl.apps.experiments.experiment import last_fit
 from metapl.apps.experiments.folder import WEIGHTS, RunFolder, describe
@@ -28,7 +29,6 @@ from metapl.apps.recipes.base import FIT_OPTIONS, Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.settings import SelfTraining
-from metapl.errors import placed
 from metapl.execution.device import to_device
 from metapl.metrics import Evaluation
 from metapl.training import FitOptions, FitResult, Trainer

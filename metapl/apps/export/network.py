@@ -28,11 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from metapl.apps.errors import require_extra
 from metapl.apps.export.card import CARD, INPUT, ONNX, OUTPUT, PROGRAM, WEIGHTS, render
 from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.machine.sealed import replacing
 from metapl.apps.networks import Architecture, Normalized, normalized
-from metapl.errors import MetaplError, few, reason_of, require_extra
+from metapl.errors import MetaplError, few, reason_of
 from metapl.runs.fields import Range
 
 _REQUIRED, _OPTIONAL = ("recipe", "data_hash", "metrics"), ("title", "classes", "notes", "center")

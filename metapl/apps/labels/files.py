@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import numpy as np
 
+from metapl.apps.errors import require_extra
 from metapl.apps.machine.misfit import misfit_entries
 from metapl.apps.machine.sealed import is_temporary, open_plain, read_json
-from metapl.errors import MetaplError, few, require_extra
+from metapl.errors import MetaplError, few
 from metapl.runs.fields import Range
 from metapl.words import shown
 

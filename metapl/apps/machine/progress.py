@@ -75,22 +75,6 @@ def progress(shown: bool, *, name: str, start: int, steps: int) -> Iterator[Prog
         yield Progress(name, start, steps, bar)
 
 
-@contextmanager
-def counted(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[Any], None]]:
-    """Give a function that takes the batch of each step of a long computation, and shows it as :func:`progress` does;
-    in lines, one a minute."""
-    with progress(shown, name=name, start=start, steps=steps) as bar:
-        said = time.monotonic()
-
-        def tell(batch: Any) -> None:
-            nonlocal said
-            due = time.monotonic() - said >= LINE_EVERY
-            said = time.monotonic() if due else said
-            bar.advance([batch], {"step": bar.done}, due=due)
-
-        yield tell
-
-
 def duration(seconds: float) -> str:
     """
     >>> duration(41.7), duration(200), duration(9000)

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.errors import require_extra
 from metapl.apps.networks.weights import load_weights
-from metapl.errors import MetaplError, require_extra
+from metapl.errors import MetaplError
 from metapl.models.networks import PooledFeatures, small_cnn, wide_resnet
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean

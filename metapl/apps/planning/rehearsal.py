@@ -206,6 +206,8 @@ def rehearse(
             with unset_fake_temporarily():
                 trainer = train(*networks)
             _refuse_other("what train returns", trainer, BilevelTrainer | LossTrainer, "a trainer")
+            if isinstance(trainer, BilevelTrainer):
+                trainer.verification.setting = False  # there are no values to compare
             trained = [net for net in (getattr(trainer, "teacher", None), trainer.student) if net is not None]
             if not all(isinstance(local(p), FakeTensor) for net in trained for p in net.parameters()):
                 raise MetaplError(

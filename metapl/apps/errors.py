@@ -1,0 +1,25 @@
+"""Errors of the application: where something failed, and which package it lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from metapl.errors import MetaplError
+
+
+def require_extra(extra: str, need: str, *packages: str) -> None:
+    """Refuse to go on without the packages of an extra; ``need`` is what the message begins with, "ONNX needs" say."""
+    missing = " and ".join(name for name in packages if importlib.util.find_spec(name) is None)
+    if missing:
+        raise MetaplError(f"{need} {missing}: not installed; get it by: pip install 'metapl[{extra}]'")
+
+
+@contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Say where, in front of what a :class:`MetaplError` of this block says."""
+    try:
+        yield
+    except MetaplError as error:
+        raise MetaplError(f"{where}{error}") from error

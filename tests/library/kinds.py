@@ -1,0 +1,266 @@
+"""Students and problems of unusual kinds, and what verification says of each, in the columns of test_verify.py."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from metapl import PseudoLabels, Signal
+
+C = 3
+
+
+class Own(nn.Module):
+    """A student of two layers, with what a kind adds to it."""
+
+    def __init__(self, forward: Callable[[Any, Any], Tensor], add: Callable[[Any], Any] = lambda student: None) -> None:
+        super().__init__()
+        self.a, self.b, self.own_forward = nn.Linear(4, 6), nn.Linear(6, C), forward
+        add(self)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).tanh())
+
+    def forward(self, x: Any) -> Tensor:
+        return self.own_forward(self, x)
+
+
+class Function(torch.autograd.Function):
+    """The identity, with a backward and a jvp that may be wrong."""
+
+    @staticmethod
+    def forward(x: Tensor, by: float, dual: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.by, ctx.dual = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return ctx.by * g, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, t: Tensor, *rest: Any) -> Tensor:
+        return ctx.dual * t
+
+
+def counts(student: Any, x: Tensor) -> Tensor:
+    student.n += 1
+    return student.plain(x) * (1 + 0.1 * student.n)
+
+
+def lazy(student: Any, x: Tensor) -> Tensor:
+    if "mean" not in student._buffers:
+        student.register_buffer("mean", x.mean(0).detach())
+    return student.plain(x - student.mean)
+
+
+def written(how: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda student, x: (how(student.a.weight), student.plain(x))[1]
+
+
+def average(student: Any, x: Tensor) -> Tensor:
+    h = student.a(x).tanh()
+    with torch.no_grad():
+        student.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
+    return student.b(h - student.mean)
+
+
+def momentum_encoder(student: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        for p, q in zip(student.slow.parameters(), student.a.parameters(), strict=True):
+            p.mul_(0.9).add_(q, alpha=0.1)
+        t = student.slow(x).tanh()
+    return student.b(student.a(x).tanh() + t)
+
+
+def codebook(student: Any, x: Tensor) -> Tensor:
+    h = student.a(x).tanh()
+    code = (h.detach()[:, None] - student.codes[None]).square().sum(-1).argmin(1)
+    q = student.codes[code]
+    with torch.no_grad():
+        for j in code.unique():
+            student.codes[j] = 0.9 * student.codes[j] + 0.1 * h[code == j].mean(0)
+    return student.b(h + (q - h).detach())
+
+
+def hooked(student: Any, x: Tensor) -> Tensor:
+    h = student.a(x).tanh()
+    if h.requires_grad:
+        h.register_hook(lambda g: 2 * g)
+    return student.b(h)
+
+
+def slopes(student: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        z = student.plain(x)
+        (g,) = torch.autograd.grad(z.logsumexp(-1).sum(), x, create_graph=True)
+    return z + g[:, :C]
+
+
+def rounded(t: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
+    return t + (how(t) - t).detach()
+
+
+def put(name: str, make: Callable[[Any], Any]) -> Callable[[Any], None]:
+    return lambda student: setattr(student, name, make(student))
+
+
+def shared(student: Any) -> None:
+    student.c = student.d = nn.Linear(6, 6)
+
+
+class Counting:
+    n = 0
+
+    def __call__(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
+        self.n += 1
+        return output * (1 + 0.1 * self.n)
+
+
+def embedded(student: Any, x: Tensor) -> Tensor:
+    return student.plain(x) + student.e((x[:, 0] > 0).long())
+
+
+def plain(student: Any, x: Tensor) -> Tensor:
+    return student.plain(x)
+
+
+def scaled(module: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output * 1.5
+
+
+def doubled(module: Any, inputs: Any, outputs: Any) -> Any:
+    return tuple(None if g is None else 2 * g for g in inputs)
+
+
+norms, old = nn.utils.parametrizations, nn.utils
+KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS
+    "plain": ("RRRRR", plain),
+    "a frozen layer": ("RRRRR", plain, lambda s: s.a.requires_grad_(False)),
+    "a shared layer": ("RRRRR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
+    "a hook that scales outputs": ("RRRRR", plain, lambda s: s.a.register_forward_hook(scaled)),
+    "a buffer that counts": ("RRRRR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
+    "a buffer made by the first pass": ("RRRRR", lazy),
+    "a gradient in its input": ("RRRRR", slopes),
+    "a checkpoint": ("RRRRX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
+    "a reentrant checkpoint": (
+        "XXXXX", lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
+    "masks in a checkpoint": (
+        "RRRRX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
+    "an embedding within max_norm": (
+        "RRRRR", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=50))),
+    "float32 within": ("RRRRR", lambda s, x: s.b(s.a(x).float().tanh().to(x.dtype))),
+    "float32 alone": ("RRRRR", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
+    "weight norm": ("XRRRX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's second derivative is wrong
+    "the old weight norm": ("XRRRX", plain, put("a", lambda s: old.weight_norm(s.a))),
+    "spectral norm": ("XAAAA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
+    "straight-through": ("AAAAA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
+    "a binary layer": ("AAAAA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),
+    "a detached average": ("AAAAA", lambda s, x: s.plain(x) - s.plain(x).mean(0).detach()),
+    "a detached branch": ("AAAAA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
+    "a doubled backward": ("AAAAA", lambda s, x: Function.apply(s.plain(x), 2.0, 2.0)),
+    "a codebook": ("AAAAA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
+    "an average in a buffer": ("XAAAA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
+    "a momentum encoder": ("XAAAA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
+    "a hook on an activation": ("XAAAA", hooked),
+    "a hook on a backward pass": ("XAAAA", plain, lambda s: s.b.register_full_backward_hook(doubled)),
+    "another jvp than backward": ("XRRRR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
+    # These are refused by the modes, and in the steps, that repeat a pass.
+    "an attribute that counts": ("XRRRR", counts, put("n", lambda s: 0)),
+    "a hook that counts": ("XRRRR", plain, lambda s: s.a.register_forward_hook(Counting())),
+    "an input in place": ("XRRRR", lambda s, x: s.plain(x.mul_(1.1))),
+    "a generator of its own": (
+        "XRRRR", lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
+    "python's random numbers": ("XXXXX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
+    "numpy's random numbers": ("XXXXX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
+    "weights written by .data": ("XXXXX", written(lambda w: w.data.mul_(0.9))),
+    "weights written by numpy": ("XXXXX", written(lambda w: w.detach().numpy().__imul__(0.9))),
+    "clamped weights": ("XXXXX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
+    "weights that decay slowly": ("XXXXX", written(lambda w: w.data.mul_(1 - 1e-9))),
+    "an embedding beyond max_norm": (
+        "XXXXX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
+    "a tensor in a weight's memory": (
+        "XXXXX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ problems
+
+
+class Problem(PseudoLabels):
+    """Pseudo-labels with other losses, or another signal: functions of what the library's have, by name."""
+
+    def __init__(self, **change: Any) -> None:
+        super().__init__()
+        vars(self).update(change=change, matrix=change.pop("matrix", None), teacher=None)
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        found, change = super().signal(teacher, batch, student_outputs, generator=generator), vars(self)["change"]
+        if self.kind == "hard":
+            return change["hard"](found) if "hard" in change else found
+        return Signal(change["soft"](self, teacher, batch)) if "soft" in change else found
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        losses, change = super().inner_loss(outputs, signal, batch), vars(self)["change"]
+        return change["inner"](self, losses, outputs, batch, params) if "inner" in change else losses
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        loss, change = super().outer_loss(outputs, batch), vars(self)["change"]
+        return change["outer"](self, loss, outputs, batch) if "outer" in change else loss
+
+
+def half(t: Tensor) -> Tensor:
+    return (t + t.detach()) / 2
+
+
+def writes(self: Any, losses: Tensor, outputs: Tensor, batch: Any, params: Any) -> Tensor:
+    next(iter(params.values())).data.mul_(0.9)
+    return losses
+
+
+def logit(s: Any) -> Tensor:
+    return s.outputs.gather(-1, s.value[:, None])[:, 0]
+
+
+learned = {"matrix": nn.Parameter(torch.eye(C) + 0.1)}
+with_teacher = {"inner": lambda self, losses, z, x, params: losses + 0.1 * (z * self.teacher(x)).sum(1)}
+batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mean()}
+penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
+PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a clip": ("RRRRR", {}, {"clip_norm": 0.1}),
+    "micro-batches": ("RRRRR", {}, {"accumulate": 2}),
+    "a pair in micro-batches": ("RRRRR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("XXXXX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a loss of the batch": ("RRRRR", batchwise, {}),
+    "a loss of the batch in micro-batches": ("XXXXX", batchwise, {"accumulate": 2}),
+    "a penalty on weights": ("RRRRR", penalty, {}),
+    "a parameter in the signal": (
+        "RRRRR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
+    "a parameter in a loss": (
+        "XXXXX", {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
+    "an inner loss of the teacher": ("XXXXX", with_teacher, {}),
+    "an outer loss of the teacher": (
+        "XXXXX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+    "a loss that writes weights": ("XXXXX", {"inner": writes}, {}),
+    "half a signal": ("AARAA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
+    "a layer's signal": ("AARAA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
+    "a hard signal, straight-through": (
+        "AARAA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
+    "a wrong backward in the signal": (
+        "XXRXX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
+    "a log_prob that is none": ("RRXRR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
+    "a logit without probs": ("RRXRR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
+    "a smoothed log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
+    "half a log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
+}  # fmt: skip
