@@ -65,6 +65,6 @@ class explained:
         found = _OPERATION.search(said)
         raise NotByThisMode(
             f"{found[1] if found else 'an operation of the student'} lacks a derivative that this mode needs ({said}); "
-            'expected an operation that has it, or a mode that runs plain passes: "difference", or "reinforce" with '
-            "sampled labels."
+            'expected an operation that has it, Forward(by="graph") where it lacks forward mode alone, or a mode that '
+            'runs plain passes: "difference", or "reinforce" with sampled labels.'
         ) from error

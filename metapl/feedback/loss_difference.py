@@ -23,8 +23,7 @@ class LossDifference(Estimator):
         baseline, normalization: as in :class:`~metapl.feedback.Reinforce`.
 
     Takes: hard labels.
-    Cost: 8 student passes a step with the teacher's 3: two labeled forward passes, no labeled backward pass;
-    on the first step three more, by which a student whose passes are not of one function is refused.
+    Cost: 8 student passes a step with the teacher's 3: two labeled forward passes, no labeled backward pass.
     Bias: none for the objective E_ŷ[L(θ′(ŷ))], with any optimizer, clipped or adaptive; this objective's gradient tends
     to that of the soft step as η goes to 0. Noisy, with momentum more so (the velocity's own effect is in h).
     Source: a first-order form of eq. (12), L(θ) − L(θ − ηg) = η⟨∇L, g⟩ + O(η²); the public implementations use it, with

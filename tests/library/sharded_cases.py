@@ -411,6 +411,16 @@ def _tied() -> None:
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), fully_shard(student))
 
 
+def _unequal_later() -> None:
+    _ahead(lambda step, u: u[: 4 - (dist.get_rank() == 1 and step == 2)])
+
+
+def _not_finite_on_one() -> None:
+    trainer = built("reinforce", "ddp")
+    labeled, unlabeled = share(batches(1)[0])
+    trainer.step(labeled, unlabeled * torch.nan if dist.get_rank() == 1 else unlabeled)
+
+
 class Weighted(metapl.PseudoLabels):
     """An outer loss that is a mean by weights of the classes, which the ranks' rows differ in."""
 
@@ -450,6 +460,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "sparse": lambda: _embedding(sparse=True),
     "tied": _tied,
     "unequal": _unequal,
+    "unequal_later": _unequal_later,
+    "not_finite_on_one": _not_finite_on_one,
+    "lookahead_narrow": lambda: built("forward", "narrow", lookahead=2),
     "root_forgotten": _root_forgotten,
     "divided_otherwise": _divided_otherwise,
     "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
