@@ -121,7 +121,8 @@ class CompiledStep:
                     path, _, last = name.rpartition(".")
                     part = net.get_submodule(path)
                     self.hold(part._parameters if last in part._parameters else part._buffers, last)
-                for name, p in {} if update is None else update.parameters.items():
+                for name in optimizer.state and role.params:  # in the order of _leaves
+                    p = update.parameters[name]
                     own = update.optimizer.state[p]
                     self.places += [
                         (vars(update.optimizer), "state", update.optimizer.state),

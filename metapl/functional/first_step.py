@@ -60,6 +60,10 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
             trees |= {f"the {role}'s gradient": moved, f"the {role}'s buffers": network.state}
         return trees
 
+    for role in ("student", "teacher"):
+        was, there, here = (getattr(state, role).params for state in (before, expected[0], found[0]))
+        for name in (n for n, p in was.items() if torch.equal(p, there[n]) and not torch.equal(p, here[n])):
+            raise MetaplError(f"no loss reaches the {role}'s {name}, which would decay; expected requires_grad=False.")
     ours, loss = seen(*found), expected[1].scalars["inner_loss"]
     for name, tree in seen(*expected).items():
         gap, size = (

@@ -273,6 +273,9 @@ class BilevelTrainer(Trainer):
         With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel noise of the shape of
         the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
 
+        A parameter that no loss reaches has a gradient of zero there, so that it decays; freeze it. Dropout of L(θ′)
+        draws from the default generator too, after the teacher's passes.
+
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
         >>> step, state = metapl.BilevelTrainer(teacher, student, mode="forward").functional()
