@@ -7,7 +7,7 @@ kind is compared with the eager one, taken by a copy of the trainer; what cannot
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +15,23 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import length
-from metapl.execution.checks import Fault
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.ranks import gumbel
 from metapl.execution.rng import RandomState
 from metapl.functional.build import step_of, updates_of
 from metapl.functional.first_step import eager_step, refuse_other
 from metapl.functional.state import Report, State, settings_of, state_of, unclipped
-from metapl.problems.base import Signal
-from metapl.training.contract import StepReport
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
-SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
 
 
 class CompiledStep:
     """The compiled steps of one trainer, which every call is given; a copy of it compiles anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, wrap: Callable[[Any, Report, bool], Any]) -> None:
+        self.wrap = wrap  # a pure step's report, as the trainer's
         self.known: dict[Any, Any] = {}
         self.state: State | None = None  # views of the tensors that modules and optimizers hold
         self.tensors: list[Tensor] = []  # these, in the order of _leaves,
@@ -44,9 +41,9 @@ class CompiledStep:
         self.settings: list[Any] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledStep, ()
+        return CompiledStep, (self.wrap,)
 
-    def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
+    def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> Any:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
         networks = {"student": trainer.student, **({} if trainer.teacher is None else {"teacher": trainer.teacher})}
         modules = [module for net in networks.values() for module in _modules(net)]
@@ -72,7 +69,7 @@ class CompiledStep:
             with torch.no_grad(), no_fast_path(math=True):
                 given = (tuple(batches), noise) if several else (batches[0], noise and noise[0])
                 moved, report = compiled(state, labeled, *given)
-            wrapped = _wrapped(trainer, report, several, ahead)
+            wrapped = self.wrap(trainer, report, ahead)
             if first:
                 refuse_other(state, (moved, wrapped), eager)
         except Exception as error:
@@ -146,23 +143,6 @@ class CompiledStep:
     def hold(self, table: dict[str, Any], name: str) -> None:
         self.places.append((table, name, table[name]))
         self.tensors.append(table[name])
-
-
-def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepReport:
-    """A pure step's report as the trainer's."""
-    scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
-    scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
-    scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-    text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
-    return StepReport(
-        trainer.steps_done,
-        scalars,
-        Fault([(~(report.flag < SLOPES), text)]),
-        feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
-        signal=Signal(**(report.signal[-1] if several else report.signal)),
-        student_outputs=report.student_outputs,
-        problem=trainer.problem,
-    )
 
 
 def _modules(module: Any) -> list[Any]:

@@ -16,10 +16,9 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.functional.build import updates_of
 from metapl.functional.state import State, state_of
 from metapl.functional.trees import norm
-from metapl.training.contract import StepReport
 
 AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm
-Taken = tuple[State, StepReport]
+Taken = tuple[State, Any]  # the state after a step, and the trainer's report
 
 
 def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> Taken:
@@ -49,7 +48,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
 def refuse_other(before: State, found: Taken, expected: Taken) -> None:
     """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers."""
 
-    def seen(state: State, report: StepReport) -> dict[str, dict[Any, Tensor]]:
+    def seen(state: State, report: Any) -> dict[str, dict[Any, Tensor]]:
         trees = {"h": dict(enumerate(pytree.tree_leaves(report.feedback)))}
         for role, held in (("student", state.inner.state), ("teacher", state.outer.state)):
             network, was = getattr(state, role), getattr(before, role).params

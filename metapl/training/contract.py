@@ -21,6 +21,8 @@ from metapl.words import summary
 
 Say = Callable[[str], None]
 
+SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
+
 
 @dataclass(frozen=True)
 class Report:
@@ -87,6 +89,24 @@ class StepReport(Report):
     problem: Problem
     recent: Means = field(default_factory=dict)
     ranks: Ranks = field(default=ALONE)
+
+    @classmethod
+    def of_pure(cls, trainer: Any, report: Any, ahead: bool) -> StepReport:
+        """The report of a pure step (:class:`metapl.functional.Report`); ``ahead``: of a look-ahead."""
+        several = isinstance(report.signal, list)
+        scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
+        scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
+        scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+        text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
+        return cls(
+            trainer.steps_done,
+            scalars,
+            checks.Fault([(~(report.flag < SLOPES), text)]),
+            feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
+            signal=Signal(**(report.signal[-1] if several else report.signal)),
+            student_outputs=report.student_outputs,
+            problem=trainer.problem,
+        )
 
     def exchanged(self) -> StepReport:
         """The same, when all ranks are here: later one may read the report alone."""

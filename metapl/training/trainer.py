@@ -156,7 +156,7 @@ class BilevelTrainer(Trainer):
         refuse_split_batches(self.teacher_losses or (), accumulate)
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        self.compiled, self.compiled_step = CompiledPasses(), CompiledStep()
+        self.compiled, self.compiled_step = CompiledPasses(), CompiledStep(StepReport.of_pure)
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
@@ -204,7 +204,9 @@ class BilevelTrainer(Trainer):
         self._follow_problem()
         labeled, ahead = read_batch(self.problem, "outer_batch", labeled), isinstance(unlabeled, Lookahead)
         if self.compile:
-            return self.compiled_step(self, labeled, inner_batches(unlabeled, self.lookahead), ahead)
+            batches = inner_batches(unlabeled, self.lookahead)
+            compiled: StepReport = self.compiled_step(self, labeled, batches, ahead)
+            return compiled
         batches, guard, teacher_steps = inner_batches(unlabeled, self.lookahead), self.guard, list[TeacherPass]()
 
         def teach(batch: Any, outputs: Tensor | None) -> Signal:  # line 2; one call for each micro-batch

@@ -19,6 +19,7 @@ FLOORS = (
     ("execution",),
     ("data", "distributed", "models", "problems", "updates"),
     ("feedback", "metrics"),
+    ("functional",),
     ("training",),
     ("ablation", "sklearn"),
     ("apps.networks", "apps.reports"),
@@ -37,7 +38,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = ("metapl", "metapl.__main__", "metapl.apps")
 """They give names of other rooms."""
 
-ROOMS, ENTRIES = 12, 19
+ROOMS, ENTRIES = 12, 20
 """How many the library may have, and how many files and folders beside each other."""
 
 
