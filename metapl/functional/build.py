@@ -42,7 +42,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         "accumulate": trainer.accumulate > 1,
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
         f"{steps} steps ahead, but {LONGEST} at most (metapl.functional.training takes more)": steps > LONGEST,
-        "cosine of several steps": steps > 1 and getattr(mode, "normalization", "") == "cosine",
+        "cosine of several steps": (steps > 1 or enters) and getattr(mode, "normalization", "") == "cosine",
         "difference with a signal in the input": enters and mode.name == "difference",
         "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),
     }

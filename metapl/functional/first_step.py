@@ -13,13 +13,12 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.rng import RandomState, branching_to
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.report import StepReport
 from metapl.functional.build import updates_of
 from metapl.functional.state import State, state_of
 from metapl.functional.trees import norm
 
 AGREES = {torch.float64: 1e-6, torch.float32: 2e-2}  # by norm
-Taken = tuple[State, StepReport]
+Taken = tuple[State, Any]  # the state after a step, and the trainer's report
 
 
 def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> Taken:
@@ -49,7 +48,7 @@ def eager_step(trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) 
 def refuse_other(before: State, found: Taken, expected: Taken) -> None:
     """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers."""
 
-    def seen(state: State, report: StepReport) -> dict[str, dict[Any, Tensor]]:
+    def seen(state: State, report: Any) -> dict[str, dict[Any, Tensor]]:
         trees = {"h": dict(enumerate(pytree.tree_leaves(report.feedback)))}
         for role, held in (("student", state.inner.state), ("teacher", state.outer.state)):
             network, was = getattr(state, role), getattr(before, role).params
@@ -60,6 +59,10 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
             trees |= {f"the {role}'s gradient": moved, f"the {role}'s buffers": network.state}
         return trees
 
+    for role in ("student", "teacher"):
+        was, there, here = (getattr(state, role).params for state in (before, expected[0], found[0]))
+        for name in (n for n, p in was.items() if torch.equal(p, there[n]) and not torch.equal(p, here[n])):
+            raise MetaplError(f"no loss reaches the {role}'s {name}, which would decay; expected requires_grad=False.")
     ours, loss = seen(*found), expected[1].scalars["inner_loss"]
     for name, tree in seen(*expected).items():
         gap, size = (

@@ -172,11 +172,9 @@ def make_step(
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 w, gap = g, 0 * loss
                 if kind == "loss_difference":  # line 4: h = L(θ) − L(θ′), under the same dropout masks
-                    pair = (
-                        {n: torch.stack([t, moved[n]]) for n, t in theta.items()},
-                        {n: torch.stack([t, t]) for n, t in left.items()},
-                    )
-                    before, L = vmap(outer_loss, randomness="same")(*pair)
+                    weights = {n: torch.stack([t, moved[n]]) for n, t in theta.items()}
+                    buffers = {n: torch.stack([t, t]) for n, t in left.items()}
+                    before, L = vmap(outer_loss, randomness="same")(weights, buffers)
                     h = {"log_prob": before - L}
                 else:
                     v, L = grad_and_value(outer_loss)(moved, left)  # line 4: v = ∇L(θ′)
@@ -192,11 +190,8 @@ def make_step(
                     u, by_example = torch.ones(len(z), dtype=z.dtype, device=z.device), kind == "reinforce_per_example"
                     found, (along, size) = grad_and_value(slope, int(by_example), has_aux=True)(fields, u, z, z_dot, w)
                     h = {"log_prob": -found} if by_example else {name: -t for name, t in found.items()}
-                    size = (
-                        size
-                        + norm({n: t * w[n] for n, t in g.items()})
-                        + 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)
-                    )
+                    rounding = 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)  # where both sides cancel
+                    size = size + norm({n: t * w[n] for n, t in g.items()}) + rounding
                     gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
                 end = Walk(L, z, [loss], [held(given)], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
             if revises:  # line 3 once more, on the signal that the problem makes of the feedback
@@ -218,10 +213,8 @@ def make_step(
             push = 0 * end.losses[0]
             for found, signal in zip(h, end.signals, strict=True):
                 for name, t in found.items():  # where labels were drawn, h on their values is on their distribution
-                    part = (
-                        signal["probs"] if "log_prob" in signal and name == "value" else Signal(**signal).fields()[name]
-                    )
-                    push = push + (t.detach() * part).sum()
+                    field = "probs" if "log_prob" in signal and name == "value" else name
+                    push = push + (t.detach() * Signal(**signal).fields()[field]).sum()
             return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
 
         theta_T, s_T, G = state.teacher.params, state.outer.state, {}
@@ -243,11 +236,8 @@ def make_step(
         signals = [held(Signal(**signal).detached()) for signal in end.signals]
         found = [on_value(t, signal["value"]) if t else 0 * own for t, signal in zip(h, signals, strict=True)]
         told = (found, signals) if steps > 1 else (found[0], signals[0])
-        loss, finite = (
-            torch.stack(end.losses).mean(),
-            torch.stack([t.sum() for tree in h for t in tree.values()] or [own]),
-        )
-        flag = end.gap + 0 * (loss + own + finite.sum())
+        loss, sums = torch.stack(end.losses).mean(), [own, *(t.sum() for tree in h for t in tree.values())]
+        flag = end.gap + 0 * (loss + torch.stack(sums).sum())  # NaN where anything is not finite
         report = Report(told[0], told[1], end.z.detach(), loss, end.L, own, flag, end.own)
         networks = Network(theta_T, end.at_T), Network(end.theta, end.at_S)
         optimizers = state.inner._replace(state=end.s), state.outer._replace(state=s_T)

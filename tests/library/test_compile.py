@@ -144,6 +144,10 @@ def hooked(case: Any) -> None:
     next(case.student.parameters()).register_hook(lambda g: 2 * g)
 
 
+def unused(case: Any) -> None:
+    case.student.register_parameter("spare", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+
+
 def appended(part: nn.Module) -> Any:
     return lambda case: case.student.append(part)
 
@@ -153,6 +157,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "Python state": (appended(Counter()), {}),
     "a value that is read": (appended(Reads()), {}),
     "a reentrant checkpoint": (appended(Again()), {}),
+    "a weight that no loss reaches": (unused, {}),
     "a transform": (None, {"inner_optimizer": torchopt.sgd(0.1, momentum=0.9)}),
     "accumulate": (None, {"accumulate": 2}),
     "implicit": (None, {"mode": "implicit"}),

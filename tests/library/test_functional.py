@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torchopt
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import metapl
-from metapl import UDA, CrossEntropy, Signal
+from metapl import UDA, CrossEntropy, MetaplError, Signal
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.ranks import gumbel
 from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
@@ -193,6 +194,42 @@ def test_short_passes_round_as_the_eager_ones() -> None:
     for part in (trainer.teacher, trainer.student):
         part.float()
     agree(trainer, pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, data), 2e-2)
+
+
+@pytest.mark.parametrize("build_transform", [lambda: torchopt.sgd(0.2, momentum=0.9), lambda: torchopt.adamw(0.02)])
+def test_a_transform_of_torchopt_runs_pure(build_transform: Any) -> None:
+    student, teacher = network(), network()
+    outer = torch.optim.SGD(teacher.parameters(), lr=0.1)
+    given = {"inner_optimizer": build_transform(), "outer_optimizer": outer}
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", **given)
+    agree(trainer, batches(), 1e-9)
+    trainer.step(*batches())
+    agree(trainer, batches(seed=2), 1e-9)
+
+
+def test_a_transform_that_hides_state_is_refused() -> None:
+    hidden: list[Any] = []
+
+    def update(grads: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+        hidden.append(grads)
+        return {n: -0.1 / len(hidden) * g for n, g in grads.items()}, state
+
+    transform = torchopt.base.GradientTransformation(lambda params: (), update)
+    with pytest.raises(MetaplError, match="hides"):
+        metapl.BilevelTrainer(network(), network(), "forward", inner_optimizer=transform).functional()
+
+
+def test_a_ratio_is_that_of_the_gradients_of_feedback_and_own_losses() -> None:
+    def gradient(**options: Any) -> Tensor:
+        trainer = build("forward", "sgd", **options)
+        step, state = trainer.functional()
+        moved, _ = step(state, *batches())
+        pairs = zip(state.teacher.params.values(), moved.teacher.params.values(), strict=True)
+        return torch.cat([(before - after).flatten() for before, after in pairs])
+
+    own, both, scaled = gradient(feedback_weight=0.0), gradient(), gradient(feedback_ratio=0.5)
+    feedback = both - own
+    assert error(scaled, own + 0.5 * own.norm() / feedback.norm() * feedback) < 1e-9
 
 
 def test_a_loss_of_the_teacher_starts_late_and_grows() -> None:

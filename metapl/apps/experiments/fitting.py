@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metapl.data import StepBatches
 from metapl.errors import MetaplError
