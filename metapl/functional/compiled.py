@@ -20,7 +20,7 @@ from metapl.execution.ranks import gumbel
 from metapl.execution.rng import RandomState
 from metapl.functional.build import step_of, updates_of
 from metapl.functional.first_step import eager_step, refuse_other
-from metapl.functional.state import Report, State, settings_of, state_of, unclipped
+from metapl.functional.state import Report, State, leaves_of, settings_of, state_of, unclipped
 from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
@@ -34,7 +34,7 @@ class CompiledStep:
         self.wrap = wrap  # a pure step's report, as the trainer's
         self.known: dict[Any, Any] = {}
         self.state: State | None = None  # views of the tensors that modules and optimizers hold
-        self.tensors: list[Tensor] = []  # these, in the order of _leaves,
+        self.tensors: list[Tensor] = []  # these, in the order of leaves_of,
         self.memory: list[int] = []  # and where they were
         self.places: list[tuple[Any, Any, Any]] = []  # what is known to stand in a table under a name
         self.numbers: list[Any] = []  # the optimizers' settings, and these as tensors
@@ -85,7 +85,7 @@ class CompiledStep:
             self.known[key], self.state = (compiled, updates, probs), None
             self.read(trainer, updates)
         with torch.no_grad():
-            torch._foreach_copy_(self.tensors, _leaves(moved, state))
+            torch._foreach_copy_(self.tensors, leaves_of(moved, state))
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
         return wrapped
 
@@ -118,7 +118,7 @@ class CompiledStep:
                     path, _, last = name.rpartition(".")
                     part = net.get_submodule(path)
                     self.hold(part._parameters if last in part._parameters else part._buffers, last)
-                for name in optimizer.state and role.params:  # in the order of _leaves
+                for name in optimizer.state and role.params:  # in the order of leaves_of
                     p = update.parameters[name]
                     own = update.optimizer.state[p]
                     self.places += [
@@ -148,16 +148,3 @@ class CompiledStep:
 def _modules(module: Any) -> list[Any]:
     """A module and those in it, in the order of ``modules()``."""
     return [module, *(part for child in module._modules.values() if child is not None for part in _modules(child))]
-
-
-def _leaves(state: State, order: State) -> list[Tensor]:
-    """The tensors of networks and optimizers, in the order of another state."""
-    pairs = (
-        (state.student, state.inner, order.student, order.inner),
-        (state.teacher, state.outer, order.teacher, order.outer),
-    )
-    found = []
-    for network, optimizer, named, held in pairs:
-        found += [network.params[n] for n in named.params] + [network.state[n] for n in named.state]
-        found += [optimizer.state[n][key] for n in named.params for key in held.state.get(n, ())]
-    return found
