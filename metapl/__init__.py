@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = ["MODES", "UDA", "BilevelProblem", "BilevelTrainer", "CrossEntropy", "Hypergradient", "Lookahead"]
 __all__ += ["LossTrainer", "MetaplError", "PseudoLabels", "Signal", "StepReport", "StopFit", "ablate", "attribute"]
