@@ -54,7 +54,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
     code: Any = getattr(problem.inner_loss, "__code__", None)
     place = 3 + hasattr(problem.inner_loss, "__self__")
     known = code is not None and code.co_argcount > place
-    return make_step(
+    step: Any = make_step(
         trainer.teacher,
         trainer.student,
         problem,
@@ -70,6 +70,9 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         revises=has_own(problem, "revised_signal"),
         autocast=autocast,
     )
+    step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all steps would share
+    made: Step = step
+    return made
 
 
 def functional(trainer: Any) -> tuple[Step, State]:

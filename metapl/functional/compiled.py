@@ -102,8 +102,7 @@ class CompiledStep:
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
         trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
         updates = updates_of(trainer)
-        step: Any = step_of(trainer, steps, updates)
-        step.__code__ = step.__code__.replace()  # Dynamo counts graphs by code object, which all trainers share
+        step = step_of(trainer, steps, updates)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
             return torch.compile(step, fullgraph=True, dynamic=False, **BACKEND), updates
