@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,12 +48,15 @@ class RandomState:
             return given
         # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
         states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
-        digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
-        seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
-        start = torch.Generator().manual_seed(seed).get_state()
-        if self.accelerator is None:
-            return RandomState(self.device, start, None)
-        return RandomState(self.device, start, torch.Generator(self.device).manual_seed(seed).get_state())
+        return _branch_of(b"".join(states), self.device, self.accelerator is not None)
+
+
+@lru_cache(maxsize=4)  # where nothing draws, every step begins in the same state
+def _branch_of(state: bytes, device: torch.device, on_device: bool) -> RandomState:
+    digest = hashlib.blake2b(state, digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") >> 1  # 63 bits: every generator takes them
+    start = torch.Generator().manual_seed(seed).get_state()
+    return RandomState(device, start, torch.Generator(device).manual_seed(seed).get_state() if on_device else None)
 
 
 _branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
