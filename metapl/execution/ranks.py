@@ -173,20 +173,17 @@ def rows_shared(ranks: Ranks) -> Iterator[None]:
 
 
 def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise, (rows, classes), of the type of a tensor: log p plus it is greatest at a class drawn from
-    p. Unlike ``torch.multinomial`` it is compiled and stacked like any other operation, and can be made beforehand."""
-    u = torch.rand(rows, classes, generator=generator, dtype=like.dtype, device=like.device)
-    return -(-u.log()).log()
+    """Standard Gumbel noise, (rows, classes), in float32 or wider: log p plus it is greatest at a class drawn
+    from p. Unlike ``torch.multinomial`` it is compiled and stacked as any operation, and can be made beforehand."""
+    # In float32, whatever the type: a seed draws the same labels in float64 and under autocast.
+    u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
+    return -(-u.to(like.dtype if like.dtype == torch.float64 else torch.float32).log()).log()
 
 
 def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
     """A class for each row of probabilities (B, C), as a column (B, 1); in the place of a generator, Gumbel noise."""
     if isinstance(generator, Tensor) or checks.transformed():
-        noise = (
-            generator
-            if isinstance(generator, Tensor)
-            else gumbel(len(probabilities), probabilities.shape[1], probabilities)
-        )
+        noise = generator if isinstance(generator, Tensor) else gumbel(*probabilities.shape, probabilities)
         return (probabilities.log() + noise).argmax(-1, keepdim=True)
     # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
     ranks = _sharing.get()

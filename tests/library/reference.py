@@ -126,7 +126,7 @@ def weights(module: nn.Module) -> Tree:
 
 def drawn(q: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A label for each row of probabilities, (B,), by Gumbel's argmax."""
-    u = torch.rand(q.shape, generator=generator, dtype=q.dtype)
+    u = torch.rand(q.shape, generator=generator).to(q.dtype)
     return (q.detach().log() - (-u.log()).log()).argmax(-1)
 
 
