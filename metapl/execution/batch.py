@@ -50,10 +50,12 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
 
 def first_input(batch: Any) -> Any:
     """A network's input in a batch: a tensor or a dict itself, the first element of a tuple."""
-    if isinstance(batch, Tensor | Mapping):
+    if isinstance(batch, Tensor):
         return batch
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
+    if isinstance(batch, Mapping):
+        return batch
     raise MetaplError(
         f"the batch is of type {type(batch).__name__}; expected a tensor, a dict or a tuple (input, ...). For other "
         "batches, give the problem a method student_input(batch)."

@@ -115,9 +115,8 @@ class Ranks:
 
     def equal(self, count: int, what: str) -> None:
         """Refuse, on every rank, numbers of rows that differ between ranks: their exchanges would never end."""
-        if not self.alone:
-            most, least = self.greatest(torch.tensor([count, -count], device=self.device))
-            checks.refuse(most != -least, f"the shares of {what} are unequal; expected as many rows on every rank.")
+        most, least = self.greatest(torch.tensor([count, -count], device=self.device))
+        checks.refuse(most != -least, f"the shares of {what} are unequal; expected as many rows on every rank.")
 
     @property
     def number(self) -> int:

@@ -61,8 +61,10 @@ class State:
     def __init__(self, slots: Slots) -> None:
         self._tables = [(table, dict(table)) for table in slots.buffers]
         self._frozen = slots.frozen
-        held = [t for _, table in self._tables for t in table.values() if t is not None]
-        self._held: dict[int, Tensor] = {id(t): t for t in (*held, *(p for _, _, p in slots.frozen))}
+        self._held: dict[int, Tensor] = {id(p): p for _, _, p in slots.frozen}
+        for _, table in self._tables:
+            if table:  # most modules have no buffers
+                self._held |= {id(t): t for t in table.values() if t is not None}
         self._values = {key: t.detach().clone() for key, t in self._held.items()}
 
     def restore(self) -> None:

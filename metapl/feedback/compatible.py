@@ -28,6 +28,8 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
     """The outer and the inner batch, each by either of its names; one that is missing is refused."""
+    if outer is inner is None and labeled is not None and unlabeled is not None:
+        return labeled, unlabeled
     labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
     if labeled is None or unlabeled is None:
         missing = "labeled= (or outer=)" if labeled is None else "unlabeled= (or inner=)"

@@ -292,7 +292,8 @@ def take_steps(
         student = student_of(student, double_backward=keep_graph)
     several = len(batches) > 1
     path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches)
-    student.ranks.equal(length(labeled), "the outer batch")
+    if not student.ranks.alone:
+        student.ranks.equal(length(labeled), "the outer batch")
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
     params = as_leaves(student.params) if several and keep_graph else student.params
     state, done = update.read_state(), 0 if states is None else states.done
@@ -335,7 +336,8 @@ def _step(
     problem, student, ranks = path.problem, path.student, path.student.ranks
     entering, known = enters_input(problem), digest(batch) if isinstance(path.batches, Lookahead) else None
     pieces = micro_batches(batch, parts, "unlabeled")
-    ranks.equal(length(batch), "the inner batch")
+    if not ranks.alone:
+        ranks.equal(length(batch), "the inner batch")
     graph_of = None if entering else graph_of  # the input's graph is another one
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
