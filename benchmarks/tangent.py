@@ -3,15 +3,13 @@
     python benchmarks/tangent.py --note "who else used the machine"
     python benchmarks/tangent.py --write docs/modes.md
 
-Four questions. One step: the derivative of a student's outputs along w, with the inner pass that it follows, by a
-replay in forward mode (``mode="forward"``), by the same with products of stacked rows (a layer's W meets the inputs and
-their tangents in one product), and by double backward through the kept graph of the inner pass
-(``Forward(keep_graphs=1)``). Attention: its derivative by PyTorch's math kernel, and for blocks of queries.
-Several steps: ``Forward(keep_graphs=m)`` between one graph at a time and all of them. A whole step, teacher included:
-by hand and with nothing checked, in three ways, of which the first is that of TorchOpt and higher, and by metapl. The
-trainer's step moves both networks as well. Times are of the processor, on
-one thread, the median over turns of the ratio to the first way; memory is the allocator's peak; apart is how far what a
-way finds is from what the first one does, over the size of that.
+One step: the derivative of a student's outputs along w, with the inner pass that it follows, by a replay in forward
+mode (``Forward(by="tangent")``), by the same with products of stacked rows (a layer's W meets the inputs and their
+tangents in one product), and by double backward through the kept graph of the inner pass (``Forward(by="graph")``). A
+whole step, teacher included, by hand and with nothing checked, in three ways, of which the first is that of TorchOpt
+and higher; benchmarks/step.py has metapl's own. Times are of the processor, on one thread, the
+median over turns of the ratio to the first way; memory is the allocator's peak; apart is how far what a way finds is
+from what the first one does, over the size of that.
 """
 
 from __future__ import annotations
@@ -28,25 +26,20 @@ from typing import Any
 
 import torch
 from machine import arguments, described, parsed, show, write_json
-from peers import CAUSAL, LEARNING_RATE, by_hand, by_metapl, case
+from peers import CAUSAL, LEARNING_RATE, by_hand, case
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.execution import kernels
-from metapl.feedback import Forward
 
 RESULT = Path(__file__).parent / "results" / "tangent.json"
 REPLAY, STACKED, KEPT = "replay in forward mode", "the same, rows stacked", "kept graph"
-MATH, BLOCKS = "math kernel", "blocks of queries"
-PARTS = ("step", "attention", "ahead", "whole")
+PARTS = ("step", "whole")
 ONE_STEP = ("MLP", "transformer", CAUSAL, "WRN-28-2")
-AHEAD = {"transformer": (10, 32, (0, 2, 5, 10)), "WRN-28-2": (5, 4, (0, 2, 5))}  # steps, rows, graphs that are kept
-UNROLLED, DOUBLE = "`unrolled`", "`unrolled`, float64"
 
 Row = dict[str, Any]
 Way = Callable[[], Any]
@@ -106,46 +99,6 @@ def one_step(network: str) -> dict[str, Way]:
     return {REPLAY: partial(replay, nullcontext), STACKED: partial(replay, stacking), KEPT: kept}
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
-
-
-def attention(length: int) -> dict[str, Way]:
-    torch.manual_seed(0)
-    inputs, tangents = ([torch.randn(4, 4, length, 32) for _ in range(3)] for _ in range(2))
-
-    def derivative(of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            duals = [forward_ad.make_dual(t, d) for t, d in zip(inputs, tangents, strict=True)]
-            return tuple(forward_ad.unpack_dual(of(*duals, is_causal=True)))
-
-    return {MATH: partial(derivative, F.scaled_dot_product_attention), BLOCKS: partial(derivative, kernels.attention)}
-
-
-# ------------------------------------------------------------------------------------------------------- several steps
-
-
-def several_steps(network: str, steps: int, rows: int, graphs: Sequence[int]) -> dict[str, Way]:
-    cases = {dtype: case(network, "cpu", dtype) for dtype in (torch.float32, torch.float64)}
-
-    def gradient(mode: Any, recompute: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        teacher, student, (x, y), u = cases[dtype]
-        inner = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-        found = metapl.hypergradient(
-            teacher,
-            student,
-            labeled=(x[:rows], y[:rows]),
-            unlabeled=metapl.Lookahead([u[:rows]] * steps),
-            mode=mode,
-            inner_optimizer=inner,
-            recompute_teacher=recompute,
-        )
-        return list(found.grads.values())
-
-    ways: dict[str, Way] = {UNROLLED: partial(gradient, "unrolled", False)}
-    ways |= {f"`Forward(keep_graphs={m})`": partial(gradient, Forward(keep_graphs=m), True) for m in graphs}
-    return ways | {DOUBLE: partial(gradient, "unrolled", False, torch.float64)}
-
-
 # ---------------------------------------------------------------------------------------------------------- whole step
 
 
@@ -175,32 +128,10 @@ def whole_step(network: str) -> dict[str, Way]:
         (h,) = torch.autograd.grad(slope, signal, tangent)
         return torch.autograd.grad(q, list(teacher.parameters()), h)
 
-    def step(compiled: bool) -> Way:
-        learner, pupil, labeled, unlabeled = case(network, "cpu")
-        trainer = metapl.BilevelTrainer(
-            learner,
-            pupil,
-            mode="forward",
-            inner_optimizer=torch.optim.SGD(pupil.parameters(), lr=LEARNING_RATE),
-            outer_optimizer=torch.optim.SGD(learner.parameters(), lr=1.0),
-            teacher_losses=(),
-            compile=compiled,
-        )
-
-        def moved() -> list[Tensor]:
-            before = [p.detach().clone() for p in learner.parameters()]
-            trainer.step(labeled=labeled, unlabeled=unlabeled)
-            return [b - p for b, p in zip(before, learner.parameters(), strict=True)]
-
-        return moved
-
     ways: dict[str, Way] = {
         "double backward by hand": partial(by_hand, *given, 1),
         "kept graph by hand": partial(unchecked, True),
         "forward mode by hand": partial(unchecked, False),
-        "`hypergradient`": partial(by_metapl("forward"), *given, 1),
-        "`BilevelTrainer.step`": step(compiled=False),
-        "the same, compiled": step(compiled=True),
     }
     return {name: sdpa_kernel(SDPBackend.MATH)(way) for name, way in ways.items()}
 
@@ -244,13 +175,6 @@ def run(miniature: bool, parts: Sequence[str]) -> list[Row]:
     for network in ONE_STEP[: 1 if miniature else len(ONE_STEP)] if "step" in parts else ():
         turns = 1 if miniature else {"MLP": 100, "WRN-28-2": 3}.get(network, 20)
         rows += measure(one_step(network), turns, {"part": "step", "of": "one step", "network": network})
-    for length in (64, 512)[: 1 if miniature else 2] if "attention" in parts else ():
-        of = {"part": "attention", "of": "attention", "network": f"4 x 4 heads of 32, {length} tokens"}
-        rows += measure(attention(length), 1 if miniature else 15, of)
-    ahead = {"MLP": (2, 8, (0, 1))} if miniature else AHEAD
-    for network, (steps, batch, graphs) in ahead.items() if "ahead" in parts else ():
-        turns, of = 1 if miniature else {"WRN-28-2": 2}.get(network, 5), {"part": "ahead", "of": f"{steps} steps"}
-        rows += measure(several_steps(network, steps, batch, graphs), turns, of | {"network": network})
     for network, turns in {"MLP": 200, "transformer": 40, "WRN-28-2": 5}.items() if "whole" in parts else ():
         if network == "MLP" or not miniature:
             of = {"part": "whole", "of": "whole step", "network": network}

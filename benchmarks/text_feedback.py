@@ -13,6 +13,7 @@ new user's settings.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -141,7 +142,17 @@ def one_run(job: Row, miniature: bool) -> Row:
     held_out = tuple(t[:: max(1, len(t) // 128)] for t in data["validation"])
     sets = {"own": (x[known], y[known]), "other": (x[extra], y[extra]), "held_out": held_out}
     at = [given.steps // 4, given.steps * 3 // 4] if (job["part"], job["arm"]) == ("look", NEW) else []
-    look = texts.Look(at, unlabeled[: 4 * texts.LOOKS], sets)
+    look, ratios = texts.Look(at, unlabeled[: 4 * texts.LOOKS], sets), list[float]()
+
+    def heard(step: int, *_: Any) -> None:
+        """The norm of the feedback's gradient over that of the own losses', by a step of a copy. Rows of metapl 0.2
+        have it at the teacher's outputs, the median along the run."""
+        if given.mode != "none" and step in (given.steps // 4, given.steps * 3 // 4):
+            twin = copy.deepcopy(trainer)
+            twin.feedback_ratio = 1.0
+            if weight := twin.step(labeled[step - 1], unlabeled[step - 1]).feedback_weight:  # 0: the student waits
+                ratios.append(given.weight / weight)
+
     told = fit(
         trainer,
         labeled,
@@ -151,7 +162,7 @@ def one_run(job: Row, miniature: bool) -> Row:
         log_every=max(1, given.steps // 20),
         wait=round(given.wait * given.steps),
         warm_start=given.wait > 0,
-        callbacks=[look],
+        callbacks=[look] if given.ratio else [look, heard],
         progress=False,
     )
 
@@ -164,7 +175,7 @@ def one_run(job: Row, miniature: bool) -> Row:
         f"teacher_{part}": measured(teacher, data[part])[0],
         "labels_right": measured(teacher, (x, y))[0],
         "outer_loss": logged[-1].get("outer_loss"),
-        "feedback_ratio": statistics.median(row["feedback_ratio"] for row in logged),
+        "feedback_ratio": given.ratio or (statistics.fmean(ratios) if ratios else 0.0),
         "labeled_loss": measured(student, sets["own"])[1],
         "held_out_loss": measured(student, data["validation"])[1],
         "looks": look.found,

@@ -140,9 +140,10 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
         )
         unlabeled = DataLoader(many, batch_size=64, shuffle=True, collate_fn=two_views)
         result = trainer.fit(known, unlabeled, steps=steps, log_every=10, **fit)
-        if way == "feedback as it is":
-            ratios = sorted(row["feedback_ratio"] for row in result.history if "feedback_ratio" in row)
-            print(f"seed {seed}: the feedback as it is, beside the teacher's losses: {ratios[len(ratios) // 2]:.2g}")
+        if ratio := options.get("feedback_ratio"):
+            weights = sorted(row["feedback_weight"] for row in result.history if "feedback_weight" in row)
+            as_it_is = ratio / weights[len(weights) // 2]  # at the weight 1
+            print(f"seed {seed}: the feedback as it is, beside the teacher's losses: {as_it_is:.2g}")
         trainer.finetune(known, steps=min(50, steps), optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4), **fit)
         found[way] = trainer.evaluate(parts["test"]).accuracy
     torch.manual_seed(seed)

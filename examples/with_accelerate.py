@@ -36,7 +36,8 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
     teacher, student, inner, outer, few, many, *rates = accelerator.prepare(
         teacher, student, inner, outer, few, many, *rates
     )
-    trainer = metapl.BilevelTrainer(teacher, student, "forward", inner_optimizer=inner, outer_optimizer=outer)
+    optimizers = {"inner_optimizer": inner.optimizer, "outer_optimizer": outer.optimizer}  # out of their wrappers
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", **optimizers)
     labeled, unlabeled = feed(few, name="labeled", stop=steps), feed(many, name="unlabeled", stop=steps)
 
     feeds = [SimpleNamespace(state_dict=one.state, load_state_dict=one.restore) for one in (labeled, unlabeled)]

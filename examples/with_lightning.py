@@ -35,7 +35,7 @@ class MetaPseudoLabels(L.LightningModule):
         return [inner, outer], [CosineAnnealingLR(optimizer, self.steps) for optimizer in (inner, outer)]
 
     def on_train_start(self) -> None:  # the networks are on their device by now
-        inner, outer = self.optimizers()
+        inner, outer = (wrapper.optimizer for wrapper in self.optimizers())
         self.bilevel = metapl.BilevelTrainer(
             self.teacher, self.student, "forward", inner_optimizer=inner, outer_optimizer=outer
         )
