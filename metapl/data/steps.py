@@ -54,7 +54,7 @@ def loader(
 
     Returns: a loader that leaves the default random number generator alone.
 
-    Raises: :class:`metapl.MetaplError` unless 0 ≤ start ≤ stop ≤ len(batches).
+    Raises: ``ValueError`` for fewer than 0 workers; :class:`metapl.MetaplError` unless 0 ≤ start ≤ stop ≤ len(batches).
 
     >>> class Squares(StepBatches[int]):
     ...     steps = None

@@ -93,7 +93,7 @@ class FitRun:
         self.say, self.shown = say if self.first else lambda text: None, shown and self.first
         self.rates = Rates(trainer, options)
         self.averages = {role: self._average(role) for role in ("student", "teacher")}
-        self.selection = Selection(trainer, validation, metric, options.select)
+        self.selection = Selection(trainer, validation, metric, options.select, self.say)
         self.records = Records(out if self.first else None, options, self.say)
         self.callbacks = Callbacks(callbacks, trainer)
         self.ended: tuple[int, str] | None = None  # the last step, and why it is, once a callback has said so
@@ -267,7 +267,7 @@ class FitRun:
 
     def _watch(self, report: Report, t: int) -> None:
         """Remember whether a loss of step t was not finite, and what was wrong with its batch."""
-        losses = [v.detach().float().reshape(()) for k, v in report.scalars.items() if k != "feedback_ratio"]
+        losses = [v.detach().float().reshape(()) for k, v in report.scalars.items() if k != "feedback_weight"]
         bad = ~torch.isfinite(torch.stack(losses)).all()
         self.first_bad = torch.minimum(self.first_bad, torch.where(bad, t + 1.0, torch.inf))
         if report.fault.findings:

@@ -37,6 +37,8 @@ class Records:
         if self.out is None or self.metrics is None:
             yield
             return
+        if start and not self.metrics.file.exists():
+            self.say(f"{self.metrics.file} is missing: it begins again after step {start:,}, without earlier rows")
         with self._writing():
             self.metrics.cut(self.phase, start)
         # JSON knows no NaN, which is null there.

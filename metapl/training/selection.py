@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, rows
+from metapl.execution.batch import as_tensors, length, rows
 from metapl.execution.layout import reshard
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
@@ -142,10 +142,14 @@ class Selection:
         validation: a labeled batch, or an iterable of such; None: nothing is looked at.
         metric: by what they are measured; None: accuracy or the loss, by the kind of problem.
         select: whether the best student is remembered.
+        say: shows a line.
     """
 
-    def __init__(self, trainer: Any, validation: Any, metric: Metric | None = None, select: bool = True) -> None:
-        self.trainer, self.metric, self.select = trainer, metric, select
+    def __init__(
+        self, trainer: Any, validation: Any, metric: Metric | None = None, select: bool = True, say: Any = print
+    ) -> None:
+        self.trainer, self.metric, self.select, self.say = trainer, metric, select, say
+        self.lost = 0  # validation examples whose files went
         self.validation, self.best = as_tensors(validation, trainer.dtype), Best()
         if metric is not None and validation is None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
@@ -188,11 +192,37 @@ class Selection:
             of = f"the {role} on validation data after step {step}"
             # A DataLoader draws from the default generator; looking must not change the training.
             with held() as network, replayed(RandomState.now(self.trainer.device)):
-                value = self.metric.measured(self.trainer, network, self._batches(), of).value
+                value = self._measured(network, self.metric, of)
                 values[f"{role}_validation_{self.metric.name}"] = value
                 if role == "student" and self.select and self.metric.improves(value, self.best.value):
                     self.best = Best(value, step, weights_of(network))
         return values
+
+    def _measured(self, network: nn.Module, metric: Metric, of: str) -> float:
+        """The metric; told, or refused, where files went that the validation examples were in."""
+        expected = getattr(self.validation, "examples", None)
+        counts = list[int]()
+
+        def batches() -> Iterator[tuple[Any, Any]]:
+            for inputs, batch in self._batches():
+                counts.append(length(inputs))
+                if counts[-1] or expected is None:
+                    yield inputs, batch
+            if expected and not sum(counts):
+                raise MetaplError(
+                    f"none of the {expected:,} validation examples can be read any more; put their files back, then go "
+                    "on with the run."
+                )
+
+        found = metric.measured(self.trainer, network, batches(), of)
+        lost = 0 if expected is None else expected - sum(counts)
+        if lost > self.lost:
+            self.lost = lost
+            self.say(
+                f"note: {lost:,} of the {expected:,} validation examples cannot be read any more; {metric.name} is of "
+                "the others, and not to be compared with that before"
+            )
+        return found.value
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         return outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")

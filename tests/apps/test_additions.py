@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from metapl.feedback.base import Estimator, Feedback, State
-from metapl.feedback.credit import Tangent, signal_feedback
+from metapl.feedback.credit import Tangent, head_feedback
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
@@ -30,7 +30,7 @@ class Doubled(Estimator):
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        return [signal_feedback(step, w, Tangent(step.tangent(w))).divided_by(0.5)], state
+        return [head_feedback(step, w, Tangent(step.tangent(w))).divided_by(0.5)], state
 """
 
 PROBLEM = """

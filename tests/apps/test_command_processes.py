@@ -313,16 +313,12 @@ def test_every_methods_options_are_checked_before_the_first_one_runs(
     root = color_folders(tmp_path / "root")
     ran: list[Any] = []
     monkeypatch.setattr("metapl.apps.experiments.side_by_side.run_jobs", lambda *given, **named: ran.append(given))
-    for flags, words in (
-        (("--methods", "uda", "supervised_everything"), "supervised_everything: .*leave it out of --methods"),
-        (("--methods", "supervised", "uda", "--accumulate", "2"), "uda: accumulate=2 splits a batch"),
-    ):
-        capsys.readouterr()
-        assert main([*images_command(root), "--compare", *flags, "--out", str(tmp_path / "run")]) == 2
-        import re
-
-        assert re.search(words, capsys.readouterr().err)
-        assert not (tmp_path / "run").exists()
+    flags = ("--methods", "uda", "supervised_everything")
+    assert main([*images_command(root), "--compare", *flags, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "supervised_everything: " in told
+    assert "leave it out of --methods" in told
+    assert not (tmp_path / "run").exists()
     assert ran == []
 
 
@@ -349,12 +345,12 @@ def test_validation_files_that_vanish_are_named(
         return one
 
     monkeypatch.setattr(LossTrainer, "step", vanishing(3))
-    assert "3 of the 12 validation pictures cannot be read any more" in said(capsys, *flags, "--out", tmp_path / "some")
+    assert "3 of the 12 validation examples cannot be read any more" in said(capsys, *flags, "--out", tmp_path / "some")
     monkeypatch.setattr(LossTrainer, "step", vanishing(12))
     capsys.readouterr()
     (tmp_path / "again").mkdir()
     assert main([*flags, "--out", str(tmp_path / "all")]) == 2
-    assert "none of the 9 validation pictures can be read any more" in capsys.readouterr().err
+    assert "none of the 9 validation examples can be read any more" in capsys.readouterr().err
 
 
 def test_a_validation_set_that_is_empty_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,17 +244,17 @@ def test_networks_that_do_not_follow_each_other_are_refused(fields: dict[str, An
 def test_methods_at_equal_cost_take_the_same_number_of_operations() -> None:
     """Against the closed form for a network of products alone: three passes, but one less in the first layer."""
     settings = SelfTraining(rounds=2, ratio=3)
-    recipe = made(Digits, "noisy_student", steps=10, labeled_batch=8, hidden=(16,), self_training=settings)
+    recipe = made(Digits, "noisy_student", steps=100, labeled_batch=8, hidden=(16,), self_training=settings)
     task = recipe.task()
     inputs, outputs = 2 * 64 * 16, 2 * 16 * 10
     per_example = 2 * inputs + 3 * outputs
-    assert operations(recipe, "supervised", task) == 10 * 8 * per_example
-    assert operations(recipe, "noisy_student", task) == 10 * 8 * per_example * (1 + 2 * 4)
+    assert operations(recipe, "supervised", task) == 100 * 8 * per_example
+    assert operations(recipe, "noisy_student", task) == 100 * 8 * per_example * (1 + 2 * 4)
     sized = at_equal_cost(recipe, ["noisy_student", "supervised", "mpl_filtered"], task)
-    assert (sized["noisy_student"].steps, sized["supervised"].steps) == (10, 90)
+    assert (sized["noisy_student"].steps, sized["supervised"].steps) == (100, 900)
     for method, own in sized.items():
         cost = operations(own, method, task)
-        assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.1)
+        assert cost == pytest.approx(operations(recipe, "noisy_student", task), rel=0.02)  # a step of the last is 2.5%
 
 
 def test_phases_and_validations_follow_the_number_of_steps() -> None:

@@ -26,9 +26,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 """Of modules that are called otherwise."""
 
-INDIRECT = {"onnx", "onnxruntime", "onnxscript", "torchopt"}
-"""Declared for torch.onnx, which imports them itself, for programs that run in another process, and for users, who hand
-over TorchOpt's transforms."""
+INDIRECT = {"onnx", "onnxruntime", "onnxscript", "tensorboard", "torchopt"}
+"""Declared for torch.onnx and torch.utils.tensorboard, which import them themselves, for programs that run in another
+process, and for users, who hand over TorchOpt's transforms."""
 
 
 def imported() -> set[str]:

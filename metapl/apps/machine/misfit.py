@@ -22,6 +22,7 @@ def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
             numbers fit nothing.
         where: what messages call the value.
 
+    >>> from metapl.runs.fields import AtLeastOne
     >>> misfit(3, int), misfit("3", int | None, "steps"), misfit(0, AtLeastOne, "steps")
     (None, "steps is '3'; expected a whole number or None", 'steps is 0; expected a whole number of 1 or more')
     >>> misfit({"a": [1, "x"]}, dict[str, tuple[int, ...]], "counts")

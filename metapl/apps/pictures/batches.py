@@ -175,7 +175,7 @@ class LabeledBatches(ExampleBatches[tuple[Tensor, Tensor]]):
 
     Raises:
         MetaplError: images, labels and sampler disagree on n, steps is negative, or a crop of images in memory; on
-            access, a negative step, or images that cannot be read.
+            access, images that cannot be read.
 
     >>> from metapl.apps.pictures import Identity
     >>> from metapl.data import StepSampler
