@@ -84,6 +84,7 @@ def same_outputs(
         checks.refuse((again != first).any(), f"the {who} drew other labels when its pass was repeated: {CAUSES}")
         return
     gap, size, other = (ranks.norm(t) for t in (again - first, first, again if moved is None else moved))
+    checks.refuse(gap.isnan(), f"the {who}'s outputs are NaN or infinite: its inputs are, or it has diverged.")
     checks.refuse(
         ~(gap <= tolerance * (size + other)),  # so that NaN is flagged
         f"the {who} does not return the same outputs when its pass is repeated with the same batch, weights, buffers "

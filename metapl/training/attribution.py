@@ -140,7 +140,8 @@ class Attribution:
         count, chosen = self.scores.shape[-1], torch.as_tensor(removed, device=self.scores.device)
         if chosen.dtype == torch.bool and chosen.shape == (count,):
             return chosen.nonzero()[:, 0]
-        if chosen.dtype != torch.int64 or chosen.ndim != 1 or not len(chosen) or chosen.min() < 0:
+        known = chosen.dtype == torch.int64 and chosen.ndim == 1 and len(chosen) > 0
+        if not known or chosen.min() < 0 or chosen.max() >= count:
             raise MetaplError(f"removed is {checks.described(chosen)}; expected some of 0 to {count - 1}, or booleans.")
         found: Tensor = torch.unique(chosen)
         return found
@@ -289,7 +290,7 @@ class _Rows:
     """Pairs (input, label) by numbers: of tensors or arrays, or of a data set, on a weight's device."""
 
     def __init__(self, given: Any, name: str, like: Tensor) -> None:
-        self.device, self.source = like.device, given
+        self.device, self.source, self.name = like.device, given, name
         arrays = isinstance(given, tuple | list) and len(given) == 2
         if not arrays and (is_array(given) or isinstance(given, Mapping) or not hasattr(given, "__len__")):
             raise MetaplError(
@@ -305,9 +306,13 @@ class _Rows:
 
     def __getitem__(self, chosen: Tensor) -> Any:
         if self.held is None:
-            batch: Any = tuple(default_collate([self.source[i] for i in chosen.tolist()]))
+            rows = default_collate([self.source[i] for i in chosen.tolist()])
+            if not isinstance(rows, tuple | list):
+                raise MetaplError(f"{self.name} gives batches that are {checks.described(rows)}; expected pairs.")
+            batch: Any = tuple(rows)
         else:
             batch = pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.held)
+        checks.finite_on_host(batch)
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import metapl
 from metapl import MetaplError, attribute
 from metapl.execution.rng import RandomState, replayed
 from metapl.problems import EqualWeights
-from metapl.runs import progress
 from metapl.training.attribution import Attribution
 
 N, STEPS = 24, 9
@@ -109,16 +107,6 @@ def test_of_each_outer_example(kind: str) -> None:
     assert error(attribution.validate(sets).retrained.mean(1), of_all) < 1e-10
 
 
-@pytest.mark.parametrize("each", [False, True])
-def test_of_groups_it_is_the_sum_over_their_examples(each: bool) -> None:
-    groups = torch.arange(N) % 4
-    of_groups, of_examples = found(student(), each=each, groups=groups), found(student(), each=each)
-    for group in range(4):
-        assert error(of_groups.scores[..., group], of_examples.scores[..., groups == group].sum(-1)) < 1e-12
-    changes = of_groups.validate([[0], [1], [2]]).retrained
-    assert error(changes, of_examples.validate([groups == g for g in range(3)]).retrained) < 1e-12
-
-
 def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() -> None:
     order = found(student()).order
     assert order.shape == (STEPS, 8)
@@ -156,16 +144,12 @@ def test_trainings_without_examples_are_those_of_a_plain_loop(kind: str, clip: f
     assert error(agreement.predicted, torch.stack([attribution.predict(chosen) for chosen in sets])) < 1e-12
 
 
-def test_what_small_removals_do_is_predicted(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_small_removals_do_is_predicted() -> None:
     """Of 12 examples, removed one by one from a training at a small rate."""
     network = student()
     inner = torch.optim.SGD(network.parameters(), lr=0.02)
     attribution = attribute(network, TRAIN, OUTER, optimizer=inner, steps=30, batch_size=8)
-    monkeypatch.setattr(progress, "LINE_EVERY", 0)
     agreement = attribution.validate([[number] for number in range(12)])
-    assert "trainings without examples: step 12 of 12" in capsys.readouterr().err
     assert agreement.spearman > 0.95
     assert agreement.pearson > 0.98
     assert error(agreement.predicted, agreement.retrained) < 0.3
@@ -255,40 +239,36 @@ class Noisy(TensorDataset):
 X, Y = TRAIN
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "inputs alone": ({"train": X}, "train is"),
-    "unequal rows": ({"train": (X, Y[:3])}, "as many inputs as labels"),
-    "no rows": ({"train": (X[:0], Y[:0])}, "train is empty"),
+    "unequal rows": ({"train": (X, Y[:3])}, r"train has tensors of \[3, 24\] rows"),
+    "no rows": ({"train": (X[:0], Y[:0])}, r"train has tensors of \[0\] rows"),
     "texts": ({"train": (["a"] * N, Y)}, "train holds"),
-    "NaN": ({"train": (X * torch.nan, Y)}, "the train batch of step 0 holds NaN"),
-    "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, r"the train batch of step \d"),
-    "an infinite outer input": ({"outer": (X * torch.inf, Y)}, "the outer batch holds NaN or infinite"),
+    "NaN": ({"train": (X * torch.nan, Y)}, "NaN or infinite"),
+    "a later NaN": ({"train": (X.index_fill(0, torch.tensor([20]), torch.nan), Y)}, "NaN or infinite"),
+    "an infinite outer input": ({"outer": (X * torch.inf, Y)}, "NaN or infinite"),
     "labels that are no classes": ({"train": (X, Y + 3)}, "class"),
     "outputs that are no classes": (
         {"train": (X.unflatten(1, (2, 3)).repeat(1, 1, 2), Y)},
-        r"the student's outputs are .* a subclass of metapl\.problems\.EqualWeights",
+        r"the student's outputs are .*expected logits",
     ),
     "labels of one row each": ({"train": (X, Y[:, None])}, r"labels\.squeeze\(1\)"),
     "a dict of tensors": ({"train": {"x": X, "y": Y}}, r"train is a dict of 2 .*expected \(inputs, labels\)"),
-    "inputs of another width": ({"train": (X[:, :5], Y)}, r"the student cannot take inputs .*\(8, 5\)"),
+    "inputs of another width": ({"train": (X[:, :5], Y)}, "8x5"),
     "outer inputs of another type": (
         {"outer": (OUTER[0].long(), OUTER[1])},
-        "cannot take outer inputs of int64",
+        "Long",
     ),
     "a class of schedules": ({"schedule": torch.optim.lr_scheduler.CosineAnnealingLR}, "schedule is .*expected"),
     "a number of steps": ({"steps": 5.0}, "steps=5.0: expected a whole number of steps"),
     "a batch size": ({"batch_size": 0}, "batch_size=0"),
     "a clip": ({"clip_norm": 0.0}, "clip_norm=0.0: expected a number above 0 or None"),
-    "a batch of more than all": ({"batch_size": N + 1}, "more than the 24"),
-    "groups of other length": ({"groups": torch.zeros(3, dtype=torch.int64)}, "groups is"),
-    "negative groups": ({"groups": torch.full((N,), -1)}, "groups is"),
-    "groups that are no numbers": ({"groups": torch.zeros(N)}, "groups is"),
-    "groups by name": ({"groups": ["a"] * N}, "groups is a list .* expected numbers, not names"),
-    "a generator": ({"generator": 3}, "generator is"),
+    "a batch of more than all": ({"batch_size": N + 1}, "at most the 24"),
+    "a generator": ({"generator": 3}, "generator"),
     "examples that are dicts": ({"train": [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]}, "expected pairs"),
     "examples without labels": ({"train": [*X]}, "expected pairs"),
-    "two examples in a list": ({"outer": [(X[0], Y[0]), (X[1], Y[1])]}, "as many inputs as labels"),
+    "two examples in a list": ({"outer": [(X[0], Y[0]), (X[1], Y[1])]}, "outer has tensors of .* rows"),
     "weights that are not 1": ({"problem": Twice()}, "problem is Twice"),
-    "views that differ in a few steps": ({"train": Noisy(X, Y), "steps": 3}, "train returned another batch for step"),
-    "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "train returned another batch for step"),
+    "views that differ in a few steps": ({"train": Noisy(X, Y), "steps": 3}, "returned another batch for step"),
+    "views that differ": ({"train": Noisy(X, Y), "steps": 60}, "returned another batch for step"),
     "another network's optimizer": (
         {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)},
         "optimizer holds 2 tensors",
@@ -299,9 +279,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another optimizer's schedule": (
         {"schedule": torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(2, 2).parameters()), 1)},
-        "schedule is of another optimizer than optimizer",
+        "schedule is of another optimizer",
     ),
-    "a rate that diverges": ({"schedule": lambda k: 1e308, "steps": 9}, r"\(step \d of the training\)"),
+    "a rate that diverges": ({"schedule": lambda k: 1e308, "steps": 9}, r"NaN or infinite before step \d"),
+}
+
+IN_TORCHS_WORDS: dict[str, type[Exception]] = {
+    "inputs of another width": RuntimeError,
+    "outer inputs of another type": RuntimeError,
+    "a generator": TypeError,
 }
 
 
@@ -309,12 +295,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_data_are_refused(case: str) -> None:
     options, said = REFUSED[case]
     mode = {"mode": metapl.feedback.Forward(keep_every=8)} if case == "views that differ" else {}
-    with pytest.raises(MetaplError, match=said) as refused:
+    with pytest.raises(IN_TORCHS_WORDS.get(case, MetaplError), match=said):
         found(student(), "sgd", **mode, **options)
-    assert not re.search("inner_optimizer|labeled|[Ll]ook-?ahead", str(refused.value))
 
 
-@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], ["a"], np.ones(3, dtype=bool)])
+def test_outputs_that_are_no_numbers_are_told() -> None:
+    network = student()
+    nn.init.constant_(network.get_parameter("0.bias"), torch.nan)
+    with pytest.raises(MetaplError, match="the student's outputs are NaN or infinite"):
+        found(network)
+
+
+@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], np.ones(3, dtype=bool)])
 def test_wrong_removals_are_refused(wrong: Any) -> None:
     with pytest.raises(MetaplError, match="removed is"):
         found(student()).predict(wrong)
@@ -322,7 +314,7 @@ def test_wrong_removals_are_refused(wrong: Any) -> None:
 
 def test_a_student_in_another_place_is_refused() -> None:
     rows: Any = TRAIN
-    with pytest.raises(MetaplError, match=r"student is a tuple of 2 .*attribute\(student"):
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'parameters'"):
         found(rows)
 
 

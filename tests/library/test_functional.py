@@ -139,7 +139,7 @@ TABLE = [row for row in itertools.product(MODES, OPTIMIZERS, FEATURES) if fits(r
 @pytest.mark.parametrize(("mode", "optimizer", "feature"), TABLE)
 def test_a_pure_step_is_the_eager_step(mode: str, optimizer: str, feature: str) -> None:
     """From fresh optimizers, and from warm ones."""
-    trainer, data = build(mode, optimizer, feature), batches(feature)
+    trainer, data = build(mode, optimizer, feature, verify=False), batches(feature)
     tolerance = 1e-6 if mode == "difference" else 1e-9
     agree(trainer, data, tolerance)
     trainer.step(*data)

@@ -154,7 +154,7 @@ def test_a_killed_path_goes_on_bit_for_bit(case: str, place: str, tmp_path: Path
     found = CALLS[case](str(tmp_path), lambda: next(reads))  # type: ignore[arg-type, return-value]
     for name, value in expected.items():
         assert same(found[name], value), name
-    assert [file.name for file in tmp_path.iterdir()] == []
+    assert {file.name for file in tmp_path.iterdir()} <= {".lock"}  # to remove a lock would race
     if place == "in the way back":
         assert next(reads) <= next(whole) - STEPS, "steps were taken again"
 
