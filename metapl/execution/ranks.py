@@ -182,7 +182,8 @@ def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | N
 def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
     """A class for each row of probabilities (B, C), as a column (B, 1); in the place of a generator, Gumbel noise."""
     if isinstance(generator, Tensor) or checks.transformed():
-        noise = generator if isinstance(generator, Tensor) else gumbel(*probabilities.shape, probabilities)
+        rows, classes = probabilities.shape
+        noise = generator if isinstance(generator, Tensor) else gumbel(rows, classes, probabilities)
         return (probabilities.log() + noise).argmax(-1, keepdim=True)
     # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
     ranks = _sharing.get()

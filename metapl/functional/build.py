@@ -41,7 +41,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
         "mode implicit": mode.name == "implicit",
         "accumulate": trainer.accumulate > 1,
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
-        f"{steps} steps ahead, but {LONGEST} at most (metapl.functional.training takes more)": steps > LONGEST,
+        f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,
         "cosine of several steps": (steps > 1 or enters) and getattr(mode, "normalization", "") == "cosine",
         "difference with a signal in the input": enters and mode.name == "difference",
         "transform that hides state": not isinstance(inner, TorchUpdate) and not _repeats(inner),

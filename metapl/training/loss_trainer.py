@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,6 +20,7 @@ from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import Slots, restored
 from metapl.feedback.report import Report
 from metapl.feedback.teacher import NOT_FINITE, mean_scalars
+from metapl.functional import compiled
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
@@ -50,7 +52,7 @@ class LossTrainer(Trainer):
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
             batch statistics and dropout masks, which are per micro-batch, in about 1/accumulate of the memory.
-        compile: run the network through ``torch.compile``, as in :class:`~metapl.BilevelTrainer`.
+        compile: run the network through ``torch.compile``, with the same dropout masks; it stays a plain module.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
@@ -79,7 +81,11 @@ class LossTrainer(Trainer):
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
-        self.compile = compile
+        self.compiled: nn.Module | None = None
+        if compile:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
+                self.compiled = torch.compile(self.student, dynamic=False, **compiled.BACKEND)  # type: ignore[assignment]
         self.steps_done = 0
         self._optimizer_checked = False
 
@@ -125,7 +131,7 @@ class LossTrainer(Trainer):
         no_signal = Signal(torch.empty(0, device=self.device))  # a loss that needs the teacher's outputs computes them
         with rows_shared(self.ranks):
             terms = sum_of_terms(
-                self.student,
+                self.student if self.compiled is None else self.compiled,
                 self.losses_for(unlabeled),
                 labeled=labeled,
                 unlabeled=unlabeled,

@@ -58,14 +58,14 @@ class BilevelTrainer(Trainer):
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
         outer_optimizer: the teacher's: any of ``torch.optim`` over the teacher's parameters. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning
-            have wrapped, what they wrap is taken (docs/own-loop.md).
+            have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
             are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the unlabeled batch has two views.
         feedback_weight: λ. At 1 the teacher descends the true gradient of the labeled loss after one student step,
             which is proportional to the student's learning rate. With a much larger one teacher and student follow each
             other's class frequencies and may collapse onto one class (docs/modes.md has measurements).
         feedback_ratio: in the place of the weight: at every step the feedback is scaled so that the norm of its
-            gradient at the teacher's outputs is this multiple of the norm of the own losses' gradient, whatever the
+            gradient in the teacher's parameters is this multiple of that of the own losses' gradient, whatever the
             student's learning rate.
         recompute_teacher: run the teacher on the unlabeled batch without a graph first, and once more with one at the
             end (same dropout masks and statistics): one more teacher forward pass, one graph less in memory.

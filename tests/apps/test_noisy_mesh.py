@@ -99,7 +99,7 @@ def test_a_corrector_is_sharded_as_the_student_is(two: Ranks, pictures: Path, tm
     ("network", "flags", "text"),
     [
         ("small", "--mesh.tensor 2", "--mesh.tensor 2: small_cnn has no two linear layers"),
-        ("tensor", "--mesh.tensor 2 --compile", "--compile does not run with --mesh.tensor"),
+        ("tensor", "--mesh.tensor 2 --compile", "--compile runs in one process"),
         ("small", "--mesh.replicate 2 --labeled-batch 7", "labeled_batch of 7, which 2 ranks do not share equally"),
     ],
 )

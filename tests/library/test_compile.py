@@ -187,3 +187,20 @@ def test_without_a_compiler_one_error_says_so(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(MetaplError, match="compile"):
         trainer.step(**case.data())
     assert same(before, everything(case))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_network_alone_is_compiled_too(accumulate: int) -> None:
+    """The weights and statistics of the eager training, dropout included; the graphs are counted."""
+    ends = []
+    for on in (False, True):
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 3))
+        sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        trainer = metapl.LossTrainer(network, optimizer=sgd, accumulate=accumulate, compile=on)
+        graphs = counters["stats"]["unique_graphs"]
+        for _ in range(3):
+            trainer.step((torch.randn(8, 5), torch.arange(8) % 3))
+        assert (counters["stats"]["unique_graphs"] > graphs) == on
+        ends.append([t.double() for t in network.state_dict().values()])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)

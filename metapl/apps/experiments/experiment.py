@@ -392,10 +392,8 @@ NO_PRODUCTS = (
 
 def check_runs(recipe: Recipe, mesh: Mesh, methods: Iterable[str]) -> None:
     """Refuse methods and options that do not run in the processes of a mesh; nothing is read or built."""
-    if getattr(recipe, "compile", False) and mesh.tensor > 1:
-        raise MetaplError(
-            "--compile does not run with --mesh.tensor; leave it out, or give --mesh.replicate and --mesh.shard."
-        )
+    if getattr(recipe, "compile", False) and max(mesh.replicate, mesh.shard, mesh.tensor) > 1:
+        raise MetaplError("--compile runs in one process; leave it out, or leave --mesh out.")
 
 
 def check_shares(recipe: Recipe, mesh: Mesh) -> None:
