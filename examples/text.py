@@ -140,9 +140,9 @@ def accuracies(seed: int, steps: int, labels: int = 16) -> dict[str, float]:
         )
         unlabeled = DataLoader(many, batch_size=64, shuffle=True, collate_fn=two_views)
         result = trainer.fit(known, unlabeled, steps=steps, log_every=10, **fit)
-        if way == "feedback as it is":
-            ratios = sorted(row["feedback_ratio"] for row in result.history if "feedback_ratio" in row)
-            print(f"seed {seed}: the feedback as it is, beside the teacher's losses: {ratios[len(ratios) // 2]:.2g}")
+        if "feedback_ratio" in options:
+            weights = sorted(row["feedback_weight"] for row in result.history if "feedback_weight" in row)
+            print(f"seed {seed}: {way} is a weight of {weights[len(weights) // 2]:.2g}")
         trainer.finetune(known, steps=min(50, steps), optimizer=torch.optim.AdamW(student.parameters(), lr=1e-4), **fit)
         found[way] = trainer.evaluate(parts["test"]).accuracy
     torch.manual_seed(seed)
