@@ -351,19 +351,19 @@ def test_the_page_of_rounds(rounds: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_feedback_that_is_dead_is_told() -> None:
-    rows = [{"step": step, "feedback_weight": 0.0, "inner_loss": 1.0} for step in range(9)]
+    rows = [{"step": step, "feedback_std": 0.0, "inner_loss": 1.0} for step in range(9)]
     assert "Feedback to the teacher of mpl: 0 in every step." in web.plots({"mpl": rows}, "student")
-    assert "0 in every step" not in web.plots({"mpl": [*rows, {"step": 9, "feedback_weight": 0.1}]}, "student")
+    assert "0 in every step" not in web.plots({"mpl": [*rows, {"step": 9, "feedback_std": 0.1}]}, "student")
 
 
 @pytest.mark.parametrize("values", [[0.5], [0.5] * 3, [0.0, 1.0], [1e-9, 1e9], [float("nan"), 0.5], [-1.0, -0.5]])
-@pytest.mark.parametrize("key", ["inner_loss", "agreement", "feedback_weight", "feedback_snr"])
+@pytest.mark.parametrize("key", ["inner_loss", "agreement", "feedback_std", "feedback_snr"])
 def test_every_figure_has_a_place_within_its_plot(values: list[float], key: str) -> None:
     if key == "agreement":
         values = [min(max(value, 0.0), 1.0) for value in values]
     drawn = web.plots({"mpl": [{"step": step, key: value} for step, value in enumerate(values)]}, "student")
     lines = re.findall(r'd="M([\d. L-]+)"><title>', drawn)
-    assert len(lines) == (key != "feedback_weight" or any(value > 0 for value in values))
+    assert len(lines) == (key != "feedback_std" or any(value > 0 for value in values))
     for x, y in (point.split() for line in lines for point in line.split("L")):
         assert web.LEFT <= float(x) <= web.WIDTH
         assert 0 <= float(y) <= web.HEIGHT - web.BELOW

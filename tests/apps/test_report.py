@@ -92,14 +92,14 @@ def test_each_figure_alone(tmp_path: Path, key: str) -> None:
 
 
 def test_a_feedback_of_zero_has_no_place_on_a_logarithmic_scale(tmp_path: Path) -> None:
-    zero = [{"step": step, "feedback_weight": 0.0} for step in range(9)]
+    zero = [{"step": step, "feedback_std": 0.0} for step in range(9)]
     with pytest.raises(MetaplError, match="nothing to draw"):
         draw(tmp_path / "report.png", curves={"none": zero}, confusion=None, classes=None)
     draw(tmp_path / "report.png", curves={"none": zero, "mpl": rows(9)}, confusion=None, classes=None)
 
 
 def test_a_feedback_that_stays_the_same_has_a_scale_around_it(tmp_path: Path, pages: list[Figure]) -> None:
-    same = [{"step": step, "feedback_weight": 0.1} for step in range(200)]
+    same = [{"step": step, "feedback_std": 0.1} for step in range(200)]
     draw(tmp_path / "report.png", curves={"mpl": same}, confusion=None, classes=None)
     low, high = pages[0].axes[0].get_ylim()
     ticks = [tick for tick in pages[0].axes[0].get_yticks() if low <= tick <= high]
@@ -125,11 +125,6 @@ def test_one_network_has_its_losses_and_no_student(tmp_path: Path, pages: list[F
     draw(tmp_path / "report.png", curves={"reduced": rows(90, ALONE)}, network="student")
     assert legends(pages[4])[0] == ["student"]
     assert re.findall(r"</svg>(\w+) [\d.]+ %", web.plots({"uda": rows(90, ALONE)}, "network")) == ["network"]
-
-
-def test_the_spread_of_the_feedback_stands_in_for_its_ratio(tmp_path: Path) -> None:
-    curves = {"mpl": [{"step": step, "feedback_weight": math.nan, "feedback_std": 0.1} for step in range(9)]}
-    assert draw(tmp_path / "report.png", curves=curves, confusion=None, classes=None)[0] == 5.8 * DOTS
 
 
 def test_lines_between_a_thousand_classes_do_not_hide_the_cells(

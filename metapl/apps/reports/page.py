@@ -81,7 +81,6 @@ PANELS = (
             ("loss_noisy_student", "with pseudo-labels"),
         ),
     ),
-    Panel("Feedback to the teacher", (("feedback_weight", "its weight at the ratio that was asked for"),), log=True),
     Panel("Feedback to the teacher", (("feedback_std", "its standard deviation in a batch"),), log=True),
     Panel("Signal to noise of the feedback", (("feedback_snr", "of one step, by its examples"),)),
     Panel(
