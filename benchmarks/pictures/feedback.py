@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections import Counter
@@ -207,6 +208,11 @@ def missing(rows: list[Row], minutes: float | None, unseen: bool) -> Iterator[tu
                     yield asked
 
 
+def _ratio(row: Row) -> float:
+    """As it was set; rows of 0.2 have what was measured, at the teacher's outputs."""
+    return float(row.get("feedback_ratio", row["settings"].get("feedback_ratio", math.nan)))
+
+
 def table(rows: list[Row]) -> str:
     """The tuning runs, and the final ones of seeds whose runs are all there."""
     heads = [*PROBLEMS, "mean", "right", "off", "ratio"]
@@ -218,7 +224,7 @@ def table(rows: list[Row]) -> str:
             if reached.keys() >= {*PROBLEMS}:
                 cells = [f"{reached[name]:.1f}" for name in PROBLEMS] + [f"{statistics.fmean(reached.values()):.1f}"]
                 cells += [f"{100 * statistics.fmean(row[name] for row in mine):.1f}" for name in QUALITIES]
-                cells += [f"{statistics.fmean(row['feedback_ratio'] for row in mine):.2f}" if method == "mpl" else "–"]
+                cells += [f"{statistics.fmean(_ratio(row) for row in mine):.2f}" if method == "mpl" else "–"]
                 lines.append(f"| {TITLES[method]} | {label} | " + " | ".join(cells) + " |")
     if not runs_in(rows, SEEDS):
         return "\n".join(lines)

@@ -80,11 +80,11 @@ def run(problem: Problem, method: str, seed: int, minutes: float, settings: Row)
 def along(folder: Path) -> Row:
     """What a run with a teacher logged in the second half of its steps, on average."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in logged if row.get("feedback_ratio") is not None]
+    rows = [row for row in logged if row.get("feedback_std") is not None]
     late = [row for row in rows if row["step"] > rows[-1]["step"] / 2]
     return {
         name: round(statistics.fmean(row[name] for row in late), 4)
-        for name in ("feedback_ratio", "agreement", "outer_loss", "inner_loss")
+        for name in ("feedback_weight", "agreement", "outer_loss", "inner_loss")
         if late and name in late[0]
     }
 
