@@ -71,7 +71,7 @@ def test_a_clip_is_part_of_the_update_in_the_exact_gradient_too() -> None:
 
 def test_two_equal_draws_are_not_taken_for_none() -> None:
     """A confident teacher's first draws agree, and later ones do not."""
-    torch.manual_seed(27)
+    torch.manual_seed(0)
     teacher, student = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
     with torch.no_grad():
         teacher.weight.mul_(12)
