@@ -116,7 +116,7 @@ def run(plan: Plan, seed: int, methods: Sequence[str], size: str, jobs: int) -> 
         command = [
             sys.executable,
             "-m",
-            "metapl",
+            "metapl.apps",
             "train",
             "images",
             "--method",
