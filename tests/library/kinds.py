@@ -156,6 +156,9 @@ KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS
     "a checkpoint": ("RRRRX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
     "a reentrant checkpoint": (
         "XXXXX", lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
+    "a reentrant checkpoint of a function": (  # whose weights autograd.grad does not see
+        "XXXXX",
+        lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x.clone().requires_grad_(), use_reentrant=True))),
     "masks in a checkpoint": (
         "RRRRX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
     "an embedding within max_norm": (

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torchopt
-from problems_zoo import ANYWHERE, Toy, everything, same, toy, unmoved
+from problems_zoo import ANYWHERE, Toy, toy, unmoved
 from torch import Tensor
 from trainers import Supervised, trainer_for
 
@@ -53,41 +52,6 @@ def test_nor_is_one_network_trained_on_it() -> None:
     trainer = metapl.LossTrainer(case.student, optimizer=torch.optim.SGD(case.student.parameters(), lr=0.1))
     with unmoved(case), pytest.raises(MetaplError):
         trainer.step((case.labeled[0] * torch.nan, case.labeled[1]))
-
-
-@pytest.mark.parametrize("inner", ["sgd", "adam", "torchopt"])
-def test_a_state_dict_is_a_snapshot(inner: str) -> None:
-    """Steps leave it as it is, also those after it was loaded; what it brings back is the run from there, twice."""
-    case = toy("batch_norm")
-    optimizer = {
-        "sgd": lambda: torch.optim.SGD(case.student.parameters(), lr=0.1, momentum=0.9),
-        "adam": lambda: torch.optim.Adam(case.student.parameters()),
-        "torchopt": lambda: torchopt.sgd(0.1, momentum=0.9),
-    }[inner]()
-    trainer = trainer_for(case, metapl.feedback.Reinforce(baseline=0.9), inner_optimizer=optimizer)
-    trainer.step(**case.data())
-    best, runs = trainer.state_dict(), []
-    for _ in range(2):
-        trainer.load_state_dict(best)
-        torch.manual_seed(0)
-        for _ in range(3):
-            trainer.step(**case.data())
-        runs.append(everything(case, generator=False))
-    assert same(*runs)
-
-
-def test_so_is_that_of_a_trainer_of_one_network() -> None:
-    case = toy("batch_norm")
-    optimizer = torch.optim.SGD(case.student.parameters(), lr=0.1, momentum=0.9)
-    trainer = metapl.LossTrainer(case.student, optimizer=optimizer)
-    trainer.step(case.labeled)
-    best, runs = trainer.state_dict(), []
-    for _ in range(2):
-        trainer.load_state_dict(best)
-        for _ in range(3):
-            trainer.step(case.labeled)
-        runs.append(everything(case, generator=False))
-    assert same(*runs)
 
 
 def in_threads(*runs: Callable[[], Any]) -> None:
