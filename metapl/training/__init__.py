@@ -1,7 +1,8 @@
 """Training: the trainers, and the loop around their steps.
 
 trainer       teacher and student together: Algorithm 1
-guard         what holds around a step of it
+verify        whether a mode's gradient is that of the steps as they are taken, by differences of these (real_step)
+attribution   what each training example did to a trained network
 loss_trainer  one network on its own losses: supervised learning, UDA, finetuning
 base          what every trainer has: fit, evaluate, predict, save, load
 loop          the loop
@@ -11,9 +12,8 @@ records       rows, TensorBoard's copy of them, and checkpoints
 figures       what is recorded of a step's feedback
 resuming      what a resumed fit must have in common with its beginning
 options       how a fit runs, and the learning rates that its schedule moves
-contract      the numbers of a step
 
-Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options → contract.
+Imports go down: trainer → loss_trainer → base → loop → selection, stopping, records → options.
 """
 
 from metapl.feedback.report import Report, Say

@@ -7,10 +7,9 @@ the step's number and of what a checkpoint holds, so a run that was killed ends 
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,12 +21,12 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import plain
 from metapl.execution.checks import Fault
+from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import gathered, is_sharded, load_whole, local
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.report import Report, Say
+from metapl.feedback.report import Say
 from metapl.metrics.metric import Metric
 from metapl.runs import checkpoint_parts as parts
-from metapl.runs.checkpoint import Found
 from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.progress import progress
@@ -36,7 +35,7 @@ from metapl.training.figures import figures
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records
 from metapl.training.selection import Average, Best, Selection, weights_of
-from metapl.training.stopping import Callback, Callbacks, Interrupted, stop_requests
+from metapl.training.stopping import Callback, Interrupted, StopFit, stop_requests
 
 if TYPE_CHECKING:
     from metapl.data.feed import Feed
@@ -89,36 +88,36 @@ class FitRun:
         if options.wait and trainer.teacher is None:
             raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
         self.trainer, self.options, self.ranks = trainer, options, trainer.ranks
-        self.first = trainer.ranks.first  # of several processes, which shows and writes
-        self.say, self.shown = say if self.first else lambda text: None, shown and self.first
+        first = trainer.ranks.first  # of several processes, which shows and writes
+        self.say, self.shown = say if first else lambda text: None, shown and first
         self.rates = Rates(trainer, options)
-        self.averages = {role: self._average(role) for role in ("student", "teacher")}
+        decay, networks = options.ema_decay, trainer.networks.items()
+        self.averages = {} if decay is None else {role: Average(network, decay) for role, network in networks}
         self.selection = Selection(trainer, validation, metric, options.select, self.say)
-        self.records = Records(out if self.first else None, options, self.say)
-        self.callbacks = Callbacks(callbacks, trainer)
-        self.ended: tuple[int, str] | None = None  # the last step, and why it is, once a callback has said so
+        self.records = Records(out if first else None, options, self.say)
+        self.callbacks: list[Any] = [*callbacks]
+        self.stateful = [one for one in self.callbacks if hasattr(one, "state_dict")]
+        self.ended: int | None = None  # the last step, once a callback has said so
         self.sources: dict[str, Any] = {}
         self.feeds: dict[str, Feed] = {}
         self.data: dict[str, Any] = {}  # what is known of the sources
         self.parts: parts.PartsWriter | None = None  # of checkpoints that every process writes its part of
         self.saves = False  # whether there is a folder, perhaps that of another process
         self.seen: dict[str, float] = {}  # the last values on validation data
-        # The first step that went wrong, kept on the device until something is read anyway.
-        self.first_bad = torch.full((), torch.inf, device=trainer.device)
-        self.faults: list[tuple[int, Fault]] = []
+        self.faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
 
     def run(
         self, labeled: Any, unlabeled: Any, resume: bool | Literal["anyway"], batch_size: int | None = None
     ) -> FitResult:
         from metapl.data.arrays import in_memory  # needed for fitting only
 
-        ranks, options, trainer = self.ranks, self.options, self.trainer
+        ranks, options, trainer, records = self.ranks, self.options, self.trainer, self.records
         goes_on = ranks.any(bool(resume))  # the first of several processes knows of the run
-        self.saves = ranks.any(self.records.out is not None)
+        self.saves = ranks.any(records.out is not None)
         if goes_on and not self.saves:
             raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
         with ranks.agreed(waiting=True):
-            folder = self.records.checkpoints
+            folder = records.checkpoints
             if folder is not None and folder.paths() and not goes_on:
                 raise MetaplError(
                     f"{folder.folder} holds checkpoints already; go on with resume=True, or give another out or phase."
@@ -138,21 +137,44 @@ class FitRun:
                 whole_job = ranks.processes == dist.get_world_size()
                 self.parts = parts.PartsWriter(Path(place), options.keep) if whole_job else None
             self.feeds = {name: self._feed(name) for name in self.sources}
-            self._steps(self._restore(compare=resume != "anyway") if goes_on else 0)
+            start = self._restore(compare=resume != "anyway") if goes_on else 0
+            with stop_requests() as stop:
+                bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
+                with bar, records.opened(start):
+                    for t in range(start, options.steps):
+                        if self.ended is not None:
+                            break
+                        row = self._step(t)
+                        if row:
+                            self._record(t + 1, {"step": t + 1, **row})
+                            shown = self.seen.get(self.selection.row)
+                            bar.set_postfix_str("" if shown is None else f"validation {shown:.4g}", refresh=False)
+                        bar.update()
+                        if self.ended is not None or options.due(options.save_every, t):
+                            self._save(t + 1)
+                        # Several processes agree on a stop where numbers are read anyway.
+                        logged = ranks.alone or options.due(options.log_every, t)
+                        if logged and ranks.any(bool(stop)):
+                            number = (*stop, signal.SIGTERM)[0]
+                            raise Interrupted(t + 1, number, self._save(t + 1) or self._finished())
+                    self._finished()
+                if stop:  # after the last step, while the records were closed
+                    raise Interrupted(options.steps, stop[0], records.saved_at)
         except Exception as error:
             # A source may know which file a worker has died of; it is asked before the workers are stopped.
             asked = (getattr(source, "explain", lambda: None)() for source in self.sources.values())
             known = next((why for why in asked if why), None)
-            if known is None:
+            if known is None and not (isinstance(error, MetaplError) and records.saved_at):
                 raise
-            raise MetaplError(f"{known} ({self.records.last_good()})") from error
+            last = f" (the last good checkpoint is {records.saved_at})" if records.saved_at else ""
+            raise MetaplError(f"{known or error}{last}") from error
         finally:
-            self.rates.put_back()
+            self.rates.move(None)
             for one in self.feeds.values():
                 one.close()
             if self.parts is not None:
                 self.parts.close()
-        return self._finish()
+        return self._result()
 
     def _feed(self, name: str) -> Feed:
         from metapl.data.feed import feed  # needed for fitting only
@@ -163,49 +185,33 @@ class FitRun:
 
     # ----------------------------------------------------------------------------------------------------- the steps
 
-    def _steps(self, start: int) -> None:
-        options, ranks = self.options, self.ranks
-        with stop_requests() as stop:
-            bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
-            with bar, self.records.opened(start):
-                for t in range(start, options.steps if self.ended is None else start):
-                    row = self._one_step(t)
-                    if row:
-                        self._record(t + 1, {"step": t + 1, **row})
-                        shown = self.seen.get(self.selection.row)
-                        bar.set_postfix_str("" if shown is None else f"validation {shown:.4g}", refresh=False)
-                    bar.update()
-                    if self.ended or options.due(options.save_every, t):
-                        self._save(t + 1)
-                    # Several processes agree on a stop where numbers are read anyway.
-                    asked = bool(stop) if ranks.alone else options.due(options.log_every, t) and ranks.any(bool(stop))
-                    if asked:
-                        raise Interrupted(t + 1, (*stop, signal.SIGTERM)[0], self._save(t + 1) or self._finished())
-                    if self.ended:
-                        break
-                self._finished()
-            if stop:  # after the last step, while the records were closed
-                raise Interrupted(options.steps, stop[0], self.records.saved_at)
-
-    def _one_step(self, t: int) -> dict[str, float]:
+    def _step(self, t: int) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
-        options, trainer = self.options, self.trainer
-        waits = options.waits(t)
-        labeled, unlabeled = self._next("labeled"), self._unlabeled(waits)
+        options, trainer, waits = self.options, self.trainer, self.options.waits(t)
+        labeled, unlabeled = self._next("labeled"), None
+        if "unlabeled" in self.feeds:
+            # The student that waits takes no steps to look ahead. Copies, for a source may fill the memory of one batch
+            # with the next.
+            more = range(0 if waits else trainer.lookahead - 1)
+            ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(self._next("unlabeled"))) for _ in more]
+            unlabeled = self._next("unlabeled")
+            unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
         self.rates.move(t)
         if options.warm_start and t == options.wait and trainer.teacher is not None:
             with self._held("teacher") as teacher:
                 load_whole(trainer.student, weights_of(teacher))
-            self.averages["student"] = self._average("student")
+            if options.ema_decay is not None:
+                self.averages["student"] = Average(trainer.student, options.ema_decay)
         try:
             report = trainer.teacher_step(labeled, unlabeled) if waits else trainer.step(labeled, unlabeled)
         except MetaplError as error:
             self._refuse_bad(t - 1)  # what went wrong before is the reason
-            raise MetaplError(f"step {t + 1}: {error} ({self.records.last_good()})") from error
+            raise MetaplError(f"step {t + 1}: {error}") from error
         for role, average in self.averages.items():
-            if average is not None and not (waits and role == "student"):
+            if not (waits and role == "student"):
                 average.update()
-        self._watch(report, t)
+        if report.fault.findings:
+            self.faults.append((t, report.fault))
         logged, validated = options.due(options.log_every, t), options.due(options.validate_every, t)
         row: dict[str, float] = {}
         if logged or validated:
@@ -215,77 +221,58 @@ class FitRun:
             if hasattr(report, "signal"):
                 found = figures(report, trainer.problem, labeled, self.ranks)
                 row |= dict(zip(found, torch.stack([t.double() for t in found.values()]).tolist(), strict=True))
-        if validated:
-            row |= self._look(t)
-        return row
+        return row | self._look(t) if validated else row
 
     def _next(self, name: str) -> Any:
         batch = self.feeds[name].next()
         if name not in self.data:
-            source = self.sources[name]
-            first = source.whole[0] if hasattr(source, "whole") else batch
-            self.data[name] = resuming.size_of(source) | {"first_batch": resuming.digest(first)}
+            self.data[name] = resuming.about(self.sources[name], batch)
         return batch
 
-    def _unlabeled(self, waits: bool) -> Any:
-        """What a step reads of the unlabeled source; the student that waits takes no steps to look ahead."""
-        several = 1 if waits else self.trainer.lookahead
-        if "unlabeled" not in self.feeds:
-            return None
-        # Copies, for a source may fill the memory of one batch with the next.
-        held = [pytree.tree_map_only(Tensor, Tensor.clone, plain(self._next("unlabeled"))) for _ in range(several - 1)]
-        last = self._next("unlabeled")
-        return Lookahead([*held, last]) if several > 1 else last
-
     def _record(self, step: int, row: dict[str, float]) -> None:
+        """Call the callbacks on a row, and record it with the numbers that they return."""
+        reasons = list[str]()
         try:
-            reason = self.callbacks.after(step, row)
-            if reason is not None:
-                self.ended = step, reason
+            for callback in self.callbacks:
+                # Observing must not change the run: a DataLoader, for one, draws from the default generator.
+                with replayed(RandomState.now(self.trainer.device)):
+                    try:
+                        found = callback(step, dict(row), self.trainer)
+                        row |= found if isinstance(found, Mapping) else {}
+                    except StopFit as stop:
+                        self.ended = step
+                        reasons += [str(stop)] if str(stop) else []
+            if self.ended is not None:
+                reason = ": " * bool(reasons) + "; ".join(reasons)
                 untrained = "; the student is untrained: it would have begun later" * self.options.waits(step - 1)
-                self.say(f"stopped after step {step} by a callback{f': {reason}' if reason else ''}{untrained}")
+                self.say(f"stopped after step {step} by a callback{reason}{untrained}")
                 # The last step is validated, as in any fit.
                 row |= {} if self.options.due(self.options.validate_every, step - 1) else self._look(step - 1)
         finally:  # what a callback raises comes out, and the step was done
             self.records.row(row)
 
     def _look(self, t: int) -> dict[str, float]:
-        roles = [] if self.options.waits(t) else ["student"]
-        # A teacher that weighs examples, say, has no accuracy.
-        roles += ["teacher"] * (self.trainer.teacher is not None and self.trainer.teacher_classifies)
-        self.seen = self.selection.look({role: partial(self._held, role) for role in roles}, t + 1)
+        self.seen = {}
+        for role in self.trainer.networks if self.selection.validation is not None else ():
+            # A teacher that weighs examples, say, has no accuracy.
+            if self.trainer.teacher_classifies if role == "teacher" else not self.options.waits(t):
+                with self._held(role) as network:
+                    self.seen |= self.selection.look(role, network, t + 1)
         return self.seen
-
-    def _average(self, role: str) -> Average | None:
-        network, decay = self.trainer.networks.get(role), self.options.ema_decay
-        return None if network is None or decay is None else Average(network, decay)
 
     def _held(self, role: str) -> AbstractContextManager[Any]:
         """What is validated and kept: the averaged network in a block, or the network."""
-        average = self.averages[role]
+        average = self.averages.get(role)
         return nullcontext(self.trainer.networks[role]) if average is None else average.held()
 
-    def _watch(self, report: Report, t: int) -> None:
-        """Remember whether a loss of step t was not finite, and what was wrong with its batch."""
-        losses = [v.detach().float().reshape(()) for k, v in report.scalars.items() if k != "feedback_weight"]
-        bad = ~torch.isfinite(torch.stack(losses)).all()
-        self.first_bad = torch.minimum(self.first_bad, torch.where(bad, t + 1.0, torch.inf))
-        if report.fault.findings:
-            self.faults.append((t, report.fault))
-
     def _refuse_bad(self, t: int) -> None:
-        """Stop where a batch was wrong or a loss not finite up to step t, or the weights after it are not."""
+        """Stop where a step up to t went wrong, or the weights after it are not finite."""
         for step, fault in self.faults:
             fault.raise_if_found(f"step {step + 1}: ")
         self.faults.clear()
         weights = [local(p.detach()) for network in self.trainer.networks.values() for p in network.parameters()]
-        if (first := float(self.first_bad)) != torch.inf:
-            what = f"a loss was NaN or infinite at step {int(first)}"
-        elif self.ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
-            what = f"weights were NaN or infinite after step {t + 1}, and the losses were not yet"
-        else:
-            return
-        raise MetaplError(f"{what}; {self.records.last_good()}. Lower the learning rates or feedback_weight.")
+        if self.ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
+            raise MetaplError(f"weights were NaN or infinite after step {t + 1}; lower the learning rates.")
 
     # ------------------------------------------------------------------------------------------- saving and resuming
 
@@ -297,14 +284,12 @@ class FitRun:
         state, ranks, path = self._state(step), self.ranks, None
         if not ranks.alone:
             state["ranks"] = ranks.gathered(resuming.own_state(state))
-            if self.parts is None:
-                state = gathered(state)
+            state = gathered(state) if self.parts is None else state
             self._finished()
         with ranks.agreed(waiting=True):
+            self.records.flush()
             if self.parts is None:
                 path = self.records.save(step, state)  # by the first one
-            else:
-                self.records.flush()
         if self.parts is not None:
             self.parts.write(step, state)
         return path
@@ -321,71 +306,56 @@ class FitRun:
             "options": resuming.options_of(self),
             "data": self.data,
             "trainer": self.trainer.live_state(),
-            "averages": {role: None if one is None else one.state_dict() for role, one in self.averages.items()},
+            "averages": {role: average.state_dict() for role, average in self.averages.items()},
             "seen": self.seen,
             "best": dict(vars(self.selection.best)),
             "feeds": {name: feed.state() for name, feed in self.feeds.items()},
             "rng": rng_state(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks.stateful],
+            "callbacks": [callback.state_dict() for callback in self.stateful],
             "ended": self.ended,
         }
 
     def _restore(self, compare: bool) -> int:
         """Go on from the newest whole checkpoint of a fit that was begun alike; the step to go on with."""
-        found, ranks, trainer, options = self._newest(), self.ranks, self.trainer, self.options
-        if found is None:
+        ranks, trainer, options, folder, found = self.ranks, self.trainer, self.options, self.records.checkpoints, None
+        with ranks.agreed(waiting=True):
+            if folder is not None:  # of the first of several processes, which finds it; all read it
+                found = folder.newest(parts.check)
+        path, skipped = ranks.gathered(found and (found.path, found.skipped))[0] or (None, ())
+        if path is None:
             self.say(f"no checkpoint of phase {options.phase} yet: it begins at its first step")
             return 0
-        for path, reason in found.skipped:
-            self.say(f"passed over {path.name}: {reason}")
+        for damaged, reason in skipped:
+            self.say(f"passed over {damaged.name}: {reason}")
         with ranks.agreed(waiting=True):
-            state = resuming.of_this(found.state, trainer, found.path, [*self.sources.values()])
+            state = (found and found.state) or parts.load(path, self._layouts(), checked=True)
+            state = resuming.of_this(state, trainer, path, [*self.sources.values()])
             step: int = state["step"]
             if {*state["feeds"]} != {*self.sources}:
-                raise MetaplError(f"{found.path} is of a fit on {' and '.join(state['feeds'])} batches; give the same.")
+                raise MetaplError(f"{path} is of a fit on {' and '.join(state['feeds'])} batches; give the same.")
             if step > options.steps:
-                raise MetaplError(f"{found.path} has done {step} steps; expected steps={step} or more.")
-            self.data = {name: self._about(name) for name in self.sources}
+                raise MetaplError(f"{path} has done {step} steps; expected steps={step} or more.")
+            for name, source in self.sources.items():
+                with closing(self._feed(name)) as once:  # whose draws nobody else sees
+                    self.data[name] = resuming.about(source, None if hasattr(source, "whole") else once.next())
             if compare:
-                resuming.refuse_other(found.path, state["options"], resuming.options_of(self))
+                resuming.refuse_other(path, state["options"], resuming.options_of(self))
                 for name, was in state["data"].items():
-                    resuming.refuse_other(found.path, was, self.data[name])
-            if len(state["callbacks"]) != len(self.callbacks.stateful):
-                raise MetaplError(f"{found.path} has {len(state['callbacks'])} callbacks' states; give the same ones.")
-            for callback, saved in zip(self.callbacks.stateful, state["callbacks"], strict=True):
+                    resuming.refuse_other(path, was, self.data[name])
+            if len(state["callbacks"]) != len(self.stateful):
+                raise MetaplError(f"{path} has {len(state['callbacks'])} callbacks' states; give the same ones.")
+            for callback, saved in zip(self.stateful, state["callbacks"], strict=True):
                 callback.load_state_dict(saved)
             trainer.load_state_dict(state["trainer"])
             for role, average in self.averages.items():
-                if average is not None:
-                    average.load_state_dict(state["averages"][role])
+                average.load_state_dict(state["averages"][role])
             self.seen, self.selection.best, self.ended = state["seen"], Best(**state["best"]), state["ended"]
-            for name, one in self.feeds.items():
-                one.restore(state["feeds"][name])
+            for name, feed in self.feeds.items():
+                feed.restore(state["feeds"][name])
             set_rng_state(state["rng"])  # last: what comes before may draw
-        self.records.saved_at = found.path
+        self.records.saved_at = path
         self.say(f"resumed at step {step}{'' if options.phase == 'fit' else f' of phase {options.phase}'}")
         return step
-
-    def _about(self, name: str) -> dict[str, Any]:
-        """What is known of a source, its first batch drawn by a feed that nobody else draws from."""
-        source, once = self.sources[name], self._feed(name)
-        try:
-            first = source.whole[0] if hasattr(source, "whole") else once.next()
-        finally:
-            once.close()
-        return resuming.size_of(source) | {"first_batch": resuming.digest(first)}
-
-    def _newest(self) -> Found | None:
-        """The newest whole checkpoint: the first of several processes finds it, and all read it."""
-        ranks, folder, found = self.ranks, self.records.checkpoints, None
-        with ranks.agreed(waiting=True):
-            if folder is not None:  # of the first process alone
-                found = folder.newest(parts.load if ranks.alone else parts.check)
-        if ranks.alone:
-            return found
-        path, skipped = ranks.gathered(found and (str(found.path), found.skipped))[0] or (None, ())
-        with ranks.agreed(waiting=True):  # as the networks are laid out, where they are sharded
-            return path and Found(Path(path), parts.load(Path(path), self._layouts(), checked=True), skipped)
 
     def _layouts(self) -> parts.Like | None:
         """The layouts of the tensors of this fit's state, by their names; those of optimizers may not be there yet."""
@@ -404,19 +374,18 @@ class FitRun:
 
         return like
 
-    def _finish(self) -> FitResult:
-        trainer, taught, best = self.trainer, None, self.selection.best
+    def _result(self) -> FitResult:
+        """Leave the networks that are kept in place."""
+        trainer, taught, best, metric = self.trainer, None, self.selection.best, self.selection.metric
         if trainer.teacher is not None:
             with self._held("teacher") as kept:
                 taught = weights_of(kept)
             load_whole(trainer.teacher, taught)
         if not best.weights:
-            with self._held("student") as candidate:
-                step = self.ended[0] if self.ended else self.options.steps
-                best = Best(self.seen.get(self.selection.row), step, weights_of(candidate))
+            with self._held("student") as kept:
+                value, step = self.seen.get(self.selection.row), self.ended or self.options.steps
+                best = Best(value, step, weights_of(kept))
         load_whole(trainer.student, best.weights)
         # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
-        history = self.records.history if self.ranks.alone else self.ranks.gathered(self.records.history)[0]
-        metric = self.selection.metric
-        name = None if metric is None else metric.name
-        return FitResult(best.value, best.step, best.weights, taught, history, name)
+        history = self.ranks.gathered(self.records.history)[0]
+        return FitResult(best.value, best.step, best.weights, taught, history, None if metric is None else metric.name)

@@ -60,8 +60,6 @@ class FitOptions:
         check_fields(self)
         if self.wait >= self.steps:
             raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
-        if self.warm_start and not self.wait:
-            raise MetaplError("warm_start=True: expected steps in which the teacher trains alone, wait=1000 say.")
         if self.warmup > self.steps - self.wait:
             raise MetaplError(f"warmup={self.warmup}: expected at most the steps after wait, {self.steps - self.wait}.")
         if self.decay_every is not None and self.schedule != "exponential":
@@ -112,19 +110,14 @@ class Rates:
         self.optimizers = dict(zip(names[len(names) - len(optimizers) :], optimizers, strict=True))
         self.base = {name: [group["lr"] for group in one.param_groups] for name, one in self.optimizers.items()}
 
-    def move(self, step: int) -> None:
-        for name in self.optimizers:
-            self._scale(name, self.options.student_rate(step) if name == "student_lr" else self.options.rate(step))
-
-    def put_back(self) -> None:
-        for name in self.optimizers:
-            self._scale(name, 1.0)
+    def move(self, step: int | None) -> None:
+        """Set the rates of a step; None: the base rates."""
+        for name, optimizer in self.optimizers.items():
+            rate_at = self.options.student_rate if name == "student_lr" else self.options.rate
+            groups, base = optimizer.param_groups, self.base[name]
+            base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
+            for group, rate in zip(groups, base, strict=True):
+                group["lr"] = rate * (1.0 if step is None else rate_at(step))
 
     def now(self) -> dict[str, float]:
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-
-    def _scale(self, name: str, factor: float) -> None:
-        groups, base = self.optimizers[name].param_groups, self.base[name]
-        base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
-        for group, rate in zip(groups, base, strict=True):
-            group["lr"] = rate * factor

@@ -55,16 +55,16 @@ def refuse_other(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def size_of(source: Any) -> dict[str, Any]:
-    """How many examples a source has, and how many a batch, where that is known."""
+def about(source: Any, batch: Any) -> dict[str, Any]:
+    """How many examples a source has, and how many a batch, where that is known, and the digest of its first batch."""
     from metapl.data.steps import StepBatches  # needed for fitting only
 
-    source = getattr(source, "whole", source)  # of a share
-    examples = getattr(source, "examples", None)
-    held = getattr(source, "dataset", source)
+    if hasattr(source, "whole"):  # of a share
+        source, batch = source.whole, source.whole[0]
+    examples, held = getattr(source, "examples", None), getattr(source, "dataset", source)
     if examples is None and hasattr(held, "__len__") and not isinstance(held, StepBatches):  # which count steps
         examples = len(held)
-    return {"examples": examples, "batch_size": getattr(source, "batch_size", None)}
+    return {"examples": examples, "batch_size": getattr(source, "batch_size", None), "first_batch": digest(batch)}
 
 
 def digest(batch: Any) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,65 +52,49 @@ class Average:
                 "ema_decay=None, or 32-bit weights with precision='bfloat16'."
             )
         self.network, self.decay, self.steps = network, decay, 0
-        self._kept = {name: t.clone() for name, t in self._parts().items()}
+        self._kept = {name: local(t).detach().clone() for name, t in self._tensors().items()}
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        parts = self._parts()
+        parts = {name: local(t) for name, t in self._tensors().items()}
         moving = [name for name, p in self.network.named_parameters() if p.is_floating_point() or p.is_complex()]
         torch._foreach_lerp_([self._kept[name] for name in moving], [parts[name] for name in moving], 1 - decay)
-        copied = {name: t for name, t in parts.items() if name not in {*moving}}
-        self._kept = {name: self._kept[name] for name in moving} | _written(self._kept, copied)
+        # A pass may have made buffers, or given them another shape.
+        self._kept = {name: self._kept[name] if name in {*moving} else t.clone() for name, t in parts.items()}
         self.steps += 1
 
     @contextmanager
     def held(self) -> Iterator[nn.Module]:
         """The network with the averaged weights in this block, and bit for bit its own afterwards."""
-        own = {name: t.clone() for name, t in self._parts().items()}
+        own = {name: local(t).detach().clone() for name, t in self._tensors().items()}
         try:
-            _written(self._parts(), self._kept)
+            self._write(self._kept)
             yield self.network
         finally:
-            _written(self._parts(), own)
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, t in self._tensors().items():
+            part, value = local(t), values.get(name)
+            if value is not None and value.shape == part.shape:  # others are caches that grew with a longer input
+                part.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights, as the network's state has its own, and how many steps they have followed."""
-        return {"module": {name: as_sharded(kept, t) for name, t, kept in self._of_state()}, "steps": self.steps}
+        """The averaged weights, laid out as the network's, and how many steps they have followed."""
+        held = {name: as_sharded(self._kept[name], t) for name, t in self._tensors().items() if name in self._kept}
+        return {"module": held, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`, whole or laid out as the network is."""
-        given = {name: local(laid_out_like(state["module"][name], t)) for name, t, _ in self._of_state()}
-        for name, _, kept in self._of_state():
-            if kept.shape != given[name].shape:
-                raise ValueError(f"the average of {name} has the shape {tuple(given[name].shape)}")
-            kept.copy_(given[name])
+        for name, t in self._tensors().items():
+            self._kept[name] = local(laid_out_like(state["module"][name], t)).to(t.device, copy=True)
         self.steps = state["steps"]
 
     def _tensors(self) -> dict[str, Any]:
         reshard(self.network)  # else a sharded network holds other tensors
-        return dict(self.network.named_parameters()) | dict(self.network.named_buffers(remove_duplicate=False))
-
-    def _parts(self) -> dict[str, Tensor]:
-        """This process's parts of the weights, sharing their memory."""
-        return {name: local(t).detach() for name, t in self._tensors().items()}
-
-    def _of_state(self) -> Iterator[tuple[str, Any, Tensor]]:
-        """The tensors of the network's state by name, each with this process's part of its average."""
-        kept = {id(t): self._kept[name] for name, t in self._tensors().items() if name in self._kept}
-        state = self.network.state_dict(keep_vars=True)
-        return ((name, t, kept[id(t)]) for name, t in state.items() if id(t) in kept)
-
-
-@torch.no_grad()
-def _written(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values, in the tensors of these names; in copies where there is none, or of another shape: of buffers that a
-    pass has made."""
-    found = {}
-    for name, value in values.items():
-        t = into.get(name)
-        found[name] = value.clone() if t is None or t.shape != value.shape else t.copy_(value)
-    return found
+        return dict(self.network.named_parameters()) | dict(self.network.named_buffers())
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
@@ -119,10 +103,6 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
         name: whole(t).detach().cpu().clone() if isinstance(t, Tensor) else copy.deepcopy(t)
         for name, t in model.state_dict().items()
     }
-
-
-Kept = Callable[[], AbstractContextManager[nn.Module]]
-"""A network in a block."""
 
 
 @dataclass
@@ -145,12 +125,10 @@ class Selection:
         say: shows a line.
     """
 
-    def __init__(
-        self, trainer: Any, validation: Any, metric: Metric | None = None, select: bool = True, say: Any = print
-    ) -> None:
+    def __init__(self, trainer: Any, validation: Any, metric: Metric | None, select: bool, say: Any) -> None:
         self.trainer, self.metric, self.select, self.say = trainer, metric, select, say
-        self.lost = 0  # validation examples whose files went
         self.validation, self.best = as_tensors(validation, trainer.dtype), Best()
+        self.examples: int | None = None  # that the last values are of
         if metric is not None and validation is None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
         if select and metric is not None and metric.better is None:
@@ -177,52 +155,20 @@ class Selection:
         """What a record calls the student's value."""
         return f"student_validation_{self.metric.name}" if self.metric else ""
 
-    def look(self, networks: Mapping[str, Kept], step: int) -> dict[str, float]:
-        """The metric of networks, ``student`` or ``teacher``, after ``step`` steps.
-
-        Args:
-            networks: that are kept, such as the averages, each in a block of its own: averages of sharded networks take
-                the place of these.
-            step: number of steps done.
-        """
-        values: dict[str, float] = {}
-        if self.validation is None or self.metric is None:
-            return values
-        for role, held in networks.items():
+    def look(self, role: str, network: nn.Module, step: int) -> dict[str, float]:
+        """The metric of the ``student`` or ``teacher``, or of its average, after ``step`` steps."""
+        assert self.metric is not None
+        # A DataLoader draws from the default generator; looking must not change the training.
+        with replayed(RandomState.now(self.trainer.device)):
             of = f"the {role} on validation data after step {step}"
-            # A DataLoader draws from the default generator; looking must not change the training.
-            with held() as network, replayed(RandomState.now(self.trainer.device)):
-                value = self._measured(network, self.metric, of)
-                values[f"{role}_validation_{self.metric.name}"] = value
-                if role == "student" and self.select and self.metric.improves(value, self.best.value):
-                    self.best = Best(value, step, weights_of(network))
-        return values
-
-    def _measured(self, network: nn.Module, metric: Metric, of: str) -> float:
-        """The metric; told, or refused, where files went that the validation examples were in."""
-        expected = getattr(self.validation, "examples", None)
-        counts = list[int]()
-
-        def batches() -> Iterator[tuple[Any, Any]]:
-            for inputs, batch in self._batches():
-                counts.append(length(inputs))
-                if counts[-1] or expected is None:
-                    yield inputs, batch
-            if expected and not sum(counts):
-                raise MetaplError(
-                    f"none of the {expected:,} validation examples can be read any more; put their files back, then go "
-                    "on with the run."
-                )
-
-        found = metric.measured(self.trainer, network, batches(), of)
-        lost = 0 if expected is None else expected - sum(counts)
-        if lost > self.lost:
-            self.lost = lost
-            self.say(
-                f"note: {lost:,} of the {expected:,} validation examples cannot be read any more; {metric.name} is of "
-                "the others, and not to be compared with that before"
-            )
-        return found.value
+            found = self.metric.measured(self.trainer, network, self._batches(), of)
+        if self.examples not in (None, found.n):
+            self.say(f"note: validation is on {found.n:,} examples, and was on {self.examples:,}: not to be compared")
+        self.examples = found.n
+        if role == "student" and self.select and self.metric.improves(found.value, self.best.value):
+            self.best = Best(found.value, step, weights_of(network))
+        return {f"{role}_validation_{self.metric.name}": found.value}
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
-        return outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")
+        read = outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")
+        return ((inputs, batch) for inputs, batch in read if length(inputs))

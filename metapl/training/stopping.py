@@ -1,14 +1,13 @@
-"""What ends a fit early: a callback, Ctrl-C, SIGTERM or SIGHUP; and what else is called after each recorded row."""
+"""What ends a fit early: a callback, Ctrl-C, SIGTERM or SIGHUP."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from metapl.execution.rng import RandomState, replayed
 from metapl.runs.signals import END, is_heard
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
@@ -49,27 +48,6 @@ class StopFit(Exception):
     ...     def load_state_dict(self, state):
     ...         vars(self).update(state)
     """
-
-
-class Callbacks:
-    """The callbacks of one fit, called in turn with its trainer."""
-
-    def __init__(self, given: Sequence[Callback], trainer: Any) -> None:
-        self.given, self.trainer = tuple(given), trainer
-        self.stateful: list[Any] = [one for one in given if hasattr(one, "state_dict")]
-
-    def after(self, step: int, row: dict[str, float]) -> str | None:
-        """Call each, and add the numbers that it returns to the row; why the fit is to stop, if one says so."""
-        reasons = []
-        for callback in self.given:
-            # Observing must not change the run: a DataLoader, for one, draws from the default generator.
-            with replayed(RandomState.now(self.trainer.device)):
-                try:
-                    found = callback(step, dict(row), self.trainer)
-                    row |= found if isinstance(found, Mapping) else {}
-                except StopFit as stop:
-                    reasons.append(str(stop))
-        return "; ".join(filter(None, reasons)) if reasons else None
 
 
 class Interrupted(KeyboardInterrupt):
