@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution.checks import described, finite
-from metapl.execution.numerics import wide
 from metapl.metrics.statistics import chance_level
-from metapl.problems.base import Signal
 from metapl.words import summary
 
 CALIBRATION_BINS = 15
@@ -57,10 +56,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The same figures as dicts, lists and numbers, ready for `json.dumps`."""
-        # Not asdict, which copies a million counts of a thousand classes one by one.
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {"per_class": list(self.per_class), "confusion": [list(row) for row in self.confusion]}
-        return plain | lists | {"classes": None if self.classes is None else list(self.classes)}
+        return dict(json.loads(json.dumps(vars(self))))
 
 
 def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] | None = None) -> Evaluation:
@@ -87,14 +83,14 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
 
     Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
-    fits = logits_NC.ndim == 2 and labels_N.shape == logits_NC.shape[:1] and logits_NC.numel() > 0
-    if not fits or not logits_NC.is_floating_point():
+    whole = not (labels_N.is_floating_point() or labels_N.is_complex() or labels_N.dtype == torch.bool)
+    fits = logits_NC.ndim == 2 and logits_NC.is_floating_point() and labels_N.shape == logits_NC.shape[:1]
+    count, width = logits_NC.shape if fits else (0, 0)
+    if not count * width or not whole or int(labels_N.min()) < 0 or int(labels_N.max()) >= width:
         raise MetaplError(
-            f"{described(logits_NC)} and labels {tuple(labels_N.shape)} were given; expected logits (N, C), floating "
-            "point, and labels (N,), N and C at least 1."
+            f"the logits are {described(logits_NC)}, the labels {described(labels_N)}; expected floating-point "
+            "logits (N, C), and labels (N,), integers from 0 to C - 1, N and C at least 1."
         )
-    count, width = logits_NC.shape
-    check_labels(labels_N, width)
     if classes is not None and len(classes) != width:
         raise MetaplError(f"{len(classes)} names of classes were given for {width} logits.")
     finite(logits_NC)
@@ -120,39 +116,3 @@ def evaluate_logits(logits_NC: Tensor, labels_N: Tensor, classes: Sequence[str] 
         confusion=tuple(tuple(row) for row in confusion_CC.tolist()),
         classes=None if classes is None else tuple(classes),
     )
-
-
-def label_columns(signal: Signal, outputs: Tensor) -> dict[str, Tensor]:
-    """What a step's signal says about labels, where the teacher's outputs are class logits of the student's shape:
-    ``pseudo_label_confidence``, ``pseudo_label_entropy`` (nats) and ``agreement`` (of the student's first class with
-    the teacher's), scalars; else nothing."""
-    logits = signal.outputs
-    if logits is None or logits.shape != outputs.shape:
-        return {}
-    q = signal.probs if signal.sampled else signal.value
-    q = q if isinstance(q, Tensor) else wide(logits).softmax(-1)
-    return {
-        "pseudo_label_confidence": q.amax(-1).mean(),
-        "pseudo_label_entropy": torch.special.entr(q).sum(-1).mean(),
-        "agreement": (logits.argmax(-1) == outputs.argmax(-1)).double().mean(),
-    }
-
-
-def label_counts(signal: Signal, outputs: Tensor) -> dict[str, list[int]]:
-    """``pseudo_label_classes``, where the teacher's outputs are class logits of the student's shape: the number of
-    examples of each class by the teacher's labels, drawn or most probable."""
-    logits = signal.outputs
-    if logits is None or logits.shape != outputs.shape:
-        return {}
-    chosen = signal.value if signal.sampled else logits.argmax(-1)
-    return {"pseudo_label_classes": torch.bincount(chosen.flatten(), minlength=logits.shape[-1]).tolist()}
-
-
-def check_labels(labels: Tensor, classes: int, of: str = "") -> None:
-    """Refuse labels that are not indices of so many classes; ``of`` says of which data they are."""
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not whole or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise MetaplError(
-            f"the labels{of} are {described(labels)}, from {labels.min().item()} to {labels.max().item()}; expected "
-            f"integers, of {classes} classes 0 to {classes - 1}."
-        )

@@ -49,7 +49,7 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     """The logits (N, C) of batches of inputs, on the CPU; the rest is as in :func:`predict_logits`."""
     with passes(model) as outputs_of:
         logits = [outputs_of(x).cpu() for x in inputs]
-    if len({t.shape[1:] for t in logits if t.ndim}) != 1 or not all(t.ndim for t in logits):
+    if len({t.shape[1:] for t in logits}) != 1:
         shapes = few(tuple(t.shape) for t in logits) or "none, for there are no batches"
         raise MetaplError(f"the network's outputs have the shapes {shapes}; expected rows of one shape.")
     return torch.cat(logits)
@@ -70,8 +70,8 @@ def outer_batches(
     """The inputs of a network and the batch as its loss reads it, on the device, of one labeled batch or an iterable of
     such; ``read`` makes them of a batch, whose name in errors it takes."""
     whole = is_whole(data) or isinstance(data, Tensor)
-    for batch in _batches(data, name, lambda batch: to_device(plain(batch), device), whole):
-        yield read(batch, name if whole else f"a batch of {name}")
+    for batch in _batches(data, whole):
+        yield read(to_device(batch, device), name if whole else f"a batch of {name}")
 
 
 def batches_of(data: Any, device: torch.device, name: str = "the labeled data") -> Iterator[tuple[Any, Tensor]]:
@@ -83,26 +83,19 @@ def input_batches(data: Any, dtype: torch.dtype, read: Callable[[Any], Any] = in
     """The inputs of data in batches, labels left out by ``read``: of a tensor, an array or a dict of these, a tuple
     that begins with such inputs, or an iterable of all these. Arrays of floating point become ``dtype``; tensors stay
     as they are."""
-
-    def inputs(batch: Any) -> Any:
-        return as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")
-
-    return _batches(data, "the data to predict", inputs, is_array(data) or isinstance(plain(data), dict | tuple))
+    whole = is_array(data) or isinstance(plain(data), dict | tuple)
+    for batch in _batches(as_tensors(data, dtype) if whole else data, whole):
+        yield as_tensors(read(as_tensors(batch, dtype)), dtype, "the inputs to predict are")
 
 
-def _batches(data: Any, name: str, prepared: Callable[[Any], Any], whole: bool) -> Iterator[Any]:
+def _batches(data: Any, whole: bool) -> Iterator[Any]:
     """The batches of an iterable, or of data that comes as a ``whole``, in batches of at most ``ROWS`` examples."""
-    try:
-        source: Iterator[Any] = iter([data] if whole else data)
-    except TypeError as error:
-        raise MetaplError(f"{name} is {checks.described(data)}; expected tensors, or batches of them.") from error
-    for given in source:
-        batch = prepared(given)
+    for batch in [plain(data)] if whole else data:
         count = length(batch) if whole else 0
-        if count > ROWS:
-            yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
-        else:
+        if count <= ROWS:
             yield batch
+        else:
+            yield from (rows(batch, start, start + ROWS) for start in range(0, count, ROWS))
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def test_a_function_an_object_and_the_loss_are_over_all_examples() -> None:
     for given, mode in (("acuracy", None), (Mean, None), (3, None), (Mean(), "max"), (None, "min"), ("loss", "most")):
         with pytest.raises(MetaplError):
             metric_of(given, mode)  # type: ignore[arg-type]
-    for wrong in (lambda outputs, batch: outputs, lambda outputs, batch: True, lambda outputs, batch: math.nan):
+    for wrong in (lambda outputs, batch: outputs, lambda outputs, batch: math.nan):
         with pytest.raises(MetaplError, match="metric"):
             judge.evaluate(batches, metric=wrong)
 

@@ -366,7 +366,7 @@ def test_patience_as_a_callback_stops_by_any_metric(tmp_path: Path) -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "a vector": {"metric": lambda outputs, batch: torch.ones(2)},
-    "a text": {"metric": lambda outputs, batch: "0.3"},
+    "a text": {"metric": lambda outputs, batch: "high"},
     "one argument": {"metric": lambda outputs: 0.0},
     "a class": {"metric": Recall},
     "a name": {"metric": "acuracy"},
