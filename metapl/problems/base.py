@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.execution.batch import first_input, joined, labeled_pair
 from metapl.execution.checks import described, scalar_loss
 from metapl.execution.numerics import wide
@@ -45,8 +45,8 @@ class Signal:
 
     def __getitem__(self, key: str) -> Tensor:
         """A tensor of a dict of several."""
-        tensors: dict[str, Tensor] = vars(self)["value"]
-        return tensors[key]
+        found: Tensor = self.value[key]  # type: ignore[index]
+        return found
 
     def differentiable(self) -> dict[str, Tensor]:
         """The fields that an inner loss may be differentiated with respect to; none if ``value`` was sampled."""
@@ -86,23 +86,18 @@ def field_of(key: object) -> str:
     return f"value[{key!r}]"
 
 
-def check_signal(signal: Any, problem: Any, method: str = "signal") -> Signal:
-    """What a problem's ``signal``, or another ``method``, returned; anything but a signal of tensors is refused."""
-    value: Any = getattr(signal, "value", None)
-    tensors = value if isinstance(value, dict) else {"": value}
-    if type(signal) is Signal and type(value) is Tensor and signal.log_prob is None:
-        return signal  # the usual one
-    fits = isinstance(signal, Signal) and bool(tensors)
-    fits = fits and all(isinstance(t, Tensor) and not t.is_complex() for t in tensors.values())
-    fits = fits and all(isinstance(name, str) for name in tensors)
+def check_signal(signal: Any, problem: Any) -> Signal:
+    """What a problem's ``signal`` returned; anything but a signal of tensors is refused."""
+    value = getattr(signal, "value", None)
+    tensors = list(value.values()) if isinstance(value, dict) else [value]
+    fits = isinstance(signal, Signal) and tensors and all(isinstance(t, Tensor) for t in tensors)
     if fits and signal.sampled:
         fits = isinstance(value, Tensor) and signal.log_prob.shape == value.shape[:1]
     if not fits:
-        given = f"a Signal whose value is {described(value)}" if isinstance(signal, Signal) else described(signal)
+        given = f"a Signal of {described(value)}" if isinstance(signal, Signal) else described(signal)
         raise MetaplError(
-            f"{kind_of(problem)}.{method} returned {given}; expected metapl.Signal(value), of a tensor with a row for "
-            "each example or a dict of such tensors, or metapl.Signal(value, log_prob=...) of a sampled tensor, with "
-            "one log-probability for each row."
+            f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value), of a tensor or a dict of "
+            "tensors, or metapl.Signal(value, log_prob=...), with a log-probability for each row of a sampled tensor."
         )
     checked: Signal = signal
     return checked
@@ -110,16 +105,7 @@ def check_signal(signal: Any, problem: Any, method: str = "signal") -> Signal:
 
 def joined_signals(signals: Sequence[Signal]) -> Signal:
     """The signal about the union of micro-batches."""
-    if len(signals) == 1:
-        return signals[0]
     fields = [signal.fields() for signal in signals]
-    shapes = [[f"{name} {tuple(t.shape)}" for name, t in sorted(found.items())] for found in fields]
-    other = next((shape for shape in shapes if shape != shapes[0]), None)
-    if other is not None or any(t.ndim == 0 for t in fields[0].values()):
-        raise MetaplError(
-            f"the signals of micro-batches (accumulate) are {few(shapes[0])} and {few(other or shapes[1])}; expected "
-            "the same shapes, and none without a dimension (value[None] has one)."
-        )
     return signals[0].having({name: joined([found[name] for found in fields]) for name in fields[0]})
 
 
@@ -222,29 +208,25 @@ def has_own(problem: Problem, method: str) -> bool:
 
 def has_rows(problem: Problem, signal: Signal, rows: int) -> dict[str, bool]:
     """Whether each field of a signal's value has a row for each of so many examples."""
-    told, others = problem.signal_has_rows, ("log_prob", "probs", "outputs")
-    value = {name: t for name, t in signal.fields().items() if name not in others}
-    by_name: dict[str, Any] = dict.fromkeys(value, told)
-    if isinstance(told, Mapping):
-        by_name = {field_of(key): has for key, has in told.items()}
-        if by_name.keys() - value.keys():
-            raise MetaplError(f"signal_has_rows of {kind_of(problem)} is {told!r}, and its signal has {few(value)}.")
-    known = {name: has for name, has in by_name.items() if has is not None}
-    return {n: bool(known.get(n, len(t) == rows)) if t.ndim else False for n, t in value.items()}
-
-
-def enters_input(problem: Problem) -> bool:
-    """Whether the signal enters the student's input: whether ``student_input`` takes a second argument."""
-    if not has_own(problem, "student_input"):
-        return False
-    return _takes_signal(type(problem).student_input)
+    said = problem.signal_has_rows
+    if isinstance(said, Mapping):
+        said = {field_of(key): has for key, has in said.items()}
+    found = {}
+    for name, t in signal.fields().items():
+        if name not in ("log_prob", "probs", "outputs"):
+            has = said.get(name) if isinstance(said, Mapping) else said
+            found[name] = t.ndim > 0 and (len(t) == rows if has is None else has)
+    return found
 
 
 @cache  # asked in every step
-def _takes_signal(student_input: Any) -> bool:
-    _, *parameters = inspect.signature(student_input).parameters.values()
-    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(needed) > 1 or any(p.name == "signal" for p in parameters)
+def _parameters(method: Any) -> int:
+    return len(inspect.signature(method).parameters)
+
+
+def enters_input(problem: Problem) -> bool:
+    """Whether the signal enters the student's input: ``student_input(self, batch, signal)``."""
+    return _parameters(type(problem).student_input) > 2
 
 
 def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
@@ -252,13 +234,10 @@ def sum_and_weight(given: Any) -> tuple[Tensor, Tensor | float]:
     if not isinstance(given, tuple | list):
         scalar_loss(given, "the problem's outer_loss", "take the mean, or return (sum, weight)")
         return given, 1.0
-    if len(given) != 2:
-        raise MetaplError(f"the problem's outer_loss is {described(given)}; expected a scalar, or (sum, weight).")
-    total, weight = given
-    scalar_loss(total, "the sum that the problem's outer_loss returned", "take the sum")
-    if isinstance(weight, int | float):
-        weight = total.new_full((), weight)
-    if not isinstance(weight, Tensor) or weight.ndim or weight.is_complex() or weight.requires_grad:
+    total: Any = given[0] if len(given) == 2 else given
+    scalar_loss(total, "the sum that the problem's outer_loss returned", "return (sum, weight)")
+    weight = given[1] if isinstance(given[1], Tensor) else total.new_full((), given[1])
+    if weight.ndim or weight.requires_grad:
         raise MetaplError(
             f"the weight that the problem's outer_loss returned is {described(weight)}; expected a number, or a tensor "
             "without dimensions and without a gradient, such as mask.sum()."
