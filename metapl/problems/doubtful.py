@@ -49,20 +49,7 @@ class Classification(Problem):
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")
-        return F.cross_entropy(outputs, _labels(outputs, batch))
-
-
-def _labels(outputs: Tensor, batch: Any) -> Tensor:
-    """The labels of a batch; on a device, within the range of classes."""
-    return checks.safe_labels(batch[1], outputs.shape[1])
-
-
-def _answer(teacher: nn.Module, shape: tuple[int, ...], *given: Any) -> Tensor:
-    """What a teacher makes of what it is given, refused if it has another shape."""
-    answer = teacher(*given)
-    if not isinstance(answer, Tensor) or answer.shape != shape:
-        raise MetaplError(f"the teacher returned {checks.described(answer)}; expected numbers of shape {shape}.")
-    return answer
+        return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 
 
 class Weighted(Classification):
@@ -70,7 +57,7 @@ class Weighted(Classification):
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """a_i CE_i, (B,)."""
-        return signal.value * F.cross_entropy(outputs, _labels(outputs, batch), reduction="none")
+        return signal.value * F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]), reduction="none")
 
 
 class EqualWeights(Weighted):
@@ -90,14 +77,12 @@ class EqualWeights(Weighted):
 class Relabeled(Classification):
     """Problems whose signal is a distribution q_i over the classes for each example, (B, C), by the teacher."""
 
+    teacher_reads: ClassVar[int] = -1  # the parts of a batch from this one on
+
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """q = softmax(t), (B, C), of the teacher's answer t to all of the batch that it reads."""
-        logits = _answer(teacher, tuple(student_outputs.shape), *self.asked(batch))
+        logits = checks.logits(teacher(*batch[self.teacher_reads :]), "teacher")
         return Signal(wide(logits).softmax(-1), outputs=logits)
-
-    def asked(self, batch: Any) -> tuple[Any, ...]:
-        """What the teacher is given: here the last part of the batch."""
-        return (batch[-1],)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """CE against q, (B,)."""
@@ -128,8 +113,10 @@ class MetaWeightNet(Weighted):
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """a, (B,)."""
-        losses = F.cross_entropy(student_outputs, _labels(student_outputs, batch), reduction="none")
-        return Signal(wide(_answer(teacher, tuple(losses.shape), in_type_of(teacher, losses))))
+        losses = F.cross_entropy(
+            student_outputs, checks.safe_labels(batch[1], student_outputs.shape[1]), reduction="none"
+        )
+        return Signal(wide(teacher(in_type_of(teacher, losses))))
 
 
 @dataclass(frozen=True)
@@ -213,7 +200,7 @@ class ExampleWeights(Weighted):
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """a = σ(t), (B,)."""
-        return Signal(wide(_answer(teacher, (len(student_outputs),), batch[2])).sigmoid())
+        return Signal(wide(teacher(batch[2])).sigmoid())
 
 
 @dataclass(frozen=True)
@@ -244,8 +231,7 @@ class LabelCorrection(Relabeled):
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
     """
 
-    def asked(self, batch: Any) -> tuple[Any, ...]:
-        return batch[0], batch[1]
+    teacher_reads: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -268,19 +254,19 @@ class NoiseTransition(Classification):
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """M, (C, C)."""
-        return Signal(wide(_answer(teacher, 2 * (student_outputs.shape[1],))).softmax(-1))
+        return Signal(wide(teacher()).softmax(-1))
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:
         """−log of the probability of the given label, (B,)."""
         # Column y_i of the matrix, in logarithms: (B, C).
-        log_M = signal.value.T[_labels(outputs, batch)].clamp_min(1e-30).log()
+        log_M = signal.value.T[checks.safe_labels(batch[1], outputs.shape[1])].clamp_min(1e-30).log()
         return -(outputs.log_softmax(-1) + log_M).logsumexp(-1)
 
 
 class Table(nn.Module):
     """Learned numbers, at first ``initial`` (n, ...): the rows of the given indices, or all rows without an argument.
 
-    Raises: :class:`metapl.MetaplError` for initial values without rows, and for indices outside 0..n − 1.
+    Raises: :class:`metapl.MetaplError` for indices outside 0..n − 1.
 
     >>> Table(torch.zeros(5, 3))(torch.tensor([4, 0])).shape, Table(torch.zeros(5))().shape
     (torch.Size([2, 3]), torch.Size([5]))
@@ -288,8 +274,6 @@ class Table(nn.Module):
 
     def __init__(self, initial: Tensor) -> None:
         super().__init__()
-        if not isinstance(initial, Tensor) or not initial.is_floating_point() or initial.ndim == 0:
-            raise MetaplError(f"Table was given {checks.described(initial)}; expected numbers such as torch.zeros(n).")
         self.values = nn.Parameter(initial.detach().clone())
 
     def forward(self, index: Tensor | None = None) -> Tensor:

@@ -61,14 +61,14 @@ class ReducedLabels(PseudoLabels):
     teacher_reads_inputs: ClassVar[bool] = False
 
     def teacher_input(self, batch: Any) -> Tensor:
-        return self._pair(batch)[1]
+        return stored_pair(batch)[1]
 
     def student_input(self, batch: Any) -> Any:
-        return self._pair(batch)[0]
+        return stored_pair(batch)[0]
 
     def signal(self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Random) -> Signal:
         """As of :class:`metapl.PseudoLabels`, of the stored distributions in the type of the teacher's weights."""
-        inputs, stored = self._pair(batch)
+        inputs, stored = stored_pair(batch)
         return super().signal(teacher, (inputs, in_type_of(teacher, stored)), student_outputs, generator=generator)
 
     def default_teacher_losses(self, batch: Any) -> tuple[TeacherLoss, ...]:
@@ -77,13 +77,9 @@ class ReducedLabels(PseudoLabels):
     def check(self, outputs: Tensor, labeled: Any, unlabeled: Any) -> None:
         """Refuse labels that are not classes of the student's outputs, and stored values that are not distributions."""
         super().check(outputs, labeled, unlabeled)
-        check_stored(self._pair(unlabeled)[1], outputs, "unlabeled")
+        check_stored(stored_pair(unlabeled)[1], outputs, "unlabeled")
         if len(labeled) > 2:
             check_stored(labeled[2], labeled[1][:, None].expand(-1, outputs.shape[1]), "labeled")
-
-    @staticmethod
-    def _pair(batch: Any) -> tuple[Any, Tensor]:
-        return stored_pair(batch, "the inner batch of ReducedLabels, unlabeled=,")
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ class NoisyStudentLoss:
         check_fields(self)
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
-        (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled, "the pseudo-labeled batch")
+        (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled)
         if self.model_noise:
             logits = wide(checks.logits(teacher(torch.cat([x_l, x_u])), "network"))
             logits_l, logits_u = logits.split([len(x_l), len(x_u)])
@@ -165,10 +161,10 @@ def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
     )
 
 
-def stored_pair(batch: Any, what: str) -> tuple[Any, Tensor]:
+def stored_pair(batch: Any) -> tuple[Any, Tensor]:
     """The inputs and the stored distributions of a batch; one that is not a pair of these is refused."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise MetaplError(f"{what} is {checks.described(batch)}; expected (inputs, stored class distributions).")
+        raise MetaplError(f"unlabeled is {checks.described(batch)}; expected (inputs, stored class distributions).")
     return batch[0], batch[1]
 
 

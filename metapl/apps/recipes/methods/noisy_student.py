@@ -143,7 +143,7 @@ class StoredLabelLoss:
     of_classes: ClassVar[bool] = True
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Any, step: int) -> Tensor:
-        inputs, stored = stored_pair(labeled, "the pseudo-labeled batch")
+        inputs, stored = stored_pair(labeled)
         with nullcontext() if self.model_noise else with_model_noise(teacher, on=False):
             logits = wide(teacher(inputs))
         check_stored(stored, logits, "unlabeled")
