@@ -174,12 +174,3 @@ def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss,
     if not all(isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses):
         raise MetaplError(f"{name} is {given!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA()).")
     return losses
-
-
-def starts(losses: Sequence[TeacherLoss], done: int) -> list[int]:
-    """How many steps after ``done`` each loss begins that costs nothing before.
-
-    >>> starts((CrossEntropy(), UDA(start=9)), done=2)
-    [7]
-    """
-    return [loss.start - done for loss in losses if isinstance(loss, UDA) and loss.start > done]

@@ -22,7 +22,6 @@ from metapl.execution.batch import as_tensors, inputs_of, rows
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.execution.shards import is_sharded
 from metapl.feedback.report import Report, Say
 from metapl.metrics.metric import Asked, Better, Term, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches
@@ -44,8 +43,8 @@ class Trainer(ABC):
         device: where the networks are.
         ranks: the processes that share its batches.
         lookahead: unlabeled batches that the loop draws for a step; several are given as a :class:`metapl.Lookahead`.
-        teacher_classifies: whether the teacher gives class logits, so that its accuracy can be measured.
         classifies: whether the losses are known to be of classes, without being asked.
+        teacher_classifies: whether the teacher gives class logits, so that its accuracy can be measured.
     """
 
     student: nn.Module
@@ -55,6 +54,8 @@ class Trainer(ABC):
     ranks: Ranks = ALONE
     layouts: list[Layout]
     lookahead: int = 1
+    classifies: bool = False
+    teacher_classifies: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
 
@@ -83,27 +84,6 @@ class Trainer(ABC):
     def _load(self, state: dict[str, Any]) -> None:
         """Take a state; it may raise anything, and have loaded a part."""
 
-    def settings(self) -> dict[str, Any]:
-        """What else decides a step: losses and their weights, precision, clipping. A resumed fit has the same."""
-        return {}
-
-    def teacher_step(self, labeled: Any, unlabeled: Any = None) -> Report:
-        """One step of the teacher alone, while the student waits."""
-        raise MetaplError(f"{type(self).__name__} has no teacher that could learn while the student waits; use wait=0.")
-
-    @property
-    def teacher_classifies(self) -> bool:
-        return self.teacher is not None
-
-    @property
-    def classifies(self) -> bool:
-        return False
-
-    @property
-    def late_starts(self) -> Sequence[int]:
-        """How many steps from now a loss begins that costs nothing before, such as UDA's."""
-        return ()
-
     @property
     def dtype(self) -> torch.dtype:
         """The type of the student's weights, which arrays of floating point are given."""
@@ -114,18 +94,13 @@ class Trainer(ABC):
         return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     def __repr__(self) -> str:
-        """The networks by class and size, what trains each of them at which rate, and how far it is."""
-        lines = []
-        for name, network in self.networks.items():
-            own = {id(p): p.numel() for p in network.parameters()}
-            lines.append(f"  {name}: {type(network).__name__}, {sum(own.values()):,} parameters")
-            for optimizer in self.schedulable:
-                groups = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
-                rates = dict.fromkeys(f"{float(group['lr']):.4g}" for group in groups)
-                lines[-1] += f", {type(optimizer).__name__}(lr={', '.join(rates)})" if rates else ""
+        """How far it is, and the networks by class and size."""
         mode = f"mode={mode.name!r}, " if (mode := getattr(self, "mode", None)) is not None else ""
-        done = f"steps_done={self.steps_done:,}, device={str(self.device)!r}"
-        return "\n".join([f"{type(self).__name__}({mode}{done})", *lines])
+        lines = [f"{type(self).__name__}({mode}steps_done={self.steps_done:,}, device={str(self.device)!r})"]
+        for role, network in self.networks.items():
+            count = sum(p.numel() for p in network.parameters())
+            lines.append(f"  {role}: {type(network).__name__}, {count:,} parameters")
+        return "\n".join(lines)
 
     # ------------------------------------------------------------------------------------------------------- fitting
 
@@ -312,22 +287,15 @@ class Trainer(ABC):
             raise MetaplError(f"this is no state for this trainer ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` and the default generators to a file, whole or not at all."""
-        self._refuse_parts("save")
+        """Write :meth:`state_dict` and the default generators to a file, whole or not at all. Of whole networks: write
+        sharded ones with ``torch.distributed.checkpoint``."""
         checkpoint.save(path, {"trainer": self.live_state(), "rng": rng_state()})
 
     def load(self, path: str | Path) -> None:
         """Go on from :meth:`save`."""
-        self._refuse_parts("load")
         state = checkpoint.load(path)
-        if not state.keys() >= {"trainer", "rng"}:
-            raise MetaplError(f"{path} is not a trainer's file; expected one written by save().")
         self.load_state_dict(state["trainer"])
         set_rng_state(state["rng"])  # last, for loading may draw
-
-    def _refuse_parts(self, name: str) -> None:
-        if any(is_sharded(p) for network in self.networks.values() for p in network.parameters()):
-            raise MetaplError(f"{name}() is of whole networks; write sharded ones with torch.distributed.checkpoint.")
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

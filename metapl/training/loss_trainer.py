@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -27,12 +27,10 @@ from metapl.problems.losses import (
     CrossEntropy,
     TeacherLoss,
     check_losses,
-    starts,
     sum_of_terms,
 )
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
-from metapl.training.loop import FitResult
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -57,7 +55,6 @@ class LossTrainer(Trainer):
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
 
-    role: ClassVar[str] = "network"  # in errors
     total: ClassVar[str] = "loss"  # in reports: the sum of the losses
     prefix: ClassVar[str] = "loss"  # and each of them
 
@@ -79,19 +76,14 @@ class LossTrainer(Trainer):
         self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
+        self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)
         self.device = next(self.student.parameters()).device
         self.clip_norm, self.precision, self.accumulate = clip_norm, precision, accumulate
-        self.compiled: nn.Module | None = None
+        self.network: Any = self.student
         if compile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-                self.compiled = torch.compile(self.student, dynamic=False, **compiled.BACKEND)  # type: ignore[assignment]
-        self.steps_done = 0
-        self._optimizer_checked = False
-
-    @property
-    def late_starts(self) -> list[int]:
-        return starts(self.losses, self.steps_done)
+                self.network = torch.compile(self.student, dynamic=False, **compiled.BACKEND)
 
     @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
@@ -107,17 +99,33 @@ class LossTrainer(Trainer):
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         self.layout.begin_step()
-        if not self._optimizer_checked:
+        if not self.steps_done:
             checks.moves(self.optimizer, self.student)
-            self._optimizer_checked = True
         with restored(Slots(self.student), optimizer=self.optimizer, device=self.device) as fault:
+            parts = []
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            with self._autocast():
-                parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
+            for x_l, x_u in batches:
+                with self._autocast():
+                    with rows_shared(self.ranks):
+                        terms = sum_of_terms(
+                            self.network,
+                            self.losses_for(x_u),
+                            labeled=x_l,
+                            unlabeled=x_u,
+                            signal=Signal(torch.empty(0, device=self.device)),  # whoever needs outputs computes them
+                            step=self.steps_done,
+                            kind=self.total.replace("_", " "),
+                        )
+                    loss = torch.stack(list(terms.values())).sum()
+                    checks.learns(loss, "network")
+                    if loss.requires_grad:  # UDA alone is a plain 0 before its start
+                        (loss / self.accumulate).backward()  # its share of the gradient is accumulated in ``.grad``
+                named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
+                parts.append({self.total: loss.detach(), **named})
             means = self.ranks.mean_scalars(mean_scalars(parts))
             checks.refuse_not_finite(means[self.total], NOT_FINITE)
             self.clip()
@@ -125,27 +133,6 @@ class LossTrainer(Trainer):
             self.layout.agree_on_buffers()
             self.steps_done += 1
             return Report(self.steps_done - 1, means, fault)
-
-    def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
-        """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""
-        no_signal = Signal(torch.empty(0, device=self.device))  # a loss that needs the teacher's outputs computes them
-        with rows_shared(self.ranks):
-            terms = sum_of_terms(
-                self.student if self.compiled is None else self.compiled,
-                self.losses_for(unlabeled),
-                labeled=labeled,
-                unlabeled=unlabeled,
-                signal=no_signal,
-                step=self.steps_done,
-                kind="teacher loss" if self.role == "teacher" else "loss",
-            )
-        loss = torch.stack(list(terms.values())).sum()
-        checks.refuse_not_finite(loss.detach(), f"the loss of the {self.role} is NaN or infinite")
-        checks.learns(loss, self.role)
-        if loss.requires_grad:  # UDA alone is a plain 0 before its start
-            (loss / self.accumulate).backward()
-        named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
-        return {self.total: loss.detach(), **named}
 
     def clip(self) -> None:
         """Average the gradient in ``.grad`` over the ranks, clip it, and refuse one that the optimizer cannot use."""
@@ -162,18 +149,15 @@ class LossTrainer(Trainer):
 
     def outer_terms(self) -> list[Term]:
         """Its losses, of labeled batches alone."""
-        no_signal = Signal(torch.empty(0, device=self.device))
+        rest = {"unlabeled": None, "signal": Signal(torch.empty(0, device=self.device)), "step": self.steps_done}
 
-        def term(loss: TeacherLoss, network: Any, inputs: Any, batch: Any) -> Tensor:
-            return loss(network, labeled=batch, unlabeled=None, signal=no_signal, step=self.steps_done)
+        def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
+            return loss(network, labeled=batch, **rest)
 
         return [partial(term, loss) for loss in self.losses]
 
-    @property
-    def classifies(self) -> bool:
-        return any(getattr(loss, "of_classes", False) for loss in self.losses)
-
     def settings(self) -> dict[str, Any]:
+        """What decides a step. A resumed fit has the same."""
         return {name: getattr(self, name) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
@@ -187,41 +171,3 @@ class LossTrainer(Trainer):
         load_whole(self.student, state["student"])
         self.optimizer.load_state_dict(as_held(copy.deepcopy(state["optimizer"]), self.optimizer))
         self.steps_done = state["steps_done"]
-
-
-def finetune(
-    student: nn.Module,
-    labeled: Any,
-    *,
-    steps: int | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    precision: Literal["float32", "bfloat16"] = "float32",
-    accumulate: int = 1,
-    compile: bool = False,
-    clip_norm: float | None = None,
-    **options: Any,
-) -> FitResult:
-    """Train a student, as it is now, on labeled batches alone.
-
-    Args:
-        student: is trained where it is.
-        labeled: as for :meth:`metapl.training.Trainer.fit`.
-        steps: 1,000 or so in the paper, at a small learning rate.
-        optimizer: over the student's parameters; default ``SGD(lr=1e-3)``.
-        precision, accumulate, compile, clip_norm: as for :class:`metapl.LossTrainer`.
-        options: as for :meth:`metapl.training.Trainer.fit` (``validation``, ``out``, ``resume``, ...); the phase is
-            called ``finetune``.
-
-    Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
-    """
-    trainer = LossTrainer(
-        student,
-        (CrossEntropy(),),
-        optimizer=torch.optim.SGD(student.parameters(), lr=1e-3) if optimizer is None else optimizer,
-        precision=precision,
-        accumulate=accumulate,
-        compile=compile,
-        clip_norm=clip_norm,
-    )
-    options.setdefault("phase", "finetune")
-    return trainer.fit(labeled, steps=steps, **options)

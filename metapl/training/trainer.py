@@ -32,10 +32,10 @@ from metapl.functional.state import State
 from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import BilevelProblem, has_own
-from metapl.problems.losses import TeacherLoss, check_losses, starts
+from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
-from metapl.training.loss_trainer import SETTINGS, LossTrainer, finetune
+from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.verify import Verification, refuse_hooks
 from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
 
@@ -126,6 +126,7 @@ class BilevelTrainer(Trainer):
         check_arguments(BilevelTrainer.__init__, locals())
         checks.is_generator(generator)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
+        self.classifies, self.teacher_classifies = self.problem.classifies, self.problem.teacher_classifies
         check_teacher(
             teacher,
             self.problem,
@@ -314,9 +315,7 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves: the batches are wrong, or there are no losses.
         """
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
-        if self._teacher_trainer is None:
-            return super().teacher_step(labeled, unlabeled)
-        if not self._has_losses:
+        if self._teacher_trainer is None or not self._has_losses:
             raise MetaplError(
                 "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
                 "expected teacher losses, or wait=0."
@@ -340,18 +339,6 @@ class BilevelTrainer(Trainer):
 
     def _reads(self, what: Literal["batch", "input"]) -> bool:
         return has_own(self.problem, f"outer_{what}")
-
-    @property
-    def late_starts(self) -> list[int]:
-        return starts(self.teacher_losses or (), self.steps_done)
-
-    @property
-    def classifies(self) -> bool:
-        return self.problem.classifies
-
-    @property
-    def teacher_classifies(self) -> bool:
-        return self.problem.teacher_classifies
 
     # --------------------------------------------------------------------------------------------------------- state
 
@@ -418,7 +405,9 @@ class BilevelTrainer(Trainer):
         Source: Meta Pseudo Labels, section 2 (finetuning the student), with its learning rate in the recipes.
         """
         own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
-        return finetune(self.given[1], labeled, steps=steps, optimizer=optimizer, **own, **options)
+        optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
+        trainer = LossTrainer(self.given[1], optimizer=optimizer, **own)
+        return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)
 
     def hypergradient(
         self,
@@ -477,7 +466,6 @@ class BilevelTrainer(Trainer):
 class _TeacherTrainer(LossTrainer):
     """The teacher on its own losses, which may be the problem's default for a batch."""
 
-    role = "teacher"
     total = "teacher_loss"
     prefix = "teacher"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torchopt
 from problems_zoo import Toy, toy
 from torch import nn
 
@@ -48,15 +47,12 @@ def test_a_trainer_says_what_it_trains_and_how_far_it_is() -> None:
     trainer, _ = trained(toy())
     assert repr(trainer) == (
         "BilevelTrainer(mode='forward', steps_done=1, device='cpu')\n"
-        "  student: Sequential, 123 parameters, SGD(lr=0.05)\n"
-        "  teacher: Sequential, 123 parameters, SGD(lr=0.05)"
+        "  student: Sequential, 123 parameters\n"
+        "  teacher: Sequential, 123 parameters"
     )
-    transform, _ = trained(toy(), inner_optimizer=torchopt.sgd(0.1))
-    assert "  student: Sequential, 123 parameters\n" in repr(transform)
     net = nn.Linear(1000, 7)
-    groups = [{"params": [net.weight], "lr": 0.1}, {"params": [net.bias], "lr": torch.tensor(1e-3)}]
-    alone = metapl.LossTrainer(net, optimizer=torch.optim.Adam(groups))
-    assert repr(alone).splitlines()[1] == "  student: Linear, 7,007 parameters, Adam(lr=0.1, 0.001)"
+    alone = metapl.LossTrainer(net, optimizer=torch.optim.SGD(net.parameters()))
+    assert repr(alone) == "LossTrainer(steps_done=0, device='cpu')\n  student: Linear, 7,007 parameters"
 
 
 def test_results_are_short() -> None:

@@ -36,7 +36,7 @@ from metapl.metrics.predictions import batches_of
 from metapl.problems.stored import model_noise
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult, Say, Trainer
-from metapl.training.loss_trainer import finetune
+from metapl.training.loss_trainer import LossTrainer
 from metapl.training.selection import weights_of
 
 TOLD = ("data.json", "metrics.jsonl")  # what a run says of itself beside its result, which has their SHA-256
@@ -218,13 +218,9 @@ class Experiment:
         self.seed_shares(student)
         if not self.recipe.finetune_steps:
             return before
-        result = finetune(
-            student,
-            self.share(task.finetuning),
-            optimizer=self.recipe.finetune.build(student),
-            **self.recipe.trainer_options(),
-            **{k: v for k, v in self.options(task).items() if k != "truth"} | self.recipe.finetune_options(),
-        )
+        trainer = LossTrainer(student, optimizer=self.recipe.finetune.build(student), **self.recipe.trainer_options())
+        options = {k: v for k, v in self.options(task).items() if k != "truth"} | self.recipe.finetune_options()
+        result = trainer.fit(self.share(task.finetuning), **{"phase": "finetune"} | options)
         if self.selects(task) and (result.validation_accuracy or 0) < (before.validation_accuracy or 0):
             load_whole(_inside(student), before.weights)
             return before

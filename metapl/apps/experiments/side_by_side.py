@@ -31,6 +31,7 @@ from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_te
 from metapl.apps.recipes.settings import SelfTraining
 from metapl.execution.device import to_device
 from metapl.metrics import Evaluation
+from metapl.problems.losses import UDA
 from metapl.training import FitOptions, FitResult, Trainer
 
 SHOWN = 7  # methods that one picture can tell apart
@@ -236,10 +237,11 @@ def _by_phase(recipe: Recipe, method: str, task: Task) -> dict[str, float]:
     return spent
 
 
-def kinds_of_steps(trainer: Trainer, steps: int, wait: int) -> list[tuple[int, int, Any]]:
+def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
     """First and last step of each kind, and what does it: they differ while a student waits, and before UDA begins."""
     waits = min(wait, steps) if trainer.teacher is not None else 0
-    ends = sorted({0, waits, steps, *(min(start, steps) for start in trainer.late_starts)})
+    losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
+    ends = sorted({0, waits, steps, *(min(loss.start, steps) for loss in losses if isinstance(loss, UDA))})
     return [(a, b, trainer.teacher_step if a < waits else trainer.step) for a, b in pairwise(ends)]
 
 
