@@ -111,7 +111,7 @@ def feed(
         stream = _ListFeed(source, name)
     else:
         stream = (_IteratorFeed if isinstance(source, Iterator) else _EpochFeed)(source, name, stop, seed)
-    return stream if target is None else _MappedFeed(stream, partial(_placed, device=target))
+    return stream if target is None else _MappedFeed(stream, partial(to_device, device=target))
 
 
 class _MappedFeed:
@@ -123,13 +123,6 @@ class _MappedFeed:
 
     def next(self) -> Any:
         return self._change(self._stream.next())
-
-
-def _placed(batch: Any, device: torch.device) -> Any:
-    """The batch on the device; values that are wrong are refused while they are on the host, where a check is free."""
-    if device.type != "cpu":  # there the step itself checks
-        checks.finite_on_host(batch)
-    return to_device(batch, device)
 
 
 def _finishes_batches(device: torch.device) -> bool:
@@ -234,7 +227,7 @@ class _StepFeed(_ListFeed):
             pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
             self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
         item = next(self._iterator)
-        batch = item if self._device is None else _placed(item, self._device)
+        batch = item if self._device is None else to_device(item, self._device)
         # Converted as loaders do, which turn tuples into lists.
         return default_convert(self._source.augment(self._position, batch)) if self._halves else batch
 

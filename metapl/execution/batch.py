@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution import checks
 from metapl.execution.checks import described
 
 LABEL_KEYS = ("labels", "label")  # in a batch that is a dict
@@ -43,22 +42,20 @@ def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:
     if isinstance(batch, tuple | list) and len(batch) > 1 and holds_tensors(batch[0]):
         return batch
     raise MetaplError(
-        f"{name} is {described(batch)}; expected a pair (inputs, labels), the inputs a tensor, or a dict or tuple of "
-        f"tensors, or one dict with the labels under 'labels'.{mend}"
+        f"{name} is {described(batch)}; expected (inputs, labels), the inputs a tensor, or a dict or tuple of tensors, "
+        f"or one dict with the labels under 'labels'.{mend}"
     )
 
 
 def first_input(batch: Any) -> Any:
     """A network's input in a batch: a tensor or a dict itself, the first element of a tuple."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | Mapping):
         return batch
     if isinstance(batch, tuple | list) and batch:
         return batch[0]
-    if isinstance(batch, Mapping):
-        return batch
     raise MetaplError(
-        f"the batch is of type {type(batch).__name__}; expected a tensor, a dict or a tuple (input, ...). For other "
-        "batches, give the problem a method student_input(batch)."
+        f"the batch is {described(batch)}; expected a tensor, a dict or a tuple (input, ...), or a problem with a "
+        "method student_input(batch)."
     )
 
 
@@ -67,9 +64,7 @@ def inputs_of(batch: Any) -> Any:
     batch = plain(batch)
     if isinstance(batch, dict):
         return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
-    if isinstance(batch, tuple | list) and batch:
-        return batch[0]
-    return batch
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
 def is_whole(data: Any) -> bool:
@@ -87,18 +82,15 @@ def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
     """Data whose arrays, of numpy or of what becomes one, are tensors: of floating point of type ``dtype``, and of
     whole numbers, one for each example, int64. Tensors stay as they are, and so does what is no array, which is refused
     where the error is given that begins with ``what``, such as "the inputs are"."""
-    if isinstance(data, Tensor):
-        return data
-    if type(data) is dict and (data or not what):
+    if type(data) is dict:
         return {name: as_tensors(value, dtype, what) for name, value in data.items()}
-    if type(data) in (tuple, list) and (data or not what):
-        return (tuple if what else type(data))(as_tensors(value, dtype, what) for value in data)
-    array = np.asarray(data) if is_array(data) else None
-    if array is None and not what:
+    if type(data) in (tuple, list):
+        return type(data)(as_tensors(value, dtype, what) for value in data)
+    if isinstance(data, Tensor) or not (what or is_array(data)):
         return data
-    if array is None or array.dtype.kind not in "biuf":
-        given = described(data) if array is None else f"an array of {array.dtype}"
-        raise MetaplError(f"{what or 'the data hold'} {given}; expected numbers: tensors, arrays, or batches of these.")
+    array = np.asarray(data)
+    if array.dtype.kind not in "biuf":
+        raise MetaplError(f"{what or 'the data hold'} of {type(data).__name__} ({array.dtype}); expected numbers.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():
@@ -107,7 +99,6 @@ def as_tensors(data: Any, dtype: torch.dtype, what: str = "") -> Any:
 
 
 def rows(batch: Any, start: int, stop: int) -> Any:
-    checks.dense(batch, "a batch that is read in parts holds")
     return pytree.tree_map_only(Tensor, lambda t: t[start:stop], batch)
 
 
@@ -119,15 +110,13 @@ def digest(batch: Any) -> Tensor:
     """A whole number by which a batch is known: its structure, plain values, shapes and types, and tensors bit for bit;
     the same in every process, and of two batches with a chance of about 2^-60. It is computed where the tensors are."""
     leaves, structure = pytree.tree_flatten(batch)
-    arrays = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t for t in leaves]
-    known = [(t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t) for t in arrays]
+    leaves = [torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in "biuf" else t for t in leaves]
+    known = [(t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) if type(t) in _PLAIN else type(t) for t in leaves]
     # Not Python's hash, which is another one in every process.
     named = hashlib.blake2b(repr((str(structure), *known)).encode(), digest_size=8).digest()
     total = torch.tensor(int.from_bytes(named, "little", signed=True))
-    for number, t in enumerate(t for t in arrays if isinstance(t, Tensor)):
-        dense = t.detach() if t.layout is torch.strided else t.detach().to_dense()
-        flat = dense.resolve_conj().resolve_neg().contiguous().flatten()
-        bits = flat.view(_BITS[min(t.element_size(), 8)]).to(torch.int64)
+    for number, t in enumerate(t for t in leaves if isinstance(t, Tensor)):
+        bits = t.detach().to_dense().contiguous().flatten().view(_BITS[min(t.element_size(), 8)]).to(torch.int64)
         # Each place with its value is mixed into a number of its own: a sum of multiples would know small labels badly.
         mixed = bits + (torch.arange(len(bits), device=t.device) + (number << 40)) * 0x1E3779B97F4A7C15
         for factor in (0x3F58476D1CE4E5B9, 0x14D049BB133111EB):
@@ -144,7 +133,6 @@ def micro_batches(batch: Any, parts: int, name: str) -> list[Any]:
     """A batch (any pytree of tensors with a row per example) split into ``parts`` of equal size."""
     if parts == 1:
         return [batch]
-    checks.dense(batch, f"the {name} batch, which is split for accumulate={parts}, holds")
     leaves, structure = pytree.tree_flatten(batch)
     lengths = {len(t) for t in leaves if isinstance(t, Tensor)}
     if any(n % parts for n in lengths):
@@ -159,35 +147,24 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def views(unlabeled: Any) -> tuple[Any, ...]:
-    """(x,) or (weak, strong); a pair of inputs and labels is refused.
-
-    Two views are tensors of one shape and type, unless they are one integer per example, or dicts and tuples of tensors
-    of the same structure.
-    """
-    if isinstance(unlabeled, Tensor):
-        return (unlabeled,)
-    if isinstance(unlabeled, Mapping) and not any(name in unlabeled for name in LABEL_KEYS):
+    """(x,) or (weak, strong): a tensor, or a dict without labels; or two of one structure, of the same types and
+    dimensions. A pair of inputs and labels, one integer per example, is refused."""
+    if isinstance(unlabeled, Tensor) or (isinstance(unlabeled, Mapping) and not {*unlabeled} & {*LABEL_KEYS}):
         return (unlabeled,)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 1:
         return (first_input(unlabeled),)
     if isinstance(unlabeled, tuple | list) and len(unlabeled) == 2 and holds_tensors(unlabeled[0]):
-        first, second = map(pytree.tree_flatten, unlabeled)
-        alike = first[1] == second[1] and all(
-            isinstance(a, Tensor) == isinstance(b, Tensor)
-            and (not isinstance(a, Tensor) or (a.dtype == b.dtype and a.ndim == b.ndim))
-            for a, b in zip(first[0], second[0], strict=True)
-        )
-        if isinstance(unlabeled[1], Tensor):
-            same = isinstance(unlabeled[0], Tensor) and unlabeled[0].shape == unlabeled[1].shape
-            alike = alike and same and (unlabeled[1].ndim != 1 or unlabeled[1].is_floating_point())
-        if alike:
+        (first, one), (second, other) = map(pytree.tree_flatten, unlabeled)
+        kinds = ([(t.dtype, t.ndim) if isinstance(t, Tensor) else type(t) for t in own] for own in (first, second))
+        labels = isinstance(unlabeled[1], Tensor) and unlabeled[1].ndim == 1 and not unlabeled[1].is_floating_point()
+        if one == other and next(kinds) == next(kinds) and not labels:
             return tuple(unlabeled)
     raise MetaplError(
-        f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak view, strong "
-        "view) of one shape and type, and no labels (metapl.data.without_labels leaves them out). A tuple of inputs is "
-        "written (inputs,), and the batches of several student steps are a metapl.Lookahead([...])."
+        f"unlabeled is {described(unlabeled)}; expected one tensor (or dict of tensors), or a pair (weak, strong) of "
+        "one type, and no labels (metapl.data.without_labels leaves them out); a tuple of inputs is written (inputs,), "
+        "and the batches of several student steps are a metapl.Lookahead([...])."
     )
 
 
 def holds_tensors(inputs: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in checks.leaves_of(inputs))
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))

@@ -36,6 +36,15 @@ _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "narrow": ("sharded with a mixed-precision policy", frozenset({FORWARD_AD})),
     "products": ("sharded by parallelize_module", frozenset()),  # PyTorch has no forward mode through these
 }
+# PyTorch's classes around or inside a network that do not let a pass run at other weights.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
+# What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
+_SWITCHES = (
+    ("gradient_divide_factor", None, "set_gradient_divide_factor"),
+    ("reduce_grads", True, "set_requires_gradient_sync(False)"),
+    ("all_reduce_grads", True, "set_requires_all_reduce(False)"),
+    ("_all_reduce_hook", None, "set_all_reduce_hook"),
+)
 
 
 @dataclass(eq=False)
@@ -50,16 +59,11 @@ class Layout:
     product_ranks: int = 1  # how many processes compute each product together
     blocks: tuple[Any, ...] = ()  # the submodules that gather their weights while they run, itself among them
     sharded: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)  # which a block exchanges
-    versions: Mapping[str, tuple[int, int]] = field(init=False, repr=False)  # of the buffers, when it was found
-    moving: tuple[str, ...] | None = field(default=None, init=False, repr=False)  # buffers, found on the first step
 
     def __post_init__(self) -> None:
-        known = () if self.ranks.alone else self.network.named_buffers()
-        self.versions = {name: (id(t), t._version) for name, t in known}
         policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {None}
         narrow = any(p.dtype not in policies for p in self.network.parameters()) if policies else False
-        kinds = {"products": self.product_ranks > 1, "narrow": narrow, self.kind: True}
-        self.how, self.offers = _KINDS[next(kind for kind, so in kinds.items() if so)]
+        self.how, self.offers = _KINDS["products" if self.product_ranks > 1 else "narrow" if narrow else self.kind]
 
     @property
     def is_sharded(self) -> bool:
@@ -74,17 +78,18 @@ class Layout:
     def reshard(self) -> None:
         """Let every block give up its gathered weights: the root keeps them after a pass without a backward pass, and
         after one that failed, and reads them again in the next one, whatever became of this rank's parts."""
-        states, groups = [block._get_fsdp_state() for block in self.blocks], list(_param_groups(self.blocks))
+        states, groups = [block._get_fsdp_state() for block in self.blocks], _param_groups(self.blocks)
         if any(part._training_state.name != "IDLE" for part in (*states, *groups)):
             # A pass that failed: the next one would go on with its gathered weights and its gradients.
+            for part in (*states, *groups):
+                part._training_state = type(part._training_state).IDLE
             for state in states:
-                state._training_state = type(state._training_state).IDLE
                 state._state_ctx.post_backward_final_callback_queued = False
                 state._state_ctx.iter_forward_root = None  # or the next pass would not wait for copies into its weights
                 state._comm_ctx.post_forward_order.clear()
             for group in groups:
                 group._post_forward_indices.clear()
-                group._training_state, group._all_gather_result = type(group._training_state).IDLE, None
+                group._all_gather_result = None
                 for p in group.fsdp_params:
                     if hasattr(p, "_unsharded_param"):
                         p._unsharded_param.grad = None
@@ -92,9 +97,12 @@ class Layout:
             block.reshard()
 
     def begin_step(self) -> None:
-        """:meth:`reshard`, and refuse blocks that have been switched since this layout was found."""
+        """:meth:`reshard`, and refuse blocks whose gradients are not the mean over the ranks."""
         with self.ranks.agreed():
-            _refuse_other_means("network", self.blocks)
+            for group in _param_groups(self.blocks):
+                for attribute, usual, call in _SWITCHES:
+                    if getattr(group, attribute, usual) is not usual:
+                        raise MetaplError(f"{call} was called, so gradients would not be means over the ranks.")
         self.reshard()
 
     def mean_gradients(self) -> None:
@@ -106,27 +114,20 @@ class Layout:
                 parameters[name].grad = mean
 
     def agree_on_buffers(self) -> None:
-        """Give the buffers that a step moves the same values on all ranks, each of which has seen its own rows."""
+        """Give the buffers the same values on all ranks, each of which has seen its own rows: running statistics are
+        averaged (variances without the spread of the ranks' means), others the first rank's, as in
+        ``DistributedDataParallel``."""
         if self.ranks.alone:
             return
-        # Running statistics are averaged (variances without the spread of the ranks' means); other buffers are the
-        # first rank's, as in DistributedDataParallel, where a first step has written to them.
         norms = [part for _, part in named_parts(self.network) if part.training and isinstance(part, _NormBase)]
         running = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
         tree = {str(i): t for i, t in enumerate(running)}
         for name, mean in self.ranks.mean_tree(tree, tree).items():
             tree[name].copy_(mean)
         known = {id(t) for norm in norms for t in norm._buffers.values()}
-        others = {name: t for name, t in self.network.named_buffers() if id(t) not in known}
-        if self.moving is None:
-            own = [name for name, t in others.items() if self.versions.get(name) != (id(t), t._version)]
-            agreed = set().union(*self.ranks.gathered(own))
-            self.moving = tuple(name for name in others if name in agreed)
-        for name in self.moving:
-            found = others[name].detach().clone(memory_format=torch.contiguous_format)
-            for group in self.ranks.groups:
-                dist.broadcast(found, dist.get_global_rank(group, 0), group=group)
-            others[name].copy_(found)
+        others = [t for t in self.network.buffers() if id(t) not in known]
+        for group in self.ranks.groups if others else ():
+            dist._broadcast_coalesced(group, others, 250 << 20, 0)  # in pieces of so many bytes
 
     def as_parameters(self, tree: Tree) -> Tree:
         """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
@@ -143,26 +144,19 @@ class Layout:
 
 
 def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | None, Layout, torch.device]:
-    """The layouts of two networks and their device; networks that cannot be trained together are refused."""
+    """The layouts of two networks and the student's device; networks that cannot be trained together are refused."""
     of_teacher = None if teacher is None else layout_of("teacher", teacher)
     of_student = layout_of("student", student)
-    known = {"student": of_student} if of_teacher is None else {"teacher": of_teacher, "student": of_student}
-    for name, layout in known.items():
-        _refuse_not_replayable(name, layout)
-    on = {p.device for layout in known.values() for p in layout.network.parameters()}
-    if len(on) > 1:
-        raise MetaplError(
-            f"the networks are on {' and '.join(sorted(map(str, on)))}; expected one device: .to(device)."
-        )
+    for name, layout in (("teacher", of_teacher), ("student", of_student)):
+        if layout is not None:
+            _refuse_not_replayable(name, layout)
+    device = next(of_student.network.parameters()).device
     if of_teacher is None:
-        return None, of_student, on.pop()
+        return None, of_student, device
     # A pass at other weights has others for the one network and not for the other.
-    if {*map(id, of_teacher.parameters().values())} & {*map(id, student.parameters())} or (
-        {*map(id, of_student.parameters().values())} & {*map(id, of_teacher.network.parameters())}
-    ):
-        raise MetaplError(
-            "teacher and student share weights that are trained; expected two networks, built separately."
-        )
+    taught, learned = ({*map(id, layout.parameters().values())} for layout in (of_teacher, of_student))
+    if taught & {*map(id, of_student.network.parameters())} or learned & {*map(id, of_teacher.network.parameters())}:
+        raise MetaplError("teacher and student share weights that are trained; expected two, built separately.")
     together, own = of_teacher.processes == of_student.processes, of_student.ranks
     if together and own.copies > 1 and of_teacher.ranks.copies == 1:
         # A teacher that is not cut computes the same in all processes that hold the same rows: its gradient is the mean
@@ -170,72 +164,49 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         of_teacher = replace(of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies))
     elif not together or of_teacher.product_ranks != of_student.product_ranks:
         raise MetaplError(
-            f"the teacher is {of_teacher.how}, the student {of_student.how}; expected both over the same processes in "
-            "the same order, and cut in the same way, or a teacher that is not cut beside a student that is: "
-            "shard(teacher, Mesh(replicate=...))."
+            f"the teacher is {of_teacher.how}, the student {of_student.how}; expected both over the same processes, and "
+            "cut in the same way, or a teacher that is not cut: shard(teacher, Mesh(replicate=...))."
         )
-    return of_teacher, of_student, on.pop()
+    return of_teacher, of_student, device
 
 
 def layout_of(name: str, network: Any) -> Layout:
     """The layout of a network as it was handed over; ``name`` is its role."""
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
-    found: dict[str, Any] = {"kind": "replicated"}
     if isinstance(network, DistributedDataParallel):
-        if getattr(network, "_comm_hooks", None):
-            raise MetaplError(
-                f"the {name} is a DistributedDataParallel with a communication hook, which would not be called: metapl "
-                "averages the gradients itself."
-            )
-        groups, network = [network.process_group], network.module
+        groups, network, more = [network.process_group], network.module, dict[str, Any](kind="replicated")
         own = processes = tuple(dist.get_process_group_ranks(groups[0]))
-    elif any(isinstance(part, DistributedDataParallel) for part in network.modules()):
-        raise MetaplError(f"a part of the {name} is in DistributedDataParallel; expected the whole of it in one.")
     elif any(is_block(part) or any(map(is_sharded, part._parameters.values())) for part in network.modules()):
-        groups, processes, own, found = _sharded(name, network)
+        groups, processes, own, more = _sharded(name, network)
     else:
         return Layout(network)
-    for prefix, part in named_parts(network):
-        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and (part.max_norm is not None or part.sparse):
-            raise MetaplError(
-                f"the {name}'s {prefix.removesuffix('.')} has max_norm={part.max_norm} and sparse={part.sparse}; over "
-                "several ranks expected max_norm=None, which else follows the rows of one rank, and sparse=False."
-            )
-    ranks = Ranks(
-        groups,
-        own.index(dist.get_rank()),
-        local(next(network.parameters())).device,
-        len(processes) // len(own),
-        processes.index(dist.get_rank()) == 0,
-    )
-    return Layout(network, ranks=ranks, processes=processes, **found)
+    number, copies, rank = own.index(dist.get_rank()), len(processes) // len(own), dist.get_rank()
+    device = local(next(network.parameters())).device
+    ranks = Ranks(groups, number, device, copies, first=processes.index(rank) == 0)
+    return Layout(network, ranks=ranks, processes=processes, **more)
 
 
 def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], dict[str, Any]]:
     """The groups and numbers of all processes, those among which the rows are shared, and what else a layout holds, of
     a network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
     blocks = reshard(network)
-    if blocks:
-        _refuse_parts(name, network, blocks)
+    if blocks and not is_block(network):
+        raise MetaplError(f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) as well.")
     parameters: dict[str, Any] = {path: p for path, p in network.named_parameters() if is_sharded(p) or not blocks}
-    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
-    mesh = max((p.device_mesh for p in parameters.values() if is_sharded(p)), key=lambda mesh: int(mesh.size()))
-    processes = _processes(mesh)
-    own = _processes(next(_param_groups(blocks)).mesh_info.mesh) if blocks else (dist.get_rank(),)
-    for path, p in parameters.items():
-        placements = getattr(p, "placements", ())
-        if len(processes) > len(own):
-            fits = not is_sharded(p) or {*_processes(p.device_mesh)} <= {*processes}
-            fits = fits and not any(placement.is_partial() for placement in placements)
-        else:
-            kinds = [type(placement).__name__ for placement in placements]
-            fits = p.device_mesh == mesh and kinds in (["Shard"], ["Replicate", "Shard"])
-        if not fits:
+    for path, p in network.named_parameters():
+        if p.requires_grad and path not in parameters:
             raise MetaplError(
-                f"the {name}'s {path} is laid out as {tuple(placements)} over {getattr(p, 'device_mesh', 'one')}; "
-                f"expected one mesh for all, {mesh}: of shards, of replicas and shards, or of these and products."
+                f"the {name}'s {path} is left out of fully_shard (ignored_params), so it would learn from this rank's "
+                "rows alone; expected every parameter with requires_grad=True to be sharded."
             )
+    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
+    meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
+    mesh = max(meshes, key=lambda mesh: int(mesh.size()))
+    processes = _processes(mesh)
+    own = _processes(_param_groups(blocks)[0].mesh_info.mesh) if blocks else (dist.get_rank(),)
+    if len(processes) == len(own) and any(other != mesh for other in meshes):
+        raise MetaplError(f"the {name}'s weights are sharded over several meshes; expected one for all, such as {mesh}.")
     # One group where it is all processes.
     everywhere = list(processes) == list(range(dist.get_world_size()))
     groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
@@ -249,13 +220,11 @@ def is_block(part: nn.Module) -> bool:
     return "FSDPModule" in _of_torch(type(part))
 
 
-def _names_of_torch(kind: type) -> frozenset[str]:
+@cache
+def _of_torch(kind: type) -> frozenset[str]:
     """The names of a class and of its bases, of those that are PyTorch's: by name, for the classes that spread weights
     take seconds to import, and one process has none of them."""
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
-
-
-_of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
@@ -281,83 +250,28 @@ def _processes(mesh: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in mesh.mesh.flatten().tolist())
 
 
-def _param_groups(blocks: Sequence[Any]) -> Iterator[Any]:
+def _param_groups(blocks: Sequence[Any]) -> list[Any]:
     """What blocks gather; nothing where all weights of a block belong to blocks inside it."""
-    for block in blocks:
-        state = block._get_fsdp_state()
-        groups: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        yield from (group for group in groups if group is not None)
-
-
-# PyTorch's classes around or inside a network that do not let a pass run at other weights.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DataParallel", "ScriptModule")
+    states = [block._get_fsdp_state() for block in blocks]
+    groups = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    return [group for own in groups for group in own if group is not None]
 
 
 def _refuse_not_replayable(name: str, layout: Layout) -> None:
     """Refuse a network that cannot be trained, or not be run again at other weights."""
     for prefix, part in named_parts(layout.network):
-        wrapper = next((name for name in _WRAPPERS if name in _of_torch(type(part))), None)
-        if wrapper is not None and not (layout.is_sharded and wrapper == "FSDPModule"):
-            raise MetaplError(
-                f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights; expected a "
-                "plain module, or one that is as a whole in DistributedDataParallel or sharded by fully_shard."
-            )
+        for wrapper in (wrapper for wrapper in _WRAPPERS if wrapper in _of_torch(type(part))):
+            if not (layout.is_sharded and wrapper == "FSDPModule"):
+                raise MetaplError(
+                    f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights; expected "
+                    "a plain module, or one that is as a whole in DistributedDataParallel or in fully_shard."
+                )
     for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
-        why = ""
-        if nn.parameter.is_lazy(t):
-            why = "has no shape yet, as in LazyLinear; run it on one batch first"
-        elif t.is_inference():
-            why = "was made inside torch.inference_mode(); build it outside of that"
-        elif not layout.is_sharded and "DTensor" in (type(t).__name__, type(t.data).__name__):
-            why = "is a DTensor inside another wrapper"
-        if why:
-            raise MetaplError(f"the {name}'s {path} {why}.")
+        if nn.parameter.is_lazy(t) or t.is_inference():
+            why = "has no shape before a first batch" if nn.parameter.is_lazy(t) else "is of torch.inference_mode()"
+            raise MetaplError(f"the {name}'s {path} {why}; expected one that a pass can be differentiated in.")
     if not trainable(layout.network):
         raise MetaplError(NOTHING_TO_LEARN.format(name))
 
 
 NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
-
-# What switches a block's gradients to other than the mean over the ranks: an attribute, its usual value, and the call.
-_SWITCHES = (
-    ("gradient_divide_factor", None, "set_gradient_divide_factor"),
-    ("reduce_grads", True, "set_requires_gradient_sync(False)"),
-    ("all_reduce_grads", True, "set_requires_all_reduce(False)"),
-    ("_all_reduce_hook", None, "set_all_reduce_hook"),
-)
-
-
-def _refuse_other_means(name: str, blocks: Sequence[Any]) -> None:
-    """Refuse blocks whose gradients are not the mean over the ranks."""
-    for group in _param_groups(blocks):
-        for attribute, usual, call in _SWITCHES:
-            if getattr(group, attribute, usual) is not usual:
-                raise MetaplError(
-                    f"{call} was called on the {name}, so its gradients would not be means over the ranks."
-                )
-
-
-def _refuse_parts(name: str, network: nn.Module, blocks: Sequence[Any]) -> None:
-    """Refuse weights that would learn from this rank's rows alone, or be two where one is meant."""
-    if not is_block(network):
-        raise MetaplError(
-            f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) after them."
-        )
-    _refuse_other_means(name, blocks)
-    seen: set[int] = set()
-    for p in {id(p): p for group in _param_groups(blocks) for p in group.fsdp_params}.values():
-        number = getattr(p, "_orig_param_uid", id(p))
-        if number in seen:
-            raise MetaplError(
-                f"the {name} shares a {p._module_info.param_name} between two blocks of fully_shard, and each would "
-                "learn a copy; expected both in one call, fully_shard([first, second]), or outside of all blocks."
-            )
-        seen.add(number)
-    for path, p in network.named_parameters():
-        if p.requires_grad and not is_sharded(p):
-            raise MetaplError(
-                f"the {name}'s {path} is left out of fully_shard (ignored_params), so it would learn from this rank's "
-                "share of the batch alone; expected every parameter with requires_grad=True to be sharded."
-            )
-    if not any(map(is_sharded, network.parameters())):
-        raise MetaplError(NOTHING_TO_LEARN.format(name))

@@ -26,13 +26,6 @@ def drop_rate(layer: nn.Module) -> float:
     names of their classes, and attention, which has a rate of its own; 0 for any other layer."""
     if isinstance(layer, nn.MultiheadAttention):
         return float(layer.dropout)
-    kind = type(layer).__name__.lower()
-    if not isinstance(layer, nn.modules.dropout._DropoutNd) and "drop" not in kind and "stochasticdepth" not in kind:
+    if "drop" not in (kind := type(layer).__name__.lower()) and "stochasticdepth" not in kind:
         return 0.0
     return float(getattr(layer, "p", getattr(layer, "drop_prob", 0.0)) or 0.0)
-
-
-def may_drop_by_function(part: nn.Module) -> bool:
-    """Whether a module has a ``drop_rate``, as those of timm's networks have that call dropout as a function."""
-    rate = getattr(part, "drop_rate", 0.0)
-    return isinstance(rate, int | float) and rate > 0

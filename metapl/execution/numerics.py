@@ -85,14 +85,11 @@ def reduced_float32(device: torch.device) -> bool:
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """float32 products in float32; the settings are put back as they were."""
-    if not reduced_float32(device):
-        yield
-        return
-    switches = _SWITCHES[device.type]
+    switches = _SWITCHES[device.type] if reduced_float32(device) else []
     before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         yield
     finally:
         for switch, precision in zip(switches, before, strict=True):

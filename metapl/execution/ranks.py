@@ -107,11 +107,8 @@ class Ranks:
 
     def norm(self, t: Tensor) -> Tensor:
         """The norm of a tensor of which each rank holds some rows, a scalar."""
-        return self.pooled(torch.linalg.vector_norm(t))
-
-    def pooled(self, norm: Tensor) -> Tensor:
-        """The norm of what has these norms on the ranks: the root of the sum of their squares."""
-        return norm if self.alone else self.sum(norm.detach().square()).sqrt()
+        own = torch.linalg.vector_norm(t)
+        return own if self.alone else self.sum(own.square()).sqrt()
 
     def equal(self, count: int, what: str) -> None:
         """Refuse, on every rank, numbers of rows that differ between ranks: their exchanges would never end."""
@@ -140,15 +137,15 @@ class Ranks:
     def agreed(self, *, waiting: bool = False) -> Iterator[None]:
         """If this block fails on one rank, fail on all of them, with the message of the first that failed; on an
         accelerator, where the host would wait for the answer, only if ``waiting``."""
-        together = not self.alone and (waiting or self.device.type == "cpu")
+        if self.alone or not (waiting or self.device.type == "cpu"):
+            yield
+            return
         failed: Exception | None = None
         try:
             yield
         except Exception as error:
-            if not together:
-                raise
             failed = error
-        if not together or not self.any(failed is not None):
+        if not self.any(failed is not None):
             return
         texts = self.gathered(None if failed is None else str(failed) or type(failed).__name__)
         if failed is not None and not isinstance(failed, MetaplError):

@@ -98,7 +98,7 @@ class PseudoLabels(Problem):
         q = log_q.exp()
         if self.kind != "hard":
             return Signal(q, outputs=logits)
-        drawn = draw_classes(checks.safe_probabilities(q.detach()), generator)
+        drawn = draw_classes(q.detach(), generator)
         return Signal(drawn.squeeze(-1), log_q.gather(-1, drawn).squeeze(-1), q, logits)
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Params | None = None) -> Tensor:

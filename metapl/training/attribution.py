@@ -312,7 +312,6 @@ class _Rows:
             batch: Any = tuple(rows)
         else:
             batch = pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.held)
-        checks.finite_on_host(batch)
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
 

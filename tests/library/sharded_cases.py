@@ -357,16 +357,11 @@ def _root_forgotten() -> None:
     metapl.BilevelTrainer(laid_out(teacher, "fsdp"), student)
 
 
-def _divided_otherwise() -> None:
-    teacher, student = (laid_out(network, "fsdp") for network in networks())
-    student.set_gradient_divide_factor(1.0)
-    metapl.BilevelTrainer(teacher, student)
-
-
-def _not_reduced(role: int, how: str, *arguments: Any) -> None:
-    both = [laid_out(network, "hsdp") for network in networks()]
-    getattr(both[role], how)(*arguments)
-    metapl.BilevelTrainer(*both)
+def _not_means(role: int, how: str, *arguments: Any) -> None:
+    """A switch of the gradients of one of the networks."""
+    trainer = built("forward", "hsdp")
+    getattr((trainer.teacher, trainer.student)[role], how)(*arguments)
+    trainer.step(*share(batches(1)[0]))
 
 
 def _switched_later() -> None:
@@ -394,21 +389,6 @@ def _mesh_of_others() -> None:
     from metapl.distributed import Mesh, shard
 
     shard(networks()[0], Mesh(replicate=3, shard=2))
-
-
-def _embedding(**options: Any) -> None:
-    student = nn.Sequential(nn.Embedding(5, 4, **options), nn.Flatten(), nn.Linear(4, CLASSES))
-    metapl.BilevelTrainer(laid_out(networks()[0], "ddp"), laid_out(student, "ddp"))
-
-
-def _tied() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    teacher, student = networks()
-    student.blocks[1].inner.weight = student.blocks[0].inner.weight
-    for block in student.blocks:
-        fully_shard(block)
-    metapl.BilevelTrainer(laid_out(teacher, "fsdp"), fully_shard(student))
 
 
 def _unequal_later() -> None:
@@ -456,19 +436,16 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
     "one_plain": lambda: built("forward", "fsdp", teacher_layout=None),
     "reweight": _reweight,
-    "max_norm": lambda: _embedding(max_norm=1.0),
-    "sparse": lambda: _embedding(sparse=True),
-    "tied": _tied,
     "unequal": _unequal,
     "unequal_later": _unequal_later,
     "not_finite_on_one": _not_finite_on_one,
     "lookahead_narrow": lambda: built("forward", "narrow", lookahead=2),
     "root_forgotten": _root_forgotten,
-    "divided_otherwise": _divided_otherwise,
-    "not_synchronized": lambda: _not_reduced(0, "set_requires_gradient_sync", False),
+    "divided_otherwise": lambda: _not_means(1, "set_gradient_divide_factor", 1.0),
+    "not_synchronized": lambda: _not_means(0, "set_requires_gradient_sync", False),
     "switched_later": _switched_later,
-    "not_reduced": lambda: _not_reduced(1, "set_requires_all_reduce", False),
-    "hooked": lambda: _not_reduced(0, "set_all_reduce_hook", Tensor.zero_),
+    "not_reduced": lambda: _not_means(1, "set_requires_all_reduce", False),
+    "hooked": lambda: _not_means(0, "set_all_reduce_hook", Tensor.zero_),
     "part_left_out": _part_left_out,
     "outputs_in_parts": _outputs_in_parts,
     "tensor_parallel_forward": lambda: built("forward", "tensor", hidden=8),
