@@ -103,9 +103,9 @@ def logits(outputs: Any, who: str) -> Tensor:
     if isinstance(outputs, Tensor) and not outputs.is_complex() and not hasattr(outputs, "device_mesh"):
         return outputs
     raise MetaplError(
-        f"the {who} returned a {type(outputs).__name__}: {described(outputs)}; expected a plain tensor of real numbers: "
-        f"metapl.models.Logits({who}) takes the logits out of what Hugging Face's networks return, and "
-        "output_layouts=Replicate() with use_local_output=True makes them plain where they are DTensors."
+        f"the {who} returned {type(outputs).__name__}, {described(outputs)}; expected a plain tensor of real numbers: "
+        f"metapl.models.Logits({who}) takes the logits out of what Hugging Face's networks return, use_local_output="
+        "True makes them plain where they are DTensors."
     )
 
 

@@ -28,6 +28,7 @@ from metapl.execution.numerics import WHOLE, Space, Tree
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.shards import ShardedSpace, as_sharded, is_sharded, local
 
+_DIST: Any = dist  # whose stubs lack what DistributedDataParallel broadcasts by
 # The kinds of layouts in words, and what estimators and problems may require of them.
 _KINDS: dict[str, tuple[str, frozenset[Capability]]] = {
     "plain": ("a plain module", frozenset(Capability)),
@@ -127,7 +128,7 @@ class Layout:
         known = {id(t) for norm in norms for t in norm._buffers.values()}
         others = [t for t in self.network.buffers() if id(t) not in known]
         for group in self.ranks.groups if others else ():
-            dist._broadcast_coalesced(group, others, 250 << 20, 0)  # in pieces of so many bytes
+            _DIST._broadcast_coalesced(group, others, 250 << 20, 0)  # in pieces of so many bytes
 
     def as_parameters(self, tree: Tree) -> Tree:
         """A tree of this rank's parts in the layout of the parameters: DTensors where these are."""
@@ -164,8 +165,8 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
         of_teacher = replace(of_teacher, ranks=replace(of_teacher.ranks, rank=own.rank, copies=own.copies))
     elif not together or of_teacher.product_ranks != of_student.product_ranks:
         raise MetaplError(
-            f"the teacher is {of_teacher.how}, the student {of_student.how}; expected both over the same processes, and "
-            "cut in the same way, or a teacher that is not cut: shard(teacher, Mesh(replicate=...))."
+            f"the teacher is {of_teacher.how}, the student {of_student.how}; expected both over the same processes "
+            "and cut in the same way, or a teacher that is not cut: shard(teacher, Mesh(replicate=...))."
         )
     return of_teacher, of_student, device
 
@@ -206,7 +207,7 @@ def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...],
     processes = _processes(mesh)
     own = _processes(_param_groups(blocks)[0].mesh_info.mesh) if blocks else (dist.get_rank(),)
     if len(processes) == len(own) and any(other != mesh for other in meshes):
-        raise MetaplError(f"the {name}'s weights are sharded over several meshes; expected one for all, such as {mesh}.")
+        raise MetaplError(f"the {name}'s weights are sharded over several meshes; expected one for all.")
     # One group where it is all processes.
     everywhere = list(processes) == list(range(dist.get_world_size()))
     groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
@@ -220,11 +221,13 @@ def is_block(part: nn.Module) -> bool:
     return "FSDPModule" in _of_torch(type(part))
 
 
-@cache
-def _of_torch(kind: type) -> frozenset[str]:
+def _names_of_torch(kind: type) -> frozenset[str]:
     """The names of a class and of its bases, of those that are PyTorch's: by name, for the classes that spread weights
     take seconds to import, and one process has none of them."""
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
+
+
+_of_torch: Callable[[type], frozenset[str]] = cache(_names_of_torch)
 
 
 def reshard(network: nn.Module) -> tuple[Any, ...]:
