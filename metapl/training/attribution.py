@@ -14,7 +14,7 @@ loss is to first order L + Σ_{i∈R} score_i.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from torch.utils.data import default_collate
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import as_tensors, is_array, length
+from metapl.execution.batch import as_tensors, length
 from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
@@ -38,7 +38,7 @@ from metapl.feedback.resuming import generators_at_start
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
-from metapl.runs.fields import AboveZero
+from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.progress import counted
 from metapl.updates import options_by_step
 from metapl.words import summary
@@ -73,7 +73,7 @@ class Attribution:
     outer_loss: Tensor
     student_params: dict[str, Tensor]
     kept: str
-    _losses_without: Callable[[Tensor], Tensor] = field(repr=False)
+    _losses_with: Callable[[Tensor], Tensor] = field(repr=False)
 
     def __repr__(self) -> str:
         return summary("Attribution", scores=self.scores, order=self.order, outer_loss=self.outer_loss, kept=self.kept)
@@ -82,13 +82,12 @@ class Attribution:
         """The predicted change of the outer loss, to first order, when ``removed`` examples have weight 0: Σ score_i.
 
         Args:
-            removed: their numbers, or N booleans.
+            removed: their numbers, as torch takes them for an index, or N booleans.
 
         Returns: a scalar, or (M,), in units of the outer loss.
 
-        Raises: :class:`metapl.MetaplError` for numbers of no example, and for none.
         """
-        return self.scores[..., self._chosen(removed)].sum(-1)
+        return self.scores[..., self._removed(removed)].sum(-1)
 
     def validate(self, removals: Iterable[Any], *, progress: bool = True) -> DatamodelingScore:
         """Train without each of some sets of examples, on the same batches, initial weights and dropout masks, and
@@ -97,24 +96,19 @@ class Attribution:
         Cost: a plain training for each removal.
 
         Args:
-            removals: three or more sets, each as for :meth:`predict`.
+            removals: sets, each as for :meth:`predict`; three or more, for a correlation.
             progress: as for :func:`attribute`, by the trainings.
-
-        Raises: :class:`metapl.MetaplError` for fewer sets.
         """
         from scipy import stats
 
-        sets = [self._chosen(removed) for removed in removals]
-        if len(sets) < 3:
-            raise MetaplError(f"validate was given {len(sets)} removals; expected 3 or more sets, for a correlation.")
-        weights = [torch.ones(self.scores.shape[-1]).index_fill(0, chosen.cpu(), 0.0) for chosen in sets]
+        sets = [self._removed(removed) for removed in removals]
         changes = []
         with counted(progress, len(sets), "trainings without examples", 0) as tell:
-            for w in weights:
-                changes.append(self._losses_without(w) - self.outer_loss)
+            for gone in sets:
+                changes.append(self._losses_with(1.0 - gone.float()) - self.outer_loss)
                 tell(self.order.flatten())
-        retrained = torch.stack(changes).double().cpu()
-        predicted = torch.stack([self.predict(chosen) for chosen in sets]).double().cpu()
+        retrained = torch.stack(changes).double().cpu()  # (R,) or (R, M)
+        predicted = torch.stack([self.predict(gone) for gone in sets]).double().cpu()
         columns = list(zip(predicted.reshape(len(sets), -1).T, retrained.reshape(len(sets), -1).T, strict=True))
         spearman, pearson = (
             sum(float(measure(p.numpy(), r.numpy())[0]) for p, r in columns) / len(columns)
@@ -124,7 +118,6 @@ class Attribution:
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
         """The numbers of the most helpful examples and of the most harmful ones, by the mean over outer losses."""
-        checks.whole_number(count, f"top({count!r})", "a number of examples")
         mean = self.scores.reshape(-1, self.scores.shape[-1]).mean(0)
         ranked = mean.argsort(descending=True)
         return ranked[:count], ranked.flip(0)[:count]
@@ -136,14 +129,10 @@ class Attribution:
         with replacing(Path(file)) as out:
             torch.save({name: getattr(self, name) for name in names}, out)
 
-    def _chosen(self, removed: Any) -> Tensor:
-        count, chosen = self.scores.shape[-1], torch.as_tensor(removed, device=self.scores.device)
-        if chosen.dtype == torch.bool and chosen.shape == (count,):
-            return chosen.nonzero()[:, 0]
-        known = chosen.dtype == torch.int64 and chosen.ndim == 1 and len(chosen) > 0
-        if not known or chosen.min() < 0 or chosen.max() >= count:
-            raise MetaplError(f"removed is {checks.described(chosen)}; expected some of 0 to {count - 1}, or booleans.")
-        found: Tensor = torch.unique(chosen)
+    def _removed(self, removed: Any) -> Tensor:
+        """Which examples are removed, N booleans; numbers as torch takes them for an index."""
+        found = torch.zeros(self.scores.shape[-1], dtype=torch.bool, device=self.scores.device)
+        found[torch.as_tensor(removed, device=found.device)] = True
         return found
 
 
@@ -153,8 +142,8 @@ def attribute(
     outer: Any,
     *,
     optimizer: torch.optim.Optimizer,
-    steps: int,
-    batch_size: int,
+    steps: AtLeastOne,
+    batch_size: AtLeastOne,
     schedule: LRScheduler | Callable[[int], float] | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
@@ -208,15 +197,10 @@ def attribute(
 
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
-    checks.whole_number(steps, f"steps={steps!r}", "a whole number of steps")
-    checks.whole_number(batch_size, f"batch_size={batch_size!r}", "a number of examples")
+    check_arguments(attribute, locals())
     first = next(student.parameters())
     data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
     problem, mode = problem or EqualWeights(), mode or Forward()
-    if batch_size > len(data):
-        raise MetaplError(f"batch_size={batch_size}: expected at most the {len(data)} training examples.")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise MetaplError(f"optimizer is {checks.described(optimizer)}; expected torch.optim.SGD, Adam or AdamW.")
     if type(problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
         raise MetaplError(f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal.")
     if each and folder_of(mode.keep_on):
@@ -231,7 +215,8 @@ def attribute(
     judging = [_of_example(problem, number) for number in range(len(judged))] if each else [problem]
     scores, losses = list[Tensor](), list[Tensor]()
     for own in judging:
-        start.restore() if scores else None  # the dropout masks of the same training
+        if scores:
+            start.restore()  # the dropout masks of the same training
         result = hypergradient(
             None,
             student,
@@ -251,22 +236,22 @@ def attribute(
     # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
     left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
     begun = copy.deepcopy((student, optimizer), {id(t): t.detach() for t in left})
-    options: Sequence[Any] = [] if schedule is None else options_by_step(optimizer, schedule, steps)
+    options: Sequence[Any] = [[]] * steps if schedule is None else options_by_step(optimizer, schedule, steps)
     kind = first.device.type  # in the precision of the scores, wherever it is called
     how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
-    def losses_without(weights: Tensor) -> Tensor:
+    def losses_with(weights: Tensor) -> Tensor:
         """The same training once more, with other weights of the examples, (N,), by a plain loop: the outer loss."""
         network, again = copy.deepcopy(begun)
         with replayed(start), torch.enable_grad(), torch.autocast(kind, **how):
-            for number, chosen in enumerate(order):
+            for chosen, of_step in zip(order, options, strict=True):
                 batch = data[chosen]
-                for group, own in zip(again.param_groups, options[number] if options else [], strict=False):
+                for group, own in zip(again.param_groups, of_step, strict=False):
                     group.update(own)
                 again.zero_grad()
                 torch.clear_autocast_cache()  # of weights before the step
                 outputs = wide(network(problem.student_input(batch)))
-                signal = Signal(weights[chosen].to(outputs))
+                signal = Signal(weights.to(outputs)[chosen])
                 problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
@@ -276,14 +261,12 @@ def attribute(
             # With the dropout masks of the outer loss that was differentiated.
             with torch.no_grad(), replayed(RandomState.now(first.device).branch()):
                 outputs = wide(network(problem.outer_input(given)))
-                found = [
-                    sum_ / weight
-                    for sum_, weight in (sum_and_weight(own.outer_loss(outputs, given)) for own in judging)
-                ]
-        return torch.stack(found) if each else found[0]
+                pairs = [sum_and_weight(own.outer_loss(outputs, given)) for own in judging]
+        found = torch.stack([total / weight for total, weight in pairs])
+        return found if each else found[0]
 
     found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    return Attribution(found[0], order, found[1], result.student_params, result.kept, losses_without)
+    return Attribution(found[0], order, found[1], result.student_params, result.kept, losses_with)
 
 
 class _Rows:
@@ -292,10 +275,6 @@ class _Rows:
     def __init__(self, given: Any, name: str, like: Tensor) -> None:
         self.device, self.source, self.name = like.device, given, name
         arrays = isinstance(given, tuple | list) and len(given) == 2
-        if not arrays and (is_array(given) or isinstance(given, Mapping) or not hasattr(given, "__len__")):
-            raise MetaplError(
-                f"{name} is {checks.described(given)}; expected (inputs, labels), or a data set of pairs."
-            )
         self.held = as_tensors(tuple(given), like.dtype, f"{name} holds") if arrays else None
         lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(self.held) if isinstance(t, Tensor)}
         if len(lengths) > 1 or not len(self):
@@ -305,14 +284,12 @@ class _Rows:
         return len(self.source) if self.held is None else length(self.held)
 
     def __getitem__(self, chosen: Tensor) -> Any:
-        if self.held is None:
-            rows = default_collate([self.source[i] for i in chosen.tolist()])
-            if not isinstance(rows, tuple | list):
-                raise MetaplError(f"{self.name} gives batches that are {checks.described(rows)}; expected pairs.")
-            batch: Any = tuple(rows)
-        else:
-            batch = pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)], self.held)
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        if self.held is not None:
+            return pytree.tree_map_only(Tensor, lambda t: t[chosen.to(t.device)].to(self.device), self.held)
+        batch = default_collate([self.source[i] for i in chosen.tolist()])
+        if not isinstance(batch, tuple | list):
+            raise MetaplError(f"{self.name} gives batches that are {checks.described(batch)}; expected pairs.")
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), tuple(batch))
 
 
 def _of_example(problem: Problem, number: int) -> Problem:

