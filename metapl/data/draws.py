@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
-
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
@@ -51,11 +49,6 @@ def _fold_in(seed: Tensor | int, data: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def hashed(seed: int, places: Tensor, length: int) -> Tensor:
-    """The first bits of a hash of places (int64, any shape), as numbers of so many bits."""
-    return _shift_right(_fold_in(seed, places - 1), 64 - length)
-
-
 def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Tensor:
     """Draw 64 random bits, ``n`` times per example.
 
@@ -72,11 +65,6 @@ def bits(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Ten
     >>> bits(0, step=3, examples=torch.tensor([7, 9]), n=2).shape
     torch.Size([2, 2])
     """
-    if examples.ndim != 1 or examples.dtype != torch.int64 or n < 0:
-        raise MetaplError(
-            f"examples has shape {tuple(examples.shape)} and dtype {examples.dtype}, and n is {n}; expected (B,) "
-            "torch.int64, one index per example, and 0 draws or more"
-        )
     key = fold_in(fold_in(seed, stream), step)
     draws = torch.arange(n, device=examples.device)
     return _fold_in(_fold_in(key, examples)[:, None], draws)
@@ -95,11 +83,5 @@ def uniform(
     >>> torch.equal(u[0], u[2])
     True
     """
-    _check_dtype(dtype)
-    precision = 24 if dtype == torch.float32 else 53
+    precision = {torch.float32: 24, torch.float64: 53}[dtype]
     return _shift_right(bits(seed, step, examples, n, stream), 64 - precision).to(dtype) * 2.0**-precision
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise MetaplError(f"dtype is {dtype}; expected torch.float32 or torch.float64; convert the result with .to()")

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, default_convert
 from metapl.data.generators import Generators, parts_of
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError
-from metapl.execution import checks
 from metapl.execution.batch import inputs_of
+from metapl.execution.checks import described
 from metapl.execution.device import to_device
 from metapl.runs.generators import plain_states
 
@@ -96,25 +96,17 @@ def feed(
     target = None if device is None else torch.device(device)
     if isinstance(source, WithoutLabels):
         inner = feed(source.source, name=name, stop=stop, num_workers=num_workers, seed=seed, device=device)
-        return _MappedFeed(inner, inputs_of)
-    if isinstance(source, StepBatches):
-        return _StepFeed(source, name, stop, num_workers, target)
-    if isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray) or not isinstance(
-        source, Iterable
-    ):
-        raise MetaplError(
-            f"{name} is {checks.described(source)}; expected a torch DataLoader, a list of batches, a "
-            "metapl.data.StepBatches, or an iterable of batches."
-        )
-    stream: Feed
-    if isinstance(source, Sequence):
-        stream = _ListFeed(source, name)
-    else:
-        stream = (_IteratorFeed if isinstance(source, Iterator) else _EpochFeed)(source, name, stop, seed)
-    return stream if target is None else _MappedFeed(stream, partial(to_device, device=target))
+        return _ChangedFeed(inner, inputs_of)
+    no_batches = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
+    if no_batches or not isinstance(source, StepBatches | Iterable):
+        raise MetaplError(f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of batches.")
+    if isinstance(source, StepBatches | Sequence):
+        return _NumberedFeed(source, name, stop, num_workers, target)
+    stream = _EpochFeed(source, name, stop, seed)
+    return stream if target is None else _ChangedFeed(stream, partial(to_device, device=target))
 
 
-class _MappedFeed:
+class _ChangedFeed:
     """Another feed's batches, each changed."""
 
     def __init__(self, stream: Feed, change: Callable[[Any], Any]) -> None:
@@ -123,11 +115,6 @@ class _MappedFeed:
 
     def next(self) -> Any:
         return self._change(self._stream.next())
-
-
-def _finishes_batches(device: torch.device) -> bool:
-    """Whether half of a batch is made on the device itself: on the CPU, workers do that."""
-    return device.type != "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,26 +148,48 @@ def without_labels(source: Any) -> WithoutLabels:
     return WithoutLabels(source)
 
 
-# ----------------------------------------------------------------------------------------------- by number of the batch
+class _NumberedFeed:
+    """The batches of a `StepBatches` by their step, or those of a list over and over.
 
+    Of a `StepBatches` with ``raw()`` and ``augment(step, fetched)``, the halves of its batches, workers fetch the first
+    half and the second is made on the device; both ways give the same.
+    """
 
-class _ListFeed:
-    """The batches of a list or tuple, over and over."""
-
-    kind = "sequence"
-
-    def __init__(self, source: Any, name: str) -> None:
-        if not len(source):
-            raise MetaplError(f"{name} is an empty {type(source).__name__}; expected at least one batch")
-        self._source, self._name, self._position = source, name, 0
+    def __init__(self, source: Any, name: str, stop: int, workers: int, device: torch.device | None) -> None:
+        self.kind = "steps" if isinstance(source, StepBatches) else "sequence"
+        least = stop if self.kind == "steps" else min(stop, 1)
+        if len(source) < least:
+            raise MetaplError(f"{name} has {len(source)} batches; expected {least} or more.")
+        self._source, self._name, self._stop, self._workers, self._device = source, name, stop, workers, device
+        self._halves = device is not None and _finishes_batches(device) and hasattr(source, "raw")
+        self._position = 0
+        self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Any:
-        batch = self._batch()
+        try:
+            batch = self._batch()
+        except BaseException:
+            # An interrupted loader may skip the batch that it was at; a new one begins with it.
+            self.close()
+            raise
         self._position += 1
         return batch
 
     def _batch(self) -> Any:
-        return self._source[self._position % len(self._source)]
+        if self.kind == "sequence":
+            batch = self._source[self._position % len(self._source)]
+            return batch if self._device is None else to_device(batch, self._device)
+        if self._position >= self._stop:
+            raise MetaplError(f"{self._name} was made for {self._stop} batches; make a feed with a larger stop")
+        if self._iterator is None:
+            source = self._source.raw() if self._halves else self._source
+            # Workers have their batches pinned in the background, for CUDA.
+            pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
+            self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
+        batch = next(self._iterator)
+        batch = batch if self._device is None else to_device(batch, self._device)
+        # Converted as loaders do, which turn tuples into lists.
+        return default_convert(self._source.augment(self._position, batch)) if self._halves else batch
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "position": self._position}
@@ -191,106 +200,28 @@ class _ListFeed:
         self._position = state["position"]
 
     def close(self) -> None:
-        pass
-
-
-class _StepFeed(_ListFeed):
-    """The batches of a `StepBatches`, by their step. Of one with ``raw()`` and ``augment(step, fetched)``, the halves
-    of its batches, workers fetch the first half and the second is made on the device; both ways give the same."""
-
-    kind = "steps"
-
-    def __init__(
-        self, source: StepBatches[Any], name: str, stop: int, workers: int, device: torch.device | None
-    ) -> None:
-        if stop > len(source):
-            raise MetaplError(f"{name} has {len(source)} steps, and the run needs {stop}; expected as many or more")
-        self._source: Any = source
-        self._name, self._position, self._stop, self._workers, self._device = name, 0, stop, workers, device
-        self._halves = device is not None and _finishes_batches(device) and hasattr(source, "raw")
-        self._iterator: Iterator[Any] | None = None
-
-    def next(self) -> Any:
-        if self._position >= self._stop:
-            raise MetaplError(f"{self._name} was made for {self._stop} batches; make a feed with a larger stop")
-        try:
-            return super().next()
-        except BaseException:
-            # An interrupted loader may skip the batch that it was at; a new one begins with it.
-            self.close()
-            raise
-
-    def _batch(self) -> Any:
-        if self._iterator is None:
-            source = self._source.raw() if self._halves else self._source
-            # Workers have their batches pinned in the background, for CUDA.
-            pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
-            self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
-        item = next(self._iterator)
-        batch = item if self._device is None else to_device(item, self._device)
-        # Converted as loaders do, which turn tuples into lists.
-        return default_convert(self._source.augment(self._position, batch)) if self._halves else batch
-
-    def close(self) -> None:
         _stop_workers(self._iterator)
         self._iterator = None
 
 
-# ------------------------------------------------------------------------------------------------------ epoch by epoch
+def _finishes_batches(device: torch.device) -> bool:
+    """Whether half of a batch is made on the device itself: on the CPU, workers do that."""
+    return device.type != "cpu"
 
 
-class _IteratorFeed:
-    """The epochs of an iterable, with generators of its own; alone, for an iterator, which can be gone through once."""
-
-    kind = "iterator"
+class _EpochFeed:
+    """The epochs of a `DataLoader`, or of anything else that begins anew each time, with generators of its own. An
+    iterator is one epoch, which can be gone through once."""
 
     def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
         self._source, self._name, self._stop = source, name, stop
+        self._once = isinstance(source, Iterator)
+        self.kind = "iterator" if self._once else "epochs"
         self._parts = parts_of(source)
         self._generators = Generators(seed, name, self._parts)
         self._start = self._generators.states  # at the start of the epoch
         self._epoch = self._batches = 0
         self._iterator: Iterator[Any] | None = None
-
-    def next(self) -> Any:
-        with self._generators.in_place():
-            while (batch := self._take()) is _END:
-                if isinstance(self._source, Iterator) or not self._batches:
-                    # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last=True.
-                    raise MetaplError(
-                        f"{self._name} has no batch {self._batches} in epoch {self._epoch}, and the run needs "
-                        f"{self._stop}; expected more, or a source that can be gone through again"
-                    )
-                self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
-                self._start = self._generators.read()
-        self._batches += 1
-        return batch
-
-    def _take(self) -> Any:
-        if self._iterator is None:
-            self._begin()
-        return next(self._iterator, _END)  # type: ignore[arg-type]  # begun
-
-    def _begin(self) -> None:
-        self._iterator = iter(self._source)
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "batches": self._batches}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        raise MetaplError(f"{self._name} is an iterator, which has no position; expected a DataLoader or a list")
-
-    def close(self) -> None:
-        pass  # an iterator belongs to its owner, and may go on elsewhere
-
-
-class _EpochFeed(_IteratorFeed):
-    """The epochs of a `DataLoader`, or of anything else that begins anew each time."""
-
-    kind = "epochs"
-
-    def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
-        super().__init__(source, name, stop, seed)
         if isinstance(source, DataLoader) and source.persistent_workers:  # else workers go on with their generators
             self._source = copy.copy(source)
             # A loader guards this attribute against being set; the user's own loader stays as it is.
@@ -298,25 +229,38 @@ class _EpochFeed(_IteratorFeed):
 
     def next(self) -> Any:
         try:
-            return super().next()
+            with self._generators.in_place():
+                while (batch := next(self._begun() if self._iterator is None else self._iterator, _END)) is _END:
+                    if self._once or not self._batches:
+                        # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last.
+                        raise MetaplError(
+                            f"{self._name} has no batch {self._batches} in epoch {self._epoch}, and the run needs "
+                            f"{self._stop}; expected more, or a source that can be gone through again"
+                        )
+                    self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
+                    self._start = self._generators.read()
         except BaseException:
             # Nobody knows what an interrupted iterator gives next. Without it, the next call draws the epoch again.
             self.close()
             raise
+        self._batches += 1
+        return batch
 
-    def _begin(self) -> None:
-        """Begin the epoch as it began, and go to the batch that is next."""
-        self._generators.write(self._start)
+    def _begun(self) -> Iterator[Any]:
+        """The epoch as it began, at the batch that is next."""
+        if not self._once:
+            self._generators.write(self._start)
         for part in self._parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self._epoch)
-        super()._begin()
-        for taken in range(self._batches):
-            if next(self._iterator, _END) is _END:  # type: ignore[arg-type]  # begun
+        self._iterator = iter(self._source)
+        for taken in range(0 if self._once else self._batches):
+            if next(self._iterator, _END) is _END:
                 raise MetaplError(
                     f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._batches} of "
                     f"epoch {self._epoch}; expected the same data, batch size and seeds as then"
                 )
+        return self._iterator
 
     def state(self) -> dict[str, Any]:
         stream = plain_states(self._start)
@@ -324,31 +268,28 @@ class _EpochFeed(_IteratorFeed):
 
     def restore(self, state: dict[str, Any]) -> None:
         _check_kind(state, self.kind, self._name)
-        if (
-            state["batches"]
-            and getattr(self._source, "num_workers", 0) > 1
-            and not getattr(self._source, "in_order", True)
-        ):
-            raise MetaplError(f"{self._name} has in_order=False, and no order to be resumed in; expected in_order=True")
+        in_order = getattr(self._source, "in_order", True) or self._source.num_workers < 2
+        if self._once or (state["batches"] and not in_order):
+            what = "an iterator" if self._once else "a loader with in_order=False"
+            raise MetaplError(f"{self._name} is {what}, which has no position; expected a DataLoader or a list")
         self.close()
         self._epoch, self._batches, self._start = state["epoch"], state["batches"], state["stream"]
         try:
             with self._generators.in_place():
-                self._begin()
+                self._begun()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        _stop_workers(self._iterator)
-        self._iterator = None
+        if not self._once:  # an iterator belongs to its owner, and may go on elsewhere
+            _stop_workers(self._iterator)
+            self._iterator = None
 
 
 def _stop_workers(iterator: Iterator[Any] | None) -> None:
     # torch stops workers when the iterator is collected, but a traceback may hold on to it for long.
-    stop = getattr(iterator, "_shutdown_workers", None)
-    if stop is not None:
-        stop()
+    getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
 def _check_kind(state: Mapping[str, Any], kind: str, name: str) -> None:

@@ -49,7 +49,7 @@ class Generators:
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
             elif isinstance(generator, random.Random) or generator is random:
-                generator.setstate((state[0], tuple(state[1]), state[2]))
+                generator.setstate(state)
             else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
                 generator.set_state(state.cpu() if isinstance(generator, torch.Generator) else state)
 

@@ -32,18 +32,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     # Not tempfile.mkstemp: it makes files that only the owner can read, and colleagues share result folders.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    file = open(temporary, "xb")  # noqa: SIM115 - it must be closed before the rename, within the `try`
     try:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        # Closing flushes what the disk has just refused, so it may fail in the same way again.
-        for clean in (file.close, temporary.unlink):
-            with contextlib.suppress(OSError):
-                clean()
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 

@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import secrets
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -30,7 +28,6 @@ from metapl.runs.atomic import replacing
 _LOG = logging.getLogger(__name__)
 
 FORMAT = "3"
-_NAME = re.compile(r"step-(\d{8,})(?:\.ckpt|(?:-(\d+))?\.parts)")
 
 
 class CheckpointError(MetaplError):
@@ -41,9 +38,8 @@ class DamagedError(CheckpointError):
     """A checkpoint that is not as it was written; an older one may be."""
 
 
-def save(path: str | os.PathLike[str], state: Mapping[str, Any], parts: dict[str, Any] | None = None) -> str:
-    """Write a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings and None; its SHA-256. Sharded
-    tensors go into ``parts`` by their places.
+def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Write a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings and None.
 
     Cost: one copy of the tensors on the host, where they are elsewhere; for a moment room for the old file and the new.
 
@@ -52,15 +48,21 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], parts: dict[str
 
     >>> import pathlib, tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "first.ckpt"
-    >>> _ = save(path, {"step": 3, "weights": torch.ones(2)})
+    >>> save(path, {"step": 3, "weights": torch.ones(2)})
     >>> load(path)
     {'step': 3, 'weights': tensor([1., 1.])}
     """
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(encoded(state, tensors, parts))
-    sha256 = _digest(FORMAT, tree, tensors)
-    about = {"metapl": FORMAT, "tree": tree, "sha256": sha256}
+    tensors, memories = dict[str, Tensor](), set[int]()
+    tree = json.dumps(encoded(state, tensors))
+    for name, t in tensors.items():
+        t = t.resolve_conj().resolve_neg().cpu().contiguous()
+        # A file of safetensors has no tensor in a part of another's memory, nor two in one.
+        memory = t.untyped_storage()
+        tensors[name] = t.clone() if memory.nbytes() != t.nbytes or memory.data_ptr() in memories else t
+        memories.add(memory.data_ptr())
+    about = {"metapl": FORMAT, "tree": tree, "sha256": _digest(FORMAT, tree, tensors)}
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as file:
             safetensors.torch.save_file(tensors, file.name, about)
     except (OSError, safetensors.SafetensorError) as error:
@@ -68,40 +70,33 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any], parts: dict[str
             f"{path} could not be written: {error}. Nothing was left behind, and earlier checkpoints are as they were; "
             "free some room, or choose another folder"
         ) from error
-    return sha256
 
 
-def load(path: str | os.PathLike[str], part: Callable[[str], Tensor] | None = None) -> dict[str, Any]:
-    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written;
-    ``part`` gives a tensor that is kept elsewhere, by its name.
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`save` wrote, its tensors on the host, after checking that every byte is as it was written.
 
     Raises: :class:`DamagedError` where the file is another than was written, :class:`CheckpointError` where it may be
     whole: of another format, or without the right to read it.
     """
     try:
         content = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path} may not be read by this user") from error
     except OSError as error:
-        raise DamagedError(f"{path} could not be read: {error.strerror}") from error
+        kind = CheckpointError if isinstance(error, PermissionError) else DamagedError
+        raise kind(f"{path} cannot be read: {error.strerror}") from error
     if content.startswith(b"metapl-checkpoint "):
         raise CheckpointError(f"{path} was written by metapl 0.2, which reads it: end the run with that")
     try:
         size = int.from_bytes(content[:8], "little")
         about = json.loads(content[8 : 8 + size])["__metadata__"]
         tensors = safetensors.torch.load(content)
-        whole = _digest(about["metapl"], about["tree"], tensors) == about["sha256"]
-        tree = json.loads(about["tree"])
+        if _digest(about["metapl"], about["tree"], tensors) != about["sha256"]:
+            raise ValueError("it has another checksum than when it was written")
+        if about["metapl"] == FORMAT:
+            state: dict[str, Any] = decoded(about["tree"], tensors)
+            return state
     except (ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise DamagedError(f"{path} is damaged or was cut, or is no checkpoint ({error})") from error
-    if not whole:
-        raise DamagedError(f"{path} is damaged: it has another checksum than when it was written")
-    if about["metapl"] != FORMAT:
-        raise CheckpointError(f"{path} is of format {about['metapl']}, which a later metapl reads")
-    state: dict[str, Any] = decoded(tree, tensors.__getitem__, part or tensors.__getitem__)
-    return state
+    raise CheckpointError(f"{path} is of format {about['metapl']}, which a later metapl reads")
 
 
 def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
@@ -117,84 +112,56 @@ def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
 # ------------------------------------------------------------------------------------------------------- trees as JSON
 
 
-def encoded(
-    value: Any, tensors: dict[str, Tensor], parts: dict[str, Any] | None = None, place: str = "", tied: Any = None
-) -> Any:
-    """A tree as JSON, in which a dict with one key that begins with $ says what stands there.
-
-    Args:
-        value: of :func:`save`, at a ``place`` in it.
-        tensors: takes the tensors, contiguous on the host, by their places; those in one memory are ``tied``.
-        parts: takes the sharded ones; None: there must be none.
-    """
-    tied = {} if tied is None else tied
+def encoded(value: Any, tensors: dict[str, Tensor], place: str = "") -> Any:
+    """A tree as JSON, in which a dict says of which kind a value is; ``tensors`` takes the tensors by their places."""
     kind = type(value)  # exact types: numpy.float64 is a float too, and a named tuple a tuple
     if value is None or kind in (bool, int, float, str):
         return value
-    is_part = hasattr(value, "device_mesh")
-    if is_part and parts is not None:
-        parts[place] = value
-        return {"$part": place}
-    if isinstance(value, Tensor) and value.layout == torch.strided and not is_part:
-        t = value.detach().resolve_conj().resolve_neg()
-        memory = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else place
-        if memory not in tied:
-            while place in tensors:  # of a key 1 beside a key "1"
-                place += "~"
-            tied[memory] = place
-            on_host = t.cpu().contiguous()
-            # A file has no tensor in a part of another's memory, nor two in one.
-            at = on_host.untyped_storage().data_ptr()
-            own = on_host.untyped_storage().nbytes() == on_host.nbytes and at not in tied
-            tensors[place], tied[at] = on_host if own else on_host.clone(), place
-        return {"$tensor": tied[memory]}
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        while place in tensors:  # of a key 1 beside a key "1"
+            place += "~"
+        tensors[place] = value.detach()
+        return {"tensor": place}
     if kind in (list, tuple, torch.Size):
-        entries = [encoded(entry, tensors, parts, f"{place}/{i}", tied) for i, entry in enumerate(value)]
-        return entries if kind is list else {"$tuple": entries}
+        entries = [encoded(entry, tensors, f"{place}/{i}") for i, entry in enumerate(value)]
+        return entries if kind is list else {"tuple": entries}
     if kind in (dict, OrderedDict):
         below = f"{place}/" if place else ""
-        found = {key: encoded(entry, tensors, parts, f"{below}{key}", tied) for key, entry in value.items()}
-        about = getattr(value, "_metadata", None)  # a module writes there of which version its state is
-        if about is None and all(type(key) is str and key[:1] != "$" for key in found):
-            return found
-        pairs = [[encoded(key, tensors), entry] for key, entry in found.items()]
-        return {"$dict": pairs, "about": encoded(about, tensors)}
+        pairs = [[encoded(key, tensors), encoded(entry, tensors, f"{below}{key}")] for key, entry in value.items()]
+        # The versions of a module's parts, by which load_state_dict knows what an old state lacks.
+        metadata = getattr(value, "_metadata", None)
+        return {"dict": pairs} if metadata is None else {"dict": pairs, "metadata": encoded(metadata, tensors)}
     raise CheckpointError(
         f"{place or 'the state'} is a {kind.__qualname__}; expected tensors, numbers, strings and None in dicts, lists "
         "and tuples"
     )
 
 
-def decoded(value: Any, tensor: Callable[[str], Tensor], part: Callable[[str], Tensor]) -> Any:
-    """What :func:`encoded` encoded, with its tensors by their names."""
-    if isinstance(value, list):
-        return [decoded(entry, tensor, part) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    kind: str = next(iter(value), "")
-    content: Any = value.get(kind)
-    if kind in ("$tensor", "$part"):
-        return (tensor if kind == "$tensor" else part)(content)
-    if kind == "$tuple":
-        return tuple(decoded(content, tensor, part))
-    if kind != "$dict":
-        return {key: decoded(entry, tensor, part) for key, entry in value.items()}
-    found: Any = {decoded(key, tensor, part): decoded(entry, tensor, part) for key, entry in content}
-    if value["about"] is not None:
-        found = OrderedDict(found)
-        found._metadata = decoded(value["about"], tensor, part)
-    return found
+def decoded(tree: str, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that :func:`encoded` encoded, of JSON."""
+
+    def value(found: dict[str, Any]) -> Any:  # from the leaves up
+        if "tensor" in found:
+            return tensors[found["tensor"]]
+        if "tuple" in found:
+            return tuple(found["tuple"])
+        if "metadata" not in found:
+            return dict(found["dict"])
+        module: Any = OrderedDict(found["dict"])
+        module._metadata = found["metadata"]
+        return module
+
+    return json.loads(tree, object_hook=value)
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
 class Found(NamedTuple):
-    """The newest whole checkpoint; ``skipped`` has the newer ones that were not, newest first, and why."""
+    """The newest whole checkpoint."""
 
     path: Path
     state: dict[str, Any]
-    skipped: tuple[tuple[Path, str], ...] = ()
 
 
 class CheckpointFolder:
@@ -220,21 +187,10 @@ class CheckpointFolder:
         Checkpoints of later steps, left from before a restart, stay until ``step`` passes them.
         """
         path = self.folder / f"step-{step:08d}.ckpt"
-        self.make()
+        self.remove_begun()
         save(path, state)
         self.remove_oldest(step)
         return path
-
-    def make(self) -> None:
-        """Make the folder, and remove what killed processes had begun in it."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} could not be made: {error.strerror}") from error
-        for left in self.folder.glob("step-*.tmp"):
-            if not re.fullmatch(r"step-\d{8,}[^ ]*\.[0-9a-f]{8}\.tmp", left.name):
-                continue  # a user's
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def newest(self, read: Callable[[Path], dict[str, Any]] = load) -> Found | None:
         """The checkpoint of the latest step that is whole, as ``read`` gives it; None where there is none at all.
@@ -242,38 +198,43 @@ class CheckpointFolder:
         Raises: :class:`CheckpointError` where none can be used, or one that cannot be read may be whole: to go on from
         an older one, or anew, would in time replace them.
         """
-        skipped: list[tuple[Path, str]] = []
-        for path in self.paths():
+        paths, reasons = self.paths(), []
+        for path in paths:
             try:
-                return Found(path, read(path), tuple(skipped))
+                return Found(path, read(path))
             except DamagedError as error:
-                skipped.append((path, str(error)))
-        if not skipped:
+                _LOG.warning("passed over %s: %s", path.name, error)
+                reasons.append(str(error))
+        if not paths:
             return None
         raise CheckpointError(
-            f"none of the {len(skipped)} checkpoints in {self.folder} can be used; to start anew, move them away: "
-            + "; ".join(reason for _, reason in skipped)
+            f"none of the {len(paths)} checkpoints in {self.folder} can be used; to start anew, move them away: "
+            f"{'; '.join(reasons)}"
         )
 
     def paths(self) -> list[Path]:
         """Of all checkpoints, newest first."""
-        return [path for _, path in self._numbered()]
+        found = [*self.folder.glob("step-*.ckpt"), *self.folder.glob("step-*.parts")]
+        return sorted((path for path in found if path.stem[5:].isdecimal()), key=_step, reverse=True)
 
-    def _numbered(self) -> list[tuple[int, Path]]:
-        files = [*self.folder.iterdir()] if self.folder.exists() else []
-        matches = ((_NAME.fullmatch(path.name), path) for path in files)
-        found = [((int(match[1]), int(match[2] or 0)), path) for match, path in matches if match]
-        return [(step, path) for (step, _), path in sorted(found, reverse=True)]
+    def remove_begun(self) -> None:
+        """Remove what killed processes had begun to write."""
+        for left in self.folder.glob("step-[0-9]*.tmp"):
+            _remove(left)
 
     def remove_oldest(self, step: int) -> None:
         """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
-        earlier = [path for number, path in self._numbered() if number < step]
-        for path in earlier[self.keep - 1 :]:
+        for path in [path for path in self.paths() if _step(path) < step][self.keep - 1 :]:
             try:
-                # It loses its name first, so that no half of a folder is taken for the whole.
-                left = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-                os.replace(path, left)
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                _remove(path)
             except OSError as error:
                 # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
                 _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem[5:])
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

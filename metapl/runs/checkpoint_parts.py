@@ -8,20 +8,18 @@ when all of these are on the disk. Its metadata is a pickle, which can run code:
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import secrets
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from metapl.errors import reason_of
 from metapl.runs import checkpoint
 from metapl.runs.atomic import sync_folder
 from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError
@@ -30,17 +28,17 @@ REST, FILES = "rest.ckpt", "files.ckpt"
 LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 Like = Callable[[str, torch.Size], Any]
-"""By the name of a tensor and its shape, a DTensor whose layout it is to have; None: whole."""
+"""By the place of a tensor in the state and its shape, a DTensor whose layout it is to have; None: whole."""
 
 
 class PartsWriter:
     """Writes checkpoints beside the training, one at a time; every process of the job has one, of the same folder."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.checkpoints = CheckpointFolder(folder, keep)
-        self.rank, self.first = dist.get_rank(), dist.get_rank() == 0
+        self.checkpoints, self.first = CheckpointFolder(folder, keep), dist.get_rank() == 0
         # Exchanges in another thread must not come between those of the training.
         self.group: Any = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1)
         self._under_way: Future[Path] | None = None
         self._path: Path | None = None
 
@@ -52,29 +50,21 @@ class PartsWriter:
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.finished()
+        path = self.checkpoints.folder / f"step-{step:08d}.parts"
+        begun = path.with_suffix(".parts.tmp")
+        tensors: dict[str, Any] = {}
+        tree = json.dumps(checkpoint.encoded(state, tensors))
+        sharded = {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
 
-        def begin() -> tuple[str, str]:
-            self.checkpoints.make()
-            names = (f"step-{step:08d}{'' if n == 0 else f'-{n}'}.parts" for n in range(10**6))
-            # One of the same step may be left from before a restart.
-            name = next(name for name in names if not (self.checkpoints.folder / name).exists())
-            place = self.checkpoints.folder / f"{name}.{secrets.token_hex(4)}.tmp"
-            place.mkdir()
-            try:
-                checkpoint.save(place / REST, state, {})
-            except BaseException:
-                shutil.rmtree(place, ignore_errors=True)
-                raise
-            return name, place.name
+        def begin() -> None:
+            self.checkpoints.remove_begun()
+            plain = {place: t for place, t in tensors.items() if place not in sharded}
+            checkpoint.save(begun / REST, {"tree": tree, "tensors": plain})
 
-        name, temporary = self._agreed(begin, first=True)
-        path, place = self.checkpoints.folder / name, self.checkpoints.folder / temporary
-        parts: dict[str, Any] = {}
-        checkpoint.encoded(state, {}, parts)
+        self._agreed(begin if self.first else bool)
         # The parts are copied before it returns.
-        saved: Any = async_save(parts, checkpoint_id=place, process_group=self.group)
-        self._under_way = done = Future[Path]()
-        threading.Thread(target=self._finish, args=(done, saved, place, path, step), daemon=True).start()
+        saved: Any = async_save(sharded, checkpoint_id=begun, process_group=self.group)
+        self._under_way = self._thread.submit(self._finish, saved, begun, path, step)
 
     def finished(self) -> Path | None:
         """Wait for the checkpoint under way; the path of the last one that was written. Raises as :meth:`write`."""
@@ -89,88 +79,79 @@ class PartsWriter:
         if done is None or wait([done], LEAVES_WITHIN).done:
             dist.destroy_process_group(self.group)
 
-    def _finish(self, done: Future[Path], saved: Any, place: Path, path: Path, step: int) -> None:
+    def _finish(self, saved: Any, begun: Path, path: Path, step: int) -> Path:
         def own() -> dict[str, str]:
-            try:
-                saved.result()
-            except BaseException as error:  # torch's own is no Exception
-                last = str(error).strip().rpartition("\n")[2]
-                raise CheckpointError(f"{last} (is the disk full, or closed to a process?)") from error
-            files = place.glob(f"__{self.rank}_*")
-            return {file.name: _sha256(file) for file in (*files, *(place / n for n in (".metadata", REST)))}
+            saved.result()
+            return {file.name: _sha256(file) for file in begun.glob(f"__{dist.get_rank()}_*")}
 
-        def whole(files: list[dict[str, str]]) -> None:
-            checkpoint.save(place / FILES, {name: sha256 for part in files for name, sha256 in part.items()})
-            os.replace(place, path)
+        def whole() -> None:
+            files = {name: sha256 for part in sums for name, sha256 in part.items()}
+            checkpoint.save(begun / FILES, files | {name: _sha256(begun / name) for name in (".metadata", REST)})
+            # One of the same step was damaged, and passed over when the run was resumed.
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(begun, path)
             sync_folder(path.parent)
             self.checkpoints.remove_oldest(step)
 
         try:
-            files = self._agreed(own)
-            self._agreed(lambda: whole(files), first=True)
-            done.set_result(path)
-        except BaseException as error:  # for the training's own thread
+            sums = self._agreed(own)
+            self._agreed(whole if self.first else bool)
+        except CheckpointError:
             if self.first:
-                shutil.rmtree(place, ignore_errors=True)
-            done.set_exception(error)
+                shutil.rmtree(begun, ignore_errors=True)
+            raise
+        return path
 
-    def _agreed(self, act: Callable[[], Any], *, first: bool = False) -> Any:
-        """What it gives in each process, or in the first one alone; what fails in one fails in all."""
+    def _agreed(self, act: Callable[[], Any]) -> list[Any]:
+        """What it gives in each process; what fails in one fails in all."""
         found = fault = None
         try:
-            found = act() if self.first or not first else None
-        except Exception as error:  # whatever it is, the others wait to hear of it
-            fault = reason_of(error)
+            found = act()
+        except BaseException as error:  # whatever it is, the others wait to hear of it; torch's own is no Exception
+            fault = str(error).strip().rpartition("\n")[2] or type(error).__name__
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, (found, fault), group=self.group)
-        faults = [fault for _, fault in every if fault is not None]
-        if faults:
+        if faults := [fault for _, fault in every if fault]:
             raise CheckpointError(f"{self.checkpoints.folder}: a checkpoint could not be written: {faults[0]}")
-        return every[0][0] if first else [found for found, _ in every]
+        return [found for found, _ in every]
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Refuse a checkpoint, in parts or not, of which not every byte is as it was written."""
+    """Refuse a checkpoint of which not every byte is as it was written; the state in it, where it is one file."""
     if not path.is_dir():
         return checkpoint.load(path)
-    if not (path / FILES).exists():
-        if (path / REST).exists():
-            checkpoint.load(path / REST, lambda name: torch.empty(0))  # one of an earlier version is refused by name
-        raise DamagedError(f"{path} is damaged: it has no {FILES}")
     for name, sha256 in checkpoint.load(path / FILES).items():
         if not (path / name).is_file() or _sha256(path / name) != sha256:
             raise DamagedError(f"{path} is damaged: its {name} is another than was written")
     return {}
 
 
-def load(path: Path, like: Like | None = None, *, checked: bool = False) -> dict[str, Any]:
-    """The state in a checkpoint, a file or a folder of parts. Sharded tensors are read as ``like`` lays them out, or
-    whole, on the host. Cost: the pieces that this process asks for; unless another has ``checked``, first all of them.
-    """
+def load(path: Path, like: Like | None = None) -> dict[str, Any]:
+    """The state in a checkpoint, a file or a folder of parts, which :func:`check` has found whole. Sharded tensors are
+    read as ``like`` lays them out, or whole, on the host. Cost: the pieces that this process asks for."""
     if not path.is_dir():
         return checkpoint.load(path)
-    if not checked:
-        check(path)
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
-    about: Any = FileSystemReader(path).read_metadata().state_dict_metadata
+    rest = checkpoint.load(path / REST)
     tensors: dict[str, Any] = {}
+    about: Any = FileSystemReader(path).read_metadata().state_dict_metadata
     for name, said in about.items():
         layout, dtype = (None if like is None else like(name, said.size)), said.properties.dtype
         tensors[name] = torch.empty(said.size, dtype=dtype) if layout is None else torch.empty_like(layout, dtype=dtype)
-    if tensors:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that each process reads for itself is meant
-            load_parts(tensors, checkpoint_id=path, no_dist=True)
-    return checkpoint.load(path / REST, tensors.__getitem__)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that each process reads for itself is meant
+        load_parts(tensors, checkpoint_id=path, no_dist=True)
+    state: dict[str, Any] = checkpoint.decoded(rest["tree"], rest["tensors"] | tensors)
+    return state
 
 
 def layouts(state: dict[str, Any]) -> dict[str, Any]:
-    """The sharded tensors of a state by the names that they have in the parts."""
-    found: dict[str, Any] = {}
-    checkpoint.encoded(state, {}, found)
-    return found
+    """The sharded tensors of a state by their places in it."""
+    tensors: dict[str, Any] = {}
+    checkpoint.encoded(state, tensors)
+    return {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
 
 
 def _sha256(file: Path) -> str:

@@ -21,7 +21,7 @@ class Range:
 
     Args:
         least, most: the smallest, the greatest.
-        above, below: all are above, below it.
+        above, below: all are above, below it; each range has ``least`` or ``above``.
         of: what the number is, for the error, such as "a number of processes".
 
     >>> Range(0, 1).words(float), Range(above=0).words(float), Range(1, of="a number of processes").words(int)
@@ -35,18 +35,15 @@ class Range:
     of: str = ""
 
     def holds(self, value: Any) -> bool:
-        low = (self.least is None or value >= self.least) and (self.above is None or value > self.above)
+        low = value >= self.least if self.above is None else value > self.above
         return low and (self.below is None or value < self.below) and (self.most is None or value <= self.most)
 
     def words(self, kind: Any) -> str:
         name = self.of or ("a whole number" if kind is int else "a number")
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
-        if low is None or high is None:
-            if high is not None:
-                return f"{name} {'of at most' if self.below is None else 'below'} {high}"
-            more = f" above {low}" if self.least is None else f"{',' if self.of else ' of'} {low} or more"
-            return name if low is None else f"{name}{more}"
+        if high is None:
+            return f"{name} above {low}" if self.least is None else f"{name}{',' if self.of else ' of'} {low} or more"
         if kind is int and self.above is None and self.below is None:
             return f"{name} from {low:,} to {high:,}"
         return f"{name} in {'[' if self.above is None else '('}{low}, {high}{']' if self.below is None else ')'}"
@@ -74,8 +71,8 @@ def check_fields(value: Any) -> None:
     metapl.errors.FieldError: Smoothed(amount=1.5): expected a number in [0, 1).
     """
     kind: Any = type(value)
-    hints = _of_fields(kind)
-    _refuse({name: getattr(value, name) for name in hints}, hints, f"{kind.__name__}({{}})")
+    given = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
+    _refuse(given, _hints(kind), f"{kind.__name__}({{}})")
 
 
 def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -87,12 +84,12 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
     Traceback (most recent call last):
     metapl.errors.FieldError: clip_norm=-1.0: expected a number above 0 or None.
     """
-    _refuse(given, _of_arguments(function), "{}")
+    _refuse(given, _hints(function), "{}")
 
 
 def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> None:
     for name, hint in hints.items():
-        if not fits(value := given[name], hint):
+        if name in given and not fits(value := given[name], hint):
             expected = words(hint)
             if isinstance(value, float) and not math.isfinite(value):
                 expected = expected.replace("a number", "a finite number")
@@ -100,18 +97,13 @@ def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> N
 
 
 @cache
-def _of_arguments(function: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(function, include_extras=True)
-    return {name: hint for name, hint in hints.items() if name != "return" and _is_limited(hint)}
-
-
-@cache
-def _of_fields(kind: Any) -> dict[str, Any]:
+def _hints(of: Any) -> dict[str, Any]:
+    """The annotations of a function or a class that limit a value."""
     found: dict[str, Any] = {}
-    for above in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
-        hints = typing.get_type_hints(above, include_extras=True)
+    for one in reversed(getattr(of, "__mro__", [of])):
+        hints = typing.get_type_hints(one, include_extras=True)
         found |= {name: hint for name, hint in hints.items() if hint not in (int, float) or name not in found}
-    return {field.name: found[field.name] for field in dataclasses.fields(kind) if _is_limited(found[field.name])}
+    return {name: hint for name, hint in found.items() if name != "return" and _is_limited(hint)}
 
 
 def _is_limited(hint: Any) -> bool:

@@ -321,14 +321,12 @@ class FitRun:
         with ranks.agreed(waiting=True):
             if folder is not None:  # of the first of several processes, which finds it; all read it
                 found = folder.newest(parts.check)
-        path, skipped = ranks.gathered(found and (found.path, found.skipped))[0] or (None, ())
+        path = ranks.gathered(found and found.path)[0]
         if path is None:
             self.say(f"no checkpoint of phase {options.phase} yet: it begins at its first step")
             return 0
-        for damaged, reason in skipped:
-            self.say(f"passed over {damaged.name}: {reason}")
         with ranks.agreed(waiting=True):
-            state = (found and found.state) or parts.load(path, self._layouts(), checked=True)
+            state = (found and found.state) or parts.load(path, self._layouts())
             state = resuming.of_this(state, trainer, path, [*self.sources.values()])
             step: int = state["step"]
             if {*state["feeds"]} != {*self.sources}:

@@ -715,7 +715,7 @@ def unwritten(folder: str) -> list[str]:
         raise RuntimeError("a bug")
 
     told = []
-    for where, name in ((parts.CheckpointFolder, "make"), (parts.checkpoint, "save")):
+    for where, name in ((parts.CheckpointFolder, "remove_begun"), (parts, "_sha256")):
         writer = parts.PartsWriter(Path(folder), 2)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 0:

@@ -94,17 +94,6 @@ def test_each_bit_is_fair() -> None:
     assert (ones - 0.5).abs().max().item() < 4.5 * 0.5 / math.sqrt(len(b))
 
 
-def test_draws_refuse_what_they_cannot_read() -> None:
-    with pytest.raises(MetaplError, match="int64"):
-        draws.bits(0, 0, torch.zeros(3), 1)
-    with pytest.raises(MetaplError, match=r"\(2, 2\)"):
-        draws.bits(0, 0, torch.zeros(2, 2, dtype=torch.int64), 1)
-    with pytest.raises(MetaplError, match="n is -1"):
-        draws.uniform(0, 0, torch.arange(3), -1)
-    with pytest.raises(MetaplError, match="float16"):
-        draws.uniform(0, 0, torch.arange(3), 1, dtype=torch.float16)
-
-
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 
