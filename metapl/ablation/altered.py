@@ -18,6 +18,8 @@ from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 
+Alteration = Literal["permuted", "class_means", "random_sign"]
+
 
 @dataclass(frozen=True)
 class Altered(Estimator):
@@ -43,7 +45,7 @@ class Altered(Estimator):
     """
 
     base: Estimator = field(default_factory=Forward)
-    alteration: Literal["permuted", "class_means", "random_sign"] = "permuted"
+    alteration: Alteration = "permuted"
     seed: int = 0
 
     name: ClassVar[str] = "altered"
@@ -55,10 +57,9 @@ class Altered(Estimator):
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
             raise MetaplError(f"Altered(base={self.base!r}): expected feedback on each example, such as Forward().")
-        for name in ("labels", "credits", "keep_graph", "keep_on", "looks_ahead", "keeping", "requires", "graph_of"):
-            if hasattr(self.base, name):
-                object.__setattr__(self, name, getattr(self.base, name))
-        object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))
+        own = "labels", "credits", "keep_graph", "keep_on", "looks_ahead", "keeping", "requires", "graph_of"
+        for name in (*own, "normalization"):
+            object.__setattr__(self, name, getattr(self.base, name, "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")
 
     def init(self) -> State:
@@ -73,8 +74,6 @@ class Altered(Estimator):
 
     def _alter(self, step: InnerStep, count: int, name: str, h: Tensor) -> Tensor:
         """h, altered over the rows of all ranks."""
-        if h.ndim == 0:
-            raise MetaplError(f"Altered({self.alteration!r}) was given feedback on a scalar; expected rows.")
         if not step.has_rows(name):  # every rank and micro-batch has a share of the feedback on all of a matrix
             return torch.cat([self._altered(share, None, count) for share in h.chunk(len(step.passes))])
         ranks = step.student.ranks

@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from metapl.feedback import MODES, Estimator, Implicit, estimator
@@ -79,12 +78,10 @@ class Ablation:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as dicts; in the place of figures that could not be had stands ``{"reason": ...}``."""
-        plain = {
-            part: {n: {"reason": m} if isinstance(m, str) else asdict(m) for n, m in getattr(self, part).items()}
-            for part in ("modes", "altered")
-        }
-        more = {"recommendation": self.recommendation, "recommended": self.recommended, "points": list(self.points)}
-        return {**plain, **more}
+        plain = asdict(self)
+        for part in ("modes", "altered"):
+            plain[part] = {n: {"reason": m} if isinstance(m, str) else m for n, m in plain[part].items()}
+        return plain
 
     def to_json(self) -> str:
         """:meth:`as_dict` as text; what is not a finite number is null."""
@@ -93,18 +90,19 @@ class Ablation:
 
     def table(self) -> str:
         """The figures in lines of a terminal of 80 columns; the reasons for what is missing stand below."""
-        head = ("mode", "cosine", "rel. error", "noise", "passes", "time, ms", "peak, KB")
-        lines, reasons = [f"{head[0]:<22}" + "".join(f"{name:>{9 + (i == 1)}}" for i, name in enumerate(head[1:]))], []
-        for controls, modes in ((False, self.modes), (True, self.altered)):
-            lines += ["altered feedback, as a control:"] * (controls and bool(modes))
+        lines = ["mode                     cosinerel. error    noise   passes time, ms peak, KB"]
+        reasons: list[str] = []
+        for modes in (self.modes, self.altered):
+            if modes is self.altered and modes:
+                lines.append("altered feedback, as a control:")
             for name, found in modes.items():
                 if isinstance(found, str):
                     reasons += [found] * (found not in reasons)
                     lines.append(f"{name:<22}  cannot run on this model [{reasons.index(found) + 1}]")
-                    continue
-                figures = found.relative_error, found.noise_to_signal, found.passes, found.seconds * 1e3
-                cells = f"{found.cosine:>9.3f}{figures[0]:>10.2g}" + "".join(f"{value:>9.2g}" for value in figures[1:2])
-                lines.append(f"{name:<22}{cells}{figures[2]:>9.1f}{figures[3]:>9.3g}{found.peak_bytes / 1e3:>9.0f}")
+                else:
+                    distance = f"{found.cosine:>9.3f}{found.relative_error:>10.2g}{found.noise_to_signal:>9.2g}"
+                    cost = f"{found.passes:>9.1f}{found.seconds * 1e3:>9.3g}{found.peak_bytes / 1e3:>9.0f}"
+                    lines.append(f"{name:<22}{distance}{cost}")
         texts = (f"[{number}] {' '.join(reason.split())}" for number, reason in enumerate(reasons, 1))
         return "\n\n".join(["\n".join(lines), *(textwrap.fill(text, 80, subsequent_indent="    ") for text in texts)])
 
@@ -144,47 +142,25 @@ def recommendation(
         return None, "No mode that gives feedback can run on this model; the reasons stand beside the modes."
     sure = {n: m for n, m in ran.items() if n in exact_modes and m.noise_to_signal == 0 and m.relative_error <= TRUSTED}
     near = {n: m for n, m in ran.items() if m.of_one_draw <= NEAR}
-    if sure or near:
-        among = sure or near
-        fastest = _least({n: m.seconds for n, m in among.items()})
-        smallest = _least({n: among[n].peak_bytes for n in fastest})
+    name = min(ran, key=lambda n: ran[n].of_one_draw)
+    why = "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to the exact one"
+    if among := sure or near:
+
+        def least(values: Mapping[str, float]) -> list[str]:
+            return [name for name, value in values.items() if value <= min(values.values()) * (1 + EQUAL)]
+
+        fastest = least({n: m.seconds for n, m in among.items()})
+        smallest = least({n: among[n].peak_bytes for n in fastest})
         name = PREFERRED if PREFERRED in smallest else min(smallest, key=lambda n: among[n].of_one_draw)
-        why = (
-            "its gradient is the exact one to rounding"
-            if sure
-            else f"its gradient is within {NEAR:.0%} of the exact one"
-        )
+        why = "its gradient is " + ("the exact one to rounding" if sure else f"within {NEAR:.0%} of the exact one")
         if len(among) > 1:
             decided = "is the fastest" if len(fastest) == 1 else "takes the least memory of the fastest"
             why += f", and of {', '.join(among)} it {decided if len(smallest) == 1 else 'is as fast and small as any'}"
-    else:
-        name = min(ran, key=lambda n: ran[n].of_one_draw)
-        why = "no mode is exact, or nearly, and of one draw of labels its gradient is the nearest to the exact one"
     found = ran[name]
-    text = f"Take {name}: {why}. A call takes {duration(found.seconds)} and {size(found.peak_bytes)}."
+    text = f"Take {name}: {why}. A call takes {found.seconds * 1e3:.3g} ms and {found.peak_bytes / 1e3:,.0f} KB."
     if "reinforce" in ran and name != "reinforce":
         text += (
-            f" Algorithm 1's scalar (reinforce) takes {duration(ran['reinforce'].seconds)}, and error and noise of one "
-            f"draw are {ran['reinforce'].of_one_draw:.2g} times the signal."
+            f" Algorithm 1's scalar (reinforce) takes {ran['reinforce'].seconds * 1e3:.3g} ms, and error and noise of "
+            f"one draw are {ran['reinforce'].of_one_draw:.2g} times the signal."
         )
     return name, text
-
-
-def _least(values: Mapping[str, float]) -> list[str]:
-    """The names whose value is the least, or equal to it within the tolerance."""
-    most = min(values.values()) * (1 + EQUAL)
-    return [name for name, value in values.items() if value <= most]
-
-
-def in_units(value: float, units: Mapping[str, float]) -> str:
-    """A value in the first of these units, the greatest first, that it reaches.
-
-    >>> in_units(0.00247, {"s": 1.0, "ms": 1e-3}), in_units(264_000_000, {"GB": 1e9, "MB": 1e6})
-    ('2.47 ms', '264 MB')
-    """
-    name, one = next(((name, one) for name, one in units.items() if value >= 0.9995 * one), list(units.items())[-1])
-    return f"{value / one:.3g} {name}"
-
-
-duration = partial(in_units, units={"s": 1.0, "ms": 1e-3})
-size = partial(in_units, units={"GB": 1e9, "MB": 1e6, "KB": 1e3})

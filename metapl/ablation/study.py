@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import astuple, replace
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.ablation.altered import Altered
+from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes
 from metapl.ablation.results import (
     PREFERRED,
@@ -26,13 +26,13 @@ from metapl.ablation.results import (
     recommendation,
 )
 from metapl.data.feed import feed
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import is_whole
 from metapl.execution.checks import described
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
 from metapl.feedback.lookahead import inner_batches
-from metapl.problems.base import enters_input
+from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.progress import counted
 from metapl.training.trainer import BilevelTrainer
@@ -41,10 +41,7 @@ Draws = Annotated[int, Range(2)]  # of one draw no noise can be seen
 
 # Rounds of timing where none are asked for: at least 5, and more for short calls, until a second has passed.
 LEAST_ROUNDS, MOST_ROUNDS, TIMED = 5, 50, 1.0
-
-
-class CannotRun(MetaplError):
-    """A mode, or everything, that cannot run on a model; the message is the whole reason."""
+CANNOT_RUN = MetaplError, RuntimeError, MemoryError  # what a mode raises that cannot run on a model
 
 
 def ablate(
@@ -106,99 +103,94 @@ def ablate(
     reasons: dict[str, str] = {}  # why the others do not run
     drawing: set[str] = set()  # names of modes whose gradient has drawn labels in it
 
-    def measure(names: Sequence[str], batches: tuple[Any, Any], exact: Tensor) -> None:
-        for name in names:
+    def measure(names: Iterable[str], batches: tuple[Any, Any], exact: Tensor) -> None:
+        for name in [name for name in names if name not in reasons]:
             try:
                 found, draws_any = _distance(trainer, batches, estimates[name], exact, draws)
-            except CannotRun as error:
-                reasons[name] = str(error)
+            except CANNOT_RUN as error:
+                reasons[name] = _reason(error)
             else:
                 distances.setdefault(name, []).append(found)
                 drawing.update([name] * draws_any)
 
     points = tuple(sorted({0, steps // 2, steps}))
-    state, random = trainer.state_dict(), RandomState.now(trainer.device)
+    several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
+    one_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
+    stop, device = steps + 1, trainer.device
+    outer = feed([labeled] if is_whole(labeled) else labeled, name="labeled", stop=stop, device=device)
+    inner = feed([unlabeled] if one_batch else unlabeled, name="unlabeled", stop=stop * several, device=device)
+    state, random = trainer.state_dict(), RandomState.now(device)
     try:
-        with counted(progress, steps + 1, "steps", 0) as update:
-            for t, batches in enumerate(pairs(trainer, labeled, unlabeled, steps + 1)):
+        with closing(outer), closing(inner), counted(progress, stop, "steps", 0) as update:
+            for t in range(stop):
+                ahead = [inner.next() for _ in range(several)]
+                batches = outer.next(), ahead[0] if several == 1 else Lookahead(ahead)
                 if t in points:
                     exact = _exact(trainer, batches)
-                    measure([name for name in estimates if name not in reasons], batches, exact)
-                    if altered and t == 0:  # of the first mode that it can be made of, best of the preferred one
+                    measure(estimates, batches, exact)
+                    if altered and t == 0:  # of the preferred mode, or else of the first that runs and can be altered
                         fit = [m for m in estimates.values() if m.credits in ("signal", "example")]
                         fit = [m for m in fit if m.name not in reasons and not isinstance(m, Altered)]
-                        fit.sort(key=lambda mode: mode.name != PREFERRED)
-                        kinds = get_args(Literal["permuted", "class_means", "random_sign"])
-                        made = {m.name: m for m in (Altered(base, kind) for base in fit[:1] for kind in kinds)}
-                        made = {name: mode for name, mode in made.items() if name not in estimates}
-                        estimates |= made
-                        measure([*made], batches, exact)
+                        base = min(fit, key=lambda mode: mode.name != PREFERRED, default=None)
+                        controls = [Altered(base, kind) for kind in get_args(Alteration)] if base else []
+                        added = {mode.name: mode for mode in controls if mode.name not in estimates}
+                        estimates |= added
+                        measure(added, batches, exact)
                 if t < steps:
                     trainer.step(*batches)
                 update(batches)
-        running = {name: mode for name, mode in estimates.items() if name not in reasons}
-        costs = _costs(trainer, batches, running, rounds)
+        costs = _costs(trainer, batches, {n: m for n, m in estimates.items() if n not in reasons}, rounds)
     finally:
         trainer.load_state_dict(state)
         random.restore()
-    compared: dict[str, ModeCost | str] = {}
-    controls: dict[str, ModeCost | str] = {}
+    compared: tuple[dict[str, ModeCost | str], ...] = {}, {}  # the modes, and the controls
     for name, mode in estimates.items():
-        into = controls if isinstance(mode, Altered) else compared
+        into = compared[isinstance(mode, Altered)]
         if name in reasons:
             into[name] = reasons[name]
             continue
-        found, n = distances[name], len(distances[name])
-        passes, seconds, held = costs[name]
+        cosines, errors, noises = zip(*(astuple(found) for found in distances[name]), strict=True)
+        root = math.sqrt(len(cosines))
         into[name] = ModeCost(
-            sum(d.cosine for d in found) / n,
-            math.hypot(*(d.relative_error for d in found)) / math.sqrt(n),
-            math.hypot(*(d.noise_to_signal for d in found)) / math.sqrt(n),
-            passes,
-            seconds,
-            held,
+            sum(cosines) / len(cosines), math.hypot(*errors) / root, math.hypot(*noises) / root, *costs[name]
         )
-    sure = [name for name in compared if estimates[name].exact and name not in drawing]
-    never = [name for name in compared if not gives_the_gradient_of_a_step(estimates[name])]
-    taken, text = recommendation(compared, sure, never)
-    return Ablation(compared, text, points, controls, taken)
+    sure = [name for name in compared[0] if estimates[name].exact and name not in drawing]
+    never = [name for name in compared[0] if not gives_the_gradient_of_a_step(estimates[name])]
+    taken, text = recommendation(compared[0], sure, never)
+    return Ablation(compared[0], text, points, compared[1], taken)
 
 
-@contextmanager
-def reasons_told() -> Iterator[None]:
-    """Refusals, and errors of torch in the model's own code, as :class:`CannotRun`."""
-    try:
-        yield
-    except (MetaplError, RuntimeError, MemoryError) as error:
-        own = str(error)
-        if not isinstance(error, MetaplError):  # what torch says may run over many lines; the first says what is wrong
-            own = f"{type(error).__name__}: {own.strip().partition(chr(10))[0]}"
-        raise CannotRun(own) from error
+def _reason(error: BaseException) -> str:
+    """A refusal in full; of torch's errors, which may run over many lines, the first one, which says what is wrong."""
+    return str(error) if isinstance(error, MetaplError) else f"{type(error).__name__}: {reason_of(error)}"
 
 
 def _gradient(
-    trainer: BilevelTrainer, batches: tuple[Any, Any], mode: Estimator, generator: torch.Generator | None = None
+    trainer: BilevelTrainer,
+    batches: tuple[Any, Any],
+    mode: Estimator,
+    generator: torch.Generator | None = None,
+    problem: BilevelProblem | None = None,
 ) -> Tensor:
     """The teacher's gradient as one vector, float64; of a problem without a teacher, the gradient in its signal. Labels
     are drawn from the generator, the first of its seed where none is given."""
     generator = torch.Generator(trainer.device).manual_seed(0) if generator is None else generator
-    found = trainer.hypergradient(*batches, mode, generator=generator)
+    if problem is None:
+        found = trainer.hypergradient(*batches, mode, generator=generator)
+    else:
+        found = trainer._gradient(mode, problem, *batches, generator)
     parts = found.grads.values() if trainer.teacher is not None else [-h for h in pytree.tree_leaves(found.feedback)]
     return torch.cat([part.flatten().double() for part in parts])
 
 
 def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
     """Of the soft step, by double backward, or by forward mode where the student has no second derivative."""
-    problem, reasons = trainer.problem.exact(), []
+    reasons = []
     for mode in map(estimator, ("unrolled", "forward")):
         try:
-            with reasons_told():
-                if problem is None:
-                    return _gradient(trainer, batches, mode)
-                grads = trainer._gradient(mode, problem, *batches).grads
-                return torch.cat([g.flatten().double() for g in grads.values()])
-        except CannotRun as error:
-            reasons.append(str(error))
+            return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
+        except CANNOT_RUN as error:
+            reasons.append(_reason(error))
     raise MetaplError(
         f"there is no exact gradient to compare with: by double backward, {reasons[0]}; by forward mode, {reasons[1]}"
     )
@@ -208,18 +200,17 @@ def _distance(
     trainer: BilevelTrainer, batches: tuple[Any, Any], mode: Estimator, exact: Tensor, draws: int
 ) -> tuple[Distance, bool]:
     """Of a mode from the exact gradient, by that many draws, and whether anything is drawn at all, which is seen by the
-    generator's state (draws of a confident teacher may be equal); :class:`CannotRun` where it cannot run."""
+    generator's state (draws of a confident teacher may be equal)."""
     altered = isinstance(mode, Altered) and mode.alteration != "class_means"
     gradients: list[Tensor] = []
-    with reasons_told():
-        for seed in range(draws):
-            generator = torch.Generator(trainer.device).manual_seed(seed)
-            start = generator.get_state()
-            drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
-            gradients.append(_gradient(trainer, batches, drawn, generator))
-            draws_any = altered or not torch.equal(start, generator.get_state())
-            if not draws_any:
-                break
+    for seed in range(draws):
+        generator = torch.Generator(trainer.device).manual_seed(seed)
+        start = generator.get_state()
+        drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+        gradients.append(_gradient(trainer, batches, drawn, generator))
+        draws_any = altered or not torch.equal(start, generator.get_state())
+        if not draws_any:
+            break
     found = torch.stack(gradients)
     mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
     # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
@@ -260,28 +251,10 @@ def _costs(
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     """What a call takes, in seconds: on a CPU the processor's time where that is less than the time that passes, for a
     call of milliseconds on a busy machine waits longer than it computes. With several threads it is the greater."""
-    on_device = device.type == "cuda"
-    if on_device:
-        torch.cuda.synchronize(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
     start, computed = time.perf_counter(), time.process_time()
     run()
-    if on_device:
-        torch.cuda.synchronize(device)
+    wait(device)
     passed = time.perf_counter() - start
-    return passed if on_device else min(passed, time.process_time() - computed)
-
-
-def pairs(trainer: BilevelTrainer, labeled: Any, unlabeled: Any, count: int) -> Iterator[tuple[Any, Any]]:
-    """``count`` pairs of a labeled batch and an unlabeled one, or a look-ahead where the trainer takes several."""
-    several = trainer.lookahead if not isinstance(unlabeled, Lookahead) else 1
-    one_batch = isinstance(unlabeled, Tensor | dict | tuple | Lookahead)
-    outer = feed([labeled] if is_whole(labeled) else labeled, name="labeled", stop=count, device=trainer.device)
-    source = [unlabeled] if one_batch else unlabeled
-    inner = feed(source, name="unlabeled", stop=count * several, device=trainer.device)
-    try:
-        for _ in range(count):
-            batches = [inner.next() for _ in range(several)]
-            yield outer.next(), batches[0] if several == 1 else Lookahead(batches)
-    finally:
-        outer.close()
-        inner.close()
+    return passed if device.type == "cuda" else min(passed, time.process_time() - computed)

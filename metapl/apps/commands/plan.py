@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from metapl.ablation.results import in_units, size
 from metapl.apps.commands.inputs import check_file
 from metapl.apps.commands.parse import Command, File, unset
 from metapl.apps.machine.sealed import replacing
@@ -178,6 +179,19 @@ def lines(found: Plan) -> list[str]:
         _costs(found),
         "Not counted: what kernels and libraries take for themselves, and memory that lies in pieces.",
     ]
+
+
+def in_units(value: float, units: Mapping[str, float]) -> str:
+    """A value in the first of these units, the greatest first, that it reaches.
+
+    >>> in_units(0.00247, {"s": 1.0, "ms": 1e-3}), in_units(264_000_000, {"GB": 1e9, "MB": 1e6})
+    ('2.47 ms', '264 MB')
+    """
+    name, one = next(((name, one) for name, one in units.items() if value >= 0.9995 * one), list(units.items())[-1])
+    return f"{value / one:.3g} {name}"
+
+
+size = partial(in_units, units={"GB": 1e9, "MB": 1e6, "KB": 1e3})
 
 
 def _costs(found: Plan) -> str:
