@@ -160,7 +160,7 @@ def own_pair(*_: nn.Module) -> metapl.BilevelTrainer:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a Sequential": ({"networks": nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 2))}, "networks is of type Sequential"),
     "no network": ({"networks": [None, nn.Linear(3, 2)]}, "a network to rehearse is of type NoneType"),
-    "no function of batches": ({"batches": (torch.ones(4, 3),)}, "batches is a tuple of 1 .*expected a function"),
+    "no function of batches": ({"batches": (torch.ones(4, 3),)}, "batches is a tuple of 1.*expected a function"),
     "a tensor as a batch": ({"batches": lambda: torch.ones(4, 3)}, "what batches returns is a tensor of shape"),
     "no function of networks": ({"train": None}, "train is of type NoneType; expected a function"),
     "no trainer": ({"train": lambda *_: None}, "what train returns is of type NoneType; expected a trainer"),
