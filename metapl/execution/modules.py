@@ -26,6 +26,7 @@ def drop_rate(layer: nn.Module) -> float:
     names of their classes, and attention, which has a rate of its own; 0 for any other layer."""
     if isinstance(layer, nn.MultiheadAttention):
         return float(layer.dropout)
-    if "drop" not in (kind := type(layer).__name__.lower()) and "stochasticdepth" not in kind:
+    kinds = " ".join(kind.__name__.lower() for kind in type(layer).__mro__)  # of subclasses too
+    if "drop" not in kinds and "stochasticdepth" not in kinds:
         return 0.0
     return float(getattr(layer, "p", getattr(layer, "drop_prob", 0.0)) or 0.0)
