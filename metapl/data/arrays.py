@@ -59,7 +59,7 @@ def in_memory(source: Any, name: str, batch_size: int | None, dtype: torch.dtype
     if batch_size is None or batch_size < 1:
         raise MetaplError(f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a list.")
     rows = as_tensors(plain(source), dtype, f"{name} holds")
-    lengths = {len(t) if isinstance(t, Tensor) and t.ndim else 0 for t in pytree.tree_leaves(rows)}
+    lengths = {len(t) if t.ndim else 0 for t in pytree.tree_leaves(rows)}
     if len(lengths) != 1 or 0 in lengths:
         raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected as many in each, at least one.")
     return ArrayBatches(rows, batch_size, stream)

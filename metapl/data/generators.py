@@ -48,10 +48,18 @@ class Generators:
         for generator, state in zip(self._generators, states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
-            elif isinstance(generator, random.Random) or generator is random:
+            elif hasattr(generator, "setstate"):  # of Python
                 generator.setstate(state)
             else:  # a checkpoint that was loaded onto a device has moved a state of torch there too
-                generator.set_state(state.cpu() if isinstance(generator, torch.Generator) else state)
+                generator.set_state(state.cpu() if isinstance(state, torch.Tensor) else state)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if hasattr(generator, "getstate"):  # of Python
+        return generator.getstate()
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.get_state(legacy=False)
 
 
 def parts_of(source: Any) -> list[Any]:
@@ -67,11 +75,3 @@ def parts_of(source: Any) -> list[Any]:
                 several = key in ("datasets", "transforms") and isinstance(held.get(key), list | tuple)
                 waiting.extend(held[key] if several else [held.get(key)])
     return list(parts.values())
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, random.Random) or generator is random:
-        return generator.getstate()
-    return generator.get_state() if isinstance(generator, torch.Generator) else generator.get_state(legacy=False)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import length
 from metapl.execution.checks import described, logits_in, row_indices
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
@@ -212,7 +211,7 @@ class LabelAdjuster(nn.Module):
         num_classes, hidden, layers: C, the width of the hidden layers, and the number of linear layers.
 
     Cost: 2·C·hidden + (layers − 2)·hidden² + hidden·C weights, and no pass over the inputs.
-    Raises: :class:`metapl.MetaplError` for sizes that are no network, and for inputs of another number of classes.
+    Raises: :class:`metapl.MetaplError` for sizes that are no network.
 
     >>> stored = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]])
     >>> torch.allclose(label_adjuster(3)(stored).softmax(-1), stored, atol=1e-7)
@@ -225,15 +224,12 @@ class LabelAdjuster(nn.Module):
     def __init__(self, num_classes: AtLeastTwo, hidden: AtLeastOne = 128, layers: AtLeastTwo = 5) -> None:
         super().__init__()
         check_arguments(LabelAdjuster.__init__, locals())
-        self.num_classes = num_classes
         _, *linear = mlp([2 * num_classes, *[hidden] * (layers - 1), num_classes])
         for weight in linear[-1].parameters():
             nn.init.zeros_(weight)
         self.correction = nn.Sequential(*linear)
 
     def forward(self, stored_BC: Tensor) -> Tensor:
-        if stored_BC.shape[1:] != (self.num_classes,):
-            raise MetaplError(f"label_adjuster got {described(stored_BC)}; expected (B, {self.num_classes}).")
         q = wide(stored_BC)
         log_q = q.clamp_min(LEAST).log()
         read = torch.cat([q, log_q / -math.log(LEAST)], dim=1)
@@ -283,7 +279,8 @@ class Logits(nn.Module):
     Args:
         network: is held, not copied: what is trained are its own weights.
 
-    Raises: :class:`metapl.MetaplError` on a call, where it returns neither, or not (B, C), or (B, T, words).
+    Returns: a module from the inputs of B examples to logits (B, C), or (B, T, words).
+    Raises: :class:`metapl.MetaplError` on a call, where the network returns neither.
 
     >>> class Scorer(nn.Module):
     ...     def forward(self, input_ids, attention_mask):
@@ -302,12 +299,8 @@ class Logits(nn.Module):
             outputs = self.network(**inputs)
         else:
             outputs = self.network(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
-        logits, rows = outputs if isinstance(outputs, Tensor) else logits_in(outputs), length(inputs)
-        is_logits = isinstance(logits, Tensor) and logits.ndim >= 2 and logits.is_floating_point()
-        if not is_logits or (rows and len(logits) != rows):
-            raise MetaplError(
-                f"the {type(self.network).__name__} in metapl.models.Logits returned {described(outputs)} for {rows} "
-                "examples; expected logits (examples, classes) or (examples, tokens, words): a tensor, an object with "
-                ".logits or a dict with 'logits'."
-            )
+        logits = outputs if isinstance(outputs, Tensor) else logits_in(outputs)
+        if not isinstance(logits, Tensor):
+            name = type(self.network).__name__
+            raise MetaplError(f"{name} returned {described(outputs)}; expected a tensor, or logits in it.")
         return logits

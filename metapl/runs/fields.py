@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -142,11 +143,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in parts)
     if kind in (int, float):
+        number: Any = value
         if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
             return False
-        # Of whole numbers, some are beyond every float.
-        finite = abs(int(value)) < 2**1023 if isinstance(value, Integral) else math.isfinite(value)
-        return (kind is int or finite) and all(one.holds(value) for one in ranges)
+        return (kind is int or abs(number) <= sys.float_info.max) and all(one.holds(number) for one in ranges)
     if kind in (str, bool):
         return type(value) is kind
     if kind in (None, type(None), Any):

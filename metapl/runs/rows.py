@@ -28,8 +28,7 @@ class Metrics:
             lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
         except OSError as error:
             raise MetaplError(f"{self.file} cannot be read: {error.strerror}.") from error
-        found = [row for row in map(_row, lines) if row is not None]
-        return [row for row in found if phase is None or row["phase"] == phase]
+        return [row for row in map(_row, lines) if row is not None and phase in (None, row["phase"])]
 
     def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
         """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once with ``then``."""
