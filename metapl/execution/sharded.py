@@ -17,7 +17,6 @@ would be silently wrong here and are kept in this file:
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
-from metapl.execution.kernels import NotByThisMode
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass
 from metapl.execution.modules import named_parts
@@ -102,23 +100,18 @@ class ShardedStudent(LocalStudent):
         self.layout.reshard()
         frozen = {p: whole(p) for _, _, p in self.slots.parameters if is_sharded(p) and not p.requires_grad}
         held = [(table, name, frozen[p]) for table, name, p in self.slots.parameters if p in frozen]
-        hooks = [
-            table
-            for _, part in named_parts(self.module)
-            for table in (part._forward_pre_hooks, part._forward_hooks)
-            if any(map(_exchanges, table.values()))
-        ]
-        before = [OrderedDict(table) for table in hooks]
-        for table in hooks:
-            for number in [number for number, hook in table.items() if _exchanges(hook)]:
+        parts = [part for _, part in named_parts(self.module)]
+        hooks = [(table, dict(table)) for part in parts for table in (part._forward_pre_hooks, part._forward_hooks)]
+        for table, own in hooks:
+            for number in (number for number, hook in own.items() if _exchanges(hook)):
                 del table[number]
         try:
             with swapped([*super().held_at(params), *held]):
                 yield
         finally:
-            for table, kept in zip(hooks, before, strict=True):
+            for table, own in hooks:
                 table.clear()
-                table.update(kept)
+                table.update(own)
 
     def _write(self, params: Mapping[str, Tensor]) -> None:
         self.layout.reshard()
@@ -159,22 +152,21 @@ _Slot = tuple[dict[str, Any], str, str]
 @contextmanager
 def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Iterator[None]:
     """Make dual numbers of the weights that a block gathers while it runs in this block of code."""
-    like = {name: tensors[attribute] for tensors, attribute, name in slots}  # the sharded parameters
     before: list[tuple[dict[str, Any], str, Any]] = []
+    like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
 
     def enter(*_: Any) -> None:
         if before:
             return
-        direction = {name: whole(as_sharded(w[name], p)) for name, p in like.items() if name in w}
-        duals: dict[str, Tensor] = {}
+        direction = {name: whole(as_sharded(w[name], p)) for name, p in like.items()}
+        duals: dict[str, Tensor] = {}  # of tied weights, one
         for tensors, attribute, name in slots:
             weight = tensors[attribute]
             before.append((tensors, attribute, weight))
-            if name in direction:
-                if name not in duals:
-                    along = direction[name].to(weight.dtype)
-                    duals[name] = stand_in(forward_ad.make_dual(weight.detach(), along), weight)
-                tensors[attribute] = duals[name]
+            if name in direction and name not in duals:
+                dual = forward_ad.make_dual(weight.detach(), direction[name].to(weight.dtype))
+                duals[name] = stand_in(dual, weight)
+            tensors[attribute] = duals.get(name, weight)
 
     def leave(*_: Any) -> None:
         for tensors, attribute, weight in before:
@@ -199,8 +191,6 @@ class ShardedPass(Pass):
 
     @contextmanager
     def _along(self, w: Tree) -> Iterator[None]:
-        if self.student.layout.product_ranks > 1:
-            raise NotByThisMode("PyTorch has no forward mode through the exchanges of parallelize_module.")
         with self._again([]), self._there(), self.student.along(w):
             yield
 
@@ -236,9 +226,8 @@ class ShardedPass(Pass):
     def _moved(self, moved: Tree) -> Iterator[None]:
         if narrow := [dtype for dtype in self.student.formats if dtype in (torch.float16, torch.bfloat16)]:
             raise MetaplError(
-                f"the student is sharded with weights or a mixed-precision policy of {narrow[0]}, and a difference of "
-                'its outputs would be noise; use mode="forward", or shard it without param_dtype and give '
-                'precision="bfloat16".'
+                f"the student has weights or a mixed-precision policy of {narrow[0]}, in which a difference of outputs "
+                'would be noise; expected mode="forward", or precision="bfloat16" without param_dtype.'
             )
         with self._again([], upcast=True), self.student.moved_to(moved):
             yield

@@ -28,23 +28,18 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
 
 def both_batches(labeled: Any, unlabeled: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
     """The outer and the inner batch, each by either of its names; one that is missing is refused."""
-    if outer is inner is None and labeled is not None and unlabeled is not None:
-        return labeled, unlabeled
     labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
     if labeled is None or unlabeled is None:
-        missing = "labeled= (or outer=)" if labeled is None else "unlabeled= (or inner=)"
-        raise MetaplError(f"{missing} was not given; expected an outer and an inner batch.")
+        raise MetaplError("a batch is missing; expected labeled= (or outer=) and unlabeled= (or inner=).")
     return labeled, unlabeled
 
 
 def check_teacher(teacher: nn.Module | None, problem: Problem, **given: bool) -> None:
     """Refuse a problem without the teacher that makes its signal, one that is not used, and options that are ``given``
     for a teacher where there is none."""
-    kind = kind_of(problem)
-    if teacher is None and problem.has_teacher:
-        raise MetaplError(f"teacher is None, and {kind} takes its signal from a teacher; expected a torch.nn.Module.")
-    if teacher is not None and not problem.has_teacher:
-        raise MetaplError(f"a teacher was given, and {kind} has none; expected teacher=None.")
+    if (teacher is not None) != problem.has_teacher:
+        expected = "a torch.nn.Module, which makes its signal" if problem.has_teacher else "teacher=None"
+        raise MetaplError(f"teacher is of type {type(teacher).__name__}; {kind_of(problem)} expects {expected}.")
     for name in (name for name, is_given in given.items() if is_given and teacher is None):
         raise MetaplError(f"{name} was given with teacher=None, and there is no teacher to use it; leave it out.")
 
@@ -53,11 +48,8 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     """Refuse steps of the student that the mode or the problem cannot take, and what the layout does not offer."""
     kind, revising, entering = kind_of(problem), has_own(problem, "revised_signal"), enters_input(problem)
     if steps > 1 and (revising or not mode.looks_ahead):
-        who = kind if revising else f"mode '{mode.name}'"
-        several = ", ".join(modes_for(looks_ahead=True))
-        raise MetaplError(
-            f"{who} takes one student step, and {steps} were given; expected one, or a mode of {several}."
-        )
+        who, several = kind if revising else f"mode '{mode.name}'", ", ".join(modes_for(looks_ahead=True))
+        raise MetaplError(f"{who} takes one student step, and {steps} were given; expected one, or one of {several}.")
     if entering and revising:
         raise MetaplError(f"{kind} has revised_signal and student_input(batch, signal); expected one of the two.")
     if revising and getattr(mode, "normalization", None) == "cosine":
@@ -85,21 +77,19 @@ def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) ->
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
     if signal.sampled and mode.credits == "signal" and enters_input(problem):
         raise _labels_enter(mode, problem)
-    if not signal.sampled and not signal.differentiable() and mode.credits != "nothing":
-        raise MetaplError(
-            f"the problem's signal is {checks.described(signal.value)} without a log_prob, so mode '{mode.name}' has "
-            "nothing to differentiate; expected a floating-point tensor, or the log_prob of each sampled value."
-        )
     kind: Kind = "hard" if signal.sampled else "soft"
-    if kind not in mode.labels:
-        own = "sampled (it carries log_prob)" if signal.sampled else "differentiable (it carries no log_prob)"
+    constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"
+    if constant or kind not in mode.labels:
+        own = f"{checks.described(signal.value)} with{'' if signal.sampled else 'out'} a log_prob"
         fitting = ", ".join(modes_for(kind, looks_ahead=steps > 1))
-        raise MetaplError(f"the problem's signal is {own}, which mode '{mode.name}' does not take; expected {fitting}.")
+        raise MetaplError(
+            f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate; expected {fitting}, or a "
+            "signal of floating point, or one with the log_prob of each sampled value."
+        )
 
 
 def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:
     return MetaplError(
-        f"mode {mode.name!r} credits each label apart, and the sampled labels of {kind_of(problem)} enter the "
-        "student's input, where they act on others too; expected 'reinforce', 'loss_difference' or 'none', or a "
-        "differentiable signal (without log_prob)."
+        f"mode {mode.name!r} credits each label apart, and those of {kind_of(problem)} enter the student's input, "
+        "where they act on others too; expected 'reinforce', 'loss_difference' or 'none', or a differentiable signal."
     )

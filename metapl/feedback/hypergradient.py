@@ -21,7 +21,7 @@ from metapl.feedback.compatible import both_batches, check_mode, check_teacher, 
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import take_steps
-from metapl.feedback.resuming import known_by, states_in
+from metapl.feedback.resuming import states_in
 from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
@@ -108,8 +108,7 @@ def hypergradient(
             recomputed too.
         clip_norm: the greatest global norm of the student's gradient in each step; None: no clipping. The clip is part
             of the update, so the feedback includes its derivative.
-        progress: show on standard error how far a look-ahead is: the steps, and the steps back; a bar on a terminal,
-            else a line a minute at most.
+        progress: show on standard error how far a look-ahead is: the steps, and the steps back; on a terminal alone.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; some five real steps on copies, more where it is not.
 
@@ -146,28 +145,21 @@ def hypergradient(
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else Lookahead([unlabeled])
     folder = folder_of(estimate.keep_on) if ahead is unlabeled else None
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
-    labeled, first = problem.outer_batch(labeled), batches[0]
-    options = ahead.options(update)
+    labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()
-    local_student = student_of(of_student, double_backward=estimate.keep_graph)
-    ranks = of_student.ranks
+    local_student, ranks = student_of(of_student, double_backward=estimate.keep_graph), of_student.ranks
     teach = Teaching(of_teacher, problem, estimate, generator, ranks, device, batches, accumulate, recompute_teacher)
     graph_of = estimate.graph_of(len(batches), local_student)
     kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
-    shown = partial(counted, progress and of_student.ranks.first, len(batches))
-    going_on = NOTHING
-    if folder is not None:
-        of = known_by(local_student, teach, update, inner_optimizer, options, labeled, first)
-        going_on = states_in(folder, of, local_student, teach, update)
+    shown = partial(counted, progress and ranks.first, len(batches))
+    made_of = local_student, teach, update, inner_optimizer, options, labeled, batches[0]
+    going_on = NOTHING if folder is None else states_in(folder, *made_of)
+    as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
 
-    with (
-        restored(teach.slots, local_student.slots, device=device, generator=generator, always=True),
-        kernels,
-        going_on as states,
-    ):
+    with as_it_was, kernels, going_on as states:
         with shown("steps", 0 if states is None else states.done) as tell:
             path = take_steps(  # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
                 local_student,

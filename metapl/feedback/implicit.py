@@ -11,12 +11,12 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -93,40 +93,34 @@ class Implicit(Estimator):
 def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
     """Conjugate gradients: exact to rounding after as many iterations as a positive H has distinct eigenvalues.
 
-    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding. On an
-    accelerator those after the end are run too, so that the host need not wait.
+    They end where the residual is within rounding of zero, or where a direction has no curvature beyond rounding; the
+    host reads three numbers an iteration.
     """
     rounding = 10 * max(torch.finfo(t.dtype).eps for t in v.values())
-    x = scaled(v, 0.0)
-    r, p = v, v
-    rr = first = dot(r, r)
-    tiny = torch.finfo(rr.dtype).tiny
-    largest = torch.zeros_like(rr)
-    ended = rr <= 0
+    x, r, p = scaled(v, 0.0), v, v
+    rr = first = float(dot(r, r))
+    largest = 0.0
     for number in range(iterations):
-        if not checks.waits(ended) and bool(ended):
+        if rr <= rounding**2 * first:
             break
         q = _plus(product(p), p, damping)
-        curvature, p_norm, q_norm = dot(p, q), norm(p), norm(q)
-        checks.refuse(
-            ~q_norm.isfinite() & ~ended,
-            f"a product of Implicit's conjugate gradients is not finite: damping={damping:g} is too large, or the "
-            "student has diverged.",
-        )
-        largest = torch.maximum(largest, q_norm / p_norm.clamp_min(tiny))  # at most the greatest eigenvalue
-        flat = curvature <= rounding * p_norm * q_norm
-        negative = flat if number == 0 else curvature < -rounding * largest * p_norm**2  # v itself must be curved
-        checks.refuse(
-            negative & ~ended,
-            "the inner loss curves downwards along a direction of the conjugate gradients, so the student is not near "
-            'its optimum; expected a larger damping, or solver="neumann" or "identity".',
-        )
-        ended = ended | flat
-        alpha = torch.where(ended, 0.0, rr / curvature.clamp_min(tiny))
+        curvature, p_norm, q_norm = torch.stack([dot(p, q), norm(p), norm(q)]).tolist()
+        if not math.isfinite(q_norm):
+            raise MetaplError(
+                f"a product with H is not finite: the student has diverged, or damping={damping:g} is large."
+            )
+        largest = max(largest, q_norm / p_norm)  # at most the greatest eigenvalue
+        if curvature <= rounding * p_norm * q_norm:
+            if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved
+                raise MetaplError(
+                    "the inner loss curves downwards along a conjugate gradient, so the student is not near its "
+                    'optimum; expected a larger damping, or solver="neumann" or "identity".'
+                )
+            break
+        alpha = rr / curvature
         x, r = _plus(x, p, alpha), _plus(r, q, -alpha)
-        rr, before = dot(r, r), rr
-        ended = ended | (rr <= rounding**2 * first)
-        p = _plus(r, p, torch.where(ended, 0.0, rr / before.clamp_min(tiny)))
+        rr, before = float(dot(r, r)), rr
+        p = _plus(r, p, rr / before)
     return x
 
 
@@ -138,11 +132,11 @@ def neumann(product: Product, v: Tree, iterations: int, step_size: float, dampin
         x = _plus(x, term, 1.0)
     checks.refuse(
         ~(norm(term) <= step_size * norm(v)),  # a series that overflows is NaN in the end
-        f"the Neumann series diverges with step_size={step_size:g} and damping={damping:g}; expected a step_size below "
-        "2 over the greatest eigenvalue of the inner loss's second derivative plus damping.",
+        f"the Neumann series diverges; expected step_size={step_size:g} below 2 over the greatest eigenvalue of H + "
+        f"damping, {damping:g}.",
     )
     return x
 
 
-def _plus(a: Tree, b: Tree, factor: Tensor | float) -> Tree:
-    return {n: t + (factor.to(t.dtype) if isinstance(factor, Tensor) else factor) * b[n] for n, t in a.items()}
+def _plus(a: Tree, b: Tree, factor: float) -> Tree:
+    return {name: t + factor * b[name] for name, t in a.items()}

@@ -64,30 +64,34 @@ def keeping(
 
     Raises: :class:`metapl.MetaplError` for a way that all of this memory does not hold, and for a folder that is none.
     """
-    folder = folder_of(on)
+    folder, place = folder_of(on), torch.device("cpu") if on == "cpu" else device
+    levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
+    all_held, root = Keeping((), on), Keeping((math.isqrt(steps - 1) + 1,), on)
+    tree = Keeping(tuple(BRANCHING**level for level in range(levels, 0, -1)), on) if levels > 0 else root
+    known = None if folder else free_bytes(place)
+    free = math.inf if known is None else float(known)
     if not ranks.alone:  # of parts that differ in size; every process has to choose the same
-        state = int(ranks.greatest(torch.tensor(float(state), dtype=torch.float64, device=ranks.device)))
-    all_held, root, tree = (Keeping(spacings, on) for spacings in ((), (math.isqrt(steps - 1) + 1,), _tree(steps)))
-    free = None if folder else _share_of_free(torch.device("cpu") if on == "cpu" else device, ranks)
+        if place.type == "cpu":
+            free /= int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes))
+        most, least = ranks.greatest(torch.tensor([state, -free], dtype=torch.float64, device=ranks.device)).tolist()
+        state, free = int(most), -least
 
     def fits(way: Keeping, share: float = 1.0) -> bool:
-        return free is None or (way.states(steps) - 1) * state <= share * free  # the student has the first
+        return (way.states(steps) - 1) * state <= share * free  # the student has the first
 
     if how is not None:
-        asked = (tree if tree.spacings else root) if how == "tree" else Keeping((how,) if how > 1 else (), on)
-    elif folder or (free is None and steps > ALL_KEPT):
+        asked = tree if how == "tree" else Keeping((how,) if how > 1 else (), on)
+    elif folder or (free == math.inf and steps > ALL_KEPT):
         asked = root
-    elif steps <= ALL_KEPT:
-        asked = all_held
     else:
-        asked = next((way for way in (all_held, root, tree) if fits(way, SHARE)), tree)
+        ways = (all_held,) if steps <= ALL_KEPT else (all_held, root, tree)
+        asked = next((way for way in ways if fits(way, SHARE)), ways[-1])
     if folder and not asked.spacings:
         raise MetaplError(f"keep_every=1 holds all steps, and none in the folder {on!r}; expected keep_every=None.")
-    if free is not None and not fits(asked):
-        fitting = 'keep="tree"' if fits(tree) else "keep_on= with a folder"
+    if not fits(asked):
         raise MetaplError(
             f"{asked.words(steps)} would keep {asked.states(steps):,} states of {state / 2**20:,.0f} MiB, and "
-            f"{free / 2**20:,.0f} MiB are free; expected {fitting}, or fewer steps."
+            f'{free / 2**20:,.0f} MiB are free; expected keep="tree", keep_on= with a folder, or fewer steps.'
         )
     return asked
 
@@ -99,24 +103,6 @@ def folder_of(on: str | None) -> FilePath | None:
     if not FilePath(on).is_dir():
         raise MetaplError(f'keep_on={on!r} is no folder; expected "cpu", or a folder that exists.')
     return FilePath(on)
-
-
-def _tree(steps: int) -> tuple[int, ...]:
-    """Powers of :data:`BRANCHING` below ``steps``, from the greatest to the least."""
-    levels = math.ceil(math.log(steps, BRANCHING) - 1e-9) - 1
-    return tuple(BRANCHING**level for level in range(levels, 0, -1))
-
-
-def _share_of_free(device: torch.device, ranks: Ranks) -> int | None:
-    """:func:`free_bytes`, of which the processes of one machine share those of the host; the least of all processes,
-    which have to keep the same steps."""
-    free = free_bytes(device)
-    if ranks.alone:
-        return free
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.processes)) if device.type == "cpu" else 1
-    own = math.inf if free is None else free // together
-    least = -float(ranks.greatest(torch.tensor(-own, dtype=torch.float64, device=ranks.device)))
-    return None if least == math.inf else int(least)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import plain
-from metapl.updates import Clipped, Update, options_by_step
+from metapl.updates import options_by_step
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class Lookahead(Sequence[Any]):
         given = self.batches
         if not callable(given) and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
             raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(given)}; expected a list of batches, one for "
-                "each student step, such as metapl.Lookahead([u1, u2]), or a function of the step's number, "
-                "metapl.Lookahead(batch_of, steps=100)."
+                f"Lookahead was given batches that are {checks.described(given)}; expected a list of them, or a "
+                "function of the step's number with steps=."
             )
         if callable(given) or self.steps is not None:
             checks.whole_number(self.steps, f"Lookahead(steps={self.steps!r})", "a number of student steps")
@@ -62,29 +62,22 @@ class Lookahead(Sequence[Any]):
             raise IndexError(number)
         return plain(self.batches(number) if callable(self.batches) else self.batches[number])
 
-    def options(self, update: Update) -> list[list[dict[str, Any]]]:
+    def options(self, optimizer: Any) -> list[list[dict[str, Any]]]:
         """The options of the inner optimizer in each step, where a schedule makes them differ."""
         if self.schedule is None:
             return []
-        optimizer: Any = getattr(update.inner if isinstance(update, Clipped) else update, "optimizer", None)
-        if optimizer is None:
-            update.at(())  # which refuses it
+        if not isinstance(optimizer, Optimizer):
+            raise MetaplError("Lookahead(schedule=) is for torch.optim; expected torchopt.schedule in the transform.")
         return options_by_step(optimizer, self.schedule, len(self))
 
 
 def inner_batches(unlabeled: Any, asked: int = 1) -> list[Any]:
     """The batches of a look-ahead, with their dict-like parts as dicts; any other batch is a look-ahead of one step,
-    which one who ``asked`` for more is told."""
+    and refused where more were ``asked`` for."""
     if not isinstance(unlabeled, Lookahead):
         if asked > 1:
-            raise MetaplError(
-                f"the trainer has lookahead={asked}, and step() was given one unlabeled batch; expected a look-ahead, "
-                f"metapl.Lookahead([u1, ..., u{asked}]), or a trainer with lookahead=1."
-            )
+            raise MetaplError(f"the trainer has lookahead={asked}; expected a metapl.Lookahead of {asked} batches.")
         return [plain(unlabeled)]
     if unlabeled.schedule is not None:
-        raise MetaplError(
-            "Lookahead was given a schedule, which is for metapl.hypergradient; the steps of a trainer are at the rate "
-            "that its inner optimizer has: expected Lookahead(batches) without schedule."
-        )
+        raise MetaplError("Lookahead(schedule=) is for metapl.hypergradient; a trainer's optimizer has its own rate.")
     return list(unlabeled)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -217,21 +216,12 @@ def test_batches_that_no_step_back_reads_are_those_of_before(tmp_path: Path) -> 
         gradient(str(tmp_path), lambda: None, mode={"truncate": 3}, batch=lambda k: batch(k and k + 50))
 
 
-FAULTS: dict[str, Callable[[Path, Path], Any]] = {
-    "damaged": lambda file, _: file.write_bytes(file.read_bytes()[:-1] + b"?"),
-    "another step's": lambda file, _: shutil.copy(file.parent / "steps-00000014.ckpt", file),
-    "another path's": lambda file, other: shutil.copy(other, file),
-}
-
-
-@pytest.mark.parametrize("case", FAULTS)
-def test_a_damaged_or_exchanged_file_is_named(case: str, tmp_path: Path) -> None:
-    for seed, folder in enumerate("ab"):
-        (tmp_path / folder).mkdir()
-        with pytest.raises(ZeroDivisionError):
-            gradient(str(tmp_path / folder), stopped_at(20), seed=seed)
-    FAULTS[case](*(tmp_path / folder / "steps-00000007.ckpt" for folder in "ab"))
+def test_a_damaged_file_is_refused_and_another_path_begins_without_it(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        gradient(str(tmp_path), stopped_at(20))
+    file = tmp_path / "steps-00000007.ckpt"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(MetaplError):
-        gradient(str(tmp_path / "a"), lambda: None)
-    (tmp_path / "a" / "path.ckpt").unlink()
-    assert same(gradient(str(tmp_path / "a"), lambda: None), gradient(None, lambda: None))
+        gradient(str(tmp_path), lambda: None)
+    (tmp_path / "path.ckpt").unlink()
+    assert same(gradient(str(tmp_path), lambda: None), gradient(None, lambda: None))
