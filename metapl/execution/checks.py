@@ -39,9 +39,12 @@ class Fault:
                 )
 
 
+_interpreters = torch._C._functorch.peek_interpreter_stack
+
+
 def transformed() -> bool:
     """Whether this runs inside a transform of ``torch.func``, or is being compiled: no value can be read then."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or _interpreters() is not None
 
 
 # What collects the checks that would have to wait for a device; None: the host waits.

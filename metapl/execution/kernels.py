@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.errors import MetaplError
 
@@ -19,18 +19,34 @@ class NotByThisMode(MetaplError):
     """A student that one mode cannot differentiate, and others may."""
 
 
+_CUDA: Any = torch.backends.cuda
+_FUSED = (  # kernels of attention, on every device, which have neither forward mode nor a second derivative
+    (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
+    (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
+    (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+)
+
+
 @contextmanager
 def no_fast_path(*, math: bool = False) -> Iterator[None]:
     """Disable the fused path of PyTorch's attention layers, which it takes in eval mode without a graph, and which
-    treats padded rows differently; ``math``: and the fused kernels, which have neither forward mode nor a second
-    derivative."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    treats padded rows differently; ``math``: and the fused kernels."""
+    # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
+    path = torch.backends.mha
+    fast, plain = path.get_fastpath_enabled(), _CUDA.math_sdp_enabled()
+    fused = [enable for enabled, enable in _FUSED if enabled()] if math else []
+    path.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH) if math else nullcontext():
-            yield
+        for enable in fused:
+            enable(False)
+        if math:
+            _CUDA.enable_math_sdp(True)
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        path.set_fastpath_enabled(fast)
+        for enable in fused:
+            enable(True)
+        _CUDA.enable_math_sdp(plain)
 
 
 @cache

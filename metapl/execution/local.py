@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from metapl.execution.state import Replay, Slot, Slots, State, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
-_HALF = {torch.float16, torch.bfloat16}
+_HALF, _DTYPE = {torch.float16, torch.bfloat16}, attrgetter("dtype")
 
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
@@ -41,6 +42,7 @@ class LocalStudent:
 
     Args:
         parameters: those that it learns, by name; None: all that require a gradient.
+        slots: its tables where they have been read in this step already.
         double_backward: keep the gradients of its passes of record differentiable in the signal.
     """
 
@@ -55,14 +57,15 @@ class LocalStudent:
         ranks: Ranks = ALONE,
         space: Space = WHOLE,
         parameters: dict[str, nn.Parameter] | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.module, self.double_backward, self.ranks, self.space = module, double_backward, ranks, space
-        self.slots = Slots(module)
+        self.slots = slots or Slots(module)
         self.parameters: dict[str, nn.Parameter] = self.slots.learned if parameters is None else parameters
-        self.weights: Tree = dict(self.parameters)
-        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
-        self.device = next(iter(self.parameters.values())).device
-        self.formats = [p.dtype for p in self.parameters.values()]
+        own = self.parameters.values()
+        self.params: Tree = dict(zip(self.parameters, map(Tensor.detach, own), strict=True))
+        self.device = next(iter(own)).device
+        self.formats = set(map(_DTYPE, own))
         self.half = not _HALF.isdisjoint(self.formats)
 
     def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
@@ -78,23 +81,22 @@ class LocalStudent:
     ) -> tuple[Tensor, Tree]:
         """The value of :meth:`loss`, and its gradient; weights that no loss reaches have zeros."""
         at = self.as_leaves(params)
-        values: list[tuple[Tensor, Tensor | float]] = []
-        gradients: list[Tree] = []
+        values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with self._beside(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self.forward(x))
-                v = self.gradient(value, at) if value.requires_grad else {}
-                gradients.append(v)
+                gradients.append(self.gradient(value, at) if value.requires_grad else {})
                 values.append((value.detach(), weight))
         if not any(gradients):
             raise MetaplError(
                 "the outer loss has no gradient in any weight of the student, so there is no feedback to learn from: "
                 "expected an outer_loss that uses the student's outputs without detaching them."
             )
-        full = [{name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()} for v in gradients]
         mean, weight = self.mean_of_all(values)
-        v = mean_tree(full)
+        v = mean_tree(gradients)
+        if len(v) < len(at):
+            v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
         return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v
 
     def mean_of_all(self, values: Sequence[tuple[Tensor, Tensor | float]]) -> tuple[Tensor, Tensor | float]:
@@ -116,7 +118,7 @@ class LocalStudent:
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         """The gradient of a scalar in the weights that it reaches, the mean over the ranks."""
-        found = torch.autograd.grad(value, list(at.values()), create_graph=create_graph, allow_unused=True)
+        found = torch.autograd.grad(value, [*at.values()], create_graph=create_graph, allow_unused=True)
         grads = {name: g for name, g in zip(at, found, strict=True) if g is not None}
         return grads if self.ranks.alone else self.ranks.mean_tree(grads, at)
 
@@ -126,7 +128,7 @@ class LocalStudent:
 
     def as_leaves(self, params: Tree) -> Tree:
         """Weights as leaves of a graph, which are parameters for a forward that asks."""
-        return {name: stand_in(p.detach(), self.parameters[name]) for name, p in params.items()}
+        return {name: _leaf(p, self.parameters[name]) for name, p in params.items()}
 
     def over_ranks(self, tree: Tree) -> Tree:
         """The mean over the ranks of what each has found of whole weights, of which this process holds its parts."""
@@ -143,7 +145,7 @@ class LocalStudent:
 
     def _beside(self, params: Tree, start: RandomState) -> AbstractContextManager[Any]:
         """Other weights, copies of the state, and a stream of draws beside the caller's."""
-        return Replay(start, State(self.slots), self.held_at(params))
+        return Replay(start, self.slots, self.held_at(params))
 
 
 class Pass:
@@ -159,7 +161,7 @@ class Pass:
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
         self._kept: tuple[Tree, list[Tensor]] | None = None  # g with a graph, and the leaves that it is derived in
         if params is student.params:
-            self._at: Tree = student.weights
+            self._at: Tree = {**student.parameters}
             self._held: list[Slot] = []
         else:
             self._at = params if student.double_backward else student.as_leaves(params)
@@ -358,7 +360,7 @@ def gradient_through(
     if not moved:
         return [None for _ in leaves]
     # A checkpoint of an inner pass runs again here, at θ.
-    with Replay(RandomState.now(student.device), State(student.slots), []):
+    with Replay(RandomState.now(student.device), student.slots):
         found = torch.autograd.grad(
             list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
         )
@@ -368,6 +370,12 @@ def gradient_through(
 def as_leaves(params: Tree) -> Tree:
     """The same weights, as tensors that a graph begins at."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
+
+
+def _leaf(t: Tensor, own: nn.Parameter) -> Tensor:
+    if type(own) is nn.Parameter and not own.__dict__:  # in one call
+        return Tensor._make_subclass(nn.Parameter, t, own.requires_grad)
+    return stand_in(t.detach(), own)
 
 
 def _some(t: Tensor) -> Tensor:

@@ -6,8 +6,18 @@ from torch import Tensor, nn
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The module itself and its submodules, once each, with the prefix of the names of their tensors."""
-    return [(f"{name}." if name else "", part) for name, part in module.named_modules()]
+    """The module itself and its submodules, once each, with the prefix of the names of their tensors: the order and
+    names of ``named_modules``, in a fraction of its time."""
+    found: dict[nn.Module, str] = {}
+    waiting = [("", module)]
+    while waiting:
+        prefix, part = waiting.pop()
+        if part not in found:
+            found[part] = prefix
+            if part._modules:
+                children = [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
+                waiting += children[::-1]
+    return [(prefix, part) for part, prefix in found.items()]
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Tree = dict[str, Tensor]
+_HALF, _DTYPE = {torch.float16, torch.bfloat16}, attrgetter("dtype")
 
 
 def wide(t: Tensor) -> Tensor:
     """float32 or wider: losses and products are not taken in half precision."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in _HALF else t
+
+
+def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Each of them in float32 or wider."""
+    given = [*tensors]
+    return given if _HALF.isdisjoint(map(_DTYPE, given)) else [wide(t) for t in given]
 
 
 def in_type_of(network: nn.Module, t: Tensor) -> Tensor:
@@ -41,7 +49,7 @@ class Space:
 
     def norm(self, a: Tree) -> Tensor:
         """‖a‖ over all parameters, a scalar."""
-        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([wide(t) for t in a.values()])))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(wide_list(a.values()))))
         return total
 
     def slope(self, a: Tree, b: Tree) -> tuple[Tensor, Tensor]:
@@ -50,9 +58,10 @@ class Space:
         return flat.sum(), torch.linalg.vector_norm(flat)
 
     def _flat(self, a: Tree, b: Tree) -> Tensor:
-        names = [name for name in a if name in b]
-        terms = torch._foreach_mul([wide(a[name]) for name in names], [wide(b[name]) for name in names])
-        return torch.cat([t.flatten() for t in terms])
+        if a.keys() != b.keys():
+            a = {name: t for name, t in a.items() if name in b}
+        terms = torch._foreach_mul(wide_list(a.values()), wide_list(map(b.__getitem__, a)))
+        return torch.cat([*map(Tensor.flatten, terms)])
 
     def count(self, a: Tree) -> int:
         return sum(t.numel() for t in a.values())

@@ -103,7 +103,7 @@ class Ranks:
 
     def own_rows(self, every: Tensor) -> Tensor:
         """This rank's rows of all of them."""
-        return every.chunk(self.size)[self.rank]
+        return every if self.alone else every.chunk(self.size)[self.rank]
 
     def norm(self, t: Tensor) -> Tensor:
         """The norm of a tensor of which each rank holds some rows, a scalar."""
@@ -168,24 +168,28 @@ def rows_shared(ranks: Ranks) -> Iterator[None]:
         _sharing.reset(token)
 
 
-def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard Gumbel noise, (rows, classes), in float32 or wider: log p plus it is greatest at a class drawn
-    from p. Unlike ``torch.multinomial`` it is compiled and stacked as any operation, and can be made beforehand."""
+def uniform(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform noise, (rows, classes), of which :func:`draw_classes` makes labels; in float32 or wider."""
     # In float32, whatever the type: a seed draws the same labels in float64 and under autocast.
     u = torch.rand(rows, classes, generator=generator, dtype=torch.float32, device=like.device)
-    return -(-u.to(like.dtype if like.dtype == torch.float64 else torch.float32).log()).log()
+    return u.double() if like.dtype == torch.float64 else u
+
+
+def gumbel(rows: int, classes: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard Gumbel noise, (rows, classes): log p plus it is greatest at a class drawn from p. Unlike
+    ``torch.multinomial`` it is compiled and stacked as any operation, and can be made beforehand."""
+    return -(-uniform(rows, classes, like, generator).log()).log()
 
 
 def draw_classes(probabilities: Tensor, generator: torch.Generator | Tensor | None) -> Tensor:
     """A class for each row of probabilities (B, C), as a column (B, 1); in the place of a generator, Gumbel noise."""
-    if isinstance(generator, Tensor) or checks.transformed():
-        rows, classes = probabilities.shape
-        noise = generator if isinstance(generator, Tensor) else gumbel(rows, classes, probabilities)
-        return (probabilities.log() + noise).argmax(-1, keepdim=True)
+    if isinstance(generator, Tensor):
+        return (probabilities.log() + generator).argmax(-1, keepdim=True)
     # Every rank draws for all rows: with equal generators the labels are those that one process would draw.
-    ranks = _sharing.get()
-    every = gumbel(ranks.size * len(probabilities), probabilities.shape[1], probabilities, generator)
-    return (probabilities.log() + ranks.own_rows(every)).argmax(-1, keepdim=True)
+    ranks = ALONE if checks.transformed() else _sharing.get()
+    every = uniform(ranks.size * len(probabilities), probabilities.shape[1], probabilities, generator)
+    # log u / p is greatest where log p and the Gumbel noise −log(−log u) are, in half of the operations.
+    return (ranks.own_rows(every).log() / probabilities).argmax(-1, keepdim=True)
 
 
 class _AllRows(torch.autograd.Function):

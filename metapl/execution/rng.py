@@ -6,15 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(NamedTuple):
     """A saved state of the default generators that a forward pass on ``device`` may draw from."""
 
     device: torch.device

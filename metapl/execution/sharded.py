@@ -32,16 +32,18 @@ from metapl.execution.modules import named_parts
 from metapl.execution.numerics import Tree
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import as_sharded, is_sharded, laid_out_like, local, whole
-from metapl.execution.state import Replay, Slot, State, stand_in, swapped
+from metapl.execution.state import Replay, Slot, Slots, stand_in, swapped
 
 
-def student_of(network: nn.Module | Layout, *, double_backward: bool = False) -> LocalStudent:
+def student_of(
+    network: nn.Module | Layout, *, double_backward: bool = False, slots: Slots | None = None
+) -> LocalStudent:
     """A student as it is laid out, a module of this process alone or any other; for the arguments see
     :class:`metapl.execution.local.LocalStudent`."""
     layout = network if isinstance(network, Layout) else Layout(network)
     if layout.is_sharded:
         return ShardedStudent(layout)
-    return LocalStudent(layout.network, double_backward=double_backward, ranks=layout.ranks)
+    return LocalStudent(layout.network, double_backward=double_backward, ranks=layout.ranks, slots=slots)
 
 
 class ShardedStudent(LocalStudent):
@@ -56,7 +58,7 @@ class ShardedStudent(LocalStudent):
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         policies = [block._get_fsdp_state()._mp_policy.param_dtype for block in layout.blocks]
-        self.formats += [dtype for dtype in policies if dtype is not None]
+        self.formats |= {dtype for dtype in policies if dtype is not None}
 
     def loss(self, *given: Any, **how: Any) -> Tensor:
         with torch.no_grad():
@@ -67,7 +69,7 @@ class ShardedStudent(LocalStudent):
 
     @contextmanager
     def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
-        with self.moved_to(params), Replay(start, State(self.slots)):
+        with self.moved_to(params), Replay(start, self.slots):
             yield
 
     @contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain
+from operator import attrgetter
 from threading import RLock
 from typing import Any, TypeVar, cast
 
@@ -26,23 +28,25 @@ Slot = tuple[Table, str, Any]  # a place in a table, and a tensor for it
 
 
 class Slots:
-    """The places where a module holds its tensors now; read anew in every step, so that new heads need no guard.
+    """The places where a module holds its tensors, as they are in one step.
 
     Attributes:
         parameters: every place of a parameter; one that is held twice has two.
         learned: the parameters that require a gradient, once each, by their first name.
         frozen: the places of the others.
-        buffers: the tables of buffers.
+        buffers, empty: the tables of buffers that hold some, and those that hold none.
+        mark: what verification holds for, as one number: the modules' modes and numbers of hooks, and which parameters
+            are learned; the same in every process.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.parameters: list[Slot] = []
         self.frozen: list[Slot] = []
-        self.buffers: list[Table] = []
         self.state: State | None = None  # as a step begins, until its first pass has taken it
         first: dict[int, tuple[str, nn.Parameter]] = {}
-        for prefix, part in named_parts(module):
+        named = named_parts(module)
+        for prefix, part in named:
             for name, p in part._parameters.items():
                 if p is None:
                     continue
@@ -51,25 +55,53 @@ class Slots:
                     first.setdefault(id(p), (prefix + name, p))
                 elif not is_sharded(p):  # a block exchanges those, whatever the table holds
                     self.frozen.append((part._parameters, name, p))
-            self.buffers.append(part._buffers)
         self.learned = dict(first.values())
+        self._parts = [part for _, part in named]
+        self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
+        self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
+        self._held, self._flags = self._now()
+        self.mark = hash(tuple(self._flags))
+        tables = [part._buffers for part in self._parts]
+        self.buffers, self.empty = [t for t in tables if t], [t for t in tables if not t]
+
+    def _now(self) -> tuple[list[int], list[int]]:
+        parameters = [p for _, _, p in self.parameters]
+        flags = *map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, parameters)
+        return [*map(id, chain.from_iterable(map(dict.values, self._tables)))], [*flags]
+
+    def as_now(self) -> Slots:
+        """These, or the module's new ones where parameters, submodules, modes or hooks have been changed since."""
+        same = (self._held, self._flags) == self._now() and all(self.buffers) and not any(self.empty)
+        return self if same else Slots(self.module)
+
+
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRAINING, _LEARNS = attrgetter("training"), attrgetter("requires_grad")
 
 
 class State:
-    """A snapshot of a network's state: the tensors that its tables hold, and copies of their values."""
+    """A snapshot of a network's state: the tensors that its tables hold, and copies of their values, or these tensors
+    themselves, to be copied from before the network runs again."""
 
-    def __init__(self, slots: Slots) -> None:
-        self._tables = [(table, dict(table)) for table in slots.buffers]
+    def __init__(self, slots: Slots, *, copies: bool = True) -> None:
+        self._empty = slots.empty
+        tables = slots.buffers
+        if any(slots.empty):  # in the meantime, a pass has made buffers
+            self._empty, tables = [t for t in slots.empty if not t], [*tables, *filter(None, slots.empty)]
+        self._tables = [(table, dict(table)) for table in tables]
         self._frozen = slots.frozen
-        self._held: dict[int, Tensor] = {id(p): p for _, _, p in slots.frozen}
+        self._held: dict[int, Tensor] = {id(p): p for _, _, p in slots.frozen} if slots.frozen else {}
         for _, table in self._tables:
-            if table:  # most modules have no buffers
-                self._held |= {id(t): t for t in table.values() if t is not None}
-        self._values = {key: t.detach().clone() for key, t in self._held.items()}
+            self._held |= {id(t): t for t in table.values() if t is not None}
+        self._values: dict[int, Tensor] = {}
+        if self._held:
+            self._values = {key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()}
 
     def restore(self) -> None:
         """Put the tensors back into the tables, and their values into them."""
         _fill(self._tables)
+        for table in self._empty:
+            table.clear()
         for table, name, p in self._frozen:
             table[name] = p
         for key, t in self._held.items():
@@ -93,24 +125,29 @@ class State:
 
 
 class Replay:
-    """In this block, torch draws from ``random``, and a network holds fresh copies of a state (``upcast``: in float32
-    or wider) and the tensors ``held``; afterwards all is as it was before the block."""
+    """In this block, torch draws from ``random``, and a network holds the tensors ``held`` and fresh copies of a
+    ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
 
-    def __init__(self, random: RandomState, state: State, held: Sequence[Slot] = (), *, upcast: bool = False) -> None:
+    def __init__(
+        self, random: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
+    ) -> None:
         self._random, self._state, self._held, self._upcast = random, state, held, upcast
 
     def __enter__(self) -> None:
         self._before = RandomState.now(self._random.device)
         self._random.restore()
-        state, slots = self._state, list(self._held)
-        self._tables = [(table, dict(table)) for table, _ in state._tables]
-        if state._values or any(now for _, now in self._tables):
-            fresh: dict[int, Any] = {key: t.clone() for key, t in state._values.items()}
+        state, slots = self._state, self._held
+        known = state if isinstance(state, State) else State(state, copies=False)
+        self._tables: list[tuple[Table, Table]] = []
+        if known._values or known._tables or any(known._empty):
+            made = [(table, Table()) for table in known._empty if table]  # by a later pass
+            self._tables = [(table, dict(table)) for table, _ in (*known._tables, *made)]
+            fresh: dict[int, Any] = {key: t.clone() for key, t in known._values.items()}
             if self._upcast:
                 fresh = {key: wide(t) for key, t in fresh.items()}
             fresh[id(None)] = None  # a buffer that has no value yet
-            _fill([(table, {name: fresh[id(t)] for name, t in held.items()}) for table, held in state._tables])
-            slots += [(table, name, stand_in(fresh[id(p)], p)) for table, name, p in state._frozen]
+            _fill([(table, {name: fresh[id(t)] for name, t in held.items()}) for table, held in known._tables] + made)
+            slots = [*slots, *((table, name, stand_in(fresh[id(p)], p)) for table, name, p in known._frozen)]
         self._slots = [(table, name, table[name]) for table, name, _ in slots]
         for table, name, t in slots:
             table[name] = t
@@ -124,14 +161,15 @@ class Replay:
 
 def _fill(tables: Sequence[tuple[Table, Table]]) -> None:
     for table, held in tables:
-        if table or held:
-            table.clear()
-            table.update(held)
+        table.clear()
+        table.update(held)
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:
     """A tensor to stand in for a network's own: of its type, with its attributes, and as a leaf, which needs a gradient
     if that does. A forward that asks, such as ``isinstance(weight, nn.Parameter)``, goes the same way."""
+    if type(t) is type(own) and t.requires_grad == own.requires_grad and not own.__dict__:
+        return t
     if issubclass(type(own), nn.Parameter):  # not that of a sharded one, whose type tells how it is held
         t = t if isinstance(t, type(own)) else t.as_subclass(type(own))
         if own.__dict__:
@@ -194,17 +232,19 @@ def restored(
             slots.state = state
         random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
         filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
-        grads = [p.grad for p in filled]
+        grads = [(p, grad) for p in filled if (grad := p.grad) is not None]
         token = checks.deferred.set(None if always else fault)
         failed = True
         try:
-            for p in filled:
+            for p, _ in grads:
                 p.grad = None
             yield fault
-            failed, grads = False, [None] * len(filled)
+            failed = False
         finally:
             checks.deferred.reset(token)
-            for p, grad in zip(filled, grads, strict=True):
+            for p in filled:
+                p.grad = None
+            for p, grad in grads if failed else ():
                 p.grad = grad
             torch.clear_autocast_cache()  # of a caller's region: it holds casts of weights from before the step
             if failed or always:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Update
 
+_NEEDS_GRAPH = attrgetter("requires_grad")
 Credits = Literal["signal", "example", "batch", "nothing"]
 
 
@@ -91,7 +93,7 @@ class InnerLoss:
         return losses.mean() if self.factors is None else (self.factors * losses).mean()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class InnerStep:
     """One step of the student, with the operations that estimators need.
 
@@ -125,9 +127,8 @@ class InnerStep:
     space: Space = field(init=False)
 
     def __post_init__(self) -> None:
-        own = self.__dict__  # of a frozen value
-        own["student"], own["params"] = self.passes[0].student, self.passes[0].params  # whose step, and θ
-        own["space"] = own["student"].space  # products and norms over all processes that hold parts of the weights
+        self.student, self.params = self.passes[0].student, self.passes[0].params  # whose step, and θ
+        self.space = self.student.space  # products and norms over all processes that hold parts of the weights
 
     @property
     def bytes(self) -> int:
@@ -162,7 +163,7 @@ class InnerStep:
     @cached_property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
-        return joined([part.outputs for part in self.passes])
+        return self.passes[0].outputs if len(self.passes) == 1 else joined([part.outputs for part in self.passes])
 
     def has_rows(self, name: str) -> bool:
         """Whether a field of the signal has a row for each example of the batch; what goes with the value, such as its
@@ -170,19 +171,24 @@ class InnerStep:
         found = has_rows(self.problem, self.signal, sum(len(part.outputs) for part in self.passes))
         return found.get(name, all(found.values()))
 
-    @cached_property
+    @property
     def gradient(self) -> Tree:
         """g, without a graph."""
-        return {name: g.detach() if g.requires_grad else g for name, g in self.grads.items()}
+        return {name: g.detach() for name, g in self.grads.items()} if self.has_graph else self.grads
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether g has a graph, to the signal."""
+        return any(map(_NEEDS_GRAPH, self.grads.values()))
 
     @cached_property
     def moved(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
         given = self.params, self.grads, self.state
-        if self.as_taken and not any(g.requires_grad for g in self.grads.values()):
+        if self.as_taken and not self.has_graph:
             return self.update.stepped(*given)
         moved = self.update.update(*given)
-        if not self.student.half or not any(g.requires_grad for g in self.grads.values()):
+        if not self.student.half or not self.has_graph:
             return moved
         # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
         wider = self.update.update(*_double(given))
@@ -192,9 +198,10 @@ class InnerStep:
     @cached_property
     def new_params(self) -> Tree:
         """θ′, without a graph. Unlike :attr:`moved`, it does not keep s′, which one step of the student never reads."""
-        kept = self.as_taken or "moved" in self.__dict__ or any(g.requires_grad for g in self.grads.values())
+        graph = self.has_graph
+        kept = self.as_taken or graph or "moved" in self.__dict__
         params = self.moved[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
-        return {name: p.detach() if p.requires_grad else p for name, p in params.items()}
+        return {name: p.detach() for name, p in params.items()} if graph else params
 
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""

@@ -72,7 +72,7 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps."""
-        return mean_of([step.inner_loss for step in self.steps])
+        return self.steps[0].inner_loss if len(self.steps) == 1 else mean_of([step.inner_loss for step in self.steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -83,6 +83,10 @@ class Path:
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""
         return self._outer_loss_at(self.student.params)
+
+    def known_loss(self) -> dict[str, Tensor]:
+        """L(θ′), where it has been computed."""
+        return {"outer_loss": self.outer_loss} if "outer_loss" in self.__dict__ else {}
 
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
@@ -232,7 +236,7 @@ class Path:
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
-        if not all(step.grads for step in self.steps):
+        if not all(step.grads for step in self.steps):  # some were forgotten
             self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
@@ -246,23 +250,23 @@ class Path:
 
         The stream is independent of the default one, from whose state after the inner pass the teacher draws.
         """
-        start = self.steps[-1].passes[-1].after.branch()
-        inputs = [self.problem.outer_input(part) for part in self.labeled]
+        problem = self.problem
 
         def loss(part: Any, outputs: Tensor) -> tuple[Tensor, Tensor | float]:
-            return sum_and_weight(self.problem.outer_loss(outputs, part))
+            return sum_and_weight(problem.outer_loss(outputs, part))
 
-        return inputs, [partial(loss, part) for part in self.labeled], start
+        inputs = [*map(problem.outer_input, self.labeled)]
+        return inputs, [partial(loss, part) for part in self.labeled], self.steps[-1].passes[-1].after.branch()
 
 
 def take_steps(
     student: nn.Module | Layout | LocalStudent,
     update: Update,
     problem: Problem,
-    *,
     labeled: Any,
     batches: Sequence[Any],
     teach: Teach,
+    *,
     parts: int = 1,
     keep_graph: bool = False,
     graph_of: Credited | None = None,
@@ -335,18 +339,17 @@ def _step(
     """One step of the student on a batch, in micro-batches; no weight moves."""
     problem, student, ranks = path.problem, path.student, path.student.ranks
     entering, known = enters_input(problem), digest(batch) if isinstance(path.batches, Lookahead) else None
-    pieces = micro_batches(batch, parts, "unlabeled")
+    pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
     if not ranks.alone:
         ranks.equal(length(batch), "the inner batch")
     graph_of = None if entering else graph_of  # the input's graph is another one
 
     def asked(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this step."""
-        with NOTHING if params is student.params else student.holding(params):
-            if ranks.alone:
-                return teach(x, outputs).detached()
-            with ranks.agreed():
-                return teach(x, outputs).detached()
+        if ranks.alone and params is student.params:
+            return teach(x, outputs).detached()
+        with NOTHING if params is student.params else student.holding(params), ranks.agreed():
+            return teach(x, outputs).detached()
 
     def learned(i: int) -> tuple[Tensor, Tree]:
         """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
@@ -357,11 +360,11 @@ def _step(
         loss = InnerLoss(problem, signal, pieces[i], student.readable, leaves.get("factors"))
         return passes[i].gradient(loss, [*leaves.values()])
 
-    signals: list[Signal] = []
+    signals, passes = list[Signal](), list[Pass]()
+    entries, found = list[Entry](), list[tuple[Tensor, Tree]]()
     if early := entering or problem.signal_of_batch:  # the teacher is asked before the student runs
         whole = _united([asked(x, None) for x in ([batch] if problem.signal_of_batch else pieces)], keep_graph)
         signals = whole.chunks(parts)
-    passes, entries, found = list[Pass](), list[Entry](), list[tuple[Tensor, Tree]]()
     for i, x in enumerate(pieces):
         if entering:
             entries.append(Entry(problem, x, signals[i], keep_graph))
@@ -374,11 +377,13 @@ def _step(
         if not keep_graph:  # one graph at a time
             found.append(learned(i))
     if not early:
-        whole = _united(signals, keep_graph)
+        whole = signals[0] if parts == 1 and not keep_graph else _united(signals, keep_graph)
     if keep_graph:  # by parts of the leaf that the path is differentiated in
         signals = whole.chunks(parts)
         found = [learned(i) for i in range(parts)]
-    inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
+    (inner_loss, grads), *others = found
+    if others:
+        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
     taken = problem, update, passes, batch, whole, inner_loss, grads, state
     return InnerStep(*taken, entries, as_taken=len(path.batches) > 1, digest=known)
 

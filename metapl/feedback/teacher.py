@@ -90,6 +90,7 @@ class Teaching:
         batches: the inner ones; those of a look-ahead are read as they are taken, and not held.
         parts: micro-batches of each of them.
         recompute: as for :class:`TeacherPass`; True wherever batches are not held, or come in parts.
+        slots: the network's tables where they have been read in this step already.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Teaching:
         batches: Sequence[Any],
         parts: int,
         recompute: bool,
+        slots: Slots | None = None,
     ) -> None:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
         self.ranks, self.steps = ranks, len(batches)
@@ -111,17 +113,17 @@ class Teaching:
         self.rereads = isinstance(batches, Lookahead)
         self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
         self.network = nn.Module() if layout is None else layout.network
-        self.slots, self.passes = Slots(self.network), list[TeacherPass]()
+        self.slots, self.passes = slots or Slots(self.network), list[TeacherPass]()
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
         """The signal about a micro-batch, given the student's outputs on it."""
         step = TeacherPass(self, batch, outputs)
         if self.rereads:
             step.batch = None
+        if not self.passes:
+            check_kind(step.signal, self.mode, self.problem, self.steps)
         if self.layout is not None:
             self.passes.append(step)
-        if len(self.passes) <= 1:
-            check_kind(step.signal, self.mode, self.problem, self.steps)
         return step.signal
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
@@ -153,7 +155,6 @@ class Teaching:
         losses: Sequence[TeacherLoss],
         labeled: Any,
         step: int,
-        *,
         weight: float,
         ratio: float | None,
     ) -> dict[str, Tensor]:
@@ -165,35 +166,41 @@ class Teaching:
 
         Returns: ``teacher_loss``, the sum of the own losses, and a ``teacher_<name>`` for each of them.
         """
-        layout = self.layout
+        layout, parts, alone = self.layout, self.parts, self.ranks.alone
         if layout is None:
             return {}
-        pieces = [piece for found in feedback for piece in found.chunks(self.parts)]
-        labeled_parts = micro_batches(labeled, self.parts, "labeled")
-        first, scalars = len(self.passes) - self.parts, list[dict[str, Tensor]]()
+        pieces = feedback if parts == 1 else [piece for found in feedback for piece in found.chunks(parts)]
+        labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
+        first, scalars = len(self.passes) - parts, list[dict[str, Tensor]]()
         of_feedback, of_losses = dict[str, Tensor](), dict[str, Tensor]()  # gradients, where their ratio is asked for
         for i, (record, h) in enumerate(zip(self.passes, pieces, strict=True)):
             signal = record.with_graph()
-            from_feedback = h.teacher_loss(signal)
-            if not self.ranks.alone:  # a sum over all rows, of a gradient that is averaged over the ranks
-                from_feedback = self.ranks.size * from_feedback
-            own = torch.zeros_like(from_feedback)
+            from_feedback = total = h.teacher_loss(signal)
+            if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
+                from_feedback = total = self.ranks.size * from_feedback
+            if weight != 1.0:
+                total = weight * total
+            own: Tensor | None = None
             if i >= first:  # of the last inner batch
                 given = {"labeled": labeled_parts[i - first], "unlabeled": record.batch, "signal": signal, "step": step}
-                with NOTHING if self.ranks.alone else rows_shared(self.ranks):
+                with NOTHING if alone else rows_shared(self.ranks):
                     terms = sum_of_terms(self.network, losses, kind="teacher loss", **given)
-                own = torch.stack([*terms.values()]).sum() if len(terms) > 1 else next(iter(terms.values()), own)
+                values = [*terms.values()] or [total.new_zeros(())]
+                own = values[0] if len(values) == 1 else torch.stack(values).sum()
                 checks.learns(own, "teacher")
-                named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
-                scalars.append({"teacher_loss": own.detach(), **named})
-                own = own / self.parts if self.parts > 1 else own
+                scalars.append({"teacher_loss": own.detach()})
+                for name, term in terms.items():
+                    scalars[-1][f"teacher_{name}"] = term.detach()
+                own = own / parts if parts > 1 else own
             if ratio is None:
-                total = (from_feedback if weight == 1.0 else weight * from_feedback) + own
+                total = total if own is None or not own.requires_grad else total + own
                 if total.requires_grad:
                     total.backward()
                 continue
-            for sums, loss, retain in ((of_feedback, from_feedback, own.requires_grad), (of_losses, own, False)):
-                for name, g in (gradient_of(layout, loss, retain) if loss.requires_grad else {}).items():
+            learns = own is not None and own.requires_grad
+            for sums, loss, retain in ((of_feedback, from_feedback, learns), (of_losses, own, False)):
+                known = loss is not None and loss.requires_grad
+                for name, g in (gradient_of(layout, loss, retain) if known else {}).items():  # type: ignore[arg-type]
                     sums[name] = sums[name] + g if name in sums else g
         if ratio is not None:
             parameters = layout.parameters()
@@ -209,8 +216,8 @@ class Teaching:
             for name, p in parameters.items():
                 p.grad = of_losses.get(name)
             scalars[-1]["feedback_weight"] = scale
-        means = mean_scalars(scalars)
-        means = means if self.ranks.alone else self.ranks.mean_scalars(means)
+        means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
+        means = means if alone else self.ranks.mean_scalars(means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
         checks.refuse_not_finite(means["teacher_loss"], NOT_FINITE)
         return means

@@ -59,26 +59,39 @@ class Signal:
 
     def fields(self) -> dict[str, Tensor]:
         """Its tensors by name; those of a dict are called ``value['weight']``, say, and come first."""
-        named: dict[str, Any] = vars(self)
+        found = {"value": self.value}
         if isinstance(self.value, dict):
-            named = {field_of(key): t for key, t in self.value.items()} | named
-        return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+            found = {field_of(key): t for key, t in self.value.items()}
+        if self.log_prob is not None:
+            found["log_prob"] = self.log_prob
+        if self.probs is not None:
+            found["probs"] = self.probs
+        if self.outputs is not None:
+            found["outputs"] = self.outputs
+        return found
 
     def having(self, fields: Mapping[str, Tensor]) -> Signal:
         """The same with other tensors in some of its :meth:`fields`."""
-        own: dict[str, Any] = {name: t for name, t in fields.items() if name in vars(self)}
+        value = fields.get("value", self.value)
         if isinstance(self.value, dict):
-            own["value"] = {key: fields.get(field_of(key), t) for key, t in self.value.items()}
-        return type(self)(**{**vars(self), **own})
+            value = {key: fields.get(field_of(key), t) for key, t in self.value.items()}
+        log_prob, probs = fields.get("log_prob", self.log_prob), fields.get("probs", self.probs)
+        return type(self)(value, log_prob, probs, fields.get("outputs", self.outputs))
 
     def chunks(self, parts: int) -> list[Signal]:
         """The signal about each of ``parts`` micro-batches."""
-        columns = {name: t.chunk(parts) for name, t in self.fields().items()} if parts > 1 else {}
-        return [self.having({name: t[i] for name, t in columns.items()}) for i in range(parts)] if columns else [self]
+        if parts == 1:
+            return [self]
+        columns = {name: t.chunk(parts) for name, t in self.fields().items()}
+        return [self.having({name: t[i] for name, t in columns.items()}) for i in range(parts)]
 
     def detached(self) -> Signal:
-        """The same signal without the teacher's graph, for the student and the estimators."""
-        return self.having({name: t.detach() for name, t in self.fields().items()})
+        """The same signal without the teacher's graph, for the student, the estimators and the report. It is a copy: a
+        signal may be weights, such as a table of labels, which the step moves."""
+        with torch.no_grad():
+            value, others = self.value, (self.log_prob, self.probs, self.outputs)
+            copied = {key: t.clone() for key, t in value.items()} if isinstance(value, dict) else value.clone()
+            return type(self)(copied, *[None if t is None else t.clone() for t in others])
 
 
 def field_of(key: object) -> str:

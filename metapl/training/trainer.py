@@ -18,7 +18,7 @@ from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
 from metapl.execution.shards import as_held, load_whole, whole
-from metapl.execution.state import one_at_a_time, restored
+from metapl.execution.state import Slots, one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
@@ -173,6 +173,7 @@ class BilevelTrainer(Trainer):
             if {*map(id, parameters_of(self.outer_optimizer))} - {*map(id, self.teacher.parameters())}:
                 raise MetaplError("outer_optimizer holds tensors that are not the teacher's; expected its parameters.")
             self._teacher_trainer = _TeacherTrainer(self, teacher, self.outer_optimizer)
+        self._slots = [Slots(nn.Module() if one is None else one) for one in (self.teacher, self.student)]
         self.mode_state = self.mode.init()
         self.steps_done, self.compiled_step = 0, CompiledStep()
 
@@ -194,69 +195,47 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        self.verification.before(self, labeled, unlabeled)
+        for layout in self.spread:
+            layout.begin_step()
+        self._slots = tables = [slots.as_now() for slots in self._slots]
+        self.verification.before(self, labeled, unlabeled, tables)
         batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
         labeled = self.problem.outer_batch(labeled)
         if self.compile:
             return self.compiled_step(self, labeled, batches, ahead)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
-        for layout in self.spread:
-            layout.begin_step()
-        student = student_of(self.layout, double_backward=self.mode.keep_graph)
+        student = student_of(self.layout, double_backward=self.mode.keep_graph, slots=tables[1])
         self.update.follow(student.parameters)
-        teach = Teaching(
-            self.teacher_layout,
-            self.problem,
-            self.mode,
-            self.generator,
-            self.ranks,
-            self.device,
-            batches,
-            self.accumulate,
-            self.recompute_teacher,
-        )
-        slots, outer_optimizer = (teach.slots, student.slots), self.outer_optimizer
+        of_inner = self.ranks, self.device, batches, self.accumulate, self.recompute_teacher, tables[0]
+        teach = Teaching(self.teacher_layout, self.problem, self.mode, self.generator, *of_inner)
+        outer_optimizer, number = self.outer_optimizer, self.steps_done
         if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
             refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
         graph_of = self.mode.graph_of(len(batches), student)
+        how: Any = {"parts": self.accumulate, "keep_graph": self.mode.keep_graph, "keep": self.mode.keeping}
         kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
+        own = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
+        slots = teach.slots, student.slots
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:
-                path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                    student,
-                    self.update,
-                    self.problem,
-                    labeled=labeled,
-                    batches=batches,
-                    teach=teach,
-                    parts=self.accumulate,
-                    keep_graph=self.mode.keep_graph,
-                    graph_of=graph_of,
-                    keep=self.mode.keeping,
-                )
-                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)  # line 4: h
-                own = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
-                scalars = teach.backward(  # lines 5-7: −Σ h·signal + losses
-                    feedback,
-                    own,
-                    labeled,
-                    self.steps_done,
-                    weight=self.feedback_weight,
-                    ratio=self.feedback_ratio,
-                )
-                known = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
-                h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
-                path = path.revised(h[-1])
+                # Lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
+                given = student, self.update, self.problem, labeled, batches, teach
+                path = take_steps(*given, graph_of=graph_of, **how)
+                # Line 4: h
+                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)
+                # Lines 5-7: −Σ h·signal + losses
+                scalars = teach.backward(feedback, own, labeled, number, self.feedback_weight, self.feedback_ratio)
+                h = [found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True)]
+                known, path = path.known_loss(), path.revised(h[-1])
                 step = path.steps[-1]
                 report = StepReport(
-                    self.steps_done,
+                    number,
                     {"inner_loss": path.inner_loss, **known, **scalars},
                     fault,
-                    feedback=h if ahead else h[0],
-                    # Copies: a signal, or outputs, may be weights, such as a table of labels, which the step moves.
-                    signal=step.signal.having({name: t.clone() for name, t in step.signal.fields().items()}),
-                    student_outputs=step.outputs.clone(),
+                    feedback=tuple(h) if ahead else h[0],
+                    signal=step.signal.detached() if self.mode.keep_graph else step.signal,
+                    student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
                 )
             if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
@@ -266,8 +245,7 @@ class BilevelTrainer(Trainer):
             path.commit()  # line 3: θ_S′
             for layout in self.spread:
                 layout.agree_on_buffers()
-            self.mode_state = mode_state
-            self.steps_done += 1
+            self.mode_state, self.steps_done = mode_state, number + 1
             return report
 
     @property

@@ -14,6 +14,7 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from metapl.errors import MetaplError, either, few, reason_of
 from metapl.execution.layout import layouts
 from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState
+from metapl.execution.state import Slots
 from metapl.feedback import Estimator, Implicit, LossDifference, Mode, estimator
 from metapl.feedback.compatible import prepare
 from metapl.feedback.implicit import conjugate_gradient, neumann
@@ -137,11 +139,11 @@ class Verification:
         self.setting, self.verdict = setting, ""
         self.known: set[int] = set()  # fingerprints of networks that were verified
 
-    def before(self, trainer: Any, labeled: Any, unlabeled: Any) -> None:
+    def before(self, trainer: Any, labeled: Any, unlabeled: Any, networks: Sequence[Slots]) -> None:
         """Verify where it is due, before anything of a step runs; :class:`metapl.MetaplError` for a wrong gradient."""
         if not self.setting:
             return
-        mark = fingerprint(trainer.teacher, trainer.student)
+        mark = hash(tuple(slots.mark for slots in networks))
         every = 0 if isinstance(self.setting, bool | str) else self.setting
         if mark in self.known and not (every and trainer.steps_done % every == 0):
             return
@@ -162,16 +164,6 @@ class Verification:
 
     def load_state_dict(self, state: Any) -> None:
         self.known, self.verdict = set(map(int, state["known"].split())), state["verdict"]
-
-
-def fingerprint(*networks: nn.Module | None) -> int:
-    """A number that changes with the modes, frozen parts and hooks of networks; the same in every process."""
-    marks: list[int] = []
-    for part in (part for network in networks if network is not None for part in network.modules()):
-        marks += part.training, len(part._forward_hooks), len(part._forward_pre_hooks), len(part._backward_hooks)
-        learned = [p is not None and p.requires_grad for p in part._parameters.values()]
-        marks += [len(part._backward_pre_hooks), *learned]
-    return hash(tuple(marks))  # whole numbers have the same hash in every process
 
 
 def refuse_hooks(student: nn.Module) -> None:

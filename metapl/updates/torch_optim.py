@@ -6,6 +6,7 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,15 +30,15 @@ AT_ONCE = 2**25
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors in an optimizer's param groups."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    return [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
 
 
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
     """Refuse an optimizer that does not hold all trainable parameters of a network, ``"teacher"`` or ``"student"``;
     ``name`` is that of its argument."""
-    known = {id(p) for p in parameters_of(optimizer)}
-    missing = [path for path, p in parameters.items() if id(p) not in known]
-    if missing or not parameters:
+    known = set(map(id, parameters_of(optimizer)))
+    if not parameters or not known.issuperset(map(id, parameters.values())):
+        missing = [path for path, p in parameters.items() if id(p) not in known]
         raise MetaplError(
             f"{name} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
             f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
@@ -92,7 +93,7 @@ class TorchUpdate(Update):
         self.optimizer = optimizer
         self._options: Options = ()  # of the param groups; none: those that they have
         self.parameters: dict[str, nn.Parameter] = {}
-        self._held: list[list[int]] = []
+        self._held: list[int] = []
         self.follow(parameters)
         own = {id(p) for p in parameters.values()}
         foreign = sum(p.requires_grad and id(p) not in own for p in parameters_of(optimizer))
@@ -116,16 +117,15 @@ class TorchUpdate(Update):
 
     def follow(self, parameters: Parameters) -> None:
         groups = self.optimizer.param_groups
-        options = [name for name in ("differentiable", "capturable") if any(group.get(name) for group in groups)]
-        if options:
-            raise MetaplError(f"inner_optimizer has {options[0]}=True; expected it to be left out.")
-        held = [[id(p) for p in group["params"]] for group in groups]
-        own = self.parameters
-        known = own.keys() == parameters.keys() and all(own[name] is p for name, p in parameters.items())
-        if known and held == self._held:
+        for group in groups:
+            if group.get("differentiable") or group.get("capturable"):
+                raise MetaplError("inner_optimizer has differentiable or capturable=True; expected them left out.")
+        sizes = [len(group["params"]) for group in groups]
+        held = [*map(id, parameters.values()), *map(id, parameters_of(self.optimizer)), *sizes]
+        if held == self._held and self.parameters.keys() == parameters.keys():
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
-        group_of = {i: number for number, ids in enumerate(held) for i in ids}
+        group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
         self.parameters, self._held = dict(parameters), held
         self._sharded = any(is_sharded(p) for p in parameters.values())
@@ -135,7 +135,8 @@ class TorchUpdate(Update):
         return float((self._options or self.optimizer.param_groups)[0]["lr"])
 
     def read_state(self) -> States:
-        states = {name: dict(self.optimizer.state.get(p, {})) for name, p in self.parameters.items()}
+        known = self.optimizer.state
+        states = {name: dict(known.get(p, ())) for name, p in self.parameters.items()}
         if self._sharded:
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states
@@ -154,8 +155,8 @@ class TorchUpdate(Update):
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
         for group, names in self.groups(grads, options):
-            given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
-            moved, states = self.rule(*given, group)
+            given: Any = [[*map(tree.__getitem__, names)] for tree in (params, grads, state)]
+            moved, states = self.rule(given[0], given[1], given[2], group)
             new_params.update(zip(names, moved, strict=True))
             new_state.update(zip(names, states, strict=True))
         return new_params, new_state
@@ -184,7 +185,11 @@ class TorchUpdate(Update):
 
     def groups(self, grads: Tree, options: Options | None = None) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
         """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
-        for number, group in enumerate(options or self._options or self.optimizer.param_groups):
+        groups = options or self._options or self.optimizer.param_groups
+        if len(groups) == 1 and sum(map(Tensor.numel, grads.values())) <= AT_ONCE:
+            yield groups[0], [*grads]
+            return
+        for number, group in enumerate(groups):
             names: list[str] = []
             size = 0
             for name in grads:
@@ -210,9 +215,8 @@ class TorchUpdate(Update):
         for p in own:  # a leftover gradient of a frozen parameter must not move it
             p.grad = None
         try:
-            for name, p in parameters.items():
-                g = grads.get(name)
-                p.grad = as_sharded(g, p) if self._sharded and g is not None else g
+            for name, g in grads.items():
+                parameters[name].grad = as_sharded(g, parameters[name]) if self._sharded else g
             self.optimizer.step()
         finally:
             for p in own:
@@ -254,10 +258,9 @@ class SGD(TorchUpdate):
         d = add(d, params, group["weight_decay"]) if _is_set(group["weight_decay"]) else d
         mu, damped = group["momentum"], 1 - group["dampening"]
         if _is_set(mu):
-            old = [state.get("momentum_buffer") for state in states]
-            held = [b for b in old if b is not None]
-            if len(held) == len(old):
-                new: Tensors = add(mul(held, mu), d, damped)
+            old: Any = [state.get("momentum_buffer") for state in states]
+            if all(b is not None for b in old):
+                new: Tensors = add(mul(old, mu), d, damped)
             else:
                 new = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
             states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
@@ -274,12 +277,12 @@ class SGD(TorchUpdate):
     def pullback(self, params: Tree, grads: Tree, state: States, v: Tree, options: Options | None = None) -> Tree:
         w: Tree = {}
         for group, names in self.groups(grads, options):
-            mu, lr, sign = group["momentum"], group["lr"], -1.0 if group["maximize"] else 1.0
-            slopes = []
-            for name in names:
-                c = 1.0 if state[name].get("momentum_buffer") is None else 1.0 - group["dampening"]
-                slopes.append(lr * (sign * -((1.0 + mu * c if group["nesterov"] else c) if _is_set(mu) else 1.0)))
-            w.update(zip(names, mul([v[name] for name in names], slopes), strict=True))
+            mu, lr, damping = group["momentum"], group["lr"] * (1.0 if group["maximize"] else -1.0), group["dampening"]
+            fresh = [damping == 0 or state[name].get("momentum_buffer") is None for name in names]
+            cs = [1.0] if all(fresh) else [1.0 if new else 1.0 - damping for new in fresh]
+            slopes = [lr * ((1.0 + mu * c if group["nesterov"] else c) if _is_set(mu) else 1.0) for c in cs]
+            by = slopes[0] if len(slopes) == 1 else slopes
+            w.update(zip(names, mul([*map(v.__getitem__, names)], by), strict=True))
         return {name: w[name] for name in grads}
 
     def vjp(
