@@ -66,8 +66,9 @@ def fields_taken_for_each_other(patch: pytest.MonkeyPatch) -> None:
 def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     real = Teaching.backward
 
-    def backward(self: Teaching, *given: Any, weight: float, ratio: float | None) -> Any:
-        return real(self, *given, weight=weight, ratio=None if ratio is None else 1 / ratio)
+    def backward(self: Teaching, *given: Any) -> Any:
+        *others, ratio = given
+        return real(self, *others, None if ratio is None else 1 / ratio)
 
     patch.setattr(Teaching, "backward", backward)
 
@@ -75,8 +76,9 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
 def ratio_taken_for_a_weight(patch: pytest.MonkeyPatch) -> None:
     real = Teaching.backward
 
-    def backward(self: Teaching, *given: Any, weight: float, ratio: float | None) -> Any:
-        return real(self, *given, weight=weight if ratio is None else ratio, ratio=None)
+    def backward(self: Teaching, *given: Any) -> Any:
+        *others, weight, ratio = given
+        return real(self, *others, weight if ratio is None else ratio, None)
 
     patch.setattr(Teaching, "backward", backward)
 
@@ -203,7 +205,7 @@ def state_moved_by_replays(patch: pytest.MonkeyPatch) -> None:
 
     def init(self: Replay, random: Any, state: Any, *given: Any, **options: Any) -> None:
         none = object.__new__(State)
-        none._tables, none._frozen, none._held, none._values = [], [], {}, {}
+        none._tables, none._empty, none._frozen, none._held, none._values = [], [], [], {}, {}
         begin(self, random, none, *given, **options)
 
     patch.setattr(Replay, "__init__", init)
@@ -247,7 +249,7 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
     real = State.restore
 
     def restore(self: State) -> None:
-        self._tables = []
+        self._tables, self._empty = [], []
         real(self)
 
     patch.setattr(State, "restore", restore)
@@ -295,6 +297,7 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
 def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
     """Other weights are no parameters, which a forward may ask for."""
     patch.setattr(local, "stand_in", lambda t, own: t.requires_grad_() if t.is_leaf else t)
+    patch.setattr(local, "_leaf", lambda t, own: t.detach().requires_grad_())
 
 
 def graph_of_another_label(patch: pytest.MonkeyPatch) -> None:
