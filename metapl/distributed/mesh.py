@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metapl.errors import MetaplError, few
 from metapl.execution.modules import named_parts, named_tensors
 from metapl.execution.shards import is_sharded, local
-from metapl.runs.fields import Range, check_fields
+from metapl.runs.fields import Range, check_arguments, check_fields
 
 # The submodules of a network that gather their weights one after another.
 Blocks = Callable[[nn.Module], Iterable[nn.Module]]
@@ -67,11 +67,6 @@ class Mesh:
         """The number of this process's share."""
         return dist.get_rank() // self.tensor
 
-    @property
-    def factors(self) -> dict[str, int]:
-        """What its number of processes is the product of."""
-        return {name: size for name, size in asdict(self).items() if size > 1 or name != "tensor"}
-
     def devices(self, kind: str) -> Any:
         """The mesh of the devices among which ``fully_shard`` cuts weights; ``kind`` is ``"cpu"`` or ``"cuda"``."""
         mesh = self._built(kind)
@@ -100,8 +95,7 @@ class Mesh:
                 f"with torchrun --nproc-per-node={self.size} and call torch.distributed.init_process_group() first."
             )
         if (world := dist.get_world_size()) != self.size:
-            factors = " x ".join(f"{name}={size}" for name, size in self.factors.items())
-            raise MetaplError(f"the mesh is of {self.size} processes ({factors}); expected the {world} of this job.")
+            raise MetaplError(f"{self} is of {self.size} processes; expected the {world} of this job.")
 
 
 def shard(
@@ -139,27 +133,25 @@ def shard(
 
     Raises: :class:`metapl.MetaplError` before anything is sharded.
     """
+    check_arguments(shard, locals())
     norms = [part for _, part in named_parts(module) if isinstance(part, _BatchNorm)]
     names = dict(module.named_modules(remove_duplicate=False))
     unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
+    parameters = [t for _, t in named_tensors(module) if isinstance(t, nn.Parameter)]
     refusals = {
-        f"precision={precision!r}: expected 'float32' or 'bfloat16'.": precision not in ("float32", "bfloat16"),
         "precision='bfloat16' gathers the parts of weights in bfloat16; expected mesh.shard above 1, or "
         "BilevelTrainer(precision='bfloat16').": precision == "bfloat16" and mesh.shard == 1,
         "shard was given a module without parameters, or one that is sharded already; expected a network on one "
-        "device.": {is_sharded(t) for _, t in named_tensors(module) if isinstance(t, nn.Parameter)} != {False},
-        "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice in their "
-        "running statistics; leave checkpoint out, or take a network without batch norm.": checkpoint and bool(norms),
+        "device.": not parameters or any(map(is_sharded, parameters)),
+        "checkpoint=True runs every block twice a step, and its batch norms would count each batch twice; leave it "
+        "out, or take a network without batch norm.": checkpoint and bool(norms),
         f"mesh.tensor is {mesh.tensor} and plan is {'not ' * (plan is None)}given; expected plan= where mesh.tensor is "
         "above 1, and only there.": (mesh.tensor > 1) != (plan is not None),
         f"plan names {few(unknown)}, and the network has no such layer.": bool(unknown),
-        "blocks returned a module that is not inside the network; expected its submodules.": bool(
-            {id(block) for block in chosen} - {id(part) for part in names.values() if part is not module}
-        ),
         "blocks returned a module that shares a weight with a part of the network outside of it, and one of the two "
         "would learn a copy; expected blocks that hold all places of their weights.": (
-            mesh.shard > 1 and any(not _untied(module, [block]) for block in chosen)
+            mesh.shard > 1 and len(_untied(module, chosen)) < len(chosen)
         ),
     }
     for text, wrong in refusals.items():
@@ -194,7 +186,7 @@ def shard(
     for norm in norms if half else ():
         if norm.affine and not any(norm is block for block in chosen):
             fully_shard(norm, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), **options)
-    for block in [*chosen, module]:
+    for block in dict.fromkeys([*chosen, module]):
         fully_shard(block, mp_policy=policy, **options)
     return module
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -73,7 +74,7 @@ def check_started(mesh: Mesh) -> None:
             f"{count} processes were started, and no mesh says what each of them does; give --mesh.replicate {count}, "
             f"which shares the batches among them, or --mesh.shard {count}, which shares the weights too."
         )
-    product = " x ".join(f"--mesh.{name} {size}" for name, size in mesh.factors.items())
+    product = " x ".join(f"--mesh.{name} {size}" for name, size in asdict(mesh).items() if size > 1)
     others = "" if count == 1 else f", or give a mesh of {count}"
     raise MetaplError(
         f"the mesh is of {mesh.size} processes ({product}) and {count} {'was' if count == 1 else 'were'} started; "
