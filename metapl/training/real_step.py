@@ -1,41 +1,30 @@
 r"""F(θ_T): the outer loss after the student's real steps on the teacher's signal, on copies of all that it depends on.
 
-Everything is as a step has it: the draws of masks and labels, buffers that passes move, the clip, micro-batches, and
-the optimizer's own ``step()``. :mod:`metapl.training.verify` takes differences of it.
+Everything is as a step has it: the draws of masks and labels, buffers that passes move, the clip, and the optimizer's
+own ``step()``. :mod:`metapl.training.verify` takes differences of it.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, few
-from metapl.execution.batch import micro_batches, plain
+from metapl.errors import few
 from metapl.execution.modules import trainable
 from metapl.execution.rng import RandomState
 from metapl.feedback import Lookahead, Mode
-from metapl.feedback.hypergradient import hypergradient
+from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.problems.base import Problem, Signal, enters_input, sum_and_weight
-from metapl.updates import update_of
+from metapl.updates import TorchUpdate, Update
 
 Tree = dict[Any, Tensor]
-
-APPROXIMATE = 1e-2  # the relative error that a mode may have which takes differences itself
-STEPS = 3  # of a look-ahead
-EPS, EPS32 = 2e-16, 1e-7  # rounding of F, and of one that runs in float32 somewhere
-
-
-def of_torch(optimizer: Any) -> list[Any]:
-    """The optimizers of ``torch.optim``; none of a transform."""
-    parts = [*optimizer] if isinstance(optimizer, tuple | list) else [optimizer]
-    return parts if all(isinstance(part, torch.optim.Optimizer) for part in parts) else []
+HOOKS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 
 
 @dataclass
@@ -43,11 +32,10 @@ class Run:
     """One evaluation of F, and what was met on the way."""
 
     copies: Step
-    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
-    inner: float = 0.0  # the first step's loss
-    signals: list[Signal] = field(default_factory=list)  # of each micro-batch of each step, with the teacher's graph
-    outputs: list[Tensor] = field(default_factory=list)
-    labeled: list[Tensor] = field(default_factory=list)  # the student's outputs on the outer batch
+    loss: Any = None  # the outer loss
+    inner: Any = None  # the first step's loss
+    signals: list[Signal] = field(default_factory=list)  # of each step, with the teacher's graph
+    outputs: list[Tensor] = field(default_factory=list)  # of each step; at last, with their graph, on the outer batch
     gradients: dict[str, Tree] = field(default_factory=dict)  # of the first inner loss and of the outer loss
     states: list[Tree] = field(default_factory=list)  # buffers and frozen parameters before each pass
     written: set[str] = field(default_factory=set)  # weights of the student that a pass or a loss has moved
@@ -60,42 +48,39 @@ class Step:
     teacher: nn.Module | None
     student: nn.Module
     problem: Problem
-    optimizer: Any
-    state: Any
+    update: Update  # of the optimizer, without a clip
     labeled: Any
     batches: list[Any]
     clip_norm: float | None
-    accumulate: int
     generator: torch.Generator | None
     random: RandomState
     own: tuple[Tensor, ...] = ()  # what the problem holds that requires a gradient
 
     def copied(self, dtype: torch.dtype | None = None) -> Step:
         """Copies that share what the originals share, with all tensors of floating point in ``dtype``."""
-        memo: dict[int, Any] = {}
+        memo: dict[int, Any] = {id(self.generator): self.generator and self.generator.clone_state()}
         for network in (self.teacher, self.student, self.problem):
             for part in network.modules() if isinstance(network, nn.Module) else ():
                 # Results in attributes, such as the old weight_norm's, which deepcopy refuses.
                 memo |= {id(t): t.detach().clone() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn}
-        teacher, student = copy.deepcopy((self.teacher, self.student), memo)
-        before = set(memo)
-        problem = copy.deepcopy(self.problem, memo)
-        own = [t for i, t in memo.items() if i not in before and isinstance(t, Tensor) and t.requires_grad]
-        state, labeled, batches = copy.deepcopy((self.state, self.labeled, self.batches), memo)
+        copy.deepcopy((self.teacher, self.student), memo)
+        known = set(memo)
+        copy.deepcopy(self.problem, memo)
+        own = [t for i, t in memo.items() if i not in known and isinstance(t, Tensor) and t.requires_grad]
+        case = replace(copy.deepcopy(self, memo), own=tuple(own))
         for t in memo.values() if dtype is not None else ():
             if isinstance(t, Tensor) and t.is_floating_point():
                 t.grad, t.data = None, t.data.to(dtype)
         memory = {p.untyped_storage().data_ptr(): p for p in trainable(self.student).values()}
-        for t in memo.get(id(memo), ()):  # tensors in the memory of a parameter, whose copy has memory of its own
+        for t in memo[id(memo)]:  # tensors in the memory of a parameter, whose copy has memory of its own
             if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and t.untyped_storage().data_ptr() in memory:
                 p = memory[t.untyped_storage().data_ptr()]
                 begin = t.storage_offset() - p.storage_offset()
                 memo[id(t)].data = memo[id(p)].data.as_strided(t.shape, t.stride(), begin)
-        # Built anew: a copy of an optimizer may hold a step() that is bound to the first one.
-        rebuilt = tuple(_rebuilt(one, memo) for one in of_torch(self.optimizer)) or (self.optimizer,)
-        optimizer = rebuilt if len(rebuilt) > 1 else rebuilt[0]
-        options = self.clip_norm, self.accumulate, self.generator and self.generator.clone_state(), self.random
-        return Step(teacher, student, problem, optimizer, state, labeled, batches, *options, tuple(own))
+        for name in HOOKS if isinstance(self.update, TorchUpdate) else ():  # which deepcopy leaves out
+            vars(vars(case.update)["optimizer"])[name] = vars(vars(self.update)["optimizer"])[name]
+        case.update.follow(trainable(case.student))
+        return case
 
     def beside(self) -> Step:
         """The same a hundredth of the weights' size away: no ReLU is at exactly 0, where it has two slopes."""
@@ -110,32 +95,31 @@ class Step:
         taught = {} if self.teacher is None else trainable(self.teacher)
         return {**taught, **{f"the problem's parameter {i}": t for i, t in enumerate(self.own)}}
 
+    def by_mode(self, mode: Mode) -> Hypergradient:
+        """The mode's own gradient."""
+        case = self.copied()
+        case.random.restore()
+        batches = {"labeled": case.labeled, "unlabeled": Lookahead(case.batches)}
+        options: Any = {"inner_optimizer": case.update, "generator": case.generator, "clip_norm": case.clip_norm}
+        return hypergradient(case.teacher, case.student, **batches, mode=mode, problem=case.problem, **options)
+
     def taken(
         self,
         moved: str = "",
         by: Tree | None = None,
         side: float = 0.0,
         *,
-        told: list[Signal] | None = None,
-        seen: list[Tensor] | None = None,
-        held: list[Tree] | None = None,
-        steps: bool = True,
+        told: list[Signal] | None = None,  # signals in the place of the teacher's
+        seen: list[Tensor] | None = None,  # the student's outputs as the teacher is given them: constants to every mode
+        held: list[Tree] | None = None,  # buffers and frozen parameters with which passes begin
+        steps: bool = True,  # False: for L(θ), with the graph of the inner loss
     ) -> Run:
-        """Take the steps on fresh copies.
-
-        Args:
-            moved, by, side: the ``"teacher"`` with the problem's parameters, fields of the ``"signal"``, or the
-                student's weights at the ``"start"`` or the ``"end"`` by ``side`` times ``by``; ``"weights"``: these
-                are ε, and the inner losses count 1 + ε times.
-            told: signals in the place of the teacher's.
-            seen: the student's outputs as the teacher is given them, constants to every mode.
-            held: buffers and frozen parameters with which passes begin.
-            steps: False: for L(θ).
-        """
-        case, device, parts = self.copied(), self.random.device, self.accumulate
-        problem, student, teacher, theta = case.problem, case.student, case.teacher, trainable(case.student)
-        run, advance, by = Run(case), _stepper(case, theta), by or {}
-        first = problem.signal_of_batch or enters_input(problem)  # the teacher is asked before the student runs
+        """Take the steps on fresh copies, with something ``moved`` by ``side`` times ``by``: the ``"teacher"`` with the
+        problem's parameters, fields of the ``"signal"``, the student's weights at the ``"start"`` or the ``"end"``, or
+        the ``"weights"`` 1 + ε of the inner losses."""
+        case, by = self.copied(), by or {}
+        problem, student, update, theta = case.problem, case.student, case.update, trainable(case.student)
+        enters, run = enters_input(problem), Run(case)
 
         def move(what: str, tree: Any) -> None:
             with torch.no_grad():
@@ -145,65 +129,57 @@ class Step:
         def begin(network: nn.Module | None) -> None:
             named = [] if network is None else [*network.named_buffers(), *network.named_parameters()]
             still = {name: t for name, t in named if not t.requires_grad}
-            for name, t in ({} if held is None else held[len(run.states)]).items():
+            for name, t in held[len(run.states)].items() if held is not None else ():
                 if name in still:
                     still[name].copy_(t)
             run.states.append({name: t.detach().clone() for name, t in still.items()})
 
-        def ask(x: Any, z: Any) -> Signal:
-            begin(teacher)
-            z = z if z is None or seen is None else seen[len(run.signals)]
-            return problem.signal(teacher or nn.Module(), x, z, generator=case.generator)
+        def ask(x: Any, z: Tensor | None) -> Signal:
+            """What the student learns from."""
+            begin(case.teacher)
+            k, z = len(run.signals), z if z is None or seen is None else seen[len(run.signals)]
+            run.signals.append(problem.signal(case.teacher or nn.Module(), x, z, generator=case.generator))
+            signal = run.signals[k].detached() if told is None else told[k]
+            shift = {name: d for (step, name), d in by.items() if step == k} if moved == "signal" else {}
+            return signal.having({name: signal.fields()[name] + side * d for name, d in shift.items()})
 
-        def heard(given: Signal) -> Signal:
-            """What the student learns from, of what the teacher says about a micro-batch."""
-            k, i = divmod(len(run.signals), parts)
-            run.signals.append(given)
-            signal = given if told is None else told[len(run.signals) - 1]
-            shift = {name: side * d for (step, name), d in by.items() if step == k} if moved == "signal" else {}
-            whole = signal.fields()
-            rows = {n: d if d.shape == whole[n].shape else d.chunk(parts)[i] for n, d in shift.items()}
-            return signal.having({name: whole[name] + d for name, d in rows.items()})
+        def now() -> Tree:
+            return {name: p.detach().clone() for name, p in theta.items()}
 
         def compare(before: Tree) -> None:
-            run.written.update(name for name, p in theta.items() if not same(p, before[name]))
+            run.written.update(n for n, p in theta.items() if not torch.allclose(p, before[n], 0, 0, equal_nan=True))
 
         move("teacher", case.learned())
         move("start", theta)
         case.random.restore()
-        for number, batch in enumerate(case.batches):
-            pieces, before = micro_batches(batch, parts, "unlabeled"), {n: p.detach().clone() for n, p in theta.items()}
-            said = ask(batch, None).chunks(parts) if problem.signal_of_batch else []
-            answers = [heard(said[i] if said else ask(x, None)) for i, x in enumerate(pieces)] if first else []
-            for i, x in enumerate(pieces):
-                begin(student)
-                z = student(problem.student_input(x, *answers[i : i + 1] if enters_input(problem) else ()))
-                after = RandomState.now(device)
-                run.outputs.append(z.detach())
-                signal = answers[i] if first else heard(ask(x, z.detach()))
-                losses = problem.inner_loss(z, signal.detached(), x, theta)
-                if moved == "weights":
-                    eps = side * by[moved]
-                    losses = losses * (1 + (eps.chunk(parts)[i] if eps.ndim else eps))
-                (losses.mean() / parts).backward()
-                run.inner += 0.0 if number else float(losses.detach().mean()) / parts
+        for k, x in enumerate(case.batches):
+            before = now()
+            signal = ask(x, None) if problem.signal_of_batch or enters else None
+            begin(student)
+            z = student(problem.student_input(x, *([signal] if enters else [])))
+            after = RandomState.now(self.random.device)
+            run.outputs.append(z.detach())
+            signal = signal or ask(x, z.detach())
+            losses = problem.inner_loss(z, signal, x, theta)
+            loss = (losses * (1 + side * by[0, "log_prob"]) if moved == "weights" else losses).mean()
+            loss.backward(retain_graph=not steps)
+            run.inner = run.inner if k else loss
             compare(before)
             grads = {name: p.grad for name, p in theta.items() if p.grad is not None}
             run.gradients.setdefault("start", {name: g.clone() for name, g in grads.items()})
             if case.clip_norm is not None:
-                nn.utils.clip_grad_norm_([p for name, p in theta.items() if name in grads], case.clip_norm)
-            if steps:
-                advance(grads)
+                nn.utils.clip_grad_norm_(theta.values(), case.clip_norm)
+            if steps:  # the optimizer's own; of a transform, its update
+                update.commit(theta, grads, partial(update.update, before, grads, update.read_state()))
             student.zero_grad()
         move("end", theta)
-        before, pairs = {n: p.detach().clone() for n, p in theta.items()}, []
+        before, judged = now(), problem.outer_batch(case.labeled)
         after.branch().restore()  # the labeled pass draws from a stream of its own
-        for part in micro_batches(problem.outer_batch(case.labeled), parts, "labeled"):
-            begin(student)
-            run.labeled.append(student(problem.outer_input(part)))
-            pairs.append(sum_and_weight(problem.outer_loss(run.labeled[-1], part)))
+        begin(student)
+        run.outputs.append(student(problem.outer_input(judged)))
+        total, weight = sum_and_weight(problem.outer_loss(run.outputs[-1], judged))
         compare(before)
-        run.loss = torch.stack([total for total, _ in pairs]).sum() / sum(weight for _, weight in pairs)
+        run.loss = total / weight
         if not moved and run.loss.requires_grad:
             run.loss.backward()
             run.gradients["end"] = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theta.items()}
@@ -211,109 +187,12 @@ class Step:
         return run
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _rebuilt(optimizer: Any, memo: dict[int, Any]) -> Any:
-    """An optimizer over the copies of its parameters."""
-    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise MetaplError("step() of the inner optimizer was replaced on the object; expected that of its class.")
-    groups = [{**group, "params": [memo.get(id(p), p) for p in group["params"]]} for group in optimizer.param_groups]
-    built = type(optimizer)(groups)
-    built.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        getattr(built, name).update(getattr(optimizer, name))
-    return built
-
-
-def _stepper(case: Step, theta: Any) -> Callable[[Tree], None]:
-    """The real optimizer's step; of a transform, and of Muon, whose own step rounds to bfloat16, metapl's update."""
-    many = of_torch(case.optimizer)
-    real = bool(many) and not any(type(one).__name__ == "Muon" for one in many)
-    update: Any = None if real else update_of(case.optimizer, theta, case.state)
-    state = None if real else update.read_state()
-
-    def advance(grads: Tree) -> None:
-        nonlocal state
-        for one in many if real else ():
-            one.step()
-        with torch.no_grad():
-            if not real:
-                new, state = update.update({name: p.detach() for name, p in theta.items()}, grads, state)
-                for name, p in theta.items():
-                    p.copy_(new[name])
-
-    return advance
-
-
-def off_by(
-    at: Callable[[Tree, float], float], gradient: Tree, direction: Tree, level: float, eps: float, tolerance: float
-) -> float | None:
-    """How far ⟨gradient, direction⟩ is from the differences of a function, whose value is ``level``.
-
-    The differences have errors of rounding, which grow as the move shrinks, and of kinks, which shrink with it. So has
-    a fresh Adam: it is smooth at gradients below its eps alone.
-    """
-    terms = flat([gradient[n] * d for n, d in direction.items()])
-    predicted, noise, errors = float(terms.sum()), 50 * eps * max(abs(level), 1e-3), list[float]()
-    size = max(abs(predicted), float(terms.norm()))
-    moves = [10.0**-n for n in range(12, 2, -1)] if eps < EPS32 else [1e-3, 1e-2, 3e-2]
-    clear = [move for move in moves if noise / move <= tolerance * size]  # of rounding; the smallest first
-    usual, small = [move for move in clear if move == 1e-5], list[tuple[float, float]]()
-    for move in [*usual, *(move for move in clear if move not in usual), *(m for m in moves[::-1] if m not in clear)]:
-        blind = noise / move
-        if errors and blind > 0.1 * size:
-            continue
-        found = (at(direction, move) - at(direction, -move)) / (2 * move)
-        gap, reach = abs(found - predicted), max(size, abs(found))
-        if max(gap, reach) <= blind:  # both are zero, or what is not drowns
-            return 0.0 if abs(predicted) <= noise else None
-        if blind > 0.1 * reach or not math.isfinite(found):
-            continue
-        if gap <= tolerance * reach + blind:
-            return max(gap - blind, 0.0) / reach
-        errors.append(gap / reach)
-        small += [(found, gap)] if move in clear[:2] else []
-        if len(small) == 2 and abs(small[0][0] - small[1][0]) + 10 * blind <= 0.2 * min(small[0][1], small[1][1]):
-            return max(min(errors), 2 * tolerance)  # the smallest moves agree with each other
-    best = min(errors, default=None)
-    return best if best is None or best > APPROXIMATE else min(best, tolerance)
-
-
 def flat(tree: Any) -> Tensor:
-    leaves = [t.detach() for t in pytree.tree_leaves(tree)]  # sparse ones of embeddings
-    return torch.cat([(t.to_dense() if t.is_sparse else t).double().flatten() for t in leaves])
+    return torch.cat([t.detach().to_dense().double().flatten() for t in pytree.tree_leaves(tree)])
 
 
 def size_of(t: Tensor) -> float:
     return max(float(t.detach().double().square().mean().sqrt()), 1e-2)
-
-
-def batches_of(labeled: Any, unlabeled: Any) -> tuple[Any, list[Any]]:
-    """Copies: a slice would be copied with all of the tensor that it is one of."""
-    ahead = unlabeled if isinstance(unlabeled, Lookahead) else [unlabeled]
-    given = [plain(labeled), *(plain(ahead[i]) for i in range(min(len(ahead), STEPS)))]
-    labeled, *batches = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), given)
-    return labeled, batches
-
-
-def by_mode(step: Step, mode: Mode) -> Any:
-    """The mode's own gradient."""
-    case = step.copied()
-    case.random.restore()
-    inner = Lookahead(case.batches) if len(case.batches) > 1 else case.batches[0]
-    given = {"labeled": case.labeled, "unlabeled": inner, "mode": mode, "problem": case.problem}
-    given |= {"inner_optimizer": case.optimizer, "inner_state": case.state, "generator": case.generator}
-    options = {"accumulate": case.accumulate, "clip_norm": case.clip_norm}
-    return hypergradient(case.teacher, case.student, **given, **options)  # type: ignore[arg-type]
-
-
-def plain_state(part: nn.Module) -> dict[str, Any]:
-    """A module's numbers and texts, and the lengths of its containers."""
-    own = {name: t for name, t in vars(part).items() if not name.startswith("_")}
-    lengths = {name: len(t) for name, t in own.items() if isinstance(t, list | dict | set)}
-    return {name: t for name, t in own.items() if isinstance(t, bool | int | float | str)} | lengths
 
 
 def functions_in(t: Tensor) -> list[str]:
@@ -330,15 +209,12 @@ def functions_in(t: Tensor) -> list[str]:
 
 def causes(before: Step, run: Run) -> list[str]:
     """What a step has in it, or has changed, that may make a gradient wrong."""
-    after, found = run.copies, list[str]()
-    pairs = (("student", before.student, after.student), ("teacher", before.teacher, after.teacher))
-    for who, one, other in pairs:
-        parts = [] if one is None or other is None else [*zip(one.modules(), other.modules(), strict=False)]
-        hooked = [type(a).__name__ for a, _ in parts if a._forward_hooks or a._backward_hooks]
-        moved = [name for a, b in parts for name, t in plain_state(b).items() if plain_state(a).get(name) != t]
-        found += [f"hooks of the {who} (of {few(hooked, 3)})"] * bool(hooked)
-        found += [f"attributes that a pass of the {who} changes ({few(moved, 3)})"] * bool(moved)
-    leaves = [pytree.tree_leaves([case.batches, case.labeled]) for case in (before, after)]
-    written, names = any(not same(a, b) for a, b in zip(*leaves, strict=True)), functions_in(run.labeled[0])
-    found += ["a batch that is changed in place"] * written
-    return found + [f"autograd functions of the student's own ({few(names, 3)})"] * bool(names)
+    pairs = [(getattr(before, who), getattr(run.copies, who)) for who in ("student", "teacher")]
+    parts = [pair for a, b in pairs if a is not None for pair in zip(a.modules(), b.modules(), strict=False)]
+    hooked = [type(a).__name__ for a, _ in parts if a._forward_hooks or a._backward_hooks]
+    counted = [n for a, b in parts for n, v in vars(b).items() if isinstance(v, int | float) and vars(a).get(n) != v]
+    inputs = zip(*(pytree.tree_leaves([case.batches, case.labeled]) for case in (before, run.copies)), strict=True)
+    written = ["batches"] if any(isinstance(a, Tensor) and not a.equal(b) for a, b in inputs) else []
+    found = {"hooks (of {})": hooked, "attributes that a pass changes ({})": counted, "{} changed in place": written}
+    found["autograd functions of the student's own ({})"] = functions_in(run.outputs[-1])
+    return [text.format(few(names, 3)) for text, names in found.items() if names]
