@@ -187,7 +187,7 @@ class FitRun:
 
     def _step(self, t: int) -> dict[str, float]:
         """Step t; the numbers to record, if this step is one that is recorded."""
-        options, trainer, waits = self.options, self.trainer, self.options.waits(t)
+        options, trainer, waits = self.options, self.trainer, t < self.options.wait
         labeled, unlabeled = self._next("labeled"), None
         if "unlabeled" in self.feeds:
             # The student that waits takes no steps to look ahead. Copies, for a source may fill the memory of one batch
@@ -244,7 +244,7 @@ class FitRun:
                         reasons += [str(stop)] if str(stop) else []
             if self.ended is not None:
                 reason = ": " * bool(reasons) + "; ".join(reasons)
-                untrained = "; the student is untrained: it would have begun later" * self.options.waits(step - 1)
+                untrained = "; the student is untrained: it would have begun later" * (step <= self.options.wait)
                 self.say(f"stopped after step {step} by a callback{reason}{untrained}")
                 # The last step is validated, as in any fit.
                 row |= {} if self.options.due(self.options.validate_every, step - 1) else self._look(step - 1)
@@ -255,7 +255,7 @@ class FitRun:
         self.seen = {}
         for role in self.trainer.networks if self.selection.validation is not None else ():
             # A teacher that weighs examples, say, has no accuracy.
-            if self.trainer.teacher_classifies if role == "teacher" else not self.options.waits(t):
+            if self.trainer.teacher_classifies if role == "teacher" else t >= self.options.wait:
                 with self._held(role) as network:
                     self.seen |= self.selection.look(role, network, t + 1)
         return self.seen
@@ -304,7 +304,6 @@ class FitRun:
         return {
             "step": step,
             "options": resuming.options_of(self),
-            "data": self.data,
             "trainer": self.trainer.live_state(),
             "averages": {role: average.state_dict() for role, average in self.averages.items()},
             "seen": self.seen,
@@ -338,8 +337,6 @@ class FitRun:
                     self.data[name] = resuming.about(source, None if hasattr(source, "whole") else once.next())
             if compare:
                 resuming.refuse_other(path, state["options"], resuming.options_of(self))
-                for name, was in state["data"].items():
-                    resuming.refuse_other(path, was, self.data[name])
             if len(state["callbacks"]) != len(self.stateful):
                 raise MetaplError(f"{path} has {len(state['callbacks'])} callbacks' states; give the same ones.")
             for callback, saved in zip(self.stateful, state["callbacks"], strict=True):

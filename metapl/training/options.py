@@ -67,24 +67,18 @@ class FitOptions:
         if self.phase in ("", ".", "..") or {*self.phase} & {*"/\\\0"}:
             raise MetaplError(f"phase={self.phase!r}: expected a plain name, for it names a folder.")
 
-    def waits(self, step: int) -> bool:
-        return step < self.wait
-
-    def rate(self, step: int) -> float:
-        """The factor of the teacher's base learning rate at ``step``.
+    def rate(self, step: int, wait: int = 0) -> float:
+        """The factor of a base learning rate at ``step``: the teacher's; with ``wait`` the student's, which is 0 for so
+        long and then as of a run that begins.
 
         >>> [round(FitOptions(steps=4, warmup=1).rate(t), 2) for t in range(5)]
         [1.0, 1.0, 0.75, 0.25, 0.0]
         >>> round(0.128 * FitOptions(steps=350, schedule="exponential").rate(350), 6)  # what Noisy Student ends with
         0.001507
         """
-        return self._factor(step, self.steps)
-
-    def student_rate(self, step: int) -> float:
-        """The same of the student's: 0 while it waits, then as of a run that begins."""
-        return 0.0 if self.waits(step) else self._factor(step - self.wait, self.steps - self.wait)
-
-    def _factor(self, step: int, steps: int) -> float:
+        step, steps = step - wait, self.steps - wait
+        if step < 0:
+            return 0.0
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -113,11 +107,11 @@ class Rates:
     def move(self, step: int | None) -> None:
         """Set the rates of a step; None: the base rates."""
         for name, optimizer in self.optimizers.items():
-            rate_at = self.options.student_rate if name == "student_lr" else self.options.rate
-            groups, base = optimizer.param_groups, self.base[name]
+            groups, base, wait = optimizer.param_groups, self.base[name], self.options.wait * (name == "student_lr")
+            factor = 1.0 if step is None else self.options.rate(step, wait)
             base.extend(group["lr"] for group in groups[len(base) :])  # added since, such as layers that were unfrozen
             for group, rate in zip(groups, base, strict=True):
-                group["lr"] = rate * (1.0 if step is None else rate_at(step))
+                group["lr"] = rate * factor
 
     def now(self) -> dict[str, float]:
         return {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}

@@ -15,26 +15,27 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few
 from metapl.runs.generators import rng_state, set_rng_state
 
-# Settings of an optimizer that do not decide where it goes; its rate is compared as the schedule found it.
+# Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
+# found it.
+FREE = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
 
 
 def options_of(run: Any) -> dict[str, Any]:
     """One flat dict of plain values, which two parts of a fit have in common."""
     options, trainer, metric = run.options, run.trainer, run.selection.metric
-    names = ["schedule", "warmup", "wait", "ema_decay", "warm_start", "select"]
-    names += ["decay_every"] * (options.schedule == "exponential")
-    names += ["steps"] * (options.schedule != "constant" and options.decay_every is None)
-    found = {name: getattr(options, name) for name in names}
+    found = {name: value for name, value in vars(options).items() if name not in FREE}
+    if options.schedule == "constant" or options.decay_every is not None:
+        del found["steps"]  # the rates do not depend on it
     found |= {"trainer": type(trainer).__name__, "dtype": str(trainer.dtype), "validation": metric is not None}
     found |= {"metric": metric and metric.name, "mode_of_metric": metric and metric.better}
     found |= {name: _plain(value) for name, value in trainer.settings().items()}
+    found |= {f"{name}.{key}": value for name, known in run.data.items() for key, value in known.items()}
     for name, optimizer in run.rates.optimizers.items():
-        found[name.replace("_lr", "_optimizer")] = type(optimizer).__name__
         for i, (group, rate) in enumerate(zip(optimizer.param_groups, run.rates.base[name], strict=False)):
             settings = {key: _plain(value) for key, value in group.items() if key not in OF_SPEED}
-            settings |= {"lr": float(rate), "parameters": len(group["params"])}
-            found |= {f"{name.replace('_lr', '')}.{i}.{key}": value for key, value in settings.items()}
+            settings |= {"optimizer": type(optimizer).__name__, "lr": float(rate), "parameters": len(group["params"])}
+            found |= {f"{name.removesuffix('_lr')}.{i}.{key}": value for key, value in settings.items()}
     return found
 
 
@@ -83,10 +84,12 @@ def digest(batch: Any) -> str:
 # ------------------------------------------------------------------------------------- of several processes together
 
 
+OWN = ("rng", "feeds", "options")
+
+
 def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """What differs between processes."""
-    names = ("rng", "feeds", "data")
-    return {name: state[name] for name in names} | {"generator": state["trainer"].get("generator")}
+    return {name: state[name] for name in OWN} | {"generator": state["trainer"].get("generator")}
 
 
 def of_this(state: dict[str, Any], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
@@ -102,15 +105,14 @@ def of_this(state: dict[str, Any], trainer: Any, file: Path, sources: Sequence[A
     if ranks.alone and "ranks" not in state:
         return state
     every = state.get("ranks") or [own_state(state)]
-    count = ranks.processes
-    if len(every) != count and ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
+    as_many = len(every) == ranks.processes
+    if not as_many and ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
         raise MetaplError(f"{file} is of a fit in {len(every)} processes with sources of their own; expected as many.")
-    own = every[ranks.number if len(every) == count else 0]
+    own = every[ranks.number if as_many else 0]
     parts = [part for network in trainer.networks.values() for part in network.modules()]
-    if len(every) != count and any(isinstance(part, nn.modules.dropout._DropoutNd) for part in parts):
+    if not as_many and any(isinstance(part, nn.modules.dropout._DropoutNd) for part in parts):
         set_rng_state(own["rng"])
-        drawn = torch.get_rng_state().numpy().tobytes() + ranks.rank.to_bytes(4, "little")
-        torch.manual_seed(int.from_bytes(hashlib.sha256(drawn).digest()[:8], "little"))
+        torch.manual_seed(int(torch.randint(2**62, ())) + ranks.rank)
         own = own | {"rng": rng_state()}
     held = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
-    return state | {"rng": own["rng"], "feeds": own["feeds"], "data": own["data"], "trainer": held}
+    return state | {name: own[name] for name in OWN} | {"trainer": held}
