@@ -105,13 +105,28 @@ def ablate(
 
     def measure(names: Iterable[str], batches: tuple[Any, Any], exact: Tensor) -> None:
         for name in [name for name in names if name not in reasons]:
+            mode, found = estimates[name], list[Tensor]()
+            draws_any = isinstance(mode, Altered) and mode.alteration != "class_means"
             try:
-                found, draws_any = _distance(trainer, batches, estimates[name], exact, draws)
+                for seed in range(draws):
+                    generator = torch.Generator(trainer.device).manual_seed(seed)
+                    start = generator.get_state()
+                    drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
+                    found.append(_gradient(trainer, batches, drawn, generator))
+                    # Seen by the generator's state, for draws of a confident teacher may be equal.
+                    if not (draws_any := draws_any or not torch.equal(start, generator.get_state())):
+                        break
             except CANNOT_RUN as error:
                 reasons[name] = _reason(error)
-            else:
-                distances.setdefault(name, []).append(found)
-                drawing.update([name] * draws_any)
+                continue
+            drawing.update([name] * draws_any)
+            g = torch.stack(found)  # (draws, weights)
+            mean, length = g.mean(0), exact.norm().clamp_min(1e-300)
+            # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
+            noise = ((g - mean).square().sum() / max(1, len(g) - 1)).sqrt() / length
+            cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
+            distance = Distance(float(cosine), float((mean - exact).norm() / length), float(noise))
+            distances.setdefault(name, []).append(distance)
 
     points = tuple(sorted({0, steps // 2, steps}))
     several = 1 if isinstance(unlabeled, Lookahead) else trainer.lookahead
@@ -194,29 +209,6 @@ def _exact(trainer: BilevelTrainer, batches: tuple[Any, Any]) -> Tensor:
     raise MetaplError(
         f"there is no exact gradient to compare with: by double backward, {reasons[0]}; by forward mode, {reasons[1]}"
     )
-
-
-def _distance(
-    trainer: BilevelTrainer, batches: tuple[Any, Any], mode: Estimator, exact: Tensor, draws: int
-) -> tuple[Distance, bool]:
-    """Of a mode from the exact gradient, by that many draws, and whether anything is drawn at all, which is seen by the
-    generator's state (draws of a confident teacher may be equal)."""
-    altered = isinstance(mode, Altered) and mode.alteration != "class_means"
-    gradients: list[Tensor] = []
-    for seed in range(draws):
-        generator = torch.Generator(trainer.device).manual_seed(seed)
-        start = generator.get_state()
-        drawn = replace(mode, seed=mode.seed + seed) if isinstance(mode, Altered) else mode
-        gradients.append(_gradient(trainer, batches, drawn, generator))
-        draws_any = altered or not torch.equal(start, generator.get_state())
-        if not draws_any:
-            break
-    found = torch.stack(gradients)
-    mean, length = found.mean(0), exact.norm().clamp_min(1e-300)
-    # The mean of n draws has 1/n of their noise in it, which the spread of n draws is short of.
-    noise = (found - mean).square().sum() / max(1, len(found) - 1)
-    cosine = torch.nn.functional.cosine_similarity(mean, exact, dim=0)
-    return Distance(float(cosine), float((mean - exact).norm() / length), float(noise.sqrt() / length)), draws_any
 
 
 def _costs(

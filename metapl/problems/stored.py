@@ -150,15 +150,13 @@ class NoisyStudentLoss:
 
 def check_stored(stored: Tensor, outputs: Tensor, name: str) -> None:
     """Refuse stored values that are not one class distribution for each of the student's outputs (B, C)."""
-    if stored.shape != outputs.shape or not stored.is_floating_point():
-        raise MetaplError(
-            f"the stored labels of the {name} batch are {checks.described(stored)}; expected class distributions "
-            f"{tuple(outputs.shape)}."
-        )
-    checks.refuse(
-        ((wide(stored).sum(1) - 1).abs().amax() > 0.02) | (stored.amin() < 0),
-        f"the stored labels of the {name} batch are no distributions, which sum to 1 in every row; are they logits?",
+    text = (
+        f"the stored labels of the {name} batch are {checks.described(stored)}; expected class distributions "
+        f"{tuple(outputs.shape)}, which sum to 1 in every row: the softmax of logits."
     )
+    if stored.shape != outputs.shape or not stored.is_floating_point():
+        raise MetaplError(text)
+    checks.refuse(((wide(stored).sum(1) - 1).abs().amax() > 0.02) | (stored.amin() < 0), text)
 
 
 def stored_pair(batch: Any) -> tuple[Any, Tensor]:
