@@ -252,7 +252,7 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
         networks = by_backward = [trainer.student]
         given: tuple[nn.Module | None, ...] = (trainer.as_given,)
         seams: list[Seam] = [
-            (LossTrainer, "_backward", STUDENT, None),
+            (LossTrainer, "step", STUDENT, None),
             (LossTrainer, "clip", UPDATE, None),
             (type(trainer.optimizer), "step", UPDATE, None),
         ]
