@@ -217,10 +217,5 @@ def rows_of_all(t: Tensor) -> tuple[Tensor, slice]:
 
 def log_mean_of_rows(log_p: Tensor) -> Tensor:
     """The logarithms of the means of probabilities, (B, C), over the rows of all ranks that share a batch."""
-    log_mean_C = log_p.logsumexp(0) - math.log(max(1, len(log_p)))
-    ranks = _sharing.get()
-    if ranks.alone:
-        return log_mean_C
-    greatest = ranks.greatest(log_mean_C)
-    greatest = greatest.masked_fill(greatest == -math.inf, 0)  # of a class that is impossible everywhere
-    return ranks.mean((log_mean_C - greatest).exp()).log() + greatest
+    every, _ = rows_of_all(log_p)
+    return every.logsumexp(0) - math.log(max(1, len(every)))

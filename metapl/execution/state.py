@@ -224,7 +224,6 @@ def restored(
     The gradients of an ``optimizer``'s parameters are cleared before and after. Yields the fault of the step's report,
     in which checks on a device wait for whoever reads it; with ``always`` they are read at once.
     """
-    checks.no_inference_mode()
     fault = checks.Fault()
     with step_lock, torch.enable_grad():
         saved = [State(slots) for slots in networks]

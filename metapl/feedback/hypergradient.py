@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.execution import checks
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING
@@ -138,7 +137,6 @@ def hypergradient(
     problem = prepare(problem, estimate)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     check_arguments(hypergradient, {**locals(), "mode": estimate})
-    checks.is_generator(generator)
     of_teacher, of_student, device = layouts(teacher, student)
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     update = update if clip_norm is None else Clipped(update, clip_norm, of_student.space)

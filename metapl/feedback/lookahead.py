@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import plain
+from metapl.runs.fields import Range, check_fields
 from metapl.updates import options_by_step
 
 
@@ -39,20 +40,18 @@ class Lookahead(Sequence[Any]):
     """
 
     batches: Sequence[Any] | Callable[[int], Any]
-    steps: int | None = None
+    steps: Annotated[int, Range(1, of="a number of student steps")] | None = None
     schedule: LRScheduler | Callable[[int], float] | None = None
 
     def __post_init__(self) -> None:
-        given = self.batches
-        if not callable(given) and (not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given):
+        check_fields(self)
+        given: Any = self.batches
+        held = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+        if (len(given) < (self.steps or 1)) if held else (self.steps is None or not callable(given)):
             raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(given)}; expected a list of them, or a "
-                "function of the step's number with steps=."
+                f"Lookahead was given batches that are {checks.described(given)} and steps={self.steps}; expected a "
+                "batch for each step, or a function of the step's number with steps=."
             )
-        if callable(given) or self.steps is not None:
-            checks.whole_number(self.steps, f"Lookahead(steps={self.steps!r})", "a number of student steps")
-        if not callable(given) and len(given) < (self.steps or 0):
-            raise MetaplError(f"Lookahead has {len(given)} batches for steps={self.steps}; expected one for each step.")
 
     def __len__(self) -> int:
         return self.steps or len(self.batches)  # type: ignore[arg-type]  # of a function, steps is given

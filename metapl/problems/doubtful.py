@@ -24,6 +24,7 @@ from metapl.execution import checks
 from metapl.execution.batch import holds_tensors
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import Kind, Params, Problem, Random, Signal
+from metapl.runs.fields import AtLeastOne, check_arguments
 
 
 class Classification(Problem):
@@ -287,8 +288,8 @@ class WeightNet(nn.Module):
     torch.Size([2])
     """
 
-    def __init__(self, hidden: int = 100) -> None:
-        checks.whole_number(hidden, f"WeightNet(hidden={hidden!r})", "a width")
+    def __init__(self, hidden: AtLeastOne = 100) -> None:
+        check_arguments(WeightNet.__init__, {"hidden": hidden})
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid())
 

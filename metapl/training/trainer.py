@@ -124,7 +124,6 @@ class BilevelTrainer(Trainer):
     ) -> None:
         self.mode, self.verification = estimator(mode), Verification(verify)
         check_arguments(BilevelTrainer.__init__, locals())
-        checks.is_generator(generator)
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
         self.classifies, self.teacher_classifies = self.problem.classifies, self.problem.teacher_classifies
         check_teacher(

@@ -307,7 +307,6 @@ BUILT: dict[str, Wrong] = {
     "hard labels in double backward": lambda c: partial(c.built, "unrolled", problem=metapl.PseudoLabels(kind="hard")),
     "a number as teacher loss": lambda c: partial(c.built, teacher_losses=(3,)),
     "a text as problem": lambda c: partial(c.built, problem="labels"),
-    "a number as generator": lambda c: partial(c.built, generator=3),
     "a student without shapes yet": lambda c: partial(
         c.built, student=nn.Sequential(nn.LazyLinear(CLASSES)), inner_optimizer=None
     ),
@@ -373,6 +372,7 @@ OTHERS: dict[str, Wrong] = {
 IN_TORCHS_WORDS: dict[str, Wrong] = {
     "labels that are no whole numbers": lambda c: c.step(labeled=(c.x, c.y.float())),
     "labels of another length": lambda c: c.step(labeled=(c.x, c.y[1:])),
+    "a number as generator": lambda c: c.step("reinforce", generator=3),
     "labels in a list": lambda c: c.step(labeled=(c.x, c.y.tolist())),
     "an inner batch of a text": lambda c: c.step("reinforce", unlabeled="pictures"),
     "an inner batch of no rows": lambda c: c.step(unlabeled=c.u[:0]),
