@@ -265,7 +265,7 @@ class SGD(TorchUpdate):
                 new = [d_i if b is None else mu * b + damped * d_i for d_i, b in zip(d, old, strict=True)]
             states = [{**state, "momentum_buffer": b} for state, b in zip(states, new, strict=True)]
             d = add(d, new, mu) if group["nesterov"] else new
-        return sub(params, mul(d, group["lr"])), list(states)
+        return add(params, d, -group["lr"]), list(states)
 
     @staticmethod
     def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
