@@ -63,6 +63,8 @@ class Step:
             for part in network.modules() if isinstance(network, nn.Module) else ():
                 # Results in attributes, such as the old weight_norm's, which deepcopy refuses.
                 memo |= {id(t): t.detach().clone() for t in vars(part).values() if isinstance(t, Tensor) and t.grad_fn}
+        transform = getattr(self.update, "transform", None)  # of functions alone; TorchOpt's chains cannot be copied
+        memo[id(transform)] = transform
         copy.deepcopy((self.teacher, self.student), memo)
         known = set(memo)
         copy.deepcopy(self.problem, memo)
