@@ -148,9 +148,21 @@ def layouts(teacher: nn.Module | None, student: nn.Module) -> tuple[Layout | Non
     """The layouts of two networks and the student's device; networks that cannot be trained together are refused."""
     of_teacher = None if teacher is None else layout_of("teacher", teacher)
     of_student = layout_of("student", student)
-    for name, layout in (("teacher", of_teacher), ("student", of_student)):
-        if layout is not None:
-            _refuse_not_replayable(name, layout)
+    known = {"student": of_student} if of_teacher is None else {"teacher": of_teacher, "student": of_student}
+    for name, layout in known.items():
+        for prefix, part in named_parts(layout.network):
+            for wrapper in (wrapper for wrapper in _WRAPPERS if wrapper in _of_torch(type(part))):
+                if not (layout.is_sharded and wrapper == "FSDPModule"):
+                    raise MetaplError(
+                        f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights; "
+                        "expected a plain module, or one that is as a whole in DistributedDataParallel or fully_shard."
+                    )
+        for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
+            if nn.parameter.is_lazy(t) or t.is_inference():
+                why = "has no shape before a first batch" if nn.parameter.is_lazy(t) else "is of inference_mode()"
+                raise MetaplError(f"the {name}'s {path} {why}; expected one that a pass can be differentiated in.")
+        if not trainable(layout.network):
+            raise MetaplError(f"the {name} has no parameter with requires_grad=True; expected one that can learn.")
     device = next(of_student.network.parameters()).device
     if of_teacher is None:
         return None, of_student, device
@@ -176,21 +188,12 @@ def layout_of(name: str, network: Any) -> Layout:
     if not isinstance(network, nn.Module):
         raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
     if isinstance(network, DistributedDataParallel):
-        groups, network, more = [network.process_group], network.module, dict[str, Any](kind="replicated")
-        own = processes = tuple(dist.get_process_group_ranks(groups[0]))
-    elif any(is_block(part) or any(map(is_sharded, part._parameters.values())) for part in network.modules()):
-        groups, processes, own, more = _sharded(name, network)
-    else:
+        group, network = network.process_group, network.module
+        rank, processes = dist.get_rank(group), tuple(dist.get_process_group_ranks(group))
+        ranks = Ranks([group], rank, next(network.parameters()).device, first=rank == 0)
+        return Layout(network, "replicated", ranks, processes=processes)
+    if not any(is_block(part) or any(map(is_sharded, part._parameters.values())) for part in network.modules()):
         return Layout(network)
-    number, copies, rank = own.index(dist.get_rank()), len(processes) // len(own), dist.get_rank()
-    device = local(next(network.parameters())).device
-    ranks = Ranks(groups, number, device, copies, first=processes.index(rank) == 0)
-    return Layout(network, ranks=ranks, processes=processes, **more)
-
-
-def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """The groups and numbers of all processes, those among which the rows are shared, and what else a layout holds, of
-    a network by ``fully_shard``, or whose products several processes compute together, by ``parallelize_module``."""
     blocks = reshard(network)
     if blocks and not is_block(network):
         raise MetaplError(f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) as well.")
@@ -201,19 +204,22 @@ def _sharded(name: str, network: nn.Module) -> tuple[list[Any], tuple[int, ...],
                 f"the {name}'s {path} is left out of fully_shard (ignored_params), so it would learn from this rank's "
                 "rows alone; expected every parameter with requires_grad=True to be sharded."
             )
-    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch.
+    # The mesh of all processes, over which some parameters are laid out, and that of those that share the batch: fewer
+    # where several processes compute each product together.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
-    mesh = max(meshes, key=lambda mesh: int(mesh.size()))
+    mesh, rank = max(meshes, key=lambda mesh: int(mesh.size())), dist.get_rank()
     processes = _processes(mesh)
-    own = _processes(_param_groups(blocks)[0].mesh_info.mesh) if blocks else (dist.get_rank(),)
-    if len(processes) == len(own) and any(other != mesh for other in meshes):
+    own = _processes(_param_groups(blocks)[0].mesh_info.mesh) if blocks else (rank,)
+    together = len(processes) // len(own)
+    if together == 1 and any(other != mesh for other in meshes):
         raise MetaplError(f"the {name}'s weights are sharded over several meshes; expected one for all.")
     # One group where it is all processes.
     everywhere = list(processes) == list(range(dist.get_world_size()))
     groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
-    space, together = ShardedSpace(parameters, groups, len(processes)), len(processes) // len(own)
-    more = {"kind": "sharded", "space": space, "product_ranks": together, "blocks": blocks, "sharded": parameters}
-    return groups, processes, own, more
+    device = local(next(network.parameters())).device
+    ranks = Ranks(groups, own.index(rank), device, together, first=processes.index(rank) == 0)
+    space = ShardedSpace(parameters, groups, len(processes))
+    return Layout(network, "sharded", ranks, space, processes, together, blocks, parameters)
 
 
 def is_block(part: nn.Module) -> bool:
@@ -258,23 +264,3 @@ def _param_groups(blocks: Sequence[Any]) -> list[Any]:
     states = [block._get_fsdp_state() for block in blocks]
     groups = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
     return [group for own in groups for group in own if group is not None]
-
-
-def _refuse_not_replayable(name: str, layout: Layout) -> None:
-    """Refuse a network that cannot be trained, or not be run again at other weights."""
-    for prefix, part in named_parts(layout.network):
-        for wrapper in (wrapper for wrapper in _WRAPPERS if wrapper in _of_torch(type(part))):
-            if not (layout.is_sharded and wrapper == "FSDPModule"):
-                raise MetaplError(
-                    f"the {name} has a {wrapper} at {prefix[:-1]!r}, in which no pass runs at other weights; expected "
-                    "a plain module, or one that is as a whole in DistributedDataParallel or in fully_shard."
-                )
-    for path, t in (*layout.network.named_parameters(), *layout.network.named_buffers()):
-        if nn.parameter.is_lazy(t) or t.is_inference():
-            why = "has no shape before a first batch" if nn.parameter.is_lazy(t) else "is of torch.inference_mode()"
-            raise MetaplError(f"the {name}'s {path} {why}; expected one that a pass can be differentiated in.")
-    if not trainable(layout.network):
-        raise MetaplError(NOTHING_TO_LEARN.format(name))
-
-
-NOTHING_TO_LEARN = "the {} has no parameter with requires_grad=True, so it cannot learn; expected a trainable one."
