@@ -17,7 +17,7 @@ from metapl.execution.layout import Layout, layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
-from metapl.execution.shards import as_held, load_whole, whole
+from metapl.execution.shards import as_held, load_whole
 from metapl.execution.state import Slots, one_at_a_time, restored
 from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
@@ -407,19 +407,8 @@ class BilevelTrainer(Trainer):
             generator: for drawing labels; without it they are the same in every call too.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        estimate = estimator(self.mode if mode is None else mode)
-        return self._gradient(estimate, prepare(self.given_problem, estimate), labeled, unlabeled, generator)
-
-    def exact_cosine(self, labeled: Any, unlabeled: Any) -> float | None:
-        """The cosine between this mode's teacher gradient and the exact one of soft labels, on one batch; nothing
-        moves. None where there is no feedback, or the problem has no exact form."""
-        exact = self.problem.exact()
-        if self.mode.credits == "nothing" or exact is None:
-            return None
-        compared = (self.mode, self.problem), (estimator("forward"), exact)
-        found = [self._gradient(*one, labeled, unlabeled) for one in compared]
-        a, b = (torch.cat([whole(g).flatten().double() for g in gradient.grads.values()]) for gradient in found)
-        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+        mode = estimator(self.mode if mode is None else mode)
+        return self._gradient(mode, prepare(self.given_problem, mode), labeled, unlabeled, generator)
 
     def _gradient(
         self, mode: Estimator, problem: BilevelProblem, labeled: Any, unlabeled: Any, generator: Any = None

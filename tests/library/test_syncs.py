@@ -36,11 +36,10 @@ IN_A_STEP = (
     *("updates/base", "updates/torch_optim"),
 )
 ALLOWED = {
-    ("training/trainer", "exact_cosine"),
     ("execution/rng", "branch"),
     ("execution/rng", "same"),
 }
-"""Functions that a step does not call, and two that read states which lie on the host."""
+"""Functions that read states which lie on the host."""
 
 
 class Waits(TorchDispatchMode):
