@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -107,8 +107,24 @@ class LossTrainer(Trainer):
                 micro_batches(unlabeled, self.accumulate, "unlabeled"),
                 strict=True,
             )
-            with self._autocast():
-                parts = [self._backward(x_l, x_u) for x_l, x_u in batches]
+            parts = []
+            with self._autocast(), rows_shared(self.ranks):
+                for x_l, x_u in batches:
+                    terms = sum_of_terms(
+                        self.network,
+                        self.losses_for(x_u),
+                        labeled=x_l,
+                        unlabeled=x_u,
+                        signal=Signal(torch.empty(0, device=self.device)),  # a loss that needs outputs computes them
+                        step=self.steps_done,
+                        kind=self.total.replace("_", " "),
+                    )
+                    loss = torch.stack(list(terms.values())).sum()
+                    checks.learns(loss, "network")
+                    if loss.requires_grad:  # UDA alone is a plain 0 before its start
+                        (loss / self.accumulate).backward()  # the micro-batches' shares add up in ``.grad``
+                    named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
+                    parts.append({self.total: loss.detach(), **named})
             means = self.ranks.mean_scalars(mean_scalars(parts))
             checks.refuse_not_finite(means[self.total], NOT_FINITE)
             self.clip()
@@ -116,24 +132,6 @@ class LossTrainer(Trainer):
             self.layout.agree_on_buffers()
             self.steps_done += 1
             return Report(self.steps_done - 1, means, fault)
-
-    def _backward(self, labeled: Any, unlabeled: Any) -> dict[str, Tensor]:
-        """The losses on a micro-batch; its share of the gradient is accumulated in ``.grad``."""
-        with rows_shared(self.ranks):
-            terms = sum_of_terms(
-                self.network,
-                self.losses_for(unlabeled),
-                labeled=labeled,
-                unlabeled=unlabeled,
-                signal=Signal(torch.empty(0, device=self.device)),  # a loss that needs outputs computes them
-                step=self.steps_done,
-                kind=self.total.replace("_", " "),
-            )
-        loss = torch.stack(list(terms.values())).sum()
-        checks.learns(loss, "network")
-        if loss.requires_grad:  # UDA alone is a plain 0 before its start
-            (loss / self.accumulate).backward()
-        return {self.total: loss.detach(), **{f"{self.prefix}_{name}": t.detach() for name, t in terms.items()}}
 
     def clip(self) -> None:
         """Average the gradient in ``.grad`` over the ranks, clip it, and refuse one that the optimizer cannot use."""
