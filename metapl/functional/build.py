@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.functional.state import State, state_of, unclipped
 from metapl.functional.step import Step, make_step
-from metapl.functional.trees import PlainSpace
+from metapl.functional.trees import dot, norm
 from metapl.problems.base import enters_input, has_own
 from metapl.updates import Clipped, TorchUpdate, Update, options_of, update_of
 
@@ -29,7 +29,8 @@ def updates_of(trainer: Any) -> tuple[Update, Update | None]:
         trained = {name: p for name, p in trainer.teacher.named_parameters() if p.requires_grad}
         found[1] = update_of(trainer.outer_optimizer, trained, name="outer_optimizer")
     if trainer.clip_norm is not None:
-        found = [update and Clipped(update, trainer.clip_norm, PlainSpace()) for update in found]
+        space: Any = SimpleNamespace(dot=dot, norm=norm)  # by operations that every transform has rules for
+        found = [update and Clipped(update, trainer.clip_norm, space) for update in found]
     return found[0], found[1]
 
 
@@ -51,22 +52,22 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     if trainer.precision != "float32":  # without the cache, which would keep casts of tensors inside a transform
         autocast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
-    code: Any = getattr(problem.inner_loss, "__code__", None)
-    place = 3 + hasattr(problem.inner_loss, "__self__")
-    known = code is not None and code.co_argcount > place
+    groups: list[Any] = [[], []]
+    for place, update in enumerate(map(unclipped, updates)):
+        if isinstance(update, TorchUpdate):  # a number that is no setting is 0
+            groups[place] = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
     step: Any = make_step(
         trainer.teacher,
         trainer.student,
         problem,
         mode,
         *updates,
-        tuple(options_of(u.optimizer) if isinstance(u := unclipped(update), TorchUpdate) else [] for update in updates),
+        groups,
         problem.default_teacher_losses if own is None else lambda batch: own,
         steps=steps,
         weight=trainer.feedback_weight,
         ratio=trainer.feedback_ratio,
         enters=enters,
-        reads=not known or any(code.co_varnames[place] in str(i.argval) for i in dis.get_instructions(code)),
         revises=has_own(problem, "revised_signal"),
         autocast=autocast,
     )

@@ -1,11 +1,13 @@
 """``BilevelTrainer(compile=True)``: the pure step, compiled whole; modules and optimizers go on owning their tensors.
 
-A step reads networks and optimizers into a state, runs one graph, and copies the new state back. The first step of each
-kind is compared with the eager one, taken by a copy of the trainer; what cannot be captured is refused there.
+A step reads the tensors where modules and optimizers hold them, runs one graph, and copies what comes out back. The
+first step of each kind is compared with the eager one, taken by a copy of the trainer; what cannot be captured is
+refused there.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,76 +30,108 @@ from metapl.updates import TorchUpdate
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
+LIBRARY = re.compile(r"__import_(torch|metapl)_|^__import__\('torch'\)")
 SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
+OFF = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
+
+
+def backend_of(device: torch.device) -> dict[str, Any]:
+    """``BACKEND`` where a step takes a fraction of a millisecond: half of that would go into Python around the kernels,
+    and into the guards of a graph, of which those are dropped that torch and metapl are what they are."""
+    lean = {"cpp_wrapper": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
+    keep = {"guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards]}
+    return {"options": BACKEND["options"] | lean | keep}
 
 
 class CompiledStep:
     """The compiled steps of one trainer, which every call is given; a copy of it compiles anew."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, Any] = {}
-        self.state: State | None = None  # views of the tensors that modules and optimizers hold
-        self.tensors: list[Tensor] = []  # these, in the order of leaves_of,
-        self.memory: list[int] = []  # and where they were
-        self.places: list[tuple[Any, Any, Any]] = []  # what is known to stand in a table under a name
-        self.numbers: list[Any] = []  # the optimizers' settings, and these as tensors
-        self.settings: list[Any] = []
+        self.known: dict[Any, Any] = {}  # the compiled steps, by what they were compiled for
+        self.kind: Any = None  # that of the last step
+        self.parts: list[Any] = []  # its modules,
+        self.weights: list[Tensor] = []  # their parameters and buffers,
+        self.tables: list[dict[Any, Any]] = []  # where modules and optimizers hold tensors,
+        self.tensors: list[Tensor] = []  # these, as leaves_of has them,
+        self.state: Any = None  # and as a state,
+        self.numbers: list[Any] = []  # whose settings these are
+        self.marks: list[Any] = []  # with which all this was found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CompiledStep, ()
 
     def __call__(self, trainer: Any, labeled: Any, batches: Sequence[Any], ahead: bool) -> StepReport:
         """One step on a labeled batch and the inner ones; ``ahead``: they were given as a look-ahead."""
-        networks = {"student": trainer.student, **({} if trainer.teacher is None else {"teacher": trainer.teacher})}
-        modules = [module for net in networks.values() for module in _modules(net)]
-        flags = tuple(
-            (id(m), m.training, *[p is not None and p.requires_grad for p in m._parameters.values()]) for m in modules
-        )
-        optimizers = [o for o in (trainer.inner_optimizer, trainer.outer_optimizer) if o is not None]
-        weights = trainer.feedback_weight, trainer.feedback_ratio, trainer.mode, tuple(map(id, optimizers))
-        key = flags, weights, len(batches), id(trainer.problem), id(trainer.teacher_losses)
-        first, several, draw = key not in self.known, len(batches) > 1, trainer.generator
-        start, drawn = RandomState.now(trainer.device), draw and draw.get_state()
+        steps, draw = len(batches), trainer.generator
+        anew = self.seen(trainer, steps) != self.marks
+        if anew:
+            self.marks, held = [], self.find(trainer, steps)
+        first = self.kind not in self.known
         if first:
-            compiled, updates = self.compile(trainer, networks, len(batches))
+            compiled, updates = self.compile(trainer, steps)
             eager = eager_step(trainer, labeled, batches, ahead)
-            state, probs = state_of(trainer, updates), eager[1].signal.probs
+            probs = eager[1].signal.probs
         else:
-            compiled, updates, probs = self.known[key]
-            state = self.read(trainer, updates)
+            compiled, updates, probs, _ = self.known[self.kind]
+        state = state_of(trainer, updates) if anew else self.read(trainer, updates)
+        start, drawn = RandomState.now(trainer.device), draw and draw.get_state()
         noise = None
         if draw is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
-            with torch.no_grad(), no_fast_path(math=True):
-                given = (tuple(batches), noise) if several else (batches[0], noise and noise[0])
+            with torch.no_grad(), no_fast_path():
+                given = (batches[0], noise and noise[0]) if steps == 1 else (tuple(batches), noise)
                 moved, report = compiled(state, labeled, *given)
-            wrapped = _wrapped(trainer, report, several, ahead)
-            if first:
-                refuse_other(state, (moved, wrapped), eager)
-        except Exception as error:
+                taken = moved, _wrapped(trainer, report, steps > 1, ahead)
+                if first:
+                    refuse_other(state, taken, eager)
+        except BaseException as error:
             start.restore()
             if draw is not None:
                 draw.set_state(drawn)
-            if not first or isinstance(error, MetaplError):
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
                 raise
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            said = " ".join([*lines[:2], *[line for line in lines[2:] if line.startswith("File ")][-1:]])
+            said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
             raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
         if first:
-            self.known[key], self.state = (compiled, updates, probs), None
-            self.read(trainer, updates)
-        with torch.no_grad():
-            torch._foreach_copy_(self.tensors, leaves_of(moved, state))
+            self.known[self.kind] = compiled, updates, probs, held
+        if anew:
+            self.hold(state, moved, updates)
+        torch._foreach_copy_(self.tensors, leaves_of(moved))
+        if anew:
+            self.marks = self.seen(trainer, steps)
         trainer.mode_state, trainer.steps_done = moved.mode, trainer.steps_done + 1
-        return wrapped
+        return taken[1]
 
-    def compile(self, trainer: Any, networks: dict[str, Any], steps: int) -> tuple[Any, Any]:
+    def seen(self, trainer: Any, steps: int) -> list[Any]:
+        """What differs where another step is meant, or other tensors are held; by now these are alive."""
+        optimizers = trainer.schedulable
+        given = trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers, *(o.state for o in optimizers)
+        return [
+            *(steps, trainer.feedback_weight, trainer.feedback_ratio, *map(id, given)),
+            *[id(held) for table in self.tables for held in table.values()],
+            *[part.training for part in self.parts],
+            *[t.requires_grad for t in self.weights],
+            *[t.data_ptr() for t in self.weights],
+        ]
+
+    def find(self, trainer: Any, steps: int) -> Any:
+        """Look for modules and parameters anew. Returns what may not be freed while a kind of step is known by it."""
+        networks = [network for network in (trainer.student, trainer.teacher) if network is not None]
+        self.parts = [part for network in networks for part in network.modules()]
+        parameters = [p for network in networks for p in network.parameters()]
+        self.weights = [*parameters, *(b for network in networks for b in network.buffers())]
+        held = *self.parts, *parameters, trainer.mode, trainer.problem, trainer.teacher_losses, *trainer.schedulable
+        flags = *(part.training for part in self.parts), *(t.requires_grad for t in self.weights)
+        self.kind = steps, trainer.feedback_weight, trainer.feedback_ratio, flags, *map(id, held)
+        return held
+
+    def compile(self, trainer: Any, steps: int) -> tuple[Any, Any]:
         """The trainer's step as one graph, once it is called; refused where none could be."""
-        for role, net in networks.items():
-            for name, p in net.named_parameters():
-                if p._backward_hooks or p._post_accumulate_grad_hooks:
-                    raise MetaplError(f"the {role}'s {name} has a hook, which no graph captures; leave compile out.")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.weights):
+            raise MetaplError("a parameter of the networks has a hook, which no graph captures; leave compile out.")
         if not isinstance(unclipped(trainer.update), TorchUpdate):
             raise MetaplError("inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False.")
         trainer.update.follow({name: p for name, p in trainer.student.named_parameters() if p.requires_grad})
@@ -105,46 +139,42 @@ class CompiledStep:
         step = step_of(trainer, steps, updates)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
-            return torch.compile(step, fullgraph=True, dynamic=False, **BACKEND), updates
+            return torch.compile(step, fullgraph=True, dynamic=False, **backend_of(trainer.device)), updates
+
+    def hold(self, state: State, moved: State, updates: Any) -> None:
+        """Keep a state, whose tensors are those of the modules, and let the optimizers hold those that are new."""
+        for update, optimizer, after in zip(
+            updates, (state.inner, state.outer), (moved.inner, moved.outer), strict=True
+        ):
+            for name, own in optimizer.state.items():
+                held = unclipped(update).optimizer.state[unclipped(update).parameters[name]]
+                own |= {key: torch.empty_like(t) for key, t in after.state[name].items() if key not in own}
+                held.update(own)
+        self.state, self.tensors = state, leaves_of(state)
+        tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
+        states = [unclipped(update).optimizer.state for update in updates if update is not None]
+        self.tables = [*tables, *states, *(held for table in states for held in table.values())]
+        self.numbers = self.settings(updates)
+
+    def settings(self, updates: Any) -> list[Any]:
+        return [[] if update is None else unclipped(update).settings() for update in updates]
 
     def read(self, trainer: Any, updates: Any) -> State:
-        """The state, in the very tensors that modules and optimizers hold; those of optimizers made where missing."""
-        held = all(table.get(name) is value for table, name, value in self.places)
-        if self.state is None or not held or [t.data_ptr() for t in self.tensors] != self.memory:
-            self.state, self.places, self.tensors = state_of(trainer, updates), [], []
-            for net, role, update, optimizer in (
-                (trainer.student, self.state.student, unclipped(updates[0]), self.state.inner),
-                (trainer.teacher, self.state.teacher, unclipped(updates[1]), self.state.outer),
-            ):
-                for name in (*role.params, *role.state):
-                    path, _, last = name.rpartition(".")
-                    part = net.get_submodule(path)
-                    self.hold(part._parameters if last in part._parameters else part._buffers, last)
-                for name in optimizer.state and role.params:  # in the order of leaves_of
-                    p = update.parameters[name]
-                    own = update.optimizer.state[p]
-                    self.places += [
-                        (vars(update.optimizer), "state", update.optimizer.state),
-                        (update.optimizer.state, p, own),
-                    ]
-                    for key, t in optimizer.state[name].items():
-                        own.setdefault(key, t)
-                        self.hold(own, key)
-            self.memory = [t.data_ptr() for t in self.tensors]
-        numbers = [[] if update is None else unclipped(update).settings() for update in updates]
+        """The state, in the very tensors that modules and optimizers hold, with the settings that there are now."""
+        numbers = self.settings(updates)
         if numbers != self.numbers:
-            self.numbers, self.settings = numbers, [settings_of(n, trainer.device) for n in numbers]
-        inner, outer = (
-            optimizer._replace(settings=now)
-            for optimizer, now in zip((self.state.inner, self.state.outer), self.settings, strict=True)
-        )
+            for optimizer, known, given in zip(
+                (self.state.inner, self.state.outer), self.numbers, numbers, strict=True
+            ):
+                for group, old, new in zip(optimizer.settings, known, given, strict=True):
+                    group |= {n: settings_of(v, trainer.device) for n, v in new.items() if old.get(n) != v}
+                    for name in old.keys() - new.keys():
+                        del group[name]
+            self.numbers = numbers
         step = torch.tensor(trainer.steps_done, device=trainer.device)
         mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
-        return self.state._replace(inner=inner, outer=outer, mode=mode, step=step)
-
-    def hold(self, table: dict[str, Any], name: str) -> None:
-        self.places.append((table, name, table[name]))
-        self.tensors.append(table[name])
+        state: State = self.state._replace(mode=mode, step=step)
+        return state
 
 
 def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepReport:
@@ -152,17 +182,11 @@ def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepRe
     scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
     scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
     scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
-    text = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
     return StepReport(
         trainer.steps_done,
         scalars,
-        Fault([(~(report.flag < SLOPES), text)]),
+        Fault([(~(report.flag < SLOPES), OFF)]),
         feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
         signal=Signal(**(report.signal[-1] if several else report.signal)),
         student_outputs=report.student_outputs,
     )
-
-
-def _modules(module: Any) -> list[Any]:
-    """A module and those in it, in the order of ``modules()``."""
-    return [module, *(part for child in module._modules.values() if child is not None for part in _modules(child))]

@@ -87,13 +87,13 @@ def settings_of(numbers: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda number: torch.tensor(number, dtype=torch.float64, device=device), numbers)
 
 
-def leaves_of(state: State, order: State) -> list[Tensor]:
-    """The tensors of networks and optimizers, in the order of another state."""
+def leaves_of(state: State) -> list[Tensor]:
+    """The tensors of networks and optimizers."""
     found: list[Tensor] = []
-    for role, of in (("student", "inner"), ("teacher", "outer")):
-        network, named, held = getattr(state, role), getattr(order, role), getattr(order, of).state
-        found += [network.params[n] for n in named.params] + [network.state[n] for n in named.state]
-        found += [getattr(state, of).state[n][key] for n in named.params for key in held.get(n, ())]
+    for network, optimizer in ((state.student, state.inner), (state.teacher, state.outer)):
+        found += [*network.params.values(), *network.state.values()]
+        for held in optimizer.state.values():
+            found += held.values()
     return found
 
 

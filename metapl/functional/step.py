@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, wide
@@ -68,7 +69,6 @@ def make_step(
     weight: float = 1.0,  # λ
     ratio: float | None = None,  # in its place, the norm of the feedback's gradient over that of the own losses'
     enters: bool = False,  # whether the signal enters the student's input
-    reads: bool = True,  # whether the inner loss reads the student's weights
     revises: bool = False,  # whether the problem makes the real step's signal of the feedback
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Step:
@@ -124,13 +124,13 @@ def make_step(
             none: Any = (None, None, at_S)
             z, pull, left = none if enters else vjp(lambda t: run(t, at_S, k), theta, has_aux=True)
             given, own, at_T = ask(theta_T, at_T, k, None if z is None else z.detach())
-            signal, read = given.detached(), theta if reads else {}  # a constant for the student
+            signal = given.detached()  # a constant for the student
             fields = signal.differentiable()
             if signal.sampled and kind in ("forward", "difference"):  # the expectation over labels, at the drawn ones
                 fields = {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}  # (B, C)
 
-            def mean_loss(z: Tensor, read: Tree, fields: Tree, u: Tensor | float = 1.0) -> Tensor:
-                return (u * problem.inner_loss(z, signal.having(fields), batches[k], read)).mean()  # of (B,)
+            def mean_loss(z: Tensor, theta: Tree, fields: Tree, u: Tensor | float = 1.0) -> Tensor:
+                return (u * problem.inner_loss(z, signal.having(fields), batches[k], theta)).mean()  # of (B,)
 
             def gradient(fields: Tree) -> Any:
                 """Line 3: ℓ and g = ∇_θ (1/B) Σ ℓ_i, with the pass that they come from."""
@@ -138,8 +138,8 @@ def make_step(
                 if enters:
                     entering = signal if signal.sampled else signal.having(fields)
                     at, back, after = vjp(lambda t: run(t, at_S, k, entering), theta, has_aux=True)
-                (c, direct), loss = grad_and_value(mean_loss, (0, 1))(at, read, fields)
-                g = {name: t + direct[name] if reads else t for name, t in back(c)[0].items()}
+                (c, direct), loss = grad_and_value(mean_loss, (0, 1))(at, theta, fields)
+                g = {name: t + direct[name] for name, t in back(c)[0].items()}
                 return loss, g, at, after
 
             def onward(fields: Tree) -> tuple[Tensor, Walk]:
@@ -155,7 +155,7 @@ def make_step(
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
-                c, direct = grad(mean_loss, (0, 1))(z, read, fields, u)
+                c, direct = grad(mean_loss, (0, 1))(z, theta, fields, u)
                 terms = {"z": c * z_dot, **{name: t * w[name] for name, t in direct.items()}}
                 return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
 
@@ -218,7 +218,7 @@ def make_step(
             return (push, torch.stack([0 * push, *end.own.values()]).sum()), (end, h, mode_state)
 
         theta_T, s_T, G = state.teacher.params, state.outer.state, {}
-        with autocast():
+        with autocast(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no second derivative
             if theta_T:
                 (_, own), pull_T, (end, h, mode_state) = vjp(objective, theta_T, has_aux=True)
                 one = torch.ones_like(own)

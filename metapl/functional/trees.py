@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.execution.numerics import Space, Tree, wide
+from metapl.execution.numerics import Tree, wide
 from metapl.feedback.difference import RELATIVE_STEP
 
 
@@ -31,13 +31,3 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
     if getattr(mode, "one_sided", False):
         return ahead, at, factor
     return ahead, {name: t - factor * w[name] for name, t in at.items()}, 2 * factor
-
-
-class PlainSpace(Space):
-    """The products of the eager road's updates."""
-
-    def dot(self, a: Tree, b: Tree) -> Tensor:
-        return dot({name: t for name, t in a.items() if name in b}, b)
-
-    def norm(self, a: Tree) -> Tensor:
-        return norm(a)

@@ -28,11 +28,17 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Without Inductor, where the mechanics matter."""
     if "without_a_compiler" not in request.node.name:
         monkeypatch.setattr(compiled, "BACKEND", {"backend": "aot_eager"})
+        monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
 
 
 def adamw(network: nn.Module) -> Any:
     """With an ε above the rounding that is the gradient of a bias before batch normalization."""
     return torch.optim.AdamW(network.parameters(), lr=0.01, eps=1e-4)
+
+
+def sgd(network: nn.Module) -> Any:
+    """Whose second step is unlike the first."""
+    return torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, dampening=0.1)
 
 
 def pair(mode: Any, build: Any = None, views: bool = False, **options: Any) -> list[tuple[Any, metapl.BilevelTrainer]]:
@@ -105,6 +111,74 @@ def test_a_trainer_that_loads_a_state_goes_on_bit_for_bit() -> None:
         each.step(**one.data())
     assert same(everything(case, *trainer.schedulable), everything(other, *later.schedulable))
     assert copy.deepcopy(trainer).compiled_step.known == {} == pickle.loads(pickle.dumps(trainer)).compiled_step.known
+
+
+def other_parameter(case: Any, trainer: metapl.BilevelTrainer) -> None:
+    layer = next(part for part in case.student.modules() if isinstance(part, nn.Linear))
+    old, layer.weight = layer.weight, nn.Parameter(0.9 * layer.weight.detach())
+    params = trainer.inner_optimizer.param_groups[0]["params"]
+    params[[p is old for p in params].index(True)] = layer.weight
+
+
+def other_memory(case: Any, trainer: metapl.BilevelTrainer) -> None:
+    for p in (*case.student.parameters(), *case.teacher.parameters()):
+        p.data = 0.9 * p.data
+
+
+def other_buffers(case: Any, trainer: metapl.BilevelTrainer) -> None:
+    for part in case.student.modules():
+        if isinstance(part, nn.BatchNorm1d):
+            part.running_mean = part.running_mean + 1.0
+
+
+def other_momentum(case: Any, trainer: metapl.BilevelTrainer) -> None:
+    for held in trainer.inner_optimizer.state.values():
+        held["momentum_buffer"] = 0.5 * held["momentum_buffer"]
+
+
+def earlier(case: Any, trainer: metapl.BilevelTrainer) -> None:
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.step(**case.data())
+    trainer.load_state_dict(state)
+
+
+def groups(name: str, value: Any) -> Any:
+    return lambda case, trainer: [g.update({name: value}) for o in trainer.schedulable for g in o.param_groups]
+
+
+CHANGES: dict[str, Any] = {
+    "other parameters": other_parameter,
+    "other memory": other_memory,
+    "other buffers": other_buffers,
+    "other momentum": other_momentum,
+    "an earlier state": earlier,
+    "no optimizer's state": lambda case, trainer: trainer.inner_optimizer.state.clear(),
+    "an optimizer's own state": lambda case, trainer: trainer.outer_optimizer.load_state_dict(
+        trainer.outer_optimizer.state_dict()
+    ),
+    "a rate that is a tensor": groups("lr", torch.tensor(0.02, dtype=torch.float64)),
+    "no momentum": groups("momentum", 0.0),
+    "a frozen part": lambda case, trainer: case.student[0].requires_grad_(False),
+    "evaluation": lambda case, trainer: case.teacher.eval(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_is_changed_between_steps_counts(what: str) -> None:
+    """As on the eager road: weights, statistics and optimizers' states."""
+    ends = []
+    for case, trainer in pair("forward", sgd):
+        torch.manual_seed(2)
+        trainer.step(**case.data())
+        trainer.step(**case.data())
+        torch.manual_seed(3)
+        CHANGES[what](case, trainer)
+        for number in range(3):
+            torch.manual_seed(number)
+            trainer.step(**case.data())
+        ends.append(everything(case, *trainer.schedulable))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_number_that_is_not_finite_is_told_when_the_report_is_read() -> None:
