@@ -278,7 +278,7 @@ class SGD(TorchUpdate):
         w: Tree = {}
         for group, names in self.groups(grads, options):
             mu, lr, damping = group["momentum"], group["lr"] * (1.0 if group["maximize"] else -1.0), group["dampening"]
-            fresh = [damping == 0 or state[name].get("momentum_buffer") is None for name in names]
+            fresh = [not _is_set(damping) or state[name].get("momentum_buffer") is None for name in names]
             cs = [1.0] if all(fresh) else [1.0 if new else 1.0 - damping for new in fresh]
             slopes = [lr * ((1.0 + mu * c if group["nesterov"] else c) if _is_set(mu) else 1.0) for c in cs]
             by = slopes[0] if len(slopes) == 1 else slopes
