@@ -56,21 +56,17 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
         raise MetaplError('normalization="cosine" divides by a gradient that is zero here; expected "gradient".')
     if mode.credits == "example" and entering:
         raise _labels_enter(mode, problem)
-    required = dict.fromkeys(mode.requires, f"mode {mode.name!r}")
-    if steps > 1:
-        required.setdefault(CURVATURE, f"a look-ahead of {steps} student steps")
-    if mode.keep_on not in (None, "cpu"):
-        required.setdefault(ONE_PROCESS, "keep_on= with a folder")
-    if revising:
-        required.setdefault(ONE_PROCESS, f"{kind}, which makes its signal of the feedback,")
-    if mode.credits == "signal" and entering:
-        required[THROUGH_INPUT] = f"mode {mode.name!r} with the signal of {kind}, which enters the input,"
-    for need, who in required.items():
-        if need not in student.offers:
-            raise MetaplError(
-                f"{who} does not run on a student that is {student.how}: it takes {need.value}; expected mode "
-                "'difference', or 'reinforce' with sampled labels, or one process."
-            )
+    required = {
+        *mode.requires,
+        *([CURVATURE] if steps > 1 else ()),
+        *([ONE_PROCESS] if revising or mode.keep_on not in (None, "cpu") else ()),
+        *([THROUGH_INPUT] if mode.credits == "signal" and entering else ()),
+    }
+    if lacking := sorted(need.value for need in required - student.offers):
+        raise MetaplError(
+            f"mode {mode.name!r} in {steps} steps with {kind} takes {' and '.join(lacking)}, which a student that is "
+            f"{student.how} has not; expected mode 'difference', or 'reinforce' with sampled labels, or one process."
+        )
 
 
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
