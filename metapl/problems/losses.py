@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -123,7 +124,7 @@ class UDA:
             # In logarithms, because the mean of an improbable class would be rounded to 0. The mean of an impossible
             # class is 0; such a class is not aligned.
             log_mean_C = log_mean_of_rows(log_p)
-            log_prior_C = 0 if self.prior is None else log_p.new_tensor(self.prior).log()
+            log_prior_C = 0 if self.prior is None else _log(self.prior, log_p.dtype, log_p.device)
             log_ratio_C = log_prior_C - log_mean_C.masked_fill(log_mean_C == -math.inf, 0)
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()
@@ -174,3 +175,8 @@ def check_losses(given: Any, name: str = "teacher_losses") -> tuple[TeacherLoss,
     if not all(isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses):
         raise MetaplError(f"{name} is {given!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA()).")
     return losses
+
+
+@lru_cache(maxsize=16)  # because a copy to a device makes the host wait
+def _log(shares: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(shares, dtype=dtype, device=device).log()

@@ -130,13 +130,14 @@ class NoisyStudentLoss:
 
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         (x_l, y), (x_u, stored) = labeled[:2], stored_pair(unlabeled)
+        n_l, n_u = len(x_l), len(x_u)
         if self.model_noise:
-            logits = wide(checks.logits(teacher(torch.cat([x_l, x_u])), "network"))
-            logits_l, logits_u = logits.split([len(x_l), len(x_u)])
+            logits = checks.logits(teacher(torch.cat([x_l, x_u])), "network")
         else:
-            logits_l = wide(checks.logits(teacher(x_l), "network"))
+            logits = checks.logits(teacher(x_l), "network")
             with with_model_noise(teacher, on=False):
-                logits_u = wide(teacher(x_u))
+                logits = torch.cat([logits, teacher(x_u)])
+        logits_l, logits_u = wide(logits).split([n_l, n_u])
         checks.class_labels(y, logits_l.shape[1])
         check_stored(stored, logits_u, "unlabeled")
         y = checks.safe_labels(y, logits_l.shape[1])
@@ -144,7 +145,6 @@ class NoisyStudentLoss:
         on_unlabeled = F.cross_entropy(logits_u, stored.argmax(1) if self.hard else wide(stored))
         if self.form == "two_means":
             return on_labeled + on_unlabeled
-        n_l, n_u = len(x_l), len(x_u)
         return (n_l * on_labeled + n_u * on_unlabeled) / (n_l + n_u)
 
 
