@@ -64,7 +64,7 @@ class Metric:
         """Its value over all batches, which the ``trainer`` reads and judges; NaN where there is no example."""
         if self is ACCURACY:
             return evaluate_logits(*predict_logits(network, ((x, self._labels(batch)) for x, batch in batches)))
-        updated, n = hasattr(self.given, "update"), 0
+        updated, n = _is_updated(self.given), 0
         # A second parameter of this name is given the batch, and any other one its labels.
         whole = updated and [*inspect.signature(self.given.update).parameters][1:2] == ["batch"]
         try:
@@ -121,6 +121,10 @@ class Metric:
 ACCURACY, LOSS = Metric("accuracy", "max", "accuracy"), Metric("loss", "min", "loss")
 
 
+def _is_updated(given: Any) -> bool:
+    return all(hasattr(given, part) for part in ("update", "compute", "reset"))
+
+
 def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
     """The metric that a user asks for, whose best value is the one that ``mode`` says; None: the default one.
 
@@ -131,10 +135,9 @@ def metric_of(given: Any, mode: Better | None = None) -> Metric | None:
         raise MetaplError(f"mode={mode!r} was given with metric={given!r}; expected 'min' or 'max', and a metric.")
     if given is None:
         return None
-    updated = all(hasattr(given, part) for part in ("update", "compute", "reset"))
     if isinstance(given, str) and given in ("accuracy", "loss"):
         metric = ACCURACY if given == "accuracy" else LOSS
-    elif (updated or callable(given)) and not isinstance(given, type):
+    elif (_is_updated(given) or callable(given)) and not isinstance(given, type):
         named = getattr(given, "func", given)  # of a partial
         name = getattr(named, "name", None) or getattr(named, "__name__", type(named).__name__)
         higher = getattr(given, "higher_is_better", None)
