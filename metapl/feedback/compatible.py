@@ -64,8 +64,8 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     }
     if lacking := sorted(need.value for need in required - student.offers):
         raise MetaplError(
-            f"mode {mode.name!r} in {steps} steps with {kind} takes {' and '.join(lacking)}, which a student that is "
-            f"{student.how} has not; expected mode 'difference', or 'reinforce' with sampled labels, or one process."
+            f"mode {mode.name!r} does not run on a student that is {student.how}: with {kind} and {steps} steps it takes "
+            f"{' and '.join(lacking)}; expected mode 'difference', or 'reinforce' with sampled labels, or one process."
         )
 
 
