@@ -185,11 +185,12 @@ class Trainer(ABC):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if steps is None or labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches, and steps=, the number of steps.")
+        given, measure = {"labeled": labeled, "unlabeled": unlabeled}, metric_of(metric, mode)
         folder = Folder(out) if isinstance(out, str | Path) else out
         how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks
-        run = FitRun(self, FitOptions(steps=steps, **options), folder, validation, metric_of(metric, mode), *how)
+        run = FitRun(self, FitOptions(steps=steps, **options), given, batch_size, folder, validation, measure, *how)
         with nullcontext() if run.records.out is None else run.records.out.held():
-            return run.run(labeled, unlabeled, resume, batch_size)
+            return run.run(resume)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import Ranks
-from metapl.problems.base import Problem, Signal, field_of, has_rows
+from metapl.problems.base import Problem, field_of, has_rows
 
 
 @torch.no_grad()
@@ -42,7 +42,14 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
     found = {"feedback_mean": mean, "feedback_std": ranks.mean((h - mean).square().mean()).sqrt()}
     h, q = steps[-1], signal.probs if signal.sampled else signal.value
     if isinstance(h, Tensor) and h.shape[:1] == outputs.shape[:1] and rows.get("value", True):
-        g = _at_outputs(h, q, signal, problem.teacher_classifies).flatten(1)  # (B, C)
+        g = h[:, None]  # of each example, in the teacher's logits; in the signal itself where it has none
+        if problem.teacher_classifies and isinstance(q, Tensor) and q.ndim == 2 and q.is_floating_point():
+            p = wide(q)  # (B, C)
+            if signal.sampled:  # h_i ∇ log q_i(y_i)
+                g = h[:, None] * (F.one_hot(signal.value, p.shape[1]) - p)
+            elif h.shape == p.shape:
+                g = p * (h - (p * h).sum(1, keepdim=True))
+        g = g.flatten(1)
         count = len(g) * ranks.size
         m, s = ranks.mean(g.mean(0)).square().sum(), ranks.mean(g.square().sum(1).mean())
         found["feedback_snr"] = (count * m - s) / (s - m).clamp_min(torch.finfo(s.dtype).tiny)
@@ -61,13 +68,3 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
         shares = ranks.mean(torch.stack([q.mean(0), is_class.to(q).mean(0)]))
         found["class_shares_vs_labeled"] = (shares[0] - shares[1] / shares[1].sum()).abs().sum() / 2
     return found | (of_labels if ranks.alone else ranks.mean_scalars(of_labels))
-
-
-def _at_outputs(h: Any, q: Any, signal: Signal, of_classes: bool) -> Any:
-    """The feedback of each example as a gradient in the teacher's logits; in the signal itself where it has none."""
-    if not (of_classes and isinstance(q, Tensor) and q.ndim == 2 and q.is_floating_point()):
-        return h[:, None]
-    q, y = wide(q), signal.value
-    if signal.sampled:  # h_i ∇ log q_i(y_i)
-        return h[:, None] * (F.one_hot(y, q.shape[1]) - q)
-    return q * (h - (q * h).sum(1, keepdim=True)) if h.shape == q.shape else h[:, None]

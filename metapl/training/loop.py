@@ -78,13 +78,17 @@ class FitRun:
         self,
         trainer: Any,
         options: FitOptions,
+        given: Mapping[str, Any],
+        batch_size: int | None,
         out: Folder | None,
         validation: Any,
         metric: Metric | None,
         shown: bool,
         say: Say,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback],
     ) -> None:
+        from metapl.data.arrays import in_memory  # needed for fitting only
+
         if options.wait and trainer.teacher is None:
             raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
         self.trainer, self.options, self.ranks = trainer, options, trainer.ranks
@@ -98,22 +102,21 @@ class FitRun:
         self.callbacks: list[Any] = [*callbacks]
         self.stateful = [one for one in self.callbacks if hasattr(one, "state_dict")]
         self.ended: int | None = None  # the last step, once a callback has said so
-        self.sources: dict[str, Any] = {}
+        self.sources: dict[str, Any] = {
+            name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
+            for i, (name, source) in enumerate(given.items())
+            if source is not None
+        }
         self.feeds: dict[str, Feed] = {}
         self.data: dict[str, Any] = {}  # what is known of the sources
         self.parts: parts.PartsWriter | None = None  # of checkpoints that every process writes its part of
-        self.saves = False  # whether there is a folder, perhaps that of another process
+        self.saves = self.ranks.any(self.records.out is not None)  # in a folder, perhaps of another process
         self.seen: dict[str, float] = {}  # the last values on validation data
         self.faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
 
-    def run(
-        self, labeled: Any, unlabeled: Any, resume: bool | Literal["anyway"], batch_size: int | None = None
-    ) -> FitResult:
-        from metapl.data.arrays import in_memory  # needed for fitting only
-
+    def run(self, resume: bool | Literal["anyway"]) -> FitResult:
         ranks, options, trainer, records = self.ranks, self.options, self.trainer, self.records
         goes_on = ranks.any(bool(resume))  # the first of several processes knows of the run
-        self.saves = ranks.any(records.out is not None)
         if goes_on and not self.saves:
             raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
         with ranks.agreed(waiting=True):
@@ -123,11 +126,6 @@ class FitRun:
                     f"{folder.folder} holds checkpoints already; go on with resume=True, or give another out or phase."
                 )
         self.selection.check()
-        given = {"labeled": labeled} | ({} if unlabeled is None else {"unlabeled": unlabeled})
-        self.sources = {
-            name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
-            for i, (name, source) in enumerate(given.items())
-        }
         try:
             # Where networks are sharded over all processes of the job, each writes its part; elsewhere the first
             # process has everything, or could not say who else writes.
