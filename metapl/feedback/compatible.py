@@ -64,7 +64,7 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     }
     if lacking := sorted(need.value for need in required - student.offers):
         raise MetaplError(
-            f"mode {mode.name!r} does not run on a student that is {student.how}: with {kind} and {steps} steps it takes "
+            f"mode {mode.name!r} does not run on a student that is {student.how}: {kind} in {steps} steps takes "
             f"{' and '.join(lacking)}; expected mode 'difference', or 'reinforce' with sampled labels, or one process."
         )
 
