@@ -86,7 +86,6 @@ NOT_TRAINERS: dict[str, list[Any]] = {
     "teacher_losses": ["uda", 3, [3], (None,)],
     "feedback_weight": [NAN, INF, "1", None],
     "feedback_ratio": [-1.0, NAN, "1"],
-    "generator": [3, "seed"],
     "clip_norm": [0, -1.0, NAN, "1"],
     "precision": ["float64", "fp16", 16, None],
     "accumulate": [0, -1, 1.5, "2"],
