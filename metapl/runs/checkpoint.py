@@ -225,11 +225,7 @@ class CheckpointFolder:
     def remove_oldest(self, step: int) -> None:
         """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
         for path in [path for path in self.paths() if _step(path) < step][self.keep - 1 :]:
-            try:
-                _remove(path)
-            except OSError as error:
-                # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
-                _LOG.warning("the old checkpoint %s could not be deleted: %s", path, error.strerror)
+            _remove(path)
 
 
 def _step(path: Path) -> int:
@@ -237,4 +233,8 @@ def _step(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
+        _LOG.warning("%s could not be deleted: %s", path, error.strerror)

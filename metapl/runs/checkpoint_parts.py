@@ -1,8 +1,8 @@
 """Checkpoints of which every process writes its part, while the training goes on.
 
 A checkpoint is a new folder, ``step-00001234.parts``: the sharded tensors as torch.distributed.checkpoint writes them,
-everything else in ``rest.ckpt``, and the SHA-256 of these files in ``files.ckpt``, written last. It has its name only
-when all of these are on the disk. Its metadata is a pickle, which can run code: load only what one's own job wrote.
+and in ``rest.ckpt``, which is written last, everything else and the SHA-256 of these files. It has its name only when
+all of them are on the disk. Their metadata is a pickle, which can run code: load only what one's own job wrote.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metapl.runs import checkpoint
 from metapl.runs.atomic import sync_folder
 from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError
 
-REST, FILES = "rest.ckpt", "files.ckpt"
+REST = "rest.ckpt"
 LEAVES_WITHIN = 60.0  # seconds that a fit which ends waits for the parts under way
 
 Like = Callable[[str, torch.Size], Any]
@@ -50,21 +50,18 @@ class PartsWriter:
         from torch.distributed.checkpoint.state_dict_saver import async_save
 
         self.finished()
-        path = self.checkpoints.folder / f"step-{step:08d}.parts"
-        begun = path.with_suffix(".parts.tmp")
         tensors: dict[str, Any] = {}
         tree = json.dumps(checkpoint.encoded(state, tensors))
-        sharded = {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
-
-        def begin() -> None:
+        sharded = {place: t for place, t in tensors.items() if is_sharded(t)}
+        rest: dict[str, Any] = {}
+        if self.first:
+            plain = {place: t.to("cpu", copy=True) for place, t in tensors.items() if place not in sharded}
+            rest = {"tree": tree, "tensors": plain}
             self.checkpoints.remove_begun()
-            plain = {place: t for place, t in tensors.items() if place not in sharded}
-            checkpoint.save(begun / REST, {"tree": tree, "tensors": plain})
-
-        self._agreed(begin if self.first else bool)
+        path = self.checkpoints.folder / f"step-{step:08d}.parts"
         # The parts are copied before it returns.
-        saved: Any = async_save(sharded, checkpoint_id=begun, process_group=self.group)
-        self._under_way = self._thread.submit(self._finish, saved, begun, path, step)
+        saved: Any = async_save(sharded, checkpoint_id=_begun(path), process_group=self.group)
+        self._under_way = self._thread.submit(self._finish, saved, rest, path, step)
 
     def finished(self) -> Path | None:
         """Wait for the checkpoint under way; the path of the last one that was written. Raises as :meth:`write`."""
@@ -79,14 +76,18 @@ class PartsWriter:
         if done is None or wait([done], LEAVES_WITHIN).done:
             dist.destroy_process_group(self.group)
 
-    def _finish(self, saved: Any, begun: Path, path: Path, step: int) -> Path:
+    def _finish(self, saved: Any, rest: dict[str, Any], path: Path, step: int) -> Path:
+        begun = _begun(path)
+
         def own() -> dict[str, str]:
             saved.result()
             return {file.name: _sha256(file) for file in begun.glob(f"__{dist.get_rank()}_*")}
 
         def whole() -> None:
-            files = {name: sha256 for part in sums for name, sha256 in part.items()}
-            checkpoint.save(begun / FILES, files | {name: _sha256(begun / name) for name in (".metadata", REST)})
+            files = {".metadata": _sha256(begun / ".metadata")}
+            for part in sums:
+                files |= part
+            checkpoint.save(begun / REST, rest | {"files": files})
             # One of the same step was damaged, and passed over when the run was resumed.
             shutil.rmtree(path, ignore_errors=True)
             os.replace(begun, path)
@@ -120,7 +121,7 @@ def check(path: Path) -> dict[str, Any]:
     """Refuse a checkpoint of which not every byte is as it was written; the state in it, where it is one file."""
     if not path.is_dir():
         return checkpoint.load(path)
-    for name, sha256 in checkpoint.load(path / FILES).items():
+    for name, sha256 in checkpoint.load(path / REST)["files"].items():
         if not (path / name).is_file() or _sha256(path / name) != sha256:
             raise DamagedError(f"{path} is damaged: its {name} is another than was written")
     return {}
@@ -151,7 +152,15 @@ def layouts(state: dict[str, Any]) -> dict[str, Any]:
     """The sharded tensors of a state by their places in it."""
     tensors: dict[str, Any] = {}
     checkpoint.encoded(state, tensors)
-    return {place: t for place, t in tensors.items() if hasattr(t, "device_mesh")}
+    return {place: t for place, t in tensors.items() if is_sharded(t)}
+
+
+def is_sharded(t: Any) -> bool:
+    return hasattr(t, "device_mesh")
+
+
+def _begun(path: Path) -> Path:
+    return path.with_suffix(".parts.tmp")
 
 
 def _sha256(file: Path) -> str:

@@ -708,14 +708,14 @@ def fitted(
 
 
 def unwritten(folder: str) -> list[str]:
-    """What each rank is told of two checkpoints, at whose beginning and end something fails on the first alone."""
+    """What each rank is told of two checkpoints, of which the end fails on the first alone."""
     from metapl.runs import checkpoint_parts as parts
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("a bug")
 
     told = []
-    for where, name in ((parts.CheckpointFolder, "remove_begun"), (parts, "_sha256")):
+    for where, name in ((parts, "_sha256"), (parts.checkpoint, "save")):
         writer = parts.PartsWriter(Path(folder), 2)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == 0:
