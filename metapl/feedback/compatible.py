@@ -64,8 +64,9 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
     }
     if lacking := sorted(need.value for need in required - student.offers):
         raise MetaplError(
-            f"mode {mode.name!r} does not run on a student that is {student.how}: {kind} in {steps} steps takes "
-            f"{' and '.join(lacking)}; expected mode 'difference', or 'reinforce' with sampled labels, or one process."
+            f"mode {mode.name!r} does not run on a student that is {student.how}: it takes "
+            f"{' and '.join(lacking)} (with {kind}, steps={steps}); expected mode 'difference', or 'reinforce' with "
+            "sampled labels, or one process."
         )
 
 
