@@ -83,7 +83,6 @@ def digest(batch: Any) -> str:
 
 # ------------------------------------------------------------------------------------- of several processes together
 
-
 OWN = ("rng", "feeds", "options")
 
 
