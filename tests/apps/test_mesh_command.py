@@ -199,7 +199,7 @@ def test_a_comparison(two: Ranks, tmp_path: Path) -> None:
         (["--mesh.replicate", "2", "--stpes", "3"], "Unrecognized options: --stpes, 3. Perhaps you meant: --steps "),
         (
             ["--mesh.replicate", "3"],
-            "the mesh is of 3 processes (--mesh.replicate 3 x --mesh.shard 1) and 2 were started",
+            "the mesh is of 3 processes (--mesh.replicate 3) and 2 were started",
         ),
     ],
 )
