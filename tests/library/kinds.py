@@ -75,6 +75,14 @@ def average(student: Any, x: Tensor) -> Tensor:
     return student.b(h - student.mean)
 
 
+def lagging(student: Any, x: Tensor) -> Tensor:
+    h = student.a(x).tanh()
+    z = student.b(h - student.mean)  # of the passes before
+    with torch.no_grad():
+        student.mean.mul_(0.5).add_(h.mean(0), alpha=0.5)
+    return z
+
+
 def momentum_encoder(student: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         for p, q in zip(student.slow.parameters(), student.a.parameters(), strict=True):
@@ -145,56 +153,58 @@ def doubled(module: Any, inputs: Any, outputs: Any) -> Any:
 
 
 norms, old = nn.utils.parametrizations, nn.utils
-KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS
-    "plain": ("RRRRR", plain),
-    "a frozen layer": ("RRRRR", plain, lambda s: s.a.requires_grad_(False)),
-    "a shared layer": ("RRRRR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
-    "a hook that scales outputs": ("RRRRR", plain, lambda s: s.a.register_forward_hook(scaled)),
-    "a buffer that counts": ("RRRRR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
-    "a buffer made by the first pass": ("RRRRR", lazy),
-    "a gradient in its input": ("RRRRR", slopes),
-    "a checkpoint": ("RRRRX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
+KINDS: dict[str, tuple[Any, ...]] = {  # by COLUMNS; after the space, on the pure road
+    "plain": ("RRRRR RR", plain),
+    "a frozen layer": ("RRRRR RR", plain, lambda s: s.a.requires_grad_(False)),
+    "a shared layer": ("RRRRR RR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
+    "a hook that scales outputs": ("RRRRR RR", plain, lambda s: s.a.register_forward_hook(scaled)),
+    "a buffer that counts": ("RRRRR RR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
+    "a buffer made by the first pass": ("RRRRR RR", lazy),
+    "a gradient in its input": ("RRRRR XX", slopes),
+    "a checkpoint": ("RRRRX XX", lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False))),
     "a reentrant checkpoint": (
-        "XXXXX", lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
+        "XXXXX XX", lambda s, x: s.b(checkpoint(s.a, x.clone().requires_grad_(), use_reentrant=True))),
     "a reentrant checkpoint of a function": (  # whose weights autograd.grad does not see
-        "XXXXX",
+        "XXXXX XX",
         lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x.clone().requires_grad_(), use_reentrant=True))),
     "masks in a checkpoint": (
-        "RRRRX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
+        "RRRRX XX", lambda s, x: s.b(checkpoint(lambda t: F.dropout(s.a(t).tanh(), 0.3), x, use_reentrant=False))),
     "an embedding within max_norm": (
-        "RRRRR", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=50))),
-    "float32 within": ("RRRRR", lambda s, x: s.b(s.a(x).float().tanh().to(x.dtype))),
-    "float32 alone": ("RRRRR", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
-    "weight norm": ("XRRRX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's second derivative is wrong
-    "the old weight norm": ("XRRRX", plain, put("a", lambda s: old.weight_norm(s.a))),
-    "spectral norm": ("XAAAA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
-    "straight-through": ("AAAAA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
-    "a binary layer": ("AAAAA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),
-    "a detached average": ("AAAAA", lambda s, x: s.plain(x) - s.plain(x).mean(0).detach()),
-    "a detached branch": ("AAAAA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
-    "a doubled backward": ("AAAAA", lambda s, x: Function.apply(s.plain(x), 2.0, 2.0)),
-    "a codebook": ("AAAAA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
-    "an average in a buffer": ("XAAAA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
-    "a momentum encoder": ("XAAAA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
-    "a hook on an activation": ("XAAAA", hooked),
-    "a hook on a backward pass": ("XAAAA", plain, lambda s: s.b.register_full_backward_hook(doubled)),
-    "another jvp than backward": ("XRRRR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
+        "RRRRR XX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=50))),
+    "float32 within": ("RRRRR RR", lambda s, x: s.b(s.a(x).float().tanh().to(x.dtype))),
+    "float32 alone": ("RRRRR XX", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
+    "weight norm": ("XRRRX RX", plain, put("a", lambda s: norms.weight_norm(s.a))),  # torch's is wrong
+    "the old weight norm": ("XRRRX RX", plain, put("a", lambda s: old.weight_norm(s.a))),
+    "spectral norm": ("XAAAA AA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
+    "straight-through": ("AAAAA AA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
+    "a binary layer": ("AAAAA AA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),
+    "a detached average": ("AAAAA AA", lambda s, x: s.plain(x) - s.plain(x).mean(0).detach()),
+    "a detached branch": ("AAAAA AA", lambda s, x: s.plain(x) + s.plain(x).detach().softmax(-1)),
+    "a doubled backward": ("AAAAA AA", lambda s, x: Function.apply(s.plain(x), 2.0, 2.0)),
+    "a codebook": ("AAAAA AA", codebook, lambda s: s.register_buffer("codes", 0.5 * torch.randn(5, 6))),
+    "an average in a buffer": ("XAAAA AA", average, lambda s: s.register_buffer("mean", torch.zeros(6))),
+    "an average of earlier passes": ("RRRRA RA", lagging, lambda s: s.register_buffer("mean", torch.zeros(6))),
+    "a momentum encoder": ("XAAAA AA", momentum_encoder, put("slow", lambda s: nn.Linear(4, 6).requires_grad_(False))),
+    "a hook on an activation": ("XAAAA AA", hooked),
+    "a hook on a backward pass": ("XAAAA XX", plain, lambda s: s.b.register_full_backward_hook(doubled)),
+    "another jvp than backward": ("XRRRR RR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
     # These are refused by the modes, and in the steps, that repeat a pass.
-    "an attribute that counts": ("XRRRR", counts, put("n", lambda s: 0)),
-    "a hook that counts": ("XRRRR", plain, lambda s: s.a.register_forward_hook(Counting())),
-    "an input in place": ("XRRRR", lambda s, x: s.plain(x.mul_(1.1))),
+    "an attribute that counts": ("XRRRR RR", counts, put("n", lambda s: 0)),
+    "a hook that counts": ("XRRRR RR", plain, lambda s: s.a.register_forward_hook(Counting())),
+    "an input in place": ("XRRRR XX", lambda s, x: s.plain(x.mul_(1.1))),
     "a generator of its own": (
-        "XRRRR", lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
-    "python's random numbers": ("XXXXX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
-    "numpy's random numbers": ("XXXXX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
-    "weights written by .data": ("XXXXX", written(lambda w: w.data.mul_(0.9))),
-    "weights written by numpy": ("XXXXX", written(lambda w: w.detach().numpy().__imul__(0.9))),
-    "clamped weights": ("XXXXX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
-    "weights that decay slowly": ("XXXXX", written(lambda w: w.data.mul_(1 - 1e-9))),
+        "XRRRR RR",
+        lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x), put("g", lambda s: torch.Generator())),
+    "python's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
+    "numpy's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand())),  # noqa: NPY002
+    "weights written by .data": ("XXXXX XX", written(lambda w: w.data.mul_(0.9))),
+    "weights written by numpy": ("XXXXX XX", written(lambda w: w.detach().numpy().__imul__(0.9))),
+    "clamped weights": ("XXXXX XX", written(lambda w: w.data.clamp_(-0.2, 0.2))),
+    "weights that decay slowly": ("XXXXX XX", written(lambda w: w.data.mul_(1 - 1e-9))),
     "an embedding beyond max_norm": (
-        "XXXXX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
+        "XXXXX XX", embedded, put("e", lambda s: nn.Embedding(2, C, max_norm=0.5))),
     "a tensor in a weight's memory": (
-        "XXXXX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
+        "XXXXX XX", lambda s, x: s.plain(x) + (x @ s.held[0].T)[:, :C], put("held", lambda s: [s.a.weight.detach()])),
 }  # fmt: skip
 
 
@@ -241,29 +251,30 @@ with_teacher = {"inner": lambda self, losses, z, x, params: losses + 0.1 * (z * 
 batchwise = {"inner": lambda self, losses, z, x, params: losses * z.square().mean()}
 penalty = {"inner": lambda self, losses, z, x, params: losses + 0.01 * sum(p.square().sum() for p in params.values())}
 PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "a clip": ("RRRRR", {}, {"clip_norm": 0.1}),
-    "micro-batches": ("RRRRR", {}, {"accumulate": 2}),
-    "a pair in micro-batches": ("RRRRR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
-    "a sum in micro-batches": ("XXXXX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
-    "a loss of the batch": ("RRRRR", batchwise, {}),
-    "a loss of the batch in micro-batches": ("XXXXX", batchwise, {"accumulate": 2}),
-    "a penalty on weights": ("RRRRR", penalty, {}),
+    "a clip": ("RRRRR RR", {}, {"clip_norm": 0.1}),
+    "micro-batches": ("RRRRR RR", {}, {"accumulate": 2}),
+    "a pair in micro-batches": ("RRRRR RR", {"outer": lambda self, loss, z, b: (4 * loss, 4)}, {"accumulate": 2}),
+    "a sum in micro-batches": ("XXXXX XX", {"outer": lambda self, loss, z, b: loss * len(z)}, {"accumulate": 2}),
+    "a loss of the batch": ("RRRRR RR", batchwise, {}),
+    "a loss of the batch in micro-batches": ("XXXXX XX", batchwise, {"accumulate": 2}),
+    "a penalty on weights": ("RRRRR RR", penalty, {}),
     "a parameter in the signal": (
-        "RRRRR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
+        "RRRRR RR", {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned}, {}),
     "a parameter in a loss": (
-        "XXXXX", {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
-    "an inner loss of the teacher": ("XXXXX", with_teacher, {}),
+        "XXXXX XX",
+        {"inner": lambda self, losses, z, *rest: losses * (z @ self.matrix).square().sum(1), **learned}, {}),
+    "an inner loss of the teacher": ("XXXXX XX", with_teacher, {}),
     "an outer loss of the teacher": (
-        "XXXXX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
-    "a loss that writes weights": ("XXXXX", {"inner": writes}, {}),
-    "half a signal": ("AARAA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
-    "a layer's signal": ("AARAA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
+        "XXXXX XX", {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()}, {}),
+    "a loss that writes weights": ("XXXXX XX", {"inner": writes}, {}),
+    "half a signal": ("AARAA AA", {"soft": lambda self, t, x: half(t(x).softmax(-1))}, {}),
+    "a layer's signal": ("AARAA AA", {"soft": lambda self, t, x: t[-1](t[:-1](x).detach()).softmax(-1)}, {}),
     "a hard signal, straight-through": (
-        "AARAA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
+        "AARAA AA", {"soft": lambda self, t, x: rounded(t(x).softmax(-1), torch.round)}, {}),
     "a wrong backward in the signal": (
-        "XXRXX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
-    "a log_prob that is none": ("RRXRR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
-    "a logit without probs": ("RRXRR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
-    "a smoothed log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
-    "half a log_prob": ("RRXRR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
+        "XXRXX XX", {"soft": lambda self, t, x: Function.apply(t(x), 2.0, 2.0).softmax(-1)}, {}),
+    "a log_prob that is none": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=logit(s))}, {}),
+    "a logit without probs": ("RRXRR RR", {"hard": lambda s: Signal(s.value, logit(s) + 2)}, {}),
+    "a smoothed log_prob": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=0.9 * s.log_prob - 0.1)}, {}),
+    "half a log_prob": ("RRXRR RR", {"hard": lambda s: replace(s, log_prob=half(s.log_prob))}, {}),
 }  # fmt: skip
