@@ -1,4 +1,4 @@
-"""A network on one device: passes of record, passes at other weights that leave nothing behind, and replays.
+"""A network on one device: its inner pass, passes at other weights that leave nothing behind, and replays.
 
 Several processes may each hold the whole network and take a share of every batch: losses and gradients are then the
 means over these ranks, and outputs are those of this rank's rows.
@@ -43,7 +43,7 @@ class LocalStudent:
     Args:
         parameters: those that it learns, by name; None: all that require a gradient.
         slots: its tables where they have been read in this step already.
-        double_backward: keep the gradients of its passes of record differentiable in the signal.
+        double_backward: keep the gradients of its inner passes differentiable in the signal.
     """
 
     pass_type: type[Pass]
@@ -72,7 +72,7 @@ class LocalStudent:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
         are now, and draws from ``start`` on."""
         # The weights require a gradient, as in the pass that learns: a forward may ask.
-        with no_fast_path(), self._beside(self.as_leaves(params), start):
+        with no_fast_path(), self._evaluated_at(self.as_leaves(params), start):
             found = [loss(self.forward(x)) for x, loss in zip(batches, losses, strict=True)]
         return self.mean_of_all([(value.detach(), weight) for value, weight in found])[0]
 
@@ -83,7 +83,7 @@ class LocalStudent:
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with self._beside(at, start):
+        with self._evaluated_at(at, start):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self.forward(x))
                 gradients.append(self.gradient(value, at) if value.requires_grad else {})
@@ -128,7 +128,14 @@ class LocalStudent:
 
     def as_leaves(self, params: Tree) -> Tree:
         """Weights as leaves of a graph, which are parameters for a forward that asks."""
-        return {name: _leaf(p, self.parameters[name]) for name, p in params.items()}
+        leaves: Tree = {}
+        for name, t in params.items():
+            own = self.parameters[name]
+            if type(own) is nn.Parameter and not own.__dict__:  # the usual ones, in one call
+                leaves[name] = Tensor._make_subclass(nn.Parameter, t, own.requires_grad)
+            else:
+                leaves[name] = stand_in(t.detach(), own)
+        return leaves
 
     def over_ranks(self, tree: Tree) -> Tree:
         """The mean over the ranks of what each has found of whole weights, of which this process holds its parts."""
@@ -143,13 +150,14 @@ class LocalStudent:
         """The student with these weights, for others that read it in this block."""
         return swapped(self.held_at(self.as_leaves(params)))
 
-    def _beside(self, params: Tree, start: RandomState) -> AbstractContextManager[Any]:
-        """Other weights, copies of the state, and a stream of draws beside the caller's."""
+    def _evaluated_at(self, params: Tree, start: RandomState) -> AbstractContextManager[Any]:
+        """The student at other weights, on copies of its state, with draws from ``start`` on; the caller's generators
+        and the student's own state stay as they are."""
         return Replay(start, self.slots, self.held_at(params))
 
 
 class Pass:
-    """One pass of record, z = S(x; θ), and its replays: on its draws, and from copies of the state that it began with.
+    """One inner pass, z = S(x; θ), and its replays: on its draws, and from copies of the state that it began with.
 
     Buffers and generators move as in training. At the student's own weights the module itself runs; others are swapped
     in. Its ``outputs`` are z, (B, ...), float32 or wider, without a graph; ``graph`` has it until :meth:`gradient` has
@@ -218,13 +226,13 @@ class Pass:
         return found
 
     def forget(self, inputs_too: bool) -> None:
-        """Drop θ, and the inputs and most of the outputs, until :meth:`gradient_again`."""
+        """Drop θ, and the inputs and most of the outputs, until :meth:`recompute_gradient`."""
         self.params = {}
         if inputs_too:
-            self.inputs, self._sample = None, _some(self.outputs)
+            self.inputs, self._sample = None, _sampled(self.outputs)
             self.outputs = self.outputs.new_zeros(()).expand(self.outputs.shape)  # which tells their shape alone
 
-    def gradient_again(self, params: Tree, loss: Loss) -> Tree:
+    def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
         """The gradient of this pass's loss at its θ once more; ``params`` is that θ, which was forgotten."""
         self.params = params
         with self._replay(self.inputs) as (at, outputs):
@@ -236,15 +244,15 @@ class Pass:
         """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
         block, for checkpoints run the student again in it."""
         at = self.student.as_leaves(self.params)
-        with self._again(self.student.held_at(at)):
+        with self._from_start(self.student.held_at(at)):
             yield at, self._same_outputs(self.student.forward(inputs))
 
     def _same_outputs(self, outputs: Tensor) -> Tensor:
         """Outputs of a replay, flagged if they are not those of this pass."""
-        found, known = outputs.detach(), self.outputs
+        again, first = outputs.detach(), self.outputs
         if self._sample is not None:
-            found, known = _some(found), self._sample
-        same_outputs(found, known, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
+            again, first = _sampled(again), self._sample
+        same_outputs(again, first, EXACTLY[self.rounded_to].outputs, ranks=self.student.ranks)
         return outputs
 
     def _whole_replay(self, inputs: Any) -> AbstractContextManager[tuple[Tree, Tensor]]:
@@ -261,7 +269,7 @@ class Pass:
 
     def _along(self, w: Tree) -> AbstractContextManager[None]:
         duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
-        return self._again(self.student.held_at(duals))
+        return self._from_start(self.student.held_at(duals))
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
@@ -292,7 +300,7 @@ class Pass:
             yield moved
 
     def _moved(self, moved: Tree) -> AbstractContextManager[None]:
-        return self._again(self.student.held_at(moved), upcast=True)
+        return self._from_start(self.student.held_at(moved), upcast=True)
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
@@ -328,7 +336,7 @@ class Pass:
         rounded = torch.float32 in formats and reduced_float32(device)
         return not (rounded or self.student.half or torch.is_autocast_enabled(device.type))
 
-    def _again(self, held: Sequence[Slot], *, upcast: bool = False) -> AbstractContextManager[Any]:
+    def _from_start(self, held: Sequence[Slot], *, upcast: bool = False) -> AbstractContextManager[Any]:
         """These tensors held, on the draws of this pass, with copies of the state that it began with."""
         return Replay(self._before, self._state, held, upcast=upcast)
 
@@ -351,34 +359,12 @@ def _derivatives(
     return in_weights, list(found[len(at) :])
 
 
-def gradient_through(
-    student: LocalStudent, params: Tree, cotangents: Tree, leaves: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The derivative of weights that were made from differentiable gradients, in leaves of the inner losses; None of a
-    leaf that they do not depend on."""
-    moved = {name: p for name, p in params.items() if p.requires_grad}
-    if not moved:
-        return [None for _ in leaves]
-    # A checkpoint of an inner pass runs again here, at θ.
-    with Replay(RandomState.now(student.device), student.slots):
-        found = torch.autograd.grad(
-            list(moved.values()), leaves, [cotangents[name] for name in moved], allow_unused=True
-        )
-    return list(found)
-
-
 def as_leaves(params: Tree) -> Tree:
     """The same weights, as tensors that a graph begins at."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
-def _leaf(t: Tensor, own: nn.Parameter) -> Tensor:
-    if type(own) is nn.Parameter and not own.__dict__:  # in one call
-        return Tensor._make_subclass(nn.Parameter, t, own.requires_grad)
-    return stand_in(t.detach(), own)
-
-
-def _some(t: Tensor) -> Tensor:
+def _sampled(t: Tensor) -> Tensor:
     """A copy of some thousand entries, from all over a tensor."""
     return t.flatten()[:: t.numel() // 4096 + 1].clone()
 

@@ -68,7 +68,7 @@ class ShardedStudent(LocalStudent):
         return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
 
     @contextmanager
-    def _beside(self, params: Tree, start: RandomState) -> Iterator[None]:
+    def _evaluated_at(self, params: Tree, start: RandomState) -> Iterator[None]:
         with self.moved_to(params), Replay(start, self.slots):
             yield
 
@@ -187,13 +187,13 @@ def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Iterat
 
 
 class ShardedPass(Pass):
-    """One pass of record of a sharded student, and its replays."""
+    """One inner pass of a sharded student, and its replays."""
 
     student: ShardedStudent
 
     @contextmanager
     def _along(self, w: Tree) -> Iterator[None]:
-        with self._again([]), self._there(), self.student.along(w):
+        with self._from_start([]), self._there(), self.student.along(w):
             yield
 
     def _there(self) -> AbstractContextManager[None]:
@@ -218,7 +218,7 @@ class ShardedPass(Pass):
     @contextmanager
     def _whole_replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         at = {name: t.requires_grad_() for name, t in self.student.whole(self.params).items()}
-        with self._again([]), self.student.whole_at(at):
+        with self._from_start([]), self.student.whole_at(at):
             yield at, self._same_outputs(self.student.forward(inputs))
 
     def second_derivatives(self, w: Tree, *given: Any, **how: Any) -> tuple[Tree, list[Tensor | None]]:
@@ -231,7 +231,7 @@ class ShardedPass(Pass):
                 f"the student has weights or a mixed-precision policy of {narrow[0]}, in which a difference of outputs "
                 'would be noise; expected mode="forward", or precision="bfloat16" without param_dtype.'
             )
-        with self._again([], upcast=True), self.student.moved_to(moved):
+        with self._from_start([], upcast=True), self.student.moved_to(moved):
             yield
 
 

@@ -117,7 +117,7 @@ def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedbac
     kept = [part.in_leaves(w) for part in step.passes]
     if kept[0] is not None:
         return feedback_from(step, step.in_signal(credited(step.signal, of), kept), of)  # type: ignore[arg-type]
-    if step.entries:
+    if step.signal_inputs:
         _, found = step.second_derivatives(w, step.signal.differentiable(), curved=False)
         return feedback_from(step, found, of)
     return head_feedback(step, w, Tangent(step.tangent(w)), of)

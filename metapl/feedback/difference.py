@@ -77,7 +77,7 @@ class Difference(Estimator):
         length = step.space.norm(w)
         factor = self.step_size(step) / length.clamp_min(torch.finfo(length.dtype).tiny)
         fields, in_signal = step.signal.differentiable(), None
-        if step.entries:
+        if step.signal_inputs:
             (ahead, of_ahead), (behind, of_behind) = (step.shifted_derivatives(side * factor, w) for side in (1, -1))
             moved = step.in_signal(fields, _differences(of_ahead, of_behind))
             in_signal = {name: None if t is None else t / (2 * factor) for name, t in moved.items()}
@@ -87,8 +87,8 @@ class Difference(Estimator):
                 behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
             else:
                 behind = step.shifted(-factor, w)
-        step.check_shifted(behind if self.one_sided and not step.entries else ahead, behind)
-        width = factor if self.one_sided and not step.entries else 2 * factor
+        step.check_shifted(behind if self.one_sided and not step.signal_inputs else ahead, behind)
+        width = factor if self.one_sided and not step.signal_inputs else 2 * factor
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         return Tangent((ahead - behind) / width, rounding / width, in_signal)

@@ -172,9 +172,9 @@ def hypergradient(
                 keep=estimate.keeping,
                 states=states,
                 updates=[update.at(of_step) for of_step in options],
-                tell=tell,
+                progress=tell,
             )
-        with shown("steps back", len(path.found)) as path.tell:
+        with shown("steps back", len(path.feedback)) as path.progress:
             feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
         grads = teach.gradient(path, feedback)  # of −Σ h·signal(θ_T)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))

@@ -42,12 +42,12 @@ _NEEDS_GRAPH = attrgetter("requires_grad")
 Credits = Literal["signal", "example", "batch", "nothing"]
 
 
-class Entry:
-    """The student's input in a micro-batch where the signal enters it: the input once, and its graph from the signal.
+class SignalInput:
+    """The student's input in a micro-batch where the signal enters it, and the graph from the signal to the input.
 
-    Feedback passes take the derivative in the input itself, and the graph takes it on to the signal. So nothing is made
-    a second time, and ``student_input`` may draw noise. ``in_graph``: the input is made from the signal's own tensors,
-    in their graph; else from leaves in their places.
+    Feedback passes take the derivative in the input itself, and the graph takes it on to the signal. So the input is
+    computed once, and ``student_input`` may draw noise. ``in_graph``: it is computed from the signal's own tensors, in
+    their graph; else from leaves in their places.
     """
 
     def __init__(self, problem: Problem, batch: Any, signal: Signal, in_graph: bool) -> None:
@@ -55,7 +55,7 @@ class Entry:
         self.fields = floating if in_graph else as_leaves(floating)
         self.graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
         self._entering = [t for t in pytree.tree_leaves(self.graph) if isinstance(t, Tensor) and t.requires_grad]
-        self.given = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
+        self.inputs = self.graph if in_graph else pytree.tree_map_only(Tensor, Tensor.detach, self.graph)
 
     def as_leaves(self, widened: bool) -> tuple[list[Tensor], Any]:
         """The tensors of the input that depend on the signal, as leaves (``widened``: in float32 or wider), and the
@@ -105,10 +105,10 @@ class InnerStep:
         inner_loss: the mean of ℓ_i, a scalar.
         grads: g, with a graph if the path keeps it; empty if the step was forgotten.
         state: the optimizer's state before the step.
-        entries: how the signal enters the student's input, micro-batch by micro-batch; empty where it does not.
-        as_taken: whether θ′ is to be that of the optimizer's own step to the last bit, since the roundings of several
-            steps grow.
-        digest: of the batch, where it may be dropped and made again.
+        signal_inputs: the student's input of each micro-batch, where the signal enters it; empty where it does not.
+        by_optimizer: whether θ′ is to be that of the optimizer's own step to the last bit, since the roundings of
+            several steps grow.
+        digest: of the batch, where it may be dropped and read again.
     """
 
     problem: Problem
@@ -119,8 +119,8 @@ class InnerStep:
     inner_loss: Tensor
     grads: Tree
     state: Any
-    entries: Sequence[Entry] = ()
-    as_taken: bool = False
+    signal_inputs: Sequence[SignalInput] = ()
+    by_optimizer: bool = False
     digest: Tensor | None = None
     student: LocalStudent = field(init=False)
     params: Tree = field(init=False)
@@ -134,30 +134,30 @@ class InnerStep:
     def bytes(self) -> int:
         """The memory of θ, g and the optimizer's state after the step, and of a batch that the step alone holds."""
         own = None if self.digest is None else self.batch
-        held = pytree.tree_leaves([self.params, self.grads, self.moved[1], own])
+        held = pytree.tree_leaves([self.params, self.grads, self.updated[1], own])
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
     def forgotten(self, batch_too: bool = False) -> InnerStep:
         """The step without θ, g and the optimizer's state, and without its batch, unless the signal enters the input;
-        :meth:`again` computes them again."""
-        batch_too = batch_too and not self.entries
+        :meth:`recomputed` has them again."""
+        batch_too = batch_too and not self.signal_inputs
         for part in self.passes:
             part.forget(batch_too)
         return replace(self, grads={}, state=None, batch=None if batch_too else self.batch)
 
-    def again(self, params: Tree, state: Any, batch: Any = None) -> InnerStep:
+    def recomputed(self, params: Tree, state: Any, batch: Any = None) -> InnerStep:
         """A forgotten step with θ, g and the optimizer's state, and its batch if that was dropped; cost: a forward and
         a backward pass of the student."""
         step = self if batch is None else replace(self, batch=batch)
         for part, x in zip(step.passes, step.batches, strict=True) if self.batch is None else ():
             part.inputs = step.problem.student_input(x)
-        grads = [part.gradient_again(params, step._loss(signal, x)) for part, signal, x in step.pieces()]
+        grads = [part.recompute_gradient(params, step._loss(signal, x)) for part, signal, x in step.parts()]
         return replace(step, grads=mean_tree(grads), state=state)
 
-    def on(self, signal: Signal) -> InnerStep:
+    def with_signal(self, signal: Signal) -> InnerStep:
         """The same step on another signal; cost: a forward and a backward pass of the student."""
-        step = replace(self, signal=signal, grads={}).again(self.params, self.state)
-        losses = [self._loss(part, x)(p.outputs, self.params) for p, part, x in step.pieces()]
+        step = replace(self, signal=signal, grads={}).recomputed(self.params, self.state)
+        losses = [self._loss(of_part, x)(part.outputs, self.params) for part, of_part, x in step.parts()]
         return replace(step, inner_loss=mean_of(losses))
 
     @cached_property
@@ -182,25 +182,32 @@ class InnerStep:
         return any(map(_NEEDS_GRAPH, self.grads.values()))
 
     @cached_property
-    def moved(self) -> tuple[Tree, Any]:
+    def updated(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
         given = self.params, self.grads, self.state
-        if self.as_taken and not self.has_graph:
+        if self.by_optimizer and not self.has_graph:
             return self.update.stepped(*given)
-        moved = self.update.update(*given)
+        updated = self.update.update(*given)
         if not self.student.half or not self.has_graph:
-            return moved
+            return updated
         # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
         wider = self.update.update(*_double(given))
-        found: tuple[Tree, Any] = pytree.tree_map(_with_graph_of, moved, wider)
-        return found
+
+        def with_graph(value: Any, exact: Any) -> Any:
+            if not isinstance(exact, Tensor) or not exact.requires_grad:
+                return value
+            return value.detach() + (exact - exact.detach()).to(value.dtype)
+
+        both: tuple[Tree, Any] = pytree.tree_map(with_graph, updated, wider)
+        return both
 
     @cached_property
     def new_params(self) -> Tree:
-        """θ′, without a graph. Unlike :attr:`moved`, it does not keep s′, which one step of the student never reads."""
+        """θ′, without a graph. Unlike :attr:`updated`, it does not keep s′, which one step of the student never
+        reads."""
         graph = self.has_graph
-        kept = self.as_taken or graph or "moved" in self.__dict__
-        params = self.moved[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
+        kept = self.by_optimizer or graph or "updated" in self.__dict__
+        params = self.updated[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
         return {name: p.detach() for name, p in params.items()} if graph else params
 
     def tangent(self, w: Tree) -> Tensor:
@@ -253,7 +260,7 @@ class InnerStep:
     def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
         """A function for products with ∂²ℓ/∂θ², valid inside the block."""
         with ExitStack() as stack:
-            products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.pieces()]
+            products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.parts()]
             yield lambda w: mean_tree([product(w)[0] for product in products])
 
     def adjoint(
@@ -265,7 +272,7 @@ class InnerStep:
         hessian, in_signal = self.second_derivatives(bar.gradient, fields)
         return bar._replace(params={name: t + hessian[name] for name, t in bar.params.items()}), in_signal
 
-    def pieces(self) -> Iterator[tuple[Pass, Signal, Any]]:
+    def parts(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
         return zip(self.passes, self.signal.chunks(len(self.passes)), self.batches, strict=True)
 
@@ -294,11 +301,11 @@ class InnerStep:
         """Derivatives of this rank's losses in the leaves of each micro-batch, as derivatives of the mean over the
         ranks in the whole signal's fields."""
         parts = len(self.passes) * self.student.ranks.size
-        if len(self.passes) == 1 and parts == 1 and not self.entries:
+        if len(self.passes) == 1 and parts == 1 and not self.signal_inputs:
             return dict(zip(fields, in_leaves[0], strict=True))
         found: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
-            through = self.entries[i].in_fields(leaves[len(fields) :]) if self.entries else {}
+            through = self.signal_inputs[i].in_fields(leaves[len(fields) :]) if self.signal_inputs else {}
             for name, direct in zip(fields, leaves, strict=False):
                 terms = [t for t in (direct, through.get(name)) if t is not None]
                 found[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
@@ -310,10 +317,10 @@ class InnerStep:
         """The results of a function of each pass, its loss, the leaves of the fields (``widened``: in float32 or wider)
         and of the input, and the input."""
         parts, results = len(self.passes), []
-        for i, (part, signal, x) in enumerate(self.pieces()):
+        for i, (part, signal, x) in enumerate(self.parts()):
             values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
             leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
-            entering, inputs = self.entries[i].as_leaves(widened) if self.entries else ([], part.inputs)
+            entering, inputs = self.signal_inputs[i].as_leaves(widened) if self.signal_inputs else ([], part.inputs)
             loss = self._loss(signal.having(leaves), x)
             results.append(derive(part, loss, [*leaves.values(), *entering], inputs))
         return [first for first, _ in results], [second for _, second in results]
@@ -328,10 +335,3 @@ class InnerStep:
 
 def _double(trees: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, trees)
-
-
-def _with_graph_of(value: Any, wider: Any) -> Any:
-    """A tensor with its value, and the graph of the same in a wider type; anything else as it is."""
-    if not isinstance(wider, Tensor) or not wider.requires_grad:
-        return value
-    return value.detach() + (wider - wider.detach()).to(value.dtype)

@@ -1,4 +1,4 @@
-"""The student's steps, from its weights θ to θ′, where the outer loss is taken."""
+"""The student's steps from θ to θ′, where the outer loss is taken, and their adjoint."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
 from metapl.execution.batch import digest, length, micro_batches
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, gradient_through, mean_of
+from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as_leaves, mean_of
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
+from metapl.execution.state import Replay
 from metapl.feedback.credit import Credited, credited
-from metapl.feedback.inner_step import Entry, InnerLoss, InnerStep
+from metapl.feedback.inner_step import InnerLoss, InnerStep, SignalInput
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
 from metapl.updates import Update
 
 Keep = Callable[[int, InnerStep], Keeping]
-"""Which of so many steps keep their states, by the size of the first one."""
+"""Which of K steps keep their states, by K and the first step, whose size is known."""
 
 Teach = Callable[[Any, Tensor | None], Signal]
 """The teacher's signal about a batch, given the student's outputs on it; None where the signal enters its input."""
@@ -50,8 +52,8 @@ class Path:
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     states: States = field(init=False)  # of several steps, where some are computed again
-    found: list[Any] = field(default_factory=list, init=False)  # the feedback on the last steps, as plain values
-    tell: Callable[[Any], None] | None = None  # of each step that has been taken
+    feedback: list[Any] = field(default_factory=list, init=False)  # on the last steps so far, as plain values
+    progress: Callable[[Any], None] | None = None  # called with the batch of each step of the adjoint
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
@@ -67,7 +69,7 @@ class Path:
     @property
     def state(self) -> Any:
         """The optimizer's state after the last step, without a graph."""
-        return pytree.tree_map_only(Tensor, Tensor.detach, self.steps[-1].moved[1])
+        return pytree.tree_map_only(Tensor, Tensor.detach, self.steps[-1].updated[1])
 
     @property
     def inner_loss(self) -> Tensor:
@@ -84,15 +86,12 @@ class Path:
         """L(θ), with the dropout masks of L(θ′); one forward pass."""
         return self._outer_loss_at(self.student.params)
 
-    def known_loss(self) -> dict[str, Tensor]:
-        """L(θ′), where it has been computed."""
-        return {"outer_loss": self.outer_loss} if "outer_loss" in self.__dict__ else {}
-
     def outer_gradient(self) -> Tree:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
-            found = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
-            self.__dict__["outer_loss"], self._outer_gradient = found
+            # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
+            loss, v = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
+            self.__dict__["outer_loss"], self._outer_gradient = loss, v
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
@@ -111,7 +110,7 @@ class Path:
         """The steps from the last to the first, each with its w and the derivatives of ⟨g, w⟩ in fields of the signal.
 
         The derivatives are computed together with the step's Hessian product. The first step needs no Hessian product;
-        its derivatives are None.
+        its derivatives are None. Steps whose states were not kept are computed again.
 
         Args:
             fields: returns the fields of a step's signal, with the values at which the derivatives are taken.
@@ -125,8 +124,9 @@ class Path:
             v, state_cotangent = self.outer_gradient(), None
         else:
             end, v, state_cotangent = (self.states.adjoint[name] for name in ("at", "v", "state_cotangent"))
-        spacing = min(self.keeping.spacings, default=end)
-        for number, step in self._backwards(first, end):
+        spacings = self.keeping.spacings
+        held = ((n, self.steps[n]) for n in range(end - 1, first - 1, -1))
+        for number, step in self._backwards(first, 0, end, *spacings) if spacings else held:
             self.refuse_other(number, step.batch)
             if number > first:
                 bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
@@ -142,57 +142,45 @@ class Path:
                 yield step, step.pullback(v), None
             else:
                 yield step, step.vjp(v, state_cotangent).gradient, None
-            if self.tell is not None:
-                self.tell(step.batch)
-            if number > first and number % spacing == 0:
+            if self.progress is not None:
+                self.progress(step.batch)
+            if number > first and number % min(spacings, default=end) == 0:
                 self.states.passed(self, number, v, state_cotangent)
 
-    def _backwards(self, first: int, end: int) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from ``end`` to ``first``, with their numbers; forgotten ones are computed again."""
-        if self.keeping.spacings:
-            yield from self._block(first, 0, end, *self.keeping.spacings)
-        else:
-            yield from ((n, self.steps[n]) for n in range(end - 1, first - 1, -1))
-
-    def _block(self, first: int, begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from ``end`` to ``begin``, of which the multiples of ``spacing`` are kept."""
+    def _backwards(
+        self, first: int, begin: int, end: int, spacing: int, *finer: int
+    ) -> Iterator[tuple[int, InnerStep]]:
+        """The steps from ``end`` to ``begin`` with their numbers, but none before ``first``; of these the multiples of
+        ``spacing`` have their states, and each block between two of them is computed again."""
         for start in reversed(range(begin, end, spacing)):
             stop = min(start + spacing, end)
             if stop <= first:
                 return
             if finer:
-                for number, step in enumerate(self._walked(start, stop), start):
-                    self.leave(number, step, finer[0])
-                yield from self._block(first, start, stop, *finer)
+                for number, step in enumerate(self._recomputed(start, stop), start):
+                    self.forget(number, step, finer[0])
+                yield from self._backwards(first, start, stop, *finer)
                 continue
-            block = list(enumerate(self._walked(start, stop), start))
+            block = list(enumerate(self._recomputed(start, stop), start))
             while block:
                 number, step = block.pop()
                 if number >= first:
                     yield number, step
-                self.leave(number, step)
+                self.forget(number, step)
 
-    def _walked(self, start: int, stop: int) -> Iterator[InnerStep]:
-        """The steps from a kept one on, computed again, but for the last of all, which is held."""
+    def _recomputed(self, start: int, stop: int) -> Iterator[InnerStep]:
+        """The steps from one on whose state was kept, computed again; the last step of the path still has its own."""
         held = len(self.steps) - 1 if self.steps[-1].grads else len(self.steps)
         params, state = self.states.take(start) if start < held else ({}, None)
         for number in range(start, stop):
             step = self.steps[number]
             if number < held:
-                step = step.again(params, state, self.batch(number) if self.rereads else None)
-                params, state = step.moved
+                step = step.recomputed(params, state, self.batch(number) if self.rereads else None)
+                params, state = step.updated
             yield step
 
-    def keep_before(self, number: int, params: Tree, state: Any) -> None:
-        """Leave the step before ``number``; of multiples of the spacing, the state that it has led to goes to disk."""
-        if self.keeping.spacings:
-            spacing = self.keeping.spacings[0]
-            self.steps[-1] = self.leave(number - 1, self.steps[-1], spacing)
-            if number % spacing == 0:
-                self.states.note(self, number, params, state)
-
-    def leave(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
-        """A step without what is computed again, unless it is the last; of multiples of ``spacing`` the state is
+    def forget(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
+        """A step without what can be computed again, unless it is the last; of multiples of ``spacing`` the state is
         kept."""
         if number == len(self.batches) - 1:
             return step
@@ -222,17 +210,23 @@ class Path:
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double
         backward through the path; None for a field that the inner loss does not depend on."""
-        counted = self.steps[-(truncate or 0) :]
+        counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
-        gradients = iter(gradient_through(self.student, self.steps[-1].moved[0], self.outer_gradient(), leaves))
-        return [(step, {name: next(gradients) for name in step.signal.differentiable()}) for step in counted]
+        ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
+        gradients: Sequence[Tensor | None] = [None] * len(leaves)
+        if ends:
+            with Replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
+                cotangents = [v[name] for name in ends]
+                gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
+        of_field = iter(gradients)
+        return [(step, {name: next(of_field) for name in step.signal.differentiable()}) for step in counted]
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
         where it makes none."""
         step = self.steps[-1]
         signal = self.problem.revised_signal(step.signal, h)
-        return self if signal is None else replace(self, steps=[step.on(signal.detached())])
+        return self if signal is None else replace(self, steps=[step.with_signal(signal.detached())])
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
@@ -240,7 +234,7 @@ class Path:
             self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
-            self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "moved"))
+            self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "updated"))
 
     def _outer_loss_at(self, params: Tree) -> Tensor:
         return self.student.loss(params, *self._outer_pass())
@@ -273,14 +267,14 @@ def take_steps(
     keep: Keep | None = None,
     states: States | None = None,
     updates: Sequence[Update] = (),
-    tell: Callable[[Any], None] | None = None,
+    progress: Callable[[Any], None] | None = None,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
 
     Buffers and generators advance as in training; the weights do not move.
 
     Args:
-        student: the network as it is laid out, or one that has begun a step.
+        student: a module, its layout, or a student of this step (:func:`metapl.execution.sharded.student_of`).
         labeled, batches: the outer batch, and the inner ones, one for each step; those of a look-ahead are read as they
             are taken.
         teach: called for each of the ``parts`` micro-batches of a batch, after the student's pass on it; before all of
@@ -290,7 +284,7 @@ def take_steps(
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
         updates: of each step, where they differ by a schedule.
-        tell: called with the batch of each step that has been taken.
+        progress: called with the batch of each step that has been taken.
     """
     if not isinstance(student, LocalStudent):
         student = student_of(student, double_backward=keep_graph)
@@ -307,8 +301,12 @@ def take_steps(
         path.batch(done - 1)  # of a path that is truncated, no other is read again
     for number in range(done, len(batches)):
         if number > done:
-            params, state = path.steps[-1].moved
-            path.keep_before(number, params, state)
+            params, state = path.steps[-1].updated
+            if path.keeping.spacings:
+                spacing = path.keeping.spacings[0]
+                path.steps[-1] = path.forget(number - 1, path.steps[-1], spacing)
+                if number % spacing == 0:  # what lies in a folder goes on from here
+                    path.states.note(path, number, params, state)
         with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
             batch = batches[number]
         rule = updates[number] if updates else update
@@ -318,10 +316,10 @@ def take_steps(
                 path.batch(0)  # a function that always returns another batch is refused here, not after the path
             path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
             path.states = states or States(path.keeping.on)
-        if tell is not None:
-            tell(batch)
+        if progress is not None:
+            progress(batch)
     if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back
-        states.note(path, len(batches), *path.steps[-1].moved)
+        states.note(path, len(batches), *path.steps[-1].updated)
     return path
 
 
@@ -338,20 +336,20 @@ def _step(
 ) -> InnerStep:
     """One step of the student on a batch, in micro-batches; no weight moves."""
     problem, student, ranks = path.problem, path.student, path.student.ranks
-    entering, known = enters_input(problem), digest(batch) if isinstance(path.batches, Lookahead) else None
+    enters = enters_input(problem)
     pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
     if not ranks.alone:
         ranks.equal(length(batch), "the inner batch")
-    graph_of = None if entering else graph_of  # the input's graph is another one
+    graph_of = None if enters else graph_of  # the derivative through the input is another one
 
-    def asked(x: Any, outputs: Tensor | None) -> Signal:
+    def ask_teacher(x: Any, outputs: Tensor | None) -> Signal:
         """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this step."""
         if ranks.alone and params is student.params:
             return teach(x, outputs).detached()
         with NOTHING if params is student.params else student.holding(params), ranks.agreed():
             return teach(x, outputs).detached()
 
-    def learned(i: int) -> tuple[Tensor, Tree]:
+    def loss_and_gradient(i: int) -> tuple[Tensor, Tree]:
         """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
         signal, leaves = signals[i], dict[str, Tensor]()
         if graph_of is not None:
@@ -361,34 +359,47 @@ def _step(
         return passes[i].gradient(loss, [*leaves.values()])
 
     signals, passes = list[Signal](), list[Pass]()
-    entries, found = list[Entry](), list[tuple[Tensor, Tree]]()
-    if early := entering or problem.signal_of_batch:  # the teacher is asked before the student runs
-        whole = _united([asked(x, None) for x in ([batch] if problem.signal_of_batch else pieces)], keep_graph)
+    signal_inputs, results = list[SignalInput](), list[tuple[Tensor, Tree]]()
+    if signal_first := enters or problem.signal_of_batch:
+        asked_about = [batch] if problem.signal_of_batch else pieces
+        whole = _joined([ask_teacher(x, None) for x in asked_about], keep_graph)
         signals = whole.chunks(parts)
     for i, x in enumerate(pieces):
-        if entering:
-            entries.append(Entry(problem, x, signals[i], keep_graph))
-        inputs = entries[i].given if entering else problem.student_input(x)
-        passes.append(record := student.pass_type(student, params, inputs))  # z = S(x; θ)
+        if enters:
+            signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
+        inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
+        passes.append(inner_pass := student.pass_type(student, params, inputs))  # z = S(x; θ)
         with NOTHING if ranks.alone else ranks.agreed():
-            problem.check(record.outputs, path.labeled[i], x)
-        if not early:
-            signals.append(asked(x, record.outputs))
+            problem.check(inner_pass.outputs, path.labeled[i], x)
+        if not signal_first:
+            signals.append(ask_teacher(x, inner_pass.outputs))
         if not keep_graph:  # one graph at a time
-            found.append(learned(i))
-    if not early:
-        whole = signals[0] if parts == 1 and not keep_graph else _united(signals, keep_graph)
+            results.append(loss_and_gradient(i))
+    if not signal_first:
+        whole = signals[0] if parts == 1 and not keep_graph else _joined(signals, keep_graph)
     if keep_graph:  # by parts of the leaf that the path is differentiated in
         signals = whole.chunks(parts)
-        found = [learned(i) for i in range(parts)]
-    (inner_loss, grads), *others = found
-    if others:
-        inner_loss, grads = mean_of([loss for loss, _ in found]), mean_tree([g for _, g in found])
-    taken = problem, update, passes, batch, whole, inner_loss, grads, state
-    return InnerStep(*taken, entries, as_taken=len(path.batches) > 1, digest=known)
+        results = [loss_and_gradient(i) for i in range(parts)]
+    if parts == 1:
+        ((inner_loss, grads),) = results
+    else:
+        inner_loss, grads = mean_of([loss for loss, _ in results]), mean_tree([g for _, g in results])
+    return InnerStep(
+        problem,
+        update,
+        passes,
+        batch,
+        whole,
+        inner_loss,
+        grads,
+        state,
+        signal_inputs,
+        by_optimizer=len(path.batches) > 1,
+        digest=digest(batch) if path.rereads else None,
+    )
 
 
-def _united(signals: Sequence[Signal], keep_graph: bool) -> Signal:
+def _joined(signals: Sequence[Signal], keep_graph: bool) -> Signal:
     """The signal about the whole batch; with ``keep_graph``, the leaf that the path is differentiated in."""
     whole = signals[0] if len(signals) == 1 else joined_signals(signals)
     for t in whole.differentiable().values() if keep_graph else ():

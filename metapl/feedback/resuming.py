@@ -123,7 +123,7 @@ class Folder(States):
                 rule = updates[len(path.steps)] if updates else path.update
                 passes, taken = [self._student_pass(*part) for part in records], Signal(**signal)
                 step = InnerStep(
-                    self.teach.problem, rule, passes, None, taken, loss, {}, None, as_taken=True, digest=known
+                    self.teach.problem, rule, passes, None, taken, loss, {}, None, by_optimizer=True, digest=known
                 )
                 path.steps.append(step)
             self.teach.passes += [self._teacher_pass(*part) for part in found["passes"]]
@@ -136,9 +136,9 @@ class Folder(States):
             self.teach.generator.set_state(found["drawn"])
         moved = self.take(self.done)
         if self.done == self.teach.steps:
-            vars(path.steps[-1])["moved"] = moved
+            vars(path.steps[-1])["updated"] = moved
         if self.adjoint is not None:
-            path.found, vars(path)["outer_loss"] = self.adjoint["found"], self.adjoint["outer_loss"]
+            path.feedback, vars(path)["outer_loss"] = self.adjoint["found"], self.adjoint["outer_loss"]
         return moved
 
     def note(self, path: Path, number: int, params: Any, state: Any) -> None:
@@ -192,7 +192,7 @@ class Folder(States):
 
     def passed(self, path: Path, number: int, v: Any, state_cotangent: Any) -> None:
         """The adjoint has come to the kept state before step ``number``: those from there on are no longer needed."""
-        found, loss = path.found, path.outer_loss
+        found, loss = path.feedback, path.outer_loss
         self._write(_ADJOINT, at=number, found=found, outer_loss=loss, v=v, state_cotangent=state_cotangent)
         for other in _numbers(self.folder, "kept"):
             if number <= other < self.teach.steps:

@@ -138,7 +138,7 @@ class BilevelTrainer(Trainer):
         self.given, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
-        self.spread = [layout for layout in self.layouts if layout.kind != "plain"]
+        self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks, self.student = self.layout.ranks, self.layout.network
         self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         refuse_hooks(self.student)
@@ -194,55 +194,74 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
-        for layout in self.spread:
+        for layout in self.distributed:
             layout.begin_step()
-        self._slots = tables = [slots.as_now() for slots in self._slots]
-        self.verification.before(self, labeled, unlabeled, tables)
+        self._slots = slots = [of_network.as_now() for of_network in self._slots]
+        self.verification.before(self, labeled, unlabeled, slots)
         batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
         labeled = self.problem.outer_batch(labeled)
         if self.compile:
             return self.compiled_step(self, labeled, batches, ahead)
         if len(batches) != self.lookahead:
             check_mode(self.mode, len(batches), self.problem, self.layout)
-        student = student_of(self.layout, double_backward=self.mode.keep_graph, slots=tables[1])
+        mode, outer_optimizer, number = self.mode, self.outer_optimizer, self.steps_done
+        student = student_of(self.layout, double_backward=mode.keep_graph, slots=slots[1])
         self.update.follow(student.parameters)
-        of_inner = self.ranks, self.device, batches, self.accumulate, self.recompute_teacher, tables[0]
-        teach = Teaching(self.teacher_layout, self.problem, self.mode, self.generator, *of_inner)
-        outer_optimizer, number = self.outer_optimizer, self.steps_done
+        teach = Teaching(
+            self.teacher_layout,
+            self.problem,
+            mode,
+            self.generator,
+            self.ranks,
+            self.device,
+            batches,
+            self.accumulate,
+            self.recompute_teacher,
+            slots[0],
+        )
         if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
-            refuse_missing("outer_optimizer", outer_optimizer, teach.slots.learned, "teacher")
-        graph_of = self.mode.graph_of(len(batches), student)
-        how: Any = {"parts": self.accumulate, "keep_graph": self.mode.keep_graph, "keep": self.mode.keeping}
-        kernels = no_fast_path(math=True) if self.mode.keep_graph or graph_of is not None else NOTHING
-        own = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
-        slots = teach.slots, student.slots
+            refuse_missing("outer_optimizer", outer_optimizer, slots[0].learned, "teacher")
+        graph_of = mode.graph_of(len(batches), student)
+        # Fused attention has no second derivative, which a graph of g is for.
+        kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
+        losses = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:
-                # Lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                given = student, self.update, self.problem, labeled, batches, teach
-                path = take_steps(*given, graph_of=graph_of, **how)
-                # Line 4: h
-                feedback, mode_state = self.mode.checked_feedback(path, self.mode_state)
+                path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
+                    student,
+                    self.update,
+                    self.problem,
+                    labeled,
+                    batches,
+                    teach,
+                    parts=self.accumulate,
+                    keep_graph=mode.keep_graph,
+                    graph_of=graph_of,
+                    keep=mode.keeping,
+                )
+                feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
-                scalars = teach.backward(feedback, own, labeled, number, self.feedback_weight, self.feedback_ratio)
-                h = [found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True)]
-                known, path = path.known_loss(), path.revised(h[-1])
+                scalars = teach.backward(feedback, losses, labeled, number, self.feedback_weight, self.feedback_ratio)
+                h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
+                # The modes that take v have L(θ′); for others it would be one more pass.
+                outer = {"outer_loss": path.outer_loss} if "outer_loss" in vars(path) else {}
+                path = path.revised(h[-1])
                 step = path.steps[-1]
                 report = StepReport(
                     number,
-                    {"inner_loss": path.inner_loss, **known, **scalars},
+                    {"inner_loss": path.inner_loss, **outer, **scalars},
                     fault,
                     feedback=tuple(h) if ahead else h[0],
-                    signal=step.signal.detached() if self.mode.keep_graph else step.signal,
+                    signal=step.signal.detached() if mode.keep_graph else step.signal,
                     student_outputs=step.outputs.clone(),  # they may be weights, which the step moves
                 )
             if self._teacher_trainer is not None and (self.clip_norm is not None or not self.ranks.alone):
                 self._teacher_trainer.clip()
-            # Nothing has moved before. The teacher's optimizer may be any, and fail; the student's is a known one.
+            # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the student moves last.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
             path.commit()  # line 3: θ_S′
-            for layout in self.spread:
+            for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
             return report
@@ -320,13 +339,9 @@ class BilevelTrainer(Trainer):
     # --------------------------------------------------------------------------------------------------------- state
 
     @property
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        known = {"inner": self.inner_optimizer, "outer": self.outer_optimizer}
-        return {name: o for name, o in known.items() if isinstance(o, torch.optim.Optimizer)}
-
-    @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
-        return [*self._optimizers.values()]
+        both = self.inner_optimizer, self.outer_optimizer
+        return [optimizer for optimizer in both if isinstance(optimizer, torch.optim.Optimizer)]
 
     def settings(self) -> dict[str, Any]:
         names = ("mode", "lookahead", "problem", "teacher_losses", "feedback_weight", "feedback_ratio", *SETTINGS)
@@ -361,7 +376,7 @@ class BilevelTrainer(Trainer):
         self.mode_state, self.steps_done = dict(state["mode_state"]), state["steps_done"]
         self.verification.load_state_dict(state["verification"])
 
-    # ------------------------------------------------------------------------------------------- beside the training
+    # ---------------------------------------------------------------------------------------- finetuning and gradients
 
     def finetune(
         self,

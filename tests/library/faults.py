@@ -257,24 +257,24 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """ż is taken with masks of its own."""
-    real = Pass._again
+    real = Pass._from_start
 
     def again(self: Pass, held: Any, **options: Any) -> Any:
         self._before = rng.RandomState.now(self.student.device)
         return real(self, held, **options)
 
-    patch.setattr(Pass, "_again", again)
+    patch.setattr(Pass, "_from_start", again)
 
 
 def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
     """Replays begin with the state as it is by then."""
-    real = Pass._again
+    real = Pass._from_start
 
     def again(self: Pass, held: Any, **options: Any) -> Any:
         self._state = State(self.student.slots)
         return real(self, held, **options)
 
-    patch.setattr(Pass, "_again", again)
+    patch.setattr(Pass, "_from_start", again)
 
 
 def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
 
     def loss_and_gradient(self: LocalStudent, params: Any, batches: Any, losses: Any, start: Any) -> Any:
         at = self.as_leaves(params)
-        with torch.enable_grad(), self._beside(at, start):
+        with torch.enable_grad(), self._evaluated_at(at, start):
             value, _ = losses[0](self.forward(batches[0]))
         return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
 
@@ -297,7 +297,9 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
 def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
     """Other weights are no parameters, which a forward may ask for."""
     patch.setattr(local, "stand_in", lambda t, own: t.requires_grad_() if t.is_leaf else t)
-    patch.setattr(local, "_leaf", lambda t, own: t.detach().requires_grad_())
+    patch.setattr(
+        LocalStudent, "as_leaves", lambda self, params: {n: t.detach().requires_grad_() for n, t in params.items()}
+    )
 
 
 def graph_of_another_label(patch: pytest.MonkeyPatch) -> None:

@@ -350,10 +350,10 @@ def test_adjoints_of_weights_in_half_are_those_in_double(dtype: Any, name: str, 
     assert error(step.vjp(v).gradient, of_g) < 5e-3
     assert error(step.vjp(v).params, of_theta) < 5e-3
     kept = reached(problem, update, keep_graph=True)
-    through = torch.autograd.grad([kept.moved[0][n] for n in v], list(kept.grads.values()), list(v.values()))
+    through = torch.autograd.grad([kept.updated[0][n] for n in v], list(kept.grads.values()), list(v.values()))
     assert error(dict(zip(kept.grads, through, strict=True)), of_g) < 5e-3
     as_it_is, _ = update.update(kept.params, kept.gradient, kept.state)
-    assert all(torch.equal(kept.moved[0][n], t) for n, t in as_it_is.items())
+    assert all(torch.equal(kept.updated[0][n], t) for n, t in as_it_is.items())
 
 
 # --------------------------------------------------------------------------------------------- the optimizer's own step
