@@ -27,7 +27,7 @@ class RandomState(NamedTuple):
         return RandomState(device, torch.default_generator.get_state(), accelerator)
 
     def values(self) -> dict[str, Tensor | None]:
-        """What it is built of, beside the device."""
+        """The states by name, as they are stored; with the device they make the whole."""
         return {"cpu": self.cpu, "accelerator": self.accelerator}
 
     def restore(self) -> None:
@@ -43,8 +43,8 @@ class RandomState(NamedTuple):
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""
-        if (given := _branch.get()) is not None:
-            return given
+        if (fixed := _branch.get()) is not None:
+            return fixed
         # A feedback pass that drew from the caller's stream would share its numbers with the caller's next draw.
         states = [state.numpy().tobytes() for state in (self.cpu, self.accelerator) if state is not None]
         return _branch_of(b"".join(states), self.device, self.accelerator is not None)

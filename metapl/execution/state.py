@@ -6,6 +6,7 @@ keeps elsewhere, in attributes or in Python objects, is not carried (docs/contra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -59,19 +60,20 @@ class Slots:
         self._parts = [part for _, part in named]
         self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
-        self._held, self._flags = self._now()
+        self._ids, self._flags = self._contents()
         self.mark = hash(tuple(self._flags))
         tables = [part._buffers for part in self._parts]
         self.buffers, self.empty = [t for t in tables if t], [t for t in tables if not t]
 
-    def _now(self) -> tuple[list[int], list[int]]:
+    def _contents(self) -> tuple[list[int], list[int]]:
+        """What the tables hold, by identity, and the modes, numbers of hooks and ``requires_grad`` flags."""
         parameters = [p for _, _, p in self.parameters]
         flags = *map(_TRAINING, self._parts), *map(len, self._hooks), *map(_LEARNS, parameters)
         return [*map(id, chain.from_iterable(map(dict.values, self._tables)))], [*flags]
 
-    def as_now(self) -> Slots:
+    def refreshed(self) -> Slots:
         """These, or the module's new ones where parameters, submodules, modes or hooks have been changed since."""
-        same = (self._held, self._flags) == self._now() and all(self.buffers) and not any(self.empty)
+        same = (self._ids, self._flags) == self._contents() and all(self.buffers) and not any(self.empty)
         return self if same else Slots(self.module)
 
 
@@ -86,7 +88,7 @@ class State:
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
         self._empty = slots.empty
         tables = slots.buffers
-        if any(slots.empty):  # in the meantime, a pass has made buffers
+        if any(slots.empty):  # since then, a pass has registered buffers
             self._empty, tables = [t for t in slots.empty if not t], [*tables, *filter(None, slots.empty)]
         self._tables = [(table, dict(table)) for table in tables]
         self._frozen = slots.frozen
@@ -113,15 +115,14 @@ class State:
                 t.data.copy_(before)
 
     def values(self) -> list[Tensor]:
-        """The copies, for :meth:`having`."""
+        """The copies, for :meth:`with_values`."""
         return [*self._values.values()]
 
-    def having(self, values: Sequence[Tensor]) -> State:
+    def with_values(self, values: Sequence[Tensor]) -> State:
         """This snapshot with the :meth:`values` of another one of the same network."""
-        found = object.__new__(State)
-        vars(found).update(vars(self))
-        found._values = dict(zip(self._values, values, strict=True))
-        return found
+        other = copy.copy(self)
+        other._values = dict(zip(self._values, values, strict=True))
+        return other
 
 
 class Replay:
@@ -137,17 +138,19 @@ class Replay:
         self._before = RandomState.now(self._random.device)
         self._random.restore()
         state, slots = self._state, self._held
-        known = state if isinstance(state, State) else State(state, copies=False)
+        snapshot = state if isinstance(state, State) else State(state, copies=False)
         self._tables: list[tuple[Table, Table]] = []
-        if known._values or known._tables or any(known._empty):
-            made = [(table, Table()) for table in known._empty if table]  # by a later pass
-            self._tables = [(table, dict(table)) for table, _ in (*known._tables, *made)]
-            fresh: dict[int, Any] = {key: t.clone() for key, t in known._values.items()}
+        if snapshot._values or snapshot._tables or any(snapshot._empty):
+            later = [(table, Table()) for table in snapshot._empty if table]  # buffers that a later pass has registered
+            self._tables = [(table, dict(table)) for table, _ in (*snapshot._tables, *later)]
+            fresh: dict[int, Any] = {key: t.clone() for key, t in snapshot._values.items()}
             if self._upcast:
                 fresh = {key: wide(t) for key, t in fresh.items()}
             fresh[id(None)] = None  # a buffer that has no value yet
-            _fill([(table, {name: fresh[id(t)] for name, t in held.items()}) for table, held in known._tables] + made)
-            slots = [*slots, *((table, name, stand_in(fresh[id(p)], p)) for table, name, p in known._frozen)]
+            for table, tensors in snapshot._tables:
+                _fill([(table, {name: fresh[id(t)] for name, t in tensors.items()})])
+            _fill(later)
+            slots = [*slots, *((table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen)]
         self._slots = [(table, name, table[name]) for table, name, _ in slots]
         for table, name, t in slots:
             table[name] = t

@@ -1,4 +1,5 @@
-r"""The base class of all estimators of the teacher's gradient, and :class:`Feedback`, their result.
+r"""The base class of all estimators of the teacher's gradient; what they return is a
+:class:`metapl.feedback.credit.Feedback`.
 
 **Sign, everywhere:** the feedback is :math:`h = -\,dL(\theta')/d\,\mathrm{signal}`; positive means "say this more".
 
@@ -50,7 +51,7 @@ class Estimator(ABC):
     """Whether it takes more than one student step."""
 
     def __post_init__(self) -> None:
-        with suppress(NameError):  # annotations that cannot be read hold nothing
+        with suppress(NameError):  # annotations under TYPE_CHECKING cannot be read, and are not checked
             check_fields(self)
 
     @property
@@ -93,15 +94,15 @@ class Estimator(ABC):
         """:meth:`feedback`, refused on all ranks where it would make the teacher NaN."""
         feedback, state = self.feedback(path, state)  # line 4: h
         with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
-            if not any(found.read for found in feedback):
+            if not any(of_step.used for of_step in feedback):
                 raise MetaplError(
                     f"the inner loss of {kind_of(path.problem)} does not depend on its signal, so there is no feedback "
                     "on it; expected an inner_loss in which the signal acts on the student's outputs, without "
                     '.detach() or argmax; to train without feedback, mode="none".'
                 )
             total = path.inner_loss  # a sum of all is finite where all are
-            for found in feedback:
-                for h in (found.h, *found.others.values()):
+            for of_step in feedback:
+                for h in (of_step.h, *of_step.others.values()):
                     total = total + h.sum()
             checks.refuse_not_finite(
                 total,
@@ -114,10 +115,11 @@ class Estimator(ABC):
 def padded(feedback: Sequence[Feedback], path: Path) -> list[Feedback]:
     """Feedback on the last steps of a path, and zero feedback on the steps before them."""
     first, zeros = feedback[0], []
+    part = first.part or "value"
     for step in path.steps[: len(path.steps) - len(feedback)]:
         fields = step.signal.fields()
-        of = {name: torch.zeros_like(fields[name]) for name in (first.part or "value", *first.others)}
-        zeros.append(replace(first, h=of.pop(first.part or "value"), others=of))
+        others = {name: torch.zeros_like(fields[name]) for name in first.others}
+        zeros.append(replace(first, h=torch.zeros_like(fields[part]), others=others))
     return [*zeros, *feedback]
 
 

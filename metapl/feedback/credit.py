@@ -58,13 +58,13 @@ class Feedback:
             taken; None: no feedback.
         others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those beside the
             value that the inner loss depends on.
-        read: whether the inner loss depends on the signal at all.
+        used: whether the inner loss depends on the signal at all.
     """
 
     h: Tensor
     part: str | None
     others: Mapping[str, Tensor] = field(default_factory=dict)
-    read: bool = True
+    used: bool = True
 
     def teacher_loss(self, signal: Signal) -> Tensor:
         """−Σ stopgrad(h)·signal, a scalar with the teacher's graph; its gradient is the hypergradient dL(θ′)/dθ_T.
@@ -101,25 +101,25 @@ class Feedback:
         """h on the whole batch, as the signal's value is: a tensor, or a dict of its floating-point tensors. Of a field
         without rows it is the sum over micro-batches, each of which has a signal of its own."""
         parts, value = len(step.passes), step.signal.value
-        found = {
+        by_field = {
             name: h if parts == 1 or not h.ndim or step.has_rows(name) else h.reshape(parts, -1, *h.shape[1:]).sum(0)
             for name, h in {self.part or "": self.h.detach(), **self.others}.items()
         }
         if not isinstance(value, dict) or self.part is None:
-            return found[self.part or ""]
-        return {key: found[name].detach() for key in value if (name := field_of(key)) in found}
+            return by_field[self.part or ""]
+        return {key: by_field[name].detach() for key in value if (name := field_of(key)) in by_field}
 
 
 def exact_feedback(step: InnerStep, w: Tree, of: Credited = "signal") -> Feedback:
     """The feedback along w by exact derivatives, on the signal or on each example: from the graph of g where the pass
     has kept it; else by ż; and by double backward where the signal enters the student's input, for ⟨∂ℓ/∂z, ż⟩ then
     depends on it through the whole network."""
-    kept = [part.in_leaves(w) for part in step.passes]
-    if kept[0] is not None:
-        return feedback_from(step, step.in_signal(credited(step.signal, of), kept), of)  # type: ignore[arg-type]
+    by_graph = [part.in_leaves(w) for part in step.passes]
+    if by_graph[0] is not None:
+        return feedback_from(step, step.in_signal(credited(step.signal, of), by_graph), of)  # type: ignore[arg-type]
     if step.signal_inputs:
-        _, found = step.second_derivatives(w, step.signal.differentiable(), curved=False)
-        return feedback_from(step, found, of)
+        _, gradients = step.second_derivatives(w, step.signal.differentiable(), curved=False)
+        return feedback_from(step, gradients, of)
     return head_feedback(step, w, Tangent(step.tangent(w)), of)
 
 
@@ -134,10 +134,10 @@ def head_feedback(step: InnerStep, w: Tree, tangent: Tangent, of: Credited = "si
         return feedback_from(step, tangent.in_signal, of)
     leaves = as_leaves(credited(step.signal, of))
     slope = _slope(step, leaves, w, tangent)
-    found: Sequence[Tensor | None] = [None] * len(leaves)
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
     if slope.requires_grad:
-        found = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
-    return feedback_from(step, dict(zip(leaves, found, strict=True)), of)
+        gradients = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
+    return feedback_from(step, dict(zip(leaves, gradients, strict=True)), of)
 
 
 def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
@@ -165,14 +165,16 @@ def feedback_from(step: InnerStep, gradients: Mapping[str, Tensor | None], of: C
         assert h_B is not None
         return Feedback(-h_B, "log_prob")
     part = "probs" if signal.sampled else "value"
-    found = {part if name == "value" else name: g for name, g in gradients.items()}
-    h = {name: -g for name, g in found.items() if g is not None}
-    read = bool(h)
-    told = [name for name in found if name not in vars(signal)] if isinstance(signal.value, dict) else [part]
-    # A zero for what is not read, so that the feedback has the shape of the signal.
-    h |= {name: torch.zeros_like(signal.fields()[name]) for name in told if name not in h}
-    first = h.pop(told[0])
-    return Feedback(first, told[0], h, read)
+    by_field = {part if name == "value" else name: g for name, g in gradients.items()}
+    h = {name: -g for name, g in by_field.items() if g is not None}
+    used = bool(h)
+    of_value = [part]
+    if isinstance(signal.value, dict):  # its entries are fields of their own; log_prob and others are the signal's
+        of_value = [name for name in by_field if name not in vars(signal)]
+    # A zero for what is not used, so that the feedback has the shape of the signal.
+    h |= {name: torch.zeros_like(signal.fields()[name]) for name in of_value if name not in h}
+    first = h.pop(of_value[0])
+    return Feedback(first, of_value[0], h, used)
 
 
 def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
@@ -191,9 +193,9 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
             for signal, x, factor, z_part in zip(signals, step.batches, of_part, chunks, strict=True)
         ]
         mean = mean_of(values) if ranks.alone else mean_of(values) / ranks.size  # the ranks' shares add up to the mean
-        found = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(mean, [z, *theta.values()], create_graph=True, allow_unused=True)
         directions = [tangent.z_dot, *(w[name] if name in w else torch.zeros_like(p) for name, p in theta.items())]
-        terms = [g * t for g, t in zip(found, directions, strict=True) if g is not None]
+        terms = [g * t for g, t in zip(grads, directions, strict=True) if g is not None]
         slope = terms[0].sum() if len(terms) == 1 else torch.stack([term.sum() for term in terms]).sum()
 
     by_gradient, spread = step.space.slope(step.gradient, w)
@@ -206,7 +208,7 @@ def _slope(step: InnerStep, leaves: Tree, w: Tree, tangent: Tangent) -> Tensor:
     # Both sums may cancel to rounding: of a bias before batch normalization, whose gradient is zero but for rounding, a
     # first step of Adam makes the whole direction.
     rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * step.space.norm(step.gradient) * step.space.norm(w)
-    if tangent.rounding is not None and found[0] is not None:
-        rounding = rounding + ranks.norm(found[0].detach()) * tangent.rounding
+    if tangent.rounding is not None and grads[0] is not None:
+        rounding = rounding + ranks.norm(grads[0].detach()) * tangent.rounding
     same_slopes(forward, by_gradient, spread, tolerance, rounding)
     return slope

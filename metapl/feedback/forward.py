@@ -116,7 +116,7 @@ class Forward(Estimator):
         return keeping(steps, first.bytes, student.device, how, self.keep_on, student.ranks)
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        feedback = [Feedback(**plain) for plain in path.feedback]  # of a path that is gone on with
+        feedback = [Feedback(**plain) for plain in path.feedback]  # of a path that is resumed from a folder
         for step, w, gradients in path.adjoints(credited, self.truncate):
             # The earliest step's Hessian product is not needed.
             h = exact_feedback(step, w) if gradients is None else feedback_from(step, gradients)

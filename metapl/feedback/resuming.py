@@ -129,7 +129,7 @@ class Folder(States):
             self.teach.passes += [self._teacher_pass(*part) for part in found["passes"]]
         path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
         for base, values in zip(self.bases, found["states"], strict=True):
-            base.having(values).restore()
+            base.with_values(values).restore()
         self.student.slots.state = None
         self._random(found["random"]).restore()
         if self.teach.generator is not None:
@@ -172,7 +172,7 @@ class Folder(States):
         part = object.__new__(self.student.pass_type)
         part.student, part.params, part.inputs, part.graph = self.student, {}, None, None
         part._kept, part._at, part._held = None, {}, []
-        part._state, part._sample = self.bases[0].having(state), sample
+        part._state, part._sample = self.bases[0].with_values(state), sample
         part._before, part.after = map(self._random, random)
         part._dtype = getattr(torch, dtype.removeprefix("torch."))
         part.outputs = outputs if sample is None else outputs.new_zeros(()).expand(shape)
@@ -181,7 +181,7 @@ class Folder(States):
     def _teacher_pass(self, outputs: Any, random: Any, state: Any, drawn: Any, signal: Any) -> TeacherPass:
         part = object.__new__(TeacherPass)
         part.teaching, part.batch, part.student_outputs = self.teach, None, outputs
-        part.random, part.state = self._random(random), self.bases[1].having(state)
+        part.random, part.state = self._random(random), self.bases[1].with_values(state)
         part.signal, part.drawn = Signal(**signal), drawn
         return part
 

@@ -1,4 +1,4 @@
-"""The teacher's half of a step: its signals, and the gradient that it learns from."""
+"""The teacher's half of a step: its passes on the inner batches, and the gradient that it learns from."""
 
 from __future__ import annotations
 
@@ -36,23 +36,24 @@ NOT_FINITE = (
 class TeacherPass:
     """The teacher's pass on one inner batch, at θ_T from before the step.
 
-    ``recompute``: make the signal without a graph first, and once more with a graph in :meth:`with_graph`, on the same
-    draws and state. Cost: one more forward pass, and no graph in memory between the two.
+    Where passes are recomputed, the signal is first computed without a graph, and once more with one in
+    :meth:`with_graph`, on the same draws and state. Cost: one more forward pass, and no graph in memory between the
+    two.
     """
 
     def __init__(self, teaching: Teaching, batch: Any, student_outputs: Tensor | None) -> None:
         self.teaching, self.batch, self.student_outputs = teaching, batch, student_outputs
         if not teaching.recompute:
-            self.signal = self._run()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
+            self.signal = self._ask()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
             return
         generator = teaching.generator
         self.random, self.state = RandomState.now(teaching.device), State(teaching.slots)
         self.drawn = None if generator is None else generator.get_state()
         with torch.no_grad(), no_fast_path():
-            self.signal = self._run()
+            self.signal = self._ask()
 
     def with_graph(self) -> Signal:
-        """The signal with the teacher's graph, computed again if it was made without."""
+        """The signal with the teacher's graph, computed again if it was computed without."""
         if not self.teaching.recompute:
             return self.signal
         generator = self.teaching.generator
@@ -61,7 +62,7 @@ class TeacherPass:
             if generator is not None and self.drawn is not None:
                 generator.set_state(self.drawn)
             with Replay(self.random, self.state):
-                again = self._run()
+                again = self._ask()
         finally:
             if generator is not None and before is not None:
                 generator.set_state(before)
@@ -71,11 +72,11 @@ class TeacherPass:
             same_outputs(second, first.detach(), EXACTLY[coarsest([first.dtype], first.device)].outputs, "teacher")
         return again
 
-    def _run(self) -> Signal:
-        of = self.teaching
-        with NOTHING if of.ranks.alone else rows_shared(of.ranks):
-            signal = of.problem.signal(of.network, self.batch, self.student_outputs, generator=of.generator)
-        return check_signal(signal, of.problem)
+    def _ask(self) -> Signal:
+        teaching, problem = self.teaching, self.teaching.problem
+        with NOTHING if teaching.ranks.alone else rows_shared(teaching.ranks):
+            signal = problem.signal(teaching.network, self.batch, self.student_outputs, generator=teaching.generator)
+        return check_signal(signal, problem)
 
 
 class Teaching:
@@ -117,35 +118,36 @@ class Teaching:
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
         """The signal about a micro-batch, given the student's outputs on it."""
-        step = TeacherPass(self, batch, outputs)
+        teacher_pass = TeacherPass(self, batch, outputs)
         if self.rereads:
-            step.batch = None
+            teacher_pass.batch = None
         if not self.passes:
-            check_kind(step.signal, self.mode, self.problem, self.steps)
+            check_kind(teacher_pass.signal, self.mode, self.problem, self.steps)
         if self.layout is not None:
-            self.passes.append(step)
-        return step.signal
+            self.passes.append(teacher_pass)
+        return teacher_pass.signal
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """The gradient of −Σ h·signal in the teacher's weights, over the passes on all micro-batches; empty without a
         teacher. Where the passes are recomputed, one graph at a time is in memory."""
         if self.layout is None:
             return {}
-        pieces = [piece for found in feedback for piece in found.chunks(self.parts)]
+        pieces = [piece for of_step in feedback for piece in of_step.chunks(self.parts)]
         grads: dict[str, Tensor] = {}
         losses: list[Tensor] = []
-        for number, step in enumerate(self.passes):
+        for number, teacher_pass in enumerate(self.passes):
             if self.rereads:
                 whole = micro_batches(path.batch(number // self.parts), self.parts, "unlabeled")
-                step.batch = whole[number % self.parts]
-            losses.append(pieces[number].teacher_loss(step.with_graph()))
-            step.batch = None if self.rereads else step.batch
+                teacher_pass.batch = whole[number % self.parts]
+            losses.append(pieces[number].teacher_loss(teacher_pass.with_graph()))
+            teacher_pass.batch = None if self.rereads else teacher_pass.batch
             if self.recompute or number == len(self.passes) - 1:
                 total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-                found = gradient_of(self.layout, self.ranks.size * total if self.layout.is_sharded else total)
+                # The backward pass of a sharded network averages over the ranks; that of others stays with this rank.
+                new = gradient_of(self.layout, self.ranks.size * total if self.layout.is_sharded else total)
                 if not self.layout.is_sharded:
-                    found = {name: self.ranks.sum(g) for name, g in found.items()}
-                grads = {name: grads[name] + g for name, g in found.items()} if grads else found
+                    new = {name: self.ranks.sum(g) for name, g in new.items()}
+                grads = {name: grads[name] + g for name, g in new.items()} if grads else new
                 losses = []
         return grads
 
@@ -169,22 +171,29 @@ class Teaching:
         layout, parts, alone = self.layout, self.parts, self.ranks.alone
         if layout is None:
             return {}
-        pieces = feedback if parts == 1 else [piece for found in feedback for piece in found.chunks(parts)]
+        pieces = feedback if parts == 1 else [piece for of_step in feedback for piece in of_step.chunks(parts)]
         labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
-        first, scalars = len(self.passes) - parts, list[dict[str, Tensor]]()
+        first, scalars = len(self.passes) - parts, list[dict[str, Tensor]]()  # the first pass on the last batch
         of_feedback, of_losses = dict[str, Tensor](), dict[str, Tensor]()  # gradients, where their ratio is asked for
-        for i, (record, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            signal = record.with_graph()
+        for i, (teacher_pass, h) in enumerate(zip(self.passes, pieces, strict=True)):
+            signal = teacher_pass.with_graph()
             from_feedback = total = h.teacher_loss(signal)
             if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
                 from_feedback = total = self.ranks.size * from_feedback
             if weight != 1.0:
                 total = weight * total
             own: Tensor | None = None
-            if i >= first:  # of the last inner batch
-                given = {"labeled": labeled_parts[i - first], "unlabeled": record.batch, "signal": signal, "step": step}
+            if i >= first:
                 with NOTHING if alone else rows_shared(self.ranks):
-                    terms = sum_of_terms(self.network, losses, kind="teacher loss", **given)
+                    terms = sum_of_terms(
+                        self.network,
+                        losses,
+                        kind="teacher loss",
+                        labeled=labeled_parts[i - first],
+                        unlabeled=teacher_pass.batch,
+                        signal=signal,
+                        step=step,
+                    )
                 values = [*terms.values()] or [total.new_zeros(())]
                 own = values[0] if len(values) == 1 else torch.stack(values).sum()
                 checks.learns(own, "teacher")
@@ -197,11 +206,11 @@ class Teaching:
                 if total.requires_grad:
                     total.backward()
                 continue
-            learns = own is not None and own.requires_grad
+            learns = own is not None and own.requires_grad  # both share the graph of the teacher's pass
             for sums, loss, retain in ((of_feedback, from_feedback, learns), (of_losses, own, False)):
-                known = loss is not None and loss.requires_grad
-                for name, g in (gradient_of(layout, loss, retain) if known else {}).items():  # type: ignore[arg-type]
-                    sums[name] = sums[name] + g if name in sums else g
+                if loss is not None and loss.requires_grad:
+                    for name, g in gradient_of(layout, loss, retain).items():
+                        sums[name] = sums[name] + g if name in sums else g
         if ratio is not None:
             parameters = layout.parameters()
             if layout.kind == "replicated":
@@ -230,8 +239,8 @@ def gradient_of(layout: Layout, loss: Tensor, retain: bool = False) -> dict[str,
     if not loss.requires_grad:
         return {name: torch.zeros_like(p) for name, p in parameters.items()}
     if layout.is_sharded:
-        found = by_backward(loss, parameters, retain=retain)
-        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
+        reached = by_backward(loss, parameters, retain=retain)
+        return {name: reached[name] if name in reached else torch.zeros_like(p) for name, p in parameters.items()}
     grads = torch.autograd.grad(loss, list(parameters.values()), retain_graph=retain, materialize_grads=True)
     return dict(zip(parameters, grads, strict=True))
 

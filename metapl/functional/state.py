@@ -71,7 +71,7 @@ def state_of(trainer: Any, updates: tuple[Update, Update | None]) -> State:
     def optimizer(update: Update | None) -> Optimizer:
         of = unclipped(update)
         if isinstance(of, TorchUpdate):
-            return Optimizer(of.begun_state(), settings_of(of.settings(), device))
+            return Optimizer(of.complete_state(), settings_of(of.settings(), device))
         return Optimizer({} if of is None else of.read_state(), [])
 
     student = tensors_of(trainer.student)

@@ -196,7 +196,7 @@ class BilevelTrainer(Trainer):
         labeled, unlabeled = both_batches(labeled, unlabeled, outer, inner)
         for layout in self.distributed:
             layout.begin_step()
-        self._slots = slots = [of_network.as_now() for of_network in self._slots]
+        self._slots = slots = [of_network.refreshed() for of_network in self._slots]
         self.verification.before(self, labeled, unlabeled, slots)
         batches, ahead = inner_batches(unlabeled, self.lookahead), isinstance(unlabeled, Lookahead)
         labeled = self.problem.outer_batch(labeled)

@@ -89,7 +89,8 @@ class Update(ABC):
         """The adjoint of the whole step, from the cotangents v of θ′ and ``state_cotangent`` of s′ (None: zero)."""
         leaves, structure = pytree.tree_flatten(state)
         numbers = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()}
-        trees: list[dict[Any, Tensor]] = [_as_leaves(tree) for tree in (grads, params, numbers)]
+        given: tuple[dict[Any, Tensor], ...] = grads, params, numbers
+        trees = [{name: t.detach().requires_grad_() for name, t in tree.items()} for tree in given]
         at_grads, at_params, at_state = trees
         with torch.enable_grad():
             before = pytree.tree_unflatten([at_state.get(i, t) for i, t in enumerate(leaves)], structure)
@@ -100,9 +101,8 @@ class Update(ABC):
         reached = [(t, bar) for t, bar in pairs if isinstance(t, Tensor) and t.requires_grad]
         flat = [t for tree in trees for t in tree.values()]
         ends, bars = zip(*reached, strict=True)
-        found = iter(torch.autograd.grad(ends, flat, bars, materialize_grads=True))
-        bars_of = [{name: next(found) for name in tree} for tree in trees]
-        return Cotangents(*bars_of)
+        cotangents = iter(torch.autograd.grad(ends, flat, bars, materialize_grads=True))
+        return Cotangents(*[{name: next(cotangents) for name in tree} for tree in trees])
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         """Move the student's parameters and the optimizer's state: by the optimizer's own step on g or, for an update
@@ -119,10 +119,6 @@ class Update(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def _as_leaves(tree: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    return {name: t.detach().requires_grad_() for name, t in tree.items()}
 
 
 def _inner(name: str) -> Any:

@@ -36,11 +36,11 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
     """Refuse an optimizer that does not hold all trainable parameters of a network, ``"teacher"`` or ``"student"``;
     ``name`` is that of its argument."""
-    known = set(map(id, parameters_of(optimizer)))
-    if not parameters or not known.issuperset(map(id, parameters.values())):
-        missing = [path for path, p in parameters.items() if id(p) not in known]
+    held = set(map(id, parameters_of(optimizer)))
+    if not parameters or not held.issuperset(map(id, parameters.values())):
+        missing = [path for path, p in parameters.items() if id(p) not in held]
         raise MetaplError(
-            f"{name} holds {len(known)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
+            f"{name} holds {len(held)} tensors, without {few(missing, 3) or 'any'} of the {len(parameters)} "
             f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
             f"add_param_group."
         )
@@ -112,8 +112,9 @@ class TorchUpdate(Update):
 
     @staticmethod
     @abstractmethod
-    def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
-        """A state from which the next step is the one from ``state``, with all tensors that later states have."""
+    def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
+        """A state with all tensors that later states have, from which the next step is the one from ``state``: so that
+        the first step of the pure road has the shapes of all others."""
 
     def follow(self, parameters: Parameters) -> None:
         groups = self.optimizer.param_groups
@@ -135,22 +136,22 @@ class TorchUpdate(Update):
         return float((self._options or self.optimizer.param_groups)[0]["lr"])
 
     def read_state(self) -> States:
-        known = self.optimizer.state
-        states = {name: dict(known.get(p, ())) for name, p in self.parameters.items()}
+        held = self.optimizer.state
+        states = {name: dict(held.get(p, ())) for name, p in self.parameters.items()}
         if self._sharded:
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states
 
-    def begun_state(self) -> States:
-        """The current state, with all tensors that later states have."""
+    def complete_state(self) -> States:
+        """The current state, each :meth:`completed`."""
         state, groups = self.read_state(), self.optimizer.param_groups
-        return {n: self.begun(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
+        return {n: self.completed(p.detach(), state[n], groups[self.group_of[n]]) for n, p in self.parameters.items()}
 
     def settings(self) -> list[dict[str, Any]]:
         """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""
         groups = self.optimizer.param_groups
-        found = [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in groups]
-        return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in found]
+        numbers = [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in groups]
+        return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in numbers]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
         new_params, new_state = dict(params), dict(state)
@@ -208,7 +209,11 @@ class TorchUpdate(Update):
                 local(weight).copy_(params[name])
                 self.optimizer.state.pop(weight, None)
                 if state[name]:
-                    self.optimizer.state[weight] = {key: _held(t, weight) for key, t in state[name].items()}
+                    shape, kept = local(weight).shape, dict(state[name])
+                    for key, t in kept.items():  # what has an entry for each weight is laid out as the weights are
+                        if isinstance(t, Tensor) and t.shape == shape:
+                            kept[key] = as_sharded(t, weight)
+                    self.optimizer.state[weight] = kept
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         own = parameters_of(self.optimizer)
@@ -227,11 +232,6 @@ class TorchUpdate(Update):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
-
-
-def _held(value: Any, like: Tensor) -> Any:
-    """A value of an optimizer's state, laid out as its parameter is where it has an entry for each of its weights."""
-    return as_sharded(value, like) if isinstance(value, Tensor) and value.shape == local(like).shape else value
 
 
 def _is_set(setting: Any) -> bool:
@@ -268,7 +268,7 @@ class SGD(TorchUpdate):
         return add(params, d, -group["lr"]), list(states)
 
     @staticmethod
-    def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
+    def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
         # A first step with dampening is not the one from a buffer of zeros.
         if not group["momentum"] or group["dampening"] or state.get("momentum_buffer") is not None:
             return {name: t for name, t in state.items() if t is not None}
@@ -349,7 +349,7 @@ class Adam(TorchUpdate):
         return sub(kept, mul(div(m_hat, plus(root, group["eps"])), eta)), new
 
     @staticmethod
-    def begun(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
+    def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
         moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
         return {"step": torch.zeros(()), **{name: torch.zeros_like(p) for name in moments}, **state}
 

@@ -37,12 +37,12 @@ class TransformUpdate(Update):
         self.state = fresh if state is None else state
 
     def follow(self, parameters: Parameters) -> None:
-        known = self.parameters
-        changed = [name for name in {**known, **parameters} if known.get(name) is not parameters.get(name)]
+        before = self.parameters
+        changed = [name for name in {**before, **parameters} if before.get(name) is not parameters.get(name)]
         if changed:
             raise MetaplError(
                 f"the student's trainable parameters {few(changed, 3)} were added, removed or replaced since the state "
-                "of the TorchOpt transform was made; build a new BilevelTrainer."
+                "of the TorchOpt transform was initialized; build a new BilevelTrainer."
             )
 
     def read_state(self) -> Any:
