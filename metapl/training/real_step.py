@@ -117,8 +117,8 @@ class Step:
         steps: bool = True,  # False: for L(θ), with the graph of the inner loss
     ) -> Run:
         """Take the steps on fresh copies, with something ``moved`` by ``side`` times ``by``: the ``"teacher"`` with the
-        problem's parameters, fields of the ``"signal"``, the student's weights at the ``"start"`` or the ``"end"``, or
-        the ``"weights"`` 1 + ε of the inner losses."""
+        problem's parameters, fields of the ``"signal"``, the student's weights at the first ``"inner"`` loss or at the
+        ``"outer"`` one, or the ``"weights"`` 1 + ε of the inner losses."""
         case, by = self.copied(), by or {}
         problem, student, update, theta = case.problem, case.student, case.update, trainable(case.student)
         enters, run = enters_input(problem), Run(case)
@@ -152,7 +152,7 @@ class Step:
             run.written.update(n for n, p in theta.items() if not torch.allclose(p, before[n], 0, 0, equal_nan=True))
 
         move("teacher", case.learned())
-        move("start", theta)
+        move("inner", theta)
         case.random.restore()
         for k, x in enumerate(case.batches):
             before = now()
@@ -168,13 +168,13 @@ class Step:
             run.inner = run.inner if k else loss
             compare(before)
             grads = {name: p.grad for name, p in theta.items() if p.grad is not None}
-            run.gradients.setdefault("start", {name: g.clone() for name, g in grads.items()})
+            run.gradients.setdefault("inner", {name: g.clone() for name, g in grads.items()})
             if case.clip_norm is not None:
                 nn.utils.clip_grad_norm_(theta.values(), case.clip_norm)
             if steps:  # the optimizer's own; of a transform, its update
                 update.commit(theta, grads, partial(update.update, before, grads, update.read_state()))
             student.zero_grad()
-        move("end", theta)
+        move("outer", theta)
         before, judged = now(), problem.outer_batch(case.labeled)
         after.branch().restore()  # the labeled pass draws from a stream of its own
         begin(student)
@@ -184,7 +184,7 @@ class Step:
         run.loss = total / weight
         if not moved and run.loss.requires_grad:
             run.loss.backward()
-            run.gradients["end"] = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theta.items()}
+            run.gradients["outer"] = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theta.items()}
         run.loss = run.loss.detach()
         return run
 
@@ -199,14 +199,12 @@ def size_of(t: Tensor) -> float:
 
 def functions_in(t: Tensor) -> list[str]:
     """The names of autograd functions of one's own in a graph."""
-    nodes, seen, found = [t.grad_fn], set[Any](), set[str]()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found |= {type(node).__name__.removesuffix("Backward")} if hasattr(node, "_forward_cls") else set()
-            nodes += [other for other, _ in node.next_functions]
-    return sorted(found)
+    nodes: list[Any] = [t.grad_fn] if t.grad_fn is not None else []
+    known = set(nodes)
+    for node in nodes:  # which grows
+        nodes += (new := {other for other, _ in node.next_functions if other is not None} - known)
+        known |= new
+    return sorted({type(node).__name__.removesuffix("Backward") for node in nodes if hasattr(node, "_forward_cls")})
 
 
 def causes(before: Step, run: Run) -> list[str]:

@@ -254,9 +254,10 @@ class Point:
         trees = [t if isinstance(t, dict) else {"": t} for t in self.found.feedback]
         self.h = {(k, field_of(key) if key else name): t for k, tree in enumerate(trees) for key, t in tree.items()}
         self.w = self._implicit(estimate) if isinstance(estimate, Implicit) else {}
-        learned = self.run.copies.learned()
+        score = self.score(self.run)
+        learned = self.run.copies.learned() if score.requires_grad else {}
         how: Any = {"materialize_grads": True, "allow_unused": True}
-        g = torch.autograd.grad(self.score(self.run), [*learned.values()], **how) if learned else ()
+        g = torch.autograd.grad(score, [*learned.values()], **how) if learned else ()
         # Of the score; none without a teacher. Those of embeddings may be sparse.
         self.gradient: Tree = {name: t.to_dense() for name, t in zip(learned, g, strict=True)}
 
@@ -268,7 +269,7 @@ class Point:
 
     def value(self, run: Run) -> Tensor:
         """F; of an implicit gradient ⟨g, w⟩, of which h is minus the derivative."""
-        terms = [(run.gradients["start"][name] * t).sum() for name, t in self.w.items()]
+        terms = [(run.gradients["inner"][name] * t).sum() for name, t in self.w.items()]
         return torch.stack(terms).sum() if terms else run.loss
 
     @property
@@ -295,10 +296,10 @@ class Point:
 
     def of_score(self) -> Errors:
         """Of the teacher's gradient alone, while the student's step is held."""
-        return self.compared("teacher", self.gradient, "the signal in the teacher", self.score, told=self.told)
+        return self.compared("teacher", self.gradient, self.score, "the signal in the teacher", told=self.told)
 
     def compared(
-        self, moved: str, gradient: Tree, what: str = "", value: Callable[[Run], Tensor] | None = None, **options: Any
+        self, moved: str, gradient: Tree, value: Callable[[Run], Tensor] | None = None, what: str = "", **options: Any
     ) -> Errors:
         """How far a gradient is from differences, along itself and in a random direction; None: it drowns in rounding.
 
@@ -306,7 +307,7 @@ class Point:
         has a fresh Adam: it is smooth at gradients below its eps alone.
         """
         value, draw, theta = value or self.value, torch.Generator().manual_seed(0), self.base.learned()
-        theta |= trainable(self.base.student) if moved in ("start", "end") else {}
+        theta |= trainable(self.base.student) if moved in ("inner", "outer") else {}
         signs = {n: torch.randint(0, 2, g.shape, generator=draw).to(g) * 2 - 1 for n, g in gradient.items()}
         d = {n: t * (size_of(theta[n]) if n in theta else 1.0) for n, t in signs.items()}
         directions, length = {"in a random direction": d}, float(flat(gradient).norm())
@@ -333,7 +334,7 @@ class Point:
         how: Any = {"retain_graph": True, "materialize_grads": True, "allow_unused": True}
         with no_fast_path(math=True):
             run = self.base.taken(steps=False)
-            theta, v = trainable(run.copies.student), run.gradients["end"]
+            theta, v = trainable(run.copies.student), run.gradients["outer"]
             g = torch.autograd.grad(run.inner, [*theta.values()], create_graph=True, **how)
 
             def hessian(w: Tree) -> Tree:
@@ -416,11 +417,8 @@ class Point:
             if names := functions_in(self.score(self.run)):
                 return "refused", f"the backward of {few(names)} in the signal is not the derivative of its forward."
             return "allowed", "the signal is detached in part (detach, no_grad, argmax), which leaves out that part."
-        at: Any = {"inner": ("start", lambda run: run.inner), "outer": ("end", lambda run: run.loss)}
-        bent = []
-        for name, (moved, value) in at.items():
-            if self.off(self.compared(moved, self.run.gradients[moved], "", value, told=self.told)):
-                bent.append(name)
+        at: Any = {"inner": lambda run: run.inner, "outer": lambda run: run.loss}
+        bent = [n for n in at if self.off(self.compared(n, self.run.gradients[n], at[n], told=self.told))]
         which = f"the gradient of the {' and '.join(bent)} loss in the student's weights is not its derivative"
         if bent and self.as_another():
             return "allowed", f"{which} (straight-through, detached, a backward of its own), and the mode follows it."
