@@ -1,4 +1,4 @@
-r"""The step's one comparison: does what a mode computes belong to the step that is taken?
+r"""The step's two comparisons: are the passes of the feedback passes of the function that the step was taken on?
 
 For every student that is the same differentiable function in all passes:
 

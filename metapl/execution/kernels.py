@@ -77,10 +77,11 @@ class explained:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, RuntimeError | NotImplementedError) or not _LACKING.search(str(error)):
             return
-        said = str(error).splitlines()[0].rstrip(".")
-        found = _OPERATION.search(said)
+        message = str(error).splitlines()[0].rstrip(".")
+        operation = _OPERATION.search(message)
         raise NotByThisMode(
-            f"{found[1] if found else 'an operation of the student'} lacks a derivative that this mode needs ({said}); "
+            f"{operation[1] if operation else 'an operation of the student'} lacks a derivative that this mode needs "
+            f"({message}); "
             'expected an operation that has it, Forward(by="graph") where it lacks forward mode alone, or a mode that '
             'runs plain passes: "difference", or "reinforce" with sampled labels.'
         ) from error

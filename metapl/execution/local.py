@@ -73,8 +73,8 @@ class LocalStudent:
         are now, and draws from ``start`` on."""
         # The weights require a gradient, as in the pass that learns: a forward may ask.
         with no_fast_path(), self._evaluated_at(self.as_leaves(params), start):
-            found = [loss(self.forward(x)) for x, loss in zip(batches, losses, strict=True)]
-        return self.mean_of_all([(value.detach(), weight) for value, weight in found])[0]
+            values = [loss(self.forward(x)) for x, loss in zip(batches, losses, strict=True)]
+        return self.mean_of_all(values)[0]
 
     def loss_and_gradient(
         self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState
@@ -118,8 +118,8 @@ class LocalStudent:
 
     def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
         """The gradient of a scalar in the weights that it reaches, the mean over the ranks."""
-        found = torch.autograd.grad(value, [*at.values()], create_graph=create_graph, allow_unused=True)
-        grads = {name: g for name, g in zip(at, found, strict=True) if g is not None}
+        tensors = torch.autograd.grad(value, [*at.values()], create_graph=create_graph, allow_unused=True)
+        grads = {name: g for name, g in zip(at, tensors, strict=True) if g is not None}
         return grads if self.ranks.alone else self.ranks.mean_tree(grads, at)
 
     def forward(self, inputs: Any) -> Tensor:
@@ -138,7 +138,7 @@ class LocalStudent:
         return leaves
 
     def over_ranks(self, tree: Tree) -> Tree:
-        """The mean over the ranks of what each has found of whole weights, of which this process holds its parts."""
+        """The mean over the ranks of trees of whole weights; of a sharded student, this process's parts of it."""
         return self.ranks.mean_tree(tree, self.params)
 
     def held_at(self, params: Tree) -> list[Slot]:
@@ -167,7 +167,7 @@ class Pass:
     def __init__(self, student: LocalStudent, params: Tree, inputs: Any) -> None:
         self.student, self.params, self.inputs = student, params, inputs
         self._sample: Tensor | None = None  # of the outputs, where these are dropped
-        self._kept: tuple[Tree, list[Tensor]] | None = None  # g with a graph, and the leaves that it is derived in
+        self._graph_of_g: tuple[Tree, list[Tensor]] | None = None  # g, and the leaves of its graph
         if params is student.params:
             self._at: Tree = {**student.parameters}
             self._held: list[Slot] = []
@@ -202,10 +202,10 @@ class Pass:
             raise checks.without_gradient("student")
         with self._running(), explained():
             if leaves:
-                found = torch.autograd.grad(value, [*self._at.values()], create_graph=True, allow_unused=True)
-                own = {name: g for name, g in zip(self._at, found, strict=True) if g is not None}
+                tensors = torch.autograd.grad(value, [*self._at.values()], create_graph=True, allow_unused=True)
+                own = {name: g for name, g in zip(self._at, tensors, strict=True) if g is not None}
                 grads = ranks.mean_tree({name: g.detach() for name, g in own.items()}, self._at)
-                self._kept = own, list(leaves)
+                self._graph_of_g = own, list(leaves)
             else:
                 grads = student.gradient(value, self._at, create_graph=student.double_backward)
         if not grads:
@@ -218,12 +218,11 @@ class Pass:
 
     def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
         """The derivatives of ⟨g, w⟩ in the leaves of a graph that was kept, on this rank's rows; None without one."""
-        if self._kept is None:
+        if self._graph_of_g is None:
             return None
-        (own, leaves), self._kept = self._kept, None
+        (own, leaves), self._graph_of_g = self._graph_of_g, None
         with self._running(), explained():
-            _, found = _derivatives(own, {}, leaves, w, free=True)
-        return found
+            return _derivatives(own, {}, leaves, w, free=True)[1]
 
     def forget(self, inputs_too: bool) -> None:
         """Drop θ, and the inputs and most of the outputs, until :meth:`recompute_gradient`."""
@@ -279,11 +278,11 @@ class Pass:
     def shifted_derivatives(
         self, step: Tensor, direction: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """:meth:`shifted`, and the derivatives of a loss there in leaves, of which the ``inputs`` are made."""
+        """:meth:`shifted`, and the derivatives of a loss there in leaves, which the ``inputs`` may depend on."""
         with torch.enable_grad(), self._shifted(step, direction) as moved:
             outputs = self.student.forward(wide_tree(inputs))
-            found = torch.autograd.grad(loss(outputs, moved), leaves, allow_unused=True)
-        return outputs.detach(), list(found)
+            grads = torch.autograd.grad(loss(outputs, moved), leaves, allow_unused=True)
+        return outputs.detach(), list(grads)
 
     @contextmanager
     def _shifted(self, step: Tensor, direction: Tree) -> Iterator[Tree]:
@@ -317,11 +316,9 @@ class Pass:
         """
         replay = self._whole_replay(self.inputs if inputs is None else inputs)
         with no_fast_path(math=True), explained(), replay as (at, outputs):
-            ends = list(at.values())
-            found = torch.autograd.grad(loss(outputs, at), ends, create_graph=True, allow_unused=True)
-            yield partial(
-                _derivatives, {name: t for name, t in zip(at, found, strict=True) if t is not None}, at, leaves
-            )
+            tensors = torch.autograd.grad(loss(outputs, at), [*at.values()], create_graph=True, allow_unused=True)
+            g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
+            yield partial(_derivatives, g, at, leaves)
 
     def second_derivatives(
         self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Any, *, curved: bool
@@ -351,12 +348,12 @@ def _derivatives(
     at = at if curved else {}
     pairs = [(t, w[name]) for name, t in g.items() if name in w and t.requires_grad]
     ends = [*at.values(), *leaves]
-    found: Sequence[Tensor | None] = [None] * len(ends)
+    grads: Sequence[Tensor | None] = [None] * len(ends)
     if pairs:
         tensors, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(tensors, ends, given, retain_graph=not free, allow_unused=True)
-    in_weights = {n: torch.zeros_like(p) if t is None else t for (n, p), t in zip(at.items(), found, strict=False)}
-    return in_weights, list(found[len(at) :])
+        grads = torch.autograd.grad(tensors, ends, given, retain_graph=not free, allow_unused=True)
+    in_weights = {n: torch.zeros_like(p) if t is None else t for (n, p), t in zip(at.items(), grads, strict=False)}
+    return in_weights, list(grads[len(at) :])
 
 
 def as_leaves(params: Tree) -> Tree:

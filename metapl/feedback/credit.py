@@ -56,8 +56,8 @@ class Feedback:
         part: ``"value"`` for a differentiable signal, or the first of its :meth:`~metapl.Signal.fields` where it is a
             dict; ``"log_prob"`` for sampled labels, by their score; ``"probs"`` for sampled labels whose expectation is
             taken; None: no feedback.
-        others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those beside the
-            value that the inner loss depends on.
+        others: the feedback on the other fields of a differentiable signal, by name: of its dict, and those besides
+            the value that the inner loss depends on.
         used: whether the inner loss depends on the signal at all.
     """
 
@@ -78,7 +78,7 @@ class Feedback:
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise MetaplError(
                 f"the teacher's signal ({self.part}) carries no gradient to the teacher's weights, so the feedback "
-                "would be lost: it was detached, or made under torch.no_grad(). Keep its graph, or use "
+                "would be lost: it was detached, or computed under torch.no_grad(). Keep its graph, or use "
                 'mode="none", which gives no feedback.'
             )
         return terms[0] if len(terms) == 1 else torch.stack(terms).sum()

@@ -70,8 +70,8 @@ class SignalInput:
         if not pairs:
             return dict.fromkeys(self.fields)
         tensors, given = zip(*pairs, strict=True)
-        found = torch.autograd.grad(tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True)
-        return dict(zip(self.fields, found, strict=True))
+        grads = torch.autograd.grad(tensors, list(self.fields.values()), given, retain_graph=True, allow_unused=True)
+        return dict(zip(self.fields, grads, strict=True))
 
 
 class InnerLoss:
@@ -168,8 +168,8 @@ class InnerStep:
     def has_rows(self, name: str) -> bool:
         """Whether a field of the signal has a row for each example of the batch; what goes with the value, such as its
         log_prob, has rows where all of the value has."""
-        found = has_rows(self.problem, self.signal, sum(len(part.outputs) for part in self.passes))
-        return found.get(name, all(found.values()))
+        by_field = has_rows(self.problem, self.signal, sum(len(part.outputs) for part in self.passes))
+        return by_field.get(name, all(by_field.values()))
 
     @property
     def gradient(self) -> Tree:
@@ -303,13 +303,13 @@ class InnerStep:
         parts = len(self.passes) * self.student.ranks.size
         if len(self.passes) == 1 and parts == 1 and not self.signal_inputs:
             return dict(zip(fields, in_leaves[0], strict=True))
-        found: dict[str, list[Tensor]] = {name: [] for name in fields}
+        gradients: dict[str, list[Tensor]] = {name: [] for name in fields}
         for i, leaves in enumerate(in_leaves):
             through = self.signal_inputs[i].in_fields(leaves[len(fields) :]) if self.signal_inputs else {}
             for name, direct in zip(fields, leaves, strict=False):
                 terms = [t for t in (direct, through.get(name)) if t is not None]
-                found[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
-        return {name: joined(pieces) if pieces else None for name, pieces in found.items()}
+                gradients[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
+        return {name: joined(pieces) if pieces else None for name, pieces in gradients.items()}
 
     def _by_parts(
         self, derive: Callable[..., tuple[Any, Any]], fields: Mapping[str, Tensor], *, widened: bool = False

@@ -40,7 +40,7 @@ class Path:
     Args:
         problem, student, update: the losses, the network, and U.
         labeled: the outer batch, in micro-batches.
-        batches: the inner ones; a look-ahead that makes them as they are read is asked again on the way back.
+        batches: the inner ones; a look-ahead whose batches a function returns is asked again by the adjoint.
         keeping: which steps keep their weights and optimizer state; the adjoint computes the others again.
     """
 
@@ -197,12 +197,12 @@ class Path:
         return batch
 
     def refuse_other(self, number: int, batch: Any) -> None:
-        """Refuse a batch that is made as it is read, where it is not the one that the student learned from."""
-        known = self.steps[number].digest
-        if known is not None:
+        """Refuse a batch that a function returns, where it is not the one that the student learned from."""
+        expected = self.steps[number].digest
+        if expected is not None:
             with self.student.ranks.agreed():
                 checks.refuse(
-                    digest(batch) != known,
+                    digest(batch) != expected,
                     f"the function of Lookahead returned another batch for step {number} when it was called again; "
                     "expected the same batch for the same number: torch.Generator().manual_seed(number).",
                 )

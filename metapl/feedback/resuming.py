@@ -171,7 +171,7 @@ class Folder(States):
         """A pass that has been run, without its θ and inputs, which the way back computes again."""
         part = object.__new__(self.student.pass_type)
         part.student, part.params, part.inputs, part.graph = self.student, {}, None, None
-        part._kept, part._at, part._held = None, {}, []
+        part._graph_of_g, part._at, part._held = None, {}, []
         part._state, part._sample = self.bases[0].with_values(state), sample
         part._before, part.after = map(self._random, random)
         part._dtype = getattr(torch, dtype.removeprefix("torch."))

@@ -135,7 +135,7 @@ class BilevelTrainer(Trainer):
             feedback_ratio=feedback_ratio is not None,
             recompute_teacher=recompute_teacher,
         )
-        self.given, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
+        self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
@@ -322,7 +322,8 @@ class BilevelTrainer(Trainer):
         return report
 
     def read_outer(self, batch: Any, name: str) -> tuple[Any, Any]:
-        batch = self.problem.outer_batch(batch) if self._reads("batch") else labeled_pair(batch, name)
+        own = has_own(self.problem, "outer_batch")
+        batch = self.problem.outer_batch(batch) if own else labeled_pair(batch, name)
         return self.problem.outer_input(batch), batch
 
     def outer_terms(self) -> list[Term]:
@@ -330,11 +331,8 @@ class BilevelTrainer(Trainer):
         return [lambda network, inputs, batch: judge(checks.logits(network(inputs), "student"), batch)]
 
     def read_input(self, batch: Any) -> Any:
-        own = self._reads("input") and not isinstance(batch, Tensor)
+        own = has_own(self.problem, "outer_input") and not isinstance(batch, Tensor)
         return self.problem.outer_input(batch) if own else super().read_input(batch)
-
-    def _reads(self, what: Literal["batch", "input"]) -> bool:
-        return has_own(self.problem, f"outer_{what}")
 
     # --------------------------------------------------------------------------------------------------------- state
 
@@ -398,7 +396,7 @@ class BilevelTrainer(Trainer):
         """
         own = {name: getattr(self, name) for name in ("precision", "accumulate", "compile", "clip_norm")}
         optimizer = torch.optim.SGD(self.student.parameters(), lr=1e-3) if optimizer is None else optimizer
-        trainer = LossTrainer(self.given[1], optimizer=optimizer, **own)
+        trainer = LossTrainer(self.as_given, optimizer=optimizer, **own)
         return trainer.fit(labeled, steps=steps, **{"phase": "finetune"} | options)
 
     def hypergradient(
@@ -433,7 +431,7 @@ class BilevelTrainer(Trainer):
         self.update.follow(self.layout.parameters())
         with replayed(RandomState.now(self.device)), self._autocast():
             return hypergradient(
-                *self.given,
+                *self.pair,
                 labeled=labeled,
                 unlabeled=unlabeled,
                 mode=mode,
@@ -456,10 +454,10 @@ class _TeacherTrainer(LossTrainer):
         assert trainer.teacher_layout is not None
         self.layout = trainer.teacher_layout  # which knows the student's
         self.layouts, self.ranks = [self.layout], self.layout.ranks
-        self.given, self.problem = trainer.teacher_losses, trainer.problem
+        self.own_losses, self.problem = trainer.teacher_losses, trainer.problem  # None: those of the problem
 
     def losses_for(self, unlabeled: Any) -> tuple[TeacherLoss, ...]:
-        return self.problem.default_teacher_losses(unlabeled) if self.given is None else self.given
+        return self.problem.default_teacher_losses(unlabeled) if self.own_losses is None else self.own_losses
 
 
 def default_optimizer(module: nn.Module) -> torch.optim.Optimizer:

@@ -63,14 +63,14 @@ def options_by_step(
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
     kind: Any = type(optimizer)
     alike = kind([{**group, "params": [nn.Parameter(torch.zeros(()))]} for group in groups])
-    ahead, found = copy.deepcopy(schedule, {id(optimizer): alike}), []
+    ahead, options = copy.deepcopy(schedule, {id(optimizer): alike}), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a schedule that runs ahead of its optimizer
         for number in range(steps):
             if number:
                 ahead.step()
-            found.append(options_of(alike))
-    return found
+            options.append(options_of(alike))
+    return options
 
 
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -404,8 +404,8 @@ class Adam(TorchUpdate):
             of_m = div(of_m, [1 - beta1**t for t in steps])
             for bar, r in zip(of_n, root, strict=True):
                 bar.masked_fill_(r * r <= torch.finfo(r.dtype).tiny, 0.0)  # where n̂ counts as a constant
-            for key, found in zip(moments, (of_m, of_n), strict=True):
-                for n, bar in zip(names, found, strict=True):
+            for key, of_moment in zip(moments, (of_m, of_n), strict=True):
+                for n, bar in zip(names, of_moment, strict=True):
                     if (n, key) in bars:
                         bar += bars[n, key]
             of_d = add(mul(mul(d, of_n), 2 * (1 - beta2)), of_m, 1 - beta1)
@@ -413,8 +413,8 @@ class Adam(TorchUpdate):
                 theta.update(zip(names, mul([v[n] for n in names], 1 - lr * decay), strict=True))
             elif decay != 0:
                 theta.update(zip(names, add([v[n] for n in names], of_d, decay), strict=True))
-            for key, found, beta in zip(moments, (of_m, of_n), (beta1, beta2), strict=True):
-                bars |= {(n, key): bar for n, bar in zip(names, mul(found, beta), strict=True)}
+            for key, of_moment, beta in zip(moments, (of_m, of_n), (beta1, beta2), strict=True):
+                bars |= {(n, key): bar for n, bar in zip(names, mul(of_moment, beta), strict=True)}
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
         of_state = {before[place]: bar for place, bar in bars.items() if place in before}
         return Cotangents({name: w[name] for name in grads}, theta, of_state)

@@ -258,7 +258,7 @@ def rehearsed(trainer: BilevelTrainer | LossTrainer, batches: Any, average: Sequ
         ]
     else:
         networks = [net for net in (trainer.teacher, trainer.student) if net is not None]
-        by_backward, given = networks[:-1], trainer.given
+        by_backward, given = networks[:-1], trainer.pair
         seams = [
             (trainers, "take_steps", STUDENT, None),
             (Pass, "gradient", None, "gradients"),
