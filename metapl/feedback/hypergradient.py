@@ -109,7 +109,7 @@ def hypergradient(
             of the update, so the feedback includes its derivative.
         progress: show on standard error how far a look-ahead is: the steps, and the steps back; on a terminal alone.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
-            of it; some five real steps on copies, more where it is not.
+            of it; the cost of seven to nine steps on copies, more where it is wrong.
 
     Returns: a :class:`Hypergradient`. Weights, buffers, gradients and optimizer states stay bit for bit as they were;
     drawing labels without a generator, and dropout, advance the default generator as the passes forward do.
