@@ -82,6 +82,6 @@ class explained:
         raise NotByThisMode(
             f"{operation[1] if operation else 'an operation of the student'} lacks a derivative that this mode needs "
             f"({message}); "
-            'expected an operation that has it, Forward(by="graph") where it lacks forward mode alone, or a mode that '
-            'runs plain passes: "difference", or "reinforce" with sampled labels.'
+            'expected an operation that has it; the other of Forward(by="graph") and Forward(by="tangent"), which need '
+            'different ones; or a mode that runs plain passes: "difference", or "reinforce" with sampled labels.'
         ) from error

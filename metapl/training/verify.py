@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import micro_batches, plain, rows
@@ -217,16 +218,17 @@ def judged(base: Step, estimate: Estimator, parts: int, eps: float = EPS) -> Gra
     at, name = Point(base, estimate, eps), f"mode {estimate.name!r}"
     fault = at.fault() or (at.no_mean() if parts > 1 else "")
     errors = {} if fault else at.errors()
+    if (fault or at.off(errors)) and (rounding := rounding_of(base)) > at.eps:
+        at = Point(base, estimate, rounding)
+        fault = at.fault() or (at.no_mean() if parts > 1 else "")
+        errors = {} if fault else at.errors()
     if at.off(errors):  # perhaps at a kink
-        at = Point(base.beside(), estimate, eps)
+        at = Point(base.beside(), estimate, at.eps)
         errors = at.errors()
     if (fault or at.off(errors)) and any(not at.base.taken().loss.equal(at.run.loss) for _ in range(3)):
         fault = "two equal steps differ: random numbers that are not torch's own, or other state."
     if fault:
         return GradientCheck("refused", f"{name}: {fault} See docs/contract.md.")
-    if at.off(errors) and at.is_rough():
-        at.eps = EPS32
-        errors = at.errors()
     known, off = {what: error for what, error in errors.items() if error is not None}, at.off(errors)
     if off:
         status, why = at.reason(off)
@@ -243,7 +245,7 @@ class Point:
     def __init__(self, base: Step, estimate: Estimator, eps: float) -> None:
         self.base, self.estimate, self.found, self.run = base, estimate, base.by_mode(estimate), base.taken()
         self.held: list[Tree] | None = None
-        self.eps = eps if self.run.loss.dtype == torch.float64 else EPS32
+        self.eps = eps if self.run.loss.dtype == torch.float64 else max(eps, EPS32)
         self.told = [signal.detached() for signal in self.run.signals]
         sampled = self.told[0].sampled
         self.expected = sampled and estimate.credits == "signal"  # over the labels, at those that were drawn
@@ -399,12 +401,6 @@ class Point:
                 return f"{name} is {a:.6g}, and {b:.6g} by halves of the batch: no mean over examples."
         return ""
 
-    def is_rough(self) -> bool:
-        """Whether F, which is the same twice, is less smooth than in float64."""
-        tiny, loss = {name: torch.ones_like(t) for name, t in self.gradient.items()}, float(self.run.loss)
-        at = [float(self.base.taken("teacher", tiny, n * 1e-13, seen=self.run.outputs).loss) for n in (1, 2, 3)]
-        return max(abs(one - loss) for one in at) > 1e-11 * max(abs(loss), 1e-3)
-
     def reason(self, off: list[str]) -> tuple[Status, str]:
         """Whether it is off for a good reason; else the likely causes."""
         self.held = self.run.states
@@ -437,15 +433,37 @@ class Point:
         return bool(torch.dist(h, reference) <= self.tolerance * reference.norm())
 
 
+class _Casts(TorchDispatchMode):
+    """The rounding of the coarsest type that tensors of float64 are cast to, such as in a norm taken in float32."""
+
+    rounding = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            narrow = found.is_floating_point() and found.dtype != torch.float64
+            self.rounding = max(self.rounding, torch.finfo(found.dtype).eps if narrow else 0.0)
+        return found
+
+
+def rounding_of(base: Step) -> float:
+    """The rounding of a step on copies in float64, parts of which compute in a type of their own; 0 where none does."""
+    casts: Any = _Casts()  # type: ignore[no-untyped-call]
+    with casts:
+        base.taken()
+    return float(casts.rounding)
+
+
 def off_by(at: Callable[[float], float], terms: Tensor, level: float, eps: float, tolerance: float) -> float | None:
     """How far the sum of ``terms``, a slope, is from the differences of a function, whose value is ``level``."""
     predicted, noise = float(terms.sum()), 50 * eps * max(abs(level), 1e-3)
     size, errors, small = max(abs(predicted), float(terms.norm())), list[float](), list[tuple[float, float]]()
     moves = [10.0**-n for n in range(12, 2, -1)] if eps < EPS32 else [1e-3, 1e-2, 3e-2]
     clear = [move for move in moves if noise / move <= tolerance * size]  # of rounding; the smallest first
+    found = 0.0
     for move in sorted(moves, key=lambda m: (m not in clear, m != 1e-5, m if m in clear else -m)):
         blind = noise / move
-        if errors and blind > 0.1 * size:
+        if errors and blind > 0.1 * (size if eps < EPS32 else max(size, abs(found))):
             continue
         found = (at(move) - at(-move)) / (2 * move)
         gap, reach = abs(found - predicted), max(size, abs(found))
@@ -456,8 +474,10 @@ def off_by(at: Callable[[float], float], terms: Tensor, level: float, eps: float
         if gap <= tolerance * reach + blind:
             return max(gap - blind, 0.0) / reach
         errors.append(gap / reach)
-        small += [(found, gap)] if move in clear[:2] else []
+        small += [(found, gap)] if move in clear[:2] or eps >= EPS32 else []
         if len(small) == 2 and abs(small[0][0] - small[1][0]) + 10 * blind <= 0.2 * min(small[0][1], small[1][1]):
             return max(min(errors), 2 * tolerance)  # the smallest moves agree with each other
+    if eps >= EPS32:  # no two moves agree on another slope
+        return None
     best = min(errors, default=None)
     return best if best is None or best > APPROXIMATE else min(best, tolerance)
