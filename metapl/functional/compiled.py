@@ -87,6 +87,7 @@ class CompiledStep:
                     refuse_other(state, taken, eager)
         except BaseException as error:
             start.restore()
+            torch._C._autograd._saved_tensors_hooks_enable()  # which Dynamo leaves off where a transform fails
             if draw is not None:
                 draw.set_state(drawn)
             from torch._dynamo.exc import TorchDynamoException

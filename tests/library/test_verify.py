@@ -122,6 +122,7 @@ def test_kinds_of_students_compiled(kind: str, monkeypatch: pytest.MonkeyPatch) 
         except MetaplError:
             status = "X"
     assert status == COMPILED[kind]
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()  # checkpoints go on
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
