@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.feedback import MODES, Implicit, estimator
 from metapl.functional.state import State, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.functional.trees import dot, norm
@@ -20,6 +21,10 @@ from metapl.problems.base import enters_input, has_own
 from metapl.updates import Clipped, TorchUpdate, Update, options_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
+
+
+# An estimator of one's own, or a subclass, has its feedback on the eager road alone.
+KNOWN = {type(estimator(name)) for name in MODES} - {Implicit}
 
 
 def updates_of(trainer: Any) -> tuple[Update, Update | None]:
@@ -39,7 +44,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
     mode, problem, own = trainer.mode, trainer.problem, trainer.teacher_losses
     enters, inner = enters_input(problem), unclipped(updates[0])
     refused = {
-        "mode implicit": mode.name == "implicit",
+        f"{type(mode).__name__}, but the library's modes without implicit": type(mode) not in KNOWN,
         "accumulate": trainer.accumulate > 1,
         "several processes": trainer.layout.kind != "plain" or not trainer.ranks.alone,
         f"{steps} steps ahead, but {LONGEST} at most": steps > LONGEST,

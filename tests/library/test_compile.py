@@ -230,6 +230,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "a transform": (None, {"inner_optimizer": torchopt.sgd(0.1, momentum=0.9)}),
     "accumulate": (None, {"accumulate": 2}),
     "implicit": (None, {"mode": "implicit"}),
+    "an estimator of one's own": (None, {"mode": type("Own", (metapl.feedback.Forward,), {})()}),
     "another outer optimizer": (None, {"outer_optimizer": torch.optim.RMSprop}),
     "four steps": (None, {"lookahead": 4}),
 }
