@@ -31,7 +31,7 @@ from metapl.updates import TorchUpdate
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
 LIBRARY = re.compile(r"__import_(torch|metapl)_|^__import__\('torch'\)")
-SLOPES = 0.1  # the greatest report.flag, to which the curvature along a finite difference contributes
+SLOPES, BY_DIFFERENCE = 0.1, 0.5  # the greatest report.flag; by differences of outputs, whose curvature adds to it
 OFF = "the step is not finite, or the student's outputs do not follow its weights (the slopes differ)."
 
 
@@ -183,10 +183,11 @@ def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepRe
     scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
     scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
     scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+    by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
     return StepReport(
         trainer.steps_done,
         scalars,
-        Fault([(~(report.flag < SLOPES), OFF)]),
+        Fault([(~(report.flag < (BY_DIFFERENCE if by_difference else SLOPES)), OFF)]),
         feedback=tuple(report.feedback) if several else (report.feedback,) if ahead else report.feedback,
         signal=Signal(**(report.signal[-1] if several else report.signal)),
         student_outputs=report.student_outputs,
