@@ -149,7 +149,9 @@ class Step:
             return {name: p.detach().clone() for name, p in theta.items()}
 
         def compare(before: Tree) -> None:
-            run.written.update(n for n, p in theta.items() if not torch.allclose(p, before[n], 0, 0, equal_nan=True))
+            same = {n: p.dtype == before[n].dtype and p.shape == before[n].shape for n, p in theta.items()}
+            changed = (n for n, p in theta.items() if not same[n] or not torch.allclose(p, before[n], 0, 0, True))
+            run.written.update(changed)
 
         move("teacher", case.learned())
         move("inner", theta)
