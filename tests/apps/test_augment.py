@@ -456,7 +456,6 @@ def test_cuda_gives_the_same_bits_without_a_synchronisation() -> None:
         (lambda: call(Weak(), torch.rand(2, 8, 8)), "channel is missing"),
         (lambda: call(Weak(), torch.zeros(2, 3, 8, 8, dtype=torch.int64)), "uint8"),
         (lambda: call(ResizedCrop(8), torch.rand(2, 3, 8, 8), examples=torch.arange(3)), "for 2 images"),
-        (lambda: call(Weak(), torch.rand(2, 3, 8, 8), examples=torch.rand(2)), "int64"),
     ],
 )
 def test_refusals(make: Callable[[], object], message: str) -> None:
