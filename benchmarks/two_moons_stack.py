@@ -74,7 +74,7 @@ class TwoMoons:
         lookahead: student steps in a training step, through which the feedback looks ahead (forward).
         feedback_weight: weight of the feedback, in units of the true gradient.
         feedback_ratio: instead of a weight, the ratio of the norms of the gradients of the feedback and of the
-            teacher's own losses, at the teacher's outputs.
+            teacher's own losses, in its parameters. (The committed rows have those at its outputs, as 0.2 took them.)
         supervised_loss: the teacher of Meta Pseudo Labels also learns from the labeled points.
         uda_weight: weight of a consistency term (UDA) in the own losses of every teacher, and in supervised learning.
         uda_temperature: temperature of UDA's targets; a value below 1 sharpens them.
@@ -282,7 +282,13 @@ class Steps:
         else:
             h = self.feedback(path, batch, targets)
             at_unlabeled = -q * (h - (q * h).sum(-1, keepdim=True))  # of −Σ h·q
-        (gradient,) = pullback(torch.cat([at_unlabeled * self._factor(at_unlabeled, own), *own]))
+        factor: Tensor | float = recipe.feedback_weight
+        if recipe.feedback_ratio is not None:  # of the norms in the teacher's parameters, as the library has it
+            alone = [at_unlabeled, *map(torch.zeros_like, own)], [torch.zeros_like(at_unlabeled), *own]
+            norm, size = (torch.cat([t.flatten() for t in pullback(torch.cat(t))[0].values()]).norm() for t in alone)
+            factor = recipe.feedback_ratio * size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+            factor = torch.where(norm > 0, factor, 0.0)
+        (gradient,) = pullback(torch.cat([at_unlabeled * factor, *own]))
         return gradient, path[-1]
 
     def scalar_feedback(self, path: Sequence[Tree], batch: Batch) -> Tensor:
@@ -364,15 +370,6 @@ class Steps:
         """The gradient of UDA in the outputs on noisy points; its target, from the outputs without noise, is fixed."""
         target = (weak / self.recipe.uda_temperature).softmax(-1)
         return self.recipe.uda_weight * (strong.softmax(-1) - target) / len(strong)
-
-    def _factor(self, from_feedback: Tensor, own: Sequence[Tensor]) -> Tensor | float:
-        """What the feedback is multiplied by."""
-        if self.recipe.feedback_ratio is None:
-            return self.recipe.feedback_weight
-        size = torch.linalg.vector_norm(torch.cat(list(own)))
-        norm = torch.linalg.vector_norm(from_feedback)
-        factor = self.recipe.feedback_ratio * size / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        return torch.where(norm > 0, factor, 0.0)
 
 
 def stacked(step: Callable[..., Any], *networks: Tree, batch: Batch) -> Callable[..., Any]:

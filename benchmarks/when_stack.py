@@ -210,7 +210,8 @@ class Rule:
         momentum: the teacher's.
         feedback: what sets its size: ``"none"``: there is none; ``"gradient"``: ``size`` is the feedback's weight, so
             that it dies with the student's rate; ``"learning_rate"``: the same for h divided by that rate;
-            ``"ratio"``: ``size`` is the feedback's ratio to the teacher's own loss.
+            ``"ratio"``: ``size`` is the feedback's ratio to the teacher's own loss, of the norms of their gradients in
+            the teacher's parameters. (The committed rows have those at its outputs, as 0.2 took them.)
         size: see there.
         alteration: of the feedback; None: as it is.
         own_loss: whether the teacher learns from the labeled batch too.
@@ -277,7 +278,7 @@ class Stack:
         passes: of these networks.
 
     ``ratio`` is, seed by seed, the feedback's to the teacher's own losses in the last step: of the norms of their
-    gradients at the teacher's outputs.
+    gradients at the teacher's outputs, or in its parameters where the rule is a ratio.
     """
 
     rule: Rule
@@ -327,6 +328,12 @@ class Stack:
                 h = altered(h, q, rule.alteration, batch.rows, batch.coins)
             at_unlabeled = -q * (h - (q * h).sum(-1, keepdim=True))  # the gradient of −Σ h·q
             norms = [torch.linalg.vector_norm(t, dim=(1, 2), keepdim=True) for t in (at_unlabeled, own)]
+            if rule.feedback == "ratio":  # of the gradients in the teacher's parameters, as ``feedback_ratio`` has it
+                left, right = torch.zeros_like(at_unlabeled), torch.zeros_like(own)
+                alone = torch.cat([at_unlabeled, right], 1), torch.cat([left, own], 1)
+                found = [self.passes.backward(self.teacher, kept, t) for t in alone]
+                squares = [torch.stack([t.flatten(1).square().sum(1) for t in tree]).sum(0) for tree in found]
+                norms = [s.sqrt()[:, None, None] for s in squares]
             factor = self._factor(*norms)
             at_unlabeled *= factor
             self.ratio = (factor * norms[0] / norms[1])[:, 0, 0]
