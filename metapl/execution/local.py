@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,14 +19,24 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
 from metapl.execution.kernels import explained, forward_mode, no_fast_path
-from metapl.execution.numerics import WHOLE, Space, Tree, full_float32, mean_tree, reduced_float32, wide, wide_tree
+from metapl.execution.numerics import (
+    DTYPE,
+    HALF,
+    WHOLE,
+    Space,
+    Tree,
+    full_float32,
+    mean_tree,
+    reduced_float32,
+    wide,
+    wide_tree,
+)
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState
 from metapl.execution.state import Replay, Slot, Slots, State, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
-_HALF, _DTYPE = {torch.float16, torch.bfloat16}, attrgetter("dtype")
 
 # A scalar of outputs and of the weights that they were computed at.
 Loss = Callable[[Tensor, Tree], Tensor]
@@ -65,8 +74,8 @@ class LocalStudent:
         own = self.parameters.values()
         self.params: Tree = dict(zip(self.parameters, map(Tensor.detach, own), strict=True))
         self.device = next(iter(own)).device
-        self.formats = set(map(_DTYPE, own))
-        self.half = not _HALF.isdisjoint(self.formats)
+        self.formats = set(map(DTYPE, own))
+        self.half = not HALF.isdisjoint(self.formats)
 
     def loss(self, params: Tree, batches: Sequence[Any], losses: Sequence[WeightedLoss], start: RandomState) -> Tensor:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Tree = dict[str, Tensor]
-_HALF, _DTYPE = {torch.float16, torch.bfloat16}, attrgetter("dtype")
+HALF, DTYPE = {torch.float16, torch.bfloat16}, attrgetter("dtype")
 
 
 def wide(t: Tensor) -> Tensor:
     """float32 or wider: losses and products are not taken in half precision."""
-    return t.float() if t.dtype in _HALF else t
+    return t.float() if t.dtype in HALF else t
 
 
 def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Each of them in float32 or wider."""
     given = [*tensors]
-    return given if _HALF.isdisjoint(map(_DTYPE, given)) else [wide(t) for t in given]
+    return given if HALF.isdisjoint(map(DTYPE, given)) else [wide(t) for t in given]
 
 
 def in_type_of(network: nn.Module, t: Tensor) -> Tensor:

@@ -199,14 +199,27 @@ def size_of(t: Tensor) -> float:
     return max(float(t.detach().double().square().mean().sqrt()), 1e-2)
 
 
-def functions_in(t: Tensor) -> list[str]:
-    """The names of autograd functions of one's own in a graph."""
-    nodes: list[Any] = [t.grad_fn] if t.grad_fn is not None else []
+def nodes_of(*tensors: Tensor) -> list[Any]:
+    """The nodes of the graphs that tensors come from."""
+    nodes: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
     known = set(nodes)
     for node in nodes:  # which grows
         nodes += (new := {other for other, _ in node.next_functions if other is not None} - known)
         known |= new
-    return sorted({type(node).__name__.removesuffix("Backward") for node in nodes if hasattr(node, "_forward_cls")})
+    return nodes
+
+
+def functions_in(t: Tensor) -> list[str]:
+    """The names of autograd functions of one's own in a graph."""
+    return sorted({type(n).__name__.removesuffix("Backward") for n in nodes_of(t) if hasattr(n, "_forward_cls")})
+
+
+def rounding_of(run: Run) -> float:
+    """The rounding of the coarsest type in the graphs of a run on copies in float64, such as that of a norm which is
+    taken in float32; 0 where all are in float64."""
+    ends = run.inner, run.outputs[-1], *(t for signal in run.signals for t in signal.fields().values())
+    dtypes = {result.dtype for node in nodes_of(*ends) for result in getattr(node, "_input_metadata", ())}
+    return max((torch.finfo(t).eps for t in dtypes - {torch.float64} if t.is_floating_point), default=0.0)
 
 
 def causes(before: Step, run: Run) -> list[str]:

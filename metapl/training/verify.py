@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import micro_batches, plain, rows
@@ -37,7 +36,7 @@ from metapl.feedback.compatible import both_batches, prepare
 from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import field_of, has_own, has_rows, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.training.real_step import Run, Step, Tree, causes, flat, functions_in, size_of
+from metapl.training.real_step import Run, Step, Tree, causes, flat, functions_in, rounding_of, size_of
 from metapl.updates import Clipped, update_of
 
 Errors = dict[str, float | None]  # None: rounding drowns the difference
@@ -218,7 +217,7 @@ def judged(base: Step, estimate: Estimator, parts: int, eps: float = EPS) -> Gra
     at, name = Point(base, estimate, eps), f"mode {estimate.name!r}"
     fault = at.fault() or (at.no_mean() if parts > 1 else "")
     errors = {} if fault else at.errors()
-    if (fault or at.off(errors)) and (rounding := rounding_of(base)) > at.eps:
+    if (fault or at.off(errors)) and (rounding := rounding_of(at.run)) > at.eps:
         at = Point(base, estimate, rounding)
         fault = at.fault() or (at.no_mean() if parts > 1 else "")
         errors = {} if fault else at.errors()
@@ -431,27 +430,6 @@ class Point:
             return self.expected or bool(other == "forward")
         h, reference = (h.sum(), reference.sum()) if self.moved == "weights" else (h, reference)  # the batch's scalar
         return bool(torch.dist(h, reference) <= self.tolerance * reference.norm())
-
-
-class _Casts(TorchDispatchMode):
-    """The rounding of the coarsest type that tensors of float64 are cast to, such as in a norm taken in float32."""
-
-    rounding = 0.0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
-            narrow = found.is_floating_point() and found.dtype != torch.float64
-            self.rounding = max(self.rounding, torch.finfo(found.dtype).eps if narrow else 0.0)
-        return found
-
-
-def rounding_of(base: Step) -> float:
-    """The rounding of a step on copies in float64, parts of which compute in a type of their own; 0 where none does."""
-    casts: Any = _Casts()  # type: ignore[no-untyped-call]
-    with casts:
-        base.taken()
-    return float(casts.rounding)
 
 
 def off_by(at: Callable[[float], float], terms: Tensor, level: float, eps: float, tolerance: float) -> float | None:
