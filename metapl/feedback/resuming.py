@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import digest
-from metapl.execution.local import LocalStudent, Pass
+from metapl.execution.local import LocalStudent
 from metapl.execution.rng import RandomState
 from metapl.execution.state import State
 from metapl.feedback.inner_step import InnerStep
@@ -93,7 +93,6 @@ class Folder(States):
     def __init__(self, folder: FilePath, of: int, student: LocalStudent, teach: Teaching, update: Update) -> None:
         super().__init__("cpu")  # nothing is held
         self.folder, self.student, self.teach, self.update = folder, student, teach, update
-        self.bases = [slots.state or State(slots) for slots in (student.slots, teach.slots)]
         if enters_input(teach.problem):
             raise MetaplError(
                 f"keep_on={str(folder)!r}: no file holds the graph of a signal that enters the student's input; "
@@ -117,19 +116,24 @@ class Folder(States):
     def resume(self, path: Path, updates: Sequence[Update]) -> Any:
         """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
         after them."""
+        begun = [slots.state or State(slots) for slots in (self.student.slots, self.teach.slots)]
+        kind = self.student.pass_type
         for number in _numbers(self.folder, "steps"):
             found = self._read(f"steps-{number:08d}.ckpt")
             for signal, loss, known, records in found["steps"]:
                 rule = updates[len(path.steps)] if updates else path.update
-                passes, taken = [self._student_pass(*part) for part in records], Signal(**signal)
+                passes, taken = [kind.recorded(self.student, begun[0], part) for part in records], Signal(**signal)
                 step = InnerStep(
                     self.teach.problem, rule, passes, None, taken, loss, {}, None, by_optimizer=True, digest=known
                 )
                 path.steps.append(step)
-            self.teach.passes += [self._teacher_pass(*part) for part in found["passes"]]
+            self.teach.passes += [
+                TeacherPass(None, outputs, Signal(**signal), self._random(random), begun[1].with_values(state), drawn)
+                for outputs, signal, random, state, drawn in found["passes"]
+            ]
         path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
-        for base, values in zip(self.bases, found["states"], strict=True):
-            base.with_values(values).restore()
+        for state, values in zip(begun, found["states"], strict=True):
+            state.with_values(values).restore()
         self.student.slots.state = None
         self._random(found["random"]).restore()
         if self.teach.generator is not None:
@@ -148,12 +152,13 @@ class Folder(States):
         self._write(
             f"steps-{number:08d}.ckpt",
             steps=[
-                [vars(step.signal), step.inner_loss, step.digest, [self._of_student(part) for part in step.passes]]
+                [vars(step.signal), step.inner_loss, step.digest, [part.record() for part in step.passes]]
                 for step in path.steps[self.done : number]
             ],
             passes=[
-                [p.student_outputs, p.random.values(), p.state.values(), p.drawn, vars(p.signal.detached())]
+                [p.student_outputs, vars(p.signal.detached()), p.random.values(), p.state.values(), p.drawn]
                 for p in self.teach.passes[self.done * parts : number * parts]
+                if p.random is not None and p.state is not None  # all are computed again
             ],
             states=[State(slots).values() for slots in (self.student.slots, self.teach.slots)],
             random=RandomState.now(self.student.device).values(),
@@ -161,29 +166,6 @@ class Folder(States):
             spacings=list(path.keeping.spacings),
         )
         self.done = number
-
-    def _of_student(self, part: Pass) -> list[Any]:
-        outputs = part.outputs if part._sample is None else part.outputs.new_empty(0)
-        random = part._before.values(), part.after.values()
-        return [outputs, part._sample, part.outputs.shape, part._state.values(), random, str(part._dtype)]
-
-    def _student_pass(self, outputs: Tensor, sample: Any, shape: Any, state: Any, random: Any, dtype: str) -> Pass:
-        """A pass that has been run, without its θ and inputs, which the way back computes again."""
-        part = object.__new__(self.student.pass_type)
-        part.student, part.params, part.inputs, part.graph = self.student, {}, None, None
-        part._graph_of_g, part._at, part._held = None, {}, []
-        part._state, part._sample = self.bases[0].with_values(state), sample
-        part._before, part.after = map(self._random, random)
-        part._dtype = getattr(torch, dtype.removeprefix("torch."))
-        part.outputs = outputs if sample is None else outputs.new_zeros(()).expand(shape)
-        return part
-
-    def _teacher_pass(self, outputs: Any, random: Any, state: Any, drawn: Any, signal: Any) -> TeacherPass:
-        part = object.__new__(TeacherPass)
-        part.teaching, part.batch, part.student_outputs = self.teach, None, outputs
-        part.random, part.state = self._random(random), self.bases[1].with_values(state)
-        part.signal, part.drawn = Signal(**signal), drawn
-        return part
 
     def _random(self, values: dict[str, Any]) -> RandomState:
         return RandomState(self.student.device, **values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,50 +34,20 @@ NOT_FINITE = (
 )
 
 
+@dataclass
 class TeacherPass:
     """The teacher's pass on one inner batch, at θ_T from before the step.
 
-    Where passes are recomputed, the signal is first computed without a graph, and once more with one in
-    :meth:`with_graph`, on the same draws and state. Cost: one more forward pass, and no graph in memory between the
-    two.
+    Where passes are recomputed, the signal has no graph, and the pass is known by what it began with: the default
+    generators, the network's state, and the generator of labels.
     """
 
-    def __init__(self, teaching: Teaching, batch: Any, student_outputs: Tensor | None) -> None:
-        self.teaching, self.batch, self.student_outputs = teaching, batch, student_outputs
-        if not teaching.recompute:
-            self.signal = self._ask()  # Algorithm 1, line 2: ŷ_u ~ T(x_u)
-            return
-        generator = teaching.generator
-        self.random, self.state = RandomState.now(teaching.device), State(teaching.slots)
-        self.drawn = None if generator is None else generator.get_state()
-        with torch.no_grad(), no_fast_path():
-            self.signal = self._ask()
-
-    def with_graph(self) -> Signal:
-        """The signal with the teacher's graph, computed again if it was computed without."""
-        if not self.teaching.recompute:
-            return self.signal
-        generator = self.teaching.generator
-        before = None if generator is None else generator.get_state()
-        try:
-            if generator is not None and self.drawn is not None:
-                generator.set_state(self.drawn)
-            with Replay(self.random, self.state):
-                again = self._ask()
-        finally:
-            if generator is not None and before is not None:
-                generator.set_state(before)
-        fields = again.fields()
-        for name, first in self.signal.fields().items():
-            second = fields[name].detach()
-            same_outputs(second, first.detach(), EXACTLY[coarsest([first.dtype], first.device)].outputs, "teacher")
-        return again
-
-    def _ask(self) -> Signal:
-        teaching, problem = self.teaching, self.teaching.problem
-        with NOTHING if teaching.ranks.alone else rows_shared(teaching.ranks):
-            signal = problem.signal(teaching.network, self.batch, self.student_outputs, generator=teaching.generator)
-        return check_signal(signal, problem)
+    batch: Any
+    student_outputs: Tensor | None
+    signal: Signal
+    random: RandomState | None = None
+    state: State | None = None
+    drawn: Tensor | None = None
 
 
 class Teaching:
@@ -90,7 +61,8 @@ class Teaching:
         ranks, device: the processes that share the batches, and where the networks are.
         batches: the inner ones; those of a look-ahead are read as they are taken, and not held.
         parts: micro-batches of each of them.
-        recompute: as for :class:`TeacherPass`; True wherever batches are not held, or come in parts.
+        recompute: compute the signals without a graph, and once more with one in :meth:`with_graph`: one more forward
+            pass, and no graph in memory between the two. True wherever batches are not held, or come in parts.
         slots: the network's tables where they have been read in this step already.
     """
 
@@ -108,8 +80,7 @@ class Teaching:
         slots: Slots | None = None,
     ) -> None:
         self.layout, self.problem, self.mode, self.generator = layout, problem, mode, generator
-        self.ranks, self.steps = ranks, len(batches)
-        self.device = device
+        self.ranks, self.device, self.steps = ranks, device, len(batches)
         self.parts = 1 if problem.signal_of_batch else parts
         self.rereads = isinstance(batches, Lookahead)
         self.recompute = layout is not None and (recompute or parts > 1 or self.rereads)
@@ -117,39 +88,62 @@ class Teaching:
         self.slots, self.passes = slots or Slots(self.network), list[TeacherPass]()
 
     def __call__(self, batch: Any, outputs: Tensor | None) -> Signal:
-        """The signal about a micro-batch, given the student's outputs on it."""
-        teacher_pass = TeacherPass(self, batch, outputs)
-        if self.rereads:
-            teacher_pass.batch = None
+        """Algorithm 1, line 2, ŷ_u ~ T(x_u): the signal about a micro-batch, given the student's outputs on it."""
+        if self.recompute:
+            drawn = None if self.generator is None else self.generator.get_state()
+            begun = RandomState.now(self.device), State(self.slots), drawn
+            with torch.no_grad(), no_fast_path():
+                signal = self._ask(batch, outputs)
+            taken = TeacherPass(None if self.rereads else batch, outputs, signal, *begun)
+        else:
+            taken = TeacherPass(batch, outputs, self._ask(batch, outputs))
         if not self.passes:
-            check_kind(teacher_pass.signal, self.mode, self.problem, self.steps)
+            check_kind(taken.signal, self.mode, self.problem, self.steps)
         if self.layout is not None:
-            self.passes.append(teacher_pass)
-        return teacher_pass.signal
+            self.passes.append(taken)
+        return taken.signal
+
+    def with_graph(self, taken: TeacherPass, batch: Any) -> Signal:
+        """The signal of a pass with the teacher's graph, computed again if it was computed without."""
+        if taken.random is None or taken.state is None:
+            return taken.signal
+        generator, before = self.generator, None if self.generator is None else self.generator.get_state()
+        try:
+            if generator is not None and taken.drawn is not None:
+                generator.set_state(taken.drawn)
+            with Replay(taken.random, taken.state):
+                again = self._ask(batch, taken.student_outputs)
+        finally:
+            if generator is not None and before is not None:
+                generator.set_state(before)
+        fields = again.fields()
+        for name, first in taken.signal.fields().items():
+            tolerance = EXACTLY[coarsest([first.dtype], first.device)].outputs
+            same_outputs(fields[name].detach(), first.detach(), tolerance, "teacher")
+        return again
+
+    def _ask(self, batch: Any, outputs: Tensor | None) -> Signal:
+        with NOTHING if self.ranks.alone else rows_shared(self.ranks):
+            signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
+        return check_signal(signal, self.problem)
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
-        """The gradient of −Σ h·signal in the teacher's weights, over the passes on all micro-batches; empty without a
-        teacher. Where the passes are recomputed, one graph at a time is in memory."""
-        if self.layout is None:
-            return {}
-        pieces = [piece for of_step in feedback for piece in of_step.chunks(self.parts)]
+        """The gradient of −Σ h·signal in the teacher's weights, over the passes on all micro-batches, one after
+        another; empty without a teacher."""
         grads: dict[str, Tensor] = {}
-        losses: list[Tensor] = []
-        for number, teacher_pass in enumerate(self.passes):
+        if self.layout is None:
+            return grads
+        pieces = [piece for of_step in feedback for piece in of_step.chunks(self.parts)]
+        for number, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
+            batch = taken.batch
             if self.rereads:
-                whole = micro_batches(path.batch(number // self.parts), self.parts, "unlabeled")
-                teacher_pass.batch = whole[number % self.parts]
-            losses.append(pieces[number].teacher_loss(teacher_pass.with_graph()))
-            teacher_pass.batch = None if self.rereads else teacher_pass.batch
-            if self.recompute or number == len(self.passes) - 1:
-                total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-                # The backward pass of a sharded network averages over the ranks; that of others stays with this rank.
-                new = gradient_of(self.layout, self.ranks.size * total if self.layout.is_sharded else total)
-                if not self.layout.is_sharded:
-                    new = {name: self.ranks.sum(g) for name, g in new.items()}
-                grads = {name: grads[name] + g for name, g in new.items()} if grads else new
-                losses = []
-        return grads
+                whole = path.batch(number // self.parts)
+                batch = micro_batches(whole, self.parts, "unlabeled")[number % self.parts]
+            loss = h.teacher_loss(self.with_graph(taken, batch))
+            # The backward pass of a sharded network averages over the ranks; that of others stays with this rank.
+            new = gradient_of(self.layout, self.ranks.size * loss if self.layout.is_sharded else loss)
+            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
+        return grads if self.layout.is_sharded else {name: self.ranks.sum(g) for name, g in grads.items()}
 
     def backward(
         self,
@@ -175,14 +169,11 @@ class Teaching:
         labeled_parts = [labeled] if parts == 1 else micro_batches(labeled, parts, "labeled")
         first, scalars = len(self.passes) - parts, list[dict[str, Tensor]]()  # the first pass on the last batch
         of_feedback, of_losses = dict[str, Tensor](), dict[str, Tensor]()  # gradients, where their ratio is asked for
-        for i, (teacher_pass, h) in enumerate(zip(self.passes, pieces, strict=True)):
-            signal = teacher_pass.with_graph()
-            from_feedback = total = h.teacher_loss(signal)
+        for i, (taken, h) in enumerate(zip(self.passes, pieces, strict=True)):
+            signal, own = self.with_graph(taken, taken.batch), None
+            from_feedback = h.teacher_loss(signal)
             if not alone:  # a sum over all rows, of a gradient that is averaged over the ranks
-                from_feedback = total = self.ranks.size * from_feedback
-            if weight != 1.0:
-                total = weight * total
-            own: Tensor | None = None
+                from_feedback = self.ranks.size * from_feedback
             if i >= first:
                 with NOTHING if alone else rows_shared(self.ranks):
                     terms = sum_of_terms(
@@ -190,18 +181,18 @@ class Teaching:
                         losses,
                         kind="teacher loss",
                         labeled=labeled_parts[i - first],
-                        unlabeled=teacher_pass.batch,
+                        unlabeled=taken.batch,
                         signal=signal,
                         step=step,
                     )
-                values = [*terms.values()] or [total.new_zeros(())]
+                values = [*terms.values()] or [from_feedback.new_zeros(())]
                 own = values[0] if len(values) == 1 else torch.stack(values).sum()
                 checks.learns(own, "teacher")
-                scalars.append({"teacher_loss": own.detach()})
-                for name, term in terms.items():
-                    scalars[-1][f"teacher_{name}"] = term.detach()
+                named = {f"teacher_{name}": term.detach() for name, term in terms.items()}
+                scalars.append({"teacher_loss": own.detach(), **named})
                 own = own / parts if parts > 1 else own
             if ratio is None:
+                total = from_feedback if weight == 1.0 else weight * from_feedback
                 total = total if own is None or not own.requires_grad else total + own
                 if total.requires_grad:
                     total.backward()
