@@ -14,11 +14,6 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 
-
-class NotByThisMode(MetaplError):
-    """A student that one mode cannot differentiate, and others may."""
-
-
 _CUDA: Any = torch.backends.cuda
 _FUSED = (  # kernels of attention, on every device, which have neither forward mode nor a second derivative
     (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
@@ -61,7 +56,7 @@ def load_forward_mode() -> None:
 def forward_mode() -> Iterator[None]:
     """A pass in forward mode, on kernels that have it."""
     load_forward_mode()
-    with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True), explained():
+    with torch.no_grad(), forward_ad.dual_level(), no_fast_path(math=True):
         yield
 
 
@@ -69,17 +64,12 @@ _LACKING = re.compile(r"(?i)forward[- ](mode )?AD|jvp function|differentiate twi
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
 
-class explained:
-    """Turn autograd's error about a missing derivative into one that names the operation and the modes that run."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, RuntimeError | NotImplementedError) or not _LACKING.search(str(error)):
-            return
+def explain(error: BaseException) -> None:
+    """Raise autograd's error about a missing derivative as one that names the operation and the modes that run."""
+    if isinstance(error, RuntimeError) and _LACKING.search(str(error)):
         message = str(error).splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)
-        raise NotByThisMode(
+        raise MetaplError(
             f"{operation[1] if operation else 'an operation of the student'} lacks a derivative that this mode needs "
             f"({message}); "
             'expected an operation that has it; the other of Forward(by="graph") and Forward(by="tangent"), which need '

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, coarsest, same_outputs
-from metapl.execution.kernels import explained, forward_mode, no_fast_path
+from metapl.execution.kernels import forward_mode, no_fast_path
 from metapl.execution.numerics import (
     DTYPE,
     HALF,
@@ -33,7 +33,7 @@ from metapl.execution.numerics import (
 )
 from metapl.execution.ranks import ALONE, Ranks
 from metapl.execution.rng import RandomState
-from metapl.execution.state import Replay, Slot, Slots, State, stand_in, swapped
+from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -81,7 +81,7 @@ class LocalStudent:
         """Σ sum / Σ weight of losses on batches, of all ranks, at ``params``, without a graph: on the buffers as they
         are now, and draws from ``start`` on."""
         # The weights require a gradient, as in the pass that learns: a forward may ask.
-        with no_fast_path(), self._evaluated_at(self.as_leaves(params), start):
+        with no_fast_path(), self.at(self.as_leaves(params), start, self.slots):
             values = [loss(self.forward(x)) for x, loss in zip(batches, losses, strict=True)]
         return self.mean_of_all(values)[0]
 
@@ -92,10 +92,10 @@ class LocalStudent:
         at = self.as_leaves(params)
         values, gradients = list[tuple[Tensor, Tensor | float]](), list[Tree]()
         # The backward pass belongs into the block: checkpoints run the student again in it.
-        with self._evaluated_at(at, start):
+        with self.at(at, start, self.slots):
             for x, loss in zip(batches, losses, strict=True):
                 value, weight = loss(self.forward(x))
-                gradients.append(self.gradient(value, at) if value.requires_grad else {})
+                gradients.append(self.gradient(value, at)[1] if value.requires_grad else {})
                 values.append((value.detach(), weight))
         if not any(gradients):
             raise MetaplError(
@@ -125,11 +125,11 @@ class LocalStudent:
             )
         return total / weight, weight
 
-    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> Tree:
-        """The gradient of a scalar in the weights that it reaches, the mean over the ranks."""
+    def gradient(self, value: Tensor, at: Tree, *, create_graph: bool = False) -> tuple[Tree, Tree]:
+        """The gradient of a scalar in the weights that it reaches: on this rank's rows, and the mean over the ranks."""
         tensors = torch.autograd.grad(value, [*at.values()], create_graph=create_graph, allow_unused=True)
-        grads = {name: g for name, g in zip(at, tensors, strict=True) if g is not None}
-        return grads if self.ranks.alone else self.ranks.mean_tree(grads, at)
+        own = {name: g for name, g in zip(at, tensors, strict=True) if g is not None}
+        return own, own if self.ranks.alone else self.ranks.mean_tree(own, at)
 
     def forward(self, inputs: Any) -> Tensor:
         """The outputs as the student is now, in float32 or wider."""
@@ -159,10 +159,21 @@ class LocalStudent:
         """The student with these weights, for others that read it in this block."""
         return swapped(self.held_at(self.as_leaves(params)))
 
-    def _evaluated_at(self, params: Tree, start: RandomState) -> AbstractContextManager[Any]:
-        """The student at other weights, on copies of its state, with draws from ``start`` on; the caller's generators
-        and the student's own state stay as they are."""
-        return Replay(start, self.slots, self.held_at(params))
+    def at(
+        self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False
+    ) -> AbstractContextManager[None]:
+        """The student at other weights, on copies of a state (``upcast``: in float32 or wider), with draws from
+        ``random`` on; the caller's generators and the student's own state stay as they are."""
+        return replay(random, state, self.held_at(params), upcast=upcast)
+
+    def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> AbstractContextManager[None]:
+        """As :meth:`at`, with dual numbers for weights, whose tangent is w."""
+        duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in params.items() if name in w}
+        return self.at(duals, random, state)
+
+    def whole(self, parts: Tree) -> Tree:
+        """What this process holds the parts of, gathered."""
+        return parts
 
 
 class Pass:
@@ -209,14 +220,11 @@ class Pass:
         value = loss(self.graph, self._at)
         if not value.requires_grad:
             raise checks.without_gradient("student")
-        with self._running(), explained():
-            if leaves:
-                tensors = torch.autograd.grad(value, [*self._at.values()], create_graph=True, allow_unused=True)
-                own = {name: g for name, g in zip(self._at, tensors, strict=True) if g is not None}
-                grads = ranks.mean_tree({name: g.detach() for name, g in own.items()}, self._at)
-                self._graph_of_g = own, list(leaves)
-            else:
-                grads = student.gradient(value, self._at, create_graph=student.double_backward)
+        with self._running():
+            own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
+        if leaves:
+            self._graph_of_g = own, list(leaves)
+            grads = {name: g.detach() for name, g in grads.items()}
         if not grads:
             raise checks.without_gradient("student")
         self.graph = None
@@ -230,7 +238,7 @@ class Pass:
         if self._graph_of_g is None:
             return None
         (own, leaves), self._graph_of_g = self._graph_of_g, None
-        with self._running(), explained():
+        with self._running():
             return _derivatives(own, {}, leaves, w, free=True)[1]
 
     def forget(self, inputs_too: bool) -> None:
@@ -263,14 +271,14 @@ class Pass:
         self.params = params
         with self._replay(self.inputs) as (at, outputs):
             self.outputs, self._sample = outputs.detach(), None
-            return self.student.gradient(loss(outputs, at), at)
+            return self.student.gradient(loss(outputs, at), at)[1]
 
     @contextmanager
     def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         """θ as leaves, and the outputs there, which are compared with this pass's; its backward pass belongs into the
         block, for checkpoints run the student again in it."""
         at = self.student.as_leaves(self.params)
-        with self._from_start(self.student.held_at(at)):
+        with self.student.at(at, self._before, self._state):
             yield at, self._same_outputs(self.student.forward(inputs))
 
     def _same_outputs(self, outputs: Tensor) -> Tensor:
@@ -288,14 +296,10 @@ class Pass:
     def tangent(self, w: Tree) -> Tensor:
         """ż = d/dε S(x; θ + εw) by forward-mode AD: exact, one pass of about three plain ones, no graph."""
         with forward_mode():
-            with self._along(w):
+            with self.student.along(self.params, w, self._before, self._state):
                 outputs, tangent = forward_ad.unpack_dual(self.student.forward(self.inputs))
             self._same_outputs(outputs)
             return torch.zeros_like(self.outputs) if tangent is None else tangent.clone()
-
-    def _along(self, w: Tree) -> AbstractContextManager[None]:
-        duals = {name: forward_ad.make_dual(p.clone(), w[name]) for name, p in self.params.items() if name in w}
-        return self._from_start(self.student.held_at(duals))
 
     def shifted(self, step: Tensor, direction: Tree) -> Tensor:
         """S(x; θ + step·direction) in float32 or wider, without autocast and TF32."""
@@ -316,17 +320,9 @@ class Pass:
         """The student at θ + step·direction, in float32 or wider, as it began this pass."""
         device = self.student.device
         moved = {n: wide(p) + step * wide(direction[n]) if n in direction else wide(p) for n, p in self.params.items()}
-        with (
-            torch.autocast(device.type, enabled=False),
-            full_float32(device),
-            no_fast_path(),
-            explained(),
-            self._moved(moved),
-        ):
+        at = self.student.at(moved, self._before, self._state, upcast=True)
+        with torch.autocast(device.type, enabled=False), full_float32(device), no_fast_path(), at:
             yield moved
-
-    def _moved(self, moved: Tree) -> AbstractContextManager[None]:
-        return self._from_start(self.student.held_at(moved), upcast=True)
 
     def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
         """Flag outputs of shifted passes whose mean, S(x; θ) to the second order of the shift, is not this pass's."""
@@ -341,8 +337,8 @@ class Pass:
         By double backward: a forward pass and a backward pass with a graph, which stays for the block, and one through
         both for every w, the last of which may ``free`` it.
         """
-        replay = self._whole_replay(self.inputs if inputs is None else inputs)
-        with no_fast_path(math=True), explained(), replay as (at, outputs):
+        replayed = self._whole_replay(self.inputs if inputs is None else inputs)
+        with no_fast_path(math=True), replayed as (at, outputs):
             tensors = torch.autograd.grad(loss(outputs, at), [*at.values()], create_graph=True, allow_unused=True)
             g = {name: t for name, t in zip(at, tensors, strict=True) if t is not None}
             yield partial(_derivatives, g, at, leaves)
@@ -352,17 +348,13 @@ class Pass:
     ) -> tuple[Tree, list[Tensor | None]]:
         """Of :meth:`hessian`, for one w. Not ``curved``: in the leaves alone."""
         with self.hessian(loss, leaves, inputs) as product:
-            return product(w, free=True, curved=curved)
+            return product(self.student.whole(w), free=True, curved=curved)
 
     def ran_in_full_precision(self) -> bool:
         """Whether it computed in float32 or wider throughout, as far as weights and settings tell."""
         formats, device = self.student.formats, self.student.device
         rounded = torch.float32 in formats and reduced_float32(device)
         return not (rounded or self.student.half or torch.is_autocast_enabled(device.type))
-
-    def _from_start(self, held: Sequence[Slot], *, upcast: bool = False) -> AbstractContextManager[Any]:
-        """These tensors held, on the draws of this pass, with copies of the state that it began with."""
-        return Replay(self._before, self._state, held, upcast=upcast)
 
 
 LocalStudent.pass_type = Pass

@@ -18,7 +18,7 @@ would be silently wrong here and are kept in this file:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ from metapl.errors import MetaplError
 from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING, LocalStudent, Pass
 from metapl.execution.modules import named_parts
-from metapl.execution.numerics import Tree
+from metapl.execution.numerics import HALF, Tree
 from metapl.execution.rng import RandomState
 from metapl.execution.shards import as_sharded, is_sharded, laid_out_like, local, whole
-from metapl.execution.state import Replay, Slot, Slots, stand_in, swapped
+from metapl.execution.state import Slot, Slots, State, replay, stand_in, swapped
 
 
 def student_of(
@@ -64,20 +64,30 @@ class ShardedStudent(LocalStudent):
         with torch.no_grad():
             return super().loss(*given, **how)
 
-    def gradient(self, value: Tensor, at: Tree, **how: Any) -> Tree:
-        return {name: local(g) for name, g in by_backward(value, self.parameters).items()}
+    def gradient(self, value: Tensor, at: Tree, **how: Any) -> tuple[Tree, Tree]:
+        mean = {name: local(g) for name, g in by_backward(value, self.parameters).items()}
+        return mean, mean
+
+    def as_leaves(self, params: Tree) -> Tree:
+        return params
 
     @contextmanager
-    def _evaluated_at(self, params: Tree, start: RandomState) -> Iterator[None]:
-        with self.moved_to(params), Replay(start, self.slots):
+    def at(self, params: Tree, random: RandomState, state: State | Slots, *, upcast: bool = False) -> Iterator[None]:
+        if narrow := [t for t in self.formats if t in HALF and upcast]:
+            raise MetaplError(
+                f"the student has weights or a mixed-precision policy of {narrow[0]}, in which a difference of outputs "
+                'would be noise; expected mode="forward", or precision="bfloat16" without param_dtype.'
+            )
+        with replay(random, state, upcast=upcast), self.moved_to(params):
             yield
 
     @contextmanager
     def moved_to(self, params: Mapping[str, Tensor]) -> Iterator[None]:
         """The weights at these values in this block, and bit for bit as they were afterwards."""
-        kept = {name: t.clone() for name, t in self.params.items()}
+        kept = {} if params is self.params else {name: t.clone() for name, t in self.params.items()}
         try:
-            self._write(params)
+            if kept:
+                self._write(params)
             yield
         finally:
             self._write(kept)
@@ -89,7 +99,6 @@ class ShardedStudent(LocalStudent):
         return []
 
     def whole(self, parts: Tree) -> Tree:
-        """What this process holds the parts of, gathered."""
         return {name: whole(as_sharded(t, self.parameters[name])) for name, t in parts.items()}
 
     def over_ranks(self, tree: Tree) -> Tree:
@@ -119,12 +128,12 @@ class ShardedStudent(LocalStudent):
         self.layout.reshard()
         torch.clear_autocast_cache()
         with torch.no_grad():
-            for name, part in self.params.items():
-                part.copy_(params[name])
+            for name, t in params.items():
+                self.params[name].copy_(t)
 
     @contextmanager
-    def along(self, w: Tree) -> Iterator[None]:
-        """In this block, the weights of each submodule are dual numbers with their part of w while it runs."""
+    def along(self, params: Tree, w: Tree, random: RandomState, state: State) -> Iterator[None]:
+        """The weights of each submodule are dual numbers with their part of w while it runs."""
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
         held: dict[Any, list[_Slot]] = {}  # by the submodule that gathers them: the innermost block around
@@ -135,7 +144,7 @@ class ShardedStudent(LocalStudent):
             for attribute, p in part._parameters.items():
                 if id(p) in names:
                     held.setdefault(block, []).append((part._parameters, attribute, names[id(p)]))
-        with ExitStack() as stack:
+        with self.at(params, random, state), ExitStack() as stack:
             stack.callback(self.layout.reshard)
             for block, slots in held.items():
                 stack.enter_context(_dual_while_it_runs(block, slots, w))
@@ -192,47 +201,20 @@ class ShardedPass(Pass):
     student: ShardedStudent
 
     @contextmanager
-    def _along(self, w: Tree) -> Iterator[None]:
-        with self._from_start([]), self._there(), self.student.along(w):
-            yield
-
-    def _there(self) -> AbstractContextManager[None]:
-        """The student at the weights of this pass."""
-        return NOTHING if self.params is self.student.params else self.student.moved_to(self.params)
-
-    @contextmanager
     def _running(self) -> Iterator[None]:
         torch.clear_autocast_cache()
         try:
-            with self._there(), super()._running():
+            with NOTHING if self.params is self.student.params else self.student.moved_to(self.params):
                 yield
         except BaseException:
             self.student.layout.reshard()
             raise
 
     @contextmanager
-    def _replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
-        with self._there(), super()._replay(inputs) as found:
-            yield found
-
-    @contextmanager
     def _whole_replay(self, inputs: Any) -> Iterator[tuple[Tree, Tensor]]:
         at = {name: t.requires_grad_() for name, t in self.student.whole(self.params).items()}
-        with self._from_start([]), self.student.whole_at(at):
+        with replay(self._before, self._state), self.student.whole_at(at):
             yield at, self._same_outputs(self.student.forward(inputs))
-
-    def second_derivatives(self, w: Tree, *given: Any, **how: Any) -> tuple[Tree, list[Tensor | None]]:
-        return super().second_derivatives(self.student.whole(w), *given, **how)
-
-    @contextmanager
-    def _moved(self, moved: Tree) -> Iterator[None]:
-        if narrow := [dtype for dtype in self.student.formats if dtype in (torch.float16, torch.bfloat16)]:
-            raise MetaplError(
-                f"the student has weights or a mixed-precision policy of {narrow[0]}, in which a difference of outputs "
-                'would be noise; expected mode="forward", or precision="bfloat16" without param_dtype.'
-            )
-        with self._from_start([], upcast=True), self.student.moved_to(moved):
-            yield
 
 
 ShardedStudent.pass_type = ShardedPass

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
+from metapl.execution.kernels import explain
 from metapl.execution.modules import named_parts
 from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState
@@ -35,7 +36,7 @@ class Slots:
         parameters: every place of a parameter; one that is held twice has two.
         learned: the parameters that require a gradient, once each, by their first name.
         frozen: the places of the others.
-        buffers, empty: the tables of buffers that hold some, and those that hold none.
+        buffers: the tables of buffers.
         mark: what verification holds for, as one number: the modules' modes and numbers of hooks, and which parameters
             are learned; the same in every process.
     """
@@ -57,13 +58,12 @@ class Slots:
                 elif not is_sharded(p):  # a block exchanges those, whatever the table holds
                     self.frozen.append((part._parameters, name, p))
         self.learned = dict(first.values())
+        self.buffers = [part._buffers for _, part in named]
         self._parts = [part for _, part in named]
         self._tables: list[Any] = [table for part in self._parts for table in (part._parameters, part._modules)]
         self._hooks = [hooks for part in self._parts for hooks in _HOOKS(part)]
         self._ids, self._flags = self._contents()
         self.mark = hash(tuple(self._flags))
-        tables = [part._buffers for part in self._parts]
-        self.buffers, self.empty = [t for t in tables if t], [t for t in tables if not t]
 
     def _contents(self) -> tuple[list[int], list[int]]:
         """What the tables hold, by identity, and the modes, numbers of hooks and ``requires_grad`` flags."""
@@ -73,8 +73,7 @@ class Slots:
 
     def refreshed(self) -> Slots:
         """These, or the module's new ones where parameters, submodules, modes or hooks have been changed since."""
-        same = (self._ids, self._flags) == self._contents() and all(self.buffers) and not any(self.empty)
-        return self if same else Slots(self.module)
+        return self if (self._ids, self._flags) == self._contents() else Slots(self.module)
 
 
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -86,24 +85,23 @@ class State:
     themselves, to be copied from before the network runs again."""
 
     def __init__(self, slots: Slots, *, copies: bool = True) -> None:
-        self._empty = slots.empty
-        tables = slots.buffers
-        if any(slots.empty):  # since then, a pass has registered buffers
-            self._empty, tables = [t for t in slots.empty if not t], [*tables, *filter(None, slots.empty)]
-        self._tables = [(table, dict(table)) for table in tables]
+        # A pass may register buffers: tables that hold none yet are read again wherever this is used.
+        self._empty = [table for table in slots.buffers if not table]
+        self._tables = [(table, dict(table)) for table in slots.buffers if table]
         self._frozen = slots.frozen
-        self._held: dict[int, Tensor] = {id(p): p for _, _, p in slots.frozen} if slots.frozen else {}
-        for _, table in self._tables:
-            self._held |= {id(t): t for t in table.values() if t is not None}
-        self._values: dict[int, Tensor] = {}
-        if self._held:
-            self._values = {key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()}
+        held = [*chain.from_iterable(of.values() for _, of in self._tables), *(p for _, _, p in slots.frozen)]
+        self._held: dict[int, Tensor] = {id(t): t for t in held if t is not None}
+        self._values = {key: t.detach().clone() if copies else t.detach() for key, t in self._held.items()}
+
+    def tables(self) -> list[tuple[Table, Table]]:
+        """The tables of buffers, with what they held; of those that a later pass has filled, nothing."""
+        return [*self._tables, *((table, {}) for table in self._empty if table)]
 
     def restore(self) -> None:
         """Put the tensors back into the tables, and their values into them."""
-        _fill(self._tables)
-        for table in self._empty:
+        for table, held in self.tables():
             table.clear()
+            table.update(held)
         for table, name, p in self._frozen:
             table[name] = p
         for key, t in self._held.items():
@@ -125,47 +123,30 @@ class State:
         return other
 
 
-class Replay:
+@contextmanager
+def replay(
+    random: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
+) -> Iterator[None]:
     """In this block, torch draws from ``random``, and a network holds the tensors ``held`` and fresh copies of a
     ``state``, or of that which it has now (``upcast``: in float32 or wider); afterwards all is as it was before."""
-
-    def __init__(
-        self, random: RandomState, state: State | Slots, held: Sequence[Slot] = (), *, upcast: bool = False
-    ) -> None:
-        self._random, self._state, self._held, self._upcast = random, state, held, upcast
-
-    def __enter__(self) -> None:
-        self._before = RandomState.now(self._random.device)
-        self._random.restore()
-        state, slots = self._state, self._held
-        snapshot = state if isinstance(state, State) else State(state, copies=False)
-        self._tables: list[tuple[Table, Table]] = []
-        if snapshot._values or snapshot._tables or any(snapshot._empty):
-            later = [(table, Table()) for table in snapshot._empty if table]  # buffers that a later pass has registered
-            self._tables = [(table, dict(table)) for table, _ in (*snapshot._tables, *later)]
-            fresh: dict[int, Any] = {key: t.clone() for key, t in snapshot._values.items()}
-            if self._upcast:
-                fresh = {key: wide(t) for key, t in fresh.items()}
-            fresh[id(None)] = None  # a buffer that has no value yet
-            for table, tensors in snapshot._tables:
-                _fill([(table, {name: fresh[id(t)] for name, t in tensors.items()})])
-            _fill(later)
-            slots = [*slots, *((table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen)]
-        self._slots = [(table, name, table[name]) for table, name, _ in slots]
-        for table, name, t in slots:
-            table[name] = t
-
-    def __exit__(self, *error: object) -> None:
-        for table, name, t in self._slots:
-            table[name] = t
-        _fill(self._tables)
-        self._before.restore()
-
-
-def _fill(tables: Sequence[tuple[Table, Table]]) -> None:
-    for table, held in tables:
+    drawn = RandomState.now(random.device)
+    random.restore()
+    snapshot = state if isinstance(state, State) else State(state, copies=False)
+    tables = snapshot.tables()
+    before = [(table, dict(table)) for table, _ in tables]
+    fresh: dict[int, Any] = {key: wide(t.clone()) if upcast else t.clone() for key, t in snapshot._values.items()}
+    for table, tensors in tables:
         table.clear()
-        table.update(held)
+        table.update((name, fresh.get(id(t))) for name, t in tensors.items())  # None: a buffer that has no value yet
+    frozen = [(table, name, stand_in(fresh[id(p)], p)) for table, name, p in snapshot._frozen]
+    try:
+        with swapped([*held, *frozen]):
+            yield
+    finally:
+        for table, tensors in before:
+            table.clear()
+            table.update(tensors)
+        drawn.restore()
 
 
 def stand_in(t: Tensor, own: Tensor) -> Tensor:
@@ -234,25 +215,25 @@ def restored(
             slots.state = state
         random, drawn = RandomState.now(device), None if generator is None else generator.get_state()
         filled = [p for group in ([] if optimizer is None else optimizer.param_groups) for p in group["params"]]
-        grads = [(p, grad) for p in filled if (grad := p.grad) is not None]
+        grads = [p.grad for p in filled]
+        for p in filled:
+            p.grad = None
         token = checks.deferred.set(None if always else fault)
-        failed = True
         try:
-            for p, _ in grads:
-                p.grad = None
             yield fault
-            failed = False
+        except BaseException as error:
+            always = True
+            random.restore()
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+            explain(error)
+            raise
+        else:
+            grads = [None] * len(filled)
         finally:
             checks.deferred.reset(token)
-            for p in filled:
-                p.grad = None
-            for p, grad in grads if failed else ():
+            for p, grad in zip(filled, grads, strict=True):
                 p.grad = grad
             torch.clear_autocast_cache()  # of a caller's region: it holds casts of weights from before the step
-            if failed or always:
-                for state in saved:
-                    state.restore()
-            if failed:
-                random.restore()
-                if generator is not None and drawn is not None:
-                    generator.set_state(drawn)
+            for state in saved if always else ():
+                state.restore()

@@ -18,7 +18,7 @@ from metapl.execution.local import NOTHING, LocalStudent, Pass, WeightedLoss, as
 from metapl.execution.numerics import Tree, mean_tree
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.sharded import student_of
-from metapl.execution.state import Replay
+from metapl.execution.state import replay
 from metapl.feedback.credit import Credited, credited
 from metapl.feedback.inner_step import InnerLoss, InnerStep, SignalInput
 from metapl.feedback.keeping import ALL, Keeping, States
@@ -215,7 +215,7 @@ class Path:
         ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends:
-            with Replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
+            with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
                 cotangents = [v[name] for name in ends]
                 gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
         of_field = iter(gradients)

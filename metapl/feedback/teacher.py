@@ -19,7 +19,7 @@ from metapl.execution.ranks import Ranks, rows_shared
 from metapl.execution.rng import RandomState
 from metapl.execution.sharded import by_backward
 from metapl.execution.shards import local
-from metapl.execution.state import Replay, Slots, State
+from metapl.execution.state import Slots, State, replay
 from metapl.feedback.base import Estimator
 from metapl.feedback.compatible import check_kind
 from metapl.feedback.credit import Feedback
@@ -111,7 +111,7 @@ class Teaching:
         try:
             if generator is not None and taken.drawn is not None:
                 generator.set_state(taken.drawn)
-            with Replay(taken.random, taken.state):
+            with replay(taken.random, taken.state):
                 again = self._ask(batch, taken.student_outputs)
         finally:
             if generator is not None and before is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.execution.kernels import explained
 from metapl.feedback.base import Estimator, State, Steps, padded
 from metapl.feedback.credit import Feedback, feedback_from
 from metapl.feedback.path import Path
@@ -41,6 +40,5 @@ class Unrolled(Estimator):
         return self.truncate is None
 
     def feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
-        with explained():
-            gradients = path.gradients_in_signals(self.truncate)
+        gradients = path.gradients_in_signals(self.truncate)
         return padded([feedback_from(step, fields) for step, fields in gradients], path), state

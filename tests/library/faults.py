@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.data import sampler
 from metapl.execution import local, rng
 from metapl.execution.capabilities import Capability
 from metapl.execution.layout import Layout
 from metapl.execution.local import LocalStudent, Pass
-from metapl.execution.state import Replay, State
+from metapl.execution.state import Slots, State, replay
 from metapl.feedback import base, loss_difference, reinforce
 from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
@@ -199,38 +200,41 @@ def weight_of_the_outer_loss_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalStudent, "mean_of_all", lambda self, values: (real(self, values)[0], 1.0))
 
 
+def replays(patch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+    for user in ("execution.local", "feedback.path", "feedback.teacher"):
+        patch.setattr(f"metapl.{user}.replay", change)
+
+
 def state_moved_by_replays(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes write to the running statistics."""
-    begin = Replay.__init__
-
-    def init(self: Replay, random: Any, state: Any, *given: Any, **options: Any) -> None:
-        none = object.__new__(State)
-        none._tables, none._empty, none._frozen, none._held, none._values = [], [], [], {}, {}
-        begin(self, random, none, *given, **options)
-
-    patch.setattr(Replay, "__init__", init)
+    stateless = Slots(nn.Module())
+    replays(patch, lambda random, state, *given, **options: replay(random, stateless, *given, **options))
 
 
 def generator_not_put_back(patch: pytest.MonkeyPatch) -> None:
     """Feedback passes draw from the caller's generator."""
-    real = Replay.__exit__
 
-    def leave(self: Replay, *error: object) -> None:
-        self._before = rng.RandomState.now(self._random.device)
-        real(self, *error)
+    @contextmanager
+    def again(random: rng.RandomState, *given: Any, **options: Any) -> Iterator[None]:
+        with replay(random, *given, **options):
+            yield
+            drawn = rng.RandomState.now(random.device)
+        drawn.restore()
 
-    patch.setattr(Replay, "__exit__", leave)
+    replays(patch, again)
 
 
 def weights_left_in_place(patch: pytest.MonkeyPatch) -> None:
     """After a replay the network holds the weights of the replay."""
-    real = Replay.__exit__
 
-    def leave(self: Replay, *error: object) -> None:
-        self._slots = []
-        real(self, *error)
+    @contextmanager
+    def again(random: rng.RandomState, state: Any, held: Any = (), **options: Any) -> Iterator[None]:
+        with replay(random, state, held, **options):
+            yield
+        for table, name, t in held:
+            table[name] = t
 
-    patch.setattr(Replay, "__exit__", leave)
+    replays(patch, again)
 
 
 def values_not_restored(patch: pytest.MonkeyPatch) -> None:
@@ -257,24 +261,19 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """ż is taken with masks of its own."""
-    real = Pass._from_start
+    real = LocalStudent.at
 
-    def again(self: Pass, held: Any, **options: Any) -> Any:
-        self._before = rng.RandomState.now(self.student.device)
-        return real(self, held, **options)
+    def at(self: LocalStudent, params: Any, random: Any, state: Any, **options: Any) -> Any:
+        random = rng.RandomState.now(self.device) if isinstance(state, State) else random
+        return real(self, params, random, state, **options)
 
-    patch.setattr(Pass, "_from_start", again)
+    patch.setattr(LocalStudent, "at", at)
 
 
 def replays_from_moved_buffers(patch: pytest.MonkeyPatch) -> None:
     """Replays begin with the state as it is by then."""
-    real = Pass._from_start
-
-    def again(self: Pass, held: Any, **options: Any) -> Any:
-        self._state = State(self.student.slots)
-        return real(self, held, **options)
-
-    patch.setattr(Pass, "_from_start", again)
+    real = LocalStudent.at
+    patch.setattr(LocalStudent, "at", lambda self, *given, **options: real(self, *given[:2], self.slots, **options))
 
 
 def masks_of_the_teacher(patch: pytest.MonkeyPatch) -> None:
@@ -287,7 +286,7 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
 
     def loss_and_gradient(self: LocalStudent, params: Any, batches: Any, losses: Any, start: Any) -> Any:
         at = self.as_leaves(params)
-        with torch.enable_grad(), self._evaluated_at(at, start):
+        with torch.enable_grad(), self.at(at, start, self.slots):
             value, _ = losses[0](self.forward(batches[0]))
         return value.detach(), dict(zip(at, torch.autograd.grad(value, list(at.values())), strict=True))
 
