@@ -5,10 +5,10 @@ verify        whether a mode's gradient is that of the steps as they are taken, 
 attribution   what each training example did to a trained network
 loss_trainer  one network on its own losses: supervised learning, UDA, finetuning
 base          what every trainer has: fit, evaluate, predict, save, load
-loop          the loop
-selection     the moving average of the weights, validation, and the best student so far
+loop          the loop, from start or checkpoint to the student that is kept
+selection     the moving average of the weights, and the metric by which the best student is chosen
 stopping      what ends a fit early: callbacks, Ctrl-C, SIGTERM and SIGHUP
-records       rows, TensorBoard's copy of them, and checkpoints
+records       rows, and TensorBoard's copy of them
 figures       what is recorded of a step's feedback
 resuming      what a resumed fit must have in common with its beginning
 options       how a fit runs, and the learning rates that its schedule moves

@@ -28,7 +28,8 @@ from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
-from metapl.training.loop import FitResult, FitRun
+from metapl.training import loop
+from metapl.training.loop import FitResult
 from metapl.training.options import FitOptions
 from metapl.training.stopping import Callback
 
@@ -185,12 +186,19 @@ class Trainer(ABC):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if steps is None or labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches, and steps=, the number of steps.")
-        given, measure = {"labeled": labeled, "unlabeled": unlabeled}, metric_of(metric, mode)
-        folder = Folder(out) if isinstance(out, str | Path) else out
-        how = progress, say or partial(print, file=sys.stderr, flush=True), callbacks
-        run = FitRun(self, FitOptions(steps=steps, **options), given, batch_size, folder, validation, measure, *how)
-        with nullcontext() if run.records.out is None else run.records.out.held():
-            return run.run(resume)
+        return loop.fit(
+            self,
+            FitOptions(steps=steps, **options),
+            {"labeled": labeled, "unlabeled": unlabeled},
+            batch_size,
+            validation,
+            metric_of(metric, mode),
+            Folder(out) if isinstance(out, str | Path) else out,
+            resume,
+            progress,
+            say or partial(print, file=sys.stderr, flush=True),
+            callbacks,
+        )
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,15 +18,16 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
-from metapl.execution.batch import plain
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import as_tensors, plain
 from metapl.execution.checks import Fault
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import gathered, is_sharded, load_whole, local
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import Say
 from metapl.metrics.metric import Metric
-from metapl.runs import checkpoint_parts as parts
+from metapl.metrics.predictions import outer_batches
+from metapl.runs import checkpoint_parts
 from metapl.runs.folder import Folder
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.runs.progress import progress
@@ -34,8 +35,8 @@ from metapl.training import resuming
 from metapl.training.figures import figures
 from metapl.training.options import FitOptions, Rates
 from metapl.training.records import Records
-from metapl.training.selection import Average, Best, Selection, weights_of
-from metapl.training.stopping import Callback, Interrupted, StopFit, stop_requests
+from metapl.training.selection import Average, metric_for, weights_of
+from metapl.training.stopping import Callback, Interrupted, call, stop_requests
 
 if TYPE_CHECKING:
     from metapl.data.feed import Feed
@@ -71,314 +72,272 @@ class FitResult:
         return self.value if self.metric == "accuracy" else None
 
 
-class FitRun:
-    """One run of the loop; for its arguments see :meth:`metapl.training.Trainer.fit`."""
+def fit(
+    trainer: Any,
+    options: FitOptions,
+    given: Mapping[str, Any],
+    batch_size: int | None,
+    validation: Any,
+    metric: Metric | None,
+    out: Folder | None,
+    resume: bool | Literal["anyway"],
+    shown: bool,
+    say: Say,
+    callbacks: Sequence[Callback],
+) -> FitResult:
+    """Take the steps of a fit; for the arguments see :meth:`metapl.training.Trainer.fit`."""
+    from metapl.data.arrays import in_memory  # needed for fitting only
+    from metapl.data.feed import feed
 
-    def __init__(
-        self,
-        trainer: Any,
-        options: FitOptions,
-        given: Mapping[str, Any],
-        batch_size: int | None,
-        out: Folder | None,
-        validation: Any,
-        metric: Metric | None,
-        shown: bool,
-        say: Say,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        from metapl.data.arrays import in_memory  # needed for fitting only
+    ranks, networks, steps, wait, phase = trainer.ranks, trainer.networks, options.steps, options.wait, options.phase
+    if wait and trainer.teacher is None:
+        raise MetaplError(f"wait={wait} was given, and there is no teacher to train; expected wait=0.")
+    if not ranks.first:  # of several processes, the first shows and writes
+        out, shown, say = None, False, lambda text: None
+    saves, resumes = ranks.any(out is not None), ranks.any(bool(resume))  # perhaps only the first knows of the run
+    if resumes and not saves:
+        raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
+    sources: dict[str, Any] = {
+        name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
+        for i, (name, source) in enumerate(given.items())
+        if source is not None
+    }
+    decay, validation = options.ema_decay, as_tensors(validation, trainer.dtype)
+    averages = {} if decay is None else {role: Average(network, decay) for role, network in networks.items()}
+    metric = metric_for(trainer, validation, metric, options.select)
+    chosen_by = "" if metric is None else f"student_validation_{metric.name}"
+    rates = Rates(trainer, options)
+    stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
 
-        if options.wait and trainer.teacher is None:
-            raise MetaplError(f"wait={options.wait} was given, and there is no teacher to train; expected wait=0.")
-        self.trainer, self.options, self.ranks = trainer, options, trainer.ranks
-        first = trainer.ranks.first  # of several processes, which shows and writes
-        self.say, self.shown = say if first else lambda text: None, shown and first
-        self.rates = Rates(trainer, options)
-        decay, networks = options.ema_decay, trainer.networks.items()
-        self.averages = {} if decay is None else {role: Average(network, decay) for role, network in networks}
-        self.selection = Selection(trainer, validation, metric, options.select, self.say)
-        self.records = Records(out if first else None, options, self.say)
-        self.callbacks: list[Any] = [*callbacks]
-        self.stateful = [one for one in self.callbacks if hasattr(one, "state_dict")]
-        self.ended: int | None = None  # the last step, once a callback has said so
-        self.sources: dict[str, Any] = {
-            name: in_memory(source, name, batch_size, trainer.dtype, stream=i)
-            for i, (name, source) in enumerate(given.items())
-            if source is not None
-        }
-        self.feeds: dict[str, Feed] = {}
-        self.data: dict[str, Any] = {}  # what is known of the sources
-        self.parts: parts.PartsWriter | None = None  # of checkpoints that every process writes its part of
-        self.saves = self.ranks.any(self.records.out is not None)  # in a folder, perhaps of another process
-        self.seen: dict[str, float] = {}  # the last values on validation data
-        self.faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
+    ended = False  # by a callback
+    seen: dict[str, float] = {}  # the last values on validation data
+    best: dict[str, Any] = {"value": None, "step": 0, "weights": {}}  # the best student, the latest of equals
+    data: dict[str, Any] = {}  # what is known of the sources
+    faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
+    saved: Path | None = None  # the last checkpoint
 
-    def run(self, resume: bool | Literal["anyway"]) -> FitResult:
-        ranks, options, trainer, records = self.ranks, self.options, self.trainer, self.records
-        goes_on = ranks.any(bool(resume))  # the first of several processes knows of the run
-        if goes_on and not self.saves:
-            raise MetaplError("resume was given without out; expected the folder of the run to go on with.")
-        with ranks.agreed(waiting=True):
-            folder = records.checkpoints
-            if folder is not None and folder.paths() and not goes_on:
-                raise MetaplError(
-                    f"{folder.folder} holds checkpoints already; go on with resume=True, or give another out or phase."
-                )
-        self.selection.check()
-        try:
-            # Where networks are sharded over all processes of the job, each writes its part; elsewhere the first
-            # process has everything, or could not say who else writes.
-            tensors = [p for network in trainer.networks.values() for p in network.parameters()]
-            if self.saves and not ranks.alone and any(map(is_sharded, tensors)):
-                place = ranks.gathered(None if folder is None else str(folder.folder.resolve()))[0]
-                whole_job = ranks.processes == dist.get_world_size()
-                self.parts = parts.PartsWriter(Path(place), options.keep) if whole_job else None
-            self.feeds = {name: self._feed(name) for name in self.sources}
-            start = self._restore(compare=resume != "anyway") if goes_on else 0
-            with stop_requests() as stop:
-                bar = progress(self.shown, name=options.phase, start=start, steps=options.steps)
-                with bar, records.opened(start):
-                    for t in range(start, options.steps):
-                        if self.ended is not None:
-                            break
-                        row = self._step(t)
-                        if row:
-                            self._record(t + 1, {"step": t + 1, **row})
-                            shown = self.seen.get(self.selection.row)
-                            bar.set_postfix_str("" if shown is None else f"validation {shown:.4g}", refresh=False)
-                        bar.update()
-                        if self.ended is not None or options.due(options.save_every, t):
-                            self._save(t + 1)
-                        # Several processes agree on a stop where numbers are read anyway.
-                        logged = ranks.alone or options.due(options.log_every, t)
-                        if logged and ranks.any(bool(stop)):
-                            number = (*stop, signal.SIGTERM)[0]
-                            raise Interrupted(t + 1, number, self._save(t + 1) or self._finished())
-                    self._finished()
-                if stop:  # after the last step, while the records were closed
-                    raise Interrupted(options.steps, stop[0], records.saved_at)
-        except Exception as error:
-            # A source may know which file a worker has died of; it is asked before the workers are stopped.
-            asked = (getattr(source, "explain", lambda: None)() for source in self.sources.values())
-            known = next((why for why in asked if why), None)
-            if known is None and not (isinstance(error, MetaplError) and records.saved_at):
-                raise
-            last = f" (the last good checkpoint is {records.saved_at})" if records.saved_at else ""
-            raise MetaplError(f"{known or error}{last}") from error
-        finally:
-            self.rates.move(None)
-            for one in self.feeds.values():
-                one.close()
-            if self.parts is not None:
-                self.parts.close()
-        return self._result()
+    def new_feed(name: str) -> Feed:
+        last = steps * (trainer.lookahead if name == "unlabeled" else 1)
+        return feed(sources[name], name=name, stop=last, num_workers=options.num_workers, device=trainer.device)
 
-    def _feed(self, name: str) -> Feed:
-        from metapl.data.feed import feed  # needed for fitting only
-
-        stop = self.options.steps * (self.trainer.lookahead if name == "unlabeled" else 1)
-        how: dict[str, Any] = {"num_workers": self.options.num_workers, "device": self.trainer.device}
-        return feed(self.sources[name], name=name, stop=stop, **how)
-
-    # ----------------------------------------------------------------------------------------------------- the steps
-
-    def _step(self, t: int) -> dict[str, float]:
-        """Step t; the numbers to record, if this step is one that is recorded."""
-        options, trainer, waits = self.options, self.trainer, t < self.options.wait
-        labeled, unlabeled = self._next("labeled"), None
-        if "unlabeled" in self.feeds:
-            # The student that waits takes no steps to look ahead. Copies, for a source may fill the memory of one batch
-            # with the next.
-            more = range(0 if waits else trainer.lookahead - 1)
-            ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(self._next("unlabeled"))) for _ in more]
-            unlabeled = self._next("unlabeled")
-            unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
-        self.rates.move(t)
-        if options.warm_start and t == options.wait and trainer.teacher is not None:
-            with self._held("teacher") as teacher:
-                load_whole(trainer.student, weights_of(teacher))
-            if options.ema_decay is not None:
-                self.averages["student"] = Average(trainer.student, options.ema_decay)
-        try:
-            report = trainer.teacher_step(labeled, unlabeled) if waits else trainer.step(labeled, unlabeled)
-        except MetaplError as error:
-            self._refuse_bad(t - 1)  # what went wrong before is the reason
-            raise MetaplError(f"step {t + 1}: {error}") from error
-        for role, average in self.averages.items():
-            if not (waits and role == "student"):
-                average.update()
-        if report.fault.findings:
-            self.faults.append((t, report.fault))
-        logged, validated = options.due(options.log_every, t), options.due(options.validate_every, t)
-        row: dict[str, float] = {}
-        if logged or validated:
-            self._refuse_bad(t)
-        if logged:
-            row |= report.as_dict() | self.rates.now()
-            if hasattr(report, "signal"):
-                found = figures(report, trainer.problem, labeled, self.ranks)
-                row |= dict(zip(found, torch.stack([t.double() for t in found.values()]).tolist(), strict=True))
-        return row | self._look(t) if validated else row
-
-    def _next(self, name: str) -> Any:
-        batch = self.feeds[name].next()
-        if name not in self.data:
-            self.data[name] = resuming.about(self.sources[name], batch)
+    def draw(name: str) -> Any:
+        batch = feeds[name].next()
+        if name not in data:
+            data[name] = resuming.about(sources[name], batch)
         return batch
 
-    def _record(self, step: int, row: dict[str, float]) -> None:
-        """Call the callbacks on a row, and record it with the numbers that they return."""
-        reasons = list[str]()
-        try:
-            for callback in self.callbacks:
-                # Observing must not change the run: a DataLoader, for one, draws from the default generator.
-                with replayed(RandomState.now(self.trainer.device)):
-                    try:
-                        found = callback(step, dict(row), self.trainer)
-                        row |= found if isinstance(found, Mapping) else {}
-                    except StopFit as stop:
-                        self.ended = step
-                        reasons += [str(stop)] if str(stop) else []
-            if self.ended is not None:
-                reason = ": " * bool(reasons) + "; ".join(reasons)
-                untrained = "; the student is untrained: it would have begun later" * (step <= self.options.wait)
-                self.say(f"stopped after step {step} by a callback{reason}{untrained}")
-                # The last step is validated, as in any fit.
-                row |= {} if self.options.due(self.options.validate_every, step - 1) else self._look(step - 1)
-        finally:  # what a callback raises comes out, and the step was done
-            self.records.row(row)
-
-    def _look(self, t: int) -> dict[str, float]:
-        self.seen = {}
-        for role in self.trainer.networks if self.selection.validation is not None else ():
-            # A teacher that weighs examples, say, has no accuracy.
-            if self.trainer.teacher_classifies if role == "teacher" else t >= self.options.wait:
-                with self._held(role) as network:
-                    self.seen |= self.selection.look(role, network, t + 1)
-        return self.seen
-
-    def _held(self, role: str) -> AbstractContextManager[Any]:
+    def kept(role: str) -> AbstractContextManager[Any]:
         """What is validated and kept: the averaged network in a block, or the network."""
-        average = self.averages.get(role)
-        return nullcontext(self.trainer.networks[role]) if average is None else average.held()
+        return averages[role].held() if role in averages else nullcontext(networks[role])
 
-    def _refuse_bad(self, t: int) -> None:
-        """Stop where a step up to t went wrong, or the weights after it are not finite."""
-        for step, fault in self.faults:
-            fault.raise_if_found(f"step {step + 1}: ")
-        self.faults.clear()
-        weights = [local(p.detach()) for network in self.trainer.networks.values() for p in network.parameters()]
-        if self.ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
-            raise MetaplError(f"weights were NaN or infinite after step {t + 1}; lower the learning rates.")
+    def look(step: int) -> dict[str, float]:
+        """Measure the networks after so many steps, and remember the best student."""
+        nonlocal seen, best
+        seen = {}
+        for role in networks:
+            # A teacher that weighs examples, say, has no accuracy.
+            if metric is None or not (trainer.teacher_classifies if role == "teacher" else step > wait):
+                continue
+            # A DataLoader draws from the default generator; looking must not change the training.
+            with kept(role) as network, replayed(RandomState.now(trainer.device)):
+                batches = outer_batches(validation, trainer.read_outer, trainer.device, "validation")
+                of = f"the {role} on validation data after step {step}"
+                value = metric.measured(trainer, network, batches, of).value
+                if role == "student" and options.select and metric.improves(value, best["value"]):
+                    best = {"value": value, "step": step, "weights": weights_of(network)}
+            seen[f"{role}_validation_{metric.name}"] = value
+        return seen
 
-    # ------------------------------------------------------------------------------------------- saving and resuming
+    def refuse_bad(step: int) -> None:
+        """Stop where a step so far went wrong, or the weights after it are not finite."""
+        for number, fault in faults:
+            fault.raise_if_found(f"step {number}: ")
+        faults.clear()
+        weights = [local(p.detach()) for network in networks.values() for p in network.parameters()]
+        if ranks.any(not bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())):
+            raise MetaplError(f"weights were NaN or infinite after step {step}; lower the learning rates.")
 
-    def _save(self, step: int) -> Path | None:
-        """Write a checkpoint; None where it is written beside the training, until :meth:`_finished`."""
-        if not self.saves:
-            return None
-        self._refuse_bad(step - 1)
-        state, ranks, path = self._state(step), self.ranks, None
-        if not ranks.alone:
-            state["ranks"] = ranks.gathered(resuming.own_state(state))
-            state = gathered(state) if self.parts is None else state
-            self._finished()
-        with ranks.agreed(waiting=True):
-            self.records.flush()
-            if self.parts is None:
-                path = self.records.save(step, state)  # by the first one
-        if self.parts is not None:
-            self.parts.write(step, state)
-        return path
+    def compared() -> dict[str, str]:
+        return resuming.compared(options, trainer, metric, rates, data, stateful)
 
-    def _finished(self) -> Path | None:
-        """Wait for the checkpoint that is written beside the training; the last one that was."""
-        if self.parts is not None:
-            self.records.saved_at = self.parts.finished() or self.records.saved_at
-        return self.records.saved_at
-
-    def _state(self, step: int) -> dict[str, Any]:
-        return {
+    def save(step: int) -> None:
+        nonlocal saved
+        if not saves:
+            return
+        refuse_bad(step)
+        state = {
             "step": step,
-            "options": resuming.options_of(self),
-            "trainer": self.trainer.live_state(),
-            "averages": {role: average.state_dict() for role, average in self.averages.items()},
-            "seen": self.seen,
-            "best": dict(vars(self.selection.best)),
-            "feeds": {name: feed.state() for name, feed in self.feeds.items()},
-            "rng": rng_state(),
-            "callbacks": [callback.state_dict() for callback in self.stateful],
-            "ended": self.ended,
+            "trainer": trainer.live_state(),
+            "averages": {role: average.state_dict() for role, average in averages.items()},
+            "callbacks": [callback.state_dict() for callback in stateful],
+            "ended": ended,
+            "seen": seen,
+            "best": best,
         }
-
-    def _restore(self, compare: bool) -> int:
-        """Go on from the newest whole checkpoint of a fit that was begun alike; the step to go on with."""
-        ranks, trainer, options, folder, found = self.ranks, self.trainer, self.options, self.records.checkpoints, None
+        own = {  # what differs between processes
+            "rng": rng_state(),
+            "generator": state["trainer"].get("generator"),
+            "feeds": {name: one.state() for name, one in feeds.items()},
+            "compared": compared(),
+        }
+        state["ranks"] = ranks.gathered(own)
+        state = state if ranks.alone or parts is not None else gathered(state)
         with ranks.agreed(waiting=True):
-            if folder is not None:  # of the first of several processes, which finds it; all read it
-                found = folder.newest(parts.check)
-        path = ranks.gathered(found and found.path)[0]
-        if path is None:
-            self.say(f"no checkpoint of phase {options.phase} yet: it begins at its first step")
-            return 0
+            records.flush()
+            if checkpoints is not None and parts is None:
+                saved = checkpoints.write(step, state)
+        if parts is not None:  # written while the training goes on, when the one before is
+            saved = parts.finished() or saved
+            parts.write(step, state)
+
+    with ExitStack() as ending:
+        if out is not None:
+            ending.enter_context(out.held())
+        checkpoints = None if out is None else out.checkpoints(phase, options.keep)
         with ranks.agreed(waiting=True):
-            state = (found and found.state) or parts.load(path, self._layouts())
-            state = resuming.of_this(state, trainer, path, [*self.sources.values()])
-            step: int = state["step"]
-            if {*state["feeds"]} != {*self.sources}:
-                raise MetaplError(f"{path} is of a fit on {' and '.join(state['feeds'])} batches; give the same.")
-            if step > options.steps:
-                raise MetaplError(f"{path} has done {step} steps; expected steps={step} or more.")
-            for name, source in self.sources.items():
-                with closing(self._feed(name)) as once:  # whose draws nobody else sees
-                    self.data[name] = resuming.about(source, None if hasattr(source, "whole") else once.next())
-            if compare:
-                resuming.refuse_other(path, state["options"], resuming.options_of(self))
-            if len(state["callbacks"]) != len(self.stateful):
-                raise MetaplError(f"{path} has {len(state['callbacks'])} callbacks' states; give the same ones.")
-            for callback, saved in zip(self.stateful, state["callbacks"], strict=True):
-                callback.load_state_dict(saved)
-            trainer.load_state_dict(state["trainer"])
-            for role, average in self.averages.items():
-                average.load_state_dict(state["averages"][role])
-            self.seen, self.selection.best, self.ended = state["seen"], Best(**state["best"]), state["ended"]
-            for name, feed in self.feeds.items():
-                feed.restore(state["feeds"][name])
-            set_rng_state(state["rng"])  # last: what comes before may draw
-        self.records.saved_at = path
-        self.say(f"resumed at step {step}{'' if options.phase == 'fit' else f' of phase {options.phase}'}")
-        return step
+            if checkpoints is not None and checkpoints.paths() and not resumes:
+                otherwise = "go on with resume=True, or give another out or phase."
+                raise MetaplError(f"{checkpoints.folder} holds checkpoints already; {otherwise}")
+        # Where networks are sharded over all processes of the job, each writes its part; elsewhere the first process
+        # has everything, or could not say who else writes.
+        parts: checkpoint_parts.PartsWriter | None = None
+        if saves and not ranks.alone and any(is_sharded(p) for one in networks.values() for p in one.parameters()):
+            place = ranks.gathered(checkpoints and str(checkpoints.folder.resolve()))[0]
+            if ranks.processes == dist.get_world_size():
+                parts = checkpoint_parts.PartsWriter(Path(place), options.keep)
+                ending.callback(parts.close)
+        feeds = {name: new_feed(name) for name in sources}
+        for each in feeds.values():
+            ending.callback(each.close)
+        ending.callback(rates.move, None)
 
-    def _layouts(self) -> parts.Like | None:
-        """The layouts of the tensors of this fit's state, by their names; those of optimizers may not be there yet."""
-        if self.parts is None:
-            return None
-        state = self._state(0)
-        known = parts.layouts(state)
-        optimizers = [k for k, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
-        for key, optimizer in zip(optimizers, self.trainer.schedulable, strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
+        try:
+            # ----------------------------------------------------------------------------------------- start, or resume
+            done, found = 0, None
+            with ranks.agreed(waiting=True):
+                if resumes and checkpoints is not None:  # the first process finds it, and all read it
+                    found = checkpoints.newest(checkpoint_parts.check)
+            path = ranks.gathered(found and found.path)[0]
+            if path is not None:
+                with ranks.agreed(waiting=True):
+                    like = None if parts is None else resuming.layouts(trainer, averages)
+                    state = (found and found.state) or checkpoint_parts.load(path, like)
+                    done, own = state["step"], resuming.own_state(state["ranks"], trainer, path, [*sources.values()])
+                    if done > steps:
+                        raise MetaplError(f"{path} has done {done} steps; expected steps={done} or more.")
+                    for name, source in sources.items():
+                        with closing(new_feed(name)) as once:  # whose draws nobody else sees
+                            data[name] = resuming.about(source, once.next())
+                    before, now = own["compared"], compared()
+                    names = [name for name in before | now if before.get(name) != now.get(name)]
+                    if names and resume != "anyway":
+                        changed = few([f"{name} was {before.get(name)}, now {now.get(name)}" for name in names])
+                        raise MetaplError(f"{path} was begun otherwise ({changed}); or give resume='anyway'.")
+                    for callback, its in zip(stateful, state["callbacks"], strict=False):
+                        callback.load_state_dict(its)
+                    trainer.load_state_dict(state["trainer"] | {"generator": own["generator"]})
+                    for role, average in averages.items():
+                        average.load_state_dict(state["averages"][role])
+                    ended, seen, best, saved = state["ended"], state["seen"], state["best"], path
+                    for name in feeds.keys() & own["feeds"].keys():
+                        feeds[name].restore(own["feeds"][name])
+                    set_rng_state(own["rng"])  # last: what comes before may draw
+                say(f"resumed at step {done}{'' if phase == 'fit' else f' of phase {phase}'}")
+            elif resumes:
+                say(f"no checkpoint of phase {phase} yet: it begins at its first step")
+            stop, stops = ending.enter_context(stop_requests()), False
+            bar = ending.enter_context(progress(shown, name=phase, start=done, steps=steps))
+            records = Records(out, phase, done, say)
+            ending.callback(records.close)
 
-        def like(name: str, shape: torch.Size) -> Any:
-            layout = known.get(name, known.get(name.rpartition("/")[0]))
-            return layout if layout is not None and layout.shape == shape else None
+            while done < steps and not ended and not stops:
+                # ------------------------------------------------------------------------------------- draw the batches
+                waits, labeled, unlabeled = done < wait, draw("labeled"), None
+                if "unlabeled" in feeds:
+                    # The student that waits takes no steps to look ahead. Copies, for a source may fill the memory of
+                    # one batch with the next.
+                    more = range(0 if waits else trainer.lookahead - 1)
+                    ahead = [pytree.tree_map_only(Tensor, Tensor.clone, plain(draw("unlabeled"))) for _ in more]
+                    unlabeled = draw("unlabeled")
+                    unlabeled = Lookahead([*ahead, unlabeled]) if ahead else unlabeled
 
-        return like
+                # ---------------------------------------------------------------------------------------- take the step
+                rates.move(done)
+                if options.warm_start and done == wait and trainer.teacher is not None:
+                    with kept("teacher") as teacher:
+                        load_whole(trainer.student, weights_of(teacher))
+                    if decay is not None:
+                        averages["student"] = Average(trainer.student, decay)
+                try:
+                    report = (trainer.teacher_step if waits else trainer.step)(labeled, unlabeled)
+                except MetaplError as error:
+                    refuse_bad(done)  # what went wrong before is the reason
+                    raise MetaplError(f"step {done + 1}: {error}") from error
+                done += 1
+                if report.fault.findings:
+                    faults.append((done, report.fault))
+                for role, average in averages.items():
+                    if not (waits and role == "student"):
+                        average.update()
 
-    def _result(self) -> FitResult:
-        """Leave the networks that are kept in place."""
-        trainer, taught, best, metric = self.trainer, None, self.selection.best, self.selection.metric
-        if trainer.teacher is not None:
-            with self._held("teacher") as kept:
-                taught = weights_of(kept)
-            load_whole(trainer.teacher, taught)
-        if not best.weights:
-            with self._held("student") as kept:
-                value, step = self.seen.get(self.selection.row), self.ended or self.options.steps
-                best = Best(value, step, weights_of(kept))
-        load_whole(trainer.student, best.weights)
-        # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
-        history = self.ranks.gathered(self.records.history)[0]
-        return FitResult(best.value, best.step, best.weights, taught, history, None if metric is None else metric.name)
+                # -------------------------------------------------------------------------------- record what it showed
+                logged, validated = options.due(options.log_every, done), options.due(options.validate_every, done)
+                row: dict[str, float] = {}
+                if logged or validated:
+                    refuse_bad(done)
+                if logged:
+                    row |= report.as_dict() | rates.now()
+                    if hasattr(report, "signal"):
+                        scalars = figures(report, trainer.problem, labeled, ranks)
+                        values = torch.stack([t.double() for t in scalars.values()]).tolist()
+                        row |= dict(zip(scalars, values, strict=True))
+                if validated:
+                    row |= look(done)
+                if row:
+                    row = {"step": done} | row
+                    try:
+                        if reasons := call(callbacks, done, row, trainer):
+                            ended, reason = True, "; ".join(filter(None, reasons))
+                            late = "; the student is untrained: it would have begun later" * waits
+                            say(f"stopped after step {done} by a callback{': ' * bool(reason)}{reason}{late}")
+                            row |= {} if validated else look(done)  # as the last step of any fit
+                    finally:  # what a callback raises comes out, and the step was done
+                        records.add(row)
+                    if chosen_by in row:
+                        bar.set_postfix_str(f"validation {row[chosen_by]:.4g}", refresh=False)
+                bar.update()
+
+                # --------------------------------------------------------------------------------------- save, and stop
+                if due := ended or options.due(options.save_every, done):
+                    save(done)
+                # Several processes agree on a stop where numbers are read anyway.
+                stops = (ranks.alone or logged) and ranks.any(bool(stop))
+                if stops and not due:
+                    save(done)
+            if parts is not None:
+                saved = parts.finished() or saved
+        except Exception as error:
+            # A source may know which file a worker has died of; it is asked before the workers are stopped.
+            asked = (getattr(source, "explain", lambda: None)() for source in sources.values())
+            known = next(filter(None, asked), None)
+            if known is None and not (isinstance(error, MetaplError) and saved):
+                raise
+            last = f" (the last good checkpoint is {saved})" if saved else ""
+            raise MetaplError(f"{known or error}{last}") from error
+
+    if stops or stop:
+        raise Interrupted(done, (*stop, signal.SIGTERM)[0], saved)
+
+    # ------------------------------------------------------------------------ leave the networks that are kept in place
+    taught = None
+    if trainer.teacher is not None:
+        with kept("teacher") as network:
+            taught = weights_of(network)
+        load_whole(trainer.teacher, taught)
+    if not best["weights"]:
+        with kept("student") as network:
+            best = {"value": seen.get(chosen_by), "step": done, "weights": weights_of(network)}
+    load_whole(trainer.student, best["weights"])
+    # The first of several processes knows the rows of the earlier parts of a fit that was resumed.
+    history = ranks.gathered(records.history)[0]
+    return FitResult(best["value"], best["step"], best["weights"], taught, history, metric.name if metric else None)

@@ -88,9 +88,9 @@ class FitOptions:
         done = (step - self.warmup) / max(1, steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
 
-    def due(self, every: int, step: int) -> bool:
-        """Whether what is done ``every`` so many steps is done after ``step``; the last one counts."""
-        return (step + 1) % every == 0 or step + 1 == self.steps
+    def due(self, every: int, done: int) -> bool:
+        """Whether what is done ``every`` so many steps is done when so many are; the last one counts."""
+        return done % every == 0 or done == self.steps
 
 
 class Rates:

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
+from metapl.execution.ranks import Ranks
+from metapl.execution.shards import is_sharded
+from metapl.metrics.metric import Metric
+from metapl.runs import checkpoint_parts
 from metapl.runs.generators import rng_state, set_rng_state
+from metapl.training.options import FitOptions, Rates
 
 # Options of a fit, and settings of an optimizer, that do not decide where it goes; the rate is compared as the schedule
 # found it.
@@ -21,39 +26,29 @@ FREE = ("validate_every", "log_every", "save_every", "keep", "num_workers", "pha
 OF_SPEED = ("params", "lr", "foreach", "fused", "capturable", "differentiable", "initial_lr", "param_names")
 
 
-def options_of(run: Any) -> dict[str, Any]:
-    """One flat dict of plain values, which two parts of a fit have in common."""
-    options, trainer, metric = run.options, run.trainer, run.selection.metric
-    found = {name: value for name, value in vars(options).items() if name not in FREE}
+def compared(
+    options: FitOptions,
+    trainer: Any,
+    metric: Metric | None,
+    rates: Rates,
+    data: Mapping[str, Mapping[str, Any]],
+    stateful: Sequence[Any],
+) -> dict[str, str]:
+    """What two parts of a fit have in common, as texts by name: sources, options, settings, callbacks with a state."""
+    found = {f"{name}.{key}": value for name, known in data.items() for key, value in known.items()}
+    found |= {name: value for name, value in vars(options).items() if name not in FREE}
     if options.schedule == "constant" or options.decay_every is not None:
         del found["steps"]  # the rates do not depend on it
-    found |= {"trainer": type(trainer).__name__, "dtype": str(trainer.dtype), "validation": metric is not None}
-    found |= {"metric": metric and metric.name, "mode_of_metric": metric and metric.better}
-    found |= {name: _plain(value) for name, value in trainer.settings().items()}
-    found |= {f"{name}.{key}": value for name, known in run.data.items() for key, value in known.items()}
-    for name, optimizer in run.rates.optimizers.items():
-        for i, (group, rate) in enumerate(zip(optimizer.param_groups, run.rates.base[name], strict=False)):
-            settings = {key: _plain(value) for key, value in group.items() if key not in OF_SPEED}
+    found |= {"trainer": type(trainer).__name__, "dtype": trainer.dtype, **trainer.settings()}
+    found |= {"validation metric": metric and (metric.name, metric.better)}
+    found |= {"callbacks": [type(callback).__name__ for callback in stateful]}
+    for name, optimizer in rates.optimizers.items():
+        for i, (group, rate) in enumerate(zip(optimizer.param_groups, rates.base[name], strict=False)):
+            settings = {key: value for key, value in group.items() if key not in OF_SPEED}
             settings |= {"optimizer": type(optimizer).__name__, "lr": float(rate), "parameters": len(group["params"])}
             found |= {f"{name.removesuffix('_lr')}.{i}.{key}": value for key, value in settings.items()}
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # a frozen dataclass shows its fields
-
-
-def refuse_other(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Stop where a fit was begun otherwise."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        changed = few([f"{name} was {before.get(name)!r:.80}, now {now.get(name)!r:.80}" for name in names])
-        raise MetaplError(f"{file} is of a fit that was begun otherwise ({changed}); or give resume='anyway'.")
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
+    # A frozen dataclass shows its fields; other values may show where they are in memory.
+    return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in found.items()}
 
 
 def about(source: Any, batch: Any) -> dict[str, Any]:
@@ -81,18 +76,8 @@ def digest(batch: Any) -> str:
     return found.hexdigest()
 
 
-# ------------------------------------------------------------------------------------- of several processes together
-
-OWN = ("rng", "feeds", "options")
-
-
-def own_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs between processes."""
-    return {name: state[name] for name in OWN} | {"generator": state["trainer"].get("generator")}
-
-
-def of_this(state: dict[str, Any], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
-    """The state of a fit, by one process or several, with what is of this process.
+def own_state(every: list[dict[str, Any]], trainer: Any, file: Path, sources: Sequence[Any]) -> dict[str, Any]:
+    """Of the states of each process of a fit, the one that this process goes on with.
 
     On another number of processes, each takes the generators of the first one; where the networks have dropout, each
     share seeds the default one anew, from that state and its number.
@@ -100,18 +85,31 @@ def of_this(state: dict[str, Any], trainer: Any, file: Path, sources: Sequence[A
     Raises: :class:`metapl.MetaplError` where the processes are as many as before no longer, and a source serves the
     batches of one process, and not its share of a ``whole`` source.
     """
-    ranks = trainer.ranks
-    if ranks.alone and "ranks" not in state:
-        return state
-    every = state.get("ranks") or [own_state(state)]
-    as_many = len(every) == ranks.processes
-    if not as_many and ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
+    ranks: Ranks = trainer.ranks
+    if len(every) == ranks.processes:
+        return every[ranks.number]
+    if ranks.size > 1 and not all(hasattr(source, "whole") for source in sources):
         raise MetaplError(f"{file} is of a fit in {len(every)} processes with sources of their own; expected as many.")
-    own = every[ranks.number if as_many else 0]
-    parts = [part for network in trainer.networks.values() for part in network.modules()]
-    if not as_many and any(isinstance(part, nn.modules.dropout._DropoutNd) for part in parts):
+    own, parts = every[0], [part for network in trainer.networks.values() for part in network.modules()]
+    if any(isinstance(part, nn.modules.dropout._DropoutNd) for part in parts):
         set_rng_state(own["rng"])
         torch.manual_seed(int(torch.randint(2**62, ())) + ranks.rank)
         own = own | {"rng": rng_state()}
-    held = state["trainer"] | ({"generator": own["generator"]} if "generator" in state["trainer"] else {})
-    return state | {name: own[name] for name in OWN} | {"trainer": held}
+    return own
+
+
+def layouts(trainer: Any, averages: Mapping[str, Any]) -> checkpoint_parts.Like:
+    """The layouts of the sharded tensors of a fit's state, by their names."""
+    state = {"trainer": trainer.live_state(), "averages": {role: one.state_dict() for role, one in averages.items()}}
+    known = checkpoint_parts.layouts(state)
+    # An optimizer's state may not be there yet; it is laid out as its parameters are.
+    optimizers = [k for k, value in state["trainer"].items() if isinstance(value, dict) and "param_groups" in value]
+    for key, optimizer in zip(optimizers, trainer.schedulable, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        known |= {f"trainer/{key}/state/{i}": p for i, p in enumerate(parameters) if is_sharded(p)}
+
+    def like(name: str, shape: torch.Size) -> Any:
+        layout = known.get(name, known.get(name.rpartition("/")[0]))
+        return layout if layout is not None and layout.shape == shape else None
+
+    return like

@@ -1,18 +1,17 @@
-"""Which student is kept: the average of its weights, and the best one by validation."""
+"""Which student is kept: the average of its weights, and the metric that the best one is chosen by."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import as_tensors, length, rows
+from metapl.execution.batch import rows
 from metapl.execution.layout import reshard
 from metapl.execution.rng import RandomState, replayed
 from metapl.execution.shards import as_sharded, laid_out_like, local, whole
@@ -105,70 +104,21 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Best:
-    """The best student so far, by the metric on validation data; the latest of equals."""
-
-    value: float | None = None
-    step: int = 0
-    weights: dict[str, Any] = field(default_factory=dict)
-
-
-class Selection:
-    """Measures the networks on validation data, and remembers the best student.
-
-    Args:
-        trainer: whose networks they are, and which says how a batch is read and judged.
-        validation: a labeled batch, or an iterable of such; None: nothing is looked at.
-        metric: by what they are measured; None: accuracy or the loss, by the kind of problem.
-        select: whether the best student is remembered.
-        say: shows a line.
-    """
-
-    def __init__(self, trainer: Any, validation: Any, metric: Metric | None, select: bool, say: Any) -> None:
-        self.trainer, self.metric, self.select, self.say = trainer, metric, select, say
-        self.validation, self.best = as_tensors(validation, trainer.dtype), Best()
-        self.examples: int | None = None  # that the last values are of
-        if metric is not None and validation is None:
+def metric_for(trainer: Any, validation: Any, metric: Metric | None, select: bool) -> Metric | None:
+    """The metric of the networks on validation data: by default accuracy or the loss, by the kind of problem; None
+    without such data. Data and metric that do not fit are refused, by measuring the student on the first batch."""
+    if validation is None:
+        if metric is not None:
             raise MetaplError(f"the metric {metric.name!r} was given without validation data; expected both.")
-        if select and metric is not None and metric.better is None:
+        return None
+    if isinstance(validation, Iterator):
+        raise MetaplError("validation is an iterator, which is read once; expected a list or a DataLoader.")
+    with replayed(RandomState.now(trainer.device)):
+        first = next(outer_batches(validation, trainer.read_outer, trainer.device, "validation"), None)
+        if first is None:
+            raise MetaplError("validation has no batches; expected at least one example, or None.")
+        metric = metric or default_metric(trainer, first[1], logits_of(trainer.student, [rows(first[0], 0, 2)]))
+        if select and metric.better is None:
             raise MetaplError(f"metric {metric.name!r}: expected mode='max', or mode='min' of an error, beside it.")
-        if isinstance(validation, Iterator):
-            raise MetaplError("validation is an iterator, which is read once; expected a list or a DataLoader.")
-
-    def check(self) -> None:
-        """Measure the student on the first batch, so that data and metric that do not fit are seen before the first
-        step; where no metric was given, find out which it is."""
-        if self.validation is None:
-            return
-        with replayed(RandomState.now(self.trainer.device)):
-            first = next(self._batches(), None)
-            if first is None:
-                raise MetaplError("validation has no batches; expected at least one example, or None.")
-            inputs, batch = first
-            if self.metric is None:
-                self.metric = default_metric(self.trainer, batch, logits_of(self.trainer.student, [rows(inputs, 0, 2)]))
-            self.metric.over(self.trainer, self.trainer.student, [first])
-
-    @property
-    def row(self) -> str:
-        """What a record calls the student's value."""
-        return f"student_validation_{self.metric.name}" if self.metric else ""
-
-    def look(self, role: str, network: nn.Module, step: int) -> dict[str, float]:
-        """The metric of the ``student`` or ``teacher``, or of its average, after ``step`` steps."""
-        assert self.metric is not None
-        # A DataLoader draws from the default generator; looking must not change the training.
-        with replayed(RandomState.now(self.trainer.device)):
-            of = f"the {role} on validation data after step {step}"
-            found = self.metric.measured(self.trainer, network, self._batches(), of)
-        if self.examples not in (None, found.n):
-            self.say(f"note: validation is on {found.n:,} examples, and was on {self.examples:,}: not to be compared")
-        self.examples = found.n
-        if role == "student" and self.select and self.metric.improves(found.value, self.best.value):
-            self.best = Best(found.value, step, weights_of(network))
-        return {f"{role}_validation_{self.metric.name}": found.value}
-
-    def _batches(self) -> Iterator[tuple[Any, Any]]:
-        read = outer_batches(self.validation, self.trainer.read_outer, self.trainer.device, "validation")
-        return ((inputs, batch) for inputs, batch in read if length(inputs))
+        metric.over(trainer, trainer.student, [first])
+    return metric
