@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.checks import logits
@@ -127,7 +126,7 @@ def make_step(
             signal = given.detached()  # a constant for the student
             fields = signal.differentiable()
             if signal.sampled and kind in ("forward", "difference"):  # the expectation over labels, at the drawn ones
-                fields = {"value": F.one_hot(signal.value, signal.probs.shape[-1]).to(signal.probs.dtype)}  # (B, C)
+                fields = {"value": torch.zeros_like(signal.probs).scatter(-1, signal.value[..., None], 1.0)}  # (B, C)
 
             def mean_loss(z: Tensor, theta: Tree, fields: Tree, u: Tensor | float = 1.0) -> Tensor:
                 return (u * problem.inner_loss(z, signal.having(fields), batches[k], theta)).mean()  # of (B,)

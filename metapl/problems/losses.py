@@ -129,8 +129,10 @@ class UDA:
             log_p = F.log_softmax(log_p + self.align * log_ratio_C, -1)
         p = log_p.exp()
         confident = p.amax(-1, keepdim=True) > self.threshold
-        sharp = F.softmax(log_p / self.temperature, -1) if self.temperature else F.one_hot(p.argmax(-1), p.shape[-1])
-        return sharp.to(p.dtype) * confident
+        if self.temperature:
+            return F.softmax(log_p / self.temperature, -1) * confident
+        # Not F.one_hot, which no vmap takes within a derivative.
+        return torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0) * confident
 
     def __call__(
         self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int | Tensor

@@ -281,6 +281,18 @@ def test_stacked_steps_are_single_ones(mode: str, optimizer: str) -> None:
         assert error(a, b) < 1e-6 if mode == "difference" else error(a, b) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_classes_that_are_chosen_within_a_derivative_are_stacked(kind: Any) -> None:
+    """Labels that are drawn, in the mode of the exact feedback, and the targets of FixMatch."""
+    losses = CrossEntropy(), UDA(temperature=0.0, threshold=0.1)
+    step, state = build("forward", problem=metapl.PseudoLabels(kind=kind), teacher_losses=losses).functional()
+    data, noises = [batches("uda", seed=seed) for seed in (0, 1)], [noise_of(0), noise_of(1)]
+    expected = [step(state, *each, noise) for each, noise in zip(data, noises, strict=True)]
+    found = torch.func.vmap(step)(stack([state, state]), *stack(data), torch.stack(noises))
+    for a, b in zip(unstack(found), expected, strict=True):
+        assert error(a, b) < 1e-12
+
+
 def test_32_stacked_seeds_are_32_runs_and_a_run_learns() -> None:
     """By ``functional()`` alone, in the mode whose labels are drawn."""
     step, state = build("reinforce", "nesterov").functional()
