@@ -78,6 +78,7 @@ def hypergradient(
     accumulate: MicroBatches = 1,
     clip_norm: AboveZero | None = None,
     progress: bool = False,
+    compile: bool = False,
     verify: bool | Literal["warn"] = False,
 ) -> Hypergradient:
     r"""The gradient of the labeled loss after the student's step or steps, in the teacher's weights.
@@ -108,6 +109,10 @@ def hypergradient(
         clip_norm: the greatest global norm of the student's gradient in each step; None: no clipping. The clip is part
             of the update, so the feedback includes its derivative.
         progress: show on standard error how far a look-ahead is: the steps, and the steps back; on a terminal alone.
+        compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
+            (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
+            are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated:
+            the graphs of the last call are kept. The first step is compared with the eager one.
         verify: refuse a gradient that is not the derivative of the loss (:func:`metapl.check_gradient`), or ``"warn"``
             of it; the cost of seven to nine steps on copies, more where it is wrong.
 
@@ -145,6 +150,14 @@ def hypergradient(
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
     labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
+    if compile:
+        pure = import_module("metapl.functional.training")
+        pure.check(estimate, problem, of_student, of_teacher, inner_optimizer, accumulate)
+        given = {"clip_norm": clip_norm, "progress": progress}
+        found = pure.differentiate(teacher, student, problem, inner_optimizer, estimate, labeled, ahead, **given)
+        h = tuple(found.feedback) if ahead is unlabeled else found.feedback[0]
+        kept = found.keeping.words(len(ahead)) if ahead is unlabeled else ""
+        return Hypergradient(found.teacher, h, found.inner_loss, found.outer_loss, found.params, None, kept)
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()

@@ -127,17 +127,20 @@ class States:
     def passed(self, path: Any, number: int, v: Any, state_cotangent: Any) -> None: ...
 
     def __init__(self, on: str | None) -> None:
-        self.on, self._held = on, dict[int, tuple[list[Any], Any, list[Any]]]()
+        self.on, self._held = on, dict[int, Any]()
 
     def keep(self, number: int, state: Any) -> None:
-        leaves, structure = pytree.tree_flatten(state)
-        places = [t.device if isinstance(t, Tensor) else None for t in leaves]
         if self.on == "cpu":
-            leaves = [t.cpu() if isinstance(t, Tensor) else t for t in leaves]
-        self._held[number] = leaves, structure, places
+            leaves, structure = pytree.tree_flatten(state)
+            places = [t.device if isinstance(t, Tensor) else None for t in leaves]
+            state = [t.cpu() if isinstance(t, Tensor) else t for t in leaves], structure, places
+        self._held[number] = state
 
     def take(self, number: int) -> Any:
         """A state, which is no longer kept."""
-        leaves, structure, places = self._held.pop(number)
+        state = self._held.pop(number)
+        if self.on != "cpu":
+            return state
+        leaves, structure, places = state
         moved = [t if at is None else t.to(at) for t, at in zip(leaves, places, strict=True)]
         return pytree.tree_unflatten(moved, structure)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def backend_of(device: torch.device) -> dict[str, Any]:
     lean = {"cpp_wrapper": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
     keep = {"guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards]}
     return {"options": BACKEND["options"] | lean | keep}
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Name what cannot be captured by a graph that is called in this block."""
+    try:
+        yield
+    except BaseException as error:
+        torch._C._autograd._saved_tensors_hooks_enable()  # which Dynamo leaves off where a transform fails
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
+        raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
 
 
 class CompiledStep:
@@ -79,23 +95,17 @@ class CompiledStep:
         if draw is not None and probs is not None:
             noise = tuple(gumbel(length(batch), probs.shape[1], probs, draw) for batch in batches)
         try:
-            with torch.no_grad(), no_fast_path():
+            with torch.no_grad(), no_fast_path(), capturing():
                 given = (batches[0], noise and noise[0]) if steps == 1 else (tuple(batches), noise)
                 moved, report = compiled(state, labeled, *given)
                 taken = moved, _wrapped(trainer, report, steps > 1, ahead)
                 if first:
                     refuse_other(state, taken, eager)
-        except BaseException as error:
+        except BaseException:
             start.restore()
-            torch._C._autograd._saved_tensors_hooks_enable()  # which Dynamo leaves off where a transform fails
             if draw is not None:
                 draw.set_state(drawn)
-            from torch._dynamo.exc import TorchDynamoException
-
-            if not isinstance(error, TorchDynamoException):
-                raise
-            said = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
-            raise MetaplError(f"torch.compile cannot take this step: {said}; leave compile out.") from error
+            raise
         if first:
             self.known[self.kind] = compiled, updates, probs, held
         if anew:

@@ -65,9 +65,12 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
             raise MetaplError(f"no loss reaches the {role}'s {name}, which would decay; expected requires_grad=False.")
     ours, loss = seen(*found), expected[1].scalars["inner_loss"]
     for name, tree in seen(*expected).items():
-        gap, size = (
-            norm(t) if tree else 0.0 * loss for t in ({n: ours[name][n].double() - t for n, t in tree.items()}, tree)
-        )
-        rounding = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if name == "h" else 0.0  # of a scalar that cancels
-        if not bool(gap <= AGREES[loss.dtype] * size + rounding):
-            raise MetaplError(f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out.")
+        refuse_gap(name, ours[name], tree, loss, rounding=name == "h")
+
+
+def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool = False) -> None:
+    """Refuse a tree that is not the eager one's values, by norm; ``rounding``: of scalars that cancel."""
+    gap, size = (norm(t) if t else 0.0 * loss for t in ({n: ours[n].double() - t for n, t in eager.items()}, eager))
+    least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0
+    if not bool(gap <= AGREES[loss.dtype] * size + least):
+        raise MetaplError(f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out.")

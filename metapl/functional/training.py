@@ -1,0 +1,409 @@
+r"""A whole training, and its gradient, as two pure functions in a loop: one step, and that step's adjoint.
+
+With the carry c_k = (θ_k, s_k, buffers), the settings η_k of the optimizer and the teacher's weights φ, a step is
+
+.. math:: c_{k+1} = f(c_k, \mathrm{signal}_k(\phi), \eta_k), \qquad k = 0, ..., K-1
+
+and the adjoint takes the cotangents of c_{k+1} to those of c_k, signal_k, η_k and φ, from v = ∇L(θ_K) on. It is *one*
+pullback of f, in which the Hessian product, the feedback h_k = −dL/d(signal_k) and the gradient in the settings are
+found together. Each of the two is compiled once; the loop is Python's, and K is in no graph. The adjoint runs its step
+again from c_k, under the same dropout masks; c_k was kept, or is computed again (:mod:`metapl.feedback.keeping`). As on
+the eager road, a signal reads the student's outputs as constants.
+
+Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and Engstrom, 2025).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution import checks
+from metapl.execution.batch import digest
+from metapl.execution.checks import logits
+from metapl.execution.kernels import no_fast_path
+from metapl.execution.numerics import HALF, Tree, wide
+from metapl.execution.rng import RandomState, branching_to, replayed
+from metapl.feedback import Forward
+from metapl.feedback.hypergradient import hypergradient
+from metapl.feedback.keeping import Keeping, States, keeping
+from metapl.feedback.lookahead import Lookahead
+from metapl.functional.compiled import backend_of, capturing
+from metapl.functional.first_step import refuse_gap
+from metapl.functional.network import Function, tensors_of
+from metapl.functional.state import held, on_value, settings_of
+from metapl.functional.trees import dot, norm
+from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
+from metapl.runs.progress import counted
+from metapl.updates import Clipped, Update, options_of, update_of
+
+OTHER_BATCH = (
+    "the function of Lookahead returned another batch for step {} when it was called again; expected the same batch "
+    "for the same number: torch.Generator().manual_seed(number)."
+)
+NOT_FINITE = (
+    "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead: the steps from there on "
+    "amplify it without bound. Lower the student's learning rate, or differentiate fewer of the last steps, "
+    "Forward(truncate=...)."
+)
+vjp: Any = torch.func.vjp
+grad_and_value, vmap = torch.func.grad_and_value, torch.func.vmap
+Settings = list[dict[str, Any]]  # of each param group, as 0-D tensors
+
+
+class Carry(NamedTuple):
+    """What a step hands to the next."""
+
+    params: Tree  # θ
+    optimizer: Any  # s
+    state: Tree  # the student's buffers and frozen parameters
+    teacher_state: Tree
+
+
+class Cotangents(NamedTuple):
+    """dL/dθ and dL/ds of a carry, and dL/dφ by the steps from there on; of M outer losses, with a first dimension M."""
+
+    params: Tree
+    optimizer: Any
+    teacher: Tree
+
+
+def make_training(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: Problem,
+    update: Update,  # U of the student, perhaps behind a clip
+    kept: Sequence[dict[str, Any]],  # what its param groups hold besides the settings
+    *,
+    in_settings: bool = False,  # whether the gradient in these is asked for
+    several: bool = False,  # whether the cotangents are of M outer losses
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """``step(φ, carry, batch, settings) -> (carry, loss, signal)``, and ``adjoint(φ, carry, batch, settings, bars,
+    nudge) -> (bars, dL/d(signal), dL/d(settings), ‖dL/dθ‖)``, where ``nudge`` holds zeros in the shapes of the signal's
+    differentiable fields."""
+    T, S, enters = Function(teacher), Function(student), enters_input(problem)
+
+    def moved(
+        theta: Tree, s: Any, phi: Tree, nudge: Tree, settings: Settings, carry: Carry, batch: Any
+    ) -> tuple[tuple[Tree, Any], Any]:
+        """(θ′, s′) as a function of all that a gradient may be in; and the buffers, the loss and the signal."""
+
+        def run(theta: Tree, *entering: Signal) -> tuple[Tensor, Tree]:
+            x = problem.student_input(batch, *entering)
+            z, left = S.at(theta, carry.state, lambda network: network(x))
+            return wide(logits(z, "student")), left  # (B, ...)
+
+        def asked(z: Tensor | None) -> tuple[Signal, Tree]:
+            found: tuple[Signal, Tree] = T.at(
+                phi, carry.teacher_state, lambda network: problem.signal(network, batch, z, generator=None)
+            )
+            fields = {name: t + nudge[name] for name, t in found[0].differentiable().items() if name in nudge}
+            return found[0].having(fields), found[1]
+
+        def mean_loss(z: Tensor, theta: Tree) -> Tensor:
+            return problem.inner_loss(z, signal, batch, theta).mean()  # of (B,)
+
+        if enters:
+            signal, teacher_left = asked(None)
+            z, pull, left = vjp(lambda theta: run(theta, signal), theta, has_aux=True)
+        else:
+            z, pull, left = vjp(run, theta, has_aux=True)
+            signal, teacher_left = asked(z.detach())
+        (c, direct), loss = grad_and_value(mean_loss, (0, 1))(z, theta)
+        g = {name: t + direct[name] for name, t in pull(c)[0].items()}  # ∇_θ (1/B) Σ ℓ_i
+        rates = [{**group, **now} for group, now in zip(kept, settings, strict=True)]
+        return update.update(theta, g, s, rates), (left, teacher_left, loss.detach(), held(signal.detached()))
+
+    def step(phi: Tree, carry: Carry, batch: Any, settings: Settings) -> tuple[Carry, Tensor, dict[str, Any]]:
+        with autocast(), sdpa_kernel(SDPBackend.MATH):
+            (theta, s), (left, of_teacher, loss, signal) = moved(
+                carry.params, carry.optimizer, phi, {}, settings, carry, batch
+            )
+        return Carry(theta, s, left, of_teacher), loss, signal
+
+    def adjoint(phi: Tree, carry: Carry, batch: Any, settings: Settings, bars: Cotangents, nudge: Tree) -> Any:
+        def of(theta: Tree, s: Any, phi: Tree, nudge: Tree, *rates: Settings) -> Any:
+            return moved(theta, s, phi, nudge, rates[0] if rates else settings, carry, batch)
+
+        given = carry.params, carry.optimizer, phi, nudge, *([settings] if in_settings else [])
+        with autocast(), sdpa_kernel(SDPBackend.MATH):
+            _, pull, _ = vjp(of, *given, has_aux=True)
+            found = (vmap(pull) if several else pull)((bars.params, bars.optimizer))
+        before = Cotangents(found[0], found[1], {name: t + found[2][name] for name, t in bars.teacher.items()})
+        return before, found[3], found[4] if in_settings else None, norm(before.params)
+
+    return step, adjoint
+
+
+def check(mode: Any, problem: Problem, student: Any, teacher: Any, optimizer: Any, accumulate: int) -> None:
+    """Refuse what the two graphs do not take, in one line; the networks are given as their layouts."""
+    own = mode.name not in ("forward", "unrolled") or getattr(mode, "normalization", "gradient") != "gradient"
+    spread = [role for role in (student, teacher) if role is not None and role.kind != "plain"]
+    short = [t.dtype for t in student.parameters().values() if t.dtype in HALF]
+    refused = {
+        f"{mode!r}; expected Forward() or Unrolled(), in the gradient's own units": own,
+        "accumulate": accumulate > 1,
+        "several processes": spread or not student.ranks.alone,
+        "a TorchOpt transform; expected torch.optim's": not isinstance(optimizer, torch.optim.Optimizer),
+        "a problem that revises its signal": has_own(problem, "revised_signal"),
+        "weights in half precision": short,
+    }
+    for what in (what for what, is_so in refused.items() if is_so):
+        raise MetaplError(f"compile=True was given with {what}; leave compile out.")
+
+
+class Compiled(NamedTuple):
+    """The two functions of one training."""
+
+    step: Callable[..., Any]
+    adjoint: Callable[..., Any]
+    update: Any  # of torch.optim
+    of: Any  # what they are known by may not be freed
+    checked: list[bool]  # whether the first step has been compared with the eager one
+
+
+_KNOWN: dict[Any, Compiled] = {}  # those of the last training: a second call compiles nothing
+
+
+def compiled_training(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: Problem,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float | None,
+    in_settings: bool,
+    several: bool,
+) -> Compiled:
+    """The functions of :func:`make_training`, compiled where the last ones were of anything else."""
+    modules = [part for network in (teacher, student) if network is not None for part in network.modules()]
+    weights = [p for network in (teacher, student) if network is not None for p in network.parameters()]
+    device = next(student.parameters()).device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    update: Any = update_of(optimizer, {name: p for name, p in student.named_parameters() if p.requires_grad})
+    groups = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(optimizer)]
+    of = teacher, student, problem, optimizer, *modules, *weights
+    flags = [part.training for part in modules], [p.requires_grad for p in weights]
+    key = (*map(id, of), str((flags, groups, clip_norm, in_settings, several, dtype)))
+    if key not in _KNOWN:
+        _KNOWN.clear()
+        space: Any = SimpleNamespace(dot=dot, norm=norm)
+        rule = update if clip_norm is None else Clipped(update, clip_norm, space)
+        # Without the cache, which would keep casts of tensors inside a transform.
+        cast = nullcontext if dtype is None else partial(torch.autocast, device.type, dtype, cache_enabled=False)
+        both = make_training(
+            teacher, student, problem, rule, groups, in_settings=in_settings, several=several, autocast=cast
+        )
+        for function in both:
+            function.__code__ = function.__code__.replace()  # Dynamo counts graphs by code object
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # while Inductor is imported
+            step, adjoint = (torch.compile(f, fullgraph=True, dynamic=False, **backend_of(device)) for f in both)
+        _KNOWN[key] = Compiled(step, adjoint, update, of, [])
+    return _KNOWN[key]
+
+
+class Gradient(NamedTuple):
+    """What :func:`differentiate` returns."""
+
+    outer_loss: Tensor  # L(θ_K); of M outer losses, here and below, with a first dimension M
+    feedback: list[Any]  # h_k = −dL/d(signal_k), as the value of the signal is
+    teacher: Tree  # dL/dφ
+    start: Tree  # dL/dθ_0
+    settings: list[Any]  # dL/dη_k, as the settings are
+    params: Tree  # θ_K
+    inner_loss: Tensor  # the mean over the steps
+    keeping: Keeping
+
+
+def differentiate(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: Problem,
+    optimizer: torch.optim.Optimizer,
+    mode: Any,  # Forward or Unrolled
+    outer: Any,
+    ahead: Lookahead,
+    *,
+    clip_norm: float | None = None,
+    wrt: Sequence[str] = (),  # names of settings
+    judging: Sequence[Problem] = (),  # for the outer losses of M examples, in the place of the problem's
+    progress: bool = False,
+) -> Gradient:
+    """The gradient of L(θ_K) through K compiled steps. Networks and optimizer stay as they are; generators advance as
+    in the steps. The first call compares both graphs with the eager road, over one step."""
+    steps, device, judged = len(ahead), next(student.parameters()).device, problem.outer_batch(outer)
+    made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
+    if not made.checked:
+        made.checked.append(True)
+        given: Any = {"clip_norm": clip_norm, "judging": judging, "wrt": wrt}
+        refuse_other_training(
+            partial(differentiate, teacher, student, problem, optimizer, Forward(), outer, **given),
+            partial(
+                hypergradient,
+                teacher,
+                student,
+                labeled=outer,
+                problem=judging[0] if judging else problem,
+                inner_optimizer=optimizer,
+                clip_norm=clip_norm,
+            ),
+            Lookahead([ahead[0]], schedule=ahead.schedule),
+            device,
+        )
+    options = ahead.options(optimizer) or [options_of(optimizer)] * steps
+    update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
+    # A number that is 0 in all steps leaves a part of the rule out.
+    names = [
+        {n for n in update.numbers if n in wrt or any(now[n] != 0 for now in groups)}
+        for groups in zip(*options, strict=True)
+    ]
+    rates = [
+        settings_of([{n: now[n] for n in own} for own, now in zip(names, groups, strict=True)], device)
+        for groups in (options if ahead.schedule else options[:1])
+    ]
+    networks = {"state": student, "teacher_state": teacher}
+    frozen = {
+        field: [] if network is None else [n for n, p in network.named_parameters() if not p.requires_grad]
+        for field, network in networks.items()
+    }
+    (theta, state), (phi, teacher_state) = tensors_of(student), tensors_of(teacher)
+    carry = Carry(theta, update.complete_state(), state, teacher_state)
+    moving = [t for field, constant in frozen.items() for n, t in getattr(carry, field).items() if n not in constant]
+    size = sum(t.nbytes for t in pytree.tree_leaves((theta, carry.optimizer, moving)))
+    how, on = getattr(mode, "keep", None) or getattr(mode, "keep_every", None), getattr(mode, "keep_on", None)
+    chosen = keeping(steps, size, device, how, on)
+    states, digests, losses = States(chosen.on), dict[int, Tensor](), list[Tensor]()
+    zeros = dict[Any, Tree]()  # in the shapes of a signal's fields, by those of the batch
+    value: Any = None  # of the last signal
+
+    def batch_of(number: int) -> Any:
+        """A batch; one that a function returns is refused where it is not the same when it is read again."""
+        if not callable(ahead.batches):
+            return ahead[number]
+        with replayed(RandomState.now(device)):  # a function may seed the default generator
+            batch = ahead[number]
+        if bool(digests.setdefault(number, found := digest(batch)) != found):
+            raise MetaplError(OTHER_BATCH.format(number))
+        return batch
+
+    def stepped(number: int, carry: Carry) -> tuple[Carry, Tensor]:
+        nonlocal value
+        batch = batch_of(number)
+        after, loss, signal = made.step(phi, carry, batch, rates[number % len(rates)])
+        value, shapes = signal["value"], shapes_of(batch)
+        if shapes not in zeros:
+            if "log_prob" in signal:
+                raise MetaplError("compile=True was given with a signal that is drawn; leave compile out.")
+            zeros[shapes] = {n: torch.zeros_like(t) for n, t in Signal(**signal).differentiable().items()}
+        for field, constant in frozen.items():  # held once, where they have not moved
+            old, new = getattr(carry, field), getattr(after, field)
+            same = {n: old[n] for n in constant if torch.equal(old[n], new[n])}
+            after = after._replace(**{field: new | same}) if same else after
+        return after, loss
+
+    def walked(begin: int, end: int, carry: Carry, spacing: int, again: bool = False) -> Carry:
+        """The carry after some steps, of which every ``spacing``-th is kept, with the generators before it; ``again``:
+        it is not needed after the last one."""
+        for number in range(begin, end):
+            if (number - begin) % spacing == 0:
+                states.keep(number, (carry, RandomState.now(device)))
+            if not again or number < end - 1:
+                carry, loss = stepped(number, carry)
+            if not again:
+                losses.append(loss)
+                checks.refuse_not_finite(loss, f"the inner loss is NaN or infinite in step {number} of the look-ahead.")
+                tell(number)
+        return carry
+
+    def backwards(begin: int, end: int, spacing: int, *finer: int) -> Iterator[tuple[int, Carry, RandomState]]:
+        """The steps from the last to the first, with their carries: each block between two kept ones is walked again,
+        and keeps its own."""
+        for start in reversed(range(begin, end, spacing)):
+            stop = min(start + spacing, end)
+            if stop <= first:
+                return
+            held, random = states.take(start)
+            if spacing == 1:
+                yield start, held, random
+                continue
+            random.restore()
+            walked(start, stop, held, finer[0], again=True)
+            yield from backwards(start, stop, *finer)
+
+    def outer_losses(theta: Tree) -> Tensor:
+        z, _ = student_at.at(theta, carry.state, lambda network: network(problem.outer_input(judged)))
+        z = wide(logits(z, "student"))
+        found = [sum_and_weight(one.outer_loss(z, judged)) for one in judging or [problem]]
+        L = torch.stack([total / weight for total, weight in found])
+        return L if judging else L[0]
+
+    begun, spacings, student_at = RandomState.now(device), (*chosen.spacings, 1), Function(student)
+    feedback, in_settings = list[Any](), list[Any]()
+    try:
+        with torch.no_grad(), no_fast_path(math=True), capturing():
+            with counted(progress, steps, "steps", 0) as tell:
+                carry = walked(0, steps, carry, spacings[0])
+            ended = RandomState.now(device)
+            with replayed(ended.branch()):
+                L, pull = vjp(outer_losses, carry.params)
+                v = vmap(pull)(torch.eye(len(L)).to(L))[0] if judging else pull(torch.ones_like(L))[0]
+            nothing = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, phi))
+            bars = Cotangents(v, *nothing)
+            with counted(progress, steps - first, "steps back", 0) as tell:
+                for number, held, random in backwards(0, steps, *spacings):
+                    if number < first:
+                        break
+                    random.restore()
+                    batch = batch_of(number)
+                    bars, h, of_rates, norm_of = made.adjoint(
+                        phi, held, batch, rates[number % len(rates)], bars, zeros[shapes_of(batch)]
+                    )
+                    checks.refuse_not_finite(norm_of, NOT_FINITE.format(number))
+                    feedback.append(on_value({name: -t for name, t in h.items()}, value))
+                    in_settings.append(of_rates)
+                    tell(number)
+    except BaseException:
+        begun.restore()
+        raise
+    ended.restore()
+    feedback += [pytree.tree_map(torch.zeros_like, feedback[-1])] * first
+    mean = torch.stack(losses).mean()
+    return Gradient(L, feedback[::-1], bars.teacher, bars.params, in_settings[::-1], carry.params, mean, chosen)
+
+
+def shapes_of(batch: Any) -> tuple[Any, ...]:
+    return tuple(t.shape for t in pytree.tree_leaves(batch) if isinstance(t, Tensor))
+
+
+def refuse_other_training(
+    compiled: Callable[..., Gradient], eager: Callable[..., Any], ahead: Lookahead, device: torch.device
+) -> None:
+    """Refuse graphs whose gradient through one step is not that of the eager road. No generator moves."""
+    start = RandomState.now(device)
+    try:
+        ours = compiled(ahead)
+        after = RandomState.now(device)
+        start.restore()
+        with branching_to(after.branch()):
+            expected = eager(unlabeled=ahead)
+    finally:
+        start.restore()
+    h, loss = ours.feedback[0], expected.inner_loss
+    if ours.outer_loss.ndim:  # of several outer losses, by the first
+        h = pytree.tree_map(lambda t: t[0], h)
+    pairs = {"h": (h, expected.feedback[0]), "the outer loss": (ours.outer_loss.flatten()[0], expected.outer_loss)}
+    pairs |= {"the teacher's gradient": (ours.teacher, expected.grads)}
+    for name, (found, tree) in pairs.items():
+        ours_by_place, eager_by_place = (dict(enumerate(pytree.tree_leaves(t))) for t in (found, tree))
+        refuse_gap(name, ours_by_place, eager_by_place, loss, rounding=name == "h")

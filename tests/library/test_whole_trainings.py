@@ -1,0 +1,187 @@
+"""Whole trainings on the pure road: one step and its adjoint, beside the eager road."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchopt
+from reference import error
+from torch import Tensor, nn
+
+import metapl
+from metapl import Lookahead, MetaplError
+from metapl.feedback import Forward, Unrolled
+from metapl.functional import training
+from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
+
+STEPS = 7
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: SGD(p, lr=0.1),
+    "momentum": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "dampened": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, eps=1e-3, weight_decay=1e-2),
+    "adamw": lambda p: ADAMW(p, lr=0.01, eps=1e-3),
+    "groups": lambda p: SGD([{"params": [q]} | ({"lr": 0.02} if q.ndim > 1 else {}) for q in p], lr=0.1, momentum=0.5),
+}
+
+
+class Mixed(metapl.problems.base.Problem):
+    """The teacher mixes the student's inputs, so that the signal enters them."""
+
+    def signal(self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch[0]).softmax(-1))
+
+    def student_input(self, batch: Any, signal: Any = None) -> Tensor:
+        x: Tensor = batch[0]
+        return x if signal is None else x * signal.value.sum(-1, keepdim=True) + 0.1 * signal.value.repeat(1, 2)
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_input(self, batch: Any) -> Tensor:
+        x: Tensor = batch[0]
+        return x
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(number)
+    return torch.randn(8, 6, generator=draw).double(), torch.randint(0, 3, (8,), generator=draw)
+
+
+def network(*, drops: bool = True, frozen: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2 * drops), nn.Linear(16, 3))
+    made[0].weight.requires_grad_(not frozen)
+    return made.double()
+
+
+def teacher_of(problem: Any) -> nn.Module | None:
+    torch.manual_seed(1)
+    if problem is not None and not problem.has_teacher:
+        return None
+    return (WeightNet() if isinstance(problem, MetaWeightNet) else nn.Linear(6, 3)).double()
+
+
+PROBLEMS: dict[str, Callable[[], Any]] = {
+    "weights": EqualWeights,
+    "pseudo_labels": metapl.PseudoLabels,
+    "reads_the_student": MetaWeightNet,
+    "enters_the_input": Mixed,
+}
+KEEPS = {
+    "all": Forward(keep_every=1),
+    "every_third": Forward(keep_every=3),
+    "host": Forward(keep_every=2, keep_on="cpu"),
+    "truncated": Forward(truncate=3),
+    "unrolled": Unrolled(),
+}
+QUICK = (1, 3, 4, 8)
+# By pairs: optimizer, problem, way of keeping, clip, schedule, whether a layer is frozen.
+ROWS = [
+    ("sgd", "weights", "all", None, False, False),
+    ("momentum", "pseudo_labels", "every_third", 0.5, True, True),
+    ("nesterov", "reads_the_student", "host", None, True, False),
+    ("dampened", "enters_the_input", "all", 0.5, False, True),
+    ("adam", "weights", "every_third", 0.5, True, False),
+    ("adamw", "pseudo_labels", "all", None, True, True),
+    ("groups", "weights", "host", 0.5, True, True),
+    ("adam", "enters_the_input", "truncated", None, False, False),
+    ("adamw", "reads_the_student", "unrolled", 0.5, False, False),
+    ("groups", "pseudo_labels", "truncated", None, False, False),
+]
+
+
+@pytest.fixture(autouse=True)
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, where the mechanics matter."""
+    if "inductor" not in request.node.name:
+        monkeypatch.setattr(training, "backend_of", lambda device: {"backend": "aot_eager"})
+
+
+def both(problem: Any, optimizer: str, mode: Any, student: nn.Module, **given: Any) -> list[metapl.Hypergradient]:
+    """The gradient by the eager road and by the two graphs, and the generators where each leaves them."""
+    inner, teacher, found = OPTIMIZERS[optimizer](student.parameters()), teacher_of(problem), []
+    inputs = (lambda pair: pair[0]) if isinstance(problem, metapl.PseudoLabels) else (lambda pair: pair)
+    scheduled = torch.optim.lr_scheduler.ExponentialLR(inner, 0.8) if given.pop("schedule", False) else None
+    for compile in (False, True):
+        torch.manual_seed(5)
+        ahead = Lookahead(lambda k: inputs(batch(k)), steps=given.get("steps", STEPS), schedule=scheduled)
+        more: Any = {"clip_norm": given.get("clip_norm"), "mode": mode, "problem": problem, "compile": compile}
+        more |= {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner}
+        found.append((metapl.hypergradient(teacher, student, **more), torch.get_rng_state()))
+    assert torch.equal(found[0][1], found[1][1])
+    return [result for result, _ in found]
+
+
+def compared(eager: metapl.Hypergradient, pure: metapl.Hypergradient, most: float) -> None:
+    assert error({"L": pure.outer_loss, "l": pure.inner_loss}, {"L": eager.outer_loss, "l": eager.inner_loss}) < most
+    assert error(pure.student_params, eager.student_params) < most
+    assert error(dict(enumerate(pure.feedback)), dict(enumerate(eager.feedback))) < most
+    assert pure.grads.keys() == eager.grads.keys()
+    assert not eager.grads or error(pure.grads, eager.grads) < most
+    assert pure.kept == eager.kept
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "problem", "keep", "clip", "schedule", "frozen"),
+    [row if i in QUICK else pytest.param(*row, marks=pytest.mark.long) for i, row in enumerate(ROWS)],
+)
+def test_two_graphs_give_the_eager_gradient(
+    optimizer: str, problem: str, keep: str, clip: float | None, schedule: bool, frozen: bool
+) -> None:
+    student = network(drops=problem != "enters_the_input", frozen=frozen)
+    before = copy.deepcopy(student.state_dict())
+    eager, pure = both(PROBLEMS[problem](), optimizer, KEEPS[keep], student, clip_norm=clip, schedule=schedule)
+    if keep == "unrolled":
+        pure = metapl.Hypergradient(**{**vars(pure), "kept": eager.kept})
+    compared(eager, pure, 1e-9)
+    assert error(before, student.state_dict()) == 0
+    assert all(torch.equal(before[name], t) for name, t in student.state_dict().items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_gives_the_eager_gradient_and_keeps_its_graphs() -> None:
+    problem, student = EqualWeights(), network()
+    compared(*both(problem, "momentum", Forward(keep_every=2), student), 1e-9)
+    (graphs,) = training._KNOWN.values()
+    optimizer = graphs.update.optimizer
+    for steps in (3, 5):  # of another length, by the same graphs
+        ahead = Lookahead(batch, steps=steps)
+        given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": optimizer, "problem": problem}
+        metapl.hypergradient(None, student, compile=True, **given)
+    assert [*training._KNOWN.values()] == [graphs]
+
+
+def test_what_two_graphs_do_not_take_is_refused_in_one_line() -> None:
+    student = network()
+    inner = SGD(student.parameters(), lr=0.1)
+    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=3), "problem": EqualWeights()}
+    state = torch.get_rng_state()
+    wrong: list[dict[str, Any]] = [
+        {"mode": "none"},
+        {"mode": Forward(normalization="learning_rate")},
+        {"accumulate": 2},
+    ]
+    wrong += [{"inner_optimizer": torchopt.sgd(0.1)}]
+    nan, numbers = (batch(2)[0] * torch.nan, batch(2)[1]), itertools.count()
+    words = {
+        "compile": wrong,
+        "step 2": [{"inner": Lookahead([batch(0), batch(1), nan, batch(3)])}],
+        "another batch": [{"inner": Lookahead(lambda k: batch(next(numbers)), steps=3)}],
+    }
+    for word, each in words.items():
+        for change in each:
+            with pytest.raises(MetaplError, match=word):
+                metapl.hypergradient(None, student, **given | {"inner_optimizer": inner} | change, compile=True)
+    assert torch.equal(state, torch.get_rng_state())
