@@ -152,8 +152,7 @@ def hypergradient(
     check_mode(estimate, len(batches), problem, of_student)
     if compile:
         pure = import_module("metapl.functional.training")
-        pure.check(estimate, problem, of_student, of_teacher, inner_optimizer, accumulate)
-        given = {"clip_norm": clip_norm, "progress": progress}
+        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress}
         found = pure.differentiate(teacher, student, problem, inner_optimizer, estimate, labeled, ahead, **given)
         h = tuple(found.feedback) if ahead is unlabeled else found.feedback[0]
         kept = found.keeping.words(len(ahead)) if ahead is unlabeled else ""

@@ -32,6 +32,7 @@ from metapl.execution import checks
 from metapl.execution.batch import digest
 from metapl.execution.checks import logits
 from metapl.execution.kernels import no_fast_path
+from metapl.execution.layout import layouts
 from metapl.execution.numerics import HALF, Tree, wide
 from metapl.execution.rng import RandomState, branching_to, replayed
 from metapl.feedback import Forward
@@ -238,11 +239,14 @@ def differentiate(
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),  # names of settings
     judging: Sequence[Problem] = (),  # for the outer losses of M examples, in the place of the problem's
+    accumulate: int = 1,
     progress: bool = False,
 ) -> Gradient:
     """The gradient of L(θ_K) through K compiled steps. Networks and optimizer stay as they are; generators advance as
     in the steps. The first call compares both graphs with the eager road, over one step."""
-    steps, device, judged = len(ahead), next(student.parameters()).device, problem.outer_batch(outer)
+    of_teacher, of_student, device = layouts(teacher, student)
+    check(mode, problem, of_student, of_teacher, optimizer, accumulate)
+    steps, judged = len(ahead), problem.outer_batch(outer)
     made = compiled_training(teacher, student, problem, optimizer, clip_norm, bool(wrt), bool(judging))
     if not made.checked:
         made.checked.append(True)

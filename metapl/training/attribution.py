@@ -14,6 +14,7 @@ loss is to first order L + Σ_{i∈R} score_i.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +33,10 @@ from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
 from metapl.feedback.hypergradient import hypergradient
-from metapl.feedback.keeping import folder_of
+from metapl.feedback.keeping import SHARE, folder_of, free_bytes
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.resuming import generators_at_start
+from metapl.functional.training import differentiate
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
@@ -42,6 +44,8 @@ from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.progress import counted
 from metapl.updates import options_by_step
 from metapl.words import summary
+
+EQUAL_WEIGHTS = EqualWeights()  # one, by which compiled graphs are known again
 
 
 class DatamodelingScore(NamedTuple):
@@ -150,6 +154,7 @@ def attribute(
     each: bool = False,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
+    compile: bool = False,
     progress: bool = True,
 ) -> Attribution:
     r"""What each training example does to the outer loss, through a whole training.
@@ -173,6 +178,8 @@ def attribute(
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds. With
             ``Forward(keep_on=folder)`` the same call goes on after a kill.
         clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
+        compile: one step and its adjoint as two compiled graphs, as for :func:`metapl.hypergradient`; with ``each``,
+            the adjoint takes all M outer losses at once, in the memory of M sets of weights and optimizer states.
         progress: show on standard error how far it is, where that is a terminal.
 
     Returns: an :class:`Attribution`.
@@ -200,7 +207,7 @@ def attribute(
     check_arguments(attribute, locals())
     first = next(student.parameters())
     data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
-    problem, mode = problem or EqualWeights(), mode or Forward()
+    problem, mode = problem or EQUAL_WEIGHTS, mode or Forward()
     if type(problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
         raise MetaplError(f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal.")
     if each and folder_of(mode.keep_on):
@@ -213,25 +220,29 @@ def attribute(
     start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
     outer_batch = judged[torch.arange(len(judged))]
     judging = [_of_example(problem, number) for number in range(len(judged))] if each else [problem]
-    scores, losses = list[Tensor](), list[Tensor]()
-    for own in judging:
+    given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress}
+    scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
+    at_once = len(judging) if compile else 1
+    if compile and each:  # as many as half of the memory that is free holds the cotangents of
+        size = 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
+        at_once = max(1, min(at_once, int(SHARE * (free_bytes(first.device) or math.inf) / size)))
+    for begin in range(0, len(judging), at_once):
         if scores:
             start.restore()  # the dropout masks of the same training
-        result = hypergradient(
-            None,
-            student,
-            outer=outer_batch,
-            inner=ahead,
-            mode=mode,
-            problem=own,
-            inner_optimizer=optimizer,
-            clip_norm=clip_norm,
-            progress=progress,
-        )
-        scores.append(wide(first.new_zeros(len(data))))
-        for chosen, h in zip(order.to(first.device), result.feedback, strict=True):
-            scores[-1].index_add_(0, chosen, h.to(scores[-1]))
-        losses.append(result.outer_loss)
+        own = judging[begin : begin + at_once]
+        if compile:
+            judged_by: dict[str, Any] = {"judging": own} if each else {}
+            graphs = differentiate(None, student, problem, optimizer, mode, outer_batch, ahead, **judged_by, **given)
+            feedback, L, theta, kept = graphs.feedback, graphs.outer_loss, graphs.params, graphs.keeping.words(steps)
+        else:
+            given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": optimizer}
+            eager = hypergradient(None, student, problem=own[0], **given)
+            feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
+        found = wide(first.new_zeros(len(data), len(own)))
+        for chosen, h in zip(order.to(first.device), feedback, strict=True):
+            found.index_add_(0, chosen, h.reshape(len(own), -1).T.to(found))  # h is (B,), or (M, B)
+        scores += found.T.unbind()
+        losses += L.flatten().unbind()
 
     # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
     left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
@@ -265,8 +276,8 @@ def attribute(
         found = torch.stack([total / weight for total, weight in pairs])
         return found if each else found[0]
 
-    found = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    return Attribution(found[0], order, found[1], result.student_params, result.kept, losses_with)
+    by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
+    return Attribution(by_loss, order, L, theta, kept, losses_with)
 
 
 class _Rows:

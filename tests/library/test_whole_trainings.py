@@ -185,3 +185,17 @@ def test_what_two_graphs_do_not_take_is_refused_in_one_line() -> None:
             with pytest.raises(MetaplError, match=word):
                 metapl.hypergradient(None, student, **given | {"inner_optimizer": inner} | change, compile=True)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("each", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_the_scores_of_examples_are_those_of_the_eager_road(each: bool) -> None:
+    student, train = network(), batch(1)
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(5)
+        given: Any = {"optimizer": SGD(student.parameters(), lr=0.1, momentum=0.9), "steps": 5, "batch_size": 4}
+        given |= {"each": each, "compile": compile, "progress": False}
+        found.append(metapl.attribute(student, train, batch(2), **given))
+    eager, pure = ({"scores": a.scores, "L": a.outer_loss, **a.student_params} for a in found)
+    assert error(pure, eager) < 1e-9
+    assert found[1].scores.shape == ((8, 8) if each else (8,))
