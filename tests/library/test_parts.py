@@ -73,8 +73,7 @@ def test_old_ones_go_when_a_new_one_is_whole_and_what_kills_left_goes_too(writer
     assert load(newest.path)["trainer"]["student"]["weight"].unique().tolist() == [5.0]
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
-def test_one_with_a_damaged_file_is_passed_over(writer: PartsWriter, how: str) -> None:
+def test_one_with_a_damaged_file_is_passed_over(writer: PartsWriter) -> None:
     written(writer, 1)
     whole = written(writer, 2)
     files = {path: path.read_bytes() for path in whole.iterdir()}
@@ -82,11 +81,12 @@ def test_one_with_a_damaged_file_is_passed_over(writer: PartsWriter, how: str) -
     for path, content in files.items():
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
-        path.unlink() if how == "missing" else path.write_bytes(flipped if how == "flipped" else content[:middle])
-        newest = CheckpointFolder(writer.checkpoints.folder).newest(check)
-        assert newest is not None
-        assert load(newest.path)["step"] == 1
-        path.write_bytes(content)
+        for broken in (content[:middle], None, *([flipped] if path.name == "rest.ckpt" else [])):
+            path.unlink() if broken is None else path.write_bytes(broken)
+            newest = CheckpointFolder(writer.checkpoints.folder).newest(check)
+            assert newest is not None
+            assert load(newest.path)["step"] == 1
+            path.write_bytes(content)
     assert load(whole)["step"] == 2
 
 
