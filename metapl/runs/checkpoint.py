@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ class DamagedError(CheckpointError):
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a tree of dicts, lists and tuples whose leaves are tensors, numbers, strings and None.
 
-    Cost: one copy of the tensors on the host, where they are elsewhere; for a moment room for the old file and the new.
+    Cost: one copy of the tensors on the host; for a moment room for the old file and the new.
 
     Raises: :class:`CheckpointError` for other leaves, and where the disk refuses; what had the name before is then as
     it was.
@@ -52,24 +52,17 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     >>> load(path)
     {'step': 3, 'weights': tensor([1., 1.])}
     """
-    tensors, memories = dict[str, Tensor](), set[int]()
+    tensors = dict[str, Tensor]()
     tree = json.dumps(encoded(state, tensors))
-    for name, t in tensors.items():
-        t = t.resolve_conj().resolve_neg().cpu().contiguous()
-        # A file of safetensors has no tensor in a part of another's memory, nor two in one.
-        memory = t.untyped_storage()
-        tensors[name] = t.clone() if memory.nbytes() != t.nbytes or memory.data_ptr() in memories else t
-        memories.add(memory.data_ptr())
+    # Copies, since a file of safetensors has no two tensors in one memory, nor one in a part of another's.
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t) for name, t in tensors.items()}
     about = {"metapl": FORMAT, "tree": tree, "sha256": _digest(FORMAT, tree, tensors)}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as file:
             safetensors.torch.save_file(tensors, file.name, about)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} could not be written: {error}. Nothing was left behind, and earlier checkpoints are as they were; "
-            "free some room, or choose another folder"
-        ) from error
+        raise CheckpointError(f"{path} could not be written, and is as it was: {error}") from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -80,32 +73,29 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        kind = CheckpointError if isinstance(error, PermissionError) else DamagedError
-        raise kind(f"{path} cannot be read: {error.strerror}") from error
-    if content.startswith(b"metapl-checkpoint "):
-        raise CheckpointError(f"{path} was written by metapl 0.2, which reads it: end the run with that")
-    try:
-        size = int.from_bytes(content[:8], "little")
-        about = json.loads(content[8 : 8 + size])["__metadata__"]
-        tensors = safetensors.torch.load(content)
-        if _digest(about["metapl"], about["tree"], tensors) != about["sha256"]:
-            raise ValueError("it has another checksum than when it was written")
-        if about["metapl"] == FORMAT:
-            state: dict[str, Any] = decoded(about["tree"], tensors)
-            return state
-    except (ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+        version = "2, which metapl 0.2 reads"
+        if not content.startswith(b"metapl-checkpoint "):
+            size = int.from_bytes(content[:8], "little")
+            about = json.loads(content[8 : 8 + size])["__metadata__"]
+            version, tree, tensors = about["metapl"], about["tree"], safetensors.torch.load(content)
+            if _digest(version, tree, tensors) != about["sha256"]:
+                raise ValueError("it has another checksum than when it was written")
+            if version == FORMAT:
+                state: dict[str, Any] = decoded(tree, tensors)
+                return state
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise DamagedError(f"{path} is damaged or was cut, or is no checkpoint ({error})") from error
-    raise CheckpointError(f"{path} is of format {about['metapl']}, which a later metapl reads")
+    raise CheckpointError(f"{path} is of format {version}; expected {FORMAT}")
 
 
 def _digest(version: str, tree: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"metapl {version}\n{tree}".encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"\n{name} {t.dtype} {list(t.shape)}\n".encode())
-        if t.numel():  # of no numbers there is no view
-            numbers: Any = t.reshape(-1).view(torch.uint8).numpy()
-            digest.update(numbers)
+        numbers: Any = t.reshape(-1).view(torch.uint8).numpy()
+        digest.update(numbers)
     return digest.hexdigest()
 
 
@@ -198,43 +188,42 @@ class CheckpointFolder:
         Raises: :class:`CheckpointError` where none can be used, or one that cannot be read may be whole: to go on from
         an older one, or anew, would in time replace them.
         """
-        paths, reasons = self.paths(), []
-        for path in paths:
+        reasons = []
+        for path in self.paths():
             try:
                 return Found(path, read(path))
             except DamagedError as error:
                 _LOG.warning("passed over %s: %s", path.name, error)
                 reasons.append(str(error))
-        if not paths:
+        if not reasons:
             return None
         raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {self.folder} can be used; to start anew, move them away: "
+            f"none of the {len(reasons)} checkpoints in {self.folder} can be used; to start anew, move them away: "
             f"{'; '.join(reasons)}"
         )
 
     def paths(self) -> list[Path]:
         """Of all checkpoints, newest first."""
-        found = [*self.folder.glob("step-*.ckpt"), *self.folder.glob("step-*.parts")]
+        found = [path for path in self.folder.glob("step-*") if path.suffix in (".ckpt", ".parts")]
         return sorted((path for path in found if path.stem[5:].isdecimal()), key=_step, reverse=True)
 
     def remove_begun(self) -> None:
         """Remove what killed processes had begun to write."""
-        for left in self.folder.glob("step-[0-9]*.tmp"):
-            _remove(left)
+        _remove(self.folder.glob("step-[0-9]*.tmp"))
 
     def remove_oldest(self, step: int) -> None:
         """Delete the oldest checkpoints before ``step`` beyond ``keep``, of which that one counts."""
-        for path in [path for path in self.paths() if _step(path) < step][self.keep - 1 :]:
-            _remove(path)
+        _remove([path for path in self.paths() if _step(path) < step][self.keep - 1 :])
 
 
 def _step(path: Path) -> int:
     return int(path.stem[5:])
 
 
-def _remove(path: Path) -> None:
-    try:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
-        _LOG.warning("%s could not be deleted: %s", path, error.strerror)
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            # The new checkpoint is whole, so this must not end a training; it must not stay unseen either.
+            _LOG.warning("%s could not be deleted: %s", path, error.strerror)

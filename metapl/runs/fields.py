@@ -90,8 +90,7 @@ def check_arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> N
 
 def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> None:
     for name, hint in hints.items():
-        if name in given and not fits(value := given[name], hint):
-            expected = words(hint)
+        if name in given and (expected := unmet(value := given[name], hint)):
             if isinstance(value, float) and not math.isfinite(value):
                 expected = expected.replace("a number", "a finite number")
             raise FieldError(f"{shown.format(f'{name}={value!r}')}: expected {expected}.", name, value, expected)
@@ -100,74 +99,59 @@ def _refuse(given: Mapping[str, Any], hints: Mapping[str, Any], shown: str) -> N
 @cache
 def _hints(of: Any) -> dict[str, Any]:
     """The annotations of a function or a class that limit a value."""
+
+    def limits(hint: Any) -> bool:
+        parts = get_args(hint)
+        plain = hint in (bool, int, float) or get_origin(hint) is Literal
+        return plain or any(isinstance(part, Range) or limits(part) for part in parts)
+
     found: dict[str, Any] = {}
     for one in reversed(getattr(of, "__mro__", [of])):
         hints = typing.get_type_hints(one, include_extras=True)
         found |= {name: hint for name, hint in hints.items() if hint not in (int, float) or name not in found}
-    return {name: hint for name, hint in found.items() if name != "return" and _is_limited(hint)}
+    return {name: hint for name, hint in found.items() if name != "return" and limits(hint)}
 
 
-def _is_limited(hint: Any) -> bool:
-    kind, ranges = ranged(hint)
-    choices = kind in (bool, int, float) or get_origin(kind) is Literal
-    return bool(ranges) or choices or any(map(_is_limited, get_args(kind)))
+def unmet(value: Any, hint: Any) -> str:
+    """What an annotation expects, in words, where a value is not so; empty where it is. A whole number is a float too,
+    and a list a tuple.
 
-
-def ranged(hint: Any) -> tuple[Any, list[Range]]:
-    """A type and its ranges; those of a union are its numbers' own."""
-    if get_origin(hint) is not Annotated:
-        return hint, []
-    kind, *said = get_args(hint)  # such as to the command line
-    ranges = [one for one in said if isinstance(one, Range)]
-    if ranges and get_origin(kind) in (Union, types.UnionType):
-        parts = [Annotated[(part, *ranges)] if ranged(part)[0] in (int, float) else part for part in get_args(kind)]
-        return Union[tuple(parts)], []  # noqa: UP007 - of parts that are known at run time
-    return kind, ranges
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is as annotated; a whole number is a float too, and a list a tuple.
-
-    >>> fits(3, AtLeastOne), fits(0, AtLeastOne | None), fits("soft", Literal["soft", "hard"]), fits(True, int)
-    (True, False, True, False)
+    >>> unmet(3, AtLeastOne), unmet(0, AtLeastOne | None), unmet("mild", Literal["soft", "hard"])
+    ('', 'a whole number of 1 or more or None', "'soft' or 'hard'")
     """
-    kind, ranges = ranged(hint)
+    *first, last = _unmet(value, hint, []) or [""]
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+_NOTHING = object()
+_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+
+
+def _unmet(value: Any, hint: Any, ranges: list[Range]) -> list[str]:
+    """The alternatives of which none is met; ``ranges`` are those around a union, and hold for its numbers."""
+    kind, *said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    ranges = ranges + [one for one in said if isinstance(one, Range)]
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
+        each = [_unmet(value, part, ranges) for part in parts]
+        return [text for texts in each for text in texts] if all(each) else []
+    if origin is Literal:
+        return [] if any(type(value) is type(one) and value == one for one in parts) else [repr(one) for one in parts]
     if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            return False
-        each = [parts[0]] * len(value) if origin is list or parts[1:] == (...,) else list(parts)
-        return len(each) == len(value) and all(map(fits, value, each))
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in parts)
+        several, alike = isinstance(value, list | tuple), origin is list or parts[1:] == (...,)
+        hints = parts[:1] * len(value) if several and alike else parts
+        if several and len(value) == len(hints) and not any(map(unmet, value, hints)):
+            return []
+        names = [unmet(_NOTHING, part) or "anything" for part in parts if part is not ...]
+        return [f"several, each {names[0]}" if alike else f"({', '.join(names)})"]
     if kind in (int, float):
-        number: Any = value
-        if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
-            return False
-        return (kind is int or abs(number) <= sys.float_info.max) and all(one.holds(number) for one in ranges)
-    if kind in (str, bool):
-        return type(value) is kind
-    if kind in (None, type(None), Any):
-        return kind is Any or value is None
-    plain = origin or kind
-    return isinstance(plain, type) and plain is not dict and isinstance(value, plain)
-
-
-def words(hint: Any) -> str:
-    """What is expected by an annotation, in words."""
-    kind, ranges = ranged(hint)
-    if ranges:
-        return " and ".join(one.words(kind) for one in ranges)
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        of_each = [map(repr, get_args(part)) if get_origin(part) is Literal else [words(part)] for part in parts]
-        *first, last = [text for choices in of_each for text in choices]
-        return f"{', '.join(first)} or {last}"
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, parts))}" if len(parts) > 1 else repr(parts[0])
-    if origin is tuple:
-        return f"several, each {words(parts[0])}" if parts[1:] == (...,) else f"({', '.join(map(words, parts))})"
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+        finite = number and (kind is int or abs(value) <= sys.float_info.max)  # which NaN is not
+        met = finite and all(one.holds(value) for one in ranges)
+        return [] if met else [" and ".join(one.words(kind) for one in ranges) or _NAMES[kind]]
+    plain = type(None) if kind is None else origin or kind
+    if plain in (str, bool):
+        met = type(value) is plain
+    else:  # of a dict, a file's reader looks at the entries
+        met = plain is Any or (isinstance(plain, type) and plain is not dict and isinstance(value, plain))
+    return [] if met else [_NAMES.get(plain, getattr(kind, "__name__", str(kind)))]

@@ -464,7 +464,7 @@ def test_cuda_gives_the_same_views_without_a_synchronisation(name: str) -> None:
         (lambda: Recolor(invert=1.1), r"invert=1\.1"),
         (lambda: Recolor(invert=math.nan), "invert=nan"),
         (lambda: Sometimes(AFFINE, 1.1), r"Sometimes\(share=1\.1\): expected a number in \[0, 1\]"),
-        (lambda: Hole((0, 1), fill="black"), r"fill='black'\): expected one of 'mean', 'grey'"),
+        (lambda: Hole((0, 1), fill="black"), r"fill='black'\): expected 'mean' or 'grey'"),
     ],
 )
 def test_a_field_out_of_range_is_refused(make: Callable[[], View], message: str) -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from metapl import MetaplError
-from metapl.runs import generators
+from metapl.runs import checkpoint, generators
 from metapl.runs.checkpoint import CheckpointError, CheckpointFolder, DamagedError, load, save
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -103,27 +103,20 @@ def test_every_flipped_byte_and_every_cut_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "kind", "words"),
-    [
-        (b"metapl-checkpoint 0002 " + b"0" * 64 + b"\n{}", CheckpointError, r"metapl 0\.2"),
-        (b"", DamagedError, "cut"),
-        (b"\x80\x04pickle", DamagedError, "no checkpoint"),
-        (None, DamagedError, "No such file"),
-    ],
+    ("content", "words"), [(b"", "cut"), (b"\x80\x04pickle", "no checkpoint"), (None, "No such file")]
 )
-def test_other_files_are_refused_by_name(
-    content: bytes | None, kind: type[Exception], words: str, tmp_path: Path
-) -> None:
+def test_other_files_are_refused_by_name(content: bytes | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "step-00000003.ckpt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(DamagedError, match=words) as caught:
         load(path)
-    assert type(caught.value) is kind
     assert str(path) in str(caught.value)
 
 
-def test_the_newest_whole_one_wins_and_one_of_another_format_is_not_passed_over(tmp_path: Path) -> None:
+def test_the_newest_whole_one_wins_and_one_of_another_format_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     assert folder.newest() is None
     for step in (1, 2, 3):
@@ -133,8 +126,10 @@ def test_the_newest_whole_one_wins_and_one_of_another_format_is_not_passed_over(
     found = folder.newest()
     assert found is not None
     assert found.state["step"] == 2
-    newest.write_bytes(b"metapl-checkpoint 0002 ")
-    with pytest.raises(CheckpointError, match=r"0\.2"):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", "4")
+        folder.write(3, {"step": 3})
+    with pytest.raises(CheckpointError, match="format 4"):
         folder.newest()
     for path in folder.paths():
         path.write_bytes(b"")
@@ -158,7 +153,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="room"):
+        with pytest.raises(CheckpointError, match="could not be written"):
             folder.write(2, {"step": 2, "weights": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,9 +7,9 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from metapl.runs.fields import fits, ranged, words
+from metapl.runs.fields import unmet
 
 
 def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
@@ -28,12 +28,13 @@ def misfit(value: Any, hint: Any, where: str = "it") -> str | None:
     >>> misfit({"a": [1, "x"]}, dict[str, tuple[int, ...]], "counts")
     "counts.a.1 is 'x'; expected a whole number"
     """
-    kind, _ = ranged(hint)
-    origin, parts = get_origin(kind), get_args(kind)
-    if fits(value, hint):
+    if not unmet(value, hint):
         return None
+    kind, *said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        faults = [misfit(value, part, where) for part in parts]
+        # Ranges around a union are those of its numbers.
+        faults = [misfit(value, Annotated[(part, *said)] if said else part, where) for part in parts]
         # Of a text that may be left out, say, the fault of the text itself says nothing of None.
         deeper = [fault for fault in faults if fault is not None and not fault.startswith(f"{where} is ")]
         return None if None in faults else deeper[0] if deeper else _unexpected(value, hint, where)
@@ -67,5 +68,5 @@ def _first(faults: Iterable[str | None]) -> str | None:
 
 def _unexpected(value: Any, hint: Any, where: str) -> str:
     shown = repr(value)
-    expected = "an object" if dataclasses.is_dataclass(hint) else words(hint)
+    expected = "an object" if dataclasses.is_dataclass(hint) else unmet(value, hint)
     return f"{where} is {shown if len(shown) <= 60 else f'{shown[:57]}...'}; expected {expected}"
