@@ -10,10 +10,10 @@ which are in place while it makes a batch and at no other time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,20 +31,49 @@ from metapl.runs.generators import plain_states
 _END: Any = object()
 
 
-class Feed(Protocol):
+class Feed(ABC):
     """An endless stream of batches that knows its position; :func:`feed` makes one."""
+
+    kind: str
+    _position = 0  # the batches so far, of an epoch where there are some
+    _iterator: Iterator[Any] | None = None  # it begins with the next batch that is asked for, at the position
+
+    def __init__(self, source: Any, name: str, stop: int, device: torch.device | None, labeled: bool) -> None:
+        self._source, self._name, self._stop, self._labeled = source, name, stop, labeled
+        self._device: Any = device
 
     def next(self) -> Any:
         """The next batch; where an epoch is exhausted, the first of the next one."""
+        try:
+            batch = self._next()
+            batch = batch if self._device is None else to_device(batch, self._device)
+        except BaseException:
+            # An interrupted iterator may skip the batch that it was at; a new one begins with it.
+            self.close()
+            raise
+        self._position += 1
+        return batch if self._labeled else inputs_of(batch)
+
+    @abstractmethod
+    def _next(self) -> Any: ...
 
     def state(self) -> dict[str, Any]:
         """The position, as a tree of tensors and plain Python values that a checkpoint takes."""
+        return {"kind": self.kind, "position": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state` was asked for; before the first :meth:`next`."""
+        if (kind := state["kind"]) != self.kind:
+            raise MetaplError(f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same kind")
+        self.close()
+        self._position = state["position"]
 
     def close(self) -> None:
         """Stop the workers; ask for the state before."""
+        if self.kind != "iterator":  # which belongs to its owner, and may go on elsewhere
+            # torch stops workers when the iterator is collected, but a traceback may hold on to it for long.
+            getattr(self._iterator, "_shutdown_workers", lambda: None)()
+            self._iterator = None
 
 
 def feed(
@@ -93,28 +122,15 @@ def feed(
     >>> torch.equal(first.next(), second.next())
     True
     """
-    target = None if device is None else torch.device(device)
-    if isinstance(source, WithoutLabels):
-        inner = feed(source.source, name=name, stop=stop, num_workers=num_workers, seed=seed, device=device)
-        return _ChangedFeed(inner, inputs_of)
+    target, labeled = None if device is None else torch.device(device), True
+    while isinstance(source, WithoutLabels):
+        source, labeled = source.source, False
     no_batches = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
     if no_batches or not isinstance(source, StepBatches | Iterable):
         raise MetaplError(f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of batches.")
     if isinstance(source, StepBatches | Sequence):
-        return _NumberedFeed(source, name, stop, num_workers, target)
-    stream = _EpochFeed(source, name, stop, seed)
-    return stream if target is None else _ChangedFeed(stream, partial(to_device, device=target))
-
-
-class _ChangedFeed:
-    """Another feed's batches, each changed."""
-
-    def __init__(self, stream: Feed, change: Callable[[Any], Any]) -> None:
-        self._stream, self._change = stream, change
-        self.state, self.restore, self.close = stream.state, stream.restore, stream.close
-
-    def next(self) -> Any:
-        return self._change(self._stream.next())
+        return _NumberedFeed(source, name, stop, target, labeled, num_workers)
+    return _EpochFeed(source, name, stop, target, labeled, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,60 +164,37 @@ def without_labels(source: Any) -> WithoutLabels:
     return WithoutLabels(source)
 
 
-class _NumberedFeed:
+class _NumberedFeed(Feed):
     """The batches of a `StepBatches` by their step, or those of a list over and over.
 
     Of a `StepBatches` with ``raw()`` and ``augment(step, fetched)``, the halves of its batches, workers fetch the first
     half and the second is made on the device; both ways give the same.
     """
 
-    def __init__(self, source: Any, name: str, stop: int, workers: int, device: torch.device | None) -> None:
+    def __init__(self, source: Any, name: str, stop: int, device: Any, labeled: bool, workers: int) -> None:
+        super().__init__(source, name, stop, device, labeled)
         self.kind = "steps" if isinstance(source, StepBatches) else "sequence"
         least = stop if self.kind == "steps" else min(stop, 1)
         if len(source) < least:
             raise MetaplError(f"{name} has {len(source)} batches; expected {least} or more.")
-        self._source, self._name, self._stop, self._workers, self._device = source, name, stop, workers, device
+        self._workers = workers
         self._halves = device is not None and _finishes_batches(device) and hasattr(source, "raw")
-        self._position = 0
-        self._iterator: Iterator[Any] | None = None
 
-    def next(self) -> Any:
-        try:
-            batch = self._batch()
-        except BaseException:
-            # An interrupted loader may skip the batch that it was at; a new one begins with it.
-            self.close()
-            raise
-        self._position += 1
-        return batch
-
-    def _batch(self) -> Any:
+    def _next(self) -> Any:
         if self.kind == "sequence":
-            batch = self._source[self._position % len(self._source)]
-            return batch if self._device is None else to_device(batch, self._device)
+            return self._source[self._position % len(self._source)]
         if self._position >= self._stop:
             raise MetaplError(f"{self._name} was made for {self._stop} batches; make a feed with a larger stop")
         if self._iterator is None:
-            source = self._source.raw() if self._halves else self._source
             # Workers have their batches pinned in the background, for CUDA.
             pinned = self._workers > 0 and self._device is not None and self._device.type == "cuda"
+            source = self._source.raw() if self._halves else self._source
             self._iterator = iter(loader(source, self._position, self._stop, self._workers, pin_memory=pinned))
         batch = next(self._iterator)
-        batch = batch if self._device is None else to_device(batch, self._device)
+        if not self._halves:
+            return batch
         # Converted as loaders do, which turn tuples into lists.
-        return default_convert(self._source.augment(self._position, batch)) if self._halves else batch
-
-    def state(self) -> dict[str, Any]:
-        return {"kind": self.kind, "position": self._position}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        _check_kind(state, self.kind, self._name)
-        self.close()
-        self._position = state["position"]
-
-    def close(self) -> None:
-        _stop_workers(self._iterator)
-        self._iterator = None
+        return default_convert(self._source.augment(self._position, to_device(batch, self._device)))
 
 
 def _finishes_batches(device: torch.device) -> bool:
@@ -209,89 +202,65 @@ def _finishes_batches(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-class _EpochFeed:
+class _EpochFeed(Feed):
     """The epochs of a `DataLoader`, or of anything else that begins anew each time, with generators of its own. An
     iterator is one epoch, which can be gone through once."""
 
-    def __init__(self, source: Any, name: str, stop: int, seed: int) -> None:
-        self._source, self._name, self._stop = source, name, stop
-        self._once = isinstance(source, Iterator)
-        self.kind = "iterator" if self._once else "epochs"
+    def __init__(self, source: Any, name: str, stop: int, device: Any, labeled: bool, seed: int) -> None:
+        super().__init__(source, name, stop, device, labeled)
+        self.kind = "iterator" if isinstance(source, Iterator) else "epochs"
         self._parts = parts_of(source)
         self._generators = Generators(seed, name, self._parts)
         self._start = self._generators.states  # at the start of the epoch
-        self._epoch = self._batches = 0
-        self._iterator: Iterator[Any] | None = None
+        self._epoch = 0
         if isinstance(source, DataLoader) and source.persistent_workers:  # else workers go on with their generators
             self._source = copy.copy(source)
             # A loader guards this attribute against being set; the user's own loader stays as it is.
             vars(self._source).update(persistent_workers=False, _iterator=None)
 
-    def next(self) -> Any:
-        try:
-            with self._generators.in_place():
-                while (batch := next(self._begun() if self._iterator is None else self._iterator, _END)) is _END:
-                    if self._once or not self._batches:
-                        # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last.
-                        raise MetaplError(
-                            f"{self._name} has no batch {self._batches} in epoch {self._epoch}, and the run needs "
-                            f"{self._stop}; expected more, or a source that can be gone through again"
-                        )
-                    self._epoch, self._batches, self._iterator = self._epoch + 1, 0, None
-                    self._start = self._generators.read()
-        except BaseException:
-            # Nobody knows what an interrupted iterator gives next. Without it, the next call draws the epoch again.
-            self.close()
-            raise
-        self._batches += 1
+    def _next(self) -> Any:
+        with self._generators.in_place():
+            while (batch := next(self._begun() if self._iterator is None else self._iterator, _END)) is _END:
+                if self.kind == "iterator" or not self._position:
+                    # An iterator that is used up, an empty data set, or one smaller than a batch with drop_last.
+                    raise MetaplError(
+                        f"{self._name} has no batch {self._position} in epoch {self._epoch}, and the run needs "
+                        f"{self._stop}; expected more, or a source that can be gone through again"
+                    )
+                self._epoch, self._position, self._iterator = self._epoch + 1, 0, None
+                self._start = self._generators.read()
         return batch
 
     def _begun(self) -> Iterator[Any]:
         """The epoch as it began, at the batch that is next."""
-        if not self._once:
+        again = self.kind == "epochs"
+        if again:
             self._generators.write(self._start)
         for part in self._parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(self._epoch)
         self._iterator = iter(self._source)
-        for taken in range(0 if self._once else self._batches):
+        for taken in range(self._position if again else 0):
             if next(self._iterator, _END) is _END:
                 raise MetaplError(
-                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken {self._batches} of "
-                    f"epoch {self._epoch}; expected the same data, batch size and seeds as then"
+                    f"{self._name} has {taken} batches in an epoch, and the run to resume had taken "
+                    f"{self._position} of epoch {self._epoch}; expected the same data, batch size and seeds as then"
                 )
         return self._iterator
 
     def state(self) -> dict[str, Any]:
-        stream = plain_states(self._start)
-        return {"kind": self.kind, "epoch": self._epoch, "batches": self._batches, "stream": stream}
+        return super().state() | {"epoch": self._epoch, "stream": plain_states(self._start)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        _check_kind(state, self.kind, self._name)
         in_order = getattr(self._source, "in_order", True) or self._source.num_workers < 2
-        if self._once or (state["batches"] and not in_order):
-            what = "an iterator" if self._once else "a loader with in_order=False"
+        if self.kind == "iterator" or (state["position"] and not in_order):
+            what = "an iterator" if self.kind == "iterator" else "a loader with in_order=False"
             raise MetaplError(f"{self._name} is {what}, which has no position; expected a DataLoader or a list")
-        self.close()
-        self._epoch, self._batches, self._start = state["epoch"], state["batches"], state["stream"]
+        super().restore(state)
+        self._epoch, self._start = state["epoch"], state["stream"]
         try:
             with self._generators.in_place():
                 self._begun()
         except BaseException:
             self.close()
             raise
-
-    def close(self) -> None:
-        if not self._once:  # an iterator belongs to its owner, and may go on elsewhere
-            _stop_workers(self._iterator)
-            self._iterator = None
-
-
-def _stop_workers(iterator: Iterator[Any] | None) -> None:
-    # torch stops workers when the iterator is collected, but a traceback may hold on to it for long.
-    getattr(iterator, "_shutdown_workers", lambda: None)()
-
-
-def _check_kind(state: Mapping[str, Any], kind: str, name: str) -> None:
-    if state["kind"] != kind:
-        raise MetaplError(f"{name} was a source of kind {state['kind']!r}, and is {kind!r} now; expected the same kind")

@@ -62,7 +62,7 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         with replacing(Path(path)) as file:
             safetensors.torch.save_file(tensors, file.name, about)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written, and is as it was: {error}") from error
+        raise CheckpointError(f"{path} could not be written: {error}; what was there is as it was") from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

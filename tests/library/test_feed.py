@@ -276,7 +276,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a source that has shrunk": lambda: restored(
         DataLoader(Noisy(6), batch_size=2), of=served(DataLoader(Noisy(10), batch_size=2), 5)
     ),
-    "no order to resume in": lambda: restored(DataLoader(Noisy(), **UNORDERED), lambda own: {**own, "batches": 2}),
+    "no order to resume in": lambda: restored(DataLoader(Noisy(), **UNORDERED), lambda own: {**own, "position": 2}),
 }
 
 
@@ -332,4 +332,4 @@ def test_goes_on_exactly_after_an_interruption(error: BaseException) -> None:
     assert same(batches, expected)
     resumed = made(DataLoader(Failing(), batch_size=2, shuffle=True))
     resumed.restore(state)
-    assert same(resumed.next(), expected[state["batches"]])
+    assert same(resumed.next(), expected[state["position"]])
