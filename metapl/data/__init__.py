@@ -3,7 +3,7 @@
 from metapl.data.feed import Feed, WithoutLabels, feed, without_labels
 from metapl.data.sampler import StepSampler
 from metapl.data.steps import StepBatches, loader
-from metapl.execution.device import to_device
+from metapl.execution.batch import to_device
 
 __all__ = [
     "Feed",

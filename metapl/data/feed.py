@@ -23,9 +23,8 @@ from torch.utils.data import DataLoader, default_convert
 from metapl.data.generators import Generators, parts_of
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError
-from metapl.execution.batch import inputs_of
+from metapl.execution.batch import inputs_of, to_device
 from metapl.execution.checks import described
-from metapl.execution.device import to_device
 from metapl.runs.generators import plain_states
 
 _END: Any = object()

@@ -1,4 +1,4 @@
-"""The parts of a batch: inputs, labels and views.
+"""The parts of a batch, inputs, labels and views, and its way to a device.
 
 The inputs of a network are a tensor, or a dict or tuple of tensors, and are passed to it as one argument
 (:class:`metapl.models.Logits` spreads them over several).
@@ -30,6 +30,25 @@ def plain(batch: Any) -> Any:
     if type(batch) in (tuple, list):
         return type(batch)(plain(part) for part in batch)
     return batch
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Move every tensor of a batch, of any nesting, to a device; to CUDA, the copy is queued and not waited for.
+
+    >>> batch = {"x": torch.ones(2), "names": ["a", "b"]}
+    >>> to_device(batch, "meta")["x"].device, to_device(batch, "cpu")["x"] is batch["x"]
+    (device(type='meta'), True)
+    """
+    device = torch.device(device)
+
+    def moved(t: Tensor) -> Tensor:
+        # Towards the CPU, a copy that is not waited for could be read before it is there.
+        queued = device.type == "cuda" and t.device.type == "cpu" and t.layout == torch.strided
+        if queued and not t.is_pinned():  # not Tensor.pin_memory, which refuses what expand() makes
+            t = torch.empty_like(t, pin_memory=True).copy_(t)
+        return t.to(device, non_blocking=queued)
+
+    return pytree.tree_map_only(Tensor, moved, plain(batch))
 
 
 def labeled_pair(batch: Any, name: str = "labeled", mend: str = "") -> Any:

@@ -7,13 +7,12 @@ on the device in a :class:`Fault`, and the error is raised when the report is re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metapl.errors import MetaplError
 
@@ -48,6 +47,7 @@ def transformed() -> bool:
     return torch.compiler.is_compiling() or _interpreters() is not None
 
 
+NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."
 # What collects the checks that would have to wait for a device; None: the host waits.
 deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
@@ -87,9 +87,6 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-# ------------------------------------------------------------------------------------------------------------- outputs
-
-
 def logits(outputs: Any, who: str) -> Tensor:
     """The outputs of a network, refused if they are not a plain tensor of real numbers."""
     if type(outputs) is Tensor and not outputs.is_complex():  # the usual ones, in every pass
@@ -101,11 +98,6 @@ def logits(outputs: Any, who: str) -> Tensor:
         f"metapl.models.Logits({who}) takes the logits out of what Hugging Face's networks return, use_local_output="
         "True makes them plain where they are DTensors."
     )
-
-
-def logits_in(outputs: Any) -> Any:
-    """The logits of an object, such as those of Hugging Face, or of a dict; None where it has none."""
-    return outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
 
 
 def class_outputs(outputs: Tensor, who: str) -> None:
@@ -127,39 +119,23 @@ def finite(logits_NC: Tensor) -> None:
         raise MetaplError("the logits of some examples are not finite; the model diverged.")
 
 
-# -------------------------------------------------------------------------------------------------------------- labels
-
-
-def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> None:
-    """Refuse labels that are not integers in [0, classes); ``what`` and ``why`` are the error's words."""
+def class_labels(labels: Any, classes: int, what: str = "the labels", why: str = "") -> Tensor:
+    """Labels, refused if they are not integers in [0, classes), as :func:`safe_labels`; ``what`` and ``why`` are the
+    error's words."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         raise MetaplError(f"{what} are {described(labels)}; expected int64, one class index per example, (batch,).")
-    _in_range(labels, classes, what, why or f"the networks have {classes} classes")
+    if not transformed() and len(labels):
+        low, high = labels.aminmax()
+        if waits(labels) or int(low) < 0 or int(high) >= classes:
+            why = why or f"the networks have {classes} classes"
+            text = f"{what} reach outside 0..{classes - 1}; {why}: expected 0..{classes - 1}."
+            refuse((low < 0) | (high >= classes), text)
+    return safe_labels(labels, classes)
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:
     """Labels within the range of classes: on a device, a wrong label would abort the process before it is reported."""
     return labels.clamp(0, classes - 1) if waits(labels) else labels
-
-
-def row_indices(index: Any, rows: int, who: str) -> Tensor:
-    """Indices of rows, refused outside 0..rows - 1 (Python counts -1 from the end, PyTorch takes uint8 for a mask)."""
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-        raise MetaplError(f"the index of {who} is {described(index)}; expected integers, int64 or int32: index.long().")
-    if index.numel():
-        _in_range(index, rows, "the index", f"{who} has {rows:,} rows")
-    return safe_labels(index, rows)
-
-
-def _in_range(numbers: Tensor, count: int, what: str, why: str) -> None:
-    if transformed():
-        return
-    low, high = numbers.aminmax()
-    if waits(numbers) or int(low) < 0 or int(high) >= count:
-        refuse((low < 0) | (high >= count), f"{what} reach outside 0..{count - 1}; {why}: expected 0..{count - 1}.")
-
-
-# -------------------------------------------------------------------------------------------------------------- losses
 
 
 def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
@@ -170,15 +146,4 @@ def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
 def learns(loss: Tensor, who: str) -> None:
     """Refuse a loss without a gradient, except a constant 0, such as UDA before its start."""
     if not loss.requires_grad:
-        refuse(loss != 0, str(without_gradient(who)))
-
-
-def without_gradient(who: str) -> MetaplError:
-    return MetaplError(f"the {who}'s loss has no gradient: its outputs are detached, or what they depend on is frozen.")
-
-
-def moves(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse an optimizer that holds none of a network's trainable parameters."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(id(p) for p in model.parameters() if p.requires_grad):
-        raise MetaplError("the optimizer holds none of the network's trainable parameters; expected those.")
+        refuse(loss != 0, f"the {who}'s loss {NO_GRADIENT}")

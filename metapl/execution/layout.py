@@ -65,10 +65,7 @@ class Layout:
         policies = {block._get_fsdp_state()._mp_policy.param_dtype for block in self.blocks} - {None}
         narrow = any(p.dtype not in policies for p in self.network.parameters()) if policies else False
         self.how, self.offers = _KINDS["products" if self.product_ranks > 1 else "narrow" if narrow else self.kind]
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.kind == "sharded"
+        self.is_sharded = self.kind == "sharded"
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the network learns, as its optimizer holds them."""
@@ -208,18 +205,18 @@ def layout_of(name: str, network: Any) -> Layout:
     # where several processes compute each product together.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
     mesh, rank = max(meshes, key=lambda mesh: int(mesh.size())), dist.get_rank()
-    processes = _processes(mesh)
-    own = _processes(_param_groups(blocks)[0].mesh_info.mesh) if blocks else (rank,)
-    together = len(processes) // len(own)
+    members = [*map(int, mesh.mesh.flatten())]
+    own = [*map(int, _param_groups(blocks)[0].mesh_info.mesh.mesh.flatten())] if blocks else [rank]
+    together = len(members) // len(own)
     if together == 1 and any(other != mesh for other in meshes):
         raise MetaplError(f"the {name}'s weights are sharded over several meshes; expected one for all.")
     # One group where it is all processes.
-    everywhere = list(processes) == list(range(dist.get_world_size()))
+    everywhere = members == list(range(dist.get_world_size()))
     groups: list[Any] = [dist.group.WORLD] if everywhere else [mesh.get_group(i) for i in range(mesh.ndim)]
     device = local(next(network.parameters())).device
-    ranks = Ranks(groups, own.index(rank), device, together, first=processes.index(rank) == 0)
-    space = ShardedSpace(parameters, groups, len(processes))
-    return Layout(network, "sharded", ranks, space, processes, together, blocks, parameters)
+    ranks = Ranks(groups, own.index(rank), device, together, first=members.index(rank) == 0)
+    space = ShardedSpace(parameters, groups, len(members))
+    return Layout(network, "sharded", ranks, space, tuple(members), together, blocks, parameters)
 
 
 def is_block(part: nn.Module) -> bool:
@@ -253,10 +250,6 @@ def without_gradients(network: nn.Module) -> Iterator[None]:
             yield
     finally:
         reshard(network)
-
-
-def _processes(mesh: Any) -> tuple[int, ...]:
-    return tuple(int(i) for i in mesh.mesh.flatten().tolist())
 
 
 def _param_groups(blocks: Sequence[Any]) -> list[Any]:

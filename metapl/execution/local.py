@@ -219,14 +219,14 @@ class Pass:
         student, ranks = self.student, self.student.ranks
         value = loss(self.graph, self._at)
         if not value.requires_grad:
-            raise checks.without_gradient("student")
+            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
         with self._running():
             own, grads = student.gradient(value, self._at, create_graph=student.double_backward or bool(leaves))
         if leaves:
             self._graph_of_g = own, list(leaves)
             grads = {name: g.detach() for name, g in grads.items()}
         if not grads:
-            raise checks.without_gradient("student")
+            raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
         self.graph = None
         if not student.double_backward and not leaves:
             self._at, self._held = {}, []

@@ -7,7 +7,7 @@ losses, and a gradient the mean of their gradients. With one rank nothing is com
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -70,16 +70,9 @@ class Ranks:
             dist.all_reduce(total, how, group=group)
         return total
 
-    def mean_scalars(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The means of scalars, in one exchange; every rank has the same names."""
-        if self.alone or not scalars:
-            return dict(scalars)
-        means = self.mean(torch.stack([t.detach().double().reshape(()) for t in scalars.values()]))
-        return {name: mean.to(t.dtype) for (name, t), mean in zip(scalars.items(), means, strict=True)}
-
     def mean_tree(self, tree: Tree, like: Tree) -> Tree:
-        """The mean of gradients of the parameters ``like``, in one exchange for each type of number; one that some
-        ranks lack counts as zero there, and one that all lack is missing."""
+        """The mean of gradients of the parameters ``like``, or of scalars, in one exchange for each type of number; one
+        that some ranks lack counts as zero there, and one that all lack is missing."""
         if self.alone:
             return tree
         means: Tree = {}

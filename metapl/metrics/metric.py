@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import LABEL_KEYS, length
+from metapl.execution.batch import LABEL_KEYS, length, to_device
 from metapl.execution.checks import described
-from metapl.execution.device import to_device
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import passes, predict_logits
 from metapl.problems.base import OuterLoss, sum_and_weight

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import as_tensors, inputs_of, is_array, is_whole, labeled_pair, length, plain, rows
-from metapl.execution.device import to_device
+from metapl.execution.batch import (
+    as_tensors,
+    inputs_of,
+    is_array,
+    is_whole,
+    labeled_pair,
+    length,
+    plain,
+    rows,
+    to_device,
+)
 from metapl.execution.layout import without_gradients
 
 ROWS = 1024  # examples in a pass, where data comes as a whole

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, logits_in, row_indices
+from metapl.execution.checks import class_labels, described
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
@@ -265,7 +265,7 @@ class Corrector(nn.Module):
         self.of_given = nn.Parameter(trusted * torch.eye(classes))
 
     def forward(self, x: Tensor, given: Tensor) -> Tensor:
-        logits: Tensor = self.network(x) + self.of_given[row_indices(given, len(self.of_given), "Corrector")]
+        logits: Tensor = self.network(x) + self.of_given[class_labels(given, len(self.of_given), "the given labels")]
         return logits
 
 
@@ -299,7 +299,8 @@ class Logits(nn.Module):
             outputs = self.network(**inputs)
         else:
             outputs = self.network(*(inputs if isinstance(inputs, tuple | list) else (inputs,)))
-        logits = outputs if isinstance(outputs, Tensor) else logits_in(outputs)
+        logits = outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+        logits = getattr(logits, "logits", logits)
         if not isinstance(logits, Tensor):
             name = type(self.network).__name__
             raise MetaplError(f"{name} returned {described(outputs)}; expected a tensor, or logits in it.")

@@ -278,7 +278,10 @@ class Table(nn.Module):
         self.values = nn.Parameter(initial.detach().clone())
 
     def forward(self, index: Tensor | None = None) -> Tensor:
-        return self.values if index is None else self.values[checks.row_indices(index, len(self.values), "Table")]
+        rows = len(self.values)
+        if index is not None:
+            index = checks.class_labels(index, rows, "the indices of Table", f"it has {rows:,} rows")
+        return self.values if index is None else self.values[index]
 
 
 class WeightNet(nn.Module):

@@ -56,8 +56,7 @@ class CrossEntropy:
     def __call__(self, teacher: nn.Module, *, labeled: Any, unlabeled: Any, signal: Signal, step: int) -> Tensor:
         logits, labels = wide(checks.logits(self.outputs(teacher, labeled), "network")), labeled[1]
         if logits.ndim == 2 and labels.shape != logits.shape:  # else they are distributions
-            checks.class_labels(labels, logits.shape[1])
-            labels = checks.safe_labels(labels, logits.shape[1])
+            labels = checks.class_labels(labels, logits.shape[1])
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
 

@@ -138,9 +138,8 @@ class NoisyStudentLoss:
             with with_model_noise(teacher, on=False):
                 logits = torch.cat([logits, teacher(x_u)])
         logits_l, logits_u = wide(logits).split([n_l, n_u])
-        checks.class_labels(y, logits_l.shape[1])
         check_stored(stored, logits_u, "unlabeled")
-        y = checks.safe_labels(y, logits_l.shape[1])
+        y = checks.class_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
         on_unlabeled = F.cross_entropy(logits_u, stored.argmax(1) if self.hard else wide(stored))
         if self.form == "two_means":

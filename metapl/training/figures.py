@@ -67,4 +67,4 @@ def figures(report: Any, problem: Problem, labeled: Any, ranks: Ranks) -> Mappin
         is_class = labels[:, None] == torch.arange(q.shape[1], device=q.device)  # of ignored ones, none
         shares = ranks.mean(torch.stack([q.mean(0), is_class.to(q).mean(0)]))
         found["class_shares_vs_labeled"] = (shares[0] - shares[1] / shares[1].sum()).abs().sum() / 2
-    return found | (of_labels if ranks.alone else ranks.mean_scalars(of_labels))
+    return found | (of_labels if ranks.alone else ranks.mean_tree(of_labels, of_labels))

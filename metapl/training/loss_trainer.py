@@ -31,6 +31,7 @@ from metapl.problems.losses import (
 )
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
+from metapl.updates import parameters_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -99,8 +100,9 @@ class LossTrainer(Trainer):
         """
         labeled, unlabeled = labeled_pair(labeled), plain(unlabeled)
         self.layout.begin_step()
-        if not self.steps_done:
-            checks.moves(self.optimizer, self.student)
+        trained = map(id, self.layout.parameters().values())
+        if not self.steps_done and {*map(id, parameters_of(self.optimizer))}.isdisjoint(trained):
+            raise MetaplError("the optimizer holds none of the network's trainable parameters; expected those.")
         with restored(Slots(self.student), optimizer=self.optimizer, device=self.device) as fault:
             batches = zip(
                 micro_batches(labeled, self.accumulate, "labeled"),
@@ -125,7 +127,8 @@ class LossTrainer(Trainer):
                         (loss / self.accumulate).backward()  # the micro-batches' shares add up in ``.grad``
                     named = {f"{self.prefix}_{name}": term.detach() for name, term in terms.items()}
                     parts.append({self.total: loss.detach(), **named})
-            means = self.ranks.mean_scalars(mean_scalars(parts))
+            means = mean_scalars(parts)
+            means = self.ranks.mean_tree(means, means)
             checks.refuse_not_finite(means[self.total], NOT_FINITE)
             self.clip()
             self.optimizer.step()

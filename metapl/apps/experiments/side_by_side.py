@@ -29,7 +29,7 @@ from metapl.apps.recipes.base import FIT_OPTIONS, Recipe, Task, rehearse
 from metapl.apps.recipes.methods import EVERY_METHOD, called_network, title
 from metapl.apps.recipes.methods.noisy_student import FINETUNED, FIRST, first_teacher
 from metapl.apps.recipes.settings import SelfTraining
-from metapl.execution.device import to_device
+from metapl.execution.batch import to_device
 from metapl.metrics import Evaluation
 from metapl.problems.losses import UDA
 from metapl.training import FitOptions, FitResult, Trainer

@@ -23,7 +23,7 @@ from metapl.apps.machine.ownership import lock
 from metapl.apps.machine.sealed import read_plain, refuse_irregular
 from metapl.apps.pictures.reader import Crop, UnreadableImage, read_crops, read_image
 from metapl.errors import MetaplError
-from metapl.execution.device import to_device
+from metapl.execution.batch import to_device
 
 _IN_A_ROW, _WORKERS = 32, 256
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from metapl.apps.pictures.views import base
 from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, Probability, below
 from metapl.data import draws
-from metapl.execution.device import to_device
+from metapl.execution.batch import to_device
 from metapl.runs.fields import AtLeastOne, AtLeastZero
 
 _COLORS = ("AutoContrast", "Brightness", "Color", "Contrast", "Equalize", "Invert", "Sharpness", "Posterize")

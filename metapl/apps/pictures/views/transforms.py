@@ -23,7 +23,7 @@ from metapl.apps.pictures.views.base import NotNegative, PictureView, Positive, 
 from metapl.apps.pictures.views.normal import cosine_and_sine, normal
 from metapl.data import draws
 from metapl.errors import MetaplError
-from metapl.execution.device import to_device
+from metapl.execution.batch import to_device
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
 
 Share = Annotated[float, Range(above=0, most=1)]
