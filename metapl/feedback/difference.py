@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from metapl.execution.batch import joined
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator, Normalization, State, divisor
 from metapl.feedback.credit import Feedback, Tangent, head_feedback
@@ -17,8 +17,6 @@ from metapl.feedback.inner_step import InnerStep
 from metapl.feedback.path import Path
 from metapl.problems.base import Kind
 from metapl.runs.fields import Range
-
-Derivatives = Sequence[Sequence[Tensor | None]]  # in the leaves of each micro-batch
 
 ROUNDINGS = 30.0
 """A bound on the rounding error of the outputs and of sums over them, in units of the machine epsilon."""
@@ -76,19 +74,30 @@ class Difference(Estimator):
         """ż along w, by moves of length δ; exactly zero for w = 0."""
         length = step.space.norm(w)
         factor = self.step_size(step) / length.clamp_min(torch.finfo(length.dtype).tiny)
-        fields, in_signal = step.signal.differentiable(), None
+        fields, in_signal, one_sided = step.signal.differentiable(), None, self.one_sided and not step.signal_inputs
+        width = factor if one_sided else 2 * factor
         if step.signal_inputs:
-            (ahead, of_ahead), (behind, of_behind) = (step.shifted_derivatives(side * factor, w) for side in (1, -1))
-            moved = step.in_signal(fields, _differences(of_ahead, of_behind))
-            in_signal = {name: None if t is None else t / (2 * factor) for name, t in moved.items()}
+            outputs, in_leaves = [list[Tensor]() for _ in range(2)], []
+            for part, *given in step.with_leaves(fields, widened=True):
+                (z, of_ahead), (z_behind, of_behind) = (
+                    part.shifted_derivatives(side * factor, w, *given) for side in (1, -1)
+                )
+                outputs[0].append(z)
+                outputs[1].append(z_behind)
+                pairs = zip(of_ahead, of_behind, strict=True)
+                in_leaves.append([None if a is None or b is None else (a - b) / width for a, b in pairs])
+            ahead, behind = map(joined, outputs)
+            in_signal = step.in_signal(fields, in_leaves)
         else:
             ahead = step.shifted(factor, w)
-            if self.one_sided:
-                behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
-            else:
+            if not one_sided:
                 behind = step.shifted(-factor, w)
-        step.check_shifted(behind if self.one_sided and not step.signal_inputs else ahead, behind)
-        width = factor if self.one_sided and not step.signal_inputs else 2 * factor
+            else:
+                behind = step.outputs if step.in_full_precision else step.shifted(0 * factor, w)
+        parts = len(step.passes)
+        first = behind if one_sided else ahead  # the mean of the two is z to the second order of the move
+        for part, *moved in zip(step.passes, first.chunk(parts), behind.chunk(parts), strict=True):
+            part.check_shifted(*moved)
         # A small difference of large outputs loses digits: Adam's first w, for example, is orthogonal to the gradient.
         rounding = ROUNDINGS * torch.finfo(step.shifted_dtype).eps * torch.linalg.vector_norm(ahead)
         return Tangent((ahead - behind) / width, rounding / width, in_signal)
@@ -98,10 +107,3 @@ class Difference(Estimator):
         r = self.relative_step or RELATIVE_STEP[step.shifted_dtype]
         typical_weight = step.space.norm(step.params) / math.sqrt(step.space.count(step.params))
         return r * typical_weight.clamp_min(1e-3)  # all weights may be zero
-
-
-def _differences(a: Derivatives, b: Derivatives) -> Derivatives:
-    return [
-        [None if x is None or y is None else x - y for x, y in zip(xs, ys, strict=True)]
-        for xs, ys in zip(a, b, strict=True)
-    ]

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -38,7 +37,6 @@ from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows
 from metapl.updates import Cotangents, Update
 
-_NEEDS_GRAPH = attrgetter("requires_grad")
 Credits = Literal["signal", "example", "batch", "nothing"]
 
 
@@ -74,14 +72,16 @@ class SignalInput:
         return dict(zip(self.fields, grads, strict=True))
 
 
+@dataclass
 class InnerLoss:
     """The mean of factor_i ℓ_i, (B,), as a function of outputs and weights; ``readable``: whether this process holds
     the weights whole, so that a loss may read them."""
 
-    def __init__(
-        self, problem: Problem, signal: Signal, batch: Any, readable: bool, factors: Tensor | None = None
-    ) -> None:
-        self.problem, self.signal, self.batch, self.readable, self.factors = problem, signal, batch, readable, factors
+    problem: Problem
+    signal: Signal
+    batch: Any
+    readable: bool
+    factors: Tensor | None = None
 
     def __call__(self, outputs: Tensor, params: Tree) -> Tensor:
         losses = self.problem.inner_loss(outputs, self.signal, self.batch, params if self.readable else None)
@@ -174,21 +174,16 @@ class InnerStep:
     @property
     def gradient(self) -> Tree:
         """g, without a graph."""
-        return {name: g.detach() for name, g in self.grads.items()} if self.has_graph else self.grads
-
-    @property
-    def has_graph(self) -> bool:
-        """Whether g has a graph, to the signal."""
-        return any(map(_NEEDS_GRAPH, self.grads.values()))
+        return {name: g.detach() for name, g in self.grads.items()} if self.student.double_backward else self.grads
 
     @cached_property
     def updated(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
-        given = self.params, self.grads, self.state
-        if self.by_optimizer and not self.has_graph:
+        given, graph = (self.params, self.grads, self.state), self.student.double_backward
+        if self.by_optimizer and not graph:
             return self.update.stepped(*given)
         updated = self.update.update(*given)
-        if not self.student.half or not self.has_graph:
+        if not (self.student.half and graph):
             return updated
         # The values of the optimizer, the derivatives of the same update in float64: see :meth:`vjp`.
         wider = self.update.update(*_double(given))
@@ -205,9 +200,11 @@ class InnerStep:
     def new_params(self) -> Tree:
         """θ′, without a graph. Unlike :attr:`updated`, it does not keep s′, which one step of the student never
         reads."""
-        graph = self.has_graph
-        kept = self.by_optimizer or graph or "updated" in self.__dict__
-        params = self.updated[0] if kept else self.update.update(self.params, self.grads, self.state)[0]
+        graph = self.student.double_backward
+        if self.by_optimizer or graph:
+            params, _ = self.updated
+        else:
+            params, _ = self.update.update(self.params, self.grads, self.state)
         return {name: p.detach() for name, p in params.items()} if graph else params
 
     def tangent(self, w: Tree) -> Tensor:
@@ -217,12 +214,6 @@ class InnerStep:
     def shifted(self, factor: Tensor, w: Tree) -> Tensor:
         """S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
         return joined([part.shifted(factor, w) for part in self.passes])
-
-    def check_shifted(self, ahead: Tensor, behind: Tensor) -> None:
-        """Refuse shifted outputs whose mean differs from those at θ by more than the second order of the shift."""
-        parts = len(self.passes)
-        for part, *chunks in zip(self.passes, ahead.chunk(parts), behind.chunk(parts), strict=True):
-            part.check_shifted(*chunks)
 
     @property
     def shifted_dtype(self) -> torch.dtype:
@@ -238,9 +229,9 @@ class InnerStep:
     def pullback(self, v: Tree) -> Tree:
         """w = (∂U/∂g)ᵀ v, computed as :meth:`vjp` is."""
         given = self.params, self.gradient, self.state, v
-        if self.student.half:
-            return self._as_params(self.update.pullback(*_double(given)))
-        return self.update.pullback(*given)
+        if not self.student.half:
+            return self.update.pullback(*given)
+        return self._as_params(self.update.pullback(*_double(given)))
 
     def vjp(self, v: Tree, state_cotangent: Any = None) -> Cotangents:
         """The adjoint of U at this step, from the cotangents of θ′ and s′; of weights in half precision, in float64.
@@ -263,37 +254,30 @@ class InnerStep:
             products = [stack.enter_context(part.hessian(self._loss(signal, x))) for part, signal, x in self.parts()]
             yield lambda w: mean_tree([product(w)[0] for product in products])
 
-    def adjoint(
-        self, v: Tree, state_cotangent: Any, fields: Mapping[str, Tensor]
-    ) -> tuple[Cotangents, dict[str, Tensor | None]]:
-        """The adjoint of this step, from the cotangents of θ′ and s′ (None: zero): the cotangents of g, θ (with the
-        Hessian product) and s, and the derivative of ⟨g, w⟩ in each field of the signal, at these values of it."""
-        bar = self.vjp(v, state_cotangent)
-        hessian, in_signal = self.second_derivatives(bar.gradient, fields)
-        return bar._replace(params={name: t + hessian[name] for name, t in bar.params.items()}), in_signal
-
     def parts(self) -> Iterator[tuple[Pass, Signal, Any]]:
         """The micro-batches, each as its pass, signal and batch."""
         return zip(self.passes, self.signal.chunks(len(self.passes)), self.batches, strict=True)
+
+    def with_leaves(
+        self, fields: Mapping[str, Tensor], *, widened: bool = False
+    ) -> Iterator[tuple[Pass, Loss, list[Tensor], Any]]:
+        """The micro-batches, each as its pass, its loss, leaves, and the input: the loss depends on leaves at these
+        values of the fields, and the input on those of the signal that enters it (``widened``: in float32 or wider)."""
+        parts = len(self.passes)
+        for i, (part, signal, x) in enumerate(self.parts()):
+            values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
+            leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
+            entering, inputs = self.signal_inputs[i].as_leaves(widened) if self.signal_inputs else ([], part.inputs)
+            yield part, self._loss(signal.having(leaves), x), [*leaves.values(), *entering], inputs
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, dict[str, Tensor | None]]:
         """The derivatives of ⟨g, w⟩: (∂²ℓ/∂θ²) w, if ``curved``, and that in fields of the signal, at the given values;
         None of a field that the inner loss does not depend on."""
-        in_weights, in_leaves = self._by_parts(
-            lambda part, *given: part.second_derivatives(w, *given, curved=curved), fields
-        )
-        hessian = self.student.over_ranks(mean_tree(in_weights)) if curved else {}
-        return hessian, self.in_signal(fields, in_leaves)
-
-    def shifted_derivatives(self, factor: Tensor, w: Tree) -> tuple[Tensor, list[list[Tensor | None]]]:
-        """:meth:`shifted`, and the derivatives of the inner loss there in the leaves of each micro-batch, for
-        :meth:`in_signal`."""
-        outputs, in_leaves = self._by_parts(
-            lambda part, *given: part.shifted_derivatives(factor, w, *given), self.signal.differentiable(), widened=True
-        )
-        return joined(outputs), in_leaves
+        found = [part.second_derivatives(w, *given, curved=curved) for part, *given in self.with_leaves(fields)]
+        hessian = self.student.over_ranks(mean_tree([product for product, _ in found])) if curved else {}
+        return hessian, self.in_signal(fields, [in_leaves for _, in_leaves in found])
 
     def in_signal(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
@@ -310,20 +294,6 @@ class InnerStep:
                 terms = [t for t in (direct, through.get(name)) if t is not None]
                 gradients[name] += [sum(terms[1:], terms[0]) / parts] if terms else []
         return {name: joined(pieces) if pieces else None for name, pieces in gradients.items()}
-
-    def _by_parts(
-        self, derive: Callable[..., tuple[Any, Any]], fields: Mapping[str, Tensor], *, widened: bool = False
-    ) -> tuple[list[Any], list[Any]]:
-        """The results of a function of each pass, its loss, the leaves of the fields (``widened``: in float32 or wider)
-        and of the input, and the input."""
-        parts, results = len(self.passes), []
-        for i, (part, signal, x) in enumerate(self.parts()):
-            values = {name: t if parts == 1 else t.chunk(parts)[i] for name, t in fields.items()}
-            leaves = as_leaves({name: wide(t) for name, t in values.items()} if widened else values)
-            entering, inputs = self.signal_inputs[i].as_leaves(widened) if self.signal_inputs else ([], part.inputs)
-            loss = self._loss(signal.having(leaves), x)
-            results.append(derive(part, loss, [*leaves.values(), *entering], inputs))
-        return [first for first, _ in results], [second for _, second in results]
 
     def _loss(self, signal: Signal, batch: Any) -> Loss:
         return InnerLoss(self.problem, signal, batch, self.student.readable)

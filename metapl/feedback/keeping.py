@@ -123,7 +123,10 @@ class States:
     adjoint: Any = None  # what it has of the way back
 
     def resume(self, path: Any, updates: Any) -> Any: ...
-    def note(self, path: Any, number: int, params: Any, state: Any) -> None: ...
+    def note(self, path: Any, number: int, params: Any, state: Any) -> None:
+        """Keep the state before step ``number`` of the run forward."""
+        self.keep(number, (params, state))
+
     def passed(self, path: Any, number: int, v: Any, state_cotangent: Any) -> None: ...
 
     def __init__(self, on: str | None) -> None:

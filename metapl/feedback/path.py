@@ -74,7 +74,7 @@ class Path:
     @property
     def inner_loss(self) -> Tensor:
         """The mean of the inner losses over the steps."""
-        return self.steps[0].inner_loss if len(self.steps) == 1 else mean_of([step.inner_loss for step in self.steps])
+        return mean_of([step.inner_loss for step in self.steps])
 
     @cached_property
     def outer_loss(self) -> Tensor:
@@ -90,7 +90,7 @@ class Path:
         """v = ∇L(θ′), one forward and backward pass on the labeled batch (with its own batch statistics)."""
         if self._outer_gradient is None:
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            loss, v = self.student.loss_and_gradient(self.steps[-1].new_params, *self._outer_pass())
+            loss, v = self.student.loss_and_gradient(self.params, *self._outer_pass())
             self.__dict__["outer_loss"], self._outer_gradient = loss, v
         return self._outer_gradient
 
@@ -116,96 +116,87 @@ class Path:
             fields: returns the fields of a step's signal, with the values at which the derivatives are taken.
             truncate: the number of last steps; None: all.
         """
-        if len(self.steps) == 1:
-            yield self.steps[0], self.steps[0].pullback(self.outer_gradient()), None
-            return
-        first, end = 0 if truncate is None else max(0, len(self.steps) - truncate), len(self.steps)
-        if self.states.adjoint is None:
-            v, state_cotangent = self.outer_gradient(), None
+        end, spacings = len(self.steps), self.keeping.spacings
+        first = 0 if truncate is None else max(0, end - truncate)
+        resumed = self.states.adjoint if end > 1 else None
+        if resumed is None:
+            v, state_bar = self.outer_gradient(), None
         else:
-            end, v, state_cotangent = (self.states.adjoint[name] for name in ("at", "v", "state_cotangent"))
-        spacings = self.keeping.spacings
-        held = ((n, self.steps[n]) for n in range(end - 1, first - 1, -1))
-        for number, step in self._backwards(first, 0, end, *spacings) if spacings else held:
-            self.refuse_other(number, step.batch)
-            if number > first:
-                bar, in_signal = step.adjoint(v, state_cotangent, fields(step.signal))
-                v, state_cotangent = bar.params, bar.state
+            end, v, state_bar = (resumed[name] for name in ("at", "v", "state_cotangent"))
+        for number, step in self._backwards(first, 0, end, *spacings):
+            if self.rereads:
+                self.batch(number, step.batch)
+            if number == first:
+                yield step, step.pullback(v) if state_bar is None else step.vjp(v, state_bar).gradient, None
+            else:
+                w, theta_bar, state_bar = step.vjp(v, state_bar)
+                hessian, in_signal = step.second_derivatives(w, fields(step.signal))
+                v = {name: t + hessian[name] for name, t in theta_bar.items()}  # λ_k = θ̄_k + (∂²ℓ_k/∂θ²) w_k
                 checks.refuse_not_finite(
                     self.student.space.norm(v),
                     f"the derivative of the outer loss is NaN or infinite before step {number} of the look-ahead: the "
                     "steps from there on amplify it without bound. Lower the student's learning rate, or differentiate "
                     "fewer of the last steps, Forward(truncate=...).",
                 )
-                yield step, bar.gradient, in_signal
-            elif state_cotangent is None:
-                yield step, step.pullback(v), None
-            else:
-                yield step, step.vjp(v, state_cotangent).gradient, None
+                yield step, w, in_signal
             if self.progress is not None:
                 self.progress(step.batch)
-            if number > first and number % min(spacings, default=end) == 0:
-                self.states.passed(self, number, v, state_cotangent)
+            if number > first and spacings and number % spacings[-1] == 0:
+                self.states.passed(self, number, v, state_bar)
 
-    def _backwards(
-        self, first: int, begin: int, end: int, spacing: int, *finer: int
-    ) -> Iterator[tuple[int, InnerStep]]:
-        """The steps from ``end`` to ``begin`` with their numbers, but none before ``first``; of these the multiples of
-        ``spacing`` have their states, and each block between two of them is computed again."""
+    def _backwards(self, first: int, begin: int, end: int, *spacings: int) -> Iterator[tuple[int, InnerStep]]:
+        """The steps from ``end`` back to ``begin``, none before ``first``, each with its θ, g and s.
+
+        Of these the multiples of ``spacings[0]`` have kept their states. Each block between two of them is computed
+        again: it keeps its multiples of ``spacings[1]``, or all of its steps where no finer spacing is left.
+        """
+        if not spacings:
+            for number in reversed(range(begin, end)):
+                if number >= first:
+                    yield number, self.steps[number]
+                if self.keeping.spacings:
+                    self.forget(number)
+            return
+        spacing, *finer = spacings
         for start in reversed(range(begin, end, spacing)):
             stop = min(start + spacing, end)
             if stop <= first:
                 return
+            params, state = self.states.take(start)
+            for number in range(start, stop):
+                if number > start:
+                    params, state = self.steps[number - 1].updated
+                    if finer:
+                        self.forget(number - 1)
+                if finer and number % finer[0] == 0:
+                    self.states.keep(number, (params, state))
+                if not (step := self.steps[number]).grads:  # the last of all has its own
+                    batch = self.batch(number) if self.rereads else step.batch
+                    self.steps[number] = step.recomputed(params, state, batch)
             if finer:
-                for number, step in enumerate(self._recomputed(start, stop), start):
-                    self.forget(number, step, finer[0])
-                yield from self._backwards(first, start, stop, *finer)
-                continue
-            block = list(enumerate(self._recomputed(start, stop), start))
-            while block:
-                number, step = block.pop()
-                if number >= first:
-                    yield number, step
-                self.forget(number, step)
+                self.forget(stop - 1)
+            yield from self._backwards(first, start, stop, *finer)
 
-    def _recomputed(self, start: int, stop: int) -> Iterator[InnerStep]:
-        """The steps from one on whose state was kept, computed again; the last step of the path still has its own."""
-        held = len(self.steps) - 1 if self.steps[-1].grads else len(self.steps)
-        params, state = self.states.take(start) if start < held else ({}, None)
-        for number in range(start, stop):
-            step = self.steps[number]
-            if number < held:
-                step = step.recomputed(params, state, self.batch(number) if self.rereads else None)
-                params, state = step.updated
-            yield step
+    def forget(self, number: int) -> None:
+        """Drop what can be computed again, of all steps but the last."""
+        if number < len(self.batches) - 1:
+            self.steps[number] = self.steps[number].forgotten(self.rereads)
 
-    def forget(self, number: int, step: InnerStep, spacing: int = 0) -> InnerStep:
-        """A step without what can be computed again, unless it is the last; of multiples of ``spacing`` the state is
-        kept."""
-        if number == len(self.batches) - 1:
-            return step
-        if spacing and number % spacing == 0:
-            self.states.keep(number, (step.params, step.state))
-        return step.forgotten(self.rereads)
-
-    def batch(self, number: int) -> Any:
-        """An inner batch once more; refuse one that is not the same."""
-        # A function may seed the default generator.
-        with self.student.ranks.agreed(), replayed(RandomState.now(self.student.device)):
-            batch = self.batches[number]
-        self.refuse_other(number, batch)
-        return batch
-
-    def refuse_other(self, number: int, batch: Any) -> None:
-        """Refuse a batch that a function returns, where it is not the one that the student learned from."""
-        expected = self.steps[number].digest
-        if expected is not None:
-            with self.student.ranks.agreed():
-                checks.refuse(
-                    digest(batch) != expected,
-                    f"the function of Lookahead returned another batch for step {number} when it was called again; "
-                    "expected the same batch for the same number: torch.Generator().manual_seed(number).",
-                )
+    def batch(self, number: int, held: Any = None) -> Any:
+        """An inner batch once more, read again where it is not ``held``; refused where it is not the one that the
+        student learned from."""
+        with self.student.ranks.agreed():
+            if held is None:
+                with replayed(RandomState.now(self.student.device)):  # a function may seed the default generator
+                    held = self.batches[number]
+            expected = self.steps[number].digest
+            assert expected is not None, "only batches that are read again are known by a digest"
+            checks.refuse(
+                digest(held) != expected,
+                f"the function of Lookahead returned another batch for step {number} when it was called again; "
+                "expected the same batch for the same number: torch.Generator().manual_seed(number).",
+            )
+        return held
 
     def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, dict[str, Tensor | None]]]:
         """The last ``truncate`` steps (None: all), each with dL(θ′)/d(field) for the fields of its signal, by double
@@ -230,7 +221,7 @@ class Path:
 
     def commit(self) -> None:
         """Move the student to θ′, with its optimizer."""
-        if not all(step.grads for step in self.steps):  # some were forgotten
+        if self.keeping.spacings:  # gradients were dropped
             self.update.write(self.student.parameters, self.params, self.state)
             return
         for step in self.steps:
@@ -286,14 +277,77 @@ def take_steps(
         updates: of each step, where they differ by a schedule.
         progress: called with the batch of each step that has been taken.
     """
-    if not isinstance(student, LocalStudent):
-        student = student_of(student, double_backward=keep_graph)
-    several = len(batches) > 1
-    path = Path(problem, student, update, micro_batches(labeled, parts, "labeled"), batches)
-    if not student.ranks.alone:
-        student.ranks.equal(length(labeled), "the outer batch")
+    student = student if isinstance(student, LocalStudent) else student_of(student, double_backward=keep_graph)
+    local, ranks, several, rereads = student, student.ranks, len(batches) > 1, isinstance(batches, Lookahead)
+    path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"), batches)
+    if not ranks.alone:
+        ranks.equal(length(labeled), "the outer batch")
+    enters = enters_input(problem)
+    graph_of = None if enters else graph_of  # the derivative through the input is another one
+
+    def taken(batch: Any, params: Tree, state: Any, rule: Update) -> InnerStep:
+        """One step from θ and s on a batch, in micro-batches; no weight moves."""
+
+        def asked(x: Any, outputs: Tensor | None) -> Signal:
+            """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this
+            step."""
+            if ranks.alone and params is local.params:
+                signal = teach(x, outputs).detached()
+            else:
+                with NOTHING if params is local.params else local.holding(params), ranks.agreed():
+                    signal = teach(x, outputs).detached()
+            return signal
+
+        def learned(i: int) -> tuple[Tensor, Tree]:
+            """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
+            signal, leaves = signals[i], dict[str, Tensor]()
+            if graph_of is not None:
+                leaves = as_leaves(credited(signal, graph_of))
+                signal = signal.having(leaves)
+            loss = InnerLoss(problem, signal, pieces[i], local.readable, leaves.get("factors"))
+            return passes[i].gradient(loss, [*leaves.values()])
+
+        pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
+        if not ranks.alone:
+            ranks.equal(length(batch), "the inner batch")
+        passes, signals, signal_inputs = list[Pass](), list[Signal](), list[SignalInput]()
+        results = list[tuple[Tensor, Tree]]()
+        if before := enters or problem.signal_of_batch:
+            asked_about = [batch] if problem.signal_of_batch else pieces
+            whole = joined_signals([asked(x, None) for x in asked_about], leaves=keep_graph)
+            signals = whole.chunks(parts)
+        for i, x in enumerate(pieces):
+            if enters:
+                signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
+            inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
+            passes.append(inner_pass := local.pass_type(local, params, inputs))  # z = S(x; θ)
+            with NOTHING if ranks.alone else ranks.agreed():
+                problem.check(inner_pass.outputs, path.labeled[i], x)
+            if not before:
+                signals.append(asked(x, inner_pass.outputs))
+            if not keep_graph:  # one graph at a time
+                results.append(learned(i))
+        whole = whole if before else joined_signals(signals, leaves=keep_graph)
+        if keep_graph:  # by parts of the leaf that the path is differentiated in
+            signals = whole.chunks(parts)
+            results = [learned(i) for i in range(parts)]
+        losses, gradients = zip(*results, strict=True)
+        return InnerStep(
+            problem,
+            rule,
+            passes,
+            batch,
+            whole,
+            mean_of(losses),
+            mean_tree(gradients),
+            state,
+            signal_inputs,
+            by_optimizer=several,
+            digest=digest(batch) if rereads else None,
+        )
+
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params = as_leaves(student.params) if several and keep_graph else student.params
+    params = as_leaves(local.params) if several and keep_graph else local.params
     state, done = update.read_state(), 0 if states is None else states.done
     if states is not None and done:
         path.states = states
@@ -303,105 +357,21 @@ def take_steps(
         if number > done:
             params, state = path.steps[-1].updated
             if path.keeping.spacings:
-                spacing = path.keeping.spacings[0]
-                path.steps[-1] = path.forget(number - 1, path.steps[-1], spacing)
-                if number % spacing == 0:  # what lies in a folder goes on from here
+                path.forget(number - 1)
+                if number % path.keeping.spacings[0] == 0:
                     path.states.note(path, number, params, state)
-        with student.ranks.agreed() if isinstance(batches, Lookahead) else NOTHING:
+        with ranks.agreed() if rereads else NOTHING:
             batch = batches[number]
-        rule = updates[number] if updates else update
-        path.steps.append(_step(path, batch, params, state, rule, teach, parts, keep_graph, graph_of))
+        path.steps.append(taken(batch, params, state, updates[number] if updates else update))
         if number == 0 and several:
-            if isinstance(batches, Lookahead):
+            if rereads:
                 path.batch(0)  # a function that always returns another batch is refused here, not after the path
             path.keeping = ALL if keep is None else keep(len(batches), path.steps[0])
             path.states = states or States(path.keeping.on)
+            if path.keeping.spacings:
+                path.states.keep(0, (params, state))
         if progress is not None:
             progress(batch)
     if states is not None and len(batches) > max(done, 1):  # a path of one step has no way back
         states.note(path, len(batches), *path.steps[-1].updated)
     return path
-
-
-def _step(
-    path: Path,
-    batch: Any,
-    params: Tree,  # θ
-    state: Any,  # s, of the inner optimizer
-    update: Update,
-    teach: Teach,
-    parts: int,
-    keep_graph: bool,
-    graph_of: Credited | None,
-) -> InnerStep:
-    """One step of the student on a batch, in micro-batches; no weight moves."""
-    problem, student, ranks = path.problem, path.student, path.student.ranks
-    enters = enters_input(problem)
-    pieces = [batch] if parts == 1 else micro_batches(batch, parts, "unlabeled")
-    if not ranks.alone:
-        ranks.equal(length(batch), "the inner batch")
-    graph_of = None if enters else graph_of  # the derivative through the input is another one
-
-    def ask_teacher(x: Any, outputs: Tensor | None) -> Signal:
-        """Line 2: ŷ ~ T(x), or the soft label; of a problem that reads the student itself, as it is in this step."""
-        if ranks.alone and params is student.params:
-            return teach(x, outputs).detached()
-        with NOTHING if params is student.params else student.holding(params), ranks.agreed():
-            return teach(x, outputs).detached()
-
-    def loss_and_gradient(i: int) -> tuple[Tensor, Tree]:
-        """Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal), of a micro-batch, and the value of the loss."""
-        signal, leaves = signals[i], dict[str, Tensor]()
-        if graph_of is not None:
-            leaves = as_leaves(credited(signal, graph_of))
-            signal = signal.having(leaves)
-        loss = InnerLoss(problem, signal, pieces[i], student.readable, leaves.get("factors"))
-        return passes[i].gradient(loss, [*leaves.values()])
-
-    signals, passes = list[Signal](), list[Pass]()
-    signal_inputs, results = list[SignalInput](), list[tuple[Tensor, Tree]]()
-    if signal_first := enters or problem.signal_of_batch:
-        asked_about = [batch] if problem.signal_of_batch else pieces
-        whole = _joined([ask_teacher(x, None) for x in asked_about], keep_graph)
-        signals = whole.chunks(parts)
-    for i, x in enumerate(pieces):
-        if enters:
-            signal_inputs.append(SignalInput(problem, x, signals[i], keep_graph))
-        inputs = signal_inputs[i].inputs if enters else problem.student_input(x)
-        passes.append(inner_pass := student.pass_type(student, params, inputs))  # z = S(x; θ)
-        with NOTHING if ranks.alone else ranks.agreed():
-            problem.check(inner_pass.outputs, path.labeled[i], x)
-        if not signal_first:
-            signals.append(ask_teacher(x, inner_pass.outputs))
-        if not keep_graph:  # one graph at a time
-            results.append(loss_and_gradient(i))
-    if not signal_first:
-        whole = signals[0] if parts == 1 and not keep_graph else _joined(signals, keep_graph)
-    if keep_graph:  # by parts of the leaf that the path is differentiated in
-        signals = whole.chunks(parts)
-        results = [loss_and_gradient(i) for i in range(parts)]
-    if parts == 1:
-        ((inner_loss, grads),) = results
-    else:
-        inner_loss, grads = mean_of([loss for loss, _ in results]), mean_tree([g for _, g in results])
-    return InnerStep(
-        problem,
-        update,
-        passes,
-        batch,
-        whole,
-        inner_loss,
-        grads,
-        state,
-        signal_inputs,
-        by_optimizer=len(path.batches) > 1,
-        digest=digest(batch) if path.rereads else None,
-    )
-
-
-def _joined(signals: Sequence[Signal], keep_graph: bool) -> Signal:
-    """The signal about the whole batch; with ``keep_graph``, the leaf that the path is differentiated in."""
-    whole = signals[0] if len(signals) == 1 else joined_signals(signals)
-    for t in whole.differentiable().values() if keep_graph else ():
-        t.requires_grad_()
-    return whole

@@ -147,7 +147,7 @@ class Folder(States):
 
     def note(self, path: Path, number: int, params: Any, state: Any) -> None:
         """Keep the state before step ``number``, with the steps since the last one, so that the path goes on there."""
-        self.keep(number, (params, state))
+        super().note(path, number, params, state)
         parts, generator = self.teach.parts, self.teach.generator
         self._write(
             f"steps-{number:08d}.ckpt",

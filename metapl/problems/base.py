@@ -116,10 +116,15 @@ def check_signal(signal: Any, problem: Any) -> Signal:
     return checked
 
 
-def joined_signals(signals: Sequence[Signal]) -> Signal:
-    """The signal about the union of micro-batches."""
-    fields = [signal.fields() for signal in signals]
-    return signals[0].having({name: joined([found[name] for found in fields]) for name in fields[0]})
+def joined_signals(signals: Sequence[Signal], leaves: bool = False) -> Signal:
+    """The signal about the union of micro-batches, or the only one; as ``leaves``, a graph begins at its fields."""
+    whole = signals[0]
+    if len(signals) > 1:
+        fields = [signal.fields() for signal in signals]
+        whole = whole.having({name: joined([found[name] for found in fields]) for name in fields[0]})
+    for t in whole.differentiable().values() if leaves else ():
+        t.requires_grad_()
+    return whole
 
 
 class BilevelProblem(ABC):
