@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metapl.errors import MetaplError, few
-from metapl.execution.modules import named_parts, named_tensors
+from metapl.execution.modules import named_parts
 from metapl.execution.shards import is_sharded, local
 from metapl.runs.fields import Range, check_arguments, check_fields
 
@@ -138,7 +138,7 @@ def shard(
     names = dict(module.named_modules(remove_duplicate=False))
     unknown = [key for key in plan or () if not any(fnmatchcase(name, key) for name in names)]
     chosen = _untied(module, blocks_of(module)) if blocks is None else list(blocks(module))
-    parameters = [t for _, t in named_tensors(module) if isinstance(t, nn.Parameter)]
+    parameters = [p for _, part in named_parts(module) for p in part._parameters.values() if p is not None]
     refusals = {
         "precision='bfloat16' gathers the parts of weights in bfloat16; expected mesh.shard above 1, or "
         "BilevelTrainer(precision='bfloat16').": precision == "bfloat16" and mesh.shard == 1,
@@ -222,7 +222,7 @@ def _untied(module: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The blocks whose weights have no place outside of them."""
 
     def places(part: nn.Module) -> Counter[int]:
-        return Counter(id(t) for _, t in named_tensors(part) if isinstance(t, nn.Parameter))
+        return Counter(id(p) for _, own in named_parts(part) for p in own._parameters.values() if p is not None)
 
     everywhere = places(module).items()
     return [block for block in blocks if places(block).items() <= everywhere]

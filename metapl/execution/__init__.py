@@ -3,5 +3,5 @@
 A *pass of record* is a pass that ordinary training runs too: it updates buffers and advances generators. A *replay*
 runs the network once more, with the random numbers and the buffers of a pass of record, and changes nothing; its
 outputs are compared with those of its pass of record. Begin with ``local``; ``sharded`` is the same where a process
-holds a part of the network, ``writes`` and ``agreement`` are what is refused on the way.
+holds a part of the network, ``compare`` and ``checks`` are what is refused on the way.
 """

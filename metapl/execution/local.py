@@ -103,7 +103,7 @@ class LocalStudent:
                 "expected an outer_loss that uses the student's outputs without detaching them."
             )
         mean, weight = self.mean_of_all(values)
-        v = mean_tree(gradients)
+        v = gradients[0] if len(gradients) == 1 else mean_tree(gradients)
         if len(v) < len(at):
             v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in at.items()}
         return mean, {n: len(values) / weight * t for n, t in v.items()} if isinstance(weight, Tensor) else v

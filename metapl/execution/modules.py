@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -18,12 +18,6 @@ def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
                 children = [(f"{prefix}{name}.", child) for name, child in part._modules.items() if child is not None]
                 waiting += children[::-1]
     return [(prefix, part) for part, prefix in found.items()]
-
-
-def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers, by name; one that is held in several places comes several times."""
-    held = [(prefix, {**part._parameters, **part._buffers}) for prefix, part in named_parts(module)]
-    return [(prefix + name, t) for prefix, tensors in held for name, t in tensors.items() if t is not None]
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -36,10 +36,8 @@ class RandomState(NamedTuple):
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
     def same(self, other: RandomState) -> bool:
-        pairs = ((self.cpu, other.cpu), (self.accelerator, other.accelerator))
-        return all(
-            a is b or (a is not None and b is not None and bool((a.numpy() == b.numpy()).all())) for a, b in pairs
-        )
+        pairs = zip(self.values().values(), other.values().values(), strict=True)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
 
     def branch(self) -> RandomState:
         """The start of a stream that is independent of the one that continues from here; a function of this state."""

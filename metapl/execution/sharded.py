@@ -114,8 +114,10 @@ class ShardedStudent(LocalStudent):
         parts = [part for _, part in named_parts(self.module)]
         hooks = [(table, dict(table)) for part in parts for table in (part._forward_pre_hooks, part._forward_hooks)]
         for table, own in hooks:
-            for number in (number for number, hook in own.items() if _exchanges(hook)):
-                del table[number]
+            for number, hook in own.items():
+                # Of fully_shard, or of checkpoint for it, whose passes are run again once alone.
+                if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
+                    del table[number]
         try:
             with swapped([*super().held_at(params), *held]):
                 yield
@@ -136,7 +138,7 @@ class ShardedStudent(LocalStudent):
         """The weights of each submodule are dual numbers with their part of w while it runs."""
         names = {id(p): name for name, p in self.parameters.items()}
         self.layout.reshard()
-        held: dict[Any, list[_Slot]] = {}  # by the submodule that gathers them: the innermost block around
+        held: dict[Any, list[Slot]] = {}  # by the submodule that gathers them: the innermost block around
         around: dict[nn.Module, Any] = {}
         for _, part in named_parts(self.module):  # as a pass would come to them
             block = part if part in self.layout.blocks else around.get(part, self.module)
@@ -151,19 +153,10 @@ class ShardedStudent(LocalStudent):
             yield
 
 
-def _exchanges(hook: Any) -> bool:
-    """Whether a hook is of ``fully_shard``, or of ``checkpoint`` for it, whose passes are run again once alone."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
-
-
-# A place that holds a parameter, as its dictionary and name there, and the parameter's name.
-_Slot = tuple[dict[str, Any], str, str]
-
-
 @contextmanager
-def _dual_while_it_runs(block: nn.Module, slots: list[_Slot], w: Tree) -> Iterator[None]:
+def _dual_while_it_runs(block: nn.Module, slots: list[Slot], w: Tree) -> Iterator[None]:
     """Make dual numbers of the weights that a block gathers while it runs in this block of code."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    before: list[Slot] = []
     like = {name: tensors[attribute] for tensors, attribute, name in slots if name in w}  # the sharded parameters
 
     def enter(*_: Any) -> None:
