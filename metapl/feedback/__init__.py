@@ -42,14 +42,7 @@ __all__ = [
 __dir__ = __all__.copy
 
 ModeName = Literal[
-    "unrolled",
-    "forward",
-    "difference",
-    "reinforce",
-    "reinforce_per_example",
-    "loss_difference",
-    "implicit",
-    "none",
+    "unrolled", "forward", "difference", "reinforce", "reinforce_per_example", "loss_difference", "implicit", "none"
 ]
 Mode = ModeName | Estimator
 """What is taken as a mode, so that an editor and a type checker know the names."""

@@ -54,8 +54,6 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
         raise MetaplError(f"{kind} has revised_signal and student_input(batch, signal); expected one of the two.")
     if revising and getattr(mode, "normalization", None) == "cosine":
         raise MetaplError('normalization="cosine" divides by a gradient that is zero here; expected "gradient".')
-    if mode.credits == "example" and entering:
-        raise _labels_enter(mode, problem)
     required = {
         *mode.requires,
         *([CURVATURE] if steps > 1 else ()),
@@ -72,8 +70,12 @@ def check_mode(mode: Estimator, steps: int, problem: Problem, student: Layout) -
 
 def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) -> None:
     """Refuse a signal of a kind that the mode cannot differentiate; ``steps`` of the student are taken."""
-    if signal.sampled and mode.credits == "signal" and enters_input(problem):
-        raise _labels_enter(mode, problem)
+    if signal.sampled and mode.credits in ("signal", "example") and enters_input(problem):
+        raise MetaplError(
+            f"mode {mode.name!r} credits each label apart, and those of {kind_of(problem)} enter the student's input, "
+            "where they act on others too; expected 'reinforce', 'loss_difference' or 'none', or a differentiable "
+            "signal."
+        )
     kind: Kind = "hard" if signal.sampled else "soft"
     constant = kind == "soft" and not signal.differentiable() and mode.credits != "nothing"
     if constant or kind not in mode.labels:
@@ -83,10 +85,3 @@ def check_kind(signal: Signal, mode: Estimator, problem: Problem, steps: int) ->
             f"the problem's signal is {own}, which mode '{mode.name}' does not differentiate; expected {fitting}, or a "
             "signal of floating point, or one with the log_prob of each sampled value."
         )
-
-
-def _labels_enter(mode: Estimator, problem: Problem) -> MetaplError:
-    return MetaplError(
-        f"mode {mode.name!r} credits each label apart, and those of {kind_of(problem)} enter the student's input, "
-        "where they act on others too; expected 'reinforce', 'loss_difference' or 'none', or a differentiable signal."
-    )

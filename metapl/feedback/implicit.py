@@ -11,7 +11,6 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -105,10 +104,6 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
             break
         q = _plus(product(p), p, damping)
         curvature, p_norm, q_norm = torch.stack([dot(p, q), norm(p), norm(q)]).tolist()
-        if not math.isfinite(q_norm):
-            raise MetaplError(
-                f"a product with H is not finite: the student has diverged, or damping={damping:g} is large."
-            )
         largest = max(largest, q_norm / p_norm)  # at most the greatest eigenvalue
         if curvature <= rounding * p_norm * q_norm:
             if number == 0 or curvature < -rounding * largest * p_norm**2:  # v itself must be curved

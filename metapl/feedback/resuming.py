@@ -116,30 +116,27 @@ class Folder(States):
     def resume(self, path: Path, updates: Sequence[Update]) -> Any:
         """Give a path the steps that were taken before, and the networks and generators what they had come to; θ and s
         after them."""
-        begun = [slots.state or State(slots) for slots in (self.student.slots, self.teach.slots)]
-        kind = self.student.pass_type
+        student, teach = self.student, self.teach
+        begun = [slots.state or State(slots) for slots in (student.slots, teach.slots)]
         for number in _numbers(self.folder, "steps"):
             found = self._read(f"steps-{number:08d}.ckpt")
             for signal, loss, known, records in found["steps"]:
                 rule = updates[len(path.steps)] if updates else path.update
-                passes, taken = [kind.recorded(self.student, begun[0], part) for part in records], Signal(**signal)
-                step = InnerStep(
-                    self.teach.problem, rule, passes, None, taken, loss, {}, None, by_optimizer=True, digest=known
-                )
-                path.steps.append(step)
-            self.teach.passes += [
-                TeacherPass(None, outputs, Signal(**signal), self._random(random), begun[1].with_values(state), drawn)
-                for outputs, signal, random, state, drawn in found["passes"]
-            ]
+                passes = [student.pass_type.recorded(student, begun[0], part) for part in records]
+                given = path.problem, rule, passes, None, Signal(**signal), loss
+                path.steps.append(InnerStep(*given, grads={}, state=None, by_optimizer=True, digest=known))
+            for outputs, signal, random, state, drawn in found["passes"]:
+                asked = RandomState(student.device, **random), begun[1].with_values(state), drawn
+                teach.passes.append(TeacherPass(None, outputs, Signal(**signal), *asked))
         path.keeping = Keeping(tuple(found["spacings"]), str(self.folder))
         for state, values in zip(begun, found["states"], strict=True):
             state.with_values(values).restore()
-        self.student.slots.state = None
-        self._random(found["random"]).restore()
-        if self.teach.generator is not None:
-            self.teach.generator.set_state(found["drawn"])
+        student.slots.state = None
+        RandomState(student.device, **found["random"]).restore()
+        if teach.generator is not None:
+            teach.generator.set_state(found["drawn"])
         moved = self.take(self.done)
-        if self.done == self.teach.steps:
+        if self.done == teach.steps:
             vars(path.steps[-1])["updated"] = moved
         if self.adjoint is not None:
             path.feedback, vars(path)["outer_loss"] = self.adjoint["found"], self.adjoint["outer_loss"]
@@ -166,9 +163,6 @@ class Folder(States):
             spacings=list(path.keeping.spacings),
         )
         self.done = number
-
-    def _random(self, values: dict[str, Any]) -> RandomState:
-        return RandomState(self.student.device, **values)
 
     # --------------------------------------------------------------------------------------------------- the way back
 
