@@ -186,19 +186,10 @@ class Trainer(ABC):
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if steps is None or labeled is None:
             raise MetaplError("fit needs labeled= (or outer=), a source of batches, and steps=, the number of steps.")
-        return loop.fit(
-            self,
-            FitOptions(steps=steps, **options),
-            {"labeled": labeled, "unlabeled": unlabeled},
-            batch_size,
-            validation,
-            metric_of(metric, mode),
-            Folder(out) if isinstance(out, str | Path) else out,
-            resume,
-            progress,
-            say or partial(print, file=sys.stderr, flush=True),
-            callbacks,
-        )
+        given, measure = {"labeled": labeled, "unlabeled": unlabeled}, metric_of(metric, mode)
+        how, folder = FitOptions(steps=steps, **options), Folder(out) if isinstance(out, str | Path) else out
+        say = say or partial(print, file=sys.stderr, flush=True)
+        return loop.fit(self, how, given, batch_size, validation, measure, folder, resume, progress, say, callbacks)
 
     def evaluate(self, data: Any, *, classes: list[str] | None = None, metric: Asked | None = None) -> Any:
         """How good the student is on labeled data.

@@ -23,12 +23,7 @@ from metapl.feedback.teacher import NOT_FINITE, mean_scalars
 from metapl.functional import compiled
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
-from metapl.problems.losses import (
-    CrossEntropy,
-    TeacherLoss,
-    check_losses,
-    sum_of_terms,
-)
+from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, sum_of_terms
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
 from metapl.updates import parameters_of
@@ -104,23 +99,12 @@ class LossTrainer(Trainer):
         if not self.steps_done and {*map(id, parameters_of(self.optimizer))}.isdisjoint(trained):
             raise MetaplError("the optimizer holds none of the network's trainable parameters; expected those.")
         with restored(Slots(self.student), optimizer=self.optimizer, device=self.device) as fault:
-            batches = zip(
-                micro_batches(labeled, self.accumulate, "labeled"),
-                micro_batches(unlabeled, self.accumulate, "unlabeled"),
-                strict=True,
-            )
-            parts = []
+            of_labeled = micro_batches(labeled, self.accumulate, "labeled")
+            of_unlabeled = micro_batches(unlabeled, self.accumulate, "unlabeled")
+            kind, parts = self.total.replace("_", " "), []
             with self._autocast(), rows_shared(self.ranks):
-                for x_l, x_u in batches:
-                    terms = sum_of_terms(
-                        self.network,
-                        self.losses_for(x_u),
-                        labeled=x_l,
-                        unlabeled=x_u,
-                        signal=Signal(torch.empty(0, device=self.device)),  # a loss that needs outputs computes them
-                        step=self.steps_done,
-                        kind=self.total.replace("_", " "),
-                    )
+                for x_l, x_u in zip(of_labeled, of_unlabeled, strict=True):
+                    terms = sum_of_terms(self.network, self.losses_for(x_u), kind=kind, **self._read(x_l, x_u))
                     loss = torch.stack(list(terms.values())).sum()
                     checks.learns(loss, "network")
                     if loss.requires_grad:  # UDA alone is a plain 0 before its start
@@ -151,12 +135,16 @@ class LossTrainer(Trainer):
 
     def outer_terms(self) -> list[Term]:
         """Its losses, of labeled batches alone."""
-        rest = {"unlabeled": None, "signal": Signal(torch.empty(0, device=self.device)), "step": self.steps_done}
 
         def term(loss: Any, network: Any, inputs: Any, batch: Any) -> Any:
-            return loss(network, labeled=batch, **rest)
+            return loss(network, **self._read(batch, None))
 
         return [partial(term, loss) for loss in self.losses]
+
+    def _read(self, labeled: Any, unlabeled: Any) -> dict[str, Any]:
+        """The arguments of a loss besides the network, whose outputs it computes where it needs them."""
+        nothing = Signal(torch.empty(0, device=self.device))
+        return {"labeled": labeled, "unlabeled": unlabeled, "signal": nothing, "step": self.steps_done}
 
     def settings(self) -> dict[str, Any]:
         """What decides a step. A resumed fit has the same."""

@@ -126,15 +126,9 @@ class BilevelTrainer(Trainer):
         check_arguments(BilevelTrainer.__init__, locals())
         self.given_problem, self.problem = problem, prepare(problem, self.mode)
         self.classifies, self.teacher_classifies = self.problem.classifies, self.problem.teacher_classifies
-        check_teacher(
-            teacher,
-            self.problem,
-            outer_optimizer=outer_optimizer is not None,
-            teacher_losses=bool(teacher_losses),
-            feedback_weight=feedback_weight != 1.0,
-            feedback_ratio=feedback_ratio is not None,
-            recompute_teacher=recompute_teacher,
-        )
+        of_teacher = {"outer_optimizer": outer_optimizer is not None, "teacher_losses": bool(teacher_losses)}
+        of_teacher |= {"feedback_weight": feedback_weight != 1.0, "feedback_ratio": feedback_ratio is not None}
+        check_teacher(teacher, self.problem, **of_teacher, recompute_teacher=recompute_teacher)
         self.pair, self.as_given = (teacher, student), student  # perhaps in DistributedDataParallel
         self.teacher_layout, self.layout, self.device = layouts(teacher, student)
         self.layouts: list[Layout] = [one for one in (self.teacher_layout, self.layout) if one is not None]
@@ -150,12 +144,8 @@ class BilevelTrainer(Trainer):
             raise MetaplError(f'keep_on={self.mode.keep_on!r} is for metapl.hypergradient; expected "cpu" or None.')
         if self.mode.keep_graph and accumulate > 1:
             raise MetaplError(f"accumulate={accumulate} was given with mode 'unrolled'; expected 1, or mode 'forward'.")
-        if feedback_ratio is not None and feedback_weight != 1.0:
-            raise MetaplError("feedback_weight and feedback_ratio were both given; expected one of them.")
-        if feedback_ratio is not None and not self._has_losses:
-            raise MetaplError(
-                "feedback_ratio was given without teacher losses to measure by; expected feedback_weight."
-            )
+        if feedback_ratio is not None and (feedback_weight != 1.0 or not self._has_losses):
+            raise MetaplError("feedback_ratio takes teacher losses to measure by, and no feedback_weight beside it.")
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
         self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
@@ -207,38 +197,19 @@ class BilevelTrainer(Trainer):
         mode, outer_optimizer, number = self.mode, self.outer_optimizer, self.steps_done
         student = student_of(self.layout, double_backward=mode.keep_graph, slots=slots[1])
         self.update.follow(student.parameters)
-        teach = Teaching(
-            self.teacher_layout,
-            self.problem,
-            mode,
-            self.generator,
-            self.ranks,
-            self.device,
-            batches,
-            self.accumulate,
-            self.recompute_teacher,
-            slots[0],
-        )
+        where, passes = (self.generator, self.ranks, self.device), (self.accumulate, self.recompute_teacher, slots[0])
+        teach = Teaching(self.teacher_layout, self.problem, mode, *where, batches, *passes)
         if outer_optimizer is not None:  # as ``follow`` for the student: layers may have been added, or thawed
             refuse_missing("outer_optimizer", outer_optimizer, slots[0].learned, "teacher")
-        graph_of = mode.graph_of(len(batches), student)
+        how: dict[str, Any] = {"keep_graph": mode.keep_graph, "graph_of": mode.graph_of(len(batches), student)}
+        how |= {"parts": self.accumulate, "keep": mode.keeping}
         # Fused attention has no second derivative, which a graph of g is for.
-        kernels = no_fast_path(math=True) if mode.keep_graph or graph_of is not None else NOTHING
+        kernels = no_fast_path(math=True) if how["keep_graph"] or how["graph_of"] is not None else NOTHING
         losses = () if self._teacher_trainer is None else self._teacher_trainer.losses_for(batches[-1])
         with restored(*slots, device=self.device, optimizer=outer_optimizer, generator=self.generator) as fault:
             with self._autocast() if self.precision != "float32" else NOTHING, kernels:
-                path = take_steps(  # lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
-                    student,
-                    self.update,
-                    self.problem,
-                    labeled,
-                    batches,
-                    teach,
-                    parts=self.accumulate,
-                    keep_graph=mode.keep_graph,
-                    graph_of=graph_of,
-                    keep=mode.keeping,
-                )
+                # Lines 2-3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g)
+                path = take_steps(student, self.update, self.problem, labeled, batches, teach, **how)
                 feedback, mode_state = mode.checked_feedback(path, self.mode_state)  # line 4: h
                 # Lines 5-7: −Σ h·signal + losses
                 scalars = teach.backward(feedback, losses, labeled, number, self.feedback_weight, self.feedback_ratio)
@@ -312,10 +283,8 @@ class BilevelTrainer(Trainer):
         """
         labeled, unlabeled = either(labeled=labeled, outer=outer), either(unlabeled=unlabeled, inner=inner)
         if self._teacher_trainer is None or not self._has_losses:
-            raise MetaplError(
-                "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback; "
-                "expected teacher losses, or wait=0."
-            )
+            why = "the teacher has no losses of its own (teacher_losses=()), so it cannot train without feedback"
+            raise MetaplError(f"{why}; expected teacher losses, or wait=0.")
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(labeled, unlabeled)
         self.steps_done += 1
