@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.errors import MetaplError
 from metapl.execution.kernels import no_fast_path
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING
 from metapl.execution.sharded import student_of
 from metapl.execution.state import one_at_a_time, restored
-from metapl.feedback import Mode, estimator
+from metapl.feedback import Estimator, Mode, estimator
 from metapl.feedback.compatible import both_batches, check_mode, check_teacher, prepare
 from metapl.feedback.keeping import folder_of
 from metapl.feedback.lookahead import Lookahead
@@ -25,7 +27,7 @@ from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, update_of
+from metapl.updates import Clipped, Update, update_of
 from metapl.words import summary
 
 
@@ -45,6 +47,9 @@ class Hypergradient:
             losses are of the real step.
         inner_state: the TorchOpt state after the step, for the next call; None with a ``torch.optim`` optimizer.
         kept: which steps of a look-ahead kept their states, in words; empty without one.
+        start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
+        settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K, groups); of ``betas``,
+            (K, groups, 2); float64.
     """
 
     grads: dict[str, Tensor]
@@ -54,10 +59,34 @@ class Hypergradient:
     student_params: dict[str, Tensor]
     inner_state: Any
     kept: str = ""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
+
+
+def check_wrt(wrt: str | Sequence[str], mode: Estimator, update: Update) -> list[str]:
+    """The names of settings in ``wrt``; refuse what no gradient can be in."""
+    names, known = [wrt] if isinstance(wrt, str) else [*wrt], ("teacher", "start", *update.numbers)
+    for name in names:
+        if name not in known:
+            raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
+    if {*names} - {"teacher"} and mode.name not in ("forward", "unrolled"):
+        raise MetaplError(f"wrt={wrt!r} was given with mode {mode.name!r}; expected 'forward' or 'unrolled'.")
+    if {*names} - {"teacher"} and getattr(mode, "truncate", None):
+        raise MetaplError(f"wrt={wrt!r} was given with truncate; expected all steps, truncate=None.")
+    return [name for name in names if name in update.numbers]
+
+
+def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
+    """Gradients in settings by name, (K, groups, ...), of those that each step has by param group."""
+
+    def tensor(value: Any) -> Tensor:
+        return value if isinstance(value, Tensor) else torch.stack([*value])  # betas
+
+    return {n: torch.stack([torch.stack([tensor(group[n]) for group in groups]) for groups in found]) for n in names}
 
 
 @one_at_a_time
@@ -78,6 +107,7 @@ def hypergradient(
     accumulate: MicroBatches = 1,
     clip_norm: AboveZero | None = None,
     progress: bool = False,
+    wrt: str | Sequence[str] = ("teacher",),
     compile: bool = False,
     verify: bool | Literal["warn"] = False,
 ) -> Hypergradient:
@@ -109,6 +139,12 @@ def hypergradient(
         clip_norm: the greatest global norm of the student's gradient in each step; None: no clipping. The clip is part
             of the update, so the feedback includes its derivative.
         progress: show on standard error how far a look-ahead is: the steps, and the steps back; on a terminal alone.
+        wrt: what the gradient is in: ``"teacher"``; ``"start"``, the student's first weights; names of settings of
+            ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
+            ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
+            AdamW. Modes ``forward`` and ``unrolled``. A problem without a teacher whose signal is constant is
+            :class:`metapl.problems.EqualWeights`. Cost: of the start, the Hessian product of the first step; of
+            settings, the update and its backward pass in every step, a few operations per weight.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim`` and signals that
             are not drawn, in one process. It pays from some hundreds of steps on, or where the same call is repeated:
@@ -150,13 +186,19 @@ def hypergradient(
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
     labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
+    settings = check_wrt(wrt, estimate, update)
     if compile:
         pure = import_module("metapl.functional.training")
-        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress}
+        given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": settings}
         found = pure.differentiate(teacher, student, problem, inner_optimizer, estimate, labeled, ahead, **given)
         h = tuple(found.feedback) if ahead is unlabeled else found.feedback[0]
         kept = found.keeping.words(len(ahead)) if ahead is unlabeled else ""
-        return Hypergradient(found.teacher, h, found.inner_loss, found.outer_loss, found.params, None, kept)
+        return Hypergradient(
+            found.teacher if "teacher" in wrt else {},
+            *(h, found.inner_loss, found.outer_loss, found.params, None, kept),
+            found.start if "start" in wrt else {},
+            stacked_settings(found.settings, settings),
+        )
     for layout in (of_teacher, of_student):
         if layout is not None:
             layout.begin_step()

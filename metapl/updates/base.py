@@ -44,6 +44,7 @@ class Update(ABC):
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
     """
 
+    numbers: tuple[str, ...] = ()  # the options of a param group that are numbers, which the pure road takes as tensors
     parameters: dict[str, nn.Parameter]  # the student's trainable ones, as last given to :meth:`follow`
 
     @property
@@ -133,6 +134,7 @@ class Clipped(Update):
     """
 
     parameters, learning_rate, group_of = _inner("parameters"), _inner("learning_rate"), _inner("group_of")
+    numbers: Any = _inner("numbers")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 

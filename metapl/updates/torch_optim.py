@@ -86,9 +86,6 @@ class TorchUpdate(Update):
     states hold this process's parts; the optimizer holds DTensors.
     """
 
-    numbers: tuple[str, ...] = ()
-    """The options of a param group that are numbers, which the pure road takes as tensors."""
-
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Parameters) -> None:
         self.optimizer = optimizer
         self._options: Options = ()  # of the param groups; none: those that they have

@@ -199,3 +199,62 @@ def test_the_scores_of_examples_are_those_of_the_eager_road(each: bool) -> None:
     eager, pure = ({"scores": a.scores, "L": a.outer_loss, **a.student_params} for a in found)
     assert error(pure, eager) < 1e-9
     assert found[1].scores.shape == ((8, 8) if each else (8,))
+
+
+def by_hand(student: nn.Module, settings: dict[str, Tensor], steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """L(θ_K) of steps of SGD with momentum, or of Adam, on cross-entropy, and θ_0, both in the graph."""
+    theta = {name: p.detach().clone().requires_grad_() for name, p in student.named_parameters()}
+    start, first = dict(theta), {name: torch.zeros_like(p) for name, p in theta.items()}
+    second, state = dict(first), dict(student.named_buffers())
+
+    def loss(theta: dict[str, Tensor], number: int) -> Tensor:
+        x, y = batch(number)
+        copied = {name: t.clone() for name, t in state.items()}
+        return nn.functional.cross_entropy(torch.func.functional_call(student, {**theta, **copied}, (x,)), y)
+
+    for k in range(steps):
+        now = {name: t[k, 0] for name, t in settings.items()}
+        grads = torch.autograd.grad(loss(theta, k), list(theta.values()), create_graph=True)
+        for (name, p), g in zip([*theta.items()], grads, strict=True):
+            d = g + now["weight_decay"] * p
+            if "betas" in now:
+                b1, b2 = now["betas"]
+                first[name], second[name] = b1 * first[name] + (1 - b1) * d, b2 * second[name] + (1 - b2) * d * d
+                root = (second[name] / (1 - b2 ** (k + 1)) + 1e-300).sqrt()
+                theta[name] = p - now["lr"] * first[name] / (1 - b1 ** (k + 1)) / (root + now["eps"])
+            else:
+                first[name] = now["momentum"] * first[name] + d
+                theta[name] = p - now["lr"] * first[name]
+    return loss(theta, -1), start
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("mode", [Forward(keep_every=2), Forward(), Unrolled()])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
+    optimizer: str, mode: Any, steps: int, compile: bool
+) -> None:
+    student = network(drops=False)
+    if optimizer == "sgd":
+        numbers: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+        inner: Any = SGD(student.parameters(), **numbers)
+    else:
+        numbers = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.0}
+        inner = torch.optim.Adam(student.parameters(), **numbers)
+    settings = {
+        name: torch.tensor(value, dtype=torch.float64).expand(steps, 1, *([2] * (name == "betas"))).clone()
+        for name, value in numbers.items()
+    }
+    for t in settings.values():
+        t.requires_grad_()
+    L, start = by_hand(student, settings, steps)
+    expected = torch.autograd.grad(L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True)
+    ahead = Lookahead(batch, steps=steps)
+    given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
+    found = metapl.hypergradient(None, student, mode=mode, compile=compile, wrt=["start", *numbers], **given)
+    trees = dict(zip([*start, *settings], expected, strict=True))
+    assert found.settings["lr"].shape == (steps, 1)
+    assert error(found.start, {name: trees[name] for name in start}) < 1e-7
+    for name in numbers:
+        assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[name].abs().max() + 1e-12, name
