@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -81,12 +81,14 @@ def check_wrt(wrt: str | Sequence[str], mode: Estimator, update: Update) -> list
 
 
 def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """Gradients in settings by name, (K, groups, ...), of those that each step has by param group."""
+    """Gradients in settings by name, (K, groups, ...), of those of each step and param group; 0 where a group has no
+    such setting."""
 
-    def tensor(value: Any) -> Tensor:
-        return value if isinstance(value, Tensor) else torch.stack([*value])  # betas
+    def tensor(group: Mapping[str, Any], name: str) -> Tensor:
+        value = group.get(name, torch.zeros((), dtype=torch.float64))
+        return torch.stack([*value]) if isinstance(value, tuple | list) else value  # betas
 
-    return {n: torch.stack([torch.stack([tensor(group[n]) for group in groups]) for groups in found]) for n in names}
+    return {n: torch.stack([torch.stack([tensor(group, n) for group in groups]) for groups in found]) for n in names}
 
 
 @one_at_a_time

@@ -269,7 +269,7 @@ def differentiate(
     update, first = made.update, steps - (getattr(mode, "truncate", None) or steps)
     # A number that is 0 in all steps leaves a part of the rule out.
     names = [
-        {n for n in update.numbers if n in wrt or any(now[n] != 0 for now in groups)}
+        {n for n in update.numbers if n in groups[0] and (n in wrt or any(now[n] != 0 for now in groups))}
         for groups in zip(*options, strict=True)
     ]
     rates = [
