@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.kernels import no_fast_path
@@ -27,7 +28,7 @@ from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Update, update_of
+from metapl.updates import Clipped, Update, options_of, update_of
 from metapl.words import summary
 
 
@@ -67,17 +68,30 @@ class Hypergradient:
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
-def check_wrt(wrt: str | Sequence[str], mode: Estimator, update: Update) -> list[str]:
+def check_wrt(wrt: Sequence[str], mode: Estimator, update: Update, *, eager: bool, sharded: bool) -> list[str]:
     """The names of settings in ``wrt``; refuse what no gradient can be in."""
-    names, known = [wrt] if isinstance(wrt, str) else [*wrt], ("teacher", "start", *update.numbers)
-    for name in names:
+    known = ("teacher", "start", *update.numbers)
+    for name in wrt:
         if name not in known:
             raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
-    if {*names} - {"teacher"} and mode.name not in ("forward", "unrolled"):
-        raise MetaplError(f"wrt={wrt!r} was given with mode {mode.name!r}; expected 'forward' or 'unrolled'.")
-    if {*names} - {"teacher"} and getattr(mode, "truncate", None):
-        raise MetaplError(f"wrt={wrt!r} was given with truncate; expected all steps, truncate=None.")
-    return [name for name in names if name in update.numbers]
+    asked, settings = {*wrt} - {"teacher"}, [name for name in wrt if name in update.numbers]
+    still = (
+        eager and not mode.keep_graph and "momentum" in wrt and any(not g.get("momentum", 1) for g in update.options)
+    )
+    refused = {
+        f"mode {mode.name!r}; expected 'forward' or 'unrolled'": mode.name not in ("forward", "unrolled"),
+        "truncate; expected all steps": getattr(mode, "truncate", None) is not None,
+        "a sharded student; expected one process, or DistributedDataParallel": sharded and settings,
+        "momentum=0, which keeps no buffer; expected more, or compile=True": still,
+    }
+    for what in (what for what, is_so in refused.items() if is_so and asked):
+        raise MetaplError(f"wrt={wrt!r} was given with {what}.")
+    return settings
+
+
+def as_leaf(number: Any) -> Any:
+    """A setting as a float64 leaf; betas as two."""
+    return pytree.tree_map(lambda x: torch.tensor(float(x), dtype=torch.float64, requires_grad=True), number)
 
 
 def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
@@ -188,7 +202,8 @@ def hypergradient(
     batches = ahead if folder or callable(ahead.batches) else list(ahead)
     labeled, options = problem.outer_batch(labeled), ahead.options(inner_optimizer)
     check_mode(estimate, len(batches), problem, of_student)
-    settings = check_wrt(wrt, estimate, update)
+    wrt = [wrt] if isinstance(wrt, str) else [*wrt]
+    settings = check_wrt(wrt, estimate, update, eager=not compile, sharded=of_student.is_sharded)
     if compile:
         pure = import_module("metapl.functional.training")
         given = {"clip_norm": clip_norm, "accumulate": accumulate, "progress": progress, "wrt": settings}
@@ -209,7 +224,11 @@ def hypergradient(
     graph_of = estimate.graph_of(len(batches), local_student)
     kernels = no_fast_path(math=True) if estimate.keep_graph or graph_of is not None else NOTHING
     shown = partial(counted, progress and ranks.first, len(batches))
-    made_of = local_student, teach, update, inner_optimizer, options, labeled, batches[0]
+    if settings and estimate.keep_graph:  # double backward ends in leaves
+        for number, groups in enumerate(options := options or [options_of(inner_optimizer)] * len(batches)):
+            leaves = [{n: as_leaf(group[n]) for n in settings if n in group} for group in groups]
+            options[number] = [{**group, **own} for group, own in zip(groups, leaves, strict=True)]
+    made_of = local_student, teach, update, inner_optimizer, (options, wrt), labeled, batches[0]
     going_on = NOTHING if folder is None else states_in(folder, *made_of)
     as_it_was = restored(teach.slots, local_student.slots, device=device, generator=generator, always=True)
 
@@ -228,11 +247,13 @@ def hypergradient(
                 keep=estimate.keeping,
                 states=states,
                 updates=[update.at(of_step) for of_step in options],
+                wrt=[name for name in wrt if name != "teacher"],
                 progress=tell,
             )
         with shown("steps back", len(path.feedback)) as path.progress:
             feedback, _ = estimate.checked_feedback(path, estimate.init())  # h = −dL(θ′)/d(signal)
-        grads = teach.gradient(path, feedback)  # of −Σ h·signal(θ_T)
+        grads = teach.gradient(path, feedback) if "teacher" in wrt else {}  # of −Σ h·signal(θ_T)
+        start, of_settings = path.start if "start" in wrt else {}, stacked_settings(path.in_settings[::-1], settings)
         h = tuple(found.of_batch(step) for step, found in zip(path.steps, feedback, strict=True))
         path = path.revised(h[-1])
         return Hypergradient(
@@ -243,4 +264,6 @@ def hypergradient(
             student_params=of_student.as_parameters(path.params),
             inner_state=None if isinstance(inner_optimizer, torch.optim.Optimizer) else path.state,
             kept=path.keeping.words(len(batches)) if ahead is unlabeled else "",
+            start=of_student.as_parameters(start),
+            settings=of_settings,
         )

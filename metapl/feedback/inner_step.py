@@ -35,7 +35,7 @@ from metapl.execution.batch import joined, micro_batches
 from metapl.execution.local import LocalStudent, Loss, Pass, as_leaves, mean_of
 from metapl.execution.numerics import Space, Tree, mean_tree, wide
 from metapl.problems.base import Problem, Signal, has_rows
-from metapl.updates import Cotangents, Update
+from metapl.updates import Cotangents, Options, Update
 
 Credits = Literal["signal", "example", "batch", "nothing"]
 
@@ -243,6 +243,11 @@ class InnerStep:
             return self.update.vjp(*given)
         bar = self.update.vjp(*_double(given))
         return Cotangents(self._as_params(bar.gradient), self._as_params(bar.params), bar.state)
+
+    def in_settings(self, names: Sequence[str], v: Tree, state_cotangent: Any) -> Options:
+        """The derivatives in settings of the optimizer, by param group, from the cotangents of θ′ and s′."""
+        given = self.params, self.gradient, self.state, v, state_cotangent
+        return self.update.in_settings(names, *(_double(given) if self.student.half else given))
 
     def _as_params(self, tree: Tree) -> Tree:
         return {name: t.to(self.params[name].dtype) for name, t in tree.items()}

@@ -24,7 +24,7 @@ from metapl.feedback.inner_step import InnerLoss, InnerStep, SignalInput
 from metapl.feedback.keeping import ALL, Keeping, States
 from metapl.feedback.lookahead import Lookahead
 from metapl.problems.base import Problem, Signal, enters_input, joined_signals, sum_and_weight
-from metapl.updates import Update
+from metapl.updates import Options, Update
 
 Keep = Callable[[int, InnerStep], Keeping]
 """Which of K steps keep their states, by K and the first step, whose size is known."""
@@ -54,12 +54,20 @@ class Path:
     states: States = field(init=False)  # of several steps, where some are computed again
     feedback: list[Any] = field(default_factory=list, init=False)  # on the last steps so far, as plain values
     progress: Callable[[Any], None] | None = None  # called with the batch of each step of the adjoint
+    wrt: Sequence[str] = ()  # settings of the optimizer, and "start": what the gradient is in besides the signals
+    start: Tree = field(default_factory=dict, init=False)  # dL(θ′)/dθ, where it is asked for
+    in_settings: list[Options] = field(default_factory=list, init=False)  # on the last steps so far
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
     def rereads(self) -> bool:
         """Whether a batch that is needed again is read again, and not held."""
         return isinstance(self.batches, Lookahead)
+
+    @property
+    def settings(self) -> list[str]:
+        """The names in ``wrt`` that are settings."""
+        return [name for name in self.wrt if name != "start"]
 
     @property
     def params(self) -> Tree:
@@ -126,7 +134,9 @@ class Path:
         for number, step in self._backwards(first, 0, end, *spacings):
             if self.rereads:
                 self.batch(number, step.batch)
-            if number == first:
+            if self.settings:
+                self.in_settings.append(step.in_settings(self.settings, v, state_bar))
+            if number == first and "start" not in self.wrt:
                 yield step, step.pullback(v) if state_bar is None else step.vjp(v, state_bar).gradient, None
             else:
                 w, theta_bar, state_bar = step.vjp(v, state_bar)
@@ -138,6 +148,7 @@ class Path:
                     "steps from there on amplify it without bound. Lower the student's learning rate, or differentiate "
                     "fewer of the last steps, Forward(truncate=...).",
                 )
+                self.start = v
                 yield step, w, in_signal
             if self.progress is not None:
                 self.progress(step.batch)
@@ -203,14 +214,24 @@ class Path:
         backward through the path; None for a field that the inner loss does not depend on."""
         counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
+        start = self.steps[0].params if "start" in self.wrt else {}
+        settings = [step.update.settings_in(self.settings) for step in counted]
+        leaves += [*start.values(), *pytree.tree_leaves(settings)]
         ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends:
             with replay(RandomState.now(self.student.device), self.student.slots):  # checkpoints run again here, at θ
                 cotangents = [v[name] for name in ends]
                 gradients = torch.autograd.grad([*ends.values()], leaves, cotangents, allow_unused=True)
-        of_field = iter(gradients)
-        return [(step, {name: next(of_field) for name in step.signal.differentiable()}) for step in counted]
+        found = iter(gradients)
+        in_signals = [(step, {name: next(found) for name in step.signal.differentiable()}) for step in counted]
+
+        def rest(t: Tensor) -> Tensor:
+            return torch.zeros_like(t) if (g := next(found)) is None else g
+
+        self.start = {name: rest(t) for name, t in start.items()}
+        self.in_settings = pytree.tree_map(rest, settings)[::-1]
+        return in_signals
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:
         """The path of the real step, on the signal that the problem makes of the feedback on its last one; this path
@@ -258,6 +279,7 @@ def take_steps(
     keep: Keep | None = None,
     states: States | None = None,
     updates: Sequence[Update] = (),
+    wrt: Sequence[str] = (),
     progress: Callable[[Any], None] | None = None,
 ) -> Path:
     """The student's steps on the inner batches: Algorithm 1, lines 2 and 3.
@@ -274,16 +296,18 @@ def take_steps(
         graph_of: of one step, what g keeps a graph in, for :meth:`Pass.in_leaves`.
         keep: chooses, by the number of steps and the first one, which of them keep their states.
         states: where these lie, with the steps that a process which was killed has taken; None: as ``keep`` says.
-        updates: of each step, where they differ by a schedule.
+        updates: of each step, where they differ by a schedule, or have settings that are leaves.
+        wrt: what the gradient is in besides the signals, as for :class:`Path`.
         progress: called with the batch of each step that has been taken.
     """
     student = student if isinstance(student, LocalStudent) else student_of(student, double_backward=keep_graph)
     local, ranks, several, rereads = student, student.ranks, len(batches) > 1, isinstance(batches, Lookahead)
-    path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"), batches)
+    path = Path(problem, local, update, micro_batches(labeled, parts, "labeled"), batches, wrt=wrt)
     if not ranks.alone:
         ranks.equal(length(labeled), "the outer batch")
     enters = enters_input(problem)
-    graph_of = None if enters else graph_of  # the derivative through the input is another one
+    # The derivative through the input is another one, and the start's takes a Hessian product.
+    graph_of = None if enters or "start" in wrt else graph_of
 
     def taken(batch: Any, params: Tree, state: Any, rule: Update) -> InnerStep:
         """One step from θ and s on a batch, in micro-batches; no weight moves."""
@@ -347,7 +371,7 @@ def take_steps(
         )
 
     # A graph of several steps begins at leaves, so that the student's own parameters are in none but by mistake.
-    params = as_leaves(local.params) if several and keep_graph else local.params
+    params = as_leaves(local.params) if (several or "start" in wrt) and keep_graph else local.params
     state, done = update.read_state(), 0 if states is None else states.done
     if states is not None and done:
         path.states = states

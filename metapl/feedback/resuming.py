@@ -139,7 +139,8 @@ class Folder(States):
         if self.done == teach.steps:
             vars(path.steps[-1])["updated"] = moved
         if self.adjoint is not None:
-            path.feedback, vars(path)["outer_loss"] = self.adjoint["found"], self.adjoint["outer_loss"]
+            path.feedback, path.in_settings = self.adjoint["found"], self.adjoint["in_settings"]
+            vars(path)["outer_loss"] = self.adjoint["outer_loss"]
         return moved
 
     def note(self, path: Path, number: int, params: Any, state: Any) -> None:
@@ -168,8 +169,10 @@ class Folder(States):
 
     def passed(self, path: Path, number: int, v: Any, state_cotangent: Any) -> None:
         """The adjoint has come to the kept state before step ``number``: those from there on are no longer needed."""
-        found, loss = path.feedback, path.outer_loss
-        self._write(_ADJOINT, at=number, found=found, outer_loss=loss, v=v, state_cotangent=state_cotangent)
+        found, loss, own = path.feedback, path.outer_loss, path.in_settings
+        self._write(
+            _ADJOINT, at=number, found=found, outer_loss=loss, in_settings=own, v=v, state_cotangent=state_cotangent
+        )
         for other in _numbers(self.folder, "kept"):
             if number <= other < self.teach.steps:
                 (self.folder / f"kept-{other:08d}.ckpt").unlink()

@@ -48,6 +48,11 @@ class Update(ABC):
     parameters: dict[str, nn.Parameter]  # the student's trainable ones, as last given to :meth:`follow`
 
     @property
+    def options(self) -> Options:
+        """The param groups' options, without their parameters."""
+        return []
+
+    @property
     def learning_rate(self) -> float | None:
         """η of the first param group, for feedback in units of it; None if the optimizer does not expose it."""
         return None
@@ -105,6 +110,30 @@ class Update(ABC):
         cotangents = iter(torch.autograd.grad(ends, flat, bars, materialize_grads=True))
         return Cotangents(*[{name: next(cotangents) for name in tree} for tree in trees])
 
+    def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Of each param group, the settings of these names that it has, as they are."""
+        return []
+
+    def in_settings(
+        self, names: Sequence[str], params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+    ) -> list[dict[str, Any]]:
+        """The cotangents of settings, by param group, from those of θ′ and s′, as :meth:`vjp` takes them. Cost: the
+        update and its backward pass."""
+
+        def double(number: Any) -> Tensor:
+            return torch.as_tensor(number, dtype=torch.float64, device=next(iter(params.values())).device)
+
+        def moved(own: Any) -> Any:
+            theta, after = self.update(params, grads, state, [{**a, **b} for a, b in zip(groups, own, strict=True)])
+            leaves = pytree.tree_leaves(after)
+            return {name: theta[name] for name in v}, {number: leaves[number] for number in bars}
+
+        vjp: Any = torch.func.vjp
+        bars, groups = state_cotangent or {}, self.options
+        _, pull = vjp(moved, pytree.tree_map(double, self.settings_in(names)))
+        found: list[dict[str, Any]] = pull((v, bars))[0]
+        return found
+
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         """Move the student's parameters and the optimizer's state: by the optimizer's own step on g or, for an update
         that is a function and no more, to the θ′ and s′ that ``moved`` returns."""
@@ -135,6 +164,7 @@ class Clipped(Update):
 
     parameters, learning_rate, group_of = _inner("parameters"), _inner("learning_rate"), _inner("group_of")
     numbers: Any = _inner("numbers")
+    options, settings_in = _inner("options"), _inner("settings_in")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 
@@ -158,6 +188,11 @@ class Clipped(Update):
     ) -> Cotangents:
         bar = self.inner.vjp(params, self._clip(grads), state, v, state_cotangent)
         return Cotangents(self._through_clip(bar.gradient, grads), bar.params, bar.state)
+
+    def in_settings(
+        self, names: Sequence[str], params: Tree, grads: Tree, state: Any, v: Tree, state_cotangent: Any = None
+    ) -> list[dict[str, Any]]:
+        return self.inner.in_settings(names, params, self._clip(grads), state, v, state_cotangent)
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         self.inner.commit(parameters, self._clip(grads), moved)

@@ -17,7 +17,7 @@ Factors = Sequence[Any] | Tensor | float  # one for all, or one for each
 
 def _lifted(operation: Callable[[Any, Any], Tensor], fused: Callable[..., Any]) -> Callable[[Tensors, Factors], Any]:
     def apply(a: Tensors, b: Factors) -> Any:
-        if not transformed():
+        if not (transformed() or isinstance(b, Tensor)):
             return fused(a, b)
         several = b if isinstance(b, list | tuple) else [b] * len(a)
         return [operation(x, y) for x, y in zip(a, several, strict=True)]

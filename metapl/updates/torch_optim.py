@@ -129,8 +129,15 @@ class TorchUpdate(Update):
         self._sharded = any(is_sharded(p) for p in parameters.values())
 
     @property
+    def options(self) -> Options:
+        return self._options or self.optimizer.param_groups
+
+    @property
     def learning_rate(self) -> float | None:
-        return float((self._options or self.optimizer.param_groups)[0]["lr"])
+        return float(self.options[0]["lr"])
+
+    def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        return [{name: group[name] for name in names if name in group} for group in self.options]
 
     def read_state(self) -> States:
         held = self.optimizer.state
@@ -183,7 +190,7 @@ class TorchUpdate(Update):
 
     def groups(self, grads: Tree, options: Options | None = None) -> Iterator[tuple[Mapping[str, Any], list[str]]]:
         """The param groups, each with the names of its parameters that have a gradient, in shares of ``AT_ONCE``."""
-        groups = options or self._options or self.optimizer.param_groups
+        groups = options or self.options
         if len(groups) == 1 and sum(map(Tensor.numel, grads.values())) <= AT_ONCE:
             yield groups[0], [*grads]
             return

@@ -258,3 +258,36 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     assert error(found.start, {name: trees[name] for name in start}) < 1e-7
     for name in numbers:
         assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[name].abs().max() + 1e-12, name
+
+
+def test_wrt_is_refused_where_no_gradient_can_be_in_it() -> None:
+    student = network()
+    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=3), "problem": EqualWeights()}
+    plain, none = SGD(student.parameters(), lr=0.1, momentum=0.9), SGD(student.parameters(), lr=0.1)
+    wrong: list[tuple[Any, dict[str, Any]]] = [
+        (plain, {"wrt": "lrr"}),
+        (plain, {"wrt": ["start", "betas"]}),
+        (plain, {"wrt": "start", "mode": "none"}),
+        (plain, {"wrt": "lr", "mode": Forward(truncate=2)}),
+        (none, {"wrt": "momentum"}),
+        (torchopt.sgd(0.1), {"wrt": "lr"}),
+    ]
+    for inner, change in wrong:
+        with pytest.raises(MetaplError, match="wrt"):
+            metapl.hypergradient(None, student, **given, inner_optimizer=inner, **change)
+    found = metapl.hypergradient(None, student, **given, inner_optimizer=torchopt.sgd(0.1), wrt="start")
+    assert found.start.keys() == dict(student.named_parameters()).keys()
+
+
+def test_settings_are_by_param_group_and_the_teacher_is_left_out_unless_named() -> None:
+    student = network(drops=False)
+    results = {}
+    for mode in ("forward", "unrolled"):
+        inner = OPTIMIZERS["groups"](student.parameters())
+        given: Any = {"outer": batch(-1), "inner": Lookahead([batch(k)[0] for k in range(4)]), "inner_optimizer": inner}
+        results[mode] = metapl.hypergradient(teacher_of(None), student, mode=mode, wrt=("lr", "momentum"), **given)
+    forward, unrolled = results["forward"], results["unrolled"]
+    assert forward.settings["lr"].shape == (4, 6)
+    assert error(forward.settings, unrolled.settings) < 1e-9
+    assert not forward.grads
+    assert not forward.start
