@@ -6,8 +6,8 @@
 
 Each part has a process of its own, which is killed when the minutes are over, and a file of the folder when it is done:
 the tests that pytest calls ``gpu``; the views of whole batches; the memory of ``metapl plan`` beside what a step takes;
-whole steps of every mode beside their own passes and beside other ways to the same gradient; the study of the
-feedback's worth, in miniature. A part that failed leaves what it printed, and is run again by the next call.
+whole steps of every mode beside their own passes and beside other ways to the same gradient. A part that failed leaves
+what it printed, and is run again by the next call.
 
 Of a step, everything that is compared takes turns in one process, and figures are medians over turns of the ratios
 within a turn. *Passes* are what a mode cannot do without, run by hand: forward and backward passes of both networks and
@@ -121,17 +121,6 @@ def told_views(row: Row) -> Iterator[Told]:
         whole = "torchvision" in case["view"] or case["view"] in ("strong", "Flip, Affine, Color, Hole")
         if whole and case["device"] == row["rows"][-1]["device"]:
             yield f"{'x'.join(map(str, case['shape']))}, {case['view']}", f"{case['ms']:.1f} ms", ""
-
-
-def study(setting: Setting) -> Row:
-    options = ["--device", "cuda", "--miniature", "--workers", 2, "--minutes", setting.seconds / 60]
-    rows = setting.folder / "feedback.rows.jsonl"
-    printed = command("benchmarks/feedback_worth.py", *options, "--out", rows, "--folder", setting.folder / "pictures")
-    return {"printed": printed, "rows": len(rows.read_text().splitlines())}
-
-
-def told_study(row: Row) -> Iterator[Told]:
-    yield "study of the feedback's worth, in miniature", f"{row['rows']} rows", "it runs"
 
 
 # ----------------------------------------------------------------------------------------------------- memory of a plan
@@ -471,7 +460,6 @@ PARTS: dict[str, Part] = {
         for network in NETWORKS
         for precision in ("float32", "bf16")
     },
-    "feedback": Part(60, study, told_study),
 }
 
 

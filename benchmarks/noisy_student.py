@@ -7,7 +7,7 @@
 A teacher learns from the labeled digits with noise and labels the unlabeled ones without; they are selected as
 ``metapl labels select`` does; a student learns from both by the mean over the batch, as ``metapl noisy-student`` does.
 A test holds a step and a selection against the library's. All seeds of an arm are trained at once, a network a seed, by
-the matrix products of ``when_stack.py``.
+batched matrix products.
 
 Data: the splits of ``when.py``, 4 labels a class. Networks: two hidden layers of a width of 8 to 128, in the place of
 EfficientNet-B0 to L2. Noise: the digits' shift, noise and hole in the place of RandAugment, and dropout; there is no
@@ -32,10 +32,9 @@ from typing import Any, Literal
 
 import torch
 from machine import arguments, parsed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from when import drawn
-from when_stack import CLASSES, Views, Weights, _layers, _where_positive, copied, product, softmax, stacked
+from when import CLASSES, drawn, views
 
 from metapl.apps.machine.environment import environment
 from metapl.apps.recipes.methods.noisy_student import decay_interval
@@ -55,6 +54,7 @@ FINETUNINGS = (50, 150, 500)
 """Lengths of study 6's finetuning, of which the best by validation is taken."""
 
 Row = dict[str, Any]
+Weights = list[Tensor]  # (S, in, out) and (S, 1, out) of the first layer, of the second, ...
 
 
 @dataclass(frozen=True)
@@ -198,32 +198,27 @@ ARMS: tuple[Arm, ...] = tuple(dict.fromkeys(arm for arms in STUDIES.values() for
 # -------------------------------------------------------------------------------------------------------- the networks
 
 
-def passed(weights: Weights, x: Tensor, masks: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor]:
-    """The input of every layer, and the outputs, (S, B, C).
+def stacked(networks: Sequence[nn.Sequential]) -> Weights:
+    """The weights of networks of one shape, as :func:`metapl.models.mlp` makes them."""
+    layers = [[m for m in network if isinstance(m, nn.Linear)] for network in networks]
+    weights: Weights = []
+    for same in zip(*layers, strict=True):
+        weights.append(torch.stack([layer.weight.detach().T for layer in same]))
+        weights.append(torch.stack([layer.bias.detach()[None] for layer in same]))
+    return weights
+
+
+def passed(weights: Weights, x: Tensor, masks: Sequence[Tensor | None] = (None, None)) -> Tensor:
+    """The outputs, (S, B, C).
 
     Args:
         masks: for each hidden layer, what its values are multiplied by; None: they stay.
     """
-    inputs = [x]
-    *hidden, (last, bias) = _layers(weights)
+    *hidden, (last, bias) = zip(weights[::2], weights[1::2], strict=True)
     for (weight, b), mask in zip(hidden, masks, strict=True):
-        h = torch.baddbmm(b, inputs[-1], weight).relu_()
-        inputs.append(h if mask is None else h.mul_(mask))
-    return inputs, product(inputs[-1], last).add_(bias)
-
-
-def pulled_back(weights: Weights, inputs: list[Tensor], at_outputs: Tensor, masks: Sequence[Tensor | None]) -> Weights:
-    """The gradient in the weights, from that in the outputs."""
-    layers, gradient = _layers(weights), at_outputs
-    found: Weights = []
-    for i in reversed(range(len(layers))):
-        found += [gradient.sum(1, keepdim=True), product(inputs[i].transpose(1, 2), gradient)]
-        if i:
-            # Where a unit is dropped its value is 0 too.
-            gradient = _where_positive(gradient @ layers[i][0].transpose(1, 2), inputs[i], 0)
-            mask = masks[i - 1]
-            gradient = gradient if mask is None else gradient * mask
-    return found[::-1]
+        x = torch.baddbmm(b, x, weight).relu()
+        x = x if mask is None else x * mask
+    return torch.baddbmm(bias, x, last)
 
 
 @dataclass(frozen=True)
@@ -268,8 +263,10 @@ class Learner:
 
     def step(self, x: Tensor, targets: Tensor, masks: Sequence[Tensor | None], factor: float) -> None:
         """One on the mean cross-entropy of the batch, at this factor of the rate."""
-        inputs, logits = passed(self.weights, x, masks)
-        gradient = pulled_back(self.weights, inputs, (softmax(logits) - targets) / x.shape[1], masks)
+        with torch.enable_grad():
+            leaves = [w.detach().requires_grad_() for w in self.weights]
+            loss = -(targets * passed(leaves, x, masks).log_softmax(-1)).sum() / x.shape[1]
+        gradient = list(torch.autograd.grad(loss, leaves))
         if self.velocity is not None:
             gradient = list(torch._foreach_add(gradient, self.velocity, alpha=MOMENTUM))
         self.velocity = gradient
@@ -344,16 +341,11 @@ def batches(
         stream: keeps apart what is drawn for different purposes.
         seen: augmented.
     """
-    views = Views(x, seeds, stream, batch, steps)
     orders = [shuffled(positions, batch * steps, seed, stream) for positions, seed in zip(kept, seeds, strict=True)]
-    views.order = torch.stack(orders).unflatten(1, (steps, batch))
+    order = torch.stack(orders).unflatten(1, (steps, batch))
     rows = torch.arange(len(seeds))[:, None]
-    done = 0
-    while done < steps:
-        which, altered = views.chunk()
-        for one, picture in zip(which, altered, strict=True):
-            yield (picture if seen else x[rows, one]), targets[rows, one]
-        done += len(which)
+    for one, altered in views(x, seeds, stream, batch, steps, order):
+        yield (altered if seen else x[rows, one]), targets[rows, one]
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -417,13 +409,11 @@ def labels_of(arm: Arm, teacher: Weights, setting: Setting) -> Tensor:
     """The teacher's distributions on the unlabeled examples, (S, n, C)."""
     x, _ = drawn(LABELS, setting.seeds).unlabeled
     if not arm.noisy_teacher:
-        return softmax(passed(teacher, x, [None, None])[1])
-    everything = [torch.arange(x.shape[1])] * len(setting.seeds)
-    views = Views(x, setting.seeds, 7, x.shape[1], 1)
-    views.order = torch.stack(everything)[:, None]
-    seen = views.chunk()[1][0]
+        return passed(teacher, x).softmax(-1)
+    everything = torch.arange(x.shape[1]).expand(len(setting.seeds), 1, -1)
+    _, seen = next(views(x, setting.seeds, 7, x.shape[1], 1, everything))
     masks = Dropout(setting.dropout, torch.Generator().manual_seed(7)).masks(teacher, x.shape[1])
-    return softmax(passed(teacher, seen, masks)[1])
+    return passed(teacher, seen, masks).softmax(-1)
 
 
 def kept_of(arm: Arm, q: Tensor, seeds: Sequence[int]) -> list[Tensor]:
@@ -450,7 +440,7 @@ def student(arm: Arm, teacher: Weights, setting: Setting, number: int) -> Weight
     q = labels_of(arm, teacher, setting)
     kept = kept_of(arm, q, seeds)
     targets = F.one_hot(q.argmax(-1), CLASSES).to(q) if arm.hard else q
-    weights = copied(teacher) if arm.warm else first_weights(arm.width, seeds, number)
+    weights = [w.clone() for w in teacher] if arm.warm else first_weights(arm.width, seeds, number)
     steps = setting.size.steps(round(STEPS * arm.steps / 100))
     # A run that is shorter ends at the rate of a usual one: study 8.
     lr = setting.lr * DECAY ** ((setting.steps - steps) / decay_interval(setting.steps))
@@ -477,7 +467,7 @@ def _finetuned(weights: Weights, setting: Setting) -> Weights:
     """The networks after finetuning on the labeled examples, for as many steps as validate best."""
     found = []
     for steps in FINETUNINGS:
-        learner = Learner(copied(weights), FINETUNE_LR)
+        learner = Learner([w.clone() for w in weights], FINETUNE_LR)
         _learn_labels(learner, setting, setting.size.steps(steps), stream=3, exponential=False)
         found.append((statistics.fmean(right(learner.weights, "validation", setting)), learner.weights))
     return max(found, key=lambda pair: pair[0])[1]
@@ -486,7 +476,7 @@ def _finetuned(weights: Weights, setting: Setting) -> Weights:
 def right(weights: Weights, part: Literal["validation", "test", "unlabeled"], setting: Setting) -> list[float]:
     """The share of a part that each network is right on."""
     x, y = getattr(drawn(LABELS, setting.seeds), part)
-    shares: list[float] = (passed(weights, x, [None, None])[1].argmax(-1) == y).double().mean(1).tolist()
+    shares: list[float] = (passed(weights, x).argmax(-1) == y).double().mean(1).tolist()
     return shares
 
 

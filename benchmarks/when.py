@@ -1,19 +1,29 @@
-"""When does the teacher's feedback help? Digits, arm by arm against the same loop without feedback, over 20 seeds.
+"""When does the teacher's feedback help, which part of it acts, and what is it worth? Digits, many seeds an arm.
 
     python benchmarks/when.py                        # tune, then run; goes on where it was stopped
-    python benchmarks/when.py --write docs/when.md   # put the tables into the page, and draw the figure beside it
+    python benchmarks/when.py --parts worth          # the arms of some questions alone
+    python benchmarks/when.py --write docs/when.md   # put the tables into the page, and draw its figures beside it
     python benchmarks/when.py --miniature --out FILE # all of it in seconds, to see that it runs
 
-Five questions: how long training lasts and whether the feedback's size dies with the schedule (``length``), which part
-of the feedback acts (``part``), what it does for a teacher whose labels are wrong (``wrong``), the size of the outer
-batch (``outer``), and how many student steps it looks ahead (``ahead``).
+Five questions compare each arm with the same loop without feedback: how long training lasts and whether the feedback's
+size dies with the schedule (``length``), which part of the feedback acts (``part``), what it does for a teacher whose
+labels are wrong (``wrong``), the size of the outer batch (``outer``), and how many student steps it looks ahead
+(``ahead``). The sixth, ``worth``, has UDA in every teacher, and gives every arm the processor time of 6,000 steps of
+Meta Pseudo Labels (``mpl``), by :data:`WORTH`. **Its primary test, named before it was run**: two labels a class, equal
+frequencies, ``mpl`` minus the best other arm, best by its mean over the final seeds, by a two-sided paired sign-flip
+test over 40 seeds. Everything else is descriptive.
 
 Data, networks and views are those of ``digits_study.py``. Tuning: the settings of :data:`GRIDS`, equally many for each
 method of a comparison, on 5 seeds; those with the best mean accuracy on 197 labeled validation images are taken, by
-the student or by the finetuned student, whichever is better. Final runs: 20 other seeds, which no study of this
-project had before. Nothing is selected, the average of the student's weights at the last step is kept, and the test
-images are read then, once. All arms see the same pictures in the same order from the same weights for a seed. An arm is
-a row of the raw file, with a figure for each seed.
+the student or by the finetuned student, whichever is better. Final runs: other seeds, which nothing was chosen on.
+Nothing is selected, the average of the student's weights at the last step is kept, and the test images are read then,
+once. All arms of a place see the same pictures in the same order from the same weights for a seed. Where frequencies
+are uneven, the classes' shares fall evenly from 5 to 1, in an order that each seed draws; of labels, unlabeled images
+and test images alike. An arm is a row of the raw file, with a figure for each seed.
+
+All seeds of an arm take the pure step of :class:`metapl.BilevelTrainer` at once (:class:`Stack`). The committed rows
+are older: the same steps, written by hand (``when_stack.py`` of commit 4a9de278), gave them, but that a feedback ratio
+was that of the norms at the teacher's outputs.
 """
 
 from __future__ import annotations
@@ -21,50 +31,127 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from machine import arguments, parsed
-from torch import Tensor
+from machine import append, arguments, parsed
+from machine import read as lines_of
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
-from when_stack import (
-    CLASSES,
-    Alteration,
-    Batch,
-    Rule,
-    Stack,
-    Views,
-    Weights,
-    copied,
-    cosine,
-    descend,
-    drawn_for_controls,
-    forward,
-    stacked,
-)
 
+import metapl
 from metapl.apps.machine.environment import environment
 from metapl.apps.pictures import load_digits_split
+from metapl.apps.pictures.views import base
+from metapl.functional import State, stack
 from metapl.models import mlp
+from metapl.problems import EqualWeights
 
 RAW = Path(__file__).parent / "results" / "when.jsonl"
-SIZES, BATCH, EMA_DECAY, FINETUNE_LR = [64, 32, 32, 10], 64, 0.995, 0.02
-TEACHER_LR, MOMENTUM = 0.06, 0.9
-"""Of the training on wrong labels that comes before, and of the recipe."""
-
+CLASSES, SIZES, BATCH, EMA_DECAY, MOMENTUM = 10, [64, 32, 32, 10], 64, 0.995, 0.9
 BESIDE = 9
 """Arms that are trained side by side at most; what is stopped before it has rows begins again."""
+
+COMPILED = 3000
+"""Trainings of so many steps have their graph compiled, which takes as long as a thousand steps without."""
 
 LABELED, UNLABELED, FINETUNING, BEFORE = range(4)
 """Streams of batches."""
 
 Row = dict[str, Any]
+Weights = dict[str, Tensor]  # by name, of all seeds: (S, ...)
+
+# ------------------------------------------------------------------------------------------------------------ the arms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How teacher and student are trained.
+
+    Args:
+        student_lr, teacher_lr: base rates of SGD, which a cosine takes to 0.
+        momentum: the teacher's.
+        feedback: what sets its size: ``"none"``: there is none; ``"gradient"``: ``size`` is ``feedback_weight``, so
+            that it dies with the student's rate; ``"learning_rate"``: the same for h divided by that rate;
+            ``"ratio"``: ``size`` is ``feedback_ratio``.
+        size: see there.
+        alteration: of the feedback, see :func:`altered`, or ``"zero"``: none at these rates; None: as it is.
+        own_loss: whether the teacher learns from the labeled batch too.
+        lookahead: student steps a teacher step.
+        uda: weight of the teacher's consistency loss on unlabeled pictures, :class:`metapl.UDA`; 0: there is none.
+        temperature, threshold, align: of that loss; its prior is the labels' shares.
+    """
+
+    student_lr: float = 1.0
+    teacher_lr: float = 0.06
+    momentum: float = MOMENTUM
+    feedback: Literal["none", "gradient", "learning_rate", "ratio"] = "gradient"
+    size: float = 1.0
+    alteration: str | None = None
+    own_loss: bool = True
+    lookahead: int = 1
+    uda: float = 0.0
+    temperature: float = 1.0
+    threshold: float = 0.0
+    align: float = 0.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A run over all seeds.
+
+    Args:
+        part: the question that it belongs to.
+        method: its name there.
+        tuned: the entry of :data:`GRIDS` that its settings are chosen from.
+        condition: what the teacher has learned before, see :data:`CONDITIONS`.
+        labels: a class, on average.
+        steps: of the teacher.
+        outer: labeled pictures in a batch.
+        alteration: of the feedback.
+        lookahead: student steps a teacher step.
+        uneven: how often the most frequent class is there for one of the least frequent.
+        begins: share of the steps after which the student begins, as the teacher's average: 0: from the start, with
+            weights of its own; 1: never, the teacher is what is trained.
+    """
+
+    part: str
+    method: str
+    tuned: str
+    condition: Condition = "right"
+    labels: int = 2
+    steps: int = 1500
+    outer: int = BATCH
+    alteration: str | None = None
+    lookahead: int = 1
+    uneven: int = 1
+    begins: float = 0.0
+
+    @property
+    def group(self) -> tuple[Any, ...]:
+        """Arms of one group see the same batches."""
+        return self.condition, self.labels, self.steps, self.outer, self.lookahead, self.uneven, self.begins
+
+    @property
+    def of_worth(self) -> bool:
+        """Whether it is of the question at equal time, or of its tuning."""
+        return "worth" in self.part
+
+    @property
+    def place(self) -> str:
+        return f"{self.labels} labels a class, {'equal' if self.uneven == 1 else f'1:{self.uneven}'} frequencies"
+
+
 Condition = Literal["right", "asymmetric", "style", "half"]
 CONDITIONS: dict[Condition, str] = {
     "right": "no labels but the few right ones",
@@ -74,175 +161,351 @@ CONDITIONS: dict[Condition, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much is run."""
-
-    tuning_seeds: tuple[int, ...]
-    seeds: tuple[int, ...]
-    configurations: int | None
-    finetune_steps: int
-    before_steps: int
-    divisor: int = 1
-    """Of all numbers of steps."""
-
-    def steps(self, steps: int) -> int:
-        """So many."""
-        return max(2, steps // self.divisor)
-
-
-FULL = Size(tuple(range(100, 105)), tuple(range(200, 220)), None, finetune_steps=200, before_steps=1500)
-MINIATURE = Size((100,), (200, 201), 1, finetune_steps=2, before_steps=2, divisor=10**9)
-
-# ------------------------------------------------------------------------------------------------------------ the arms
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is chosen from for one method.
-
-    Args:
-        condition, labels, steps: where.
-        rules: the configurations.
-    """
-
-    condition: Condition
-    labels: int
-    steps: int
-    rules: tuple[Rule, ...]
-
-
-def _rules(**axes: tuple[Any, ...]) -> tuple[Rule, ...]:
-    return tuple(Rule(**dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values()))
+def _rules(**axes: Any) -> tuple[Rule, ...]:
+    """Every choice from these values; a value that is no tuple is the only one."""
+    columns = [value if isinstance(value, tuple) else (value,) for value in axes.values()]
+    return tuple(Rule(**dict(zip(axes, point, strict=True))) for point in itertools.product(*columns))
 
 
 STUDENT_LR = (0.5, 1.0)
 METHODS: dict[str, tuple[Rule, ...]] = {
-    "none": _rules(feedback=("none",), student_lr=STUDENT_LR, teacher_lr=(0.03, 0.06, 0.12)),
-    "gradient": _rules(feedback=("gradient",), student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
-    "learning_rate": _rules(feedback=("learning_rate",), student_lr=STUDENT_LR, size=(0.1, 0.3, 1.0)),
-    "ratio": _rules(feedback=("ratio",), student_lr=STUDENT_LR, size=(0.03, 0.1, 0.3)),
+    "none": _rules(feedback="none", student_lr=STUDENT_LR, teacher_lr=(0.03, 0.06, 0.12)),
+    "gradient": _rules(feedback="gradient", student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
+    "learning_rate": _rules(feedback="learning_rate", student_lr=STUDENT_LR, size=(0.1, 0.3, 1.0)),
+    "ratio": _rules(feedback="ratio", student_lr=STUDENT_LR, size=(0.03, 0.1, 0.3)),
 }
 """Six configurations of each, beside right labels."""
 
-WITHOUT = {"own_loss": (False,)}
 WRONG: dict[str, tuple[Rule, ...]] = {
-    "fixed": _rules(feedback=("none",), **WITHOUT, student_lr=(0.25, 0.5, 1.0, 2.0)),
-    "alone": _rules(feedback=("learning_rate",), **WITHOUT, size=(0.03, 0.1, 0.3, 1.0)),
-    "own": _rules(feedback=("none",), teacher_lr=(0.01, 0.03, 0.06, 0.12)),
-    "own_and_feedback": _rules(feedback=("learning_rate",), teacher_lr=(0.03, 0.06), size=(0.3, 1.0)),
+    "fixed": _rules(feedback="none", own_loss=False, student_lr=(0.25, 0.5, 1.0, 2.0)),
+    "alone": _rules(feedback="learning_rate", own_loss=False, size=(0.03, 0.1, 0.3, 1.0)),
+    "own": _rules(feedback="none", teacher_lr=(0.01, 0.03, 0.06, 0.12)),
+    "own_and_feedback": _rules(feedback="learning_rate", teacher_lr=(0.03, 0.06), size=(0.3, 1.0)),
 }
 """Four configurations of each, after a teacher has learned wrong labels."""
-
-STEPS, LENGTHS = 1500, (1500, 6000, 24000)
-"""Of tuning and of most arms, and those that are compared."""
 
 # Of arms of 6,000 steps that were added when the others had been seen: the control tuned at its length, on a grid that
 # its choice at 1,500 steps is in the middle of, and UDA as a loss of the teacher.
 LATER: dict[str, tuple[Rule, ...]] = {
-    "none_long": _rules(feedback=("none",), student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
-    "none_uda": _rules(feedback=("none",), uda=(1.0,), student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
-    "gradient_uda": _rules(feedback=("gradient",), uda=(1.0,), student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
+    "none_long": _rules(feedback="none", student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
+    "none_uda": _rules(feedback="none", uda=1.0, student_lr=STUDENT_LR, teacher_lr=(0.06, 0.12, 0.24)),
+    "gradient_uda": _rules(feedback="gradient", uda=1.0, student_lr=STUDENT_LR, size=(0.3, 1.0, 3.0)),
 }
 
-GRIDS: dict[str, Grid] = {
-    **{name: Grid("right", 2, STEPS, rules) for name, rules in METHODS.items()},
-    **{name: Grid("right", 2, LENGTHS[1], rules) for name, rules in LATER.items()},
-    **{name: Grid("style", 4, STEPS, rules) for name, rules in WRONG.items()},
+ALONE = {"uda": 1.0, "feedback": "none", "teacher_lr": (0.03, 0.06, 0.12, 0.24)}
+PAIR = {"uda": 1.0, "teacher_lr": (0.03, 0.06), "temperature": (1.0, 0.5)}
+WORTH: dict[str, tuple[float, float, tuple[Rule, ...]]] = {
+    "uda": (0.404, 1.0, _rules(**ALONE, temperature=(1.0, 0.5))),
+    "uda_aligned": (0.418, 1.0, _rules(**ALONE, temperature=(1.0, 0.5), align=1.0)),
+    "fixmatch": (0.432, 1.0, _rules(**ALONE, temperature=0.0, threshold=(0.8, 0.95))),
+    "mpl": (1.0, 0.0, _rules(**PAIR, size=(1.0, 3.0))),
+    "none": (0.611, 0.0, _rules(**PAIR, feedback="none", student_lr=STUDENT_LR)),
+    "push": (0.72, 0.0, _rules(**PAIR, feedback="ratio", alteration="balance", size=(0.1, 0.3))),
+    "late": (0.553, 0.75, _rules(**PAIR, size=(1.0, 3.0))),
+    # No part of the primary test: what the feedback adds where the teacher's own labels are aligned.
+    "mpl_aligned": (1.014, 0.0, _rules(**PAIR, align=1.0, size=(1.0, 3.0))),
+    "none_aligned": (0.625, 0.0, _rules(**PAIR, align=1.0, feedback="none", student_lr=STUDENT_LR)),
 }
+"""Of each method the processor time of a step relative to one of ``mpl``, when its student begins, and its eight
+configurations, which are tried in every place. The times were measured on two idle cores with the networks that the
+committed rows are of, and fixed before the study was run; of the last two: without alignment, and what alignment adds
+to UDA. Drawing the batches is left out."""
 
+PLACES = (2, 1), (4, 1), (2, 5), (4, 5)
+"""Labels a class, and how uneven: the first is that of the primary test."""
 
-@dataclass(frozen=True)
-class Arm:
-    """A final run over all seeds.
+LENGTHS, OUTER, AHEAD, LONGEST = (1500, 6000, 24000), (16, 256), (2, 5, 10), 3
+"""Steps, sizes of the outer batch, and student steps a teacher step that are compared; of the last, rows of more than
+``LONGEST`` stay as they were found: the pure step looks no further."""
 
-    Args:
-        part: the question that it belongs to.
-        method: its name there.
-        tuned: the entry of :data:`GRIDS` that its settings are chosen from.
-        condition, labels, steps: see :class:`Grid`.
-        outer: labeled pictures in a batch.
-        alteration: of the feedback.
-        lookahead: student steps a teacher step.
-    """
-
-    part: str
-    method: str
-    tuned: str
-    condition: Condition = "right"
-    labels: int = 2
-    steps: int = STEPS
-    outer: int = BATCH
-    alteration: Alteration | None = None
-    lookahead: int = 1
-
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """Arms of one group see the same batches."""
-        return self.condition, self.labels, self.steps, self.outer, self.lookahead
-
-
-ALTERATIONS: tuple[Alteration, ...] = (
-    "permuted",
-    "class_means",
-    "rest",
-    "own_class_means",
-    "within_class",
-    "one_number",
-    "sign",
-    "random_sign",
-    "negated",
+ALTERATIONS_OF_WRONG = "permuted", "class_means", "own_class_means", "within_class"
+ALTERATIONS = (
+    *("permuted", "class_means", "rest", "own_class_means", "within_class"),
+    *("one_number", "sign", "random_sign", "negated"),
 )
-ALTERATIONS_OF_WRONG: tuple[Alteration, ...] = (
-    "permuted",
-    "class_means",
-    "own_class_means",
-    "within_class",
-)
-OUTER, AHEAD = (16, 256), (2, 5, 10)
 
 
-def _lengths(steps: int, labels: int) -> list[Arm]:
-    return [Arm("length", method, method, labels=labels, steps=steps) for method in METHODS]
+def _lengths(steps: int, labels: int, methods: Sequence[str] = (*METHODS,)) -> list[Arm]:
+    return [Arm("length", method, method, labels=labels, steps=steps) for method in methods]
+
+
+def _altered(method: str, hows: Sequence[Any], **where: Any) -> list[Arm]:
+    return [Arm(method=f"{method} {how}", tuned=method, alteration=how, **where) for how in hows]
 
 
 def _wrong(condition: Condition) -> list[Arm]:
-    arms = [Arm("wrong", method, method, condition, labels=4) for method in WRONG]
-    return arms + [
-        Arm("wrong", f"alone {how}", "alone", condition, labels=4, alteration=how) for how in ALTERATIONS_OF_WRONG
+    where: dict[str, Any] = {"part": "wrong", "condition": condition, "labels": 4}
+    arms = [Arm(method=method, tuned=method, **where) for method in WRONG]
+    return arms + _altered("alone", ALTERATIONS_OF_WRONG, **where)
+
+
+def _ahead(what: str) -> list[Arm]:
+    return [
+        Arm(
+            "ahead",
+            f"{method} as many {what}",
+            method,
+            steps=1500 // (K if what == "student steps" else 1),
+            lookahead=K,
+        )
+        for K in AHEAD
+        for method in ("none", "gradient")
     ]
 
 
-def _arms() -> list[Arm]:
-    arms = [*_lengths(STEPS, 4), *_lengths(STEPS, 2)]
+def _worth(labels: int, uneven: int) -> list[Arm]:
+    arms = []
+    for method, (cost, begins, _) in WORTH.items():
+        arm = Arm("worth", method, "", labels=labels, steps=round(6000 / cost), uneven=uneven, begins=begins)
+        arms.append(dataclasses.replace(arm, tuned=f"{method}, {arm.place}"))
+    return arms
+
+
+def _arms() -> Iterator[Arm]:
+    short, long, longest = LENGTHS
+    yield from [*_lengths(short, 4), *_lengths(short, 2)]
     # The control is tuned by itself; this one has the rates of the feedback.
-    arms += [Arm("length", "gradient zero", "gradient", steps=steps, alteration="zero") for steps in LENGTHS[1::-1]]
+    for steps in (long, short):
+        yield from _altered("gradient", ["zero"], part="length", steps=steps)
     # The weight keeps what a part of h has; the ratio gives every part the same size.
-    arms += [Arm("part", f"gradient {how}", "gradient", alteration=how) for how in ALTERATIONS]
-    arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in ("balance", "rest")]
-    arms += [*_wrong("style"), *_lengths(LENGTHS[1], 2)[:3]]
-    for K in AHEAD:
-        arms += [
-            Arm("ahead", f"{method} as many student steps", method, steps=STEPS // K, lookahead=K)
-            for method in ("none", "gradient")
-        ]
-    arms += [Arm("outer", method, method, outer=outer) for outer in OUTER for method in ("none", "gradient")]
-    arms += [*_wrong("asymmetric"), *_wrong("half")]
-    more = [how for how in ALTERATIONS if how != "rest"]
-    arms += [Arm("part", f"ratio {how}", "ratio", alteration=how) for how in more]
-    arms += [*_lengths(LENGTHS[1], 2)[3:], *_lengths(LENGTHS[1], 4), *_lengths(LENGTHS[2], 2), *_lengths(LENGTHS[2], 4)]
-    for K in AHEAD:
-        arms += [
-            Arm("ahead", f"{method} as many teacher steps", method, lookahead=K) for method in ("none", "gradient")
-        ]
-    arms += [Arm("length", "ratio balance", "ratio", steps=LENGTHS[1], alteration="balance")]
-    return arms + [Arm("length", method, method, steps=LENGTHS[1]) for method in LATER]
+    yield from _altered("gradient", ALTERATIONS, part="part")
+    yield from _altered("ratio", ("balance", "rest"), part="part")
+    yield from [*_wrong("style"), *_lengths(long, 2)[:3], *_ahead("student steps")]
+    yield from (Arm("outer", method, method, outer=outer) for outer in OUTER for method in ("none", "gradient"))
+    yield from [*_wrong("asymmetric"), *_wrong("half")]
+    yield from _altered("ratio", [how for how in ALTERATIONS if how != "rest"], part="part")
+    yield from [*_lengths(long, 2)[3:], *_lengths(long, 4), *_lengths(longest, 2), *_lengths(longest, 4)]
+    yield from [*_ahead("teacher steps"), *_altered("ratio", ["balance"], part="length", steps=long)]
+    yield from _lengths(long, 2, (*LATER,))
+    for place in PLACES:
+        yield from _worth(*place)
 
 
 ARMS: tuple[Arm, ...] = tuple(_arms())
 """In the order in which they are run."""
 
 PARTS = tuple(dict.fromkeys(arm.part for arm in ARMS))
+
+
+def _grids() -> Iterator[tuple[str, Arm, tuple[Rule, ...]]]:
+    for (condition, labels, steps), methods in {
+        ("right", 2, LENGTHS[0]): METHODS,
+        ("right", 2, LENGTHS[1]): LATER,
+        ("style", 4, LENGTHS[0]): WRONG,
+    }.items():
+        for name, rules in methods.items():
+            yield name, Arm("tuning", name, name, condition, labels, steps), rules  # type: ignore[arg-type]
+    for arm in ARMS:
+        if arm.part == "worth":
+            yield arm.tuned, dataclasses.replace(arm, part="tuning of worth"), WORTH[arm.method][2]
+
+
+GRIDS: dict[str, tuple[Arm, tuple[Rule, ...]]] = {name: (arm, rules) for name, arm, rules in _grids()}
+"""What is chosen from: the configurations of a method, and where they are tried."""
+
+
+SEEDS = {  # for tuning, and for final runs
+    "worth": (tuple(range(110, 115)), tuple(range(300, 340))),
+    "others": (tuple(range(100, 105)), tuple(range(200, 220))),
+    "miniature": ((100,), (200, 201)),
+}
+FINETUNED, TAUGHT = 200, 1500
+"""Steps of finetuning, and of a teacher on wrong labels."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run; in miniature two steps of all that there is, and one configuration of each."""
+
+    miniature: bool = False
+
+    def steps(self, steps: int) -> int:
+        """So many."""
+        return 2 if self.miniature else steps
+
+    def seeds(self, arm: Arm, final: bool) -> tuple[int, ...]:
+        return SEEDS["miniature" if self.miniature else "worth" if arm.of_worth else "others"][final]
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+class Altered(torch.autograd.Function):
+    """The soft labels (B, C) themselves, whose gradient, which is -h, is altered."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, how: str, drawn: Tensor | None) -> Tensor:
+        return q.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:
+        q, ctx.how, drawn = inputs
+        ctx.save_for_backward(q, drawn)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        q, drawn = ctx.saved_tensors
+        return altered(g, q, ctx.how, drawn), None, None
+
+
+def altered(g: Tensor, q: Tensor, how: str, drawn: Any = None) -> Tensor:
+    """-h as the controls have it, from -h and the labels, (B, C) each; three are those of
+    :class:`metapl.ablation.Altered`."""
+    if how == "permuted":  # rows of other examples
+        return g[drawn]
+    if how == "random_sign":
+        return g * drawn[:, None]
+    if how == "negated":
+        return -g
+    if how == "sign":  # at the mean size in the batch
+        return g.sign() * g.abs().mean()
+    if how == "balance":  # no h at all, but what descends the cross-entropy of the mean label against equal frequencies
+        return -(1 / (q.shape[0] * q.shape[1] * q.mean(0))).expand_as(q)
+    mean = g.mean(0).expand_as(g)
+    own = (q.argmax(-1, keepdim=True) == torch.arange(q.shape[1])).to(g)  # the teacher's most probable class
+    means = own @ (own.T @ g / own.sum(0)[:, None].clamp_min(1))
+    parts = {"class_means": mean, "rest": g - mean, "own_class_means": means, "within_class": g - means}
+    return {**parts, "one_number": own * g}[how]
+
+
+@dataclass(frozen=True)
+class Labels(metapl.PseudoLabels):
+    """Meta Pseudo Labels with altered feedback; an unlabeled batch is (weak, strong), and what is drawn to alter it."""
+
+    alteration: str | None = None
+
+    def teacher_input(self, batch: Any) -> Tensor:
+        weak: Tensor = batch[0]
+        return weak
+
+    def student_input(self, batch: Any) -> Tensor:
+        strong: Tensor = batch[1]
+        return strong
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        if self.alteration is not None:
+            drawn = batch[2] if len(batch) == 3 else None
+            signal = signal.having({"value": Altered.apply(signal.value, self.alteration, drawn)})
+        return super().inner_loss(outputs, signal, batch, params)
+
+
+@dataclass(frozen=True)
+class NoTeacher(EqualWeights):
+    """A network alone: cross-entropy of (x, y), and UDA where a batch is (x, y, weak, strong)."""
+
+    uda: metapl.UDA
+
+    def student_input(self, batch: Any) -> Tensor:
+        return torch.cat([batch[0], *batch[2:]])
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        """(B,), of which the mean is the sum of the two losses."""
+        z, *views = outputs.split([len(x) for x in (batch[0], *batch[2:])])
+        losses = [F.cross_entropy(z, batch[1], reduction="none") / len(z)]
+        if views:
+            weak, strong = views
+            consistency = F.cross_entropy(strong, self.uda.target(weak.detach()), reduction="none") / len(strong)
+            losses += [torch.zeros_like(consistency), self.uda.weight * consistency]
+        return len(outputs) * torch.cat(losses)
+
+
+def trainer(rule: Rule, teacher: nn.Module | None, student: nn.Module, prior: Any = None) -> metapl.BilevelTrainer:
+    """The library's, for one seed; without a teacher the student takes its place, its rate and its losses."""
+    uda = metapl.UDA(rule.temperature, rule.threshold, rule.uda, align=rule.align, prior=prior)
+    if teacher is None:
+        optimizer = torch.optim.SGD(student.parameters(), lr=rule.teacher_lr, momentum=rule.momentum)
+        return metapl.BilevelTrainer(None, student, "none", problem=NoTeacher(uda), inner_optimizer=optimizer)
+    how, losses = rule.alteration, [metapl.CrossEntropy()] * rule.own_loss + [uda] * bool(rule.uda)
+    silent = rule.feedback == "none" or how == "zero"
+    forward = metapl.feedback.Forward(normalization="learning_rate" if rule.feedback == "learning_rate" else "gradient")
+    size = {"feedback_ratio" if rule.feedback == "ratio" else "feedback_weight": rule.size}
+    return metapl.BilevelTrainer(
+        teacher,
+        student,
+        "none" if silent else forward,
+        problem=Labels(kind="soft", alteration=None if how == "zero" else how),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=rule.student_lr),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=rule.teacher_lr, momentum=rule.momentum),
+        teacher_losses=losses,
+        lookahead=rule.lookahead,
+        **({} if silent else size),  # type: ignore[arg-type]
+    )
+
+
+class Stack:
+    """Pairs of a teacher and a student, a pair a seed, that take the pure step of their trainers at once.
+
+    ``average`` is that of the students' weights, as a fit takes it; without teachers the students are what learns from
+    the labels. The step is recorded once as operations on the tensors of all seeds: of networks this small, most of a
+    step would be the dispatch of ``vmap``. (What is recorded may be compiled. ``torch.compile`` of the
+    step itself loses the gradient of :class:`Altered`.)
+    """
+
+    graphs: ClassVar[dict[Any, Any]] = {}  # by what they were recorded for; rates are tensors of the state
+
+    def __init__(
+        self,
+        rule: Rule,
+        teachers: Sequence[nn.Module] | None,
+        students: Sequence[nn.Module],
+        prior: Any = None,
+        compiled: bool = False,
+    ) -> None:
+        pairs = zip(teachers or [None] * len(students), students, strict=True)
+        made = [trainer(rule, *pair, prior).functional() for pair in pairs]
+        self.rule, self.one, self.state = rule, made[0][0], stack([state for _, state in made])
+        self.alone, self.prior, self.compiled = teachers is None, prior, compiled
+        self.average, self.steps_done = self.state.student.params, 0
+
+    def step(self, labeled: Any, inner: Any, rate: float, student_rate: float | None = None) -> None:
+        """One step of all seeds, at this factor of the base learning rates; the student's may be another."""
+        rule = self.rule
+        own = (
+            rule.teacher_lr * rate if self.alone else rule.student_lr * (rate if student_rate is None else student_rate)
+        )
+        state: State = self.state._replace(
+            inner=_at_rate(self.state.inner, own), outer=_at_rate(self.state.outer, rule.teacher_lr * rate)
+        )
+        kind = dataclasses.replace(rule, student_lr=0, teacher_lr=0), self.alone, self.prior, self.compiled
+        shapes = tuple(t.shape for t in torch.utils._pytree.tree_leaves((labeled, inner)))
+        key = (kind, shapes, next(iter(self.average.values())).dtype)
+        if key not in self.graphs:
+            take = vmap(self.one)
+            graph = make_fx(lambda state, labeled, inner: take(state, labeled, inner)[0])(state, labeled, inner)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            self.graphs[key] = torch.compile(graph, dynamic=False) if self.compiled else graph
+        self.state = self.graphs[key](state, labeled, inner)
+        decay = min(EMA_DECAY, (1 + self.steps_done) / (10 + self.steps_done))
+        params = self.state.student.params
+        self.average = {name: t.lerp(params[name], 1 - decay) for name, t in self.average.items()}
+        self.steps_done += 1
+
+    def going_on_from(self, before: Stack, averaged: bool = False) -> Stack:
+        """The stack, with teachers that begin as the networks of another one that had none; ``averaged``: and students
+        that begin as their average."""
+        self.state = self.state._replace(teacher=before.state.student)
+        if averaged:
+            student = self.state.student._replace(params=before.average)
+            self.state, self.average = self.state._replace(outer=before.state.inner, student=student), before.average
+        return self
+
+
+def _at_rate(optimizer: Any, lr: float) -> Any:
+    return optimizer._replace(settings=[{**own, "lr": torch.full_like(own["lr"], lr)} for own in optimizer.settings])
+
+
+def outputs(network: nn.Module, weights: Weights, x: Tensor) -> Tensor:
+    """Of all seeds, (S, n, C)."""
+    found: Tensor = vmap(functional_call, (None, 0, 0))(network, weights, x)
+    return found
+
+
+def cosine(step: int, steps: int) -> float:
+    """The factor of the learning rates: that of :class:`metapl.training.FitOptions` without a warm-up."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -258,20 +521,49 @@ class Data:
     test: tuple[Tensor, Tensor]
 
 
+def apportioned(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in these proportions, at least 1 each.
+
+    >>> apportioned([5, 4, 1], 20)
+    [10, 8, 2]
+    """
+    exact = total * np.asarray(shares, dtype=float) / sum(shares)
+    counts = np.maximum(1, exact.astype(int))
+    for _ in range(total - counts.sum()):
+        counts[np.argmax(exact - counts)] += 1
+    return [int(n) for n in counts]
+
+
 @lru_cache(maxsize=4)
-def drawn(labels: int, seeds: tuple[int, ...]) -> Data:
-    """The splits of these seeds. The labels of the unlabeled pictures are for diagnostics, and to make wrong ones."""
-    splits = [load_digits_split(labels, seed) for seed in seeds]
+def drawn(labels: int, seeds: tuple[int, ...], uneven: int = 1) -> Data:
+    """The splits of these seeds. The labels of the unlabeled pictures are for diagnostics, and to make wrong ones.
 
-    def column(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return torch.stack([x.flatten(1) for x, _ in parts]), torch.stack([y for _, y in parts])
+    Of uneven classes the most frequent is number 0, so that one list of shares is that of every seed.
+    """
+    falling = np.linspace(uneven, 1, CLASSES)
+    few = apportioned(falling, labels * CLASSES)
+    parts: list[list[tuple[Tensor, Tensor]]] = []
+    for seed in seeds:
+        split = load_digits_split(max(few), seed)
+        truth = split.unlabeled, split.unlabeled_truth
+        four = [split.labeled, truth, split.validation, split.test]
+        if uneven > 1:
+            order = torch.randperm(CLASSES, generator=torch.Generator().manual_seed(seed))
+            four = [(x, order.argsort()[y]) for x, y in four]
+            many = int(truth[1].bincount(minlength=CLASSES).min())
+            for part, counts in enumerate((few, [round(many * share / uneven) for share in falling])):
+                x, y = four[part]
+                rows = torch.cat([(y == c).nonzero()[:n, 0] for c, n in enumerate(counts)])
+                four[part] = x[rows], y[rows]
+        parts.append([(x.flatten(1), y) for x, y in four])
+    columns = [tuple(map(torch.stack, zip(*part, strict=True))) for part in zip(*parts, strict=True)]
+    return Data(*columns)  # type: ignore[arg-type]
 
-    return Data(
-        column([split.labeled for split in splits]),
-        column([(split.unlabeled, split.unlabeled_truth) for split in splits]),
-        column([split.validation for split in splits]),
-        column([split.test for split in splits]),
-    )
+
+def prior_of(arm: Arm) -> tuple[float, ...] | None:
+    """The shares of the classes among the labels; None: equal ones."""
+    counts = apportioned(np.linspace(arm.uneven, 1, CLASSES), arm.labels * CLASSES)
+    return None if arm.uneven == 1 else tuple(n / sum(counts) for n in counts)
 
 
 SHARE, KEPT = 0.3, 50
@@ -298,228 +590,241 @@ def wrongly_labeled(condition: Condition, x: Tensor, y: Tensor, seed: int) -> tu
     return x, torch.where(ranks < SHARE, (y + 1) % CLASSES, y)
 
 
-@lru_cache(maxsize=8)
-def first_weights(seeds: tuple[int, ...]) -> tuple[Weights, Weights]:
-    """Teachers and students as they begin."""
-    pairs = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        pairs.append((mlp(SIZES), mlp(SIZES)))
-    teachers, students = zip(*pairs, strict=True)
-    return stacked(teachers), stacked(students)
+CHUNK = 25
+"""Steps whose batches are drawn at once. Another number gives other draws."""
+
+SHIFT, NOISE, CUTOUT, SIDE = 1, 0.2, 2, 8
+"""Of the digits' view, :class:`metapl.apps.pictures.ShiftNoiseCutout` with its defaults, and the side of a picture."""
 
 
-@lru_cache(maxsize=8)
-def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int) -> Weights:
-    """The teachers at the first step: as they begin, or after learning wrong labels."""
-    teacher = copied(first_weights(seeds)[0])
-    if condition == "right":
-        return teacher
-    pictures, truth = drawn(labels, seeds).unlabeled
-    pairs = [wrongly_labeled(condition, x, y, seed) for x, y, seed in zip(pictures, truth, seeds, strict=True)]
-    x, given = torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
-    velocity = None
-    for step, (seen, targets) in enumerate(labeled_batches(x, given, seeds, BEFORE, BATCH, steps)):
-        velocity = descend(teacher, seen, targets, velocity, TEACHER_LR * cosine(step, steps), MOMENTUM)
-    return teacher
-
-
-def labeled_batches(
-    x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, batch: int, steps: int
+def views(
+    pictures: Tensor, seeds: Sequence[int], stream: int, batch: int, steps: int, order: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Altered pictures and one-hot labels."""
-    views = Views(x, seeds, stream, batch, steps)
-    targets = F.one_hot(y, CLASSES).to(x)
-    seed = torch.arange(len(seeds))[:, None]
-    for which, seen in _one_by_one(views):
-        yield seen, targets[seed, which]
+    """Batches for a stack of seeds: which pictures, (S, B), and how they are seen, (S, B, 64).
 
+    They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random numbers that take a
+    tenth of the time: all shifts of all pictures are made once, and looked up. What a seed sees does not depend on what
+    else is in the stack, and more batches begin with the same ones.
 
-def unlabeled_batches(x: Tensor, seeds: Sequence[int], batch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures as they are, and altered."""
-    seed = torch.arange(len(seeds))[:, None]
-    for which, seen in _one_by_one(Views(x, seeds, UNLABELED, batch, steps)):
-        yield x[seed, which], seen
-
-
-def _one_by_one(views: Views) -> Iterator[tuple[Tensor, Tensor]]:
-    done = 0
-    while done < views.steps:
-        which, seen = views.chunk()
+    Args:
+        pictures: (S, n, 64).
+        stream: keeps apart what is drawn for different purposes.
+        order: (S, steps, B), which pictures are in the batches; None: shuffled epochs.
+    """
+    if order is None:
+        count = pictures.shape[1], batch * steps
+        order = torch.stack([shuffled(*count, seed, stream) for seed in seeds]).unflatten(1, (steps, batch))
+    generators = [torch.Generator().manual_seed(1_000 * seed + stream) for seed in seeds]
+    table, holes = torch.stack([shifted(each) for each in pictures]), masks().to(pictures)
+    (_, shifts, n, _), table = table.shape, table.flatten(0, 2)
+    for which in order.transpose(0, 1).split(CHUNK):  # (T, S, B)
+        place = torch.empty((len(seeds), CHUNK, batch), dtype=torch.int64)
+        noise = torch.empty((*place.shape, SIDE * SIDE))
+        for s, generator in enumerate(generators):
+            place[s].random_(0, shifts * len(holes), generator=generator)
+            noise[s].normal_(generator=generator)
+        place, noise = (t.transpose(0, 1)[: len(which)] for t in (place, noise))
+        first = torch.arange(len(seeds))[:, None] * shifts + place % shifts
+        seen = table[first * n + which].add_(noise.to(pictures), alpha=NOISE).mul_(holes[place // shifts])
         yield from zip(which, seen, strict=True)
-        done += len(which)
+
+
+def shifted(pictures: Tensor) -> Tensor:
+    """(n, 64) to (9, n, 64): the pictures moved by each pair of (-1, 0, 1)."""
+    images, steps = pictures.unflatten(-1, (1, SIDE, SIDE)), range(-SHIFT, SHIFT + 1)
+    moves = [torch.tensor(move).expand(len(images), 2) for move in itertools.product(steps, steps)]
+    return torch.stack([base.crop_flip(images, move, None, 0.0).flatten(1) for move in moves])
+
+
+def masks() -> Tensor:
+    """(49, 64): 0 in the square that is left out, at each of its places."""
+    corners = torch.tensor([*itertools.product(range(SIDE - CUTOUT + 1), repeat=2)])
+    return base.cutout(torch.ones(len(corners), 1, SIDE, SIDE), corners, CUTOUT, 0.0).flatten(1)
+
+
+def shuffled(count: int, length: int, seed: int, stream: int) -> Tensor:
+    """The first so many of an endless stream of shuffled epochs."""
+    epochs = -(-length // count)
+    keys = torch.rand(epochs, count, generator=torch.Generator().manual_seed(1_000 * seed + 500 + stream))
+    return keys.argsort(1).flatten()[:length]
+
+
+def drawn_to_alter(how: str | None, seeds: Sequence[int], step: int) -> tuple[Tensor, ...]:
+    """The permutations or signs that :class:`metapl.ablation.Altered` draws for these seeds in a step, if any."""
+    each = [torch.Generator().manual_seed(seed * 1_000_003 + step) for seed in seeds]
+    if how == "permuted":
+        return (torch.stack([torch.randperm(BATCH, generator=generator) for generator in each]),)
+    if how == "random_sign":
+        return (torch.stack([torch.randint(0, 2, (BATCH,), generator=generator) for generator in each]) * 2 - 1,)
+    return ()
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-@torch.no_grad()
-def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -> tuple[list[Stack], list[list[float]]]:
-    """Stacks that are trained side by side on the batches of an arm, and the feedback's ratio at ten steps of each."""
-    data, steps = drawn(arm.labels, seeds), size.steps(arm.steps)
-    teacher = taught(arm.condition, arm.labels, seeds, size.before_steps)
-    student = first_weights(seeds)[1]
-    stacks = [Stack(rule, copied(teacher), copied(student), EMA_DECAY) for rule in rules]
-    labeled = labeled_batches(*data.labeled, seeds, LABELED, arm.outer, steps)
-    unlabeled = unlabeled_batches(data.unlabeled[0], seeds, BATCH, steps * arm.lookahead)
-    altered = any(rule.alteration in ("permuted", "random_sign") for rule in rules)
-    controls = (torch.empty(0), torch.empty(0))
-    ratios: list[list[float]] = [[] for _ in rules]
-    for step, (x, targets) in enumerate(labeled):
-        weak, strong = zip(*itertools.islice(unlabeled, arm.lookahead), strict=True)
-        if altered:
-            controls = drawn_for_controls(seeds, step, BATCH)
-        batch = Batch(x, targets, weak, strong, *controls)
-        for stack, ratio in zip(stacks, ratios, strict=True):
-            stack.step(batch, cosine(step, steps))
-            told = stack.rule.own_loss and stack.rule.feedback != "none"
-            if told and (step + 1) % max(1, steps // 10) == 0:
-                ratio.append(round(float(stack.ratio.mean()), 5))
-    return stacks, ratios
+def first_networks(seeds: Sequence[int]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Teachers and students as they begin."""
+    pairs = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        pairs.append((mlp(SIZES), mlp(SIZES)))
+    return [teacher for teacher, _ in pairs], [student for _, student in pairs]
 
 
-@torch.no_grad()
-def finetuned(weights: Weights, data: Data, seeds: tuple[int, ...], steps: int) -> Weights:
-    """The students after some more steps on the labeled pictures."""
-    weights = copied(weights)
-    for step, (x, targets) in enumerate(labeled_batches(*data.labeled, seeds, FINETUNING, BATCH, steps)):
-        descend(weights, x, targets, None, FINETUNE_LR * cosine(step, steps), 0.0)
-    return weights
+def supervised(networks: Stack, x: Tensor, y: Tensor, seeds: Sequence[int], stream: int, steps: int) -> Stack:
+    """Networks without teachers, after so many steps on these labels."""
+    for step, (which, seen) in enumerate(views(x, seeds, stream, BATCH, steps)):
+        batch = seen, y.gather(1, which)
+        networks.step(batch, batch, cosine(step, steps))
+    return networks
 
 
-def accuracies(weights: Weights, part: tuple[Tensor, Tensor]) -> list[float]:
-    """Of each seed."""
-    x, y = part
-    right = forward(weights, x)[1].argmax(-1) == y
-    return [round(float(share), 5) for share in right.double().mean(1)]
+@lru_cache(maxsize=8)
+def taught(condition: Condition, labels: int, seeds: tuple[int, ...], steps: int) -> Stack:
+    """What has learned wrong labels."""
+    pictures, truth = drawn(labels, seeds).unlabeled
+    pairs = [wrongly_labeled(condition, x, y, seed) for x, y, seed in zip(pictures, truth, seeds, strict=True)]
+    x, given = map(torch.stack, zip(*pairs, strict=True))
+    return supervised(Stack(Rule(), None, first_networks(seeds)[0]), x, given, seeds, BEFORE, steps)
+
+
+def train(arm: Arm, rules: Sequence[Rule], seeds: tuple[int, ...], size: Size) -> list[Stack]:
+    """Stacks that are trained side by side on the batches of an arm."""
+    data, steps, prior = drawn(arm.labels, seeds, arm.uneven), size.steps(arm.steps), prior_of(arm)
+    teachers, students = first_networks(seeds)
+    begins, compiled = round(arm.begins * steps), steps >= COMPILED
+
+    def together(rule: Rule) -> Stack:
+        return Stack(rule, teachers, students, prior, compiled)
+
+    stacks = [Stack(rule, None, teachers, prior, compiled) if begins else together(rule) for rule in rules]
+    if arm.condition != "right":
+        first = taught(arm.condition, arm.labels, seeds, size.steps(TAUGHT))
+        stacks = [each.going_on_from(first) for each in stacks]
+    unlabeled = views(data.unlabeled[0], seeds, UNLABELED, BATCH, steps * arm.lookahead)
+    rows = torch.arange(len(seeds))[:, None]
+    for step, (which, seen) in enumerate(views(data.labeled[0], seeds, LABELED, arm.outer, steps)):
+        batch = seen, data.labeled[1].gather(1, which)
+        pairs = [(data.unlabeled[0][rows, at], strong) for at, strong in itertools.islice(unlabeled, arm.lookahead)]
+        rates = cosine(step, steps), cosine(max(0, step - begins), max(1, steps - begins))
+        for place, each in enumerate(stacks):
+            if begins and step == begins:
+                each = stacks[place] = together(each.rule).going_on_from(each, averaged=True)
+            if each.alone:
+                each.step(batch, (*batch, *pairs[0]), rates[0])
+            else:
+                extra = drawn_to_alter(each.rule.alteration, seeds, step)
+                inner = tuple((*pair, *extra) for pair in pairs)
+                each.step(batch, inner if arm.lookahead > 1 else inner[0], *rates)
+    return stacks
+
+
+def accuracies(classes: Tensor, truth: Tensor, uneven: int = 1) -> list[float]:
+    """Of each seed, as if the classes had their shares."""
+    shares = torch.linspace(uneven, 1, CLASSES, dtype=torch.float64)
+    counts = torch.stack([each.bincount(minlength=CLASSES) for each in truth])
+    weight = torch.ones(truth.shape, dtype=torch.float64) if uneven == 1 else (shares / counts).gather(1, truth)
+    right = (classes == truth) * weight
+    return [round(float(share), 5) for share in right.sum(1) / weight.sum(1)]
 
 
 def found(arm: Arm, rule: Rule, stack: Stack, seeds: tuple[int, ...], size: Size, final: bool) -> Row:
     """What a row has: tuning runs read the validation pictures, final runs the test pictures."""
-    data = drawn(arm.labels, seeds)
-    part = data.test if final else data.validation
-    tuned = finetuned(stack.average, data, seeds, size.finetune_steps)
-    row: Row = {
-        "final": final,
-        **dataclasses.asdict(arm),
-        "steps_run": size.steps(arm.steps),
-        "rule": dataclasses.asdict(rule),
-        "seeds": list(seeds),
-        "student": accuracies(stack.average, part),
-        "finetuned": accuracies(tuned, part),
-    }
+    data, (network, *_) = drawn(arm.labels, seeds, arm.uneven), first_networks(seeds[:1])[0]
+
+    def of(weights: Weights, part: str) -> list[float]:
+        x, y = getattr(data, part)
+        return accuracies(outputs(network, weights, x).argmax(-1), y, 1 if part == "unlabeled" else arm.uneven)
+
+    steps, part = size.steps(arm.steps), "test" if final else "validation"
+    tuned = Stack(Rule(teacher_lr=0.02, momentum=0.0), None, first_networks(seeds)[0])
+    tuned.state = tuned.state._replace(student=tuned.state.student._replace(params=stack.average))
+    supervised(tuned, *data.labeled, seeds, FINETUNING, size.steps(FINETUNED))
+    row: Row = {"final": final, **dataclasses.asdict(arm), "steps_run": steps, "rule": dataclasses.asdict(rule)}
+    row |= {"seeds": list(seeds), "student": of(stack.average, part)}
+    row["finetuned"] = of(tuned.state.student.params, part)
     if final:
+        teacher = (stack.state.student if stack.alone else stack.state.teacher).params
         x, truth = data.unlabeled
-        q, p = (forward(weights, x)[1].softmax(-1) for weights in (stack.teacher, stack.average))
-        row["teacher"] = accuracies(stack.teacher, part)
-        row["labels_right"] = accuracies(stack.teacher, data.unlabeled)
-        row["confidence"] = [round(float(c), 4) for c in q.amax(-1).mean(1)]
-        row["frequency_error"] = [_frequency_error(each, y) for each, y in zip(p, truth, strict=True)]
+        calls = outputs(network, stack.average, x).argmax(-1)
+        counts = [torch.stack([each.bincount(minlength=CLASSES) for each in of]) for of in (calls, truth)]
+        error = (counts[0] - counts[1]).abs().sum(1) / (2 * x.shape[1])  # total variation of the frequencies
+        row |= {"teacher": of(teacher, part), "labels_right": of(teacher, "unlabeled")}
+        row["frequency_error"] = [round(float(share), 5) for share in error]
     return row
-
-
-def _frequency_error(p: Tensor, y: Tensor) -> float:
-    """Total variation between the frequencies of the classes that a network finds and the true ones."""
-    counts = [labels.bincount(minlength=CLASSES).double() / len(y) for labels in (p.argmax(-1), y)]
-    return round(float((counts[0] - counts[1]).abs().sum() / 2), 5)
 
 
 # ------------------------------------------------------------------------------------------------------ running it all
 
 
 def read(raw: Path = RAW) -> list[Row]:
-    """The rows of runs so far."""
-    if not raw.exists():
-        return []
-    return [row for line in raw.read_text().splitlines() if "method" in (row := json.loads(line))]
+    """The rows of runs so far, with the defaults of what older ones do not name."""
+    defaults = {"uneven": 1, "begins": 0.0}
+    return [{**defaults, **row} for row in lines_of(raw) if "method" in row]
 
 
-def _key(row: Row) -> str:
-    names = ("final", "steps_run", *(f.name for f in dataclasses.fields(Arm)))
-    rule = dataclasses.asdict(Rule(**row["rule"]))  # with the defaults of what older rows do not name
-    return json.dumps([rule, *(row[name] for name in names)], sort_keys=True)
+def _key(final: bool, steps_run: int, arm: Arm, rule: Rule) -> str:
+    return json.dumps([final, steps_run, dataclasses.asdict(arm), dataclasses.asdict(rule)], sort_keys=True)
+
+
+def arm_of(row: Row) -> Arm:
+    return Arm(**{field.name: row[field.name] for field in dataclasses.fields(Arm)})
 
 
 def run_missing(jobs: Sequence[tuple[Arm, Rule]], size: Size, raw: Path, final: bool) -> None:
     """Run what the raw file does not hold yet; jobs that see the same batches side by side."""
-    done = {_key(row) for row in read(raw)}
-
-    def key(arm: Arm, rule: Rule) -> str:
-        told = {"final": final, "rule": dataclasses.asdict(rule), "steps_run": size.steps(arm.steps)}
-        return _key({**told, **dataclasses.asdict(arm)})
-
-    missing = [job for job in jobs if key(*job) not in done]
-    if not missing:
-        return
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    with raw.open("a") as file:
-        file.write(json.dumps({"made_with": environment(), **dataclasses.asdict(size)}) + "\n")
-    groups = [
-        jobs[first : first + BESIDE]
-        for jobs in (list(same) for _, same in itertools.groupby(missing, key=lambda job: job[0].group))
-        for first in range(0, len(jobs), BESIDE)
-    ]
-    seeds = size.seeds if final else size.tuning_seeds
+    done = {_key(row["final"], row["steps_run"], arm_of(row), Rule(**row["rule"])) for row in read(raw)}
+    missing = [job for job in jobs if _key(final, size.steps(job[0].steps), *job) not in done]
+    if missing:
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        append(raw, {"made_with": environment(), "seeds": SEEDS, "finetuned": FINETUNED, "taught": TAUGHT})
+    same = [[*jobs] for _, jobs in itertools.groupby(missing, key=lambda job: (job[0].of_worth, job[0].group))]
+    groups = [jobs[first : first + BESIDE] for jobs in same for first in range(0, len(jobs), BESIDE)]
     for number, group in enumerate(groups, 1):
-        began = time.process_time()
-        arms, rules = zip(*group, strict=True)
-        stacks, ratios = train(arms[0], rules, seeds, size)
+        began, arm, seeds = time.process_time(), group[0][0], size.seeds(group[0][0], final)
+        with torch.no_grad():
+            stacks = train(arm, [rule for _, rule in group], seeds, size)
+            rows = [found(*job, stack, seeds, size, final) for job, stack in zip(group, stacks, strict=True)]
         seconds = round((time.process_time() - began) / len(group), 1)
-        with raw.open("a") as file:
-            for arm, rule, stack, ratio in zip(arms, rules, stacks, ratios, strict=True):
-                row = found(arm, rule, stack, seeds, size, final)
-                file.write(json.dumps({**row, "ratio": ratio, "seconds": seconds}) + "\n")
-                file.flush()  # a row at a time: another process may write its own
-        print(f"{number}/{len(groups)} groups: {len(group)} runs of {arms[0].group}, {seconds} s each", flush=True)
+        append(raw, *({**row, "seconds": seconds} for row in rows))
+        print(f"{number}/{len(groups)} groups: {len(group)} runs of {arm.group}, {seconds} s each", flush=True)
 
 
-def score(row: Row) -> float:
-    """Of a tuning run: the mean accuracy of its better read-out."""
-    return max(statistics.fmean(row["student"]), statistics.fmean(row["finetuned"]))
-
-
-def chosen(rows: Sequence[Row], tuned: str) -> Rule:
-    """The configuration with the best score; of equals, the first."""
+def chosen(rows: Sequence[Row], tuned: str) -> tuple[Rule, str]:
+    """The configuration and the read-out with the best mean over the tuning seeds; of equals, the first."""
     tuning = [row for row in rows if not row["final"] and row["tuned"] == tuned]
-    return Rule(**max(tuning, key=score)["rule"])
+    best = max(itertools.product(tuning, ("student", "finetuned")), key=lambda pair: statistics.fmean(pair[0][pair[1]]))
+    return Rule(**best[0]["rule"]), best[1]
 
 
 def rule_of(arm: Arm, rows: Sequence[Row]) -> Rule:
     """The settings of a final run."""
-    return dataclasses.replace(chosen(rows, arm.tuned), alteration=arm.alteration, lookahead=arm.lookahead)
+    rule = chosen(rows, arm.tuned)[0]
+    return dataclasses.replace(rule, alteration=arm.alteration or rule.alteration, lookahead=arm.lookahead)
 
 
 def study(size: Size, raw: Path, arms: Sequence[Arm] = ARMS) -> None:
-    """Tune every method of these arms, then run them on the seeds that nobody has looked at."""
+    """Tune every method of these arms, then run them on the seeds that nothing was chosen on."""
+    arms = [arm for arm in arms if arm.lookahead <= LONGEST]
     needed = {arm.tuned for arm in arms}
-    tuning = [
-        (Arm("tuning", name, name, grid.condition, grid.labels, grid.steps), rule)
-        for name, grid in GRIDS.items()
-        if name in needed
-        for rule in grid.rules[: size.configurations]
-    ]
-    run_missing(tuning, size, raw, final=False)
+    grids = [(arm, rules[:1] if size.miniature else rules) for arm, rules in GRIDS.values() if arm.tuned in needed]
+    run_missing([(arm, rule) for arm, rules in grids for rule in rules], size, raw, final=False)
     rows = read(raw)
     run_missing([(arm, rule_of(arm, rows)) for arm in arms], size, raw, final=True)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RAW)
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables there, draw the figure, and stop")
+    parser = arguments(__doc__, RAW, page=True)
     parser.add_argument("--table", action="store_true", help="print the tables of the file's rows, and run nothing")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the questions whose arms are run")
     given = parsed(parser)
     torch.set_num_threads(1)
     if not given.table and given.write is None:
-        arms = [arm for arm in ARMS if arm.part in given.parts]
-        study(MINIATURE if given.miniature else FULL, given.out, arms)
+        study(Size(given.miniature), given.out, [arm for arm in ARMS if arm.part in given.parts])
         return
-    from when_tables import block, write
+    import when_tables
 
-    if given.write is not None:
-        write(given.write, given.out)
-    else:
-        print(block(read(given.out)))
+    when_tables.write(given.write, given.out)
 
 
 if __name__ == "__main__":

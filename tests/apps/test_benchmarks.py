@@ -24,7 +24,6 @@ STUDIES = {
     "data_rater": (),
     "digits_study": ("--workers", "1"),
     "feedback_size": ("--workers", "1"),
-    "feedback_worth": ("--workers", "1"),
     "harmful_pictures": (),
     "hyperparameters": (),
     "label_noise": (),
@@ -458,7 +457,8 @@ def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills
     module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, page = tmp_path / "when.jsonl", tmp_path / "page.md"
-    page.write_text("before\n<!-- when:begin -->\n<!-- when:end -->\nafter\n")
+    marks = [f"<!-- {name}:{end} -->\n" for name in ("when", "feedback-worth") for end in ("begin", "end")]
+    page.write_text(f"before\n{''.join(marks)}after\n")
 
     def command(*options: str | Path) -> None:
         monkeypatch.setattr(sys, "argv", ["when", "--out", str(out), *map(str, options)])
@@ -466,12 +466,12 @@ def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills
 
     command("--miniature")
     rows = module.read(out)
-    assert [row["part"] for row in rows].count("tuning") == len(module.GRIDS)
-    assert sum(row["final"] for row in rows) == len(module.ARMS)
+    assert sum(not row["final"] for row in rows) == len(module.GRIDS)
+    ran = [arm for arm in module.ARMS if arm.lookahead <= module.LONGEST]
+    assert [module.arm_of(row) for row in rows if row["final"]] == ran
     for row in rows:
         assert ("teacher" in row) == ("labels_right" in row) == row["final"]
         assert len(row["student"]) == len(row["finetuned"]) == len(row["seeds"]) == (2 if row["final"] else 1)
-        assert bool(row["ratio"]) == (row["rule"]["own_loss"] and row["rule"]["feedback"] != "none")
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:-2]))
     command("--miniature")
     assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in rows]
@@ -481,58 +481,27 @@ def test_the_study_of_when_feedback_helps_goes_on_where_it_was_stopped_and_fills
     assert text.endswith("\nafter\n")
     assert text.count("| feedback, ratio to the own loss |") == 2 * 3 + 1
     assert text.count("\n| feedback alone |") == 3
-    assert "All arms of the list were run." in text
-    assert page.with_name("when.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("module", ["feedback_worth"], indirect=True)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_study_of_feedback_s_worth_goes_on_where_it_was_stopped(
-    module: ModuleType, device: str, tmp_path: Path
-) -> None:
-    out, folder = tmp_path / "rows.jsonl", ("--device", device, "--folder", tmp_path)
-    size = module.MINIATURE if device == "cpu" else module.sizes_of_pictures(miniature=True)
-    arms = module.EVERY if device == "cpu" else module.ARMS
-
-    def command() -> str:
-        return run("feedback_worth", "--miniature", "--out", out, "--workers", "1", *folder)
-
-    printed, before = command(), module.read(out)
-    tuned = len(size.tuning_seeds) * size.configurations
-    assert len(before) == len(size.places) * len(arms) * (tuned + len(size.seeds))
-    for row in before:
-        assert ("labels_right" in row) == row["final"]
-        if row["arm"] != "late":  # whose student may begin after so few steps
-            assert any(row.get("ratio", [])) == (row["arm"] in ("mpl", "push", "mpl_aligned"))
-    assert printed.count(f"| {module.ARMS['mpl'].title} |") == len(size.places)
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[: -len(size.seeds)]))
-    again = command()
-    assert [{**row, "seconds": 0} for row in module.read(out)] == [{**row, "seconds": 0} for row in before]
-    assert again.partition("Primary test")[2] == printed.partition("Primary test")[2] != ""
-
-
-@pytest.mark.parametrize("module", ["feedback_worth"], indirect=True)
-def test_a_study_on_a_device_begins_no_run_for_which_too_little_time_is_left(
-    module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    out, size = tmp_path / "rows.jsonl", module.sizes_of_pictures(miniature=True)
-    told = module.dataclasses.asdict(size.places[0])
-    out.write_text(module.json.dumps({"place": told, "costs": module.COSTS, "seconds": 60.0}) + "\n")
-    with pytest.raises(SystemExit, match=r"a run takes 180: more --minutes are needed"):
-        run("feedback_worth", "--miniature", "--out", out, "--device", "cuda", "--folder", tmp_path, "--minutes", "2")
-    assert module.read(out) == []
+    assert text.count("| Meta Pseudo Labels |") == len(module.PLACES)
+    assert text.count("Primary test (2 labels a class, equal frequencies)") == 1
+    assert "Arms in the list that were not run: ahead (K = 5, 300 teacher steps): 2;" in text
+    for name in ("when.png", "feedback_worth.png"):
+        assert page.with_name(name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("module", ["when"], indirect=True)
 def test_every_arm_of_that_study_has_a_control_that_saw_the_same(module: ModuleType) -> None:
-    silent = {arm.group: arm for arm in module.ARMS if arm.method.split()[0] in ("none", "fixed")}
+    silent = {arm.group: arm for arm in module.ARMS if arm.method.split()[0] in ("none", "fixed") and not arm.of_worth}
     for arm in module.ARMS:
+        where, rules = module.GRIDS[arm.tuned]
+        if arm.of_worth:
+            assert len(rules) == 8
+            continue
         assert arm.group in silent
-        grid = module.GRIDS[arm.tuned]
-        assert (grid.condition == "right") == (arm.condition == "right")
-        assert {len(module.GRIDS[other.tuned].rules) for other in (arm, silent[arm.group])} <= {len(grid.rules)}
-        assert all(rule.alteration is None for rule in grid.rules)
-    assert not set(module.FULL.seeds) & {*module.FULL.tuning_seeds, *range(20)}
+        assert (where.condition == "right") == (arm.condition == "right")
+        assert {len(module.GRIDS[other.tuned][1]) for other in (arm, silent[arm.group])} <= {len(rules)}
+        assert all(rule.alteration is None for rule in rules)
+    tuning, final = zip(*module.SEEDS.values(), strict=True)
+    assert not {*sum(final[:2], ())} & {*sum(tuning[:2], ()), *range(20)}
 
 
 @pytest.mark.parametrize("module", ["when"], indirect=True)

@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_librarys_loss_by_sgd(study: ModuleType) -> None:
             assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_dropout_is_on_the_rows_that_it_is_meant_for_and_its_gradient_is_autograds(study: ModuleType) -> None:
+def test_dropout_is_on_the_rows_that_it_is_meant_for(study: ModuleType) -> None:
     weights = study.first_weights(16, (1, 2), 0)
     x = torch.rand(2, 400, 64)
     masks = study.Dropout(0.25, torch.Generator().manual_seed(0), 100).masks(weights, 400)
@@ -80,17 +80,10 @@ def test_dropout_is_on_the_rows_that_it_is_meant_for_and_its_gradient_is_autogra
         assert float((mask[:, :100] == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
     assert study.Dropout(0.0, torch.Generator()).masks(weights, 4) == [None, None]
     assert all((mask == 1).all() for mask in study.Dropout(0.5, torch.Generator(), 0).masks(weights, 4))
-    leaves = [w.clone().requires_grad_() for w in weights]
     h = x
-    for weight, bias, mask in zip(leaves[:-2:2], leaves[1:-2:2], masks, strict=True):
+    for weight, bias, mask in zip(weights[:-2:2], weights[1:-2:2], masks, strict=True):
         h = (h @ weight + bias).relu() * mask
-    logits = h @ leaves[-2] + leaves[-1]
-    inputs, outputs = study.passed(weights, x, masks)
-    assert torch.allclose(outputs, logits, atol=1e-6)
-    at_outputs = torch.randn_like(outputs)
-    expected = torch.autograd.grad((logits * at_outputs).sum(), leaves)
-    for ours, theirs in zip(study.pulled_back(weights, inputs, at_outputs, masks), expected, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(study.passed(weights, x, masks), h @ weights[-2] + weights[-1], atol=1e-6)
 
 
 @pytest.mark.parametrize(("per_class", "balanced"), [(None, False), (7, True), (None, True), (9, False)])

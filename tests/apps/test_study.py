@@ -39,9 +39,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> object:
         "two_moons",
         "two_moons_stack",
         "when",
-        "when_stack",
         "when_tables",
-        "feedback_worth",
         "figures",
         "machine",
     ):
@@ -420,18 +418,16 @@ def test_the_page_on_when_feedback_helps_shows_the_tables_of_the_raw_rows(tables
 
 
 def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_have_its_figures(tables: object) -> None:
-    import feedback_worth as study
+    import when
+    import when_tables
 
-    rows = study.read()
-    assert shown("feedback-worth") == study.block(rows)
-    for place, (name, arm) in itertools.product(study.PLACES, study.EVERY.items()):
-        tuning, final = (study.of(rows, place, name, final=final) for final in (False, True))
-        assert {study.Rule(**row["rule"]) for row in tuning} == {*arm.rules}
-        assert len(tuning) == 8 * len(study.Size.tuning_seeds)
-        assert [row["seed"] for row in final] == [*study.Size.seeds]
-        assert {study.Rule(**row["rule"]) for row in final} == {study.chosen(rows, place, name)[0]}
-        assert {row["steps"] for row in tuning + final} == {study.steps_of(name, study.STEPS)}
-    gap, p = re.search(r"other arm: (\S+) points .*p = (\S+),", study.primary(rows, (study.PRIMARY,))).groups()  # type: ignore[union-attr]
+    rows = when.read()
+    assert shown("feedback-worth") == when_tables.worth_block(rows)
+    found = when_tables.places(when_tables.collected(rows))
+    study = [*found.values()]
+    assert [*found] == ["2 labels a class, equal frequencies", *([*found][1:])]
+    assert len(study) == len(when.PLACES) == 4
+    gap, p = re.search(r"other arm: (\S+) points .*p = (\S+),", when_tables.primary(study[0])).groups()  # type: ignore[union-attr]
     pages = (
         " ".join((ROOT / "README.md").read_text().split()),
         " ".join((ROOT / "docs" / "when.md").read_text().split()),
@@ -440,7 +436,7 @@ def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_ha
     assert f"{gap.removeprefix('-')} points (p = {p}) *behind* it" in pages[1]
 
     def above(place: int, first: str, second: str) -> float:
-        d = np.subtract(*(study.delivered(rows, study.PLACES[place], name) for name in (first, second)))
+        d = np.subtract(*(study[place][name].accuracy for name in (first, second)))
         return 100 * float(d.mean())
 
     others = [[above(place, "mpl", name) for name in ("uda", "fixmatch", "none")] for place in range(4)]
@@ -455,21 +451,20 @@ def test_the_study_of_what_feedback_is_worth_was_run_as_it_says_and_the_pages_ha
     assert (
         f"(MPL is {ahead[0]:.1f} below), and is {min(ahead[1:]):.1f} to {max(ahead[1:]):.1f} points ahead" in pages[1]
     )
-    late = [study.delivered(rows, place, "late") for place in study.PLACES]
-    paired = zip(study.PLACES, late, strict=True)
-    medians = [100 * np.median(np.subtract(study.delivered(rows, place, "mpl"), of)) for place, of in paired]
+    late = [arms["late"].accuracy for arms in study]
+    medians = [100 * np.median(np.subtract(arms["mpl"].accuracy, arms["late"].accuracy)) for arms in study]
     assert "the medians are {:.1f}, {:.1f}, {:.1f} and {:.1f} points".format(*medians) in pages[1]
     assert [sum(value < 0.5 for value in values) for values in late] == [0, 1, 1, 1]
 
     def seconds(name: str) -> float:
-        return sum(row["seconds"] for place in study.PLACES for row in study.of(rows, place, name, final=True))
+        return sum(arms[name].row["seconds"] for arms in study)
 
-    more = [seconds(name) / seconds("mpl") for name in study.ARMS if name != "mpl"]
+    more = [seconds(name) / seconds("mpl") for name in study[0] if name not in ("mpl", *when_tables.AFTER)]
     assert f"the other arms took {min(more):.1f} to {max(more):.1f} times MPL's seconds" in pages[1]
     beside = f"the push {seconds('push') / seconds('mpl'):.1f}, MPL with aligned UDA"
     assert f"{beside} {seconds('mpl_aligned') / seconds('mpl'):.2f}. That is" in pages[1]
-    for place in study.PLACES:
-        picked = {name: study.chosen(rows, place, name)[0] for name in ("push", "fixmatch", "mpl")}
+    for arms in study:
+        picked = {name: when.Rule(**arms[name].row["rule"]) for name in ("push", "fixmatch", "mpl")}
         assert (picked["push"].size, picked["fixmatch"].threshold, picked["mpl"].size) == (0.1, 0.8, 1.0)
 
 
@@ -477,17 +472,17 @@ def test_the_study_of_when_feedback_helps_was_run_as_it_says(tables: object) -> 
     import when
 
     rows = when.read()
-    names = [field.name for field in dataclasses.fields(when.Arm)]
-    final = {when.Arm(**{name: row[name] for name in names}): row for row in rows if row["final"]}
-    assert set(final) <= set(when.ARMS)
+    final = {when.arm_of(row): row for row in rows if row["final"]}
+    assert set(final) == set(when.ARMS)
     assert len(final) == sum(row["final"] for row in rows)
     for arm, row in final.items():
         assert when.Rule(**row["rule"]) == when.rule_of(arm, rows)
-    for name, grid in when.GRIDS.items():
-        tuning = [when.Rule(**row["rule"]) for row in rows if row["tuned"] == name and not row["final"]]
-        assert sorted(map(str, tuning)) == sorted(map(str, grid.rules))
+    for name, (arm, rules) in when.GRIDS.items():
+        tuning = [row for row in rows if row["tuned"] == name and not row["final"]]
+        assert {when.arm_of(row) for row in tuning} == {arm}
+        assert sorted(str(when.Rule(**row["rule"])) for row in tuning) == sorted(map(str, rules))
     for row in rows:
-        seeds = when.FULL.seeds if row["final"] else when.FULL.tuning_seeds
+        seeds = when.Size().seeds(when.arm_of(row), row["final"])
         assert tuple(row["seeds"]) == seeds
         assert row["steps_run"] == row["steps"]
         assert len(row["student"]) == len(row["finetuned"]) == len(seeds)
@@ -503,8 +498,8 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     said = " ".join((PAGE.parent / "when.md").read_text().split()).partition("<!-- when:begin -->")[0]
 
     def arm(method: str, condition: str = "right", labels: int = 2, steps: int = 1500) -> when_tables.Found:
-        place = (condition, labels, steps, 64, 1)
-        (one,) = [found[a] for a in found if a.method == method and a.group == place]
+        place = (condition, labels, steps, 64, 1, 1, 0.0)
+        (one,) = [found[a] for a in found if a.method == method and a.group == place and not a.of_worth]
         return one
 
     def of(first: when_tables.Found, second: when_tables.Found, read_out: str | None = None) -> str:
@@ -599,7 +594,7 @@ def test_what_the_page_on_when_feedback_helps_says_is_what_the_rows_say(tables: 
     more = {K: of(*pair) for K, pair in kept.items()}
     assert f"it is {more[2]} above the control at K = 2, {more[5]} at K = 5 and {more[10]} at K = 10" in said
     assert f"at K = 5 the student is {of(arm('gradient', steps=6000), kept[5][0])} below that one" in said
-    chosen = when.chosen(when.read(), "gradient")
+    chosen, _ = when.chosen(when.read(), "gradient")
     assert (chosen.student_lr, chosen.teacher_lr, chosen.size) == (1.0, 0.06, 1.0)
 
 
