@@ -22,8 +22,8 @@ are uneven, the classes' shares fall evenly from 5 to 1, in an order that each s
 and test images alike. An arm is a row of the raw file, with a figure for each seed.
 
 All seeds of an arm take the pure step of :class:`metapl.BilevelTrainer` at once (:class:`Stack`). The committed rows
-are older: the same steps, written by hand (``when_stack.py`` of commit 4a9de278), gave them, but that a feedback ratio
-was that of the norms at the teacher's outputs.
+are older: the same steps written by hand (``when_stack.py``, last in commit 4a9de278) gave them, with the ratio of the
+feedback that of the norms at the teacher's outputs.
 """
 
 from __future__ import annotations

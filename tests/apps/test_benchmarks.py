@@ -108,7 +108,7 @@ def test_what_a_gpu_has_to_show_runs_on_the_cpu_in_miniature(tmp_path: Path) -> 
         return done.stdout
 
     first = command()
-    assert first.count(" ...\n") == 12
+    assert first.count(" ...\n") == 11
     assert "not measured" not in first
     assert "| failed" not in first
     assert first.count(" of its passes") == 2 * (5 + 5 + 5 + 3)
