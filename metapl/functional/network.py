@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from metapl.execution.numerics import Tree
 
@@ -26,6 +29,33 @@ def tensors_of(module: nn.Module | None) -> Network:
     return Network(params, {name: t.detach() for name, t in state.items() if name not in params})
 
 
+def _in_memory_order() -> bool:
+    """Whether PyTorch draws a transposed tensor in the order of its memory; with MKL, it does not."""
+    plain, transposed = torch.empty(8, 8), torch.empty(8, 8).t()
+    for t in (plain, transposed):
+        t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
+    return torch.equal(plain, transposed.t())
+
+
+IN_MEMORY_ORDER = _in_memory_order()
+
+
+class EagerMasks(TorchFunctionMode):
+    """Dropout with the masks that it has without a transform. Within one, PyTorch draws them in the order of the
+    dimensions, which is another where an attention layer has transposed what dropout is given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_dropout if func is F.dropout else func)(*args, **(kwargs or {}))
+
+
+def _dropout(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not IN_MEMORY_ORDER or input.device.type != "cpu":
+        return F.dropout(input, *args, **kwargs)
+    order = sorted(range(input.dim()), key=input.stride, reverse=True)
+    masked = F.dropout(input.permute(order), *args, **kwargs)
+    return masked.permute([order.index(i) for i in range(input.dim())])
+
+
 class Function(nn.Module):
     """Holds a network, so that any function of the *module* can be evaluated at other tensors: within it the module's
     parameters, submodules and methods are what the function finds."""
@@ -43,6 +73,7 @@ class Function(nn.Module):
         return result
 
     def forward(self, ask: Callable[[Any], Any], names: list[str]) -> tuple[Any, Tree]:
-        answer, after = ask(self.module), dict(self.module.named_parameters())
+        with EagerMasks():
+            answer, after = ask(self.module), dict(self.module.named_parameters())
         after.update(self.module.named_buffers())
         return answer, {name: after[name].detach() for name in names}

@@ -113,6 +113,14 @@ def test_a_trainer_that_loads_a_state_goes_on_bit_for_bit() -> None:
     assert copy.deepcopy(trainer).compiled_step.known == {} == pickle.loads(pickle.dumps(trainer)).compiled_step.known
 
 
+@pytest.mark.parametrize("mode", ["forward", pytest.param("loss_difference", marks=pytest.mark.long)])
+def test_an_encoder_layer_draws_the_eager_masks(mode: str) -> None:
+    """The first step is refused where it is not the eager one."""
+    case, layer = toy("mlp"), nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
+    student = nn.Sequential(nn.Flatten(1, 2), layer, nn.Flatten(), nn.Linear(16, 3)).double()
+    metapl.BilevelTrainer(case.teacher, student, mode, compile=True).step(**case.data())
+
+
 def other_parameter(case: Any, trainer: metapl.BilevelTrainer) -> None:
     layer = next(part for part in case.student.modules() if isinstance(part, nn.Linear))
     old, layer.weight = layer.weight, nn.Parameter(0.9 * layer.weight.detach())

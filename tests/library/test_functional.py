@@ -196,9 +196,10 @@ def test_short_passes_round_as_the_eager_ones() -> None:
     agree(trainer, pytree.tree_map(lambda t: t.float() if t.is_floating_point() else t, data), 2e-2)
 
 
-@pytest.mark.parametrize("mode", ["forward", "unrolled"])
-def test_attention_runs_pure_by_kernels_that_have_second_derivatives(mode: str) -> None:
-    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "loss_difference"])
+def test_attention_runs_pure_by_kernels_that_have_second_derivatives_with_the_eager_masks(mode: str) -> None:
+    """An encoder layer gives one of its dropouts a transposed tensor."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
     student = nn.Sequential(nn.Linear(WIDE, 12), nn.Unflatten(1, (3, 4)), layer, nn.Flatten(), nn.Linear(12, CLASSES))
     agree(metapl.BilevelTrainer(network(), student.double(), mode), batches(), 1e-9)
 
