@@ -20,6 +20,11 @@ def wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in HALF else t
 
 
+def as_real(t: Tensor) -> Tensor:
+    """Of complex numbers, their two parts: the weights over which autograd's gradients are."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def wide_list(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Each of them in float32 or wider."""
     given = [*tensors]
@@ -60,7 +65,7 @@ class Space:
     def _flat(self, a: Tree, b: Tree) -> Tensor:
         if a.keys() != b.keys():
             a = {name: t for name, t in a.items() if name in b}
-        terms = torch._foreach_mul(wide_list(a.values()), wide_list(map(b.__getitem__, a)))
+        terms = torch._foreach_mul(wide_list(map(as_real, a.values())), wide_list(map(as_real, map(b.__getitem__, a))))
         return torch.cat([*map(Tensor.flatten, terms)])
 
     def count(self, a: Tree) -> int:

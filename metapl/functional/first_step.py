@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
+from metapl.execution.numerics import as_real
 from metapl.execution.rng import RandomState, branching_to
 from metapl.feedback.lookahead import Lookahead
 from metapl.functional.build import updates_of
@@ -70,7 +71,8 @@ def refuse_other(before: State, found: Taken, expected: Taken) -> None:
 
 def refuse_gap(name: str, ours: Any, eager: Any, loss: Tensor, *, rounding: bool = False) -> None:
     """Refuse a tree that is not the eager one's values, by norm; ``rounding``: of scalars that cancel."""
-    gap, size = (norm(t) if t else 0.0 * loss for t in ({n: ours[n].double() - t for n, t in eager.items()}, eager))
+    off = {n: as_real(ours[n]).double() - as_real(t) for n, t in eager.items()}
+    gap, size = (norm(tree) if tree else 0.0 * loss for tree in (off, eager))
     least = 1e3 * torch.finfo(loss.dtype).eps * loss.abs() if rounding else 0.0
     if not bool(gap <= AGREES[loss.dtype] * size + least):
         raise MetaplError(f"compiled, {name} is {float(gap / size):.2g} off its eager value; leave compile out.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metapl.execution.checks import logits
-from metapl.execution.numerics import Tree, wide
+from metapl.execution.numerics import Tree, as_real, wide
 from metapl.functional.network import Function, Network
 from metapl.functional.state import Report, State, held, on_value
 from metapl.functional.trees import dot, moves, norm
@@ -155,7 +155,7 @@ def make_step(
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
                 c, direct = grad(mean_loss, (0, 1))(z, theta, fields, u)
-                terms = {"z": c * z_dot, **{name: t * w[name] for name, t in direct.items()}}
+                terms = {"z": c * z_dot, **{name: as_real(t) * as_real(w[name]) for name, t in direct.items()}}
                 return torch.stack([t.sum() for t in terms.values()]).sum(), norm(terms)
 
             if k < first:

@@ -433,6 +433,8 @@ def _moments(
     params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
 ) -> tuple[Tensors, Tensors, Tensors, list[Any], list[State]]:
     """d, m̂, √n̂ and the steps t of the parameters of a group, and their new states."""
+    if any(map(Tensor.is_complex, params)):
+        raise MetaplError("inner_optimizer is of Adam's kind, and a weight is complex; expected torch.optim.SGD.")
     beta1, beta2 = group["betas"]
     d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
     if _is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, Signal
 from metapl.execution.kernels import no_fast_path
+from metapl.execution.numerics import as_real
 from metapl.execution.ranks import gumbel
 from metapl.feedback import Difference, Forward, LossDifference, Reinforce, ReinforcePerExample, Unrolled
 from metapl.functional import stack, unstack
@@ -97,7 +98,10 @@ def batches(*features: str, seed: int = 1) -> tuple[Any, Any]:
 def error(found: Any, expected: Any) -> float:
     """The norm of the difference of two trees over that of the second."""
     zero = torch.zeros(1, dtype=torch.float64)
-    a, b = (torch.cat([zero, *(t.double().flatten() for t in pytree.tree_leaves(tree))]) for tree in (found, expected))
+    a, b = (
+        torch.cat([zero, *(as_real(t).double().flatten() for t in pytree.tree_leaves(tree))])
+        for tree in (found, expected)
+    )
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
@@ -202,6 +206,17 @@ def test_attention_runs_pure_by_kernels_that_have_second_derivatives_with_the_ea
     layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True)
     student = nn.Sequential(nn.Linear(WIDE, 12), nn.Unflatten(1, (3, 4)), layer, nn.Flatten(), nn.Linear(12, CLASSES))
     agree(metapl.BilevelTrainer(network(), student.double(), mode), batches(), 1e-9)
+
+
+class Modulus(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0j).abs()
+
+
+@pytest.mark.parametrize("mode", ["forward", "difference", "reinforce"])
+def test_complex_weights_run_pure(mode: str) -> None:
+    student = Modulus(WIDE, CLASSES, dtype=torch.complex128)
+    agree(metapl.BilevelTrainer(network(), student, mode), batches(), 1e-6 if mode == "difference" else 1e-9)
 
 
 @pytest.mark.parametrize("build_transform", [lambda: torchopt.sgd(0.2, momentum=0.9), lambda: torchopt.adamw(0.02)])

@@ -387,6 +387,11 @@ OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong, Any]] = {
     "no second derivative": (with_student(Applied(Once)), lambda c: c.step("unrolled"), (MetaplError, RuntimeError)),
     "a jvp of another function": (with_student(Applied(AnotherJvp)), lambda c: c.step(TANGENT), MetaplError),
     "sparse gradients of the student": (lambda: Case(student=Sparse()), lambda c: c.step("forward"), MetaplError),
+    "a complex weight under Adam": (
+        lambda: Case(student=ComplexWeight()),
+        lambda c: c.step("forward", inner_optimizer=torch.optim.Adam(c.student.parameters())),
+        MetaplError,
+    ),
     "complex outputs": (lambda: Case(student=Returning(lambda z: z * 1j)), lambda c: c.step("reinforce"), TORCH),
     "a tuple as outputs": (lambda: Case(student=Returning(lambda z: (z, z))), lambda c: c.step("forward"), TORCH),
     "a hook on a weight": (hooked, lambda c: lambda: c.step("forward")(), MetaplError),

@@ -110,11 +110,11 @@ class Padded(nn.Module):
 
 
 class Spectral(nn.Module):
-    """A complex buffer, as those of rotary embeddings."""
+    """A complex buffer, as those of rotary embeddings, or a complex weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Tensor] = nn.Buffer) -> None:
         super().__init__()
-        self.w = nn.Buffer(torch.randn(16, 16, dtype=torch.complex128) / 4)
+        self.w = kind(torch.randn(16, 16, dtype=torch.complex128) / 4)
         self.head = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,6 +164,7 @@ STUDENTS: dict[str, Callable[[], nn.Module]] = {
     "momentum encoder": Momentum,
     "padding in eval mode": lambda: Padded().eval(),
     "complex buffer": Spectral,
+    "complex weight": lambda: Spectral(nn.Parameter),
     "slopes in its input": Slopes,
     "float32 inside": Narrow,
     "hooks that look": watched,
