@@ -28,7 +28,7 @@ from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Update, options_of, update_of
+from metapl.updates import Clipped, Update, as_one, options_of, update_of
 from metapl.words import summary
 
 
@@ -98,11 +98,13 @@ def stacked_settings(found: Sequence[Any], names: Sequence[str]) -> dict[str, Te
     """Gradients in settings by name, (K, groups, ...), of those of each step and param group; 0 where a group has no
     such setting."""
 
-    def tensor(group: Mapping[str, Any], name: str) -> Tensor:
-        value = group.get(name, torch.zeros((), dtype=torch.float64))
-        return torch.stack([*value]) if isinstance(value, tuple | list) else value  # betas
+    def of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+        held = [group.get(name) for group in groups]
+        values = [torch.stack([*t]) if isinstance(t, tuple | list) else t for t in held]  # betas
+        nothing = torch.zeros_like(next(t for t in values if t is not None))
+        return torch.stack([nothing if t is None else t for t in values])
 
-    return {n: torch.stack([torch.stack([tensor(group, n) for group in groups]) for groups in found]) for n in names}
+    return {name: torch.stack([of_groups(groups, name) for groups in found]) for name in names}
 
 
 @one_at_a_time
@@ -146,8 +148,9 @@ def hypergradient(
         mode: one of :data:`metapl.MODES`, or an estimator value. Take ``forward``; ``reinforce`` is the paper's
             Algorithm 1 and stays the trainer's default.
         problem: default :class:`metapl.PseudoLabels`, mean cross-entropy on both levels.
-        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam or AdamW over the student's parameters
-            (its current state is read and left as it is).
+        inner_optimizer: a TorchOpt transform, or ``torch.optim`` SGD, Adam, AdamW or Muon over the student's
+            parameters, or a tuple of these (the current states are read and left as they are). Muon's products are
+            taken in the type of the weights.
         inner_state: the transform's state, from an earlier call.
         generator: for drawing labels; default: the default generator of the device.
         recompute_teacher, accumulate: as for :class:`metapl.BilevelTrainer`; with micro-batches the teacher's pass is
@@ -158,7 +161,7 @@ def hypergradient(
         wrt: what the gradient is in: ``"teacher"``; ``"start"``, the student's first weights; names of settings of
             ``torch.optim``'s inner optimizer, step by step and by param group: ``"lr"``, ``"momentum"``,
             ``"dampening"``, ``"weight_decay"`` of SGD, ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and
-            AdamW. Modes ``forward`` and ``unrolled``. A problem without a teacher whose signal is constant is
+            AdamW, those of SGD without dampening and ``"eps"`` of Muon. Modes ``forward`` and ``unrolled``. A problem without a teacher whose signal is constant is
             :class:`metapl.problems.EqualWeights`. Cost: of the start, the Hessian product of the first step; of
             settings, the update and its backward pass in every step, a few operations per weight.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
@@ -191,7 +194,7 @@ def hypergradient(
         given |= {"generator": generator, "accumulate": accumulate, "clip_norm": clip_norm}
         check(teacher, student, labeled=labeled, unlabeled=unlabeled, **given).taken(verify)
     estimate = estimator(mode)
-    problem = prepare(problem, estimate)
+    problem, inner_optimizer = prepare(problem, estimate), as_one(inner_optimizer)
     check_teacher(teacher, problem, recompute_teacher=recompute_teacher)
     check_arguments(hypergradient, {**locals(), "mode": estimate})
     of_teacher, of_student, device = layouts(teacher, student)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import plain
 from metapl.runs.fields import Range, check_fields
-from metapl.updates import options_by_step
+from metapl.updates import Schedule, options_by_step
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Lookahead(Sequence[Any]):
         steps: K; None: as many as the sequence has.
         schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
             each of the student's, or the factor of the first rate as a function of the step's number, as in
-            ``LambdaLR``. With :func:`metapl.hypergradient`, where both stay as they are.
+            ``LambdaLR``; of several optimizers also a tuple, one for each. With :func:`metapl.hypergradient`, where
+            both stay as they are.
 
     >>> import torch
     >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
@@ -41,7 +41,7 @@ class Lookahead(Sequence[Any]):
 
     batches: Sequence[Any] | Callable[[int], Any]
     steps: Annotated[int, Range(1, of="a number of student steps")] | None = None
-    schedule: LRScheduler | Callable[[int], float] | None = None
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -240,13 +240,24 @@ class Path:
         signal = self.problem.revised_signal(step.signal, h)
         return self if signal is None else replace(self, steps=[step.with_signal(signal.detached())])
 
-    def commit(self) -> None:
-        """Move the student to θ′, with its optimizer."""
-        if self.keeping.spacings:  # gradients were dropped
+    def commit(self) -> dict[str, Tensor]:
+        """Move the student to θ′, with its optimizer.
+
+        Returns: ``step_rounding``, where the optimizer's own steps are rounded otherwise than U: the distance of the
+        weights that they lead to from θ′, relative to that of θ from θ′.
+        """
+        theta, norm = self.student.params, self.student.space.norm  # the student's own tensors, which will have moved
+        exact = self.params if self.update.rounded else {}
+        length = norm({name: t - theta[name] for name, t in exact.items()}) if exact else None
+        if not self.keeping.spacings:
+            for step in self.steps:
+                self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "updated"))
+        else:  # gradients were dropped
             self.update.write(self.student.parameters, self.params, self.state)
-            return
-        for step in self.steps:
-            self.update.commit(self.student.parameters, step.gradient, partial(getattr, step, "updated"))
+        if length is None:
+            return {}
+        gap = norm({name: t - theta[name] for name, t in exact.items()})
+        return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
 
     def _outer_loss_at(self, params: Tree) -> Tensor:
         return self.student.loss(params, *self._outer_pass())

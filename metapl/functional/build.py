@@ -18,7 +18,7 @@ from metapl.functional.state import State, state_of, unclipped
 from metapl.functional.step import Step, make_step
 from metapl.functional.trees import dot, norm
 from metapl.problems.base import enters_input, has_own
-from metapl.updates import Clipped, TorchUpdate, Update, options_of, update_of
+from metapl.updates import Clipped, TorchUpdate, Update, as_taken, options_of, update_of
 
 LONGEST = 3  # steps that are unrolled in one function
 
@@ -61,6 +61,7 @@ def step_of(trainer: Any, steps: int, updates: tuple[Update, Update | None]) -> 
     for place, update in enumerate(map(unclipped, updates)):
         if isinstance(update, TorchUpdate):  # a number that is no setting is 0
             groups[place] = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
+    groups[1] = as_taken(groups[1])
     step: Any = make_step(
         trainer.teacher,
         trainer.student,

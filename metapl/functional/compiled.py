@@ -27,7 +27,7 @@ from metapl.functional.build import step_of, updates_of
 from metapl.functional.first_step import eager_step, refuse_other
 from metapl.functional.state import Report, State, leaves_of, settings_of, state_of, unclipped
 from metapl.problems.base import Signal
-from metapl.updates import TorchUpdate
+from metapl.updates import TorchUpdate, parts_of
 
 # Inductor's own kernels would draw other dropout masks than PyTorch's.
 BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
@@ -118,7 +118,7 @@ class CompiledStep:
 
     def seen(self, trainer: Any, steps: int) -> list[Any]:
         """What differs where another step is meant, or other tensors are held; by now these are alive."""
-        optimizers = trainer.schedulable
+        optimizers = [one for optimizer in trainer.schedulable for one in parts_of(optimizer)]
         given = trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers, *(o.state for o in optimizers)
         return [
             *(steps, trainer.feedback_weight, trainer.feedback_ratio, *map(id, given)),
@@ -158,12 +158,14 @@ class CompiledStep:
             updates, (state.inner, state.outer), (moved.inner, moved.outer), strict=True
         ):
             for name, own in optimizer.state.items():
-                held = unclipped(update).optimizer.state[unclipped(update).parameters[name]]
+                of = unclipped(update)
+                held = of.owner[name].state[of.parameters[name]]
                 own |= {key: torch.empty_like(t) for key, t in after.state[name].items() if key not in own}
                 held.update(own)
         self.state, self.tensors = state, leaves_of(state)
         tables = [table for part in self.parts for table in (part._modules, part._parameters, part._buffers)]
-        states = [unclipped(update).optimizer.state for update in updates if update is not None]
+        optimizers = [unclipped(update).optimizer for update in updates if update is not None]
+        states = [one.state for optimizer in optimizers for one in parts_of(optimizer)]
         self.tables = [*tables, *states, *(held for table in states for held in table.values())]
         self.numbers = self.settings(updates)
 
@@ -193,6 +195,7 @@ def _wrapped(trainer: Any, report: Report, several: bool, ahead: bool) -> StepRe
     scalars = {"inner_loss": report.inner_loss} | {f"teacher_{n}": t for n, t in report.teacher_losses.items()}
     scalars |= {} if trainer.mode.name == "none" else {"outer_loss": report.outer_loss}
     scalars |= {} if trainer.teacher is None else {"teacher_loss": report.teacher_loss}
+    scalars |= {"step_rounding": report.step_rounding} if trainer.update.rounded else {}
     by_difference = "difference" in (trainer.mode.name, getattr(trainer.mode, "tangent", ""))
     return StepReport(
         trainer.steps_done,

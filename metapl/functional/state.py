@@ -45,6 +45,7 @@ class Report(NamedTuple):
     teacher_loss: Tensor  # the sum of the teacher's own losses
     flag: Tensor  # |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not finite
     teacher_losses: Tree  # by name
+    step_rounding: Tensor  # ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is; else 0
 
 
 def held(signal: Signal) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from metapl.execution.checks import logits
 from metapl.execution.numerics import Tree, as_real, wide
 from metapl.functional.network import Function, Network
 from metapl.functional.state import Report, State, held, on_value
-from metapl.functional.trees import dot, moves, norm
+from metapl.functional.trees import dot, moves, norm, taken
 from metapl.problems.base import Problem, Signal, sum_and_weight
 from metapl.updates import Update
 
@@ -44,6 +44,7 @@ class Walk(NamedTuple):
     L: Tensor  # L(θ′)
     z: Tensor  # (B, ...), of the last step
     losses: list[Tensor]  # ℓ of each step
+    g: list[Tree]  # and its gradient
     signals: list[dict[str, Any]]  # what each signal holds, with the teacher's graph
     h: list[Tree]  # the feedback on these
     own: Tree  # the teacher's own losses, by name
@@ -147,10 +148,10 @@ def make_step(
                 moved, s_k = inner_update.update(theta, g, s, rates)  # line 3: θ′ = U(θ, g)
                 if k + 1 < steps:
                     end = walk(k + 1, theta_T, moved, s_k, after, at_T)
-                    end = end._replace(losses=[loss, *end.losses], signals=[held(given), *end.signals])
+                    end = end._replace(losses=[loss, *end.losses], g=[g, *end.g], signals=[held(given), *end.signals])
                     return end.L, end
                 L = torch.full_like(loss, torch.nan) if kind == "none" else outer_loss(moved, after)
-                return L, Walk(L, z_k, [loss], [held(given)], [], own, moved, s_k, after, at_T, 0 * loss)
+                return L, Walk(L, z_k, [loss], [g], [held(given)], [], own, moved, s_k, after, at_T, 0 * loss)
 
             def slope(fields: Tree, u: Tensor, z: Tensor, z_dot: Tensor, w: Tree) -> tuple[Tensor, Tensor]:
                 """d/dε (1/B) Σ u_i ℓ_i(z + εż, signal, θ + εw), and the size of its terms."""
@@ -192,13 +193,13 @@ def make_step(
                     rounding = 1e4 * torch.finfo(z.dtype).eps * norm(g) * norm(w)  # where both sides cancel
                     size = size + norm({n: t * w[n] for n, t in g.items()}) + rounding
                     gap = (along - dot(g, w)).abs() / size.clamp_min(torch.finfo(z.dtype).tiny)
-                end = Walk(L, z, [loss], [held(given)], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
+                end = Walk(L, z, [loss], [g], [held(given)], [in_units(h, w, g)], own, moved, s_k, left, at_T, gap)
             if revises:  # line 3 once more, on the signal that the problem makes of the feedback
                 real = problem.revised_signal(signal, on_value(end.h[0], signal.value))
                 if real is not None:
                     loss, g, *_ = gradient(real.fields())
                     moved, s_k = inner_update.update(theta, g, s, rates)
-                    end = end._replace(losses=[loss], signals=[held(real)], theta=moved, s=s_k)
+                    end = end._replace(losses=[loss], g=[g], signals=[held(real)], theta=moved, s=s_k)
             return end
 
         def objective(theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Any]:
@@ -237,9 +238,10 @@ def make_step(
         told = (found, signals) if steps > 1 else (found[0], signals[0])
         loss, sums = torch.stack(end.losses).mean(), [own, *(t.sum() for tree in h for t in tree.values())]
         flag = end.gap + 0 * (loss + torch.stack(sums).sum())  # NaN where anything is not finite
-        report = Report(told[0], told[1], end.z.detach(), loss, end.L, own, flag, end.own)
-        networks = Network(theta_T, end.at_T), Network(end.theta, end.at_S)
-        optimizers = state.inner._replace(state=end.s), state.outer._replace(state=s_T)
+        theta, s, rounding = taken(inner_update, state.student.params, end, state.inner.state, rates)
+        report = Report(told[0], told[1], end.z.detach(), loss, end.L, own, flag, end.own, rounding)
+        networks = Network(theta_T, end.at_T), Network(theta, end.at_S)
+        optimizers = state.inner._replace(state=s), state.outer._replace(state=s_T)
         return State(*networks, *optimizers, mode_state, state.step + 1), report
 
     return step

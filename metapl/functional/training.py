@@ -46,7 +46,7 @@ from metapl.functional.state import held, on_value, settings_of
 from metapl.functional.trees import dot, norm
 from metapl.problems.base import Problem, Signal, enters_input, has_own, sum_and_weight
 from metapl.runs.progress import counted
-from metapl.updates import Clipped, Update, options_of, update_of
+from metapl.updates import Clipped, Update, options_of, parts_of, update_of
 
 OTHER_BATCH = (
     "the function of Lookahead returned another batch for step {} when it was called again; expected the same batch "
@@ -193,7 +193,7 @@ def compiled_training(
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     update: Any = update_of(optimizer, {name: p for name, p in student.named_parameters() if p.requires_grad})
     groups = [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(optimizer)]
-    of = teacher, student, problem, optimizer, *modules, *weights
+    of = teacher, student, problem, *parts_of(optimizer), *modules, *weights
     flags = [part.training for part in modules], [p.requires_grad for p in weights]
     key = (*map(id, of), str((flags, groups, clip_norm, in_settings, several, dtype)))
     if key not in _KNOWN:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metapl.execution.numerics import Tree, as_real, wide
 from metapl.feedback.difference import RELATIVE_STEP
+from metapl.updates import Options, Update, as_taken
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
@@ -31,3 +32,15 @@ def moves(mode: Any, theta: Tree, w: Tree) -> tuple[Tree, Tree, Tensor]:
     if getattr(mode, "one_sided", False):
         return ahead, at, factor
     return ahead, {name: t - factor * w[name] for name, t in at.items()}, 2 * factor
+
+
+def taken(update: Update, theta: Tree, end: Any, s: Any, options: Options) -> tuple[Tree, Any, Tensor]:
+    """θ′ and s′ as the optimizer's own steps on the gradients of a walk leave them, and their distance from its θ′
+    relative to the length of the walk; those of the walk, but where the steps are rounded."""
+    if not update.rounded:
+        return end.theta, end.s, 0 * end.losses[0]
+    at = theta
+    for g in end.g:
+        at, s = update.update(at, g, s, as_taken(options))
+    gap, length = (norm({n: t - end.theta[n] for n, t in tree.items()}) for tree in (at, theta))
+    return at, s, gap / length.clamp_min(torch.finfo(length.dtype).tiny)

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import as_tensors, length
+from metapl.execution.modules import trainable
 from metapl.execution.numerics import wide
 from metapl.execution.rng import RandomState, replayed
 from metapl.feedback import Forward
@@ -42,7 +42,7 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.runs.atomic import replacing
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.progress import counted
-from metapl.updates import options_by_step
+from metapl.updates import Schedule, as_one, options_by_step, update_of
 from metapl.words import summary
 
 EQUAL_WEIGHTS = EqualWeights()  # one, by which compiled graphs are known again
@@ -145,10 +145,10 @@ def attribute(
     train: Any,
     outer: Any,
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
-    schedule: LRScheduler | Callable[[int], float] | None = None,
+    schedule: Schedule | None = None,
     generator: torch.Generator | None = None,
     problem: Problem | None = None,
     each: bool = False,
@@ -167,7 +167,8 @@ def attribute(
             always the same.
         outer: (inputs, labels) that the trained network is judged on, or such a data set; one batch. The network runs
             as it is, in train or eval mode, on these too.
-        optimizer: ``torch.optim`` SGD, Adam or AdamW over the student's parameters; it stays as it is.
+        optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the student's parameters, or a tuple of these; it stays
+            as it is. Muon's products are taken in the type of the weights.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may hold the end of one
             pass and the beginning of the next.
         schedule: of the learning rate, as for :class:`metapl.Lookahead`.
@@ -207,7 +208,7 @@ def attribute(
     check_arguments(attribute, locals())
     first = next(student.parameters())
     data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
-    problem, mode = problem or EQUAL_WEIGHTS, mode or Forward()
+    problem, mode, whole = problem or EQUAL_WEIGHTS, mode or Forward(), as_one(optimizer, "optimizer")
     if type(problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
         raise MetaplError(f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal.")
     if each and folder_of(mode.keep_on):
@@ -232,10 +233,10 @@ def attribute(
         own = judging[begin : begin + at_once]
         if compile:
             judged_by: dict[str, Any] = {"judging": own} if each else {}
-            graphs = differentiate(None, student, problem, optimizer, mode, outer_batch, ahead, **judged_by, **given)
+            graphs = differentiate(None, student, problem, whole, mode, outer_batch, ahead, **judged_by, **given)
             feedback, L, theta, kept = graphs.feedback, graphs.outer_loss, graphs.params, graphs.keeping.words(steps)
         else:
-            given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": optimizer}
+            given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": whole}
             eager = hypergradient(None, student, problem=own[0], **given)
             feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
         found = wide(first.new_zeros(len(data), len(own)))
@@ -246,14 +247,16 @@ def attribute(
 
     # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
     left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
-    begun = copy.deepcopy((student, optimizer), {id(t): t.detach() for t in left})
-    options: Sequence[Any] = [[]] * steps if schedule is None else options_by_step(optimizer, schedule, steps)
+    begun = copy.deepcopy((student, whole), {id(t): t.detach() for t in left})
+    options: Sequence[Any] = [[]] * steps if schedule is None else options_by_step(whole, schedule, steps)
     kind = first.device.type  # in the precision of the scores, wherever it is called
     how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
 
     def losses_with(weights: Tensor) -> Tensor:
         """The same training once more, with other weights of the examples, (N,), by a plain loop: the outer loss."""
         network, again = copy.deepcopy(begun)
+        weights_of = trainable(network)
+        rule = update_of(again, weights_of)
         with replayed(start), torch.enable_grad(), torch.autocast(kind, **how):
             for chosen, of_step in zip(order, options, strict=True):
                 batch = data[chosen]
@@ -266,7 +269,7 @@ def attribute(
                 problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
-                again.step()
+                rule.exactly(weights_of, {name: p.grad for name, p in weights_of.items() if p.grad is not None})
             torch.clear_autocast_cache()
             given = problem.outer_batch(outer_batch)
             # With the dropout masks of the outer loss that was differentiated.

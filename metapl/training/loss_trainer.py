@@ -26,7 +26,7 @@ from metapl.problems.base import Signal
 from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, sum_of_terms
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
-from metapl.updates import parameters_of
+from metapl.updates import as_one, parameters_of
 
 SETTINGS = ("clip_norm", "precision", "accumulate")  # what decides a step beside the losses
 
@@ -41,7 +41,7 @@ class LossTrainer(Trainer):
         model: the network; in several processes in ``DistributedDataParallel`` or sharded, as for
             :class:`~metapl.BilevelTrainer`.
         losses: the terms, each a mean over its batch.
-        optimizer: any ``torch.optim`` optimizer over the model's parameters.
+        optimizer: any ``torch.optim`` optimizer over the model's parameters, or a tuple of several.
         clip_norm: the greatest global norm of the gradient; None: no clipping.
         precision: ``"float32"`` or ``"bfloat16"`` (autocast).
         accumulate: the number of micro-batches that each batch is split into. The numbers are the same, except for
@@ -59,7 +59,7 @@ class LossTrainer(Trainer):
         model: nn.Module,
         losses: Sequence[TeacherLoss] = (CrossEntropy(),),
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         clip_norm: AboveZero | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         accumulate: MicroBatches = 1,
@@ -69,7 +69,7 @@ class LossTrainer(Trainer):
         self.as_given, self.layout = model, layout_of("network", model)
         self.layouts = [self.layout]
         self.ranks, self.student = self.layout.ranks, self.layout.network
-        self.losses, self.optimizer = check_losses(losses, "losses"), optimizer
+        self.losses, self.optimizer = check_losses(losses, "losses"), as_one(optimizer, "optimizer")
         if not self.losses:
             raise MetaplError("LossTrainer was given no losses; expected at least one, such as CrossEntropy().")
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from metapl.execution.rng import RandomState
 from metapl.feedback import Lookahead, Mode
 from metapl.feedback.hypergradient import Hypergradient, hypergradient
 from metapl.problems.base import Problem, Signal, enters_input, sum_and_weight
-from metapl.updates import TorchUpdate, Update
+from metapl.updates import TorchUpdate, Update, parts_of
 
 Tree = dict[Any, Tensor]
 HOOKS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
@@ -79,8 +78,10 @@ class Step:
                 p = memory[t.untyped_storage().data_ptr()]
                 begin = t.storage_offset() - p.storage_offset()
                 memo[id(t)].data = memo[id(p)].data.as_strided(t.shape, t.stride(), begin)
-        for name in HOOKS if isinstance(self.update, TorchUpdate) else ():  # which deepcopy leaves out
-            vars(vars(case.update)["optimizer"])[name] = vars(vars(self.update)["optimizer"])[name]
+        if isinstance(self.update, TorchUpdate):
+            pairs = zip(*(parts_of(vars(update)["optimizer"]) for update in (case.update, self.update)), strict=True)
+            for copied, own in pairs:
+                vars(copied).update({name: vars(own)[name] for name in HOOKS})  # which deepcopy leaves out
         case.update.follow(trainable(case.student))
         return case
 
@@ -173,8 +174,8 @@ class Step:
             run.gradients.setdefault("inner", {name: g.clone() for name, g in grads.items()})
             if case.clip_norm is not None:
                 nn.utils.clip_grad_norm_(theta.values(), case.clip_norm)
-            if steps:  # the optimizer's own; of a transform, its update
-                update.commit(theta, grads, partial(update.update, before, grads, update.read_state()))
+            if steps:  # the optimizer's own; of a transform, and of Muon, the rule
+                update.exactly(theta, grads)
             student.zero_grad()
         move("outer", theta)
         before, judged = now(), problem.outer_batch(case.labeled)

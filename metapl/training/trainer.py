@@ -37,7 +37,7 @@ from metapl.runs.fields import AboveZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.verify import Verification, refuse_hooks
-from metapl.updates import Clipped, parameters_of, refuse_missing, update_of
+from metapl.updates import Clipped, as_one, parameters_of, refuse_missing, update_of
 
 
 class BilevelTrainer(Trainer):
@@ -55,8 +55,9 @@ class BilevelTrainer(Trainer):
         mode: one of :data:`metapl.MODES`, or an estimator value such as ``metapl.feedback.Reinforce(baseline=0.99)``.
             Take ``forward``; ``reinforce`` is the paper's Algorithm 1 and stays the trainer's default.
         problem: default :class:`metapl.PseudoLabels`.
-        inner_optimizer: the student's: ``torch.optim`` SGD, Adam or AdamW, or a TorchOpt transform.
-        outer_optimizer: the teacher's: any of ``torch.optim`` over the teacher's parameters. Both default to
+        inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these over disjoint
+            parameters, such as (Muon, AdamW), or a TorchOpt transform.
+        outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple. Both default to
             ``SGD(lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning
             have wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem. For pseudo-labels they
@@ -80,8 +81,8 @@ class BilevelTrainer(Trainer):
             the student steps on each, and the teacher takes one step on the feedback on all of them. For ``forward``,
             ``unrolled`` and ``none``. :meth:`step` takes a :class:`metapl.Lookahead` of any length.
         compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to a half of the time, after
-            10 seconds to some minutes of compiling for each shape of batches. In one process, with SGD, Adam or AdamW
-            on both levels and at most 3 steps ahead, without ``accumulate``; ``recompute_teacher`` has no meaning
+            10 seconds to some minutes of compiling for each shape of batches. In one process, with SGD, Adam, AdamW or
+            Muon on both levels and at most 3 steps ahead, without ``accumulate``; ``recompute_teacher`` has no meaning
             there. The first step is compared with an eager one, and what cannot be captured is refused then.
         verify: True: compare the mode's gradient with differences of the loss after real steps, on float64 copies, at
             the first step and where the networks are changed (their modes, frozen parts, hooks), and refuse one that is
@@ -109,7 +110,7 @@ class BilevelTrainer(Trainer):
         *,
         problem: BilevelProblem | None = None,
         inner_optimizer: Any = None,
-        outer_optimizer: torch.optim.Optimizer | None = None,
+        outer_optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
         feedback_weight: float = 1.0,
         feedback_ratio: Annotated[float, Range(0)] | None = None,
@@ -148,10 +149,10 @@ class BilevelTrainer(Trainer):
             raise MetaplError("feedback_ratio takes teacher losses to measure by, and no feedback_weight beside it.")
         check_mode(self.mode, lookahead, self.problem, self.layout)
 
-        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else inner_optimizer
+        self.inner_optimizer = default_optimizer(self.student) if inner_optimizer is None else as_one(inner_optimizer)
         update = update_of(self.inner_optimizer, self.layout.parameters())
         self.update = update if clip_norm is None else Clipped(update, clip_norm, self.layout.space)
-        self.outer_optimizer = outer_optimizer
+        self.outer_optimizer = as_one(outer_optimizer, "outer_optimizer")
         self._teacher_trainer: _TeacherTrainer | None = None
         if self.teacher_layout is not None and self.teacher is not None and teacher is not None:
             self.outer_optimizer = default_optimizer(self.teacher) if outer_optimizer is None else self.outer_optimizer
@@ -231,7 +232,7 @@ class BilevelTrainer(Trainer):
             # Nothing has moved before. The teacher's optimizer may be any, and may fail; so the student moves last.
             if outer_optimizer is not None:
                 outer_optimizer.step()  # line 8: θ_T′
-            path.commit()  # line 3: θ_S′
+            report.scalars.update(path.commit())  # line 3: θ_S′
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state, self.steps_done = mode_state, number + 1
@@ -262,7 +263,7 @@ class BilevelTrainer(Trainer):
         (3, torch.Size([6, 3]))
 
         Raises: :class:`metapl.MetaplError` for what has no pure form: ``implicit``, ``accumulate``, several processes,
-            more than 3 steps, and outer optimizers other than SGD, Adam and AdamW.
+            more than 3 steps, and outer optimizers other than SGD, Adam, AdamW and Muon.
         """
         return functional(self)
 

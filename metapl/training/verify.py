@@ -37,7 +37,7 @@ from metapl.feedback.implicit import conjugate_gradient, neumann
 from metapl.problems.base import field_of, has_own, has_rows, sum_and_weight
 from metapl.runs.generators import rng_state, set_rng_state
 from metapl.training.real_step import Run, Step, Tree, causes, flat, functions_in, rounding_of, size_of
-from metapl.updates import Clipped, update_of
+from metapl.updates import Clipped, parts_of, update_of
 
 Errors = dict[str, float | None]  # None: rounding drowns the difference
 Status = Literal["right", "allowed", "refused", "cannot tell", "nothing to verify"]
@@ -130,8 +130,8 @@ def check_gradient(
     update = update_of(inner_optimizer, of_student.parameters(), inner_state)
     update = update.inner if isinstance(update, Clipped) else update
     update.follow(of_student.parameters())
-    own = vars(vars(update).get("optimizer", update)).get("step")
-    if own is not None and not hasattr(own, "_wrapped_by_lr_sched"):  # which a copy would not have
+    steps = [vars(one).get("step") for one in parts_of(vars(update).get("optimizer", update))]
+    if any(own is not None and not hasattr(own, "_wrapped_by_lr_sched") for own in steps):  # which no copy has
         raise MetaplError("step() of the inner optimizer was replaced on the object; expected that of its class.")
     ahead = unlabeled if isinstance(unlabeled, Lookahead) else [unlabeled]
     given = [plain(labeled), *(plain(ahead[k]) for k in range(min(len(ahead), STEPS)))]

@@ -9,13 +9,17 @@ import torch
 from metapl.errors import MetaplError
 from metapl.execution.shards import is_sharded
 from metapl.updates.base import Clipped, Cotangents, Options, Parameters, Update
+from metapl.updates.muon import Muon, as_taken
+from metapl.updates.several import Several, SeveralRules, as_one
 from metapl.updates.torch_optim import (
     SGD,
     Adam,
+    Schedule,
     TorchUpdate,
     options_by_step,
     options_of,
     parameters_of,
+    parts_of,
     refuse_missing,
 )
 from metapl.updates.torchopt import TransformUpdate, is_transform
@@ -25,30 +29,43 @@ __all__ = [
     "Cotangents",
     "Options",
     "Parameters",
+    "Schedule",
     "TorchUpdate",
     "Update",
+    "as_one",
+    "as_taken",
     "options_by_step",
     "options_of",
     "parameters_of",
+    "parts_of",
     "refuse_missing",
     "update_of",
 ]
 
-_UPDATES: dict[type, type[TorchUpdate]] = {torch.optim.SGD: SGD, torch.optim.Adam: Adam, torch.optim.AdamW: Adam}
+_UPDATES: dict[type, type[TorchUpdate]] = {
+    torch.optim.SGD: SGD,
+    torch.optim.Adam: Adam,
+    torch.optim.AdamW: Adam,
+    torch.optim.Muon: Muon,
+}
 
 
 def update_of(optimizer: Any, parameters: Parameters, state: Any = None, name: str = "inner_optimizer") -> Update:
-    """The update of ``torch.optim`` SGD, Adam or AdamW over exactly these ``parameters`` of the student, or of a
-    TorchOpt transform with its ``state`` from an earlier step (None: its initial one); an update as it is."""
+    """The update of ``torch.optim`` SGD, Adam, AdamW or Muon, or of several of them in a tuple, over exactly these
+    ``parameters`` of the student, or of a TorchOpt transform with its ``state`` from an earlier step (None: its initial
+    one); an update as it is."""
     if isinstance(optimizer, Update):
         return optimizer
-    if is_transform(optimizer) and not any(is_sharded(p) for p in parameters.values()):
+    optimizer, sharded = as_one(optimizer, name), any(is_sharded(p) for p in parameters.values())
+    if is_transform(optimizer) and not sharded:
         return TransformUpdate(optimizer, parameters, state)
-    kind = _UPDATES.get(type(optimizer))
-    if kind is None or state is not None:
+    kinds = [*map(type, parts_of(optimizer))]
+    if state is not None or not all(kind in _UPDATES for kind in kinds):
         raise MetaplError(
-            f"{name} is {type(optimizer).__name__}{'' if state is None else ', with a state'}; expected "
-            "torch.optim.SGD, Adam or AdamW themselves, without inner_state, or, for a student on one device, a "
-            "TorchOpt transform."
+            f"{name} is {' and '.join(kind.__name__ for kind in kinds)}{'' if state is None else ', with a state'}; "
+            "expected torch.optim.SGD, Adam, AdamW or Muon themselves, or a tuple of them, without inner_state, or, "
+            "for a student on one device, a TorchOpt transform."
         )
-    return kind(optimizer, parameters)
+    if sharded and torch.optim.Muon in kinds:
+        raise MetaplError(f"{name} has Muon, whose products are of whole matrices; the network is sharded.")
+    return (SeveralRules if isinstance(optimizer, Several) else _UPDATES[kinds[0]])(optimizer, parameters)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Update(ABC):
 
     numbers: tuple[str, ...] = ()  # the options of a param group that are numbers, which the pure road takes as tensors
     parameters: dict[str, nn.Parameter]  # the student's trainable ones, as last given to :meth:`follow`
+    rounded: bool = False  # whether the optimizer's own step rounds its products to a shorter type than the rule
 
     @property
     def options(self) -> Options:
@@ -139,6 +141,14 @@ class Update(ABC):
         that is a function and no more, to the θ′ and s′ that ``moved`` returns."""
         self.write(parameters, *moved())
 
+    def exactly(self, parameters: Parameters, grads: Tree) -> None:
+        """Take the step that is differentiated: the optimizer's own, and the rule's where that one is rounded."""
+        moved = partial(self.update, {name: p.detach() for name, p in parameters.items()}, grads, self.read_state())
+        if self.rounded:
+            self.write(parameters, *moved())
+        else:
+            self.commit(parameters, grads, moved)
+
     @abstractmethod
     def write(self, parameters: Parameters, params: Tree, state: Any) -> None:
         """Set the parameters and the optimizer's state to these values, such as those after several steps."""
@@ -166,6 +176,7 @@ class Clipped(Update):
     numbers: Any = _inner("numbers")
     options, settings_in = _inner("options"), _inner("settings_in")
     follow, read_state, write = _inner("follow"), _inner("read_state"), _inner("write")
+    rounded: bool = _inner("rounded")
     state_dict, load_state_dict = _inner("state_dict"), _inner("load_state_dict")
 
     def __init__(self, inner: Update, max_norm: float, space: Space = WHOLE) -> None:

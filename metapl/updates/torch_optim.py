@@ -23,6 +23,9 @@ from metapl.updates.lists import Tensors, add, div, mul, plus, sub
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
 
+Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]]
+"""Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each."""
+
 # Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
 # between, ten times as much in the adjoint of Adam, would be of the whole network.
 AT_ONCE = 2**25
@@ -31,6 +34,12 @@ AT_ONCE = 2**25
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors in an optimizer's param groups."""
     return [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+
+
+def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """The optimizers of :class:`metapl.updates.several.Several`; any other one alone."""
+    parts: tuple[torch.optim.Optimizer, ...] = getattr(optimizer, "optimizers", (optimizer,))
+    return parts
 
 
 def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Parameters, network: str) -> None:
@@ -44,17 +53,21 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"trainable parameters of the {network}; build it from {network}.parameters(), and add new ones by "
             f"add_param_group."
         )
+    of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
+    if any(p.ndim != 2 for params in of_muon for p in params):  # of a group that was added, which torch does not ask
+        raise MetaplError(f"{name} has Muon over tensors that are no matrices; give these to another, such as AdamW.")
 
 
-def options_by_step(
-    optimizer: torch.optim.Optimizer, schedule: LRScheduler | Callable[[int], float], steps: int
-) -> list[list[dict[str, Any]]]:
+def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[list[dict[str, Any]]]:
     """The options of the param groups in each of so many steps of a schedule, which stays where it stands."""
+    if isinstance(schedule, tuple | list) and len(schedule) == len(parts := parts_of(optimizer)):
+        each = [options_by_step(one, own, steps) for one, own in zip(parts, schedule, strict=True)]
+        return [[*chain(*of_step)] for of_step in zip(*each, strict=True)]
     groups = options_of(optimizer)
     if isinstance(schedule, ReduceLROnPlateau | type) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
         raise MetaplError(
             f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler whose rates depend on the step alone, "
-            "or a function from the step's number to a factor of the learning rate."
+            "or a function from the step's number to a factor of the learning rate; of several optimizers a tuple."
         )
     if not isinstance(schedule, LRScheduler):
         return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]
@@ -62,7 +75,7 @@ def options_by_step(
         raise MetaplError("schedule is of another optimizer than inner_optimizer.")
     # A copy of the schedule, on an optimizer with the same options and nothing to move.
     kind: Any = type(optimizer)
-    alike = kind([{**group, "params": [nn.Parameter(torch.zeros(()))]} for group in groups])
+    alike = kind([{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in groups])
     ahead, options = copy.deepcopy(schedule, {id(optimizer): alike}), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a schedule that runs ahead of its optimizer
@@ -124,6 +137,8 @@ class TorchUpdate(Update):
             return
         refuse_missing("inner_optimizer", self.optimizer, parameters, "student")
         group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+        owners = {id(p): one for one in parts_of(self.optimizer) for p in parameters_of(one)}
+        self.owner = {name: owners[id(p)] for name, p in parameters.items()}
         self.group_of = {name: group_of[id(p)] for name, p in parameters.items()}
         self.parameters, self._held = dict(parameters), held
         self._sharded = any(is_sharded(p) for p in parameters.values())
@@ -140,8 +155,7 @@ class TorchUpdate(Update):
         return [{name: group[name] for name in names if name in group} for group in self.options]
 
     def read_state(self) -> States:
-        held = self.optimizer.state
-        states = {name: dict(held.get(p, ())) for name, p in self.parameters.items()}
+        states = {name: dict(self.owner[name].state.get(p, ())) for name, p in self.parameters.items()}
         if self._sharded:
             return {name: {key: local(value) for key, value in state.items()} for name, state in states.items()}
         return states
@@ -154,7 +168,7 @@ class TorchUpdate(Update):
     def settings(self) -> list[dict[str, Any]]:
         """The numbers in the param groups that are not 0: a 0 leaves a part of the rule out, so that it is no value."""
         groups = self.optimizer.param_groups
-        numbers = [{n: group[n] for n in self.numbers if _is_set(group[n])} for group in groups]
+        numbers = [{n: group[n] for n in self.numbers if _is_set(group.get(n, 0))} for group in groups]
         return [{n: float(v) if isinstance(v, Tensor) else v for n, v in group.items()} for group in numbers]
 
     def update(self, params: Tree, grads: Tree, state: States, options: Options | None = None) -> tuple[Tree, States]:
@@ -167,20 +181,21 @@ class TorchUpdate(Update):
         return new_params, new_state
 
     def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
+        if self.rounded:
+            return self.update(params, grads, state)
         new_params, new_state = dict(params), dict(state)
-        held = {name: nn.Parameter(params[name].clone()) for name in grads}
-        for name, g in grads.items():
-            held[name].grad = g.detach()
-        groups = [{**group, "params": [held[name] for name in names]} for group, names in self.groups(grads)]
-        kind: Any = type(self.optimizer)
-        optimizer = kind(groups)
-        for name, p in held.items():
-            if state[name]:
-                kept = {key: t.clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
-                optimizer.state[p] = kept
-        optimizer.step()
-        new_params.update({name: p.detach() for name, p in held.items()})
-        new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
+        for group, names in self.groups(grads):
+            held = {name: nn.Parameter(params[name].clone()) for name in names}
+            kind: Any = type(self.owner[names[0]])
+            optimizer = kind([{**group, "params": [*held.values()]}])
+            for name, p in held.items():
+                p.grad = grads[name].detach()
+                if state[name]:
+                    kept = {key: t.clone() if isinstance(t, Tensor) else t for key, t in state[name].items()}
+                    optimizer.state[p] = kept
+            optimizer.step()
+            new_params.update({name: p.detach() for name, p in held.items()})
+            new_state.update({name: dict(optimizer.state[p]) for name, p in held.items()})
         return new_params, new_state
 
     def at(self, options: Options) -> TorchUpdate:
@@ -211,13 +226,14 @@ class TorchUpdate(Update):
         with torch.no_grad():
             for name, weight in parameters.items():
                 local(weight).copy_(params[name])
-                self.optimizer.state.pop(weight, None)
+                held = self.owner[name].state
+                held.pop(weight, None)
                 if state[name]:
                     shape, kept = local(weight).shape, dict(state[name])
                     for key, t in kept.items():  # what has an entry for each weight is laid out as the weights are
                         if isinstance(t, Tensor) and t.shape == shape:
                             kept[key] = as_sharded(t, weight)
-                    self.optimizer.state[weight] = kept
+                    held[weight] = kept
 
     def commit(self, parameters: Parameters, grads: Tree, moved: Callable[[], tuple[Tree, Any]]) -> None:
         own = parameters_of(self.optimizer)
@@ -334,12 +350,7 @@ class Adam(TorchUpdate):
     numbers = ("lr", "betas", "eps", "weight_decay")
 
     def follow(self, parameters: Parameters) -> None:
-        half = [name for name, p in parameters.items() if p.dtype == torch.float16]
-        if half:
-            raise MetaplError(
-                f"the student's {half[0]} is in float16, whose smallest normal number, 6e-5, is above many of Adam's "
-                'second moments; expected weights in float32, with precision="bfloat16" where passes are to be short.'
-            )
+        refuse_half(parameters)
         super().follow(parameters)
 
     @staticmethod
@@ -424,6 +435,16 @@ class Adam(TorchUpdate):
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
 
 
+def refuse_half(parameters: Parameters) -> None:
+    """Refuse parameters for Adam that are in float16."""
+    half = [name for name, p in parameters.items() if p.dtype == torch.float16]
+    if half:
+        raise MetaplError(
+            f"the student's {half[0]} is in float16, whose smallest normal number, 6e-5, is above many of Adam's "
+            'second moments; expected weights in float32, with precision="bfloat16" where passes are to be short.'
+        )
+
+
 def _numbers(state: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
     """The places of a state by the numbers of their leaves."""
     return {place: number for number, place in enumerate((n, key) for n, held in state.items() for key in held)}
@@ -439,13 +460,13 @@ def _moments(
     d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
     if _is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):
         d = add(d, params, group["weight_decay"])
-    counts = [state.get("step", 0.0) for state in states]  # tensors, which on the eager road are on the host
-    steps = [n + 1.0 if transformed() else float(n.detach() if isinstance(n, Tensor) else n) + 1.0 for n in counts]
+    counts = [torch.as_tensor(state.get("step", 0.0)) for state in states]  # on the eager road on the host
+    steps: list[Any] = [n.double() + 1.0 if transformed() else float(n.detach()) + 1.0 for n in counts]
     m = _average("exp_avg", d, beta1, states)
     n = _average("exp_avg_sq", mul(d, d), beta2, states)
     new: list[State] = [
-        {**state, "step": t if isinstance(t, Tensor) else torch.tensor(t), "exp_avg": m_i, "exp_avg_sq": n_i}
-        for state, t, m_i, n_i in zip(states, steps, m, n, strict=True)
+        {**state, "step": torch.as_tensor(t, dtype=count.dtype), "exp_avg": m_i, "exp_avg_sq": n_i}
+        for state, t, count, m_i, n_i in zip(states, steps, counts, m, n, strict=True)
     ]
     if group["amsgrad"]:
         for state in new:  # where they are equal, the derivative is that of n

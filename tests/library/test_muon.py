@@ -1,0 +1,428 @@
+"""Muon for the matrices and AdamW for the rest, in a tuple: against double backward by hand, and torch's own steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from problems_zoo import CLASSES, Toy, everything, same, toy
+from reference import Rule, Tree, error
+from torch import Tensor, nn
+
+import metapl
+from metapl import Lookahead, MetaplError
+from metapl.execution.modules import trainable
+from metapl.feedback import Forward
+from metapl.updates import Clipped, as_one, as_taken, options_of, update_of
+
+ADAMW = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "weight_decay": 0.1}
+NESTEROV: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nesterov": NESTEROV,
+    "momentum": {**NESTEROV, "momentum": 0.8, "nesterov": False, "weight_decay": 0.0},
+    "no momentum": {**NESTEROV, "momentum": 0.0},
+    "by size": {**NESTEROV, "lr": 0.05, "adjust_lr_fn": "match_rms_adamw"},
+    "unclamped": {**NESTEROV, "adjust_lr_fn": "spectral_unclamped", "ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0)},
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- by hand
+
+
+def polar(matrix: Tensor, a: float, b: float, c: float, steps: int) -> Tensor:
+    """Of the wide one of a matrix and its transpose, without a thought of roundings."""
+    x = matrix / torch.linalg.matrix_norm(matrix)
+    for _ in range(steps):
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x  # from either side it is the same
+    return x
+
+
+def muon_and_adamw(
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    adjust_lr_fn: str | None = None,
+    ns_steps: int = 5,
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+) -> Rule:
+    adamw = reference.adamw(**ADAMW)
+
+    def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        others = {name: p for name, p in params.items() if p.ndim != 2}
+        moved, of_adamw = adamw(others, {name: grads[name] for name in others}, state and state["adamw"])
+        buffers = {}
+        for name, p in params.items():
+            if name in others:
+                continue
+            old = state["muon"][name] if state else torch.zeros_like(p)
+            buffers[name] = momentum * old + (1 - momentum) * grads[name]
+            step = (1 - momentum) * grads[name] + momentum * buffers[name] if nesterov else buffers[name]
+            rows, columns = p.shape
+            by = {"match_rms_adamw": 0.2 * math.sqrt(max(rows, columns)), "spectral_unclamped": (rows / columns) ** 0.5}
+            rate = lr * by.get(str(adjust_lr_fn), max(1.0, rows / columns) ** 0.5)
+            moved[name] = (1 - lr * weight_decay) * p - rate * polar(step, *ns_coefficients, ns_steps)
+        return {name: moved[name] for name in params}, {"muon": buffers, "adamw": of_adamw}
+
+    return rule
+
+
+def student_of_matrices() -> nn.Module:
+    """A tall one, a wide one, and biases."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, CLASSES))
+
+
+def problem() -> Toy:
+    found = toy("mlp")
+    torch.manual_seed(5)
+    return replace(found, student=student_of_matrices().double())
+
+
+def optimizers(network: nn.Module, settings: dict[str, Any] = NESTEROV) -> tuple[Any, Any]:
+    matrices, others = ([p for p in network.parameters() if (p.ndim == 2) == which] for which in (True, False))
+    return torch.optim.Muon(matrices, **settings), torch.optim.AdamW(others, **ADAMW)
+
+
+def warmed(given: Toy, settings: dict[str, Any], steps: int) -> tuple[tuple[Any, Any], Any]:
+    """Optimizers that have taken steps, and the state of the rule by hand, which does not depend on the weights."""
+    real, rule, state = optimizers(given.student, settings), muon_and_adamw(**settings), None
+    draw = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        params = {name: p.detach().clone() for name, p in given.student.named_parameters()}
+        grads = {n: 0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype) for n, p in params.items()}
+        _, state = rule(params, grads, state)
+        stepped(real, given.student, grads)
+    return real, state
+
+
+def stepped(real: tuple[Any, Any], student: nn.Module, grads: Tree) -> None:
+    for name, p in student.named_parameters():
+        p.grad = grads[name].clone()
+    for one in real:
+        one.step()
+        one.zero_grad()
+
+
+def batches(steps: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    return [torch.randn(4, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(steps)]
+
+
+# ------------------------------------------------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("mode", ["unrolled", "forward", Forward(by="tangent", keep_every=2)])
+@pytest.mark.parametrize("warm", [0, 2])
+def test_the_gradient_is_that_of_double_backward_by_hand(mode: Any, settings: str, steps: int, warm: int) -> None:
+    given, ahead = problem(), batches(steps)
+    real, state = warmed(given, SETTINGS[settings], warm)
+    rule = muon_and_adamw(**SETTINGS[settings])
+    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule, state=state)
+    before = everything(given, *real)
+    found = metapl.hypergradient(
+        **given.networks(), labeled=given.labeled, unlabeled=Lookahead(ahead), mode=mode, inner_optimizer=real
+    )
+    assert same(before, everything(given, *real))
+    for h, g in zip(found.feedback, expected.signal_grads, strict=True):
+        assert error(h, -g) < 1e-9
+    assert error(found.grads, expected.grads) < 1e-9
+    assert error(found.student_params, expected.student_params) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_matrices_alone(mode: str, clip: float | None) -> None:
+    given = problem()
+    for layer in (1, 3):
+        given.student[layer].bias = None
+    rule = muon_and_adamw(**NESTEROV)
+    rule = rule if clip is None else reference.clipped(clip, rule)
+    given.draw_from_start()
+    expected = reference.pseudo_labels(**given.networks(), **given.data(), rule=rule)
+    real = torch.optim.Muon(given.student.parameters(), **NESTEROV)
+    given.draw_from_start()
+    found = metapl.hypergradient(
+        **given.networks(), **given.data(), mode=mode, inner_optimizer=real, clip_norm=clip,
+        problem=metapl.PseudoLabels("soft"),
+    )  # fmt: skip
+    assert error(found.grads, expected.grads) < (1e-9 if clip is None else 1e-8)
+    assert error(found.feedback, -expected.signal_grad) < (1e-9 if clip is None else 1e-8)
+
+
+def test_the_rates_of_both_follow_schedules() -> None:
+    given, ahead = problem(), batches(3)
+    real = optimizers(given.student)
+    rates = torch.optim.lr_scheduler.StepLR(real[0], 1, 0.5), lambda step: 1.0 - 0.2 * step
+    at = []
+    for number in range(3):
+        muon = muon_and_adamw(**{**NESTEROV, "lr": NESTEROV["lr"] * 0.5**number})
+        at.append((muon, reference.adamw(**{**ADAMW, "lr": ADAMW["lr"] * (1 - 0.2 * number)})))
+
+    def rule(params: Tree, grads: Tree, state: Any) -> tuple[Tree, Any]:
+        number, of_muon, of_adamw = state or (0, None, None)
+        moved, of_muon = at[number][0](params, grads, of_muon)
+        others = {n: p for n, p in params.items() if p.ndim != 2}
+        rest, of_adamw = at[number][1](others, {n: grads[n] for n in others}, of_adamw)
+        return {**moved, **rest}, (number + 1, of_muon, of_adamw)
+
+    expected = reference.several_steps(**given.networks(), labeled=given.labeled, batches=ahead, rule=rule)
+    how = {"labeled": given.labeled, "mode": "forward", "inner_optimizer": real}
+    found = metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=rates), **how)
+    assert error(found.grads, expected.grads) < 1e-9
+    assert [one.param_groups[0]["lr"] for one in real] == [NESTEROV["lr"], ADAMW["lr"]]
+    # One factor is of all of them.
+    together, apart = (
+        metapl.hypergradient(**given.networks(), unlabeled=Lookahead(ahead, schedule=one), **how).grads
+        for one in (rates[1], (rates[1], rates[1]))
+    )
+    assert error(together, apart) == 0.0
+
+
+def test_definitions_agree_in_half_precision_of_passes() -> None:
+    """Autocast does not reach the products."""
+    given = problem()
+    for network in given.networks().values():
+        network.float()
+    x, y = given.labeled
+    data = {"labeled": (x.float(), y), "unlabeled": given.unlabeled.float()}
+    update = as_one(optimizers(given.student))
+    rule, g = update_of(update, trainable(given.student)), {n: p.detach() for n, p in given.student.named_parameters()}
+    plain, _ = rule.update(g, g, rule.read_state())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = rule.update(g, g, rule.read_state())
+        metapl.hypergradient(**given.networks(), **data, mode="forward", inner_optimizer=update)
+    assert all(torch.equal(t, cast[n]) for n, t in plain.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_rule_that_rounds_is_torchs_own_step(settings: str) -> None:
+    given = problem()
+    real, _ = warmed(given, SETTINGS[settings], 2)
+    update = update_of(real, trainable(given.student))
+    params = {n: p.detach().clone() for n, p in given.student.named_parameters()}
+    grads = {n: torch.randn_like(p) for n, p in params.items()}
+    rounded, state = update.update(params, grads, update.read_state(), as_taken(options_of(update.optimizer)))
+    exact, _ = update.update(params, grads, update.read_state())
+    stepped(real, given.student, grads)
+    own = {n: p.detach() for n, p in given.student.named_parameters()}
+    assert error(rounded, own) < 1e-12
+    assert all(error(state[n]["momentum_buffer"], held["momentum_buffer"]) < 1e-12
+               for n, held in update.read_state().items() if "momentum_buffer" in held)  # fmt: skip
+    moved, gap = ({n: exact[n] - other[n] for n in own} for other in (params, own))
+    assert 1e-4 < reference.flat(gap).norm() / reference.flat(moved).norm() < 3e-2
+
+
+def trainer_of(given: Toy, mode: Any = "forward", **options: Any) -> metapl.BilevelTrainer:
+    made = {"inner_optimizer": optimizers(given.student), "outer_optimizer": optimizers(given.teacher)}
+    return metapl.BilevelTrainer(**given.networks(), mode=mode, **made, **options)
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "reinforce", "none"])
+def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) -> None:
+    given, twin = problem(), problem()
+    trainer, real = trainer_of(given, mode, teacher_losses=()), optimizers(twin.student)
+    data = given.data()
+    for _ in range(2):
+        update = update_of(real, trainable(twin.student))
+        theta = {n: p.detach().clone() for n, p in twin.student.named_parameters()}
+        report = trainer.step(**data)
+        loss = nn.functional.cross_entropy(twin.student(data["unlabeled"]), report.signal.value)
+        names = [n for n, _ in twin.student.named_parameters()]
+        grads = dict(zip(names, torch.autograd.grad(loss, [*twin.student.parameters()]), strict=True))
+        exact, _ = update.update(theta, grads, update.read_state())
+        stepped(real, twin.student, grads)
+        taken = dict(twin.student.named_parameters())
+        assert error(dict(given.student.named_parameters()), taken) < 1e-9
+        moved, gap = ({n: exact[n] - other[n] for n in taken} for other in (theta, taken))
+        assert report.step_rounding == pytest.approx(float(reference.flat(gap).norm() / reference.flat(moved).norm()))
+        assert 1e-4 < report.step_rounding < 1.0  # of a few examples the momentum has few directions; the rest is noise
+
+
+def test_another_optimizer_has_no_distance() -> None:
+    given = problem()
+    report = metapl.BilevelTrainer(**given.networks(), mode="forward").step(**given.data())
+    assert "step_rounding" not in report.as_dict()
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
+    given = problem()
+    trainer = trainer_of(given, lookahead=lookahead)
+    unlabeled = Lookahead(batches(lookahead)) if lookahead > 1 else given.unlabeled
+    found = metapl.check_gradient(trainer, labeled=given.labeled, unlabeled=unlabeled)
+    assert found.passed, str(found)
+    assert found.status == "right"
+    trainer.step(given.labeled, unlabeled)  # verified once more
+    result = metapl.hypergradient(
+        **given.networks(), labeled=given.labeled, unlabeled=unlabeled, inner_optimizer=trainer.update, verify=True
+    )
+    assert all(g.isfinite().all() for g in result.grads.values())
+
+
+# ----------------------------------------------------------------------------------------------- saved, and in trainers
+
+
+def source(seed: int, labels: bool) -> list[Any]:
+    draw = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(6, 1, 4, 4, generator=draw, dtype=torch.float64) for _ in range(4)]
+    return [(x, torch.arange(6) % CLASSES) for x in xs] if labels else xs
+
+
+def weights(trainer: Any) -> list[Tensor]:
+    return [p.detach().clone() for network in trainer.networks.values() for p in network.parameters()]
+
+
+def test_a_fit_resumes_bit_for_bit_with_both_optimizers(tmp_path: Path) -> None:
+    def fitted(out: Path, *stops: int) -> list[Tensor]:
+        for number, steps in enumerate(stops):
+            trainer = trainer_of(problem())
+            done: list[int] = []
+
+            def stop(step: int, row: Any, trainer: Any, last: int = steps, done: list[int] = done) -> None:
+                done.append(step)
+                if step == last < 8:
+                    raise KeyError("killed")
+
+            how: dict[str, Any] = {"steps": 8, "out": out, "log_every": 1, "save_every": 2, "progress": False}
+            how |= {"callbacks": [stop], "resume": number > 0, "say": lambda text: None, "warmup": 2}
+            if steps < 8:
+                with pytest.raises(KeyError):
+                    trainer.fit(source(1, True), source(2, False), **how)
+            else:
+                found = trainer.fit(source(1, True), source(2, False), **how)
+                assert [row["step"] for row in found.history] == [*range(1, 9)]
+                assert all(0 < row["step_rounding"] < 1 for row in found.history if row["student_lr"])
+        return weights(trainer)
+
+    assert all(map(torch.equal, fitted(tmp_path / "a", 8), fitted(tmp_path / "b", 3, 5, 8)))
+
+
+def test_a_trainer_is_saved_and_loaded(tmp_path: Path) -> None:
+    first, second = trainer_of(problem()), trainer_of(problem())
+    data = problem().data()
+    first.step(**data)
+    first.save(tmp_path / "trainer.ckpt")
+    second.load(tmp_path / "trainer.ckpt")
+    for trainer in (first, second):
+        torch.manual_seed(0)
+        trainer.step(**data)
+    assert all(map(torch.equal, weights(first), weights(second)))
+    muon, adamw = second.inner_optimizer.optimizers
+    assert len(muon.state) == len(adamw.state) == 2
+
+
+def test_the_schedule_of_a_fit_moves_the_rates_of_both() -> None:
+    trainer = trainer_of(problem())
+    groups = trainer.inner_optimizer.param_groups
+    seen: list[list[float]] = []
+    how = {"steps": 4, "log_every": 1, "schedule": "exponential", "decay_every": 1, "progress": False}
+    trainer.fit(source(1, True), source(2, False), callbacks=[lambda *_: seen.append([g["lr"] for g in groups])], **how)
+    assert seen[3] == pytest.approx([0.97**3 * NESTEROV["lr"], 0.97**3 * ADAMW["lr"]])
+    assert [g["lr"] for g in groups] == [NESTEROV["lr"], ADAMW["lr"]]
+
+
+def test_a_network_learns_its_own_losses_by_both() -> None:
+    given, twin = problem(), problem()
+    trainer = metapl.LossTrainer(given.student, optimizer=optimizers(given.student))
+    real, (x, y) = optimizers(twin.student), given.labeled
+    for _ in range(3):
+        trainer.step((x, y))
+        loss = nn.functional.cross_entropy(twin.student(x), y)
+        names = [n for n, _ in twin.student.named_parameters()]
+        grads = torch.autograd.grad(loss, [*twin.student.parameters()])
+        stepped(real, twin.student, dict(zip(names, grads, strict=True)))
+    assert all(map(torch.equal, given.student.parameters(), twin.student.parameters()))
+    trainer.load_state_dict(trainer.state_dict())
+
+
+def test_examples_are_attributed_through_a_training_by_both() -> None:
+    given = problem()
+    x, y = torch.randn(24, 1, 4, 4, dtype=torch.float64), torch.arange(24) % CLASSES
+    how: dict[str, Any] = {"steps": 6, "batch_size": 8, "progress": False}
+    found = metapl.attribute(given.student, (x, y), given.labeled, optimizer=optimizers(given.student), **how)
+    nothing = found._losses_with(torch.ones(24))
+    assert error(nothing, found.outer_loss) < 1e-12
+    slope = torch.zeros(24)
+    slope[3] = 1e-5
+    ahead, behind = (found._losses_with(torch.ones(24, dtype=torch.float64) + side * slope) for side in (1, -1))
+    assert float((behind - ahead) / 2e-5) == pytest.approx(float(found.scores[3]), rel=1e-3)
+
+
+def test_two_optimizers_of_any_kind_are_their_own_steps_to_the_last_bit() -> None:
+    given = problem()
+    matrices, others = ([p for p in given.student.parameters() if (p.ndim == 2) == which] for which in (True, False))
+    real = torch.optim.SGD(matrices, lr=0.1, momentum=0.9, nesterov=True), torch.optim.Adam(others, lr=0.01)
+    update = update_of(real, trainable(given.student))
+    theta = {n: p.detach().clone() for n, p in given.student.named_parameters()}
+    state = update.read_state()
+    for _ in range(3):
+        grads = {n: torch.randn_like(p) for n, p in theta.items()}
+        theta, state = update.stepped(theta, grads, state)
+        stepped(real, given.student, grads)
+    assert all(torch.equal(p, theta[n]) for n, p in given.student.named_parameters())
+    assert not update.rounded
+    assert not Clipped(update, 1.0).rounded
+
+
+# -------------------------------------------------------------------------------------------------------- wrong calls
+
+
+def overlapping(network: nn.Module) -> Any:
+    return (*optimizers(network), torch.optim.SGD([*network.parameters()][:1], lr=0.1))
+
+
+def without_biases(network: nn.Module) -> Any:
+    return optimizers(network)[:1]
+
+
+def with_a_bias(network: nn.Module) -> Any:
+    muon, adamw = optimizers(network)
+    muon.add_param_group({"params": adamw.param_groups.pop()["params"]})
+    return (muon,)
+
+
+WRONG: dict[str, Callable[[nn.Module], Any]] = {
+    "overlapping": overlapping,
+    "without the biases": without_biases,
+    "a bias in Muon": with_a_bias,
+    "no optimizers": lambda network: ("muon", "adamw"),
+    "none": lambda network: (),
+    "of another network": lambda network: (*optimizers(network), torch.optim.SGD(nn.Linear(2, 2).parameters())),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("level", ["inner_optimizer", "outer_optimizer"])
+def test_wrong_tuples_are_refused_in_a_line_and_nothing_moves(level: str, wrong: str) -> None:
+    given = problem()
+    network = given.student if level == "inner_optimizer" else given.teacher
+    wrongly = {level: WRONG[wrong](network)}
+    before = everything(given)
+    with pytest.raises(MetaplError) as refused:
+        metapl.BilevelTrainer(**given.networks(), **wrongly).step(**given.data())
+    assert "\n" not in str(refused.value)
+    assert same(before, everything(given))
+
+
+def test_muon_refuses_what_is_no_matrix_in_torchs_words() -> None:
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon(problem().student.parameters())
+
+
+def test_another_optimizer_within_a_tuple_is_refused() -> None:
+    given = problem()
+    muon, _ = optimizers(given.student)
+    others = [p for p in given.student.parameters() if p.ndim != 2]
+    with pytest.raises(MetaplError, match="RMSprop"):
+        metapl.BilevelTrainer(**given.networks(), inner_optimizer=(muon, torch.optim.RMSprop(others)))
