@@ -186,6 +186,83 @@ def test_the_rates_of_both_follow_schedules() -> None:
     assert error(together, apart) == 0.0
 
 
+WRT = ("teacher", "start", "lr", "momentum", "weight_decay", "betas", "eps")
+
+
+def by_hand_in_settings(given: Toy, ahead: list[Tensor]) -> tuple[Tree, dict[str, Tensor]]:
+    """dL/dθ_0, and dL in the settings of each step and group, by double backward."""
+    leaf = lambda x: torch.tensor(x, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    start = reference.weights(given.student)
+    theta, of_muon, of_adamw, at = start, None, None, []
+    for x in ahead:
+        muon = {name: leaf(NESTEROV[name]) for name in ("lr", "momentum", "weight_decay")}
+        betas = tuple(map(leaf, ADAMW["betas"]))
+        adamw: dict[str, Any] = {"betas": betas, **{n: leaf(ADAMW[n]) for n in ("lr", "eps", "weight_decay")}}
+        at.append((muon, adamw))
+        target = given.teacher(x).softmax(-1).detach()
+        inner = reference.cross_entropy(target, reference.at(given.student, theta, x)).mean()
+        g = dict(zip(theta, torch.autograd.grad(inner, [*theta.values()], create_graph=True), strict=True))
+        moved, of_muon = muon_and_adamw(nesterov=True, **muon)(theta, g, of_muon)
+        others = {n: p for n, p in theta.items() if p.ndim != 2}
+        rest, of_adamw = reference.adamw(**adamw)(others, {n: g[n] for n in others}, of_adamw)
+        theta = {**moved, **rest}
+    L = nn.functional.cross_entropy(reference.at(given.student, theta, given.labeled[0]), given.labeled[1])
+    slope = lambda t: torch.autograd.grad(L, t, retain_graph=True)[0]  # noqa: E731
+    zero, found = torch.zeros((), dtype=torch.float64), {}
+    for name in ("lr", "momentum", "weight_decay", "eps"):
+        pairs = [[slope(group[name]) if name in group else zero for group in groups] for groups in at]
+        found[name] = torch.stack([torch.stack(pair) for pair in pairs])
+    of_betas = [torch.stack([*map(slope, adamw["betas"])]) for _, adamw in at]
+    found["betas"] = torch.stack([torch.stack([torch.zeros_like(t), t]) for t in of_betas])
+    return {n: slope(t) for n, t in start.items()}, found
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_the_gradient_in_the_start_and_in_the_settings_of_both(mode: str) -> None:
+    given, ahead = problem(), batches(3)
+    start, settings = by_hand_in_settings(given, ahead)
+    found = metapl.hypergradient(
+        **given.networks(), labeled=given.labeled, unlabeled=Lookahead(ahead), mode=mode, wrt=WRT,
+        inner_optimizer=optimizers(given.student),
+    )  # fmt: skip
+    assert error(found.start, start) < 1e-9
+    for name, expected in settings.items():
+        assert found.settings[name].shape == expected.shape
+        assert error(found.settings[name], expected) < 1e-9, name
+
+
+@pytest.mark.parametrize("wrong", ["dampening", "nesterov", "rate"])
+def test_settings_that_neither_has_are_refused(wrong: str) -> None:
+    given = problem()
+    with pytest.raises(MetaplError, match=wrong):
+        metapl.hypergradient(
+            **given.networks(), **given.data(), wrt=(wrong,), inner_optimizer=optimizers(given.student)
+        )
+
+
+def test_a_training_by_two_graphs_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs of the last call are kept, where the optimizers in the tuple are the same ones."""
+    compiled: list[Any] = []
+    plainly = torch.compile
+
+    def captured(function: Any, **options: Any) -> Any:
+        compiled.append(function)
+        return plainly(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", captured)
+    given, ahead = problem(), batches(4)
+    real = optimizers(given.student)
+    how: dict[str, Any] = {"labeled": given.labeled, "unlabeled": Lookahead(ahead), "wrt": WRT, "inner_optimizer": real}
+    how["problem"] = metapl.PseudoLabels("soft")
+    eager = metapl.hypergradient(**given.networks(), **how)
+    for _ in range(2):
+        found = metapl.hypergradient(**given.networks(), **how, compile=True)
+        assert len(compiled) == 2
+        pairs = [(found.grads, eager.grads), (found.start, eager.start), (found.student_params, eager.student_params)]
+        pairs += [(found.settings[name], t) for name, t in eager.settings.items()]
+        assert all(error(a, b) < 1e-9 for a, b in pairs)
+
+
 def test_definitions_agree_in_half_precision_of_passes() -> None:
     """Autocast does not reach the products."""
     given = problem()
