@@ -54,8 +54,8 @@ def refuse_missing(name: str, optimizer: torch.optim.Optimizer, parameters: Para
             f"add_param_group."
         )
     of_muon = [group["params"] for group in optimizer.param_groups if "ns_steps" in group]
-    if any(p.ndim != 2 for params in of_muon for p in params):  # of a group that was added, which torch does not ask
-        raise MetaplError(f"{name} has Muon over tensors that are no matrices; give these to another, such as AdamW.")
+    if any(p.ndim != 2 or p.is_complex() for params in of_muon for p in params):  # which torch may see in a step only
+        raise MetaplError(f"{name} has Muon over tensors that are no real matrices; give them to another optimizer.")
 
 
 def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> list[list[dict[str, Any]]]:

@@ -492,6 +492,26 @@ def test_wrong_tuples_are_refused_in_a_line_and_nothing_moves(level: str, wrong:
     assert same(before, everything(given))
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, CLASSES, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1).to(self.weight.dtype) @ self.weight).real
+
+
+@pytest.mark.parametrize("level", ["student", "teacher"])
+def test_a_complex_matrix_is_refused_before_anything_moves(level: str) -> None:
+    given = replace(problem(), **{level: Complex()})
+    name = {"student": "inner_optimizer", "teacher": "outer_optimizer"}[level]
+    real = torch.optim.Muon(given.networks()[level].parameters())
+    before = everything(given)
+    with pytest.raises(MetaplError, match="real matrices"):
+        metapl.BilevelTrainer(**given.networks(), mode="forward", verify=False, **{name: real}).step(**given.data())
+    assert same(before, everything(given))
+
+
 def test_muon_refuses_what_is_no_matrix_in_torchs_words() -> None:
     with pytest.raises(ValueError, match="2D"):
         torch.optim.Muon(problem().student.parameters())
