@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 import torchopt
+from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -342,13 +342,10 @@ SHARDED: dict[str, Row] = {
 }
 
 
-def _rank(number: int, folder: str) -> None:
-    """What a rank runs; the first writes what they found."""
+def numbers_of_a_rank() -> dict[str, Any]:
+    """What a rank runs."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 
     def laid_out(module: nn.Module) -> nn.Module:
@@ -361,16 +358,15 @@ def _rank(number: int, folder: str) -> None:
     for name, given in SHARDED.items():
         trainer, _ = train(given, laid_out, steps=5)
         found[name] = outcome(parts(trainer))["numbers"]
-    if number == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def of_ranks() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (folder,), nprocs=2)
-        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
-        return found
+    ranks = Ranks(2, "test_bits")
+    try:
+        return ranks.run("numbers_of_a_rank")[0]
+    finally:
+        ranks.close()
 
 
 @pytest.mark.slow

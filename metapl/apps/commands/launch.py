@@ -92,7 +92,14 @@ def joined(mesh: Mesh, device: torch.device) -> Iterator[int]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     with lost_processes_explained():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            untyped: Any = dist
+            store, rank, size = next(untyped.rendezvous("env://", timeout=PATIENCE))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+                # The store of torchrun outlives a restart, and a process might find there where a killed one was. On
+                # several machines each has restarts of its own to count.
+                store = untyped.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         except ValueError as error:  # of the variables that say where the processes meet
             raise MetaplError(
                 f"process {os.environ.get('RANK', '?')} of {mesh.size} does not know where the others are: {error}. "
