@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -14,12 +15,16 @@ from metapl.feedback import Estimator, modes_for
 from metapl.problems import PseudoLabels
 from metapl.problems.base import BilevelProblem, Kind, Problem, Signal, enters_input, has_own, kind_of
 
-PSEUDO_LABELS = PseudoLabels()
+
+@cache  # compiled graphs are known by their problem
+def default_problem(labels: tuple[Kind, ...], mode: str) -> Problem:
+    return PseudoLabels().for_modes(labels, mode)
 
 
 def prepare(problem: BilevelProblem | None, mode: Estimator) -> Problem:
     """The problem (default: pseudo-labels) with a kind of signal that the mode takes."""
-    problem = PSEUDO_LABELS if problem is None else problem
+    if problem is None:
+        return default_problem(mode.labels, mode.name)
     if isinstance(problem, type) or not isinstance(problem, BilevelProblem):
         given = f"the class {problem.__name__}" if isinstance(problem, type) else checks.described(problem)
         raise MetaplError(f"problem is {given}; expected a metapl.BilevelProblem, such as metapl.PseudoLabels().")

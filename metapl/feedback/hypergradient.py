@@ -75,9 +75,8 @@ def check_wrt(wrt: Sequence[str], mode: Estimator, update: Update, *, eager: boo
         if name not in known:
             raise MetaplError(f"wrt={name!r} was given; expected, with this inner optimizer, {', '.join(known)}.")
     asked, settings = {*wrt} - {"teacher"}, [name for name in wrt if name in update.numbers]
-    still = (
-        eager and not mode.keep_graph and "momentum" in wrt and any(not g.get("momentum", 1) for g in update.options)
-    )
+    by_sgd = [group for group in update.options if "dampening" in group]
+    still = eager and not mode.keep_graph and "momentum" in wrt and any(not group["momentum"] for group in by_sgd)
     refused = {
         f"mode {mode.name!r}; expected 'forward' or 'unrolled'": mode.name not in ("forward", "unrolled"),
         "truncate; expected all steps": getattr(mode, "truncate", None) is not None,

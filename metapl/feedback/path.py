@@ -214,9 +214,11 @@ class Path:
         backward through the path; None for a field that the inner loss does not depend on."""
         counted, v = self.steps[-(truncate or 0) :], self.outer_gradient()
         leaves = [t for step in counted for t in step.signal.differentiable().values()]
-        start = self.steps[0].params if "start" in self.wrt else {}
-        settings = [step.update.settings_in(self.settings) for step in counted]
-        leaves += [*start.values(), *pytree.tree_leaves(settings)]
+        start: Tree = self.steps[0].params if "start" in self.wrt else {}
+        settings = [step.update.settings_in(self.settings) for step in counted] if self.wrt else []
+        signals = len(leaves)
+        if self.wrt:
+            leaves += [*start.values(), *pytree.tree_leaves(settings)]
         ends = {name: p for name, p in self.steps[-1].updated[0].items() if p.requires_grad}  # θ′
         gradients: Sequence[Tensor | None] = [None] * len(leaves)
         if ends:
@@ -226,11 +228,11 @@ class Path:
         found = iter(gradients)
         in_signals = [(step, {name: next(found) for name in step.signal.differentiable()}) for step in counted]
 
-        def rest(t: Tensor) -> Tensor:
-            return torch.zeros_like(t) if (g := next(found)) is None else g
-
-        self.start = {name: rest(t) for name, t in start.items()}
-        self.in_settings = pytree.tree_map(rest, settings)[::-1]
+        if self.wrt:
+            pairs = zip(leaves[signals:], gradients[signals:], strict=True)
+            rest = iter([torch.zeros_like(t) if g is None else g for t, g in pairs])
+            self.start = {name: next(rest) for name in start}
+            self.in_settings = pytree.tree_map(lambda _: next(rest), settings)[::-1]
         return in_signals
 
     def revised(self, h: Tensor | dict[str, Tensor]) -> Path:

@@ -252,7 +252,8 @@ class BilevelTrainer(Trainer):
         the class probabilities, a tuple of K; None: it is drawn from torch's default generator.
 
         A parameter that no loss reaches has a gradient of zero there, so that it decays; freeze it. Dropout of L(θ′)
-        draws from the default generator too, after the teacher's passes.
+        draws from the default generator too, after the teacher's passes. It is not verified, and ``torch.compile``
+        drops the derivative of an ``autograd.Function`` in silence; ``compile=True`` compares its first step.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
