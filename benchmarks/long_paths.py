@@ -2,12 +2,15 @@
 
     python benchmarks/long_paths.py                       # WRN-28-2, 330,000 weights, and a small convolutional network
     python benchmarks/long_paths.py --again wrn 20        # times these rows once more
+    python benchmarks/long_paths.py --again digits 500
     python benchmarks/long_paths.py --write docs/long-paths.md
 
 Processor time on one thread over that of the same steps of plain training, which take turns; peak memory beyond what
 was held before, over that of one plain step. Beside it: an adjoint by hand in PyTorch's own operations, which keeps the
 weights of all steps and checks nothing; double backward through all steps with torch.func; and TorchOpt's
-differentiable Adam, where these fit. Rows that are there are repeated by --again alone.
+differentiable Adam, where these fit. Rows that are there are repeated by --again alone. A compiled row leaves out the
+seconds of its first call beyond those of a second one; they stand in a column of their own, with the number of steps of
+the eager way, with all states kept too, that would have paid for them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +30,8 @@ from typing import Any
 
 import machine
 import torch
+from peers import LENGTH, TOKENS, CausalLM
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -40,6 +47,7 @@ RESULT = Path(__file__).parent / "results" / "long_paths.json"
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 WAYS: dict[str, Forward | None] = {
+    "compiled, all kept": Forward(keep_every=1),
     "all kept": Forward(keep_every=1),
     "every √K-th": Forward(),
     "tree": Forward(keep="tree"),
@@ -49,12 +57,18 @@ WAYS: dict[str, Forward | None] = {
 }
 # Rows of 0.2.0, whose layers had double backward passes of their own, have PyTorch's by this name: "all kept" has now.
 PYTORCHS = "all kept, PyTorch's double backward"
-WITH_ADAM = tuple(way for way in WAYS if way != "adjoint by hand")
+COMPILED = "compiled, all kept"
+WITH_ADAM = tuple(way for way in WAYS if way not in ("adjoint by hand", COMPILED))
 CASES = {("wrn", steps): ("all kept", "every √K-th", "adjoint by hand") for steps in (20, 100)}
 CASES |= {("mlp", steps): WITH_ADAM for steps in (10, 100)}
 CASES |= {("conv", steps): tuple(way for way in WITH_ADAM if way != "tree") for steps in (10, 100)}
 CASES |= {("mlp", 1000): ("all kept", "every √K-th", "tree"), ("mlp", 2000): ("every √K-th",)}
+CASES[("wrn", 20)] = (COMPILED, *CASES[("wrn", 20)])
+CASES |= {("digits", steps): (COMPILED, "all kept") for steps in (500, 2000)}
+CASES |= {("causal", 300): (COMPILED, "all kept")}
 TITLES = {
+    "digits": "digits, 64-256-10, SGD, batch 100",
+    "causal": "causal transformer, AdamW, batch 16",
     "wrn": "WRN-28-2, SGD, batch 16",
     "mlp": "330,000 weights, Adam, batch 100",
     "conv": "two convolutions, Adam, batch 100",
@@ -81,6 +95,26 @@ def network(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[int]
         )
         shape, rows = (1, 8, 8), 100
         optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, eps=1e-3)
+    elif name == "digits":
+        student = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 10))
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+        data = load_digits()
+        pictures, labels = torch.tensor(data.data).float() / 16, torch.tensor(data.target)
+
+        def digits(number: int) -> tuple[Tensor, Tensor]:
+            rows = torch.randint(0, len(labels), (100,), generator=torch.Generator().manual_seed(number))
+            return pictures[rows], labels[rows]
+
+        return student, optimizer, digits
+    elif name == "causal":
+        student = CausalLM()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, eps=1e-4)
+
+        def text(number: int) -> tuple[Tensor, Tensor]:
+            tokens = torch.randint(0, TOKENS, (16, LENGTH + 1), generator=torch.Generator().manual_seed(number))
+            return tokens[:, :-1], tokens[:, -1]
+
+        return student, optimizer, text
     else:
         student = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 560), nn.GELU(), nn.Linear(560, 10))
         shape, rows = (64,), 100
@@ -123,12 +157,16 @@ def kept_bytes(name: str, steps: int, way: str) -> int:
     return sum(kept) * (theta + state) + held * (2 * theta + state)
 
 
-def by_path(name: str, steps: int, way: str) -> None:
+def path(name: str, steps: int, way: str) -> Callable[[], None]:
+    """A call of hypergradient, which may be made again; of one that is compiled, by the same graphs."""
     student, optimizer, batch = network(name)
-    mode = mode_of(way, steps)
-    ahead = Lookahead(batch, steps=steps)
-    given = {"outer": batch(-1), "inner": ahead, "problem": EqualWeights(), "inner_optimizer": optimizer}
-    metapl.hypergradient(None, student, mode=mode, **given)
+    given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=steps), "problem": EqualWeights()}
+    given |= {"inner_optimizer": optimizer, "mode": mode_of(way, steps), "compile": way == COMPILED}
+    return partial(metapl.hypergradient, None, student, **given)
+
+
+def by_path(name: str, steps: int, way: str) -> None:
+    path(name, steps, way)()
 
 
 def adjoint_by_hand(name: str, steps: int) -> None:
@@ -211,11 +249,18 @@ def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[st
         for way in ways:
             run = partial(by_path, name, steps, way) if WAYS[way] else partial(RIVALS[way], name, steps)
             RIVALS.get(way, plain)(name, 2)
+            if way == COMPILED:
+                run = path(name, steps, way)
+                begun = time.perf_counter()  # a compiler's processes have times of their own
+                run()
+                cold = time.perf_counter() - begun
             before = seconds(partial(plain, name, steps))
             took = seconds(run)
             base = (before + seconds(partial(plain, name, steps))) / 2
             row = {"network": name, "steps": steps, "way": way, "cpu": machine.described("cpu")["cpu"]}
             row |= {"time": took / base, "plain_seconds": base}
+            if way == COMPILED:
+                row["compile_seconds"] = cold - took
             if (name, steps, way) not in there:
                 row |= {"peak_bytes": peak_bytes(run, CPU), "one_step_bytes": one}
                 row |= {"kept_bytes": kept_bytes(name, steps, way)}
@@ -223,10 +268,11 @@ def measured(miniature: bool, again: tuple[str, int] | None, there: set[tuple[st
 
 
 def table(result: Row) -> str:
-    lines = ["| network | K | way | time | memory | MB | without states |"]
-    lines += ["|---|---:|---|---:|---:|---:|---:|"]
+    lines = ["| network | K | way | time | memory | MB | without states | compiling |"]
+    lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
     networks, (first, *others) = [*TITLES], WAYS
-    ways = [first, PYTORCHS, *others]
+    ways = [first, "all kept", PYTORCHS, *others[1:]]
+    eager = {(row["network"], row["steps"]): row for row in result["rows"] if row["way"] == "all kept"}
 
     def place(row: Row) -> tuple[int, int, int]:
         return networks.index(row["network"]), row["steps"], ways.index(row["way"])
@@ -238,11 +284,19 @@ def table(result: Row) -> str:
         cells = [TITLES[row["network"]], f"{row['steps']:,}", row["way"], f"{statistics.median(times):.1f}{spread}"]
         peak, one, kept = (row[f"{name}_bytes"] for name in ("peak", "one_step", "kept"))
         cells += [f"{peak / one:.1f}", f"{peak / 1e6:,.0f}", f"{(peak - kept) / one:.1f}" if kept else "–"]
+        cells.append("")
+        if "compile_seconds" in row:
+            slower = eager[row["network"], row["steps"]]
+            saved = (slower["time"] * slower["plain_seconds"] - row["time"] * row["plain_seconds"]) / row["steps"]
+            cells[-1] = (
+                f"{row['compile_seconds']:.0f} s, {math.ceil(row['compile_seconds'] / saved / 100) * 100:,} steps"
+            )
         lines.append(f"| {' | '.join(cells)} |")
     told = (
         "*Time*: processor time over plain training of the same steps, in turns; the median of several measurements, "
         "and their range, or a single one; *memory*: the peak beyond what was held before, over that of one plain "
-        "step; *without states*: less those that are kept; –: none is. One thread of "
+        "step; *without states*: less those that are kept; –: none is; *compiling*: the seconds of a first call beyond "
+        "a second one, which *time* leaves out, and the steps that pay for them beside the eager way. One thread of "
         f"{' and '.join(sorted({row['cpu'] for row in result['rows']}))}, which other work shared. "
         "`python benchmarks/long_paths.py`; raw rows: `benchmarks/results/long_paths.json`."
     )
@@ -254,6 +308,7 @@ def main() -> None:
     parser.add_argument("--again", nargs=2, metavar=("NETWORK", "K"), help="time the rows of this network and K again")
     given = machine.parsed(parser)
     torch.set_num_threads(1)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # a first call compiles, whatever ran before
     rows = json.loads(given.out.read_text())["rows"] if given.out.exists() else []
     again = given.again and (given.again[0], int(given.again[1]))
     known = {(row["network"], row["steps"], row["way"]) for row in rows}
