@@ -110,7 +110,8 @@ def fit(
     stateful: list[Any] = [callback for callback in callbacks if hasattr(callback, "state_dict")]
 
     ended = False  # by a callback
-    seen: dict[str, float] = {}  # the last values on validation data
+    seen: dict[str, float] = {}  # the last values on validation data,
+    examples: int | None = None  # and of how many
     best: dict[str, Any] = {"value": None, "step": 0, "weights": {}}  # the best student, the latest of equals
     data: dict[str, Any] = {}  # what is known of the sources
     faults: list[tuple[int, Fault]] = []  # of steps, on the device until something is read anyway
@@ -132,7 +133,7 @@ def fit(
 
     def look(step: int) -> dict[str, float]:
         """Measure the networks after so many steps, and remember the best student."""
-        nonlocal seen, best
+        nonlocal seen, best, examples
         seen = {}
         for role in networks:
             # A teacher that weighs examples, say, has no accuracy.
@@ -142,7 +143,10 @@ def fit(
             with kept(role) as network, replayed(RandomState.now(trainer.device)):
                 batches = outer_batches(validation, trainer.read_outer, trainer.device, "validation")
                 of = f"the {role} on validation data after step {step}"
-                value = metric.measured(trainer, network, batches, of).value
+                found = metric.measured(trainer, network, batches, of)
+                if examples not in (None, found.n):
+                    say(f"note: validation is on {found.n:,} examples, and was on {examples:,}")
+                value, examples = found.value, found.n
                 if role == "student" and options.select and metric.improves(value, best["value"]):
                     best = {"value": value, "step": step, "weights": weights_of(network)}
             seen[f"{role}_validation_{metric.name}"] = value
