@@ -29,8 +29,9 @@ class Lookahead(Sequence[Any]):
         steps: K; None: as many as the sequence has.
         schedule: of the inner optimizer's learning rate: a ``torch.optim.lr_scheduler`` of it, which takes a step after
             each of the student's, or the factor of the first rate as a function of the step's number, as in
-            ``LambdaLR``; of several optimizers also a tuple, one for each. With :func:`metapl.hypergradient`, where
-            both stay as they are.
+            ``LambdaLR``; of several optimizers also a tuple, one for each. Or a dict of settings by name, in each step
+            and param group: ``{"lr": (K, groups), "weight_decay": (K, groups)}``, as ``wrt=`` gives the gradient in
+            them. With :func:`metapl.hypergradient`, where optimizer and schedule stay as they are.
 
     >>> import torch
     >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))

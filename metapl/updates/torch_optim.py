@@ -23,8 +23,8 @@ from metapl.updates.lists import Tensors, add, div, mul, plus, sub
 State = dict[str, Any]  # of one parameter, as in ``torch.optim.Optimizer.state``
 States = dict[str, State]
 
-Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]]
-"""Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each."""
+Schedule = LRScheduler | Callable[[int], float] | Sequence[LRScheduler | Callable[[int], float]] | Mapping[str, Tensor]
+"""Of a learning rate, by a scheduler or by factors; of several optimizers, also one for each; or settings by name."""
 
 # Numbers of weights that an update, or its adjoint, is computed of together: more are no faster, and what is held in
 # between, ten times as much in the adjoint of Adam, would be of the whole network.
@@ -64,10 +64,24 @@ def options_by_step(optimizer: torch.optim.Optimizer, schedule: Schedule, steps:
         each = [options_by_step(one, own, steps) for one, own in zip(parts, schedule, strict=True)]
         return [[*chain(*of_step)] for of_step in zip(*each, strict=True)]
     groups = options_of(optimizer)
+    if isinstance(schedule, Mapping):
+        for name, t in schedule.items():
+            shape = (steps, len(groups), *([2] * (name == "betas")))
+            if t.shape[1:] != shape[1:] or len(t) < steps or not any(name in group for group in groups):
+                raise MetaplError(
+                    f"schedule has {name!r} of shape {tuple(t.shape)}; expected settings that inner_optimizer has, a "
+                    f"row for each step and a column for each param group: {shape}."
+                )
+        rows = {name: t.tolist() for name, t in schedule.items()}
+        return [
+            [group | {name: of[k][i] for name, of in rows.items() if name in group} for i, group in enumerate(groups)]
+            for k in range(steps)
+        ]
     if isinstance(schedule, ReduceLROnPlateau | type) or not (isinstance(schedule, LRScheduler) or callable(schedule)):
         raise MetaplError(
             f"schedule is {schedule!r:.80}; expected a torch.optim.lr_scheduler whose rates depend on the step alone, "
-            "or a function from the step's number to a factor of the learning rate; of several optimizers a tuple."
+            "a function from the step's number to a factor of the learning rate; of several optimizers a tuple; or a "
+            "dict of settings, (K, param groups)."
         )
     if not isinstance(schedule, LRScheduler):
         return [[{**group, "lr": group["lr"] * schedule(number)} for group in groups] for number in range(steps)]

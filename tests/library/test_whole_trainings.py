@@ -242,15 +242,14 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     else:
         numbers = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.0}
         inner = torch.optim.Adam(student.parameters(), **numbers)
-    settings = {
-        name: torch.tensor(value, dtype=torch.float64).expand(steps, 1, *([2] * (name == "betas"))).clone()
-        for name, value in numbers.items()
-    }
+    falling = torch.linspace(1.0, 0.8, steps).double()[:, None]
+    settings = {name: torch.tensor(value).double() * falling for name, value in numbers.items()}
+    settings |= {name: t[:, None] for name, t in settings.items() if name == "betas"}  # (K, groups, 2)
     for t in settings.values():
         t.requires_grad_()
     L, start = by_hand(student, settings, steps)
     expected = torch.autograd.grad(L, [*start.values(), *settings.values()], allow_unused=True, materialize_grads=True)
-    ahead = Lookahead(batch, steps=steps)
+    ahead = Lookahead(batch, steps=steps, schedule=settings)
     given: Any = {"outer": batch(-1), "inner": ahead, "inner_optimizer": inner, "problem": EqualWeights()}
     found = metapl.hypergradient(None, student, mode=mode, compile=compile, wrt=["start", *numbers], **given)
     trees = dict(zip([*start, *settings], expected, strict=True))
@@ -260,7 +259,7 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
         assert (found.settings[name] - trees[name]).abs().max() <= 1e-7 * trees[name].abs().max() + 1e-12, name
 
 
-def test_wrt_is_refused_where_no_gradient_can_be_in_it() -> None:
+def test_wrt_and_settings_are_refused_where_they_do_not_fit() -> None:
     student = network()
     given: Any = {"outer": batch(-1), "inner": Lookahead(batch, steps=3), "problem": EqualWeights()}
     plain, none = SGD(student.parameters(), lr=0.1, momentum=0.9), SGD(student.parameters(), lr=0.1)
@@ -270,11 +269,13 @@ def test_wrt_is_refused_where_no_gradient_can_be_in_it() -> None:
         (plain, {"wrt": "start", "mode": "none"}),
         (plain, {"wrt": "lr", "mode": Forward(truncate=2)}),
         (none, {"wrt": "momentum"}),
+        (plain, {"inner": Lookahead(batch, steps=3, schedule={"lr": torch.full((3, 2), 0.1)})}),
+        (plain, {"inner": Lookahead(batch, steps=3, schedule={"betas": torch.full((3, 1, 2), 0.1)})}),
         (torchopt.sgd(0.1), {"wrt": "lr"}),
     ]
     for inner, change in wrong:
-        with pytest.raises(MetaplError, match="wrt"):
-            metapl.hypergradient(None, student, **given, inner_optimizer=inner, **change)
+        with pytest.raises(MetaplError, match="wrt" if "wrt" in change else "schedule"):
+            metapl.hypergradient(None, student, **given | change, inner_optimizer=inner)
     found = metapl.hypergradient(None, student, **given, inner_optimizer=torchopt.sgd(0.1), wrt="start")
     assert found.start.keys() == dict(student.named_parameters()).keys()
 
