@@ -27,7 +27,6 @@ COMMANDS = {
     "export": "runs.Export",
     "label": "labels.Label",
     "labels": "labels.COMMANDS",
-    "shards": "runs.Shards",
 }
 
 # Flags that make another command of one.
@@ -59,7 +58,6 @@ own labels of pictures that it is sure of.
   metapl export RUN --out DIR   write it for others: a program, weights, a card
   metapl label RUN DIR          store its class probabilities of many pictures
   metapl labels DO STORE        look at such a store (stats), or select from it
-  metapl shards FOLDER          write many pictures as a few tar files
 
 For example, with the handwritten digits that come with scikit-learn, of which
 two in each class are labeled (a minute on a laptop, no graphics card):

@@ -1,4 +1,4 @@
-"""What is done with a run that has ended: ``metapl finetune`` and ``metapl export``; and ``metapl shards``."""
+"""What is done with a run that has ended: ``metapl finetune`` and ``metapl export``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import torch
-import tyro
 
-from metapl.apps.commands.inputs import Network, counted, held
-from metapl.apps.commands.parse import Command, Folder, Run, Switch, unset
+from metapl.apps.commands.inputs import Network, held
+from metapl.apps.commands.parse import Command, Run, Switch, unset
 from metapl.apps.commands.process import exit_code
 from metapl.apps.experiments import experiment, galleries
 from metapl.apps.experiments.folder import (
@@ -31,19 +30,16 @@ from metapl.apps.experiments.folder import (
 )
 from metapl.apps.export import export
 from metapl.apps.export.network import can_run_onnx, require_onnx
-from metapl.apps.machine.progress import counting
 from metapl.apps.machine.sealed import sha256_of
-from metapl.apps.pictures.shard_writer import PER_SHARD, check_shards, write_shards
 from metapl.apps.recipes.base import Recipe, Task
 from metapl.apps.recipes.methods import title, titled
 from metapl.apps.words import table, tell
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.metrics import Evaluation
 from metapl.runs.fields import AtLeastOne, Range
 from metapl.runs.rows import Metrics
 from metapl.training import FitResult
 from metapl.training.selection import weights_of
-from metapl.words import shown
 
 # What the name of the folder begins with, within the run's, in which its records are kept until it has ended.
 SCRATCH = ".finetune-"
@@ -284,43 +280,3 @@ def _notes(run: LoadedRun, name: str) -> Iterator[str]:
         yield f"It was compared: methods {methods}; seeds {seeds}; {result['delivery']}."
     yield "Nothing was chosen by the test examples." if "evaluation" in result else "No test set was given."
     yield run.recipe.input_note
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shards(Command):
-    """Write the pictures of a folder as tar files, which are moved and read faster than millions of small files.
-
-    The folder of the tar files stands for that of the pictures wherever unlabeled pictures are given: --unlabeled, and
-    PICTURES of ``metapl label``. WebDataset reads them too. The same pictures give the same bytes; a command that was
-    stopped goes on when it is given once more.
-
-    Args:
-        folder: folder of pictures, with all folders in it; with --check, folder of shards.
-        out: folder of the tar files; made if need be.
-        pictures: number of pictures in a tar file.
-        check_only: compare the bytes of shards with the checksums of shards.json, and write nothing.
-    """
-
-    folder: Annotated[Path, tyro.conf.Positional, unset("FOLDER")]
-    out: Folder = None
-    pictures: Annotated[AtLeastOne, tyro.conf.arg(metavar="N")] = PER_SHARD
-    check_only: Annotated[bool, tyro.conf.arg(name="check", help_behavior_hint="")] = False
-
-    def run(self) -> int:
-        if (self.out is None) != self.check_only:
-            given = "--out was given with --check" if self.check_only else "neither --out nor --check was given"
-            raise MetaplError(f"{given}; expected --out DIR to write shards, or --check to look at written ones.")
-        broken: list[str] = []
-        with counting("pictures", shown=True) as update:
-            if self.out is None:
-                manifest, done = check_shards(self.folder, update), f"are as they were written: {shown(self.folder)}"
-            else:
-                manifest = write_shards(self.folder, self.out, self.pictures, update, broken.append)
-                done = f"are written: {shown(self.out)}"
-        size = sum(shard.bytes for shard in manifest.shards)
-        shards = counted(len(manifest.shards), "shard")
-        tell(f"{manifest.pictures:,} pictures in {shards} of {size / 1e6:,.1f} MB together {done}")
-        if broken:
-            files = counted(len(broken), "file")
-            tell(f"{files} cannot be read as pictures, and will be left out of a training: {few(broken)}", wrap=True)
-        return 0

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from metapl.apps.machine.sealed import irregular
 from metapl.apps.pictures.folders import Files, FilesT, LabeledFiles, Progress, ask, digest, silent
 from metapl.apps.pictures.reader import UnreadableImage, image_size, read_image
-from metapl.apps.pictures.shards import open_picture, size_of, status_of
+from metapl.apps.pictures.tar import open_picture, size_of, status_of
 from metapl.errors import few
 from metapl.words import shown
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.apps.pictures.reader import SUFFIXES
-from metapl.apps.pictures.shards import SUFFIX, Manifest, members, open_picture, size_of
+from metapl.apps.pictures.tar import SUFFIX, members, open_picture, size_of
 from metapl.errors import MetaplError, few
 from metapl.words import shown
 
@@ -97,7 +97,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
 
     Files are known by their suffix. Hidden files and folders (``.name``, ``__MACOSX``) are left out; links are
     followed, and a folder that can be reached in several ways is listed once. Where there is no picture but tar files,
-    as ``metapl shards`` and WebDataset write them, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
+    such as WebDataset's, the pictures in these are listed: ``000000.tar/deep/er/a.png``.
 
     ``progress`` is called with the number of pictures so far, once a folder.
 
@@ -116,7 +116,7 @@ def scan_unlabeled(folder: str | Path, progress: Progress = silent) -> Files:
     root = Path(folder).expanduser()
     names, passed_over = _pictures((files for _, files in _listed(root)), progress)
     if not names and passed_over[SUFFIX]:
-        names, passed_over = _pictures(_in_shards(root), progress)
+        names, passed_over = _pictures(_in_tars(root), progress)
     _refuse_none(names, root, passed_over)
     return Files(root, names, passed_over)
 
@@ -195,11 +195,8 @@ def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], 
         yield inside, [prefix + name for name in files if _is_visible(name)]
 
 
-def _in_shards(root: Path) -> Iterator[list[str]]:
+def _in_tars(root: Path) -> Iterator[list[str]]:
     """The members of the tar files below a folder, likewise."""
-    manifest = Manifest.read(root)
-    if manifest is not None:
-        manifest.check_files(root)
     for _, files in _listed(root):
         for tar in (name for name in files if name.endswith(SUFFIX)):
             inside = [name for name, _, _ in members(root / tar) if all(map(_is_visible, name.split("/")))]

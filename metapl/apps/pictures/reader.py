@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from metapl.apps.pictures.shards import open_picture, size_of
+from metapl.apps.pictures.tar import open_picture, size_of
 from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 

@@ -1,6 +1,6 @@
 """Tar files of pictures, as WebDataset has them: what is in them, and any picture without the others.
 
-A picture of a shard has the path ``shards/000000.tar/cats/1.png``, so it is listed, checked, cached and labeled like a
+A picture in one has the path ``many/000000.tar/cats/1.png``, so it is listed, checked, cached and labeled like a
 file, and drawn like one: the batches are a function of the seed and the step, on any number of processes.
 """
 
@@ -13,19 +13,17 @@ import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from metapl.apps.machine.sealed import open_plain, read_json
-from metapl.errors import MetaplError, few, reason_of
+from metapl.apps.machine.sealed import open_plain
+from metapl.errors import MetaplError, reason_of
 from metapl.words import shown
 
-SUFFIX, MANIFEST, FORMAT = ".tar", "shards.json", 1
+SUFFIX = ".tar"
 
 
 def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
@@ -43,8 +41,7 @@ def members(path: str | Path) -> Iterator[tuple[str, int, int]]:
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise MetaplError(
-            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, uncompressed one, such "
-            "as `metapl shards` writes."
+            f"{shown(path)} cannot be read as a tar file: {reason_of(error)}; expected a whole, uncompressed one."
         ) from error
 
 
@@ -108,57 +105,3 @@ def _index(tar: str, size: int, changed: int) -> NDArray[np.int64]:
 def _hash(name: str) -> int:
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """A shard in a manifest: its name, its pictures, its bytes and their SHA-256."""
-
-    file: str
-    pictures: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``metapl shards`` notes of the shards that it has written, in ``shards.json`` beside them."""
-
-    listing: str  # SHA-256 of the names and sizes of all pictures
-    pictures: int
-    per_shard: int  # but for the last
-    shards: tuple[ShardFile, ...] = ()
-
-    @property
-    def total(self) -> int:
-        """The number of shards when all are written."""
-        return -(-self.pictures // self.per_shard)
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a folder, if it has one; a MetaplError where it cannot be read."""
-        path = folder / MANIFEST
-        if not path.exists():
-            return None
-        mend = "Write the shards again, or remove this file and the tar files are taken as they are."
-        hints = {"format": Literal[1], "listing": str, "pictures": int, "per_shard": int, "shards": list[ShardFile]}
-        content = read_json(path, hints, hints, mend=mend)
-        try:
-            shards = tuple(ShardFile(**shard) for shard in content["shards"])
-            return cls(content["listing"], content["pictures"], content["per_shard"], shards)
-        except TypeError as error:
-            raise MetaplError(f"{shown(path)} is damaged: {reason_of(error)}. {mend}") from error
-
-    def check_files(self, folder: Path) -> None:
-        """Refuse shards that are missing or of another size, and fewer than there are to be."""
-        if len(self.shards) < self.total:
-            raise MetaplError(
-                f"{shown(folder)} has {len(self.shards)} of {self.total} shards, as their writing was stopped; give "
-                "the command that wrote them once more, and it goes on."
-            )
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-        if wrong := [shard.file for shard in self.shards if sizes.get(shard.file) != shard.bytes]:
-            raise MetaplError(
-                f"{shown(folder)}: {few(wrong)} {'is' if len(wrong) == 1 else 'are'} not as written (missing, or of "
-                f"another size than in {MANIFEST}); copy the folder again, or write the shards again."
-            )
