@@ -17,6 +17,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,27 +207,22 @@ def attribute(
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
     check_arguments(attribute, locals())
-    first = next(student.parameters())
-    data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
-    problem, mode, whole = problem or EQUAL_WEIGHTS, mode or Forward(), as_one(optimizer, "optimizer")
-    if type(problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
-        raise MetaplError(f"problem is {type(problem).__name__}; expected a subclass of EqualWeights with its signal.")
+    mode, device = mode or Forward(), next(student.parameters()).device
+    start = generators_at_start(mode.keep_on) or RandomState.now(device)
+    how: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "batch_size": batch_size, "schedule": schedule}
+    how |= {"generator": generator, "problem": problem, "clip_norm": clip_norm, "start": start}
+    training = _Training(student, train, outer, **how)
+    problem, whole, order, outer_batch = training.problem, training.whole, training.order, training.outer_batch
     if each and folder_of(mode.keep_on):
         raise MetaplError(f"keep_on={mode.keep_on!r} is the folder of one path; expected each=False, or None.")
-    # (K, B) examples, in shuffled passes.
-    draw = generator or torch.Generator().manual_seed(0)
-    passes = [torch.randperm(len(data), generator=draw) for _ in range(-(-steps * batch_size // len(data)))]
-    order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
-    ahead = Lookahead(lambda number: data[order[number]], steps=steps, schedule=schedule)
-    start = generators_at_start(mode.keep_on) or RandomState.now(first.device)
-    outer_batch = judged[torch.arange(len(judged))]
-    judging = [_of_example(problem, number) for number in range(len(judged))] if each else [problem]
+    ahead = Lookahead(lambda number: training.data[order[number]], steps=steps, schedule=schedule)
+    judging = [_of_example(problem, number) for number in range(training.judges)] if each else [problem]
     given: dict[str, Any] = {"clip_norm": clip_norm, "progress": progress}
     scores, losses = list[Tensor](), list[Tensor]()  # of each outer loss
     at_once = len(judging) if compile else 1
     if compile and each:  # as many as half of the memory that is free holds the cotangents of
         size = 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
-        at_once = max(1, min(at_once, int(SHARE * (free_bytes(first.device) or math.inf) / size)))
+        at_once = max(1, min(at_once, int(SHARE * (free_bytes(device) or math.inf) / size)))
     for begin in range(0, len(judging), at_once):
         if scores:
             start.restore()  # the dropout masks of the same training
@@ -239,27 +235,152 @@ def attribute(
             given |= {"outer": outer_batch, "inner": ahead, "mode": mode, "inner_optimizer": whole}
             eager = hypergradient(None, student, problem=own[0], **given)
             feedback, L, theta, kept = eager.feedback, eager.outer_loss, eager.student_params, eager.kept
-        found = wide(first.new_zeros(len(data), len(own)))
-        for chosen, h in zip(order.to(first.device), feedback, strict=True):
+        found = wide(next(student.parameters()).new_zeros(len(training.data), len(own)))
+        for chosen, h in zip(order.to(device), feedback, strict=True):
             found.index_add_(0, chosen, h.reshape(len(own), -1).T.to(found))  # h is (B,), or (M, B)
         scores += found.T.unbind()
         losses += L.flatten().unbind()
 
-    # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
-    left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
-    begun = copy.deepcopy((student, whole), {id(t): t.detach() for t in left})
-    options: Sequence[Any] = [[]] * steps if schedule is None else options_by_step(whole, schedule, steps)
-    kind = first.device.type  # in the precision of the scores, wherever it is called
-    how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
-
     def losses_with(weights: Tensor) -> Tensor:
-        """The same training once more, with other weights of the examples, (N,), by a plain loop: the outer loss."""
-        network, again = copy.deepcopy(begun)
-        weights_of = trainable(network)
-        rule = update_of(again, weights_of)
-        with replayed(start), torch.enable_grad(), torch.autocast(kind, **how):
-            for chosen, of_step in zip(order, options, strict=True):
-                batch = data[chosen]
+        found = training.repeated(weights, judging)[1]
+        return found if each else found[0]
+
+    by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
+    return Attribution(by_loss, order, L, theta, kept, losses_with)
+
+
+class Metasmoothness(NamedTuple):
+    """The result of :func:`metasmoothness`: the agreement, in [-1, 1], and the outer loss of each training, (3,)."""
+
+    agreement: float
+    outer_loss: Tensor
+
+
+def metasmoothness(
+    student: nn.Module,
+    train: Any,
+    outer: Any,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    steps: AtLeastOne,
+    batch_size: AtLeastOne,
+    schedule: Schedule | None = None,
+    generator: torch.Generator | None = None,
+    problem: Problem | None = None,
+    clip_norm: AboveZero | None = None,
+    step: AboveZero = 0.1,
+    direction: Tensor | None = None,
+    progress: bool = True,
+) -> Metasmoothness:
+    r"""Whether derivatives through a training say what other weights of its examples do: three plain trainings.
+
+    .. math:: \hat S = \sum_j \frac{|\theta_{2h} - \theta_0|_j}{\|\theta_{2h} - \theta_0\|_1}\,
+              \mathrm{sign}(\theta_h - \theta_0)_j\, \mathrm{sign}(\theta_{2h} - \theta_h)_j,
+              \qquad \theta_h = \theta_K(w = 1 + h v)
+
+    θ_h − θ_0 and θ_2h − θ_h are, times h, the derivatives of the trained weights along v at two places h apart, by
+    differences. Each weight says whether both have the same sign, and counts by how far it moves in all. A training
+    whose result is linear in the weights of its examples has 1; where the two derivatives have nothing to do with each
+    other it is near 0, and a derivative at w = 1 says nothing of weights that are h away.
+
+    Args:
+        student, train, outer, optimizer, steps, batch_size, schedule, generator, problem, clip_norm, progress: as for
+            :func:`attribute`.
+        step: h.
+        direction: v, as many numbers as there are training examples, (N,); default: standard normal ones, by
+            ``torch.Generator().manual_seed(0)``. With -1 for some examples and 0 for the others, and h = 0.5, the third
+            training is the one without them.
+
+    Returns: a :class:`Metasmoothness`.
+
+    Cost: three plain trainings, and two more copies of the weights. No derivative is taken.
+
+    Raises: :class:`metapl.MetaplError` for other data, and where no weight moves along v, or one to no number.
+
+    >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
+    >>> student = nn.Linear(4, 3)
+    >>> optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    >>> found = metasmoothness(student, (x, y), (x, y), optimizer=optimizer, steps=5, batch_size=6)
+    >>> found.agreement > 0.9, found.outer_loss.shape
+    (True, torch.Size([3]))
+
+    Source: definition 2 of metagradient descent (Engstrom et al., 2025), whose metaparameters are here the weights.
+    """
+    check_arguments(metasmoothness, locals())
+    how: dict[str, Any] = {"optimizer": optimizer, "steps": steps, "batch_size": batch_size, "schedule": schedule}
+    how |= {"generator": generator, "problem": problem, "clip_norm": clip_norm}
+    training = _Training(student, train, outer, **how)
+    if direction is None:
+        direction = torch.randn(len(training.data), generator=torch.Generator().manual_seed(0))
+    trained, losses = list[dict[str, Tensor]](), list[Tensor]()
+    with counted(progress, 3, "trainings", 0) as tell:
+        for number in range(3):
+            params, (loss,) = training.repeated(1 + number * step * direction, [training.problem])
+            trained.append(params)
+            losses.append(loss)
+            tell(training.order)
+    same = total = 0.0
+    for t0, t1, t2 in zip(*(params.values() for params in trained), strict=True):
+        moved = (t2 - t0).abs()
+        same += float((moved * (t1 - t0).sign() * (t2 - t1).sign()).double().sum())
+        total += float(moved.double().sum())
+    if not 0 < total < math.inf:
+        raise MetaplError(
+            f"the direction moves the student's weights by {total:g} in all; expected a training that ends in numbers, "
+            "and a direction of some examples that it takes."
+        )
+    return Metasmoothness(same / total, torch.stack(losses))
+
+
+class _Training:
+    """A training on weighted examples, as :func:`attribute` is given it, which can be repeated."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        train: Any,
+        outer: Any,
+        *,
+        optimizer: Any,
+        steps: int,
+        batch_size: int,
+        schedule: Schedule | None,
+        generator: torch.Generator | None,
+        problem: Problem | None,
+        clip_norm: float | None,
+        start: RandomState | None = None,
+    ) -> None:
+        first = next(student.parameters())
+        self.data, judged = _Rows(train, "train", first), _Rows(outer, "outer", first)
+        self.problem, self.whole, self.clip_norm = problem or EQUAL_WEIGHTS, as_one(optimizer, "optimizer"), clip_norm
+        if type(self.problem).signal is not EqualWeights.signal:  # a score is a derivative in weights that are 1
+            raise MetaplError(
+                f"problem is {type(self.problem).__name__}; expected a subclass of EqualWeights with its signal."
+            )
+        # (K, B) examples, in shuffled passes.
+        draw, rows = generator or torch.Generator().manual_seed(0), len(self.data)
+        passes = [torch.randperm(rows, generator=draw) for _ in range(-(-steps * batch_size // rows))]
+        self.order = torch.cat(passes)[: steps * batch_size].view(steps, batch_size)
+        self.judges, self.outer_batch = len(judged), judged[torch.arange(len(judged))]
+        # What a hook or a forward has left in a module, such as a weight that weight_norm made, may have a graph.
+        left = [t for part in student.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+        self.begun = copy.deepcopy((student, self.whole), {id(t): t.detach() for t in left})
+        self.start = start or RandomState.now(first.device)
+        self.options: Sequence[Any] = [[]] * steps
+        if schedule is not None:
+            self.options = options_by_step(self.whole, schedule, steps)
+        kind = first.device.type  # in the precision of the scores, wherever it is called
+        how: dict[str, Any] = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        self.autocast = partial(torch.autocast, kind, **how)
+
+    def repeated(self, weights: Tensor, judging: Sequence[Problem]) -> tuple[dict[str, Tensor], Tensor]:
+        """The training, with weights of the examples, (N,), by a plain loop: θ_K by name, and its outer losses."""
+        network, again = copy.deepcopy(self.begun)
+        weights_of, problem = trainable(network), self.problem
+        rule, device = update_of(again, weights_of), self.start.device
+        with replayed(self.start), torch.enable_grad(), self.autocast():
+            for chosen, of_step in zip(self.order, self.options, strict=True):
+                batch = self.data[chosen]
                 for group, own in zip(again.param_groups, of_step, strict=False):
                     group.update(own)
                 again.zero_grad()
@@ -267,20 +388,17 @@ def attribute(
                 outputs = wide(network(problem.student_input(batch)))
                 signal = Signal(weights.to(outputs)[chosen])
                 problem.inner_loss(outputs, signal, batch, dict(network.named_parameters())).mean().backward()
-                if clip_norm is not None:
-                    nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+                if self.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
                 rule.exactly(weights_of, {name: p.grad for name, p in weights_of.items() if p.grad is not None})
             torch.clear_autocast_cache()
-            given = problem.outer_batch(outer_batch)
+            given = problem.outer_batch(self.outer_batch)
             # With the dropout masks of the outer loss that was differentiated.
-            with torch.no_grad(), replayed(RandomState.now(first.device).branch()):
+            with torch.no_grad(), replayed(RandomState.now(device).branch()):
                 outputs = wide(network(problem.outer_input(given)))
                 pairs = [sum_and_weight(own.outer_loss(outputs, given)) for own in judging]
-        found = torch.stack([total / weight for total, weight in pairs])
-        return found if each else found[0]
-
-    by_loss, L = (torch.stack(scores), torch.stack(losses)) if each else (scores[0], losses[0])
-    return Attribution(by_loss, order, L, theta, kept, losses_with)
+        params = {name: p.detach() for name, p in weights_of.items()}
+        return params, torch.stack([total / weight for total, weight in pairs])
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import metapl
-from metapl import MetaplError, attribute
+from metapl import MetaplError, attribute, metasmoothness
 from metapl.execution.rng import RandomState, replayed
 from metapl.problems import EqualWeights
 from metapl.training.attribution import Attribution
@@ -160,6 +161,36 @@ def test_what_small_removals_do_is_predicted() -> None:
     assert agreement.spearman > 0.95
     assert agreement.pearson > 0.98
     assert error(agreement.predicted, agreement.retrained) < 0.3
+
+
+def test_metasmoothness_is_its_definition_and_falls_with_the_rate() -> None:
+    v, agreements = torch.linspace(-1, 1, N, dtype=torch.float64), dict[float, float]()
+    order = found(student(), steps=30).order
+    for rate in (0.02, 2.0):
+        network = student()
+        given: dict[str, Any] = {"steps": 30, "batch_size": 8, "step": 0.2, "direction": v}
+        inner = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
+        smooth = metasmoothness(network, TRAIN, OUTER, optimizer=inner, **given)
+        trained, losses = [], []
+        for h in (0.0, 0.2, 0.4):
+            plain = copy.deepcopy(network)
+            optimizer = torch.optim.SGD(plain.parameters(), lr=rate, momentum=0.9)
+            for chosen in order:
+                optimizer.zero_grad()
+                losses_of = F.cross_entropy(plain(TRAIN[0][chosen]), TRAIN[1][chosen], reduction="none")
+                ((1 + h * v)[chosen] * losses_of).mean().backward()
+                optimizer.step()
+            trained.append(nn.utils.parameters_to_vector(plain.parameters()).detach())
+            losses.append(F.cross_entropy(plain(OUTER[0]), OUTER[1]).detach())
+        d = (trained[2] - trained[0]).abs()
+        signs = [torch.sign(after - before) for before, after in itertools.pairwise(trained)]
+        assert smooth.agreement == pytest.approx(float((d / d.sum() * signs[0] * signs[1]).sum()), abs=1e-12)
+        assert error(smooth.outer_loss, torch.stack(losses)) < 1e-10
+        agreements[rate] = smooth.agreement
+    assert agreements[0.02] > 0.99
+    assert agreements[2.0] < 0.6
+    with pytest.raises(MetaplError, match="moves the student's weights by 0"):
+        metasmoothness(network, TRAIN, OUTER, optimizer=inner, **{**given, "direction": 0 * v})
 
 
 def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
