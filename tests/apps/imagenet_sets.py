@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy
 from PIL import Image
 
+from metapl.apps.evaluation.attacks import FLIPS_OF_ALEXNET
 from metapl.apps.evaluation.corruptions import CORRUPTIONS
-from metapl.apps.evaluation.measure import FLIPS_OF_ALEXNET
 
 WNIDS = tuple(f"n{1000000 + 37 * number:08}" for number in range(1000))
 """Names of ImageNet's form, in the order of the outputs."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metapl.apps.evaluation.measure import PGD_STEPS, attacked
+from metapl.apps.evaluation.attacks import PGD_STEPS, attacked
 
 torchattacks = pytest.importorskip("torchattacks")
 

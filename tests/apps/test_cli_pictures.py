@@ -123,67 +123,15 @@ def test_a_matrix_that_is_wider_than_a_terminal_has_shorter_heads() -> None:
     assert max(map(len, lists.splitlines())) <= 80
 
 
-def test_label_sets_in_every_form_and_by_hand(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    classes, taken = result(many / "run")["evaluation"]["classes"], predicted(many, capsys)
-    # By turns: right, right beside another, wrong, without a label.
-    other = {name: classes[(classes.index(one) + 1) % 30] for name, one in taken.items()}
-    sets = {
-        name: ([one], [other[name], one], [other[name]], [])[index % 4]
-        for index, (name, one) in enumerate(taken.items())
-    }
-    right, counted = (sum(index % 4 in kinds for index in range(90)) for kinds in ((0, 1), (0, 1, 2)))
-    by_number: list[list[int]] = [[] for _ in range(1008)]
-    for name, labels in sets.items():
-        by_number[int(name[-12:-4]) - 1] = [classes.index(label) for label in labels]
-    table = "file,labels\n" + "".join(f"{Path(name).name},{';'.join(labels)}\n" for name, labels in sets.items())
-    for content in (json.dumps(by_number), json.dumps(sets), table):
-        (tmp_path / "sets").write_text(content)
-        found = json.loads(said(capsys, "evaluate", many / "run", "--json", "--label-sets", tmp_path / "sets"))
-        assert found["multi_label"] == {"accuracy": right / counted, "n": counted, "without_label": 90 - counted}
-        assert found["accuracy"] == found["recorded_accuracy"]
-    text = said(capsys, "evaluate", many / "run", "--label-sets", tmp_path / "sets")
-    line = f"multi-label accuracy        {right / counted:.2%} of {counted} with a label ({90 - counted} have none)"
-    assert line in text.splitlines()
-
-
-def test_label_sets_that_do_not_fit_are_refused(many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sets = tmp_path / "sets.json"
-    for content, words in (
-        ([[0]] * 90, "a test file has the number"),
-        ({"0 plain/x.png": [0]}, "90 of the 90 test files do not have an entry"),
-    ):
-        sets.write_text(json.dumps(content))
-        assert words in refused(capsys, "evaluate", many / "run", "--label-sets", sets)
-    assert "cannot be read" in refused(capsys, "evaluate", many / "run", "--label-sets", tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:.* is left out")
-def test_a_test_picture_that_is_gone_does_not_shift_the_label_sets(
-    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sets, file = tmp_path / "sets.json", sorted((many / "data" / "test").rglob("*.png"))[7]
-    sets.write_text(json.dumps([[0]] * 1008))
+def test_a_test_picture_that_is_gone_is_told(many: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = sorted((many / "data" / "test").rglob("*.png"))[7]
     whole = file.read_bytes()
     file.write_bytes(whole[:40])
     try:
-        words = refused(capsys, "evaluate", many / "run", "--label-sets", sets)
-        assert "1 of the 90 test files cannot be read" in words
         assert " of 89, but " in said(capsys, "evaluate", many / "run")
     finally:
         file.write_bytes(whole)
-
-
-def test_label_sets_of_examples_without_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, sets = tmp_path / "run", tmp_path / "sets.json"
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["train", "digits", "--steps", "5", "--finetune-steps", "0", "--out", str(run)]) == 0
-    sets.write_text(json.dumps([list(range(10))] * 399 + [[]]))
-    text = said(capsys, "evaluate", run, "--label-sets", sets)
-    assert "multi-label accuracy        100.00% of 399 with a label (1 has none)" in text
-    sets.write_text(json.dumps([[0]] * 399))
-    assert "label sets for 399 examples, 399 of them with a label, and predictions of shape (400,)" in refused(
-        capsys, "evaluate", run, "--label-sets", sets
-    )
 
 
 def test_an_accuracy_on_validation_is_called_so(colored: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,9 +145,6 @@ def test_an_accuracy_on_validation_is_called_so(colored: Path, capsys: pytest.Ca
         found = json.loads(said(capsys, "evaluate", colored / "run", "--json", "--network", name))
         assert found["accuracy"] == found["recorded_accuracy"] == recorded[f"{name}_validation_accuracy"]
         assert found["measured_on"] == "validation"
-    (colored / "sets.json").write_text(json.dumps([[0]] * n))
-    line = refused(capsys, "evaluate", colored / "run", "--label-sets", colored / "sets.json")
-    assert "has no test set; give --test DIR" in line
 
 
 def test_a_run_of_a_gpu_is_looked_at_without_one(

@@ -1,4 +1,4 @@
-"""Weights, evaluations, label sets and runs whose descriptions are damaged or edited: each ends in words."""
+"""Weights, stored labels and runs whose descriptions are damaged or edited: each ends in words."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from command import refused, said
-from imagenet_sets import WNIDS, write_a
+from command import refused
 from safetensors.torch import save_file
-from tiny_runs import TINY, color_folders
+from tiny_runs import TINY
 
 from metapl.apps.commands import main
-from metapl.apps.evaluation import read_label_sets
-from metapl.apps.evaluation.imagenet import IMAGENET_A, Pictures, Subject, _frames, imagenet_a
 from metapl.apps.experiments.folder import RunFolder
+from metapl.apps.export import read_metadata
 from metapl.apps.labels import LabelStore, LabelWriter
 from metapl.apps.labels import files as layout
 from metapl.apps.networks import Architecture, load_weights
-from metapl.apps.pictures.reader import UnreadableImage
 from metapl.apps.recipes import Digits
 from metapl.apps.recipes.methods.noisy_student import networks_of
 from metapl.apps.recipes.settings import SelfTraining
-from metapl.apps.reports.robustness import draw_evaluations
 from metapl.errors import MetaplError
 
 TOLD: dict[str, Any] = {
@@ -39,11 +35,6 @@ TOLD: dict[str, Any] = {
     "classes": ["blue", "red"],
 }
 """What an exported file says of itself."""
-
-
-@pytest.fixture(scope="module")
-def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return color_folders(tmp_path_factory.mktemp("colors"), few=2, many=1)
 
 
 def _of(**changed: Any) -> dict[str, Any]:
@@ -73,18 +64,15 @@ def _of(**changed: Any) -> dict[str, Any]:
         (TOLD | {"center": 5}, "center is 5; expected a number in (0, 1]"),
     ],
 )
-def test_what_a_file_of_weights_says_of_itself(
-    told: Any, words: str | None, colors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_file_of_weights_says_of_itself(told: Any, words: str | None, tmp_path: Path) -> None:
     file, network = tmp_path / "model.safetensors", Architecture(**TOLD["architecture"]).create()
     save_file(network.state_dict(), file, {"metapl": told if isinstance(told, str) else json.dumps(told)})
-    command = ("evaluate", "--weights", file, "--test", colors / "test", "--json")
     if words is None:
-        assert json.loads(said(capsys, *command))["n"] == 4
-    else:
-        message = refused(capsys, *command)
-        assert words in message
-        assert "Expected .safetensors as metapl export writes it" in message
+        assert read_metadata(file) == told
+        return
+    with pytest.raises(MetaplError, match="metapl export") as error:
+        read_metadata(file)
+    assert words in str(error.value)
 
 
 def _cyclic(state: dict[str, Any]) -> dict[str, Any]:
@@ -109,83 +97,6 @@ def test_pickled_weights_that_are_not_dense_tensors(
         load_weights(network, tmp_path / "weights.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluations
-
-EVALUATION: dict[str, Any] = {
-    "n": 10,
-    "accuracy": 0.5,
-    "classes": ["a", "b"],
-    "corruptions": {"snow": {"error": 0.5, "accuracy_by_severity": [0.5] * 5}},
-    "attacks": {"pgd": {"2": 0.25}},
-    "imagenet_p": {"perturbations": {"tilt": {"flip_probability": 0.5}}},
-    "mean_corruption_error": 120.0,
-}
-
-
-def test_an_evaluation_of_attacks_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, content in (("a", EVALUATION), ("b", {k: v for k, v in EVALUATION.items() if k != "accuracy"})):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
-    message = refused(capsys, "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
-    assert "it has attacks, and no accuracy without them" in message
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({}, None),
-        ({"n": "x"}, "n is 'x'; expected a whole number"),
-        ({"n": -5}, "n is -5; expected a whole number of 1 or more"),
-        ({"interval": [0.5]}, "interval has 1 entries; expected 2"),
-        ({"interval": 0.5}, "interval is 0.5"),
-        ({"run": 3}, "run is 3"),
-        ({"classes": [[1]]}, "classes.0 is [1]"),
-        ({"accuracy": float("nan")}, "accuracy is nan"),
-        ({"accuracy": float("inf")}, "accuracy is inf"),
-        ({"accuracy": 10**400}, "accuracy is 1000"),
-        ({"accuracy": 17}, "accuracy is 17; expected a number in [0, 1]"),
-        ({"accuracy": -1}, "accuracy is -1"),
-        ({"accuracy": True}, "accuracy is True"),
-        ({"accuracy": None}, "accuracy is None; expected a number"),
-        ({"corruptions": []}, "corruptions is []"),
-        ({"corruptions": {"snow": {}}}, "an entry lacks its 'error'"),
-        ({"corruptions": {"sleet": {"error": 0.5}}}, "it is of sleet, which are not known"),
-        ({"attacks": {"pgd": {"1e-05": 0.5}}}, None),  # as --eps 0.00001 is written
-        ({"attacks": {"pgd": {"x": 0.5}}}, "attacks have ε = x; expected 0 to 255"),
-        ({"attacks": {"pgd": {"nan": 0.5}}}, "attacks have ε = nan"),
-        ({"attacks": {"p" * 5000: {"2": 0.5}}}, "which are not known"),
-        ({"imagenet_p": {"perturbations": {"tilt": 0.5}}}, "imagenet_p.perturbations.tilt is 0.5"),
-        ({"imagenet_a": []}, "imagenet_a is []; expected an object"),
-    ],
-)
-def test_evaluations_that_were_edited(
-    changed: dict[str, Any], words: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, content in (("a", EVALUATION), ("b", EVALUATION | changed)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text(json.dumps(content))
-    command, out = ("compare", tmp_path / "a", tmp_path / "b"), tmp_path / "out"
-    if words is None:
-        assert "PGD, ε = 2/255" in said(capsys, *command)
-        return
-    message = refused(capsys, *command, "--out", out)
-    assert f"{tmp_path / 'b' / 'evaluation.json'} is damaged: " in message
-    assert words in message
-    assert not out.exists()
-
-
-def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
-    draw_evaluations(tmp_path / "page.png", {"caf\udce9": EVALUATION, "b\n": EVALUATION}, "a\udcff")
-    assert (tmp_path / "page.png").is_file()
-
-
-def test_an_evaluation_of_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text("[" * 100_000)
-    assert "it is nested too deeply" in refused(capsys, "compare", tmp_path / "a", tmp_path / "b")
-
-
 def test_a_place_that_nothing_can_be_written_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,24 +112,6 @@ def test_a_place_that_nothing_can_be_written_to(
 
     monkeypatch.setattr(Path, "mkdir", refusing)
     assert "Permission denied" in refused(capsys, "evaluate", tmp_path / "no run", "--out", tmp_path / "new" / "x")
-
-
-# ---------------------------------------------------------------------------------------------------------- label sets
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (f"[[{'9' * 5000}]]", "cannot be read: Exceeds the limit"),
-        (json.dumps([["9" * 5000]]), "are not among the run's"),
-        (f"file,labels\n{'a' * 200_000},0\n", "cannot be read: field larger than field limit"),
-    ],
-    ids=["number", "text", "cell"],
-)
-def test_label_sets_of_endless_numbers_and_cells(content: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "sets").write_text(content)
-    with pytest.raises(MetaplError, match=words):
-        read_label_sets(tmp_path / "sets", ("a", "b"), ["0.png"])
 
 
 # ------------------------------------------------------------------------------------------------------ stored labels
@@ -256,25 +149,6 @@ def test_examples_that_do_not_count(tmp_path: Path) -> None:
         writer.add([1, 2], torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
     with pytest.raises(MetaplError, match="is not a part as store"):
         _resealed(tmp_path / "store", "copies", lambda column: [1, -1]).rows_with_copies()
-
-
-# ------------------------------------------------------------------------------------------------- ImageNet's test sets
-
-
-def test_a_set_that_is_half_unpacked(tmp_path: Path) -> None:
-    """A folder without pictures would shift the outputs of all others, where folders go by their number."""
-    root = write_a(tmp_path / "a", IMAGENET_A)
-    shutil.rmtree(root / WNIDS[IMAGENET_A[0]])
-    (root / "zzz").mkdir()
-    subject = Subject(torch.nn.Identity(), Pictures(16), None, 1000, imagenet=True)
-    with pytest.raises(MetaplError, match="1 class folder without a picture: zzz"):
-        imagenet_a(subject, root)
-
-
-def test_a_pipe_among_the_videos(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "v.mp4")
-    with pytest.raises(UnreadableImage, match="it is a pipe"):
-        next(_frames(tmp_path / "v.mp4", Pictures(16)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -19,7 +19,6 @@ from special_files import bound, device
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.commands import main
-from metapl.apps.evaluation import read_label_sets
 from metapl.apps.experiments.accuracies import parse_seeds
 from metapl.apps.experiments.folder import RunFolder
 from metapl.apps.pictures.check import check_folders, same_pictures, verify_files
@@ -72,8 +71,6 @@ def test_every_reader_refuses_what_is_not_a_plain_file(kind: str, tmp_path: Path
                 read(path)
         with pytest.raises(MetaplError, match=REASON[kind]):
             csv_rows(path, 2, 1.0)
-        with pytest.raises(MetaplError, match=REASON[kind]):
-            read_label_sets(path, ["a", "b"], None)
         with pytest.raises(MetaplError, match=REASON[kind]):
             Split.load(path, torch.zeros(1).long(), torch.zeros(1).long())
         verified = verify_files(scan_unlabeled(tmp_path))

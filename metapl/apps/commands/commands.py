@@ -31,7 +31,6 @@ COMMANDS = {
 
 # Flags that make another command of one.
 BY_FLAG = {"ablate": ("--factory", "ablate.AblateFactory")}
-BY_FLAG |= {"evaluate": ("--weights", "evaluate_weights.EvaluateWeights")}
 
 # First words that make another command of one whose first word is else a folder.
 BY_WORD = {"attribute": (("images", "noisy"), "attribute.OF_RECIPES")}

@@ -160,6 +160,12 @@ def jpeg_compression(x: Picture, rng: Generator, quality: int) -> Picture:
     return _levels(Image.open(file))
 
 
+SNOW = (
+    *((0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7)),
+    *((0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
+)
+ELASTICS = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
+
 # Kinds of damage with what each takes at its five severities, in the order of ImageNet-C: noise, blur, weather and
 # digital. The place of a kind enters the seed of its draws: moving one changes the damage of all that move with it.
 CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
@@ -170,24 +176,12 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Picture], tuple[Any, ...]]] = {
     "glass_blur": (glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
     "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
     "zoom_blur": (zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),
-    "snow": (
-        snow,
-        (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-        ),
-    ),
+    "snow": (snow, SNOW),
     "frost": (frost, ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
     "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))),
     "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "elastic_transform": (
-        elastic_transform,
-        ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)),
-    ),
+    "elastic_transform": (elastic_transform, ELASTICS),
     "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
     "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7)),
 }

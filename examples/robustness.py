@@ -1,0 +1,295 @@
+"""A network on ImageNet's released test sets, as JSON: python examples/robustness.py runs/imagenet --imagenet-a DIR
+
+    ImageNet-A  --imagenet-a DIR   DIR/<class>/<picture>: 200 folders, called as ImageNet's classes (n01498041)
+    ImageNet-C  --imagenet-c DIR   DIR/<corruption>/<severity>/<class>/<picture>, the corruptions also inside noise/ ...
+    ImageNet-P  --imagenet-p DIR   DIR/<perturbation>/<class>/<sequence>.mp4, or a folder of frames for each video
+    ReaL        --test DIR --real real.json   DIR/<class>/ILSVRC2012_val_<number>.JPEG, and all right outputs of each
+
+The network is that of a run, or of a file of weights: a model.safetensors of ``metapl export`` says what it is of; of
+any other, ``--network resnet50`` (metapl's own, torchvision's, timm:NAME) says it, and pictures are read as timm or
+torchvision evaluate it. Class folders are found among the network's classes by name; of a network of a thousand outputs
+whose names are others or unknown, all folders of a set are taken in the order of their names, which is ImageNet's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.apps.errors import require_extra
+from metapl.apps.evaluation.attacks import (
+    ALEXNET,
+    FLIPS_OF_ALEXNET,
+    by_severity,
+    flip_probability,
+    relative_to,
+)
+from metapl.apps.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from metapl.apps.experiments.folder import load_run
+from metapl.apps.export import read_metadata
+from metapl.apps.machine.cores import available_cores
+from metapl.apps.machine.sealed import refuse_irregular
+from metapl.apps.networks import Architecture, head_outputs, load_weights, normalized
+from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
+from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, fitted, read_image
+from metapl.apps.recipes.image_recipe import IMAGENET
+from metapl.errors import MetaplError, few, reason_of
+from metapl.metrics import Evaluation, evaluate_logits
+from metapl.metrics.predictions import logits_of
+
+OUTPUTS = 1000  # ImageNet's
+# Which of them the 200 folders of ImageNet-A are, in the order of both, as its authors publish it
+# (hendrycks/natural-adv-examples, eval.py).
+_OF_A = """
+6 11 13 15 17 22 23 27 30 37 39 42 47 50 57 70 71 76 79 89 90 94 96 97 99 105 107 108 110 113 124 125 130 132
+143 144 150 151 207 234 235 254 277 283 287 291 295 298 301 306 307 308 309 310 311 313 314 315 317 319 323 324
+326 327 330 334 335 336 347 361 363 372 378 386 397 400 401 402 404 407 411 416 417 420 425 428 430 437 438 445
+456 457 461 462 470 472 483 486 488 492 496 514 516 528 530 539 542 543 549 552 557 561 562 569 572 573 575 579
+589 606 607 609 614 626 627 640 641 642 643 658 668 677 682 684 687 701 704 719 736 746 749 752 758 763 765 768
+773 774 776 779 780 786 792 797 802 803 804 813 815 820 823 831 833 835 839 845 847 850 859 862 870 879 880 888
+890 897 900 907 913 924 932 933 934 937 943 945 947 951 954 956 957 959 971 972 980 981 984 986 987 988
+"""
+IMAGENET_A = tuple(map(int, _OF_A.split()))
+ARCHIVES = ("", "noise", "blur", "weather", "digital", "extra")  # in which the parts of -C and -P may lie
+AT_ONCE = 64  # pictures in a pass
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network that gives logits (B, K) of pictures (B, C, side, side) in [0, 1], of which the middle is looked at."""
+
+    network: nn.Module
+    side: int
+    classes: Sequence[str] | None  # None: names are not known
+    outputs: int
+    grey: bool = False
+    center: float = 1.0  # share of the sides; pictures of ImageNet-C and -P were released as crops
+
+    def read(self, path: Path) -> Tensor:
+        size, center = (self.side, self.side), self.center
+        return in_unit_range(read_image(path, mode="L" if self.grey else "RGB", size=size, center=center))
+
+    def outputs_of(self, root: Path, folders: Sequence[str], published: Sequence[int] = range(OUTPUTS)) -> list[int]:
+        """The output that each class folder is, by its name, or by its place among the ``published`` ones."""
+        known = {name: output for output, name in enumerate(self.classes or ())}
+        if unknown := [name for name in folders if name not in known]:
+            if self.outputs == OUTPUTS and len(folders) == len(published):
+                return list(published)
+            raise MetaplError(
+                f"{root}: it is not known which of the network's {self.outputs:,} outputs {few(unknown, 3)} stand for; "
+                f"expected folders called as its classes, or all {len(published):,} of the set and of ImageNet."
+            )
+        return [known[name] for name in folders]
+
+    def logits(self, paths: Sequence[Path]) -> Tensor:
+        """Of pictures in files, (N, K)."""
+        with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes without Python's lock
+            pieces = (pool.map(self.read, paths[at : at + AT_ONCE]) for at in range(0, len(paths), AT_ONCE))
+            return torch.cat([logits_of(self.network, [torch.stack([*piece])]) for piece in pieces])
+
+
+def of_run(folder: Path) -> Subject:
+    """The network that a run delivers."""
+    run = load_run(folder)
+    recipe: Any = run.recipe
+    if not hasattr(recipe, "image_size"):
+        raise MetaplError(f"{folder} is of {recipe.name}; expected a run on pictures in files.")
+    network = run.network(run.name("delivered")).eval().to(run.device)
+    return Subject(network, recipe.image_size, recipe.classes, len(recipe.classes), recipe.grey, recipe.center)
+
+
+def of_weights(file: Path, name: str | None, size: int | None) -> Subject:
+    """A network of a file of weights, by what the file says, or by the name and the library that has it."""
+    told = {key: value for key, value in read_metadata(file).items() if value is not None}
+    side, middle, (mean, std) = 224, 224 / 256, IMAGENET  # as torchvision evaluates its own
+    if "architecture" in told:
+        network = replace(Architecture(**told["architecture"]), dropout=0.0, stochastic_depth=0.0)
+        side, middle = network.image_size or side, told.get("center", 1.0)
+        mean, std = (told.get("normalization", {}).get(key) for key in ("mean", "std"))
+    else:
+        if name is None:
+            raise MetaplError(f"{file} does not say which network it is of; expected --network NAME, such as resnet50.")
+        network = Architecture(name=name, num_classes=OUTPUTS, in_channels=3, image_size=size)
+        with torch.device("meta"):
+            module = network.family.build(network)
+        if network.library == "timm":
+            evaluated: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
+            side, middle = evaluated.get("input_size", (3, side, side))[-1], evaluated.get("crop_pct") or middle
+            mean, std = evaluated.get("mean", mean), evaluated.get("std", std)
+        elif network.library == "metapl":
+            raise MetaplError(f"{file} does not say how its pictures are normalized; expected one of metapl export.")
+        outputs = head_outputs(file, network.family.heads(module))
+        if outputs is None:
+            raise MetaplError(f"{file} has no tensors of {few(network.family.heads(module))}, the head of {name}.")
+        network = replace(network, num_classes=outputs)
+    network = replace(network, image_size=size or network.image_size)
+    module = network.create()
+    load_weights(module, file, adapt=network.family.adapt)
+    module = (module if mean is None else normalized(module, mean, std)).eval()
+    module = module.to("cuda" if torch.cuda.is_available() else "cpu")
+    return Subject(module, size or side, told.get("classes"), network.num_classes, network.in_channels == 1, middle)
+
+
+def visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def figures(found: Evaluation) -> dict[str, Any]:
+    kept = ("n", "accuracy", "top5", "negative_log_likelihood", "expected_calibration_error")
+    return {name: getattr(found, name) for name in kept}
+
+
+def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
+    """Accuracy and calibration on 200 class folders, by the outputs of these classes alone.
+
+    Source: Hendrycks et al. (CVPR 2021), "Natural Adversarial Examples"; Noisy Student, appendix A.5.
+    """
+    files = filled(root)
+    outputs = subject.outputs_of(root, files.classes, IMAGENET_A)
+    logits = subject.logits([*map(Path, files.paths())])[:, outputs]
+    return figures(evaluate_logits(logits, torch.tensor(files.labels)))
+
+
+def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
+    """Accuracies by corruption and severity, and mCE where all fifteen are there."""
+    folders = parts(root, CORRUPTIONS, "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
+    found = {name: [filled(folder / str(severity)) for severity in SEVERITIES] for name, folder in folders.items()}
+    n, accuracies = 0, dict[str, list[float]]()
+    for name, sets in found.items():
+        for files in sets:
+            outputs = torch.tensor(subject.outputs_of(files.root, files.classes))
+            guesses = replace(subject, center=1.0).logits([*map(Path, files.paths())]).argmax(1)
+            right = guesses == outputs[torch.tensor(files.labels)]
+            accuracies.setdefault(name, []).append(float(right.double().mean()))
+            n += len(files)
+    measured = by_severity(accuracies)
+    errors = {name: kind["error"] for name, kind in measured["corruptions"].items()}
+    mce = relative_to(ALEXNET, errors) if subject.outputs == OUTPUTS else None
+    return {"n": n, **measured, "mean_corruption_error": mce}
+
+
+def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
+    """How often predictions change along the sequences, in videos or in folders of frames, and mFR."""
+    folders = parts(root, FLIPS_OF_ALEXNET, "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
+    flips, sequences, frames, right = dict[str, float](), 0, 0, 0
+    for name, folder in folders.items():
+        found = [path for kind in visible(folder) if kind.is_dir() for path in visible(kind)]
+        found = [path for path in found if path.is_dir() or path.suffix.lower() == ".mp4"]
+        if not found:
+            raise MetaplError(f"{folder} has no sequence; expected a folder a class, of .mp4 or folders of frames.")
+        classes = sorted({path.parent.name for path in found})
+        output = dict(zip(classes, subject.outputs_of(folder, classes), strict=True))
+        predictions: list[list[int]] = []
+        for path in found:
+            inputs, taken = frames_of(path, replace(subject, center=1.0)), list[int]()
+            while piece := [*islice(inputs, AT_ONCE)]:
+                taken += logits_of(subject.network, [torch.stack(piece)]).argmax(1).tolist()
+            predictions.append(taken)
+            right += taken.count(output[path.parent.name])
+            frames += len(taken)
+        flips[name] = flip_probability(predictions, name)
+        sequences += len(predictions)
+    rate = relative_to(FLIPS_OF_ALEXNET, flips) if subject.outputs == OUTPUTS else None
+    about = {"sequences": sequences, "frames": frames, "accuracy": right / frames}
+    return {**about, "flip_probability": flips, "mean_flip_rate": rate}
+
+
+def frames_of(path: Path, subject: Subject) -> Iterator[Tensor]:
+    """The frames of a sequence in their order; a folder's by the numbers in their names, 9 before 10."""
+    if path.is_dir():
+        files = [file for file in visible(path) if file.suffix.lower() in SUFFIXES]
+        numbers = {file: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", file.name)] for file in files}
+        yield from map(subject.read, sorted(files, key=numbers.__getitem__))
+        return
+    require_extra("video", f"{path} is a video; in its place may stand a folder of its frames, or get", "av")
+    import av
+
+    try:
+        refuse_irregular(path)  # to open a pipe waits for ever
+        with av.open(str(path)) as video:
+            decoded: Iterator[Any] = video.decode(video=0)
+            for frame in decoded:
+                size = (subject.side, subject.side)
+                yield in_unit_range(fitted(frame.to_image(), mode="L" if subject.grey else "RGB", size=size))
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise UnreadableImage(path, f"the video cannot be decoded ({reason_of(error)})") from error
+
+
+def parts(root: Path, names: Iterable[str], example: str) -> dict[str, Path]:
+    """The folders of a set's parts that are there, in the order of ``names``."""
+    places = [root / archive for archive in ARCHIVES]
+    found = {name: place / name for name in names for place in places if (place / name).is_dir()}
+    if not found:
+        raise MetaplError(f"{root} has none of the folders of the set, {few(names, 20)}; expected {root / example}.")
+    return found
+
+
+def filled(root: Path) -> LabeledFiles:
+    """Class folders, each with a picture: those of a set that is half unpacked would stand for other outputs."""
+    files = scan_labeled(root)
+    if empty := [name for name, count in files.counts().items() if not count]:
+        raise MetaplError(f"{root} has class folders without a picture: {few(empty)}; unpack the set again.")
+    return files
+
+
+def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str, Any]:
+    """Share of predictions among the right outputs of a picture; pictures without one do not count.
+
+    Source: Beyer et al. 2020, "Are we done with ImageNet?", section 3.1.
+    """
+    entries = json.loads(file.read_text())
+    numbers = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem) for path in paths]
+    if unknown := [p.name for p, n in zip(paths, numbers, strict=True) if not n or not 0 < int(n[1]) <= len(entries)]:
+        raise MetaplError(
+            f"{file} has no entry of {few(unknown)}; expected ILSVRC2012_val_<number>, 1 to {len(entries)}."
+        )
+    sets = [entries[int(number[1]) - 1] for number in numbers if number]
+    hits = [guess in right for guess, right in zip(guesses, sets, strict=True) if right]
+    return {"accuracy": sum(hits) / len(hits), "n": len(hits), "without_label": len(sets) - len(hits)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", type=Path, metavar="RUN_OR_WEIGHTS")
+    parser.add_argument("--network", dest="name", metavar="NAME", help="of a file that does not say it")
+    parser.add_argument("--image-size", type=int, help="side in pixels")
+    for flag in ("--test", "--real", "--imagenet-a", "--imagenet-c", "--imagenet-p"):
+        parser.add_argument(flag, type=Path)
+    given = parser.parse_args()
+    found: dict[str, Any] = {"network": str(given.network)}
+    try:
+        if given.network.is_dir():
+            subject = of_run(given.network)
+        else:
+            subject = of_weights(given.network, given.name, given.image_size)
+        if given.test:
+            files = scan_labeled(given.test)
+            outputs = torch.tensor(subject.outputs_of(given.test, files.classes))
+            paths = [*map(Path, files.paths())]
+            logits = subject.logits(paths)
+            found |= figures(evaluate_logits(logits, outputs[torch.tensor(files.labels)]))
+            if given.real:
+                found["real"] = real(given.real, paths, logits.argmax(1).tolist())
+        if given.imagenet_a:
+            found["imagenet_a"] = imagenet_a(subject, given.imagenet_a)
+        for name, of in (("imagenet_c", imagenet_c), ("imagenet_p", imagenet_p)):
+            if folder := getattr(given, name):
+                found[name] = of(subject, folder)
+    except MetaplError as error:
+        parser.error(str(error))
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
