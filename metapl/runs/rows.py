@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,13 @@ class Metrics:
             raise MetaplError(f"{self.file} cannot be read: {error.strerror}.") from error
         return [row for row in map(_row, lines) if row is not None and phase in (None, row["phase"])]
 
-    def cut(self, phase: str, step: int, then: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows, at once with ``then``."""
+    def cut(self, phase: str, step: int) -> None:
+        """Forget rows of ``phase`` after ``step``, and go on behind the other phases' rows."""
         rows = sorted(self.rows(), key=lambda row: bool(row["phase"] == phase))
         if not rows and self.file.exists() and self.file.stat().st_size:
             raise MetaplError(f"{self.file} has no rows of a run, and is another's; expected another folder.")
         with replacing(self.file) as file:
             file.writelines(_line(row) for row in rows if row["phase"] != phase or row["step"] <= step)
-            file.writelines(map(_line, then))
 
     def add(self, row: Mapping[str, Any]) -> None:
         with self.file.open("ab") as file:

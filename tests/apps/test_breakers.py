@@ -108,16 +108,13 @@ def changed(folder: Path, text: str) -> None:
     [
         (f'"student_test_accuracy": {HUGE}', "student_test_accuracy is 1000"),
         (f'"validation_chance": {HUGE}', "validation_chance is 1000"),
-        ('"finetuned_with": {}', "of finetuned_with, it does not say steps"),
-        ('"finetuned_with": {"steps": 4}', "of finetuned_with, it does not say lr"),
-        ('"finetuned_with": {"steps": 4, "lr": -1}', "of finetuned_with, lr is -1; expected a number of 0 or more"),
         ('"validation_size": -1', "validation_size is -1; expected a whole number of 0 or more"),
     ],
 )
 def test_a_result_that_was_edited(text: str, words: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changed(run, text)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    said_of_it = refused(capsys, "finetune", run)
+    said_of_it = refused(capsys, "evaluate", run)
     assert "result.json is damaged" in said_of_it
     assert words in said_of_it
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

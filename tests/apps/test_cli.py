@@ -5,22 +5,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from command import loaded_elsewhere, metapl, process, refusal, refused, reseal, result, rows, said, unsealed
-from forked import Forked
+from command import loaded_elsewhere, metapl, process, refusal, refused, reseal, result, rows, said
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -28,8 +23,6 @@ from sklearn.datasets import load_digits
 from metapl.apps.commands import main
 from metapl.apps.experiments.folder import weights_file
 from metapl.apps.recipes import Digits
-from metapl.apps.recipes.methods import titled
-from metapl.apps.reports import Gallery, draw_grid
 from metapl.metrics import Evaluation, interval
 
 SHORT = ("--steps", "300", "--finetune-steps", "20")
@@ -208,8 +201,6 @@ def test_predict_refuses_what_is_not_there_before_it_writes(
     assert "no file in" in refused(capsys, "predict", trained, tmp_path)
     assert "is a folder" in refused(capsys, "predict", trained, image, "--out", tmp_path)
     assert "there is no folder" in refused(capsys, "predict", trained, image, "--out", missing / "out.csv")
-    assert "--grid" in refused(capsys, "predict", trained, image, "--grid", missing / "grid.png")
-    assert "a name that ends with .png" in refused(capsys, "predict", trained, image, "--grid", tmp_path / "grid.jpg")
 
 
 def test_a_network_that_a_run_does_not_have_is_refused_with_those_it_has(
@@ -225,65 +216,6 @@ def test_a_network_that_a_run_does_not_have_is_refused_with_those_it_has(
         assert f"--network teacher: {run} has no teacher.safetensors" in line
         assert "expected one of its networks: student, finetuned." in line
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Gallery]]]:
-    """The notes and groups of the grids that were drawn."""
-    found = []
-
-    def draw(path: Path, title: str, note: str, groups: list[Gallery]) -> None:
-        found.append((note, groups))
-        draw_grid(path, title, note, groups)
-
-    monkeypatch.setattr("metapl.apps.commands.predict.draw_grid", draw)
-    return found
-
-
-@pytest.mark.usefixtures("full_pages")
-def test_predict_draws_what_it_saw_and_does_not_read_the_drawing(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
-) -> None:
-    inputs = Path(shutil.copytree(pictures, tmp_path / "inputs"))
-    found = said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png")
-    ((note, groups),), predicted = drawn, rows(found)
-    assert "; 20 pictures, " in note
-    captions = {(group.title, caption) for group in groups for caption in group.captions}
-    assert captions == {
-        (row["class"], f"{float(row['probability']):.1%}\n{Path(row['file']).name}") for row in predicted
-    }
-    assert [group.title for group in groups] == sorted({row["class"] for row in predicted})
-    assert f"{len(groups)} of 10 classes predicted" in note
-    seen = {tuple(picture.flatten().tolist()) for group in groups for picture in group.pictures}
-    digits = torch.tensor(load_digits().images[:10]).float() / 16
-    assert {tuple((255 * digit).round().to(torch.uint8).flatten().tolist()) for digit in digits} <= seen
-    with Image.open(inputs / "grid.png") as image:
-        assert min(image.size) > 300
-    assert said(capsys, "predict", trained, inputs, "--grid", inputs / "grid.png") == found
-
-
-def test_a_grid_shows_the_extremes_of_every_class(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
-) -> None:
-    numpy.savetxt(tmp_path / "x.csv", load_digits().data[:300], delimiter=",")
-    grid, out = tmp_path / "grid.png", tmp_path / "out.csv"
-    text = said(capsys, "predict", trained, tmp_path / "x.csv", "--grid", grid, "--out", out)
-    assert text == f"300 predictions in {out}\n"
-    ((note, groups),), predicted = drawn, rows(out.read_text())
-    of = {
-        name: [float(row["probability"]) for row in predicted if row["class"] == name] for name in map(str, range(10))
-    }
-    assert [group.title for group in groups] == [name for name in of if of[name]]
-    assert max(map(len, of.values())) > 8
-    assert "of a class with more than 8: the 4 most and the 4 least probable" in note
-    for group in groups:
-        ranked = sorted(of[group.title], reverse=True)
-        expected = ranked if len(ranked) <= 8 else ranked[:4] + ranked[-4:]
-        assert [caption.partition("%")[0] for caption in group.captions] == [f"{100 * p:.1f}" for p in expected]
-        assert group.note == f"{len(ranked)} picture{'s' if len(ranked) != 1 else ''}"
-    (tmp_path / "torn.png").write_bytes(b"")
-    said(capsys, "predict", trained, tmp_path / "torn.png", "--grid", grid, code=1)
-    assert len(drawn) == 1
 
 
 def test_predict_gives_more_classes_and_all_probabilities(
@@ -336,76 +268,6 @@ def test_a_reader_that_goes_away_ends_predict_quietly(trained: Path, pictures: P
         assert process.wait() == 1
 
 
-def test_finetune_repeats_what_train_did(run: Path) -> None:
-    before, weights = unsealed(run), (run / "finetuned_student.safetensors").read_bytes()
-    metrics = (run / "metrics.jsonl").read_text()
-    text = metapl("finetune", run).stdout
-    assert (run / "finetuned_student.safetensors").read_bytes() == weights
-    assert (run / "metrics.jsonl").read_text() == metrics
-    assert unsealed(run) == before | {"finetuned_with": {"steps": 20, "lr": 0.02}}
-    assert text.count(f"{before['finetuned_test_accuracy']:.2%}") >= 2
-
-
-@pytest.mark.usefixtures("small_pages")
-def test_finetune_with_options_replaces_the_finetuned_student_alone(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    said(capsys, "finetune", run, "--steps", "30", "--lr", "0.1")
-    after = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    assert changed == {"finetuned_student.safetensors", "metrics.jsonl", "report.png", "result.json"}
-    assert result(run)["finetuned_with"] == {"steps": 30, "lr": 0.1}
-    for name in ("student", "teacher"):
-        assert result(run)[f"{name}_test_accuracy"] == json.loads(before["result.json"])[f"{name}_test_accuracy"]
-    for name in ("finetuned", "delivered"):
-        found = json.loads(said(capsys, "evaluate", run, "--json", "--network", name))
-        assert found["accuracy"] == found["recorded_accuracy"]
-    assert {name: found[name] for name in result(run)["evaluation"]} == result(run)["evaluation"]
-
-
-def test_finetuning_can_change_which_network_is_delivered(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By validation, as in training; what is said of the delivered one follows."""
-    # As if nothing but what is finetuned anew were any good, and then as if all else were better.
-    for recorded, expected in ((0.0, "finetuned"), (1.0, "student")):
-        edit(
-            run / "result.json",
-            lambda content, to=recorded: content.update(
-                student_validation_accuracy=to, teacher_validation_accuracy=to / 2
-            ),
-        )
-        text = said(capsys, "finetune", run, "--steps", "5", "--lr", "0.01")
-        found = result(run)
-        assert found["delivered"] == expected
-        assert f"delivered: {titled('mpl', expected)} (by validation" in text
-        assert found["test_accuracy"] == found["evaluation"]["accuracy"] == found[f"{expected}_test_accuracy"]
-        assert found["validation_accuracy"] == found[f"{expected}_validation_accuracy"]
-
-
-def test_finetune_that_is_stopped_leaves_the_run_as_it_was(run: Path) -> None:
-    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    environment = {**os.environ, "TMPDIR": str(run.parent)}
-    process = Forked(["finetune", run, "--steps", "10000000"], env=environment)
-    while process.poll() is None and not list(run.glob(".finetune-*/metrics.jsonl")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
-    assert error.strip() == f"metapl: stopped; {run} is as it was."
-    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
-    assert not list(run.glob(".finetune-*"))
-    assert not list(run.parent.glob("metapl*"))  # the temporary folder
-
-
-def test_finetune_refuses_comparisons_and_senseless_options(
-    trained: Path, compared: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert f"metapl finetune {compared}/{result(compared)['method']}/seed-" in refused(capsys, "finetune", compared)
-    assert "expected a whole number of 1 or more" in refused(capsys, "finetune", trained, "--steps", "0")
-    assert "expected a number above 0" in refused(capsys, "finetune", trained, "--lr", "-1")
-    assert "--lr: expected a number, got 'x'" in refused(capsys, "finetune", trained, "--lr", "x")
-
-
 @pytest.mark.long
 def test_export_of_digits_is_read_without_metapl(trained: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
@@ -439,18 +301,6 @@ def test_export_takes_the_student_that_a_comparison_delivers(
     assert one <= whole
     (tmp_path / "file").write_text("")
     assert "is a file; expected a folder" in refused(capsys, "export", compared, "--out", tmp_path / "file")
-
-
-@pytest.mark.long
-def test_export_of_what_was_finetuned_anew_says_how(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said(capsys, "finetune", run, "--steps", "7", "--lr", "0.5")
-    for name, expected in (("student", False), ("finetuned", True)):
-        said(capsys, "export", run, "--out", tmp_path / "out", "--network", name)
-        card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
-        recipe = json.loads(re.findall(r"```json\n(.*?)```", card, flags=re.DOTALL)[0])
-        assert recipe.get("finetuned_with") == ({"steps": 7, "lr": 0.5} if expected else None)
 
 
 def test_compare_pairs_the_runs_of_a_comparison(compared: Path, capsys: pytest.CaptureFixture[str]) -> None:

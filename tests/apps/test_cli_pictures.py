@@ -173,15 +173,6 @@ def test_a_name_does_not_reach_a_terminal_as_it_is(
     assert ("\x1b" in capsys.readouterr().out) != terminal
 
 
-@pytest.mark.usefixtures("small_pages")
-def test_predict_draws_pictures_in_color(colored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, "predict", colored / "run", colored / "many", "--grid", tmp_path / "grid.png")
-    assert len(rows(text)) == len(list((colored / "many").iterdir()))
-    with Image.open(tmp_path / "grid.png") as image:
-        colors = {color for _, color in image.convert("RGB").getcolors(2**24)}
-    assert (0, 0, 128) in colors  # navy, the ground of the pictures
-
-
 @pytest.mark.long
 def test_torchvision_alone_predicts_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     resnet = trained_on_colors(tmp_path / "resnet", "resnet18")

@@ -197,21 +197,6 @@ def test_a_signal_while_exporting_leaves_no_temporary_folder(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_finetune_that_is_killed_leaves_nothing_outside_the_run_and_the_next_tidies_up(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
-    process = Forked(["finetune", run, "--steps", "10000000"], env=environment)
-    wait_for(lambda: list(run.glob(".finetune-*/metrics.jsonl")), process)
-    process.kill()
-    process.communicate()
-    assert list((tmp_path / "tmp").iterdir()) == []
-    said(capsys, "finetune", run)
-    assert list(run.glob(".finetune-*")) == []
-
-
 INTERRUPTED_IMPORT = """
 import builtins, signal, sys
 real = builtins.__import__

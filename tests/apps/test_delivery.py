@@ -171,23 +171,6 @@ def test_a_model_card_without_accuracies_says_why(
     assert "| test | none |" in card
 
 
-def test_finetuning_again_needs_neither_validation_nor_test_pictures(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    train(capsys, pictures, run, *FIXED, "--method", "mpl")
-    before = unsealed(run)
-    assert before["delivered"] == "finetuned"
-    weights = (run / WEIGHTS["finetuned"]).read_bytes()
-    text = said(capsys, "finetune", run)
-    assert "no validation set; no test set was given" in text
-    assert "delivered: finetuned student (by rule)" in text
-    assert (run / WEIGHTS["finetuned"]).read_bytes() == weights
-    assert unsealed(run) == before | {"finetuned_with": {"steps": 2, "lr": 0.01}}
-    said(capsys, "finetune", run, "--lr", "0.1")
-    assert (run / WEIGHTS["finetuned"]).read_bytes() != weights
-
-
 def test_few_validation_pictures_are_reported_on_and_choose_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,7 +194,7 @@ def test_few_validation_pictures_are_reported_on_and_choose_nothing(
 def test_chance_on_validation_pictures_is_the_share_of_their_largest_class(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of classes that are uneven among them alone; when the run is finetuned again too."""
+    """Of classes that are uneven among them alone."""
     run, uneven = tmp_path / "run", tmp_path / "uneven"
     shutil.copytree(pictures / "few", uneven)
     for name in ("0.png", "1.png"):
@@ -219,8 +202,6 @@ def test_chance_on_validation_pictures_is_the_share_of_their_largest_class(
     text = train(capsys, pictures, run, *FIXED, "--val", str(uneven))
     assert "(n = 4, " in text
     assert "chance 75.0 %)" in text
-    assert result(run)["validation_chance"] == 0.75
-    said(capsys, "finetune", run)
     assert result(run)["validation_chance"] == 0.75
 
 

@@ -134,10 +134,6 @@ def test_the_run_is_evaluated_predicted_with_finetuned_and_exported(
     assert right == told["test_accuracy"]
     said(capsys, "export", run, "--out", tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").is_file()
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    said(capsys, "finetune", copy, "--steps", "2")
-    assert result(copy)["finetuned_with"]["steps"] == 2
     # A picture that was trained on says nothing of others, whichever folder it is from.
     other = tmp_path / "other"
     shutil.copytree(root / "noisy" / "bar", other / "bar")

@@ -323,14 +323,11 @@ def finetuned_with(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_finetuning_runs_as_the_recipe_does(
     finetuned_with: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a recipe and from the command: in its precision, in as many parts, compiled and clipped."""
+    """In its precision, in as many parts, compiled and clipped."""
     monkeypatch.setattr(Digits, "trainer_options", lambda self: {**EXECUTION, "compile": False})
     command = f"train digits --steps 2 --hidden 8 --validate-every 2 --finetune-steps 2 --out {tmp_path / 'run'}"
     assert main(command.split()) == 0
     assert finetuned_with == [{**EXECUTION, "compile": False}]
-    monkeypatch.setattr(Digits, "trainer_options", lambda self: EXECUTION)
-    assert main(["finetune", str(tmp_path / "run")]) == 0
-    assert finetuned_with[1:] == [EXECUTION]
 
 
 def test_finetuning_runs_as_the_trainer_does(finetuned_with: list[dict[str, Any]]) -> None:

@@ -60,27 +60,24 @@ def test_predict_replaces_no_file_that_it_reads(
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
     os.mkfifo(tmp_path / "pipe.png")
     before = content(tmp_path), content(run)
-    same = tmp_path / "both.png"
-    assert "--out and --grid are the same file" in refused(
-        capsys, "predict", run, one, "--out", same, "--grid", pictures / ".." / "both.png"
-    )
-    for flag in ("--out", "--grid"):
-        for source in (one, pictures):
-            assert "is one of the files to be read" in refused(capsys, "predict", run, source, flag, one)
-        inside = run / ("student.safetensors" if flag == "--out" else "report.png")
-        assert f"lies in the run folder {run}" in refused(capsys, "predict", run, one, flag, inside)
-        assert "is one of the files to be read" in refused(capsys, "predict", run, one, flag, tmp_path / "link.png")
-        assert "it is a pipe" in refused(capsys, "predict", run, one, flag, tmp_path / "pipe.png")
-        assert "Too many levels of symbolic links" in refused(capsys, "predict", run, one, flag, tmp_path / "loop.png")
+    for source, file, words in (
+        (one, one, "is one of the files to be read"),
+        (pictures, one, "is one of the files to be read"),
+        (one, run / "student.safetensors", f"lies in the run folder {run}"),
+        (one, tmp_path / "link.png", "is one of the files to be read"),
+        (one, tmp_path / "pipe.png", "it is a pipe"),
+        (one, tmp_path / "loop.png", "Too many levels of symbolic links"),
+    ):
+        assert words in refused(capsys, "predict", run, source, "--out", file)
     assert (content(tmp_path), content(run)) == before
     assert (tmp_path / "link.png").is_symlink()
     assert (tmp_path / "pipe.png").is_fifo()
 
 
 def test_predict_replaces_what_it_wrote_before(run: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grid, table = pictures / "grid.png", pictures / "table.csv"
-    first = said(capsys, "predict", run, pictures, "--grid", grid, "--out", table)
-    assert said(capsys, "predict", run, pictures, "--grid", grid, "--out", table) == first
+    table = pictures / "table.csv"
+    first = said(capsys, "predict", run, pictures, "--out", table)
+    assert said(capsys, "predict", run, pictures, "--out", table) == first
 
 
 # ---------------------------------------------------------------------------------------------- runs that are damaged
@@ -152,7 +149,7 @@ REFUSED = {
     "train images": "Missing from metapl train images --method uda: --labeled DIR --unlabeled DIR. See metapl train",
     "predict": "metapl: Missing from metapl predict: RUN. See metapl predict",
     "evaluate": "metapl: Missing from metapl evaluate: RUN. See metapl evaluate",
-    "finetune": "metapl: Missing from metapl finetune: RUN. See metapl finetune",
+    "finetune": "metapl: there is no metapl finetune: train again with --finetune-steps.",
     "export": "metapl: Missing from metapl export: RUN --out DIR. See metapl export",
     "export {run} --out ''": "--out: nothing was given",
     "runs {run} '' x ''": "Unrecognized options: '', x, ''. See metapl runs",

@@ -41,7 +41,7 @@ def test_every_flipped_bit_of_weights_and_pictures_is_noticed(
 ) -> None:
     content, draw = (run / name).read_bytes(), random.Random(name)
     network = {file: network for network, file in WEIGHTS.items()}.get(name)
-    commands: list[tuple[str | Path, ...]] = [("finetune", run)]
+    commands: list[tuple[str | Path, ...]] = [("report", run)]
     if network is not None:
         commands = [("predict", run, digit, "--network", network)]
         commands += [("evaluate", run, "--network", network)] if network == "student" else []
@@ -66,37 +66,6 @@ def test_the_weights_of_another_run_are_not_taken_for_its_own(
     assert "of another run" in refused(capsys, "evaluate", run, "--network", "student")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "data.json", "pictures.safetensors"])
-def test_finetuning_refuses_files_of_another_run_before_it_replaces_any(
-    name: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said(capsys, *TINY, "--seed", "1", "--out", tmp_path / "other")
-    shutil.copy(tmp_path / "other" / name, run / name)
-    before = {file: file.read_bytes() for file in run.iterdir() if file.is_file()}
-    assert f"{run / name} is damaged or of another run" in refused(capsys, "finetune", run, "--steps", "2")
-    assert {file: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
-
-
-def test_finetuning_refuses_data_that_are_not_those_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, content = json.loads((run / "data.json").read_text()), result(run)
-    data["hash"]["test"] = "0" * 64  # as if the test data had been others then
-    (run / "data.json").write_text(json.dumps(data))
-    content["sha256"]["data.json"] = hashlib.sha256((run / "data.json").read_bytes()).hexdigest()
-    del content["sha256"]["result.json"]
-    (run / "result.json").write_text(json.dumps(content))
-    assert "the data have changed since the run" in refused(capsys, "finetune", run)
-
-
-def test_a_finetuning_that_died_between_two_files_is_mended_by_another(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = (run / "result.json").read_bytes()
-    said(capsys, "finetune", run, "--steps", "2")
-    (run / "result.json").write_bytes(before)  # the last file that is replaced
-    said(capsys, "finetune", run, "--steps", "2")
-    said(capsys, "evaluate", run, "--network", "finetuned")
-
-
 def test_runs_from_before_checksums_are_loaded_without_them(
     run: Path, digit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,8 +75,6 @@ def test_runs_from_before_checksums_are_loaded_without_them(
     (run / "result.json").write_text(json.dumps(content))
     said(capsys, "predict", run, digit)
     assert "is finished already" in said(capsys, *TINY, "--out", run, "--resume")
-    said(capsys, "finetune", run)
-    assert result(run)["sha256"].keys() == {"finetuned_student.safetensors", "metrics.jsonl", "result.json"}
     said(capsys, "evaluate", run, "--network", "finetuned")
 
 

@@ -83,6 +83,8 @@ def _dispatch(given: list[str]) -> int:
         return 0
     if command == "--print-completion":
         return print_completion(words)
+    if command in GONE:
+        raise MetaplError(f"there is no metapl {command}: {GONE[command]}.")
     if command not in COMMANDS:
         raise _unknown("command", command, [*COMMANDS], "see metapl --help")
     from metapl.apps.commands.launch import check_alone, is_first, left_to_first

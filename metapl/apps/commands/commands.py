@@ -19,7 +19,6 @@ COMMANDS = {
     "plan": "plan.COMMANDS",
     "evaluate": "evaluate.Evaluate",
     "predict": "predict.Predict",
-    "finetune": "runs.Finetune",
     "compare": "compare.Compare",
     "runs": "listing.Runs",
     "report": "report.Report",
@@ -48,7 +47,6 @@ own labels of pictures that it is sure of.
   metapl plan RECIPE            memory and hours on many ranks, without any
   metapl evaluate RUN           measure it on the test set again
   metapl predict RUN FILES...   let it classify your pictures
-  metapl finetune RUN           finetune it on the labeled examples again
   metapl compare RUN RUN...     put runs side by side, and test if they differ
   metapl runs [FOLDER]          list the runs below runs/: accuracy, date, state
   metapl report RUN             write all there is to see of it as one web page
@@ -167,7 +165,10 @@ CHOICES = {
 }
 
 # What is said of words that meant something before.
-GONE = {"train two-moons": "the two moons are an example now: python examples/two_moons.py --help"}
+GONE = {
+    "train two-moons": "the two moons are an example now: python examples/two_moons.py --help",
+    "finetune": "train again with --finetune-steps",
+}
 
 # What takes less memory, by a command's first word; the others have no flag for it.
 _MORE = "raise --accumulate, or take --precision bfloat16"

@@ -257,7 +257,6 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- recipes and results
 
 Fraction = Annotated[float, Range(0, most=1)]
-FINETUNED_WITH: dict[str, Any] = dict.fromkeys(("steps", "lr"), Annotated[float, Range(0)])
 
 # What result.json must say, and what it and data.json may say, with types. The names of accuracies end in "_accuracy".
 TOLD = ("delivered", "delivered_by", "validation_size", "seed", "method", "steps", "best_step")
@@ -270,7 +269,6 @@ RESULT: dict[str, Any] = {
     "delivered_by": Literal["validation", "rule"],
     "evaluation": dict[str, Any],
     "sha256": dict[str, str],
-    "finetuned_with": dict[str, float],
     "rounds": list[dict[str, Any]],
     "seeds": list[int],
     "methods": dict[str, dict[str, list[float]]],
@@ -364,9 +362,6 @@ def _faults(result: dict[str, Any]) -> Iterator[str | None]:
     fractions = {name: Fraction for name in result if name.endswith("_accuracy")}
     if fault := _unsaid(result, TOLD) or misfit_entries(result, {**RESULT, **fractions}, "its content"):
         yield fault
-    tuned = result.get("finetuned_with")
-    if tuned is not None and (fault := _unsaid(tuned, FINETUNED_WITH) or misfit_entries(tuned, FINETUNED_WITH, "")):
-        yield f"of finetuned_with, {fault}"
     if "methods" in result:
         if fault := _unsaid(result, ("seeds", "delivery")):
             yield fault
